@@ -1,0 +1,27 @@
+"""farout tells which images lie outside what a model has seen, with diffusion models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DiffusionModel": "farout.diffusion.model",
+    "NoiseSchedule": "farout.diffusion.schedule",
+    "Preprocessing": "farout.images.preprocessing",
+    "Reconstruction": "farout.detectors.reconstruction",
+    "Scores": "farout.detectors.base",
+    "load": "farout.detectors.base",
+    "open_source": "farout.images.sources",
+    "train_diffusion": "farout.diffusion.train",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported from their rooms on first use, so that `import farout` stays fast."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'farout' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

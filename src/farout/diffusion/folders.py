@@ -1,0 +1,111 @@
+"""The folder of a diffusion model: diffusers' layout, so that either library reads what the other wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from torch import nn
+
+from farout import store
+from farout.diffusion.schedule import NoiseSchedule
+from farout.errors import MissingExtraError, StoreError
+
+__all__ = ["is_ours", "local", "model_card", "read_networks", "read_scheduler", "write_network"]
+
+_NETWORKS = {"UNet2DModel": diffusers.UNet2DModel, "UNet2DConditionModel": diffusers.UNet2DConditionModel}
+_AUTOENCODERS = {"AutoencoderKL": diffusers.AutoencoderKL, "VQModel": diffusers.VQModel}
+
+
+def local(folder: str | Path) -> Path:
+    """The folder itself, or the local copy of `hf://owner/name`.
+
+    Raises StoreError for a missing folder or an unreachable hub, MissingExtraError without `huggingface_hub`.
+    """
+    if not str(folder).startswith("hf://"):
+        path = Path(folder)
+        if not path.is_dir():
+            raise StoreError(f"there is no folder {path}; a model on the hub is written hf://owner/name")
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise MissingExtraError('models from the hub want `pip install "farout[hub]"`') from error
+    name = str(folder).removeprefix("hf://")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise StoreError(f"{folder} cannot be fetched ({reason}); download it and give the folder") from error
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `config.json` says that farout wrote the folder."""
+    path = folder / "config.json"
+    return path.is_file() and "farout" in store.read_json(path)
+
+
+def write_network(
+    folder: Path, network: nn.Module, schedule: NoiseSchedule, prediction: str, autoencoder: nn.Module | None
+) -> None:
+    """Writes `unet/`, `scheduler/`, `vae/` and `model_index.json` as diffusers' pipelines do."""
+    network.save_pretrained(folder / "unet")
+    scheduler = {**schedule.to_config(), "prediction_type": prediction, "_diffusers_version": diffusers.__version__}
+    store.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index: dict[str, Any] = {"_class_name": "DDPMPipeline", "_diffusers_version": diffusers.__version__}
+    index["unet"] = ["diffusers", type(network).__name__]
+    index["scheduler"] = ["diffusers", "DDPMScheduler"]
+    if autoencoder is not None:
+        autoencoder.save_pretrained(folder / "vae")
+        index["vae"] = ["diffusers", type(autoencoder).__name__]
+    store.write_json(folder / "model_index.json", index)
+
+
+def read_networks(folder: Path) -> tuple[nn.Module, nn.Module | None]:
+    """The network and the autoencoder (or None) of a diffusers folder, whether in subfolders or at its root.
+
+    Raises StoreError when a part is missing, cut short, or of a class that is not among the known ones.
+    """
+    inner = folder / "unet" if (folder / "unet").is_dir() else folder
+    autoencoder = next((folder / name for name in ("vae", "vqvae") if (folder / name).is_dir()), None)
+    return _read(inner, _NETWORKS), None if autoencoder is None else _read(autoencoder, _AUTOENCODERS)
+
+
+def _read(folder: Path, known: dict[str, Any]) -> nn.Module:
+    config = store.read_json(folder / "config.json")
+    name = config.get("_class_name")
+    if name not in known:
+        raise StoreError(f"{folder} holds a {name!r}; farout loads {', '.join(known)}, and never code from a folder")
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if not files:
+        raise StoreError(f"{folder} has no weights (*.safetensors or *.bin); the folder is incomplete")
+    try:
+        return known[name].from_pretrained(folder, local_files_only=True)
+    except (OSError, RuntimeError, ValueError, json.JSONDecodeError) as error:
+        raise StoreError(f"the weights in {folder} cannot be read ({error})") from error
+
+
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """The scheduler's configuration, in a subfolder or at the root."""
+    places = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
+    path = next((place for place in places if place.is_file()), places[0])
+    return store.read_json(path)
+
+
+def model_card(parameters: int, config: dict[str, Any]) -> str:
+    """A short README for the folder."""
+    schedule, preprocessing = config["schedule"], config["preprocessing"]
+    lines = [
+        "# A farout diffusion model",
+        "",
+        f"- network: {parameters:,} parameters, predicts {config['prediction']}",
+        f"- schedule: {schedule['kind']}, {schedule['steps']} levels",
+        f"- images: {preprocessing['channels']} x {preprocessing['size'][0]} x {preprocessing['size'][1]}",
+        f"- content hash: {config['content_hash']}",
+        *[f"- {name}: {value}" for name, value in config["provenance"].items()],
+        "",
+        "Load it with `farout.DiffusionModel.load(folder)` or as a diffusers pipeline folder.",
+    ]
+    return "\n".join(lines) + "\n"

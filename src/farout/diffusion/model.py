@@ -1,0 +1,263 @@
+"""A diffusion model: network, schedule, preprocessing and, where there is one, conditioning and autoencoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from farout import store
+from farout.diffusion import folders
+from farout.diffusion.conditioning import Conditioning
+from farout.diffusion.denoiser import NetworkDenoiser, Precision, Prediction
+from farout.diffusion.schedule import NoiseSchedule
+from farout.errors import FaroutError
+from farout.images.preprocessing import Preprocessing
+
+__all__ = ["DiffusionModel"]
+
+
+class DiffusionModel:
+    """All that turns images in [0, 1] into the network's space, denoises there, and comes back.
+
+    Args:
+        network: a diffusers network (`UNet2DModel`, `UNet2DConditionModel`).
+        schedule: the schedule that it was trained with.
+        preprocessing: how images become the (C, H, W) tensors that `encode` takes.
+        prediction: what the network predicts.
+        data_range: the values that 0 and 1 of an image become; (0, 1) in the reconstruction paper.
+        b_scale: factor on the data before noising; it raises the signal-to-noise ratio by b^2.
+        autoencoder: diffusers' `AutoencoderKL` or `VQModel`; None: the network works on pixels.
+        conditioning: makes conditions from labels; None: unconditional.
+        trained_on: content hashes of the images that the weights have seen.
+        provenance: command, seed, data fingerprint and the like, kept in `config.json`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        preprocessing: Preprocessing,
+        *,
+        prediction: Prediction = "epsilon",
+        data_range: tuple[float, float] = (-1.0, 1.0),
+        b_scale: float = 1.0,
+        autoencoder: nn.Module | None = None,
+        conditioning: Conditioning | None = None,
+        trained_on: Collection[str] = (),
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        self.network, self.schedule, self.preprocessing = network.eval(), schedule, preprocessing
+        self.prediction, self.data_range, self.b_scale = prediction, data_range, b_scale
+        self.autoencoder = None if autoencoder is None else autoencoder.eval().requires_grad_(False)
+        self.conditioning = conditioning
+        self.trained_on = frozenset(trained_on)
+        self.provenance = dict(provenance or {})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves network and autoencoder."""
+        self.network.to(device)
+        if self.autoencoder is not None:
+            self.autoencoder.to(device)
+        return self
+
+    def denoiser(self, rows: int | None = None, precision: Precision = "fp32") -> NetworkDenoiser:
+        """The network behind the `Denoiser` contract, in network calls of `rows` rows."""
+        return NetworkDenoiser(self.network, self.schedule, self.prediction, rows, precision)
+
+    # -- between images and the network's space ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> x0 in the network's space, float32.
+
+        Images of another size are resized; sizes that the network cannot halve are padded by repeating the edge. With
+        an autoencoder the mode of its posterior is taken, or the sample that `noise` (of the latents' shape) gives.
+        """
+        images = self._fit(images.to(self.device, torch.float32))
+        low, high = self.data_range
+        x = low + (high - low) * images
+        if self.autoencoder is not None:
+            x = _latents(self.autoencoder, x, noise)
+        return self.b_scale * functional.pad(x, self._padding(x.shape[-2], x.shape[-1]), mode="replicate")
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """x0 in the network's space -> images (B, C, H, W) of the preprocessing's size, clamped to [0, 1]."""
+        x = x / self.b_scale
+        height, width = self._inner_size()
+        left, _, top, _ = self._padding(height, width)
+        x = x[..., top : top + height, left : left + width]
+        if self.autoencoder is not None:
+            x = _pixels(self.autoencoder, x)
+        low, high = self.data_range
+        return ((x - low) / (high - low)).clamp(0, 1)
+
+    def _fit(self, images: Tensor) -> Tensor:
+        channels, size = self.preprocessing.channels, self.preprocessing.size
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise FaroutError(f"this model takes images (B, {channels}, H, W), got {tuple(images.shape)}")
+        if tuple(images.shape[-2:]) == tuple(size):
+            return images
+        resized = functional.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+        return resized.clamp(0, 1)
+
+    def _inner_size(self) -> tuple[int, int]:
+        """Height and width of the data that the network works on, before padding."""
+        factor = 1 if self.autoencoder is None else _downsampling(self.autoencoder)
+        height, width = self.preprocessing.size
+        return height // factor, width // factor
+
+    def _padding(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(left, right, top, bottom) that makes both sides multiples of what the network halves."""
+        factor = 2 ** (len(self.network.config["block_out_channels"]) - 1)
+        x, y = -width % factor, -height % factor
+        return x // 2, x - x // 2, y // 2, y - y // 2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of x0 in the network's space."""
+        height, width = self._inner_size()
+        left, right, top, bottom = self._padding(height, width)
+        return (int(self.network.config["in_channels"]), height + top + bottom, width + left + right)
+
+    # -- identity ------------------------------------------------------------------------------------------------
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the weights and of everything that decides what they compute."""
+        weights = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        if self.autoencoder is not None:
+            weights |= {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
+        numbers = [*self.schedule.sigma.tolist(), *self.data_range, self.b_scale]
+        weights["numbers"] = torch.tensor(numbers, dtype=torch.float64)
+        weights[f"prediction.{self.prediction}"] = torch.zeros(1)
+        return store.hash_tensors(weights)
+
+    @cached_property
+    def gmacs(self) -> float:
+        """Billions of multiply-accumulates of one network evaluation of one row."""
+        twin = copy.deepcopy(self.network).cpu().float()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            twin(torch.zeros(1, *self.shape), torch.zeros(1))
+        return counter.get_total_flops() / 2e9
+
+    @property
+    def parameters(self) -> int:
+        """Number of the network's parameters."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    def randomised(self, seed: int = 0) -> DiffusionModel:
+        """The same model with random weights: a control that has learnt nothing.
+
+        Every weight tensor is drawn anew with its own mean and standard deviation: a network left as built would
+        answer zero, because its last layer starts at zero.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        twin = copy.copy(self)
+        twin.network = copy.deepcopy(self.network)
+        twin.__dict__.pop("gmacs", None)
+        twin.trained_on, twin.provenance = frozenset(), {"random_weights": seed}
+        with torch.no_grad():
+            for parameter in twin.network.parameters():
+                drawn = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                spread = parameter.std() if parameter.numel() > 1 else parameter.abs().mean()
+                parameter.copy_(parameter.mean() + spread * drawn)
+        return twin
+
+    # -- folders -------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder in diffusers' layout with our `config.json` beside it; nothing half-written is left."""
+        with store.atomic_folder(folder) as temporary:
+            self._write(temporary)
+
+    def _write(self, folder: Path) -> None:
+        folders.write_network(folder, self.network, self.schedule, self.prediction, self.autoencoder)
+        content = {
+            "prediction": self.prediction,
+            "data_range": list(self.data_range),
+            "b_scale": self.b_scale,
+            "schedule": self.schedule.to_dict(),
+            "preprocessing": self.preprocessing.to_dict(),
+            "content_hash": self.content_hash,
+            "provenance": self.provenance,
+        }
+        store.write_config(folder, "diffusion model", content)
+        (folder / "trained_on.txt").write_text("".join(f"{line}\n" for line in sorted(self.trained_on)))
+        (folder / "README.md").write_text(folders.model_card(self.parameters, content))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DiffusionModel:
+        """Loads a folder that farout wrote, any diffusers folder of an unconditional model, or `hf://owner/name`.
+
+        Raises StoreError for a folder that is missing, incomplete, altered or of another kind. Code from a folder or
+        hub is never run, and weights are read without unpickling objects.
+        """
+        path = folders.local(folder)
+        if not folders.is_ours(path):
+            return cls._foreign(path)
+        config = store.read_config(path, "diffusion model")
+        network, autoencoder = folders.read_networks(path)
+        listed = path / "trained_on.txt"
+        model = cls(
+            network,
+            NoiseSchedule.from_dict(config["schedule"]),
+            Preprocessing.from_dict(config["preprocessing"]),
+            prediction=config["prediction"],
+            data_range=tuple(config["data_range"]),
+            b_scale=config["b_scale"],
+            autoencoder=autoencoder,
+            trained_on=listed.read_text().split() if listed.is_file() else (),
+            provenance=config["provenance"],
+        )
+        if model.content_hash != config["content_hash"]:
+            raise store.StoreError(f"{path}: the weights are not those that were saved (their hash differs)")
+        return model
+
+    @classmethod
+    def _foreign(cls, path: Path) -> DiffusionModel:
+        network, autoencoder = folders.read_networks(path)
+        scheduler = folders.read_scheduler(path)
+        factor = 1 if autoencoder is None else _downsampling(autoencoder)
+        sample = network.config["sample_size"]
+        side = (sample, sample) if isinstance(sample, int) else tuple(sample)
+        size = (side[0] * factor, side[1] * factor)
+        channels = int((network if autoencoder is None else autoencoder).config["in_channels"])
+        return cls(
+            network,
+            NoiseSchedule.from_config(scheduler),
+            Preprocessing(size=size, channels=channels, native=size),
+            prediction=scheduler.get("prediction_type", "epsilon"),
+            autoencoder=autoencoder,
+            provenance={"loaded_from": str(path)},
+        )
+
+
+def _latents(autoencoder: nn.Module, x: Tensor, noise: Tensor | None) -> Tensor:
+    encoded: Any = autoencoder.encode(x)
+    scale = float(getattr(autoencoder.config, "scaling_factor", 1.0))
+    if hasattr(encoded, "latents"):
+        return encoded.latents * scale
+    posterior = encoded.latent_dist
+    return (posterior.mode() if noise is None else posterior.mean + posterior.std * noise.to(x.device)) * scale
+
+
+def _pixels(autoencoder: nn.Module, latents: Tensor) -> Tensor:
+    return autoencoder.decode(latents / float(getattr(autoencoder.config, "scaling_factor", 1.0))).sample
+
+
+def _downsampling(autoencoder: nn.Module) -> int:
+    return 2 ** (len(autoencoder.config["block_out_channels"]) - 1)

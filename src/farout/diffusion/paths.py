@@ -1,0 +1,35 @@
+"""Paths of noise levels for the solvers: (B, steps + 1) tables of sigmas, one row per start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from farout.diffusion.schedule import NoiseSchedule
+
+__all__ = ["geometric", "grid", "pad"]
+
+
+def pad(paths: Sequence[Tensor]) -> Tensor:
+    """One table from paths of any lengths, float32; shorter ones repeat their last sigma, which ends them."""
+    longest = max(len(path) for path in paths)
+    rows = [torch.cat([path, path[-1:].expand(longest - len(path))]) for path in paths]
+    return torch.stack(rows).to(torch.float32)
+
+
+def grid(schedule: NoiseSchedule, start: int, spacing: int, end: int = 0) -> Tensor:
+    """sigmas at the levels start, start - spacing, … above `end`, then at `end`: (steps + 1,)."""
+    levels = [*range(start, end, -spacing), end]
+    return schedule.sigma_of(torch.tensor(levels)).to(torch.float32)
+
+
+def geometric(schedule: NoiseSchedule, start: int | float, steps: int) -> Tensor:
+    """`steps` sigmas evenly spaced in log sigma (so in log SNR) from level `start` towards the schedule's smallest,
+    which is left out, then 0: (steps + 1,). One step is the one-shot estimate.
+    """
+    first = schedule.sigma_of(start).log()
+    ramp = torch.arange(steps, dtype=torch.float64) / steps
+    levels = (first + ramp * (schedule.sigma[0].log() - first)).exp()
+    return torch.cat([levels, levels.new_zeros(1)]).to(torch.float32)

@@ -1,0 +1,167 @@
+"""Noise schedules: conversions between t, abar and sigma.
+
+A variance-preserving process mixes `x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise`. Divided by `sqrt(abar)` it reads
+`x = x0 + sigma noise` with `sigma = sqrt((1 - abar) / abar)`: the convention of this library.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from farout.errors import FaroutError
+
+__all__ = ["NoiseSchedule", "ScheduleKind"]
+
+ScheduleKind = Literal["scaled_linear", "linear", "cosine", "sigmoid", "trained"]
+_DIFFUSERS_NAMES = {
+    "scaled_linear": "scaled_linear",
+    "linear": "linear",
+    "cosine": "squaredcos_cap_v2",
+    "sigmoid": "sigmoid",
+}
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A discrete schedule of `steps` levels, t = 0 (least noise) to steps - 1.
+
+    Args:
+        kind: `scaled_linear`: beta_t = (sqrt(b0) + t/(T-1) (sqrt(b1) - sqrt(b0)))^2, the reconstruction paper's;
+            `linear`: beta_t on a straight line (Ho et al. 2020); `cosine`: abar = cos^2((t/T + .008)/1.008 pi/2)
+            (Nichol & Dhariwal 2021), betas at most .999; `sigmoid`: betas along a logistic curve from -6 to 6;
+            `trained`: the given `betas`.
+        beta_start, beta_end: ends of the betas (unused by `cosine` and `trained`).
+        steps: number of levels T.
+        snr_shift: f multiplies the signal-to-noise ratio at every level: SNR' = f abar / (1 - abar).
+        sigma_max: the largest sigma, needed where the schedule ends in abar = 0 (infinite sigma).
+        betas: the betas of `trained`.
+
+    Raises:
+        FaroutError: for impossible values, or abar = 0 without `sigma_max`.
+    """
+
+    kind: ScheduleKind = "scaled_linear"
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    steps: int = 1000
+    snr_shift: float = 1.0
+    sigma_max: float | None = None
+    betas: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 2 or self.snr_shift <= 0:
+            raise FaroutError(f"a schedule wants steps >= 2 and snr_shift > 0, got {self.steps} and {self.snr_shift}")
+        if (self.kind == "trained") != (self.betas is not None):
+            raise FaroutError(f"schedule kind {self.kind!r} and betas={self.betas is not None} do not go together")
+        if self.betas is not None and len(self.betas) != self.steps:
+            raise FaroutError(f"{len(self.betas)} betas were given for {self.steps} steps")
+        if not bool(torch.isfinite(self.sigma).all()):
+            raise FaroutError("this schedule ends in abar = 0 (infinite sigma); give sigma_max, e.g. sigma_max=150")
+
+    @cached_property
+    def abar(self) -> Tensor:
+        """Cumulative products of 1 - beta, float64 (T,), after the SNR shift."""
+        plain = torch.cumprod(1 - self._betas(), dim=0)
+        if self.snr_shift == 1:
+            return plain
+        return 1 / (1 / (self.snr_shift * plain / (1 - plain)) + 1)
+
+    @cached_property
+    def sigma(self) -> Tensor:
+        """Noise per unit of signal, sqrt((1 - abar) / abar), float64 (T,), rising."""
+        sigma = ((1 - self.abar) / self.abar).sqrt()
+        return sigma if self.sigma_max is None else sigma.clamp(max=self.sigma_max)
+
+    def _betas(self) -> Tensor:
+        ramp = torch.linspace(0, 1, self.steps, dtype=torch.float64)
+        low, high = self.beta_start, self.beta_end
+        if self.kind == "linear":
+            return low + ramp * (high - low)
+        if self.kind == "scaled_linear":
+            return (math.sqrt(low) + ramp * (math.sqrt(high) - math.sqrt(low))) ** 2
+        if self.kind == "sigmoid":
+            return torch.sigmoid(12 * ramp - 6) * (high - low) + low
+        if self.kind == "cosine":
+            edges = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+            curve = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
+            return (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
+        return torch.tensor(self.betas, dtype=torch.float64)
+
+    def sigma_of(self, t: Tensor | int | float) -> Tensor:
+        """sigma (float64) at level t of any shape; between levels, linear in log sigma.
+
+        Raises FaroutError when t lies outside 0 to T - 1.
+        """
+        t = torch.as_tensor(t, dtype=torch.float64)
+        if t.numel() and not (0 <= float(t.min()) and float(t.max()) <= self.steps - 1):
+            raise FaroutError(f"t runs from 0 to {self.steps - 1}, got {float(t.min()):g} to {float(t.max()):g}")
+        below = t.floor().long()
+        above = (below + 1).clamp(max=self.steps - 1)
+        log = self.sigma.log()
+        between = torch.lerp(log[below], log[above], t - below).exp()
+        return torch.where(t == below, self.sigma[below], between)
+
+    def t_of(self, sigma: Tensor) -> Tensor:
+        """t (float64) at `sigma` of any shape: exact where sigma is an entry of the table (float32 rounding included),
+        linear in log sigma between entries, clamped to the table's ends outside it.
+        """
+        wanted = sigma.detach().to(device="cpu", dtype=torch.float64).clamp(min=1e-30).log()
+        log = self.sigma.log()
+        above = torch.searchsorted(log, wanted.contiguous()).clamp(1, self.steps - 1)
+        low, high = log[above - 1], log[above]
+        weight = torch.where(high > low, (wanted - low) / (high - low).clamp(min=1e-30), torch.zeros_like(low))
+        t = (above - 1 + weight).clamp(0, self.steps - 1)
+        nearest = t.round()
+        return torch.where((log[nearest.long()] - wanted).abs() < 1e-6, nearest, t)
+
+    def abar_of(self, sigma: Tensor) -> Tensor:
+        """abar = 1 / (1 + sigma^2), same shape and type as sigma."""
+        return 1 / (1 + sigma**2)
+
+    def to_config(self) -> dict[str, Any]:
+        """A diffusers scheduler configuration that means the same schedule."""
+        config: dict[str, Any] = {
+            "_class_name": "DDPMScheduler",
+            "num_train_timesteps": self.steps,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "clip_sample": False,
+        }
+        if self.snr_shift == 1 and self.kind in _DIFFUSERS_NAMES:
+            config["beta_schedule"] = _DIFFUSERS_NAMES[self.kind]
+        else:
+            ratio = torch.cat([self.abar[:1], self.abar[1:] / self.abar[:-1]])
+            config["trained_betas"] = (1 - ratio).tolist()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, arguments: dict[str, Any]) -> NoiseSchedule:
+        """Rebuilds `to_dict` after a passage through JSON."""
+        betas = arguments.get("betas")
+        return cls(**{**arguments, "betas": None if betas is None else tuple(betas)})
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], sigma_max: float | None = None) -> NoiseSchedule:
+        """Reads the configuration of any diffusers scheduler with betas.
+
+        Raises FaroutError for a schedule that has no name here.
+        """
+        steps = int(config.get("num_train_timesteps", 1000))
+        if config.get("trained_betas") is not None:
+            return cls(kind="trained", steps=steps, betas=tuple(config["trained_betas"]), sigma_max=sigma_max)
+        names = {theirs: ours for ours, theirs in _DIFFUSERS_NAMES.items()}
+        name = config.get("beta_schedule", "linear")
+        if name not in names or config.get("rescale_betas_zero_snr"):
+            raise FaroutError(f"beta schedule {name!r} of this scheduler is not known; expected one of {sorted(names)}")
+        start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+        return cls(kind=names[name], beta_start=start, beta_end=end, steps=steps, sigma_max=sigma_max)  # type: ignore[arg-type]

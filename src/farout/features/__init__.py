@@ -1,0 +1,1 @@
+"""Frozen backbones and the distances built on them."""

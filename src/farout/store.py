@@ -1,0 +1,183 @@
+"""Folders and files on disk: written to a temporary name, then renamed; hashed; loaded without executing anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from farout.errors import StoreError
+
+__all__ = [
+    "atomic_file",
+    "atomic_folder",
+    "hash_folder",
+    "hash_tensors",
+    "load_tensors",
+    "read_config",
+    "read_json",
+    "save_tensors",
+    "versions",
+    "write_config",
+    "write_json",
+]
+
+FORMAT = 1
+"""Version of the folder layout; a folder of a newer one is refused."""
+
+
+def _mode(folder: bool) -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return (0o777 if folder else 0o666) & ~mask
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` and renames it to `path` at the end; after an error nothing is left."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(_mode(folder=False))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yields a temporary folder beside `path` and renames it to `path` at the end; after an error nothing is left.
+
+    Raises StoreError when `path` exists and is a file, or is a folder and `replace` is False.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or not replace):
+        raise StoreError(f"{path} exists already; give another folder or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(_mode(folder=True))
+        _swap(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Puts folder `new` at `path`; an old folder there is removed only after the new one stands."""
+    if not path.exists():
+        os.replace(new, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Writes `content` as indented JSON, atomically; a value that JSON lacks (NaN included) is an error."""
+    text = json.dumps(content, indent=2, allow_nan=False, sort_keys=False) + "\n"
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON object; raises StoreError when the file is missing or is not one."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing; the folder is incomplete or is not one that farout wrote") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise StoreError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def write_config(folder: str | Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Writes `config.json` of a model or score folder: its kind, layout version, library versions, and `content`."""
+    head = {"farout": {"kind": kind, "format": FORMAT, "versions": versions()}}
+    write_json(Path(folder) / "config.json", {**head, **content})
+
+
+def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
+    """Reads `config.json` of a folder of the given kind, without its head.
+
+    Raises StoreError for a missing folder, a folder of another kind, or one written by a newer layout.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise StoreError(f"there is no folder {folder}; expected a farout {kind} folder")
+    content = read_json(folder / "config.json")
+    head = content.pop("farout", None)
+    if not isinstance(head, dict) or "kind" not in head:
+        raise StoreError(f"{folder} was not written by farout; expected a farout {kind} folder")
+    if head["kind"] != kind:
+        raise StoreError(f"{folder} holds a farout {head['kind']}, expected a {kind}")
+    if head.get("format", 0) > FORMAT:
+        raise StoreError(f"{folder} has layout {head['format']}, this farout reads up to {FORMAT}; upgrade farout")
+    return content
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], note: Mapping[str, str] | None = None) -> None:
+    """Writes named tensors as safetensors, atomically."""
+    plain = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary:
+        save_file(plain, temporary, metadata=dict(note or {}))
+
+
+def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file; raises StoreError when it is missing, cut short or altered."""
+    path = Path(path)
+    if not path.is_file():
+        raise StoreError(f"{path} is missing; the folder is incomplete")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise StoreError(f"{path} cannot be read as safetensors ({error})") from error
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of names: the identity of weights."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_folder(folder: str | Path) -> str:
+    """SHA-256 over relative names and bytes of all files below `folder`."""
+    folder = Path(folder)
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of farout and of the libraries that decide its numbers."""
+    return {name: metadata.version(name) for name in ("farout", "torch", "diffusers", "timm", "numpy", "pillow")}

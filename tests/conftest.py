@@ -1,0 +1,25 @@
+"""Shared fixtures: one thread, so that numbers do not depend on the machine's core count."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on real image sets run only where FAROUT_DATA names them."""
+    if not os.environ.get("FAROUT_DATA"):
+        for item in items:
+            if item.get_closest_marker("data"):
+                item.add_marker(pytest.mark.skip(reason="FAROUT_DATA is not set"))
+
+
+@pytest.fixture()
+def data() -> Path:
+    """The folder of real image sets."""
+    return Path(os.environ["FAROUT_DATA"])

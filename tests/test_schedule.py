@@ -1,0 +1,71 @@
+"""The schedule is diffusers', and t, abar and sigma convert both ways without loss."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+
+from farout.diffusion.schedule import NoiseSchedule
+from farout.errors import FaroutError
+
+ALL = [
+    NoiseSchedule("scaled_linear"),
+    NoiseSchedule("linear", 1e-4, 0.02),
+    NoiseSchedule("cosine"),
+    NoiseSchedule("sigmoid", 1e-4, 0.02),
+    NoiseSchedule("scaled_linear", snr_shift=0.25),
+    NoiseSchedule("trained", steps=3, betas=(0.1, 0.2, 0.3)),
+]
+
+
+def test_abar_of_the_paper() -> None:
+    """The table of the reconstruction card, section 2.1."""
+    abar = NoiseSchedule("scaled_linear", 0.0015, 0.0195).abar
+    published = {0: 0.9985, 10: 0.9832, 50: 0.917, 100: 0.823, 170: 0.679, 330: 0.350, 490: 0.124, 650: 0.0279}
+    for t, value in published.items():
+        assert float(abar[t]) == pytest.approx(value, abs=6e-4)
+    assert float(abar[810]) == pytest.approx(0.0036, abs=6e-5)
+    assert float(abar[970]) == pytest.approx(0.00025, abs=6e-6)
+    assert float(abar[999]) == pytest.approx(0.00014, abs=6e-6)
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=lambda s: f"{s.kind}-{s.snr_shift}")
+def test_same_as_diffusers(schedule: NoiseSchedule) -> None:
+    config = schedule.to_config()
+    theirs = diffusers.DDPMScheduler.from_config(config).alphas_cumprod.double()
+    torch.testing.assert_close(theirs, schedule.abar, rtol=3e-4, atol=1e-8)
+    again = NoiseSchedule.from_config(config)
+    torch.testing.assert_close(again.abar, schedule.abar, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=lambda s: f"{s.kind}-{s.snr_shift}")
+def test_round_trips(schedule: NoiseSchedule) -> None:
+    assert NoiseSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+    t = torch.arange(schedule.steps)
+    sigma = schedule.sigma_of(t)
+    assert torch.equal(schedule.t_of(sigma.float()), t.double())
+    torch.testing.assert_close(schedule.abar_of(sigma), schedule.abar)
+    between = torch.tensor([0.3, 1.5])
+    torch.testing.assert_close(schedule.t_of(schedule.sigma_of(between)), between.double())
+
+
+def test_snr_shift_multiplies_the_ratio() -> None:
+    plain, shifted = NoiseSchedule(), NoiseSchedule(snr_shift=0.25)
+    torch.testing.assert_close((plain.sigma / shifted.sigma) ** 2, torch.full((1000,), 0.25, dtype=torch.float64))
+
+
+def test_infinite_sigma_wants_a_largest_one() -> None:
+    betas = (0.5, 1.0)
+    with pytest.raises(FaroutError, match="sigma_max"):
+        NoiseSchedule("trained", steps=2, betas=betas)
+    assert float(NoiseSchedule("trained", steps=2, betas=betas, sigma_max=150).sigma[-1]) == 150
+
+
+def test_bad_values_are_named() -> None:
+    with pytest.raises(FaroutError, match="999"):
+        NoiseSchedule().sigma_of(1000)
+    with pytest.raises(FaroutError, match="snr_shift"):
+        NoiseSchedule(snr_shift=0)
+    with pytest.raises(FaroutError, match="not known"):
+        NoiseSchedule.from_config({"beta_schedule": "laplace"})

@@ -1,0 +1,1 @@
+"""What comes in: sources, the catalogue of named sets, preprocessing, splits."""

@@ -1,0 +1,356 @@
+"""One grammar for images: a spec string, a Dataset, PIL images or a tensor becomes an ordered set with keys and labels.
+
+The grammar stands in `farout.images.spec`, the conversions of file formats in `farout.images.decoding`. A named set is
+looked up as `$FAROUT_DATA/<name>/<split>.parquet`, then among the samples that come with the package, then on the
+Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from farout import progress
+from farout.errors import SourceError, UnreadableImageError
+from farout.images import catalog
+from farout.images.batching import Batch, PreparedImages, batches
+from farout.images.decoding import content_hash
+from farout.images.listing import Listing
+from farout.images.objects import list_dataset, list_pictures
+from farout.images.readers import list_array, list_path
+from farout.images.spec import Spec, parse_spec
+from farout.images.tables import list_hub, list_parquet
+from farout.images.variants import apply_variant
+
+__all__ = ["Batch", "ImageSource", "Images", "Policy", "PreparedImages", "batches", "open_source"]
+
+Policy = Literal["raise", "skip", "nan"]
+"""What happens to an image that cannot be read: an error; left out and listed; kept with a status and no score."""
+
+
+class _Store:
+    """Decoded pixels, content hashes and failures of a set, shared by all its views; bounded by a memory budget."""
+
+    def __init__(self, listing: Listing, memory_mib: int) -> None:
+        self.listing, self._budget = listing, memory_mib * 2**20
+        self._pixels: dict[int, Tensor] = {}
+        self._hashes: dict[int, str] = {}
+        self.failures: dict[int, str] = {}
+        self.held = 0
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_lock": None, "_pixels": {}, "held": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
+    def pixels(self, index: int) -> Tensor:
+        """Native uint8 pixels; not to be written to. Raises UnreadableImageError."""
+        held = self._pixels.get(index)
+        if held is not None:
+            return held
+        if index in self.failures:
+            raise UnreadableImageError(self.failures[index])
+        try:
+            image = self.listing.read(index)
+        except UnreadableImageError as error:
+            self.failures[index] = str(error)
+            raise
+        self._keep(index, image)
+        return image
+
+    def _keep(self, index: int, image: Tensor) -> None:
+        if self.listing.in_memory:
+            return
+        size = image.numel() + 512  # a tensor object weighs about as much as a small grey image
+        with self._lock:
+            if index not in self._pixels and self.held + size <= self._budget:
+                self._pixels[index] = image
+                self.held += size
+
+    def hash(self, index: int) -> str:
+        """Content hash of the native pixels, computed once."""
+        if index not in self._hashes:
+            self._hashes[index] = content_hash(self.pixels(index))
+        return self._hashes[index]
+
+    def donor(self, index: int, draw: int) -> Tensor:
+        """Another readable image, chosen by a drawn integer over the whole set."""
+        count = len(self.listing.keys)
+        for step in range(count):
+            place = (draw + step) % count
+            if place != index or count == 1:
+                try:
+                    return self.pixels(place)
+                except UnreadableImageError:
+                    continue  # it is recorded as a failure; its own turn reports it
+        raise SourceError("the variant patch needs a second readable image in the set")
+
+
+class ImageSource(Dataset[Tensor]):
+    """An ordered set of images, each with a unique key; made by `open_source`.
+
+    `source[i]` is uint8 `(C, H, W)`, C in {1, 3}, native size, variant applied; it raises UnreadableImageError.
+    `labels` and `class_names` are None where there are none; a class filter keeps the original label numbers and names.
+    `groups` is the parent folder of each file, or the `group` column of a table. `policy` is what batches and splits
+    do with unreadable images.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        listing: Listing,
+        *,
+        policy: Policy = "raise",
+        variant: str | None = None,
+        strength: float | None = None,
+        memory_mib: int = 1024,
+    ) -> None:
+        self.name, self.policy = name, policy
+        self._variant, self._strength = variant, strength
+        self._store = _Store(listing, memory_mib)
+        self._select(range(len(listing.keys)))
+
+    def _select(self, places: Sequence[int]) -> None:
+        listing = self._store.listing
+        self._places = tuple(places)
+        self.keys = tuple(listing.keys[i] for i in self._places)
+        self.labels = None if listing.labels is None else tuple(listing.labels[i] for i in self._places)
+        self.groups = None if listing.groups is None else tuple(listing.groups[i] for i in self._places)
+        self.class_names = listing.class_names
+
+    @property
+    def variant(self) -> str | None:
+        """The variant as written in a spec, such as `vflip` or `blur=2`; None without one."""
+        return self._variant if self._strength is None else f"{self._variant}={self._strength:g}"
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Key -> reason of the images found unreadable so far; grows as images are read."""
+        failures = dict(self._store.failures)
+        if not failures:
+            return {}
+        return {k: failures[i].removeprefix(f"{k}: ") for k, i in zip(self.keys, self._places) if i in failures}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Tensor:
+        place = self._places[index]
+        pixels = self._store.pixels(place)
+        if self._variant is None:
+            return pixels.clone()
+        identity, store = self._store.hash(place), self._store
+        return apply_variant(pixels, self._variant, self._strength, identity, lambda draw: store.donor(place, draw))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"ImageSource({self.name!r}, {len(self)} images)"
+
+    def label(self, index: int) -> int:
+        """The label of image `index`; raises SourceError where the source has no labels."""
+        if self.labels is None:
+            raise SourceError(f"{self.name} has no labels; give a class-per-folder tree or a table with labels")
+        return self.labels[index]
+
+    def subset(self, indices: Sequence[int]) -> ImageSource:
+        """The images at `indices`, in that order: keys stay, decoded pixels are shared."""
+        view: ImageSource = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view._select([self._places[i] for i in indices])
+        return view
+
+    def with_policy(self, policy: Policy) -> ImageSource:
+        """The same images under another policy; decoded pixels are shared."""
+        view = self.subset(range(len(self)))
+        view.policy = _checked_policy(policy)
+        return view
+
+    def content_hash(self, index: int) -> str:
+        """Hex blake2b (16 bytes) of shape and native pixels before the variant; raises UnreadableImageError."""
+        return self._store.hash(self._places[index])
+
+    def content_hashes(self) -> tuple[str | None, ...]:
+        """All content hashes in order; None for an unreadable image, which raises where the policy is `raise`."""
+        hashes: list[str | None] = []
+        with progress.task(f"reading {self.name}", len(self)) as bar:
+            for index in range(len(self)):
+                hashes.append(self._hash_by_policy(index))
+                bar.advance()
+        return tuple(hashes)
+
+    def _hash_by_policy(self, index: int) -> str | None:
+        try:
+            return self.content_hash(index)
+        except UnreadableImageError:
+            if self.policy == "raise":
+                raise
+            return None
+
+    def fingerprint(self) -> str:
+        """Hex blake2b (16 bytes) over ordered keys, content hashes and the variant: the identity of the data."""
+        digest = hashlib.blake2b(f"{self.variant}\n".encode(), digest_size=16)
+        for key, content in zip(self.keys, self.content_hashes()):
+            digest.update(f"{len(key)}:{key} {content or 'unreadable'}\n".encode())
+        return digest.hexdigest()
+
+    def shapes(self, sample: int = 64) -> Counter[tuple[int, int, int]]:
+        """Counts of native `(C, H, W)` over up to `sample` images, evenly spaced; unreadable ones are left out."""
+        count = min(sample, len(self))
+        found: Counter[tuple[int, int, int]] = Counter()
+        for index in (number * len(self) // count for number in range(count)):
+            try:
+                channels, height, width = self._store.pixels(self._places[index]).shape
+            except UnreadableImageError:
+                continue  # recorded in `unreadable`
+            found[(channels, height, width)] += 1
+        return found
+
+    def native_sizes(self, sample: int = 64) -> Counter[tuple[int, int]]:
+        """Counts of native `(H, W)` over up to `sample` images, evenly spaced, before the variant."""
+        found: Counter[tuple[int, int]] = Counter()
+        for (_, height, width), count in self.shapes(sample).items():
+            found[(height, width)] += count
+        return found
+
+
+Images: TypeAlias = str | Path | ImageSource | Dataset[Any] | Sequence[Image.Image] | Tensor | np.ndarray
+"""Everything that `open_source` takes."""
+
+
+def open_source(
+    images: Images, *, policy: Policy = "raise", limit: int | None = None, seed: int = 0, memory_mib: int = 1024
+) -> ImageSource:
+    """Opens images as an ordered set with keys and labels.
+
+    `images`: a spec string or Path; an ImageSource (returned as it is, with its own policy); a torch Dataset of
+    tensors or PIL images, or of (image, label); a list of PIL images; or a tensor or array `(B, C, H, W)`, uint8 or
+    floats in [0, 1], which are quantised to 8 bits. `limit` keeps a random sample drawn with `seed`, in source order.
+    Decoded images are held up to `memory_mib` in total; those beyond are decoded at every access.
+
+    Raises SourceError when there are no images or the spec is wrong, MissingExtraError for a hub set without the
+    `hub` extra.
+    """
+    _checked_policy(policy)
+    if isinstance(images, ImageSource):
+        source = images
+    elif isinstance(images, str | Path):
+        source = _open_spec(images, policy, memory_mib)
+    else:
+        source = ImageSource("images", _list_objects(images), policy=policy, memory_mib=memory_mib)
+    return _limited(source, limit, seed)
+
+
+def _checked_policy(policy: Policy) -> Policy:
+    if policy not in get_args(Policy):
+        raise SourceError(f"unknown policy {policy!r}; expected one of {', '.join(get_args(Policy))}")
+    return policy
+
+
+def _limited(source: ImageSource, limit: int | None, seed: int) -> ImageSource:
+    if limit is None:
+        return source
+    if limit < 1:
+        raise SourceError(f"limit is {limit}; expected at least 1, or None for all images")
+    if limit >= len(source):
+        return source
+    chosen = np.random.default_rng(seed).permutation(len(source))[:limit]
+    return source.subset(sorted(chosen.tolist()))
+
+
+def _list_objects(images: object) -> Listing:
+    if isinstance(images, Tensor | np.ndarray):
+        return list_array(images)
+    if isinstance(images, Dataset):
+        return list_dataset(images)
+    if isinstance(images, list | tuple):
+        return list_pictures(images)
+    expected = "a spec string, a Path, a Dataset, a list of PIL images, or a tensor (B, C, H, W)"
+    raise SourceError(f"cannot read images from a {type(images).__name__}; expected {expected}")
+
+
+def _open_spec(text: str | Path, policy: Policy, memory_mib: int) -> ImageSource:
+    if isinstance(text, Path):  # `Path("x")` means the path, also where a named set is called x
+        spec = parse_spec(text.as_posix() if "/" in text.as_posix() else f"./{text}")
+    else:
+        spec = parse_spec(text, catalog.names())
+    listing = _list_spec(spec)
+    source = ImageSource(
+        str(text), listing, policy=policy, variant=spec.variant, strength=spec.strength, memory_mib=memory_mib
+    )
+    return source.subset(_of_classes(listing, spec)) if spec.classes else source
+
+
+def _list_spec(spec: Spec) -> Listing:
+    if spec.kind == "path":
+        return list_path(spec.location)
+    if spec.kind == "hub":
+        return list_hub(spec.location, spec.split)
+    local = catalog.find_local(spec.location, spec.split)
+    if local is not None:
+        return list_parquet(local)
+    known = catalog.entry(spec.location)
+    if known is None:
+        raise SourceError(_unknown_set(spec))
+    if known.hub is None or spec.split not in known.splits:
+        raise SourceError(_absent_set(spec, known))
+    return list_hub(known.hub, known.splits[spec.split], known.image_column, known.label_column)
+
+
+def _unknown_set(spec: Spec) -> str:
+    near = difflib.get_close_matches(spec.location, sorted(catalog.names()), n=4, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}" if near else "see farout list sets"
+    splits = catalog.local_splits(spec.location)
+    if splits:
+        return f"the set {spec.location} has no split {spec.split!r} here; expected one of {', '.join(splits)}"
+    return f"{spec.text!r} is neither a path that exists nor a known set; {hint}? A folder is written ./{spec.location}"
+
+
+def _absent_set(spec: Spec, known: catalog.SetEntry) -> str:
+    here = catalog.local_splits(spec.location)
+    if here or (known.hub and spec.split not in known.splits):
+        splits = ", ".join(dict.fromkeys((*here, *(known.splits if known.hub else ()))))
+        return f"{known.title} has no split {spec.split!r}; expected one of {splits}"
+    return (
+        f"{known.title} is not on this machine and has no hub id; {known.by_hand}, then save it as "
+        f"$FAROUT_DATA/{spec.location}/{spec.split}.parquet, or give its folder as a path"
+    )
+
+
+def _of_classes(listing: Listing, spec: Spec) -> list[int]:
+    """Places of the images whose class the filter names: by class name first, then by label number."""
+    if listing.labels is None:
+        raise SourceError(f"{spec.text!r} filters classes, but {spec.location} has no labels")
+    wanted = {label for token in spec.classes for label in _class_labels(token, listing, spec)}
+    chosen = [i for i, label in enumerate(listing.labels) if label in wanted]
+    if not chosen:
+        raise SourceError(f"{spec.text!r} leaves no images: no image is of class {', '.join(spec.classes)}")
+    return chosen
+
+
+def _class_labels(token: str, listing: Listing, spec: Spec) -> list[int]:
+    names = listing.class_names or ()
+    first, dash, last = token.partition("-")
+    if token not in names and dash and first.isdigit() and last.isdigit():
+        return [label for n in range(int(first), int(last) + 1) for label in _class_labels(str(n), listing, spec)]
+    if token in names:
+        return [names.index(token)]
+    known = range(len(names)) if names else sorted(set(listing.labels or ()))
+    if token.isdigit() and int(token) in known:
+        return [int(token)]
+    near = difflib.get_close_matches(token, names, n=3)
+    expected = f"did you mean {', '.join(near)}?" if near else f"labels are {min(known)}..{max(known)}"
+    raise SourceError(f"unknown class {token!r} in {spec.text!r}; {expected}")

@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="FAROUT_DATA is not set"))
 
 
-@pytest.fixture()
+@pytest.fixture
 def data() -> Path:
     """The folder of real image sets."""
     return Path(os.environ["FAROUT_DATA"])

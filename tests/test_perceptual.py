@@ -18,7 +18,7 @@ def pictures(count: int = 3, channels: int = 3, size: int = 28) -> torch.Tensor:
 def test_distance_rises_with_damage(channels: int) -> None:
     distance, images = perceptual_distance("lite0"), pictures(channels=channels)
     features = distance.features(images)
-    assert torch.equal(distance.distance(features, features), torch.zeros(3))
+    assert torch.equal(distance.distance(features, features), torch.zeros(3, dtype=torch.float64))
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     values = [distance.distance(features, distance.features((images + s * noise).clamp(0, 1))) for s in (0.03, 0.1, 0.3)]
     assert bool((values[0] > 0).all())
@@ -42,8 +42,8 @@ def test_altered_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     backbones._lite0_weights.cache_clear()
 
 
-@pytest.mark.data()
-def test_the_packages_weights_are_timms(data) -> None:  # noqa: ANN001
+@pytest.mark.data
+def test_the_packages_weights_are_timms(data) -> None:
     from safetensors.torch import load_file
 
     theirs = load_file(data.parent / "weights" / "tf_efficientnet_lite0.safetensors")
@@ -69,7 +69,7 @@ def test_lpips_is_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = distance.distance(distance.features(one), distance.features(other))
     with torch.no_grad():
         theirs = whole(one * 2 - 1, other * 2 - 1).flatten()
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-6)
     grey = distance.features(pictures(channels=1, size=28))
     assert grey[0].shape[-1] == whole.net(torch.zeros(1, 3, 32, 32))[0].shape[-1], "28 px are padded to 32"
 

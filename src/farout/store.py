@@ -28,6 +28,7 @@ __all__ = [
     "read_config",
     "read_json",
     "save_tensors",
+    "short_hash",
     "versions",
     "write_config",
     "write_json",
@@ -176,6 +177,11 @@ def hash_folder(folder: str | Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def short_hash(text: str) -> str:
+    """Eight hexadecimal digits that stand for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def versions() -> dict[str, str]:

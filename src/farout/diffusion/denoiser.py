@@ -12,10 +12,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from farout.devices import Precision, autocast
 from farout.diffusion.conditioning import Condition
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
-from farout.training import autocast
 
 __all__ = [
     "Clamped",
@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Denoiser(Protocol):

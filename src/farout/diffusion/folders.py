@@ -13,7 +13,7 @@ from farout import store
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import MissingExtraError, StoreError
 
-__all__ = ["is_ours", "local", "model_card", "read_networks", "read_scheduler", "write_network"]
+__all__ = ["is_ours", "local", "model_card", "read_autoencoder", "read_networks", "read_scheduler", "write_network"]
 
 _NETWORKS = {"UNet2DModel": diffusers.UNet2DModel, "UNet2DConditionModel": diffusers.UNet2DConditionModel}
 _AUTOENCODERS = {"AutoencoderKL": diffusers.AutoencoderKL, "VQModel": diffusers.VQModel}
@@ -71,6 +71,11 @@ def read_networks(folder: Path) -> tuple[nn.Module, nn.Module | None]:
     inner = folder / "unet" if (folder / "unet").is_dir() else folder
     autoencoder = next((folder / name for name in ("vae", "vqvae") if (folder / name).is_dir()), None)
     return _read(inner, _NETWORKS), None if autoencoder is None else _read(autoencoder, _AUTOENCODERS)
+
+
+def read_autoencoder(folder: Path) -> nn.Module:
+    """The autoencoder of a folder written by diffusers' `save_pretrained`, or of its subfolder `vae/`."""
+    return _read(folder / "vae" if (folder / "vae").is_dir() else folder, _AUTOENCODERS)
 
 
 def _read(folder: Path, known: dict[str, Any]) -> nn.Module:

@@ -75,6 +75,8 @@ class DiffusionModel:
 
     def denoiser(self, rows: int | None = None, precision: Precision = "fp32") -> NetworkDenoiser:
         """The network behind the `Denoiser` contract, in network calls of `rows` rows."""
+        # kernels follow the weights' layout; one layout, whether trained just now or loaded, gives one result
+        self.network.to(memory_format=torch.channels_last)
         return NetworkDenoiser(self.network, self.schedule, self.prediction, rows, precision)
 
     # -- between images and the network's space ------------------------------------------------------------------

@@ -99,7 +99,7 @@ class NoiseSchedule:
         Raises FaroutError when t lies outside 0 to T - 1.
         """
         t = torch.as_tensor(t, dtype=torch.float64)
-        if t.numel() and not (0 <= float(t.min()) and float(t.max()) <= self.steps - 1):
+        if t.numel() and not (float(t.min()) >= 0 and float(t.max()) <= self.steps - 1):
             raise FaroutError(f"t runs from 0 to {self.steps - 1}, got {float(t.min()):g} to {float(t.max()):g}")
         below = t.floor().long()
         above = (below + 1).clamp(max=self.steps - 1)

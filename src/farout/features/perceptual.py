@@ -25,7 +25,7 @@ class PerceptualDistance(Protocol):
         """Feature maps of images (B, C, H, W) in [0, 1], one tensor (B, c, h, w) per depth."""
 
     def distance(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-        """Distances (B,) between two lists of feature maps; 0 for equal images."""
+        """Distances (B,), float64, between two lists of feature maps; 0 for equal images."""
 
     def to(self, device: torch.device | str) -> PerceptualDistance:
         """Moves the network."""
@@ -75,9 +75,10 @@ class _FeatureDistance:
         return functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
     def distance(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros(len(one[0]), device=one[0].device)
+        # float64: the order of a float32 sum, and so its last bits, would depend on the batch
+        total = torch.zeros(len(one[0]), dtype=torch.float64, device=one[0].device)
         for depth, (f, g) in enumerate(zip(one, other, strict=True)):
-            difference = (f - g).square()
+            difference = (f - g).square().double()
             if self.weights is not None:
                 difference = difference * self.weights[depth]
             total = total + difference.sum(1).mean((1, 2))

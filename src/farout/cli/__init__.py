@@ -1,0 +1,87 @@
+"""The command line: `farout COMMAND …`, made from the signatures in `commands.py`."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from farout.errors import FaroutError
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "train diffusion": "train_diffusion",
+    "fit": "fit",
+    "score": "score",
+    "calibrate": "calibrate",
+    "evaluate": "evaluate",
+    "list": "list_",
+    "demo": "demo",
+}
+"""What is typed, and the function in `commands.py` (or `lists.py`) behind it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns the exit status: 0; 1 for a mistake in the input; 2 for wrong usage; 130 when interrupted.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    name = next((known for known in COMMANDS if words[: len(known.split())] == known.split()), None)
+    if name is None:
+        return _overview(words)
+    try:
+        return _run(name, words[len(name.split()) :])
+    except FaroutError as error:
+        return _failed(str(error), 1)
+    except OSError as error:
+        return _failed(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except KeyboardInterrupt:
+        return _failed("interrupted; the same command goes on from here where it can (training: with --resume)", 130)
+
+
+def _run(name: str, words: list[str]) -> int:
+    if name == "list":
+        from farout.cli.lists import show_list
+
+        return show_list(words)
+    from farout.cli import output, parsers
+
+    output.quiet_libraries()
+    call = parsers.parse(name, COMMANDS[name], words)
+    with output.progress():
+        result = call()
+    output.show(name, result)
+    return 0
+
+
+def _failed(message: str, status: int) -> int:
+    print(f"farout: {message}", file=sys.stderr)
+    return status
+
+
+def _overview(words: Sequence[str]) -> int:
+    """The list of commands; an unknown one is wrong usage."""
+    asked = not words or words[0] in ("-h", "--help")
+    if words[:1] == ["--version"]:
+        from farout import __version__
+
+        print(f"farout {__version__}")
+        return 0
+    lines = [f"  {name:<18}{text}" for name, text in _descriptions().items()]
+    print("usage: farout COMMAND …, and `farout COMMAND --help` for its settings\n", *lines, sep="\n")
+    if asked:
+        return 0
+    return _failed(f"there is no command {' '.join(words[:2])!r}", 2)
+
+
+def _descriptions() -> dict[str, str]:
+    """First docstring lines of the commands, read without importing them: importing torch takes seconds."""
+    found = {}
+    for file in ("commands.py", "lists.py"):
+        tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        found |= {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions}
+    return {name: found.get(function, found["show_list"]) for name, function in COMMANDS.items()}

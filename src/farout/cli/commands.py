@@ -1,0 +1,215 @@
+"""The commands of the command line as functions: their signatures are the flags, their first lines the help."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from farout import registry
+from farout.detectors._fitting import FitSettings, recalibrate
+from farout.detectors.base import Detector, Runtime, load
+from farout.diffusion.model import DiffusionModel
+from farout.diffusion.train import DiffusionConfig
+from farout.diffusion.train import train_diffusion as _train_diffusion
+from farout.errors import FaroutError
+from farout.evaluation.demo import demo as _demo
+from farout.evaluation.evaluate import evaluate_detector, evaluate_scores
+from farout.evaluation.scoring import ScoredFolder, score_folder
+from farout.images.sources import Policy
+from farout.training_config import TrainingConfig
+
+__all__ = ["calibrate", "demo", "evaluate", "fit", "score", "train_diffusion"]
+
+
+def train_diffusion(
+    source: str,
+    *,
+    out: str,
+    model: DiffusionConfig,
+    training: TrainingConfig,
+    autoencoder: str | None = None,
+    limit: int | None = None,
+    alpha: float = 0.05,
+    statistics: int = 400,
+    groups: Literal["none", "folder"] = "none",
+    seed: int = 0,
+    resume: bool = False,
+) -> DiffusionModel:
+    """Train a diffusion model on images.
+
+    Args:
+        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
+        out: folder of the model.
+        model: what is trained.
+        training: how it is trained.
+        autoencoder: folder of a diffusers autoencoder; the model then works on its latents.
+        limit: use a seeded sample of this many images.
+        alpha: the false-alarm rate that a later calibration wants images for.
+        statistics: images held out for a later fit's statistics.
+        groups: keep images of one folder together in one part.
+        seed: seed of sample, split, weights and noise.
+        resume: go on from the last checkpoint.
+    """
+    return _train_diffusion(
+        source,
+        out,
+        model=model,
+        training=training,
+        autoencoder=autoencoder,
+        limit=limit,
+        alpha=alpha,
+        statistics=statistics,
+        groups=groups,
+        seed=seed,
+        resume=resume,
+    )
+
+
+def fit(
+    method: str,
+    source: str,
+    *,
+    out: str,
+    diffusion: str | None = None,
+    classifier: str | None = None,
+    link: bool = False,
+    settings: FitSettings,
+    arguments: dict[str, Any],
+) -> Detector:
+    """Fit a detector to good images.
+
+    Args:
+        method: the detector's name, see `farout list detectors`.
+        source: good images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
+        out: folder of the detector.
+        diffusion: folder of a diffusion model, or hf://owner/name; without it one is trained.
+        classifier: folder of a classifier, for methods that need one.
+        link: keep a path to the diffusion model instead of a copy.
+        settings: how the fit is done.
+        arguments: the method's own settings.
+    """
+    if link and diffusion is None:
+        raise FaroutError("--link wants --diffusion: there is no model folder to link to")
+    detector: Detector = registry.find("detectors", method).load()(**arguments)
+    started = time.perf_counter()
+    detector.fit(source, diffusion, classifier, **vars(settings))
+    detector.provenance["fit_s"] = round(time.perf_counter() - started, 1)
+    detector.save(out, link=Path(str(diffusion)) if link else None)
+    return detector
+
+
+def score(
+    detector: str,
+    source: str,
+    *,
+    out: str,
+    limit: int | None = None,
+    policy: Policy = "nan",
+    furthest: int = 24,
+    runtime: dict[str, Any],
+) -> ScoredFolder:
+    """Score images: a table, raw measurements and a page.
+
+    Args:
+        detector: folder of a fitted detector.
+        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
+        out: folder of the results; an interrupted run goes on there.
+        limit: a seeded sample of this many images.
+        policy: what becomes of an unreadable image: nan (listed, without score), skip or raise.
+        furthest: images shown on the page.
+        runtime: settings that differ from the fitted ones.
+    """
+    return score_folder(load(detector, **runtime), source, out, limit=limit, policy=policy, furthest=furthest)
+
+
+def calibrate(
+    detector: str,
+    source: str,
+    *,
+    out: str | None = None,
+    limit: int | None = None,
+    alpha: float | None = None,
+    runtime: dict[str, Any],
+) -> Detector:
+    """Rest a detector's p-values on other good images; nothing is trained.
+
+    Args:
+        detector: folder of a fitted detector.
+        source: good images that the detector was not fitted with.
+        out: folder of the recalibrated detector; without it the given folder is replaced.
+        limit: a seeded sample of this many images.
+        alpha: another false-alarm rate.
+        runtime: settings that differ from the fitted ones.
+    """
+    fitted = recalibrate(load(detector, **runtime), source, limit=limit, alpha=alpha)
+    fitted.save(out or detector)
+    return fitted
+
+
+def evaluate(
+    detector: str | None = None,
+    *,
+    id: str | None = None,
+    ood: Sequence[str] = (),
+    scores: Sequence[str] = (),
+    out: str | None = None,
+    limit: int | None = None,
+    controls: bool = True,
+    random_control: bool = False,
+    reference: str | None = None,
+    control_limit: int | None = 1000,
+    runtime: dict[str, Any],
+) -> pd.DataFrame:
+    """Rate a detector, or anyone's scores, against out-of-distribution images.
+
+    Args:
+        detector: folder of a fitted detector.
+        id: in-distribution images that the detector has not seen.
+        ood: out-of-distribution sources.
+        scores: rate score tables instead: the in-distribution one first, then out-of-distribution ones.
+        out: folder of the results.
+        limit: a seeded sample of this many images of each source.
+        controls: rate trivial controls beside the detector.
+        random_control: rate the same detector with random weights.
+        reference: images that controls are fitted on; without it those that the detector was fitted on.
+        control_limit: how many of them.
+        runtime: settings that differ from the fitted ones.
+    """
+    if scores:
+        if detector is not None or id is not None or ood:
+            raise FaroutError("--scores rates tables; leave out the detector, --id and --ood")
+        return evaluate_scores(scores, out)
+    if detector is None or id is None or not ood or out is None:
+        raise FaroutError("evaluate wants DETECTOR --id SOURCE --ood SOURCE... --out DIR, or --scores FILE FILE...")
+    return evaluate_detector(
+        load(detector, **runtime),
+        id,
+        ood,
+        out,
+        limit=limit,
+        controls=controls,
+        random_control=random_control,
+        reference=reference,
+        control_limit=control_limit,
+    )
+
+
+def demo(*, out: str = "farout-demo", steps: int = 300, limit: int = 300, seed: int = 0) -> pd.DataFrame:
+    """Run the main job on the built-in sample, in minutes.
+
+    Args:
+        out: folder of the demo's models and results.
+        steps: training steps of the diffusion model.
+        limit: images scored of each set.
+        seed: seed of everything.
+    """
+    return _demo(out, steps=steps, limit=limit, seed=seed)
+
+
+def runtime_changes(given: dict[str, Any]) -> dict[str, Any]:
+    """The runtime settings that were given, which are those that are not None."""
+    return {name: value for name, value in given.items() if name in Runtime.__dataclass_fields__ and value is not None}

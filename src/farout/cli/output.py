@@ -1,0 +1,106 @@
+"""What the command line prints: progress bars, tables, paths."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from farout import progress as work
+from farout.detectors.base import Detector
+from farout.errors import FaroutWarning
+from farout.evaluation.scoring import ScoredFolder
+
+__all__ = ["progress", "quiet_libraries", "show"]
+
+_MAIN = ["detector", "indicator", "ood", "role", "auroc", "interval", "fpr95", "false_alarm", "detection", "images_per_s"]
+
+
+def quiet_libraries() -> None:
+    """Our warnings on one line each; other libraries' chatter away."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in ("diffusers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    def one_line(message: Any, category: type, *place: Any, **more: Any) -> None:
+        if issubclass(category, FaroutWarning):
+            print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = one_line
+
+
+class _Bars:
+    """rich's bars behind the library's progress protocol."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+
+    def open(self, description: str, total: int | None) -> int:
+        """A new bar."""
+        return self.bars.add_task(description, total=total, note="")
+
+    def advance(self, number: int, units: int, note: str) -> None:
+        """Moves a bar on."""
+        self.bars.update(number, advance=units, note=note)  # type: ignore[arg-type]
+
+    def close(self, number: int) -> None:
+        """Stops a bar's clock."""
+        self.bars.stop_task(number)  # type: ignore[arg-type]
+
+
+@contextmanager
+def progress() -> Iterator[None]:
+    """Bars with the time left for the work inside the block, on the error stream."""
+    left = TimeRemainingColumn(elapsed_when_finished=False)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left]
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bars, work.show(_Bars(bars)):
+        yield
+
+
+def show(name: str, result: Any) -> None:
+    """Prints what a command gave."""
+    printers: dict[str, Callable[[Any], None]] = {
+        "train diffusion": lambda model: print(f"trained on {len(model.trained_on)} images, {model.parameters:,} parameters"),
+        "fit": _detector,
+        "calibrate": _detector,
+        "score": _scored,
+        "evaluate": _metrics,
+        "demo": _metrics,
+    }
+    printers[name](result)
+
+
+def _detector(detector: Detector) -> None:
+    about = detector.describe()
+    counts = f"{about['statistics_images']} statistics and {about['calibration_images']} calibration images"
+    print(f"{about['method']} fitted: {counts}, score {detector.score_name}, alpha {detector.alpha}")
+
+
+def _scored(done: ScoredFolder) -> None:
+    counts = ", ".join(f"{count} {status}" for status, count in done.counts.items())
+    print(f"{counts}; {done.flagged} flagged; {done.scored_now} scored now")
+    for file in ("scores.csv", "measurements.parquet", "manifest.json", "page.html"):
+        print(f"  {done.folder / file}")
+
+
+def _metrics(frame: pd.DataFrame) -> None:
+    """The main columns: the detectors' own scores; every indicator is in metrics.csv."""
+    own = frame[frame["indicator"] == "score"].copy()
+    own["interval"] = [f"{low:.3f} to {high:.3f}" for low, high in zip(own["auroc_low"], own["auroc_high"], strict=True)]
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    columns = [column for column in _MAIN if column in own and own[column].notna().any()]
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in own[columns].itertuples(index=False):
+        table.add_row(*[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row])
+    Console().print(table)
+    for path in frame.attrs.get("paths", []):
+        print(path)

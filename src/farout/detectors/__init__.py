@@ -1,0 +1,1 @@
+"""Detectors: `base.py` is the contract; every other public file is one method."""

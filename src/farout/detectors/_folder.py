@@ -1,0 +1,107 @@
+"""The folder of a fitted detector: configuration, measurements, learnt arrays, and its models or links to them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from farout import registry, store
+from farout.detectors.base import Detector, Measurements, Runtime
+from farout.diffusion.model import DiffusionModel
+from farout.errors import StoreError, TrapWarning
+from farout.images.preprocessing import Preprocessing
+
+__all__ = ["load", "save"]
+
+_KIND = "detector"
+
+
+def save(detector: Detector, folder: Path, link: Path | None) -> None:
+    """See `Detector.save`."""
+    detector.check_fitted()
+    with store.atomic_folder(folder) as temporary:
+        detector.statistics.write(temporary / "statistics.parquet")
+        detector.calibration.write(temporary / "calibration.parquet")
+        arrays = {name: torch.as_tensor(value) for name, value in detector.state().items()}
+        store.save_tensors(temporary / "fitted.safetensors", arrays)
+        (temporary / "statistics.txt").write_text("".join(f"{h}\n" for h in sorted(detector.statistics_hashes)))
+        store.write_config(temporary, _KIND, {**_content(detector), "diffusion": _model(detector, temporary, link)})
+        (temporary / "README.md").write_text(_card(detector))
+
+
+def _content(detector: Detector) -> dict[str, Any]:
+    module = type(detector).__module__.rpartition(".")[2]
+    return {
+        "method": module,
+        "config": detector.config,
+        "runtime": asdict(detector.runtime),
+        "alpha": detector.alpha,
+        "seed": detector.seed,
+        "preprocessing": detector.preprocessing.to_dict(),
+        "provenance": detector.provenance,
+    }
+
+
+def _model(detector: Detector, folder: Path, link: Path | None) -> dict[str, str] | None:
+    if detector.diffusion is None:
+        return None
+    if link is None:
+        detector.diffusion.save(folder / "diffusion")
+        return {"path": "diffusion", "hash": detector.diffusion.content_hash}
+    return {"path": str(link.resolve()), "hash": detector.diffusion.content_hash}
+
+
+def load(folder: Path, changes: dict[str, Any]) -> Detector:
+    """See `farout.detectors.base.load`."""
+    config = store.read_config(folder, _KIND)
+    detector: Detector = registry.find("detectors", config["method"]).load()(**_tuples(config["config"]))
+    detector.alpha, detector.seed = config["alpha"], config["seed"]
+    detector.preprocessing = Preprocessing.from_dict(config["preprocessing"])
+    detector.provenance = config["provenance"]
+    listed = folder / "statistics.txt"
+    detector.statistics_hashes = frozenset(listed.read_text().split() if listed.is_file() else ())
+    detector.use(_read_model(folder, config["diffusion"]), _runtime(Runtime(**config["runtime"]), changes))
+    detector.restore({name: t.numpy() for name, t in store.load_tensors(folder / "fitted.safetensors").items()})
+    detector.statistics = Measurements.read(folder / "statistics.parquet")
+    detector.set_calibration(Measurements.read(folder / "calibration.parquet"))
+    return detector
+
+
+def _tuples(config: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only; sequences in configurations are tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+
+
+def _read_model(folder: Path, entry: dict[str, str] | None) -> DiffusionModel | None:
+    if entry is None:
+        return None
+    path = folder / entry["path"]
+    if not path.is_dir():
+        raise StoreError(f"{folder} wants the diffusion model in {path}, and there is none")
+    model = DiffusionModel.load(path)
+    if model.content_hash != entry["hash"]:
+        raise StoreError(f"the diffusion model in {path} is not the one this detector was fitted with (hash differs)")
+    return model
+
+
+def _runtime(fitted: Runtime, changes: dict[str, Any]) -> Runtime:
+    """The fitted settings with the caller's changes; a device that is not here gives way to `auto`."""
+    if "device" not in changes and fitted.device.startswith("cuda") and not torch.cuda.is_available():
+        fitted = replace(fitted, device="auto")
+    runtime = replace(fitted, **changes).resolved()
+    for name in ("precision", "rows"):
+        if getattr(runtime, name) != getattr(fitted, name):
+            message = f"fitted with {name} {getattr(fitted, name)}, now {getattr(runtime, name)}: scores will differ a little"
+            warnings.warn(message, TrapWarning, stacklevel=4)
+    return runtime
+
+
+def _card(detector: Detector) -> str:
+    about = detector.describe()
+    lines = [f"# A farout detector: {about.pop('method')}", ""]
+    lines += [f"- {name}: {value}" for name, value in {**about, **detector.provenance}.items()]
+    return "\n".join([*lines, "", "Score images with `farout score FOLDER SOURCE --out RESULTS`.", ""])

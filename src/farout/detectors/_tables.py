@@ -1,0 +1,180 @@
+"""What detectors write: measurements (raw values per image) and scores (one row per image)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from farout.errors import FaroutError, StoreError
+
+__all__ = ["Measurements", "Scores"]
+
+_GRID_COLUMNS = ["key", "level", "draw", "metric", "value"]
+
+
+@dataclass
+class Measurements:
+    """Raw values of images, from which every score is made.
+
+    keys: B image keys; values: float32 (B, level, draw, metric) with the names of levels and metrics beside it; or
+    vectors: named float32 tensors (B, d). maps: per-pixel values (B, H, W) where they were asked for, and pictures
+    (B, C, H, W) by name; neither is stored.
+    """
+
+    keys: tuple[str, ...]
+    values: Tensor | None = None
+    levels: tuple[float, ...] = ()
+    metrics: tuple[str, ...] = ()
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    maps: Tensor | None = None
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @staticmethod
+    def join(parts: Sequence[Measurements]) -> Measurements:
+        """One after the other; maps and pictures are joined where all parts have them."""
+        first = parts[0]
+        keys = tuple(key for part in parts for key in part.keys)
+        grids = [part.values for part in parts if part.values is not None]
+        vectors = {name: torch.cat([part.vectors[name] for part in parts]) for name in first.vectors}
+        maps = [part.maps for part in parts if part.maps is not None]
+        pictures = {name: torch.cat([part.pictures[name] for part in parts]) for name in first.pictures}
+        return Measurements(
+            keys,
+            torch.cat(grids) if grids else None,
+            first.levels,
+            first.metrics,
+            vectors,
+            torch.cat(maps) if len(maps) == len(parts) else None,
+            pictures,
+        )
+
+    def select(self, index: Sequence[int]) -> Measurements:
+        """The measurements of some images, in the given order, without maps and pictures."""
+        rows = torch.tensor(list(index), dtype=torch.long)
+        values = None if self.values is None else self.values[rows]
+        vectors = {name: vector[rows] for name, vector in self.vectors.items()}
+        return Measurements(tuple(self.keys[i] for i in index), values, self.levels, self.metrics, vectors)
+
+    def finite(self) -> Tensor:
+        """Whether all values of an image are numbers, (B,) bool."""
+        flat = [] if self.values is None else [self.values.flatten(1)]
+        whole = torch.cat([*flat, *[vector.flatten(1) for vector in self.vectors.values()]], dim=1)
+        return torch.isfinite(whole).all(1)
+
+    def to_table(self) -> pa.Table:
+        """Long form (key, level, draw, metric, value), or one row per image with a list per vector."""
+        if self.values is None:
+            columns = {name: list(vector.numpy()) for name, vector in self.vectors.items()}
+            types = [("key", pa.string()), *[(name, pa.list_(pa.float32())) for name in columns]]
+            return pa.table({"key": list(self.keys), **columns}, schema=pa.schema(types))
+        count, levels, draws, metrics = self.values.shape
+        inner = levels * draws * metrics
+        columns = {
+            "key": pa.array(np.repeat(np.array(self.keys, dtype=object), inner), pa.string()),
+            "level": np.tile(np.repeat(np.array(self.levels, dtype=np.float64), draws * metrics), count),
+            "draw": np.tile(np.repeat(np.arange(draws, dtype=np.int32), metrics), count * levels),
+            "metric": pa.array(np.tile(np.array(self.metrics, dtype=object), count * levels * draws), pa.string()),
+            "value": self.values.numpy().astype(np.float32).reshape(-1),
+        }
+        return pa.table(columns)
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Measurements:
+        """Reads `to_table`; raises StoreError for a table of another form."""
+        if table.column_names != _GRID_COLUMNS:
+            return cls._from_vectors(table)
+        keys = list(dict.fromkeys(table["key"].to_pylist()))
+        levels = tuple(dict.fromkeys(table["level"].to_pylist()))
+        metrics = tuple(dict.fromkeys(table["metric"].to_pylist()))
+        value = np.array(table["value"].to_numpy(), dtype=np.float32)
+        cells = len(keys) * len(levels) * len(metrics)
+        if cells == 0 or len(value) % cells:
+            raise StoreError(f"measurements hold {len(value)} values for {len(keys)} images; the table is incomplete")
+        shape = (len(keys), len(levels), -1, len(metrics))
+        return cls(tuple(keys), torch.from_numpy(value.reshape(shape)), levels, metrics)
+
+    @classmethod
+    def _from_vectors(cls, table: pa.Table) -> Measurements:
+        if "key" not in table.column_names:
+            raise StoreError(f"measurements want a column 'key', this table has {table.column_names}")
+        vectors = {
+            name: torch.from_numpy(np.stack([np.asarray(row, dtype=np.float32) for row in table[name].to_pylist()]))
+            for name in table.column_names
+            if name != "key"
+        }
+        return cls(tuple(table["key"].to_pylist()), vectors=vectors)
+
+    def write(self, path: Path) -> None:
+        """Writes the table as parquet."""
+        pq.write_table(self.to_table(), path, compression="zstd")
+
+    @classmethod
+    def read(cls, path: Path) -> Measurements:
+        """Reads a parquet table; raises StoreError when it is missing or damaged."""
+        if not path.is_file():
+            raise StoreError(f"{path} is missing; the folder is incomplete")
+        try:
+            return cls.from_table(pq.read_table(path))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StoreError(f"{path} cannot be read as parquet ({error})") from error
+
+
+@dataclass
+class Scores:
+    """One row per image, in the order of the source.
+
+    keys; score: float64 (B,), higher = further out, NaN where there is none; p_value: float64 (B,); is_ood: bool (B,),
+    False where there is no score (see `status`); status: `ok`, `unreadable` or `not a number`; indicators: every other
+    score of the method by name, float64 (B,).
+    """
+
+    keys: tuple[str, ...]
+    score: np.ndarray
+    p_value: np.ndarray
+    is_ood: np.ndarray
+    status: tuple[str, ...]
+    indicators: Mapping[str, np.ndarray]
+    measurements: Measurements | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table of `scores.csv`; `is_ood` is empty where there is no score."""
+        scored = np.array([status == "ok" for status in self.status], dtype=bool)
+        flags = pd.array(np.where(scored, self.is_ood, False), dtype="boolean")
+        flags[~scored] = pd.NA
+        columns = {
+            "key": list(self.keys),
+            "score": self.score,
+            "p_value": self.p_value,
+            "is_ood": flags,
+            "status": list(self.status),
+        }
+        return pd.DataFrame({**columns, **dict(self.indicators)})
+
+    @classmethod
+    def from_frame(cls, frame: pd.DataFrame) -> Scores:
+        """Reads `to_frame`, or any table with columns `key` and `score`; what is missing is filled in as unknown."""
+        if not {"key", "score"} <= set(frame.columns):
+            raise FaroutError(f"a score table wants columns key and score, this one has {list(frame.columns)}")
+        score = frame["score"].to_numpy(dtype=np.float64)
+        known = {"key", "score", "p_value", "is_ood", "status"}
+        p_value = frame["p_value"].to_numpy(dtype=np.float64) if "p_value" in frame else np.full(len(frame), np.nan)
+        is_ood = frame["is_ood"].map({"True": True, True: True}).fillna(False) if "is_ood" in frame else False
+        status = frame["status"] if "status" in frame else np.where(np.isnan(score), "not a number", "ok")
+        others = [name for name in frame.columns if name not in known and pd.api.types.is_numeric_dtype(frame[name])]
+        indicators = {name: frame[name].to_numpy(dtype=np.float64) for name in others}
+        flags = np.broadcast_to(np.asarray(is_ood, dtype=bool), len(frame))
+        return cls(tuple(frame["key"].astype(str)), score, p_value, flags, tuple(status), indicators)

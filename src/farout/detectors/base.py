@@ -1,0 +1,403 @@
+"""The contract of detectors: fit, measure, combine, score, save, load."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from farout import store
+from farout.calibration import check_scores, is_out, p_values
+from farout.detectors._tables import Measurements, Scores
+from farout.devices import resolve_device, resolve_precision
+from farout.diffusion.model import DiffusionModel
+from farout.errors import FaroutError
+from farout.images.preprocessing import Preprocessing
+from farout.images.sources import Batch, ImageSource, Policy, batches, open_source
+from farout.progress import task
+
+__all__ = ["Cost", "Detector", "Measurements", "Runtime", "Scores", "load"]
+
+_MEMORY = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How networks are run. Scores are bit-equal for one device, precision and `rows`; the rest never matters.
+
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
+        precision: `fp32`, `bf16`, `fp16`, or `auto`: bf16 where the device computes in it natively, else fp32.
+        rows: rows of one network call; `auto`: 32 on a CPU, 256 on an accelerator.
+        batch_size: images measured together; `auto`: by a memory budget.
+        workers: threads that decode images.
+    """
+
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    rows: int | Literal["auto"] = 32
+    batch_size: int | Literal["auto"] = "auto"
+    workers: int = 2
+
+    def resolved(self) -> Runtime:
+        """With every `auto` but the batch size replaced by what it means here."""
+        device = resolve_device(self.device)
+        rows = self.rows if self.rows != "auto" else (32 if device.type == "cpu" else 256)
+        if rows < 1 or (self.batch_size != "auto" and self.batch_size < 1):
+            raise FaroutError(f"rows and batch_size want at least 1, got {self.rows} and {self.batch_size}")
+        return replace(self, device=str(device), precision=resolve_precision(self.precision, device), rows=rows)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image costs: network evaluations (rows) and billions of multiply-accumulates, all networks together."""
+
+    nfe: float
+    gmacs: float
+
+
+class Detector(ABC):
+    """A method that says how far out an image is. The constructor's arguments are the configuration.
+
+    A method implements `measure`, `combine`, `fit_statistics` and `tiny`, and says what it `needs`. HIGHER = FURTHER
+    OUT, always.
+
+    Attributes:
+        config: the constructor's arguments.
+        preprocessing: from any image to the (C, H, W) tensors that `measure` takes.
+        statistics, calibration: measurements of the images that the statistics and the p-values rest on.
+        alpha: false-alarm rate of `is_ood`.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What a fit wants: `diffusion`, `classifier`, `labels`."""
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Named settings: arguments of the constructor."""
+    choices: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that only `combine` reads: they can be changed after the fact."""
+    statistics_minimum: ClassVar[int] = 400
+    """Images that the statistics want."""
+
+    config: dict[str, Any]
+    preprocessing: Preprocessing
+    statistics: Measurements
+    calibration: Measurements
+    diffusion: DiffusionModel | None = None
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Keeps the arguments of the constructor as `config`: they are the configuration, the flags and the docs."""
+        super().__init_subclass__(**arguments)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]
+
+    def _start(self) -> None:
+        self.runtime = Runtime()
+        self.alpha, self.seed = 0.05, 0
+        self.provenance: dict[str, Any] = {}
+        self.statistics_hashes: frozenset[str] = frozenset()
+        self.calibration_scores: dict[str, np.ndarray] = {}
+
+    # -- what a method implements --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def measure(self, batch: Batch, maps: bool = False) -> Measurements:
+        """Runs the networks on preprocessed images (B, C, H, W) in [0, 1]."""
+
+    @abstractmethod
+    def fit_statistics(self, measurements: Measurements) -> None:
+        """Learns from the measurements of the statistics images what `combine` needs."""
+
+    @abstractmethod
+    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+        """Every score that the method defines, by name, float64 (B,); pure; HIGHER = FURTHER OUT."""
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, resources: Any) -> Detector:
+        """An unfitted detector that runs in seconds, for the shared tests; `resources.diffusion` is a tiny model."""
+
+    def prepare(self) -> None:
+        """Called once networks and runtime are known, before anything is measured: checks and caches."""
+
+    def watch(self, measurements: Measurements) -> None:
+        """Sees the statistics images' measurements with maps, batch by batch, while they are made."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What `fit_statistics` and `watch` learnt, as arrays."""
+        return {}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Puts `state` back."""
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of the network's input that one image becomes at once; sizes the batches."""
+        return 1
+
+    @property
+    def score_name(self) -> str:
+        """The indicator that is the method's own score."""
+        return str(self.config["score"])
+
+    # -- what every detector does --------------------------------------------------------------------------------
+
+    @classmethod
+    def from_preset(cls, name: str, **arguments: Any) -> Self:
+        """A detector with the settings of a preset; `arguments` override them."""
+        if name not in cls.presets:
+            raise FaroutError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(cls.presets) or 'none'}")
+        return cls(**{**cls.presets[name], **arguments})
+
+    @property
+    def fitted(self) -> bool:
+        """Whether `fit` or `load` has been called."""
+        return bool(self.calibration_scores)
+
+    def fit(self, images: Any, diffusion: Any = None, classifier: Any = None, **settings: Any) -> Self:
+        """Fits to good images: takes given models, trains what it lacks, then statistics and calibration.
+
+        Args:
+            images: any image source.
+            diffusion: a `DiffusionModel` or its folder; None: one is trained where the method needs it.
+            classifier: for methods that need one.
+            **settings: see `FitSettings` in `farout.detectors._fitting`.
+
+        Raises:
+            FaroutError: for images or models that do not go together.
+        """
+        from farout.detectors._fitting import FitSettings, fit
+
+        return fit(self, images, diffusion, classifier, FitSettings(**settings))
+
+    def use(self, diffusion: DiffusionModel | None, runtime: Runtime) -> None:
+        """Sets networks and runtime, and moves the networks to their device."""
+        self.runtime = runtime.resolved()
+        if diffusion is not None:
+            self.diffusion = diffusion.to(self.runtime.device)
+        self.prepare()
+
+    @property
+    def batch_size(self) -> int:
+        """Images measured together: as set, or what a budget of 256 MiB holds, between 1 and 64."""
+        if self.runtime.batch_size != "auto":
+            return self.runtime.batch_size
+        numbers = np.prod([self.preprocessing.channels, *self.preprocessing.size])
+        # a solver holds about ten arrays of the size of its input
+        return int(np.clip(_MEMORY // (10 * 4 * numbers * self.rows_per_image), 1, 64))
+
+    def measure_all(self, source: ImageSource, title: str, *, watch: bool = False) -> Measurements:
+        """The measurements of all readable images of a source."""
+        parts = []
+        with task(title, len(source)) as bar:
+            for batch in batches(source, self.preprocessing, self.batch_size, workers=self.runtime.workers):
+                measured = self.measure(batch, maps=watch)
+                if watch:
+                    self.watch(measured)
+                parts.append(replace(measured, maps=None, pictures={}))
+                bar.advance(len(batch.keys))
+        return Measurements.join(parts)
+
+    def set_calibration(self, measurements: Measurements) -> None:
+        """Rests the p-values on these measurements; raises FaroutError when a score of them is not a number."""
+        scores = {name: value.double().numpy() for name, value in self.combine(measurements).items()}
+        bad = sorted(name for name, value in scores.items() if not np.isfinite(value).all())
+        if bad:
+            raise FaroutError(f"calibration scores are not numbers for {', '.join(bad)}; look for damaged images")
+        self.calibration = measurements
+        self.calibration_scores = {name: np.sort(value) for name, value in scores.items()}
+
+    def reconfigured(self, **choices: Any) -> Self:
+        """A fitted detector with other choices (score, levels to use, …), refitted and recalibrated from the stored
+        measurements; no network runs.
+
+        Raises FaroutError for arguments that decide what is measured.
+        """
+        wrong = sorted(set(choices) - self.choices)
+        if wrong:
+            hint = f"choices are {', '.join(sorted(self.choices))}; for others fit again"
+            raise FaroutError(f"{', '.join(wrong)} cannot be changed after the fact; {hint}")
+        self.check_fitted()
+        twin = type(self)(**{**self.config, **choices})
+        twin.__dict__.update({k: v for k, v in self.__dict__.items() if k not in twin.__dict__ or k in _FITTED})
+        twin.restore(self.state())
+        twin.fit_statistics(self.statistics)
+        twin.set_calibration(self.calibration)
+        return twin
+
+    def check_fitted(self) -> None:
+        """Raises FaroutError when the detector has not been fitted."""
+        if not self.fitted:
+            raise FaroutError(f"this {type(self).__name__} has not been fitted; call fit(images) or farout.load(folder)")
+
+    def open(self, images: Any, *, limit: int | None = None, policy: Policy = "nan") -> ImageSource:
+        """The source to be scored; an unreadable image gets a row without score."""
+        return open_source(images, policy=policy, limit=limit, seed=self.seed)
+
+    def score(self, images: Any, *, limit: int | None = None, policy: Policy = "nan") -> Scores:
+        """Scores every image of a source, in its order."""
+        self.check_fitted()
+        source = self.open(images, limit=limit, policy=policy)
+        parts = list(self.score_chunks(source))
+        scores = _join_scores(parts)
+        check_scores(scores.score, source.name)
+        return scores
+
+    def score_chunks(self, source: ImageSource, start: int = 0, title: str = "scoring") -> Iterator[Scores]:
+        """Scores a source from position `start` on, `batch_size` images at a time, in bounded memory."""
+        size = self.batch_size
+        with task(title, len(source) - start) as bar:
+            parts = batches(source, self.preprocessing, size, start=start, workers=self.runtime.workers)
+            for position, batch in zip(range(start, len(source), size), parts, strict=True):
+                keys = source.keys[position : position + size]
+                yield self._score_batch(keys, batch, source)
+                bar.advance(len(keys))
+
+    def _score_batch(self, keys: tuple[str, ...], batch: Batch, source: ImageSource) -> Scores:
+        return self.rescore_all(keys, self.measure(batch) if batch.keys else None, skip=source.policy == "skip")
+
+    def rescore_all(self, keys: tuple[str, ...], measurements: Measurements | None, *, skip: bool) -> Scores:
+        """Scores of `keys`, some of which may have no measurements because they could not be read: those are left out
+        (`skip`), or get a row without score, which is never normal.
+        """
+        scores = None if measurements is None else self.rescore(measurements)
+        if scores is not None and (skip or scores.keys == keys):
+            return scores
+        return _with_gaps(() if skip else keys, scores, list(self.calibration_scores))
+
+    def rescore(self, measurements: Measurements) -> Scores:
+        """Scores from stored measurements; no network runs."""
+        self.check_fitted()
+        finite = measurements.finite().numpy()
+        indicators = {}
+        for name, value in self.combine(measurements).items():
+            indicators[name] = np.where(finite & np.isfinite(value.numpy()), value.double().numpy(), np.nan)
+        score = indicators[self.score_name]
+        p = p_values(score, self.calibration_scores[self.score_name])
+        status = tuple("ok" if good else "not a number" for good in np.isfinite(score))
+        return Scores(measurements.keys, score, p, is_out(p, self.alpha), status, indicators, measurements)
+
+    @torch.no_grad()
+    def cost(self) -> Cost:
+        """Network evaluations and multiply-accumulates of one image, counted on one grey image."""
+        images = torch.full((1, self.preprocessing.channels, *self.preprocessing.size), 0.5)
+        kept, self.runtime = self.runtime, replace(self.runtime, rows=1)
+        self.prepare()
+        before = self.evaluations
+        try:
+            with FlopCounterMode(display=False) as counter:
+                self.measure(Batch(("probe",), images, None, (0,)))
+            return Cost(self.evaluations - before, counter.get_total_flops() / 2e9)
+        finally:
+            self.runtime = kept
+            self.prepare()
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations (rows) so far; 0 for methods without a network."""
+        return 0
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides a score: configuration, learnt arrays, calibration, models."""
+        plain = {"config": self.config, "seed": self.seed, "preprocessing": self.preprocessing.to_dict()}
+        plain["diffusion"] = self.diffusion.content_hash if self.diffusion is not None else ""
+        plain["alpha"] = self.alpha
+        arrays = {**self.state(), **{f"calibration.{name}": v for name, v in self.calibration_scores.items()}}
+        learnt = store.hash_tensors({name: torch.as_tensor(np.ascontiguousarray(v)) for name, v in arrays.items()})
+        return hashlib.sha256((json.dumps(plain, sort_keys=True, default=list) + learnt).encode()).hexdigest()
+
+    def save(self, folder: str | Path, *, link: Path | None = None) -> None:
+        """Writes the detector with its models, measurements and calibration.
+
+        `link`: a folder that holds the diffusion model already; its path and hash are written instead of a copy.
+        """
+        from farout.detectors._folder import save
+
+        save(self, Path(folder), link)
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader wants to know: method, configuration, runtime, counts."""
+        return {
+            "method": type(self).__name__,
+            "config": self.config,
+            "runtime": asdict(self.runtime),
+            "alpha": self.alpha,
+            "seed": self.seed,
+            "statistics_images": len(self.statistics),
+            "calibration_images": len(self.calibration),
+        }
+
+
+def _remembering(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def wrapped(self: Detector, *args: Any, **kwargs: Any) -> None:
+        if not hasattr(self, "config"):
+            bound = inspect.signature(init).bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            self.config = dict(list(bound.arguments.items())[1:])
+            self._start()
+        init(self, *args, **kwargs)
+
+    return wrapped
+
+
+_FITTED = {"runtime", "alpha", "seed", "provenance", "statistics_hashes"}
+
+
+def _join_scores(parts: list[Scores]) -> Scores:
+    if not parts:
+        raise FaroutError("there was nothing to score")
+    names = list(parts[0].indicators)
+    measured = [part.measurements for part in parts if part.measurements is not None]
+    return Scores(
+        tuple(key for part in parts for key in part.keys),
+        np.concatenate([part.score for part in parts]),
+        np.concatenate([part.p_value for part in parts]),
+        np.concatenate([part.is_ood for part in parts]),
+        tuple(status for part in parts for status in part.status),
+        {name: np.concatenate([part.indicators[name] for part in parts]) for name in names},
+        Measurements.join(measured) if measured else None,
+    )
+
+
+def _with_gaps(keys: tuple[str, ...], scores: Scores | None, names: list[str]) -> Scores:
+    """The scores joined to all keys; images that could not be read have none and are never normal."""
+    have = scores.keys if scores is not None else ()
+    rows = {key: row for row, key in enumerate(have)}
+    index = np.array([rows.get(key, -1) for key in keys], dtype=int)
+
+    def place(values: np.ndarray | None, empty: Any) -> np.ndarray:
+        padded = np.append(values if values is not None else [], empty)
+        return padded[index]
+
+    status = tuple(scores.status[i] if scores is not None and i >= 0 else "unreadable" for i in index)
+    return Scores(
+        keys,
+        place(None if scores is None else scores.score, np.nan),
+        place(None if scores is None else scores.p_value, np.nan),
+        place(None if scores is None else scores.is_ood, False).astype(bool),
+        status,
+        {name: place(None if scores is None else scores.indicators[name], np.nan) for name in names},
+        None if scores is None else scores.measurements,
+    )
+
+
+def load(folder: str | Path, **runtime: Any) -> Detector:
+    """Loads a fitted detector; `runtime` overrides device, precision, rows, batch_size or workers.
+
+    Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
+    """
+    from farout.detectors._folder import load as read
+
+    return read(Path(folder), runtime)

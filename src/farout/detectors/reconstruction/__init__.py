@@ -1,0 +1,250 @@
+"""Noise to many levels, denoise, compare with the input (Graham et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farout.detectors.base import Detector, Measurements
+from farout.detectors.reconstruction import indicators
+from farout.detectors.reconstruction.comparison import METRICS, Comparison
+from farout.detectors.reconstruction.plan import Plan, make_plan
+from farout.diffusion.denoiser import NetworkDenoiser
+from farout.diffusion.noise import image_noise, shared_noise
+from farout.diffusion.solvers import Evaluation
+from farout.errors import FaroutError
+from farout.features.perceptual import PerceptualName
+from farout.images.sources import Batch
+
+__all__ = ["Reconstruction"]
+
+
+class Reconstruction(Detector):
+    """How far an image is from what a diffusion model makes of it after noising.
+
+    Each image is noised to several levels t and denoised; every reconstruction is compared with the image. With the
+    statistics images' mean and deviation of every (level, metric), `mean_z` is the mean over levels of
+    z_mse + z_perceptual: the score of Graham, Pinaya, Tudosiu, Nachev, Ourselin and Cardoso, "Denoising diffusion
+    models for out-of-distribution detection" (CVPRW 2023, arXiv 2211.07740), section 3.
+
+    Args:
+        mode: `oneshot`: the expected clean image, one evaluation per level and draw; `fast`: a few-step solver per
+            level; `exact`: the paper's PLMS on its grid of labels 10 apart, down to the schedule's lowest level, whose
+            noise stays in the reconstruction.
+        levels: the levels t; None: the mode's own (`exact`: the paper's grid with `skip`).
+        skip: use every skip-th start of the paper's grid of 100 (`exact` without `levels`).
+        grid: start labels of that grid: `paper` 1, 11, …, 991; `released` 10, 20, …, 990, as the released code has it.
+        draws: noise draws per level; in `oneshot` every second one is the negative of the one before (antithetic).
+        noise: `shared`: one noise per (level, draw) for all images; `image`: drawn per image, as in the paper.
+        steps: solver steps per level in `fast` (the lowest levels take fewer: one per 40 labels, at least 1).
+        solver: `dpm_solver_2m`, `ddim` or `heun`, in `fast`.
+        perceptual: `lite0` (built in) or `lpips` (the paper's).
+        metrics: metrics of the z scores, among mse, perceptual, ssim (1 - SSIM), eps_error (of the predicted noise)
+            and score_norm (mean square of the predicted noise).
+        density_metrics: metrics whose logarithms the densities see.
+        score: the method's own score: `mean_z` (the paper's), `two_sided` (mean of |z|), `mahalanobis` or `mixture`
+            (of log-metrics), or `mean_z_<metric>`.
+        min_t, max_t: use levels strictly between them.
+        t_skip: use every t_skip-th of those.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"diffusion"})
+    choices: ClassVar[frozenset[str]] = frozenset({"metrics", "density_metrics", "score", "min_t", "max_t", "t_skip"})
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {
+            "mode": "exact",
+            "skip": 16,
+            "draws": 1,
+            "noise": "image",
+            "perceptual": "lpips",
+            "metrics": ("mse", "perceptual"),
+            "score": "mean_z",
+        },
+        "exact": {"mode": "exact", "skip": 16, "draws": 1, "score": "mean_z"},
+        "fast": {"mode": "fast", "draws": 1, "score": "mean_z"},
+        "oneshot": {"mode": "oneshot", "draws": 2},
+    }
+
+    def __init__(
+        self,
+        *,
+        mode: Literal["oneshot", "fast", "exact"] = "oneshot",
+        levels: tuple[int, ...] | None = None,
+        skip: int = 16,
+        grid: Literal["paper", "released"] = "paper",
+        draws: int = 2,
+        noise: Literal["shared", "image"] = "shared",
+        steps: int = 5,
+        solver: Literal["dpm_solver_2m", "ddim", "heun"] = "dpm_solver_2m",
+        perceptual: PerceptualName = "lite0",
+        metrics: tuple[str, ...] = ("mse", "perceptual"),
+        density_metrics: tuple[str, ...] = ("mse", "perceptual", "eps_error", "score_norm"),
+        score: str = "mahalanobis",
+        min_t: int = 0,
+        max_t: int = 1000,
+        t_skip: int = 1,
+    ) -> None:
+        unknown = sorted({*metrics, *density_metrics} - set(METRICS))
+        if unknown or not metrics or not density_metrics:
+            raise FaroutError(f"metrics are chosen among {', '.join(METRICS)}; got {unknown or 'none'}")
+        if draws < 1 or steps < 1 or skip < 1 or t_skip < 1:
+            raise FaroutError(f"draws, steps, skip and t_skip want at least 1, got {draws}, {steps}, {skip}, {t_skip}")
+        if score not in indicators.names():
+            raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(indicators.names())}")
+        self.perceptual, self.draws = perceptual, draws
+        self.scorer = indicators.Scorer(metrics, density_metrics, min_t, max_t, t_skip)
+        self.plan: Plan | None = None
+        self.error_mean: Tensor | None = None
+        self.error_square: Tensor | None = None
+        self.watched = 0
+
+    @classmethod
+    def tiny(cls, resources: Any) -> Reconstruction:
+        """Two levels, one evaluation each."""
+        return cls(levels=(50, 200), draws=2)
+
+    # -- measuring -----------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Builds the paths of all levels, the denoiser, the noise and the metrics' network."""
+        model = self.diffusion
+        if model is None:
+            raise FaroutError("Reconstruction wants a diffusion model")
+        names = ("mode", "levels", "skip", "grid", "steps", "solver")
+        self.plan = make_plan(model.schedule, **{name: self.config[name] for name in names})
+        self.scorer.check_levels(self.plan.levels)
+        self.denoiser: NetworkDenoiser = model.denoiser(self._rows, self.runtime.precision)  # type: ignore[arg-type]
+        self.comparison = Comparison(self.perceptual, self._rows, model.device)
+        self.shared = self._shared_noise(model.shape) if self.config["noise"] == "shared" else None
+
+    @property
+    def _rows(self) -> int:
+        return int(self.runtime.rows)
+
+    def _shared_noise(self, shape: tuple[int, ...]) -> Tensor:
+        """(levels, draws, C, H, W), the same for every image."""
+        assert self.plan is not None
+        rows = [self._draws(lambda draw, t=t: shared_noise(shape, self.seed, t, draw)) for t in self.plan.levels]
+        return torch.stack(rows)
+
+    def _draws(self, draw: Any) -> Tensor:
+        """All draws of one level; in `oneshot`, every second one mirrors the one before."""
+        if self.config["mode"] != "oneshot":
+            return torch.stack([draw(i) for i in range(self.draws)])
+        pairs = [sign * draw(i) for i in range((self.draws + 1) // 2) for sign in (1, -1)]
+        return torch.stack(pairs[: self.draws])
+
+    def _noise(self, keys: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
+        """(B, levels, draws, C, H, W)"""
+        if self.shared is not None:
+            return self.shared.expand(len(keys), *self.shared.shape)
+        assert self.plan is not None
+        levels = [
+            self._draws(lambda draw, t=t: image_noise(keys, shape, self.seed, t, draw)).transpose(0, 1)
+            for t in self.plan.levels
+        ]
+        return torch.stack(levels, dim=1)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Levels times draws."""
+        return (len(self.plan.levels) if self.plan is not None else 1) * self.draws
+
+    @property
+    def evaluations(self) -> int:
+        """Rows that the denoiser has evaluated."""
+        return self.denoiser.evaluations
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, maps: bool = False) -> Measurements:
+        """Metrics of every level and draw: values (B, level, draw, metric).
+
+        With `maps`: the mean over levels of standardised squared errors (B, H, W), and the pictures `errors`
+        (B, level, H, W) and `reconstruction` (B, C, H, W), of the middle level.
+        """
+        assert self.plan is not None
+        assert self.diffusion is not None
+        count, levels = len(batch.keys), len(self.plan.levels)
+        shape = (count, levels, self.draws)
+        images = batch.images.to(self.diffusion.device)
+        if not count:
+            empty = torch.empty(*shape, len(METRICS))
+            return Measurements((), empty, tuple(float(t) for t in self.plan.levels), METRICS)
+        noise = self._noise(batch.keys, self.diffusion.shape).flatten(0, 2).to(images.device)
+        restored, predicted = self._restore(images, noise)
+        flat = self.comparison(images, restored, predicted, noise)
+        measured = Measurements(
+            batch.keys, flat.reshape(*shape, -1).cpu(), tuple(float(t) for t in self.plan.levels), METRICS
+        )
+        if maps:
+            self._add_maps(measured, images, restored.reshape(*shape, *restored.shape[1:]))
+        return measured
+
+    def _restore(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstructions (B * levels * draws, C, H, W) in [0, 1], and the noise predicted at the starts."""
+        assert self.plan is not None
+        assert self.diffusion is not None
+        per_image = len(noise) // len(images)
+        sigmas = self.plan.paths.repeat_interleave(self.draws, 0).repeat(len(images), 1).to(images.device)
+        x0 = self.diffusion.encode(images).repeat_interleave(per_image, 0)
+        x = x0 + sigmas[:, 0].reshape(-1, *[1] * (x0.ndim - 1)) * noise
+        first: list[Tensor] = []
+
+        def keep(evaluation: Evaluation) -> None:
+            if evaluation.index == 0:
+                sigma = evaluation.sigma.reshape(-1, *[1] * (x0.ndim - 1))
+                first.append((evaluation.x - evaluation.x0) / sigma)
+
+        end = self.plan.solver(self.denoiser, x, sigmas, callback=keep)
+        return self.diffusion.decode(end * self.plan.final_scale), first[0]
+
+    def _add_maps(self, measured: Measurements, images: Tensor, restored: Tensor) -> None:
+        errors = (restored - images[:, None, None]).square().mean((2, 3)).cpu()
+        measured.pictures = {"errors": errors, "reconstruction": restored[:, restored.shape[1] // 2, 0].cpu()}
+        measured.maps = errors.mean(1)
+        if self.error_mean is not None and self.error_square is not None:
+            deviation = (self.error_square - self.error_mean**2).clamp(min=1e-12).sqrt()
+            # a border that never errs has no scale of its own; a share of the map's keeps it from dominating
+            deviation = deviation + 0.1 * deviation.mean((1, 2), keepdim=True)
+            measured.maps = ((errors - self.error_mean) / deviation).mean(1)
+
+    def watch(self, measurements: Measurements) -> None:
+        """Running mean and mean square of the error maps (level, H, W)."""
+        errors = measurements.pictures["errors"].double()
+        total = self.watched + len(errors)
+        mean = errors.sum(0) if self.error_mean is None else self.error_mean * self.watched + errors.sum(0)
+        square = errors.square().sum(0)
+        square = square if self.error_square is None else self.error_square * self.watched + square
+        self.error_mean, self.error_square, self.watched = mean / total, square / total, total
+
+    # -- scoring -------------------------------------------------------------------------------------------------
+
+    def fit_statistics(self, measurements: Measurements) -> None:
+        """z statistics of every (level, metric) and densities of log-metrics."""
+        self.scorer.fit(measurements, self.seed)
+
+    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+        """`mean_z`, `two_sided`, `mahalanobis`, `mixture`, and `mean_z_<metric>` for every metric measured."""
+        return self.scorer(measurements)
+
+    def curves(self, measurements: Measurements) -> Tensor:
+        """z against level: (B, level, metric), draws averaged."""
+        return self.scorer.curves(measurements)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The scorer's arrays and the error maps' statistics."""
+        arrays = self.scorer.to_arrays()
+        if self.error_mean is not None and self.error_square is not None:
+            arrays["error_mean"] = self.error_mean.numpy()
+            arrays["error_square"] = self.error_square.numpy()
+        return arrays
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Puts `state` back."""
+        arrays = dict(state)
+        for name in ("error_mean", "error_square"):
+            setattr(self, name, torch.as_tensor(arrays.pop(name)) if name in arrays else None)
+        self.scorer.restore(arrays)

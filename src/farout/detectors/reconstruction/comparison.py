@@ -1,0 +1,55 @@
+"""The metrics between an image and its reconstructions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from farout.features.perceptual import PerceptualName, perceptual_distance, ssim
+
+__all__ = ["METRICS", "Comparison"]
+
+METRICS = ("mse", "perceptual", "ssim", "eps_error", "score_norm")
+"""mse: mean squared error of pixels; perceptual: distance of features; ssim: 1 - SSIM; eps_error: mean squared error of
+the noise predicted at the start; score_norm: mean square of that prediction. All but the first two are ours (card,
+section 7.2, row 5); eps_error and score_norm cost nothing."""
+
+_HELD = 256
+
+
+class Comparison:
+    """Compares images (B, C, H, W) with reconstructions (B * n, C, H, W), n in a row per image."""
+
+    def __init__(self, perceptual: PerceptualName, rows: int, device: torch.device) -> None:
+        self.distance = perceptual_distance(perceptual).to(device)
+        self.rows = rows
+
+    def __call__(self, images: Tensor, restored: Tensor, predicted: Tensor, noise: Tensor) -> Tensor:
+        """(B * n, metrics), in the order of METRICS; float64 sums of float32 values, stored as float32."""
+        times = len(restored) // len(images)
+        originals = images.repeat_interleave(times, 0)
+        columns = [
+            _mean((restored - originals).square()),
+            self._perceptual(images, restored, times),
+            1 - ssim(restored.double(), originals.double()),
+            _mean((predicted - noise).square()),
+            _mean(predicted.square()),
+        ]
+        return torch.stack([column.float() for column in columns], dim=1)
+
+    def _perceptual(self, images: Tensor, restored: Tensor, times: int) -> Tensor:
+        """The originals' features are computed once per image; some hundred feature maps are held at once."""
+        count = max(1, _HELD // times)
+        parts = [
+            self._group(some, rest, times)
+            for some, rest in zip(images.split(count), restored.split(count * times), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _group(self, images: Tensor, restored: Tensor, times: int) -> Tensor:
+        originals = [feature.repeat_interleave(times, 0) for feature in self.distance.features(images, self.rows)]
+        return self.distance.distance(originals, self.distance.features(restored, self.rows))
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.double().flatten(1).mean(1)

@@ -1,0 +1,73 @@
+"""Which levels are started from and along which paths they are denoised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from farout.diffusion import paths
+from farout.diffusion.schedule import NoiseSchedule
+from farout.diffusion.solvers import SOLVERS, Solver, plms
+from farout.errors import FaroutError
+
+__all__ = ["Plan", "make_plan", "paper_grid"]
+
+FAST_LEVELS = (10, 170, 330, 490)
+ONESHOT_LEVELS = (20, 60, 120, 200, 300, 400)
+_SPACING = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """levels: the starts t; paths: (levels, steps + 1) sigmas; solver; final_scale: factor on the solver's result
+    before decoding (1, or sqrt(abar_0) where the paper decodes the variance-preserving sample).
+    """
+
+    levels: tuple[int, ...]
+    paths: Tensor
+    solver: Solver
+    final_scale: float
+
+
+def paper_grid(skip: int, grid: Literal["paper", "released"] = "paper") -> tuple[int, ...]:
+    """Start labels of the paper's grid of 100: every `skip`-th of 1, 11, …, 991; `released`: of 10, 20, …, 990.
+
+    Card section 2.5; the released code drops label 0 and starts at index 1.
+    """
+    if grid == "paper":
+        return tuple(range(1, 1000, _SPACING))[::skip]
+    return tuple(range(0, 1000, _SPACING))[1::skip]
+
+
+def make_plan(
+    schedule: NoiseSchedule,
+    *,
+    mode: str,
+    levels: tuple[int, ...] | None,
+    skip: int,
+    grid: Literal["paper", "released"],
+    steps: int,
+    solver: str,
+) -> Plan:
+    """The plan of a mode; raises FaroutError for levels outside the schedule, repeated, or an unknown name."""
+    chosen = tuple(sorted(levels)) if levels else _default_levels(mode, skip, grid)
+    lowest = 1 if mode == "exact" else 0
+    if len(set(chosen)) < len(chosen) or min(chosen) < lowest or max(chosen) >= schedule.steps:
+        raise FaroutError(f"levels want different values from {lowest} to {schedule.steps - 1}, got {list(chosen)}")
+    if mode == "exact":
+        table = paths.pad([paths.grid(schedule, t, _SPACING) for t in chosen])
+        return Plan(chosen, table, plms, float(schedule.abar[0].sqrt()))
+    if solver not in SOLVERS or solver == "plms":
+        raise FaroutError(f"solver is dpm_solver_2m, ddim or heun, got {solver!r}")
+    counts = [1 if mode == "oneshot" else min(steps, max(1, t // 40)) for t in chosen]
+    table = paths.pad([paths.geometric(schedule, t, count) for t, count in zip(chosen, counts, strict=True)])
+    return Plan(chosen, table, SOLVERS["ddim" if mode == "oneshot" else solver], 1.0)
+
+
+def _default_levels(mode: str, skip: int, grid: Literal["paper", "released"]) -> tuple[int, ...]:
+    known = {"exact": paper_grid(skip, grid), "fast": FAST_LEVELS, "oneshot": ONESHOT_LEVELS}
+    if mode not in known:
+        raise FaroutError(f"mode is one of {', '.join(known)}, got {mode!r}")
+    return known[mode]

@@ -1,0 +1,1 @@
+"""Rating detectors: metrics, intervals, controls, scored folders and pages."""

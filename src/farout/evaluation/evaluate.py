@@ -1,0 +1,222 @@
+"""Rating a detector: every indicator against every out-of-distribution source, with controls beside it."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from farout import store
+from farout.calibration import p_values
+from farout.detectors._tables import Scores
+from farout.detectors.base import Detector
+from farout.errors import FaroutError, TrapWarning
+from farout.evaluation.controls import TrivialControls
+from farout.evaluation.metrics import detection, false_alarm
+from farout.evaluation.metrics import evaluate as rate
+from farout.evaluation.scoring import read_scores, score_folder
+from farout.images import catalog
+from farout.images.sources import ImageSource, open_source
+
+__all__ = ["COLUMNS", "evaluate_detector", "evaluate_scores"]
+
+COLUMNS = ["detector", "preset", "indicator", "protocol", "id", "ood", "group", "role", "seed", "auroc", "auroc_low", "auroc_high", "aupr_in", "aupr_out", "fpr95", "fpr95_low", "fpr95_high", "alpha", "false_alarm", "detection", "nfe", "gmacs", "images_per_s", "peak_mib", "fit_s", "n_id", "n_ood"]
+"""Columns of `metrics.csv`: fractions, not percent."""
+
+
+@dataclass
+class _Rated:
+    """One detector and what its rows share."""
+
+    name: str
+    detector: Detector
+    folder: Path
+
+
+@dataclass
+class _Side:
+    """A scored source."""
+
+    source: ImageSource
+    scores: Scores
+    images_per_s: float
+
+
+def evaluate_detector(
+    detector: Detector,
+    id_source: Any,
+    ood_sources: Sequence[Any],
+    out: str | Path,
+    *,
+    limit: int | None = None,
+    controls: bool = True,
+    random_control: bool = False,
+    reference: Any = None,
+    control_limit: int | None = 1000,
+) -> pd.DataFrame:
+    """Scores all sources into `out/scores/`, rates every indicator, and writes `out/metrics.csv`.
+
+    Args:
+        detector: a fitted detector.
+        id_source: in-distribution images that the detector has not seen.
+        ood_sources: out-of-distribution sources.
+        out: folder of the results; an interrupted run goes on there.
+        limit: a seeded sample of this many images of each source.
+        controls: rate trivial controls beside the detector.
+        random_control: rate the same detector with random weights in its network.
+        reference: source that the controls are fitted on; None: the one that the detector was fitted on.
+        control_limit: images of `reference` that the controls are fitted on.
+
+    Returns:
+        The table, one row per detector, indicator and out-of-distribution source.
+    """
+    detector.check_fitted()
+    out = Path(out)
+    fitted = [_Rated(type(detector).__name__.lower(), detector, out / "scores")]
+    fitted += _controls(detector, reference, control_limit, out, trivial=controls, random=random_control)
+    rows = [row for rated in fitted for row in _rows(rated, id_source, ood_sources, limit)]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    out.mkdir(parents=True, exist_ok=True)
+    with store.atomic_file(out / "metrics.csv") as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n")
+    return table
+
+
+def _controls(
+    detector: Detector, reference: Any, limit: int | None, out: Path, *, trivial: bool, random: bool
+) -> Iterator[_Rated]:
+    """Controls fitted like the detector; where its images are not at hand, a warning says so."""
+    if not trivial and not random:
+        return
+    source = reference if reference is not None else detector.provenance.get("source")
+    settings: dict[str, Any] = {"alpha": detector.alpha, "seed": detector.seed, "runtime": detector.runtime}
+    settings |= {"limit": limit, "protocol": detector.preprocessing.protocol}
+    try:
+        images = open_source(source)
+    except FaroutError as error:
+        message = f"no controls: {source!r} cannot be opened ({error}); give the images for them with --reference"
+        warnings.warn(message, TrapWarning, stacklevel=3)
+        return
+    if trivial:
+        yield _Rated("trivial_controls", TrivialControls().fit(images, **settings), out / "control_scores" / "trivial")
+    if random and detector.diffusion is not None:
+        twin = type(detector)(**detector.config).fit(images, detector.diffusion.randomised(detector.seed), **settings)
+        yield _Rated(f"{type(detector).__name__.lower()}_random_weights", twin, out / "control_scores" / "random")
+
+
+def _rows(rated: _Rated, id_source: Any, ood_sources: Sequence[Any], limit: int | None) -> Iterator[dict[str, Any]]:
+    inside = _score(rated, id_source, limit)
+    cost = rated.detector.cost()
+    for ood_source in ood_sources:
+        outside = _score(rated, ood_source, limit)
+        common = {
+            "detector": rated.name,
+            "preset": rated.detector.config.get("mode", ""),
+            "protocol": rated.detector.preprocessing.protocol,
+            "seed": rated.detector.seed,
+            **_names(inside.source.name, outside.source.name),
+            "nfe": cost.nfe,
+            "gmacs": round(cost.gmacs, 4),
+            "images_per_s": round(outside.images_per_s, 2),
+            "peak_mib": round(_peak_mib(), 1),
+            "fit_s": rated.detector.provenance.get("fit_s", float("nan")),
+        }
+        yield from _indicator_rows(rated.detector, inside, outside, common)
+
+
+def _indicator_rows(
+    detector: Detector, inside: _Side, outside: _Side, common: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    groups = _shared_images(inside.source, outside.source, inside.scores, outside.scores)
+    for name in ["score", *inside.scores.indicators]:
+        own = detector.score_name if name == "score" else name
+        id_scores, ood_scores = inside.scores.indicators[own], outside.scores.indicators[own]
+        calibration = detector.calibration_scores[own]
+        yield {
+            **common,
+            "indicator": name,
+            **asdict(rate(id_scores, ood_scores, groups=groups, seed=detector.seed)),
+            "alpha": detector.alpha,
+            "false_alarm": false_alarm(p_values(id_scores, calibration), detector.alpha),
+            "detection": detection(p_values(ood_scores, calibration), detector.alpha),
+        }
+
+
+def _score(rated: _Rated, images: Any, limit: int | None) -> _Side:
+    source = rated.detector.open(images, limit=limit)
+    started = time.perf_counter()
+    done = score_folder(rated.detector, source, rated.folder / _slug(source.name), furthest=12)
+    seconds = time.perf_counter() - started
+    speed = done.scored_now / seconds if done.scored_now == len(source) else float("nan")
+    return _Side(source, read_scores(done.folder), speed)
+
+
+def _slug(name: str) -> str:
+    """A folder name for a source; different sources that read alike get different ones."""
+    plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", name).strip("_.") or "images"
+    return plain if plain == name else f"{plain[-80:]}-{store.short_hash(name)}"
+
+
+def _names(id_name: str, ood_name: str) -> dict[str, str]:
+    return {
+        "id": id_name,
+        "ood": ood_name,
+        "group": catalog.group(id_name, ood_name),
+        "role": catalog.role(id_name, ood_name),
+    }
+
+
+def _shared_images(inside: ImageSource, outside: ImageSource, *scores: Scores) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids of the source images of both sides where a variant of one is on the other: they are not independent."""
+    hashes = [np.array([str(h) for h in side.content_hashes()]) for side in (inside, outside)]
+    if not set(hashes[0]) & set(hashes[1]):
+        return None
+    return hashes[0][: len(scores[0])], hashes[1][: len(scores[1])]
+
+
+def _peak_mib() -> float:
+    """The most memory held so far: of the accelerator, or of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):
+        return float(memory.peak_wset) / 2**20
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def evaluate_scores(files: Sequence[str | Path], out: str | Path | None = None) -> pd.DataFrame:
+    """Rates anyone's scores: the first file is the in-distribution set, each further one an out-of-distribution set.
+
+    A file is a table (.csv or .parquet) with columns key and score, higher = further out, or a scored folder.
+    Indicators are rated where both sides have them.
+    """
+    if len(files) < 2:
+        raise FaroutError("scores want at least two files: the in-distribution one first, then out-of-distribution ones")
+    inside = read_scores(files[0])
+    rows = []
+    for file in files[1:]:
+        outside = read_scores(file)
+        shared = [name for name in inside.indicators if name in outside.indicators]
+        for name in ["score", *shared]:
+            pair = [side.score if name == "score" else side.indicators[name] for side in (inside, outside)]
+            common = {"detector": "given", "indicator": name, "id": str(files[0]), "ood": str(file)}
+            rows.append({**common, **asdict(rate(pair[0], pair[1]))})
+    table = pd.DataFrame(rows).reindex(columns=COLUMNS)
+    if out is not None:
+        with store.atomic_file(Path(out) / "metrics.csv") as temporary:
+            table.to_csv(temporary, index=False, lineterminator="\n")
+    return table

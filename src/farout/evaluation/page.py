@@ -1,0 +1,95 @@
+"""The page of a scored folder: the scores against calibration, and the furthest images."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import colormaps
+from PIL import Image
+from torch import Tensor
+
+from farout import store
+from farout.detectors.base import Detector
+from farout.images.sources import Batch, ImageSource, batches
+
+__all__ = ["write_page"]
+
+_BINS = 48
+
+
+def write_page(detector: Detector, source: ImageSource, out: Path, furthest: int) -> Path:
+    """Writes `page.html` into a scored folder: one file, no outside request. Returns its path."""
+    frame = pd.read_csv(out / "scores.csv", dtype={"key": str})
+    manifest = store.read_json(out / "manifest.json")
+    ranked = frame[frame["status"] == "ok"].sort_values(["score", "key"], ascending=[False, True])
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("farout.evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    html = environment.get_template("page.html").render(
+        manifest=manifest,
+        score_name=detector.score_name,
+        histogram=_histogram(detector.calibration_scores[detector.score_name], ranked["score"].to_numpy(dtype=float)),
+        cards=_cards(detector, source, ranked.head(furthest)),
+    )
+    with store.atomic_file(out / "page.html") as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    return out / "page.html"
+
+
+def _histogram(calibration: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+    """Bars of two distributions over one axis, heights as percent of the tallest; the last bar gathers what is above."""
+    everything = np.concatenate([calibration, scores])
+    low = float(everything.min())
+    high = float(max(np.quantile(everything, 0.98), calibration.max()))
+    edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
+    shares = {}
+    for name, values in (("calibration", calibration), ("scored", scores)):
+        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+        shares[name] = counts / max(1, len(values))
+    tallest = max(share.max() for share in shares.values())
+    bars = {name: [round(100 * float(share) / tallest, 2) for share in values] for name, values in shares.items()}
+    return {"low": f"{edges[0]:.3g}", "high": f"{edges[-1]:.3g}", "bars": bars, "width": round(100 / _BINS, 4)}
+
+
+def _cards(detector: Detector, source: ImageSource, rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """One entry per image: its numbers and pictures."""
+    if rows.empty:
+        return []
+    places = {key: place for place, key in enumerate(source.keys)}
+    some = source.subset([places[key] for key in rows["key"]])
+    pictures: dict[str, dict[str, str]] = {}
+    for batch in batches(some, detector.preprocessing, detector.batch_size):
+        pictures |= dict(zip(batch.keys, _pictures(detector, batch), strict=True))
+    return [{**row, "pictures": pictures[str(row["key"])]} for row in rows.to_dict("records")]
+
+
+def _pictures(detector: Detector, batch: Batch) -> list[dict[str, str]]:
+    measured = detector.measure(batch, maps=True)
+    found = [{"image": _png(image)} for image in batch.images]
+    for index, entry in enumerate(found):
+        if "reconstruction" in measured.pictures:
+            entry["reconstruction"] = _png(measured.pictures["reconstruction"][index])
+        if measured.maps is not None:
+            entry["map"] = _png(_heat(measured.maps[index]))
+    return found
+
+
+def _heat(values: Tensor) -> Tensor:
+    """(H, W) -> (3, H, W): from 0 deviations (dark) to 6 or the map's own largest (bright)."""
+    scaled = (values / max(6.0, float(values.max()))).clamp(0, 1)
+    return torch.from_numpy(colormaps["magma"](scaled.numpy())[..., :3]).permute(2, 0, 1)
+
+
+def _png(image: Tensor) -> str:
+    """A data address of an image (C, H, W) in [0, 1]."""
+    array = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,262 @@
+"""DiffusionModel: folders that either library reads, crossings between images and the network's space, training."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from farout.diffusion.model import DiffusionModel
+from farout.diffusion.networks import build_network
+from farout.diffusion.schedule import NoiseSchedule
+from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
+from farout.errors import FaroutError, StoreError
+from farout.images.preprocessing import Preprocessing
+from farout.training_config import TrainingConfig
+
+
+def tiny_unet(channels: int = 1, size: int = 8) -> diffusers.UNet2DModel:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    for parameter in unet.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return unet
+
+
+def model(size: tuple[int, int] = (8, 8), channels: int = 1, **settings: object) -> DiffusionModel:
+    preprocessing = Preprocessing(size=size, channels=channels, native=size)
+    return DiffusionModel(tiny_unet(channels), NoiseSchedule(), preprocessing, **settings)
+
+
+def test_save_and_load_are_the_same_model(tmp_path: Path) -> None:
+    saved = model(trained_on=["aa", "bb"], b_scale=1.4, data_range=(0.0, 1.0), provenance={"seed": 3})
+    saved.save(tmp_path / "m")
+    loaded = DiffusionModel.load(tmp_path / "m")
+    x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 9.0])
+    with torch.no_grad():
+        assert torch.equal(saved.denoiser()(x, sigma), loaded.denoiser()(x, sigma))
+    assert loaded.content_hash == saved.content_hash
+    assert (loaded.b_scale, loaded.data_range, loaded.provenance) == (1.4, (0.0, 1.0), {"seed": 3})
+    assert loaded.trained_on == {"aa", "bb"}
+    assert loaded.schedule == saved.schedule
+    assert loaded.preprocessing == saved.preprocessing
+
+
+def test_diffusers_reads_our_folder_and_we_read_theirs(tmp_path: Path) -> None:
+    saved = model(prediction="v_prediction")
+    saved.save(tmp_path / "ours")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(pipeline.scheduler.alphas_cumprod.double(), saved.schedule.abar, rtol=3e-4, atol=1e-8)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    pipeline.save_pretrained(tmp_path / "theirs")
+    foreign = DiffusionModel.load(tmp_path / "theirs")
+    assert foreign.prediction == "v_prediction"
+    assert foreign.preprocessing.size == (8, 8)
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 2.0])
+    with torch.no_grad():
+        torch.testing.assert_close(foreign.denoiser()(x, sigma), saved.denoiser()(x, sigma), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_old_checkpoints_lie_at_the_root(tmp_path: Path, safe: bool) -> None:
+    """Early hub checkpoints keep network and scheduler in one folder, some as .bin files."""
+    tiny_unet().save_pretrained(tmp_path, safe_serialization=safe)
+    diffusers.DDPMScheduler().save_pretrained(tmp_path)
+    foreign = DiffusionModel.load(tmp_path)
+    assert foreign.schedule == NoiseSchedule("linear", 1e-4, 0.02)
+    assert foreign.schedule.steps == 1000
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (28, 28), (5, 6)])
+def test_sizes_that_do_not_halve_are_padded_and_cropped_back(size: tuple[int, int]) -> None:
+    images = torch.rand(2, 1, *size)
+    crossed = model(size)
+    x = crossed.encode(images)
+    assert x.shape[1:] == crossed.shape
+    assert all(side % 2 == 0 for side in x.shape[2:])
+    torch.testing.assert_close(crossed.decode(x), images)
+    with torch.no_grad():
+        assert crossed.denoiser()(x, torch.ones(2)).shape == x.shape
+
+
+def test_ranges_and_b_scale() -> None:
+    images = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(model().encode(images), 2 * images - 1)
+    torch.testing.assert_close(model(b_scale=1.4, data_range=(0.0, 1.0)).encode(images), 1.4 * images)
+    assert float(model().decode(torch.full((1, 1, 8, 8), 5.0)).max()) == 1.0
+
+
+def test_images_of_another_shape() -> None:
+    assert model().encode(torch.rand(1, 1, 16, 16)).shape == (1, 1, 8, 8)
+    with pytest.raises(FaroutError, match=r"\(B, 1, H, W\)"):
+        model().encode(torch.rand(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_every_model_can_work_on_latents(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    common = {"in_channels": 1, "out_channels": 1, "latent_channels": 3, "block_out_channels": (8, 8), "norm_num_groups": 4}
+    autoencoder = (diffusers.AutoencoderKL if kind == "kl" else diffusers.VQModel)(**common, **blocks)
+    preprocessing = Preprocessing(size=(16, 16), channels=1, native=(16, 16))
+    latent = DiffusionModel(tiny_unet(3), NoiseSchedule(), preprocessing, autoencoder=autoencoder)
+    images = torch.rand(2, 1, 16, 16)
+    x = latent.encode(images)
+    assert x.shape[1:] == latent.shape == (3, 8, 8)
+    assert latent.decode(x).shape == images.shape
+    assert torch.equal(latent.encode(images), x), "the mode of the posterior has no noise in it"
+    if kind == "kl":
+        assert not torch.equal(latent.encode(images, torch.randn(2, 3, 8, 8)), x)
+    latent.save(tmp_path / "m")
+    again = DiffusionModel.load(tmp_path / "m")
+    assert torch.equal(again.encode(images), x)
+    assert again.content_hash == latent.content_hash
+
+
+def test_random_weights_have_learnt_nothing_but_keep_their_scale() -> None:
+    plain = model()
+    control = plain.randomised(1)
+    assert control.content_hash != plain.content_hash
+    assert control.content_hash == plain.randomised(1).content_hash
+    with torch.no_grad():
+        answer = control.denoiser().predict(torch.randn(4, 1, 8, 8), torch.ones(4))
+    assert float(answer.std()) > 1e-3, "a network that answers zero would be no control"
+
+
+def break_folder(folder: Path, how: str) -> None:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    if how == "no weights":
+        weights.unlink()
+    elif how == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "altered weights":
+        data = bytearray(weights.read_bytes())
+        data[-3] ^= 1
+        weights.write_bytes(bytes(data))
+    elif how == "no scheduler":
+        (folder / "scheduler" / "scheduler_config.json").unlink()
+    elif how == "no config":
+        (folder / "unet" / "config.json").unlink()
+    elif how == "newer":
+        config = json.loads((folder / "config.json").read_text())
+        config["farout"]["format"] = 99
+        (folder / "config.json").write_text(json.dumps(config))
+    elif how == "foreign code":
+        config = json.loads((folder / "unet" / "config.json").read_text())
+        config["_class_name"] = "Evil"
+        (folder / "unet" / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no weights", "incomplete"),
+        ("cut weights", "cannot be read"),
+        ("altered weights", "hash differs"),
+        ("no config", "missing"),
+        ("newer", "upgrade"),
+        ("foreign code", "never code"),
+    ],
+)
+def test_broken_folders_are_refused(tmp_path: Path, how: str, message: str) -> None:
+    model().save(tmp_path / "m")
+    break_folder(tmp_path / "m", how)
+    with pytest.raises(StoreError, match=message):
+        DiffusionModel.load(tmp_path / "m")
+
+
+def test_missing_folders_and_schedulers(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="hf://"):
+        DiffusionModel.load(tmp_path / "nowhere")
+    tiny_unet().save_pretrained(tmp_path / "only-a-network")
+    with pytest.raises(StoreError, match="scheduler"):
+        DiffusionModel.load(tmp_path / "only-a-network")
+
+
+def test_a_failed_save_leaves_nothing_and_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk midway: the old folder stands, nothing half-written lies beside it."""
+    model().save(tmp_path / "m")
+    before = model().content_hash
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        model(b_scale=2.0).save(tmp_path / "m")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert DiffusionModel.load(tmp_path / "m").content_hash == before
+
+
+def pictures(folder: Path, count: int = 40) -> Path:
+    from PIL import Image
+
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for index in range(count):
+        pixels = (torch.rand(8, 8, generator=generator) * 80 + 100).byte().numpy()
+        Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def test_training_learns_holds_out_and_lists_what_it_saw(tmp_path: Path) -> None:
+    source = pictures(tmp_path / "good")
+    training = TrainingConfig(steps=60, batch_size=16, learning_rate=3e-3, warmup=5, ema=None, validate_every=30)
+    trained = train_diffusion(source, tmp_path / "m", training=training, statistics=10, alpha=0.2)
+    assert len(trained.trained_on) == 40 - 8 - 10
+    loaded = DiffusionModel.load(tmp_path / "m")
+    assert loaded.trained_on == trained.trained_on
+    assert loaded.provenance["steps"] == 60
+    x0 = loaded.encode(torch.full((4, 1, 8, 8), 140 / 255))
+    noisy = x0 + torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        error = (loaded.denoiser()(noisy, torch.ones(4)) - x0).square().mean()
+    assert float(error) < 0.5, "noise of variance 1 must shrink"
+
+
+def test_training_resumes_exactly(tmp_path: Path) -> None:
+    source = pictures(tmp_path / "good")
+    settings = {"steps": 8, "batch_size": 8, "warmup": 1, "checkpoint_every": 4}
+    whole = train_diffusion(source, tmp_path / "a", training=TrainingConfig(**settings), statistics=4)
+    import farout.diffusion.train as module
+
+    calls = 0
+    original = module.denoising_loss
+
+    def interrupted(*arguments: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    module.denoising_loss = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_diffusion(source, tmp_path / "b", training=TrainingConfig(**settings), statistics=4)
+    finally:
+        module.denoising_loss = original
+    assert not (tmp_path / "b").exists()
+    resumed = train_diffusion(source, tmp_path / "b", training=TrainingConfig(**settings), statistics=4, resume=True)
+    assert resumed.content_hash == whole.content_hash
+
+
+def test_presets_are_what_they_say() -> None:
+    for preset in PRESETS.values():
+        DiffusionConfig(**preset["model"])
+        TrainingConfig(**preset["training"])
+    assert sum(p.numel() for p in build_network("tiny", 1, 28).parameters()) == pytest.approx(1.1e6, rel=0.05)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in build_network("paper", 1, 28).parameters())
+    assert count == pytest.approx(171e6, rel=0.01)

@@ -6,6 +6,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from small import model, pictures, tiny_unet
 
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.networks import build_network
@@ -14,28 +15,6 @@ from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
 from farout.errors import FaroutError, StoreError
 from farout.images.preprocessing import Preprocessing
 from farout.training_config import TrainingConfig
-
-
-def tiny_unet(channels: int = 1, size: int = 8) -> diffusers.UNet2DModel:
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
-    for parameter in unet.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return unet
-
-
-def model(size: tuple[int, int] = (8, 8), channels: int = 1, **settings: object) -> DiffusionModel:
-    preprocessing = Preprocessing(size=size, channels=channels, native=size)
-    return DiffusionModel(tiny_unet(channels), NoiseSchedule(), preprocessing, **settings)
 
 
 def test_save_and_load_are_the_same_model(tmp_path: Path) -> None:
@@ -197,17 +176,6 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old(tmp_path: Path, monkeypa
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert DiffusionModel.load(tmp_path / "m").content_hash == before
-
-
-def pictures(folder: Path, count: int = 40) -> Path:
-    from PIL import Image
-
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for index in range(count):
-        pixels = (torch.rand(8, 8, generator=generator) * 80 + 100).byte().numpy()
-        Image.fromarray(pixels).save(folder / f"{index:03d}.png")
-    return folder
 
 
 def test_training_learns_holds_out_and_lists_what_it_saw(tmp_path: Path) -> None:

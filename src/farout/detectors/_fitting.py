@@ -91,7 +91,7 @@ def _given(detector: Detector, diffusion: Any) -> DiffusionModel | None:
 
 
 def _split(detector: Detector, source: ImageSource, given: DiffusionModel | None, settings: FitSettings) -> Split:
-    return split(
+    parts = split(
         source,
         alpha=settings.alpha,
         statistics=settings.statistics or detector.statistics_minimum,
@@ -100,6 +100,15 @@ def _split(detector: Detector, source: ImageSource, given: DiffusionModel | None
         exclude=given.trained_on if given is not None else (),
         groups=settings.groups,
     )
+    if len(parts.statistics) < 2:
+        counts = f"{len(parts.calibration)} for calibration at alpha {settings.alpha}, {len(parts.statistics)} for statistics"
+        raise FaroutError(f"{len(source)} images are too few: {counts}; give more images or a larger alpha")
+    wanted = settings.statistics or detector.statistics_minimum
+    if detector.statistics_suffice and len(parts.statistics) > wanted:
+        # by hash, so that the choice does not depend on the source's order
+        some = sorted(parts.statistics, key=source.content_hash)[:wanted]
+        parts = replace(parts, statistics=tuple(sorted(some)))
+    return parts
 
 
 def _train(source: ImageSource, parts: Split, settings: FitSettings) -> DiffusionModel:

@@ -30,6 +30,7 @@ from farout.progress import task
 __all__ = ["Cost", "Detector", "Measurements", "Runtime", "Scores", "load"]
 
 _MEMORY = 256 * 2**20
+_COMBINED = 64
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Detector(ABC):
     """Arguments that only `combine` reads: they can be changed after the fact."""
     statistics_minimum: ClassVar[int] = 400
     """Images that the statistics want."""
+    statistics_suffice: ClassVar[bool] = False
+    """Whether more would be measured for little: where no network is trained, all other images are left then."""
 
     config: dict[str, Any]
     preprocessing: Preprocessing
@@ -210,12 +213,23 @@ class Detector(ABC):
 
     def set_calibration(self, measurements: Measurements) -> None:
         """Rests the p-values on these measurements; raises FaroutError when a score of them is not a number."""
-        scores = {name: value.double().numpy() for name, value in self.combine(measurements).items()}
+        scores = self._combine_rows(measurements)
         bad = sorted(name for name, value in scores.items() if not np.isfinite(value).all())
         if bad:
             raise FaroutError(f"calibration scores are not numbers for {', '.join(bad)}; look for damaged images")
         self.calibration = measurements
         self.calibration_scores = {name: np.sort(value) for name, value in scores.items()}
+
+    def _combine_rows(self, measurements: Measurements) -> dict[str, np.ndarray]:
+        """`combine`, always on the same number of rows: sums and products round by the shape of their arrays, and a
+        score must not depend on the images beside it.
+        """
+        chunks: list[dict[str, Tensor]] = []
+        for start in range(0, len(measurements), _COMBINED):
+            rows = list(range(start, min(start + _COMBINED, len(measurements))))
+            padded = measurements.select(rows + rows[:1] * (_COMBINED - len(rows)))
+            chunks.append({name: value[: len(rows)] for name, value in self.combine(padded).items()})
+        return {name: torch.cat([chunk[name] for chunk in chunks]).double().numpy() for name in chunks[0]}
 
     def reconfigured(self, **choices: Any) -> Self:
         """A fitted detector with other choices (score, levels to use, …), refitted and recalibrated from the stored
@@ -229,7 +243,9 @@ class Detector(ABC):
             raise FaroutError(f"{', '.join(wrong)} cannot be changed after the fact; {hint}")
         self.check_fitted()
         twin = type(self)(**{**self.config, **choices})
-        twin.__dict__.update({k: v for k, v in self.__dict__.items() if k not in twin.__dict__ or k in _FITTED})
+        for name in _FITTED:
+            setattr(twin, name, getattr(self, name))
+        twin.use(self.diffusion, self.runtime)
         twin.restore(self.state())
         twin.fit_statistics(self.statistics)
         twin.set_calibration(self.calibration)
@@ -250,7 +266,7 @@ class Detector(ABC):
         source = self.open(images, limit=limit, policy=policy)
         parts = list(self.score_chunks(source))
         scores = _join_scores(parts)
-        check_scores(scores.score, source.name)
+        check_scores(scores.score[np.array(scores.status) != "unreadable"], source.name)
         return scores
 
     def score_chunks(self, source: ImageSource, start: int = 0, title: str = "scoring") -> Iterator[Scores]:
@@ -279,9 +295,8 @@ class Detector(ABC):
         """Scores from stored measurements; no network runs."""
         self.check_fitted()
         finite = measurements.finite().numpy()
-        indicators = {}
-        for name, value in self.combine(measurements).items():
-            indicators[name] = np.where(finite & np.isfinite(value.numpy()), value.double().numpy(), np.nan)
+        combined = self._combine_rows(measurements)
+        indicators = {name: np.where(finite & np.isfinite(v), v, np.nan) for name, v in combined.items()}
         score = indicators[self.score_name]
         p = p_values(score, self.calibration_scores[self.score_name])
         status = tuple("ok" if good else "not a number" for good in np.isfinite(score))
@@ -352,7 +367,7 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-_FITTED = {"runtime", "alpha", "seed", "provenance", "statistics_hashes"}
+_FITTED = ("preprocessing", "alpha", "seed", "provenance", "statistics", "statistics_hashes")
 
 
 def _join_scores(parts: list[Scores]) -> Scores:

@@ -52,6 +52,8 @@ class Reconstruction(Detector):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"diffusion"})
+    statistics_minimum: ClassVar[int] = 400
+    statistics_suffice: ClassVar[bool] = True
     choices: ClassVar[frozenset[str]] = frozenset({"metrics", "density_metrics", "score", "min_t", "max_t", "t_skip"})
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {

@@ -1,0 +1,43 @@
+"""Small things that many tests use: an untrained network, a folder of pictures."""
+
+from pathlib import Path
+
+import diffusers
+import torch
+from PIL import Image
+
+from farout.diffusion.model import DiffusionModel
+from farout.diffusion.schedule import NoiseSchedule
+from farout.images.preprocessing import Preprocessing
+
+
+def tiny_unet(channels: int = 1, size: int = 8) -> diffusers.UNet2DModel:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    for parameter in unet.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return unet
+
+
+def model(size: tuple[int, int] = (8, 8), channels: int = 1, **settings: object) -> DiffusionModel:
+    preprocessing = Preprocessing(size=size, channels=channels, native=size)
+    return DiffusionModel(tiny_unet(channels), NoiseSchedule(), preprocessing, **settings)
+
+
+def pictures(folder: Path, count: int = 40, *, low: int = 100, spread: int = 80, seed: int = 0) -> Path:
+    """Grey pictures of 8 x 8 random pixels between `low` and `low + spread`."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    for index in range(count):
+        pixels = (torch.rand(8, 8, generator=generator) * spread + low).byte().numpy()
+        Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+    return folder

@@ -1,0 +1,256 @@
+"""What every detector keeps, written once: a new detector passes these without a line written for it."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from small import model, pictures
+
+from farout import load, registry
+from farout.detectors import base
+from farout.detectors._fitting import recalibrate
+from farout.detectors.base import Detector
+from farout.errors import FaroutError, NaNScoresWarning, ShortfallWarning, SourceError, StoreError, TrapWarning
+from farout.images.sources import Batch
+
+NAMES = sorted(registry.members("detectors"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("images") / "good", 60)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images unlike the good ones, and one file that is none."""
+    made = pictures(tmp_path_factory.mktemp("images") / "others", 9, low=0, spread=255)
+    (made / "004-broken.png").write_text("not a picture")
+    return made
+
+
+def fitted(name: str, folder: Path, **settings: object) -> Detector:
+    detector = registry.find("detectors", name).load().tiny(SimpleNamespace(diffusion=model()))
+    given = {"diffusion": model()} if "diffusion" in detector.needs else {}
+    return detector.fit(folder, **given, **{"alpha": 0.1, "statistics": 30, **settings})
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def detector(request: pytest.FixtureRequest, folder: Path) -> Detector:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ShortfallWarning)
+        return fitted(request.param, folder)
+
+
+def test_there_are_detectors() -> None:
+    assert "reconstruction" in NAMES
+
+
+def test_scores_are_numbers_and_p_values(detector: Detector, folder: Path) -> None:
+    scores = detector.score(folder)
+    assert len(scores) == 60
+    assert np.isfinite(scores.score).all()
+    assert len(np.unique(scores.score)) > 30, "scores that hardly differ tell nothing"
+    assert ((scores.p_value > 0) & (scores.p_value <= 1)).all()
+    assert np.array_equal(scores.is_ood, scores.p_value <= detector.alpha)
+    assert scores.measurements is not None
+    assert scores.measurements.keys == scores.keys
+
+
+def test_higher_is_further(detector: Detector, folder: Path, others: Path) -> None:
+    """A method may miss much with untrained networks, but noise images lie out further than the calibration median."""
+    far = detector.score(others)
+    median = np.median(detector.calibration_scores[detector.score_name])
+    assert np.nanmedian(far.score) > median
+
+
+def test_an_unreadable_image_is_listed_and_never_normal(detector: Detector, others: Path) -> None:
+    scores = detector.score(others)
+    row = scores.keys.index("004-broken.png")
+    assert scores.status[row] == "unreadable"
+    assert np.isnan(scores.score[row])
+    assert np.isnan(scores.p_value[row])
+    frame = scores.to_frame()
+    assert frame["is_ood"].isna().tolist() == [key == "004-broken.png" for key in scores.keys]
+    rest = detector.score(others, policy="skip")
+    assert rest.keys == tuple(key for key in scores.keys if key != "004-broken.png")
+    kept = [i for i in range(len(scores)) if i != row]
+    assert np.array_equal(rest.score, scores.score[kept])
+    with pytest.raises(FaroutError, match="004-broken"):
+        detector.score(others, policy="raise")
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_batches_and_order_change_nothing(detector: Detector, folder: Path, size: int) -> None:
+    whole = detector.score(folder)
+    source = detector.open(folder)
+    order = np.random.default_rng(size).permutation(60)
+    kept = detector.runtime
+    detector.runtime = base.replace(kept, batch_size=size, workers=1 + size % 3)
+    try:
+        parts = detector.score(source.subset(order.tolist()))
+    finally:
+        detector.runtime = kept
+    rows = [parts.keys.index(key) for key in whole.keys]
+    assert np.array_equal(parts.score[rows], whole.score)
+    for name, value in whole.indicators.items():
+        assert np.array_equal(parts.indicators[name][rows], value), name
+
+
+def test_other_rows_agree_closely(detector: Detector, folder: Path) -> None:
+    """Another size of network calls changes last bits only."""
+    whole = detector.score(folder)
+    kept = detector.runtime
+    detector.use(detector.diffusion, base.replace(kept, rows=5))
+    try:
+        other = detector.score(folder)
+    finally:
+        detector.use(detector.diffusion, kept)
+    assert whole.measurements is not None
+    assert other.measurements is not None
+    torch.testing.assert_close(other.measurements.values, whole.measurements.values, rtol=1e-4, atol=1e-6)
+
+
+def test_two_fits_are_the_same(detector: Detector, folder: Path) -> None:
+    again = fitted(_name(detector), folder)
+    assert again.fingerprint == detector.fingerprint
+
+
+def test_save_and_load_score_the_same(detector: Detector, folder: Path, others: Path, tmp_path: Path) -> None:
+    detector.save(tmp_path / "d")
+    loaded = load(tmp_path / "d")
+    assert loaded.fingerprint == detector.fingerprint
+    assert loaded.config == detector.config
+    before, after = detector.score(others), load(tmp_path / "d").score(others)
+    assert np.array_equal(before.score, after.score, equal_nan=True)
+    assert np.array_equal(before.p_value, after.p_value, equal_nan=True)
+    again = loaded.rescore(before.measurements)
+    assert np.array_equal(again.score, before.score[~np.isnan(before.score)])
+
+
+def test_broken_folders_are_refused(detector: Detector, tmp_path: Path) -> None:
+    detector.save(tmp_path / "d")
+    for file in ("calibration.parquet", "statistics.parquet", "fitted.safetensors", "config.json"):
+        content = (tmp_path / "d" / file).read_bytes()
+        (tmp_path / "d" / file).unlink()
+        with pytest.raises(StoreError, match="missing"):
+            load(tmp_path / "d")
+        (tmp_path / "d" / file).write_bytes(content)
+    (tmp_path / "d" / "calibration.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(StoreError, match="calibration"):
+        load(tmp_path / "d")
+    with pytest.raises(StoreError, match="no folder"):
+        load(tmp_path / "nowhere")
+
+
+def test_another_model_is_refused(detector: Detector, tmp_path: Path) -> None:
+    if detector.diffusion is None:
+        pytest.skip("this method has no diffusion model")
+    model().save(tmp_path / "model")
+    detector.save(tmp_path / "d", link=tmp_path / "model")
+    assert load(tmp_path / "d").fingerprint == detector.fingerprint
+    model(b_scale=2.0).save(tmp_path / "model")
+    with pytest.raises(StoreError, match="hash differs"):
+        load(tmp_path / "d")
+
+
+def test_another_precision_warns(detector: Detector, tmp_path: Path) -> None:
+    detector.save(tmp_path / "d")
+    with pytest.warns(TrapWarning, match="precision"):
+        load(tmp_path / "d", precision="bf16")
+
+
+def damage(monkeypatch: pytest.MonkeyPatch, kind: type[Detector], wanted: Callable[[str], bool]) -> None:
+    """Makes the measurements of the wanted keys not numbers."""
+    original = kind.measure
+
+    def damaged(self: Detector, batch: Batch, maps: bool = False) -> base.Measurements:
+        measured = original(self, batch, maps)
+        tensors = [measured.values] if measured.values is not None else list(measured.vectors.values())
+        tensors[0][torch.tensor([wanted(key) for key in measured.keys])] = float("nan")
+        return measured
+
+    monkeypatch.setattr(kind, "measure", damaged)
+
+
+def test_what_is_not_a_number_is_never_normal(
+    detector: Detector, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(monkeypatch, type(detector), lambda key: key == "003.png")
+    with pytest.warns(NaNScoresWarning, match="1 of 60"):
+        scores = detector.score(folder)
+    row = scores.keys.index("003.png")
+    assert scores.status[row] == "not a number"
+    assert np.isnan(scores.p_value[row])
+    assert np.isfinite(np.delete(scores.score, row)).all()
+
+
+def test_a_fit_refuses_what_is_not_a_number(detector: Detector, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damage(monkeypatch, type(detector), lambda key: True)
+    with pytest.raises(FaroutError, match="numbers"):
+        fitted(_name(detector), folder)
+
+
+def test_empty_and_single_inputs(detector: Detector, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError):
+        detector.score([])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError):
+        detector.score(tmp_path / "empty")
+    assert len(detector.score(str(folder / "000*.png"))) == 1
+    black = torch.zeros(1, 1, 8, 8)
+    assert np.isfinite(detector.score(black).score).all()
+
+
+def test_other_shapes_are_brought_to_the_models(detector: Detector) -> None:
+    """Grey for RGB and the reverse, and another size, are converted as stated."""
+    colour = torch.rand(2, 3, 20, 14, generator=torch.Generator().manual_seed(0))
+    assert np.isfinite(detector.score(colour).score).all()
+
+
+def test_recalibration_takes_fresh_images_only(detector: Detector, folder: Path, tmp_path: Path) -> None:
+    detector.save(tmp_path / "d")
+    fresh = pictures(tmp_path / "fresh", 25, seed=9)
+    moved = recalibrate(load(tmp_path / "d"), fresh, alpha=0.2)
+    assert moved.alpha == 0.2
+    assert len(moved.calibration) == 25
+    assert not np.array_equal(
+        moved.calibration_scores[moved.score_name], detector.calibration_scores[detector.score_name]
+    )
+    own = recalibrate(load(tmp_path / "d"), folder)
+    assert len(own.calibration) == 60 - len(detector.statistics_hashes)
+
+
+def test_choices_need_no_network(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a network ran")
+
+    monkeypatch.setattr(type(detector), "measure", refuse)
+    for name in detector.calibration_scores:
+        if "score" in detector.choices:
+            assert detector.reconfigured(score=name).score_name == name
+    with pytest.raises(FaroutError, match="after the fact"):
+        detector.reconfigured(nonsense=1)
+
+
+def test_an_unfitted_detector_says_so(folder: Path) -> None:
+    for name in NAMES:
+        detector = registry.find("detectors", name).load()()
+        with pytest.raises(FaroutError, match="not been fitted"):
+            detector.score(folder)
+
+
+def test_too_few_images_warn_with_counts(detector: Detector, folder: Path) -> None:
+    with pytest.warns(ShortfallWarning, match="statistics"):
+        fitted(_name(detector), folder, statistics=500)
+    with pytest.raises(FaroutError, match="too few"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ShortfallWarning)
+        fitted(_name(detector), folder, alpha=0.01, limit=30)
+
+
+def _name(detector: Detector) -> str:
+    return type(detector).__module__.rpartition(".")[2]

@@ -1,0 +1,266 @@
+"""The reconstruction detector: exact on Gaussian data, and the checks of its card."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small import model
+from torch import Tensor, nn
+
+from farout.detectors._tables import Measurements
+from farout.detectors.base import Runtime
+from farout.detectors.reconstruction import Reconstruction
+from farout.detectors.reconstruction.comparison import METRICS
+from farout.detectors.reconstruction.indicators import Scorer
+from farout.detectors.reconstruction.plan import make_plan, paper_grid
+from farout.diffusion.model import DiffusionModel
+from farout.diffusion.schedule import NoiseSchedule
+from farout.errors import FaroutError
+from farout.images.preprocessing import Preprocessing
+from farout.images.sources import Batch
+
+SCHEDULE = NoiseSchedule()
+
+
+class Gaussian(nn.Module):
+    """The exact eps network of pixels N(mean, spread^2), independent."""
+
+    def __init__(self, mean: float, spread: float) -> None:
+        super().__init__()
+        self.mean, self.variance = mean, spread**2
+        self.config = {"block_out_channels": (1,), "in_channels": 1}
+        self.nothing = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        abar = SCHEDULE.abar[t.long()].float().to(x.device)[:, None, None, None]
+        return (1 - abar).sqrt() * (x - abar.sqrt() * self.mean) / (abar * self.variance + 1 - abar)
+
+
+MEAN, SPREAD = 0.5, 0.08
+
+
+def detector(**arguments: object) -> Reconstruction:
+    preprocessing = Preprocessing(size=(16, 16), channels=1, native=(16, 16))
+    exact = DiffusionModel(Gaussian(MEAN, SPREAD), SCHEDULE, preprocessing, data_range=(0.0, 1.0))
+    made = Reconstruction(**arguments)
+    made.preprocessing = preprocessing
+    made.use(exact, Runtime(rows=64))
+    return made
+
+
+def images(count: int = 200, spread: float = SPREAD, seed: int = 0) -> Batch:
+    noise = torch.randn(count, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
+    return Batch(tuple(f"{seed}/{i}" for i in range(count)), (MEAN + spread * noise).clamp(0, 1), None, tuple(range(count)))
+
+
+def metric(measured: Measurements, name: str) -> Tensor:
+    assert measured.values is not None
+    return measured.values[..., METRICS.index(name)]
+
+
+LEVELS = (50, 170, 330)
+
+
+def test_oneshot_errors_are_those_of_the_posterior_mean() -> None:
+    """E (x0hat - x0)^2 = s^2 sigma^2 / (s^2 + sigma^2); E (eps_hat - eps)^2 = s^2 / (s^2 + sigma^2)."""
+    measured = detector(levels=LEVELS, noise="image").measure(images())
+    for row, t in enumerate(LEVELS):
+        sigma2 = float(SCHEDULE.sigma[t]) ** 2
+        expected = SPREAD**2 * sigma2 / (SPREAD**2 + sigma2)
+        assert float(metric(measured, "mse")[:, row].mean()) == pytest.approx(expected, rel=0.02)
+        noise = SPREAD**2 / (SPREAD**2 + sigma2)
+        assert float(metric(measured, "eps_error")[:, row].mean()) == pytest.approx(noise, rel=0.02)
+        assert float(metric(measured, "score_norm")[:, row].mean()) == pytest.approx(1 - noise, rel=0.02)
+
+
+def flow_error(t: int, end: float) -> float:
+    """Expected squared error after the exact probability flow from level t to sigma = `end`."""
+    start = float(SCHEDULE.sigma[t])
+    gain = math.sqrt((SPREAD**2 + end**2) / (SPREAD**2 + start**2))
+    return (gain - 1) ** 2 * SPREAD**2 + (gain * start) ** 2
+
+
+def test_exact_follows_the_flow_and_keeps_the_last_noise() -> None:
+    """PLMS on the paper's grid, level by level the exact flow down to level 0, whose noise stays: at t = 11 the error is
+    not far above its floor 1 - abar_0 = .0015 (card section 2.6).
+    """
+    levels = (11, 161, 321)
+    measured = detector(mode="exact", levels=levels, draws=1, noise="image").measure(images(100))
+    for row, t in enumerate(levels):
+        mean = float(metric(measured, "mse")[:, row].mean())
+        assert mean == pytest.approx(flow_error(t, float(SCHEDULE.sigma[0])), rel=0.12)
+    assert float(metric(measured, "mse")[:, 0].mean()) > 0.0015
+
+
+def test_fast_lies_between_the_posterior_mean_and_the_flow() -> None:
+    """Few steps fall short of a sample: its error is above the mean's and below the flow's, and rises with steps."""
+    levels = (170, 330)
+    errors = [
+        metric(detector(mode="fast", levels=levels, steps=steps, draws=1).measure(images(100)), "mse").mean((0, 2))
+        for steps in (1, 3, 8)
+    ]
+    for row, t in enumerate(levels):
+        sigma2 = float(SCHEDULE.sigma[t]) ** 2
+        few = [float(error[row]) for error in errors]
+        assert few[0] == pytest.approx(SPREAD**2 * sigma2 / (SPREAD**2 + sigma2), rel=0.05)
+        assert few[0] < few[1] < few[2] < flow_error(t, 0.0)
+
+
+@pytest.mark.parametrize(("skip", "count"), [(4, 1250), (8, 650), (16, 350), (32, 200), (64, 68)])
+def test_evaluations_per_image(skip: int, count: int) -> None:
+    """Card section 7.1."""
+    assert detector(mode="exact", skip=skip, draws=1).cost().nfe == count
+
+
+def test_evaluations_of_the_other_modes() -> None:
+    assert detector(mode="fast", draws=1).cost().nfe <= 20
+    assert detector(mode="oneshot").cost().nfe <= 16
+    assert detector(mode="exact", skip=16, draws=1, grid="released").cost().nfe == 350
+
+
+def test_start_sets() -> None:
+    """Card section 2.5: the paper's first code, and the released one."""
+    assert paper_grid(16) == (1, 161, 321, 481, 641, 801, 961)
+    assert paper_grid(16, "released") == (10, 170, 330, 490, 650, 810, 970)
+    assert [len(paper_grid(s)) for s in (1, 2, 3, 4, 5, 8, 16, 32, 64)] == [100, 50, 34, 25, 20, 13, 7, 4, 2]
+    assert [len(paper_grid(s, "released")) for s in (1, 2, 4, 8, 16, 32, 64)] == [99, 50, 25, 13, 7, 4, 2]
+
+
+def test_antithetic_pairs_mirror_each_other() -> None:
+    made = detector(levels=(100,), draws=4)
+    assert made.shared is not None
+    assert torch.equal(made.shared[0, 0], -made.shared[0, 1])
+    assert torch.equal(made.shared[0, 2], -made.shared[0, 3])
+    assert not torch.equal(made.shared[0, 0], made.shared[0, 2])
+
+
+def test_noise_per_image_follows_the_key() -> None:
+    made = detector(levels=(100,), draws=2, noise="image")
+    batch = images(6)
+    whole = made.measure(batch)
+    some = Batch(batch.keys[3:], batch.images[3:], None, (3, 4, 5))
+    assert whole.values is not None
+    assert torch.equal(made.measure(some).values, whole.values[3:])
+
+
+@pytest.fixture(scope="module")
+def scored() -> Reconstruction:
+    made = detector(levels=LEVELS)
+    with_maps = made.measure(images(300), maps=True)
+    made.watch(with_maps)
+    made.statistics = replace(with_maps, maps=None, pictures={})
+    made.fit_statistics(made.statistics)
+    made.set_calibration(made.measure(images(300, seed=1)))
+    return made
+
+
+def test_z_of_the_statistics_images_is_standard(scored: Reconstruction) -> None:
+    """Card section 7.6."""
+    z = scored.curves(scored.statistics)
+    torch.testing.assert_close(z.mean(0), torch.zeros(3, len(METRICS)).double(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(z.std(0), torch.ones(3, len(METRICS)).double(), atol=1e-9, rtol=0)
+
+
+def test_the_papers_score_by_hand(scored: Reconstruction) -> None:
+    """mean over levels of z_mse + z_perceptual; mean |z|; one metric alone."""
+    z = scored.curves(scored.calibration)
+    mse, perceptual = z[..., METRICS.index("mse")], z[..., METRICS.index("perceptual")]
+    combined = scored.combine(scored.calibration)
+    torch.testing.assert_close(combined["mean_z"], (mse + perceptual).mean(1))
+    torch.testing.assert_close(combined["two_sided"], torch.stack([mse, perceptual], -1).abs().mean((1, 2)))
+    torch.testing.assert_close(combined["mean_z_mse"], mse.mean(1))
+
+
+def test_complexity_bias_and_its_cure(scored: Reconstruction) -> None:
+    """Card section 7.4: low-contrast images score as nearer one-sidedly; two-sided densities find them."""
+    low = scored.combine(scored.measure(images(200, spread=0.8 * SPREAD, seed=2)))
+    own = scored.combine(scored.calibration)
+
+    def share_above(name: str) -> float:
+        return float((low[name][:, None] > own[name][None]).double().mean())
+
+    assert share_above("mean_z_mse") < 0.3
+    assert share_above("mahalanobis") > 0.9
+    assert share_above("mixture") > 0.9
+
+
+def test_choices_of_levels_after_the_fact(scored: Reconstruction) -> None:
+    some = scored.reconfigured(min_t=100, t_skip=1, score="mean_z")
+    z = scored.curves(scored.calibration)[:, 1:]
+    expected = (z[..., METRICS.index("mse")] + z[..., METRICS.index("perceptual")]).mean(1)
+    torch.testing.assert_close(some.combine(scored.calibration)["mean_z"], expected)
+    assert some.curves(scored.calibration).shape[1] == 2
+    assert scored.reconfigured(t_skip=2).curves(scored.calibration).shape[1] == 2
+    with pytest.raises(FaroutError, match="leave none"):
+        scored.reconfigured(min_t=900)
+
+
+def test_maps_point_at_the_damage(scored: Reconstruction) -> None:
+    batch = images(4, seed=5)
+    damaged = batch.images.clone()
+    damaged[:, :, 2:6, 9:13] = 1.0
+    maps = scored.measure(Batch(batch.keys, damaged, None, batch.indices), maps=True).maps
+    assert maps is not None
+    assert maps.shape == (4, 16, 16)
+    inside = maps[:, 2:6, 9:13].mean((1, 2))
+    rest = (maps.sum((1, 2)) - maps[:, 2:6, 9:13].sum((1, 2))) / (16 * 16 - 16)
+    assert bool((inside > rest + 3).all())
+    plain = scored.measure(batch, maps=True).maps
+    assert plain is not None
+    assert abs(float(plain.mean())) < 0.5, "maps of ordinary images are standardised"
+
+
+def test_paper_preset_is_the_papers() -> None:
+    config = Reconstruction.presets["paper"]
+    made = Reconstruction(**{**config, "perceptual": "lite0"})
+    assert made.config["mode"] == "exact"
+    assert made.score_name == "mean_z"
+    names = ("mode", "levels", "skip", "grid", "steps", "solver")
+    assert make_plan(SCHEDULE, **{name: made.config[name] for name in names}).levels == paper_grid(16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metrics": ("mse", "beauty")}, "beauty"),
+        ({"score": "best"}, "best"),
+        ({"draws": 0}, "at least 1"),
+        ({"levels": (50, 2000)}, "999"),
+        ({"levels": (50, 50)}, "different"),
+        ({"mode": "exact", "levels": (0, 10)}, "from 1"),
+        ({"mode": "slow"}, "slow"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(FaroutError, match=message):
+        detector(**arguments)
+
+
+def test_it_works_on_latents() -> None:
+    import diffusers
+    from small import tiny_unet
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"in_channels": 1, "out_channels": 1, "latent_channels": 3, "block_out_channels": (8, 8), "norm_num_groups": 4}
+    preprocessing = Preprocessing(size=(16, 16), channels=1, native=(16, 16))
+    autoencoder = diffusers.AutoencoderKL(**sizes, **blocks)
+    latent = DiffusionModel(tiny_unet(3), SCHEDULE, preprocessing, autoencoder=autoencoder)
+    made = Reconstruction(levels=(50, 100), draws=2).fit(images(40).images, diffusion=latent, statistics=10)
+    assert np.isfinite(made.score(images(5, seed=3).images).score).all()
+
+
+def test_scores_of_constant_metrics_are_numbers() -> None:
+    scorer = Scorer(("mse",), ("mse",), 0, 1000, 1)
+    values = torch.full((20, 2, 1, len(METRICS)), 0.5)
+    measured = Measurements(tuple(map(str, range(20))), values, (50.0, 100.0), METRICS)
+    scorer.fit(measured, 0)
+    assert all(bool(torch.isfinite(score).all()) for score in scorer(measured).values())
+
+
+def test_untrained_models_fit_too() -> None:
+    """A model with size and channels of its own: grey 16 px images, an 8 px network."""
+    made = Reconstruction(levels=(50,), draws=1).fit(images(40).images, diffusion=model(), statistics=10)
+    assert made.preprocessing.native == (16, 16)
+    assert made.preprocessing.size == (8, 8)

@@ -1,0 +1,137 @@
+"""Metrics and intervals against well-kept libraries, ties included; nothing useless ever looks perfect."""
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics.functional.classification as torchmetrics
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+from farout.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, TrapWarning
+from farout.evaluation.intervals import bootstrap, delong, interval_of_auroc, paired_difference
+from farout.evaluation.metrics import aupr_in, aupr_out, auroc, detection, evaluate, false_alarm, fpr95
+
+RNG = np.random.default_rng(0)
+
+
+def pair(shift: float = 1.0, n: int = 300, m: int = 200, decimals: int | None = 1) -> tuple[np.ndarray, np.ndarray]:
+    inside, outside = RNG.normal(size=n), RNG.normal(shift, 1, size=m)
+    return (inside, outside) if decimals is None else (inside.round(decimals), outside.round(decimals))
+
+
+@pytest.mark.parametrize("decimals", [None, 1, 0], ids=["distinct", "ties", "many ties"])
+def test_areas_are_the_libraries(decimals: int | None) -> None:
+    inside, outside = pair(decimals=decimals)
+    truth, scores = np.r_[np.zeros(len(inside)), np.ones(len(outside))], np.r_[inside, outside]
+    assert auroc(inside, outside) == pytest.approx(roc_auc_score(truth, scores))
+    as_probability = torch.sigmoid(torch.tensor(scores))  # torchmetrics takes probabilities; ranks stay
+    theirs = torchmetrics.binary_auroc(as_probability, torch.tensor(truth, dtype=torch.long))
+    assert auroc(inside, outside) == pytest.approx(float(theirs), abs=1e-6)
+    assert aupr_out(inside, outside) == pytest.approx(average_precision_score(truth, scores))
+    assert aupr_in(inside, outside) == pytest.approx(average_precision_score(1 - truth, -scores))
+    theirs = torchmetrics.binary_average_precision(as_probability, torch.tensor(truth, dtype=torch.long))
+    assert aupr_out(inside, outside) == pytest.approx(float(theirs), abs=1e-6)
+
+
+@pytest.mark.parametrize("decimals", [None, 1, 0], ids=["distinct", "ties", "many ties"])
+def test_fpr95_is_the_first_roc_point_at_95_percent_recall(decimals: int | None) -> None:
+    """In-distribution images as positives, as OpenOOD has it: FPR at the first threshold with TPR >= .95."""
+    inside, outside = pair(decimals=decimals)
+    truth = np.r_[np.ones(len(inside)), np.zeros(len(outside))]
+    fpr, tpr, _ = roc_curve(truth, -np.r_[inside, outside], drop_intermediate=False)
+    assert fpr95(inside, outside) == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
+
+
+def test_metrics_know_ranks_only() -> None:
+    inside, outside = pair()
+    one, other = evaluate(inside, outside, draws=50), evaluate(np.exp(inside), np.exp(outside), draws=50)
+    assert one == other
+
+
+def test_delong_is_its_definition() -> None:
+    inside, outside = pair(n=23, m=17)
+    kernel = (outside[:, None] > inside[None]) + 0.5 * (outside[:, None] == inside[None])
+    area, of_id, of_ood = delong(inside, outside)
+    assert area == pytest.approx(kernel.mean())
+    assert np.allclose(of_ood, kernel.mean(1))
+    assert np.allclose(of_id, kernel.mean(0))
+
+
+def test_the_interval_covers() -> None:
+    """95 % intervals hold the true area in about 95 % of experiments."""
+    from scipy.stats import norm
+
+    truth = norm.cdf(1.5 / np.sqrt(2))
+    hits = 0
+    for _ in range(400):
+        _, low, high = interval_of_auroc(*pair(1.5, 60, 40, None))
+        hits += low <= truth <= high
+    assert 0.91 <= hits / 400 <= 0.99
+
+
+def test_a_perfect_area_still_has_an_interval() -> None:
+    area, low, high = interval_of_auroc(np.arange(50.0), np.arange(100.0, 130.0))
+    assert (area, high) == (1.0, 1.0)
+    assert 0.85 < low < 0.95
+    assert interval_of_auroc(np.arange(100.0, 130.0), np.arange(50.0))[:2] == (0.0, 0.0)
+
+
+def test_intervals_by_bootstrap_agree_with_delong() -> None:
+    inside, outside = pair(decimals=None)
+    _, low, high = interval_of_auroc(inside, outside)
+    assert bootstrap(auroc, inside, outside, draws=600) == pytest.approx((low, high), abs=0.015)
+
+
+def test_images_that_share_a_source_are_resampled_together() -> None:
+    """The same images on both sides (variants): scores blind to the variant give one half, and no width."""
+    scores = RNG.normal(size=80)
+    ids = np.arange(80)
+    with_groups = evaluate(scores, scores, groups=(ids, ids), draws=200)
+    assert (with_groups.auroc, with_groups.auroc_low, with_groups.auroc_high) == (0.5, 0.5, 0.5)
+    without = evaluate(scores, scores, draws=50)
+    assert without.auroc_high - without.auroc_low > 0.1
+
+
+def test_paired_difference() -> None:
+    base = pair(1.0, 400, 400, None)
+    noise = [RNG.normal(0, 1.0, size=len(side)) for side in base]
+    worse = tuple(side + extra for side, extra in zip(base, noise, strict=True))
+    found = paired_difference(base, worse)
+    assert found.decided
+    assert found.low > 0
+    by_bootstrap = paired_difference(base, worse, metric=auroc, draws=500)
+    assert (by_bootstrap.low, by_bootstrap.high) == pytest.approx((found.low, found.high), abs=0.015)
+    same = paired_difference(base, base)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    assert not same.decided
+    with pytest.raises(FaroutError, match="same images"):
+        paired_difference(base, (base[0][:-1], base[1]))
+    with pytest.raises(FaroutError, match="numbers"):
+        paired_difference(base, (np.full(400, np.nan), base[1]))
+
+
+def test_nothing_useless_is_perfect() -> None:
+    nans = np.full(20, np.nan)
+    with pytest.warns(NaNScoresWarning):
+        found = evaluate(nans, np.arange(5.0))
+    assert np.isnan(found.auroc)
+    assert np.isnan(found.fpr95)
+    assert (found.n_id, found.n_ood) == (0, 5)
+    with pytest.warns(ConstantScoresWarning):
+        constant = evaluate(np.ones(20), np.ones(10))
+    assert constant.auroc == 0.5
+    assert constant.fpr95 == 1.0
+    some = np.r_[np.arange(10.0), np.nan]
+    with pytest.warns(NaNScoresWarning, match="1 of 11"):
+        assert evaluate(some, np.arange(10.0) + 20, draws=50).n_id == 10
+    assert np.isnan(evaluate([], [1.0]).auroc)
+
+
+def test_an_area_below_one_half_warns() -> None:
+    with pytest.warns(TrapWarning, match="below one half"):
+        evaluate(*pair(-1.0), draws=50)
+
+
+def test_rates() -> None:
+    assert false_alarm([0.01, 0.05, 0.5, np.nan], 0.05) == pytest.approx(2 / 3)
+    assert detection([0.01, 0.9], 0.05) == 0.5
+    assert np.isnan(detection([], 0.05))

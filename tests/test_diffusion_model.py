@@ -6,7 +6,6 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from small import model, pictures, tiny_unet
 
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.networks import build_network
@@ -15,6 +14,7 @@ from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
 from farout.errors import FaroutError, StoreError
 from farout.images.preprocessing import Preprocessing
 from farout.training_config import TrainingConfig
+from small import model, pictures, tiny_unet
 
 
 def test_save_and_load_are_the_same_model(tmp_path: Path) -> None:
@@ -85,7 +85,13 @@ def test_images_of_another_shape() -> None:
 def test_every_model_can_work_on_latents(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    common = {"in_channels": 1, "out_channels": 1, "latent_channels": 3, "block_out_channels": (8, 8), "norm_num_groups": 4}
+    common = {
+        "in_channels": 1,
+        "out_channels": 1,
+        "latent_channels": 3,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+    }
     autoencoder = (diffusers.AutoencoderKL if kind == "kl" else diffusers.VQModel)(**common, **blocks)
     preprocessing = Preprocessing(size=(16, 16), channels=1, native=(16, 16))
     latent = DiffusionModel(tiny_unet(3), NoiseSchedule(), preprocessing, autoencoder=autoencoder)

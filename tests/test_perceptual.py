@@ -20,7 +20,9 @@ def test_distance_rises_with_damage(channels: int) -> None:
     features = distance.features(images)
     assert torch.equal(distance.distance(features, features), torch.zeros(3, dtype=torch.float64))
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    values = [distance.distance(features, distance.features((images + s * noise).clamp(0, 1))) for s in (0.03, 0.1, 0.3)]
+    values = [
+        distance.distance(features, distance.features((images + s * noise).clamp(0, 1))) for s in (0.03, 0.1, 0.3)
+    ]
     assert bool((values[0] > 0).all())
     assert bool((values[0] < values[1]).all())
     assert bool((values[1] < values[2]).all())

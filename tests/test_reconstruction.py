@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small import model
 from torch import Tensor, nn
 
 from farout.detectors._tables import Measurements
@@ -20,6 +19,7 @@ from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import Batch
+from small import model
 
 SCHEDULE = NoiseSchedule()
 
@@ -52,7 +52,9 @@ def detector(**arguments: object) -> Reconstruction:
 
 def images(count: int = 200, spread: float = SPREAD, seed: int = 0) -> Batch:
     noise = torch.randn(count, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
-    return Batch(tuple(f"{seed}/{i}" for i in range(count)), (MEAN + spread * noise).clamp(0, 1), None, tuple(range(count)))
+    return Batch(
+        tuple(f"{seed}/{i}" for i in range(count)), (MEAN + spread * noise).clamp(0, 1), None, tuple(range(count))
+    )
 
 
 def metric(measured: Measurements, name: str) -> Tensor:
@@ -83,8 +85,8 @@ def flow_error(t: int, end: float) -> float:
 
 
 def test_exact_follows_the_flow_and_keeps_the_last_noise() -> None:
-    """PLMS on the paper's grid, level by level the exact flow down to level 0, whose noise stays: at t = 11 the error is
-    not far above its floor 1 - abar_0 = .0015 (card section 2.6).
+    """PLMS on the paper's grid, level by level the exact flow down to level 0, whose noise stays: at t = 11 the error
+    is not far above its floor 1 - abar_0 = .0015 (card section 2.6).
     """
     levels = (11, 161, 321)
     measured = detector(mode="exact", levels=levels, draws=1, noise="image").measure(images(100))
@@ -240,10 +242,17 @@ def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> 
 
 def test_it_works_on_latents() -> None:
     import diffusers
+
     from small import tiny_unet
 
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    sizes = {"in_channels": 1, "out_channels": 1, "latent_channels": 3, "block_out_channels": (8, 8), "norm_num_groups": 4}
+    sizes = {
+        "in_channels": 1,
+        "out_channels": 1,
+        "latent_channels": 3,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+    }
     preprocessing = Preprocessing(size=(16, 16), channels=1, native=(16, 16))
     autoencoder = diffusers.AutoencoderKL(**sizes, **blocks)
     latent = DiffusionModel(tiny_unet(3), SCHEDULE, preprocessing, autoencoder=autoencoder)

@@ -45,7 +45,9 @@ def threshold(calibration: Any, alpha: float) -> float:
     """
     sorted_ = _sorted(calibration)
     allowed = math.floor(alpha * (1 + 1e-12) * (len(sorted_) + 1)) - 1
-    return math.inf if allowed < 0 else float(sorted_[len(sorted_) - 1 - allowed]) if allowed < len(sorted_) else -math.inf
+    return (
+        math.inf if allowed < 0 else float(sorted_[len(sorted_) - 1 - allowed]) if allowed < len(sorted_) else -math.inf
+    )
 
 
 def benjamini_hochberg(p: Any, q: float) -> np.ndarray:

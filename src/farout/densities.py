@@ -23,7 +23,9 @@ def _table(x: np.ndarray, least: int = 1) -> np.ndarray:
     if x.ndim != 2 or len(x) < least:
         raise FaroutError(f"expected a table (n, d) of at least {least} rows, got shape {x.shape}")
     if not np.isfinite(x).all():
-        raise FaroutError(f"{int((~np.isfinite(x)).any(1).sum())} of {len(x)} rows hold values that are not finite numbers")
+        raise FaroutError(
+            f"{int((~np.isfinite(x)).any(1).sum())} of {len(x)} rows hold values that are not finite numbers"
+        )
     return x
 
 

@@ -72,7 +72,9 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
     detector.use(model, settings.runtime)
     measured = detector.measure_all(source.subset(parts.statistics), "measuring statistics images", watch=True)
     if not bool(measured.finite().all()):
-        raise FaroutError("measurements of the statistics images are not all numbers; look for damaged images or weights")
+        raise FaroutError(
+            "measurements of the statistics images are not all numbers; look for damaged images or weights"
+        )
     detector.statistics = measured
     detector.statistics_hashes = frozenset(source.content_hash(i) for i in parts.statistics)
     detector.fit_statistics(measured)
@@ -101,7 +103,7 @@ def _split(detector: Detector, source: ImageSource, given: DiffusionModel | None
         groups=settings.groups,
     )
     if len(parts.statistics) < 2:
-        counts = f"{len(parts.calibration)} for calibration at alpha {settings.alpha}, {len(parts.statistics)} for statistics"
+        counts = f"calibration at alpha {settings.alpha} takes {len(parts.calibration)}, {len(parts.statistics)} are left"
         raise FaroutError(f"{len(source)} images are too few: {counts}; give more images or a larger alpha")
     wanted = settings.statistics or detector.statistics_minimum
     if detector.statistics_suffice and len(parts.statistics) > wanted:
@@ -112,16 +114,22 @@ def _split(detector: Detector, source: ImageSource, given: DiffusionModel | None
 
 
 def _train(source: ImageSource, parts: Split, settings: FitSettings) -> DiffusionModel:
-    part = source.subset(parts.training)
     config = settings.network
     if settings.protocol is not None:
         config = replace(config, protocol=settings.protocol)
     torch.manual_seed(settings.seed)
     fresh = config.build(config.preprocess(source))
-    training = replace(settings.training, seed=settings.seed)
-    return train_model(
-        part, fresh, training, levels=config.levels, out=settings.checkpoints, resume=settings.resume
-    )
+    part = source.subset(parts.training)
+    training = _training(settings)
+    return train_model(part, fresh, training, levels=config.levels, out=settings.checkpoints, resume=settings.resume)
+
+
+def _training(settings: FitSettings) -> TrainingConfig:
+    """The training's settings with the fit's seed, and its device and precision where the training names none."""
+    given, runtime = settings.training, settings.runtime
+    device = runtime.device if given.device == "auto" else given.device
+    precision = runtime.precision if given.precision == "auto" else given.precision
+    return replace(given, seed=settings.seed, device=device, precision=precision)
 
 
 def _preprocessing(source: ImageSource, model: DiffusionModel | None, settings: FitSettings) -> Preprocessing:
@@ -159,7 +167,9 @@ def recalibrate(detector: D, images: Any, *, limit: int | None = None, alpha: fl
     if not fresh:
         raise FaroutError(f"all {len(source)} images were used to fit this detector; calibrate on others")
     if len(fresh) < len(source):
-        _log.warning("%d of %d images were used to fit this detector and are left out", len(source) - len(fresh), len(source))
+        _log.warning(
+            "%d of %d images were used to fit this detector and are left out", len(source) - len(fresh), len(source)
+        )
     detector.alpha = alpha if alpha is not None else detector.alpha
     detector.set_calibration(detector.measure_all(source.subset(fresh), "measuring calibration images"))
     detector.provenance["calibration_source"] = source.name

@@ -95,7 +95,9 @@ def _runtime(fitted: Runtime, changes: dict[str, Any]) -> Runtime:
     runtime = replace(fitted, **changes).resolved()
     for name in ("precision", "rows"):
         if getattr(runtime, name) != getattr(fitted, name):
-            message = f"fitted with {name} {getattr(fitted, name)}, now {getattr(runtime, name)}: scores will differ a little"
+            message = (
+                f"fitted with {name} {getattr(fitted, name)}, now {getattr(runtime, name)}: scores will differ a little"
+            )
             warnings.warn(message, TrapWarning, stacklevel=4)
     return runtime
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -80,7 +81,7 @@ class Measurements:
             return pa.table({"key": list(self.keys), **columns}, schema=pa.schema(types))
         count, levels, draws, metrics = self.values.shape
         inner = levels * draws * metrics
-        columns = {
+        columns: dict[str, Any] = {
             "key": pa.array(np.repeat(np.array(self.keys, dtype=object), inner), pa.string()),
             "level": np.tile(np.repeat(np.array(self.levels, dtype=np.float64), draws * metrics), count),
             "draw": np.tile(np.repeat(np.arange(draws, dtype=np.int32), metrics), count * levels),

@@ -254,7 +254,9 @@ class Detector(ABC):
     def check_fitted(self) -> None:
         """Raises FaroutError when the detector has not been fitted."""
         if not self.fitted:
-            raise FaroutError(f"this {type(self).__name__} has not been fitted; call fit(images) or farout.load(folder)")
+            raise FaroutError(
+                f"this {type(self).__name__} has not been fitted; call fit(images) or farout.load(folder)"
+            )
 
     def open(self, images: Any, *, limit: int | None = None, policy: Policy = "nan") -> ImageSource:
         """The source to be scored; an unreadable image gets a row without score."""

@@ -203,9 +203,9 @@ def _2m_step(predict: Predictor, x: Tensor, sigma: Tensor, then: Tensor, state: 
     return spread(then / sigma, x) * x + spread(1 - then / sigma, x) * mixed, {"x0": x0, "sigma": sigma}
 
 
-_ADAMS_BASHFORTH = torch.tensor(
-    [[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]], dtype=torch.float32
-) / 24
+_ADAMS_BASHFORTH = (
+    torch.tensor([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]], dtype=torch.float32) / 24
+)
 
 
 def _multistep(order: int, *, heun_first: bool) -> Step:

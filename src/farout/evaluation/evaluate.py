@@ -127,7 +127,7 @@ def _rows(rated: _Rated, id_source: Any, ood_sources: Sequence[Any], limit: int 
             "nfe": cost.nfe,
             "gmacs": round(cost.gmacs, 4),
             "images_per_s": round(outside.images_per_s, 2),
-            "peak_mib": round(_peak_mib(), 1),
+            "peak_mib": round(peak_mib(), 1),
             "fit_s": rated.detector.provenance.get("fit_s", float("nan")),
         }
         yield from _indicator_rows(rated.detector, inside, outside, common)
@@ -183,7 +183,7 @@ def _shared_images(inside: ImageSource, outside: ImageSource, *scores: Scores) -
     return hashes[0][: len(scores[0])], hashes[1][: len(scores[1])]
 
 
-def _peak_mib() -> float:
+def peak_mib() -> float:
     """The most memory held so far: of the accelerator, or of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20

@@ -46,7 +46,9 @@ def _clean(scores: Any, side: str) -> np.ndarray:
 
 
 def auroc(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
-    """Probability that an OOD image scores higher than an in-distribution one, ties counting half; NaN without images."""
+    """Probability that an OOD image scores higher than an in-distribution one, ties counting half; NaN if one side is
+    empty.
+    """
     return delong(id_scores, ood_scores)[0] if len(id_scores) and len(ood_scores) else float("nan")
 
 
@@ -140,13 +142,12 @@ def evaluate(
     )
 
 
-def _drop(
-    groups: tuple[np.ndarray, np.ndarray] | None, *sides: Any
-) -> tuple[np.ndarray, np.ndarray] | None:
+def _drop(groups: tuple[np.ndarray, np.ndarray] | None, *sides: Any) -> tuple[np.ndarray, np.ndarray] | None:
     """The groups of the scores that are numbers."""
     if groups is None:
         return None
     first, second = (
-        np.asarray(ids)[~np.isnan(np.asarray(scores, dtype=np.float64))] for ids, scores in zip(groups, sides, strict=True)
+        np.asarray(ids)[~np.isnan(np.asarray(scores, dtype=np.float64))]
+        for ids, scores in zip(groups, sides, strict=True)
     )
     return first, second

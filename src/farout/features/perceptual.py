@@ -38,7 +38,12 @@ class _FeatureDistance:
     """
 
     def __init__(
-        self, network: nn.Module, mean: Sequence[float], std: Sequence[float], smallest: int, weights: Sequence[Tensor] | None
+        self,
+        network: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        smallest: int,
+        weights: Sequence[Tensor] | None,
     ) -> None:
         self.network, self.smallest, self.weights = network, smallest, weights
         self.mean = torch.tensor(mean).reshape(1, 3, 1, 1)
@@ -51,7 +56,7 @@ class _FeatureDistance:
         return self
 
     def features(self, images: Tensor, rows: int | None = None) -> list[Tensor]:
-        """Unit-normalised feature maps; grey is repeated to three channels, the image fitted to the network's minimum."""
+        """Unit-normalised feature maps; grey is repeated to three channels, small images are fitted to the network."""
         ready = (self._fit(images.expand(-1, 3, -1, -1)) - self.mean) / self.std
         ready = ready.contiguous(memory_format=torch.channels_last)
         shapes: list[torch.Size] = []
@@ -99,8 +104,8 @@ def _unit(feature: Tensor) -> Tensor:
 
 
 def perceptual_distance(name: PerceptualName) -> PerceptualDistance:
-    """`lite0`: EfficientNet-lite0 features at 64 px or more, all depths, unit weights; needs no hub. `lpips`: LPIPS with
-    AlexNet, version 0.1, the reconstruction paper's.
+    """`lite0`: EfficientNet-lite0 features at 64 px or more, all depths, unit weights; needs no hub. `lpips`: LPIPS
+    with AlexNet, version 0.1, the reconstruction paper's.
 
     Raises MissingExtraError for `lpips` where the package or its AlexNet weights cannot be had.
     """
@@ -120,7 +125,7 @@ def _lpips() -> PerceptualDistance:
     except OSError as error:
         hint = (
             f"LPIPS could not fetch torchvision's AlexNet weights ({error}); put alexnet-owt-7be5be79.pth into "
-            f"{torch.hub.get_dir()}/checkpoints, or use the built-in distance perceptual=\"lite0\""
+            f'{torch.hub.get_dir()}/checkpoints, or use the built-in distance perceptual="lite0"'
         )
         raise MissingExtraError(hint) from error
     whole = whole.eval().requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from farout import registry
 from farout.detectors._fitting import FitSettings, recalibrate
 from farout.detectors.base import Detector, Runtime, load
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.train import DiffusionConfig
+from farout.diffusion.train import DiffusionConfig, discard_checkpoints
 from farout.diffusion.train import train_diffusion as _train_diffusion
 from farout.errors import FaroutError
 from farout.evaluation.demo import demo as _demo
@@ -95,10 +96,12 @@ def fit(
     if link and diffusion is None:
         raise FaroutError("--link wants --diffusion: there is no model folder to link to")
     detector: Detector = registry.find("detectors", method).load()(**arguments)
+    checkpoints = settings.checkpoints or Path(f"{out}.training")
     started = time.perf_counter()
-    detector.fit(source, diffusion, classifier, **vars(settings))
+    detector.fit(source, diffusion, classifier, **vars(replace(settings, checkpoints=checkpoints)))
     detector.provenance["fit_s"] = round(time.perf_counter() - started, 1)
     detector.save(out, link=Path(str(diffusion)) if link else None)
+    discard_checkpoints(checkpoints, settings.training)
     return detector
 
 

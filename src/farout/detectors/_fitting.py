@@ -103,7 +103,8 @@ def _split(detector: Detector, source: ImageSource, given: DiffusionModel | None
         groups=settings.groups,
     )
     if len(parts.statistics) < 2:
-        counts = f"calibration at alpha {settings.alpha} takes {len(parts.calibration)}, {len(parts.statistics)} are left"
+        taken, left = len(parts.calibration), len(parts.statistics)
+        counts = f"calibration at alpha {settings.alpha} takes {taken}, the statistics get {left}"
         raise FaroutError(f"{len(source)} images are too few: {counts}; give more images or a larger alpha")
     wanted = settings.statistics or detector.statistics_minimum
     if detector.statistics_suffice and len(parts.statistics) > wanted:

@@ -1,4 +1,4 @@
-"""A diffusion model: network, schedule, preprocessing and, where there is one, conditioning and autoencoder."""
+"""A diffusion model: network, schedule, preprocessing and, where there is one, autoencoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from farout import store
 from farout.diffusion import folders
-from farout.diffusion.conditioning import Conditioning
 from farout.diffusion.denoiser import NetworkDenoiser, Precision, Prediction
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
@@ -35,7 +34,6 @@ class DiffusionModel:
         data_range: the values that 0 and 1 of an image become; (0, 1) in the reconstruction paper.
         b_scale: factor on the data before noising; it raises the signal-to-noise ratio by b^2.
         autoencoder: diffusers' `AutoencoderKL` or `VQModel`; None: the network works on pixels.
-        conditioning: makes conditions from labels; None: unconditional.
         trained_on: content hashes of the images that the weights have seen.
         provenance: command, seed, data fingerprint and the like, kept in `config.json`.
     """
@@ -50,14 +48,12 @@ class DiffusionModel:
         data_range: tuple[float, float] = (-1.0, 1.0),
         b_scale: float = 1.0,
         autoencoder: nn.Module | None = None,
-        conditioning: Conditioning | None = None,
         trained_on: Collection[str] = (),
         provenance: dict[str, Any] | None = None,
     ) -> None:
         self.network, self.schedule, self.preprocessing = network.eval(), schedule, preprocessing
         self.prediction, self.data_range, self.b_scale = prediction, data_range, b_scale
         self.autoencoder = None if autoencoder is None else autoencoder.eval().requires_grad_(False)
-        self.conditioning = conditioning
         self.trained_on = frozenset(trained_on)
         self.provenance = dict(provenance or {})
 

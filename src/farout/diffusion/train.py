@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from farout.images.sources import ImageSource, PreparedImages, open_source
 from farout.images.splits import split
 from farout.training import TrainingConfig, train
 
-__all__ = ["PRESETS", "DiffusionConfig", "train_diffusion", "train_model"]
+__all__ = ["PRESETS", "DiffusionConfig", "discard_checkpoints", "train_diffusion", "train_model"]
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ def train_diffusion(
 
     Args:
         source: any image source.
-        out: folder of the model; `OUT.training/` beside it holds the checkpoints.
+        out: folder of the model; `OUT.training/` beside it holds the checkpoints while training runs, and after it
+            where `training.checkpoint_every` is set.
         model: what is trained.
         training: how it is trained.
         autoencoder: folder of a diffusers `AutoencoderKL` or `VQModel`; the model then works on its latents.
@@ -230,4 +232,11 @@ def train_diffusion(
         images.subset(parts.training), fresh, settings, levels=model.levels, out=folder, resume=resume
     )
     trained.save(out)
+    discard_checkpoints(folder, settings)
     return trained
+
+
+def discard_checkpoints(folder: Path, training: TrainingConfig) -> None:
+    """Removes what was only there to resume; checkpoints that were asked for (`checkpoint_every`) stay."""
+    if not training.checkpoint_every and not training.tensorboard:
+        shutil.rmtree(folder, ignore_errors=True)

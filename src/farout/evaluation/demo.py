@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,4 +35,5 @@ def demo(out: str | Path, *, steps: int, limit: int, images: int | None, seed: i
     statistics = 300 if images is None else min(300, images // 4)
     detector = Reconstruction().fit(TRAIN, limit=images, training=training, seed=seed, statistics=statistics)
     detector.save(out / "detector")
+    shutil.rmtree(out / "results", ignore_errors=True)
     return evaluate_detector(detector, ID, OOD, out / "results", limit=limit)

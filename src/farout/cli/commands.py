@@ -201,16 +201,19 @@ def evaluate(
     )
 
 
-def demo(*, out: str = "farout-demo", steps: int = 300, limit: int = 300, seed: int = 0) -> pd.DataFrame:
+def demo(
+    *, out: str = "farout-demo", steps: int = 450, limit: int = 200, images: int | None = None, seed: int = 0
+) -> pd.DataFrame:
     """Run the main job on the built-in sample, in minutes.
 
     Args:
         out: folder of the demo's models and results.
         steps: training steps of the diffusion model.
         limit: images scored of each set.
+        images: images of the sample that the detector is fitted to; without it all 4,000.
         seed: seed of everything.
     """
-    return _demo(out, steps=steps, limit=limit, seed=seed)
+    return _demo(out, steps=steps, limit=limit, images=images, seed=seed)
 
 
 def runtime_changes(given: dict[str, Any]) -> dict[str, Any]:

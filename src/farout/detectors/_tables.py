@@ -76,9 +76,9 @@ class Measurements:
     def to_table(self) -> pa.Table:
         """Long form (key, level, draw, metric, value), or one row per image with a list per vector."""
         if self.values is None:
-            columns = {name: list(vector.numpy()) for name, vector in self.vectors.items()}
-            types = [("key", pa.string()), *[(name, pa.list_(pa.float32())) for name in columns]]
-            return pa.table({"key": list(self.keys), **columns}, schema=pa.schema(types))
+            lists = {name: list(vector.numpy()) for name, vector in self.vectors.items()}
+            types = [("key", pa.string()), *[(name, pa.list_(pa.float32())) for name in lists]]
+            return pa.table({"key": list(self.keys), **lists}, schema=pa.schema(types))
         count, levels, draws, metrics = self.values.shape
         inner = levels * draws * metrics
         columns: dict[str, Any] = {
@@ -179,3 +179,42 @@ class Scores:
         indicators = {name: frame[name].to_numpy(dtype=np.float64) for name in others}
         flags = np.broadcast_to(np.asarray(is_ood, dtype=bool), len(frame))
         return cls(tuple(frame["key"].astype(str)), score, p_value, flags, tuple(status), indicators)
+
+    @staticmethod
+    def join(parts: Sequence[Scores]) -> Scores:
+        """One after the other; raises FaroutError when there are none."""
+        if not parts:
+            raise FaroutError("there was nothing to score")
+        names = list(parts[0].indicators)
+        measured = [part.measurements for part in parts if part.measurements is not None]
+        return Scores(
+            tuple(key for part in parts for key in part.keys),
+            np.concatenate([part.score for part in parts]),
+            np.concatenate([part.p_value for part in parts]),
+            np.concatenate([part.is_ood for part in parts]),
+            tuple(status for part in parts for status in part.status),
+            {name: np.concatenate([part.indicators[name] for part in parts]) for name in names},
+            Measurements.join(measured) if measured else None,
+        )
+
+    @staticmethod
+    def with_gaps(keys: tuple[str, ...], scores: Scores | None, names: Sequence[str]) -> Scores:
+        """The scores joined to all keys; images that could not be read have none and are never normal."""
+        have = scores.keys if scores is not None else ()
+        rows = {key: row for row, key in enumerate(have)}
+        index = np.array([rows.get(key, -1) for key in keys], dtype=int)
+
+        def place(values: np.ndarray | None, empty: Any) -> np.ndarray:
+            padded = np.append(values if values is not None else [], empty)
+            return padded[index]
+
+        status = tuple(scores.status[i] if scores is not None and i >= 0 else "unreadable" for i in index)
+        return Scores(
+            keys,
+            place(None if scores is None else scores.score, np.nan),
+            place(None if scores is None else scores.p_value, np.nan),
+            place(None if scores is None else scores.is_ood, False).astype(bool),
+            status,
+            {name: place(None if scores is None else scores.indicators[name], np.nan) for name in names},
+            None if scores is None else scores.measurements,
+        )

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from farout import store
 from farout.calibration import check_scores, is_out, p_values
+from farout.detectors._runtime import Runtime
 from farout.detectors._tables import Measurements, Scores
-from farout.devices import resolve_device, resolve_precision
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError
 from farout.images.preprocessing import Preprocessing
@@ -31,33 +31,6 @@ __all__ = ["Cost", "Detector", "Measurements", "Runtime", "Scores", "load"]
 
 _MEMORY = 256 * 2**20
 _COMBINED = 64
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """How networks are run. Scores are bit-equal for one device, precision and `rows`; the rest never matters.
-
-    Args:
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
-        precision: `fp32`, `bf16`, `fp16`, or `auto`: bf16 where the device computes in it natively, else fp32.
-        rows: rows of one network call; `auto`: 32 on a CPU, 256 on an accelerator.
-        batch_size: images measured together; `auto`: by a memory budget.
-        workers: threads that decode images.
-    """
-
-    device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    rows: int | Literal["auto"] = 32
-    batch_size: int | Literal["auto"] = "auto"
-    workers: int = 2
-
-    def resolved(self) -> Runtime:
-        """With every `auto` but the batch size replaced by what it means here."""
-        device = resolve_device(self.device)
-        rows = self.rows if self.rows != "auto" else (32 if device.type == "cpu" else 256)
-        if rows < 1 or (self.batch_size != "auto" and self.batch_size < 1):
-            raise FaroutError(f"rows and batch_size want at least 1, got {self.rows} and {self.batch_size}")
-        return replace(self, device=str(device), precision=resolve_precision(self.precision, device), rows=rows)
 
 
 @dataclass(frozen=True)
@@ -267,7 +240,7 @@ class Detector(ABC):
         self.check_fitted()
         source = self.open(images, limit=limit, policy=policy)
         parts = list(self.score_chunks(source))
-        scores = _join_scores(parts)
+        scores = Scores.join(parts)
         check_scores(scores.score[np.array(scores.status) != "unreadable"], source.name)
         return scores
 
@@ -291,7 +264,7 @@ class Detector(ABC):
         scores = None if measurements is None else self.rescore(measurements)
         if scores is not None and (skip or scores.keys == keys):
             return scores
-        return _with_gaps(() if skip else keys, scores, list(self.calibration_scores))
+        return Scores.with_gaps(() if skip else keys, scores, list(self.calibration_scores))
 
     def rescore(self, measurements: Measurements) -> Scores:
         """Scores from stored measurements; no network runs."""
@@ -370,44 +343,6 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
 
 
 _FITTED = ("preprocessing", "alpha", "seed", "provenance", "statistics", "statistics_hashes")
-
-
-def _join_scores(parts: list[Scores]) -> Scores:
-    if not parts:
-        raise FaroutError("there was nothing to score")
-    names = list(parts[0].indicators)
-    measured = [part.measurements for part in parts if part.measurements is not None]
-    return Scores(
-        tuple(key for part in parts for key in part.keys),
-        np.concatenate([part.score for part in parts]),
-        np.concatenate([part.p_value for part in parts]),
-        np.concatenate([part.is_ood for part in parts]),
-        tuple(status for part in parts for status in part.status),
-        {name: np.concatenate([part.indicators[name] for part in parts]) for name in names},
-        Measurements.join(measured) if measured else None,
-    )
-
-
-def _with_gaps(keys: tuple[str, ...], scores: Scores | None, names: list[str]) -> Scores:
-    """The scores joined to all keys; images that could not be read have none and are never normal."""
-    have = scores.keys if scores is not None else ()
-    rows = {key: row for row, key in enumerate(have)}
-    index = np.array([rows.get(key, -1) for key in keys], dtype=int)
-
-    def place(values: np.ndarray | None, empty: Any) -> np.ndarray:
-        padded = np.append(values if values is not None else [], empty)
-        return padded[index]
-
-    status = tuple(scores.status[i] if scores is not None and i >= 0 else "unreadable" for i in index)
-    return Scores(
-        keys,
-        place(None if scores is None else scores.score, np.nan),
-        place(None if scores is None else scores.p_value, np.nan),
-        place(None if scores is None else scores.is_ood, False).astype(bool),
-        status,
-        {name: place(None if scores is None else scores.indicators[name], np.nan) for name in names},
-        None if scores is None else scores.measurements,
-    )
 
 
 def load(folder: str | Path, **runtime: Any) -> Detector:

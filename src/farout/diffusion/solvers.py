@@ -137,6 +137,7 @@ def _solver(step: Step, name: str, doc: str, *, once: bool) -> Solver:
         callback: Callback | None = None,
         guide: Guide | None = None,
     ) -> Tensor:
+        """Checks the arguments and integrates; the text that users see is set below."""
         if guide is not None and not once:
             raise FaroutError(f"{name} evaluates more than once a step, a stateful guide cannot go with it; use ddim")
         if sigmas.ndim != 2 or len(sigmas) != len(x) or sigmas.shape[1] < 2:
@@ -210,6 +211,7 @@ _ADAMS_BASHFORTH = (
 
 def _multistep(order: int, *, heun_first: bool) -> Step:
     def step(predict: Predictor, x: Tensor, sigma: Tensor, then: Tensor, state: State) -> tuple[Tensor, State]:
+        """Mixes eps with its past, row by row; `count` says how much of it a row has."""
         eps = _eps(predict, x, sigma)
         count = state.get("count", torch.zeros(len(x), dtype=torch.long, device=x.device))
         past = state.get("past", x.new_zeros(len(x), 3, *x.shape[1:]))

@@ -31,7 +31,7 @@ def demo(out: str | Path, *, steps: int, limit: int, images: int | None, seed: i
         seed: seed of everything.
     """
     out = Path(out)
-    training = replace(TrainingConfig(**PRESETS["tiny"]["training"]), steps=steps)
+    training = replace(TrainingConfig(**PRESETS["tiny"]["training"]), steps=steps, batch_size=32)
     statistics = 300 if images is None else min(300, images // 4)
     detector = Reconstruction().fit(TRAIN, limit=images, training=training, seed=seed, statistics=statistics)
     detector.save(out / "detector")

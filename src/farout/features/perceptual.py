@@ -80,6 +80,7 @@ class _FeatureDistance:
         return functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
     def distance(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+        """Distances (B,) in float64 between two lists of unit-normalised feature maps."""
         # float64: the order of a float32 sum, and so its last bits, would depend on the batch
         total = torch.zeros(len(one[0]), dtype=torch.float64, device=one[0].device)
         for depth, (f, g) in enumerate(zip(one, other, strict=True)):

@@ -1,0 +1,38 @@
+"""How a detector's networks are run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from farout.devices import resolve_device, resolve_precision
+from farout.errors import FaroutError
+
+__all__ = ["Runtime"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How networks are run. Scores are bit-equal for one device, precision and `rows`; the rest never matters.
+
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
+        precision: `fp32`, `bf16`, `fp16`, or `auto`: bf16 where the device computes in it natively, else fp32.
+        rows: rows of one network call; `auto`: 32 on a CPU, 256 on an accelerator.
+        batch_size: images measured together; `auto`: by a memory budget.
+        workers: threads that decode images.
+    """
+
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    rows: int | Literal["auto"] = 32
+    batch_size: int | Literal["auto"] = "auto"
+    workers: int = 2
+
+    def resolved(self) -> Runtime:
+        """With every `auto` but the batch size replaced by what it means here."""
+        device = resolve_device(self.device)
+        rows = self.rows if self.rows != "auto" else (32 if device.type == "cpu" else 256)
+        if rows < 1 or (self.batch_size != "auto" and self.batch_size < 1):
+            raise FaroutError(f"rows and batch_size want at least 1, got {self.rows} and {self.batch_size}")
+        return replace(self, device=str(device), precision=resolve_precision(self.precision, device), rows=rows)

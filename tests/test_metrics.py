@@ -34,11 +34,13 @@ def test_areas_are_the_libraries(decimals: int | None) -> None:
 
 @pytest.mark.parametrize("decimals", [None, 1, 0], ids=["distinct", "ties", "many ties"])
 def test_fpr95_is_the_first_roc_point_at_95_percent_recall(decimals: int | None) -> None:
-    """In-distribution images as positives, as OpenOOD has it: FPR at the first threshold with TPR >= .95."""
+    """In-distribution images as positives: FPR at the first threshold with TPR >= .95; OpenOOD swaps the sides."""
     inside, outside = pair(decimals=decimals)
     truth = np.r_[np.ones(len(inside)), np.zeros(len(outside))]
     fpr, tpr, _ = roc_curve(truth, -np.r_[inside, outside], drop_intermediate=False)
     assert fpr95(inside, outside) == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
+    fpr, tpr, _ = roc_curve(1 - truth, np.r_[inside, outside], drop_intermediate=False)
+    assert fpr95(-outside, -inside) == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
 
 
 def test_metrics_know_ranks_only() -> None:
@@ -135,3 +137,52 @@ def test_rates() -> None:
     assert false_alarm([0.01, 0.05, 0.5, np.nan], 0.05) == pytest.approx(2 / 3)
     assert detection([0.01, 0.9], 0.05) == 0.5
     assert np.isnan(detection([], 0.05))
+
+
+@pytest.mark.parametrize("metric", [auroc, aupr_in, aupr_out, fpr95])
+def test_a_nan_given_to_a_metric_is_never_perfect(metric) -> None:
+    nans, numbers = np.full(5, np.nan), np.arange(20.0)
+    for one, other in ((nans, numbers), (numbers, nans), (numbers, np.r_[nans, numbers])):
+        assert np.isnan(metric(one, other))
+
+
+def test_infinite_scores_have_ranks() -> None:
+    inside, outside = np.arange(20.0), np.arange(10.0, 30.0)
+    last = np.r_[outside[:-1], np.inf]
+    assert evaluate(inside, last, draws=50) == evaluate(inside, outside, draws=50)
+
+
+def test_perfect_rates_keep_an_interval_with_and_without_groups() -> None:
+    """Fifty images do not prove an FPR of exactly 0, nor an AUROC of exactly 1."""
+    inside, outside, ids = np.arange(50.0), np.arange(100.0, 150.0), np.arange(50)
+    for groups in (None, (ids, ids), (ids // 5, ids // 5)):
+        found = evaluate(inside, outside, groups=groups, draws=50)
+        assert (found.auroc, found.auroc_high, found.fpr95, found.fpr95_low) == (1, 1, 0, 0)
+        units = 10 if groups is not None and len(np.unique(groups[0])) == 10 else 50
+        assert found.auroc_low == pytest.approx(0.05 ** (1 / units))
+        assert found.fpr95_high == pytest.approx(1 - 0.05 ** (1 / units))
+
+
+def test_grouped_draws_are_whole_groups() -> None:
+    """The interval of grouped scores is that of a plain loop over the same drawn groups, uneven groups included."""
+    inside, outside = pair(n=40, m=30)
+    groups = (RNG.integers(0, 12, size=40), RNG.integers(4, 16, size=30))
+    names = np.unique(np.concatenate(groups))
+    generator, areas = np.random.default_rng(3), []
+    for _ in range(60):
+        chosen = names[generator.integers(0, len(names), len(names))]
+        drawn = [np.concatenate([side[ids == g] for g in chosen]) for side, ids in zip((inside, outside), groups)]
+        areas.append(auroc(*drawn))
+    found = evaluate(inside, outside, groups=groups, draws=60, seed=3)
+    assert (found.auroc_low, found.auroc_high) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])))
+    with pytest.raises(FaroutError, match="one id per score"):
+        evaluate(inside, outside, groups=(groups[0][:-1], groups[1]))
+
+
+def test_three_images_do_not_decide() -> None:
+    """A perfect detector against a constant one: DeLong's variance of the difference is 0."""
+    perfect, constant = (np.arange(3.0), np.arange(3.0) + 9), (np.ones(3), np.ones(3))
+    assert not paired_difference(perfect, constant).decided
+    assert not paired_difference(constant, perfect).decided
+    many = np.arange(200.0)
+    assert paired_difference((many, many + 900), (np.ones(200), np.ones(200))).decided

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
@@ -11,7 +11,7 @@ from scipy.special import logsumexp
 from sklearn.covariance import LedoitWolf
 from sklearn.mixture import GaussianMixture as _Mixture
 
-from farout.errors import FaroutError
+from farout.errors import FaroutError, StoreError
 
 __all__ = ["GaussianMixture", "Mahalanobis", "ZScore"]
 
@@ -29,6 +29,14 @@ def _table(x: np.ndarray, least: int = 1) -> np.ndarray:
     return x
 
 
+def _standardised(x: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    x = np.asarray(x, dtype=np.float64)
+    # one column would broadcast in silence
+    if x.ndim != 2 or x.shape[1] != len(mean):
+        raise FaroutError(f"expected a table (n, {len(mean)}) with the columns fitted on, got shape {x.shape}")
+    return (x - mean) / std
+
+
 class _Fitted:
     """Arrays in, arrays out."""
 
@@ -38,7 +46,10 @@ class _Fitted:
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> Self:
-        """Rebuilds what `to_arrays` gave."""
+        """Rebuilds what `to_arrays` gave; raises StoreError where an array is missing or unknown."""
+        wanted = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        if set(arrays) != wanted:
+            raise StoreError(f"{cls.__name__} wants the arrays {sorted(wanted)}, got {sorted(arrays)}; fit it again")
         return cls(**arrays)
 
 
@@ -46,8 +57,8 @@ class _Fitted:
 class ZScore(_Fitted):
     """z = (x - mean) / std with the sample deviation (ddof = 1), per column (Graham et al. 2023, section 3.3).
 
-    A column that never varies has no scale; its deviation is set to 1e-12 of its size (at least 1e-12), so that an
-    equal value has z = 0 and any other is far out.
+    A column that never varies has no scale; its deviation is set to float32's resolution of its values (at least
+    1e-12), so that an equal value has z = 0, one that differs by the rounding of a network is near, any other far out.
     """
 
     mean: np.ndarray
@@ -57,12 +68,12 @@ class ZScore(_Fitted):
     def fit(cls, x: np.ndarray) -> Self:
         """From a table (n, d) of at least two rows."""
         x = _table(x, 2)
-        mean = x.mean(0)
-        return cls(mean, np.maximum(x.std(0, ddof=1), 1e-12 * np.maximum(1, np.abs(mean))))
+        floor = np.maximum(1e-12, np.finfo(np.float32).eps * np.abs(x).max(0))
+        return cls(x.mean(0), np.maximum(x.std(0, ddof=1), floor))
 
     def z(self, x: np.ndarray) -> np.ndarray:
-        """(n, d)"""
-        return (np.asarray(x, dtype=np.float64) - self.mean) / self.std
+        """(n, d); NaN where x is. Raises FaroutError for another number of columns."""
+        return _standardised(x, self.mean, self.std)
 
     def score(self, x: np.ndarray) -> np.ndarray:
         """Mean over columns of z: one-sided, (n,)."""
@@ -92,7 +103,7 @@ class Mahalanobis(_Fitted):
 
     def score(self, x: np.ndarray) -> np.ndarray:
         """Squared distance divided by d, (n,): about 1 for images like those fitted on."""
-        z = (np.asarray(x, dtype=np.float64) - self.mean) / self.std
+        z = _standardised(x, self.mean, self.std)
         return np.einsum("nd,de,ne->n", z, self.precision, z) / z.shape[1]
 
 
@@ -118,7 +129,7 @@ class GaussianMixture(_Fitted):
 
     def score(self, x: np.ndarray) -> np.ndarray:
         """-log sum_k w_k N(z; m_k, C_k), (n,), with the Cholesky factors of the inverse covariances."""
-        z = (np.asarray(x, dtype=np.float64) - self.mean) / self.std
+        z = _standardised(x, self.mean, self.std)
         parts = []
         for mean, root in zip(self.means, self.roots, strict=True):
             distance = np.square((z - mean) @ root).sum(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from scipy import stats
 
 from farout.errors import FaroutError
 
-__all__ = ["Difference", "bootstrap", "delong", "interval_of_auroc", "paired_difference"]
+__all__ = ["Difference", "bootstrap", "delong", "exact_reach", "interval_of_auroc", "paired_difference"]
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 _Z95 = float(stats.norm.ppf(0.975))
@@ -44,41 +44,56 @@ def interval_of_auroc(id_scores: np.ndarray, ood_scores: np.ndarray) -> tuple[fl
     area, of_id, of_ood = delong(id_scores, ood_scores)
     variance = _variance(of_id, of_ood)
     if area in (0.0, 1.0):
-        reach = 1 - 0.05 ** (1 / min(len(of_id), len(of_ood)))
+        reach = exact_reach(min(len(of_id), len(of_ood)))
         return (area, 1 - reach, 1.0) if area == 1 else (area, 0.0, reach)
     half = _Z95 * math.sqrt(variance) / (area * (1 - area))
     logit = math.log(area / (1 - area))
     return area, _expit(logit - half), _expit(logit + half)
 
 
+def exact_reach(count: int) -> float:
+    """The rate that shows no case among `count` independent trials with probability .05 (exact rule of three)."""
+    return float(1 - 0.05 ** (1 / count))
+
+
 def _expit(value: float) -> float:
     return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
 
 
-def _by_group(groups: tuple[np.ndarray, np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """For each source image, the places of its scores on either side."""
-    names, codes = np.unique(np.concatenate(groups), return_inverse=True)
-    split = len(groups[0])
-    sides = []
-    for side in (codes[:split], codes[split:]):
-        order = np.argsort(side, kind="stable")
-        sides.append(np.split(order, np.searchsorted(side[order], np.arange(1, len(names)))))
-    return sides[0], sides[1]
+@dataclass(frozen=True)
+class _Side:
+    """Places of one side's scores, ordered by source image; where each image's begin, and how many they are."""
+
+    order: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def of(cls, codes: np.ndarray, count: int) -> _Side:
+        sizes = np.bincount(codes, minlength=count)
+        return cls(np.argsort(codes, kind="stable"), np.cumsum(sizes) - sizes, sizes)
+
+    def places(self, chosen: np.ndarray) -> np.ndarray:
+        """All places of the chosen images, repeats included; one gather, for a loop over images takes seconds."""
+        sizes = self.sizes[chosen]
+        shift = np.repeat(self.starts[chosen] - (np.cumsum(sizes) - sizes), sizes)
+        return self.order[np.arange(len(shift)) + shift]
 
 
 def _draws(
     n_id: int, n_ood: int, groups: tuple[np.ndarray, np.ndarray] | None, draws: int, seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Places of resampled scores on both sides."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places of resampled scores on both sides, one draw at a time."""
     generator = np.random.default_rng(seed)
     if groups is None:
-        return [(generator.integers(0, n_id, n_id), generator.integers(0, n_ood, n_ood)) for _ in range(draws)]
-    inside, outside = _by_group(groups)
-    found = []
+        for _ in range(draws):
+            yield generator.integers(0, n_id, n_id), generator.integers(0, n_ood, n_ood)
+        return
+    names, codes = np.unique(np.concatenate(groups), return_inverse=True)
+    inside, outside = (_Side.of(side, len(names)) for side in np.split(codes, [n_id]))
     for _ in range(draws):
-        chosen = generator.integers(0, len(inside), len(inside))
-        found.append((np.concatenate([inside[i] for i in chosen]), np.concatenate([outside[i] for i in chosen])))
-    return found
+        chosen = generator.integers(0, len(names), len(names))
+        yield inside.places(chosen), outside.places(chosen)
 
 
 def bootstrap(
@@ -142,5 +157,11 @@ def paired_difference(
 def _delong_difference(first: tuple[np.ndarray, ...], second: tuple[np.ndarray, ...]) -> Difference:
     area_a, id_a, ood_a = delong(*first)
     area_b, id_b, ood_b = delong(*second)
-    half = _Z95 * math.sqrt(_variance(id_a - id_b, ood_a - ood_b))
-    return Difference(area_a - area_b, area_a - area_b - half, area_a - area_b + half)
+    value, variance = area_a - area_b, _variance(id_a - id_b, ood_a - ood_b)
+    if variance > 0 or value == 0:
+        half = _Z95 * math.sqrt(variance)
+        return Difference(value, value - half, value + half)
+    # no variance, yet a difference (one perfect, one constant): a few images would decide with certainty
+    (_, low_a, high_a), (_, low_b, high_b) = interval_of_auroc(*first), interval_of_auroc(*second)
+    down, up = math.hypot(area_a - low_a, high_b - area_b), math.hypot(high_a - area_a, area_b - low_b)
+    return Difference(value, value - down, value + up)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 from sklearn.metrics import average_precision_score
 
 from farout.calibration import is_out
-from farout.errors import ConstantScoresWarning, NaNScoresWarning, TrapWarning
-from farout.evaluation.intervals import bootstrap, delong, interval_of_auroc
+from farout.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, TrapWarning
+from farout.evaluation.intervals import bootstrap, delong, exact_reach, interval_of_auroc
 
 __all__ = ["DetectionMetrics", "aupr_in", "aupr_out", "auroc", "detection", "evaluate", "false_alarm", "fpr95"]
 
@@ -45,11 +46,16 @@ def _clean(scores: Any, side: str) -> np.ndarray:
     return good
 
 
+def _comparable(*sides: np.ndarray) -> bool:
+    """Whether both sides have scores and all are numbers: a comparison with NaN is False, which would look perfect."""
+    return all(len(side) > 0 and not np.isnan(side).any() for side in sides)
+
+
 def auroc(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
     """Probability that an OOD image scores higher than an in-distribution one, ties counting half; NaN if one side is
-    empty.
+    empty or holds a NaN (`evaluate` leaves those out).
     """
-    return delong(id_scores, ood_scores)[0] if len(id_scores) and len(ood_scores) else float("nan")
+    return delong(id_scores, ood_scores)[0] if _comparable(id_scores, ood_scores) else float("nan")
 
 
 def aupr_out(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
@@ -63,18 +69,20 @@ def aupr_in(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
 
 
 def _average_precision(positives: np.ndarray, negatives: np.ndarray) -> float:
-    if not len(positives) or not len(negatives):
+    if not _comparable(positives, negatives):
         return float("nan")
     truth = np.r_[np.ones(len(positives)), np.zeros(len(negatives))]
-    return float(average_precision_score(truth, np.r_[positives, negatives]))
+    # only ranks matter, and scikit-learn refuses infinite scores
+    return float(average_precision_score(truth, stats.rankdata(np.r_[positives, negatives])))
 
 
 def fpr95(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
     """Share of OOD images taken for in-distribution at the smallest threshold that recalls at least 95 % of the
-    in-distribution images (in-distribution = score <= threshold; OpenOOD's definition; no interpolation between
-    ties). NaN without images.
+    in-distribution images (in-distribution = score <= threshold; no interpolation between ties). In-distribution
+    images are the positives here. OpenOOD 1.5 and pytorch-ood take OOD images as positives (threshold at 95 % OOD
+    recall): their figure is `fpr95(-ood_scores, -id_scores)`. NaN if one side is empty or holds a NaN.
     """
-    if not len(id_scores) or not len(ood_scores):
+    if not _comparable(id_scores, ood_scores):
         return float("nan")
     return float(np.mean(np.asarray(ood_scores) <= _recall_threshold(np.asarray(id_scores))))
 
@@ -127,25 +135,55 @@ def evaluate(
         return DetectionMetrics(nan, nan, nan, nan, nan, nan, nan, nan, len(inside), len(outside))
     if np.ptp(np.r_[inside, outside]) == 0:
         warnings.warn("all scores are equal; the AUROC is one half by definition", ConstantScoresWarning, stacklevel=2)
+    rate = fpr95(inside, outside)
     spread = bootstrap(fpr95, inside, outside, groups=kept, draws=draws, seed=seed)
+    spread = _widened(rate, spread, _units(kept, inside, outside)[1])
     if kept is None:
         area, low, high = interval_of_auroc(inside, outside)
     else:
         area = auroc(inside, outside)
-        low, high = bootstrap(auroc, inside, outside, groups=kept, draws=draws, seed=seed)
+        drawn = bootstrap(_area_of_ranks, *_dense_ranks(inside, outside), groups=kept, draws=draws, seed=seed)
+        low, high = _widened(area, drawn, min(_units(kept, inside, outside)))
     if high < 0.5:
         message = f"AUROC {area:.3f} lies below one half: the OOD images score as nearer than the in-distribution ones"
         warnings.warn(message, TrapWarning, stacklevel=2)
     pair = (inside, outside)
-    return DetectionMetrics(
-        area, low, high, aupr_in(*pair), aupr_out(*pair), fpr95(*pair), *spread, len(inside), len(outside)
-    )
+    return DetectionMetrics(area, low, high, aupr_in(*pair), aupr_out(*pair), rate, *spread, len(inside), len(outside))
+
+
+def _units(groups: tuple[np.ndarray, np.ndarray] | None, *sides: np.ndarray) -> list[int]:
+    """Independent images of either side."""
+    return [len(side) for side in sides] if groups is None else [len(np.unique(ids)) for ids in groups]
+
+
+def _widened(value: float, interval: tuple[float, float], count: int) -> tuple[float, float]:
+    """At 0 or 1 every draw of a bootstrap is the same, yet `count` images do not prove a rate of exactly 0 or 1."""
+    low, high = interval
+    reach = exact_reach(count)
+    return (min(low, 1 - reach) if value == 1 else low), (max(high, reach) if value == 0 else high)
+
+
+def _dense_ranks(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    ranks = np.unique(np.r_[inside, outside], return_inverse=True)[1]
+    return ranks[: len(inside)], ranks[len(inside) :]
+
+
+def _area_of_ranks(inside: np.ndarray, outside: np.ndarray) -> float:
+    """AUROC of dense ranks by counting: no sort in a draw of the bootstrap. NaN if a draw left one side empty."""
+    if not len(inside) or not len(outside):
+        return float("nan")
+    counts = np.bincount(inside, minlength=int(outside.max()) + 1)
+    below = np.cumsum(counts) - 0.5 * counts
+    return float(below[outside].mean() / len(inside))
 
 
 def _drop(groups: tuple[np.ndarray, np.ndarray] | None, *sides: Any) -> tuple[np.ndarray, np.ndarray] | None:
     """The groups of the scores that are numbers."""
     if groups is None:
         return None
+    if [len(ids) for ids in groups] != [np.size(scores) for scores in sides]:
+        given = [len(ids) for ids in groups], [np.size(scores) for scores in sides]
+        raise FaroutError(f"groups want one id per score, got {given[0]} ids for {given[1]} scores")
     first, second = (
         np.asarray(ids)[~np.isnan(np.asarray(scores, dtype=np.float64))]
         for ids, scores in zip(groups, sides, strict=True)

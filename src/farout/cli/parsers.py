@@ -8,14 +8,13 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jsonargparse
-
 from farout import registry
 from farout.cli import commands
+from farout.cli.flags import Parser
+from farout.cli.usage import UsageError, meant
 from farout.detectors._fitting import FitSettings
 from farout.detectors.base import Runtime
 from farout.diffusion.train import PRESETS, DiffusionConfig
-from farout.errors import FaroutError
 from farout.training_config import TrainingConfig
 
 __all__ = ["parse"]
@@ -23,18 +22,12 @@ __all__ = ["parse"]
 _RUNTIME = tuple(Runtime.__dataclass_fields__)
 _COMPOSED = {"runtime", "settings", "arguments", "model", "training"}
 """Parameters of commands that are made of several flags."""
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    """Shows flags with dashes; both spellings are taken."""
-
-    def format_help(self) -> str:
-        return re.sub(r"--[a-z_.]+", lambda flag: flag[0].replace("_", "-"), super().format_help())
+_NOT_FLAGS = ("network", "training", "runtime")
+"""Fields of FitSettings that are flags of their own."""
 
 
 def parse(name: str, function: str, words: Sequence[str]) -> Callable[[], Any]:
-    """The call that the words ask for. Exits with status 2 and a message for wrong usage, 0 after --help."""
-    words = [_underscored(word) for word in words]
+    """The call that the words ask for. Raises UsageError for wrong usage; exits with status 0 after --help."""
     if name == "fit":
         return _fit(words)
     if name == "train diffusion":
@@ -44,105 +37,122 @@ def parse(name: str, function: str, words: Sequence[str]) -> Callable[[], Any]:
     composed = "runtime" in inspect.signature(call).parameters
     if composed:
         _add_runtime(parser)
-    values = _values(parser, words)
+    values = _values(parser, parser.read(words))
     runtime = {key: values.pop(key) for key in _RUNTIME} if composed else {}
     changes = {"runtime": {key: value for key, value in runtime.items() if value is not None}} if composed else {}
     return functools.partial(call, **values, **changes)
 
 
-def _underscored(word: str) -> str:
-    """--batch-size=4 -> --batch_size=4; values stay."""
-    flag, equals, value = word.partition("=")
-    return flag[:2] + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
-
-
-def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = ()) -> _Parser:
-    parser = _Parser(prog=f"farout {name}", description=(inspect.getdoc(call) or "").partition("\n")[0])
-    parser.add_argument("--config", action="config", help="a YAML file of settings; flags override it")
-    parameters = inspect.signature(call).parameters.values()
-    left_out = {*skip, *(p.name for p in parameters if p.name in _COMPOSED)}
-    for parameter in parameters:
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty and parameter.name == "out":
-            parser.add_argument("--out", type=str, required=True, help="folder of the results")
-            left_out.add("out")
-    parser.add_function_arguments(call, as_positional=True, skip=left_out, fail_untyped=False)
+def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about: str = "") -> Parser:
+    """A parser with the parameters of a command: those without `*` before them are positional."""
+    parameters = [p for p in inspect.signature(call).parameters.values() if p.name not in {*skip, *_COMPOSED}]
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    must = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    shown = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in positional]
+    usage = " ".join(["farout", name, *shown, *(f"--{p.name} DIR" for p in must), "[settings]"])
+    parser = Parser(prog=f"farout {name}", usage=usage, description=about or _first_line(call))
+    parser.add_config()
+    for parameter in must:
+        parser.add_argument(f"--{parameter.name}", type=str, required=True, help=_argument(call, parameter.name))
+    optional = [p.name for p in positional if p.default is not p.empty]
+    for each in optional:
+        parser.add_argument(each, nargs="?", type=str, help=_argument(call, each))
+    parser.take(call, skip=[*skip, *optional, *(p.name for p in must), *_composed(call)])
     return parser
 
 
-def _add_runtime(parser: _Parser) -> None:
+def _composed(call: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(call).parameters if name in _COMPOSED]
+
+
+def _first_line(call: Callable[..., Any]) -> str:
+    return (inspect.getdoc(call) or "").partition("\n")[0]
+
+
+def _argument(call: Callable[..., Any], name: str) -> str:
+    """What the docstring says of a parameter."""
+    found = re.search(rf"^\s+{name}: (.*)$", inspect.getdoc(call) or "", re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _add_runtime(parser: Parser) -> None:
     """The runtime's flags, empty unless given: a detector scores with the settings it was fitted with."""
-    parser.add_class_arguments(Runtime, None)
+    parser.take(Runtime)
     parser.set_defaults(dict.fromkeys(_RUNTIME))
 
 
-def _values(parser: _Parser, words: Sequence[str]) -> dict[str, Any]:
-    parsed = parser.parse_args(list(words))
+def _values(parser: Parser, parsed: Any) -> dict[str, Any]:
     parsed.pop("config", None)
     return dict(parser.instantiate_classes(parsed))
 
 
-def _preset(words: Sequence[str], flag: str) -> str | None:
-    """The value of a preset's flag: presets are applied before YAML and flags, so they are looked for first."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == flag:
-            return following
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return None
+def _training_preset(name: str) -> dict[str, Any]:
+    """Flags of a training preset."""
+    if name not in PRESETS:
+        raise UsageError(f"there is no training preset {name!r}; {meant(name, PRESETS)}")
+    return {f"{part}.{key}": value for part, values in PRESETS[name].items() for key, value in values.items()}
 
 
-def _set_training_preset(parser: _Parser, name: str | None) -> None:
-    chosen = name or "tiny"
-    if chosen not in PRESETS:
-        raise FaroutError(f"there is no training preset {chosen!r}; known: {', '.join(PRESETS)}")
-    preset = PRESETS[chosen]
-    nested = {f"{part}.{key}": value for part, values in preset.items() for key, value in values.items()}
-    parser.set_defaults(nested)
+def _method_preset(method: Any, name: str | None) -> dict[str, Any]:
+    """Flags of a detector's preset."""
+    if name is None:
+        return {}
+    if name not in method.presets:
+        raise UsageError(f"{method.__name__} has no preset {name!r}; {meant(name, method.presets)}")
+    return dict(method.from_preset(name).config)
 
 
-def _add_training(parser: _Parser, flag: str) -> None:
-    parser.add_class_arguments(DiffusionConfig, "model")
-    parser.add_class_arguments(TrainingConfig, "training")
-    parser.add_argument(f"--{flag}", type=str, default="tiny", help=f"one of {', '.join(PRESETS)}")
+def _add_training(parser: Parser, flag: str) -> None:
+    parser.add_argument(f"--{flag}", type=str, default="tiny", help=f"settings to start from: {', '.join(PRESETS)}")
+    parser.take(DiffusionConfig, "model")
+    parser.take(TrainingConfig, "training")
+    parser.set_defaults(_training_preset("tiny"))
 
 
 def _train_diffusion(words: Sequence[str]) -> Callable[[], Any]:
     parser = _parser("train diffusion", commands.train_diffusion)
     _add_training(parser, "preset")
-    _set_training_preset(parser, _preset(words, "--preset"))
-    values = _values(parser, words)
+    # presets lie under YAML and flags, and may be named in either: the first reading is for their names
+    parser.set_defaults(_training_preset(parser.read(words).preset))
+    values = _values(parser, parser.read(words))
     values.pop("preset")
     return functools.partial(commands.train_diffusion, **values)
 
 
 def _fit(words: Sequence[str]) -> Callable[[], Any]:
     """METHOD comes first: its constructor's arguments are flags beside those of the fit."""
+    known = registry.members("detectors")
     if not words or words[0].startswith("-"):
-        known = ", ".join(registry.members("detectors"))
-        _parser("fit METHOD", commands.fit, skip=["method"]).parse_args([w for w in words if w in ("-h", "--help")])
-        raise FaroutError(f"farout fit wants METHOD SOURCE --out DIR; methods: {known}")
-    method = registry.find("detectors", words[0]).load()
-    parser = _parser(f"fit {words[0]}", commands.fit, skip=["method"])
-    parser.add_class_arguments(method, None)
-    settings = set(FitSettings.__dataclass_fields__) - {"network", "training", "runtime"}
-    parser.add_class_arguments(FitSettings, None, skip={"network", "training", "runtime"})
-    parser.add_class_arguments(Runtime, None)
+        if {"-h", "--help"} & set(words):
+            lines = "".join(f"\n  {name:<18}{member.description}" for name, member in known.items())
+            print(f"usage: farout fit METHOD SOURCE --out DIR [settings]\n\n{_first_line(commands.fit)}\n\nmethods:{lines}")
+            print("\n`farout fit METHOD --help` shows the settings.")
+            raise SystemExit(0)
+        raise UsageError(f"fit wants METHOD SOURCE --out DIR, the method first; methods: {', '.join(known)}")
+    member = registry.find("detectors", words[0])
+    method = member.load()
+    parser = _fit_parser(member, method)
+    chosen = parser.read(words[1:])
+    parser.set_defaults({**_training_preset(chosen.network_preset), **_method_preset(method, chosen.preset)})
+    values = _values(parser, parser.read(words[1:]))
+    return functools.partial(_call_fit, words[0], method, values)
+
+
+def _fit_parser(member: registry.Member, method: Any) -> Parser:
+    parser = _parser(f"fit {member.name}", commands.fit, ["method"], about=member.description)
+    parser.add_argument("--preset", type=str, help=f"settings to start from: {', '.join(method.presets) or 'none'}")
+    parser.take(method)
+    parser.take(FitSettings, skip=_NOT_FLAGS)
+    parser.take(Runtime)
     _add_training(parser, "network_preset")
-    parser.add_argument("--preset", type=str, help=f"one of {', '.join(method.presets) or 'none'}")
-    _set_training_preset(parser, _preset(words, "--network_preset"))
-    preset = _preset(words, "--preset")
-    if preset is not None:
-        parser.set_defaults(method.from_preset(preset).config)
-    values = _values(parser, words[1:])
-    return functools.partial(_call_fit, words[0], method, settings, values)
+    return parser
 
 
-def _call_fit(name: str, method: Any, settings: set[str], values: dict[str, Any]) -> Any:
+def _call_fit(name: str, method: Any, values: dict[str, Any]) -> Any:
     arguments = {key: values[key] for key in inspect.signature(method.__init__).parameters if key != "self"}
+    settings = {key: values[key] for key in FitSettings.__dataclass_fields__ if key not in _NOT_FLAGS}
     runtime = Runtime(**{key: values[key] for key in _RUNTIME})
-    chosen = FitSettings(
-        **{key: values[key] for key in settings}, network=values["model"], training=values["training"], runtime=runtime
-    )
+    chosen = FitSettings(**settings, network=values["model"], training=values["training"], runtime=runtime)
     rest = {key: values[key] for key in ("source", "out", "diffusion", "classifier", "link")}
     source = rest.pop("source")
     return commands.fit(name, source, **rest, settings=chosen, arguments=arguments)

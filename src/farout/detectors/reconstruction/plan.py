@@ -15,7 +15,8 @@ from farout.errors import FaroutError
 __all__ = ["Plan", "make_plan", "paper_grid"]
 
 FAST_LEVELS = (10, 170, 330, 490)
-ONESHOT_LEVELS = (20, 60, 120, 200, 300, 400)
+# chosen on dev sources: benchmarks/choose_default.py, docs/results.md
+ONESHOT_LEVELS = (20, 80, 200, 400)
 _SPACING = 10
 
 

@@ -1,0 +1,184 @@
+"""A parser whose flags read as people write them: `--batch-size 4`, `--link`, `--no-controls`, `--ood A B`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections import abc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import jsonargparse
+
+from farout.cli.usage import UsageError
+
+__all__ = ["Parser"]
+
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+_METAVARS = {int: "N", float: "X"}
+_LISTS = (tuple, list, abc.Sequence)
+_PRINT = "print all settings as YAML, ready for --config, and exit"
+
+
+def _hints(what: Callable[..., Any]) -> dict[str, Any]:
+    """The types of the parameters of a function, of a data class or of a class's constructor."""
+    plain = dataclasses.is_dataclass(what) or not isinstance(what, type)
+    return typing.get_type_hints(what if plain else what.__init__)  # type: ignore[misc]
+
+
+def _choices(hint: Any) -> list[Any]:
+    """The members of a union other than None, or the type itself."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return [part for part in typing.get_args(hint) if part is not type(None)] if union else [hint]
+
+
+def _item(hint: Any) -> Any:
+    """The type of the items where a flag takes a list, else None."""
+    first, *others = _choices(hint)
+    return typing.get_args(first)[0] if not others and typing.get_origin(first) in _LISTS else None
+
+
+def _wanted(hint: Any) -> str:
+    """A type in words."""
+    parts = []
+    for part in _choices(hint):
+        if typing.get_origin(part) is Literal:
+            parts += [str(value) for value in typing.get_args(part)]
+        elif typing.get_origin(part) in _LISTS:
+            parts.append(f"a list of {_NAMES.get(typing.get_args(part)[0], 'values').split()[-1]}s")
+        else:
+            parts.append(_NAMES.get(part, str(part)))
+    return " or ".join(parts)
+
+
+class _Help(jsonargparse.DefaultHelpFormatter):
+    """Descriptions and defaults, without the types' Python spelling."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = (action.help or "").removesuffix(".")
+        default = _shown(action.default)
+        return f"{text} (default: {default})".strip() if default and action.option_strings else text
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        hint = getattr(action, "_typehint", None)
+        if _item(hint) is not None:
+            return "A B …"
+        return _METAVARS.get(_choices(hint)[0], super()._get_default_metavar_for_optional(action))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """The flag once: with dashes, without jsonargparse's appending twin, a switch without its value."""
+        kept = (action.option_strings, action.metavar, action.nargs)
+        action.option_strings = [flag for flag in kept[0] if not flag.endswith("+")]
+        if getattr(action, "_typehint", None) is bool:
+            action.nargs = 0
+        elif str(action.metavar).startswith("["):
+            action.metavar = None
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings, action.metavar, action.nargs = kept
+
+    def start_section(self, heading: str | None) -> None:
+        """Headings are first sentences."""
+        super().start_section(heading and heading.partition(". ")[0])
+
+
+def _shown(default: Any) -> str:
+    """A default as it would be written; empty for none."""
+    if isinstance(default, bool):
+        return "true" if default else ""
+    if default is None or default == () or default == argparse.SUPPRESS:
+        return ""
+    return " ".join(map(str, default)) if isinstance(default, tuple | list) else str(default)
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Flags made from signatures; wrong usage raises `UsageError` with one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _Help, "exit_on_error": False, **settings})
+        self.hints: dict[str, Any] = {}
+
+    def take(self, what: Callable[..., Any], prefix: str | None = None, skip: Sequence[str] = ()) -> None:
+        """Adds the parameters of a function (those without default are positional) or of a class."""
+        if isinstance(what, type):
+            self.add_class_arguments(what, prefix, skip=set(skip))
+        else:
+            self.add_function_arguments(what, as_positional=True, skip=set(skip), fail_untyped=False)
+        start = f"{prefix}." if prefix else ""
+        self.hints |= {start + name: hint for name, hint in _hints(what).items() if name not in skip}
+
+    def add_config(self) -> None:
+        """`--config` and `--print-config`."""
+        self.add_argument("--config", action="config", help="a YAML file of settings; flags override it")
+        for action in self._actions:
+            if "--print_config" in action.option_strings:
+                action.help, action.metavar = _PRINT, ""
+
+    def read(self, words: Sequence[str]) -> jsonargparse.Namespace:
+        """Parses; raises UsageError."""
+        try:
+            return self.parse_args(self._spelled(list(words)))
+        except argparse.ArgumentError as error:
+            raise UsageError(f"{self._explained(str(error))} (see `{self.prog} --help`)") from error
+
+    def format_help(self) -> str:
+        """Flags with dashes; the command's own parameters under a plain heading."""
+        text = super().format_help().replace(f"\n{(self.description or '').removesuffix('.')}:\n", "\narguments:\n")
+        return re.sub(r"--[a-z_.]+", lambda flag: flag[0].replace("_", "-"), text)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Argparse's own way out, which prints the usage, is not taken."""
+        raise argparse.ArgumentError(None, message) from ex
+
+    def _spelled(self, words: list[str]) -> list[str]:
+        """The words as jsonargparse wants them."""
+        spelled: list[str] = []
+        while words:
+            word = words.pop(0)
+            flag, equals, value = word.partition("=")
+            if not word.startswith("--") or word == "--":
+                spelled.append(word)
+                continue
+            name = flag[2:].replace("-", "_")
+            if self.hints.get(name) is bool and not equals:
+                spelled.append(f"--{name}={words.pop(0) if words[:1] in (['true'], ['false']) else 'true'}")
+            elif self.hints.get(name.removeprefix("no_")) is bool and not equals:
+                spelled.append(f"--{name.removeprefix('no_')}=false")
+            elif _item(self.hints.get(name)) is not None:
+                spelled += self._listed(name, [value] if equals else _taken(words))
+            else:
+                spelled.append(f"--{name}{equals}{value}")
+        return spelled
+
+    def _listed(self, name: str, values: list[str]) -> list[str]:
+        """`A B` becomes one JSON list; `[A,B]` and null stay."""
+        if not values:
+            return [f"--{name}"]
+        if len(values) == 1 and (values[0].startswith("[") or values[0] == "null"):
+            return [f"--{name}={values[0]}"]
+        plain = _item(self.hints[name]) is not str
+        return [f"--{name}={'[' + ','.join(values) + ']' if plain else json.dumps(values)}"]
+
+    def _explained(self, message: str) -> str:
+        """One line out of jsonargparse's several."""
+        found = re.match(r'Parser key "([^"]+)":', message)
+        hint = self.hints.get(found[1]) if found else None
+        if found is None or hint is None:
+            return " ".join(message.replace("_", "-" if "unrecognized" in message else "_").split())
+        given = re.findall(r"(?:Got value|Given value): (.*)", message)
+        flag = found[1].replace("_", "-")
+        return f"--{flag} wants {_wanted(hint)}{f', got {given[-1]}' if given else ''}"
+
+
+def _taken(words: list[str]) -> list[str]:
+    """Takes the values that follow a flag from the front of `words`."""
+    taken = []
+    while words and not re.match(r"--?[A-Za-z]", words[0]):
+        taken.append(words.pop(0))
+    return taken

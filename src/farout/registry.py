@@ -36,7 +36,8 @@ def members(room: str) -> dict[str, Member]:
     class. Nothing is imported.
     """
     folder = Path(__file__).parent / room
-    files = [path for path in sorted(folder.iterdir()) if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [path for path in inside if path.suffix == ".py" or (path / "__init__.py").is_file()]
     found = [_read(path, room) for path in files if not path.name.startswith("_") and path.stem != "base"]
     outside = [Member(e.name, e.module, e.attr, f"from {e.module}") for e in entry_points(group=f"farout.{room}")]
     return {member.name: member for member in [*outside, *found] if member is not None}
@@ -67,5 +68,5 @@ def find(room: str, name: str) -> Member:
     if name in known:
         return known[name]
     near = get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
     raise FaroutError(f"there is no {room.removesuffix('s')} {name!r}; {hint}")

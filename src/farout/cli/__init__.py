@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from farout.cli.usage import UsageError, meant
 from farout.errors import FaroutError
 
 __all__ = ["main"]
@@ -34,8 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _overview(words)
     try:
         return _run(name, words[len(name.split()) :])
+    except SystemExit as done:  # after --help and --print-config
+        return done.code if isinstance(done.code, int) else 0
+    except UsageError as error:
+        return _failed(str(error), 2)
     except FaroutError as error:
         return _failed(str(error), 1)
+    except BrokenPipeError:  # `farout list sets | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         return _failed(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except KeyboardInterrupt:
@@ -58,28 +67,27 @@ def _run(name: str, words: list[str]) -> int:
 
 
 def _failed(message: str, status: int) -> int:
-    print(f"farout: {message}", file=sys.stderr)
+    print(f"farout: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
 def _overview(words: Sequence[str]) -> int:
     """The list of commands; an unknown one is wrong usage."""
-    asked = not words or words[0] in ("-h", "--help")
     if words[:1] == ["--version"]:
         from farout import __version__
 
         print(f"farout {__version__}")
         return 0
+    if words and words[0] not in ("-h", "--help"):
+        return _failed(f"there is no command {' '.join(words[:2])!r}; {meant(words[0], COMMANDS)}", 2)
     lines = [f"  {name:<18}{text}" for name, text in _descriptions().items()]
     print("usage: farout COMMAND …, and `farout COMMAND --help` for its settings\n", *lines, sep="\n")
-    if asked:
-        return 0
-    return _failed(f"there is no command {' '.join(words[:2])!r}", 2)
+    return 0
 
 
 def _descriptions() -> dict[str, str]:
     """First docstring lines of the commands, read without importing them: importing torch takes seconds."""
-    found = {}
+    found: dict[str | None, str] = {}
     for file in ("commands.py", "lists.py"):
         tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import re
 import types
@@ -15,7 +16,7 @@ from typing import Any, Literal, NoReturn
 
 import jsonargparse
 
-from farout.cli.usage import UsageError
+from farout.cli.usage import UsageError, meant
 
 __all__ = ["Parser"]
 
@@ -28,7 +29,7 @@ _PRINT = "print all settings as YAML, ready for --config, and exit"
 def _hints(what: Callable[..., Any]) -> dict[str, Any]:
     """The types of the parameters of a function, of a data class or of a class's constructor."""
     plain = dataclasses.is_dataclass(what) or not isinstance(what, type)
-    return typing.get_type_hints(what if plain else what.__init__)  # type: ignore[misc]
+    return typing.get_type_hints(what if plain else what.__init__)
 
 
 def _choices(hint: Any) -> list[Any]:
@@ -60,6 +61,8 @@ class _Help(jsonargparse.DefaultHelpFormatter):
     """Descriptions and defaults, without the types' Python spelling."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
+        if getattr(action, "_jsonargparse_preexpanded_help", False):
+            return action.help or ""
         text = (action.help or "").removesuffix(".")
         default = _shown(action.default)
         return f"{text} (default: {default})".strip() if default and action.option_strings else text
@@ -76,6 +79,8 @@ class _Help(jsonargparse.DefaultHelpFormatter):
         action.option_strings = [flag for flag in kept[0] if not flag.endswith("+")]
         if getattr(action, "_typehint", None) is bool:
             action.nargs = 0
+            if action.default is True:
+                action.option_strings = [f"--[no-]{flag[2:]}" for flag in action.option_strings]
         elif str(action.metavar).startswith("["):
             action.metavar = None
         try:
@@ -100,8 +105,10 @@ def _shown(default: Any) -> str:
 class Parser(jsonargparse.ArgumentParser):
     """Flags made from signatures; wrong usage raises `UsageError` with one line."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"formatter_class": _Help, "exit_on_error": False, **settings})
+    def __init__(self, *, heading: str = "", **settings: Any) -> None:
+        fixed: dict[str, Any] = {"formatter_class": _Help, "exit_on_error": False, "allow_abbrev": False}
+        super().__init__(**{**fixed, **settings})
+        self.heading = heading
         self.hints: dict[str, Any] = {}
 
     def take(self, what: Callable[..., Any], prefix: str | None = None, skip: Sequence[str] = ()) -> None:
@@ -112,6 +119,15 @@ class Parser(jsonargparse.ArgumentParser):
             self.add_function_arguments(what, as_positional=True, skip=set(skip), fail_untyped=False)
         start = f"{prefix}." if prefix else ""
         self.hints |= {start + name: hint for name, hint in _hints(what).items() if name not in skip}
+        self._describe(inspect.getdoc(what) or "", start)
+
+    def _describe(self, text: str, start: str) -> None:
+        """Help of parameters that a docstring describes together: `low, high: use levels between them`."""
+        found = re.findall(r"^ +(\w+(?:, \w+)+): (.+(?:\n {8,}.+)*)", text, re.MULTILINE)
+        helps = {start + name: " ".join(words.split()) for names, words in found for name in names.split(", ")}
+        for action in self._actions:
+            if action.dest in helps and action.help is None:
+                action.help = helps[action.dest]
 
     def add_config(self) -> None:
         """`--config` and `--print-config`."""
@@ -127,34 +143,46 @@ class Parser(jsonargparse.ArgumentParser):
         except argparse.ArgumentError as error:
             raise UsageError(f"{self._explained(str(error))} (see `{self.prog} --help`)") from error
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """Flags with dashes; the command's own parameters under a plain heading."""
-        text = super().format_help().replace(f"\n{(self.description or '').removesuffix('.')}:\n", "\narguments:\n")
-        return re.sub(r"--[a-z_.]+", lambda flag: flag[0].replace("_", "-"), text)
+        text = super().format_help(formatter).replace(f"\n{self.heading.removesuffix('.')}:\n", "\narguments:\n")
+        return re.sub(r"--[][a-z_.-]+", lambda flag: flag[0].replace("_", "-"), text)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Argparse's own way out, which prints the usage, is not taken."""
         raise argparse.ArgumentError(None, message) from ex
 
     def _spelled(self, words: list[str]) -> list[str]:
-        """The words as jsonargparse wants them."""
+        """The words as jsonargparse wants them: files of settings first, for what comes later overrides."""
+        files: list[str] = []
         spelled: list[str] = []
         while words:
             word = words.pop(0)
-            flag, equals, value = word.partition("=")
-            if not word.startswith("--") or word == "--":
-                spelled.append(word)
-                continue
-            name = flag[2:].replace("-", "_")
-            if self.hints.get(name) is bool and not equals:
-                spelled.append(f"--{name}={words.pop(0) if words[:1] in (['true'], ['false']) else 'true'}")
-            elif self.hints.get(name.removeprefix("no_")) is bool and not equals:
-                spelled.append(f"--{name.removeprefix('no_')}=false")
-            elif _item(self.hints.get(name)) is not None:
-                spelled += self._listed(name, [value] if equals else _taken(words))
+            if word == "--config" and words:
+                files.append(f"--config={words.pop(0)}")
+            elif word.startswith("--config="):
+                files.append(word)
+            elif word.startswith("--") and word != "--":
+                spelled += self._flag(word, words)
             else:
-                spelled.append(f"--{name}{equals}{value}")
-        return spelled
+                spelled.append(word)
+        return files + spelled
+
+    def _flag(self, word: str, words: list[str]) -> list[str]:
+        """One flag; takes its values from the front of `words` where they need another spelling."""
+        flag, equals, value = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        hint = self.hints.get(name)
+        if type(None) in typing.get_args(hint):  # descriptions say None, YAML says null
+            value = "null" if value == "None" else value
+            words[:1] = ["null"] if words[:1] == ["None"] else words[:1]
+        if _item(hint) is not None:
+            return self._listed(name, [value] if equals else _taken(words, numbers=_item(hint) is not str))
+        if not equals and hint is bool:
+            return [f"--{name}={words.pop(0) if words[:1] in (['true'], ['false']) else 'true'}"]
+        if not equals and name.startswith("no_") and self.hints.get(name[3:]) is bool:  # --no-controls
+            return [f"--{name[3:]}=false"]
+        return [f"--{name}{equals}{value}"]
 
     def _listed(self, name: str, values: list[str]) -> list[str]:
         """`A B` becomes one JSON list; `[A,B]` and null stay."""
@@ -169,16 +197,26 @@ class Parser(jsonargparse.ArgumentParser):
         """One line out of jsonargparse's several."""
         found = re.match(r'Parser key "([^"]+)":', message)
         hint = self.hints.get(found[1]) if found else None
+        missing = re.match(r"the following arguments are required: (.*)", message)
+        if missing:
+            flags = {action.dest for action in self._actions if action.option_strings}
+            return "missing " + ", ".join(f"--{n}" if n in flags else n.upper() for n in missing[1].split(", "))
+        unknown = re.match(r"unrecognized arguments: --(\w+)", message)
+        if unknown:
+            flags = [name.replace("_", "-") for name in self.hints]
+            return f"there is no flag --{unknown[1].replace('_', '-')}; {meant(unknown[1].replace('_', '-'), flags)}"
         if found is None or hint is None:
-            return " ".join(message.replace("_", "-" if "unrecognized" in message else "_").split())
+            return " ".join(message.split())
         given = re.findall(r"(?:Got value|Given value): (.*)", message)
         flag = found[1].replace("_", "-")
         return f"--{flag} wants {_wanted(hint)}{f', got {given[-1]}' if given else ''}"
 
 
-def _taken(words: list[str]) -> list[str]:
-    """Takes the values that follow a flag from the front of `words`."""
+def _taken(words: list[str], *, numbers: bool) -> list[str]:
+    """Takes the values that follow a flag from the front of `words`: up to the next flag, or word where numbers end."""
     taken = []
     while words and not re.match(r"--?[A-Za-z]", words[0]):
+        if numbers and taken and not re.match(r"-?[0-9.]", words[0]):
+            break
         taken.append(words.pop(0))
     return taken

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from farout import registry
+from farout.cli.usage import UsageError, meant
 from farout.images import catalog
 
 __all__ = ["show_list"]
 
+_WHAT = ("detectors", "synthesisers", "sets", "presets")
+
 
 def show_list(words: Sequence[str]) -> int:
     """List detectors, synthesisers, sets (and which are on this machine) or presets."""
-    parser = argparse.ArgumentParser(prog="farout list", description=show_list.__doc__)
-    parser.add_argument("what", choices=["detectors", "synthesisers", "sets", "presets"])
-    rows = {"sets": catalog.list_sets, "presets": _presets}
-    what = parser.parse_args(list(words)).what
+    if not words or set(words) & {"-h", "--help"}:
+        print(f"usage: farout list {{{','.join(_WHAT)}}}\n\n{show_list.__doc__}")
+        return 0
+    what = words[0]
+    if what not in _WHAT or len(words) > 1:
+        raise UsageError(f"there is no list {' '.join(words)!r}; {meant(what, _WHAT)}")
+    rows = {"sets": _sets, "presets": _presets}
     _print(rows[what]() if what in rows else _members({"synthesisers": "outliers"}.get(what, what)), what)
     return 0
+
+
+def _sets() -> list[dict[str, str]]:
+    """What a reader wants for a spec, and where the set comes from."""
+    return [
+        {
+            "name": row["name"],
+            "what": f"{row['title']}, {row['size']}, {row['licence']}",
+            "splits": row["splits"],
+            "where": _where(row),
+        }
+        for row in catalog.list_sets()
+    ]
+
+
+def _where(row: dict[str, str]) -> str:
+    if row["where"] != "-":
+        return row["where"]
+    return f"hub: {row['hub']}" if row["hub"] != "-" else row["by_hand"]
 
 
 def _members(room: str) -> list[dict[str, str]]:
@@ -35,10 +60,23 @@ def _presets() -> list[dict[str, str]]:
     owners = {f"fit {name}": member.load().presets for name, member in registry.members("detectors").items()}
     owners["train diffusion"] = PRESETS
     return [
-        {"command": owner, "preset": name, "settings": str(settings)}
+        {"command": owner, "preset": name, "settings": _flags(settings)}
         for owner, presets in owners.items()
         for name, settings in presets.items()
     ]
+
+
+def _flags(settings: dict[str, Any], prefix: str = "") -> str:
+    """Settings as flags."""
+    parts = []
+    for name, value in settings.items():
+        flag = prefix + name.replace("_", "-")
+        if isinstance(value, dict):
+            parts.append(_flags(value, f"{flag}."))
+        else:
+            shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else "null" if value is None else value
+            parts.append(f"--{flag} {shown}")
+    return " ".join(parts)
 
 
 def _print(rows: list[dict[str, str]], what: str) -> None:

@@ -21,7 +21,18 @@ from farout.evaluation.scoring import ScoredFolder
 
 __all__ = ["progress", "quiet_libraries", "show"]
 
-_MAIN = ["detector", "indicator", "ood", "role", "auroc", "interval", "fpr95", "false_alarm", "detection", "images_per_s"]
+_MAIN = [
+    "detector",
+    "indicator",
+    "ood",
+    "role",
+    "auroc",
+    "interval",
+    "fpr95",
+    "false_alarm",
+    "detection",
+    "images_per_s",
+]
 
 
 def quiet_libraries() -> None:
@@ -61,14 +72,19 @@ def progress() -> Iterator[None]:
     """Bars with the time left for the work inside the block, on the error stream."""
     left = TimeRemainingColumn(elapsed_when_finished=False)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left]
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bars, work.show(_Bars(bars)):
+    console = Console(stderr=True)
+    note = TextColumn("{task.fields[note]}")
+    # in a log, bars would be blank lines between the messages
+    with Progress(*columns, note, console=console, disable=not console.is_terminal) as bars, work.show(_Bars(bars)):
         yield
 
 
 def show(name: str, result: Any) -> None:
     """Prints what a command gave."""
     printers: dict[str, Callable[[Any], None]] = {
-        "train diffusion": lambda model: print(f"trained on {len(model.trained_on)} images, {model.parameters:,} parameters"),
+        "train diffusion": lambda model: print(
+            f"trained on {len(model.trained_on)} images, {model.parameters:,} parameters"
+        ),
         "fit": _detector,
         "calibrate": _detector,
         "score": _scored,
@@ -88,13 +104,16 @@ def _scored(done: ScoredFolder) -> None:
     counts = ", ".join(f"{count} {status}" for status, count in done.counts.items())
     print(f"{counts}; {done.flagged} flagged; {done.scored_now} scored now")
     for file in ("scores.csv", "measurements.parquet", "manifest.json", "page.html"):
-        print(f"  {done.folder / file}")
+        if (done.folder / file).is_file():
+            print(f"  {done.folder / file}")
 
 
 def _metrics(frame: pd.DataFrame) -> None:
     """The main columns: the detectors' own scores; every indicator is in metrics.csv."""
     own = frame[frame["indicator"] == "score"].copy()
-    own["interval"] = [f"{low:.3f} to {high:.3f}" for low, high in zip(own["auroc_low"], own["auroc_high"], strict=True)]
+    own["interval"] = [
+        f"{low:.3f} to {high:.3f}" for low, high in zip(own["auroc_low"], own["auroc_high"], strict=True)
+    ]
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     columns = [column for column in _MAIN if column in own and own[column].notna().any()]
     for column in columns:

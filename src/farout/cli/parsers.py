@@ -1,4 +1,4 @@
-"""Parsers made from signatures: parameters without default are positional, the others flags; YAML in, flags override."""
+"""Parsers made from signatures: flags with defaults are settings, presets lie under YAML, and YAML under flags."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ _COMPOSED = {"runtime", "settings", "arguments", "model", "training"}
 """Parameters of commands that are made of several flags."""
 _NOT_FLAGS = ("network", "training", "runtime")
 """Fields of FitSettings that are flags of their own."""
+_USAGE = {
+    "evaluate": "farout evaluate DETECTOR --id SOURCE --ood SOURCE... --out DIR [settings]\n"
+    "       farout evaluate --scores FILE FILE... [--out DIR]"
+}
 
 
 def parse(name: str, function: str, words: Sequence[str]) -> Callable[[], Any]:
@@ -49,8 +53,9 @@ def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about
     positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     must = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     shown = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in positional]
-    usage = " ".join(["farout", name, *shown, *(f"--{p.name} DIR" for p in must), "[settings]"])
-    parser = Parser(prog=f"farout {name}", usage=usage, description=about or _first_line(call))
+    usage = _USAGE.get(name, " ".join(["farout", name, *shown, *(f"--{p.name} DIR" for p in must), "[settings]"]))
+    heading = _first_line(call)
+    parser = Parser(prog=f"farout {name}", usage=usage, description=about or heading, heading=heading)
     parser.add_config()
     for parameter in must:
         parser.add_argument(f"--{parameter.name}", type=str, required=True, help=_argument(call, parameter.name))
@@ -124,8 +129,8 @@ def _fit(words: Sequence[str]) -> Callable[[], Any]:
     known = registry.members("detectors")
     if not words or words[0].startswith("-"):
         if {"-h", "--help"} & set(words):
-            lines = "".join(f"\n  {name:<18}{member.description}" for name, member in known.items())
-            print(f"usage: farout fit METHOD SOURCE --out DIR [settings]\n\n{_first_line(commands.fit)}\n\nmethods:{lines}")
+            print(f"usage: farout fit METHOD SOURCE --out DIR [settings]\n\n{_first_line(commands.fit)}\n\nmethods:")
+            print(*(f"  {name:<18}{member.description}" for name, member in known.items()), sep="\n")
             print("\n`farout fit METHOD --help` shows the settings.")
             raise SystemExit(0)
         raise UsageError(f"fit wants METHOD SOURCE --out DIR, the method first; methods: {', '.join(known)}")

@@ -29,7 +29,35 @@ from farout.images.sources import ImageSource, open_source
 
 __all__ = ["COLUMNS", "evaluate_detector", "evaluate_scores"]
 
-COLUMNS = ["detector", "preset", "indicator", "protocol", "id", "ood", "group", "role", "seed", "auroc", "auroc_low", "auroc_high", "aupr_in", "aupr_out", "fpr95", "fpr95_low", "fpr95_high", "alpha", "false_alarm", "detection", "nfe", "gmacs", "images_per_s", "peak_mib", "fit_s", "n_id", "n_ood"]
+COLUMNS = [
+    "detector",
+    "preset",
+    "indicator",
+    "protocol",
+    "id",
+    "ood",
+    "group",
+    "role",
+    "seed",
+    "auroc",
+    "auroc_low",
+    "auroc_high",
+    "aupr_in",
+    "aupr_out",
+    "fpr95",
+    "fpr95_low",
+    "fpr95_high",
+    "alpha",
+    "false_alarm",
+    "detection",
+    "nfe",
+    "gmacs",
+    "images_per_s",
+    "peak_mib",
+    "fit_s",
+    "n_id",
+    "n_ood",
+]
 """Columns of `metrics.csv`: fractions, not percent."""
 
 
@@ -80,14 +108,26 @@ def evaluate_detector(
         The table, one row per detector, indicator and out-of-distribution source.
     """
     detector.check_fitted()
+    if isinstance(ood_sources, str) or not len(ood_sources):
+        raise FaroutError(f"out-of-distribution sources are a list of at least one, got {ood_sources!r}")
     out = Path(out)
-    fitted = [_Rated(type(detector).__name__.lower(), detector, out / "scores")]
+    inside, *outside = [detector.open(images, limit=limit) for images in (id_source, *ood_sources)]
+    fitted = [_Rated(_name(detector), detector, out / "scores")]
     fitted += _controls(detector, reference, control_limit, out, trivial=controls, random=random_control)
-    rows = [row for rated in fitted for row in _rows(rated, id_source, ood_sources, limit)]
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    out.mkdir(parents=True, exist_ok=True)
+    rows = [row for rated in fitted for row in _rows(rated, inside, outside)]
+    return _written(pd.DataFrame(rows, columns=COLUMNS), out)
+
+
+def _name(detector: Detector) -> str:
+    """The method's name as in `farout list detectors`."""
+    return type(detector).__module__.rpartition(".")[2]
+
+
+def _written(table: pd.DataFrame, out: Path) -> pd.DataFrame:
+    """Writes `metrics.csv` and notes its path with the table."""
     with store.atomic_file(out / "metrics.csv") as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
+    table.attrs["paths"] = [str(out / "metrics.csv")]
     return table
 
 
@@ -102,22 +142,23 @@ def _controls(
     settings |= {"limit": limit, "protocol": detector.preprocessing.protocol}
     try:
         images = open_source(source)
+        if trivial:
+            control = TrivialControls().fit(images, **settings)
+            yield _Rated("trivial_controls", control, out / "control_scores" / "trivial")
+        if random and detector.diffusion is not None:
+            twin = type(detector)(**detector.config)
+            twin.fit(images, detector.diffusion.randomised(detector.seed), **settings)
+            yield _Rated(f"{_name(detector)}_random_weights", twin, out / "control_scores" / "random")
     except FaroutError as error:
-        message = f"no controls: {source!r} cannot be opened ({error}); give the images for them with --reference"
+        message = f"no controls: they cannot be fitted on {source!r} ({error}); give images for them with --reference"
         warnings.warn(message, TrapWarning, stacklevel=3)
-        return
-    if trivial:
-        yield _Rated("trivial_controls", TrivialControls().fit(images, **settings), out / "control_scores" / "trivial")
-    if random and detector.diffusion is not None:
-        twin = type(detector)(**detector.config).fit(images, detector.diffusion.randomised(detector.seed), **settings)
-        yield _Rated(f"{type(detector).__name__.lower()}_random_weights", twin, out / "control_scores" / "random")
 
 
-def _rows(rated: _Rated, id_source: Any, ood_sources: Sequence[Any], limit: int | None) -> Iterator[dict[str, Any]]:
-    inside = _score(rated, id_source, limit)
+def _rows(rated: _Rated, id_source: ImageSource, ood_sources: Sequence[ImageSource]) -> Iterator[dict[str, Any]]:
+    inside = _score(rated, id_source)
     cost = rated.detector.cost()
     for ood_source in ood_sources:
-        outside = _score(rated, ood_source, limit)
+        outside = _score(rated, ood_source)
         common = {
             "detector": rated.name,
             "preset": rated.detector.config.get("mode", ""),
@@ -136,7 +177,7 @@ def _rows(rated: _Rated, id_source: Any, ood_sources: Sequence[Any], limit: int 
 def _indicator_rows(
     detector: Detector, inside: _Side, outside: _Side, common: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    groups = _shared_images(inside.source, outside.source, inside.scores, outside.scores)
+    groups = _shared_images(inside, outside)
     for name in ["score", *inside.scores.indicators]:
         own = detector.score_name if name == "score" else name
         id_scores, ood_scores = inside.scores.indicators[own], outside.scores.indicators[own]
@@ -151,19 +192,18 @@ def _indicator_rows(
         }
 
 
-def _score(rated: _Rated, images: Any, limit: int | None) -> _Side:
-    source = rated.detector.open(images, limit=limit)
+def _score(rated: _Rated, source: ImageSource) -> _Side:
     started = time.perf_counter()
-    done = score_folder(rated.detector, source, rated.folder / _slug(source.name), furthest=12)
+    done = score_folder(rated.detector, source, rated.folder / _slug(source), furthest=12)
     seconds = time.perf_counter() - started
     speed = done.scored_now / seconds if done.scored_now == len(source) else float("nan")
     return _Side(source, read_scores(done.folder), speed)
 
 
-def _slug(name: str) -> str:
-    """A folder name for a source; different sources that read alike get different ones."""
-    plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", name).strip("_.") or "images"
-    return plain if plain == name else f"{plain[-80:]}-{store.short_hash(name)}"
+def _slug(source: ImageSource) -> str:
+    """A folder name for a source: sources of one name, such as two tensors, differ in content."""
+    plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", source.name).strip("_.") or "images"
+    return f"{plain[-80:]}-{source.fingerprint()[:8]}"
 
 
 def _names(id_name: str, ood_name: str) -> dict[str, str]:
@@ -175,12 +215,18 @@ def _names(id_name: str, ood_name: str) -> dict[str, str]:
     }
 
 
-def _shared_images(inside: ImageSource, outside: ImageSource, *scores: Scores) -> tuple[np.ndarray, np.ndarray] | None:
-    """Ids of the source images of both sides where a variant of one is on the other: they are not independent."""
-    hashes = [np.array([str(h) for h in side.content_hashes()]) for side in (inside, outside)]
-    if not set(hashes[0]) & set(hashes[1]):
-        return None
-    return hashes[0][: len(scores[0])], hashes[1][: len(scores[1])]
+def _shared_images(inside: _Side, outside: _Side) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids of the source images behind the scores of both sides, where a variant of one is on the other: they are not
+    independent.
+    """
+    first, second = _hashes(inside), _hashes(outside)
+    return (first, second) if set(first) & set(second) - {""} else None
+
+
+def _hashes(side: _Side) -> np.ndarray:
+    """The content hash behind every score; empty for an unreadable image, which has no score."""
+    known = dict(zip(side.source.keys, side.source.content_hashes(), strict=True))
+    return np.array([known[key] or "" for key in side.scores.keys])
 
 
 def peak_mib() -> float:
@@ -189,9 +235,9 @@ def peak_mib() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     import psutil
 
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):
-        return float(memory.peak_wset) / 2**20
+    peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if peak is not None:
+        return float(peak) / 2**20
     import resource
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -205,7 +251,9 @@ def evaluate_scores(files: Sequence[str | Path], out: str | Path | None = None) 
     Indicators are rated where both sides have them.
     """
     if len(files) < 2:
-        raise FaroutError("scores want at least two files: the in-distribution one first, then out-of-distribution ones")
+        raise FaroutError(
+            "scores want at least two files: the in-distribution one first, then out-of-distribution ones"
+        )
     inside = read_scores(files[0])
     rows = []
     for file in files[1:]:
@@ -216,7 +264,4 @@ def evaluate_scores(files: Sequence[str | Path], out: str | Path | None = None) 
             common = {"detector": "given", "indicator": name, "id": str(files[0]), "ood": str(file)}
             rows.append({**common, **asdict(rate(pair[0], pair[1]))})
     table = pd.DataFrame(rows).reindex(columns=COLUMNS)
-    if out is not None:
-        with store.atomic_file(Path(out) / "metrics.csv") as temporary:
-            table.to_csv(temporary, index=False, lineterminator="\n")
-    return table
+    return table if out is None else _written(table, Path(out))

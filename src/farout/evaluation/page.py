@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from farout import store
+from farout.calibration import threshold
 from farout.detectors.base import Detector
 from farout.images.sources import Batch, ImageSource, batches
 
@@ -24,27 +25,41 @@ __all__ = ["write_page"]
 _BINS = 48
 
 
-def write_page(detector: Detector, source: ImageSource, out: Path, furthest: int) -> Path:
-    """Writes `page.html` into a scored folder: one file, no outside request. Returns its path."""
-    frame = pd.read_csv(out / "scores.csv", dtype={"key": str})
-    manifest = store.read_json(out / "manifest.json")
+def write_page(
+    detector: Detector, source: ImageSource, frame: pd.DataFrame, manifest: dict[str, Any], out: Path
+) -> Path:
+    """Writes `page.html`: one file, no outside request. Returns its path.
+
+    Args:
+        detector: what the images were scored with.
+        source: the scored images.
+        frame: the table of `scores.csv`.
+        manifest: counts and settings; `furthest` images are shown.
+        out: folder of the page.
+    """
     ranked = frame[frame["status"] == "ok"].sort_values(["score", "key"], ascending=[False, True])
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("farout.evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    calibration = detector.calibration_scores[detector.score_name]
+    limit = threshold(calibration, detector.alpha)
     html = environment.get_template("page.html").render(
         manifest=manifest,
         score_name=detector.score_name,
-        histogram=_histogram(detector.calibration_scores[detector.score_name], ranked["score"].to_numpy(dtype=float)),
-        cards=_cards(detector, source, ranked.head(furthest)),
+        scored=len(ranked),
+        histogram=_histogram(calibration, ranked["score"].to_numpy(dtype=float), limit),
+        cards=_cards(detector, source, ranked.head(manifest["furthest"])),
     )
     with store.atomic_file(out / "page.html") as temporary:
         temporary.write_text(html, encoding="utf-8")
     return out / "page.html"
 
 
-def _histogram(calibration: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
-    """Bars of two distributions over one axis, heights as percent of the tallest; the last bar gathers what is above."""
+def _histogram(calibration: np.ndarray, scores: np.ndarray, limit: float) -> dict[str, Any]:
+    """Bars of two distributions over one axis, heights as percent of the tallest; the last bar gathers what is above.
+
+    `mark`: where the score lies beyond which images are flagged, as percent of the axis; None where nothing can be.
+    """
     everything = np.concatenate([calibration, scores])
     low = float(everything.min())
     high = float(max(np.quantile(everything, 0.98), calibration.max()))
@@ -55,7 +70,15 @@ def _histogram(calibration: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
         shares[name] = counts / max(1, len(values))
     tallest = max(share.max() for share in shares.values())
     bars = {name: [round(100 * float(share) / tallest, 2) for share in values] for name, values in shares.items()}
-    return {"low": f"{edges[0]:.3g}", "high": f"{edges[-1]:.3g}", "bars": bars, "width": round(100 / _BINS, 4)}
+    place = 100 * (limit - edges[0]) / (edges[-1] - edges[0])
+    return {
+        "low": f"{edges[0]:.3g}",
+        "high": f"{edges[-1]:.3g}",
+        "above": bool(everything.max() > edges[-1]),
+        "bars": bars,
+        "width": round(100 / _BINS, 4),
+        "mark": round(float(place), 2) if np.isfinite(place) else None,
+    }
 
 
 def _cards(detector: Detector, source: ImageSource, rows: pd.DataFrame) -> list[dict[str, Any]]:

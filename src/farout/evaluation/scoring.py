@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from farout import store
 from farout.calibration import check_scores
 from farout.detectors._tables import Measurements, Scores
 from farout.detectors.base import Detector
-from farout.errors import StoreError, TrapWarning
+from farout.errors import FaroutError, StoreError, TrapWarning, UnreadableImageError
 from farout.evaluation.page import write_page
 from farout.images.preprocessing import check_against
-from farout.images.sources import ImageSource, Policy
-from farout.progress import task
+from farout.images.sources import ImageSource, Policy, batches
+from farout.progress import Task, task
 
 __all__ = ["ScoredFolder", "read_scores", "score_folder"]
 
 _PART = 256
-_PLAN, _PARTS = "plan.json", "parts"
+_PLAN, _PARTS, _MANIFEST = "plan.json", "parts", "manifest.json"
+_GAPS = ["", "nan", "NaN", "NA", "null", "None"]
+"""What stands in a table for no number."""
+_RESULTS = (_MANIFEST, "scores.csv", "measurements.parquet", "page.html")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def score_folder(
         furthest: images shown on the page.
 
     Raises:
-        StoreError: when `out` holds the results of another detector, source or setting.
+        StoreError: when `out` holds the results of another detector, source or setting, other images of the same
+            names included.
     """
     detector.check_fitted()
     source = detector.open(images, limit=limit, policy=policy)
@@ -71,11 +76,20 @@ def score_folder(
         warnings.warn(trap, TrapWarning, stacklevel=2)
     out = Path(out)
     _begin(out, _plan(detector, source))
-    done = _measure_parts(detector, source, out / _PARTS)
-    summary = _assemble(detector, source, out)
-    write_page(detector, source, out, furthest)
-    shutil.rmtree(out / _PARTS)
-    return replace(summary, scored_now=done)
+    measured = 0
+    if not _finished(out):
+        measured = _measure_parts(detector, source, out / _PARTS)
+        manifest = _assemble(detector, source, out)
+    else:
+        manifest = store.read_json(out / _MANIFEST)
+        _check_content(_contents(source), manifest["content"], out)
+    if manifest.get("furthest") != furthest or not (out / "page.html").is_file():
+        manifest["furthest"] = furthest
+        write_page(detector, source, _read_table(out / "scores.csv"), manifest, out)
+        # the manifest comes last: where it is, the folder is finished
+        store.write_json(out / _MANIFEST, manifest)
+    shutil.rmtree(out / _PARTS, ignore_errors=True)
+    return ScoredFolder(out, manifest["counts"], manifest["flagged"], measured)
 
 
 def read_scores(path: str | Path) -> Scores:
@@ -84,9 +98,21 @@ def read_scores(path: str | Path) -> Scores:
     file = path / "scores.csv" if path.is_dir() else path
     if not file.is_file():
         raise StoreError(f"there is no score table {file}")
+    try:
+        table = _read_table(file)
+        return Scores.from_frame(table)
+    except FaroutError as error:
+        raise StoreError(f"{file}: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{file} cannot be read as a score table ({error}); expected columns key and score") from error
+
+
+def _read_table(file: Path) -> pd.DataFrame:
     if file.suffix == ".parquet":
-        return Scores.from_frame(pd.read_parquet(file))
-    return Scores.from_frame(pd.read_csv(file, dtype={"key": str}))
+        return pd.read_parquet(file)
+    # a key may read "NA" or "007", and scores are to come back to the last bit
+    gaps = {name: _GAPS for name in pd.read_csv(file, nrows=0).columns if name != "key"}
+    return pd.read_csv(file, dtype={"key": str}, keep_default_na=False, na_values=gaps, float_precision="round_trip")
 
 
 def _plan(detector: Detector, source: ImageSource) -> dict[str, Any]:
@@ -97,102 +123,162 @@ def _plan(detector: Detector, source: ImageSource) -> dict[str, Any]:
         "source": source.name,
         "policy": source.policy,
         "images": len(source),
+        "part": _PART,
         "keys": hashlib.sha256("\0".join(source.keys).encode()).hexdigest(),
         "runtime": {"device": runtime.device, "precision": runtime.precision, "rows": runtime.rows},
     }
 
 
 def _begin(out: Path, plan: dict[str, Any]) -> None:
-    """Opens the folder; raises StoreError when another run's results are there."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _PARTS).mkdir(exist_ok=True)
+    """Opens the folder; raises StoreError when something else is there, which is left as it is."""
+    if out.exists() and not out.is_dir():
+        raise StoreError(f"{out} is a file; give a folder for the results")
     if not (out / _PLAN).is_file():
-        others = sorted(path.name for path in out.iterdir() if path.name != _PARTS)
+        inside = out.iterdir() if out.is_dir() else ()
+        others = sorted(path.name for path in inside if not path.name.startswith(f".{_PLAN}."))
         if others:
             raise StoreError(f"{out} is not empty ({', '.join(others[:3])}, …); give a new folder for the results")
         store.write_json(out / _PLAN, plan)
-        return
     known = store.read_json(out / _PLAN)
-    differing = [f"{name}: {known.get(name)} there, {value} now" for name, value in plan.items() if known.get(name) != value]
+    differing = [
+        f"{name}: {known.get(name)} there, {value} now" for name, value in plan.items() if known.get(name) != value
+    ]
     if differing:
         raise StoreError(f"{out} holds another run ({'; '.join(differing)}); give a new folder or remove it")
+    (out / _PARTS).mkdir(exist_ok=True)
+    for name in (_PLAN, *_RESULTS):  # a killed run leaves its temporary files
+        for left in out.glob(f".{name}.*"):
+            left.unlink()
+
+
+def _finished(out: Path) -> bool:
+    return (out / _MANIFEST).is_file() and (out / "scores.csv").is_file()
+
+
+def _contents(source: ImageSource) -> str:
+    """What identifies the pixels of all parts."""
+    return _digest(_content(source.subset(part)) for part in _spans(source))
+
+
+def _spans(source: ImageSource) -> list[range]:
+    return [range(start, min(start + _PART, len(source))) for start in range(0, len(source), _PART)]
+
+
+def _content(part: ImageSource) -> str:
+    """What identifies the pixels of one part: its content hashes."""
+    return _digest(_hash_or_none(part, index) for index in range(len(part)))
+
+
+def _hash_or_none(part: ImageSource, index: int) -> str:
+    try:
+        return part.content_hash(index)
+    except UnreadableImageError:
+        if part.policy == "raise":
+            raise
+        return "unreadable"
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _check_content(now: str, then: str, out: Path) -> None:
+    if now != then:
+        raise StoreError(f"{out} holds scores of other images of the same names; give a new folder or remove it")
 
 
 def _measure_parts(detector: Detector, source: ImageSource, folder: Path) -> int:
     """Measures what has no part yet; returns the number of images measured."""
-    finished = (folder.parent / "manifest.json").is_file() and not any(folder.iterdir())
-    starts = [] if finished else range(0, len(source), _PART)
-    missing = [start for start in starts if not _part(folder, start).is_file()]
-    count = sum(min(_PART, len(source) - start) for start in missing)
+    missing = []
+    for span in _spans(source):
+        path = _part(folder, span.start)
+        if path.is_file():
+            known = store.read_json(path.with_suffix(".json"))["content"]
+            _check_content(_content(source.subset(span)), known, folder.parent)
+        else:
+            missing.append(span)
+    count = sum(map(len, missing))
     with task(f"scoring {source.name}", count) as bar:
-        for start in missing:
-            some = source.subset(range(start, min(start + _PART, len(source))))
-            parts = []
-            for scores in detector.score_chunks(some):
-                parts += [scores.measurements] if scores.measurements is not None else []
-                bar.advance(len(scores))
-            _write_part(_part(folder, start), parts, {k: v for k, v in source.unreadable.items() if k in set(some.keys)})
+        for span in missing:
+            _measure_part(detector, source.subset(span), _part(folder, span.start), bar)
     return count
+
+
+def _measure_part(detector: Detector, some: ImageSource, path: Path, bar: Task) -> None:
+    size = detector.batch_size
+    measured = []
+    parts = batches(some, detector.preprocessing, size, workers=detector.runtime.workers)
+    for start, batch in zip(range(0, len(some), size), parts, strict=True):
+        measured += [detector.measure(batch)] if batch.keys else []
+        bar.advance(min(size, len(some) - start))
+    table = Measurements.join(measured).to_table() if measured else None
+    about = {"unreadable": some.unreadable, "empty": table is None, "content": _content(some)}
+    store.write_json(path.with_suffix(".json"), about)
+    with store.atomic_file(path) as temporary:
+        if table is not None:
+            pq.write_table(table, temporary, compression="zstd")
 
 
 def _part(folder: Path, start: int) -> Path:
     return folder / f"{start:09d}.parquet"
 
 
-def _write_part(path: Path, parts: list[Measurements], unreadable: dict[str, str]) -> None:
-    table = Measurements.join(parts).to_table() if parts else None
-    with store.atomic_file(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps({"unreadable": unreadable, "empty": table is None}))
-    with store.atomic_file(path) as temporary:
-        if table is not None:
-            pq.write_table(table, temporary, compression="zstd")
-
-
-def _assemble(detector: Detector, source: ImageSource, out: Path) -> ScoredFolder:
-    """Joins the parts to `measurements.parquet` and `scores.csv`; a finished folder is read instead."""
-    if not any((out / _PARTS).iterdir()) and (out / "manifest.json").is_file():
-        manifest = store.read_json(out / "manifest.json")
-        return ScoredFolder(out, manifest["counts"], manifest["flagged"], 0)
+def _assemble(detector: Detector, source: ImageSource, out: Path) -> dict[str, Any]:
+    """Joins the parts to `measurements.parquet` (none where no image could be read) and `scores.csv`; returns the
+    manifest.
+    """
     unreadable: dict[str, str] = {}
-    frames = []
-    with store.atomic_file(out / "measurements.parquet") as temporary:
-        writer = None
-        for scores, reasons in _read_parts(detector, source, out / _PARTS):
-            unreadable |= reasons
+    frames, contents = [], []
+    with _Tables(out / "measurements.parquet") as tables:
+        for scores, about in _read_parts(detector, source, out / _PARTS):
+            unreadable |= about["unreadable"]
+            contents.append(about["content"])
             frames.append(scores.to_frame())
             if scores.measurements is not None:
-                table = scores.measurements.to_table()
-                writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
-                writer.write_table(table)
-        if writer is not None:
-            writer.close()
-    return _write_results(detector, source, out, pd.concat(frames, ignore_index=True), unreadable)
-
-
-def _read_parts(detector: Detector, source: ImageSource, folder: Path) -> Iterator[tuple[Scores, dict[str, str]]]:
-    for start in range(0, len(source), _PART):
-        path = _part(folder, start)
-        about = store.read_json(path.with_suffix(".json"))
-        measured = None if about["empty"] else Measurements.read(path)
-        keys = source.keys[start : start + _PART]
-        yield detector.rescore_all(keys, measured, skip=source.policy == "skip"), about["unreadable"]
-
-
-def _write_results(
-    detector: Detector, source: ImageSource, out: Path, frame: pd.DataFrame, unreadable: dict[str, str]
-) -> ScoredFolder:
-    check_scores(frame["score"].to_numpy(dtype=float)[frame["status"] == "ok"], source.name)
-    counts = {str(status): int(count) for status, count in sorted(Counter(frame["status"]).items())}
-    flagged = int(frame["is_ood"].fillna(False).sum())
+                tables.write(scores.measurements.to_table())
+    frame = pd.concat([part for part in frames if len(part)] or frames[:1], ignore_index=True)
+    check_scores(frame["score"].to_numpy(dtype=float)[frame["status"] != "unreadable"], source.name)
     with store.atomic_file(out / "scores.csv") as temporary:
         frame.to_csv(temporary, index=False, lineterminator="\n")
-    manifest = {
+    return {
         **_plan(detector, source),
+        "content": _digest(contents),
         "about": detector.describe(),
-        "counts": counts,
-        "flagged": flagged,
+        "counts": {str(status): int(count) for status, count in sorted(Counter(frame["status"]).items())},
+        "flagged": int(frame["is_ood"].fillna(False).sum()),
         "unreadable": unreadable,
         "versions": store.versions(),
     }
-    store.write_json(out / "manifest.json", manifest)
-    return ScoredFolder(out, counts, flagged, 0)
+
+
+class _Tables:
+    """Appends tables to one parquet file, which appears at the end and only when there was a table."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.writer: pq.ParquetWriter | None = None
+        self.exits = ExitStack()
+
+    def __enter__(self) -> _Tables:
+        self.exits.__enter__()
+        return self
+
+    def write(self, table: pa.Table) -> None:
+        """Adds one table."""
+        if self.writer is None:
+            temporary = self.exits.enter_context(store.atomic_file(self.path))
+            self.writer = self.exits.enter_context(pq.ParquetWriter(temporary, table.schema, compression="zstd"))
+        self.writer.write_table(table)
+
+    def __exit__(self, *error: Any) -> None:
+        self.exits.__exit__(*error)
+
+
+def _read_parts(detector: Detector, source: ImageSource, folder: Path) -> Iterator[tuple[Scores, dict[str, Any]]]:
+    """Scores of every part, and what was written beside it."""
+    for span in _spans(source):
+        path = _part(folder, span.start)
+        about = store.read_json(path.with_suffix(".json"))
+        measured = None if about["empty"] else Measurements.read(path)
+        keys = source.keys[span.start : span.stop]
+        yield detector.rescore_all(keys, measured, skip=source.policy == "skip"), about

@@ -1,0 +1,360 @@
+"""The command line: what is typed is understood, wrong words get one clear line, and nothing ends in a traceback."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from farout import load
+from farout.cli import COMMANDS, main
+from farout.cli.parsers import parse
+from small import model, pictures
+
+FIT = ["--statistics", "30", "--alpha", "0.1", "--levels", "50", "200"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with good and far images, a model, and a detector fitted by the command line."""
+    root = tmp_path_factory.mktemp("cli")
+    pictures(root / "good", 60)
+    pictures(root / "near", 12, seed=5)
+    pictures(root / "far", 10, low=0, spread=255, seed=7)
+    model().save(root / "model")
+    status = run(["fit", "reconstruction", root / "good", "--diffusion", root / "model", "--out", root / "d", *FIT])
+    assert status == 0
+    return root
+
+
+def run(words: list) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return main([str(word) for word in words])
+
+
+def refused(capsys: pytest.CaptureFixture[str], words: list, status: int) -> str:
+    """The one line that a mistake is answered with."""
+    capsys.readouterr()
+    assert run(words) == status
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    lines = [line for line in captured.err.splitlines() if not line.startswith("warning:")]
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("farout: ")
+    return lines[0]
+
+
+# -- help ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
+    heavy = ("torch", "pandas", "jsonargparse", "diffusers", "numpy")
+    code = (
+        "import sys, farout.cli\n"
+        "assert farout.cli.main(['--help']) == 0\n"
+        f"assert not [m for m in {heavy} if m in sys.modules]\n"
+        "assert farout.cli.main(['list', 'detectors']) == 0\n"
+        "assert farout.cli.main(['list', 'sets']) == 0\n"
+        f"assert not [m for m in {heavy} if m in sys.modules]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert f"  {command}" in done.stdout
+    assert "reconstruction" in done.stdout
+    assert "sample_fashion" in done.stdout
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "list"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = command.split() + (["reconstruction"] if command == "fit" else [])
+    assert main([*words, "--help"]) == 0
+    text = capsys.readouterr().out
+    flags = {word.strip("[],") for word in text.split() if word.startswith("--")}
+    assert not [flag for flag in flags if "_" in flag], "flags are shown with dashes"
+    for clutter in ("Literal", "Union", "null", "required", "type:", "--groups+", "{true,false}"):
+        assert clutter not in text, clutter
+    assert "--config" in text
+
+
+def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    """A flag without a word of explanation is of no use."""
+    assert main(["fit", "reconstruction", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("  --"):
+            alone = len(line) < 24 or "  " not in line.strip()
+            text = following if alone else line[24:]
+            assert text.startswith(" " * 20) or not alone, line
+            assert text.strip(), line
+            assert not text.strip().startswith("(default"), line
+
+
+def test_version_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("farout ")
+    wanted = {"detectors": "reconstruction", "sets": "fashion_mnist", "presets": "--mode exact", "synthesisers": ""}
+    for what, text in wanted.items():
+        assert main(["list", what]) == 0
+        assert text in capsys.readouterr().out
+    assert main([]) == 0
+    assert "usage" in capsys.readouterr().out
+
+
+# -- wrong usage --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "parts"),
+    [
+        (["scor", "a"], 2, ["scor", "did you mean score"]),
+        (["train", "a"], 2, ["train diffusion"]),
+        (["list", "set"], 2, ["did you mean sets"]),
+        (["fit", "reconstructoin", "a", "--out", "b"], 1, ["reconstructoin", "did you mean reconstruction"]),
+        (["fit", "--out", "b"], 2, ["METHOD", "reconstruction"]),
+        (["score", "a", "b"], 2, ["--out"]),
+        (["score", "--out", "b"], 2, ["DETECTOR", "SOURCE"]),
+        (
+            ["score", "a", "b", "--out", "c", "--batch-size", "many"],
+            2,
+            ["--batch-size", "whole number or auto", "many"],
+        ),
+        (["score", "a", "b", "--out", "c", "--policy", "ignore"], 2, ["--policy", "raise", "skip", "nan", "ignore"]),
+        (["score", "a", "b", "--out", "c", "--batch-siz", "4"], 2, ["did you mean batch-size"]),
+        (["fit", "reconstruction", "a", "--out", "b", "--levels", "[50,x]"], 2, ["--levels", "list of"]),
+        (["fit", "reconstruction", "a", "--out", "b", "--preset", "papr"], 2, ["papr", "did you mean paper"]),
+        (["fit", "reconstruction", "a", "--out", "b", "--network-preset", "big"], 2, ["big", "tiny, small, paper"]),
+        (["fit", "reconstruction", "a", "--out", "b", "--training.steps", "0"], 1, ["steps", "1 or more"]),
+        (["fit", "reconstruction", "a", "--out", "b", "--link"], 1, ["--link wants --diffusion"]),
+        (["evaluate", "a", "--id", "b"], 1, ["DETECTOR --id SOURCE --ood"]),
+        (["evaluate", "a", "--scores", "b", "c"], 1, ["--scores"]),
+    ],
+)
+def test_wrong_usage_gets_one_line(
+    words: list[str], status: int, parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, words, status)
+    for part in parts:
+        assert part in line
+
+
+def test_mistakes_in_the_input_get_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    fit = ["fit", "reconstruction", "--diffusion", place / "model", "--out", out, *FIT]
+    assert "nowhere" in refused(capsys, [*fit, tmp_path / "nowhere"], 1)
+    assert "no images" in refused(capsys, [*fit, tmp_path / "empty"], 1)
+    assert "did you mean" in refused(capsys, [*fit, "sample_fashon:train"], 1)
+    assert "no split" in refused(capsys, [*fit, "sample_fashion:tset"], 1)
+    few = pictures(tmp_path / "few", 3)
+    assert "too few" in refused(capsys, [*fit, few], 1)
+    lost = ["fit", "reconstruction", place / "good", "--diffusion", tmp_path / "lost", "--out", out, *FIT]
+    assert "no folder" in refused(capsys, lost, 1)
+    score = ["score", place / "model", place / "near", "--out", out]
+    assert "expected a detector" in refused(capsys, score, 1)
+    assert not out.exists(), "a mistake leaves no folder behind"
+
+
+def test_a_model_without_its_weights_is_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model().save(tmp_path / "model")
+    weights = next((tmp_path / "model" / "unet").glob("*.safetensors"))
+    weights.unlink()
+    fit = ["fit", "reconstruction", place / "good", "--diffusion", tmp_path / "model", "--out", tmp_path / "d", *FIT]
+    assert "weights" in refused(capsys, fit, 1)
+    (tmp_path / "model" / "config.json").unlink()
+    refused(capsys, fit, 1)
+
+
+@pytest.mark.parametrize("damage", ["text.png", "cut.jpg"])
+def test_a_damaged_file_stops_a_fit_and_is_listed_by_a_score(
+    damage: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pictures(tmp_path / "images", 60)
+    if damage == "text.png":
+        (folder / damage).write_text("not a picture")
+    else:
+        Image.effect_noise((64, 64), 80).save(folder / damage)
+        (folder / damage).write_bytes((folder / damage).read_bytes()[:300])
+    fit = ["fit", "reconstruction", folder, "--diffusion", place / "model", "--out", tmp_path / "d", *FIT]
+    assert damage in refused(capsys, fit, 1)
+    assert run(["score", place / "d", folder, "--out", tmp_path / "r", "--limit", "null"]) == 0
+    assert "1 unreadable" in capsys.readouterr().out
+    frame = pd.read_csv(tmp_path / "r" / "scores.csv").set_index("key")
+    assert frame.loc[damage, "status"] == "unreadable"
+    assert pd.isna(frame.loc[damage, "is_ood"])
+    assert damage in json.loads((tmp_path / "r" / "manifest.json").read_text())["unreadable"]
+    strict = ["score", place / "d", folder, "--out", tmp_path / "s", "--policy", "raise"]
+    assert damage in refused(capsys, strict, 1)
+
+
+# -- fit ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_keeps_the_resolved_configuration(place: Path) -> None:
+    config = json.loads((place / "d" / "config.json").read_text())
+    assert config["config"]["levels"] == [50, 200]
+    assert config["config"]["mode"] == "oneshot"
+    assert config["alpha"] == 0.1
+    assert config["provenance"]["images"]["statistics"] >= 30
+    assert config["provenance"]["fit_s"] > 0
+
+
+def resolved(*words: object) -> dict[str, Any]:
+    """What `farout fit reconstruction` would run with; nothing is run."""
+    given = ["reconstruction", "images", "--out", "out", *map(str, words)]
+    return parse("fit", "fit", given).args[-1]
+
+
+@pytest.mark.parametrize("levels", [["--levels", "[50,200]"], ["--levels=[50, 200]"], ["--levels", "50", "200"]])
+def test_lists_are_written_either_way(levels: list[str]) -> None:
+    values = resolved(*levels, "--density-metrics", "mse", "eps_error", "--batch-size", "4")
+    assert values["levels"] == (50, 200)
+    assert values["density_metrics"] == ("mse", "eps_error")
+    assert values["batch_size"] == 4
+    assert values["source"] == "images"
+
+
+def test_numbers_end_where_a_word_comes(tmp_path: Path) -> None:
+    """`--levels 50 200 images/` is natural to type; the folder is no level."""
+    call = parse("fit", "fit", ["reconstruction", "--levels", "50", "200", "images", "--out", "o"])
+    assert call.args[-1]["levels"] == (50, 200)
+    assert call.args[-1]["source"] == "images"
+
+
+def test_a_preset_lies_under_yaml_and_yaml_under_flags(place: Path, tmp_path: Path) -> None:
+    yaml = tmp_path / "settings.yaml"
+    yaml.write_text("levels: [50, 200]\nsteps: 2\ndraws: 3\nseed: 4\nbatch_size: auto\n")
+    given = ["fit", "reconstruction", place / "good", "--diffusion", place / "model", "--out", tmp_path / "d"]
+    settings = ["--statistics", "30", "--alpha", "0.1", "--preset", "fast", "--steps", "1", "--config", yaml]
+    assert run([*given, *settings]) == 0
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert config["config"]["mode"] == "fast", "of the preset"
+    assert config["config"]["score"] == "mean_z", "of the preset"
+    assert config["config"]["draws"] == 3, "YAML over the preset"
+    assert config["config"]["steps"] == 1, "the flag over YAML"
+    assert config["seed"] == 4
+    assert config["runtime"]["batch_size"] == "auto"
+
+
+def test_a_preset_named_in_yaml_is_applied(tmp_path: Path) -> None:
+    """It would be bitter if `preset: fast` in a file were read and passed over."""
+    yaml = tmp_path / "settings.yaml"
+    yaml.write_text("preset: fast\nlevels: [50, 200]\nsteps: 1\n")
+    assert resolved("--config", yaml)["mode"] == "fast"
+    assert resolved("--config", yaml, "--preset", "exact")["mode"] == "exact"
+
+
+def test_printed_settings_are_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "reconstruction", "x", "--out", "y", "--levels", "50", "200", "--draws", "1", "--print-config"]
+    assert main(words) == 0
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    values = resolved("--config", tmp_path / "c.yaml", "--draws", "2")
+    assert values["levels"] == (50, 200)
+    assert values["draws"] == 2
+    assert values["source"] == "images", "what is typed overrides the file"
+
+
+def test_switches_need_no_value() -> None:
+    assert resolved("--link", "--batch-size", "auto")["link"] is True
+    assert resolved("--link", "false")["link"] is False
+    assert resolved("--no-link")["link"] is False
+    assert resolved("--no-training.nesterov")["training"].nesterov is False
+
+
+def test_a_network_is_trained_where_none_is_given(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "good", 60)
+    words = ["--levels", "50", "--training.steps", "1", "--training.batch-size", "4", "--training.ema", "None"]
+    assert (
+        run(["fit", "reconstruction", folder, "--out", tmp_path / "d", "--statistics", 20, "--alpha", 0.1, *words]) == 0
+    )
+    diffusion = load(tmp_path / "d").diffusion
+    assert diffusion is not None
+    assert diffusion.provenance["training"]["batch_size"] == 4
+    assert diffusion.provenance["training"]["ema"] is None
+    assert run(["train", "diffusion", folder, "--out", tmp_path / "m", "--statistics", 20, *words[2:]]) == 0
+    assert (tmp_path / "m" / "config.json").is_file()
+
+
+# -- score, calibrate, evaluate -----------------------------------------------------------------------------------
+
+
+def test_score_then_score_again(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["score", place / "d", place / "far", "--out", tmp_path / "r", "--batch-size", "4"]
+    assert run(words) == 0
+    first = capsys.readouterr().out
+    assert "10 ok" in first
+    assert "10 scored now" in first
+    for file in ("scores.csv", "measurements.parquet", "manifest.json", "page.html"):
+        assert str(tmp_path / "r" / file) in first.replace("\n", "")
+    assert run(words) == 0
+    assert "0 scored now" in capsys.readouterr().out
+    other = [*words[:2], place / "near", *words[3:]]
+    assert "another run" in refused(capsys, other, 1)
+    foreign = pictures(tmp_path / "mine", 2)
+    assert "not empty" in refused(capsys, [*words[:4], foreign], 1)
+    assert sorted(path.name for path in foreign.iterdir()) == ["000.png", "001.png"]
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in refused(capsys, [*words[:4], tmp_path / "file"], 1)
+
+
+def test_scores_do_not_depend_on_the_batch_size(place: Path, tmp_path: Path) -> None:
+    for size in ("3", "auto"):
+        assert run(["score", place / "d", place / "far", "--out", tmp_path / size, "--batch-size", size]) == 0
+    assert (tmp_path / "3" / "scores.csv").read_bytes() == (tmp_path / "auto" / "scores.csv").read_bytes()
+
+
+def test_calibrate_keeps_the_given_detector(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = load(place / "d").fingerprint
+    words = ["calibrate", place / "d", place / "near", "--out", tmp_path / "c", "--alpha", "0.2"]
+    assert run(words) == 0
+    assert "12 calibration" in capsys.readouterr().out
+    assert load(tmp_path / "c").alpha == 0.2
+    assert load(place / "d").fingerprint == before
+
+
+@pytest.mark.parametrize("form", ["spaced", "bracketed"])
+def test_evaluate_takes_several_sources(
+    form: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [f"{place / 'far'}", f"{place / 'near'}@vflip"]
+    ood = ["--ood", *sources] if form == "spaced" else ["--ood", f"[{','.join(sources)}]"]
+    words = ["evaluate", place / "d", "--id", place / "near", *ood, "--out", tmp_path / "e", "--no-controls"]
+    assert run(words) == 0
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "e" / "metrics.csv") in printed.replace("\n", "")
+    frame = pd.read_csv(tmp_path / "e" / "metrics.csv")
+    assert list(dict.fromkeys(frame["ood"])) == sources
+    assert set(frame["detector"]) == {"reconstruction"}
+
+
+def test_evaluate_rates_anyones_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = []
+    for name, scores in {"in": [0, 1, 2], "out": [2, 3, 4], "far": [7, 8, 9]}.items():
+        names.append(tmp_path / f"{name}.csv")
+        pd.DataFrame({"key": ["a", "b", "c"], "score": scores}).to_csv(names[-1], index=False)
+    assert run(["evaluate", "--scores", *names, "--out", tmp_path / "e"]) == 0
+    assert "0.944" in capsys.readouterr().out
+    frame = pd.read_csv(tmp_path / "e" / "metrics.csv")
+    assert frame["auroc"].round(3).tolist() == [0.944, 1.0]
+    assert "two files" in refused(capsys, ["evaluate", "--scores", names[0]], 1)
+    assert "lost.csv" in refused(capsys, ["evaluate", "--scores", names[0], tmp_path / "lost.csv"], 1)
+    (tmp_path / "words.csv").write_text("key,score\na,high\n")
+    assert "words.csv" in refused(capsys, ["evaluate", "--scores", names[0], tmp_path / "words.csv"], 1)
+    (tmp_path / "other.csv").write_text("name,value\na,1\n")
+    assert "key and score" in refused(capsys, ["evaluate", "--scores", names[0], tmp_path / "other.csv"], 1)
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from farout.cli import commands
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "_demo", interrupted)
+    assert "the same command goes on" in refused(capsys, ["demo"], 130)

@@ -1,0 +1,157 @@
+"""The page of a scored folder: one safe file that opens anywhere."""
+
+import html
+import re
+import sys
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from farout.detectors.base import Detector
+from farout.detectors.reconstruction import Reconstruction
+from farout.evaluation.controls import TrivialControls
+from farout.evaluation.scoring import score_folder
+from small import model, pictures
+
+HOSTILE = '<script>alert(1)<script> & "quoted" it\'s.png'
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"{tag} closes what it did not open"
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = pictures(tmp_path_factory.mktemp("page") / "far", 6, low=0, spread=255, seed=3)
+    if sys.platform != "win32":
+        (folder / "000.png").rename(folder / HOSTILE)
+    (folder / "broken <b>.png").write_text("no")
+    pictures(folder / "good", 4, seed=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("page") / "good", 60)
+
+
+@pytest.fixture(scope="module", params=["reconstruction", "controls"])
+def detector(request: pytest.FixtureRequest, good: Path) -> Detector:
+    """One with maps and one without."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if request.param == "controls":
+            return TrivialControls().fit(good, alpha=0.1, statistics=30)
+        return Reconstruction(levels=(50, 200), draws=1).fit(good, model(), alpha=0.1, statistics=30)
+
+
+@pytest.fixture(scope="module")
+def folder(detector: Detector, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("page") / "r"
+    score_folder(detector, images, out)
+    return out
+
+
+@pytest.fixture
+def page(folder: Path) -> str:
+    return (folder / "page.html").read_text(encoding="utf-8")
+
+
+def test_nothing_is_fetched_from_outside(page: str) -> None:
+    """A page that phones home tells others what was scored, and is broken without a network."""
+    assert not re.search(r"(https?:)?//[a-z]", re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page))
+    for tag, attributes in Tags(page).found:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "form", "base"), tag
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "srcset", "action", "data"):
+            if name in attributes:
+                assert str(attributes[name]).startswith("data:image/png;base64,")
+    assert "@import" not in page
+    assert "url(" not in page
+
+
+def test_names_are_text_and_never_markup(page: str) -> None:
+    tags = Tags(page)
+    assert not tags.open, "every tag is closed"
+    if sys.platform != "win32":
+        assert "<script" not in page
+        assert HOSTILE in "".join(tags.words)
+    assert "broken <b>.png" in "".join(tags.words)
+    assert ("b", {}) in tags.found, "the page's own markup is left"
+    assert html.escape("broken <b>.png") in page
+
+
+def test_every_card_is_there_with_its_numbers(page: str, folder: Path) -> None:
+    frame = pd.read_csv(folder / "scores.csv")
+    words = "".join(Tags(page).words)
+    cards = [attributes for tag, attributes in Tags(page).found if str(attributes.get("class")).split()[0] == "card"]
+    scored = frame[frame["status"] == "ok"]
+    assert len(cards) == len(scored) == 10
+    flagged = scored[scored["is_ood"].astype(str) == "True"]
+    assert len(flagged) > 0, "a test without flagged images would say nothing"
+    assert sum("flag" in str(card["class"]).split() for card in cards) == len(flagged)
+    assert words.count(", flagged") == len(flagged)
+    for _, row in scored.iterrows():
+        assert row["key"] in words
+        assert f"score {row['score']:.4g}, p = {row['p_value']:.4f}" in words
+    shown = [html.unescape(name) for name in re.findall(r'<p class="name">(.*?)</p>', page)]
+    assert shown == scored.sort_values("score", ascending=False)["key"].tolist(), "the furthest comes first"
+
+
+def test_pictures_are_those_of_the_method(page: str, detector: Detector) -> None:
+    captions = set(re.findall(r"<figcaption>(.*?)</figcaption>", page))
+    maps = isinstance(detector, Reconstruction)
+    assert captions == ({"image", "reconstruction", "map"} if maps else {"image"})
+    assert ("Maps show" in page) == maps
+
+
+def test_the_line_stands_where_flags_begin(page: str, folder: Path, detector: Detector) -> None:
+    """Reading the page, one sees which bars are flagged."""
+    mark = re.search(r'<line x1="([-0-9.]+)"', page)
+    assert mark is not None
+    ends = re.search(r'class="ends"><span>(.*?)</span><span>([-0-9.e+]+)', page)
+    assert ends is not None
+    low, high = float(ends[1]), float(ends[2])
+    place = low + float(mark[1]) / 100 * (high - low)
+    frame = pd.read_csv(folder / "scores.csv")
+    scored = frame[frame["status"] == "ok"]
+    flags = scored["is_ood"].astype(str) == "True"
+    slack = 0.02 * (high - low)
+    assert scored["score"][flags].min() > place - slack
+    assert scored["score"][~flags].max() < place + slack
+
+
+def test_a_few_calibration_images_flag_nothing_and_show_no_line(good: Path, images: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        few = TrivialControls().fit(good, alpha=0.1, statistics=30)
+        few.alpha = 0.001
+        score_folder(few, images, tmp_path / "r")
+    page = (tmp_path / "r" / "page.html").read_text()
+    assert "<line" not in page
+    assert "dashed" not in page

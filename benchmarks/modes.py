@@ -24,6 +24,8 @@ from farout.images.sources import ImageSource, open_source
 
 SCORES = ("mean_z", "mean_z_mse", "mean_z_perceptual", "two_sided", "mahalanobis", "mixture")
 MODES = ("exact", "fast", "oneshot")
+Scored = dict[str, dict[str, dict[str, np.ndarray]]]
+Groups = tuple[np.ndarray, np.ndarray] | None
 
 
 def main() -> None:
@@ -53,8 +55,9 @@ def main() -> None:
     print(
         f"n = {arguments.count} a set, {arguments.statistics} statistics images, seed {arguments.seed}; {machine()}\n"
     )
-    print(areas(scores, arguments.id, arguments.ood), "\n")
-    print(differences(scores, arguments.id, arguments.ood), "\n")
+    groups = {spec: shared(sets[arguments.id], sets[spec]) for spec in arguments.ood}
+    print(areas(scores, arguments.id, groups), "\n")
+    print(differences(scores, arguments.id, groups), "\n")
     print(
         table(["mode", "evaluations", "GMACs", "images/s at batch 1", "at batch 64", "peak MiB of the process"], costs)
     )
@@ -74,17 +77,23 @@ def run(detector: Reconstruction, source: ImageSource) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in detector.combine(detector.measure_all(source, source.name)).items()}
 
 
-def areas(scores: dict[str, dict[str, dict[str, np.ndarray]]], inside: str, outside: list[str]) -> str:
-    """AUROC with its interval by mode and score."""
+def shared(inside: ImageSource, outside: ImageSource) -> Groups:
+    """Ids of the source images where variants of one stand on both sides."""
+    ids = tuple(np.array([str(name) for name in side.content_hashes()]) for side in (inside, outside))
+    return (ids[0], ids[1]) if set(ids[0]) & set(ids[1]) else None
+
+
+def areas(scores: Scored, inside: str, outside: dict[str, Groups]) -> str:
+    """AUROC with its interval by mode and score; images that share a source are resampled together."""
     rows = []
     for mode, sets in scores.items():
         for score in SCORES:
-            found = [evaluate(sets[inside][score], sets[spec][score], draws=10) for spec in outside]
+            found = [evaluate(sets[inside][score], sets[spec][score], groups=outside[spec]) for spec in outside]
             rows.append([mode, score, *[f"{m.auroc:.3f} ({m.auroc_low:.3f} to {m.auroc_high:.3f})" for m in found]])
     return table(["mode", "score", *outside], rows)
 
 
-def differences(scores: dict[str, dict[str, dict[str, np.ndarray]]], inside: str, outside: list[str]) -> str:
+def differences(scores: Scored, inside: str, outside: dict[str, Groups]) -> str:
     """AUROC of the other modes' scores less that of exact with the paper's score, paired."""
     if "exact" not in scores:
         return "exact was not run: no differences"
@@ -95,7 +104,7 @@ def differences(scores: dict[str, dict[str, dict[str, np.ndarray]]], inside: str
         line: list[object] = [f"{mode}, {score}"]
         for spec in outside:
             sides = [(scores[m][inside][s], scores[m][spec][s]) for m, s in ((mode, score), ("exact", "mean_z"))]
-            found = paired_difference(*sides)
+            found = paired_difference(*sides, groups=outside[spec])
             line.append(f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})")
         rows.append(line)
     return table(["less exact, mean_z", *outside], rows)

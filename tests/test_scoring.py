@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from farout.detectors.base import Detector, Runtime
 from farout.detectors.reconstruction import Reconstruction
 from farout.errors import NaNScoresWarning, StoreError
 from farout.evaluation import scoring
-from farout.evaluation.scoring import read_scores, score_folder
+from farout.evaluation.scoring import ScoredFolder, read_scores
 from farout.images.sources import Batch
 from small import model, pictures
 
@@ -63,6 +64,11 @@ def whole(place: Path, detector: Detector) -> dict[str, bytes]:
     return contents(place / "whole")
 
 
+def score_folder(*given: Any, furthest: int = 4, **settings: Any) -> ScoredFolder:
+    """With few pictures on the page, which are measured again for their maps."""
+    return scoring.score_folder(*given, furthest=furthest, **settings)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     assert sorted(path.name for path in folder.iterdir()) == sorted(RESULTS), "nothing else is left there"
     return {name: (folder / name).read_bytes() for name in RESULTS}
@@ -98,7 +104,7 @@ def dying(table, path, **more):
             file.truncate(100)
         os.kill(os.getpid(), signal.SIGKILL)
 scoring.pq.write_table = dying
-main(["score", sys.argv[1], sys.argv[2], "--out", sys.argv[3]])
+main(["score", sys.argv[1], sys.argv[2], "--out", sys.argv[3], "--furthest", "4"])
 """
 
 

@@ -118,7 +118,7 @@ def write_checkpoint(
     state: Mapping[str, Any],
 ) -> None:
     """Writes one checkpoint folder: it appears whole or not at all, and replaces an older one of the same step."""
-    with store.atomic_folder(folder) as temporary:
+    with store.atomic_folder(folder, None) as temporary:
         store.save_tensors(temporary / "model.safetensors", model)
         if ema is not None:
             store.save_tensors(temporary / "ema.safetensors", ema)

@@ -14,9 +14,14 @@ from torch import Tensor, distributed
 
 from farout.errors import FaroutError
 
-__all__ = ["Precision", "Team", "autocast", "join", "resolve_device", "resolve_precision"]
+__all__ = ["Precision", "Team", "autocast", "first_process", "join", "resolve_device", "resolve_precision"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def first_process() -> bool:
+    """Whether this process writes what all processes made: the only one, or the first of several."""
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def resolve_device(device: str) -> torch.device:

@@ -12,7 +12,7 @@ from typing import Any
 
 from farout.errors import FaroutError
 
-__all__ = ["Member", "find", "members"]
+__all__ = ["Member", "find", "members", "name_of"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,14 @@ def _assigns_all(node: ast.stmt) -> bool:
 def _literal(node: ast.stmt) -> list[str]:
     assert isinstance(node, ast.Assign)
     return list(ast.literal_eval(node.value))
+
+
+def name_of(room: str, kind: type) -> str:
+    """The name under which a class is found again; raises FaroutError for a class that is no member of the room."""
+    for member in members(room).values():
+        if member.class_name == kind.__name__ and (member.module == kind.__module__ or member.load() is kind):
+            return member.name
+    raise FaroutError(f"{kind.__name__} is no member of farout.{room}: it can be used, but not saved and loaded")
 
 
 def find(room: str, name: str) -> Member:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from farout.errors import StoreError
 __all__ = [
     "atomic_file",
     "atomic_folder",
+    "check_replaceable",
     "hash_folder",
     "hash_tensors",
     "load_tensors",
@@ -60,15 +63,30 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yields a temporary folder beside `path` and renames it to `path` at the end; after an error nothing is left.
+def check_replaceable(path: str | Path, kind: str) -> None:
+    """Raises StoreError unless `path` is free, an empty folder, or a folder of that kind that farout wrote.
 
-    Raises StoreError when `path` exists and is a file, or is a folder and `replace` is False.
+    Called before long work starts, so that nobody's files are lost and no work is done in vain.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or not replace):
-        raise StoreError(f"{path} exists already; give another folder or remove it first")
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    try:
+        read_config(path, kind)
+    except StoreError as error:
+        raise StoreError(f"{path} exists, is no farout {kind}, and is not replaced; give another folder") from error
+
+
+@contextmanager
+def atomic_folder(path: str | Path, kind: str | None) -> Iterator[Path]:
+    """Yields a temporary folder beside `path` and renames it to `path` at the end; after an error nothing is left.
+
+    Raises StoreError where something else than an older folder of the same kind stands at `path`; None: whatever
+    stands there is the caller's own to replace.
+    """
+    path = Path(path)
+    if kind is not None:
+        check_replaceable(path, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -117,7 +135,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def write_config(folder: str | Path, kind: str, content: Mapping[str, Any]) -> None:
     """Writes `config.json` of a model or score folder: its kind, layout version, library versions, and `content`."""
-    head = {"farout": {"kind": kind, "format": FORMAT, "versions": versions()}}
+    head = {"farout": {"kind": kind, "format": FORMAT, "versions": versions(), "command": shlex.join(sys.argv)}}
     write_json(Path(folder) / "config.json", {**head, **content})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from farout import registry
+from farout import registry, store
 from farout.detectors._fitting import FitSettings, recalibrate
 from farout.detectors.base import Detector, Runtime, load
 from farout.diffusion.model import DiffusionModel
@@ -37,6 +38,7 @@ def train_diffusion(
     alpha: float = 0.05,
     statistics: int = 400,
     groups: Literal["none", "folder"] = "none",
+    policy: Literal["raise", "skip"] = "raise",
     seed: int = 0,
     resume: bool = False,
 ) -> DiffusionModel:
@@ -52,6 +54,7 @@ def train_diffusion(
         alpha: the false-alarm rate that a later calibration wants images for.
         statistics: images held out for a later fit's statistics.
         groups: keep images of one folder together in one part.
+        policy: what becomes of an unreadable image: raise, or skip.
         seed: seed of sample, split, weights and noise.
         resume: go on from the last checkpoint.
     """
@@ -65,6 +68,7 @@ def train_diffusion(
         alpha=alpha,
         statistics=statistics,
         groups=groups,
+        policy=policy,
         seed=seed,
         resume=resume,
     )
@@ -78,6 +82,7 @@ def fit(
     diffusion: str | None = None,
     classifier: str | None = None,
     link: bool = False,
+    preset: str | None = None,
     settings: FitSettings,
     arguments: dict[str, Any],
 ) -> Detector:
@@ -90,12 +95,17 @@ def fit(
         diffusion: folder of a diffusion model, or hf://owner/name; without it one is trained.
         classifier: folder of a classifier, for methods that need one.
         link: keep a path to the diffusion model instead of a copy.
+        preset: the method's preset that `arguments` started from.
         settings: how the fit is done.
         arguments: the method's own settings.
     """
-    if link and diffusion is None:
-        raise FaroutError("--link wants --diffusion: there is no model folder to link to")
+    if link and (diffusion is None or diffusion.startswith("hf://")):
+        raise FaroutError("--link wants --diffusion FOLDER: there is no model folder to link to")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise FaroutError("fit runs in one process; train the model in several with `farout train diffusion`")
+    store.check_replaceable(out, "detector")
     detector: Detector = registry.find("detectors", method).load()(**arguments)
+    detector.provenance["preset"] = preset or ""
     checkpoints = settings.checkpoints or Path(f"{out}.training")
     started = time.perf_counter()
     detector.fit(source, diffusion, classifier, **vars(replace(settings, checkpoints=checkpoints)))
@@ -136,6 +146,7 @@ def calibrate(
     out: str | None = None,
     limit: int | None = None,
     alpha: float | None = None,
+    policy: Literal["raise", "skip"] = "raise",
     runtime: dict[str, Any],
 ) -> Detector:
     """Rest a detector's p-values on other good images; nothing is trained.
@@ -146,9 +157,12 @@ def calibrate(
         out: folder of the recalibrated detector; without it the given folder is replaced.
         limit: a seeded sample of this many images.
         alpha: another false-alarm rate.
+        policy: what becomes of an unreadable image: raise, or skip.
         runtime: settings that differ from the fitted ones.
     """
-    fitted = recalibrate(load(detector, **runtime), source, limit=limit, alpha=alpha)
+    if out is not None:
+        store.check_replaceable(out, "detector")
+    fitted = recalibrate(load(detector, **runtime), source, limit=limit, alpha=alpha, policy=policy)
     fitted.save(out or detector)
     return fitted
 

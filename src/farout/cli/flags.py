@@ -203,8 +203,8 @@ class Parser(jsonargparse.ArgumentParser):
             return "missing " + ", ".join(f"--{n}" if n in flags else n.upper() for n in missing[1].split(", "))
         unknown = re.match(r"unrecognized arguments: --(\w+)", message)
         if unknown:
-            flags = [name.replace("_", "-") for name in self.hints]
-            return f"there is no flag --{unknown[1].replace('_', '-')}; {meant(unknown[1].replace('_', '-'), flags)}"
+            word, known = unknown[1].replace("_", "-"), [name.replace("_", "-") for name in self.hints]
+            return f"there is no flag --{word}; {meant(word, known)}"
         if found is None or hint is None:
             return " ".join(message.split())
         given = re.findall(r"(?:Got value|Given value): (.*)", message)
@@ -214,7 +214,7 @@ class Parser(jsonargparse.ArgumentParser):
 
 def _taken(words: list[str], *, numbers: bool) -> list[str]:
     """Takes the values that follow a flag from the front of `words`: up to the next flag, or word where numbers end."""
-    taken = []
+    taken: list[str] = []
     while words and not re.match(r"--?[A-Za-z]", words[0]):
         if numbers and taken and not re.match(r"-?[0-9.]", words[0]):
             break

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,13 +15,13 @@ import torch
 from farout.detectors.base import Detector, Runtime
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_model
-from farout.errors import FaroutError
+from farout.errors import FaroutError, ShortfallWarning, TrapWarning
 from farout.images.preprocessing import Preprocessing, Protocol
 from farout.images.sources import ImageSource, open_source
-from farout.images.splits import Split, split
+from farout.images.splits import Split, calibration_size, split
 from farout.training import TrainingConfig
 
-__all__ = ["FitSettings", "fit", "recalibrate"]
+__all__ = ["FitSettings", "fit", "recalibrate", "source_spec"]
 
 _log = logging.getLogger(__name__)
 D = TypeVar("D", bound=Detector)
@@ -35,6 +37,7 @@ class FitSettings:
         alpha: false-alarm rate of `is_ood`; calibration gets max(20 %, ceil(1/alpha) - 1) images.
         seed: seed of sample, split, weights and noise.
         groups: keep images of one folder together in one part, or a group name per image.
+        policy: what becomes of an unreadable image: `raise`, or `skip`.
         statistics: images for the statistics; None: what the method wants.
         protocol: how images are brought to size; None: as the diffusion model has it.
         network: what is trained where a diffusion model is lacking.
@@ -48,6 +51,7 @@ class FitSettings:
     alpha: float = 0.05
     seed: int = 0
     groups: Literal["none", "folder"] | Sequence[str] = "none"
+    policy: Literal["raise", "skip"] = "raise"
     statistics: int | None = None
     protocol: Protocol | None = None
     network: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(**PRESETS["tiny"]["model"]))
@@ -59,14 +63,15 @@ class FitSettings:
 
 def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: FitSettings) -> D:
     """See `Detector.fit`."""
-    if not 0 < settings.alpha < 1:
-        raise FaroutError(f"alpha is a false-alarm rate between 0 and 1, got {settings.alpha}")
+    _check_alpha(settings.alpha)
     if classifier is not None and "classifier" not in detector.needs:
         raise FaroutError(f"{type(detector).__name__} uses no classifier; leave it out")
-    source = open_source(images, limit=settings.limit, seed=settings.seed)
+    source = open_source(images, limit=settings.limit, seed=settings.seed, policy=settings.policy)
     given = _given(detector, diffusion)
     parts = _split(detector, source, given, settings)
-    model = given if given is not None or "diffusion" not in detector.needs else _train(source, parts, settings)
+    lacking = given is None and "diffusion" in detector.needs
+    model = _train(detector, source, parts, settings) if lacking else given
+    detector.begin()
     detector.alpha, detector.seed = settings.alpha, settings.seed
     detector.preprocessing = _preprocessing(source, model, settings)
     detector.use(model, settings.runtime)
@@ -80,8 +85,15 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
     detector.fit_statistics(measured)
     calibration = detector.measure_all(source.subset(parts.calibration), "measuring calibration images")
     detector.set_calibration(calibration)
-    detector.provenance = _provenance(source, parts, settings)
+    detector.calibration_hashes = frozenset(source.content_hash(i) for i in parts.calibration)
+    preset = detector.provenance.get("preset", "")
+    detector.provenance = {"preset": preset, **_provenance(images, source, parts, settings)}
     return detector
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0 < alpha < 1:
+        raise FaroutError(f"alpha is a false-alarm rate between 0 and 1, got {alpha}")
 
 
 def _given(detector: Detector, diffusion: Any) -> DiffusionModel | None:
@@ -89,7 +101,15 @@ def _given(detector: Detector, diffusion: Any) -> DiffusionModel | None:
         return None
     if "diffusion" not in detector.needs:
         raise FaroutError(f"{type(detector).__name__} uses no diffusion model; leave it out")
-    return diffusion if isinstance(diffusion, DiffusionModel) else DiffusionModel.load(diffusion)
+    model = diffusion if isinstance(diffusion, DiffusionModel) else DiffusionModel.load(diffusion)
+    if not model.trained_on and "random_weights" not in model.provenance:
+        message = "it is not known which images this diffusion model was trained on; fit on images it cannot have seen"
+        warnings.warn(message, TrapWarning, stacklevel=4)
+    wanted = detector.config.get("normalisation", model.preprocessing.value_range)
+    if wanted != model.preprocessing.value_range:
+        message = f"the method wants value range {wanted!r}, the given model was trained with another; its own is used"
+        warnings.warn(message, TrapWarning, stacklevel=4)
+    return model
 
 
 def _split(detector: Detector, source: ImageSource, given: DiffusionModel | None, settings: FitSettings) -> Split:
@@ -107,15 +127,22 @@ def _split(detector: Detector, source: ImageSource, given: DiffusionModel | None
         counts = f"calibration at alpha {settings.alpha} takes {taken}, the statistics get {left}"
         raise FaroutError(f"{len(source)} images are too few: {counts}; give more images or a larger alpha")
     wanted = settings.statistics or detector.statistics_minimum
-    if detector.statistics_suffice and len(parts.statistics) > wanted:
-        # by hash, so that the choice does not depend on the source's order
-        some = sorted(parts.statistics, key=source.content_hash)[:wanted]
-        parts = replace(parts, statistics=tuple(sorted(some)))
-    return parts
+    return _trimmed(parts, source, wanted, settings.alpha) if detector.statistics_suffice else parts
 
 
-def _train(source: ImageSource, parts: Split, settings: FitSettings) -> DiffusionModel:
+def _trimmed(parts: Split, source: ImageSource, wanted: int, alpha: float) -> Split:
+    """Statistics of the wanted size; what is left over goes to a calibration that exclusions have made small."""
+    # by hash, so that the choice does not depend on the source's order
+    order = sorted(parts.statistics, key=source.content_hash)
+    missing = max(0, calibration_size(len(source), alpha) - len(parts.calibration))
+    calibration = sorted([*parts.calibration, *order[wanted : wanted + missing]])
+    return replace(parts, statistics=tuple(sorted(order[:wanted])), calibration=tuple(calibration))
+
+
+def _train(detector: Detector, source: ImageSource, parts: Split, settings: FitSettings) -> DiffusionModel:
     config = settings.network
+    if detector.config.get("normalisation") == "minmax":
+        config = replace(config, value_range="minmax", data_range="unit")
     if settings.protocol is not None:
         config = replace(config, protocol=settings.protocol)
     torch.manual_seed(settings.seed)
@@ -142,9 +169,9 @@ def _preprocessing(source: ImageSource, model: DiffusionModel | None, settings: 
     return replace(model.preprocessing, native=own.native, protocol=protocol)
 
 
-def _provenance(source: ImageSource, parts: Split, settings: FitSettings) -> dict[str, Any]:
+def _provenance(images: Any, source: ImageSource, parts: Split, settings: FitSettings) -> dict[str, Any]:
     return {
-        "source": source.name,
+        "source": source_spec(images),
         "limit": settings.limit,
         "data_fingerprint": source.fingerprint(),
         "images": {
@@ -156,22 +183,46 @@ def _provenance(source: ImageSource, parts: Split, settings: FitSettings) -> dic
     }
 
 
-def recalibrate(detector: D, images: Any, *, limit: int | None = None, alpha: float | None = None) -> D:
+def source_spec(images: Any) -> str | None:
+    """What opens the same images again from any folder; None for images that were given as objects."""
+    if not isinstance(images, str | Path):
+        return None
+    path = Path(images)
+    return str(path.resolve()) if path.exists() else str(images)
+
+
+def recalibrate(
+    detector: D,
+    images: Any,
+    *,
+    limit: int | None = None,
+    alpha: float | None = None,
+    policy: Literal["raise", "skip"] = "raise",
+) -> D:
     """Rests the p-values of a fitted detector on other good images; nothing is trained.
 
     Images that the networks or the statistics have seen are left out. Raises FaroutError when none is left.
     """
     detector.check_fitted()
-    source = open_source(images, limit=limit, seed=detector.seed)
+    wanted = detector.alpha if alpha is None else alpha
+    _check_alpha(wanted)
+    source = open_source(images, limit=limit, seed=detector.seed, policy=policy)
     seen = detector.statistics_hashes | (detector.diffusion.trained_on if detector.diffusion else frozenset())
-    fresh = [i for i in range(len(source)) if source.content_hash(i) not in seen]
+    hashes = source.content_hashes()
+    fresh = [i for i, name in enumerate(hashes) if name is not None and name not in seen]
     if not fresh:
         raise FaroutError(f"all {len(source)} images were used to fit this detector; calibrate on others")
     if len(fresh) < len(source):
         _log.warning(
             "%d of %d images were used to fit this detector and are left out", len(source) - len(fresh), len(source)
         )
-    detector.alpha = alpha if alpha is not None else detector.alpha
+    least = math.ceil(1 / wanted) - 1
+    if len(fresh) < least:
+        message = f"{len(fresh)} calibration images cannot flag anything at alpha {wanted}; that takes {least}"
+        warnings.warn(message, ShortfallWarning, stacklevel=2)
     detector.set_calibration(detector.measure_all(source.subset(fresh), "measuring calibration images"))
-    detector.provenance["calibration_source"] = source.name
+    detector.alpha = wanted
+    detector.calibration_hashes = frozenset(str(hashes[i]) for i in fresh)
+    detector.provenance["calibration_source"] = source_spec(images)
+    detector.provenance.get("images", {})["calibration"] = len(fresh)
     return detector

@@ -15,28 +15,29 @@ from farout.diffusion.model import DiffusionModel
 from farout.errors import StoreError, TrapWarning
 from farout.images.preprocessing import Preprocessing
 
-__all__ = ["load", "save"]
+__all__ = ["KIND", "load", "save"]
 
-_KIND = "detector"
+KIND = "detector"
 
 
 def save(detector: Detector, folder: Path, link: Path | None) -> None:
     """See `Detector.save`."""
     detector.check_fitted()
-    with store.atomic_folder(folder) as temporary:
+    with store.atomic_folder(folder, KIND) as temporary:
         detector.statistics.write(temporary / "statistics.parquet")
         detector.calibration.write(temporary / "calibration.parquet")
         arrays = {name: torch.as_tensor(value) for name, value in detector.state().items()}
         store.save_tensors(temporary / "fitted.safetensors", arrays)
-        (temporary / "statistics.txt").write_text("".join(f"{h}\n" for h in sorted(detector.statistics_hashes)))
-        store.write_config(temporary, _KIND, {**_content(detector), "diffusion": _model(detector, temporary, link)})
+        for name in ("statistics", "calibration"):
+            hashes = sorted(getattr(detector, f"{name}_hashes"))
+            (temporary / f"{name}.txt").write_text("".join(f"{line}\n" for line in hashes))
+        store.write_config(temporary, KIND, {**_content(detector), "diffusion": _model(detector, temporary, link)})
         (temporary / "README.md").write_text(_card(detector))
 
 
 def _content(detector: Detector) -> dict[str, Any]:
-    module = type(detector).__module__.rpartition(".")[2]
     return {
-        "method": module,
+        "method": registry.name_of("detectors", type(detector)),
         "config": detector.config,
         "runtime": asdict(detector.runtime),
         "alpha": detector.alpha,
@@ -57,13 +58,16 @@ def _model(detector: Detector, folder: Path, link: Path | None) -> dict[str, str
 
 def load(folder: Path, changes: dict[str, Any]) -> Detector:
     """See `farout.detectors.base.load`."""
-    config = store.read_config(folder, _KIND)
+    config = store.read_config(folder, KIND)
     detector: Detector = registry.find("detectors", config["method"]).load()(**_tuples(config["config"]))
     detector.alpha, detector.seed = config["alpha"], config["seed"]
     detector.preprocessing = Preprocessing.from_dict(config["preprocessing"])
     detector.provenance = config["provenance"]
-    listed = folder / "statistics.txt"
-    detector.statistics_hashes = frozenset(listed.read_text().split() if listed.is_file() else ())
+    for name in ("statistics", "calibration"):
+        listed = folder / f"{name}.txt"
+        setattr(detector, f"{name}_hashes", frozenset(listed.read_text().split() if listed.is_file() else ()))
+    linked = (config["diffusion"] or {"path": "diffusion"})["path"]
+    detector.link = None if linked == "diffusion" else Path(linked)
     detector.use(_read_model(folder, config["diffusion"]), _runtime(Runtime(**config["runtime"]), changes))
     detector.restore({name: t.numpy() for name, t in store.load_tensors(folder / "fitted.safetensors").items()})
     detector.statistics = Measurements.read(folder / "statistics.parquet")

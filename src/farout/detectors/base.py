@@ -82,6 +82,8 @@ class Detector(ABC):
         self.alpha, self.seed = 0.05, 0
         self.provenance: dict[str, Any] = {}
         self.statistics_hashes: frozenset[str] = frozenset()
+        self.calibration_hashes: frozenset[str] = frozenset()
+        self.link: Path | None = None
         self.calibration_scores: dict[str, np.ndarray] = {}
 
     # -- what a method implements --------------------------------------------------------------------------------
@@ -105,6 +107,9 @@ class Detector(ABC):
 
     def prepare(self) -> None:
         """Called once networks and runtime are known, before anything is measured: checks and caches."""
+
+    def begin(self) -> None:
+        """Called at the start of a fit: forgets what an earlier one learnt while measuring."""
 
     def watch(self, measurements: Measurements) -> None:
         """Sees the statistics images' measurements with maps, batch by batch, while they are made."""
@@ -133,7 +138,9 @@ class Detector(ABC):
         """A detector with the settings of a preset; `arguments` override them."""
         if name not in cls.presets:
             raise FaroutError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(cls.presets) or 'none'}")
-        return cls(**{**cls.presets[name], **arguments})
+        made = cls(**{**cls.presets[name], **arguments})
+        made.provenance["preset"] = name
+        return made
 
     @property
     def fitted(self) -> bool:
@@ -244,12 +251,12 @@ class Detector(ABC):
         check_scores(scores.score[np.array(scores.status) != "unreadable"], source.name)
         return scores
 
-    def score_chunks(self, source: ImageSource, start: int = 0, title: str = "scoring") -> Iterator[Scores]:
-        """Scores a source from position `start` on, `batch_size` images at a time, in bounded memory."""
+    def score_chunks(self, source: ImageSource) -> Iterator[Scores]:
+        """Scores a source, `batch_size` images at a time, in bounded memory."""
         size = self.batch_size
-        with task(title, len(source) - start) as bar:
-            parts = batches(source, self.preprocessing, size, start=start, workers=self.runtime.workers)
-            for position, batch in zip(range(start, len(source), size), parts, strict=True):
+        with task("scoring", len(source)) as bar:
+            parts = batches(source, self.preprocessing, size, workers=self.runtime.workers)
+            for position, batch in zip(range(0, len(source), size), parts, strict=True):
                 keys = source.keys[position : position + size]
                 yield self._score_batch(keys, batch, source)
                 bar.advance(len(keys))
@@ -314,7 +321,7 @@ class Detector(ABC):
         """
         from farout.detectors._folder import save
 
-        save(self, Path(folder), link)
+        save(self, Path(folder), link or self.link)
 
     def describe(self) -> dict[str, Any]:
         """What a reader wants to know: method, configuration, runtime, counts."""
@@ -342,7 +349,16 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-_FITTED = ("preprocessing", "alpha", "seed", "provenance", "statistics", "statistics_hashes")
+_FITTED = (
+    "preprocessing",
+    "alpha",
+    "seed",
+    "provenance",
+    "statistics",
+    "statistics_hashes",
+    "calibration_hashes",
+    "link",
+)
 
 
 def load(folder: str | Path, **runtime: Any) -> Detector:

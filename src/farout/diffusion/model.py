@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,10 @@ from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
 from farout.images.preprocessing import Preprocessing
 
-__all__ = ["DiffusionModel"]
+__all__ = ["KIND", "DiffusionModel"]
+
+KIND = "diffusion model"
+"""What `config.json` calls a folder of this class."""
 
 
 class DiffusionModel:
@@ -88,7 +92,9 @@ class DiffusionModel:
         low, high = self.data_range
         x = low + (high - low) * images
         if self.autoencoder is not None:
-            x = _latents(self.autoencoder, x, noise)
+            factor = _downsampling(self.autoencoder)
+            below, right = -x.shape[-2] % factor, -x.shape[-1] % factor
+            x = _latents(self.autoencoder, functional.pad(x, (0, right, 0, below), mode="replicate"), noise)
         return self.b_scale * functional.pad(x, self._padding(x.shape[-2], x.shape[-1]), mode="replicate")
 
     @torch.no_grad()
@@ -99,7 +105,8 @@ class DiffusionModel:
         left, _, top, _ = self._padding(height, width)
         x = x[..., top : top + height, left : left + width]
         if self.autoencoder is not None:
-            x = _pixels(self.autoencoder, x)
+            height, width = self.preprocessing.size
+            x = _pixels(self.autoencoder, x)[..., :height, :width]
         low, high = self.data_range
         return ((x - low) / (high - low)).clamp(0, 1)
 
@@ -116,7 +123,7 @@ class DiffusionModel:
         """Height and width of the data that the network works on, before padding."""
         factor = 1 if self.autoencoder is None else _downsampling(self.autoencoder)
         height, width = self.preprocessing.size
-        return height // factor, width // factor
+        return -(-height // factor), -(-width // factor)
 
     def _padding(self, height: int, width: int) -> tuple[int, int, int, int]:
         """(left, right, top, bottom) that makes both sides multiples of what the network halves."""
@@ -141,7 +148,13 @@ class DiffusionModel:
             weights |= {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
         numbers = [*self.schedule.sigma.tolist(), *self.data_range, self.b_scale]
         weights["numbers"] = torch.tensor(numbers, dtype=torch.float64)
-        weights[f"prediction.{self.prediction}"] = torch.zeros(1)
+        described = {
+            "prediction": self.prediction,
+            "preprocessing": self.preprocessing.to_dict(),
+            "network": _plain(self.network.config),
+            "autoencoder": None if self.autoencoder is None else _plain(self.autoencoder.config),
+        }
+        weights[json.dumps(described, sort_keys=True)] = torch.zeros(1)
         return store.hash_tensors(weights)
 
     @cached_property
@@ -179,7 +192,7 @@ class DiffusionModel:
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder in diffusers' layout with our `config.json` beside it; nothing half-written is left."""
-        with store.atomic_folder(folder) as temporary:
+        with store.atomic_folder(folder, KIND) as temporary:
             self._write(temporary)
 
     def _write(self, folder: Path) -> None:
@@ -193,7 +206,7 @@ class DiffusionModel:
             "content_hash": self.content_hash,
             "provenance": self.provenance,
         }
-        store.write_config(folder, "diffusion model", content)
+        store.write_config(folder, KIND, content)
         (folder / "trained_on.txt").write_text("".join(f"{line}\n" for line in sorted(self.trained_on)))
         (folder / "README.md").write_text(folders.model_card(self.parameters, content))
 
@@ -207,7 +220,7 @@ class DiffusionModel:
         path = folders.local(folder)
         if not folders.is_ours(path):
             return cls._foreign(path)
-        config = store.read_config(path, "diffusion model")
+        config = store.read_config(path, KIND)
         network, autoencoder = folders.read_networks(path)
         listed = path / "trained_on.txt"
         model = cls(
@@ -255,6 +268,11 @@ def _latents(autoencoder: nn.Module, x: Tensor, noise: Tensor | None) -> Tensor:
 
 def _pixels(autoencoder: nn.Module, latents: Tensor) -> Tensor:
     return autoencoder.decode(latents / float(getattr(autoencoder.config, "scaling_factor", 1.0))).sample
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A network's configuration without what says where and by which version it was written."""
+    return {name: value for name, value in dict(config).items() if not name.startswith("_")}
 
 
 def _downsampling(autoencoder: nn.Module) -> int:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from farout import store
+from farout.devices import first_process
 from farout.diffusion.denoiser import NetworkDenoiser, Prediction
 from farout.diffusion.losses import LevelSampling, denoising_loss
-from farout.diffusion.model import DiffusionModel
+from farout.diffusion.model import KIND, DiffusionModel
 from farout.diffusion.networks import NetworkName, build_network
 from farout.diffusion.schedule import NoiseSchedule, ScheduleKind
 from farout.errors import FaroutError
@@ -195,6 +196,7 @@ def train_diffusion(
     alpha: float = 0.05,
     statistics: int = 400,
     groups: Literal["none", "folder"] = "none",
+    policy: Literal["raise", "skip"] = "raise",
     seed: int = 0,
     resume: bool = False,
 ) -> DiffusionModel:
@@ -214,25 +216,26 @@ def train_diffusion(
         alpha: the false-alarm rate that a later calibration wants images for.
         statistics: images that a later fit's statistics want.
         groups: keep images of one folder together in one part.
+        policy: what becomes of an unreadable image: `raise`, or `skip`.
         seed: seed of sample, split, weights and noise.
         resume: go on from the last checkpoint.
     """
     from farout.diffusion.folders import read_autoencoder
 
-    images = open_source(source, limit=limit, seed=seed)
+    store.check_replaceable(out, KIND)
+    images = open_source(source, limit=limit, seed=seed, policy=policy)
     parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
     torch.manual_seed(seed)
     inner = None if autoencoder is None else read_autoencoder(Path(autoencoder))
     fresh = model.build(model.preprocess(images), inner)
     settings = replace(training, seed=seed)
     folder = Path(f"{out}.training")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise store.StoreError(f"{out} is a file; give a folder")
     trained = train_model(
         images.subset(parts.training), fresh, settings, levels=model.levels, out=folder, resume=resume
     )
-    trained.save(out)
-    discard_checkpoints(folder, settings)
+    if first_process():
+        trained.save(out)
+        discard_checkpoints(folder, settings)
     return trained
 
 

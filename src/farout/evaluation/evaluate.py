@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from farout import store
+from farout import registry, store
 from farout.calibration import p_values
 from farout.detectors._tables import Scores
 from farout.detectors.base import Detector
@@ -112,6 +111,7 @@ def evaluate_detector(
         raise FaroutError(f"out-of-distribution sources are a list of at least one, got {ood_sources!r}")
     out = Path(out)
     inside, *outside = [detector.open(images, limit=limit) for images in (id_source, *ood_sources)]
+    _check_unseen(detector, inside)
     fitted = [_Rated(_name(detector), detector, out / "scores")]
     fitted += _controls(detector, reference, control_limit, out, trivial=controls, random=random_control)
     rows = [row for rated in fitted for row in _rows(rated, inside, outside)]
@@ -120,7 +120,17 @@ def evaluate_detector(
 
 def _name(detector: Detector) -> str:
     """The method's name as in `farout list detectors`."""
-    return type(detector).__module__.rpartition(".")[2]
+    return registry.name_of("detectors", type(detector))
+
+
+def _check_unseen(detector: Detector, source: ImageSource) -> None:
+    """Warns of in-distribution images that the detector has seen: they flatter it."""
+    seen = detector.statistics_hashes | detector.calibration_hashes
+    seen |= detector.diffusion.trained_on if detector.diffusion is not None else frozenset()
+    count = sum(name in seen for name in source.content_hashes())
+    if count:
+        message = f"{count} of {len(source)} images of {source.name} were used to train, fit or calibrate the detector"
+        warnings.warn(f"{message}: its figures are too good; rate it on others", TrapWarning, stacklevel=3)
 
 
 def _written(table: pd.DataFrame, out: Path) -> pd.DataFrame:
@@ -141,7 +151,7 @@ def _controls(
     settings: dict[str, Any] = {"alpha": detector.alpha, "seed": detector.seed, "runtime": detector.runtime}
     settings |= {"limit": limit, "protocol": detector.preprocessing.protocol}
     try:
-        images = open_source(source)
+        images = open_source(source) if reference is not None else _fitted_images(detector)
         if trivial:
             control = TrivialControls().fit(images, **settings)
             yield _Rated("trivial_controls", control, out / "control_scores" / "trivial")
@@ -154,6 +164,17 @@ def _controls(
         warnings.warn(message, TrapWarning, stacklevel=3)
 
 
+def _fitted_images(detector: Detector) -> ImageSource:
+    """The images that the detector was fitted to; raises FaroutError where they are not at hand or have changed."""
+    about = detector.provenance
+    if about.get("source") is None:
+        raise FaroutError("the detector was fitted to images in memory")
+    images = open_source(about["source"], limit=about["limit"], seed=detector.seed, policy="skip")
+    if images.fingerprint() != about["data_fingerprint"]:
+        raise FaroutError(f"{about['source']} no longer holds the images that the detector was fitted to")
+    return images
+
+
 def _rows(rated: _Rated, id_source: ImageSource, ood_sources: Sequence[ImageSource]) -> Iterator[dict[str, Any]]:
     inside = _score(rated, id_source)
     cost = rated.detector.cost()
@@ -161,7 +182,7 @@ def _rows(rated: _Rated, id_source: ImageSource, ood_sources: Sequence[ImageSour
         outside = _score(rated, ood_source)
         common = {
             "detector": rated.name,
-            "preset": rated.detector.config.get("mode", ""),
+            "preset": rated.detector.provenance.get("preset", ""),
             "protocol": rated.detector.preprocessing.protocol,
             "seed": rated.detector.seed,
             **_names(inside.source.name, outside.source.name),
@@ -193,10 +214,8 @@ def _indicator_rows(
 
 
 def _score(rated: _Rated, source: ImageSource) -> _Side:
-    started = time.perf_counter()
     done = score_folder(rated.detector, source, rated.folder / _slug(source), furthest=12)
-    seconds = time.perf_counter() - started
-    speed = done.scored_now / seconds if done.scored_now == len(source) else float("nan")
+    speed = done.scored_now / done.seconds if done.scored_now == len(source) else float("nan")
     return _Side(source, read_scores(done.folder), speed)
 
 

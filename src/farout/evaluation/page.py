@@ -45,6 +45,7 @@ def write_page(
     limit = threshold(calibration, detector.alpha)
     html = environment.get_template("page.html").render(
         manifest=manifest,
+        about={**manifest["about"], "versions": manifest["versions"]},
         score_name=detector.score_name,
         scored=len(ranked),
         histogram=_histogram(calibration, ranked["score"].to_numpy(dtype=float), limit),
@@ -56,14 +57,16 @@ def write_page(
 
 
 def _histogram(calibration: np.ndarray, scores: np.ndarray, limit: float) -> dict[str, Any]:
-    """Bars of two distributions over one axis, heights as percent of the tallest; the last bar gathers what is above.
+    """Bars of two distributions over one axis, heights as percent of the tallest; one more bar gathers what is above.
 
     `mark`: where the score lies beyond which images are flagged, as percent of the axis; None where nothing can be.
     """
     everything = np.concatenate([calibration, scores])
     low = float(everything.min())
     high = float(max(np.quantile(everything, 0.98), calibration.max()))
-    edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
+    edges = np.linspace(low, high if high > low else low + 1, _BINS)
+    edges[-1] += 1e-9 * (edges[-1] - low)  # the largest calibration score lies below the last bar
+    edges = np.append(edges, 2 * edges[-1] - edges[-2])
     shares = {}
     for name, values in (("calibration", calibration), ("scored", scores)):
         counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -76,11 +77,13 @@ def score_folder(
         warnings.warn(trap, TrapWarning, stacklevel=2)
     out = Path(out)
     _begin(out, _plan(detector, source))
-    measured = 0
+    measured, started = 0, time.perf_counter()
     if not _finished(out):
         measured = _measure_parts(detector, source, out / _PARTS)
+        seconds = time.perf_counter() - started
         manifest = _assemble(detector, source, out)
     else:
+        seconds = 0.0
         manifest = store.read_json(out / _MANIFEST)
         _check_content(_contents(source), manifest["content"], out)
     if manifest.get("furthest") != furthest or not (out / "page.html").is_file():
@@ -89,7 +92,7 @@ def score_folder(
         # the manifest comes last: where it is, the folder is finished
         store.write_json(out / _MANIFEST, manifest)
     shutil.rmtree(out / _PARTS, ignore_errors=True)
-    return ScoredFolder(out, manifest["counts"], manifest["flagged"], measured)
+    return ScoredFolder(out, manifest["counts"], manifest["flagged"], measured, seconds)
 
 
 def read_scores(path: str | Path) -> Scores:

@@ -49,6 +49,8 @@ class Reconstruction(Detector):
             (of log-metrics), or `mean_z_<metric>`.
         min_t, max_t: use levels strictly between them.
         t_skip: use every t_skip-th of those.
+        normalisation: how a network that is trained for this detector sees images: `fixed` in [-1, 1], or `minmax`
+            per image in [0, 1] (the paper's).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"diffusion"})
@@ -64,6 +66,7 @@ class Reconstruction(Detector):
             "perceptual": "lpips",
             "metrics": ("mse", "perceptual"),
             "score": "mean_z",
+            "normalisation": "minmax",
         },
         "exact": {"mode": "exact", "skip": 16, "draws": 1, "score": "mean_z"},
         "fast": {"mode": "fast", "draws": 1, "score": "mean_z"},
@@ -85,9 +88,10 @@ class Reconstruction(Detector):
         metrics: tuple[str, ...] = ("mse", "perceptual"),
         density_metrics: tuple[str, ...] = ("mse", "perceptual", "eps_error", "score_norm"),
         score: str = "mahalanobis",
-        min_t: int = 0,
+        min_t: int = -1,
         max_t: int = 1000,
         t_skip: int = 1,
+        normalisation: Literal["fixed", "minmax"] = "fixed",
     ) -> None:
         unknown = sorted({*metrics, *density_metrics} - set(METRICS))
         if unknown or not metrics or not density_metrics:
@@ -212,6 +216,10 @@ class Reconstruction(Detector):
             # a border that never errs has no scale of its own; a share of the map's keeps it from dominating
             deviation = deviation + 0.1 * deviation.mean((1, 2), keepdim=True)
             measured.maps = ((errors - self.error_mean) / deviation).mean(1)
+
+    def begin(self) -> None:
+        """Forgets the error maps of an earlier fit."""
+        self.error_mean, self.error_square, self.watched = None, None, 0
 
     def watch(self, measurements: Measurements) -> None:
         """Running mean and mean square of the error maps (level, H, W)."""

@@ -144,7 +144,7 @@ def _fit(words: Sequence[str]) -> Callable[[], Any]:
 
 
 def _fit_parser(member: registry.Member, method: Any) -> Parser:
-    parser = _parser(f"fit {member.name}", commands.fit, ["method"], about=member.description)
+    parser = _parser(f"fit {member.name}", commands.fit, ["method", "preset"], about=member.description)
     parser.add_argument("--preset", type=str, help=f"settings to start from: {', '.join(method.presets) or 'none'}")
     parser.take(method)
     parser.take(FitSettings, skip=_NOT_FLAGS)
@@ -158,6 +158,6 @@ def _call_fit(name: str, method: Any, values: dict[str, Any]) -> Any:
     settings = {key: values[key] for key in FitSettings.__dataclass_fields__ if key not in _NOT_FLAGS}
     runtime = Runtime(**{key: values[key] for key in _RUNTIME})
     chosen = FitSettings(**settings, network=values["model"], training=values["training"], runtime=runtime)
-    rest = {key: values[key] for key in ("source", "out", "diffusion", "classifier", "link")}
+    rest = {key: values[key] for key in ("source", "out", "diffusion", "classifier", "link", "preset")}
     source = rest.pop("source")
     return commands.fit(name, source, **rest, settings=chosen, arguments=arguments)

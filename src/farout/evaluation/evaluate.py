@@ -119,8 +119,9 @@ def evaluate_detector(
 
 
 def _name(detector: Detector) -> str:
-    """The method's name as in `farout list detectors`."""
-    return registry.name_of("detectors", type(detector))
+    """The method's name as in `farout list detectors`, or its class's where it is not listed."""
+    known = {member.class_name: member.name for member in registry.members("detectors").values()}
+    return known.get(type(detector).__name__, type(detector).__name__)
 
 
 def _check_unseen(detector: Detector, source: ImageSource) -> None:

@@ -38,12 +38,15 @@ _RESULTS = (_MANIFEST, "scores.csv", "measurements.parquet", "page.html")
 
 @dataclass(frozen=True)
 class ScoredFolder:
-    """What `score_folder` wrote: counts of statuses, images flagged, and how many were scored in this call."""
+    """What `score_folder` wrote: counts of statuses, images flagged, and how many were measured in this call, and in
+    how many seconds, page and tables not counted.
+    """
 
     folder: Path
     counts: dict[str, int]
     flagged: int
     scored_now: int
+    seconds: float
 
 
 def score_folder(

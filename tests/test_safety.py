@@ -1,0 +1,110 @@
+"""What a user would lose: files in the way, models that are not the ones they seem, images already seen."""
+
+from pathlib import Path
+
+import pytest
+
+from farout.cli import main
+from farout.detectors._fitting import recalibrate
+from farout.detectors.reconstruction import Reconstruction
+from farout.diffusion.model import DiffusionModel
+from farout.errors import FaroutError, ShortfallWarning, StoreError, TrapWarning
+from farout.evaluation.evaluate import evaluate_detector
+from small import model, pictures
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("images") / "good", 60)
+
+
+@pytest.fixture(scope="module")
+def fitted(folder: Path) -> Reconstruction:
+    return Reconstruction(levels=(50,), draws=1).fit(folder, diffusion=model(), alpha=0.1, statistics=30)
+
+
+def test_nobodys_folder_is_replaced(tmp_path: Path, fitted: Reconstruction, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = pictures(tmp_path / "mine", 5)
+    model().save(tmp_path / "model")
+    for call in (fitted.save, model().save):
+        with pytest.raises(StoreError, match="not replaced"):
+            call(mine)
+    for wrong in (mine, tmp_path / "model"):
+        words = ["fit", "reconstruction", str(mine), "--diffusion", str(tmp_path / "model"), "--out", str(wrong)]
+        assert main(words) == 1
+        assert "not replaced" in capsys.readouterr().err
+    assert len(list(mine.iterdir())) == 5
+    fitted.save(tmp_path / "d")
+    fitted.save(tmp_path / "d")
+
+
+def test_the_same_weights_in_another_network_are_another_model() -> None:
+    one, other = model(), model()
+    other.network.register_to_config(norm_eps=0.5)
+    assert one.content_hash != other.content_hash
+    assert one.content_hash == model().content_hash
+
+
+def test_a_fit_does_not_remember_an_earlier_one(folder: Path, fitted: Reconstruction, tmp_path: Path) -> None:
+    twice = Reconstruction(levels=(50,), draws=1)
+    for source in (pictures(tmp_path / "dark", 60, low=0, seed=4), folder):
+        twice.fit(source, diffusion=model(), alpha=0.1, statistics=30)
+    assert twice.fingerprint == fitted.fingerprint
+
+
+def test_held_out_images_are_used(tmp_path: Path) -> None:
+    """What training held out for calibration serves calibration, though the trained images are excluded."""
+    source = pictures(tmp_path / "many", 100)
+    from farout.images.sources import open_source
+
+    opened = open_source(source)
+    seen = [opened.content_hash(i) for i in range(40)]
+    detector = Reconstruction(levels=(50,), draws=1)
+    detector.fit(source, diffusion=model(trained_on=seen), alpha=0.1, statistics=20)
+    assert len(detector.calibration) == 20
+    assert not (detector.calibration_hashes | detector.statistics_hashes) & set(seen)
+
+
+def test_recalibration_says_what_cannot_work(fitted: Reconstruction, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "d")
+    from farout import load
+
+    few = pictures(tmp_path / "few", 5, seed=3)
+    with pytest.warns(ShortfallWarning, match="cannot flag"):
+        recalibrate(load(tmp_path / "d"), few, alpha=0.01)
+    with pytest.raises(FaroutError, match="between 0 and 1"):
+        recalibrate(load(tmp_path / "d"), few, alpha=2.0)
+
+
+def test_seen_images_and_unknown_pasts_are_named(folder: Path, fitted: Reconstruction, tmp_path: Path) -> None:
+    far = pictures(tmp_path / "far", 10, low=0, spread=255, seed=2)
+    with pytest.warns(TrapWarning, match="too good"):
+        evaluate_detector(fitted, folder, [far], tmp_path / "out", controls=False)
+    with pytest.warns(TrapWarning, match="not known"):
+        Reconstruction(levels=(50,), draws=1).fit(folder, diffusion=model(), alpha=0.1, statistics=30)
+
+
+def test_a_class_that_cannot_be_found_again_is_not_saved(folder: Path, tmp_path: Path) -> None:
+    from farout.evaluation.controls import TrivialControls
+
+    control = TrivialControls().fit(folder, alpha=0.1, statistics=20)
+    with pytest.raises(FaroutError, match="not saved"):
+        control.save(tmp_path / "c")
+
+
+def test_sizes_that_an_autoencoder_cannot_divide(tmp_path: Path) -> None:
+    import diffusers
+    import torch
+
+    from farout.diffusion.schedule import NoiseSchedule
+    from farout.images.preprocessing import Preprocessing
+    from small import tiny_unet
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    sizes = {"in_channels": 1, "out_channels": 1, "latent_channels": 3, "block_out_channels": (8, 8, 8)}
+    autoencoder = diffusers.AutoencoderKL(**sizes, norm_num_groups=4, **blocks)
+    preprocessing = Preprocessing(size=(10, 14), channels=1, native=(10, 14))
+    latent = DiffusionModel(tiny_unet(3), NoiseSchedule(), preprocessing, autoencoder=autoencoder)
+    images = torch.rand(2, 1, 10, 14)
+    assert latent.encode(images).shape[1:] == latent.shape
+    assert latent.decode(latent.encode(images)).shape == images.shape

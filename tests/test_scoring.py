@@ -367,3 +367,18 @@ def real_write_json(path: Path, content: dict) -> None:
     """As `store.write_json`, but not through `Path.write_text`, which is broken in that test."""
     with store.atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
+
+
+def test_selection_at_a_false_discovery_rate(tmp_path: Path) -> None:
+    """`selected` is Benjamini-Hochberg's choice among the p-values of the table; an image without one is never chosen."""
+    from farout.calibration import benjamini_hochberg
+    from farout.detectors.reconstruction import Reconstruction
+
+    good = pictures(tmp_path / "good", 60)
+    fitted = Reconstruction(levels=(50,), draws=1).fit(good, diffusion=model(), alpha=0.05, statistics=30)
+    some = pictures(tmp_path / "some", 8, low=0, spread=255, seed=1)
+    (some / "broken.png").write_text("no picture")
+    table = pd.read_csv(score_folder(fitted, some, tmp_path / "out", fdr=0.4).folder / "scores.csv")
+    assert table["selected"].tolist() == benjamini_hochberg(table["p_value"], 0.4).tolist()
+    assert table["selected"].any()
+    assert not table.loc[table["key"] == "broken.png", "selected"].any()

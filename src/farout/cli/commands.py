@@ -123,6 +123,7 @@ def score(
     limit: int | None = None,
     policy: Policy = "nan",
     furthest: int = 24,
+    fdr: float | None = None,
     runtime: dict[str, Any],
 ) -> ScoredFolder:
     """Score images: a table, raw measurements and a page.
@@ -134,9 +135,11 @@ def score(
         limit: a seeded sample of this many images.
         policy: what becomes of an unreadable image: nan (listed, without score), skip or raise.
         furthest: images shown on the page.
+        fdr: adds a column of images selected by Benjamini-Hochberg at this false discovery rate.
         runtime: settings that differ from the fitted ones.
     """
-    return score_folder(load(detector, **runtime), source, out, limit=limit, policy=policy, furthest=furthest)
+    fitted = load(detector, **runtime)
+    return score_folder(fitted, source, out, limit=limit, policy=policy, furthest=furthest, fdr=fdr)
 
 
 def calibrate(
@@ -216,7 +219,7 @@ def evaluate(
 
 
 def demo(
-    *, out: str = "farout-demo", steps: int = 450, limit: int = 200, images: int | None = None, seed: int = 0
+    *, out: str = "farout-demo", steps: int = 350, limit: int = 200, images: int | None = None, seed: int = 0
 ) -> pd.DataFrame:
     """Run the main job on the built-in sample, in minutes.
 

@@ -21,18 +21,8 @@ from farout.evaluation.scoring import ScoredFolder
 
 __all__ = ["progress", "quiet_libraries", "show"]
 
-_MAIN = [
-    "detector",
-    "indicator",
-    "ood",
-    "role",
-    "auroc",
-    "interval",
-    "fpr95",
-    "false_alarm",
-    "detection",
-    "images_per_s",
-]
+_SHORT = {"fpr95": "FPR95", "false_alarm": "alarms", "detection": "found", "images_per_s": "img/s"}
+"""Columns shown beside detector, set and AUROC, with short heads; all columns are in metrics.csv."""
 
 
 def quiet_libraries() -> None:
@@ -109,17 +99,20 @@ def _scored(done: ScoredFolder) -> None:
 
 
 def _metrics(frame: pd.DataFrame) -> None:
-    """The main columns: the detectors' own scores; every indicator is in metrics.csv."""
-    own = frame[frame["indicator"] == "score"].copy()
-    own["interval"] = [
-        f"{low:.3f} to {high:.3f}" for low, high in zip(own["auroc_low"], own["auroc_high"], strict=True)
-    ]
+    """The detectors' own scores: AUROC with its interval, FPR95, share of in-distribution and of out-of-distribution
+    images flagged (alarms, found).
+    """
+    own = frame[frame["indicator"] == "score"]
+    kept = [column for column in _SHORT if own[column].notna().any()]
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    columns = [column for column in _MAIN if column in own and own[column].notna().any()]
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in own[columns].itertuples(index=False):
-        table.add_row(*[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row])
+    for head in ("detector", "out-of-distribution"):
+        table.add_column(head, overflow="fold")
+    for head in ("AUROC (95 %)", *(_SHORT[column] for column in kept)):
+        table.add_column(head, no_wrap=True)
+    for row in own.to_dict("records"):
+        area = f"{row['auroc']:.3f} ({row['auroc_low']:.3f}-{row['auroc_high']:.3f})"
+        numbers = [f"{row[column]:.{1 if column == 'images_per_s' else 3}f}" for column in kept]
+        table.add_row(str(row["detector"]), str(row["ood"]), area, *numbers)
     Console().print(table)
     for path in frame.attrs.get("paths", []):
         print(path)

@@ -171,7 +171,7 @@ class Scores:
         if not {"key", "score"} <= set(frame.columns):
             raise FaroutError(f"a score table wants columns key and score, this one has {list(frame.columns)}")
         score = frame["score"].to_numpy(dtype=np.float64)
-        known = {"key", "score", "p_value", "is_ood", "status"}
+        known = {"key", "score", "p_value", "is_ood", "selected", "status"}
         p_value = frame["p_value"].to_numpy(dtype=np.float64) if "p_value" in frame else np.full(len(frame), np.nan)
         is_ood = frame["is_ood"].map({"True": True, True: True}).fillna(False) if "is_ood" in frame else False
         status = frame["status"] if "status" in frame else np.where(np.isnan(score), "not a number", "ok")

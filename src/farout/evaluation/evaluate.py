@@ -115,7 +115,9 @@ def evaluate_detector(
     fitted = [_Rated(_name(detector), detector, out / "scores")]
     fitted += _controls(detector, reference, control_limit, out, trivial=controls, random=random_control)
     rows = [row for rated in fitted for row in _rows(rated, inside, outside)]
-    return _written(pd.DataFrame(rows, columns=COLUMNS), out)
+    table = _written(pd.DataFrame(rows, columns=COLUMNS), out)
+    table.attrs["paths"] += [str(out / "scores" / _slug(source) / "page.html") for source in outside]
+    return table
 
 
 def _name(detector: Detector) -> str:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from farout import store
-from farout.calibration import check_scores
+from farout.calibration import benjamini_hochberg, check_scores
 from farout.detectors._tables import Measurements, Scores
 from farout.detectors.base import Detector
 from farout.errors import FaroutError, StoreError, TrapWarning, UnreadableImageError
@@ -57,6 +57,7 @@ def score_folder(
     limit: int | None = None,
     policy: Policy = "nan",
     furthest: int = 24,
+    fdr: float | None = None,
 ) -> ScoredFolder:
     """Scores `images` into `out`: `scores.csv`, `measurements.parquet`, `manifest.json` and `page.html`.
 
@@ -69,6 +70,7 @@ def score_folder(
         limit: a seeded sample of this many images.
         policy: what becomes of an unreadable image: `nan` (listed, without score), `skip` or `raise`.
         furthest: images shown on the page.
+        fdr: adds a column `selected`: images chosen by Benjamini-Hochberg at this false discovery rate.
 
     Raises:
         StoreError: when `out` holds the results of another detector, source or setting, other images of the same
@@ -79,12 +81,12 @@ def score_folder(
     for trap in check_against(source, detector.preprocessing):
         warnings.warn(trap, TrapWarning, stacklevel=2)
     out = Path(out)
-    _begin(out, _plan(detector, source))
+    _begin(out, _plan(detector, source, fdr))
     measured, started = 0, time.perf_counter()
     if not _finished(out):
         measured = _measure_parts(detector, source, out / _PARTS)
         seconds = time.perf_counter() - started
-        manifest = _assemble(detector, source, out)
+        manifest = _assemble(detector, source, out, fdr)
     else:
         seconds = 0.0
         manifest = store.read_json(out / _MANIFEST)
@@ -121,13 +123,14 @@ def _read_table(file: Path) -> pd.DataFrame:
     return pd.read_csv(file, dtype={"key": str}, keep_default_na=False, na_values=gaps, float_precision="round_trip")
 
 
-def _plan(detector: Detector, source: ImageSource) -> dict[str, Any]:
+def _plan(detector: Detector, source: ImageSource, fdr: float | None) -> dict[str, Any]:
     """What decides the result; two runs into one folder must agree on it."""
     runtime = detector.runtime
     return {
         "detector": detector.fingerprint,
         "source": source.name,
         "policy": source.policy,
+        "fdr": fdr,
         "images": len(source),
         "part": _PART,
         "keys": hashlib.sha256("\0".join(source.keys).encode()).hexdigest(),
@@ -229,7 +232,7 @@ def _part(folder: Path, start: int) -> Path:
     return folder / f"{start:09d}.parquet"
 
 
-def _assemble(detector: Detector, source: ImageSource, out: Path) -> dict[str, Any]:
+def _assemble(detector: Detector, source: ImageSource, out: Path, fdr: float | None) -> dict[str, Any]:
     """Joins the parts to `measurements.parquet` (none where no image could be read) and `scores.csv`; returns the
     manifest.
     """
@@ -243,11 +246,13 @@ def _assemble(detector: Detector, source: ImageSource, out: Path) -> dict[str, A
             if scores.measurements is not None:
                 tables.write(scores.measurements.to_table())
     frame = pd.concat([part for part in frames if len(part)] or frames[:1], ignore_index=True)
+    if fdr is not None:
+        frame.insert(4, "selected", benjamini_hochberg(frame["p_value"], fdr))
     check_scores(frame["score"].to_numpy(dtype=float)[frame["status"] != "unreadable"], source.name)
     with store.atomic_file(out / "scores.csv") as temporary:
         frame.to_csv(temporary, index=False, lineterminator="\n")
     return {
-        **_plan(detector, source),
+        **_plan(detector, source, fdr),
         "content": _digest(contents),
         "about": detector.describe(),
         "counts": {str(status): int(count) for status, count in sorted(Counter(frame["status"]).items())},

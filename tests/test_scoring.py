@@ -370,7 +370,7 @@ def real_write_json(path: Path, content: dict) -> None:
 
 
 def test_selection_at_a_false_discovery_rate(tmp_path: Path) -> None:
-    """`selected` is Benjamini-Hochberg's choice among the p-values of the table; an image without one is never chosen."""
+    """`selected` is Benjamini-Hochberg's choice among the table's p-values; an image without one is never chosen."""
     from farout.calibration import benjamini_hochberg
     from farout.detectors.reconstruction import Reconstruction
 

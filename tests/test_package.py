@@ -20,6 +20,7 @@ FLOORS = {
     **dict.fromkeys(["features", "classifiers", "calibration", "densities"], 3),
     **dict.fromkeys(["detectors", "outliers"], 4),
     "evaluation": 5,
+    "__main__": 6,
     "cli": 6,
 }
 

@@ -277,7 +277,8 @@ def test_a_network_is_trained_where_none_is_given(tmp_path: Path) -> None:
     assert diffusion is not None
     assert diffusion.provenance["training"]["batch_size"] == 4
     assert diffusion.provenance["training"]["ema"] is None
-    assert run(["train", "diffusion", folder, "--out", tmp_path / "m", "--statistics", 20, *words[2:]]) == 0
+    short = ["--device", "cpu", "--precision=fp32"]
+    assert run(["train", "diffusion", folder, "--out", tmp_path / "m", "--statistics", 20, *words[2:], *short]) == 0
     assert (tmp_path / "m" / "config.json").is_file()
 
 

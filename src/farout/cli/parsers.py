@@ -115,13 +115,24 @@ def _add_training(parser: Parser, flag: str) -> None:
 
 
 def _train_diffusion(words: Sequence[str]) -> Callable[[], Any]:
-    parser = _parser("train diffusion", commands.train_diffusion)
+    about = (
+        f"{_first_line(commands.train_diffusion)} --device, --precision and --batch-size stand for --training.device …"
+    )
+    parser = _parser("train diffusion", commands.train_diffusion, about=about)
     _add_training(parser, "preset")
+    words = [_long(word) for word in words]
     # presets lie under YAML and flags, and may be named in either: the first reading is for their names
     parser.set_defaults(_training_preset(parser.read(words).preset))
     values = _values(parser, parser.read(words))
     values.pop("preset")
     return functools.partial(commands.train_diffusion, **values)
+
+
+def _long(word: str) -> str:
+    """--device, --precision and --batch-size mean the same in every command; in training they are nested."""
+    flag, equals, value = word.partition("=")
+    short = flag.replace("_", "-") in ("--device", "--precision", "--batch-size")
+    return f"--training.{flag.removeprefix('--')}{equals}{value}" if short else word
 
 
 def _fit(words: Sequence[str]) -> Callable[[], Any]:

@@ -25,13 +25,11 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "check_replaceable",
-    "hash_folder",
     "hash_tensors",
     "load_tensors",
     "read_config",
     "read_json",
     "save_tensors",
-    "short_hash",
     "versions",
     "write_config",
     "write_json",
@@ -184,22 +182,6 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def hash_folder(folder: str | Path) -> str:
-    """SHA-256 over relative names and bytes of all files below `folder`."""
-    folder = Path(folder)
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def short_hash(text: str) -> str:
-    """Eight hexadecimal digits that stand for a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def versions() -> dict[str, str]:

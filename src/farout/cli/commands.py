@@ -13,7 +13,7 @@ import pandas as pd
 
 from farout import registry, store
 from farout.detectors._fitting import FitSettings, recalibrate
-from farout.detectors.base import Detector, Runtime, load
+from farout.detectors.base import Detector, load
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import DiffusionConfig, discard_checkpoints
 from farout.diffusion.train import train_diffusion as _train_diffusion
@@ -231,8 +231,3 @@ def demo(
         seed: seed of everything.
     """
     return _demo(out, steps=steps, limit=limit, images=images, seed=seed)
-
-
-def runtime_changes(given: dict[str, Any]) -> dict[str, Any]:
-    """The runtime settings that were given, which are those that are not None."""
-    return {name: value for name, value in given.items() if name in Runtime.__dataclass_fields__ and value is not None}

@@ -111,7 +111,7 @@ def fit(
     detector.fit(source, diffusion, classifier, **vars(replace(settings, checkpoints=checkpoints)))
     detector.provenance["fit_s"] = round(time.perf_counter() - started, 1)
     detector.save(out, link=Path(str(diffusion)) if link else None)
-    discard_checkpoints(checkpoints, settings.training)
+    discard_checkpoints(checkpoints, settings.training or TrainingConfig())
     return detector
 
 

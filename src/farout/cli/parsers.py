@@ -14,6 +14,7 @@ from farout.cli.flags import Parser
 from farout.cli.usage import UsageError, meant
 from farout.detectors._fitting import FitSettings
 from farout.detectors.base import Runtime
+from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig
 from farout.training_config import TrainingConfig
 
@@ -149,7 +150,8 @@ def _fit(words: Sequence[str]) -> Callable[[], Any]:
     method = member.load()
     parser = _fit_parser(member, method)
     chosen = parser.read(words[1:])
-    parser.set_defaults({**_training_preset(chosen.network_preset), **_method_preset(method, chosen.preset)})
+    network = _training_preset(chosen.network_preset) if _trains_on_images(method) else {}
+    parser.set_defaults({**network, **_method_preset(method, chosen.preset)})
     values = _values(parser, parser.read(words[1:]))
     return functools.partial(_call_fit, words[0], method, values)
 
@@ -160,15 +162,22 @@ def _fit_parser(member: registry.Member, method: Any) -> Parser:
     parser.take(method)
     parser.take(FitSettings, skip=_NOT_FLAGS)
     parser.take(Runtime)
-    _add_training(parser, "network_preset")
+    if _trains_on_images(method):
+        _add_training(parser, "network_preset")
     return parser
 
 
+def _trains_on_images(method: Any) -> bool:
+    """Whether a diffusion model of images is trained where none is given: then its settings are flags."""
+    return "diffusion" in method.needs and method.diffusion_kind is DiffusionModel
+
+
 def _call_fit(name: str, method: Any, values: dict[str, Any]) -> Any:
-    arguments = {key: values[key] for key in inspect.signature(method.__init__).parameters if key != "self"}
+    arguments = {key: values[key] for key in method().config}
     settings = {key: values[key] for key in FitSettings.__dataclass_fields__ if key not in _NOT_FLAGS}
     runtime = Runtime(**{key: values[key] for key in _RUNTIME})
-    chosen = FitSettings(**settings, network=values["model"], training=values["training"], runtime=runtime)
+    networks = {"network": values["model"], "training": values["training"]} if "model" in values else {}
+    chosen = FitSettings(**settings, **networks, runtime=runtime)
     rest = {key: values[key] for key in ("source", "out", "diffusion", "classifier", "link", "preset")}
     source = rest.pop("source")
     return commands.fit(name, source, **rest, settings=chosen, arguments=arguments)

@@ -16,12 +16,13 @@ from farout.detectors.base import Detector, Runtime
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_model
 from farout.errors import FaroutError, ShortfallWarning, TrapWarning
+from farout.features.diffusion import FeatureDiffusion
 from farout.images.preprocessing import Preprocessing, Protocol
 from farout.images.sources import ImageSource, open_source
 from farout.images.splits import Split, calibration_size, split
 from farout.training import TrainingConfig
 
-__all__ = ["FitSettings", "fit", "recalibrate", "source_spec"]
+__all__ = ["FitSettings", "fit", "recalibrate", "source_spec", "train_on_images", "training_of"]
 
 _log = logging.getLogger(__name__)
 D = TypeVar("D", bound=Detector)
@@ -41,7 +42,7 @@ class FitSettings:
         statistics: images for the statistics; None: what the method wants.
         protocol: how images are brought to size; None: as the diffusion model has it.
         network: what is trained where a diffusion model is lacking.
-        training: how it is trained.
+        training: how it is trained; None: as suits the method.
         checkpoints: folder of the training's checkpoints; None: none are kept.
         resume: go on from the last checkpoint there.
         runtime: how networks are run.
@@ -55,7 +56,7 @@ class FitSettings:
     statistics: int | None = None
     protocol: Protocol | None = None
     network: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(**PRESETS["tiny"]["model"]))
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(**PRESETS["tiny"]["training"]))
+    training: TrainingConfig | None = None
     checkpoints: Path | None = None
     resume: bool = False
     runtime: Runtime = field(default_factory=Runtime)
@@ -69,11 +70,18 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
     source = open_source(images, limit=settings.limit, seed=settings.seed, policy=settings.policy)
     given = _given(detector, diffusion)
     parts = _split(detector, source, given, settings)
-    lacking = given is None and "diffusion" in detector.needs
-    model = _train(detector, source, parts, settings) if lacking else given
-    detector.begin()
     detector.alpha, detector.seed = settings.alpha, settings.seed
-    detector.preprocessing = _preprocessing(source, model, settings)
+    if "features" in detector.needs:
+        detector.features = detector.build_features()
+        detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
+        detector.use(None, settings.runtime)
+    lacking = given is None and "diffusion" in detector.needs
+    model = detector.train(source.subset(parts.training), settings) if lacking else given
+    detector.begin()
+    if isinstance(model, DiffusionModel):
+        detector.preprocessing = _preprocessing(source, model, settings)
+    elif "features" not in detector.needs:
+        detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
     detector.use(model, settings.runtime)
     measured = detector.measure_all(source.subset(parts.statistics), "measuring statistics images", watch=True)
     if not bool(measured.finite().all()):
@@ -96,15 +104,20 @@ def _check_alpha(alpha: float) -> None:
         raise FaroutError(f"alpha is a false-alarm rate between 0 and 1, got {alpha}")
 
 
-def _given(detector: Detector, diffusion: Any) -> DiffusionModel | None:
+def _given(detector: Detector, diffusion: Any) -> DiffusionModel | FeatureDiffusion | None:
     if diffusion is None:
         return None
+    kind, name = detector.diffusion_kind, type(detector).__name__
     if "diffusion" not in detector.needs:
-        raise FaroutError(f"{type(detector).__name__} uses no diffusion model; leave it out")
-    model = diffusion if isinstance(diffusion, DiffusionModel) else DiffusionModel.load(diffusion)
+        raise FaroutError(f"{name} uses no diffusion model; leave it out")
+    model = kind.load(diffusion) if isinstance(diffusion, str | Path) else diffusion
+    if not isinstance(model, kind):
+        raise FaroutError(f"{name} works with a {kind.__name__}, got a {type(model).__name__}")
     if not model.trained_on and "random_weights" not in model.provenance:
         message = "it is not known which images this diffusion model was trained on; fit on images it cannot have seen"
         warnings.warn(message, TrapWarning, stacklevel=4)
+    if isinstance(model, FeatureDiffusion):
+        return model
     wanted = detector.config.get("normalisation", model.preprocessing.value_range)
     if wanted != model.preprocessing.value_range:
         message = f"the method wants value range {wanted!r}, the given model was trained with another; its own is used"
@@ -112,7 +125,9 @@ def _given(detector: Detector, diffusion: Any) -> DiffusionModel | None:
     return model
 
 
-def _split(detector: Detector, source: ImageSource, given: DiffusionModel | None, settings: FitSettings) -> Split:
+def _split(
+    detector: Detector, source: ImageSource, given: DiffusionModel | FeatureDiffusion | None, settings: FitSettings
+) -> Split:
     parts = split(
         source,
         alpha=settings.alpha,
@@ -139,31 +154,30 @@ def _trimmed(parts: Split, source: ImageSource, wanted: int, alpha: float) -> Sp
     return replace(parts, statistics=tuple(sorted(order[:wanted])), calibration=tuple(calibration))
 
 
-def _train(detector: Detector, source: ImageSource, parts: Split, settings: FitSettings) -> DiffusionModel:
+def train_on_images(detector: Detector, images: ImageSource, settings: FitSettings) -> DiffusionModel:
+    """Trains a diffusion model of images as the settings say."""
     config = settings.network
     if detector.config.get("normalisation") == "minmax":
         config = replace(config, value_range="minmax", data_range="unit")
     if settings.protocol is not None:
         config = replace(config, protocol=settings.protocol)
     torch.manual_seed(settings.seed)
-    fresh = config.build(config.preprocess(source))
-    part = source.subset(parts.training)
-    training = _training(settings)
-    return train_model(part, fresh, training, levels=config.levels, out=settings.checkpoints, resume=settings.resume)
+    fresh = config.build(config.preprocess(images))
+    given = settings.training or TrainingConfig(**PRESETS["tiny"]["training"])
+    training = training_of(given, settings)
+    return train_model(images, fresh, training, levels=config.levels, out=settings.checkpoints, resume=settings.resume)
 
 
-def _training(settings: FitSettings) -> TrainingConfig:
-    """The training's settings with the fit's seed, and its device and precision where the training names none."""
-    given, runtime = settings.training, settings.runtime
+def training_of(given: TrainingConfig, settings: FitSettings) -> TrainingConfig:
+    """A training with the fit's seed, and its device and precision where the training names none."""
+    runtime = settings.runtime
     device = runtime.device if given.device == "auto" else given.device
     precision = runtime.precision if given.precision == "auto" else given.precision
     return replace(given, seed=settings.seed, device=device, precision=precision)
 
 
-def _preprocessing(source: ImageSource, model: DiffusionModel | None, settings: FitSettings) -> Preprocessing:
+def _preprocessing(source: ImageSource, model: DiffusionModel, settings: FitSettings) -> Preprocessing:
     """The model's, with the native size of the images that this fit calls in-distribution."""
-    if model is None:
-        return Preprocessing.for_source(source, protocol=settings.protocol or "native")
     protocol = settings.protocol or model.preprocessing.protocol
     own = Preprocessing.for_source(source, crop=model.preprocessing.crop, largest=_ANY)
     return replace(model.preprocessing, native=own.native, protocol=protocol)

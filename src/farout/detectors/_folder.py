@@ -13,6 +13,8 @@ from farout import registry, store
 from farout.detectors.base import Detector, Measurements, Runtime
 from farout.diffusion.model import DiffusionModel
 from farout.errors import StoreError, TrapWarning
+from farout.features.diffusion import FeatureDiffusion
+from farout.features.extractor import FeatureExtractor
 from farout.images.preprocessing import Preprocessing
 
 __all__ = ["KIND", "load", "save"]
@@ -31,7 +33,8 @@ def save(detector: Detector, folder: Path, link: Path | None) -> None:
         for name in ("statistics", "calibration"):
             hashes = sorted(getattr(detector, f"{name}_hashes"))
             (temporary / f"{name}.txt").write_text("".join(f"{line}\n" for line in hashes))
-        store.write_config(temporary, KIND, {**_content(detector), "diffusion": _model(detector, temporary, link)})
+        models = {"diffusion": _model(detector, temporary, link), "features": _features(detector, temporary)}
+        store.write_config(temporary, KIND, {**_content(detector), **models})
         (temporary / "README.md").write_text(_card(detector))
 
 
@@ -56,6 +59,13 @@ def _model(detector: Detector, folder: Path, link: Path | None) -> dict[str, str
     return {"path": str(link.resolve()), "hash": detector.diffusion.content_hash}
 
 
+def _features(detector: Detector, folder: Path) -> str | None:
+    if detector.features is None:
+        return None
+    detector.features.save(folder / "features")
+    return detector.features.content_hash
+
+
 def load(folder: Path, changes: dict[str, Any]) -> Detector:
     """See `farout.detectors.base.load`."""
     config = store.read_config(folder, KIND)
@@ -68,7 +78,9 @@ def load(folder: Path, changes: dict[str, Any]) -> Detector:
         setattr(detector, f"{name}_hashes", frozenset(listed.read_text().split() if listed.is_file() else ()))
     linked = (config["diffusion"] or {"path": "diffusion"})["path"]
     detector.link = None if linked == "diffusion" else Path(linked)
-    detector.use(_read_model(folder, config["diffusion"]), _runtime(Runtime(**config["runtime"]), changes))
+    detector.features = _read_features(folder, config.get("features"))
+    kind = detector.diffusion_kind
+    detector.use(_read_model(folder, config["diffusion"], kind), _runtime(Runtime(**config["runtime"]), changes))
     detector.restore({name: t.numpy() for name, t in store.load_tensors(folder / "fitted.safetensors").items()})
     detector.statistics = Measurements.read(folder / "statistics.parquet")
     detector.set_calibration(Measurements.read(folder / "calibration.parquet"))
@@ -80,13 +92,24 @@ def _tuples(config: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
 
 
-def _read_model(folder: Path, entry: dict[str, str] | None) -> DiffusionModel | None:
+def _read_features(folder: Path, wanted: str | None) -> FeatureExtractor | None:
+    if wanted is None:
+        return None
+    features = FeatureExtractor.load(folder / "features")
+    if features.content_hash != wanted:
+        raise StoreError(f"the backbone in {folder} is not the one this detector was fitted with (hash differs)")
+    return features
+
+
+def _read_model(
+    folder: Path, entry: dict[str, str] | None, kind: type[DiffusionModel] | type[FeatureDiffusion]
+) -> DiffusionModel | FeatureDiffusion | None:
     if entry is None:
         return None
     path = folder / entry["path"]
     if not path.is_dir():
         raise StoreError(f"{folder} wants the diffusion model in {path}, and there is none")
-    model = DiffusionModel.load(path)
+    model = kind.load(path)
     if model.content_hash != entry["hash"]:
         raise StoreError(f"the diffusion model in {path} is not the one this detector was fitted with (hash differs)")
     return model

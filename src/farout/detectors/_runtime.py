@@ -21,6 +21,7 @@ class Runtime:
         rows: rows of one network call; `auto`: 32 on a CPU, 256 on an accelerator.
         batch_size: images measured together; `auto`: by a memory budget.
         workers: threads that decode images.
+        cache: keep features on disk and read those that are there (see `farout features list`).
     """
 
     device: str = "auto"
@@ -28,6 +29,7 @@ class Runtime:
     rows: int | Literal["auto"] = 32
     batch_size: int | Literal["auto"] = "auto"
     workers: int = 2
+    cache: bool = True
 
     def resolved(self) -> Runtime:
         """With every `auto` but the batch size replaced by what it means here."""

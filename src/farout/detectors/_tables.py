@@ -109,12 +109,9 @@ class Measurements:
     def _from_vectors(cls, table: pa.Table) -> Measurements:
         if "key" not in table.column_names:
             raise StoreError(f"measurements want a column 'key', this table has {table.column_names}")
-        vectors = {
-            name: torch.from_numpy(np.stack([np.asarray(row, dtype=np.float32) for row in table[name].to_pylist()]))
-            for name in table.column_names
-            if name != "key"
-        }
-        return cls(tuple(table["key"].to_pylist()), vectors=vectors)
+        keys = tuple(table["key"].to_pylist())
+        vectors = {name: _matrix(table[name], len(keys)) for name in table.column_names if name != "key"}
+        return cls(keys, vectors=vectors)
 
     def write(self, path: Path) -> None:
         """Writes the table as parquet."""
@@ -129,6 +126,14 @@ class Measurements:
             return cls.from_table(pq.read_table(path))
         except (pa.ArrowInvalid, OSError) as error:
             raise StoreError(f"{path} cannot be read as parquet ({error})") from error
+
+
+def _matrix(column: pa.ChunkedArray, count: int) -> Tensor:
+    """A column of lists of one length as (count, d) float32; raises StoreError where they differ."""
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    if count == 0 or len(flat) % count:
+        raise StoreError(f"measurements hold {len(flat)} values for {count} images; the table is incomplete")
+    return torch.from_numpy(flat.reshape(count, -1).copy())
 
 
 @dataclass

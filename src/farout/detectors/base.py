@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -23,9 +23,14 @@ from farout.detectors._runtime import Runtime
 from farout.detectors._tables import Measurements, Scores
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError
-from farout.images.preprocessing import Preprocessing
+from farout.features.diffusion import FeatureDiffusion
+from farout.features.extractor import FeatureExtractor
+from farout.images.preprocessing import Preprocessing, Protocol
 from farout.images.sources import Batch, ImageSource, Policy, batches, open_source
 from farout.progress import task
+
+if TYPE_CHECKING:
+    from farout.detectors._fitting import FitSettings
 
 __all__ = ["Cost", "Detector", "Measurements", "Runtime", "Scores", "load"]
 
@@ -55,11 +60,17 @@ class Detector(ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What a fit wants: `diffusion`, `classifier`, `labels`."""
+    """What a fit wants: `diffusion`, `features` (a frozen backbone), `classifier`, `labels`."""
+    diffusion_kind: ClassVar[type[DiffusionModel] | type[FeatureDiffusion]] = DiffusionModel
+    """What its diffusion model works on: images, or features."""
+    companions: ClassVar[tuple[str, ...]] = ()
+    """Detectors that every rating of this one shows beside it."""
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     """Named settings: arguments of the constructor."""
     choices: ClassVar[frozenset[str]] = frozenset()
     """Arguments that only `combine` reads: they can be changed after the fact."""
+    makes_maps: ClassVar[bool] = False
+    """Whether `measure(maps=True)` gives maps."""
     statistics_minimum: ClassVar[int] = 400
     """Images that the statistics want."""
     statistics_suffice: ClassVar[bool] = False
@@ -69,7 +80,8 @@ class Detector(ABC):
     preprocessing: Preprocessing
     statistics: Measurements
     calibration: Measurements
-    diffusion: DiffusionModel | None = None
+    diffusion: DiffusionModel | FeatureDiffusion | None = None
+    features: FeatureExtractor | None = None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Keeps the arguments of the constructor as `config`: they are the configuration, the flags and the docs."""
@@ -104,6 +116,20 @@ class Detector(ABC):
     @abstractmethod
     def tiny(cls, resources: Any) -> Detector:
         """An unfitted detector that runs in seconds, for the shared tests; `resources.diffusion` is a tiny model."""
+
+    def build_features(self) -> FeatureExtractor:
+        """The backbone of a method that needs `features`."""
+        raise NotImplementedError(f"{type(self).__name__} needs features and does not say of which backbone")
+
+    def build_preprocessing(self, source: ImageSource, protocol: Protocol | None) -> Preprocessing:
+        """How images are brought to size where no diffusion model of images says it."""
+        return Preprocessing.for_source(source, protocol=protocol or "native")
+
+    def train(self, images: ImageSource, settings: FitSettings) -> DiffusionModel | FeatureDiffusion:
+        """The diffusion model that a method needs and was not given, trained on `images`."""
+        from farout.detectors._fitting import train_on_images
+
+        return train_on_images(self, images, settings)
 
     def prepare(self) -> None:
         """Called once networks and runtime are known, before anything is measured: checks and caches."""
@@ -163,9 +189,11 @@ class Detector(ABC):
 
         return fit(self, images, diffusion, classifier, FitSettings(**settings))
 
-    def use(self, diffusion: DiffusionModel | None, runtime: Runtime) -> None:
+    def use(self, diffusion: DiffusionModel | FeatureDiffusion | None, runtime: Runtime) -> None:
         """Sets networks and runtime, and moves the networks to their device."""
         self.runtime = runtime.resolved()
+        if self.features is not None:
+            self.features.to(self.runtime.device)
         if diffusion is not None:
             self.diffusion = diffusion.to(self.runtime.device)
         self.prepare()
@@ -179,11 +207,15 @@ class Detector(ABC):
         # a solver holds about ten arrays of the size of its input
         return int(np.clip(_MEMORY // (10 * 4 * numbers * self.rows_per_image), 1, 64))
 
+    def batches(self, source: ImageSource) -> Iterator[Batch]:
+        """What `measure` is given, `batch_size` positions of the source at a time."""
+        return batches(source, self.preprocessing, self.batch_size, workers=self.runtime.workers)
+
     def measure_all(self, source: ImageSource, title: str, *, watch: bool = False) -> Measurements:
         """The measurements of all readable images of a source."""
         parts = []
         with task(title, len(source)) as bar:
-            for batch in batches(source, self.preprocessing, self.batch_size, workers=self.runtime.workers):
+            for batch in self.batches(source):
                 measured = self.measure(batch, maps=watch)
                 if watch:
                     self.watch(measured)
@@ -223,6 +255,7 @@ class Detector(ABC):
             raise FaroutError(f"{', '.join(wrong)} cannot be changed after the fact; {hint}")
         self.check_fitted()
         twin = type(self)(**{**self.config, **choices})
+        twin.features = self.features
         for name in _FITTED:
             setattr(twin, name, getattr(self, name))
         twin.use(self.diffusion, self.runtime)
@@ -255,8 +288,7 @@ class Detector(ABC):
         """Scores a source, `batch_size` images at a time, in bounded memory."""
         size = self.batch_size
         with task("scoring", len(source)) as bar:
-            parts = batches(source, self.preprocessing, size, workers=self.runtime.workers)
-            for position, batch in zip(range(0, len(source), size), parts, strict=True):
+            for position, batch in zip(range(0, len(source), size), self.batches(source), strict=True):
                 keys = source.keys[position : position + size]
                 yield self._score_batch(keys, batch, source)
                 bar.advance(len(keys))
@@ -309,6 +341,7 @@ class Detector(ABC):
         """SHA-256 over everything that decides a score: configuration, learnt arrays, calibration, models."""
         plain = {"config": self.config, "seed": self.seed, "preprocessing": self.preprocessing.to_dict()}
         plain["diffusion"] = self.diffusion.content_hash if self.diffusion is not None else ""
+        plain["features"] = self.features.content_hash if self.features is not None else ""
         plain["alpha"] = self.alpha
         arrays = {**self.state(), **{f"calibration.{name}": v for name, v in self.calibration_scores.items()}}
         learnt = store.hash_tensors({name: torch.as_tensor(np.ascontiguousarray(v)) for name, v in arrays.items()})
@@ -328,6 +361,7 @@ class Detector(ABC):
         return {
             "method": type(self).__name__,
             "config": self.config,
+            **({"features": self.features.describe()} if self.features is not None else {}),
             "runtime": asdict(self.runtime),
             "alpha": self.alpha,
             "seed": self.seed,
@@ -337,13 +371,18 @@ class Detector(ABC):
 
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:
+    """Adds a constructor's arguments to `config`; `**arguments` are named by the constructor that they go on to."""
+    open_ended = {p.name for p in inspect.signature(init).parameters.values() if p.kind is p.VAR_KEYWORD}
+
     @functools.wraps(init)
     def wrapped(self: Detector, *args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(init).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        known = {name: value for name, value in list(bound.arguments.items())[1:] if name not in open_ended}
         if not hasattr(self, "config"):
-            bound = inspect.signature(init).bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            self.config = dict(list(bound.arguments.items())[1:])
+            self.config = {}
             self._start()
+        self.config |= known
         init(self, *args, **kwargs)
 
     return wrapped

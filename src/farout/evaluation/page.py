@@ -97,8 +97,10 @@ def _cards(detector: Detector, source: ImageSource, rows: pd.DataFrame) -> list[
 
 
 def _pictures(detector: Detector, batch: Batch) -> list[dict[str, str]]:
-    measured = detector.measure(batch, maps=True)
     found = [{"image": _png(image)} for image in batch.images]
+    if not detector.makes_maps:
+        return found
+    measured = detector.measure(batch, maps=True)
     for index, entry in enumerate(found):
         if "reconstruction" in measured.pictures:
             entry["reconstruction"] = _png(measured.pictures["reconstruction"][index])

@@ -24,7 +24,7 @@ from farout.detectors.base import Detector
 from farout.errors import FaroutError, StoreError, TrapWarning, UnreadableImageError
 from farout.evaluation.page import write_page
 from farout.images.preprocessing import check_against
-from farout.images.sources import ImageSource, Policy, batches
+from farout.images.sources import ImageSource, Policy
 from farout.progress import Task, task
 
 __all__ = ["ScoredFolder", "read_scores", "score_folder"]
@@ -216,8 +216,7 @@ def _measure_parts(detector: Detector, source: ImageSource, folder: Path) -> int
 def _measure_part(detector: Detector, some: ImageSource, path: Path, bar: Task) -> None:
     size = detector.batch_size
     measured = []
-    parts = batches(some, detector.preprocessing, size, workers=detector.runtime.workers)
-    for start, batch in zip(range(0, len(some), size), parts, strict=True):
+    for start, batch in zip(range(0, len(some), size), detector.batches(some), strict=True):
         measured += [detector.measure(batch)] if batch.keys else []
         bar.advance(min(size, len(some) - start))
     table = Measurements.join(measured).to_table() if measured else None

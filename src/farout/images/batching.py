@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,17 +19,23 @@ from farout.images.preprocessing import Preprocessing
 if TYPE_CHECKING:
     from farout.images.sources import ImageSource
 
-__all__ = ["Batch", "PreparedImages", "batches"]
+__all__ = ["Batch", "PreparedImages", "ahead", "batches"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Readable images of one chunk: float32 `(B, C, H, W)` in [0, 1], their keys and positions in the source."""
+    """Readable images of one chunk: float32 `(B, C, H, W)` in [0, 1], their keys and positions in the source.
+
+    `features` (B, width) stands for the images, which are then empty, where a cache has them.
+    """
 
     keys: tuple[str, ...]
     images: Tensor
     labels: Tensor | None  # int64 (B,)
     indices: tuple[int, ...]
+    features: Tensor | None = None
 
 
 def batches(
@@ -47,17 +53,20 @@ def batches(
     edges = sorted({start, *range(start - start % size + size, len(source), size), len(source)})
     spans = [range(a, b) for a, b in pairwise(edges) if a >= start]
     loads: list[Callable[[], Batch]] = [_loader(source, preprocessing, span) for span in spans]
-    return _ahead(loads, workers) if workers else (load() for load in loads)
+    return ahead(loads, workers)
 
 
 def _loader(source: ImageSource, preprocessing: Preprocessing, span: range) -> Callable[[], Batch]:
     return lambda: _load(source, preprocessing, span)
 
 
-def _ahead(loads: list[Callable[[], Batch]], workers: int) -> Iterator[Batch]:
-    """Results in order, with at most `workers` + 1 of them waiting."""
+def ahead(loads: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
+    """Results in order, computed by `workers` threads (0: none) with at most `workers` + 1 of them waiting."""
+    if not workers:
+        yield from (load() for load in loads)
+        return
     with ThreadPoolExecutor(workers, thread_name_prefix="farout-images") as pool:
-        waiting: deque[Future[Batch]] = deque()
+        waiting: deque[Future[T]] = deque()
         try:
             for load in loads:
                 waiting.append(pool.submit(load))

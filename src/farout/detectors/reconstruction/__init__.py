@@ -13,6 +13,7 @@ from farout.detectors.reconstruction import indicators
 from farout.detectors.reconstruction.comparison import METRICS, Comparison
 from farout.detectors.reconstruction.plan import Plan, make_plan
 from farout.diffusion.denoiser import NetworkDenoiser
+from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import image_noise, shared_noise
 from farout.diffusion.solvers import Evaluation
 from farout.errors import FaroutError
@@ -54,8 +55,10 @@ class Reconstruction(Detector):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"diffusion"})
+    makes_maps: ClassVar[bool] = True
     statistics_minimum: ClassVar[int] = 400
     statistics_suffice: ClassVar[bool] = True
+    diffusion: DiffusionModel | None = None
     choices: ClassVar[frozenset[str]] = frozenset({"metrics", "density_metrics", "score", "min_t", "max_t", "t_skip"})
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {

@@ -1,0 +1,125 @@
+"""What detectors on pooled features share: the frozen backbone, and features that are computed once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farout.detectors.base import Detector, Measurements
+from farout.features.cache import FeatureCache
+from farout.features.extractor import FeatureExtractor
+from farout.images.preprocessing import Preprocessing, Protocol
+from farout.images.sources import Batch, ImageSource
+from farout.progress import task
+
+__all__ = ["FeatureDetector", "VectorDetector"]
+
+
+class FeatureDetector(Detector):
+    """A detector that sees images through a frozen backbone.
+
+    Args:
+        backbone: `lite0` (its weights are installed with farout), `b4` (the semantic paper's), `resnet50`, `dinov2`, or
+            any network of timm's by name.
+        weights: a file of weights, or `random` (a control that has learnt nothing); without it the preset's own.
+        layers: feature levels, as timm numbers them; without it the preset's, or all.
+        size: side of the backbone's input in pixels; without it the preset's.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+
+    def __init__(
+        self,
+        *,
+        backbone: str = "lite0",
+        weights: str | None = None,
+        layers: tuple[int, ...] | None = None,
+        size: int | None = None,
+    ) -> None:
+        self.cache_hits = 0
+
+    def build_features(self) -> FeatureExtractor:
+        """The backbone that the configuration names."""
+        names = ("backbone", "weights", "layers", "size")
+        return FeatureExtractor.create(**{name: self.config[name] for name in names})
+
+    def build_preprocessing(self, source: ImageSource, protocol: Protocol | None) -> Preprocessing:
+        """RGB at the backbone's size."""
+        return Preprocessing.for_source(source, size=self.backbone.size, channels=3, protocol=protocol or "native")
+
+    @property
+    def backbone(self) -> FeatureExtractor:
+        """The backbone, once it is there."""
+        assert self.features is not None
+        return self.features
+
+    @property
+    def batch_size(self) -> int:
+        """As set, else 64, on an accelerator what one call takes."""
+        return max(64, int(self.runtime.rows)) if self.runtime.batch_size == "auto" else self.runtime.batch_size
+
+    def batches(self, source: ImageSource) -> Iterator[Batch]:
+        """Batches with features, from the cache where it has them."""
+        if not self.runtime.cache:
+            for batch in super().batches(source):
+                yield batch if not batch.keys else self._with_features(batch)
+            return
+        settings = {
+            "backbone": self.backbone.describe(),
+            "content_hash": self.backbone.content_hash,
+            "preprocessing": self.preprocessing.to_dict(),
+            "precision": self.runtime.precision,
+            "rows": self.backbone.rows(self._rows),
+            "device": torch.device(self.runtime.device).type,
+        }
+        cache = FeatureCache(self.backbone.width, settings)
+        rows = max(16, self.backbone.rows(self._rows))
+        yield from cache.batches(source, self.preprocessing, self.batch_size, self.runtime.workers, self._compute, rows)
+        self.cache_hits += cache.hits
+
+    @property
+    def _rows(self) -> int:
+        return int(self.runtime.rows)
+
+    def _compute(self, images: Tensor) -> Tensor:
+        return self.backbone.pooled(images, self._rows, self.runtime.precision)  # type: ignore[arg-type]
+
+    def _with_features(self, batch: Batch) -> Batch:
+        return Batch(batch.keys, batch.images, batch.labels, batch.indices, self._compute(batch.images).cpu())
+
+    def features_of(self, batch: Batch) -> Tensor:
+        """Features (B, width) float32 on the CPU."""
+        if batch.features is not None:
+            return batch.features
+        return self._compute(batch.images).cpu() if batch.keys else torch.empty(0, self.backbone.width)
+
+    def all_features(self, source: ImageSource) -> Tensor:
+        """Features (n, width) of all readable images of a source."""
+        parts = []
+        with task("features of training images", len(source)) as bar:
+            for batch in self.batches(source):
+                parts.append(self.features_of(batch))
+                bar.advance(len(batch.keys))
+        return torch.cat(parts)
+
+
+class VectorDetector(FeatureDetector):
+    """A detector whose measurements are the features themselves: a statistic on them is all that it learns."""
+
+    def measure(self, batch: Batch, maps: bool = False) -> Measurements:
+        """Vectors `features` (B, width)."""
+        return Measurements(batch.keys, vectors={"features": self.features_of(batch)})
+
+    @staticmethod
+    def table(measurements: Measurements) -> np.ndarray:
+        """The features (n, width) in float64."""
+        return measurements.vectors["features"].double().numpy()
+
+    @classmethod
+    def tiny(cls, resources: Any) -> VectorDetector:
+        """Small images through the built-in backbone."""
+        return cls(size=32)

@@ -1,0 +1,180 @@
+"""Pooled and per-position features of images from several depths of a frozen backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from farout import store
+from farout.devices import Precision, autocast
+from farout.diffusion.denoiser import in_chunks
+from farout.errors import FaroutError, StoreError
+from farout.features import backbones
+
+__all__ = ["KIND", "FeatureExtractor"]
+
+KIND = "feature extractor"
+_CPU_ROWS = 8
+"""On a CPU, more rows at 224 pixels fall out of the caches: 8 take half as long per image as 32."""
+
+
+class FeatureExtractor:
+    """A frozen backbone and its taps.
+
+    Args:
+        network: gives one feature map (B, c, h, w) per tap.
+        name: timm's name of it.
+        layers: the taps, as timm numbers them.
+        size: side of the square input in pixels.
+        mean, std: normalisation of the input's channels.
+        origin: in words, where the weights come from.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        name: str,
+        layers: Sequence[int],
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        origin: str,
+    ) -> None:
+        self.network, self.name, self.layers, self.size, self.origin = network, name, tuple(layers), size, origin
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
+        self.device = torch.device("cpu")
+        # features of transformers are those before the final norm; a few of their channels would drown the others
+        self.normalise = backbones.is_transformer(network)
+
+    @classmethod
+    def create(
+        cls,
+        backbone: str = "lite0",
+        weights: str | None = None,
+        layers: Sequence[int] | None = None,
+        size: int | None = None,
+    ) -> Self:
+        """A preset (`lite0`, `b4`, `resnet50`, `dinov2`) or any network of timm's by name.
+
+        `weights`, `layers` and `size` override the preset's; see `farout.features.backbones.create`, also for errors.
+        """
+        preset = backbones.BACKBONES.get(backbone)
+        name = preset.name if preset else backbone
+        taps = layers or (preset.layers if preset else backbones.default_layers(name))
+        config = timm.models.get_pretrained_cfg(name)
+        if config is None:
+            raise FaroutError(f"timm {timm.__version__} knows no input size and normalisation of {name!r}")
+        side = size or (preset.size if preset else int(config.input_size[-1]))
+        network, origin = backbones.create(name, tuple(sorted(taps)), side, weights)
+        return cls(network, name, sorted(taps), side, config.mean, config.std, origin)
+
+    @property
+    def width(self) -> int:
+        """Number of features, all layers together."""
+        return sum(self.channels)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the network."""
+        self.network.to(device)
+        self.device = torch.device(device)
+        return self
+
+    def rows(self, rows: int) -> int:
+        """Rows of one call of the backbone: `rows`, on a CPU at most 8."""
+        return min(rows, _CPU_ROWS) if self.device.type == "cpu" else rows
+
+    def pooled(self, images: Tensor, rows: int | None = None, precision: Precision = "fp32") -> Tensor:
+        """Images (B, 3, size, size) in [0, 1] -> features (B, width) float32: means over positions, layer by layer."""
+
+        def call(chunk: Tensor) -> Tensor:
+            return torch.cat([level.float().mean((2, 3)) for level in self._levels(chunk, precision)], dim=1)
+
+        return self._run(call, images, rows)
+
+    def grid(self, images: Tensor, side: int, rows: int | None = None, precision: Precision = "fp32") -> Tensor:
+        """Images (B, 3, size, size) in [0, 1] -> features (B, width, side, side) float32: every layer averaged, or
+        enlarged bilinearly, to one grid.
+        """
+
+        def call(chunk: Tensor) -> Tensor:
+            return torch.cat([_to_grid(level.float(), side) for level in self._levels(chunk, precision)], dim=1)
+
+        return self._run(call, images, rows)
+
+    def _run(self, call: Any, images: Tensor, rows: int | None) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise FaroutError(f"the backbone takes images (B, 3, H, W), got {tuple(images.shape)}")
+        with torch.no_grad():
+            ready = images.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
+            return in_chunks(call, None if rows is None else self.rows(rows), ready)
+
+    def _levels(self, images: Tensor, precision: Precision) -> list[Tensor]:
+        mean, std = (torch.tensor(v, device=images.device).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
+        with autocast(self.device, precision):
+            levels = self.network((images - mean) / std)
+        if not self.normalise:
+            return levels
+        return [functional.layer_norm(v.float().movedim(1, -1), v.shape[1:2]).movedim(-1, 1) for v in levels]
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of the weights and of everything that decides the features but image size and precision."""
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        described = f"{self.name} {self.layers} {self.size} {self.mean} {self.std} {self.normalise}"
+        return store.hash_tensors({**tensors, described: torch.zeros(1)})
+
+    def describe(self) -> dict[str, Any]:
+        """For the model card: network, taps, weights."""
+        return {
+            "backbone": self.name,
+            "weights": self.origin,
+            "layers": list(self.layers),
+            "channels": list(self.channels),
+            "input": self.size,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Writes configuration and weights, so that no hub is needed to load them."""
+        with store.atomic_folder(folder, KIND) as temporary:
+            store.save_tensors(temporary / "model.safetensors", self.network.state_dict())
+            content = {
+                "name": self.name,
+                "layers": list(self.layers),
+                "size": self.size,
+                "mean": list(self.mean),
+                "std": list(self.std),
+                "origin": self.origin,
+                "content_hash": self.content_hash,
+            }
+            store.write_config(temporary, KIND, content)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Raises StoreError for a folder that is missing, incomplete, altered or of another kind."""
+        config = store.read_config(folder, KIND)
+        network, _ = backbones.create(config["name"], tuple(config["layers"]), config["size"], "random")
+        try:
+            network.load_state_dict(store.load_tensors(Path(folder) / "model.safetensors"))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise StoreError(f"the weights in {folder} do not fit timm {timm.__version__} ({reason})") from error
+        found = cls(
+            network, config["name"], config["layers"], config["size"], config["mean"], config["std"], config["origin"]
+        )
+        if found.content_hash != config["content_hash"]:
+            raise StoreError(f"{folder}: the weights are not those that were saved (their hash differs)")
+        return found
+
+
+def _to_grid(level: Tensor, side: int) -> Tensor:
+    if level.shape[-1] >= side and level.shape[-2] >= side:
+        return functional.adaptive_avg_pool2d(level, side)
+    return functional.interpolate(level, size=(side, side), mode="bilinear", align_corners=False)

@@ -72,9 +72,9 @@ def train(
         step: what turns a batch into losses (see `Step`). It gets the network itself, also in several processes.
         data: items by index, collated into batches by torch's rules.
         config: how.
-        out: where checkpoints go (see `farout.checkpoints`): after each multiple of `checkpoint_every` (kept), after
-            the best validation so far, after the step that `checkpoint` names, at an interruption and at the end;
-            of the others only the newest stays. None: nothing is written.
+        out: where checkpoints go (see `farout.checkpoints`): after each multiple of `checkpoint_every` and the steps in
+            `keep` (kept), after the best validation so far, after the step that `checkpoint` names, at an interruption
+            and at the end; of the others only the newest stays. None: nothing is written.
         validation: held-out items; the mean of the step's losses with the averaged weights, the same noise each time.
         resume: go on from the newest whole checkpoint of `out`, exactly as if never interrupted (with the same number
             of processes, device and libraries); without any, start anew. An `out` with checkpoints is refused
@@ -104,8 +104,8 @@ def _check_request(
         raise FaroutError(f"validate_every is {config.validate_every}, but there is no validation data; give some or 0")
     if config.checkpoint == "best" and not config.validate_every:
         raise FaroutError("checkpoint is 'best', but validate_every is 0; give validation data and an interval")
-    if out is None and (resume or config.tensorboard or config.checkpoint_every):
-        raise FaroutError("resume, tensorboard and checkpoint_every want a folder, but out is None; give one")
+    if out is None and (resume or config.tensorboard or config.checkpoint_every or config.keep):
+        raise FaroutError("resume, tensorboard, checkpoint_every and keep want a folder, but out is None; give one")
     if out is not None and not resume and any(step_folder(out, 0).parent.glob("step_*")):
         raise FaroutError(
             f"{out} holds checkpoints of an earlier run; give resume=True or another folder, or remove them"
@@ -290,7 +290,7 @@ class _Run:
             self._validate(self.validation)
         if self.config.checkpoint != "last" and self._chosen_step() == self.done:
             self.chosen = {name: value.cpu().clone() for name, value in self._current().state_dict().items()}
-        marked = self.done in (self._best_step(), self.config.chosen_number)
+        marked = self.done in (self._best_step(), self.config.chosen_number, *self.config.keep)
         if self.out is not None and (marked or self._due(self.config.checkpoint_every)) and self.saved != self.done:
             self._save(self.out)
             self.team.gather(None)  # nobody goes on before the checkpoint stands
@@ -331,7 +331,7 @@ class _Run:
         """What `state.json` holds."""
         return {
             "step": self.done,
-            "config": {**asdict(self.config), "precision": self.precision},
+            "config": {**asdict(self.config), "precision": self.precision, "keep": list(self.config.keep)},
             "fingerprint": self.fingerprint,
             "processes": self.team.count,
             "data_size": len(self.data),
@@ -349,7 +349,7 @@ class _Run:
             ema = None if self.average is None else self.average.state_dict()
             folder = step_folder(out, self.done)
             write_checkpoint(folder, self.network.state_dict(), ema, self.optimizer.state_dict(), self._state())
-            keep = [self.done, self._best_step(), self.config.chosen_number]
+            keep = [self.done, self._best_step(), self.config.chosen_number, *self.config.keep]
             prune_checkpoints(out, keep, self.config.checkpoint_every)
 
     def _save_interrupted(self) -> None:

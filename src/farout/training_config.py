@@ -48,6 +48,7 @@ class TrainingConfig:
         workers: loading processes; 0 loads in the training process. Results do not depend on it.
         validate_every: updates between validations; 0: once, at the end (where validation data is given).
         checkpoint_every: checkpoints of these multiples are written and never removed; 0: none of them.
+        keep: steps whose checkpoints are written and never removed.
         checkpoint: the weights that training returns: last, best (lowest validation loss), or a step number.
         device: auto (cuda, else cpu), cpu, cuda, cuda:1, mps.
         tensorboard: also write `out/tensorboard`.
@@ -73,6 +74,7 @@ class TrainingConfig:
     workers: int = 0
     validate_every: int = 0
     checkpoint_every: int = 0
+    keep: tuple[int, ...] = ()
     checkpoint: str = "last"
     device: str = "auto"
     tensorboard: bool = False
@@ -104,6 +106,7 @@ def _rules(c: TrainingConfig) -> list[tuple[str, bool, str]]:
         ("clip", c.clip is None or c.clip > 0, "None or a positive number"),
         ("precision", c.precision in ("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
         ("checkpoint", c.checkpoint in ("last", "best") or number is not None, "last, best or a step number"),
+        ("keep", all(1 <= step <= c.steps for step in c.keep), f"steps from 1 to steps ({c.steps})"),
         ("checkpoint", number is None or 1 <= number <= c.steps, f"a step from 1 to steps ({c.steps})"),
     ]
 

@@ -18,8 +18,8 @@ class FeatureDenoiser(ModelMixin, ConfigMixin):
     """(B, width) noisy features and their level t -> (B, width), zero before training.
 
     h = Linear(SiLU(x)); in each block u = Linear(SiLU(LN(h))), shifted by Linear(SiLU(e(t))), and
-    h = h + Linear0(Dropout(SiLU(LN(u)))); the answer is Linear0(SiLU(LN(h))). Linear0 starts at zero, LN is a group norm
-    with one group. e(t) = Linear(SiLU(Linear([cos, sin](t f_k)))), f_k = 10000^(-k / (hidden / 2)).
+    h = h + Linear0(Dropout(SiLU(LN(u)))); the answer is Linear0(SiLU(LN(h))). Linear0 starts at zero, LN is a group
+    norm with one group. e(t) = Linear(SiLU(Linear([cos, sin](t f_k)))), f_k = 10000^(-k / (hidden / 2)).
 
     Args:
         width: features c.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from farout import store
+from farout.densities import Mahalanobis
 from farout.diffusion.denoiser import NetworkDenoiser, Precision
 from farout.diffusion.feature_denoiser import FeatureDenoiser
 from farout.diffusion.schedule import NoiseSchedule
@@ -39,6 +40,7 @@ class FeatureDiffusion:
         schedule: the one it was trained with.
         backbone: content hash of the feature extractor whose features it knows.
         first: the denoiser after the first pass over the images, for the likelihood-regret score; None: without.
+        gaussian: mean and covariance of the features that it was trained on; None: not known.
         trained_on: content hashes of the images that the weights have seen.
         provenance: seed, data fingerprint, training and the like.
     """
@@ -51,11 +53,12 @@ class FeatureDiffusion:
         backbone: str,
         *,
         first: FeatureDenoiser | None = None,
+        gaussian: Mahalanobis | None = None,
         trained_on: Collection[str] = (),
         provenance: dict[str, Any] | None = None,
     ) -> None:
         self.network, self.encoding, self.schedule, self.backbone = network.eval(), encoding, schedule, backbone
-        self.first = None if first is None else first.eval()
+        self.first, self.gaussian = None if first is None else first.eval(), gaussian
         self.trained_on = frozenset(trained_on)
         self.provenance = dict(provenance or {})
 
@@ -90,9 +93,14 @@ class FeatureDiffusion:
     def content_hash(self) -> str:
         """SHA-256 of the weights and of everything that decides what they compute."""
         tensors = {f"{n}.{key}": v for n, net in self._networks().items() for key, v in net.state_dict().items()}
-        tensors |= {"shift": self.encoding.shift, "scale": self.encoding.scale, "sigma": self.schedule.sigma}
+        tensors |= {"sigma": self.schedule.sigma, **self._statistics()}
         tensors[json.dumps([self._plain(), self.backbone], sort_keys=True)] = torch.zeros(1)
         return store.hash_tensors(tensors)
+
+    def _statistics(self) -> dict[str, Tensor]:
+        arrays = {} if self.gaussian is None else self.gaussian.to_arrays()
+        gaussian = {f"gaussian.{name}": torch.from_numpy(array) for name, array in arrays.items()}
+        return {"shift": self.encoding.shift, "scale": self.encoding.scale, **gaussian}
 
     def _plain(self) -> dict[str, Any]:
         """Configuration of network and encoding, as JSON knows it."""
@@ -117,12 +125,11 @@ class FeatureDiffusion:
         return twin
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder: `network/` and `first/` in diffusers' layout, the encoding's statistics, `config.json`."""
+        """Writes a folder: `network/` and `first/` in diffusers' layout, the features' statistics, `config.json`."""
         with store.atomic_folder(folder, KIND) as temporary:
             for name, network in self._networks().items():
                 network.save_pretrained(temporary / name)
-            statistics = {"shift": self.encoding.shift, "scale": self.encoding.scale}
-            store.save_tensors(temporary / "encoding.safetensors", statistics)
+            store.save_tensors(temporary / "statistics.safetensors", self._statistics())
             content = {
                 **self._plain(),
                 "schedule": self.schedule.to_dict(),
@@ -149,14 +156,16 @@ class FeatureDiffusion:
         """Raises StoreError for a folder that is missing, incomplete, altered or of another kind."""
         path = Path(folder)
         config = store.read_config(path, KIND)
-        statistics = store.load_tensors(path / "encoding.safetensors")
+        statistics = store.load_tensors(path / "statistics.safetensors")
+        gaussian = {n.removeprefix("gaussian."): t.numpy() for n, t in statistics.items() if n.startswith("gaussian.")}
         plain = {**config["encoding"], "channels": tuple(config["encoding"]["channels"])}
         model = cls(
             _read(path / "network"),
-            FeatureEncoding(**plain, **statistics),
+            FeatureEncoding(**plain, shift=statistics["shift"], scale=statistics["scale"]),
             NoiseSchedule.from_dict(config["schedule"]),
             config["backbone"],
             first=_read(path / "first") if (path / "first").is_dir() else None,
+            gaussian=Mahalanobis.from_arrays(gaussian) if gaussian else None,
             trained_on=_lines(path / "trained_on.txt"),
             provenance=config["provenance"],
         )

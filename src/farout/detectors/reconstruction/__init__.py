@@ -14,7 +14,7 @@ from farout.detectors.reconstruction.comparison import METRICS, Comparison
 from farout.detectors.reconstruction.plan import Plan, make_plan
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.noise import image_noise, shared_noise
+from farout.diffusion.noise import noise_table
 from farout.diffusion.solvers import Evaluation
 from farout.errors import FaroutError
 from farout.features.perceptual import PerceptualName
@@ -127,35 +127,23 @@ class Reconstruction(Detector):
         self.scorer.check_levels(self.plan.levels)
         self.denoiser: NetworkDenoiser = model.denoiser(self._rows, self.runtime.precision)  # type: ignore[arg-type]
         self.comparison = Comparison(self.perceptual, self._rows, model.device)
-        self.shared = self._shared_noise(model.shape) if self.config["noise"] == "shared" else None
+        self.shared: Tensor | None = None
 
     @property
     def _rows(self) -> int:
         return int(self.runtime.rows)
 
-    def _shared_noise(self, shape: tuple[int, ...]) -> Tensor:
-        """(levels, draws, C, H, W), the same for every image."""
-        assert self.plan is not None
-        rows = [self._draws(lambda draw, t=t: shared_noise(shape, self.seed, t, draw)) for t in self.plan.levels]
-        return torch.stack(rows)
-
-    def _draws(self, draw: Any) -> Tensor:
-        """All draws of one level; in `oneshot`, every second one mirrors the one before."""
-        if self.config["mode"] != "oneshot":
-            return torch.stack([draw(i) for i in range(self.draws)])
-        pairs = [sign * draw(i) for i in range((self.draws + 1) // 2) for sign in (1, -1)]
-        return torch.stack(pairs[: self.draws])
-
     def _noise(self, keys: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
-        """(B, levels, draws, C, H, W)"""
-        if self.shared is not None:
-            return self.shared.expand(len(keys), *self.shared.shape)
+        """(B, levels, draws, C, H, W); in `oneshot`, every second draw mirrors the one before."""
         assert self.plan is not None
-        levels = [
-            self._draws(lambda draw, t=t: image_noise(keys, shape, self.seed, t, draw)).transpose(0, 1)
-            for t in self.plan.levels
-        ]
-        return torch.stack(levels, dim=1)
+        kind, antithetic = self.config["noise"], self.config["mode"] == "oneshot"
+        if kind == "shared":
+            if self.shared is None:
+                self.shared = noise_table(
+                    kind, ("",), shape, self.seed, self.plan.levels, self.draws, antithetic=antithetic
+                )
+            return self.shared.expand(len(keys), *self.shared.shape[1:])
+        return noise_table(kind, keys, shape, self.seed, self.plan.levels, self.draws, antithetic=antithetic)
 
     @property
     def rows_per_image(self) -> int:

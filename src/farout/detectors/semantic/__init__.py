@@ -1,0 +1,288 @@
+"""Noise the features of several layers a little, denoise, compare (Yang et al. 2024); minutes on a CPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from farout.densities import Mahalanobis
+from farout.detectors._features import FeatureDetector
+from farout.detectors._fitting import FitSettings, training_of
+from farout.detectors.base import Measurements
+from farout.detectors.semantic import indicators, sampling
+from farout.diffusion.denoiser import NetworkDenoiser, in_chunks
+from farout.diffusion.losses import LevelSampling
+from farout.diffusion.noise import NoiseKind, noise_table
+from farout.errors import FaroutError
+from farout.features.diffusion import FeatureDiffusion
+from farout.features.encoding import FeatureEncoding, Standardise
+from farout.features.train import train_features
+from farout.images.sources import Batch, ImageSource
+from farout.training_config import TrainingConfig
+
+__all__ = ["Semantic"]
+
+
+class Semantic(FeatureDetector):
+    """How far an image's features are from what a diffusion model of good images' features makes of them.
+
+    Pooled features of several layers of a frozen backbone, standardised layer by layer, are noised a little and
+    denoised by a small residual network that predicts the clean vector; features like those of good images come back.
+    Yang, Cheng, Fang, Wang, Jiao, Cheng, Wang and Gao, "Diffusion-based layer-wise semantic reconstruction for
+    unsupervised out-of-distribution detection" (NeurIPS 2024, arXiv 2411.10701).
+
+    Args:
+        levels: the levels t, of 100, to which features are noised; several are measured in one batch.
+        draws: noise draws per level; every second one is the negative of the one before (antithetic).
+        noise: `shared`: one noise per (level, draw) for all images; `image`: drawn per image, as published.
+        sampler: `oneshot`: one evaluation; `ddim`: `steps` steps; `released`: the released code's arithmetic, with the
+            level as its K.
+        steps: steps of `ddim`.
+        eta: fresh noise of `ddim`: 0 none, 1 as published.
+        score: the method's own score: `mfsim` or `mse` (the paper's), `mfsim_released`, `lr`, `calibrated_mse`,
+            `calibrated_mfsim`, `density`, `distance` (no diffusion) or `fused`.
+        lr_sign: 1: a large fall of the error in training counts as far out, as released; -1: as the paper argues. In a
+            linear denoiser what lies off the data is learnt late, which speaks for 1.
+        regret: keep the denoiser of the first pass over the images too, for `lr`; doubles the evaluations.
+        standardise: `image` (the paper's) or `channel`, see `FeatureEncoding`.
+        summaries: append the layers' means and log deviations, which `image` would lose.
+        hidden, bottleneck, embedding: widths of the denoiser; without them 2 c, 2 c and c for c features, the paper's.
+        blocks: its residual blocks, 16 in the paper.
+        input_activation: SiLU on the noisy features, as released.
+        scale_shift: time scales and shifts inside the blocks, instead of shifting only.
+        time_sampling: how training samples t: `uniform` (the paper's) or `low_noise`.
+        epochs: passes over the training images.
+        batch: images of one update.
+        learning_rate, weight_decay: of AdamW.
+        decay: `constant` (the paper's) or `cosine`.
+        ema: decay of the moving average of the weights.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"features", "diffusion"})
+    diffusion_kind = FeatureDiffusion
+    diffusion: FeatureDiffusion | None = None
+    statistics_suffice: ClassVar[bool] = True
+    companions: ClassVar[tuple[str, ...]] = ("mahalanobis", "knn", "pca", "gmm", "autoencoder")
+    choices: ClassVar[frozenset[str]] = frozenset({"score", "lr_sign"})
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {
+            "backbone": "b4",
+            "levels": (3,),
+            "draws": 1,
+            "noise": "image",
+            "sampler": "ddim",
+            "steps": 3,
+            "score": "mfsim",
+            "hidden": None,
+            "bottleneck": None,
+            "embedding": None,
+            "blocks": 16,
+            "input_activation": True,
+            "epochs": 150,
+            "batch": 128,
+            "learning_rate": 1e-4,
+            "decay": "constant",
+            "ema": 0.9999,
+        },
+        "released": {"levels": (3,), "draws": 1, "noise": "image", "sampler": "released", "score": "mfsim_released"},
+    }
+
+    def __init__(
+        self,
+        *,
+        levels: tuple[int, ...] = (3, 10),
+        draws: int = 2,
+        noise: NoiseKind = "shared",
+        sampler: sampling.Sampler = "oneshot",
+        steps: int = 3,
+        eta: float = 1.0,
+        score: str = "fused",
+        lr_sign: int = 1,
+        regret: bool = True,
+        standardise: Standardise = "image",
+        summaries: bool = False,
+        hidden: int | None = 512,
+        bottleneck: int | None = 512,
+        embedding: int | None = 128,
+        blocks: int = 6,
+        input_activation: bool = True,
+        scale_shift: bool = False,
+        time_sampling: LevelSampling = "uniform",
+        epochs: int = 60,
+        batch: int = 256,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-4,
+        decay: str = "cosine",
+        ema: float = 0.995,
+        **features: Any,
+    ) -> None:
+        super().__init__(**features)
+        if score not in indicators.names(regret):
+            known = ", ".join(indicators.names(regret))
+            raise FaroutError(
+                f"there is no score {score!r}{'' if regret else ' without regret'}; expected one of {known}"
+            )
+        if min(draws, epochs, batch) < 1 or lr_sign not in (1, -1):
+            given = f"{draws}, {epochs}, {batch} and {lr_sign}"
+            raise FaroutError(f"draws, epochs and batch want at least 1, lr_sign 1 or -1; got {given}")
+        self.levels, self.draws, self.regret = tuple(sorted(levels)), draws, regret
+        self.scorer: indicators.Scorer | None = None
+        self.denoisers: list[NetworkDenoiser] = []
+
+    @classmethod
+    def tiny(cls, resources: Any) -> Semantic:
+        """A small denoiser on small images."""
+        return cls(size=32, hidden=64, bottleneck=64, embedding=32, blocks=2, epochs=4, batch=16)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def train(self, images: ImageSource, settings: FitSettings) -> FeatureDiffusion:
+        """A denoiser of the images' features, and their mean and covariance beside it."""
+        if not len(images):
+            raise FaroutError(
+                "no images are left to train the denoiser on; give more, or a smaller alpha or statistics"
+            )
+        features = self.all_features(images)
+        batch = int(self.config["batch"])
+        pass_steps = math.ceil(len(features) / batch)
+        training = settings.training or self._training(pass_steps)
+        regret = self.regret and pass_steps < training.steps
+        names = ("hidden", "bottleneck", "embedding", "blocks", "input_activation", "scale_shift")
+        model = train_features(
+            features,
+            [images.content_hash(i) for i in range(len(images))],
+            backbone=self.backbone.content_hash,
+            encoding=FeatureEncoding(self.backbone.channels, self.config["standardise"], self.config["summaries"]),
+            network={name: self.config[name] for name in names},
+            training=training_of(training, settings),
+            levels=self.config["time_sampling"],
+            first_step=pass_steps if regret else None,
+            out=settings.checkpoints,
+            resume=settings.resume,
+            fingerprint=images.fingerprint(),
+        )
+        model.gaussian = Mahalanobis.fit(features.double().numpy())
+        return model
+
+    def _training(self, pass_steps: int) -> TrainingConfig:
+        names = ("learning_rate", "weight_decay", "decay", "ema")
+        return TrainingConfig(
+            steps=self.config["epochs"] * pass_steps,
+            batch_size=self.config["batch"],
+            warmup=0 if self.config["decay"] == "constant" else 100,
+            clip=None,
+            **{name: self.config[name] for name in names},
+        )
+
+    # -- measuring -----------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Checks the model against the backbone, and builds denoisers and scorer."""
+        model = self.diffusion
+        if model is None:
+            return
+        if model.backbone != self.backbone.content_hash:
+            hint = f"{self.backbone.name} (hash {self.backbone.content_hash[:8]}, the model wants {model.backbone[:8]})"
+            raise FaroutError(f"this model was trained on features of another backbone than {hint}; fit again")
+        sampling.check_sampler(self.config["sampler"], self.levels, self.config["steps"], model.schedule)
+        regret = self.regret and model.first is not None
+        if self.config["score"] == "lr" and not regret:
+            raise FaroutError(
+                "the score lr wants the denoiser after the first of several passes; train for more epochs"
+            )
+        precision: Any = self.runtime.precision
+        self.denoisers = model.denoisers(int(self.runtime.rows), precision)[: 2 if regret else 1]
+        fitted = self.scorer
+        self.scorer = indicators.Scorer(model.encoding.groups, regret, self.config["lr_sign"])
+        if fitted is not None:
+            self.scorer.restore(fitted.to_arrays())
+
+    @property
+    def rows_per_image(self) -> int:
+        """Levels times draws."""
+        return len(self.levels) * self.draws
+
+    @property
+    def evaluations(self) -> int:
+        """Rows that the denoisers have evaluated."""
+        return sum(denoiser.evaluations for denoiser in self.denoisers)
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, maps: bool = False) -> Measurements:
+        """Errors of every level, draw and layer: values (B, level, draw, metric)."""
+        model = self.diffusion
+        assert model is not None
+        regret = len(self.denoisers) > 1
+        names = indicators.metric_names(len(model.encoding.groups), regret)
+        features = self.features_of(batch)
+        shape = (len(batch.keys), len(self.levels), self.draws)
+        values = torch.empty(*shape, len(names))
+        if batch.keys:
+            x0 = model.encode(features)
+            restored = [self._restored(denoiser, x0, batch.keys) for denoiser in self.denoisers]
+            values[..., :-1] = self._compared(x0, restored).cpu()
+            values[..., -1] = self._distances(features)[:, None, None]
+        return Measurements(batch.keys, values, tuple(float(t) for t in self.levels), names)
+
+    def _restored(self, denoiser: NetworkDenoiser, x0: Tensor, keys: tuple[str, ...]) -> Tensor:
+        """(B, level, draw, width)"""
+        width, kind = x0.shape[1], self.config["noise"]
+        noise = noise_table(kind, keys, (width,), self.seed, self.levels, self.draws, antithetic=True).to(x0.device)
+        sampler, steps, eta = (self.config[name] for name in ("sampler", "steps", "eta"))
+        if sampler == "oneshot":
+            sigma = denoiser.schedule.sigma_of(torch.tensor(self.levels)).float().to(x0.device)
+            sigmas = sigma[None, :, None].expand(noise.shape[:3])
+            x = x0[:, None, None] + sigmas[..., None] * noise
+            return denoiser(x.flatten(0, 2), sigmas.flatten()).reshape(noise.shape)
+        restored = torch.empty_like(noise)
+        for row, level in enumerate(self.levels):
+            for draw in range(self.draws):
+                fresh = sampling.fresh_noise(width, self.seed, level, draw)
+                start = noise[:, row, draw]
+                restored[:, row, draw] = sampling.reconstruct(denoiser, x0, start, level, sampler, steps, eta, fresh)
+        return restored
+
+    def _compared(self, x0: Tensor, restored: list[Tensor]) -> Tensor:
+        """(B, level, draw, metrics but the last), in the order of `metric_names`."""
+        assert self.diffusion is not None
+        groups = list(self.diffusion.encoding.groups)
+        clean = x0[:, None, None].double().split(groups, dim=-1)
+        # float64: the order of a float32 sum, and so its last bits, would depend on the batch
+        back = [whole.double().split(groups, dim=-1) for whole in restored]
+        errors = [[(a - b).square().mean(-1) for a, b in zip(clean, parts)] for parts in back]
+        angles = [1 - functional.cosine_similarity(a, b, dim=-1) for a, b in zip(clean, back[0])]
+        return torch.stack([*errors[0], *angles, *(errors[1] if len(errors) > 1 else [])], dim=-1).float()
+
+    def _distances(self, features: Tensor) -> Tensor:
+        """Squared Mahalanobis distances (B,), always on the same number of rows."""
+        assert self.diffusion is not None
+        gaussian = self.diffusion.gaussian
+        if gaussian is None:
+            raise FaroutError("this feature diffusion model holds no mean and covariance of features; train it again")
+        return in_chunks(lambda rows: torch.from_numpy(gaussian.score(rows.numpy())), 64, features).float()
+
+    # -- scoring -------------------------------------------------------------------------------------------------
+
+    def fit_statistics(self, measurements: Measurements) -> None:
+        """z statistics and a density of log-errors."""
+        assert self.scorer is not None
+        self.scorer.fit(measurements)
+
+    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+        """Every score by name; see `farout.detectors.semantic.indicators.Scorer`."""
+        assert self.scorer is not None
+        return self.scorer(measurements)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The scorer's arrays."""
+        return {} if self.scorer is None else self.scorer.to_arrays()
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Puts `state` back."""
+        if self.scorer is not None and state:
+            self.scorer.restore(state)

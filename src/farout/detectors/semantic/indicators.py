@@ -1,0 +1,125 @@
+"""From errors per level, draw and layer to scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farout.densities import Mahalanobis, ZScore
+from farout.detectors.base import Measurements
+
+__all__ = ["Scorer", "metric_names", "names"]
+
+
+def names(regret: bool = True) -> list[str]:
+    """The indicators that `Scorer` gives; `lr` with an early denoiser only."""
+    found = [
+        "mse",
+        "mfsim",
+        "mfsim_released",
+        "lr",
+        "calibrated_mse",
+        "calibrated_mfsim",
+        "density",
+        "distance",
+        "fused",
+    ]
+    return [name for name in found if regret or name != "lr"]
+
+
+def metric_names(groups: int, regret: bool) -> tuple[str, ...]:
+    """What is measured of every level and draw: per group the mean squared error, 1 - cosine and, with an early
+    denoiser, its mean squared error; and the Mahalanobis distance of the features, the same at all of them.
+    """
+    kinds = ["error", "angle", *(["first_error"] if regret else [])]
+    return (*[f"{kind}_{group}" for kind in kinds for group in range(groups)], "distance")
+
+
+class Scorer:
+    """Scores of features whose groups have the given widths.
+
+    With e_g and c_g the mean squared error and 1 - cosine of group g, w_g its width, averaged over levels and draws:
+    mse = sum w_g e_g / sum w_g and mfsim = mean_g c_g - 1 (Yang et al. 2024, section 3.4), mfsim_released without the
+    first group, as the released code has it; lr = sign (mse of the early denoiser - mse). calibrated_mse and
+    calibrated_mfsim = mean over levels and groups of z(log e), z(log c); density = Mahalanobis distance of all those
+    logarithms; distance = that of the features themselves; fused = z(log density) + z(log distance); z by the
+    statistics images.
+    """
+
+    def __init__(self, widths: Sequence[int], regret: bool, lr_sign: int) -> None:
+        self.widths, self.regret, self.lr_sign = np.array(widths, dtype=np.float64), regret, lr_sign
+        self.z: ZScore | None = None
+        self.density: Mahalanobis | None = None
+        self.parts: ZScore | None = None
+
+    def _kind(self, measurements: Measurements, kind: str) -> np.ndarray:
+        """(B, level, group) float64, draws averaged."""
+        assert measurements.values is not None
+        columns = [measurements.metrics.index(f"{kind}_{group}") for group in range(len(self.widths))]
+        return measurements.values[..., columns].double().mean(2).numpy()
+
+    def _logs(self, measurements: Measurements) -> np.ndarray:
+        """(B, 2 x level x group)"""
+        parts = [self._kind(measurements, kind) for kind in ("error", "angle")]
+        # what comes back exactly has no logarithm; below 1e-9 float32 resolves nothing
+        return np.log(np.maximum(np.stack(parts, axis=1), 1e-9)).reshape(len(measurements), -1)
+
+    def _distance(self, measurements: Measurements) -> np.ndarray:
+        assert measurements.values is not None
+        return measurements.values[:, 0, 0, measurements.metrics.index("distance")].double().numpy()
+
+    def _both(self, density: np.ndarray, distance: np.ndarray) -> np.ndarray:
+        return np.log(np.maximum(np.stack([density, distance], axis=1), 1e-12))
+
+    def fit(self, measurements: Measurements) -> None:
+        """Statistics of the statistics images."""
+        logs = self._logs(measurements)
+        self.z, self.density = ZScore.fit(logs), Mahalanobis.fit(logs)
+        self.parts = ZScore.fit(self._both(self.density.score(logs), self._distance(measurements)))
+
+    def __call__(self, measurements: Measurements) -> dict[str, Tensor]:
+        """Every indicator, float64 (B,)."""
+        assert self.z is not None
+        assert self.density is not None
+        assert self.parts is not None
+        error, angle, logs = (
+            self._kind(measurements, "error"),
+            self._kind(measurements, "angle"),
+            self._logs(measurements),
+        )
+        mse = self._weighted(error)
+        error_z, angle_z = np.split(self.z.z(logs), 2, axis=1)
+        density, distance = self.density.score(logs), self._distance(measurements)
+        found = {
+            "mse": mse,
+            "mfsim": angle.mean((1, 2)) - 1,
+            "mfsim_released": angle[..., 1 if len(self.widths) > 1 else 0 :].mean((1, 2)) - 1,
+            "calibrated_mse": error_z.mean(1),
+            "calibrated_mfsim": angle_z.mean(1),
+            "density": density,
+            "distance": distance,
+            "fused": self.parts.z(self._both(density, distance)).mean(1),
+        }
+        if self.regret:
+            found["lr"] = self.lr_sign * (self._weighted(self._kind(measurements, "first_error")) - mse)
+        return {name: torch.from_numpy(found[name]) for name in names(self.regret)}
+
+    def _weighted(self, errors: np.ndarray) -> np.ndarray:
+        return (errors * self.widths).sum(2).mean(1) / self.widths.sum()
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """What `fit` learnt."""
+        fitted = {"z": self.z, "density": self.density, "parts": self.parts}
+        return {f"{part}.{n}": a for part, d in fitted.items() if d is not None for n, a in d.to_arrays().items()}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Puts `to_arrays` back."""
+
+        def of(part: str) -> dict[str, np.ndarray]:
+            return {name.removeprefix(f"{part}."): a for name, a in arrays.items() if name.startswith(f"{part}.")}
+
+        self.z, self.parts = ZScore.from_arrays(of("z")), ZScore.from_arrays(of("parts"))
+        self.density = Mahalanobis.from_arrays(of("density"))

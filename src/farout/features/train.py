@@ -1,0 +1,87 @@
+"""Training a feature denoiser on features that were extracted once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from farout.checkpoints import checkpoint_weights, step_folder
+from farout.diffusion.denoiser import NetworkDenoiser
+from farout.diffusion.feature_denoiser import FeatureDenoiser
+from farout.diffusion.losses import LevelSampling, denoising_loss
+from farout.errors import FaroutError
+from farout.features.diffusion import FeatureDiffusion, paper_schedule
+from farout.features.encoding import FeatureEncoding
+from farout.training import TrainingConfig, train
+
+__all__ = ["train_features"]
+
+
+def train_features(
+    features: Tensor,
+    hashes: Collection[str],
+    *,
+    backbone: str,
+    encoding: FeatureEncoding,
+    network: Mapping[str, Any],
+    training: TrainingConfig,
+    levels: LevelSampling = "uniform",
+    first_step: int | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    fingerprint: str = "",
+) -> FeatureDiffusion:
+    """Trains a fresh denoiser on features (n, c) of good images, on the paper's schedule.
+
+    Args:
+        features: one row per image (or position), float32.
+        hashes: content hashes of the images they are of.
+        backbone: content hash of their extractor.
+        encoding: from features to the denoiser's space; its statistics are fitted here.
+        network: arguments of `FeatureDenoiser` other than the width.
+        training: how it is trained.
+        levels: how training samples levels.
+        first_step: also keep the denoiser as it was after this step, for the likelihood-regret score.
+        out: folder of the checkpoints; None: none are kept.
+        resume: go on from the last checkpoint there.
+        fingerprint: what the features are, for instance a hash; a resumed run must have the same.
+
+    Raises FaroutError for features that are not numbers.
+    """
+    if not bool(torch.isfinite(features).all()):
+        bad = int((~torch.isfinite(features)).any(1).sum())
+        raise FaroutError(f"{bad} of {len(features)} rows of features are not numbers; look for damaged weights")
+    fitted = encoding.fitted(features)
+    torch.manual_seed(training.seed)
+    denoiser = FeatureDenoiser(fitted.width, **network)
+    model = FeatureDiffusion(denoiser, fitted, paper_schedule(), backbone, trained_on=hashes)
+
+    def step(net: nn.Module, batch: list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        return {"loss": denoising_loss(NetworkDenoiser(net, model.schedule, "sample"), batch[0], generator, levels)}
+
+    if first_step is not None:
+        training = replace(training, keep=(*training.keep, first_step))
+    with ExitStack() as exits:
+        folder = out or Path(exits.enter_context(TemporaryDirectory()))
+        data = TensorDataset(fitted(features))
+        result = train(denoiser, step, data, training, out=folder, resume=resume, fingerprint=fingerprint)
+        if first_step is not None:
+            model.first = FeatureDenoiser(fitted.width, **network).to(model.device).eval()
+            model.first.load_state_dict(checkpoint_weights(step_folder(folder, first_step)))
+    model.provenance = {
+        "data_fingerprint": fingerprint,
+        "features": len(features),
+        "steps": result.steps,
+        "loss": result.losses.get("loss"),
+        "seed": training.seed,
+        "training": asdict(training),
+    }
+    return model

@@ -15,6 +15,7 @@ from torch import Tensor
 from farout.detectors.base import Detector, Measurements, Runtime
 from farout.detectors.reconstruction import Reconstruction
 from farout.errors import ConstantScoresWarning, FaroutError, StoreError, TrapWarning
+from farout.evaluation.beside import Beside
 from farout.evaluation.controls import CONTROLS, TrivialControls
 from farout.evaluation.evaluate import COLUMNS, evaluate_detector, evaluate_scores
 from farout.evaluation.metrics import auroc
@@ -22,6 +23,8 @@ from farout.evaluation.scoring import read_scores
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import Batch
 from small import model, pictures
+
+NOTHING = Beside(companions=False, trivial=False)
 
 DESIGN = (
     "detector, preset, indicator, protocol, id, ood, group, role, seed, auroc, auroc_low, auroc_high, aupr_in, "
@@ -76,7 +79,7 @@ def table(place: Path, detector: Detector) -> pd.DataFrame:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ood = [place / "far", f"{place / 'test'}@vflip"]
-        evaluate_detector(detector, place / "test", ood, place / "out", random_control=True)
+        evaluate_detector(detector, place / "test", ood, place / "out", beside=Beside(random=True))
     return pd.read_csv(place / "out" / "metrics.csv", keep_default_na=False, na_values=[""])
 
 
@@ -139,7 +142,7 @@ def test_roles_come_from_the_catalogue(place: Path) -> None:
     ood = [f"{inside}@rot90", f"{inside}@hflip", place / "far", "sample_digits:test"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        frame = evaluate_detector(detector, inside, ood, place / "roles", limit=12, controls=False)
+        frame = evaluate_detector(detector, inside, ood, place / "roles", limit=12, beside=NOTHING)
     own = frame[frame["indicator"] == "score"]
     assert own["role"].tolist() == ["dev", "test", "test", "test"]
 
@@ -170,8 +173,10 @@ def test_controls_are_fitted_on_the_recorded_source(place: Path, monkeypatch: py
     detector = brightness(place)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        evaluate_detector(detector, place / "test", [place / "far"], place / "c1", control_limit=55)
-        evaluate_detector(detector, place / "test", [place / "far"], place / "c2", reference=place / "test")
+        evaluate_detector(detector, place / "test", [place / "far"], place / "c1", beside=Beside(control_limit=55))
+        evaluate_detector(
+            detector, place / "test", [place / "far"], place / "c2", beside=Beside(reference=place / "test")
+        )
     assert seen == [(str(place / "good"), 55), (str(place / "test"), 1000)]
 
 
@@ -183,7 +188,9 @@ def test_missing_control_images_warn_and_cost_no_result(place: Path) -> None:
     assert set(frame["detector"]) == {"Brightness"}
     few = pictures(place / "few", 3)
     with pytest.warns(TrapWarning, match="too few"):
-        frame = evaluate_detector(detector, place / "test", [place / "far"], place / "few-out", reference=few)
+        frame = evaluate_detector(
+            detector, place / "test", [place / "far"], place / "few-out", beside=Beside(reference=few)
+        )
     assert len(frame) == 3
 
 
@@ -197,7 +204,7 @@ def test_variants_of_the_same_images_are_resampled_together(place: Path) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flipped = f"{place / 'test'}@vflip"
-        frame = evaluate_detector(brightness(place), place / "test", [flipped], place / "flips", controls=False)
+        frame = evaluate_detector(brightness(place), place / "test", [flipped], place / "flips", beside=NOTHING)
     row = frame[frame["indicator"] == "score"].iloc[0]
     assert row["auroc"] == row["auroc_low"] == row["auroc_high"] == 0.5
 
@@ -206,10 +213,10 @@ def test_unreadable_images_on_both_sides_are_no_shared_images(place: Path, tmp_p
     a, b = pictures(tmp_path / "a", 15, seed=11), pictures(tmp_path / "b", 15, seed=12)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        before = evaluate_detector(brightness(place), a, [b], tmp_path / "o1", controls=False)
+        before = evaluate_detector(brightness(place), a, [b], tmp_path / "o1", beside=NOTHING)
         for folder in (a, b):
             (folder / "zz.png").write_text("no")
-        after = evaluate_detector(brightness(place), a, [b], tmp_path / "o2", controls=False)
+        after = evaluate_detector(brightness(place), a, [b], tmp_path / "o2", beside=NOTHING)
     columns = ["auroc", "auroc_low", "auroc_high", "n_id", "n_ood"]
     pd.testing.assert_frame_equal(before[columns], after[columns])
 
@@ -218,7 +225,7 @@ def test_sources_without_a_name_are_not_confused(place: Path, tmp_path: Path) ->
     """Two tensors of as many images have the same keys; the second must not be given the scores of the first."""
     generator = torch.Generator().manual_seed(0)
     dark, light = (torch.rand(20, 1, 8, 8, generator=generator) / 2 + low for low in (0, 0.5))
-    frame = evaluate_detector(brightness(place), dark, [light], tmp_path / "o", controls=False)
+    frame = evaluate_detector(brightness(place), dark, [light], tmp_path / "o", beside=NOTHING)
     assert frame[frame["indicator"] == "score"]["auroc"].item() == 1.0
 
 
@@ -229,10 +236,10 @@ def test_an_evaluation_goes_on_without_measuring_again(
     given = (detector, place / "test", [place / "far"], tmp_path / "o")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        first = evaluate_detector(*given, controls=False)
+        first = evaluate_detector(*given, beside=NOTHING)
         probes = []
         monkeypatch.setattr(Brightness, "measure", _only_probe(Brightness.measure, probes))
-        second = evaluate_detector(*given, controls=False)
+        second = evaluate_detector(*given, beside=NOTHING)
     columns = first.columns.drop(["images_per_s", "peak_mib"])
     pd.testing.assert_frame_equal(first[columns], second[columns])
 
@@ -291,7 +298,7 @@ def test_constant_scores_warn_and_are_worth_one_half(tmp_path: Path) -> None:
 def test_a_constant_indicator_is_worth_one_half(place: Path) -> None:
     with pytest.warns(ConstantScoresWarning):
         frame = evaluate_detector(
-            brightness(place), place / "test", [place / "far"], place / "constant", controls=False
+            brightness(place), place / "test", [place / "far"], place / "constant", beside=NOTHING
         )
     assert frame[frame["indicator"] == "constant"]["auroc"].item() == 0.5
 

@@ -9,6 +9,7 @@ from farout.detectors._fitting import recalibrate
 from farout.detectors.reconstruction import Reconstruction
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, ShortfallWarning, StoreError, TrapWarning
+from farout.evaluation.beside import Beside
 from farout.evaluation.evaluate import evaluate_detector
 from small import model, pictures
 
@@ -79,7 +80,7 @@ def test_recalibration_says_what_cannot_work(fitted: Reconstruction, tmp_path: P
 def test_seen_images_and_unknown_pasts_are_named(folder: Path, fitted: Reconstruction, tmp_path: Path) -> None:
     far = pictures(tmp_path / "far", 10, low=0, spread=255, seed=2)
     with pytest.warns(TrapWarning, match="too good"):
-        evaluate_detector(fitted, folder, [far], tmp_path / "out", controls=False)
+        evaluate_detector(fitted, folder, [far], tmp_path / "out", beside=Beside(trivial=False))
     with pytest.warns(TrapWarning, match="not known"):
         Reconstruction(levels=(50,), draws=1).fit(folder, diffusion=model(), alpha=0.1, statistics=30)
 

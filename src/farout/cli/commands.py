@@ -18,6 +18,7 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import DiffusionConfig, discard_checkpoints
 from farout.diffusion.train import train_diffusion as _train_diffusion
 from farout.errors import FaroutError
+from farout.evaluation.beside import Beside
 from farout.evaluation.demo import demo as _demo
 from farout.evaluation.evaluate import evaluate_detector, evaluate_scores
 from farout.evaluation.scoring import ScoredFolder, score_folder
@@ -178,6 +179,7 @@ def evaluate(
     scores: Sequence[str] = (),
     out: str | None = None,
     limit: int | None = None,
+    companions: bool = True,
     controls: bool = True,
     random_control: bool = False,
     reference: str | None = None,
@@ -193,6 +195,7 @@ def evaluate(
         scores: rate score tables instead: the in-distribution one first, then out-of-distribution ones.
         out: folder of the results.
         limit: a seeded sample of this many images of each source.
+        companions: rate the methods that the detector names beside it.
         controls: rate trivial controls beside the detector.
         random_control: rate the same detector with random weights.
         reference: images that controls are fitted on; without it those that the detector was fitted on.
@@ -211,10 +214,7 @@ def evaluate(
         ood,
         out,
         limit=limit,
-        controls=controls,
-        random_control=random_control,
-        reference=reference,
-        control_limit=control_limit,
+        beside=Beside(companions, controls, random_control, reference, control_limit),
     )
 
 

@@ -114,5 +114,9 @@ def _metrics(frame: pd.DataFrame) -> None:
         numbers = [f"{row[column]:.{1 if column == 'images_per_s' else 3}f}" for column in kept]
         table.add_row(str(row["detector"]), str(row["ood"]), area, *numbers)
     Console().print(table)
+    for pair in frame.attrs.get("paired", []):
+        if pair["difference"] == pair["difference"]:
+            interval = f"{pair['difference']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})"
+            print(f"{pair['first']} minus {pair['second']}, {pair['ood']}: {interval}")
     for path in frame.attrs.get("paths", []):
         print(path)

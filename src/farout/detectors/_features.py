@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from farout.detectors.base import Detector, Measurements
+from farout.errors import FaroutError
 from farout.features.cache import FeatureCache
 from farout.features.extractor import FeatureExtractor
 from farout.images.preprocessing import Preprocessing, Protocol
@@ -40,7 +41,8 @@ class FeatureDetector(Detector):
         layers: tuple[int, ...] | None = None,
         size: int | None = None,
     ) -> None:
-        self.cache_hits = 0
+        if layers is not None and (not layers or len(set(layers)) < len(layers) or min(layers) < 0):
+            raise FaroutError(f"layers want different numbers from 0, got {list(layers)}")
 
     def build_features(self) -> FeatureExtractor:
         """The backbone that the configuration names."""
@@ -50,6 +52,12 @@ class FeatureDetector(Detector):
     def build_preprocessing(self, source: ImageSource, protocol: Protocol | None) -> Preprocessing:
         """RGB at the backbone's size."""
         return Preprocessing.for_source(source, size=self.backbone.size, channels=3, protocol=protocol or "native")
+
+    def companion(self, kind: type[Detector]) -> Detector:
+        """Another method on the same backbone, which is shared."""
+        twin = kind(**{name: self.config[name] for name in ("backbone", "weights", "layers", "size")})
+        twin.features = self.features
+        return twin
 
     @property
     def backbone(self) -> FeatureExtractor:

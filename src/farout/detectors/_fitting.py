@@ -72,7 +72,7 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
     parts = _split(detector, source, given, settings)
     detector.alpha, detector.seed = settings.alpha, settings.seed
     if "features" in detector.needs:
-        detector.features = detector.build_features()
+        detector.features = detector.features or detector.build_features()
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
         detector.use(None, settings.runtime)
     lacking = given is None and "diffusion" in detector.needs

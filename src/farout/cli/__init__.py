@@ -19,6 +19,9 @@ COMMANDS = {
     "score": "score",
     "calibrate": "calibrate",
     "evaluate": "evaluate",
+    "features extract": "extract_features",
+    "features list": "list_features",
+    "features clear": "clear_features",
     "list": "list_",
     "demo": "demo",
 }
@@ -61,8 +64,7 @@ def _run(name: str, words: list[str]) -> int:
     output.quiet_libraries()
     call = parsers.parse(name, COMMANDS[name], words)
     with output.progress():
-        result = call()
-    output.show(name, result)
+        output.show(name, call())
     return 0
 
 

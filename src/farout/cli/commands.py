@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +22,23 @@ from farout.evaluation.beside import Beside
 from farout.evaluation.demo import demo as _demo
 from farout.evaluation.evaluate import evaluate_detector, evaluate_scores
 from farout.evaluation.scoring import ScoredFolder, score_folder
+from farout.features.cache import CachedKind, cached_kinds, clear
+from farout.features.extraction import Extraction, extract
+from farout.images.preprocessing import Protocol
 from farout.images.sources import Policy
 from farout.training_config import TrainingConfig
 
-__all__ = ["calibrate", "demo", "evaluate", "fit", "score", "train_diffusion"]
+__all__ = [
+    "calibrate",
+    "clear_features",
+    "demo",
+    "evaluate",
+    "extract_features",
+    "fit",
+    "list_features",
+    "score",
+    "train_diffusion",
+]
 
 
 def train_diffusion(
@@ -218,9 +231,76 @@ def evaluate(
     )
 
 
+def extract_features(
+    source: str,
+    *,
+    backbone: str = "lite0",
+    weights: str | None = None,
+    layers: tuple[int, ...] | None = None,
+    size: int | None = None,
+    protocol: Protocol = "native",
+    native: tuple[int, int] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    policy: Literal["raise", "skip"] = "skip",
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    rows: int = 32,
+    workers: int = 2,
+) -> Extraction:
+    """Compute features of images once, for all detectors that will ask for them.
+
+    Args:
+        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
+        backbone: lite0, b4, resnet50, dinov2, or any network of timm's by name.
+        weights: a file of weights, or random; without it the backbone's own.
+        layers: feature levels, as timm numbers them; without it the backbone's own, or all.
+        size: side of the backbone's input in pixels; without it the backbone's own.
+        protocol: how images are brought to size.
+        native: height and width of the images a detector was fitted on; without it the source's own.
+        limit: a seeded sample of this many images.
+        seed: seed of the sample.
+        policy: what becomes of an unreadable image: raise, or skip.
+        device: auto, cpu, cuda, cuda:1, …
+        precision: precision of the backbone; auto is bf16 where the device computes in it natively, else fp32.
+        rows: rows of one network call, as the detector will have it.
+        workers: threads that decode images.
+    """
+    return extract(
+        source,
+        backbone=backbone,
+        weights=weights,
+        layers=layers,
+        size=size,
+        protocol=protocol,
+        native=native,
+        limit=limit,
+        seed=seed,
+        policy=policy,
+        device=device,
+        precision=precision,
+        rows=rows,
+        workers=workers,
+    )
+
+
+def list_features() -> list[CachedKind]:
+    """Show the features that are kept on disk."""
+    return cached_kinds()
+
+
+def clear_features(name: str | None = None) -> list[CachedKind]:
+    """Remove kept features, all or those of one folder.
+
+    Args:
+        name: the folder, as `farout features list` shows it; without it all.
+    """
+    return clear(name)
+
+
 def demo(
     *, out: str = "farout-demo", steps: int = 350, limit: int = 200, images: int | None = None, seed: int = 0
-) -> pd.DataFrame:
+) -> Iterator[pd.DataFrame]:
     """Run the main job on the built-in sample, in minutes.
 
     Args:

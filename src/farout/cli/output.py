@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,6 +19,8 @@ from farout import progress as work
 from farout.detectors.base import Detector
 from farout.errors import FaroutWarning
 from farout.evaluation.scoring import ScoredFolder
+from farout.features.cache import CachedKind, cache_folder
+from farout.features.extraction import Extraction
 
 __all__ = ["progress", "quiet_libraries", "show"]
 
@@ -79,7 +82,10 @@ def show(name: str, result: Any) -> None:
         "calibrate": _detector,
         "score": _scored,
         "evaluate": _metrics,
-        "demo": _metrics,
+        "demo": lambda tables: [_metrics(table) for table in tables],
+        "features extract": _extracted,
+        "features list": _kinds,
+        "features clear": _cleared,
     }
     printers[name](result)
 
@@ -96,6 +102,49 @@ def _scored(done: ScoredFolder) -> None:
     for file in ("scores.csv", "measurements.parquet", "manifest.json", "page.html"):
         if (done.folder / file).is_file():
             print(f"  {done.folder / file}")
+
+
+def _extracted(done: Extraction) -> None:
+    bad = f", {len(done.unreadable)} unreadable" if done.unreadable else ""
+    print(f"{done.source}: {done.computed} computed, {done.found} were there{bad}")
+    for reason in [f"{key}: {why}" for key, why in done.unreadable.items()][:5]:
+        print(f"  {reason}")
+    print(f"  {done.folder}")
+    print(f"  {done.seconds:.1f} s, {(done.computed + done.found) / max(done.seconds, 1e-9):.1f} images/s")
+
+
+def _kinds(kinds: list[CachedKind]) -> None:
+    """One row per kind of features."""
+    folder = cache_folder() / "features"
+    if not kinds:
+        print(f"{folder} holds no features; `farout features extract SOURCE` computes some")
+        return
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("name", no_wrap=True)
+    for head in ("backbone and layers", "weights", "size", "protocol", "precision"):
+        table.add_column(head, overflow="fold")
+    for head in ("images", "MiB"):
+        table.add_column(head, no_wrap=True, justify="right")
+    for kind in kinds:
+        table.add_row(kind.folder.name, *_kind(kind.settings), str(kind.images), f"{kind.mib:.1f}")
+    Console().print(table)
+    print(f"{sum(kind.mib for kind in kinds):.1f} MiB in {folder}")
+
+
+def _kind(settings: dict[str, Any]) -> list[str]:
+    """Backbone, weights, size of its input, protocol and native size, precision and device; `?` where not known."""
+    about, prepared = settings.get("about", {}), settings.get("preprocessing", {})
+    backbone = " ".join(map(str, [about.get("backbone", "?"), *about.get("layers", [])]))
+    place, _, rest = str(about.get("weights", "?")).partition(" ")
+    weights = f"file {Path(rest).name}" if place == "file" else place.rstrip(",")
+    protocol = f"{prepared.get('protocol', '?')} {'x'.join(map(str, prepared.get('native', [])))}".strip()
+    precision = f"{settings.get('precision', '?')} {settings.get('device', '')}".strip()
+    return [backbone, weights, str(about.get("input", "?")), protocol, precision]
+
+
+def _cleared(kinds: list[CachedKind]) -> None:
+    images, mib = sum(kind.images for kind in kinds), sum(kind.mib for kind in kinds)
+    print(f"removed {len(kinds)} kinds of features, of {images} images, {mib:.1f} MiB, from {cache_folder()}")
 
 
 def _metrics(frame: pd.DataFrame) -> None:

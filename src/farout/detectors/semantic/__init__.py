@@ -45,9 +45,10 @@ class Semantic(FeatureDetector):
         steps: steps of `ddim`.
         eta: fresh noise of `ddim`: 0 none, 1 as published.
         score: the method's own score: `mfsim` or `mse` (the paper's), `mfsim_released`, `lr`, `calibrated_mse`,
-            `calibrated_mfsim`, `density`, `distance` (no diffusion) or `fused`.
-        lr_sign: 1: a large fall of the error in training counts as far out, as released; -1: as the paper argues. In a
-            linear denoiser what lies off the data is learnt late, which speaks for 1.
+            `calibrated_mfsim`, `distance` (no diffusion) or `fused`.
+        lr_sign: 1: a large fall of the error in training counts as far out, as released (in a linear denoiser what lies
+            off the data is learnt late); -1: as the paper argues, and as dev sources have it for the defaults here, where
+            the first pass is short and the early error hardly differs between images.
         regret: keep the denoiser of the first pass over the images too, for `lr`; doubles the evaluations.
         standardise: `image` (the paper's) or `channel`, see `FeatureEncoding`.
         summaries: append the layers' means and log deviations, which `image` would lose.
@@ -56,7 +57,8 @@ class Semantic(FeatureDetector):
         input_activation: SiLU on the noisy features, as released.
         scale_shift: time scales and shifts inside the blocks, instead of shifting only.
         time_sampling: how training samples t: `uniform` (the paper's) or `low_noise`.
-        epochs: passes over the training images.
+        updates: of the weights, in training; few images are seen the more often.
+        epochs: passes over the training images, instead of `updates`.
         batch: images of one update.
         learning_rate, weight_decay: of AdamW.
         decay: `constant` (the paper's) or `cosine`.
@@ -66,8 +68,9 @@ class Semantic(FeatureDetector):
     needs: ClassVar[frozenset[str]] = frozenset({"features", "diffusion"})
     diffusion_kind = FeatureDiffusion
     diffusion: FeatureDiffusion | None = None
+    statistics_minimum: ClassVar[int] = 200
     statistics_suffice: ClassVar[bool] = True
-    companions: ClassVar[tuple[str, ...]] = ("mahalanobis", "knn", "pca", "gmm", "autoencoder")
+    companions: ClassVar[tuple[str, ...]] = ("mahalanobis",)
     choices: ClassVar[frozenset[str]] = frozenset({"score", "lr_sign"})
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
@@ -78,31 +81,38 @@ class Semantic(FeatureDetector):
             "sampler": "ddim",
             "steps": 3,
             "score": "mfsim",
+            "lr_sign": 1,
             "hidden": None,
             "bottleneck": None,
             "embedding": None,
             "blocks": 16,
-            "input_activation": True,
             "epochs": 150,
             "batch": 128,
             "learning_rate": 1e-4,
             "decay": "constant",
             "ema": 0.9999,
         },
-        "released": {"levels": (3,), "draws": 1, "noise": "image", "sampler": "released", "score": "mfsim_released"},
+        "released": {
+            "levels": (3,),
+            "draws": 1,
+            "noise": "image",
+            "sampler": "released",
+            "score": "mfsim_released",
+            "lr_sign": 1,
+        },
     }
 
     def __init__(
         self,
         *,
-        levels: tuple[int, ...] = (3, 10),
+        levels: tuple[int, ...] = (20,),
         draws: int = 2,
         noise: NoiseKind = "shared",
         sampler: sampling.Sampler = "oneshot",
         steps: int = 3,
         eta: float = 1.0,
         score: str = "fused",
-        lr_sign: int = 1,
+        lr_sign: int = -1,
         regret: bool = True,
         standardise: Standardise = "image",
         summaries: bool = False,
@@ -113,7 +123,8 @@ class Semantic(FeatureDetector):
         input_activation: bool = True,
         scale_shift: bool = False,
         time_sampling: LevelSampling = "uniform",
-        epochs: int = 60,
+        updates: int = 600,
+        epochs: int | None = None,
         batch: int = 256,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-4,
@@ -127,9 +138,9 @@ class Semantic(FeatureDetector):
             raise FaroutError(
                 f"there is no score {score!r}{'' if regret else ' without regret'}; expected one of {known}"
             )
-        if min(draws, epochs, batch) < 1 or lr_sign not in (1, -1):
-            given = f"{draws}, {epochs}, {batch} and {lr_sign}"
-            raise FaroutError(f"draws, epochs and batch want at least 1, lr_sign 1 or -1; got {given}")
+        if min(draws, updates, batch, epochs or 1) < 1 or lr_sign not in (1, -1):
+            given = f"{draws}, {updates}, {batch}, {epochs} and {lr_sign}"
+            raise FaroutError(f"draws, updates, batch and epochs want at least 1, lr_sign 1 or -1; got {given}")
         self.levels, self.draws, self.regret = tuple(sorted(levels)), draws, regret
         self.scorer: indicators.Scorer | None = None
         self.denoisers: list[NetworkDenoiser] = []
@@ -137,7 +148,7 @@ class Semantic(FeatureDetector):
     @classmethod
     def tiny(cls, resources: Any) -> Semantic:
         """A small denoiser on small images."""
-        return cls(size=32, hidden=64, bottleneck=64, embedding=32, blocks=2, epochs=4, batch=16)
+        return cls(size=32, hidden=64, bottleneck=64, embedding=32, blocks=2, updates=8, batch=16)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -171,7 +182,7 @@ class Semantic(FeatureDetector):
     def _training(self, pass_steps: int) -> TrainingConfig:
         names = ("learning_rate", "weight_decay", "decay", "ema")
         return TrainingConfig(
-            steps=self.config["epochs"] * pass_steps,
+            steps=self.config["updates"] if self.config["epochs"] is None else self.config["epochs"] * pass_steps,
             batch_size=self.config["batch"],
             warmup=0 if self.config["decay"] == "constant" else 100,
             clip=None,
@@ -191,9 +202,7 @@ class Semantic(FeatureDetector):
         sampling.check_sampler(self.config["sampler"], self.levels, self.config["steps"], model.schedule)
         regret = self.regret and model.first is not None
         if self.config["score"] == "lr" and not regret:
-            raise FaroutError(
-                "the score lr wants the denoiser after the first of several passes; train for more epochs"
-            )
+            raise FaroutError("the score lr wants the denoiser after the first of several passes; train for longer")
         precision: Any = self.runtime.precision
         self.denoisers = model.denoisers(int(self.runtime.rows), precision)[: 2 if regret else 1]
         fitted = self.scorer

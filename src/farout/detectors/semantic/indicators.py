@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farout.densities import Mahalanobis, ZScore
+from farout.densities import ZScore
 from farout.detectors.base import Measurements
 
 __all__ = ["Scorer", "metric_names", "names"]
@@ -16,17 +16,7 @@ __all__ = ["Scorer", "metric_names", "names"]
 
 def names(regret: bool = True) -> list[str]:
     """The indicators that `Scorer` gives; `lr` with an early denoiser only."""
-    found = [
-        "mse",
-        "mfsim",
-        "mfsim_released",
-        "lr",
-        "calibrated_mse",
-        "calibrated_mfsim",
-        "density",
-        "distance",
-        "fused",
-    ]
+    found = ["mse", "mfsim", "mfsim_released", "lr", "calibrated_mse", "calibrated_mfsim", "distance", "fused"]
     return [name for name in found if regret or name != "lr"]
 
 
@@ -44,15 +34,13 @@ class Scorer:
     With e_g and c_g the mean squared error and 1 - cosine of group g, w_g its width, averaged over levels and draws:
     mse = sum w_g e_g / sum w_g and mfsim = mean_g c_g - 1 (Yang et al. 2024, section 3.4), mfsim_released without the
     first group, as the released code has it; lr = sign (mse of the early denoiser - mse). calibrated_mse and
-    calibrated_mfsim = mean over levels and groups of z(log e), z(log c); density = Mahalanobis distance of all those
-    logarithms; distance = that of the features themselves; fused = z(log density) + z(log distance); z by the
-    statistics images.
+    calibrated_mfsim = mean over levels and groups of z(log e) and of z(log c); distance = that of the features
+    themselves; fused = mean of z(log mse), z(calibrated_mse) and z(log distance); z by the statistics images.
     """
 
     def __init__(self, widths: Sequence[int], regret: bool, lr_sign: int) -> None:
         self.widths, self.regret, self.lr_sign = np.array(widths, dtype=np.float64), regret, lr_sign
         self.z: ZScore | None = None
-        self.density: Mahalanobis | None = None
         self.parts: ZScore | None = None
 
     def _kind(self, measurements: Measurements, kind: str) -> np.ndarray:
@@ -71,48 +59,48 @@ class Scorer:
         assert measurements.values is not None
         return measurements.values[:, 0, 0, measurements.metrics.index("distance")].double().numpy()
 
-    def _both(self, density: np.ndarray, distance: np.ndarray) -> np.ndarray:
-        return np.log(np.maximum(np.stack([density, distance], axis=1), 1e-12))
-
     def fit(self, measurements: Measurements) -> None:
         """Statistics of the statistics images."""
-        logs = self._logs(measurements)
-        self.z, self.density = ZScore.fit(logs), Mahalanobis.fit(logs)
-        self.parts = ZScore.fit(self._both(self.density.score(logs), self._distance(measurements)))
+        self.z = ZScore.fit(self._logs(measurements))
+        self.parts = ZScore.fit(self._parts(self._plain(measurements)))
 
     def __call__(self, measurements: Measurements) -> dict[str, Tensor]:
         """Every indicator, float64 (B,)."""
-        assert self.z is not None
-        assert self.density is not None
         assert self.parts is not None
-        error, angle, logs = (
-            self._kind(measurements, "error"),
-            self._kind(measurements, "angle"),
-            self._logs(measurements),
-        )
+        found = self._plain(measurements)
+        found["fused"] = self.parts.z(self._parts(found)).mean(1)
+        return {name: torch.from_numpy(found[name]) for name in names(self.regret)}
+
+    def _plain(self, measurements: Measurements) -> dict[str, np.ndarray]:
+        """Every indicator but the fusion of them."""
+        assert self.z is not None
+        error, angle = self._kind(measurements, "error"), self._kind(measurements, "angle")
+        error_z, angle_z = np.split(self.z.z(self._logs(measurements)), 2, axis=1)
         mse = self._weighted(error)
-        error_z, angle_z = np.split(self.z.z(logs), 2, axis=1)
-        density, distance = self.density.score(logs), self._distance(measurements)
         found = {
             "mse": mse,
             "mfsim": angle.mean((1, 2)) - 1,
             "mfsim_released": angle[..., 1 if len(self.widths) > 1 else 0 :].mean((1, 2)) - 1,
             "calibrated_mse": error_z.mean(1),
             "calibrated_mfsim": angle_z.mean(1),
-            "density": density,
-            "distance": distance,
-            "fused": self.parts.z(self._both(density, distance)).mean(1),
+            "distance": self._distance(measurements),
         }
         if self.regret:
             found["lr"] = self.lr_sign * (self._weighted(self._kind(measurements, "first_error")) - mse)
-        return {name: torch.from_numpy(found[name]) for name in names(self.regret)}
+        return found
+
+    @staticmethod
+    def _parts(found: dict[str, np.ndarray]) -> np.ndarray:
+        """(B, 3): what is fused."""
+        mse, distance = (np.log(np.maximum(found[name], 1e-12)) for name in ("mse", "distance"))
+        return np.stack([mse, found["calibrated_mse"], distance], axis=1)
 
     def _weighted(self, errors: np.ndarray) -> np.ndarray:
         return (errors * self.widths).sum(2).mean(1) / self.widths.sum()
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What `fit` learnt."""
-        fitted = {"z": self.z, "density": self.density, "parts": self.parts}
+        fitted = {"z": self.z, "parts": self.parts}
         return {f"{part}.{n}": a for part, d in fitted.items() if d is not None for n, a in d.to_arrays().items()}
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
@@ -122,4 +110,3 @@ class Scorer:
             return {name.removeprefix(f"{part}."): a for name, a in arrays.items() if name.startswith(f"{part}.")}
 
         self.z, self.parts = ZScore.from_arrays(of("z")), ZScore.from_arrays(of("parts"))
-        self.density = Mahalanobis.from_arrays(of("density"))

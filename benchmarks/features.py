@@ -35,88 +35,109 @@ CIFAR_NAMES = (
 )
 """Classes of Tiny-ImageNet that name, or are a kind of, a class of CIFAR-10: not out of its distribution."""
 
-ANIMALS, VEHICLES = "2,3,4,5,6,7", "0,1,8,9"
+ANIMALS, VEHICLES = (2, 3, 4, 5, 6, 7), (0, 1, 8, 9)
 COLUMNS = ["task", "protocol", "seed", "detector", "indicator", "ood", "auroc", "low", "high", "fpr95", "difference"]
 COLUMNS += ["difference_low", "difference_high", "n_id", "n_ood", "fit_s"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One in-distribution set, its test images, and what is to be told from it."""
+    """One in-distribution set and what is to be told from it; `inside`: its classes, the others are out."""
 
     name: str
-    train: str
-    test: str
-    ood: dict[str, str]
-    train_limit: int
+    data: str
+    ood: dict[str, str] = field(default_factory=dict)
+    inside: frozenset[int] = frozenset()
+    train_limit: int = 10000
+    limit: int = 1000
+    sample: int = 0
     protocol: str = "native"
     seeds: tuple[int, ...] = (0,)
-    backbones: tuple[str | None, ...] = (None,)
-    limit: int = 1000
-    extra: dict[str, Any] = field(default_factory=dict)
+    random_backbone: bool = False
+
+    def train(self, limit: int | None = None) -> ImageSource:
+        """The training images: the same for every seed and method."""
+        chosen = open_source(f"{self.data}:train", limit=self.train_limit, seed=self.sample)
+        return open_source(_of_classes(chosen, self.inside), limit=limit)
+
+    def test(self) -> ImageSource:
+        """In-distribution test images."""
+        return _of_classes(open_source(f"{self.data}:test", limit=self.limit), self.inside)
+
+    def outside(self) -> dict[str, ImageSource]:
+        """Out-of-distribution images by name."""
+        if not self.inside:
+            return {name: open_source(spec, limit=self.limit) for name, spec in self.ood.items()}
+        test = open_source(f"{self.data}:test", limit=self.limit)
+        return {"other classes": _of_classes(test, frozenset(test.labels or ()) - self.inside)}
+
+
+def _of_classes(source: ImageSource, classes: frozenset[int]) -> ImageSource:
+    if not classes or source.labels is None:
+        return source
+    return source.subset([i for i, label in enumerate(source.labels) if label in classes])
 
 
 def far(protocols: Sequence[str], seeds: Sequence[int]) -> Iterator[Task]:
-    """CIFAR-10 against other sets."""
+    """CIFAR-10 against other sets; fewer images and no random backbone where the protocol is not the default one."""
     names = open_source("tiny_imagenet:test").class_names or ()
     kept = ",".join(str(number) for number, name in enumerate(names) if name not in CIFAR_NAMES)
     ood = {"tiny_imagenet": f"tiny_imagenet:test@classes={kept}", "textures": "textures:test", "mnist": "mnist:test"}
     for protocol in protocols:
+        counts = {"train_limit": 10000, "limit": 1000} if protocol == "native" else {"train_limit": 4000, "limit": 500}
         yield Task(
-            "cifar10", "cifar10:train", "cifar10:test", ood, 10000, protocol, tuple(seeds), (None, "random"), limit=1000
+            "cifar10",
+            "cifar10",
+            ood,
+            protocol=protocol,
+            seeds=tuple(seeds),
+            random_backbone=protocol == "native",
+            **counts,
         )
 
 
 def near(seeds: Sequence[int]) -> Iterator[Task]:
     """Classes of one set against its other classes."""
-    for name, inside, outside in (("animals", ANIMALS, VEHICLES), ("vehicles", VEHICLES, ANIMALS)):
-        sources = [f"cifar10:{part}@classes={classes}" for part, classes in _parts(inside, outside)]
-        yield Task(f"cifar10 {name}", sources[0], sources[1], {"other classes": sources[2]}, 5000, seeds=tuple(seeds))
+    for name, inside in (("animals", ANIMALS), ("vehicles", VEHICLES)):
+        yield Task(f"cifar10 {name} in", "cifar10", inside=frozenset(inside), seeds=tuple(seeds))
     for split in range(5):
         yield _split("tiny_imagenet", 100, 50, split, 5000)
     for split in range(5):
-        yield _split("fashion_mnist", 10, 8, split, 4000)
-
-
-def _parts(inside: str, outside: str) -> tuple[tuple[str, str], ...]:
-    return (("train", inside), ("test", inside), ("test", outside))
+        yield _split("fashion_mnist", 10, 8, split, 3800)
 
 
 def _split(name: str, classes: int, kept: int, split: int, train_limit: int) -> Task:
-    order = np.random.default_rng(split).permutation(classes)
-    inside, outside = (",".join(map(str, sorted(part.tolist()))) for part in (order[:kept], order[kept:]))
-    sources = [f"{name}:{part}@classes={chosen}" for part, chosen in _parts(inside, outside)]
-    ood = {"other classes": sources[2]}
-    return Task(f"{name} split {split}", sources[0], sources[1], ood, train_limit, seeds=(split,))
+    inside = np.random.default_rng(split).permutation(classes)[:kept].tolist()
+    return Task(
+        f"{name} split {split}", name, inside=frozenset(inside), train_limit=train_limit, sample=1, seeds=(split,)
+    )
 
 
-def detectors(task: Task, seed: int, backbone: str | None) -> Iterator[tuple[str, Detector]]:
-    """Every method once a seed; what has no randomness but the split is fitted anew all the same."""
-    shared = {"weights": backbone}
-    prefix = "" if backbone is None else f"{backbone} backbone: "
-    yield f"{prefix}semantic", Semantic(**shared, **task.extra)
-    if backbone is None:
-        for name in Semantic.companions:
-            if name != "autoencoder" or seed == task.seeds[0]:
-                yield name, registry.find("detectors", name).load()(**shared)
-        yield "trivial_controls", TrivialControls()
-    else:
-        yield f"{prefix}mahalanobis", registry.find("detectors", "mahalanobis").load()(**shared)
+def detectors(task: Task, seed: int) -> Iterator[tuple[str, Detector, int | None]]:
+    """Name, method and limit of its training images; what costs much and has no weights of its own, once."""
+    yield "semantic", Semantic(), None
+    for name in Semantic.companions:
+        if name != "autoencoder" or seed == task.seeds[0]:
+            yield name, registry.find("detectors", name).load()(), None
+    yield "trivial_controls", TrivialControls(), 1000
+    if task.random_backbone and seed == task.seeds[0]:
+        for name in ("semantic", "mahalanobis"):
+            yield f"{name}, random backbone", registry.find("detectors", name).load()(weights="random"), 2000
 
 
 def run(task: Task, out: Path) -> None:
     """Fits and rates everything of a task that the file lacks."""
     for seed in task.seeds:
         reference: dict[str, Scores] = {}
-        for backbone in task.backbones if seed == task.seeds[0] else (None,):
-            for name, detector in detectors(task, seed, backbone):
-                if _known(out, task, seed, name) and (name != "semantic"):
-                    continue
-                rows = list(_rated(task, seed, name, detector, reference))
-                if not _known(out, task, seed, name):
-                    frame = pd.DataFrame(rows, columns=COLUMNS)
-                    frame.to_csv(out, mode="a", header=not out.is_file(), index=False)
-                print(task.name, task.protocol, seed, name, *(f"{row['auroc']:.3f}" for row in rows[:3]), flush=True)
+        lacking = [each for each in detectors(task, seed) if not _known(out, task, seed, each[0])]
+        first = [each for each in detectors(task, seed) if each[0] == "semantic" and lacking]
+        for name, detector, limit in first + [each for each in lacking if each[0] != "semantic"]:
+            rows = list(_rated(task, seed, name, detector, limit, reference))
+            if not _known(out, task, seed, name):
+                frame = pd.DataFrame(rows, columns=COLUMNS)
+                frame.to_csv(out, mode="a", header=not out.is_file(), index=False)
+            areas = [f"{row['ood']} {row['auroc']:.3f}" for row in rows if row["indicator"] == "score"]
+            print(task.name, task.protocol, seed, name, *areas, flush=True)
 
 
 def _known(out: Path, task: Task, seed: int, name: str) -> bool:
@@ -128,15 +149,14 @@ def _known(out: Path, task: Task, seed: int, name: str) -> bool:
 
 
 def _rated(
-    task: Task, seed: int, name: str, detector: Detector, reference: dict[str, Scores]
+    task: Task, seed: int, name: str, detector: Detector, limit: int | None, reference: dict[str, Scores]
 ) -> Iterator[dict[str, Any]]:
-    limit = {"limit": min(1000, task.train_limit)} if name == "trivial_controls" else {"limit": task.train_limit}
     started = time.perf_counter()
-    detector.fit(task.train, seed=seed, protocol=task.protocol, **limit)
+    detector.fit(task.train(limit), seed=seed, protocol=task.protocol)
     fit_s = round(time.perf_counter() - started, 1)
-    inside = detector.score(_chosen(task.test, task.limit))
-    for ood, spec in task.ood.items():
-        outside = detector.score(_chosen(spec, task.limit))
+    inside = detector.score(task.test())
+    for ood, images in task.outside().items():
+        outside = detector.score(images)
         if name == "semantic":
             reference |= {"id": inside, ood: outside}
         for indicator in ("score", *inside.indicators):
@@ -154,11 +174,6 @@ def _rated(
                 "difference_low": paired.low,
                 "difference_high": paired.high,
             }
-
-
-def _chosen(spec: str, limit: int) -> ImageSource:
-    """The same test images for every seed and method."""
-    return open_source(spec, limit=limit, seed=0)
 
 
 def summary(rows: pd.DataFrame) -> str:

@@ -9,10 +9,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DiffusionModel": "farout.diffusion.model",
+    "FeatureDiffusion": "farout.features.diffusion",
+    "FeatureExtractor": "farout.features.extractor",
     "NoiseSchedule": "farout.diffusion.schedule",
     "Preprocessing": "farout.images.preprocessing",
     "Reconstruction": "farout.detectors.reconstruction",
     "Scores": "farout.detectors.base",
+    "Semantic": "farout.detectors.semantic",
     "load": "farout.detectors.base",
     "open_source": "farout.images.sources",
     "train_diffusion": "farout.diffusion.train",

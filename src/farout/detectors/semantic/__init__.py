@@ -44,11 +44,11 @@ class Semantic(FeatureDetector):
             level as its K.
         steps: steps of `ddim`.
         eta: fresh noise of `ddim`: 0 none, 1 as published.
-        score: the method's own score: `mfsim` or `mse` (the paper's), `mfsim_released`, `lr`, `calibrated_mse`,
-            `calibrated_mfsim`, `distance` (no diffusion) or `fused`.
-        lr_sign: 1: a large fall of the error in training counts as far out, as released (in a linear denoiser what lies
-            off the data is learnt late); -1: as the paper argues, and as dev sources have it for the defaults here, where
-            the first pass is short and the early error hardly differs between images.
+        score: the method's own score: `mfsim_released` (without the first layer; ahead on dev sources), `mfsim` or
+            `mse` (the paper's), `lr`, `calibrated_mse`, `calibrated_mfsim`, `distance` (no diffusion) or `fused`.
+        lr_sign: 1: a large fall of the error in training counts as far out, as released (in a linear denoiser what
+            lies off the data is learnt late); -1: as the paper argues, and as dev sources have it for the defaults
+            here, where the first pass is short and the early error hardly differs between images.
         regret: keep the denoiser of the first pass over the images too, for `lr`; doubles the evaluations.
         standardise: `image` (the paper's) or `channel`, see `FeatureEncoding`.
         summaries: append the layers' means and log deviations, which `image` would lose.
@@ -111,7 +111,7 @@ class Semantic(FeatureDetector):
         sampler: sampling.Sampler = "oneshot",
         steps: int = 3,
         eta: float = 1.0,
-        score: str = "fused",
+        score: str = "mfsim_released",
         lr_sign: int = -1,
         regret: bool = True,
         standardise: Standardise = "image",

@@ -82,7 +82,7 @@ def show(name: str, result: Any) -> None:
         "calibrate": _detector,
         "score": _scored,
         "evaluate": _metrics,
-        "demo": lambda tables: [_metrics(table) for table in tables],
+        "demo": _demonstrated,
         "features extract": _extracted,
         "features list": _kinds,
         "features clear": _cleared,
@@ -145,6 +145,12 @@ def _kind(settings: dict[str, Any]) -> list[str]:
 def _cleared(kinds: list[CachedKind]) -> None:
     images, mib = sum(kind.images for kind in kinds), sum(kind.mib for kind in kinds)
     print(f"removed {len(kinds)} kinds of features, of {images} images, {mib:.1f} MiB, from {cache_folder()}")
+
+
+def _demonstrated(tables: Iterator[pd.DataFrame]) -> None:
+    """One table after the other, as they come."""
+    for table in tables:
+        _metrics(table)
 
 
 def _metrics(frame: pd.DataFrame) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from farout.detectors.base import Detector, Measurements
+from farout.devices import Precision
 from farout.errors import FaroutError
-from farout.features.cache import FeatureCache
+from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
 from farout.images.preprocessing import Preprocessing, Protocol
 from farout.images.sources import Batch, ImageSource
@@ -76,18 +77,10 @@ class FeatureDetector(Detector):
             for batch in super().batches(source):
                 yield batch if not batch.keys else self._with_features(batch)
             return
-        settings = {
-            "backbone": self.backbone.describe(),
-            "content_hash": self.backbone.content_hash,
-            "preprocessing": self.preprocessing.to_dict(),
-            "precision": self.runtime.precision,
-            "rows": self.backbone.rows(self._rows),
-            "device": torch.device(self.runtime.device).type,
-        }
-        cache = FeatureCache(self.backbone.width, settings)
-        rows = max(16, self.backbone.rows(self._rows))
-        yield from cache.batches(source, self.preprocessing, self.batch_size, self.runtime.workers, self._compute, rows)
-        self.cache_hits += cache.hits
+        precision: Precision = self.runtime.precision  # type: ignore[assignment]
+        reader = CachedFeatures(self.backbone, self.preprocessing, self._rows, precision)
+        yield from reader.batches(source, self.batch_size, self.runtime.workers)
+        self.cache_hits += reader.cache.hits
 
     @property
     def _rows(self) -> int:
@@ -126,6 +119,16 @@ class VectorDetector(FeatureDetector):
     def table(measurements: Measurements) -> np.ndarray:
         """The features (n, width) in float64."""
         return measurements.vectors["features"].double().numpy()
+
+    def by_layer(self, table: np.ndarray) -> list[np.ndarray]:
+        """Features (n, width) as one table (n, channels) per layer of the backbone."""
+        return np.split(table, np.cumsum(self.backbone.channels)[:-1], axis=1)
+
+    @staticmethod
+    def check_score(score: str, known: Sequence[str]) -> None:
+        """Raises FaroutError for a score that the method does not define."""
+        if score not in known:
+            raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(known)}")
 
     @classmethod
     def tiny(cls, resources: Any) -> VectorDetector:

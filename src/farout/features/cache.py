@@ -11,11 +11,13 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from farout.errors import StoreError, UnreadableImageError
 from farout.images.batching import ahead
 from farout.images.decoding import content_hash
 from farout.images.preprocessing import Preprocessing
-from farout.images.sources import Batch, ImageSource, batches
+from farout.images.sources import Batch, ImageSource
 
 __all__ = ["CachedKind", "FeatureCache", "cache_folder", "cached_kinds", "clear"]
 
@@ -37,43 +39,74 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 _BLOCK = 256
 _SETTINGS = "settings.json"
+_NAME = re.compile("[0-9a-f]{16}")
 Compute = Callable[[Tensor], Tensor]
 """Prepared images (B, C, H, W) -> features (B, width)."""
 
 
 def cache_folder() -> Path:
-    """`$FAROUT_CACHE`, else `farout` in the user's cache folder."""
+    """`$FAROUT_CACHE`, else `farout` in the user's cache folder.
+
+    Raises StoreError where neither is known.
+    """
     given = os.environ.get("FAROUT_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-    return Path(given) if given else Path(home) / "farout"
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    try:
+        return Path(given).expanduser() if given else Path(home or Path.home() / ".cache") / "farout"
+    except RuntimeError as error:
+        raise StoreError("there is no home folder to keep features in; set FAROUT_CACHE to a folder") from error
+
+
+@lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some neighbours of a source: who they are (None: unreadable), and the prepared images of those not cached."""
+
+    names: list[bytes | None]
+    lacking: list[tuple[int, bytes, Tensor]]
 
 
 class FeatureCache:
     """The rows of one kind of features.
 
+    A folder that cannot be written is said once in the log; features are then computed and not kept.
+
     Args:
         width: features of an image.
         settings: all that decides them but the image; JSON values.
         root: None: `cache_folder()`.
+        about: what a reader wants to know and what decides nothing, such as where weights came from.
 
     Attributes:
         hits: rows read so far instead of computed.
+        failure: why rows could not be kept; empty where they were.
     """
 
-    def __init__(self, width: int, settings: dict[str, Any], root: Path | None = None) -> None:
+    def __init__(
+        self, width: int, settings: dict[str, Any], root: Path | None = None, about: dict[str, Any] | None = None
+    ) -> None:
         versions = {name: store.versions()[name] for name in ("torch", "timm", "pillow")}
         whole = {"format": FORMAT, "width": width, "versions": versions, **settings}
         name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = (root or cache_folder()) / "features" / name
         self.type = np.dtype([("image", "S32"), ("features", "<f4", (width,))])
-        self.settings, self.hits = whole, 0
+        self.settings, self.hits, self.failure = {**whole, "about": about or {}}, 0, ""
         self._index: dict[bytes, tuple[np.ndarray, int]] = {}
         self._seen: set[str] = set()
         self._new: list[tuple[bytes, np.ndarray]] = []
 
     def _refresh(self) -> None:
         """Learns of files written since; one that is damaged or of another layout is passed over."""
-        for path in sorted(self.folder.glob("*.npy")):
+        try:
+            paths = sorted(self.folder.glob("*.npy"))
+        except OSError as error:
+            _warn_once(f"the cache {self.folder} cannot be read ({error.strerror or error})")
+            return
+        for path in paths:
             if path.name not in self._seen:
                 self._seen.add(path.name)
                 self._open(path)
@@ -82,10 +115,10 @@ class FeatureCache:
         try:
             rows = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
-            logger.warning("the cached features in %s are ignored: %s", path, error)
+            _warn_once(f"the cached features in {path} are ignored, the file may be deleted: {error}")
             return
         if rows.dtype != self.type or rows.ndim != 1:
-            logger.warning("the cached features in %s are ignored: they are of another layout", path)
+            _warn_once(f"the cached features in {path} are ignored, the file may be deleted: it is of another layout")
             return
         self._index |= {name: (rows, place) for place, name in enumerate(rows["image"].tolist())}
 
@@ -93,79 +126,122 @@ class FeatureCache:
         self, source: ImageSource, preprocessing: Preprocessing, size: int, workers: int, compute: Compute, rows: int
     ) -> Iterator[Batch]:
         """As `farout.images.batches`, with `features` in place of the images, which stay empty; what the cache lacks is
-        computed, `rows` images a call.
+        computed, `rows` images a call, while `workers` threads read and prepare the next ones.
         """
         self._refresh()
-        parts = [source.subset(range(i, min(i + size, len(source)))) for i in range(0, len(source), size)]
-        loads: list[Callable[[], list[bytes | None]]] = [partial(_identities, part) for part in parts]
+        parts = [range(i, min(i + size, len(source))) for i in range(0, len(source), size)]
+        spans = [part[i : i + rows] for part in parts for i in range(0, len(part), rows)]
+        pieces = ahead([partial(self._look_up, source, preprocessing, span) for span in spans], workers)
         try:
-            for number, names in enumerate(ahead(loads, workers)):
-                part = parts[number]
-                lacking = [index for index, name in enumerate(names) if name is not None and name not in self._index]
-                fresh: dict[int, np.ndarray] = {}
-                for batch in batches(part.subset(lacking), preprocessing, rows, workers=workers) if lacking else ():
-                    found = compute(batch.images).cpu().numpy()
-                    fresh |= {lacking[index]: row for index, row in zip(batch.indices, found, strict=True)}
-                yield self._assembled(part, number * size, names, fresh, preprocessing)
-                self._keep([(names[index], row) for index, row in fresh.items()])
+            for part in parts:
+                names, fresh = self._computed(islice(pieces, -(-len(part) // rows)), compute, rows)
+                yield self._assembled(source, part, names, fresh, preprocessing)
         finally:
             self.flush()
 
+    def _look_up(self, source: ImageSource, preprocessing: Preprocessing, span: range) -> _Piece:
+        names: list[bytes | None] = []
+        lacking: list[tuple[int, bytes, Tensor]] = []
+        for index in span:
+            try:
+                name, pixels = _identified(source, index)
+                if name not in self._index:
+                    lacking.append((index, name, preprocessing(source[index] if pixels is None else pixels)))
+                names.append(name)
+            except UnreadableImageError:
+                if source.policy == "raise":
+                    raise
+                names.append(None)  # the source lists it by key and reason
+        return _Piece(names, lacking)
+
+    def _computed(
+        self, pieces: Iterator[_Piece], compute: Compute, rows: int
+    ) -> tuple[list[bytes | None], dict[int, np.ndarray]]:
+        """Names of all, and rows of those that were lacking by their index; what is computed is kept at once."""
+        names: list[bytes | None] = []
+        fresh: dict[int, np.ndarray] = {}
+        waiting: list[tuple[int, bytes, Tensor]] = []
+
+        for piece in chain(pieces, [None]):
+            names += piece.names if piece else []
+            waiting += piece.lacking if piece else []
+            while len(waiting) >= rows or (waiting and piece is None):
+                chunk, waiting = waiting[:rows], waiting[rows:]
+                found = compute(torch.stack([image for *_, image in chunk])).cpu().numpy()
+                fresh |= {index: row for (index, *_), row in zip(chunk, found, strict=True)}
+                self._keep([(name, row) for (_, name, _), row in zip(chunk, found, strict=True)])
+        return names, fresh
+
     def _assembled(
         self,
-        part: ImageSource,
-        start: int,
+        source: ImageSource,
+        part: range,
         names: list[bytes | None],
         fresh: dict[int, np.ndarray],
         preprocessing: Preprocessing,
     ) -> Batch:
-        readable = [index for index, name in enumerate(names) if name is not None]
-        rows = [fresh[index] if index in fresh else self._read(names[index]) for index in readable]
+        named = [(index, name) for index, name in zip(part, names, strict=True) if name is not None]
+        rows = [fresh[index] if index in fresh else self._read(name) for index, name in named]
         features = torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *self.type["features"].shape)
-        labels = None if part.labels is None else torch.tensor([part.labels[i] for i in readable], dtype=torch.int64)
+        readable = tuple(index for index, _ in named)
+        labels = None if source.labels is None else torch.tensor([source.labels[i] for i in readable]).long()
         empty = torch.empty(0, preprocessing.channels, *preprocessing.size)
-        keys = tuple(part.keys[i] for i in readable)
-        return Batch(keys, empty, labels, tuple(start + i for i in readable), features)
+        return Batch(tuple(source.keys[i] for i in readable), empty, labels, readable, features)
 
-    def _read(self, name: bytes | None) -> np.ndarray:
-        assert name is not None
+    def _read(self, name: bytes) -> np.ndarray:
         rows, place = self._index[name]
         self.hits += 1
         return np.array(rows[place]["features"])
 
-    def _keep(self, rows: Sequence[tuple[bytes | None, np.ndarray]]) -> None:
+    def _keep(self, rows: Sequence[tuple[bytes, np.ndarray]]) -> None:
         # what is not a number is not worth keeping
-        self._new += [(name, row) for name, row in rows if name is not None and np.isfinite(row).all()]
+        self._new += [(name, row) for name, row in rows if np.isfinite(row).all()]
         if len(self._new) >= _BLOCK:
             self.flush()
 
+    def claim(self) -> None:
+        """Makes the folder, so that one that cannot be written is known before the work; raises StoreError."""
+        try:
+            self._describe()
+        except OSError as error:
+            reason = f"the cache {self.folder} cannot be written ({error.strerror or error})"
+            raise StoreError(f"{reason}; set FAROUT_CACHE to another folder") from error
+
     def flush(self) -> None:
-        """Writes the rows that are not on disk yet."""
-        if not self._new:
+        """Writes the rows that are not on disk yet; see `failure`."""
+        rows, self._new = self._new, []
+        if not rows or self.failure:
             return
-        rows, self._new = np.array(self._new, dtype=self.type), []
-        if not (self.folder / _SETTINGS).is_file():
-            store.write_json(self.folder / _SETTINGS, self.settings)
-        path = self.folder / f"{uuid.uuid4().hex}.npy"
-        with store.atomic_file(path) as temporary, temporary.open("wb") as file:
-            np.save(file, rows, allow_pickle=False)
+        try:
+            path = self._write(np.array(rows, dtype=self.type))
+        except OSError as error:
+            self.failure = f"{self.folder} cannot be written ({error.strerror or error})"
+            _warn_once(f"features are computed and not kept: {self.failure}; set FAROUT_CACHE to another folder")
+            return
         self._seen.add(path.name)
         self._open(path)
 
+    def _describe(self) -> None:
+        if not (self.folder / _SETTINGS).is_file():
+            store.write_json(self.folder / _SETTINGS, self.settings)
 
-def _identities(source: ImageSource) -> list[bytes | None]:
-    return [_identity(source, index) for index in range(len(source))]
+    def _write(self, rows: np.ndarray) -> Path:
+        self._describe()
+        path = self.folder / f"{uuid.uuid4().hex}.npy"
+        with store.atomic_file(path) as temporary, temporary.open("wb") as file:
+            np.save(file, rows, allow_pickle=False)
+        return path
 
 
-def _identity(source: ImageSource, index: int) -> bytes | None:
-    """Content hash of the pixels that are preprocessed, the variant applied; None for an unreadable image."""
-    try:
-        name = source.content_hash(index) if source.variant is None else content_hash(source[index])
-    except UnreadableImageError:
-        if source.policy == "raise":
-            raise
-        return None  # the source lists it by key and reason
-    return name.encode()
+def _identified(source: ImageSource, index: int) -> tuple[bytes, Tensor | None]:
+    """Content hash of the pixels that are preprocessed, the variant applied, and these where they were needed for it.
+
+    Raises UnreadableImageError.
+    """
+    if source.variant is None:  # the source remembers the hash
+        return source.content_hash(index).encode(), None
+    pixels = source[index]
+    return content_hash(pixels).encode(), pixels
 
 
 @dataclass(frozen=True)
@@ -182,14 +258,24 @@ def cached_kinds(root: Path | None = None) -> list[CachedKind]:
     """What the cache holds, one entry per kind of features."""
     found = []
     for folder in sorted(((root or cache_folder()) / "features").glob("*/")):
+        if not _NAME.fullmatch(folder.name):
+            continue  # somebody else's
         files = list(folder.glob("*.npy"))
         try:
             settings = store.read_json(folder / _SETTINGS)
-            count = sum(len(np.load(file, mmap_mode="r", allow_pickle=False)) for file in files)
-        except (StoreError, ValueError, OSError, EOFError):
-            settings, count = {}, 0
-        found.append(CachedKind(folder, settings, count, sum(file.stat().st_size for file in files) / 2**20))
+        except (StoreError, OSError):
+            settings = {}
+        images, size = sum(_count(file) for file in files), sum(file.stat().st_size for file in files)
+        found.append(CachedKind(folder, settings, images, size / 2**20))
     return found
+
+
+def _count(file: Path) -> int:
+    """Rows of a file; 0 of a damaged one."""
+    try:
+        return len(np.load(file, mmap_mode="r", allow_pickle=False))
+    except (ValueError, OSError, EOFError, TypeError):
+        return 0
 
 
 def clear(name: str | None = None, root: Path | None = None) -> list[CachedKind]:

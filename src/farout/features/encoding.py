@@ -40,6 +40,8 @@ class FeatureEncoding:
     def __post_init__(self) -> None:
         if self.standardise not in ("image", "channel"):
             raise FaroutError(f"features are standardised by 'image' or 'channel', got {self.standardise!r}")
+        if min(self.channels, default=0) < 2:
+            raise FaroutError(f"every layer wants two channels or more for a deviation, got {list(self.channels)}")
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -66,9 +68,14 @@ class FeatureEncoding:
         return torch.cat([means, (stds + 1e-5).log()], dim=1)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Encoded vectors, float32; raises FaroutError for another number of features."""
+        """Encoded vectors, float32.
+
+        Raises FaroutError for another number of features, and where statistics of good images are wanted and lacking.
+        """
         if features.ndim != 2 or features.shape[1] != sum(self.channels):
             raise FaroutError(f"expected features (B, {sum(self.channels)}), got {tuple(features.shape)}")
+        if not len(self.shift) and (self.summaries or self.standardise == "channel"):
+            raise FaroutError("this encoding rests on good images; call fitted(features) first")
         count = sum(self.channels)
         shift, scale = self.shift.to(features.device), self.scale.to(features.device)
         if self.standardise == "image":
@@ -78,4 +85,4 @@ class FeatureEncoding:
             whole = [(features - shift[:count]) / scale[:count]]
         if self.summaries:
             whole.append((self._summarised(features) - shift[count:]) / scale[count:])
-        return torch.cat(whole, dim=1)
+        return torch.cat(whole, dim=1).float()

@@ -29,7 +29,7 @@ class FeatureExtractor:
     """A frozen backbone and its taps.
 
     Args:
-        network: gives one feature map (B, c, h, w) per tap.
+        network: gives one feature map (B, c, h, w), or (B, h, w, c) as its `output_fmt` says, per tap.
         name: timm's name of it.
         layers: the taps, as timm numbers them.
         size: side of the square input in pixels.
@@ -53,6 +53,7 @@ class FeatureExtractor:
         self.device = torch.device("cpu")
         # features of transformers are those before the final norm; a few of their channels would drown the others
         self.normalise = backbones.is_transformer(network)
+        self._channels_last = backbones.is_channels_last(network)
 
     @classmethod
     def create(
@@ -69,10 +70,8 @@ class FeatureExtractor:
         preset = backbones.BACKBONES.get(backbone)
         name = preset.name if preset else backbone
         taps = layers or (preset.layers if preset else backbones.default_layers(name))
-        config = timm.models.get_pretrained_cfg(name)
-        if config is None:
-            raise FaroutError(f"timm {timm.__version__} knows no input size and normalisation of {name!r}")
-        side = size or (preset.size if preset else int(config.input_size[-1]))
+        config = backbones.input_config(name)
+        side = size if size is not None else preset.size if preset else int(config.input_size[-1])
         network, origin = backbones.create(name, tuple(sorted(taps)), side, weights)
         return cls(network, name, sorted(taps), side, config.mean, config.std, origin)
 
@@ -120,6 +119,8 @@ class FeatureExtractor:
         mean, std = (torch.tensor(v, device=images.device).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
         with autocast(self.device, precision):
             levels = self.network((images - mean) / std)
+        if self._channels_last:
+            levels = [level.movedim(-1, 1) for level in levels]
         if not self.normalise:
             return levels
         return [functional.layer_norm(v.float().movedim(1, -1), v.shape[1:2]).movedim(-1, 1) for v in levels]

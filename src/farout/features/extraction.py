@@ -1,0 +1,132 @@
+"""Features of images through the cache: what detectors read, and what `farout features extract` computes beforehand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from farout import progress
+from farout.devices import Precision, resolve_device, resolve_precision
+from farout.errors import FaroutError, StoreError
+from farout.features.cache import FeatureCache
+from farout.features.extractor import FeatureExtractor
+from farout.images.preprocessing import Preprocessing, Protocol
+from farout.images.sources import Batch, Images, ImageSource, open_source
+
+__all__ = ["CachedFeatures", "Extraction", "extract"]
+
+_ROWS = 16
+"""Images prepared and computed at a time; calls of the backbone may be smaller."""
+_BATCH = 64
+
+
+class CachedFeatures:
+    """Pooled features of images by one backbone, one preprocessing and one precision, computed once.
+
+    Args:
+        extractor: the backbone, on its device.
+        preprocessing: how images are brought to it.
+        rows: rows of one call, see `FeatureExtractor.rows`.
+        precision: of the backbone.
+        root: folder of the cache; None: the user's.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        preprocessing: Preprocessing,
+        rows: int,
+        precision: Precision,
+        root: Path | None = None,
+    ) -> None:
+        self.extractor, self.preprocessing, self.rows, self.precision = extractor, preprocessing, rows, precision
+        self.cache = FeatureCache(extractor.width, self._settings(), root, extractor.describe())
+
+    def _settings(self) -> dict[str, Any]:
+        """All that decides the features but the image and the versions of libraries, which the cache adds."""
+        return {
+            "content_hash": self.extractor.content_hash,
+            "preprocessing": _deciding(self.preprocessing),
+            "precision": self.precision,
+            "rows": self.extractor.rows(self.rows),
+            "device": self.extractor.device.type,
+        }
+
+    def batches(self, source: ImageSource, size: int, workers: int) -> Iterator[Batch]:
+        """Batches of `size` positions of the source, features in place of the images; see `FeatureCache.batches`."""
+        rows = max(_ROWS, self.extractor.rows(self.rows))
+        return self.cache.batches(source, self.preprocessing, size, workers, self._compute, rows)
+
+    def _compute(self, images: Tensor) -> Tensor:
+        return self.extractor.pooled(images, self.rows, self.precision)
+
+
+def _deciding(preprocessing: Preprocessing) -> dict[str, Any]:
+    """Its values without those that its protocol does not use."""
+    values = preprocessing.to_dict()
+    unused = {"direct": {"native", "jpeg_quality"}, "native": {"jpeg_quality"}, "common": set[str]()}
+    return {name: value for name, value in values.items() if name not in unused[preprocessing.protocol]}
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What `extract` did. computed, found: readable images; seconds: without loading the backbone."""
+
+    source: str
+    folder: Path
+    computed: int
+    found: int
+    unreadable: dict[str, str]
+    seconds: float
+
+
+def extract(
+    images: Images,
+    *,
+    backbone: str = "lite0",
+    weights: str | None = None,
+    layers: Sequence[int] | None = None,
+    size: int | None = None,
+    protocol: Protocol = "native",
+    native: Sequence[int] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    policy: Literal["raise", "skip"] = "raise",
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    rows: int = 32,
+    workers: int = 2,
+) -> Extraction:
+    """Fills the cache with the features of a source, as a detector of the same settings will look for them.
+
+    `native` is (height, width) of the in-distribution images, for sources that will be scored by a detector which was
+    fitted on others; None: the source's own. The rest as in `FeatureExtractor.create`, `open_source` and `Runtime`.
+
+    Raises:
+        FaroutError: for settings, sources or weights that do not go together.
+        StoreError: where the cache cannot be written.
+    """
+    if rows < 1 or workers < 0 or (native is not None and (len(native) != 2 or min(native) < 1)):
+        raise FaroutError(f"rows want 1, workers 0 or more, native two sides; got {rows}, {workers} and {native}")
+    source = open_source(images, limit=limit, seed=seed, policy=policy)
+    where = resolve_device(device)
+    extractor = FeatureExtractor.create(backbone, weights, layers, size).to(where)
+    preprocessing = Preprocessing.for_source(source, size=extractor.size, channels=3, protocol=protocol)
+    if native is not None:
+        preprocessing = replace(preprocessing, native=(native[0], native[1]))
+    reader = CachedFeatures(extractor, preprocessing, rows, resolve_precision(precision, where))
+    reader.cache.claim()
+    started, count = time.perf_counter(), 0
+    with progress.task(f"features of {source.name}", len(source)) as bar:
+        for batch in reader.batches(source, _BATCH, workers):
+            count += len(batch.keys)
+            bar.advance(len(batch.keys))
+            if reader.cache.failure:
+                raise StoreError(f"{reader.cache.failure}; set FAROUT_CACHE to another folder")
+    found, seconds = reader.cache.hits, time.perf_counter() - started
+    return Extraction(source.name, reader.cache.folder, count - found, found, source.unreadable, seconds)

@@ -1,0 +1,137 @@
+"""Features extracted beforehand are those that detectors read; the command line fills, lists and clears the cache."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from farout.cli import main
+from farout.detectors.mahalanobis import Mahalanobis
+from farout.errors import FaroutError
+from farout.features.cache import cached_kinds
+from farout.features.extraction import CachedFeatures, extract
+from farout.features.extractor import FeatureExtractor
+from farout.images.preprocessing import Preprocessing
+from farout.images.sources import ImageSource, batches, open_source
+from image_files import pixels
+from small import pictures
+
+
+@pytest.fixture(scope="module")
+def extractor() -> FeatureExtractor:
+    return FeatureExtractor.create("test_resnet", weights="random", size=32)
+
+
+def test_a_real_backbone_gives_the_same_bits_from_the_cache(extractor: FeatureExtractor, tmp_path: Path) -> None:
+    """Whatever was there before, and however batches fell."""
+    source = open_source(pixels(30, channels=3))
+    ready = Preprocessing.for_source(source, size=32, channels=3)
+    plain = torch.cat([extractor.pooled(batch.images, 32) for batch in batches(source, ready, 30)])
+
+    def again(part: ImageSource, size: int) -> torch.Tensor:
+        made = CachedFeatures(extractor, ready, 32, "fp32", tmp_path).batches(part, size, 2)
+        return torch.cat([batch.features for batch in made if batch.features is not None])
+
+    again(source.subset(range(0, 30, 3)), 5)
+    assert torch.equal(again(source, 7), plain)
+    assert torch.equal(again(source.subset(list(reversed(range(30)))), 30), plain.flip(0))
+
+
+def test_settings_that_decide_features_part_them(extractor: FeatureExtractor, tmp_path: Path) -> None:
+    def folder(rows: int = 8, precision: str = "fp32", **preprocessing: object) -> Path:
+        ready = Preprocessing(**{"size": (32, 32), "channels": 3, "native": (8, 8), **preprocessing})
+        return CachedFeatures(extractor, ready, rows, precision, tmp_path).cache.folder
+
+    apart = [
+        folder(),
+        folder(rows=4),
+        folder(precision="bf16"),
+        folder(native=(9, 9)),
+        folder(protocol="direct"),
+        folder(protocol="common"),
+        folder(protocol="common", jpeg_quality=80),
+    ]
+    assert len(set(apart)) == len(apart)
+    assert folder(rows=32) == folder(), "a CPU takes eight rows in any case"
+    assert folder(protocol="direct", native=(9, 9)) == folder(protocol="direct"), "which does not look at it"
+    assert folder(jpeg_quality=80) == folder()
+
+
+def test_a_fit_reads_what_the_command_line_extracted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The point of the command: the long work is done before, once."""
+    folder, far = pictures(tmp_path / "good", 60), pictures(tmp_path / "far", 9, low=0, spread=255, seed=5)
+    monkeypatch.setenv("FAROUT_CACHE", str(tmp_path / "cache"))
+    settings = ["--backbone", "test_resnet", "--weights", "random", "--layers", "1", "2", "--size", "32"]
+    assert main(["features", "extract", str(folder), *settings]) == 0
+    printed = capsys.readouterr().out
+    assert "60 computed, 0 were there" in printed
+    assert "images/s" in printed
+    assert str(tmp_path / "cache") in printed
+    assert main(["features", "extract", str(folder), *settings, "--limit", "20"]) == 0
+    assert "0 computed, 20 were there" in capsys.readouterr().out
+    assert main(["features", "extract", str(far), *settings, "--native", "8", "8"]) == 0
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the backbone ran")
+
+    monkeypatch.setattr(FeatureExtractor, "pooled", refuse)
+    detector = Mahalanobis(backbone="test_resnet", weights="random", layers=(1, 2), size=32)
+    detector.fit(folder, alpha=0.1, statistics=30)
+    assert len(detector.score(far)) == 9
+    detector.runtime = type(detector.runtime)(**{**vars(detector.runtime), "cache": False})
+    with pytest.raises(AssertionError, match="the backbone ran"):
+        detector.score(far)
+
+
+def test_the_command_line_lists_and_clears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAROUT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["features", "list"]) == 0
+    assert "holds no features" in capsys.readouterr().out
+    folder = pictures(tmp_path / "good", 6)
+    (folder / "bad.png").write_text("no picture")
+    words = ["features", "extract", str(folder), "--backbone", "test_resnet", "--weights", "random"]
+    assert main([*words, "--layers", "1", "2", "--size", "32", "--protocol", "direct"]) == 0
+    printed = capsys.readouterr().out
+    assert "6 computed" in printed
+    assert "1 unreadable" in printed
+    assert "bad.png" in printed
+    assert main([*words, "--policy", "raise"]) == 1
+    assert "bad.png" in capsys.readouterr().err
+    assert main(["features", "list"]) == 0
+    printed = capsys.readouterr().out
+    name = cached_kinds()[0].folder.name
+    for text in (name, "test_resnet 1 2", "random", "32", "direct", "fp32 cpu", " 6 "):
+        assert text in printed, text
+    settings = json.loads((cached_kinds()[0].folder / "settings.json").read_text())
+    assert settings["about"]["weights"] == "random (seed 0)"
+    assert main(["features", "clear", "nonsense"]) == 1
+    assert main(["features", "clear", name]) == 0
+    assert "of 6 images" in capsys.readouterr().out
+    assert cached_kinds() == [kind for kind in cached_kinds() if kind.folder.name != name]
+
+
+def test_an_extraction_that_could_not_be_kept_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unlike a score, it would be in vain."""
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("FAROUT_CACHE", str(tmp_path / "file"))
+    folder = pictures(tmp_path / "good", 3)
+    words = ["features", "extract", str(folder), "--backbone", "test_resnet", "--weights", "random", "--size", "32"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "FAROUT_CACHE" in error
+    assert error.count("\n") == 1
+
+
+def test_wrong_settings_of_an_extraction_are_named() -> None:
+    with pytest.raises(FaroutError, match="rows"):
+        extract(torch.rand(2, 3, 8, 8), rows=0)
+    with pytest.raises(FaroutError, match="native"):
+        extract(torch.rand(2, 3, 8, 8), native=[8])

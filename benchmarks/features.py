@@ -2,6 +2,7 @@
 
     FAROUT_DATA=… python benchmarks/features.py far --protocols native direct common --out rows.csv
     FAROUT_DATA=… python benchmarks/features.py near --out rows.csv
+    FAROUT_DATA=… python benchmarks/features.py dev --out dev.csv
     python benchmarks/features.py table --out rows.csv
 
 Every run adds its rows to the file as soon as it has them, and leaves out what is there.
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from common import machine, table
 
 from farout import registry
@@ -70,6 +72,44 @@ class Task:
             return {name: open_source(spec, limit=self.limit) for name, spec in self.ood.items()}
         test = open_source(f"{self.data}:test", limit=self.limit)
         return {"other classes": _of_classes(test, frozenset(test.labels or ()) - self.inside)}
+
+
+@dataclass(frozen=True)
+class DevTask(Task):
+    """Training images only: some are fitted, of the rest one half is in-distribution and the other half is changed."""
+
+    held: int = 1000
+
+    def _parts(self) -> tuple[ImageSource, list[int], list[int], list[int]]:
+        source = open_source(f"{self.data}:train", limit=self.train_limit + self.held, seed=1)
+        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
+        fitted, held = order[: self.train_limit], order[self.train_limit :]
+        return source, fitted, held[len(held) // 2 :], held[: len(held) // 2]
+
+    def train(self, limit: int | None = None) -> ImageSource:
+        """The fitted part."""
+        source, fitted, *_ = self._parts()
+        return open_source(source.subset(fitted), limit=limit)
+
+    def test(self) -> ImageSource:
+        """One half of the rest."""
+        source, _, plain, _ = self._parts()
+        return source.subset(plain)
+
+    def outside(self) -> dict[str, ImageSource]:
+        """The other half, changed in six ways."""
+        changed = self._parts()[3]
+        total = self.train_limit + self.held
+        return {
+            name: open_source(f"{self.data}:train@{name}", limit=total, seed=1).subset(changed)
+            for name in ("rot90", "rot180", "blur", "contrast", "noise", "patch")
+        }
+
+
+def dev() -> Iterator[Task]:
+    """The sources that defaults are chosen on."""
+    for data, count, held in (("cifar10", 5000, 1000), ("tiny_imagenet", 4000, 1000), ("fashion_mnist", 3000, 800)):
+        yield DevTask(f"dev {data}", data, train_limit=count, held=held)
 
 
 def _of_classes(source: ImageSource, classes: frozenset[int]) -> ImageSource:
@@ -205,7 +245,7 @@ def _cell(rows: pd.DataFrame) -> str:
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["far", "near", "table"])
+    parser.add_argument("what", choices=["dev", "far", "near", "table"])
     parser.add_argument("--protocols", nargs="+", default=["native"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, required=True)
@@ -214,7 +254,8 @@ def main() -> None:
     if given.what == "table":
         print(summary(pd.read_csv(given.out)))
         return
-    for task in far(given.protocols, given.seeds) if given.what == "far" else near(given.seeds):
+    tasks = {"dev": dev, "far": lambda: far(given.protocols, given.seeds), "near": lambda: near(given.seeds)}
+    for task in tasks[given.what]():
         run(task, given.out)
 
 

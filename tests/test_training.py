@@ -274,6 +274,18 @@ def test_multiples_and_the_last_checkpoint_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in folders[3].iterdir()} == names
 
 
+def test_the_checkpoints_of_named_steps_are_kept_over_a_resume(tmp_path: Path) -> None:
+    """A score that compares an early state with the last one needs both."""
+    config = replace(BASE, keep=(2, 5))
+    train(_network(), _step, _data(), config, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(_network(), _StopAt(4, KeyboardInterrupt), _data(), config, out=tmp_path / "cut")
+    train(_network(), _step, _data(), config, out=tmp_path / "cut", resume=True)
+    assert list(checkpoint_folders(tmp_path / "cut")) == [2, 5, 8]
+    early = [checkpoint_weights(step_folder(tmp_path / name, 5)) for name in ("whole", "cut")]
+    assert all(torch.equal(value, early[1][name]) for name, value in early[0].items())
+
+
 def test_a_broken_checkpoint_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = replace(BASE, checkpoint_every=2)
     whole, resumed = _network(), _network()

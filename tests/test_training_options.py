@@ -48,6 +48,7 @@ def test_constant_rate_and_a_single_step_stay_at_the_peak() -> None:
         ({"optimizer": "lion"}, "optimizer is 'lion'"),
         ({"checkpoint": "first"}, "checkpoint is 'first'"),
         ({"checkpoint": "9"}, "a step from 1 to steps"),
+        ({"keep": (9,)}, "steps from 1 to steps"),
     ],
 )
 def test_bad_options_are_named(changes: dict[str, Any], message: str) -> None:
@@ -62,6 +63,7 @@ def test_bad_options_are_named(changes: dict[str, Any], message: str) -> None:
         ({"validate_every": 2}, "no validation data"),
         ({"checkpoint": "best"}, "validate_every is 0"),
         ({"checkpoint_every": 2}, "out is None"),
+        ({"keep": (2,)}, "out is None"),
         ({"device": "abacus"}, "no device named 'abacus'"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class Semantic(FeatureDetector):
     diffusion: FeatureDiffusion | None = None
     statistics_minimum: ClassVar[int] = 200
     statistics_suffice: ClassVar[bool] = True
-    companions: ClassVar[tuple[str, ...]] = ("mahalanobis",)
+    companions: ClassVar[tuple[str, ...]] = ("mahalanobis", "knn", "pca", "gmm", "autoencoder")
     choices: ClassVar[frozenset[str]] = frozenset({"score", "lr_sign"})
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
@@ -128,7 +128,7 @@ class Semantic(FeatureDetector):
         batch: int = 256,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-4,
-        decay: str = "cosine",
+        decay: Literal["constant", "cosine"] = "cosine",
         ema: float = 0.995,
         **features: Any,
     ) -> None:

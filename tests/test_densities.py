@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.mixture import GaussianMixture as Reference
 
-from farout.densities import GaussianMixture, Mahalanobis, ZScore
+from farout.densities import ClassMahalanobis, GaussianMixture, Mahalanobis, Principal, ZScore, pack, unpack
 from farout.errors import FaroutError, StoreError
 
 RNG = np.random.default_rng(0)
@@ -83,3 +83,54 @@ def test_other_columns_are_refused_and_nan_stays_nan(kind: type) -> None:
     assert np.isnan(fitted.score(np.r_[TABLE[:1], np.full((1, 4), np.nan)])).tolist() == [False, True]
     with pytest.raises(StoreError, match="wants the arrays"):
         kind.from_arrays({"mean": np.zeros(4)})
+
+
+def test_a_shared_covariance_is_scikit_learns() -> None:
+    """With as few rows as full covariances would not allow, clumps are still found."""
+    table = np.concatenate([TABLE[:60], TABLE[60:120] + 40])
+    fitted = GaussianMixture.fit(table, seed=1, most=4, shared=True)
+    assert len(fitted.weights) == 2
+    assert np.array_equal(fitted.roots[0], fitted.roots[1])
+    theirs = Reference(2, covariance_type="tied")
+    theirs.weights_, theirs.means_, theirs.precisions_cholesky_ = fitted.weights, fitted.means, fitted.roots[0]
+    z = (table - fitted.mean) / fitted.std
+    assert np.allclose(fitted.score(table), -theirs.score_samples(z), atol=1e-9)
+
+
+def test_one_class_is_the_plain_distance() -> None:
+    one = ClassMahalanobis.fit(TABLE, np.zeros(len(TABLE)))
+    assert np.allclose(one.score(TABLE), Mahalanobis.fit(TABLE).score(TABLE))
+    for labels in (np.arange(len(TABLE)), np.zeros(3)):
+        with pytest.raises(FaroutError, match="one label a row"):
+            ClassMahalanobis.fit(TABLE, labels)
+
+
+def test_nothing_varies_and_still_far_is_far() -> None:
+    """A covariance of zero has no inverse; its pseudo-inverse would call every image normal."""
+    fitted = Mahalanobis.fit(np.full((10, 3), 2.0))
+    assert fitted.score(np.full((1, 3), 2.0))[0] == 0
+    assert fitted.score(np.full((1, 3), 2.5))[0] > 1e6
+
+
+def test_principal_components_part_a_table() -> None:
+    """The fewest components that explain the share; what they keep and what they leave make up the whole."""
+    plane = np.random.default_rng(1).normal(size=(200, 2)) @ np.random.default_rng(2).normal(size=(2, 5))
+    fitted = Principal.fit(plane, share=0.999)
+    assert fitted.axes.shape == (5, 2)
+    inside, outside = fitted.project(plane)
+    assert np.allclose(outside, 0, atol=1e-9)
+    assert Principal.fit(TABLE).axes.shape == (4, 4)
+    few = Principal.fit(TABLE, most=1)
+    inside, outside = few.project(TABLE)
+    z = (TABLE - few.mean) / few.std
+    assert np.allclose(inside @ few.axes.T + outside, z)
+    assert inside.shape == (400, 1)
+    assert np.var(inside) >= np.var(z, axis=0).max(), "the first component varies most"
+
+
+def test_parts_are_kept_apart() -> None:
+    parts = {"one": ZScore.fit(TABLE), "two": ZScore.fit(TABLE[:, :2])}
+    packed = pack(parts)
+    assert sorted(packed) == ["one.mean", "one.std", "two.mean", "two.std"]
+    assert np.array_equal(ZScore.from_arrays(unpack(packed, "two")).mean, parts["two"].mean)
+    assert unpack(packed, "three") == {}

@@ -10,10 +10,11 @@ import numpy as np
 from scipy.special import logsumexp
 from sklearn.covariance import LedoitWolf
 from sklearn.mixture import GaussianMixture as _Mixture
+from threadpoolctl import threadpool_limits
 
 from farout.errors import FaroutError, StoreError
 
-__all__ = ["GaussianMixture", "Mahalanobis", "ZScore"]
+__all__ = ["ClassMahalanobis", "GaussianMixture", "Mahalanobis", "Principal", "ZScore", "pack", "unpack"]
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -37,6 +38,12 @@ def _standardised(x: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarra
     return (x - mean) / std
 
 
+def _deviations(x: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sample deviations of the columns of `x`, at least float32's resolution of `values`, and 1e-12."""
+    floor = np.maximum(1e-12, np.finfo(np.float32).eps * np.abs(values).max(0))
+    return np.maximum(x.std(0, ddof=1), floor)
+
+
 class _Fitted:
     """Arrays in, arrays out."""
 
@@ -51,6 +58,17 @@ class _Fitted:
         if set(arrays) != wanted:
             raise StoreError(f"{cls.__name__} wants the arrays {sorted(wanted)}, got {sorted(arrays)}; fit it again")
         return cls(**arrays)
+
+
+def pack(parts: Mapping[str, _Fitted]) -> dict[str, np.ndarray]:
+    """The arrays of several fitted statistics, each named `part.array`."""
+    return {f"{part}.{name}": array for part, fitted in parts.items() for name, array in fitted.to_arrays().items()}
+
+
+def unpack(arrays: Arrays, part: str) -> dict[str, np.ndarray]:
+    """The arrays of one part of `pack`; empty where it holds none."""
+    start = f"{part}."
+    return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
 
 
 @dataclass(frozen=True)
@@ -68,8 +86,7 @@ class ZScore(_Fitted):
     def fit(cls, x: np.ndarray) -> Self:
         """From a table (n, d) of at least two rows."""
         x = _table(x, 2)
-        floor = np.maximum(1e-12, np.finfo(np.float32).eps * np.abs(x).max(0))
-        return cls(x.mean(0), np.maximum(x.std(0, ddof=1), floor))
+        return cls(x.mean(0), _deviations(x, x))
 
     def z(self, x: np.ndarray) -> np.ndarray:
         """(n, d); NaN where x is. Raises FaroutError for another number of columns."""
@@ -82,6 +99,13 @@ class ZScore(_Fitted):
     def two_sided(self, x: np.ndarray) -> np.ndarray:
         """Mean over columns of |z|, (n,)."""
         return np.abs(self.z(x)).mean(1)
+
+
+def _precision(z: np.ndarray) -> np.ndarray:
+    """Inverse of the Ledoit-Wolf shrunk covariance of a table of mean 0; the identity where nothing varies."""
+    if not z.any():
+        return np.eye(z.shape[1])
+    return LedoitWolf(assume_centered=True).fit(z).precision_
 
 
 @dataclass(frozen=True)
@@ -98,8 +122,7 @@ class Mahalanobis(_Fitted):
     def fit(cls, x: np.ndarray) -> Self:
         """From a table (n, d) of at least two rows."""
         z = ZScore.fit(x)
-        precision = LedoitWolf(assume_centered=True).fit(z.z(_table(x, 2))).precision_
-        return cls(z.mean, z.std, precision)
+        return cls(z.mean, z.std, _precision(z.z(_table(x, 2))))
 
     def score(self, x: np.ndarray) -> np.ndarray:
         """Squared distance divided by d, (n,): about 1 for images like those fitted on."""
@@ -108,8 +131,65 @@ class Mahalanobis(_Fitted):
 
 
 @dataclass(frozen=True)
+class ClassMahalanobis(_Fitted):
+    """min over classes c of (x - m_c)^T C^-1 (x - m_c) / d, C the covariance that all classes share (Lee et al. 2018,
+    section 2.1), shrunk as in `Mahalanobis`. Columns are standardised by their deviations within classes; `root` then
+    makes C the identity, and `means` are those of the classes afterwards.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    means: np.ndarray
+    root: np.ndarray
+
+    @classmethod
+    def fit(cls, x: np.ndarray, labels: np.ndarray) -> Self:
+        """From a table (n, d) and n labels; some class wants two rows, for how far a class spreads."""
+        x = _table(x, 2)
+        classes, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        if len(labels) != len(x) or counts.max() < 2:
+            given = f"{len(labels)} labels of {len(classes)} classes for {len(x)} rows"
+            raise FaroutError(f"class-wise distances want one label a row and a class of two rows, got {given}")
+        means = np.stack([x[index == number].mean(0) for number in range(len(classes))])
+        inner = x - means[index]
+        mean, std = x.mean(0), _deviations(inner, x)
+        root = np.linalg.cholesky(_precision(inner / std))
+        return cls(mean, std, ((means - mean) / std) @ root, root)
+
+    def score(self, x: np.ndarray) -> np.ndarray:
+        """Squared distance to the nearest class, divided by d, (n,)."""
+        white = _standardised(x, self.mean, self.std) @ self.root
+        return np.stack([np.square(white - mean).sum(1) for mean in self.means]).min(0) / white.shape[1]
+
+
+@dataclass(frozen=True)
+class Principal(_Fitted):
+    """Principal components of standardised columns: eigenvectors (d, k) of their correlation matrix."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    axes: np.ndarray
+
+    @classmethod
+    def fit(cls, x: np.ndarray, *, share: float = 1.0, most: int | None = None) -> Self:
+        """The fewest components, at least one, that explain `share` of the variance, but no more than `most`."""
+        z = ZScore.fit(x)
+        table = z.z(_table(x, 2))
+        variances, axes = np.linalg.eigh(table.T @ table / len(table))
+        explained = np.cumsum(np.maximum(variances[::-1], 0))
+        count = 1 + int(np.searchsorted(explained, share * explained[-1]))
+        return cls(z.mean, z.std, axes[:, ::-1][:, : min(count, most or len(axes))].copy())
+
+    def project(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Coordinates along the components (n, k), and what they leave of the standardised columns (n, d)."""
+        z = _standardised(x, self.mean, self.std)
+        inside = z @ self.axes
+        return inside, z - inside @ self.axes.T
+
+
+@dataclass(frozen=True)
 class GaussianMixture(_Fitted):
-    """-log density of a Gaussian mixture on standardised columns; the number of components, 1 to 3, by BIC."""
+    """-log density of a Gaussian mixture on standardised columns; the number of components by BIC."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -118,14 +198,25 @@ class GaussianMixture(_Fitted):
     roots: np.ndarray
 
     @classmethod
-    def fit(cls, x: np.ndarray, *, seed: int = 0, most: int = 3) -> Self:
-        """From a table (n, d) of at least two rows; a component wants 10 d rows."""
+    def fit(cls, x: np.ndarray, *, seed: int = 0, most: int = 3, shared: bool = False) -> Self:
+        """From a table (n, d) of at least two rows, with up to `most` components.
+
+        Each has its own covariance, which wants 10 d rows a component; or all have one (`shared`), which wants 20 rows
+        a component, and their numbers double from 1.
+        """
         z = ZScore.fit(x)
         table = z.z(_table(x, 2))
-        counts = range(1, 1 + max(1, min(most, len(table) // (10 * table.shape[1]))))
-        fits = [_Mixture(count, reg_covar=1e-2, random_state=seed, n_init=2).fit(table) for count in counts]
+        # copies of a row add nothing
+        rows = len(np.unique(table, axis=0))
+        limit = max(1, min(most, rows // (20 if shared else 10 * table.shape[1])))
+        counts = [2**i for i in range(limit.bit_length())] if shared else range(1, 1 + limit)
+        kind = {"covariance_type": "tied" if shared else "full", "reg_covar": 1e-2, "max_iter": 500, "n_init": 2}
+        # several threads on matrices this small wait for each other
+        with threadpool_limits(1, user_api="blas"):
+            fits = [_Mixture(count, random_state=seed, **kind).fit(table) for count in counts]
         best = min(fits, key=lambda mixture: mixture.bic(table))
-        return cls(z.mean, z.std, best.weights_, best.means_, best.precisions_cholesky_)
+        roots = np.broadcast_to(best.precisions_cholesky_, (len(best.means_), *z.mean.shape * 2))
+        return cls(z.mean, z.std, best.weights_, best.means_, roots.copy())
 
     def score(self, x: np.ndarray) -> np.ndarray:
         """-log sum_k w_k N(z; m_k, C_k), (n,), with the Cholesky factors of the inverse covariances."""

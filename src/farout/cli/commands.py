@@ -21,6 +21,7 @@ from farout.errors import FaroutError
 from farout.evaluation.beside import Beside
 from farout.evaluation.demo import demo as _demo
 from farout.evaluation.evaluate import evaluate_detector, evaluate_scores
+from farout.evaluation.overlays import FOLDER, check_makes_maps, write_overlays
 from farout.evaluation.scoring import ScoredFolder, score_folder
 from farout.features.cache import CachedKind, cached_kinds, clear
 from farout.features.extraction import Extraction, extract
@@ -138,6 +139,7 @@ def score(
     policy: Policy = "nan",
     furthest: int = 24,
     fdr: float | None = None,
+    maps: bool = False,
     runtime: dict[str, Any],
 ) -> ScoredFolder:
     """Score images: a table, raw measurements and a page.
@@ -150,10 +152,16 @@ def score(
         policy: what becomes of an unreadable image: nan (listed, without score), skip or raise.
         furthest: images shown on the page.
         fdr: adds a column of images selected by Benjamini-Hochberg at this false discovery rate.
+        maps: also write OUT/maps: every image with its heat map, for methods that say where (patches, reconstruction).
         runtime: settings that differ from the fitted ones.
     """
     fitted = load(detector, **runtime)
-    return score_folder(fitted, source, out, limit=limit, policy=policy, furthest=furthest, fdr=fdr)
+    if maps:
+        check_makes_maps(fitted)
+    done = score_folder(fitted, source, out, limit=limit, policy=policy, furthest=furthest, fdr=fdr)
+    if maps:
+        write_overlays(fitted, source, Path(out) / FOLDER, limit=limit, policy=policy)
+    return done
 
 
 def calibrate(

@@ -46,7 +46,8 @@ class FeatureDenoiser(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         inner, narrow, time = hidden or 2 * width, bottleneck or 2 * width, embedding or width
-        if min(width, inner, narrow, time, blocks) < 1 or inner % 2:
+        given = [n for n in (width, hidden, bottleneck, embedding, blocks) if n is not None]
+        if min(given) < 1 or inner % 2:
             raise FaroutError(f"widths and blocks want at least 1 and hidden an even number, got {dict(self.config)}")
         self.half = inner // 2
         self.enter = nn.Linear(width, inner)

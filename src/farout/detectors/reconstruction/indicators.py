@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farout.densities import GaussianMixture, Mahalanobis, ZScore
+from farout.densities import GaussianMixture, Mahalanobis, ZScore, pack, unpack
 from farout.detectors.base import Measurements
 from farout.detectors.reconstruction.comparison import METRICS
 from farout.errors import FaroutError
@@ -105,19 +105,10 @@ class Scorer:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What `fit` learnt, as arrays."""
         parts = {"z": self.z, "mahalanobis": self.mahalanobis, "mixture": self.mixture}
-        return {
-            f"{part}.{name}": np.asarray(array)
-            for part, density in parts.items()
-            if density is not None
-            for name, array in density.to_arrays().items()
-        }
+        return pack({name: part for name, part in parts.items() if part is not None})
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Puts `to_arrays` back."""
-
-        def of(part: str) -> dict[str, np.ndarray]:
-            return {name.removeprefix(f"{part}."): a for name, a in arrays.items() if name.startswith(f"{part}.")}
-
-        self.z = ZScore.from_arrays(of("z"))
-        self.mahalanobis = Mahalanobis.from_arrays(of("mahalanobis"))
-        self.mixture = GaussianMixture.from_arrays(of("mixture"))
+        self.z = ZScore.from_arrays(unpack(arrays, "z"))
+        self.mahalanobis = Mahalanobis.from_arrays(unpack(arrays, "mahalanobis"))
+        self.mixture = GaussianMixture.from_arrays(unpack(arrays, "mixture"))

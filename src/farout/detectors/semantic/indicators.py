@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farout.densities import ZScore
+from farout.densities import ZScore, pack, unpack
 from farout.detectors.base import Measurements
 
 __all__ = ["Scorer", "metric_names", "names"]
@@ -100,13 +100,8 @@ class Scorer:
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What `fit` learnt."""
-        fitted = {"z": self.z, "parts": self.parts}
-        return {f"{part}.{n}": a for part, d in fitted.items() if d is not None for n, a in d.to_arrays().items()}
+        return pack({name: part for name, part in {"z": self.z, "parts": self.parts}.items() if part is not None})
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Puts `to_arrays` back."""
-
-        def of(part: str) -> dict[str, np.ndarray]:
-            return {name.removeprefix(f"{part}."): a for name, a in arrays.items() if name.startswith(f"{part}.")}
-
-        self.z, self.parts = ZScore.from_arrays(of("z")), ZScore.from_arrays(of("parts"))
+        self.z, self.parts = ZScore.from_arrays(unpack(arrays, "z")), ZScore.from_arrays(unpack(arrays, "parts"))

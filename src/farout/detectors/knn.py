@@ -1,0 +1,99 @@
+"""Distance of pooled features to the k-th nearest good image (Sun et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farout.densities import ZScore
+from farout.detectors._features import VectorDetector
+from farout.detectors.base import Measurements
+from farout.errors import FaroutError
+
+__all__ = ["KNN"]
+
+
+class KNN(VectorDetector):
+    """Distance of an image's features to its k-th nearest good image.
+
+    Features are brought to length 1; distance = ||u - u_(k)||, u_(k) the k-th nearest of the good images kept, mean =
+    the mean of the distances to the k nearest. Sun, Ming, Zhu and Li, "Out-of-distribution detection with deep nearest
+    neighbors" (ICML 2022). Brute force: exact, and a good image weighs the same wherever it stands.
+
+    Args:
+        k: the neighbour; at most a hundredth of the images kept (at least 1), for with few images the 50th nearest is
+            one of another kind: the paper takes the 50th of 50,000. `describe()` gives the one used.
+        standardise: bring each channel to mean 0 and deviation 1 over good images before, so that no layer drowns the
+            others; the published method works on one layer and has no need to.
+        bank: good images kept, a sample with the fit's seed; more take longer to search.
+        score: the method's own score.
+    """
+
+    choices: ClassVar[frozenset[str]] = frozenset({"k", "standardise", "bank", "score"})
+
+    def __init__(
+        self,
+        *,
+        k: int = 50,
+        standardise: bool = True,
+        bank: int = 50000,
+        score: Literal["distance", "mean"] = "distance",
+        **features: Any,
+    ) -> None:
+        super().__init__(**features)
+        if k < 1 or bank < 1:
+            raise FaroutError(f"k and bank want at least 1, got {k} and {bank}")
+        self.check_score(score, ("distance", "mean"))
+        self.scale: ZScore | None = None
+        self.bank = self.squares = np.zeros(0)
+
+    @property
+    def neighbours(self) -> int:
+        """The k that is used: as configured, at most a hundredth of the images kept, at least 1."""
+        return max(1, min(int(self.config["k"]), len(self.bank) // 100))
+
+    def describe(self) -> dict[str, Any]:
+        """With the number of good images kept and the neighbour used."""
+        return {**super().describe(), "bank": len(self.bank), "neighbours": self.neighbours}
+
+    def fit_statistics(self, measurements: Measurements) -> None:
+        """Keeps the good images' unit vectors."""
+        table = self.table(measurements)
+        self.scale = ZScore.fit(table) if self.config["standardise"] else None
+        chosen = np.random.default_rng(self.seed).permutation(len(table))[: self.config["bank"]]
+        # kept in float32; rounded here, so that a loaded detector sees the same
+        self._keep(self._unit(table[np.sort(chosen)]).astype(np.float32))
+
+    def _keep(self, bank: np.ndarray) -> None:
+        self.bank = bank.astype(np.float64)
+        self.squares = np.square(self.bank).sum(1)
+
+    def _unit(self, table: np.ndarray) -> np.ndarray:
+        """Vectors of length 1; one of length 0 stays."""
+        vectors = table if self.scale is None else self.scale.z(table)
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+        """`distance` and `mean`."""
+        unit = self._unit(self.table(measurements))
+        gaps = self.squares - 2 * unit @ self.bank.T
+        nearest = np.argpartition(gaps, self.neighbours - 1, axis=1)[:, : self.neighbours]
+        # computed again from differences: products cancel where a good image is very near
+        rows = [np.linalg.norm(one - self.bank[some], axis=1) for one, some in zip(unit, nearest)]
+        distances = np.sort(np.stack(rows), axis=1)
+        found = {"distance": distances[:, -1], "mean": distances.mean(1)}
+        return {name: torch.from_numpy(value) for name, value in found.items()}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The unit vectors and the channels' scale."""
+        scale = {} if self.scale is None else self.scale.to_arrays()
+        return {"bank": self.bank.astype(np.float32), **scale}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Puts `state` back."""
+        scale = {name: array for name, array in state.items() if name != "bank"}
+        self.scale = ZScore.from_arrays(scale) if scale else None
+        self._keep(state["bank"])

@@ -48,7 +48,7 @@ def measured(table: np.ndarray, labels: np.ndarray | None = None) -> Measurement
 def bare(kind: type[VectorDetector], **settings: object) -> VectorDetector:
     """A detector with a backbone of which only the layers' widths are known."""
     small = {"hidden": 32, "bottleneck": 8, "updates": 400} if kind is AutoEncoder else {}
-    detector = kind(**{**small, **settings})
+    detector = kind(**{"standardise": "none", **small, **settings})
     detector.features = SimpleNamespace(channels=CHANNELS, content_hash="")  # type: ignore[assignment]
     return detector
 
@@ -173,12 +173,11 @@ def test_missing_labels_are_told_before_all_is_measured(tmp_path: Path, monkeypa
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("standardise", [True, False])
-def test_the_neighbour_is_scikit_learns(standardise: bool) -> None:
+@pytest.mark.parametrize("standardise", ["image", "none"])
+def test_the_neighbour_is_scikit_learns(standardise: str) -> None:
     bank, probes = gaussian(700), gaussian(90, seed=2)
     detector = learnt(KNN, bank, k=5, standardise=standardise)
-    shift, scale = (bank.mean(0), bank.std(0, ddof=1)) if standardise else (0, 1)
-    units = [(x - shift) / scale for x in (bank, probes)]
+    units = [detector.table(measured(x)) for x in (bank, probes)]
     units = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in units]
     theirs = NearestNeighbors(n_neighbors=5, algorithm="brute").fit(units[0]).kneighbors(units[1])[0]
     found = scored(detector, probes)
@@ -188,9 +187,9 @@ def test_the_neighbour_is_scikit_learns(standardise: bool) -> None:
 
 def test_few_images_lower_k_and_say_so() -> None:
     """With 60 images, the 50th neighbour would be nearly the furthest: it would rank images by nothing useful."""
-    small, large = learnt(KNN, gaussian(60)), learnt(KNN, gaussian(1000))
+    small, large = learnt(KNN, gaussian(60), k=50), learnt(KNN, gaussian(1000), k=50)
     assert (small.neighbours, large.neighbours) == (1, 10)
-    assert learnt(KNN, gaussian(6000)).neighbours == 50
+    assert learnt(KNN, gaussian(6000), k=50).neighbours == 50
     again = scored(small, gaussian(60))["distance"]
     assert np.allclose(again, 0, atol=1e-6), "an image of the bank is its own nearest"
 
@@ -268,7 +267,7 @@ def test_the_network_gives_back_what_it_knows() -> None:
     for name in ("mfsim", "mse"):
         assert roc_auc_score(np.r_[np.zeros(200), np.ones(200)], np.r_[good[name], odd[name]]) > 0.9
     assert good["mfsim"].min() >= -1
-    clean = detector._encoded(measured(table))
+    clean = detector.table(measured(table))
     assert np.allclose(detector._similarity(clean, clean), 1)
     assert np.allclose(detector._similarity(clean, -clean), -1)
 
@@ -367,3 +366,15 @@ def test_what_is_not_a_number_is_refused_or_stays_in_its_row(kind: type[VectorDe
 def test_wrong_settings_are_named(kind: type[VectorDetector], settings: dict[str, object], message: str) -> None:
     with pytest.raises(FaroutError, match=message):
         kind(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [Mahalanobis, KNN, PCA])
+def test_layers_are_standardised_image_by_image(kind: type[VectorDetector]) -> None:
+    """By default no layer drowns the others, and the methods see what the semantic detector sees."""
+    one = gaussian(300)
+    factor = np.repeat([3.0, 0.2, 50.0], CHANNELS)
+    found = [scored(learnt(kind, table, standardise="image"), table[:5]) for table in (one, one * factor + 7)]
+    for name, value in found[0].items():
+        assert np.allclose(value, found[1][name], rtol=2e-2, atol=1e-3), name
+    with pytest.raises(FaroutError, match="standardise"):
+        kind(standardise="nonsense")

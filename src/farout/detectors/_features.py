@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from farout.detectors.base import Detector, Measurements
 from farout.devices import Precision
 from farout.errors import FaroutError
+from farout.features.encoding import FeatureEncoding
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
 from farout.images.preprocessing import Preprocessing, Protocol
@@ -109,16 +110,28 @@ class FeatureDetector(Detector):
 
 
 class VectorDetector(FeatureDetector):
-    """A detector whose measurements are the features themselves: a statistic on them is all that it learns."""
+    """A detector whose measurements are the features themselves: a statistic on them is all that it learns.
+
+    Args:
+        standardise: `image`: each layer's features of each image are brought to mean 0 and deviation 1 first, as in the
+            `semantic` detector (ahead on dev sources); `none`: they stay as they are.
+    """
+
+    def __init__(self, *, standardise: Literal["image", "none"] = "image", **features: Any) -> None:
+        super().__init__(**features)
+        if standardise not in ("image", "none"):
+            raise FaroutError(f"standardise is 'image' or 'none', got {standardise!r}")
 
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
         """Vectors `features` (B, width)."""
         return Measurements(batch.keys, vectors={"features": self.features_of(batch)})
 
-    @staticmethod
-    def table(measurements: Measurements) -> np.ndarray:
-        """The features (n, width) in float64."""
-        return measurements.vectors["features"].double().numpy()
+    def table(self, measurements: Measurements) -> np.ndarray:
+        """The features (n, width) in float64, standardised as configured."""
+        features = measurements.vectors["features"]
+        if self.config["standardise"] == "image":
+            features = FeatureEncoding(self.backbone.channels)(features)
+        return features.double().numpy()
 
     def by_layer(self, table: np.ndarray) -> list[np.ndarray]:
         """Features (n, width) as one table (n, channels) per layer of the backbone."""

@@ -17,7 +17,6 @@ from torch import Tensor
 from farout.detectors._features import VectorDetector
 from farout.detectors.base import Measurements
 from farout.errors import FaroutError
-from farout.features.encoding import FeatureEncoding
 
 __all__ = ["AutoEncoder"]
 
@@ -28,11 +27,11 @@ _BATCH, _VALIDATION = 128, 500
 class AutoEncoder(VectorDetector):
     """How far an image's features are from what a bottleneck network makes of them.
 
-    Each layer's features of each image are brought to mean 0 and deviation 1, as in the `semantic` detector; a network
-    f with the widths hidden, bottleneck, hidden (ReLU) learns to give back those of good images. mse = ||z - f(z)||^2
-    / c, mfsim = -mean over layers of the cosine of z and f(z). The baseline "AE on features" of Yang et al. (NeurIPS
-    2024, arXiv 2411.10701), whose network has no bottleneck but 16 residual blocks. With 500 images or more a
-    tenth of them tells when to stop; with fewer all are learnt from, for as many updates as are allowed.
+    With z the features, each layer of each image standardised as in the `semantic` detector: a network f with the
+    widths hidden, bottleneck, hidden (ReLU) learns to give back those of good images. mse = ||z - f(z)||^2 / c, mfsim =
+    -mean over layers of the cosine of z and f(z). The baseline "AE on features" of Yang et al. (NeurIPS 2024, arXiv
+    2411.10701), whose network has no bottleneck but 16 residual blocks. With 500 images or more a tenth of them tells
+    when to stop; with fewer all are learnt from, for as many updates as are allowed.
 
     Args:
         hidden: width of the outer layers.
@@ -70,15 +69,11 @@ class AutoEncoder(VectorDetector):
         """Forgets the network."""
         self.weights, self.biases = [], []
 
-    def _encoded(self, measurements: Measurements) -> np.ndarray:
-        """(n, width) float64."""
-        return FeatureEncoding(self.backbone.channels)(measurements.vectors["features"]).double().numpy()
-
     def fit_statistics(self, measurements: Measurements) -> None:
         """Trains the network; one that is there already stays, for no choice changes it."""
         if self.weights:
             return
-        encoded = self._encoded(measurements).astype(np.float32)
+        encoded = self.table(measurements).astype(np.float32)
         batch = min(_BATCH, len(encoded))
         passes = max(1, self.config["updates"] // math.ceil(len(encoded) / batch))
         network = MLPRegressor(
@@ -107,7 +102,7 @@ class AutoEncoder(VectorDetector):
 
     def combine(self, measurements: Measurements) -> dict[str, Tensor]:
         """`mfsim` and `mse`."""
-        clean = self._encoded(measurements)
+        clean = self.table(measurements)
         back = self._restored(clean)
         found = {"mfsim": -self._similarity(clean, back), "mse": np.square(clean - back).mean(1)}
         return {name: torch.from_numpy(value) for name, value in found.items()}

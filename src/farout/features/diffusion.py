@@ -40,7 +40,7 @@ class FeatureDiffusion:
         schedule: the one it was trained with.
         backbone: content hash of the feature extractor whose features it knows.
         first: the denoiser after the first pass over the images, for the likelihood-regret score; None: without.
-        gaussian: mean and covariance of the features that it was trained on; None: not known.
+        gaussian: mean and covariance of the encoded features that it was trained on; None: not known.
         trained_on: content hashes of the images that the weights have seen.
         provenance: seed, data fingerprint, training and the like.
     """

@@ -47,8 +47,8 @@ class Semantic(FeatureDetector):
         score: the method's own score: `mfsim_released` (without the first layer; ahead on dev sources), `mfsim` or
             `mse` (the paper's), `lr`, `calibrated_mse`, `calibrated_mfsim`, `distance` (no diffusion) or `fused`.
         lr_sign: 1: a large fall of the error in training counts as far out, as released (in a linear denoiser what
-            lies off the data is learnt late); -1: as the paper argues, and as dev sources have it for the defaults
-            here, where the first pass is short and the early error hardly differs between images.
+            lies off the data is learnt late); -1: as the paper argues. Dev sources speak for -1, other sets for 1:
+            with so short a first pass, no score to rely on.
         regret: keep the denoiser of the first pass over the images too, for `lr`; doubles the evaluations.
         standardise: `image` (the paper's) or `channel`, see `FeatureEncoding`.
         summaries: append the layers' means and log deviations, which `image` would lose.
@@ -81,7 +81,6 @@ class Semantic(FeatureDetector):
             "sampler": "ddim",
             "steps": 3,
             "score": "mfsim",
-            "lr_sign": 1,
             "hidden": None,
             "bottleneck": None,
             "embedding": None,
@@ -98,7 +97,6 @@ class Semantic(FeatureDetector):
             "noise": "image",
             "sampler": "released",
             "score": "mfsim_released",
-            "lr_sign": 1,
         },
     }
 
@@ -112,7 +110,7 @@ class Semantic(FeatureDetector):
         steps: int = 3,
         eta: float = 1.0,
         score: str = "mfsim_released",
-        lr_sign: int = -1,
+        lr_sign: int = 1,
         regret: bool = True,
         standardise: Standardise = "image",
         summaries: bool = False,
@@ -176,7 +174,7 @@ class Semantic(FeatureDetector):
             resume=settings.resume,
             fingerprint=images.fingerprint(),
         )
-        model.gaussian = Mahalanobis.fit(features.double().numpy())
+        model.gaussian = Mahalanobis.fit(model.encode(features).double().cpu().numpy())
         return model
 
     def _training(self, pass_steps: int) -> TrainingConfig:
@@ -234,7 +232,7 @@ class Semantic(FeatureDetector):
             x0 = model.encode(features)
             restored = [self._restored(denoiser, x0, batch.keys) for denoiser in self.denoisers]
             values[..., :-1] = self._compared(x0, restored).cpu()
-            values[..., -1] = self._distances(features)[:, None, None]
+            values[..., -1] = self._distances(x0)[:, None, None]
         return Measurements(batch.keys, values, tuple(float(t) for t in self.levels), names)
 
     def _restored(self, denoiser: NetworkDenoiser, x0: Tensor, keys: tuple[str, ...]) -> Tensor:
@@ -266,13 +264,13 @@ class Semantic(FeatureDetector):
         angles = [1 - functional.cosine_similarity(a, b, dim=-1) for a, b in zip(clean, back[0])]
         return torch.stack([*errors[0], *angles, *(errors[1] if len(errors) > 1 else [])], dim=-1).float()
 
-    def _distances(self, features: Tensor) -> Tensor:
-        """Squared Mahalanobis distances (B,), always on the same number of rows."""
+    def _distances(self, x0: Tensor) -> Tensor:
+        """Squared Mahalanobis distances (B,) of encoded features, always on the same number of rows."""
         assert self.diffusion is not None
         gaussian = self.diffusion.gaussian
         if gaussian is None:
             raise FaroutError("this feature diffusion model holds no mean and covariance of features; train it again")
-        return in_chunks(lambda rows: torch.from_numpy(gaussian.score(rows.numpy())), 64, features).float()
+        return in_chunks(lambda rows: torch.from_numpy(gaussian.score(rows.double().numpy())), 64, x0.cpu()).float()
 
     # -- scoring -------------------------------------------------------------------------------------------------
 

@@ -34,8 +34,9 @@ class Scorer:
     With e_g and c_g the mean squared error and 1 - cosine of group g, w_g its width, averaged over levels and draws:
     mse = sum w_g e_g / sum w_g and mfsim = mean_g c_g - 1 (Yang et al. 2024, section 3.4), mfsim_released without the
     first group, as the released code has it; lr = sign (mse of the early denoiser - mse). calibrated_mse and
-    calibrated_mfsim = mean over levels and groups of z(log e) and of z(log c); distance = that of the features
-    themselves; fused = mean of z(log mse), z(calibrated_mse) and z(log distance); z by the statistics images.
+    calibrated_mfsim = mean over levels and groups of z(log e) and of z(log c); distance = Mahalanobis distance of the
+    encoded features themselves; fused = mean of z(log mse), z(calibrated_mse) and z(log distance); z by the statistics
+    images.
     """
 
     def __init__(self, widths: Sequence[int], regret: bool, lr_sign: int) -> None:

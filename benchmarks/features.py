@@ -221,6 +221,8 @@ def summary(rows: pd.DataFrame) -> str:
     interval to the semantic detector's default score excludes zero (+ it is ahead, - it is behind).
     """
     parts = [machine()]
+    # of the semantic detector every score, of the others their own
+    rows = rows[(rows["detector"] == "semantic") != (rows["indicator"] == "score")]
     rows = rows.assign(task=rows["task"].str.replace(r" split \d", " splits", regex=True))
     for (task, protocol), some in rows.groupby(["task", "protocol"], sort=False):
         oods = list(dict.fromkeys(some["ood"]))

@@ -307,7 +307,7 @@ def clear_features(name: str | None = None) -> list[CachedKind]:
 
 
 def demo(
-    *, out: str = "farout-demo", steps: int = 350, limit: int = 200, images: int | None = None, seed: int = 0
+    *, out: str = "farout-demo", steps: int = 200, limit: int = 150, images: int | None = None, seed: int = 0
 ) -> Iterator[pd.DataFrame]:
     """Run the main job on the built-in sample, in minutes.
 

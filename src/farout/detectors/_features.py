@@ -57,7 +57,8 @@ class FeatureDetector(Detector):
 
     def companion(self, kind: type[Detector]) -> Detector:
         """Another method on the same backbone, which is shared."""
-        twin = kind(**{name: self.config[name] for name in ("backbone", "weights", "layers", "size")})
+        seen: dict[str, Any] = {name: self.config[name] for name in ("backbone", "weights", "size")}
+        twin = kind(**{**seen, "layers": self.backbone.layers})
         twin.features = self.features
         return twin
 

@@ -69,15 +69,16 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
         raise FaroutError(f"{type(detector).__name__} uses no classifier; leave it out")
     source = open_source(images, limit=settings.limit, seed=settings.seed, policy=settings.policy)
     given = _given(detector, diffusion)
+    detector.begin()
+    if "features" in detector.needs:
+        detector.features = detector.features or detector.build_features()
     parts = _split(detector, source, given, settings)
     detector.alpha, detector.seed = settings.alpha, settings.seed
     if "features" in detector.needs:
-        detector.features = detector.features or detector.build_features()
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
         detector.use(None, settings.runtime)
     lacking = given is None and "diffusion" in detector.needs
     model = detector.train(source.subset(parts.training), settings) if lacking else given
-    detector.begin()
     if isinstance(model, DiffusionModel):
         detector.preprocessing = _preprocessing(source, model, settings)
     elif "features" not in detector.needs:
@@ -128,11 +129,13 @@ def _given(detector: Detector, diffusion: Any) -> DiffusionModel | FeatureDiffus
 def _split(
     detector: Detector, source: ImageSource, given: DiffusionModel | FeatureDiffusion | None, settings: FitSettings
 ) -> Split:
+    train = "diffusion" in detector.needs and given is None
+    wanted = settings.statistics or _wanted(detector, len(source), settings.alpha, train=train)
     parts = split(
         source,
         alpha=settings.alpha,
-        statistics=settings.statistics or detector.statistics_minimum,
-        train="diffusion" in detector.needs and given is None,
+        statistics=wanted,
+        train=train,
         seed=settings.seed,
         exclude=given.trained_on if given is not None else (),
         groups=settings.groups,
@@ -141,8 +144,15 @@ def _split(
         taken, left = len(parts.calibration), len(parts.statistics)
         counts = f"calibration at alpha {settings.alpha} takes {taken}, the statistics get {left}"
         raise FaroutError(f"{len(source)} images are too few: {counts}; give more images or a larger alpha")
-    wanted = settings.statistics or detector.statistics_minimum
     return _trimmed(parts, source, wanted, settings.alpha) if detector.statistics_suffice else parts
+
+
+def _wanted(detector: Detector, count: int, alpha: float, *, train: bool) -> int:
+    """Images for the statistics: what the method wants, but where a network is trained no more than half of what the
+    calibration leaves.
+    """
+    left = count - calibration_size(count, alpha)
+    return min(detector.statistics_minimum, max(2, left // 2)) if train else detector.statistics_minimum
 
 
 def _trimmed(parts: Split, source: ImageSource, wanted: int, alpha: float) -> Split:

@@ -140,7 +140,7 @@ class Detector(ABC):
         """Called once networks and runtime are known, before anything is measured: checks and caches."""
 
     def begin(self) -> None:
-        """Called at the start of a fit: forgets what an earlier one learnt while measuring."""
+        """Called at the start of a fit, before anything is trained: forgets what an earlier one learnt."""
 
     def watch(self, measurements: Measurements) -> None:
         """Sees the statistics images' measurements with maps, batch by batch, while they are made."""

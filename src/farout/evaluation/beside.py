@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,28 +49,49 @@ def name_of(detector: Detector) -> str:
 
 
 def rated_beside(detector: Detector, wanted: Beside, out: Path) -> Iterator[Rated]:
-    """Fitted like the detector; where its images are not at hand, a warning says so, and there are none."""
-    companions = detector.companions if wanted.companions else ()
-    random = wanted.random and detector.diffusion is not None
-    if not companions and not wanted.trivial and not random:
+    """Fitted like the detector; what cannot be fitted is left out with a warning that says why."""
+    makers = _makers(detector, wanted, out)
+    if not makers:
         return
     source = wanted.reference if wanted.reference is not None else detector.provenance.get("source")
     try:
         images = open_source(source) if wanted.reference is not None else _fitted_images(detector)
-        for name in companions:
-            twin = detector.companion(registry.find("detectors", name).load())
-            twin.fit(images, **_settings(detector))
-            yield Rated(name, twin, out / "companion_scores" / name)
-        few = {**_settings(detector), "limit": wanted.control_limit}
-        if wanted.trivial:
-            yield Rated("trivial_controls", TrivialControls().fit(images, **few), out / "control_scores" / "trivial")
-        if random and detector.diffusion is not None:
-            twin = type(detector)(**detector.config)
-            twin.fit(images, detector.diffusion.randomised(detector.seed), **few)
-            yield Rated(f"{name_of(detector)}_random_weights", twin, out / "control_scores" / "random")
     except FaroutError as error:
         message = f"no controls: they cannot be fitted on {source!r} ({error}); give images for them with --reference"
         warnings.warn(message, TrapWarning, stacklevel=3)
+        return
+    for name, make in makers.items():
+        try:
+            yield make(images)
+        except FaroutError as error:
+            message = f"no {name} beside it: it cannot be fitted on {source!r} ({error})"
+            warnings.warn(message, TrapWarning, stacklevel=3)
+
+
+def _makers(detector: Detector, wanted: Beside, out: Path) -> dict[str, Callable[[ImageSource], Rated]]:
+    """By name, what is rated beside a detector, as functions that fit it to images."""
+    few = {**_settings(detector), "limit": wanted.control_limit}
+
+    def companion(name: str) -> Callable[[ImageSource], Rated]:
+        twin = detector.companion(registry.find("detectors", name).load())
+        return lambda images: Rated(name, twin.fit(images, **_settings(detector)), out / "companion_scores" / name)
+
+    def trivial(images: ImageSource) -> Rated:
+        return Rated("trivial_controls", TrivialControls().fit(images, **few), out / "control_scores" / "trivial")
+
+    def random(images: ImageSource) -> Rated:
+        assert detector.diffusion is not None
+        twin = type(detector)(**detector.config)
+        twin.features = detector.features
+        twin.fit(images, detector.diffusion.randomised(detector.seed), **few)
+        return Rated(f"{name_of(detector)}_random_weights", twin, out / "control_scores" / "random")
+
+    makers = {name: companion(name) for name in detector.companions} if wanted.companions else {}
+    if wanted.trivial:
+        makers["trivial_controls"] = trivial
+    if wanted.random and detector.diffusion is not None:
+        makers["random_weights"] = random
+    return makers
 
 
 def _settings(detector: Detector) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from farout import store
 from farout.densities import Mahalanobis
 from farout.diffusion.denoiser import NetworkDenoiser, Precision
 from farout.diffusion.feature_denoiser import FeatureDenoiser
+from farout.diffusion.folders import local
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import StoreError
 from farout.features.encoding import FeatureEncoding
@@ -117,7 +118,8 @@ class FeatureDiffusion:
         generator = torch.Generator().manual_seed(seed)
         twin = copy.copy(self)
         twin.network, twin.first = copy.deepcopy(self.network), copy.deepcopy(self.first)
-        twin.trained_on, twin.provenance = frozenset(), {"random_weights": seed}
+        # the images stay: encoding and covariance have seen them
+        twin.provenance = {"random_weights": seed}
         with torch.no_grad():
             for parameter in [p for network in twin._networks().values() for p in network.parameters()]:
                 drawn = torch.randn(parameter.shape, generator=generator).to(parameter.device)
@@ -153,8 +155,11 @@ class FeatureDiffusion:
 
     @classmethod
     def load(cls, folder: str | Path) -> FeatureDiffusion:
-        """Raises StoreError for a folder that is missing, incomplete, altered or of another kind."""
-        path = Path(folder)
+        """Loads a folder, or `hf://owner/name`.
+
+        Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
+        """
+        path = local(folder)
         config = store.read_config(path, KIND)
         statistics = store.load_tensors(path / "statistics.safetensors")
         gaussian = {n.removeprefix("gaussian."): t.numpy() for n, t in statistics.items() if n.startswith("gaussian.")}

@@ -127,7 +127,7 @@ class FeatureExtractor:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of the weights and of everything that decides the features but image size and precision."""
+        """SHA-256 of the weights and of everything that decides the features but preprocessing and precision."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         described = f"{self.name} {self.layers} {self.size} {self.mean} {self.std} {self.normalise}"
         return store.hash_tensors({**tensors, described: torch.zeros(1)})

@@ -147,6 +147,10 @@ class Patches(FeatureDetector):
 
     # -- training ------------------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Forgets bank and deviations: another fit's bank may hold images that this one calibrates with."""
+        self.bank, self.bank_of, self.deviations = None, None, None
+
     def train(self, images: ImageSource, settings: FitSettings) -> FeatureDiffusion:
         """A denoiser of features at drawn positions, some of which become the bank."""
         if len(images) < 2:

@@ -39,7 +39,8 @@ class Semantic(FeatureDetector):
     Args:
         levels: the levels t, of 100, to which features are noised; several are measured in one batch.
         draws: noise draws per level; every second one is the negative of the one before (antithetic).
-        noise: `shared`: one noise per (level, draw) for all images; `image`: drawn per image, as published.
+        noise: `shared`: one noise per (level, draw) for all images; `image`: drawn per image, as published. Noise that
+            a sampler adds on its way is always shared.
         sampler: `oneshot`: one evaluation; `ddim`: `steps` steps; `released`: the released code's arithmetic, with the
             level as its K.
         steps: steps of `ddim`.
@@ -50,7 +51,8 @@ class Semantic(FeatureDetector):
             lies off the data is learnt late); -1: as the paper argues. Dev sources speak for -1, other sets for 1:
             with so short a first pass, no score to rely on.
         regret: keep the denoiser of the first pass over the images too, for `lr`; doubles the evaluations.
-        standardise: `image` (the paper's) or `channel`, see `FeatureEncoding`.
+        standardise: `image`: each layer of each image to mean 0 and deviation 1 over its channels (the paper's);
+            `channel`: each channel by its mean and deviation over good images.
         summaries: append the layers' means and log deviations, which `image` would lose.
         hidden, bottleneck, embedding: widths of the denoiser; without them 2 c, 2 c and c for c features, the paper's.
         blocks: its residual blocks, 16 in the paper.
@@ -160,6 +162,7 @@ class Semantic(FeatureDetector):
         pass_steps = math.ceil(len(features) / batch)
         training = settings.training or self._training(pass_steps)
         regret = self.regret and pass_steps < training.steps
+        self._check_regret(regret)
         names = ("hidden", "bottleneck", "embedding", "blocks", "input_activation", "scale_shift")
         model = train_features(
             features,
@@ -176,6 +179,10 @@ class Semantic(FeatureDetector):
         )
         model.gaussian = Mahalanobis.fit(model.encode(features).double().cpu().numpy())
         return model
+
+    def _check_regret(self, there: bool) -> None:
+        if self.config["score"] == "lr" and not there:
+            raise FaroutError("the score lr wants the denoiser after the first of several passes; train for longer")
 
     def _training(self, pass_steps: int) -> TrainingConfig:
         names = ("learning_rate", "weight_decay", "decay", "ema")
@@ -199,14 +206,16 @@ class Semantic(FeatureDetector):
             raise FaroutError(f"this model was trained on features of another backbone than {hint}; fit again")
         sampling.check_sampler(self.config["sampler"], self.levels, self.config["steps"], model.schedule)
         regret = self.regret and model.first is not None
-        if self.config["score"] == "lr" and not regret:
-            raise FaroutError("the score lr wants the denoiser after the first of several passes; train for longer")
+        self._check_regret(regret)
         precision: Any = self.runtime.precision
         self.denoisers = model.denoisers(int(self.runtime.rows), precision)[: 2 if regret else 1]
-        fitted = self.scorer
+        learnt = self.state()
         self.scorer = indicators.Scorer(model.encoding.groups, regret, self.config["lr_sign"])
-        if fitted is not None:
-            self.scorer.restore(fitted.to_arrays())
+        self.restore(learnt)
+
+    def begin(self) -> None:
+        """Forgets the statistics of an earlier fit."""
+        self.scorer = None
 
     @property
     def rows_per_image(self) -> int:

@@ -13,7 +13,7 @@ from farout.diffusion.noise import shared_noise
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
 
-__all__ = ["Sampler", "check_sampler", "evaluations", "reconstruct"]
+__all__ = ["Sampler", "check_sampler", "fresh_noise", "reconstruct"]
 
 Sampler = Literal["oneshot", "ddim", "released"]
 Fresh = Callable[[int], Tensor]
@@ -29,11 +29,6 @@ def check_sampler(sampler: str, levels: tuple[int, ...], steps: int, schedule: N
         raise FaroutError(f"levels want different values from {lowest} to {schedule.steps - 1}, got {list(levels)}")
     if steps < 1:
         raise FaroutError(f"steps want at least 1, got {steps}")
-
-
-def evaluations(sampler: str, level: int, steps: int) -> int:
-    """Evaluations of one start; the released code's last step changes nothing and is not evaluated here."""
-    return {"oneshot": 1, "ddim": steps, "released": level - 1}[sampler]
 
 
 def reconstruct(

@@ -107,7 +107,7 @@ def fit(
         method: the detector's name, see `farout list detectors`.
         source: good images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
         out: folder of the detector.
-        diffusion: folder of a diffusion model, or hf://owner/name; without it one is trained.
+        diffusion: folder of a diffusion model, or hf://owner/name, for methods that use one; without it one is trained.
         classifier: folder of a classifier, for methods that need one.
         link: keep a path to the diffusion model instead of a copy.
         preset: the method's preset that `arguments` started from.

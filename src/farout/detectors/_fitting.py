@@ -40,7 +40,7 @@ class FitSettings:
         groups: keep images of one folder together in one part, or a group name per image.
         policy: what becomes of an unreadable image: `raise`, or `skip`.
         statistics: images for the statistics; None: what the method wants.
-        protocol: how images are brought to size; None: as the diffusion model has it.
+        protocol: how images are brought to size; None: `native`, or as a given diffusion model has it.
         network: what is trained where a diffusion model is lacking.
         training: how it is trained; None: as suits the method.
         checkpoints: folder of the training's checkpoints; None: none are kept.

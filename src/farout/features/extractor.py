@@ -67,6 +67,8 @@ class FeatureExtractor:
 
         `weights`, `layers` and `size` override the preset's; see `farout.features.backbones.create`, also for errors.
         """
+        if layers is not None and not layers:
+            raise FaroutError("layers is empty; name at least one, or leave it out for the backbone's own")
         preset = backbones.BACKBONES.get(backbone)
         name = preset.name if preset else backbone
         taps = layers or (preset.layers if preset else backbones.default_layers(name))

@@ -137,7 +137,8 @@ def _warn_shortfall(result: Split, wishes: tuple[int, int, int], name: str) -> N
     parts = zip(("calibration", "statistics", "training"), counts, wishes)
     told = ", ".join(f"{part} {count} of {wish}" for part, count, wish in parts)
     warnings.warn(
-        f"{name} has too few images for every part: {told}; give more images, a larger alpha, or a trained network",
+        f"{name} has too few images for every part: {told}; give more images, a larger alpha, or "
+        "fewer wanted statistics (--statistics)",
         ShortfallWarning,
         stacklevel=3,
     )

@@ -6,6 +6,8 @@ import diffusers
 import torch
 from PIL import Image
 
+from farout.classifiers.model import Classifier
+from farout.classifiers.networks import NetworkSpec
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
 from farout.images.preprocessing import Preprocessing
@@ -31,6 +33,17 @@ def tiny_unet(channels: int = 1, size: int = 8) -> diffusers.UNet2DModel:
 def model(size: tuple[int, int] = (8, 8), channels: int = 1, **settings: object) -> DiffusionModel:
     preprocessing = Preprocessing(size=size, channels=channels, native=size)
     return DiffusionModel(tiny_unet(channels), NoiseSchedule(), preprocessing, **settings)
+
+
+def classifier(size: tuple[int, int] = (8, 8), channels: int = 1, classes: int = 3) -> Classifier:
+    torch.manual_seed(0)
+    spec = NetworkSpec("wrn16_1", classes, channels, size)
+    preprocessing = Preprocessing(size=size, channels=channels, native=size)
+    module = spec.build()
+    with torch.no_grad():  # a fresh last layer hardly tells images apart
+        module.fc.weight.mul_(5)
+        module.fc.bias.normal_()
+    return Classifier(module, [0.5] * channels, [0.25] * channels, preprocessing, network=spec)
 
 
 def pictures(folder: Path, count: int = 40, *, low: int = 100, spread: int = 80, seed: int = 0) -> Path:

@@ -17,7 +17,7 @@ from farout.detectors.base import Detector
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, NaNScoresWarning, ShortfallWarning, SourceError, StoreError, TrapWarning
 from farout.images.sources import Batch
-from small import model, pictures
+from small import classifier, conditional, model, pictures
 
 NAMES = sorted(registry.members("detectors"))
 
@@ -36,9 +36,10 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fitted(name: str, folder: Path, **settings: object) -> Detector:
-    detector = registry.find("detectors", name).load().tiny(SimpleNamespace(diffusion=model()))
-    images = "diffusion" in detector.needs and detector.diffusion_kind is DiffusionModel
-    given = {"diffusion": model()} if images else {}
+    detector = registry.find("detectors", name).load().tiny(SimpleNamespace(diffusion=model(), classifier=classifier()))
+    given: dict[str, object] = {"classifier": classifier()} if "classifier" in detector.needs else {}
+    if "diffusion" in detector.needs and detector.diffusion_kind is DiffusionModel:
+        given["diffusion"] = conditional() if "classes" in detector.needs else model()
     return detector.fit(folder, **given, **{"alpha": 0.1, "statistics": 30, **settings})
 
 

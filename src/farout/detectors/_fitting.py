@@ -12,6 +12,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from farout.classifiers.model import Classifier
+from farout.classifiers.train import PRESETS as CLASSIFIERS
+from farout.classifiers.train import ClassifierConfig, train_on
 from farout.detectors.base import Detector, Runtime
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_model
@@ -65,10 +68,9 @@ class FitSettings:
 def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: FitSettings) -> D:
     """See `Detector.fit`."""
     _check_alpha(settings.alpha)
-    if classifier is not None and "classifier" not in detector.needs:
-        raise FaroutError(f"{type(detector).__name__} uses no classifier; leave it out")
     source = open_source(images, limit=settings.limit, seed=settings.seed, policy=settings.policy)
     given = _given(detector, diffusion)
+    detector.classifier = _given_classifier(detector, classifier, source)
     detector.begin()
     if "features" in detector.needs:
         detector.features = detector.features or detector.build_features()
@@ -77,10 +79,14 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
     if "features" in detector.needs:
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
         detector.use(None, settings.runtime)
+    training = source.subset(parts.training)
+    if "classifier" in detector.needs and detector.classifier is None:
+        detector.classifier = train_classifier_on(training, settings)
     lacking = given is None and "diffusion" in detector.needs
-    model = detector.train(source.subset(parts.training), settings) if lacking else given
-    if isinstance(model, DiffusionModel):
-        detector.preprocessing = _preprocessing(source, model, settings)
+    model = detector.train(training, settings) if lacking else given
+    known = model if isinstance(model, DiffusionModel) else detector.classifier
+    if known is not None:
+        detector.preprocessing = _preprocessing(source, known.preprocessing, settings)
     elif "features" not in detector.needs:
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
     detector.use(model, settings.runtime)
@@ -126,10 +132,30 @@ def _given(detector: Detector, diffusion: Any) -> DiffusionModel | FeatureDiffus
     return model
 
 
+def _given_classifier(detector: Detector, classifier: Any, source: ImageSource) -> Classifier | None:
+    name = type(detector).__name__
+    if classifier is None:
+        if "classifier" in detector.needs and source.labels is None:
+            hint = "give a classifier (--classifier FOLDER), or images in one folder per class to train one on"
+            raise FaroutError(f"{name} wants a classifier, and {source.name} has no labels; {hint}")
+        return None
+    if "classifier" not in detector.needs:
+        raise FaroutError(f"{name} uses no classifier; leave it out")
+    model = Classifier.load(classifier) if isinstance(classifier, str | Path) else classifier
+    if not isinstance(model, Classifier):
+        raise FaroutError(f"{name} works with a Classifier, got a {type(model).__name__}; see Classifier.from_module")
+    if not model.trained_on:
+        message = "it is not known which images this classifier was trained on; fit on images it cannot have seen"
+        warnings.warn(message, TrapWarning, stacklevel=4)
+    return model
+
+
 def _split(
     detector: Detector, source: ImageSource, given: DiffusionModel | FeatureDiffusion | None, settings: FitSettings
 ) -> Split:
-    train = "diffusion" in detector.needs and given is None
+    lacking = {"diffusion": given, "classifier": detector.classifier}
+    train = any(name in detector.needs and network is None for name, network in lacking.items())
+    seen = [network.trained_on for network in lacking.values() if network is not None]
     wanted = settings.statistics or _wanted(detector, len(source), settings.alpha, train=train)
     parts = split(
         source,
@@ -137,7 +163,7 @@ def _split(
         statistics=wanted,
         train=train,
         seed=settings.seed,
-        exclude=given.trained_on if given is not None else (),
+        exclude=frozenset[str]().union(*seen),
         groups=settings.groups,
     )
     if len(parts.statistics) < 2:
@@ -178,6 +204,16 @@ def train_on_images(detector: Detector, images: ImageSource, settings: FitSettin
     return train_model(images, fresh, training, levels=config.levels, out=settings.checkpoints, resume=settings.resume)
 
 
+def train_classifier_on(images: ImageSource, settings: FitSettings) -> Classifier:
+    """Trains a classifier by the preset `tiny`; others come from `farout train classifier`."""
+    config = ClassifierConfig(**CLASSIFIERS["tiny"]["model"])
+    if settings.protocol is not None:
+        config = replace(config, protocol=settings.protocol)
+    training = training_of(TrainingConfig(**CLASSIFIERS["tiny"]["training"]), settings)
+    out = settings.checkpoints / "classifier" if settings.checkpoints is not None else None
+    return train_on(images, config, training, out=out, resume=settings.resume)
+
+
 def training_of(given: TrainingConfig, settings: FitSettings) -> TrainingConfig:
     """A training with the fit's seed, and its device and precision where the training names none."""
     runtime = settings.runtime
@@ -186,11 +222,10 @@ def training_of(given: TrainingConfig, settings: FitSettings) -> TrainingConfig:
     return replace(given, seed=settings.seed, device=device, precision=precision)
 
 
-def _preprocessing(source: ImageSource, model: DiffusionModel, settings: FitSettings) -> Preprocessing:
-    """The model's, with the native size of the images that this fit calls in-distribution."""
-    protocol = settings.protocol or model.preprocessing.protocol
-    own = Preprocessing.for_source(source, crop=model.preprocessing.crop, largest=_ANY)
-    return replace(model.preprocessing, native=own.native, protocol=protocol)
+def _preprocessing(source: ImageSource, known: Preprocessing, settings: FitSettings) -> Preprocessing:
+    """A network's, with the native size of the images that this fit calls in-distribution."""
+    own = Preprocessing.for_source(source, crop=known.crop, largest=_ANY)
+    return replace(known, native=own.native, protocol=settings.protocol or known.protocol)
 
 
 def _provenance(images: Any, source: ImageSource, parts: Split, settings: FitSettings) -> dict[str, Any]:
@@ -231,7 +266,8 @@ def recalibrate(
     wanted = detector.alpha if alpha is None else alpha
     _check_alpha(wanted)
     source = open_source(images, limit=limit, seed=detector.seed, policy=policy)
-    seen = detector.statistics_hashes | (detector.diffusion.trained_on if detector.diffusion else frozenset())
+    networks = [network for network in (detector.diffusion, detector.classifier) if network is not None]
+    seen = detector.statistics_hashes.union(*(network.trained_on for network in networks))
     hashes = source.content_hashes()
     fresh = [i for i, name in enumerate(hashes) if name is not None and name not in seen]
     if not fresh:

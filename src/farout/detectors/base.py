@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -19,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from farout import store
 from farout.calibration import check_scores, is_out, p_values
+from farout.detectors._remember import remembering
 from farout.detectors._runtime import Runtime
 from farout.detectors._tables import Measurements, Scores
 from farout.diffusion.model import DiffusionModel
@@ -30,6 +29,7 @@ from farout.images.sources import Batch, ImageSource, Policy, batches, open_sour
 from farout.progress import task
 
 if TYPE_CHECKING:
+    from farout.classifiers.model import Classifier
     from farout.detectors._fitting import FitSettings
 
 __all__ = ["Cost", "Detector", "Measurements", "Runtime", "Scores", "load"]
@@ -60,7 +60,7 @@ class Detector(ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What a fit wants: `diffusion`, `features` (a frozen backbone), `classifier`, `labels`."""
+    """What a fit wants: `diffusion`, `classes` (that it knows classes), `features` (a frozen backbone), `classifier`."""
     diffusion_kind: ClassVar[type[DiffusionModel] | type[FeatureDiffusion]] = DiffusionModel
     """What its diffusion model works on: images, or features."""
     companions: ClassVar[tuple[str, ...]] = ()
@@ -82,12 +82,13 @@ class Detector(ABC):
     calibration: Measurements
     diffusion: DiffusionModel | FeatureDiffusion | None = None
     features: FeatureExtractor | None = None
+    classifier: Classifier | None = None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Keeps the arguments of the constructor as `config`: they are the configuration, the flags and the docs."""
         super().__init_subclass__(**arguments)
         if "__init__" in cls.__dict__:
-            cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = remembering(cls.__init__)  # type: ignore[method-assign]
 
     def _start(self) -> None:
         self.runtime = Runtime()
@@ -123,7 +124,7 @@ class Detector(ABC):
         raise NotImplementedError(f"{type(self).__name__} needs features and does not say of which backbone")
 
     def build_preprocessing(self, source: ImageSource, protocol: Protocol | None) -> Preprocessing:
-        """How images are brought to size where no diffusion model of images says it."""
+        """How images are brought to size where no diffusion model of images and no classifier says it."""
         return Preprocessing.for_source(source, protocol=protocol or "native")
 
     def companion(self, kind: type[Detector]) -> Detector:
@@ -184,7 +185,8 @@ class Detector(ABC):
         Args:
             images: any image source.
             diffusion: a `DiffusionModel` or its folder; None: one is trained where the method needs it.
-            classifier: for methods that need one.
+            classifier: a `Classifier` or its folder; None: one is trained where the method needs it and the images
+                have labels.
             **settings: see `FitSettings` in `farout.detectors._fitting`.
 
         Raises:
@@ -197,8 +199,9 @@ class Detector(ABC):
     def use(self, diffusion: DiffusionModel | FeatureDiffusion | None, runtime: Runtime) -> None:
         """Sets networks and runtime, and moves the networks to their device."""
         self.runtime = runtime.resolved()
-        if self.features is not None:
-            self.features.to(self.runtime.device)
+        for network in (self.features, self.classifier):
+            if network is not None:
+                network.to(self.runtime.device)
         if diffusion is not None:
             self.diffusion = diffusion.to(self.runtime.device)
         self.prepare()
@@ -260,7 +263,7 @@ class Detector(ABC):
             raise FaroutError(f"{', '.join(wrong)} cannot be changed after the fact; {hint}")
         self.check_fitted()
         twin = type(self)(**{**self.config, **choices})
-        twin.features = self.features
+        twin.features, twin.classifier = self.features, self.classifier
         for name in _FITTED:
             setattr(twin, name, getattr(self, name))
         twin.use(self.diffusion, self.runtime)
@@ -345,8 +348,9 @@ class Detector(ABC):
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides a score: configuration, learnt arrays, calibration, models."""
         plain = {"config": self.config, "seed": self.seed, "preprocessing": self.preprocessing.to_dict()}
-        plain["diffusion"] = self.diffusion.content_hash if self.diffusion is not None else ""
-        plain["features"] = self.features.content_hash if self.features is not None else ""
+        for name in ("diffusion", "features", "classifier"):
+            network = getattr(self, name)
+            plain[name] = network.content_hash if network is not None else ""
         plain["alpha"] = self.alpha
         arrays = {**self.state(), **{f"calibration.{name}": v for name, v in self.calibration_scores.items()}}
         learnt = store.hash_tensors({name: torch.as_tensor(np.ascontiguousarray(v)) for name, v in arrays.items()})
@@ -373,24 +377,6 @@ class Detector(ABC):
             "statistics_images": len(self.statistics),
             "calibration_images": len(self.calibration),
         }
-
-
-def _remembering(init: Callable[..., None]) -> Callable[..., None]:
-    """Adds a constructor's arguments to `config`; `**arguments` are named by the constructor that they go on to."""
-    open_ended = {p.name for p in inspect.signature(init).parameters.values() if p.kind is p.VAR_KEYWORD}
-
-    @functools.wraps(init)
-    def wrapped(self: Detector, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(init).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        known = {name: value for name, value in list(bound.arguments.items())[1:] if name not in open_ended}
-        if not hasattr(self, "config"):
-            self.config = {}
-            self._start()
-        self.config |= known
-        init(self, *args, **kwargs)
-
-    return wrapped
 
 
 _FITTED = (

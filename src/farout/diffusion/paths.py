@@ -13,8 +13,11 @@ __all__ = ["geometric", "grid", "pad"]
 
 
 def pad(paths: Sequence[Tensor]) -> Tensor:
-    """One table from paths of any lengths, float32; shorter ones repeat their last sigma, which ends them."""
-    longest = max(len(path) for path in paths)
+    """One table from paths of any lengths, float32; shorter ones repeat their last sigma, which ends them.
+
+    One step at least, so that a path of one sigma stays where it is.
+    """
+    longest = max(2, *(len(path) for path in paths))
     rows = [torch.cat([path, path[-1:].expand(longest - len(path))]) for path in paths]
     return torch.stack(rows).to(torch.float32)
 

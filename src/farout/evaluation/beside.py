@@ -74,7 +74,9 @@ def _makers(detector: Detector, wanted: Beside, out: Path) -> dict[str, Callable
 
     def companion(name: str) -> Callable[[ImageSource], Rated]:
         twin = detector.companion(registry.find("detectors", name).load())
-        return lambda images: Rated(name, twin.fit(images, **_settings(detector)), out / "companion_scores" / name)
+        classifier = detector.classifier if "classifier" in twin.needs else None
+        given = {"classifier": classifier, **_settings(detector)}
+        return lambda images: Rated(name, twin.fit(images, **given), out / "companion_scores" / name)
 
     def trivial(images: ImageSource) -> Rated:
         return Rated("trivial_controls", TrivialControls().fit(images, **few), out / "control_scores" / "trivial")
@@ -83,7 +85,7 @@ def _makers(detector: Detector, wanted: Beside, out: Path) -> dict[str, Callable
         assert detector.diffusion is not None
         twin = type(detector)(**detector.config)
         twin.features = detector.features
-        twin.fit(images, detector.diffusion.randomised(detector.seed), **few)
+        twin.fit(images, detector.diffusion.randomised(detector.seed), detector.classifier, **few)
         return Rated(f"{name_of(detector)}_random_weights", twin, out / "control_scores" / "random")
 
     makers = {name: companion(name) for name in detector.companions} if wanted.companions else {}

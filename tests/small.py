@@ -7,12 +7,9 @@ import diffusers
 import torch
 from PIL import Image
 
-<<<<<<< HEAD
 from farout.classifiers.model import Classifier
 from farout.classifiers.networks import NetworkSpec
-=======
 from farout.diffusion.class_vectors import ClassVectors
->>>>>>> issue4-b
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
 from farout.images.preprocessing import Preprocessing
@@ -42,7 +39,6 @@ def model(size: tuple[int, int] = (8, 8), channels: int = 1, **settings: object)
     return DiffusionModel(tiny_unet(channels), NoiseSchedule(), preprocessing, **settings)
 
 
-<<<<<<< HEAD
 def classifier(size: tuple[int, int] = (8, 8), channels: int = 1, classes: int = 3) -> Classifier:
     torch.manual_seed(0)
     spec = NetworkSpec("wrn16_1", classes, channels, size)
@@ -52,7 +48,8 @@ def classifier(size: tuple[int, int] = (8, 8), channels: int = 1, classes: int =
         module.fc.weight.mul_(5)
         module.fc.bias.normal_()
     return Classifier(module, [0.5] * channels, [0.25] * channels, preprocessing, network=spec)
-=======
+
+
 def conditional(
     size: tuple[int, int] = (8, 8), channels: int = 1, classes: int = 3, **settings: object
 ) -> DiffusionModel:
@@ -61,7 +58,6 @@ def conditional(
     unet = tiny_unet(channels, classes=classes)
     conditioning = ClassVectors(unet, string.ascii_lowercase[:classes], has_null=True)
     return DiffusionModel(unet, NoiseSchedule(), preprocessing, conditioning=conditioning, **settings)
->>>>>>> issue4-b
 
 
 def pictures(folder: Path, count: int = 40, *, low: int = 100, spread: int = 80, seed: int = 0) -> Path:

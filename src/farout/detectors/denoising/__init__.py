@@ -264,7 +264,9 @@ class Denoising(Detector):
         changed = changes({name: value[:, None] for name, value in clean.items()}, moved)
         beside = post_hoc(outputs.logits)[:, None, None].expand(-1, *grid, -1)
         measured = Measurements(batch.keys, torch.cat([changed, beside], dim=-1).float().cpu(), levels, names)
-        return self._with_maps(measured, images, restored.reshape(count, *grid, *images.shape[1:])) if maps else measured
+        return (
+            self._with_maps(measured, images, restored.reshape(count, *grid, *images.shape[1:])) if maps else measured
+        )
 
     def _with_maps(self, measured: Measurements, images: Tensor, restored: Tensor) -> Measurements:
         heat = (restored - images[:, None, None]).abs().mean((1, 2, 3)).cpu()

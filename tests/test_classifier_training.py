@@ -188,6 +188,7 @@ t.trained({tree!r}, {out!r}, training=training)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_reach_the_floor_and_write_one_folder(tree: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), tree=str(tree), out=str(tmp_path / "c")))

@@ -182,7 +182,8 @@ class Posthoc(Detector):
 
         def logits(x: Tensor) -> Tensor:
             with autocast(network.device, self.runtime.precision):  # type: ignore[arg-type]
-                return network.module(x).float()
+                # a view: torch's counter of operations, which hooks modules' inputs, refuses leaves
+                return network.module(x.view_as(x)).float()
 
         @torch.no_grad()
         def changed(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "train diffusion": "train_diffusion",
+    "train classifier": "train_classifier",
     "fit": "fit",
     "score": "score",
     "calibrate": "calibrate",
@@ -25,7 +26,9 @@ COMMANDS = {
     "list": "list_",
     "demo": "demo",
 }
-"""What is typed, and the function in `commands.py` (or `lists.py`) behind it."""
+"""What is typed, and the function in `commands.py` (or another of `_FILES`) behind it."""
+
+_FILES = ("commands.py", "training_commands.py", "lists.py")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +93,7 @@ def _overview(words: Sequence[str]) -> int:
 def _descriptions() -> dict[str, str]:
     """First docstring lines of the commands, read without importing them: importing torch takes seconds."""
     found: dict[str | None, str] = {}
-    for file in ("commands.py", "lists.py"):
+    for file in _FILES:
         tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         found |= {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions}

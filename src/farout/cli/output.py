@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from farout import progress as work
+from farout.classifiers.model import Classifier
 from farout.detectors.base import Detector
 from farout.errors import FaroutWarning
 from farout.evaluation.scoring import ScoredFolder
@@ -78,6 +79,7 @@ def show(name: str, result: Any) -> None:
         "train diffusion": lambda model: print(
             f"trained on {len(model.trained_on)} images, {model.parameters:,} parameters"
         ),
+        "train classifier": _classifier,
         "fit": _detector,
         "calibrate": _detector,
         "score": _scored,
@@ -88,6 +90,14 @@ def show(name: str, result: Any) -> None:
         "features clear": _cleared,
     }
     printers[name](result)
+
+
+def _classifier(classifier: Classifier) -> None:
+    about = classifier.provenance
+    seen = f"trained on {len(classifier.trained_on)} images" if classifier.trained_on else "weights kept as given"
+    print(f"{seen}, {classifier.classes} classes, {classifier.parameters:,} parameters")
+    if "held_out_accuracy" in about:  # only the first of several processes measures it
+        print(f"accuracy {about['held_out_accuracy']:.3f} on {about['held_out_images']} held-out images")
 
 
 def _detector(detector: Detector) -> None:

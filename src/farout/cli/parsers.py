@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from farout import registry
-from farout.cli import commands
+from farout.classifiers.train import PRESETS as CLASSIFIERS
+from farout.classifiers.train import ClassifierConfig
+from farout.cli import commands, training_commands
 from farout.cli.flags import Parser
 from farout.cli.usage import UsageError, meant
 from farout.detectors._fitting import FitSettings
@@ -37,6 +39,8 @@ def parse(name: str, function: str, words: Sequence[str]) -> Callable[[], Any]:
         return _fit(words)
     if name == "train diffusion":
         return _train_diffusion(words)
+    if name == "train classifier":
+        return _train_classifier(words)
     call = getattr(commands, function)
     parser = _parser(name, call)
     composed = "runtime" in inspect.signature(call).parameters
@@ -92,11 +96,11 @@ def _values(parser: Parser, parsed: Any) -> dict[str, Any]:
     return dict(parser.instantiate_classes(parsed))
 
 
-def _training_preset(name: str) -> dict[str, Any]:
+def _training_preset(name: str, presets: Mapping[str, Any] = PRESETS) -> dict[str, Any]:
     """Flags of a training preset."""
-    if name not in PRESETS:
-        raise UsageError(f"there is no training preset {name!r}; {meant(name, PRESETS)}")
-    return {f"{part}.{key}": value for part, values in PRESETS[name].items() for key, value in values.items()}
+    if name not in presets:
+        raise UsageError(f"there is no training preset {name!r}; {meant(name, presets)}")
+    return {f"{part}.{key}": value for part, values in presets[name].items() for key, value in values.items()}
 
 
 def _method_preset(method: Any, name: str | None) -> dict[str, Any]:
@@ -127,6 +131,22 @@ def _train_diffusion(words: Sequence[str]) -> Callable[[], Any]:
     values = _values(parser, parser.read(words))
     values.pop("preset")
     return functools.partial(commands.train_diffusion, **values)
+
+
+def _train_classifier(words: Sequence[str]) -> Callable[[], Any]:
+    command = training_commands.train_classifier
+    about = f"{_first_line(command)} --device, --precision and --batch-size stand for --training.device …"
+    parser = _parser("train classifier", command, about=about)
+    known = ", ".join(CLASSIFIERS)
+    parser.add_argument("--preset", type=str, default="tiny", help=f"settings to start from: {known}")
+    parser.take(ClassifierConfig, "model")
+    parser.take(TrainingConfig, "training")
+    words = [_long(word) for word in words]
+    parser.set_defaults(_training_preset("tiny", CLASSIFIERS))
+    parser.set_defaults(_training_preset(parser.read(words).preset, CLASSIFIERS))
+    values = _values(parser, parser.read(words))
+    values.pop("preset")
+    return functools.partial(command, **values)
 
 
 def _long(word: str) -> str:

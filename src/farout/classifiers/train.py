@@ -1,0 +1,352 @@
+"""Training a classifier on labelled images."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from farout import store
+from farout.classifiers.augment import random_crop, random_flip, random_resized_crop
+from farout.classifiers.losses import ClassifierLoss, CrossEntropy
+from farout.classifiers.model import KIND, Classifier
+from farout.classifiers.networks import NetworkSpec, Stem
+from farout.classifiers.weights import load_weights
+from farout.devices import first_process, resolve_precision
+from farout.errors import FaroutError
+from farout.features.backbones import read_weights
+from farout.images.preprocessing import Preprocessing, Protocol
+from farout.images.sources import ImageSource, PreparedImages, batches, open_source
+from farout.images.splits import split
+from farout.progress import task
+from farout.training import TrainingConfig, train
+
+__all__ = ["PRESETS", "Classes", "ClassifierConfig", "accuracy_on", "train_classifier", "train_on"]
+
+_SAMPLE = 2000
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What is trained, and on which variations of the images.
+
+    Args:
+        network: `resnet18`, `resnet34`, `resnet50`, `wrn40_2`, `wrn16_2`, `wrn16_1` (for CPUs), or a name of timm's.
+        stem: of ResNets: `small` (3x3, stride 1, no max-pooling) or `imagenet`; None: `small`.
+        crop_padding: images get a border of this many zeros and are cropped back at random; 0: none.
+        flip: mirror images left to right at random.
+        resized_crop: enlarge a random rectangle of the image, instead of the crop with a border.
+        label_smoothing: share of the target that goes to all classes alike.
+        size: side in pixels; None: the images' own up to 64.
+        channels: 1 or 3; None: the images' own.
+        crop: side of a central crop before anything else.
+        protocol: see `Preprocessing`.
+        mean: of each channel, for images in [0, 1]; None: that of the training images.
+        std: likewise.
+    """
+
+    network: str = "resnet18"
+    stem: Stem | None = None
+    crop_padding: int = 4
+    flip: bool = True
+    resized_crop: bool = False
+    label_smoothing: float = 0.0
+    size: int | None = None
+    channels: int | None = None
+    crop: int | None = None
+    protocol: Protocol = "native"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop_padding < 0:
+            raise FaroutError(f"crop_padding is {self.crop_padding}; expected 0 or more pixels")
+        if (self.mean is None) != (self.std is None):
+            raise FaroutError("mean and std go together; give both, or neither for those of the training images")
+        self.loss()
+
+    def loss(self) -> ClassifierLoss:
+        """What training minimises."""
+        return CrossEntropy(self.label_smoothing)
+
+    def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Random variations of images (B, C, H, W)."""
+        if self.resized_crop:
+            images = random_resized_crop(images, generator)
+        else:
+            images = random_crop(images, self.crop_padding, generator)
+        return random_flip(images, generator) if self.flip else images
+
+    def build(self, source: ImageSource, classes: Classes) -> Classifier:
+        """A classifier of `source` with fresh weights."""
+        preprocessing = Preprocessing.for_source(
+            source, size=self.size, channels=self.channels, protocol=self.protocol, crop=self.crop
+        )
+        spec = NetworkSpec(self.network, len(classes.names), preprocessing.channels, preprocessing.size, self.stem)
+        mean, std = (self.mean, self.std) if self.mean and self.std else _moments(source, preprocessing)
+        return Classifier(spec.build(), mean, std, preprocessing, class_names=classes.names, network=spec)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model": {"network": "wrn16_1", "crop_padding": 2, "flip": False},
+        "training": {
+            "steps": 2000,
+            "batch_size": 128,
+            "optimizer": "sgd",
+            "learning_rate": 0.1,
+            "weight_decay": 5e-4,
+            "warmup": 100,
+            "final_learning_rate": 1e-6,
+            "ema": None,
+            "clip": None,
+        },
+    },
+    "openood": {
+        "model": {"network": "resnet18", "crop_padding": 4, "flip": True},
+        "training": {
+            "steps": 39100,
+            "batch_size": 128,
+            "optimizer": "sgd",
+            "learning_rate": 0.1,
+            "weight_decay": 5e-4,
+            "warmup": 0,
+            "final_learning_rate": 1e-6,
+            "ema": None,
+            "clip": None,
+        },
+    },
+}
+"""`tiny` for CPUs, without mirroring, which would make other digits of digits; `openood`: the recipe of OpenOOD's
+classifiers (SGD with Nesterov momentum 0.9, 100 epochs of CIFAR's 391 updates at batch 128, cosine to 1e-6)."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a source: their labels there, ascending, and their names. Label i becomes number i here."""
+
+    labels: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, source: ImageSource) -> Classes:
+        """The classes that occur; raises FaroutError where there are no labels or a single class."""
+        if source.labels is None:
+            raise FaroutError(
+                f"{source.name} has no labels, and a classifier is trained on them; give a tree of one folder per "
+                "class, a table with a column label, or a named set"
+            )
+        labels = tuple(sorted(set(source.labels)))
+        if len(labels) < 2:
+            raise FaroutError(f"all images of {source.name} are of one class ({labels[0]}); expected two or more")
+        named = source.class_names or ()
+        return cls(labels, tuple(named[n] if 0 <= n < len(named) else str(n) for n in labels))
+
+    def numbers(self, source: ImageSource) -> Tensor:
+        """The labels of a source as numbers 0 to K - 1, int64 (n,); raises FaroutError for a class not among these."""
+        places = {label: place for place, label in enumerate(self.labels)}
+        strange = sorted(set(source.labels or ()) - set(places))
+        if source.labels is None or strange:
+            raise FaroutError(f"{source.name} has images of other classes ({strange}) than {list(self.labels)}")
+        return torch.tensor([places[label] for label in source.labels], dtype=torch.int64)
+
+
+class _Labelled(Dataset[tuple[Tensor, Tensor]]):
+    """Prepared images with the numbers of their classes."""
+
+    def __init__(self, images: PreparedImages, numbers: Tensor) -> None:
+        self.images, self.numbers = images, numbers
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.numbers[index]
+
+
+def _moments(source: ImageSource, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over at most 2,000 images, evenly spaced."""
+    prepared, count = PreparedImages(source, preprocessing), min(_SAMPLE, len(source))
+    sums = torch.zeros(2, preprocessing.channels, dtype=torch.float64)
+    for number in range(count):
+        image = prepared[number * len(source) // count].double()
+        sums += torch.stack([image.mean((1, 2)), image.square().mean((1, 2))])
+    mean, square = sums / count
+    # all images black or white have no deviation; half a grey level does no harm to others
+    std = (square - mean**2).clamp(min=(0.5 / 255) ** 2).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def train_on(
+    source: ImageSource,
+    config: ClassifierConfig,
+    training: TrainingConfig,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    classes: Classes | None = None,
+    weights: str | None = None,
+) -> Classifier:
+    """Trains a classifier on all of `source`; the last twentieth of the images, by hash, validates where
+    `training.validate_every` is set.
+
+    Args:
+        source: images with labels.
+        config: what is trained.
+        training: how; its seed is also that of the fresh weights.
+        out: folder of the checkpoints; None: none are kept.
+        resume: go on from the last checkpoint there.
+        classes: what the labels mean; None: the classes of `source`.
+        weights: a file of weights to start from (see `Classifier.from_weights`); None: fresh ones.
+
+    Raises FaroutError where there are no labels, one class, or a class without images; StoreError for weights that do
+    not fit.
+    """
+    classes = classes or Classes.of(source)
+    numbers = classes.numbers(source)
+    empty = [name for place, name in enumerate(classes.names) if not bool((numbers == place).any())]
+    if empty:
+        raise FaroutError(f"no image is left to train the class {', '.join(empty)} on; give more images of it")
+    classifier = _start(source, config, classes, weights, training.seed)
+    hashes = [source.content_hash(i) for i in range(len(source))]
+    labelled = _Labelled(PreparedImages(source, classifier.preprocessing), numbers)
+    learning, validation = _parts(labelled, hashes, validate=training.validate_every > 0)
+    loss = config.loss()
+
+    def step(network: nn.Module, batch: list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        images, targets = batch
+        varied = config.augment(images, generator) if network.training else images
+        return loss(network(classifier.normalise(varied)), targets)
+
+    fingerprint = source.fingerprint()
+    result = train(
+        classifier.module, step, learning, training, out=out, validation=validation, resume=resume,
+        fingerprint=f"{fingerprint} {classes.labels} {asdict(config)}",
+    )  # fmt: skip
+    classifier.trained_on = frozenset(hashes)
+    classifier.provenance = {
+        "source": source.name,
+        "labels": list(classes.labels),
+        "data_fingerprint": fingerprint,
+        "images": len(hashes),
+        "steps": result.steps,
+        "training_accuracy": result.losses.get("accuracy"),
+        "seed": training.seed,
+        "weights": None if weights is None else Path(weights).name,
+        "model": asdict(config),
+        "training": asdict(training),
+    }
+    return classifier
+
+
+def _start(
+    source: ImageSource, config: ClassifierConfig, classes: Classes, weights: str | None, seed: int
+) -> Classifier:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        classifier = config.build(source, classes)
+    if weights is not None:
+        load_weights(classifier.module, read_weights(Path(weights)), weights, config.network)
+    return classifier
+
+
+def _parts(labelled: _Labelled, hashes: list[str], *, validate: bool) -> tuple[Dataset, Dataset | None]:
+    """What is learnt from and what validates: the last twentieth by hash."""
+    if not validate:
+        return labelled, None
+    held = len(labelled) // 20
+    if not held:
+        raise FaroutError(f"validation wants at least 20 training images, there are {len(labelled)}")
+    order = sorted(range(len(labelled)), key=hashes.__getitem__)
+    return Subset(labelled, sorted(order[held:])), Subset(labelled, sorted(order[:held]))
+
+
+def accuracy_on(
+    classifier: Classifier, source: ImageSource, classes: Classes, precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+) -> float:
+    """The share of a source's readable images whose class the classifier tells."""
+    places = {label: place for place, label in enumerate(classes.labels)}
+    hits: Counter[bool] = Counter()
+    with task("accuracy on held-out images", len(source)) as bar:
+        for batch in batches(source, classifier.preprocessing, _ROWS):
+            if batch.labels is not None and batch.keys:
+                told = classifier.outputs(batch.images, _ROWS, precision).logits.argmax(1).tolist()
+                hits.update(place == places.get(label) for place, label in zip(told, batch.labels.tolist()))
+            bar.advance(len(batch.keys))
+    if not hits:
+        raise FaroutError(f"{source.name} has no labelled images to measure the accuracy on")
+    return hits[True] / hits.total()
+
+
+def train_classifier(
+    source: Any,
+    out: str | Path,
+    *,
+    model: ClassifierConfig = ClassifierConfig(),
+    training: TrainingConfig = TrainingConfig(),  # noqa: B008
+    weights: str | None = None,
+    keep_weights: bool = False,
+    limit: int | None = None,
+    alpha: float = 0.05,
+    statistics: int = 400,
+    groups: Literal["none", "folder"] = "none",
+    policy: Literal["raise", "skip"] = "raise",
+    seed: int = 0,
+    resume: bool = False,
+) -> Classifier:
+    """Trains a classifier on labelled images and writes its folder.
+
+    A part of the images is held out, by content hash, just as `train_diffusion` does: a later `farout fit` with this
+    classifier and the same source and seed rests its statistics and p-values on them. The accuracy on them is measured
+    and kept in the folder's provenance.
+
+    Args:
+        source: any image source with labels.
+        out: folder of the classifier; `OUT.training/` beside it holds the checkpoints while training runs, and after
+            it where `training.checkpoint_every` is set.
+        model: what is trained.
+        training: how it is trained.
+        weights: a file of weights to start from, an OpenOOD checkpoint for instance; None: fresh ones.
+        keep_weights: train nothing: the given weights become a classifier of the source's classes, as they are. Which
+            images they have seen is then not known.
+        limit: use a seeded sample of this many images.
+        alpha: the false-alarm rate that a later calibration wants images for.
+        statistics: images that a later fit's statistics want.
+        groups: keep images of one folder together in one part.
+        policy: what becomes of an unreadable image: `raise`, or `skip`.
+        seed: seed of sample, split, weights and augmentation.
+        resume: go on from the last checkpoint.
+
+    Raises FaroutError where there are no labels, one class, or a class of which no image is left to train on;
+    StoreError for weights that do not fit.
+    """
+    store.check_replaceable(out, KIND)
+    if keep_weights and weights is None:
+        raise FaroutError("keep_weights wants weights to keep; give a file of weights")
+    images = open_source(source, limit=limit, seed=seed, policy=policy)
+    classes = Classes.of(images)
+    parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
+    settings = replace(training, seed=seed)
+    folder = Path(f"{out}.training")
+    learning = images.subset(parts.training)
+    if keep_weights:
+        trained = _start(learning, model, classes, weights, seed)
+        trained.provenance = {"source": images.name, "labels": list(classes.labels), "weights": Path(str(weights)).name}
+    else:
+        trained = train_on(learning, model, settings, out=folder, resume=resume, classes=classes, weights=weights)
+    if first_process():
+        held = images.subset(sorted([*parts.statistics, *parts.calibration]))
+        precision = resolve_precision(training.precision, trained.device)
+        trained.provenance["held_out_accuracy"] = round(accuracy_on(trained, held, classes, precision), 5)
+        trained.provenance["held_out_images"] = len(held)
+        trained.save(out)
+        if not settings.checkpoint_every and not settings.tensorboard:
+            shutil.rmtree(folder, ignore_errors=True)
+    return trained

@@ -49,9 +49,8 @@ def probability_flow(schedule: NoiseSchedule, tolerance: float = 7e-4) -> Solver
     def check(sigmas: Tensor) -> None:
         time.check(sigmas, "probability_flow")
         if sigmas.shape[1] != 2:
-            raise FaroutError(
-                f"probability_flow finds its own steps: sigmas want shape (B, 2), start and end, got {tuple(sigmas.shape)}"
-            )
+            shape = tuple(sigmas.shape)
+            raise FaroutError(f"probability_flow finds its own steps: sigmas want (B, 2), start and end, got {shape}")
 
     def step(predict: Predictor, x: Tensor, sigma: Tensor, then: Tensor, state: State) -> tuple[Tensor, State]:
         low = float(schedule.sigma[0])

@@ -1,17 +1,20 @@
 """Small things that many tests use: an untrained network, a folder of pictures."""
 
+import string
 from pathlib import Path
 
 import diffusers
 import torch
 from PIL import Image
 
+from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
 from farout.images.preprocessing import Preprocessing
 
 
-def tiny_unet(channels: int = 1, size: int = 8) -> diffusers.UNet2DModel:
+def tiny_unet(channels: int = 1, size: int = 8, classes: int | None = None) -> diffusers.UNet2DModel:
+    """With `classes`: a table of them and a null row."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
         sample_size=size,
@@ -22,6 +25,7 @@ def tiny_unet(channels: int = 1, size: int = 8) -> diffusers.UNet2DModel:
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
         norm_num_groups=4,
+        num_class_embeds=None if classes is None else classes + 1,
     )
     for parameter in unet.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
@@ -31,6 +35,16 @@ def tiny_unet(channels: int = 1, size: int = 8) -> diffusers.UNet2DModel:
 def model(size: tuple[int, int] = (8, 8), channels: int = 1, **settings: object) -> DiffusionModel:
     preprocessing = Preprocessing(size=size, channels=channels, native=size)
     return DiffusionModel(tiny_unet(channels), NoiseSchedule(), preprocessing, **settings)
+
+
+def conditional(
+    size: tuple[int, int] = (8, 8), channels: int = 1, classes: int = 3, **settings: object
+) -> DiffusionModel:
+    """An untrained class-conditional model with a null row; its classes are named a, b, c, …"""
+    preprocessing = Preprocessing(size=size, channels=channels, native=size)
+    unet = tiny_unet(channels, classes=classes)
+    conditioning = ClassVectors(unet, string.ascii_lowercase[:classes], has_null=True)
+    return DiffusionModel(unet, NoiseSchedule(), preprocessing, conditioning=conditioning, **settings)
 
 
 def pictures(folder: Path, count: int = 40, *, low: int = 100, spread: int = 80, seed: int = 0) -> Path:

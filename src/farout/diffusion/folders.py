@@ -10,10 +10,22 @@ import diffusers
 from torch import nn
 
 from farout import store
+from farout.diffusion.class_vectors import ClassVectors
+from farout.diffusion.conditioning import Conditioning
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import MissingExtraError, StoreError
 
-__all__ = ["is_ours", "local", "model_card", "read_autoencoder", "read_networks", "read_scheduler", "write_network"]
+__all__ = [
+    "is_ours",
+    "local",
+    "model_card",
+    "read_autoencoder",
+    "read_conditioning",
+    "read_networks",
+    "read_scheduler",
+    "write_conditioning",
+    "write_network",
+]
 
 _NETWORKS = {"UNet2DModel": diffusers.UNet2DModel, "UNet2DConditionModel": diffusers.UNet2DConditionModel}
 _AUTOENCODERS = {"AutoencoderKL": diffusers.AutoencoderKL, "VQModel": diffusers.VQModel}
@@ -92,6 +104,27 @@ def _read(folder: Path, known: dict[str, Any]) -> nn.Module:
         raise StoreError(f"the weights in {folder} cannot be read ({error})") from error
 
 
+def write_conditioning(folder: Path, conditioning: Conditioning | None) -> None:
+    """Writes what a conditioning keeps beside the network, if anything, as `conditioning.safetensors`."""
+    tensors = {} if conditioning is None else conditioning.tensors()
+    if tensors:
+        store.save_tensors(folder / "conditioning.safetensors", tensors)
+
+
+def read_conditioning(folder: Path, network: nn.Module, described: dict[str, Any] | None) -> Conditioning | None:
+    """The conditioning that `config.json` of our folder describes; None for an unconditional model.
+
+    Raises StoreError for a kind that this version does not know.
+    """
+    if described is None:
+        return None
+    arguments = dict(described)
+    kind = arguments.pop("kind", None)
+    if kind == ClassVectors.kind:
+        return ClassVectors(network, **arguments)
+    raise StoreError(f"{folder} holds a conditioning of kind {kind!r}, which this farout does not know; upgrade farout")
+
+
 def read_scheduler(folder: Path) -> dict[str, Any]:
     """The scheduler's configuration, in a subfolder or at the root."""
     places = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
@@ -102,15 +135,25 @@ def read_scheduler(folder: Path) -> dict[str, Any]:
 def model_card(parameters: int, config: dict[str, Any]) -> str:
     """A short README for the folder."""
     schedule, preprocessing = config["schedule"], config["preprocessing"]
+    classes = config["conditioning"]
     lines = [
         "# A farout diffusion model",
         "",
         f"- network: {parameters:,} parameters, predicts {config['prediction']}",
         f"- schedule: {schedule['kind']}, {schedule['steps']} levels",
         f"- images: {preprocessing['channels']} x {preprocessing['size'][0]} x {preprocessing['size'][1]}",
+        *([] if classes is None else [f"- classes: {_classes(classes)}"]),
         f"- content hash: {config['content_hash']}",
         *[f"- {name}: {value}" for name, value in config["provenance"].items()],
         "",
         "Load it with `farout.DiffusionModel.load(folder)` or as a diffusers pipeline folder.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _classes(conditioning: dict[str, Any]) -> str:
+    """A line on the classes: `3 (a, b, c), by class vectors, with a null condition`."""
+    names = conditioning["class_names"]
+    shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+    null = "with" if conditioning["has_null"] else "without"
+    return f"{len(names)} ({shown}), by {conditioning['kind'].replace('_', ' ')}, {null} a null condition"

@@ -1,0 +1,132 @@
+"""Conditioning adapters: labels and vectors, the null condition, folders, guidance."""
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from farout.diffusion.class_vectors import ClassVectors
+from farout.diffusion.conditioning import Condition
+from farout.diffusion.denoiser import Guided
+from farout.diffusion.model import DiffusionModel
+from farout.errors import FaroutError
+from small import conditional, model, tiny_unet
+
+
+def test_a_label_means_its_vector() -> None:
+    given = conditional()
+    labels = torch.tensor([2, 0, 1])
+    x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.3, 1.0, 5.0])
+    with torch.no_grad():
+        by_label = given.denoiser()(x, sigma, given.conditioning(labels))
+        by_vector = given.denoiser()(x, sigma, given.conditioning(given.conditioning.vectors()[labels]))
+        by_number = given.denoiser()(x, sigma, Condition({"class_labels": labels}))
+    assert torch.equal(by_label, by_vector)
+    assert torch.equal(by_label, by_number), "the network itself looks numbers up, as diffusers' does"
+    assert given.conditioning.vectors().shape == (3, given.conditioning.dim)
+
+
+def test_gradients_in_the_vectors_are_those_of_finite_differences() -> None:
+    given = conditional()
+    given.network.double()
+    network, vectors = given.network, given.conditioning.vectors()[:2].double()
+    x, t = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.tensor([10.0, 500.0], dtype=torch.float64)
+
+    def answer(v: torch.Tensor) -> torch.Tensor:
+        return network(x, t, **given.conditioning(v).tensors).sample.square().mean()
+
+    wanted = vectors.clone().requires_grad_()
+    answer(wanted).backward()
+    direction = torch.randn(vectors.shape, dtype=torch.float64)
+    step = 1e-5
+    difference = (answer(vectors + step * direction) - answer(vectors - step * direction)) / (2 * step)
+    torch.testing.assert_close((wanted.grad * direction).sum(), difference.detach(), rtol=1e-5, atol=1e-10)
+    assert float(wanted.grad.abs().max()) > 0
+
+
+def test_the_null_condition_is_the_row_after_the_last_class() -> None:
+    given = conditional(classes=2)
+    null = given.conditioning.null(3).tensors["class_labels"]
+    assert torch.equal(null, given.network.class_embedding.weight[2].expand(3, -1))
+    x, sigma = torch.randn(3, 1, 8, 8), torch.ones(3)
+    with torch.no_grad():
+        without = given.denoiser()(x, sigma)
+        assert torch.equal(without, given.denoiser()(x, sigma, given.conditioning.null(3)))
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 3]), torch.tensor([-1])])
+def test_labels_outside_the_table_are_refused(labels: torch.Tensor) -> None:
+    with pytest.raises(FaroutError, match="0 to 2"):
+        conditional().conditioning(labels)
+
+
+def test_wrong_shapes_tables_and_networks_are_refused() -> None:
+    given = conditional()
+    with pytest.raises(FaroutError, match=r"\(B, 32\)"):
+        given.conditioning(torch.randn(2, 5))
+    with pytest.raises(FaroutError, match=r"\(B,\)"):
+        given.conditioning(torch.zeros(2, 1, dtype=torch.long))
+    with pytest.raises(FaroutError, match="unconditional"):
+        ClassVectors(tiny_unet(), ["a"], has_null=False)
+    with pytest.raises(FaroutError, match="4 rows"):
+        ClassVectors(tiny_unet(classes=3), ["a", "b"], has_null=True)
+    with pytest.raises(FaroutError, match="more than once"):
+        ClassVectors(tiny_unet(classes=3), ["a", "b", "a"], has_null=True)
+
+
+def test_a_model_without_a_null_condition_says_so() -> None:
+    given = conditional()
+    given.conditioning = ClassVectors(given.network, ["a", "b", "c", "d"], has_null=False)
+    for call in (lambda: given.conditioning.null(1), lambda: given.denoiser()(torch.randn(1, 1, 8, 8), torch.ones(1))):
+        with pytest.raises(FaroutError, match="label_dropout"):
+            call()
+
+
+def test_guidance_calls_the_network_once_with_both_branches() -> None:
+    given = conditional()
+    calls = []
+    given.network.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    x, sigma, condition = torch.randn(3, 1, 8, 8), torch.ones(3), given.conditioning(torch.tensor([0, 1, 2]))
+    denoiser = given.denoiser(rows=6)
+    with torch.no_grad():
+        plain = denoiser(x, sigma, condition)
+        without = denoiser(x, sigma)
+        calls.clear()
+        assert torch.equal(Guided(denoiser, 1, given.conditioning.null)(x, sigma, condition), plain)
+        assert calls == [6], "three rows, padded"
+        calls.clear()
+        guided = Guided(denoiser, 3, given.conditioning.null)(x, sigma, condition)
+    assert calls == [6]
+    torch.testing.assert_close(guided, without + 3 * (plain - without), rtol=1e-4, atol=1e-4)
+
+
+def test_folders_keep_the_classes_and_diffusers_reads_them(tmp_path: Path) -> None:
+    given = conditional()
+    x, sigma, labels = torch.randn(3, 1, 8, 8), torch.tensor([0.3, 1.0, 5.0]), torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        wanted = given.denoiser()(x, sigma, given.conditioning(labels))
+    given.save(tmp_path / "m")
+    loaded = DiffusionModel.load(tmp_path / "m")
+    assert loaded.content_hash == given.content_hash
+    assert loaded.conditioning.describe() == given.conditioning.describe()
+    with torch.no_grad():
+        assert torch.equal(loaded.denoiser()(x, sigma, loaded.conditioning(labels)), wanted)
+    assert "3 (a, b, c)" in (tmp_path / "m" / "README.md").read_text()
+    theirs = diffusers.DDPMPipeline.from_pretrained(tmp_path / "m").unet
+    t = given.schedule.t_of(sigma).float()
+    with torch.no_grad():
+        answer = theirs(x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2).sqrt(), t, class_labels=labels).sample
+    torch.testing.assert_close(x - sigma.reshape(-1, 1, 1, 1) * answer, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_classes_are_part_of_the_identity_and_of_the_control() -> None:
+    given = conditional()
+    other = conditional()
+    other.conditioning = ClassVectors(other.network, ["x", "y", "z"], has_null=True)
+    assert other.content_hash != given.content_hash
+    control = given.randomised(1)
+    assert control.conditioning.class_names == given.conditioning.class_names
+    assert torch.equal(control.conditioning.vectors(), control.network.class_embedding.weight[:3])
+    assert not torch.equal(control.conditioning.vectors(), given.conditioning.vectors())
+    assert given.gmacs == pytest.approx(model().gmacs, rel=0.01)

@@ -19,13 +19,14 @@ COMMANDS = {
     "score": "score",
     "calibrate": "calibrate",
     "evaluate": "evaluate",
+    "sample": "sample",
     "features extract": "extract_features",
     "features list": "list_features",
     "features clear": "clear_features",
     "list": "list_",
     "demo": "demo",
 }
-"""What is typed, and the function in `commands.py` (or `lists.py`) behind it."""
+"""What is typed, and the function in `commands.py` (or `generation.py`, `lists.py`) behind it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +91,7 @@ def _overview(words: Sequence[str]) -> int:
 def _descriptions() -> dict[str, str]:
     """First docstring lines of the commands, read without importing them: importing torch takes seconds."""
     found: dict[str | None, str] = {}
-    for file in ("commands.py", "lists.py"):
+    for file in ("commands.py", "generation.py", "lists.py"):
         tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         found |= {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions}

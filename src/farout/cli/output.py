@@ -17,6 +17,7 @@ from rich.table import Table
 
 from farout import progress as work
 from farout.detectors.base import Detector
+from farout.diffusion.sample_folder import SampledFolder
 from farout.errors import FaroutWarning
 from farout.evaluation.scoring import ScoredFolder
 from farout.features.cache import CachedKind, cache_folder
@@ -83,6 +84,7 @@ def show(name: str, result: Any) -> None:
         "score": _scored,
         "evaluate": _metrics,
         "demo": _demonstrated,
+        "sample": _sampled,
         "features extract": _extracted,
         "features list": _kinds,
         "features clear": _cleared,
@@ -102,6 +104,12 @@ def _scored(done: ScoredFolder) -> None:
     for file in ("scores.csv", "measurements.parquet", "manifest.json", "page.html"):
         if (done.folder / file).is_file():
             print(f"  {done.folder / file}")
+
+
+def _sampled(done: SampledFolder) -> None:
+    print(f"{done.images} images, {done.made} made now")
+    for path in filter(None, (done.folder, done.grid)):
+        print(f"  {path}")
 
 
 def _extracted(done: Extraction) -> None:

@@ -20,6 +20,7 @@ COMMANDS = {
     "calibrate": "calibrate",
     "evaluate": "evaluate",
     "sample": "sample",
+    "fid": "fid",
     "features extract": "extract_features",
     "features list": "list_features",
     "features clear": "clear_features",

@@ -8,8 +8,9 @@ from farout.devices import resolve_device, resolve_precision
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sample_folder import SampledFolder, write_samples
 from farout.diffusion.sampling import Sampler, Spacing, choose_classes
+from farout.evaluation.fid import FeatureName, SetDistance, set_distance
 
-__all__ = ["sample"]
+__all__ = ["fid", "sample"]
 
 Precisions = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -38,7 +39,7 @@ def sample(
         out: folder of the images, class by class; an interrupted run goes on there.
         count: number of images, all classes together.
         classes: names or numbers of classes, such as a,b, or all; for class-conditional models.
-        guidance: weight s of null + s (conditional - null); 1 is conditional, above it truer to the class.
+        guidance: weight of the class: 0 is none, 1 conditional, 3 the paper's omega of 2.
         solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
         steps: steps from noise to image; without it 20, or as many as probability_flow finds.
         spacing: where the steps lie: grid (evenly in t) or geometric (evenly in log sigma).
@@ -55,3 +56,44 @@ def sample(
     exact = resolve_precision(precision, where)
     sampler = Sampler(network, solver, steps, spacing, guidance, seed, rows, exact)
     return write_samples(sampler, out, count, classes=chosen, batch=batch, grid=grid)
+
+
+def fid(
+    generated: str,
+    source: str,
+    *,
+    features: FeatureName = "lite0",
+    limit: int | None = None,
+    seed: int = 0,
+    out: str | None = None,
+    device: str = "auto",
+    precision: Precisions = "fp32",
+    rows: int = 32,
+    workers: int = 2,
+) -> SetDistance:
+    """Tell how far generated images are from real ones: FID and KID, or their kin on the built-in backbone.
+
+    Args:
+        generated: images: a folder of samples, or any source.
+        source: real images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
+        features: lite0 (FD-lite0 and KD-lite0, no download) or inception (FID and KID; weights from the web).
+        limit: a seeded sample of this many images of each.
+        seed: seed of samples and of KID's subsets.
+        out: a JSON file for the numbers.
+        device: auto, cpu, cuda, cuda:1, …
+        precision: precision of the network; figures that are compared want the same.
+        rows: rows of one network call.
+        workers: threads that decode images.
+    """
+    return set_distance(
+        generated,
+        source,
+        features=features,
+        limit=limit,
+        seed=seed,
+        out=out,
+        device=device,
+        precision=precision,
+        rows=rows,
+        workers=workers,
+    )

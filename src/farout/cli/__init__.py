@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "evaluate",
     "sample": "sample",
     "fid": "fid",
+    "interpolate": "interpolate",
     "features extract": "extract_features",
     "features list": "list_features",
     "features clear": "clear_features",

@@ -9,8 +9,9 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sample_folder import SampledFolder, write_samples
 from farout.diffusion.sampling import Sampler, Spacing, choose_classes
 from farout.evaluation.fid import FeatureName, SetDistance, set_distance
+from farout.evaluation.interpolate import InterpolatedFolder, write_interpolations
 
-__all__ = ["fid", "sample"]
+__all__ = ["fid", "interpolate", "sample"]
 
 Precisions = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -95,5 +96,54 @@ def fid(
         device=device,
         precision=precision,
         rows=rows,
+        workers=workers,
+    )
+
+
+def interpolate(
+    model: str,
+    source: str,
+    *,
+    out: str,
+    pairs: int = 8,
+    solver: str = "pndm4",
+    steps: int = 50,
+    stations: int = 9,
+    seed: int = 0,
+    rows: int = 32,
+    device: str = "auto",
+    precision: Precisions = "fp32",
+    workers: int = 2,
+) -> InterpolatedFolder:
+    """Interpolate between images, two by two: pictures and a page.
+
+    Args:
+        model: folder of a diffusion model, or hf://owner/name; a class-conditional one is used without classes.
+        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
+        out: folder of the pictures and the page.
+        pairs: number of pairs of images, drawn from the source.
+        solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
+        steps: steps of the inversion, and of the way back.
+        stations: pictures between the two ends.
+        seed: seed of the drawn images.
+        rows: rows of one network call.
+        device: auto, cpu, cuda, cuda:1, …
+        precision: precision of the network; the inversion wants an exact one.
+        workers: threads that decode images.
+    """
+    where = resolve_device(device)
+    network = DiffusionModel.load(model).to(where)
+    exact = resolve_precision(precision, where)
+    return write_interpolations(
+        network,
+        source,
+        out,
+        pairs=pairs,
+        solver=solver,
+        steps=steps,
+        stations=stations,
+        seed=seed,
+        rows=rows,
+        precision=exact,
         workers=workers,
     )

@@ -20,6 +20,7 @@ from farout.detectors.base import Detector
 from farout.diffusion.sample_folder import SampledFolder
 from farout.errors import FaroutWarning
 from farout.evaluation.fid import SetDistance
+from farout.evaluation.interpolate import InterpolatedFolder
 from farout.evaluation.scoring import ScoredFolder
 from farout.features.cache import CachedKind, cache_folder
 from farout.features.extraction import Extraction
@@ -87,6 +88,7 @@ def show(name: str, result: Any) -> None:
         "demo": _demonstrated,
         "sample": _sampled,
         "fid": _distance,
+        "interpolate": _interpolated,
         "features extract": _extracted,
         "features list": _kinds,
         "features clear": _cleared,
@@ -124,6 +126,14 @@ def _distance(found: SetDistance) -> None:
     subsets = f"{found.subsets} subsets of {found.subset_size}"
     table.add_row(found.kernel_name, f"{found.kernel:.4g} ± {found.kernel_std:.2g}", subsets)
     Console().print(table)
+
+
+def _interpolated(done: InterpolatedFolder) -> None:
+    print(
+        f"{done.pairs} pairs, {done.images} pictures; image and decoded inversion differ by {done.round_trip:.4f} (RMS)"
+    )
+    for path in (done.folder, done.folder / "page.html"):
+        print(f"  {path}")
 
 
 def _extracted(done: Extraction) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from farout.diffusion.loop import Solver
@@ -15,7 +16,7 @@ from farout.diffusion.unipc import unipc
 from farout.diffusion.vp_solvers import ndm1, ndm4, pndm4
 from farout.errors import FaroutError
 
-__all__ = ["SOLVERS", "is_adaptive", "solver_by_name", "solver_path"]
+__all__ = ["SOLVERS", "is_adaptive", "rehearse", "solver_by_name", "solver_path"]
 
 
 def _any(solver: Solver) -> Callable[[NoiseSchedule], Solver]:
@@ -54,3 +55,10 @@ def is_adaptive(name: str) -> bool:
 def solver_path(name: str, path: Tensor) -> Tensor:
     """The path (steps + 1,) as the solver takes it: start and end alone where it finds its own steps."""
     return path[[0, -1]] if is_adaptive(name) else path
+
+
+def rehearse(solver: Solver, sigmas: Tensor) -> None:
+    """Walks paths (B, steps + 1) without a network: one that the solver cannot follow raises its FaroutError now, not
+    after the work that comes before.
+    """
+    solver(lambda x, sigma, condition=None: x, torch.zeros(len(sigmas), 1), sigmas.cpu())

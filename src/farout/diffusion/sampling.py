@@ -15,7 +15,7 @@ from farout.diffusion import paths
 from farout.diffusion.conditioning import Condition, no_null
 from farout.diffusion.denoiser import Denoiser, Guided
 from farout.diffusion.loop import Solver
-from farout.diffusion.methods import is_adaptive, solver_by_name, solver_path
+from farout.diffusion.methods import is_adaptive, rehearse, solver_by_name, solver_path
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import image_noise
 from farout.errors import FaroutError
@@ -93,8 +93,7 @@ class Sampler:
             raise no_null()
         if is_adaptive(self.solver) and self.steps is not None:
             raise FaroutError(f"{self.solver} finds its own steps; leave out steps={self.steps}")
-        # a rehearsal without the network: a path that the method cannot follow is refused here, not after hours
-        self._solve(lambda x, sigma, condition=None: x, torch.zeros(1, 1), self.path[None])
+        rehearse(self._solve, self.path[None])
 
     @cached_property
     def _solve(self) -> Solver:

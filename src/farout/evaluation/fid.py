@@ -181,8 +181,8 @@ def _warn_of_few(name: str, generated: int, reference: int, dimension: int) -> N
     if min(generated, reference) <= dimension:
         warnings.warn(
             f"{name} of {generated} and {reference} images in {dimension} dimensions is biased upwards, for fewer "
-            "images than dimensions do not make a covariance: compare it with sets of the same size only, or look at the "
-            "kernel distance, which has no such bias",
+            "images than dimensions do not make a covariance: compare it with sets of the same size only, or look at "
+            "the kernel distance, which has no such bias",
             TrapWarning,
             stacklevel=3,
         )

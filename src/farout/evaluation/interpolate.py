@@ -13,6 +13,7 @@ from torch import Tensor
 from farout import progress, store
 from farout.devices import Precision
 from farout.diffusion.interpolation import Interpolations, Interpolator
+from farout.diffusion.methods import is_adaptive
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sample_folder import save_png
 from farout.errors import FaroutError, SourceError
@@ -93,7 +94,7 @@ def write_interpolations(
             "pairs": [list(pair) for pair in keys],
             "model": model.content_hash,
             "solver": solver,
-            "steps": steps,
+            "steps": None if is_adaptive(solver) else steps,
             "levels": list(interpolator.levels),
             "seed": seed,
             "rows": rows,

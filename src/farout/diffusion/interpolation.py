@@ -56,7 +56,8 @@ class Interpolator:
     Args:
         model: an unconditional model, or a class-conditional one, which answers by its null condition.
         solver: a name of `farout.diffusion.methods.SOLVERS`.
-        steps: steps from the largest level to the smallest; a solver that finds its own takes none between stations.
+        steps: steps from the largest level to the smallest, whose levels are the stations' too; a solver that finds its
+            own steps uses them for that alone.
         stations: levels between the two ends that images are noised to.
         rows: rows of one network call.
         precision: of the network.

@@ -9,6 +9,7 @@ from PIL import Image
 
 from farout.classifiers.model import Classifier
 from farout.classifiers.networks import NetworkSpec
+from farout.diffusion.class_tokens import ClassTokens
 from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
@@ -58,6 +59,30 @@ def conditional(
     unet = tiny_unet(channels, classes=classes)
     conditioning = ClassVectors(unet, string.ascii_lowercase[:classes], has_null=True)
     return DiffusionModel(unet, NoiseSchedule(), preprocessing, conditioning=conditioning, **settings)
+
+
+def attending(channels: int = 1, width: int = 6) -> diffusers.UNet2DConditionModel:
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=width,
+    )
+
+
+def by_tokens(classes: int = 3, **settings: object) -> DiffusionModel:
+    """As `conditional`, for pictures of 8 x 8 grey pixels, told its classes by cross-attention to two tokens."""
+    network = attending()
+    conditioning = ClassTokens.fresh(string.ascii_lowercase[:classes], 2, 6, has_null=True)
+    preprocessing = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
+    return DiffusionModel(network, NoiseSchedule(), preprocessing, conditioning=conditioning, **settings)
 
 
 def pictures(folder: Path, count: int = 40, *, low: int = 100, spread: int = 80, seed: int = 0) -> Path:

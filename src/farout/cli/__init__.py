@@ -20,6 +20,9 @@ COMMANDS = {
     "score": "score",
     "calibrate": "calibrate",
     "evaluate": "evaluate",
+    "sample": "sample",
+    "fid": "fid",
+    "interpolate": "interpolate",
     "features extract": "extract_features",
     "features list": "list_features",
     "features clear": "clear_features",
@@ -28,7 +31,7 @@ COMMANDS = {
 }
 """What is typed, and the function in `commands.py` (or another of `_FILES`) behind it."""
 
-_FILES = ("commands.py", "training_commands.py", "lists.py")
+_FILES = ("commands.py", "training_commands.py", "generation.py", "lists.py")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,10 @@ from rich.table import Table
 from farout import progress as work
 from farout.classifiers.model import Classifier
 from farout.detectors.base import Detector
+from farout.diffusion.sample_folder import SampledFolder
 from farout.errors import FaroutWarning
+from farout.evaluation.fid import SetDistance
+from farout.evaluation.interpolate import InterpolatedFolder
 from farout.evaluation.scoring import ScoredFolder
 from farout.features.cache import CachedKind, cache_folder
 from farout.features.extraction import Extraction
@@ -85,6 +88,9 @@ def show(name: str, result: Any) -> None:
         "score": _scored,
         "evaluate": _metrics,
         "demo": _demonstrated,
+        "sample": _sampled,
+        "fid": _distance,
+        "interpolate": _interpolated,
         "features extract": _extracted,
         "features list": _kinds,
         "features clear": _cleared,
@@ -112,6 +118,32 @@ def _scored(done: ScoredFolder) -> None:
     for file in ("scores.csv", "measurements.parquet", "manifest.json", "page.html"):
         if (done.folder / file).is_file():
             print(f"  {done.folder / file}")
+
+
+def _sampled(done: SampledFolder) -> None:
+    print(f"{done.images} images, {done.made} made now")
+    for path in filter(None, (done.folder, done.grid)):
+        print(f"  {path}")
+
+
+def _distance(found: SetDistance) -> None:
+    """A row a number."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for head in ("distance", "value", "of"):
+        table.add_column(head, no_wrap=True)
+    sets = f"{found.generated} generated and {found.reference} real images, {found.dimension} features"
+    table.add_row(found.frechet_name, f"{found.frechet:.4g}", sets)
+    subsets = f"{found.subsets} subsets of {found.subset_size}"
+    table.add_row(found.kernel_name, f"{found.kernel:.4g} ± {found.kernel_std:.2g}", subsets)
+    Console().print(table)
+
+
+def _interpolated(done: InterpolatedFolder) -> None:
+    print(
+        f"{done.pairs} pairs, {done.images} pictures; image and decoded inversion differ by {done.round_trip:.4f} (RMS)"
+    )
+    for path in (done.folder, done.folder / "page.html"):
+        print(f"  {path}")
 
 
 def _extracted(done: Extraction) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from farout import registry
 from farout.classifiers.train import PRESETS as CLASSIFIERS
 from farout.classifiers.train import ClassifierConfig
-from farout.cli import commands, training_commands
+from farout.cli import commands, generation, training_commands
 from farout.cli.flags import Parser
 from farout.cli.usage import UsageError, meant
 from farout.detectors._fitting import FitSettings
@@ -24,7 +24,7 @@ __all__ = ["parse"]
 
 _RUNTIME = tuple(Runtime.__dataclass_fields__)
 _COMPOSED = {"runtime", "settings", "arguments", "model", "training"}
-"""Parameters of commands that are made of several flags."""
+"""Keyword parameters of commands that are made of several flags."""
 _NOT_FLAGS = ("network", "training", "runtime")
 """Fields of FitSettings that are flags of their own."""
 _USAGE = {
@@ -41,7 +41,7 @@ def parse(name: str, function: str, words: Sequence[str]) -> Callable[[], Any]:
         return _train_diffusion(words)
     if name == "train classifier":
         return _train_classifier(words)
-    call = getattr(commands, function)
+    call = getattr(generation if function in generation.__all__ else commands, function)
     parser = _parser(name, call)
     composed = "runtime" in inspect.signature(call).parameters
     if composed:
@@ -54,7 +54,7 @@ def parse(name: str, function: str, words: Sequence[str]) -> Callable[[], Any]:
 
 def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about: str = "") -> Parser:
     """A parser with the parameters of a command: those without `*` before them are positional."""
-    parameters = [p for p in inspect.signature(call).parameters.values() if p.name not in {*skip, *_COMPOSED}]
+    parameters = [p for p in inspect.signature(call).parameters.values() if p.name not in {*skip, *_composed(call)}]
     positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     must = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     shown = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in positional]
@@ -72,7 +72,8 @@ def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about
 
 
 def _composed(call: Callable[..., Any]) -> list[str]:
-    return [name for name in inspect.signature(call).parameters if name in _COMPOSED]
+    parameters = inspect.signature(call).parameters.values()
+    return [p.name for p in parameters if p.name in _COMPOSED and p.kind is p.KEYWORD_ONLY]
 
 
 def _first_line(call: Callable[..., Any]) -> str:

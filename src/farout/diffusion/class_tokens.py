@@ -81,7 +81,8 @@ class ClassTokens(Conditioning):
     def __call__(self, given: Tensor) -> Condition:
         """The condition of labels (B,), or of class vectors (B, L d), in which it is differentiable."""
         if given.is_floating_point():
-            return Condition({"encoder_hidden_states": check_vectors(given, self.dim).unflatten(1, self.shape)})
+            vectors = check_vectors(given, self.dim).to(self._tokens.weight.device)
+            return Condition({"encoder_hidden_states": vectors.unflatten(1, self.shape)})
         return self._rows(check_labels(given, self.classes))
 
     def null(self, count: int) -> Condition:

@@ -69,7 +69,8 @@ class ClassVectors(Conditioning):
     def __call__(self, given: Tensor) -> Condition:
         """The condition of labels (B,), or of class vectors (B, dim), in which it is differentiable."""
         if given.is_floating_point():
-            return Condition({"class_labels": check_vectors(given, self.dim)})
+            vectors = check_vectors(given, self.dim).to(self._table.weight.device)
+            return Condition({"class_labels": vectors})
         return self._rows(check_labels(given, self.classes))
 
     def null(self, count: int) -> Condition:

@@ -39,7 +39,7 @@ class DiffusionConfig:
         network: see `farout.diffusion.networks`: `tiny` (1.1 M parameters), `small` (17.7 M), `paper` (171 M), `cifar`
             (35.75 M), `iddpm` (52.5 M); `tokens` (1.4 M) is told its classes by cross-attention.
         classes: train on the source's labels; the model can then be told a class.
-        label_dropout: share of labels replaced by a null class in training, which guidance needs; with classes only.
+        label_dropout: share of labels left out in training, which guidance needs; with classes only.
         dropout: of the network's activations; None: the network's own.
         prediction: what the network predicts.
         schedule, beta_start, beta_end, snr_shift: see `NoiseSchedule`; the defaults are the reconstruction paper's.

@@ -20,7 +20,7 @@ from farout.calibration import threshold
 from farout.detectors.base import Detector
 from farout.images.sources import Batch, ImageSource, batches
 
-__all__ = ["write_page"]
+__all__ = ["png_address", "write_page"]
 
 _BINS = 48
 
@@ -97,15 +97,15 @@ def _cards(detector: Detector, source: ImageSource, rows: pd.DataFrame) -> list[
 
 
 def _pictures(detector: Detector, batch: Batch) -> list[dict[str, str]]:
-    found = [{"image": _png(image)} for image in batch.images]
+    found = [{"image": png_address(image)} for image in batch.images]
     if not detector.makes_maps:
         return found
     measured = detector.measure(batch, maps=True)
     for index, entry in enumerate(found):
         if "reconstruction" in measured.pictures:
-            entry["reconstruction"] = _png(measured.pictures["reconstruction"][index])
+            entry["reconstruction"] = png_address(measured.pictures["reconstruction"][index])
         if measured.maps is not None:
-            entry["map"] = _png(_heat(measured.maps[index]))
+            entry["map"] = png_address(_heat(measured.maps[index]))
     return found
 
 
@@ -115,7 +115,7 @@ def _heat(values: Tensor) -> Tensor:
     return torch.from_numpy(colormaps["magma"](scaled.numpy())[..., :3]).permute(2, 0, 1)
 
 
-def _png(image: Tensor) -> str:
+def png_address(image: Tensor) -> str:
     """A data address of an image (C, H, W) in [0, 1]."""
     array = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()

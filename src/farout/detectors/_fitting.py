@@ -198,10 +198,12 @@ def train_on_images(detector: Detector, images: ImageSource, settings: FitSettin
     if settings.protocol is not None:
         config = replace(config, protocol=settings.protocol)
     torch.manual_seed(settings.seed)
-    fresh = config.build(config.preprocess(images))
+    fresh = config.build(config.preprocess(images), class_names=config.class_names(images))
     given = settings.training or TrainingConfig(**PRESETS["tiny"]["training"])
     training = training_of(given, settings)
-    return train_model(images, fresh, training, levels=config.levels, out=settings.checkpoints, resume=settings.resume)
+    return train_model(
+        images, fresh, training, objective=config.objective, out=settings.checkpoints, resume=settings.resume
+    )
 
 
 def train_classifier_on(images: ImageSource, settings: FitSettings) -> Classifier:

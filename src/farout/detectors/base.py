@@ -60,7 +60,7 @@ class Detector(ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What a fit wants: `diffusion`, `classes` (that it knows classes), `features` (a frozen backbone), `classifier`."""
+    """What a fit wants: `diffusion`, `classes` (and classes), `features` (a frozen backbone), `classifier`."""
     diffusion_kind: ClassVar[type[DiffusionModel] | type[FeatureDiffusion]] = DiffusionModel
     """What its diffusion model works on: images, or features."""
     companions: ClassVar[tuple[str, ...]] = ()

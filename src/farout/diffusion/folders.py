@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import diffusers
 from torch import nn
 
 from farout import store
+from farout.diffusion.class_tokens import ClassTokens, TextTokens
 from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.conditioning import Conditioning
 from farout.diffusion.schedule import NoiseSchedule
-from farout.errors import MissingExtraError, StoreError
+from farout.diffusion.text import has_text, read_text_tokens
+from farout.errors import FaroutError, MissingExtraError, StoreError
 
 __all__ = [
+    "foreign_conditioning",
     "is_ours",
     "local",
     "model_card",
@@ -28,6 +32,7 @@ __all__ = [
 ]
 
 _NETWORKS = {"UNet2DModel": diffusers.UNet2DModel, "UNet2DConditionModel": diffusers.UNet2DConditionModel}
+_CONDITIONING = "conditioning.safetensors"
 _AUTOENCODERS = {"AutoencoderKL": diffusers.AutoencoderKL, "VQModel": diffusers.VQModel}
 
 
@@ -47,7 +52,7 @@ def local(folder: str | Path) -> Path:
         raise MissingExtraError('models from the hub want `pip install "farout[hub]"`') from error
     name = str(folder).removeprefix("hf://")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "tokenizer/*.txt"]))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise StoreError(f"{folder} cannot be fetched ({reason}); download it and give the folder") from error
@@ -108,13 +113,13 @@ def write_conditioning(folder: Path, conditioning: Conditioning | None) -> None:
     """Writes what a conditioning keeps beside the network, if anything, as `conditioning.safetensors`."""
     tensors = {} if conditioning is None else conditioning.tensors()
     if tensors:
-        store.save_tensors(folder / "conditioning.safetensors", tensors)
+        store.save_tensors(folder / _CONDITIONING, tensors)
 
 
 def read_conditioning(folder: Path, network: nn.Module, described: dict[str, Any] | None) -> Conditioning | None:
     """The conditioning that `config.json` of our folder describes; None for an unconditional model.
 
-    Raises StoreError for a kind that this version does not know.
+    Raises StoreError for a kind that this version does not know, or where its table is missing.
     """
     if described is None:
         return None
@@ -122,7 +127,33 @@ def read_conditioning(folder: Path, network: nn.Module, described: dict[str, Any
     kind = arguments.pop("kind", None)
     if kind == ClassVectors.kind:
         return ClassVectors(network, **arguments)
+    for member in (ClassTokens, TextTokens):
+        if kind == member.kind:
+            return member(store.load_tensors(folder / _CONDITIONING)["tokens"], **arguments)
     raise StoreError(f"{folder} holds a conditioning of kind {kind!r}, which this farout does not know; upgrade farout")
+
+
+def foreign_conditioning(
+    folder: Path, network: nn.Module, class_names: Sequence[str] | None, template: str | None
+) -> Conditioning | None:
+    """The conditioning of a folder that farout did not write; None for an unconditional network.
+
+    Each row of a table of class embeddings is taken for a class, as nothing says whether the last one means none.
+    Raises FaroutError for class names, or a template, that do not go with the network.
+    """
+    if has_text(folder):
+        if not class_names:
+            raise FaroutError(f"{folder} is conditioned on text; give class_names=[…], which become its prompts")
+        return read_text_tokens(folder, class_names, template)
+    if template is not None:
+        raise FaroutError(f"{folder} has no text encoder, so the template {template!r} has no use; leave it out")
+    table = getattr(network, "class_embedding", None)
+    if isinstance(table, nn.Embedding):
+        names = [str(row) for row in range(table.num_embeddings)] if class_names is None else class_names
+        return ClassVectors(network, names, has_null=False)
+    if class_names is not None:
+        raise FaroutError(f"{folder} is an unconditional model, so class_names have no use; leave them out")
+    return None
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:

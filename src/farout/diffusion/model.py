@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -231,15 +231,25 @@ class DiffusionModel:
         (folder / "README.md").write_text(folders.model_card(self.parameters, content))
 
     @classmethod
-    def load(cls, folder: str | Path) -> DiffusionModel:
-        """Loads a folder that farout wrote, any diffusers folder of an unconditional model, or `hf://owner/name`.
+    def load(
+        cls, folder: str | Path, *, class_names: Sequence[str] | None = None, template: str | None = None
+    ) -> DiffusionModel:
+        """Loads a folder that farout wrote, a diffusers folder, or `hf://owner/name`.
 
-        Raises StoreError for a folder that is missing, incomplete, altered or of another kind. Code from a folder or
-        hub is never run, and weights are read without unpickling objects.
+        A Stable Diffusion folder (unet, vae, text_encoder, tokenizer, scheduler) wants `class_names`: its classes are
+        the prompts that `template` makes of them ("An image of a {}"), its null condition is the empty prompt. For
+        a class-conditional `UNet2DModel` of diffusers they name the rows of its table, of which the last may be a
+        null row where there is one more than names.
+
+        Raises FaroutError where names or template do not go with the folder, StoreError for a folder that is missing,
+        incomplete, altered or of another kind. Code from a folder or hub is never run, and weights are read without
+        unpickling objects.
         """
         path = folders.local(folder)
         if not folders.is_ours(path):
-            return cls._foreign(path)
+            return cls._foreign(path, class_names, template)
+        if class_names is not None or template is not None:
+            raise FaroutError(f"{path} was written by farout and names its own classes; leave class_names out")
         config = store.read_config(path, KIND)
         network, autoencoder = folders.read_networks(path)
         conditioning = folders.read_conditioning(path, network, config.get("conditioning"))
@@ -261,7 +271,7 @@ class DiffusionModel:
         return model
 
     @classmethod
-    def _foreign(cls, path: Path) -> DiffusionModel:
+    def _foreign(cls, path: Path, class_names: Sequence[str] | None, template: str | None) -> DiffusionModel:
         network, autoencoder = folders.read_networks(path)
         scheduler = folders.read_scheduler(path)
         factor = 1 if autoencoder is None else _downsampling(autoencoder)
@@ -275,6 +285,7 @@ class DiffusionModel:
             Preprocessing(size=size, channels=channels, native=size),
             prediction=scheduler.get("prediction_type", "epsilon"),
             autoencoder=autoencoder,
+            conditioning=folders.foreign_conditioning(path, network, class_names, template),
             provenance={"loaded_from": str(path)},
         )
 

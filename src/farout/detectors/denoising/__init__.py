@@ -37,7 +37,7 @@ from farout.images.sources import Batch, ImageSource
 
 __all__ = ["Denoising"]
 
-_SCORES = (*SPACES, *(f"{space}_local" for space in SPACES), "either")
+_SCORES = (*SPACES, *(f"{space}_local" for space in SPACES), *POST_HOC, "either")
 
 
 class Denoising(Detector):
@@ -68,7 +68,8 @@ class Denoising(Detector):
         solver: `ddim`, `dpm_solver_2m`, `heun` or `plms`.
         steps: steps from t down, even in log sigma.
         grid: steps of this many levels instead, ending at level 0, as published; None: `steps` are taken.
-        score: the method's own: `logit`, `feature` or `pixel` (S_global), the same with `_local`, or `either`.
+        score: the method's own: `logit`, `feature` or `pixel` (S_global), these with `_local`, `either`, or one of the
+            clean image alone: `energy`, `max_logit` or `msp`.
         distance: `l1`, `l2`, or `argmax`: the change of the component that is largest in the clean image.
         cascade: a score of the clean image's logits that joins in `either`, the larger of the two after each is
             standardised by the statistics images; None: there is no `either`.
@@ -128,8 +129,8 @@ class Denoising(Detector):
 
     @classmethod
     def tiny(cls, resources: Any) -> Denoising:
-        """Two levels, two draws, two steps."""
-        return cls(levels=(200, 400), draws=2, steps=2)
+        """Two levels, two draws, two steps; by the brightest pixel, for untrained networks tell little else apart."""
+        return cls(levels=(200, 400), draws=2, steps=2, score="pixel", distance="argmax")
 
     # -- networks ------------------------------------------------------------------------------------------------
 
@@ -173,8 +174,8 @@ class Denoising(Detector):
         if conditioning.classes != classifier.classes:
             counts = f"{conditioning.classes} classes, the classifier {classifier.classes}"
             raise FaroutError(f"the diffusion model knows {counts}; train both on the same images")
-        named = conditioning.class_names and classifier.class_names
-        if named and tuple(conditioning.class_names) != tuple(classifier.class_names):
+        names = {tuple(conditioning.class_names), tuple(classifier.class_names)}
+        if len(names - {tuple(map(str, range(classifier.classes)))}) > 1:  # bare numbers are no names
             raise FaroutError("diffusion model and classifier name their classes differently; train both on the same")
         if self.config["guidance"] != 1 and not conditioning.has_null:
             raise FaroutError("this diffusion model has no null condition to guide away from; give --guidance 1")
@@ -317,16 +318,14 @@ class Denoising(Detector):
         self.neighbours, self.standard = None, {}
 
     def fit_statistics(self, measurements: Measurements) -> None:
-        """Mean and deviation of the logit change and of the post-hoc score, for `either`."""
-        if self.config["cascade"] is not None:
-            parts = self._pair(measurements)
-            self.standard = {name: ZScore.fit(value.numpy()[:, None]) for name, value in parts.items()}
+        """Mean and deviation of the logit change and of the post-hoc scores, for `either`."""
+        parts = {"change": self._mean(measurements, "logit", "global"), **self._post_hoc(measurements)}
+        self.standard = {name: ZScore.fit(value.numpy()[:, None]) for name, value in parts.items()}
 
-    def _pair(self, measurements: Measurements) -> dict[str, Tensor]:
-        values = measurements.values
-        assert values is not None
-        column = measurements.metrics.index(self.config["cascade"])
-        return {"change": self._mean(measurements, "logit", "global"), "post_hoc": values[:, 0, 0, column].double()}
+    def _post_hoc(self, measurements: Measurements) -> dict[str, Tensor]:
+        assert measurements.values is not None
+        first = measurements.values[:, 0, 0].double()
+        return {name: first[:, measurements.metrics.index(name)] for name in POST_HOC}
 
     def _mean(self, measurements: Measurements, space: str, reach: str) -> Tensor:
         assert measurements.values is not None
@@ -335,17 +334,15 @@ class Denoising(Detector):
 
     def combine(self, measurements: Measurements) -> dict[str, Tensor]:
         """S_global and, with several levels, S_local in the three spaces; the three post-hoc scores; `either`."""
-        assert measurements.values is not None
         found = {space: self._mean(measurements, space, "global") for space in SPACES}
         if len(self.levels) > 1:
             found |= {f"{space}_local": self._mean(measurements, space, "local") for space in SPACES}
-        if self.config["cascade"] is not None:
-            parts = self._pair(measurements)
-            scores = [self.standard[name].score(value.numpy()[:, None]) for name, value in parts.items()]
+        beside, cascade = self._post_hoc(measurements), self.config["cascade"]
+        if cascade is not None:
+            pair = {"change": found["logit"], cascade: beside[cascade]}
+            scores = [self.standard[name].score(value.numpy()[:, None]) for name, value in pair.items()]
             found["either"] = torch.from_numpy(np.maximum(*scores))
-        for name in POST_HOC:
-            found[name] = measurements.values[:, 0, 0, measurements.metrics.index(name)].double()
-        return found
+        return found | beside
 
     def state(self) -> dict[str, np.ndarray]:
         """Neighbours and statistics."""
@@ -356,8 +353,8 @@ class Denoising(Detector):
         """Puts `state` back."""
         if "neighbours" in state:
             self.neighbours = Neighbours.from_arrays(state)
-        if self.config["cascade"] is not None and "change.mean" in state:
-            self.standard = {name: ZScore.from_arrays(unpack(state, name)) for name in ("change", "post_hoc")}
+        if "change.mean" in state:
+            self.standard = {name: ZScore.from_arrays(unpack(state, name)) for name in ("change", *POST_HOC)}
 
 
 def _number(text: str) -> int:

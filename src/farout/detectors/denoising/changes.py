@@ -1,4 +1,4 @@
-"""How far a classifier's view of an image moves when the image is noised and denoised: the distances, and their sums."""
+"""How far a classifier's view of an image moves when the image is noised and denoised: the distances."""
 
 from __future__ import annotations
 

@@ -78,7 +78,6 @@ class Posthoc(Detector):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"classifier"})
-    statistics_minimum: ClassVar[int] = 1000
     choices: ClassVar[frozenset[str]] = frozenset(
         {"score", "clip", "sparsity", "dimensions", "k", "gamma", "top", "covariance"}
     )

@@ -405,3 +405,13 @@ def test_resized_crops_are_parts_of_the_image() -> None:
     assert abs(cropped[:, 0].mean() - 0.5) < 0.03
     whole = random_resized_crop(both[None], torch.Generator(), scale=(1.0, 1.0), ratio=(1.0, 1.0))
     torch.testing.assert_close(whole[0], both)
+
+
+def test_a_control_with_fresh_weights() -> None:
+    made = classifier()
+    fresh = made.randomised(1)
+    assert (fresh.mean, fresh.class_names, fresh.trained_on) == (made.mean, made.class_names, frozenset())
+    assert not torch.equal(fresh.outputs(images()).logits, made.outputs(images()).logits)
+    assert fresh.content_hash == made.randomised(1).content_hash
+    with pytest.raises(FaroutError, match="fresh weights"):
+        Classifier.from_module(Functional(), MEAN, STD, size=8, features="answer").randomised()

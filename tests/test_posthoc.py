@@ -302,3 +302,12 @@ def test_without_a_classifier_one_is_trained_on_labels(
     assert made.network.class_names == ("a", "b")
     assert made.network.trained_on
     assert not made.network.trained_on & (made.statistics_hashes | made.calibration_hashes)
+
+
+def test_the_random_control_has_a_fresh_classifier(made: Posthoc, good: Path, tmp_path: Path) -> None:
+    from farout.evaluation.beside import Beside, rated_beside
+
+    given = Beside(companions=False, trivial=False, random=True, reference=str(good))
+    (rated,) = rated_beside(made, given, tmp_path)
+    assert rated.detector.classifier.provenance["random_weights"] == 0
+    assert rated.detector.fingerprint != made.fingerprint

@@ -127,6 +127,20 @@ class Classifier:
         """Number of the network's parameters."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
+    def randomised(self, seed: int = 0) -> Classifier:
+        """The same network with fresh weights: a control that has learnt nothing.
+
+        Raises FaroutError for a module that could not be built again.
+        """
+        if self.network is None:
+            raise FaroutError("this classifier's module cannot be built again with fresh weights; pass network=...")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            fresh = self.network.build().to(self.device)
+        known: dict[str, Any] = {"class_names": self.class_names, "network": self.network}
+        about = {"random_weights": seed}
+        return Classifier(fresh, self.mean, self.std, self.preprocessing, provenance=about, **known)
+
     # -- running it ----------------------------------------------------------------------------------------------
 
     def logits(self, images: Tensor) -> Tensor:
@@ -140,12 +154,11 @@ class Classifier:
 
         Raises FaroutError for other shapes.
         """
-        channels, size = self.preprocessing.channels, self.preprocessing.size
+        channels, size = self.preprocessing.channels, tuple(self.preprocessing.size)
         if images.ndim != 4 or images.shape[1] != channels:
             raise FaroutError(f"this classifier takes images (B, {channels}, H, W), got {tuple(images.shape)}")
-        if tuple(images.shape[-2:]) != tuple(size):
-            resized = functional.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
-            images = resized.clamp(0, 1)
+        if tuple(images.shape[-2:]) != size:
+            images = functional.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
         return self._normalised(images)
 
     def _normalised(self, images: Tensor) -> Tensor:
@@ -265,10 +278,8 @@ class Classifier:
             if misfits(names, built.state_dict()):
                 continue
             built.load_state_dict(names)
-            twin = Classifier(
-                built.to(self.device), self.mean, self.std, self.preprocessing, class_names=self.class_names,
-                network=spec,
-            )  # fmt: skip
+            known: dict[str, Any] = {"class_names": self.class_names, "network": spec}
+            twin = Classifier(built.to(self.device), self.mean, self.std, self.preprocessing, **known)
             probe = torch.rand(2, self.preprocessing.channels, *self.preprocessing.size)
             if torch.allclose(twin.outputs(probe).logits, self.outputs(probe).logits, rtol=1e-3, atol=1e-4):
                 return twin
@@ -318,10 +329,8 @@ class Classifier:
         spec = NetworkSpec(network, classes or len(found), channels, preprocessing.size, stem)
         module = spec.build()
         load_weights(module, tensors, str(path), network)
-        return cls(
-            module, mean, std, preprocessing, class_names=class_names, network=spec,
-            provenance={"weights": Path(path).name},
-        )  # fmt: skip
+        about = {"weights": Path(path).name}
+        return cls(module, mean, std, preprocessing, class_names=class_names, network=spec, provenance=about)
 
     # -- folders -------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +21,14 @@ from farout.classifiers.weights import load_weights
 from farout.devices import first_process, resolve_precision
 from farout.errors import FaroutError
 from farout.features.backbones import read_weights
+from farout.images.classes import LabelledImages, class_names_of, class_numbers
 from farout.images.preprocessing import Preprocessing, Protocol
 from farout.images.sources import ImageSource, PreparedImages, batches, open_source
 from farout.images.splits import split
 from farout.progress import task
 from farout.training import TrainingConfig, train
 
-__all__ = ["PRESETS", "Classes", "ClassifierConfig", "accuracy_on", "train_classifier", "train_on"]
+__all__ = ["PRESETS", "ClassifierConfig", "accuracy_on", "train_classifier", "train_on"]
 
 _SAMPLE = 2000
 _ROWS = 64
@@ -84,14 +85,14 @@ class ClassifierConfig:
             images = random_crop(images, self.crop_padding, generator)
         return random_flip(images, generator) if self.flip else images
 
-    def build(self, source: ImageSource, classes: Classes) -> Classifier:
+    def build(self, source: ImageSource, class_names: Sequence[str]) -> Classifier:
         """A classifier of `source` with fresh weights."""
         preprocessing = Preprocessing.for_source(
             source, size=self.size, channels=self.channels, protocol=self.protocol, crop=self.crop
         )
-        spec = NetworkSpec(self.network, len(classes.names), preprocessing.channels, preprocessing.size, self.stem)
+        spec = NetworkSpec(self.network, len(class_names), preprocessing.channels, preprocessing.size, self.stem)
         mean, std = (self.mean, self.std) if self.mean and self.std else _moments(source, preprocessing)
-        return Classifier(spec.build(), mean, std, preprocessing, class_names=classes.names, network=spec)
+        return Classifier(spec.build(), mean, std, preprocessing, class_names=class_names, network=spec)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -128,49 +129,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 classifiers (SGD with Nesterov momentum 0.9, 100 epochs of CIFAR's 391 updates at batch 128, cosine to 1e-6)."""
 
 
-@dataclass(frozen=True)
-class Classes:
-    """The classes of a source: their labels there, ascending, and their names. Label i becomes number i here."""
-
-    labels: tuple[int, ...]
-    names: tuple[str, ...]
-
-    @classmethod
-    def of(cls, source: ImageSource) -> Classes:
-        """The classes that occur; raises FaroutError where there are no labels or a single class."""
-        if source.labels is None:
-            raise FaroutError(
-                f"{source.name} has no labels, and a classifier is trained on them; give a tree of one folder per "
-                "class, a table with a column label, or a named set"
-            )
-        labels = tuple(sorted(set(source.labels)))
-        if len(labels) < 2:
-            raise FaroutError(f"all images of {source.name} are of one class ({labels[0]}); expected two or more")
-        named = source.class_names or ()
-        return cls(labels, tuple(named[n] if 0 <= n < len(named) else str(n) for n in labels))
-
-    def numbers(self, source: ImageSource) -> Tensor:
-        """The labels of a source as numbers 0 to K - 1, int64 (n,); raises FaroutError for a class not among these."""
-        places = {label: place for place, label in enumerate(self.labels)}
-        strange = sorted(set(source.labels or ()) - set(places))
-        if source.labels is None or strange:
-            raise FaroutError(f"{source.name} has images of other classes ({strange}) than {list(self.labels)}")
-        return torch.tensor([places[label] for label in source.labels], dtype=torch.int64)
-
-
-class _Labelled(Dataset[tuple[Tensor, Tensor]]):
-    """Prepared images with the numbers of their classes."""
-
-    def __init__(self, images: PreparedImages, numbers: Tensor) -> None:
-        self.images, self.numbers = images, numbers
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.numbers[index]
-
-
 def _moments(source: ImageSource, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over at most 2,000 images, evenly spaced."""
     prepared, count = PreparedImages(source, preprocessing), min(_SAMPLE, len(source))
@@ -191,7 +149,7 @@ def train_on(
     *,
     out: Path | None = None,
     resume: bool = False,
-    classes: Classes | None = None,
+    class_names: Sequence[str] | None = None,
     weights: str | None = None,
 ) -> Classifier:
     """Trains a classifier on all of `source`; the last twentieth of the images, by hash, validates where
@@ -203,20 +161,20 @@ def train_on(
         training: how; its seed is also that of the fresh weights.
         out: folder of the checkpoints; None: none are kept.
         resume: go on from the last checkpoint there.
-        classes: what the labels mean; None: the classes of `source`.
+        class_names: of all classes; None: those that occur in `source`, in the order of their labels.
         weights: a file of weights to start from (see `Classifier.from_weights`); None: fresh ones.
 
     Raises FaroutError where there are no labels, one class, or a class without images; StoreError for weights that do
     not fit.
     """
-    classes = classes or Classes.of(source)
-    numbers = classes.numbers(source)
-    empty = [name for place, name in enumerate(classes.names) if not bool((numbers == place).any())]
+    names = class_names_of(source) if class_names is None else class_names
+    numbers = class_numbers(source, names)
+    empty = [name for place, name in enumerate(names) if not bool((numbers == place).any())]
     if empty:
         raise FaroutError(f"no image is left to train the class {', '.join(empty)} on; give more images of it")
-    classifier = _start(source, config, classes, weights, training.seed)
+    classifier = _start(source, config, names, weights, training.seed)
     hashes = [source.content_hash(i) for i in range(len(source))]
-    labelled = _Labelled(PreparedImages(source, classifier.preprocessing), numbers)
+    labelled = LabelledImages(PreparedImages(source, classifier.preprocessing), numbers)
     learning, validation = _parts(labelled, hashes, validate=training.validate_every > 0)
     loss = config.loss()
 
@@ -228,12 +186,11 @@ def train_on(
     fingerprint = source.fingerprint()
     result = train(
         classifier.module, step, learning, training, out=out, validation=validation, resume=resume,
-        fingerprint=f"{fingerprint} {classes.labels} {asdict(config)}",
+        fingerprint=f"{fingerprint} {tuple(names)} {asdict(config)}",
     )  # fmt: skip
     classifier.trained_on = frozenset(hashes)
     classifier.provenance = {
         "source": source.name,
-        "labels": list(classes.labels),
         "data_fingerprint": fingerprint,
         "images": len(hashes),
         "steps": result.steps,
@@ -247,17 +204,17 @@ def train_on(
 
 
 def _start(
-    source: ImageSource, config: ClassifierConfig, classes: Classes, weights: str | None, seed: int
+    source: ImageSource, config: ClassifierConfig, class_names: Sequence[str], weights: str | None, seed: int
 ) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        classifier = config.build(source, classes)
+        classifier = config.build(source, class_names)
     if weights is not None:
         load_weights(classifier.module, read_weights(Path(weights)), weights, config.network)
     return classifier
 
 
-def _parts(labelled: _Labelled, hashes: list[str], *, validate: bool) -> tuple[Dataset, Dataset | None]:
+def _parts(labelled: LabelledImages, hashes: list[str], *, validate: bool) -> tuple[Dataset, Dataset | None]:
     """What is learnt from and what validates: the last twentieth by hash."""
     if not validate:
         return labelled, None
@@ -269,20 +226,21 @@ def _parts(labelled: _Labelled, hashes: list[str], *, validate: bool) -> tuple[D
 
 
 def accuracy_on(
-    classifier: Classifier, source: ImageSource, classes: Classes, precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    classifier: Classifier, source: ImageSource, precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 ) -> float:
-    """The share of a source's readable images whose class the classifier tells."""
-    places = {label: place for place, label in enumerate(classes.labels)}
-    hits: Counter[bool] = Counter()
+    """The share of a source's readable images whose class the classifier tells; raises FaroutError where there are no
+    labels, other classes than the classifier's, or no image that can be read.
+    """
+    numbers, hits = class_numbers(source, classifier.class_names), list[bool]()
     with task("accuracy on held-out images", len(source)) as bar:
         for batch in batches(source, classifier.preprocessing, _ROWS):
-            if batch.labels is not None and batch.keys:
-                told = classifier.outputs(batch.images, _ROWS, precision).logits.argmax(1).tolist()
-                hits.update(place == places.get(label) for place, label in zip(told, batch.labels.tolist()))
+            if batch.keys:
+                told = classifier.outputs(batch.images, _ROWS, precision).logits.argmax(1).cpu()
+                hits += (told == numbers[list(batch.indices)]).tolist()
             bar.advance(len(batch.keys))
     if not hits:
-        raise FaroutError(f"{source.name} has no labelled images to measure the accuracy on")
-    return hits[True] / hits.total()
+        raise FaroutError(f"{source.name} has no readable image to measure the accuracy on")
+    return sum(hits) / len(hits)
 
 
 def train_classifier(
@@ -331,20 +289,20 @@ def train_classifier(
     if keep_weights and weights is None:
         raise FaroutError("keep_weights wants weights to keep; give a file of weights")
     images = open_source(source, limit=limit, seed=seed, policy=policy)
-    classes = Classes.of(images)
+    names = class_names_of(images)
     parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
     settings = replace(training, seed=seed)
     folder = Path(f"{out}.training")
     learning = images.subset(parts.training)
     if keep_weights:
-        trained = _start(learning, model, classes, weights, seed)
-        trained.provenance = {"source": images.name, "labels": list(classes.labels), "weights": Path(str(weights)).name}
+        trained = _start(learning, model, names, weights, seed)
+        trained.provenance = {"source": images.name, "weights": Path(str(weights)).name}
     else:
-        trained = train_on(learning, model, settings, out=folder, resume=resume, classes=classes, weights=weights)
+        trained = train_on(learning, model, settings, out=folder, resume=resume, class_names=names, weights=weights)
     if first_process():
         held = images.subset(sorted([*parts.statistics, *parts.calibration]))
         precision = resolve_precision(training.precision, trained.device)
-        trained.provenance["held_out_accuracy"] = round(accuracy_on(trained, held, classes, precision), 5)
+        trained.provenance["held_out_accuracy"] = round(accuracy_on(trained, held, precision), 5)
         trained.provenance["held_out_images"] = len(held)
         trained.save(out)
         if not settings.checkpoint_every and not settings.tensorboard:

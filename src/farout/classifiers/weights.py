@@ -81,6 +81,6 @@ def model_card(parameters: int, config: Mapping[str, Any]) -> str:
         f"- content hash: {config['content_hash']}",
         *[f"- {name}: {value}" for name, value in config["provenance"].items()],
         "",
-        "Load it with `farout.classifiers.model.Classifier.load(folder)`.",
+        "Load it with `farout.Classifier.load(folder)`.",
     ]
     return "\n".join(lines) + "\n"

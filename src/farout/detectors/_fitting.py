@@ -144,7 +144,7 @@ def _given_classifier(detector: Detector, classifier: Any, source: ImageSource) 
     model = Classifier.load(classifier) if isinstance(classifier, str | Path) else classifier
     if not isinstance(model, Classifier):
         raise FaroutError(f"{name} works with a Classifier, got a {type(model).__name__}; see Classifier.from_module")
-    if not model.trained_on:
+    if not model.trained_on and "random_weights" not in model.provenance:
         message = "it is not known which images this classifier was trained on; fit on images it cannot have seen"
         warnings.warn(message, TrapWarning, stacklevel=4)
     return model

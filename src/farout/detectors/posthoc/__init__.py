@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,10 @@ from farout.images.sources import Batch
 
 __all__ = ["Posthoc"]
 
+Score = Literal[
+    "msp", "max_logit", "energy", "gen", "odin", "react", "dice", "ash", "scale", "vim", "knn", "she", "mahalanobis",
+    "rmds",
+]  # fmt: skip
 _SHARES = ("clip", "pruned", "sparsity")
 
 
@@ -78,7 +82,6 @@ class Posthoc(Detector):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"classifier"})
-    statistics_minimum: ClassVar[int] = 1000
     choices: ClassVar[frozenset[str]] = frozenset(
         {"score", "clip", "sparsity", "dimensions", "k", "gamma", "top", "covariance"}
     )
@@ -86,10 +89,7 @@ class Posthoc(Detector):
     def __init__(
         self,
         *,
-        score: Literal[
-            "msp", "max_logit", "energy", "gen", "odin", "react", "dice", "ash", "scale", "vim", "knn", "she",
-            "mahalanobis", "rmds",
-        ] = "energy",
+        score: Score = "energy",
         odin: bool = False,
         odin_step: float = 0.0014,
         odin_temperature: float = 1000.0,
@@ -102,8 +102,8 @@ class Posthoc(Detector):
         gamma: float = 0.1,
         top: int = 100,
         covariance: Covariance = "shrunk",
-    ) -> None:  # fmt: skip
-        known = {"score": _SCORES, "shaping": ("pooled", "maps"), "covariance": ("shrunk", "empirical")}
+    ) -> None:
+        known = {"score": get_args(Score), "shaping": ("pooled", "maps"), "covariance": ("shrunk", "empirical")}
         for name, words in known.items():
             if self.config[name] not in words:
                 raise FaroutError(f"{name} is {self.config[name]!r}; expected one of {', '.join(words)}")
@@ -232,12 +232,6 @@ class Posthoc(Detector):
         made = cls(score="mahalanobis", odin=True, shaping="maps")
         made.classifier = resources.classifier
         return made
-
-
-_SCORES = (
-    "msp", "max_logit", "energy", "gen", "odin", "react", "dice", "ash", "scale", "vim", "knn", "she", "mahalanobis",
-    "rmds",
-)  # fmt: skip
 
 
 def _close(one: Tensor, two: Tensor) -> bool:

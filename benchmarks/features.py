@@ -224,24 +224,46 @@ def summary(rows: pd.DataFrame) -> str:
     # of the semantic detector every score, of the others their own
     rows = rows[(rows["detector"] == "semantic") != (rows["indicator"] == "score")]
     rows = rows.assign(task=rows["task"].str.replace(r" split \d", " splits", regex=True))
-    for (task, protocol), some in rows.groupby(["task", "protocol"], sort=False):
-        oods = list(dict.fromkeys(some["ood"]))
-        lines = []
-        for (detector, indicator), each in some.groupby(["detector", "indicator"], sort=False):
-            cells = [_cell(each[each["ood"] == ood]) for ood in oods]
-            lines.append([detector, indicator, each["seed"].nunique(), *cells])
-        counts = f"n = {some['n_id'].max()} in, {some['n_ood'].min()} to {some['n_ood'].max()} out"
-        parts.append(
-            f"**{task}**, protocol {protocol}, {counts}\n\n" + table(["detector", "score", "runs", *oods], lines)
-        )
+    chosen_on = rows["task"].str.startswith("dev ")
+    if chosen_on.any():
+        parts.append(_means(rows[chosen_on]))
+    for (task, protocol), some in rows[~chosen_on].groupby(["task", "protocol"], sort=False):
+        parts.append(_of_task(task, protocol, some))
     return "\n\n".join(parts)
 
 
-def _cell(rows: pd.DataFrame) -> str:
+def _means(rows: pd.DataFrame) -> str:
+    """Of the dev sources: the mean over changes, and in how many of them the paired interval excludes zero."""
+    tasks = list(dict.fromkeys(rows["task"]))
+    lines = []
+    for (detector, indicator), each in rows.groupby(["detector", "indicator"], sort=False):
+        cells = [_mean(each[each["task"] == task]) for task in tasks]
+        lines.append([detector, indicator, *cells, _mean(each)])
+    return table(["detector", "score", *[task.removeprefix("dev ") for task in tasks], "all"], lines)
+
+
+def _mean(rows: pd.DataFrame) -> str:
+    return f"{rows['auroc'].mean():.3f}{_decided(rows)}"
+
+
+def _of_task(task: str, protocol: str, some: pd.DataFrame) -> str:
+    oods = list(dict.fromkeys(some["ood"]))
+    lines = []
+    for (detector, indicator), each in some.groupby(["detector", "indicator"], sort=False):
+        cells = [_cell(each[each["ood"] == ood]) for ood in oods]
+        lines.append([detector, indicator, each["seed"].nunique(), *cells])
+    counts = f"n = {some['n_id'].max()} in, {some['n_ood'].min()} to {some['n_ood'].max()} out"
+    return f"**{task}**, protocol {protocol}, {counts}\n\n" + table(["detector", "score", "runs", *oods], lines)
+
+
+def _decided(rows: pd.DataFrame) -> str:
     ahead, behind = int((rows["difference_low"] > 0).sum()), int((rows["difference_high"] < 0).sum())
-    decided = "".join([f" +{ahead}" if ahead else "", f" -{behind}" if behind else ""])
+    return "".join([f" +{ahead}" if ahead else "", f" -{behind}" if behind else ""])
+
+
+def _cell(rows: pd.DataFrame) -> str:
     spread = f"{rows['auroc'].min():.3f}-{rows['auroc'].max():.3f}, " if len(rows) > 1 else ""
-    return f"{rows['auroc'].mean():.3f} ({spread}{rows['low'].min():.3f} to {rows['high'].max():.3f}){decided}"
+    return f"{rows['auroc'].mean():.3f} ({spread}{rows['low'].min():.3f} to {rows['high'].max():.3f}){_decided(rows)}"
 
 
 def main() -> None:

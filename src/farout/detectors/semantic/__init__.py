@@ -19,7 +19,7 @@ from farout.diffusion.denoiser import NetworkDenoiser, in_chunks
 from farout.diffusion.losses import LevelSampling
 from farout.diffusion.noise import NoiseKind, noise_table
 from farout.errors import FaroutError
-from farout.features.diffusion import FeatureDiffusion
+from farout.features.diffusion import FeatureDiffusion, paper_schedule
 from farout.features.encoding import FeatureEncoding, Standardise
 from farout.features.train import train_features
 from farout.images.sources import Batch, ImageSource
@@ -141,6 +141,7 @@ class Semantic(FeatureDetector):
         if min(draws, updates, batch, epochs or 1) < 1 or lr_sign not in (1, -1):
             given = f"{draws}, {updates}, {batch}, {epochs} and {lr_sign}"
             raise FaroutError(f"draws, updates, batch and epochs want at least 1, lr_sign 1 or -1; got {given}")
+        sampling.check_sampler(sampler, levels, steps, paper_schedule())
         self.levels, self.draws, self.regret = tuple(sorted(levels)), draws, regret
         self.scorer: indicators.Scorer | None = None
         self.denoisers: list[NetworkDenoiser] = []

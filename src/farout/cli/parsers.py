@@ -113,11 +113,11 @@ def _method_preset(method: Any, name: str | None) -> dict[str, Any]:
     return dict(method.from_preset(name).config)
 
 
-def _add_training(parser: Parser, flag: str) -> None:
-    parser.add_argument(f"--{flag}", type=str, default="tiny", help=f"settings to start from: {', '.join(PRESETS)}")
+def _add_training(parser: Parser, flag: str, preset: str = "tiny") -> None:
+    parser.add_argument(f"--{flag}", type=str, default=preset, help=f"settings to start from: {', '.join(PRESETS)}")
     parser.take(DiffusionConfig, "model")
     parser.take(TrainingConfig, "training")
-    parser.set_defaults(_training_preset("tiny"))
+    parser.set_defaults(_training_preset(preset))
 
 
 def _train_diffusion(words: Sequence[str]) -> Callable[[], Any]:
@@ -184,7 +184,7 @@ def _fit_parser(member: registry.Member, method: Any) -> Parser:
     parser.take(FitSettings, skip=_NOT_FLAGS)
     parser.take(Runtime)
     if _trains_on_images(method):
-        _add_training(parser, "network_preset")
+        _add_training(parser, "network_preset", method.network_preset)
     return parser
 
 

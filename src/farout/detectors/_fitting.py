@@ -44,7 +44,7 @@ class FitSettings:
         policy: what becomes of an unreadable image: `raise`, or `skip`.
         statistics: images for the statistics; None: what the method wants.
         protocol: how images are brought to size; None: `native`, or as a given diffusion model has it.
-        network: what is trained where a diffusion model is lacking.
+        network: what is trained where a diffusion model of images is lacking; None: as suits the method.
         training: how it is trained; None: as suits the method.
         checkpoints: folder of the training's checkpoints; None: none are kept.
         resume: go on from the last checkpoint there.
@@ -58,7 +58,7 @@ class FitSettings:
     policy: Literal["raise", "skip"] = "raise"
     statistics: int | None = None
     protocol: Protocol | None = None
-    network: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(**PRESETS["tiny"]["model"]))
+    network: DiffusionConfig | None = None
     training: TrainingConfig | None = None
     checkpoints: Path | None = None
     resume: bool = False
@@ -192,14 +192,17 @@ def _trimmed(parts: Split, source: ImageSource, wanted: int, alpha: float) -> Sp
 
 def train_on_images(detector: Detector, images: ImageSource, settings: FitSettings) -> DiffusionModel:
     """Trains a diffusion model of images as the settings say."""
-    config = settings.network
+    preset = PRESETS[detector.network_preset]
+    config = settings.network or DiffusionConfig(**preset["model"])
+    if "condition" in detector.config:
+        config = replace(config, classes=detector.config["condition"] == "class")
     if detector.config.get("normalisation") == "minmax":
         config = replace(config, value_range="minmax", data_range="unit")
     if settings.protocol is not None:
         config = replace(config, protocol=settings.protocol)
     torch.manual_seed(settings.seed)
     fresh = config.build(config.preprocess(images), class_names=config.class_names(images))
-    given = settings.training or TrainingConfig(**PRESETS["tiny"]["training"])
+    given = settings.training or TrainingConfig(**preset["training"])
     training = training_of(given, settings)
     return train_model(
         images, fresh, training, objective=config.objective, out=settings.checkpoints, resume=settings.resume

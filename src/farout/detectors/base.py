@@ -63,6 +63,8 @@ class Detector(ABC):
     """What a fit wants: `diffusion`, `classes` (and classes), `features` (a frozen backbone), `classifier`."""
     diffusion_kind: ClassVar[type[DiffusionModel] | type[FeatureDiffusion]] = DiffusionModel
     """What its diffusion model works on: images, or features."""
+    network_preset: ClassVar[str] = "tiny"
+    """How a diffusion model of images is trained where none is given, see `farout list presets`."""
     companions: ClassVar[tuple[str, ...]] = ()
     """Detectors that every rating of this one shows beside it."""
     presets: ClassVar[dict[str, dict[str, Any]]] = {}

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from farout.densities import ZScore, pack, unpack
-from farout.detectors._fitting import FitSettings, train_on_images
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.denoising.changes import (
     DISTANCES,
@@ -79,6 +78,7 @@ class Denoising(Detector):
     diffusion: DiffusionModel | None = None
     makes_maps: ClassVar[bool] = True
     statistics_minimum: ClassVar[int] = 100
+    network_preset: ClassVar[str] = "classes"
     companions: ClassVar[tuple[str, ...]] = ("posthoc",)
     choices: ClassVar[frozenset[str]] = frozenset({"score", "distance", "cascade"})
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -133,11 +133,6 @@ class Denoising(Detector):
         return cls(levels=(200, 400), draws=2, steps=2, score="pixel", distance="argmax")
 
     # -- networks ------------------------------------------------------------------------------------------------
-
-    def train(self, images: ImageSource, settings: FitSettings) -> DiffusionModel:
-        """A diffusion model of the images, and of their classes where they are wanted."""
-        network = replace(settings.network, classes=self.config["condition"] == "class")
-        return train_on_images(self, images, replace(settings, network=network))
 
     def prepare(self) -> None:
         """Checks that classifier and diffusion model go together; builds paths and denoiser."""
@@ -257,10 +252,10 @@ class Denoising(Detector):
         if not count:
             return Measurements((), torch.empty(0, *grid, len(names)), levels, names)
         images = batch.images.to(model.device)
-        outputs = classifier.outputs(images, self._rows, self.runtime.precision)  # type: ignore[arg-type]
+        outputs = classifier.outputs(images, self._rows, self.runtime.precision)
         clean = views(images, outputs)
         restored = self._denoised(batch, images, self._classes(batch, outputs.logits))
-        again = classifier.outputs(restored, self._rows, self.runtime.precision)  # type: ignore[arg-type]
+        again = classifier.outputs(restored, self._rows, self.runtime.precision)
         moved = {name: value.reshape(count, *grid, -1) for name, value in views(restored, again).items()}
         changed = changes({name: value[:, None] for name, value in clean.items()}, moved)
         beside = post_hoc(outputs.logits)[:, None, None].expand(-1, *grid, -1)

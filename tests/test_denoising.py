@@ -195,6 +195,7 @@ def test_models_that_do_not_go_together_are_refused(good: Path) -> None:
         (Denoising(), conditional(channels=3), classifier(), "channels"),
         (Denoising(), model(), classifier(), "unconditional"),
         (Denoising(levels=(1000,)), conditional(), classifier(), "0 to 999"),
+        (Denoising(solver="pndm4", steps=2), conditional(), classifier(), "steps"),
     ]:
         with pytest.raises(FaroutError, match=words):
             made.fit(good, diffusion, recognise, alpha=0.1, statistics=30)

@@ -28,9 +28,9 @@ from farout.detectors.denoising.starts import Neighbours, descriptors, inverted
 from farout.diffusion import paths
 from farout.diffusion.conditioning import Condition
 from farout.diffusion.denoiser import Denoiser, Guided, NetworkDenoiser
+from farout.diffusion.methods import SOLVERS, rehearse, solver_by_name, solver_path
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
-from farout.diffusion.solvers import SOLVERS
 from farout.errors import FaroutError
 from farout.images.sources import Batch, ImageSource
 
@@ -64,7 +64,7 @@ class Denoising(Detector):
         labels: `predicted` by the classifier, or `true` (an ablation: of images whose label the model does not know a
             random class).
         guidance: s above; 1: no guidance; the paper's omega is s - 1.
-        solver: `ddim`, `dpm_solver_2m`, `heun` or `plms`.
+        solver: a name of `farout.diffusion.methods.SOLVERS`: `dpm_solver_2m`, `ddim`, `pndm2`, `unipc`, …
         steps: steps from t down, even in log sigma.
         grid: steps of this many levels instead, ending at level 0, as published; None: `steps` are taken.
         score: the method's own: `logit`, `feature` or `pixel` (S_global), these with `_local`, `either`, or one of the
@@ -97,7 +97,7 @@ class Denoising(Detector):
         condition: Literal["class", "none"] = "class",
         labels: Literal["predicted", "true"] = "predicted",
         guidance: float = 3.0,
-        solver: Literal["ddim", "dpm_solver_2m", "heun", "plms"] = "dpm_solver_2m",
+        solver: str = "dpm_solver_2m",
         steps: int = 6,
         grid: int | None = None,
         score: str = "logit",
@@ -144,15 +144,19 @@ class Denoising(Detector):
         if self.levels[-1] > highest:
             raise FaroutError(f"levels run from 0 to {highest} in this model's schedule, got {list(self.levels)}")
         self.denoiser = model.denoiser(self._rows, self.runtime.precision)  # type: ignore[arg-type]
+        self.solve = solver_by_name(self.config["solver"], model.schedule)
         self.paths = paths.pad([self._path(level) for level in self.levels]).to(model.device)
+        rehearse(self.solve, self.paths)
         self.shared = None
 
     def _path(self, level: int) -> Tensor:
         assert self.diffusion is not None
-        spacing = self.config["grid"]
+        schedule, spacing = self.diffusion.schedule, self.config["grid"]
         if spacing is None:
-            return paths.geometric(self.diffusion.schedule, level, self.config["steps"])
-        return paths.grid(self.diffusion.schedule, level, spacing)
+            path = paths.geometric(schedule, level, self.config["steps"])
+        else:
+            path = paths.grid(schedule, level, spacing)
+        return solver_path(self.config["solver"], path)
 
     def _check_models(self, model: DiffusionModel) -> None:
         classifier, conditioning = self.classifier, model.conditioning
@@ -278,7 +282,7 @@ class Denoising(Detector):
         x0 = model.encode(images).repeat_interleave(per_image, 0)
         x = x0 + sigmas[:, 0].reshape(-1, *[1] * (x0.ndim - 1)) * noise
         denoiser, condition = self._guided(classes.repeat_interleave(per_image))
-        return model.decode(SOLVERS[self.config["solver"]](denoiser, x, sigmas, condition))
+        return model.decode(self.solve(denoiser, x, sigmas, condition))
 
     def _guided(self, classes: Tensor) -> tuple[Denoiser, Condition | None]:
         assert self.denoiser is not None

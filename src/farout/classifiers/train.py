@@ -266,7 +266,8 @@ def train_classifier(
     and kept in the folder's provenance.
 
     Args:
-        source: any image source with labels.
+        source: any image source with labels: a set's name, a folder of one folder per class, a table, or
+            hf://owner/name:split.
         out: folder of the classifier; `OUT.training/` beside it holds the checkpoints while training runs, and after
             it where `training.checkpoint_every` is set.
         model: what is trained.

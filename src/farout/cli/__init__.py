@@ -29,9 +29,9 @@ COMMANDS = {
     "list": "list_",
     "demo": "demo",
 }
-"""What is typed, and the function in `commands.py` (or another of `_FILES`) behind it."""
+"""What is typed, and the function in one of `_FILES` behind it."""
 
-_FILES = ("commands.py", "training_commands.py", "generation.py", "lists.py")
+_FILES = ("cli/commands.py", "cli/generation.py", "cli/lists.py", "diffusion/train.py", "classifiers/train.py")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def _descriptions() -> dict[str, str]:
     """First docstring lines of the commands, read without importing them: importing torch takes seconds."""
     found: dict[str | None, str] = {}
     for file in _FILES:
-        tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
+        tree = ast.parse((Path(__file__).parents[1] / file).read_text(encoding="utf-8"))
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         found |= {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions}
     return {name: found.get(function, found["show_list"]) for name, function in COMMANDS.items()}

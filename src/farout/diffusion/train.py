@@ -335,7 +335,7 @@ def train_diffusion(
     seed rests its statistics and p-values on them.
 
     Args:
-        source: any image source.
+        source: any image source: a set's name, a folder, a glob, a file, or hf://owner/name:split.
         out: folder of the model; `OUT.training/` beside it holds the checkpoints while training runs, and after it
             where `training.checkpoint_every` is set.
         model: what is trained.

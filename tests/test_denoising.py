@@ -1,4 +1,4 @@
-"""The denoising detector: what it measures, the card's checks 2 and 4, models that do not go together."""
+"""The denoising detector: what it measures, the card's check 2, models that do not go together."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from farout.detectors.denoising.starts import Neighbours, descriptors, inverted
 from farout.diffusion.denoiser import GaussianDenoiser, Guided
 from farout.diffusion.noise import shared_noise
 from farout.diffusion.solvers import dpm_solver_2m
+from farout.diffusion.train import DiffusionConfig
 from farout.errors import FaroutError
 from farout.images.sources import Batch
+from farout.training_config import TrainingConfig
 from small import classifier, conditional, model, pictures
 
 
@@ -66,7 +68,7 @@ def test_changes_are_distances_of_normalised_outputs() -> None:
 def test_post_hoc_scores_are_higher_further_out() -> None:
     sure, unsure = torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([[0.1, 0.0, 0.0]])
     assert (post_hoc(unsure) > post_hoc(sure)).all()
-    torch.testing.assert_close(post_hoc(sure)[0, 0], -sure.logsumexp(1)[0])
+    torch.testing.assert_close(post_hoc(sure)[0, 0], -sure.double().logsumexp(1)[0])
 
 
 def test_without_noise_nothing_moves_and_more_noise_moves_more(good: Path) -> None:
@@ -117,8 +119,13 @@ def test_other_distances_need_no_network(fitted: Denoising, good: Path) -> None:
         fitted.reconfigured(draws=1)
 
 
-def test_true_labels_decide_the_class(good: Path) -> None:
-    made = Denoising(draws=1, steps=2, labels="true").fit(good, conditional(), classifier(), alpha=0.1, statistics=30)
+def test_true_labels_decide_the_class(good: Path, tmp_path: Path) -> None:
+    for name in "012":
+        pictures(tmp_path / name, 20, seed=ord(name))
+    made = Denoising(draws=1, steps=2, labels="true")
+    with pytest.raises(FaroutError, match="has none of them"):
+        made.fit(good, conditional(), classifier(), alpha=0.1, statistics=30)
+    made.fit(tmp_path, conditional(), classifier(), alpha=0.1, statistics=30)
     assert made._classes(batch(3, torch.tensor([2, 1, 0])), torch.zeros(3, 3)).tolist() == [2, 1, 0]
     unknown = made._classes(batch(200, torch.full((200,), -1)), torch.zeros(200, 3))
     assert set(unknown.tolist()) == {0, 1, 2}, "images of unknown label get a random class"
@@ -236,3 +243,54 @@ def test_a_folder_that_is_no_classifier(good: Path, tmp_path: Path) -> None:
         Denoising().fit(good, conditional(), tmp_path)
     with pytest.raises(FaroutError, match="Classifier"):
         Denoising().fit(good, conditional(), torch.nn.Linear(2, 2))
+
+
+def test_fewer_levels_and_draws_need_no_network(fitted: Denoising, good: Path) -> None:
+    less = fitted.reconfigured(use_levels=(300,), use_draws=1)
+    measured = fitted.score(good).measurements
+    assert measured is not None
+    np.testing.assert_allclose(less.score(good).score, column(measured.values, "logit_global_l1")[:, 1, 0], rtol=1e-6)
+    for wrong in ({"use_levels": (5,)}, {"use_draws": 3}):
+        with pytest.raises(FaroutError, match="use_"):
+            fitted.reconfigured(**wrong)
+
+
+def test_confident_images_keep_their_order() -> None:
+    """Where 1 - max softmax has no digits left in float32."""
+    scores = post_hoc(torch.tensor([[30.0, 0.0, 0.0], [20.0, 0.0, 0.0], [18.0, 0.0, 0.0]]))[:, 2].float()
+    assert scores[0] < scores[1] < scores[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"levels": (2000,)}, "0 to 999"),
+        ({"solver": "pndm4", "steps": 2}, "steps"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    settings: dict, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object, **named: object) -> None:
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr("farout.detectors._fitting.train_on", never)
+    monkeypatch.setattr("farout.detectors._fitting.train_model", never)
+    for name in ("a", "b"):
+        pictures(tmp_path / name, 40, seed=ord(name))
+    with pytest.raises(FaroutError, match=words):
+        Denoising(**settings).fit(tmp_path, alpha=0.1)
+    with pytest.raises(FaroutError, match="classes"):
+        Denoising().fit(tmp_path, alpha=0.1, network=DiffusionConfig())
+
+
+def test_networks_that_are_lacking_are_trained(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pictures(tmp_path / name, 40, seed=ord(name))
+    training = TrainingConfig(steps=2, batch_size=4)
+    made = Denoising(draws=1, steps=1).fit(tmp_path, alpha=0.1, training=training, classifier_steps=2)
+    assert made.classifier is not None
+    assert made.diffusion is not None
+    assert made.classifier.class_names == made.diffusion.conditioning.class_names == ("a", "b")
+    seen = made.classifier.trained_on | made.diffusion.trained_on
+    assert not seen & (made.statistics_hashes | made.calibration_hashes)

@@ -58,7 +58,7 @@ def fit(
         source: good images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
         out: folder of the detector.
         diffusion: folder of a diffusion model, or hf://owner/name, for methods that use one; without it one is trained.
-        classifier: folder of a classifier, for methods that need one.
+        classifier: folder of a classifier, for methods that need one; without it one is trained on images with labels.
         link: keep a path to the diffusion model instead of a copy.
         preset: the method's preset that `arguments` started from.
         settings: how the fit is done.

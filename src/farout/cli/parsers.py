@@ -171,11 +171,16 @@ def _fit_parser(member: registry.Member, method: Any) -> Parser:
     parser = _parser(f"fit {member.name}", commands.fit, ["method", "preset"], about=member.description)
     parser.add_argument("--preset", type=str, help=f"settings to start from: {', '.join(method.presets) or 'none'}")
     parser.take(method)
-    parser.take(FitSettings, skip=_NOT_FLAGS)
+    parser.take(FitSettings, skip=_not_flags(method))
     parser.take(Runtime)
     if _trains_on_images(method):
         _add_training(parser, "network_preset", method.network_preset)
     return parser
+
+
+def _not_flags(method: Any) -> tuple[str, ...]:
+    """Fields of FitSettings that are flags of their own, or nothing to this method."""
+    return _NOT_FLAGS if "classifier" in method.needs else (*_NOT_FLAGS, "classifier_preset", "classifier_steps")
 
 
 def _trains_on_images(method: Any) -> bool:
@@ -185,7 +190,7 @@ def _trains_on_images(method: Any) -> bool:
 
 def _call_fit(name: str, method: Any, values: dict[str, Any]) -> Any:
     arguments = {key: values[key] for key in method().config}
-    settings = {key: values[key] for key in FitSettings.__dataclass_fields__ if key not in _NOT_FLAGS}
+    settings = {key: values[key] for key in FitSettings.__dataclass_fields__ if key not in _not_flags(method)}
     runtime = Runtime(**{key: values[key] for key in _RUNTIME})
     networks = {"network": values["model"], "training": values["training"]} if "model" in values else {}
     chosen = FitSettings(**settings, **networks, runtime=runtime)

@@ -20,6 +20,7 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_model
 from farout.errors import FaroutError, ShortfallWarning, TrapWarning
 from farout.features.diffusion import FeatureDiffusion
+from farout.images.classes import class_names_of
 from farout.images.preprocessing import Preprocessing, Protocol
 from farout.images.sources import ImageSource, open_source
 from farout.images.splits import Split, calibration_size, split
@@ -46,6 +47,8 @@ class FitSettings:
         protocol: how images are brought to size; None: `native`, or as a given diffusion model has it.
         network: what is trained where a diffusion model of images is lacking; None: as suits the method.
         training: how it is trained; None: as suits the method.
+        classifier_preset: how a classifier is trained where one is lacking.
+        classifier_steps: updates of its training; None: the preset's.
         checkpoints: folder of the training's checkpoints; None: none are kept.
         resume: go on from the last checkpoint there.
         runtime: how networks are run.
@@ -60,6 +63,8 @@ class FitSettings:
     protocol: Protocol | None = None
     network: DiffusionConfig | None = None
     training: TrainingConfig | None = None
+    classifier_preset: str = "tiny"
+    classifier_steps: int | None = None
     checkpoints: Path | None = None
     resume: bool = False
     runtime: Runtime = field(default_factory=Runtime)
@@ -80,8 +85,9 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
         detector.use(None, settings.runtime)
     training = source.subset(parts.training)
+    _check(detector, training, given, settings)
     if "classifier" in detector.needs and detector.classifier is None:
-        detector.classifier = train_classifier_on(training, settings)
+        detector.classifier = _train_classifier(detector, training, settings)
     lacking = given is None and "diffusion" in detector.needs
     model = detector.train(training, settings) if lacking else given
     known = model if isinstance(model, DiffusionModel) else detector.classifier
@@ -144,7 +150,8 @@ def _given_classifier(detector: Detector, classifier: Any, source: ImageSource) 
     model = Classifier.load(classifier) if isinstance(classifier, str | Path) else classifier
     if not isinstance(model, Classifier):
         raise FaroutError(f"{name} works with a Classifier, got a {type(model).__name__}; see Classifier.from_module")
-    if not model.trained_on and "random_weights" not in model.provenance:
+    unknown = not model.trained_on or model.provenance.get("weights")
+    if unknown and "random_weights" not in model.provenance:
         message = "it is not known which images this classifier was trained on; fit on images it cannot have seen"
         warnings.warn(message, TrapWarning, stacklevel=4)
     return model
@@ -190,33 +197,59 @@ def _trimmed(parts: Split, source: ImageSource, wanted: int, alpha: float) -> Sp
     return replace(parts, statistics=tuple(sorted(order[:wanted])), calibration=tuple(calibration))
 
 
-def train_on_images(detector: Detector, images: ImageSource, settings: FitSettings) -> DiffusionModel:
-    """Trains a diffusion model of images as the settings say."""
-    preset = PRESETS[detector.network_preset]
-    config = settings.network or DiffusionConfig(**preset["model"])
-    if "condition" in detector.config:
-        config = replace(config, classes=detector.config["condition"] == "class")
-    if detector.config.get("normalisation") == "minmax":
-        config = replace(config, value_range="minmax", data_range="unit")
+def _network_config(detector: Detector, settings: FitSettings) -> DiffusionConfig:
+    config = settings.network or DiffusionConfig(**PRESETS[detector.network_preset]["model"])
     if settings.protocol is not None:
         config = replace(config, protocol=settings.protocol)
+    return detector.network_config(config)
+
+
+def _classifier_config(detector: Detector, settings: FitSettings) -> ClassifierConfig:
+    """The preset's, with images prepared as those of a diffusion model that is trained with it."""
+    if settings.classifier_preset not in CLASSIFIERS:
+        known = ", ".join(CLASSIFIERS)
+        raise FaroutError(f"there is no classifier preset {settings.classifier_preset!r}; expected one of {known}")
+    config = ClassifierConfig(**CLASSIFIERS[settings.classifier_preset]["model"])
+    if "diffusion" in detector.needs:
+        shared = _network_config(detector, settings)
+        names = ("size", "channels", "crop", "protocol")
+        return replace(config, **{name: getattr(shared, name) for name in names})
+    return config if settings.protocol is None else replace(config, protocol=settings.protocol)
+
+
+def _check(detector: Detector, images: ImageSource, given: Any, settings: FitSettings) -> None:
+    """Lets the detector refuse what cannot work before anything is trained."""
+    if detector.diffusion_kind is not DiffusionModel:
+        return
+    diffusion, classifier = given, detector.classifier
+    if diffusion is None and "diffusion" in detector.needs:
+        config = _network_config(detector, settings)
+        diffusion = config.build(config.preprocess(images), class_names=config.class_names(images))
+    if classifier is None and "classifier" in detector.needs:
+        classifier = _classifier_config(detector, settings).build(images, class_names_of(images))
+    detector.check(images, diffusion, classifier)
+
+
+def train_on_images(detector: Detector, images: ImageSource, settings: FitSettings) -> DiffusionModel:
+    """Trains a diffusion model of images as the settings say."""
+    config = _network_config(detector, settings)
     torch.manual_seed(settings.seed)
     fresh = config.build(config.preprocess(images), class_names=config.class_names(images))
-    given = settings.training or TrainingConfig(**preset["training"])
+    given = settings.training or TrainingConfig(**PRESETS[detector.network_preset]["training"])
     training = training_of(given, settings)
     return train_model(
         images, fresh, training, objective=config.objective, out=settings.checkpoints, resume=settings.resume
     )
 
 
-def train_classifier_on(images: ImageSource, settings: FitSettings) -> Classifier:
-    """Trains a classifier by the preset `tiny`; others come from `farout train classifier`."""
-    config = ClassifierConfig(**CLASSIFIERS["tiny"]["model"])
-    if settings.protocol is not None:
-        config = replace(config, protocol=settings.protocol)
-    training = training_of(TrainingConfig(**CLASSIFIERS["tiny"]["training"]), settings)
+def _train_classifier(detector: Detector, images: ImageSource, settings: FitSettings) -> Classifier:
+    """Trains a classifier by a preset; other settings come from `farout train classifier`."""
+    training = TrainingConfig(**CLASSIFIERS[settings.classifier_preset]["training"])
+    if settings.classifier_steps is not None:
+        training = replace(training, steps=settings.classifier_steps)
     out = settings.checkpoints / "classifier" if settings.checkpoints is not None else None
-    return train_on(images, config, training, out=out, resume=settings.resume)
+    config = _classifier_config(detector, settings)
+    return train_on(images, config, training_of(training, settings), out=out, resume=settings.resume)
 
 
 def training_of(given: TrainingConfig, settings: FitSettings) -> TrainingConfig:

@@ -6,17 +6,17 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from farout import store
 from farout.calibration import check_scores, is_out, p_values
+from farout.detectors._cost import Cost, cost_of
 from farout.detectors._remember import remembering
 from farout.detectors._runtime import Runtime
 from farout.detectors._tables import Measurements, Scores
@@ -31,19 +31,12 @@ from farout.progress import task
 if TYPE_CHECKING:
     from farout.classifiers.model import Classifier
     from farout.detectors._fitting import FitSettings
+    from farout.diffusion.train import DiffusionConfig
 
 __all__ = ["Cost", "Detector", "Measurements", "Runtime", "Scores", "load"]
 
 _MEMORY = 256 * 2**20
 _COMBINED = 64
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one image costs: network evaluations (rows) and billions of multiply-accumulates, all networks together."""
-
-    nfe: float
-    gmacs: float
 
 
 class Detector(ABC):
@@ -60,7 +53,7 @@ class Detector(ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What a fit wants: `diffusion`, `classes` (and classes), `features` (a frozen backbone), `classifier`."""
+    """What a fit wants: `diffusion`, `classes` (told to it), `features` (a frozen backbone), `classifier`."""
     diffusion_kind: ClassVar[type[DiffusionModel] | type[FeatureDiffusion]] = DiffusionModel
     """What its diffusion model works on: images, or features."""
     network_preset: ClassVar[str] = "tiny"
@@ -138,6 +131,15 @@ class Detector(ABC):
         from farout.detectors._fitting import train_on_images
 
         return train_on_images(self, images, settings)
+
+    def network_config(self, config: DiffusionConfig) -> DiffusionConfig:
+        """What is trained where a diffusion model of images is lacking, with what the method's settings want of it."""
+        return config
+
+    def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
+        """Called before anything is trained, with the given networks or untrained ones in place of what is lacking:
+        refuses what cannot work.
+        """
 
     def prepare(self) -> None:
         """Called once networks and runtime are known, before anything is measured: checks and caches."""
@@ -326,20 +328,9 @@ class Detector(ABC):
         status = tuple("ok" if good else "not a number" for good in np.isfinite(score))
         return Scores(measurements.keys, score, p, is_out(p, self.alpha), status, indicators, measurements)
 
-    @torch.no_grad()
     def cost(self) -> Cost:
         """Network evaluations and multiply-accumulates of one image, counted on one grey image."""
-        images = torch.full((1, self.preprocessing.channels, *self.preprocessing.size), 0.5)
-        kept, self.runtime = self.runtime, replace(self.runtime, rows=1)
-        self.prepare()
-        before = self.evaluations
-        try:
-            with FlopCounterMode(display=False) as counter:
-                self.measure(Batch(("probe",), images, None, (0,)))
-            return Cost(self.evaluations - before, counter.get_total_flops() / 2e9)
-        finally:
-            self.runtime = kept
-            self.prepare()
+        return cost_of(self)
 
     @property
     def evaluations(self) -> int:

@@ -12,7 +12,7 @@ from farout.errors import SourceError
 from farout.images.batching import PreparedImages
 from farout.images.sources import ImageSource
 
-__all__ = ["LabelledImages", "class_names_of", "class_numbers"]
+__all__ = ["LabelledImages", "class_name", "class_names_of", "class_numbers"]
 
 
 def class_names_of(source: ImageSource) -> tuple[str, ...]:
@@ -20,7 +20,7 @@ def class_names_of(source: ImageSource) -> tuple[str, ...]:
 
     Raises SourceError where there are no labels, or only one class.
     """
-    names = tuple(_name(source, label) for label in sorted(set(_labels(source))))
+    names = tuple(class_name(source, label) for label in sorted(set(_labels(source))))
     if len(names) < 2:
         raise SourceError(
             f"all images of {source.name} are of one class ({', '.join(names)}); classes want two or more"
@@ -34,7 +34,7 @@ def class_numbers(source: ImageSource, names: Sequence[str]) -> Tensor:
     Raises SourceError where there are no labels, or a class that is not among the names.
     """
     place = {name: number for number, name in enumerate(names)}
-    found = [_name(source, label) for label in _labels(source)]
+    found = [class_name(source, label) for label in _labels(source)]
     strange = sorted({name for name in found if name not in place})
     if strange:
         raise SourceError(
@@ -53,7 +53,8 @@ def _labels(source: ImageSource) -> tuple[int, ...]:
     return source.labels
 
 
-def _name(source: ImageSource, label: int) -> str:
+def class_name(source: ImageSource, label: int) -> str:
+    """The name of a label of `source`; one without a name is its own."""
     names = source.class_names or ()
     return str(names[label]) if 0 <= label < len(names) else str(label)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from farout.classifiers.model import Classifier
 from farout.densities import ZScore, pack, unpack
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.denoising.changes import (
@@ -31,7 +32,10 @@ from farout.diffusion.denoiser import Denoiser, Guided, NetworkDenoiser
 from farout.diffusion.methods import SOLVERS, rehearse, solver_by_name, solver_path
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
+from farout.diffusion.schedule import NoiseSchedule
+from farout.diffusion.train import DiffusionConfig
 from farout.errors import FaroutError
+from farout.images.classes import class_name
 from farout.images.sources import Batch, ImageSource
 
 __all__ = ["Denoising"]
@@ -40,12 +44,12 @@ _SCORES = (*SPACES, *(f"{space}_local" for space in SPACES), *POST_HOC, "either"
 
 
 class Denoising(Detector):
-    """How far a classifier's output moves under noising and denoising (Liu, Ren, Cheng, Huang, Li and Zhao, "Diffusion
-    denoising process for perceptron bias in out-of-distribution detection", arXiv 2211.11255).
+    """How far a classifier's output moves when the image is noised and denoised.
 
-    An image x of predicted class y is noised to level t and denoised under y by a deterministic solver, with
-    classifier-free guidance e = e(null) + s (e(y) - e(null)). With f the classifier's logits (or penultimate features,
-    or the pixels themselves), divided by their Euclidean norm,
+    Liu, Ren, Cheng, Huang, Li and Zhao, "Diffusion denoising process for perceptron bias in out-of-distribution
+    detection", arXiv 2211.11255. An image x of predicted class y is noised to level t and denoised under y by a
+    deterministic solver, with classifier-free guidance e = e(null) + s (e(y) - e(null)). With f the classifier's logits
+    (or penultimate features, or the pixels themselves), divided by their Euclidean norm,
 
         S_global(t) = mean over draws |f(x) - f(x_t)|,   S_local(t) = mean over draws |f(x_s) - f(x_t)|,
 
@@ -69,6 +73,8 @@ class Denoising(Detector):
         grid: steps of this many levels instead, ending at level 0, as published; None: `steps` are taken.
         score: the method's own: `logit`, `feature` or `pixel` (S_global), these with `_local`, `either`, or one of the
             clean image alone: `energy`, `max_logit` or `msp`.
+        use_levels: levels whose changes count; None: all.
+        use_draws: the first so many draws count; None: all.
         distance: `l1`, `l2`, or `argmax`: the change of the component that is largest in the clean image.
         cascade: a score of the clean image's logits that joins in `either`, the larger of the two after each is
             standardised by the statistics images; None: there is no `either`.
@@ -80,7 +86,8 @@ class Denoising(Detector):
     statistics_minimum: ClassVar[int] = 100
     network_preset: ClassVar[str] = "classes"
     companions: ClassVar[tuple[str, ...]] = ("posthoc",)
-    choices: ClassVar[frozenset[str]] = frozenset({"score", "distance", "cascade"})
+    statistics_suffice: ClassVar[bool] = True
+    choices: ClassVar[frozenset[str]] = frozenset({"score", "distance", "cascade", "use_levels", "use_draws"})
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {"levels": (300,), "draws": 4, "guidance": 3.0, "solver": "ddim", "grid": 20},
         "released": {"levels": (120, 240, 360), "draws": 4, "guidance": 3.0, "solver": "ddim", "grid": 20},
@@ -101,6 +108,8 @@ class Denoising(Detector):
         steps: int = 6,
         grid: int | None = None,
         score: str = "logit",
+        use_levels: tuple[int, ...] | None = None,
+        use_draws: int | None = None,
         distance: Distance = "l1",
         cascade: PostHoc | None = None,
     ) -> None:
@@ -111,6 +120,10 @@ class Denoising(Detector):
         if solver not in SOLVERS or distance not in DISTANCES or cascade not in (None, *POST_HOC):
             known = f"{', '.join(SOLVERS)}; {', '.join(DISTANCES)}; {', '.join(POST_HOC)}"
             raise FaroutError(f"solver, distance and cascade are {solver!r}, {distance!r}, {cascade!r}; known: {known}")
+        if not set(use_levels if use_levels is not None else levels[:1]) & set(levels):
+            raise FaroutError(f"use_levels {list(use_levels or ())} are none of the levels {list(levels)}")
+        if use_draws is not None and not 1 <= use_draws <= draws:
+            raise FaroutError(f"use_draws want 1 to {draws}, got {use_draws}")
         self._check_score(score, levels, cascade)
         self.levels = tuple(sorted(levels))
         self.neighbours: Neighbours | None = None
@@ -135,36 +148,52 @@ class Denoising(Detector):
     # -- networks ------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Checks that classifier and diffusion model go together; builds paths and denoiser."""
+        """Builds paths and denoiser."""
         model = self.diffusion
         if model is None or self.classifier is None:
             return
-        self._check_models(model)
-        highest = model.schedule.steps - 1
-        if self.levels[-1] > highest:
-            raise FaroutError(f"levels run from 0 to {highest} in this model's schedule, got {list(self.levels)}")
         self.denoiser = model.denoiser(self._rows, self.runtime.precision)  # type: ignore[arg-type]
         self.solve = solver_by_name(self.config["solver"], model.schedule)
-        self.paths = paths.pad([self._path(level) for level in self.levels]).to(model.device)
-        rehearse(self.solve, self.paths)
+        self.paths = self._all_paths(model.schedule).to(model.device)
         self.shared = None
 
-    def _path(self, level: int) -> Tensor:
-        assert self.diffusion is not None
-        schedule, spacing = self.diffusion.schedule, self.config["grid"]
+    def network_config(self, config: DiffusionConfig) -> DiffusionConfig:
+        """As given; refused where it knows no classes and they are wanted."""
+        if self.config["condition"] == "class" and not config.classes:
+            raise FaroutError("denoising under a class wants a model of classes; leave out --no-model.classes")
+        return config
+
+    def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
+        """Refuses models that do not go together, levels and paths that the schedule or the solver cannot have."""
+        assert diffusion is not None
+        assert classifier is not None
+        self._check_models(diffusion, classifier)
+        highest = diffusion.schedule.steps - 1
+        if self.levels[-1] > highest:
+            raise FaroutError(f"levels run from 0 to {highest} in this model's schedule, got {list(self.levels)}")
+        rehearse(solver_by_name(self.config["solver"], diffusion.schedule), self._all_paths(diffusion.schedule))
+        if self.config["labels"] == "true" and not set(_names(source)) & set(classifier.class_names):
+            known = ", ".join(classifier.class_names)
+            raise FaroutError(f"labels=true wants images of the classes {known}; {source.name} has none of them")
+
+    def _all_paths(self, schedule: NoiseSchedule) -> Tensor:
+        return paths.pad([self._path(schedule, level) for level in self.levels])
+
+    def _path(self, schedule: NoiseSchedule, level: int) -> Tensor:
+        spacing = self.config["grid"]
         if spacing is None:
             path = paths.geometric(schedule, level, self.config["steps"])
         else:
             path = paths.grid(schedule, level, spacing)
         return solver_path(self.config["solver"], path)
 
-    def _check_models(self, model: DiffusionModel) -> None:
-        classifier, conditioning = self.classifier, model.conditioning
-        assert classifier is not None
-        for name in ("size", "channels"):
-            ours, theirs = getattr(model.preprocessing, name), getattr(classifier.preprocessing, name)
-            if ours != theirs:
-                raise FaroutError(f"the diffusion model has {name} {ours}, the classifier {theirs}; train both on one")
+    def _check_models(self, model: DiffusionModel, classifier: Classifier) -> None:
+        conditioning = model.conditioning
+        theirs = classifier.preprocessing.to_dict()
+        for name, ours in model.preprocessing.to_dict().items():
+            if name != "native" and ours != theirs[name]:
+                hint = f"the diffusion model has {name} {ours}, the classifier {theirs[name]}"
+                raise FaroutError(f"{hint}; train both on images prepared alike")
         if self.config["condition"] == "none":
             return
         if conditioning is None:
@@ -199,13 +228,13 @@ class Denoising(Detector):
     def batches(self, source: ImageSource) -> Iterator[Batch]:
         """Batches whose labels are the classifier's numbers, -1 where it does not know them."""
         assert self.classifier is not None
-        names, known = source.class_names, self.classifier.class_names
+        known = self.classifier.class_names
         for batch in super().batches(source):
             if batch.labels is None:
                 yield batch
                 continue
-            labels = [names[i] if names is not None else str(i) for i in batch.labels.tolist()]
-            numbers = [known.index(name) if name in known else -1 for name in labels]
+            names = [class_name(source, label) for label in batch.labels.tolist()]
+            numbers = [known.index(name) if name in known else -1 for name in names]
             yield replace(batch, labels=torch.tensor(numbers, dtype=torch.long))
 
     def _classes(self, batch: Batch, logits: Tensor) -> Tensor:
@@ -324,12 +353,15 @@ class Denoising(Detector):
     def _post_hoc(self, measurements: Measurements) -> dict[str, Tensor]:
         assert measurements.values is not None
         first = measurements.values[:, 0, 0].double()
-        return {name: first[:, measurements.metrics.index(name)] for name in POST_HOC}
+        found = {name: first[:, measurements.metrics.index(name)] for name in POST_HOC}
+        return {**found, "msp": torch.expm1(found["msp"])}
 
     def _mean(self, measurements: Measurements, space: str, reach: str) -> Tensor:
         assert measurements.values is not None
         column = measurements.metrics.index(f"{space}_{reach}_{self.config['distance']}")
-        return measurements.values[..., column].double().mean((1, 2))
+        used = self.config["use_levels"] or self.levels
+        rows = [place for place, level in enumerate(measurements.levels) if level in used]
+        return measurements.values[:, rows, : self.config["use_draws"], column].double().mean((1, 2))
 
     def combine(self, measurements: Measurements) -> dict[str, Tensor]:
         """S_global and, with several levels, S_local in the three spaces; the three post-hoc scores; `either`."""
@@ -354,6 +386,10 @@ class Denoising(Detector):
             self.neighbours = Neighbours.from_arrays(state)
         if "change.mean" in state:
             self.standard = {name: ZScore.from_arrays(unpack(state, name)) for name in ("change", *POST_HOC)}
+
+
+def _names(source: ImageSource) -> list[str]:
+    return [class_name(source, label) for label in source.labels or ()]
 
 
 def _number(text: str) -> int:

@@ -49,7 +49,10 @@ def changes(clean: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> Tensor:
 
 
 def post_hoc(logits: Tensor) -> Tensor:
-    """Scores (B, 3) of the clean image that need no diffusion, higher = further out: minus the energy's logsumexp,
-    minus the largest logit, minus the largest probability.
+    """Scores (B, 3) of the clean image that need no diffusion, higher = further out: -logsumexp l (the energy), -max l,
+    and log(1 - max softmax l), in which confident images differ where 1 - max softmax l has no digits left.
     """
-    return -torch.stack([logits.logsumexp(1), logits.amax(1), logits.softmax(1).amax(1)], dim=1)
+    logits = logits.double()
+    others = logits.scatter(1, logits.argmax(1, keepdim=True), -torch.inf)
+    whole = logits.logsumexp(1)
+    return torch.stack([-whole, -logits.amax(1), others.logsumexp(1) - whole], dim=1)

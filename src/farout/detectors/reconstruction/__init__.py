@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from farout.classifiers.model import Classifier
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.reconstruction import indicators
 from farout.detectors.reconstruction.comparison import METRICS, Comparison
@@ -16,9 +18,10 @@ from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
 from farout.diffusion.solvers import Evaluation
+from farout.diffusion.train import DiffusionConfig
 from farout.errors import FaroutError
 from farout.features.perceptual import PerceptualName
-from farout.images.sources import Batch
+from farout.images.sources import Batch, ImageSource
 
 __all__ = ["Reconstruction"]
 
@@ -117,13 +120,27 @@ class Reconstruction(Detector):
 
     # -- measuring -----------------------------------------------------------------------------------------------
 
+    def network_config(self, config: DiffusionConfig) -> DiffusionConfig:
+        """With the value range that the method wants."""
+        if self.config["normalisation"] != "minmax":
+            return config
+        return replace(config, value_range="minmax", data_range="unit")
+
+    def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
+        """Refuses levels and paths that the schedule or the solver cannot have."""
+        assert diffusion is not None
+        self.scorer.check_levels(self._make_plan(diffusion).levels)
+
+    def _make_plan(self, model: DiffusionModel) -> Plan:
+        names = ("mode", "levels", "skip", "grid", "steps", "solver")
+        return make_plan(model.schedule, **{name: self.config[name] for name in names})
+
     def prepare(self) -> None:
         """Builds the paths of all levels, the denoiser, the noise and the metrics' network."""
         model = self.diffusion
         if model is None:
             raise FaroutError("Reconstruction wants a diffusion model")
-        names = ("mode", "levels", "skip", "grid", "steps", "solver")
-        self.plan = make_plan(model.schedule, **{name: self.config[name] for name in names})
+        self.plan = self._make_plan(model)
         self.scorer.check_levels(self.plan.levels)
         self.denoiser: NetworkDenoiser = model.denoiser(self._rows, self.runtime.precision)  # type: ignore[arg-type]
         self.comparison = Comparison(self.perceptual, self._rows, model.device)

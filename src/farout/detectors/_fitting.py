@@ -85,7 +85,7 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
         detector.use(None, settings.runtime)
     training = source.subset(parts.training)
-    _check(detector, training, given, settings)
+    _check(detector, source, given, settings)
     if "classifier" in detector.needs and detector.classifier is None:
         detector.classifier = _train_classifier(detector, training, settings)
     lacking = given is None and "diffusion" in detector.needs

@@ -24,6 +24,7 @@ __all__ = ["FOLDER", "check_makes_maps", "overlay", "overlay_name", "write_overl
 
 FOLDER = "maps"
 """Folder of the overlays inside a scored folder."""
+_DEFAULT = MapScale()
 _LEAST = 224
 _OPACITY = 0.75
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"\\|?*%]')
@@ -107,7 +108,7 @@ def _safe(part: str) -> str:
     return text.encode()[:200].decode(errors="ignore") + "%" + hashlib.sha256(part.encode()).hexdigest()[:16]
 
 
-def overlay(image: Tensor, heat: Tensor, crop: int | None = None, scale: MapScale = MapScale()) -> Image.Image:
+def overlay(image: Tensor, heat: Tensor, crop: int | None = None, scale: MapScale = _DEFAULT) -> Image.Image:
     """The image (C, H, W) uint8 with its map (h, w) laid over, RGB, aspect kept.
 
     At native size, enlarged so that the longer side has 224 pixels at least. The hotter, the more opaque; what is not a

@@ -125,7 +125,8 @@ def _scored(done: ScoredFolder) -> None:
 
 
 def _sampled(done: SampledFolder) -> None:
-    print(f"{done.images} images, {done.made} made now")
+    more = f", {done.asked} asked for: the folder has images of an earlier, longer run" * (done.images > done.asked)
+    print(f"{done.images} images, {done.made} made now{more}")
     for path in filter(None, (done.folder, done.grid)):
         print(f"  {path}")
 

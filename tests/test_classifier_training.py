@@ -322,6 +322,13 @@ def test_what_start_weights_have_seen_counts_as_seen(tree: Path, tmp_path: Path)
     again = train_on(two, CONFIG, FEW, weights=str(tmp_path / "blind"))
     assert [each.provenance["weights"] for each in (blind, again)] == ["elsewhere.safetensors"] * 2
     assert len(blind.trained_on) == len(two)
+    # a run that goes on without them would forget them
+    kept = replace(FEW, checkpoint_every=2)
+    train_on(two, CONFIG, kept, out=tmp_path / "run", weights=str(tmp_path / "first"))
+    with pytest.raises(FaroutError, match="fingerprint"):
+        train_on(two, CONFIG, kept, out=tmp_path / "run", resume=True)
+    resumed = train_on(two, CONFIG, kept, out=tmp_path / "run", resume=True, weights=str(tmp_path / "first"))
+    assert resumed.trained_on == first.trained_on
 
 
 def test_an_accuracy_on_images_that_may_have_been_seen_says_so(

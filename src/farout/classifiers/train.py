@@ -183,9 +183,10 @@ def train_on(
         return loss(network(classifier.normalise(varied)), targets)
 
     fingerprint = source.fingerprint()
+    begun = "" if weights is None else f" {origin.weights} {origin.classifier}"
     result = train(
         classifier.module, step, learning, training, out=out, validation=validation, resume=resume,
-        fingerprint=f"{fingerprint} {tuple(names)} {asdict(config)}",
+        fingerprint=f"{fingerprint} {tuple(names)} {asdict(config)}{begun}",
     )  # fmt: skip
     classifier.trained_on = origin.seen.union(hashes)
     classifier.provenance = {

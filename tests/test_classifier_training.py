@@ -292,13 +292,63 @@ def test_training_goes_on_from_given_weights(tree: Path, tmp_path: Path) -> None
     first = train_on(source, CONFIG, FEW)
     path = tmp_path / "weights.pt"
     torch.save(first.module.state_dict(), path)
-    kept = trained(tree, tmp_path / "kept", weights=str(path), keep_weights=True)
+    known = replace(CONFIG, mean=first.mean, std=first.std)
+    kept = trained(tree, tmp_path / "kept", weights=str(path), keep_weights=True, model=known)
     assert kept.trained_on == frozenset()
     assert kept.provenance["weights"] == "weights.pt"
+    with pytest.raises(FaroutError, match=r"--model.mean .* --model.std"):
+        trained(tree, tmp_path / "guess", weights=str(path), keep_weights=True)
     assert all(torch.equal(value, kept.module.state_dict()[name]) for name, value in first.module.state_dict().items())
     slow = replace(FEW, steps=1, learning_rate=1e-8)
     near = train_on(source, CONFIG, slow, weights=str(path))
     torch.testing.assert_close(near.head.weight, first.head.weight, atol=1e-5, rtol=0)
+
+
+def test_what_start_weights_have_seen_counts_as_seen(tree: Path, tmp_path: Path) -> None:
+    """A fit must not rest its p-values on images that the weights knew before they were trained further."""
+    whole = open_source(tree)
+    first = train_on(whole, CONFIG, FEW)
+    first.save(tmp_path / "first")
+    assert whole.labels is not None
+    two = whole.subset([i for i, label in enumerate(whole.labels) if label < 2] + [len(whole) - 1])
+    for place in (tmp_path / "first", tmp_path / "first" / "model.safetensors"):
+        tuned = train_on(two, CONFIG, FEW, weights=str(place))
+        assert tuned.trained_on == first.trained_on
+        assert (tuned.provenance["weights"], tuned.provenance["started_from"]) == (None, first.content_hash)
+    # the same weights without the list, and a classifier that came from them: what they have seen is not known
+    (tmp_path / "elsewhere.safetensors").write_bytes((tmp_path / "first" / "model.safetensors").read_bytes())
+    blind = train_on(two, CONFIG, FEW, weights=str(tmp_path / "elsewhere.safetensors"))
+    blind.save(tmp_path / "blind")
+    again = train_on(two, CONFIG, FEW, weights=str(tmp_path / "blind"))
+    assert [each.provenance["weights"] for each in (blind, again)] == ["elsewhere.safetensors"] * 2
+    assert len(blind.trained_on) == len(two)
+    # a run that goes on without them would forget them
+    kept = replace(FEW, checkpoint_every=2)
+    train_on(two, CONFIG, kept, out=tmp_path / "run", weights=str(tmp_path / "first"))
+    with pytest.raises(FaroutError, match="fingerprint"):
+        train_on(two, CONFIG, kept, out=tmp_path / "run", resume=True)
+    resumed = train_on(two, CONFIG, kept, out=tmp_path / "run", resume=True, weights=str(tmp_path / "first"))
+    assert resumed.trained_on == first.trained_on
+
+
+def test_an_accuracy_on_images_that_may_have_been_seen_says_so(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learnt = trained(tree, tmp_path / "c")
+    words = ["train", "classifier", str(tree), "--device", "cpu", "--alpha", "0.1", "--statistics", "10"]
+    words += ["--model.mean", str(learnt.mean[0]), "--model.std", str(learnt.std[0]), "--training.steps", "2"]
+    words += ["--training.warmup", "0", "--preset", "tiny"]
+    torch.save(learnt.module.state_dict(), tmp_path / "w.pt")
+    for name, more, unseen in [
+        ("kept", ["--weights", str(tmp_path / "w.pt"), "--keep-weights"], False),
+        ("tuned", ["--weights", str(tmp_path / "w.pt")], False),
+        ("ours", ["--weights", str(tmp_path / "c")], True),
+        ("other", ["--weights", str(tmp_path / "c"), "--seed", "1"], False),
+    ]:
+        assert main([*words, *more, "--out", str(tmp_path / name)]) == 0
+        assert ("may have seen" not in capsys.readouterr().out) == unseen
+        about = Classifier.load(tmp_path / name).provenance
+        assert ("held_out_accuracy" in about) == unseen == ("possibly_seen_accuracy" not in about)
 
 
 def test_weights_of_another_class_count_are_refused(tree: Path, tmp_path: Path) -> None:
@@ -309,8 +359,12 @@ def test_weights_of_another_class_count_are_refused(tree: Path, tmp_path: Path) 
     with pytest.raises(StoreError, match=r"fc.weight has shape \(2, 64\), expected \(3, 64\)"):
         trained(tree, tmp_path / "c", weights=str(tmp_path / "two.pt"))
     (tmp_path / "words.pt").write_text("words")
-    with pytest.raises(StoreError, match="words"):
-        trained(tree, tmp_path / "c", weights=str(tmp_path / "words.pt"))
+    (tmp_path / "words.txt").write_text("e words")
+    for name in ("words.pt", "words.txt"):
+        with pytest.raises(StoreError, match=f"{name} is not loaded: it is no whole file of tensors"):
+            trained(tree, tmp_path / "c", weights=str(tmp_path / name))
+    with pytest.raises(StoreError, match=r"no weights file .* or the folder of a farout classifier"):
+        trained(tree, tmp_path / "c", weights=str(tmp_path / "none.pt"))
 
 
 # the command line

@@ -171,6 +171,13 @@ def test_what_cannot_be_trained_is_refused_before_any_work(
         train_diffusion(source, tmp_path / "m", model=config, autoencoder=inner and str(inner))
 
 
+def test_a_class_without_images_to_train_on_is_named(tmp_path: Path) -> None:
+    """Else the model would offer a class whose row of the table is noise."""
+    source = open_source(two_classes(tmp_path / "s", names=("a", "b")))
+    with pytest.raises(FaroutError, match="train the class c on"):
+        train_model(source, conditional(classes=3), TrainingConfig(steps=1, **QUICK))
+
+
 def test_label_dropout_wants_a_null_row() -> None:
     source = open_source(torch.rand(4, 1, 8, 8))
     with pytest.raises(FaroutError, match="unconditional"):

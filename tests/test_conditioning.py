@@ -225,7 +225,7 @@ def test_class_names_become_prompts(stable_diffusion: Path, tmp_path: Path) -> N
 
 
 def test_text_wants_names_a_template_and_transformers(stable_diffusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FaroutError, match="give class_names"):
+    with pytest.raises(FaroutError, match=r"from Python by .*class_names=.*the command line takes the saved folder"):
         DiffusionModel.load(stable_diffusion)
     with pytest.raises(FaroutError, match=r"one \{\}"):
         DiffusionModel.load(stable_diffusion, class_names=["cat", "dog"], template="a photo")

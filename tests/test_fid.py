@@ -141,6 +141,10 @@ def test_inception_is_called_fid(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fid, "_inception_network", _MeanColour)
     found = set_distance(root / "one", root / "two", features="inception")
     assert (found.frechet_name, found.kernel_name, found.dimension) == ("FID", "KID", 2)
+    set_distance(root / "one", root / "two", features="inception", precision="auto", out=root / "d.json")
+    assert json.loads((root / "d.json").read_text())["precision"] == "fp32"
+    with pytest.raises(FaroutError, match=r"in fp32.* bf16 goes with features=lite0"):
+        set_distance(root / "one", root / "two", features="inception", precision="bf16")
 
 
 def test_what_fid_wants_is_said(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

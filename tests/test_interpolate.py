@@ -5,8 +5,10 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from farout.cli import main
@@ -128,15 +130,38 @@ def test_a_pair_does_not_depend_on_its_company() -> None:
     assert torch.equal(both.symmetric[1:], alone.symmetric)
 
 
+def test_all_pairs_fill_the_calls_of_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pair by pair, most rows of a call would be padding, and the command's default would take most of an hour."""
+    calls = []
+    original = Interpolator.__call__
+
+    def counting(self: Interpolator, first: Tensor, second: Tensor) -> object:
+        calls.append(len(first))
+        return original(self, first, second)
+
+    monkeypatch.setattr(Interpolator, "__call__", counting)
+    source = pictures(tmp_path / "images", 10)
+    settings = {"pairs": 3, "solver": "ddim", "steps": 4, "stations": 2}
+    write_interpolations(model(), source, tmp_path / "together", rows=32, **settings)
+    assert calls == [3]
+    write_interpolations(model(), source, tmp_path / "apart", rows=4, **settings)
+    assert calls == [3, 1, 1, 1]
+    pairs = [json.loads((tmp_path / name / "config.json").read_text())["pairs"] for name in ("together", "apart")]
+    assert pairs[0] == pairs[1]
+    for path in (tmp_path / "together").rglob("*.png"):
+        other = Image.open(tmp_path / "apart" / path.relative_to(tmp_path / "together"))
+        assert np.abs(np.asarray(Image.open(path), dtype=int) - np.asarray(other, dtype=int)).max() <= 1
+
+
 def test_what_cannot_be_interpolated() -> None:
     plain, unet = model(), tiny_unet(classes=2)
     table = ClassVectors(unet, ("a", "b"), has_null=False)
     no_null = DiffusionModel(unet, plain.schedule, plain.preprocessing, conditioning=table)
     with pytest.raises(FaroutError, match="no null condition"):
         Interpolator(no_null)
-    with pytest.raises(FaroutError, match="pndm4 warms up"):
+    with pytest.raises(FaroutError, match=r"9 stations on 10 steps leave 1 step .*pndm4 warms up"):
         Interpolator(plain, "pndm4", steps=10, stations=9)
-    with pytest.raises(FaroutError, match="stations want 1 to 9"):
+    with pytest.raises(FaroutError, match="10 stations do not fit between the ends of 10 steps; give 11"):
         Interpolator(plain, "ddim", steps=10, stations=10)
     with pytest.raises(FaroutError, match="no solver"):
         Interpolator(plain, "euler")

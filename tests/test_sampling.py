@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -147,7 +148,10 @@ def test_a_folder_of_samples_is_a_source_with_labels(tmp_path: Path) -> None:
         **{"steps": 4, "guidance": 1.0, "model": conditional().content_hash},
     }
     with Image.open(tmp_path / "s-grid.png") as sheet:
-        assert sheet.size == (3 * 50 + 2, 3 * 50 + 2)
+        margin = sheet.width - (3 * 50 + 2)
+        assert (0 < margin < 30, sheet.height) == (True, 3 * 50 + 2)
+        names = np.asarray(sheet)[:, :margin, 0] > 200
+        assert [bool(names[row * 50 : row * 50 + 52].any()) for row in range(3)] == [True] * 3
 
 
 def test_images_are_made_once(tmp_path: Path) -> None:
@@ -182,6 +186,10 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patch.setattr(Sampler, "images", stops)
         with pytest.raises(KeyboardInterrupt):
             write_samples(sampler, out, 4, batch=2)
+    # fewer are asked for now: those of the first run stay in the folder, which is a source, so they are told
+    done = write_samples(sampler, out, 1)
+    assert (done.images, done.asked, done.made) == (2, 1, 0)
+    assert len((out / "manifest.jsonl").read_text().splitlines()) == len(open_source(out)) == 2
     assert write_samples(sampler, out, 4, batch=2).made == 2
     write_samples(sampler, tmp_path / "t", 4)
     for path in out.glob("*.png"):

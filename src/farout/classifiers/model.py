@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from farout import store
 from farout.classifiers.networks import NetworkSpec, Stem, find_head, find_pool
-from farout.classifiers.weights import fit_names, load_weights, misfits, model_card
+from farout.classifiers.weights import HOW, fit_names, load_weights, misfits, model_card
 from farout.devices import Precision, autocast
 from farout.diffusion.denoiser import in_chunks
 from farout.diffusion.folders import local
@@ -319,7 +319,7 @@ class Classifier:
 
         Raises StoreError for a file that cannot be read or does not fit, naming what is missing or not expected.
         """
-        tensors = read_weights(Path(path))
+        tensors = read_weights(Path(path), HOW)
         preprocessing = _preprocessing(size, channels)
         draft = NetworkSpec(network, classes or 2, channels, preprocessing.size, stem).build()
         head = find_head(draft)

@@ -17,11 +17,10 @@ from farout.classifiers.augment import random_crop, random_flip, random_resized_
 from farout.classifiers.losses import ClassifierLoss, CrossEntropy
 from farout.classifiers.model import KIND, Classifier
 from farout.classifiers.networks import NetworkSpec, Stem
-from farout.classifiers.weights import load_weights
+from farout.classifiers.origin import FRESH, Origin, start_from
 from farout.devices import first_process, resolve_precision
 from farout.errors import FaroutError
-from farout.features.backbones import read_weights
-from farout.images.classes import LabelledImages, class_names_of, class_numbers
+from farout.images.classes import LabelledImages, check_no_class_is_empty, class_names_of, class_numbers
 from farout.images.preprocessing import Preprocessing, Protocol
 from farout.images.sources import ImageSource, PreparedImages, batches, open_source
 from farout.images.splits import split
@@ -162,17 +161,17 @@ def train_on(
         out: folder of the checkpoints; None: none are kept.
         resume: go on from the last checkpoint there.
         class_names: of all classes; None: those that occur in `source`, in the order of their labels.
-        weights: a file of weights to start from (see `Classifier.from_weights`); None: fresh ones.
+        weights: a file of weights to start from (see `Classifier.from_weights`), or a classifier's folder; None: fresh
+            ones. What the weights of a farout classifier have seen counts as seen; of others `provenance["weights"]`
+            says that it is not known.
 
     Raises FaroutError where there are no labels, one class, or a class without images; StoreError for weights that do
     not fit.
     """
     names = class_names_of(source) if class_names is None else class_names
     numbers = class_numbers(source, names)
-    empty = [name for place, name in enumerate(names) if not bool((numbers == place).any())]
-    if empty:
-        raise FaroutError(f"no image is left to train the class {', '.join(empty)} on; give more images of it")
-    classifier = _start(source, config, names, weights, training.seed)
+    check_no_class_is_empty(numbers, names)
+    classifier, origin = _start(source, config, names, weights, training.seed)
     hashes = [source.content_hash(i) for i in range(len(source))]
     labelled = LabelledImages(PreparedImages(source, classifier.preprocessing), numbers)
     learning, validation = _parts(labelled, hashes, validate=training.validate_every > 0)
@@ -184,11 +183,12 @@ def train_on(
         return loss(network(classifier.normalise(varied)), targets)
 
     fingerprint = source.fingerprint()
+    begun = "" if weights is None else f" {origin.weights} {origin.classifier}"
     result = train(
         classifier.module, step, learning, training, out=out, validation=validation, resume=resume,
-        fingerprint=f"{fingerprint} {tuple(names)} {asdict(config)}",
+        fingerprint=f"{fingerprint} {tuple(names)} {asdict(config)}{begun}",
     )  # fmt: skip
-    classifier.trained_on = frozenset(hashes)
+    classifier.trained_on = origin.seen.union(hashes)
     classifier.provenance = {
         "source": source.name,
         "data_fingerprint": fingerprint,
@@ -196,7 +196,7 @@ def train_on(
         "steps": result.steps,
         "training_accuracy": result.losses.get("accuracy"),
         "seed": training.seed,
-        "weights": None if weights is None else Path(weights).name,
+        **_told_of(origin),
         "model": asdict(config),
         "training": asdict(training),
     }
@@ -205,13 +205,16 @@ def train_on(
 
 def _start(
     source: ImageSource, config: ClassifierConfig, class_names: Sequence[str], weights: str | None, seed: int
-) -> Classifier:
+) -> tuple[Classifier, Origin]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         classifier = config.build(source, class_names)
-    if weights is not None:
-        load_weights(classifier.module, read_weights(Path(weights)), weights, config.network)
-    return classifier
+    return classifier, FRESH if weights is None else start_from(classifier.module, weights, config.network)
+
+
+def _told_of(origin: Origin) -> dict[str, str | None]:
+    """The provenance of the start weights."""
+    return {"weights": origin.weights, "started_from": origin.classifier}
 
 
 def _parts(labelled: LabelledImages, hashes: list[str], *, validate: bool) -> tuple[Dataset, Dataset | None]:
@@ -232,7 +235,7 @@ def accuracy_on(
     labels, other classes than the classifier's, or no image that can be read.
     """
     numbers, hits = class_numbers(source, classifier.class_names), list[bool]()
-    with task("accuracy on held-out images", len(source)) as bar:
+    with task(f"accuracy on images of {source.name}", len(source)) as bar:
         for batch in batches(source, classifier.preprocessing, _ROWS):
             if batch.keys:
                 told = classifier.outputs(batch.images, _ROWS, precision).logits.argmax(1).cpu()
@@ -263,7 +266,8 @@ def train_classifier(
 
     A part of the images is held out, by content hash, just as `train_diffusion` does: a later `farout fit` with this
     classifier and the same source and seed rests its statistics and p-values on them. The accuracy on them is measured
-    and kept in the folder's provenance.
+    and kept in the folder's provenance: as `held_out_accuracy`, or where the weights may have seen some of them, as
+    `possibly_seen_accuracy`.
 
     Args:
         source: any image source with labels: a set's name, a folder of one folder per class, a table, or
@@ -272,9 +276,10 @@ def train_classifier(
             it where `training.checkpoint_every` is set.
         model: what is trained.
         training: how it is trained.
-        weights: a file of weights to start from, an OpenOOD checkpoint for instance; None: fresh ones.
-        keep_weights: train nothing: the given weights become a classifier of the source's classes, as they are. Which
-            images they have seen is then not known.
+        weights: weights to start from: a file, an OpenOOD checkpoint for instance, or the folder of a classifier, whose
+            training images then count as seen; None: fresh ones.
+        keep_weights: train nothing: the given weights become a classifier of the source's classes, as they are. It
+            wants model.mean and model.std, those that the weights were trained with.
         limit: use a seeded sample of this many images.
         alpha: the false-alarm rate that a later calibration wants images for.
         statistics: images that a later fit's statistics want.
@@ -283,12 +288,12 @@ def train_classifier(
         seed: seed of sample, split, weights and augmentation.
         resume: go on from the last checkpoint.
 
-    Raises FaroutError where there are no labels, one class, or a class of which no image is left to train on;
-    StoreError for weights that do not fit.
+    Raises FaroutError where there are no labels, one class, or a class of which no image is left to train on, and for
+    kept weights without mean and std; StoreError for weights that do not fit.
     """
     store.check_replaceable(out, KIND)
-    if keep_weights and weights is None:
-        raise FaroutError("keep_weights wants weights to keep; give a file of weights")
+    if keep_weights:
+        _check_keeping(weights, model)
     images = open_source(source, limit=limit, seed=seed, policy=policy)
     names = class_names_of(images)
     parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
@@ -296,16 +301,35 @@ def train_classifier(
     folder = Path(f"{out}.training")
     learning = images.subset(parts.training)
     if keep_weights:
-        trained = _start(learning, model, names, weights, seed)
-        trained.provenance = {"source": images.name, "weights": Path(str(weights)).name}
+        trained, origin = _start(learning, model, names, weights, seed)
+        trained.trained_on, trained.provenance = origin.seen, {"source": images.name, **_told_of(origin)}
     else:
         trained = train_on(learning, model, settings, out=folder, resume=resume, class_names=names, weights=weights)
     if first_process():
         held = images.subset(sorted([*parts.statistics, *parts.calibration]))
-        precision = resolve_precision(training.precision, trained.device)
-        trained.provenance["held_out_accuracy"] = round(accuracy_on(trained, held, precision), 5)
-        trained.provenance["held_out_images"] = len(held)
+        _rate(trained, held, resolve_precision(training.precision, trained.device))
         trained.save(out)
         if not settings.checkpoint_every and not settings.tensorboard:
             shutil.rmtree(folder, ignore_errors=True)
     return trained
+
+
+def _check_keeping(weights: str | None, model: ClassifierConfig) -> None:
+    if weights is None:
+        raise FaroutError("keep_weights wants weights to keep; give a file of weights")
+    if model.mean is None:  # and so std, they go together
+        raise FaroutError(
+            "kept weights want the mean and std that they were trained with, which the images do not tell; give "
+            "model.mean and model.std (--model.mean 0.49 0.48 0.45 --model.std 0.25 0.24 0.26, one number a channel)"
+        )
+
+
+def _rate(classifier: Classifier, held: ImageSource, precision: Literal["fp32", "bf16", "fp16"]) -> None:
+    """Puts the accuracy on images that training left out into the provenance, under a name that says whether the
+    weights had seen them before.
+    """
+    origin = Origin(classifier.trained_on, classifier.provenance["weights"])
+    hashes = [content for content in held.content_hashes() if content is not None]
+    kind = "possibly_seen" if origin.may_have_seen(hashes) else "held_out"
+    classifier.provenance[f"{kind}_accuracy"] = round(accuracy_on(classifier, held, precision), 5)
+    classifier.provenance[f"{kind}_images"] = len(held)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from farout.classifiers.networks import find_head
 from farout.errors import StoreError
 
-__all__ = ["fit_names", "load_weights", "misfits", "model_card"]
+__all__ = ["HOW", "fit_names", "load_weights", "misfits", "model_card"]
 
+HOW = "give a .safetensors, .pt or .pth file with a state dict, or the folder of a farout classifier"
+"""What is advised where weights are missing."""
 _HEADS = ("fc", "linear", "classifier", "head", "last_linear")
 
 

@@ -82,7 +82,7 @@ def fid(
         seed: seed of samples and of KID's subsets.
         out: a JSON file for the numbers.
         device: auto, cpu, cuda, cuda:1, …
-        precision: precision of the network; figures that are compared want the same.
+        precision: precision of lite0; figures that are compared want the same. inception computes in fp32.
         rows: rows of one network call.
         workers: threads that decode images.
     """

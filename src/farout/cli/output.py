@@ -100,10 +100,14 @@ def show(name: str, result: Any) -> None:
 
 def _classifier(classifier: Classifier) -> None:
     about = classifier.provenance
-    seen = f"trained on {len(classifier.trained_on)} images" if classifier.trained_on else "weights kept as given"
+    seen = f"trained on {about['images']} images" if "images" in about else "weights kept as given"
     print(f"{seen}, {classifier.classes} classes, {classifier.parameters:,} parameters")
-    if "held_out_accuracy" in about:  # only the first of several processes measures it
+    # only the first of several processes measures it
+    if "held_out_accuracy" in about:
         print(f"accuracy {about['held_out_accuracy']:.3f} on {about['held_out_images']} held-out images")
+    elif "possibly_seen_accuracy" in about:
+        images = f"{about['possibly_seen_images']} images (which the weights may have seen)"
+        print(f"accuracy {about['possibly_seen_accuracy']:.3f} on {images}")
 
 
 def _detector(detector: Detector) -> None:
@@ -121,7 +125,8 @@ def _scored(done: ScoredFolder) -> None:
 
 
 def _sampled(done: SampledFolder) -> None:
-    print(f"{done.images} images, {done.made} made now")
+    more = f", {done.asked} asked for: the folder has images of an earlier, longer run" * (done.images > done.asked)
+    print(f"{done.images} images, {done.made} made now{more}")
     for path in filter(None, (done.folder, done.grid)):
         print(f"  {path}")
 

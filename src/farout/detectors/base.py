@@ -66,6 +66,12 @@ class Detector(ABC):
     """Arguments that only `combine` reads: they can be changed after the fact."""
     makes_maps: ClassVar[bool] = False
     """Whether `measure(maps=True)` gives maps."""
+    map_unit: ClassVar[str] = "standard deviations above good images"
+    """What the numbers of maps are in: captions say it."""
+    map_brightest: ClassVar[float] = 6.0
+    """The map's value from which on the colour is at its strongest; it begins at 0."""
+    map_pictures: ClassVar[frozenset[str]] = frozenset()
+    """Pictures of the measurements that are maps (B, 1, H, W) in the same unit."""
     statistics_minimum: ClassVar[int] = 400
     """Images that the statistics want."""
     statistics_suffice: ClassVar[bool] = False

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from farout.diffusion.conditioning import Condition, Conditioning, check_labels, check_table, check_vectors, no_null
+from farout.diffusion.conditioning import TableConditioning, check_table
 from farout.errors import FaroutError
 
 __all__ = ["ClassTokens", "TextTokens"]
@@ -34,7 +34,7 @@ class _TokenNetwork(nn.Module):
         return self.network(x, t, encoder_hidden_states=self.tokens.weight[class_labels])
 
 
-class ClassTokens(Conditioning):
+class ClassTokens(TableConditioning):
     """Learnt tokens of each class, which a `UNet2DConditionModel` attends to (Rombach et al. 2022, section 3.3).
 
     A class vector is the class's L tokens of d numbers in a row: `dim` = L d. The table is saved beside the network,
@@ -48,7 +48,7 @@ class ClassTokens(Conditioning):
     Raises FaroutError for a table of another shape.
     """
 
-    kind = "class_tokens"
+    kind, keyword = "class_tokens", "encoder_hidden_states"
     _learnt = True
 
     def __init__(self, table: Tensor, class_names: Sequence[str], *, has_null: bool) -> None:
@@ -64,36 +64,8 @@ class ClassTokens(Conditioning):
         return cls(torch.randn(len(class_names) + 1, length, width), class_names, has_null=has_null)
 
     @property
-    def classes(self) -> int:
-        """K, the number of classes, without the null row."""
-        return len(self.class_names)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(L, d): tokens of a class, numbers of a token."""
-        _, length, width = self._tokens.weight.shape
-        return length, width
-
-    def vectors(self) -> Tensor:
-        """The class table (K, L d), a detached float32 copy without the null row."""
-        return self._tokens.weight.detach()[: self.classes].flatten(1).clone()
-
-    def __call__(self, given: Tensor) -> Condition:
-        """The condition of labels (B,), or of class vectors (B, L d), in which it is differentiable."""
-        if given.is_floating_point():
-            vectors = check_vectors(given, self.dim).to(self._tokens.weight.device)
-            return Condition({"encoder_hidden_states": vectors.unflatten(1, self.shape)})
-        return self._rows(check_labels(given, self.classes))
-
-    def null(self, count: int) -> Condition:
-        """The null tokens, `count` times; raises FaroutError where the model has none."""
-        if not self.has_null:
-            raise no_null()
-        return self._rows(torch.full((count,), self.classes))
-
-    def _rows(self, numbers: Tensor) -> Condition:
-        table = self._tokens.weight.detach()
-        return Condition({"encoder_hidden_states": table[numbers.to(table.device)]})
+    def _weight(self) -> Tensor:
+        return self._tokens.weight
 
     def trainable(self, network: nn.Module) -> nn.Module:
         """Network and table as one module."""
@@ -114,10 +86,6 @@ class ClassTokens(Conditioning):
     def tensors(self) -> dict[str, Tensor]:
         """The table."""
         return {"tokens": self._tokens.weight.detach()}
-
-    def describe(self) -> dict[str, Any]:
-        """Kind, class names, whether there is a null row."""
-        return {"kind": self.kind, "class_names": list(self.class_names), "has_null": self.has_null}
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the table."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from farout.diffusion.conditioning import Condition, Conditioning, check_labels, check_table, check_vectors, no_null
+from farout.diffusion.conditioning import TableConditioning, check_table
 from farout.errors import FaroutError
 
 __all__ = ["ClassVectors", "VectorEmbedding"]
@@ -29,7 +29,7 @@ class VectorEmbedding(nn.Embedding):
         return given if given.is_floating_point() else super().forward(given)
 
 
-class ClassVectors(Conditioning):
+class ClassVectors(TableConditioning):
     """Class vectors of a `UNet2DModel(num_class_embeds=…)`, added to its time embedding after the latter's MLP.
 
     The table stays the network's own `class_embedding.weight`, so that diffusers loads the network and training
@@ -44,7 +44,7 @@ class ClassVectors(Conditioning):
     Raises FaroutError for a network without such a table, or one of another number of rows.
     """
 
-    kind = "class_vectors"
+    kind, keyword = "class_vectors", "class_labels"
 
     def __init__(self, network: nn.Module, class_names: Sequence[str], *, has_null: bool) -> None:
         table = getattr(network, "class_embedding", None)
@@ -58,31 +58,8 @@ class ClassVectors(Conditioning):
         self._table = table
 
     @property
-    def classes(self) -> int:
-        """K, the number of classes, without the null row."""
-        return len(self.class_names)
-
-    def vectors(self) -> Tensor:
-        """The class table (K, dim), a detached float32 copy without the null row."""
-        return self._table.weight.detach()[: self.classes].float().clone()
-
-    def __call__(self, given: Tensor) -> Condition:
-        """The condition of labels (B,), or of class vectors (B, dim), in which it is differentiable."""
-        if given.is_floating_point():
-            vectors = check_vectors(given, self.dim).to(self._table.weight.device)
-            return Condition({"class_labels": vectors})
-        return self._rows(check_labels(given, self.classes))
-
-    def null(self, count: int) -> Condition:
-        """The null row, `count` times; raises FaroutError where the model has none."""
-        if not self.has_null:
-            raise no_null()
-        return self._rows(torch.full((count,), self.classes))
-
-    def _rows(self, numbers: Tensor) -> Condition:
-        table = self._table.weight.detach()
-        # vectors, never numbers: one condition may join classes, null and free vectors
-        return Condition({"class_labels": table[numbers.to(table.device)]})
+    def _weight(self) -> Tensor:
+        return self._table.weight
 
     def trainable(self, network: nn.Module) -> nn.Module:
         """The network itself: the table is a part of it."""
@@ -99,10 +76,6 @@ class ClassVectors(Conditioning):
     def tensors(self) -> dict[str, Tensor]:
         """None: the table is saved with the network."""
         return {}
-
-    def describe(self) -> dict[str, Any]:
-        """Kind, class names, whether there is a null row."""
-        return {"kind": self.kind, "class_names": list(self.class_names), "has_null": self.has_null}
 
     def to(self, device: torch.device | str) -> Self:
         """Nothing: the table moves with the network."""

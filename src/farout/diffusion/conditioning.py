@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from farout.errors import FaroutError
 
-__all__ = ["Condition", "Conditioning", "check_labels", "check_table", "check_vectors", "no_null"]
+__all__ = ["Condition", "Conditioning", "TableConditioning", "check_labels", "check_table", "check_vectors", "no_null"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,51 @@ class Conditioning(Protocol):
 
     def to(self, device: torch.device | str) -> Self:
         """Moves what is not the network's own."""
+
+
+class TableConditioning(Conditioning):
+    """A conditioning whose classes are rows of a table, the row after the last class for none.
+
+    Set by the kind: `keyword`, the network's argument that takes rows; `_weight`, the table.
+    """
+
+    keyword: str
+
+    @property
+    @abstractmethod
+    def _weight(self) -> Tensor:
+        """The table (K + 1, …), or (K, …) without a null row."""
+
+    @property
+    def classes(self) -> int:
+        """K, the number of classes, without the null row."""
+        return len(self.class_names)
+
+    def vectors(self) -> Tensor:
+        """The class table (K, dim), a detached float32 copy without the null row."""
+        return self._weight.detach()[: self.classes].float().flatten(1).clone()
+
+    def __call__(self, given: Tensor) -> Condition:
+        """The condition of labels (B,), or of class vectors (B, dim), in which it is differentiable."""
+        if given.is_floating_point():
+            vectors = check_vectors(given, self.dim).to(self._weight.device)
+            return Condition({self.keyword: vectors.reshape(len(vectors), *self._weight.shape[1:])})
+        return self._rows(check_labels(given, self.classes))
+
+    def null(self, count: int) -> Condition:
+        """The null row, `count` times; raises FaroutError where the model has none."""
+        if not self.has_null:
+            raise no_null()
+        return self._rows(torch.full((count,), self.classes))
+
+    def _rows(self, numbers: Tensor) -> Condition:
+        table = self._weight.detach()
+        # rows, never numbers: one condition may join classes, null and free vectors
+        return Condition({self.keyword: table[numbers.to(table.device)]})
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, class names, whether there is a null row."""
+        return {"kind": self.kind, "class_names": list(self.class_names), "has_null": self.has_null}
 
 
 def check_table(rows: int, class_names: Sequence[str], has_null: bool) -> tuple[str, ...]:

@@ -143,7 +143,10 @@ def foreign_conditioning(
     """
     if has_text(folder):
         if not class_names:
-            raise FaroutError(f"{folder} is conditioned on text; give class_names=[…], which become its prompts")
+            raise FaroutError(
+                f"{folder} is conditioned on text; load it from Python by DiffusionModel.load(folder, "
+                "class_names=[…]), whose names become its prompts, and save it: the command line takes the saved folder"
+            )
         return read_text_tokens(folder, class_names, template)
     if template is not None:
         raise FaroutError(f"{folder} has no text encoder, so the template {template!r} has no use; leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,9 +84,12 @@ class Interpolator:
             raise no_null()
         self.ladder = sorted({0, *paths.even_levels(model.schedule, steps)})
         top = len(self.ladder) - 1
-        if not 1 <= stations < top or rows < 1:
+        if stations < 1 or rows < 1:
+            raise FaroutError(f"stations and rows want 1 or more, got {stations} and {rows}")
+        if stations >= top:
             raise FaroutError(
-                f"stations want 1 to {top - 1} between {top} steps' ends, rows 1 or more; got {stations} and {rows}"
+                f"{stations} stations do not fit between the ends of {top} steps; give {stations + 1} steps or more, "
+                "or fewer stations"
             )
         self.model, self.name = model, solver
         self._solve = solver_by_name(solver, model.schedule)
@@ -93,7 +97,17 @@ class Interpolator:
         self._places = [round(top * number / (stations + 1)) for number in range(stations + 2)]
         self.levels = tuple(self.ladder[place] for place in self._places)
         rehearse(self._solve, self._up(1))
-        rehearse(self._solve, self._down(self._places))
+        self._rehearse_down()
+
+    def _rehearse_down(self) -> None:
+        try:
+            rehearse(self._solve, self._down(self._places))
+        except FaroutError as error:
+            steps, stations, lowest = len(self.ladder) - 1, len(self._places) - 2, self._places[1]
+            raise FaroutError(
+                f"{stations} stations on {steps} steps leave {lowest} step{'s' * (lowest > 1)} from the lowest station "
+                f"to the image, too few for the solver; take more steps or fewer stations ({error})"
+            ) from error
 
     def _sigmas(self, place: int) -> Tensor:
         """Rising sigmas of the ladder up to a place."""
@@ -127,27 +141,28 @@ class Interpolator:
 
     @torch.no_grad()
     def __call__(self, first: Tensor, second: Tensor) -> Interpolations:
-        """Interpolates between images (B, C, H, W) in [0, 1] and (B, C, H, W), pair by pair."""
+        """Interpolates between images (B, C, H, W) in [0, 1] and (B, C, H, W): the first and the first, and so on."""
         x0 = [self.model.encode(images) for images in (first, second)]
         noise = self.invert(torch.cat(x0)).chunk(2)
-        one_way = self._asymmetric(x0[0], noise[1])
-        other_way = self._asymmetric(x0[1], noise[0])
-        return Interpolations(self._images(one_way), self._images(other_way), self._images(self._symmetric(*noise)))
+        inner, stations = self._places[1:-1], len(self._places)
+        starts = [*self._noised(x0[0], noise[1]), *self._noised(x0[1], noise[0]), *self._between(*noise)]
+        places = [*inner, *inner, *[self._places[-1]] * stations]
+        # all in one walk, so that the calls of the network are full
+        sigmas = self._down([place for place in places for _ in range(len(first))])
+        ends = self._walk(torch.cat(starts), sigmas).split(len(first))
+        symmetric = ends[-stations:]
+        one_way = [x0[0], *ends[: len(inner)], symmetric[-1]]
+        other_way = [x0[1], *ends[len(inner) : -stations], symmetric[0]]
+        return Interpolations(self._images(one_way), self._images(other_way), self._images(symmetric))
 
-    def _asymmetric(self, x0: Tensor, noise: Tensor) -> list[Tensor]:
-        """x0 of every station: the station's level of `noise` on `x0`, denoised."""
-        count, places = len(x0), self._places[1:-1]
-        sigmas = self._down([place for place in places for _ in range(count)])
-        starts = torch.cat([x0 + float(self._sigmas(place)[-1]) * noise for place in places])
-        return [x0, *self._walk(starts, sigmas).split(count), self.decode(noise)]
+    def _noised(self, x0: Tensor, noise: Tensor) -> list[Tensor]:
+        """x of every station between the ends: the station's level of `noise` on `x0`."""
+        return [x0 + float(self._sigmas(place)[-1]) * noise for place in self._places[1:-1]]
 
-    def _symmetric(self, first: Tensor, second: Tensor) -> list[Tensor]:
-        """x0 of every station: the noise between the two, denoised."""
-        count, stations = len(first), len(self._places)
-        shares = torch.linspace(0, 1, stations, dtype=torch.float64).repeat_interleave(count)
-        ends = [torch.cat([each] * stations) for each in (first, second)]
-        between = slerp(ends[0], ends[1], shares)
-        return list(self.decode(between).split(count))
+    def _between(self, first: Tensor, second: Tensor) -> list[Tensor]:
+        """x of every station of the symmetric kind, all at the largest level: the noises between the two."""
+        shares = torch.linspace(0, 1, len(self._places), dtype=torch.float64)
+        return [self._scale() * slerp(first, second, share.expand(len(first))) for share in shares]
 
-    def _images(self, stations: list[Tensor]) -> Tensor:
+    def _images(self, stations: Sequence[Tensor]) -> Tensor:
         return torch.stack([self.model.decode(x0).cpu() for x0 in stations], dim=1)

@@ -181,11 +181,11 @@ def check_warm_up(sigmas: Tensor, name: str, steps: int) -> None:
     moves = _moves(sigmas)
     short = moves.any(1) & ((moves & (sigmas[:, 1:] > 0)).sum(1) < steps)
     if bool(short.any()):
-        row = int(short.nonzero()[0])
+        steps_there = int(moves[int(short.nonzero()[0])].sum())
         raise FaroutError(
-            f"{name} warms up over {steps} step{'s' * (steps > 1)} that end above sigma 0, so it wants at least "
-            f"{steps + 1} steps down to 0 ({steps} elsewhere); row {row} has {int(moves[row].sum())}: take more steps, "
-            "or ddim or dpm_solver_2m"
+            f"{name} warms up over {steps} step{'s' * (steps > 1)} that end above sigma 0, so a path of "
+            f"{steps_there} step{'s' * (steps_there > 1)} is too short: take at least {steps + 1} steps down to 0 "
+            f"({steps} elsewhere), or ddim or dpm_solver_2m"
         )
 
 

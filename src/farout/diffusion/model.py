@@ -237,7 +237,8 @@ class DiffusionModel:
         """Loads a folder that farout wrote, a diffusers folder, or `hf://owner/name`.
 
         A Stable Diffusion folder (unet, vae, text_encoder, tokenizer, scheduler) wants `class_names`: its classes are
-        the prompts that `template` makes of them ("An image of a {}"), its null condition is the empty prompt. For
+        the prompts that `template` makes of them ("An image of a {}"), its null condition is the empty prompt.
+        This can be done from Python only; what `save` then writes is loaded without names, by the command line too. For
         a class-conditional `UNet2DModel` of diffusers they name the rows of its table, of which the last may be a
         null row where there is one more than names.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from farout import progress, store
@@ -26,15 +26,18 @@ __all__ = ["KIND", "SampledFolder", "contact_sheet", "save_png", "write_samples"
 KIND = "samples"
 _MANIFEST = "manifest.jsonl"
 _WORKING = ".working"
-_COLUMNS, _ROWS, _CELL = 10, 20, 48
+_COLUMNS, _ROWS, _CELL, _LONGEST = 10, 20, 48, 24
 
 
 @dataclass(frozen=True)
 class SampledFolder:
-    """What `write_samples` did. images: asked for and there now; made: in this call; grid: the contact sheet."""
+    """What `write_samples` did. images: that are there now, those of an earlier, longer run included; asked: for how
+    many; made: in this call; grid: the contact sheet.
+    """
 
     folder: Path
     images: int
+    asked: int
     made: int
     grid: Path | None
 
@@ -51,8 +54,9 @@ def write_samples(
     """Makes images 0 to count - 1 into `out`, those that are there already not again.
 
     Image i of a class-conditional model is of class `classes[i % len(classes)]` and lies in the folder of that name; a
-    larger count adds images. `config.json` says how they are made, and a line of `manifest.jsonl` what each one is:
-    key, index, label, class, seed, solver, steps, guidance, model (its hash).
+    larger count adds images, a smaller one leaves those that an earlier run has made. `config.json` says how they are
+    made, and a line of `manifest.jsonl` what each one that is there is: key, index, label, class, seed, solver, steps,
+    guidance, model (its hash).
 
     Args:
         sampler: how images are made.
@@ -81,8 +85,8 @@ def write_samples(
             for index, image in zip(indices, sampler.images(indices, plan.labels(indices)), strict=True):
                 save_png(image, plan.path(index), plan.out / _WORKING)
             bar.advance(len(indices))
-    plan.write_manifest(count)
-    return SampledFolder(plan.out, count, len(missing), plan.write_grid(count) if grid else None)
+    there = plan.write_manifest()
+    return SampledFolder(plan.out, there, count, len(missing), plan.write_grid(count) if grid else None)
 
 
 class _Plan:
@@ -138,16 +142,18 @@ class _Plan:
         if differing:
             raise StoreError(f"{self.out} holds images made otherwise ({'; '.join(differing)}); give another folder")
 
-    def write_manifest(self, count: int) -> None:
-        """A line for every image there is, also for those of an earlier, longer run."""
-        old = self.out / _MANIFEST
-        count = max(count, len(old.read_text(encoding="utf-8").splitlines()) if old.is_file() else 0)
-        with store.atomic_file(old) as temporary:
-            temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in self._entries(count)), encoding="utf-8")
+    def write_manifest(self) -> int:
+        """A line for every image there is, also for those of an earlier, longer run, interrupted or not; returns how
+        many there are.
+        """
+        lines = [f"{json.dumps(entry)}\n" for entry in self._entries()]
+        with store.atomic_file(self.out / _MANIFEST) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+        return len(lines)
 
-    def _entries(self, count: int) -> Iterator[dict[str, Any]]:
+    def _entries(self) -> Iterator[dict[str, Any]]:
         settings = {name: self.settings()[name] for name in ("seed", "solver", "steps", "guidance", "model")}
-        for index in range(count):
+        for index in sorted({int(path.stem) for path in self.out.rglob("*.png") if path.stem.isdecimal()}):
             if self.path(index).is_file():
                 labels = self.labels([index])
                 about = {} if labels is None else {"label": labels[0], "class": self.names[labels[0]]}
@@ -160,10 +166,13 @@ class _Plan:
             rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)][:columns]
         else:
             step = len(self.classes)
-            rows = [range(first, count, step)[:_COLUMNS] for first in range(min(step, _ROWS))]
+            rows = [range(first, count, step)[:_COLUMNS] for first in range(min(step, count, _ROWS))]
         path = self.out.resolve().with_name(f"{self.out.resolve().name}-grid.png")
         with store.atomic_file(path) as temporary:
-            contact_sheet([[self.path(index) for index in row] for row in rows]).save(temporary, "PNG")
+            sheet = contact_sheet([[self.path(index) for index in row] for row in rows])
+            if self.classes is not None:
+                sheet = _named(sheet, [self.names[label] for label in self.classes[: len(rows)]])
+            sheet.save(temporary, "PNG")
         return path
 
 
@@ -195,3 +204,17 @@ def contact_sheet(rows: Sequence[Sequence[Path]]) -> Image.Image:
             large = picture.repeat(factor, 0).repeat(factor, 1)
             sheet[i * tall + gap : (i + 1) * tall, j * wide + gap : (j + 1) * wide] = large
     return Image.fromarray(sheet)
+
+
+def _named(sheet: Image.Image, names: Sequence[str]) -> Image.Image:
+    """A sheet of one row per name, with the names on its left."""
+    font, shown = ImageFont.load_default(), [name[:_LONGEST] for name in names]
+    # the font of a Pillow without FreeType has Latin letters only
+    shown = [name.encode("latin-1", "replace").decode("latin-1") for name in shown]
+    margin = int(max(font.getlength(name) for name in shown)) + 8
+    wide = Image.new("RGB", (sheet.width + margin, sheet.height), (128, 128, 128))
+    wide.paste(sheet, (margin, 0))
+    draw, tall = ImageDraw.Draw(wide), sheet.height / len(names)
+    for number, name in enumerate(shown):
+        draw.text((4, int((number + 0.5) * tall) - 5), name, fill=(255, 255, 255), font=font)
+    return wide

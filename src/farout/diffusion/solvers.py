@@ -16,7 +16,6 @@ from farout.diffusion.loop import Evaluation, Guide, Predictor, Solver, State, S
 from farout.errors import FaroutError
 
 __all__ = [
-    "SOLVERS",
     "Evaluation",
     "Guide",
     "Solver",
@@ -152,6 +151,3 @@ pndm2 = make_solver(
     once=False,
     check=lambda sigmas: check_warm_up(sigmas, "pndm2", 1),
 )
-
-SOLVERS: dict[str, Solver] = {"ddim": ddim, "heun": heun, "dpm_solver_2m": dpm_solver_2m, "plms": plms}
-"""Solvers that follow any path of any length, by name; `farout.diffusion.methods` names all there are."""

@@ -22,7 +22,7 @@ from farout.diffusion.model import KIND, DiffusionModel
 from farout.diffusion.networks import NetworkName, build_network, fresh_conditioning
 from farout.diffusion.schedule import NoiseSchedule, ScheduleKind
 from farout.errors import FaroutError
-from farout.images.classes import LabelledImages, class_names_of, class_numbers
+from farout.images.classes import LabelledImages, check_no_class_is_empty, class_names_of, class_numbers
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import ImageSource, PreparedImages, open_source
 from farout.images.splits import split
@@ -221,7 +221,7 @@ def train_model(
     A model with a conditioning is trained on the source's labels, told apart by the names of their classes.
 
     Raises FaroutError for an objective that the model cannot be trained by, SourceError for labels that are missing
-    or of a class that the model does not have.
+    or of a class that the model does not have, FaroutError for a class without images.
     """
     _check_objective(model, objective)
     data = _prepare(source, model, objective, validate=training.validate_every > 0)
@@ -285,6 +285,8 @@ def _told(conditioning: Conditioning, labels: Tensor, objective: Objective, gene
 def _prepare(source: ImageSource, model: DiffusionModel, objective: Objective, *, validate: bool) -> _Data:
     names = None if model.conditioning is None else model.conditioning.class_names
     numbers = None if names is None else class_numbers(source, names)  # first: it may refuse the source
+    if numbers is not None:
+        check_no_class_is_empty(numbers, names or ())
     hashes = [source.content_hash(i) for i in range(len(source))]
     images = PreparedImages(source, model.preprocessing)
     prepared: Dataset = images if numbers is None else LabelledImages(images, numbers)

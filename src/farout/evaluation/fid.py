@@ -28,6 +28,7 @@ from farout.images.sources import Images, ImageSource, batches, open_source
 __all__ = ["FeatureName", "SetDistance", "frechet_distance", "kernel_distance", "set_distance"]
 
 FeatureName = Literal["lite0", "inception"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 _NAMES = {"lite0": ("FD-lite0", "KD-lite0"), "inception": ("FID", "KID")}
 _BATCH = 64
 _SUBSETS, _SUBSET = 100, 1000
@@ -133,7 +134,7 @@ def set_distance(
     seed: int = 0,
     out: str | Path | None = None,
     device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
+    precision: PrecisionName = "fp32",
     rows: int = 32,
     workers: int = 2,
 ) -> SetDistance:
@@ -148,12 +149,12 @@ def set_distance(
         seed: seed of samples and subsets.
         out: a JSON file to write the numbers to.
         device: where features are computed.
-        precision: of the network; figures that are compared want the same.
+        precision: of lite0; figures that are compared want the same. Inception computes in fp32.
         rows: rows of one network call.
         workers: threads that decode images.
 
     Raises:
-        FaroutError: for an unknown network or fewer than two images.
+        FaroutError: for an unknown network, fewer than two images, or Inception in another precision than fp32.
         MissingExtraError: for `inception` without the extra `farout[fid]`.
         StoreError: where the weights of Inception cannot be fetched.
     """
@@ -161,7 +162,7 @@ def set_distance(
         raise FaroutError(f"features are {' or '.join(_NAMES)}, got {features!r}")
     sources = [open_source(each, limit=limit, seed=seed) for each in (generated, reference)]
     where = resolve_device(device)
-    exact = resolve_precision(precision, where)
+    exact = resolve_precision(_precision(features, precision), where)
     read = (_lite0 if features == "lite0" else _inception)(sources[1], where, exact, rows, workers)
     first, second = (read(source) for source in sources)
     _check(first, second)
@@ -175,6 +176,18 @@ def set_distance(
         about |= {"features": features, "precision": exact, "versions": store.versions()}
         store.write_json(out, {**asdict(found), **about})
     return found
+
+
+def _precision(features: FeatureName, precision: PrecisionName) -> PrecisionName:
+    """The precision that features are computed in."""
+    if features == "lite0":
+        return precision
+    if precision not in ("auto", "fp32"):
+        raise FaroutError(
+            f"Inception's features are computed in fp32, as published figures are; precision {precision} goes with "
+            "features=lite0"
+        )
+    return "fp32"
 
 
 def _warn_of_few(name: str, generated: int, reference: int, dimension: int) -> None:

@@ -77,17 +77,17 @@ def write_interpolations(
     opened = open_source(source, limit=2 * pairs, seed=seed)
     if len(opened) < 2 * pairs:
         raise SourceError(f"{opened.name} has {len(opened)} images, {pairs} pairs want {2 * pairs}")
-    # batches of two: a pair in each, whatever the size of the source
     places = [place for pair in range(pairs) for place in (pair, pair + pairs)]
     drawn = opened.subset(places)
-    found, keys = [], []
+    together = max(1, rows // 4)  # pairs: their stations fill most calls of the network
+    found, keys = list[Interpolations](), list[tuple[str, ...]]()
     with store.atomic_folder(out, KIND) as folder, progress.task("interpolating", pairs) as bar:
-        for number, batch in enumerate(batches(drawn, model.preprocessing, 2, workers=workers)):
-            images = interpolator(batch.images[:1], batch.images[1:])
-            _save(folder, number, images)
-            found.append(images)
-            keys.append(batch.keys)
-            bar.advance()
+        for batch in batches(drawn, model.preprocessing, 2 * together, workers=workers):
+            for images in _one_by_one(interpolator(batch.images[::2], batch.images[1::2])):
+                _save(folder, len(found), images)
+                found.append(images)
+            keys += zip(batch.keys[::2], batch.keys[1::2], strict=True)
+            bar.advance(len(batch.keys) // 2)
         error = _round_trip(model, found)
         about = {
             "source": opened.name,
@@ -104,6 +104,11 @@ def write_interpolations(
         store.write_config(folder, KIND, about)
         (folder / "page.html").write_text(_page(about, keys, found), encoding="utf-8")
     return InterpolatedFolder(Path(out), pairs, pairs * stations * len(_KINDS), error)
+
+
+def _one_by_one(images: Interpolations) -> list[Interpolations]:
+    parts = zip(images.first.split(1), images.second.split(1), images.symmetric.split(1), strict=True)
+    return [Interpolations(*part) for part in parts]
 
 
 def _kinds(images: Interpolations) -> dict[str, Tensor]:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from farout.errors import SourceError
+from farout.errors import FaroutError, SourceError
 from farout.images.batching import PreparedImages
 from farout.images.sources import ImageSource
 
-__all__ = ["LabelledImages", "class_name", "class_names_of", "class_numbers"]
+__all__ = ["LabelledImages", "check_no_class_is_empty", "class_name", "class_names_of", "class_numbers"]
 
 
 def class_names_of(source: ImageSource) -> tuple[str, ...]:
@@ -42,6 +42,13 @@ def class_numbers(source: ImageSource, names: Sequence[str]) -> Tensor:
             "(@classes=…)"
         )
     return torch.tensor([place[name] for name in found], dtype=torch.int64)
+
+
+def check_no_class_is_empty(numbers: Tensor, names: Sequence[str]) -> None:
+    """Raises FaroutError where a class of `names` has none of the training images, whose `class_numbers` are given."""
+    empty = [name for place, name in enumerate(names) if not bool((numbers == place).any())]
+    if empty:
+        raise FaroutError(f"no image is left to train the class {', '.join(empty)} on; give more images of it")
 
 
 def _labels(source: ImageSource) -> tuple[int, ...]:

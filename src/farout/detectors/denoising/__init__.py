@@ -83,6 +83,8 @@ class Denoising(Detector):
     needs: ClassVar[frozenset[str]] = frozenset({"diffusion", "classes", "classifier"})
     diffusion: DiffusionModel | None = None
     makes_maps: ClassVar[bool] = True
+    map_unit: ClassVar[str] = "mean absolute differences of pixels in [0, 1]"
+    map_brightest: ClassVar[float] = 0.5
     statistics_minimum: ClassVar[int] = 100
     network_preset: ClassVar[str] = "classes"
     companions: ClassVar[tuple[str, ...]] = ("posthoc",)

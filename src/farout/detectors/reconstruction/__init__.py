@@ -176,7 +176,7 @@ class Reconstruction(Detector):
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
         """Metrics of every level and draw: values (B, level, draw, metric).
 
-        With `maps`: the mean over levels of standardised squared errors (B, H, W), and the pictures `errors`
+        With `maps`: the mean over levels of standardised squared errors (B, H, W), and the pictures `_errors`
         (B, level, H, W) and `reconstruction` (B, C, H, W), of the middle level.
         """
         assert self.plan is not None
@@ -217,7 +217,7 @@ class Reconstruction(Detector):
 
     def _add_maps(self, measured: Measurements, images: Tensor, restored: Tensor) -> None:
         errors = (restored - images[:, None, None]).square().mean((2, 3)).cpu()
-        measured.pictures = {"errors": errors, "reconstruction": restored[:, restored.shape[1] // 2, 0].cpu()}
+        measured.pictures = {"_errors": errors, "reconstruction": restored[:, restored.shape[1] // 2, 0].cpu()}
         measured.maps = errors.mean(1)
         if self.error_mean is not None and self.error_square is not None:
             deviation = (self.error_square - self.error_mean**2).clamp(min=1e-12).sqrt()
@@ -231,7 +231,7 @@ class Reconstruction(Detector):
 
     def watch(self, measurements: Measurements) -> None:
         """Running mean and mean square of the error maps (level, H, W)."""
-        errors = measurements.pictures["errors"].double()
+        errors = measurements.pictures["_errors"].double()
         total = self.watched + len(errors)
         mean = errors.sum(0) if self.error_mean is None else self.error_mean * self.watched + errors.sum(0)
         square = errors.square().sum(0)

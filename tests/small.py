@@ -1,17 +1,23 @@
 """Small things that many tests use: an untrained network, a folder of pictures."""
 
+import string
 from pathlib import Path
 
 import diffusers
 import torch
 from PIL import Image
 
+from farout.classifiers.model import Classifier
+from farout.classifiers.networks import NetworkSpec
+from farout.diffusion.class_tokens import ClassTokens
+from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
 from farout.images.preprocessing import Preprocessing
 
 
-def tiny_unet(channels: int = 1, size: int = 8) -> diffusers.UNet2DModel:
+def tiny_unet(channels: int = 1, size: int = 8, classes: int | None = None) -> diffusers.UNet2DModel:
+    """With `classes`: a table of them and a null row."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
         sample_size=size,
@@ -22,6 +28,7 @@ def tiny_unet(channels: int = 1, size: int = 8) -> diffusers.UNet2DModel:
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
         norm_num_groups=4,
+        num_class_embeds=None if classes is None else classes + 1,
     )
     for parameter in unet.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
@@ -31,6 +38,51 @@ def tiny_unet(channels: int = 1, size: int = 8) -> diffusers.UNet2DModel:
 def model(size: tuple[int, int] = (8, 8), channels: int = 1, **settings: object) -> DiffusionModel:
     preprocessing = Preprocessing(size=size, channels=channels, native=size)
     return DiffusionModel(tiny_unet(channels), NoiseSchedule(), preprocessing, **settings)
+
+
+def classifier(size: tuple[int, int] = (8, 8), channels: int = 1, classes: int = 3) -> Classifier:
+    torch.manual_seed(0)
+    spec = NetworkSpec("wrn16_1", classes, channels, size)
+    preprocessing = Preprocessing(size=size, channels=channels, native=size)
+    module = spec.build()
+    with torch.no_grad():  # a fresh last layer hardly tells images apart
+        module.fc.weight.mul_(5)
+        module.fc.bias.normal_()
+    return Classifier(module, [0.5] * channels, [0.25] * channels, preprocessing, network=spec)
+
+
+def conditional(
+    size: tuple[int, int] = (8, 8), channels: int = 1, classes: int = 3, **settings: object
+) -> DiffusionModel:
+    """An untrained class-conditional model with a null row; its classes are named a, b, c, …"""
+    preprocessing = Preprocessing(size=size, channels=channels, native=size)
+    unet = tiny_unet(channels, classes=classes)
+    conditioning = ClassVectors(unet, string.ascii_lowercase[:classes], has_null=True)
+    return DiffusionModel(unet, NoiseSchedule(), preprocessing, conditioning=conditioning, **settings)
+
+
+def attending(channels: int = 1, width: int = 6) -> diffusers.UNet2DConditionModel:
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=width,
+    )
+
+
+def by_tokens(classes: int = 3, **settings: object) -> DiffusionModel:
+    """As `conditional`, for pictures of 8 x 8 grey pixels, told its classes by cross-attention to two tokens."""
+    network = attending()
+    conditioning = ClassTokens.fresh(string.ascii_lowercase[:classes], 2, 6, has_null=True)
+    preprocessing = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
+    return DiffusionModel(network, NoiseSchedule(), preprocessing, conditioning=conditioning, **settings)
 
 
 def pictures(folder: Path, count: int = 40, *, low: int = 100, spread: int = 80, seed: int = 0) -> Path:

@@ -17,7 +17,7 @@ from farout.detectors.base import Detector
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, NaNScoresWarning, ShortfallWarning, SourceError, StoreError, TrapWarning
 from farout.images.sources import Batch
-from small import model, pictures
+from small import classifier, conditional, model, pictures
 
 NAMES = sorted(registry.members("detectors"))
 
@@ -36,9 +36,10 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fitted(name: str, folder: Path, **settings: object) -> Detector:
-    detector = registry.find("detectors", name).load().tiny(SimpleNamespace(diffusion=model()))
-    images = "diffusion" in detector.needs and detector.diffusion_kind is DiffusionModel
-    given = {"diffusion": model()} if images else {}
+    detector = registry.find("detectors", name).load().tiny(SimpleNamespace(diffusion=model(), classifier=classifier()))
+    given: dict[str, object] = {"classifier": classifier()} if "classifier" in detector.needs else {}
+    if "diffusion" in detector.needs and detector.diffusion_kind is DiffusionModel:
+        given["diffusion"] = conditional() if "classes" in detector.needs else model()
     return detector.fit(folder, **given, **{"alpha": 0.1, "statistics": 30, **settings})
 
 
@@ -158,10 +159,11 @@ def test_broken_folders_are_refused(detector: Detector, tmp_path: Path) -> None:
 def test_another_model_is_refused(detector: Detector, tmp_path: Path) -> None:
     if not isinstance(detector.diffusion, DiffusionModel):
         pytest.skip("this method has no diffusion model of images")
-    model().save(tmp_path / "model")
+    fresh = conditional if "classes" in detector.needs else model
+    fresh().save(tmp_path / "model")
     detector.save(tmp_path / "d", link=tmp_path / "model")
     assert load(tmp_path / "d").fingerprint == detector.fingerprint
-    model(b_scale=2.0).save(tmp_path / "model")
+    fresh(b_scale=2.0).save(tmp_path / "model")
     with pytest.raises(StoreError, match="hash differs"):
         load(tmp_path / "d")
 

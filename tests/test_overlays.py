@@ -16,12 +16,15 @@ from farout.detectors.base import Detector
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
 from farout.errors import FaroutError
-from farout.evaluation.overlays import HOTTEST, overlay, overlay_name, write_overlays
+from farout.evaluation.heat import MapScale
+from farout.evaluation.overlays import overlay, overlay_name, write_overlays
 from farout.images.decoding import from_pil
 from farout.images.sources import Batch
 from small import model, pictures
 
 COUNT = 11
+
+HOTTEST = MapScale().brightest
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,8 @@ def test_score_writes_a_map_of_every_readable_image(place: Path, tmp_path: Path)
     maps = contents(tmp_path / "r" / "maps")
     wanted = {f"{i:03d}.png.png" for i in range(COUNT) if i != 4} | {"line 2/004.png.png"}
     assert {name for name in maps if name.endswith(".png")} == wanted
-    assert f"{HOTTEST:g} standard deviations" in maps["README.txt"].decode()
+    told = "Maps show standard deviations above good images: heat begins at 0 and is at its strongest at 6"
+    assert told in maps["README.txt"].decode()
     assert Image.open(tmp_path / "r" / "maps" / "000.png.png").size == (224, 224)
     assert (tmp_path / "r" / "scores.csv").is_file()
 

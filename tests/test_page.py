@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
-from farout.detectors.base import Detector
+from farout.detectors.base import Detector, Measurements
 from farout.detectors.reconstruction import Reconstruction
 from farout.evaluation.controls import TrivialControls
+from farout.evaluation.heat import MapScale
+from farout.evaluation.page import _heat, png_address
 from farout.evaluation.scoring import score_folder
+from farout.images.sources import Batch
 from small import model, pictures
 
 HOSTILE = '<script>alert(1)<script> & "quoted" it\'s.png'
@@ -128,6 +132,35 @@ def test_pictures_are_those_of_the_method(page: str, detector: Detector) -> None
     maps = isinstance(detector, Reconstruction)
     assert captions == ({"image", "reconstruction", "map"} if maps else {"image"})
     assert ("Maps show" in page) == maps
+
+
+def test_the_scale_of_maps_is_the_detectors(good: Path, images: Path, tmp_path: Path) -> None:
+    """Maps in another unit would be all dark, under a caption that is not true."""
+
+    class Differences(Reconstruction):
+        map_unit = "mean absolute differences"
+        map_brightest = 0.25
+        map_pictures = frozenset({"blurred"})
+
+        def measure(self, batch: Batch, maps: bool = False) -> Measurements:
+            measured = super().measure(batch, maps)
+            if maps and "reconstruction" in measured.pictures:
+                half = torch.full((len(batch.keys), 1, 8, 8), 0.25)
+                measured.pictures = {**measured.pictures, "halved": half, "blurred": half}
+                measured.maps = half[:, 0]
+            return measured
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        score_folder(
+            Differences(levels=(50,), draws=1).fit(good, model(), alpha=0.1, statistics=30), images, tmp_path / "r"
+        )
+    page = (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
+    assert "Maps show mean absolute differences (dark 0, bright 0.25 or more)" in page
+    shown = {name: data for data, name in re.findall(r'src="(data:[^"]*)"[^>]*><figcaption>(.*?)</figcaption>', page)}
+    assert set(shown) == {"image", "reconstruction", "halved", "blurred", "map"}
+    assert shown["blurred"] == shown["map"] == png_address(_heat(torch.ones(8, 8), MapScale(brightest=1.0)))
+    assert shown["halved"] == png_address(torch.full((1, 8, 8), 0.25))
 
 
 def test_the_line_stands_where_flags_begin(page: str, folder: Path, detector: Detector) -> None:

@@ -11,10 +11,17 @@ from farout.diffusion import paths
 from farout.diffusion.conditioning import Condition
 from farout.diffusion.denoiser import GaussianDenoiser, Guided
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.solvers import SOLVERS, Evaluation, Solver, adams_bashforth, ddim, dpm_solver_2m, heun, plms
+from farout.diffusion.solvers import Evaluation, Solver, adams_bashforth, ddim, dpm_solver_2m, heun, plms
 from farout.errors import FaroutError
 
-EVERY = {**SOLVERS, "ab4": adams_bashforth(4), "ab1": adams_bashforth(1)}
+EVERY = {
+    "ddim": ddim,
+    "heun": heun,
+    "dpm_solver_2m": dpm_solver_2m,
+    "plms": plms,
+    "ab4": adams_bashforth(4),
+    "ab1": adams_bashforth(1),
+}
 SCHEDULE = NoiseSchedule("scaled_linear", 0.0015, 0.0195)
 
 

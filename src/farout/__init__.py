@@ -8,16 +8,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Classifier": "farout.classifiers.model",
     "DiffusionModel": "farout.diffusion.model",
     "FeatureDiffusion": "farout.features.diffusion",
     "FeatureExtractor": "farout.features.extractor",
     "NoiseSchedule": "farout.diffusion.schedule",
+    "Posthoc": "farout.detectors.posthoc",
     "Preprocessing": "farout.images.preprocessing",
     "Reconstruction": "farout.detectors.reconstruction",
     "Scores": "farout.detectors.base",
     "Semantic": "farout.detectors.semantic",
     "load": "farout.detectors.base",
     "open_source": "farout.images.sources",
+    "train_classifier": "farout.classifiers.train",
     "train_diffusion": "farout.diffusion.train",
 }
 __all__ = sorted(_HOMES)

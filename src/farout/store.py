@@ -186,4 +186,7 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of farout and of the libraries that decide its numbers."""
-    return {name: metadata.version(name) for name in ("farout", "torch", "diffusers", "timm", "numpy", "pillow")}
+    return {
+        name: metadata.version(name)
+        for name in ("farout", "torch", "diffusers", "timm", "pytorch-ood", "numpy", "pillow")
+    }

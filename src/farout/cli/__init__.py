@@ -15,17 +15,23 @@ __all__ = ["main"]
 
 COMMANDS = {
     "train diffusion": "train_diffusion",
+    "train classifier": "train_classifier",
     "fit": "fit",
     "score": "score",
     "calibrate": "calibrate",
     "evaluate": "evaluate",
+    "sample": "sample",
+    "fid": "fid",
+    "interpolate": "interpolate",
     "features extract": "extract_features",
     "features list": "list_features",
     "features clear": "clear_features",
     "list": "list_",
     "demo": "demo",
 }
-"""What is typed, and the function in `commands.py` (or `lists.py`) behind it."""
+"""What is typed, and the function in one of `_FILES` behind it."""
+
+_FILES = ("cli/commands.py", "cli/generation.py", "cli/lists.py", "diffusion/train.py", "classifiers/train.py")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,8 +96,8 @@ def _overview(words: Sequence[str]) -> int:
 def _descriptions() -> dict[str, str]:
     """First docstring lines of the commands, read without importing them: importing torch takes seconds."""
     found: dict[str | None, str] = {}
-    for file in ("commands.py", "lists.py"):
-        tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
+    for file in _FILES:
+        tree = ast.parse((Path(__file__).parents[1] / file).read_text(encoding="utf-8"))
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         found |= {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions}
     return {name: found.get(function, found["show_list"]) for name, function in COMMANDS.items()}

@@ -14,9 +14,7 @@ import pandas as pd
 from farout import registry, store
 from farout.detectors._fitting import FitSettings, recalibrate
 from farout.detectors.base import Detector, load
-from farout.diffusion.model import DiffusionModel
-from farout.diffusion.train import DiffusionConfig, discard_checkpoints
-from farout.diffusion.train import train_diffusion as _train_diffusion
+from farout.diffusion.train import discard_checkpoints
 from farout.errors import FaroutError
 from farout.evaluation.beside import Beside
 from farout.evaluation.demo import demo as _demo
@@ -38,55 +36,7 @@ __all__ = [
     "fit",
     "list_features",
     "score",
-    "train_diffusion",
 ]
-
-
-def train_diffusion(
-    source: str,
-    *,
-    out: str,
-    model: DiffusionConfig,
-    training: TrainingConfig,
-    autoencoder: str | None = None,
-    limit: int | None = None,
-    alpha: float = 0.05,
-    statistics: int = 400,
-    groups: Literal["none", "folder"] = "none",
-    policy: Literal["raise", "skip"] = "raise",
-    seed: int = 0,
-    resume: bool = False,
-) -> DiffusionModel:
-    """Train a diffusion model on images.
-
-    Args:
-        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
-        out: folder of the model.
-        model: what is trained.
-        training: how it is trained.
-        autoencoder: folder of a diffusers autoencoder; the model then works on its latents.
-        limit: use a seeded sample of this many images.
-        alpha: the false-alarm rate that a later calibration wants images for.
-        statistics: images held out for a later fit's statistics.
-        groups: keep images of one folder together in one part.
-        policy: what becomes of an unreadable image: raise, or skip.
-        seed: seed of sample, split, weights and noise.
-        resume: go on from the last checkpoint.
-    """
-    return _train_diffusion(
-        source,
-        out,
-        model=model,
-        training=training,
-        autoencoder=autoencoder,
-        limit=limit,
-        alpha=alpha,
-        statistics=statistics,
-        groups=groups,
-        policy=policy,
-        seed=seed,
-        resume=resume,
-    )
 
 
 def fit(
@@ -108,7 +58,7 @@ def fit(
         source: good images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
         out: folder of the detector.
         diffusion: folder of a diffusion model, or hf://owner/name, for methods that use one; without it one is trained.
-        classifier: folder of a classifier, for methods that need one.
+        classifier: folder of a classifier, for methods that need one; without it one is trained on images with labels.
         link: keep a path to the diffusion model instead of a copy.
         preset: the method's preset that `arguments` started from.
         settings: how the fit is done.

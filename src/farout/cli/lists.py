@@ -55,10 +55,11 @@ def _members(room: str) -> list[dict[str, str]]:
 
 def _presets() -> list[dict[str, str]]:
     """Presets of every detector and of training; these are read from the classes themselves."""
+    from farout.classifiers.train import PRESETS as CLASSIFIERS
     from farout.diffusion.train import PRESETS
 
     owners = {f"fit {name}": member.load().presets for name, member in registry.members("detectors").items()}
-    owners["train diffusion"] = PRESETS
+    owners |= {"train diffusion": PRESETS, "train classifier": CLASSIFIERS}
     return [
         {"command": owner, "preset": name, "settings": _flags(settings)}
         for owner, presets in owners.items()

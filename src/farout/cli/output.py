@@ -16,8 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from farout import progress as work
+from farout.classifiers.model import Classifier
 from farout.detectors.base import Detector
+from farout.diffusion.sample_folder import SampledFolder
 from farout.errors import FaroutWarning
+from farout.evaluation.fid import SetDistance
+from farout.evaluation.interpolate import InterpolatedFolder
 from farout.evaluation.scoring import ScoredFolder
 from farout.features.cache import CachedKind, cache_folder
 from farout.features.extraction import Extraction
@@ -78,16 +82,32 @@ def show(name: str, result: Any) -> None:
         "train diffusion": lambda model: print(
             f"trained on {len(model.trained_on)} images, {model.parameters:,} parameters"
         ),
+        "train classifier": _classifier,
         "fit": _detector,
         "calibrate": _detector,
         "score": _scored,
         "evaluate": _metrics,
         "demo": _demonstrated,
+        "sample": _sampled,
+        "fid": _distance,
+        "interpolate": _interpolated,
         "features extract": _extracted,
         "features list": _kinds,
         "features clear": _cleared,
     }
     printers[name](result)
+
+
+def _classifier(classifier: Classifier) -> None:
+    about = classifier.provenance
+    seen = f"trained on {about['images']} images" if "images" in about else "weights kept as given"
+    print(f"{seen}, {classifier.classes} classes, {classifier.parameters:,} parameters")
+    # only the first of several processes measures it
+    if "held_out_accuracy" in about:
+        print(f"accuracy {about['held_out_accuracy']:.3f} on {about['held_out_images']} held-out images")
+    elif "possibly_seen_accuracy" in about:
+        images = f"{about['possibly_seen_images']} images (which the weights may have seen)"
+        print(f"accuracy {about['possibly_seen_accuracy']:.3f} on {images}")
 
 
 def _detector(detector: Detector) -> None:
@@ -102,6 +122,33 @@ def _scored(done: ScoredFolder) -> None:
     for file in ("scores.csv", "measurements.parquet", "manifest.json", "page.html"):
         if (done.folder / file).is_file():
             print(f"  {done.folder / file}")
+
+
+def _sampled(done: SampledFolder) -> None:
+    more = f", {done.asked} asked for: the folder has images of an earlier, longer run" * (done.images > done.asked)
+    print(f"{done.images} images, {done.made} made now{more}")
+    for path in filter(None, (done.folder, done.grid)):
+        print(f"  {path}")
+
+
+def _distance(found: SetDistance) -> None:
+    """A row a number."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for head in ("distance", "value", "of"):
+        table.add_column(head, no_wrap=True)
+    sets = f"{found.generated} generated and {found.reference} real images, {found.dimension} features"
+    table.add_row(found.frechet_name, f"{found.frechet:.4g}", sets)
+    subsets = f"{found.subsets} subsets of {found.subset_size}"
+    table.add_row(found.kernel_name, f"{found.kernel:.4g} ± {found.kernel_std:.2g}", subsets)
+    Console().print(table)
+
+
+def _interpolated(done: InterpolatedFolder) -> None:
+    print(
+        f"{done.pairs} pairs, {done.images} pictures; image and decoded inversion differ by {done.round_trip:.4f} (RMS)"
+    )
+    for path in (done.folder, done.folder / "page.html"):
+        print(f"  {path}")
 
 
 def _extracted(done: Extraction) -> None:

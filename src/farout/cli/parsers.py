@@ -5,24 +5,32 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from farout import registry
-from farout.cli import commands
+from farout import classifiers, diffusion, registry
+from farout.classifiers.train import PRESETS as CLASSIFIERS
+from farout.classifiers.train import ClassifierConfig, train_classifier
+from farout.cli import commands, generation
 from farout.cli.flags import Parser
 from farout.cli.usage import UsageError, meant
 from farout.detectors._fitting import FitSettings
 from farout.detectors.base import Runtime
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.train import PRESETS, DiffusionConfig
+from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
 from farout.training_config import TrainingConfig
 
 __all__ = ["parse"]
 
+_ROOMS = (commands, generation, diffusion.train, classifiers.train)
+"""Where the functions behind the commands are."""
+_TRAININGS: dict[Callable[..., Any], tuple[type, Mapping[str, Any]]] = {
+    train_diffusion: (DiffusionConfig, PRESETS),
+    train_classifier: (ClassifierConfig, CLASSIFIERS),
+}
 _RUNTIME = tuple(Runtime.__dataclass_fields__)
 _COMPOSED = {"runtime", "settings", "arguments", "model", "training"}
-"""Parameters of commands that are made of several flags."""
+"""Keyword parameters of commands that are made of several flags."""
 _NOT_FLAGS = ("network", "training", "runtime")
 """Fields of FitSettings that are flags of their own."""
 _USAGE = {
@@ -35,9 +43,9 @@ def parse(name: str, function: str, words: Sequence[str]) -> Callable[[], Any]:
     """The call that the words ask for. Raises UsageError for wrong usage; exits with status 0 after --help."""
     if name == "fit":
         return _fit(words)
-    if name == "train diffusion":
-        return _train_diffusion(words)
-    call = getattr(commands, function)
+    call = next(getattr(room, function) for room in _ROOMS if hasattr(room, function))
+    if call in _TRAININGS:
+        return _train(name, call, words)
     parser = _parser(name, call)
     composed = "runtime" in inspect.signature(call).parameters
     if composed:
@@ -49,10 +57,10 @@ def parse(name: str, function: str, words: Sequence[str]) -> Callable[[], Any]:
 
 
 def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about: str = "") -> Parser:
-    """A parser with the parameters of a command: those without `*` before them are positional."""
-    parameters = [p for p in inspect.signature(call).parameters.values() if p.name not in {*skip, *_COMPOSED}]
-    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    must = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    """A parser with the parameters of a command: those without `*` before them, but `out`, are positional."""
+    parameters = [p for p in inspect.signature(call).parameters.values() if p.name not in {*skip, *_composed(call)}]
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "out"]
+    must = [p for p in parameters if p not in positional and p.default is p.empty]
     shown = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in positional]
     usage = _USAGE.get(name, " ".join(["farout", name, *shown, *(f"--{p.name} DIR" for p in must), "[settings]"]))
     heading = _first_line(call)
@@ -60,15 +68,16 @@ def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about
     parser.add_config()
     for parameter in must:
         parser.add_argument(f"--{parameter.name}", type=str, required=True, help=_argument(call, parameter.name))
-    optional = [p.name for p in positional if p.default is not p.empty]
-    for each in optional:
-        parser.add_argument(each, nargs="?", type=str, help=_argument(call, each))
-    parser.take(call, skip=[*skip, *optional, *(p.name for p in must), *_composed(call)])
+    for each in positional:
+        count: dict[str, Any] = {} if each.default is each.empty else {"nargs": "?"}
+        parser.add_argument(each.name, type=str, help=_argument(call, each.name), **count)
+    parser.take(call, skip=[*skip, *(p.name for p in [*positional, *must]), *_composed(call)])
     return parser
 
 
 def _composed(call: Callable[..., Any]) -> list[str]:
-    return [name for name in inspect.signature(call).parameters if name in _COMPOSED]
+    parameters = inspect.signature(call).parameters.values()
+    return [p.name for p in parameters if p.name in _COMPOSED and p.kind is p.KEYWORD_ONLY]
 
 
 def _first_line(call: Callable[..., Any]) -> str:
@@ -77,8 +86,8 @@ def _first_line(call: Callable[..., Any]) -> str:
 
 def _argument(call: Callable[..., Any], name: str) -> str:
     """What the docstring says of a parameter."""
-    found = re.search(rf"^\s+{name}: (.*)$", inspect.getdoc(call) or "", re.MULTILINE)
-    return found[1] if found else ""
+    found = re.search(rf"^ +{name}: (.+(?:\n {{8,}}.+)*)", inspect.getdoc(call) or "", re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""
 
 
 def _add_runtime(parser: Parser) -> None:
@@ -92,11 +101,11 @@ def _values(parser: Parser, parsed: Any) -> dict[str, Any]:
     return dict(parser.instantiate_classes(parsed))
 
 
-def _training_preset(name: str) -> dict[str, Any]:
+def _training_preset(name: str, presets: Mapping[str, Any] = PRESETS) -> dict[str, Any]:
     """Flags of a training preset."""
-    if name not in PRESETS:
-        raise UsageError(f"there is no training preset {name!r}; {meant(name, PRESETS)}")
-    return {f"{part}.{key}": value for part, values in PRESETS[name].items() for key, value in values.items()}
+    if name not in presets:
+        raise UsageError(f"there is no training preset {name!r}; {meant(name, presets)}")
+    return {f"{part}.{key}": value for part, values in presets[name].items() for key, value in values.items()}
 
 
 def _method_preset(method: Any, name: str | None) -> dict[str, Any]:
@@ -108,25 +117,27 @@ def _method_preset(method: Any, name: str | None) -> dict[str, Any]:
     return dict(method.from_preset(name).config)
 
 
-def _add_training(parser: Parser, flag: str) -> None:
-    parser.add_argument(f"--{flag}", type=str, default="tiny", help=f"settings to start from: {', '.join(PRESETS)}")
-    parser.take(DiffusionConfig, "model")
+def _add_training(
+    parser: Parser, flag: str, preset: str, config: type = DiffusionConfig, presets: Mapping[str, Any] = PRESETS
+) -> None:
+    parser.add_argument(f"--{flag}", type=str, default=preset, help=f"settings to start from: {', '.join(presets)}")
+    parser.take(config, "model")
     parser.take(TrainingConfig, "training")
-    parser.set_defaults(_training_preset("tiny"))
+    parser.set_defaults(_training_preset(preset, presets))
 
 
-def _train_diffusion(words: Sequence[str]) -> Callable[[], Any]:
-    about = (
-        f"{_first_line(commands.train_diffusion)} --device, --precision and --batch-size stand for --training.device …"
-    )
-    parser = _parser("train diffusion", commands.train_diffusion, about=about)
-    _add_training(parser, "preset")
+def _train(name: str, command: Callable[..., Any], words: Sequence[str]) -> Callable[[], Any]:
+    """A training: its presets lie under YAML and flags, and may be named in either."""
+    about = f"{_first_line(command)} --device, --precision and --batch-size stand for --training.device …"
+    config, presets = _TRAININGS[command]
+    parser = _parser(name, command, about=about)
+    _add_training(parser, "preset", "tiny", config, presets)
     words = [_long(word) for word in words]
-    # presets lie under YAML and flags, and may be named in either: the first reading is for their names
-    parser.set_defaults(_training_preset(parser.read(words).preset))
+    # the first reading is for the preset's name
+    parser.set_defaults(_training_preset(parser.read(words).preset, presets))
     values = _values(parser, parser.read(words))
     values.pop("preset")
-    return functools.partial(commands.train_diffusion, **values)
+    return functools.partial(command, **values)
 
 
 def _long(word: str) -> str:
@@ -160,11 +171,16 @@ def _fit_parser(member: registry.Member, method: Any) -> Parser:
     parser = _parser(f"fit {member.name}", commands.fit, ["method", "preset"], about=member.description)
     parser.add_argument("--preset", type=str, help=f"settings to start from: {', '.join(method.presets) or 'none'}")
     parser.take(method)
-    parser.take(FitSettings, skip=_NOT_FLAGS)
+    parser.take(FitSettings, skip=_not_flags(method))
     parser.take(Runtime)
     if _trains_on_images(method):
-        _add_training(parser, "network_preset")
+        _add_training(parser, "network_preset", method.network_preset)
     return parser
+
+
+def _not_flags(method: Any) -> tuple[str, ...]:
+    """Fields of FitSettings that are flags of their own, or nothing to this method."""
+    return _NOT_FLAGS if "classifier" in method.needs else (*_NOT_FLAGS, "classifier_preset", "classifier_steps")
 
 
 def _trains_on_images(method: Any) -> bool:
@@ -174,7 +190,7 @@ def _trains_on_images(method: Any) -> bool:
 
 def _call_fit(name: str, method: Any, values: dict[str, Any]) -> Any:
     arguments = {key: values[key] for key in method().config}
-    settings = {key: values[key] for key in FitSettings.__dataclass_fields__ if key not in _NOT_FLAGS}
+    settings = {key: values[key] for key in FitSettings.__dataclass_fields__ if key not in _not_flags(method)}
     runtime = Runtime(**{key: values[key] for key in _RUNTIME})
     networks = {"network": values["model"], "training": values["training"]} if "model" in values else {}
     chosen = FitSettings(**settings, **networks, runtime=runtime)

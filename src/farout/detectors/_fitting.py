@@ -12,11 +12,15 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from farout.classifiers.model import Classifier
+from farout.classifiers.train import PRESETS as CLASSIFIERS
+from farout.classifiers.train import ClassifierConfig, train_on
 from farout.detectors.base import Detector, Runtime
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_model
 from farout.errors import FaroutError, ShortfallWarning, TrapWarning
 from farout.features.diffusion import FeatureDiffusion
+from farout.images.classes import class_names_of
 from farout.images.preprocessing import Preprocessing, Protocol
 from farout.images.sources import ImageSource, open_source
 from farout.images.splits import Split, calibration_size, split
@@ -41,8 +45,10 @@ class FitSettings:
         policy: what becomes of an unreadable image: `raise`, or `skip`.
         statistics: images for the statistics; None: what the method wants.
         protocol: how images are brought to size; None: `native`, or as a given diffusion model has it.
-        network: what is trained where a diffusion model is lacking.
+        network: what is trained where a diffusion model of images is lacking; None: as suits the method.
         training: how it is trained; None: as suits the method.
+        classifier_preset: how a classifier is trained where one is lacking.
+        classifier_steps: updates of its training; None: the preset's.
         checkpoints: folder of the training's checkpoints; None: none are kept.
         resume: go on from the last checkpoint there.
         runtime: how networks are run.
@@ -55,8 +61,10 @@ class FitSettings:
     policy: Literal["raise", "skip"] = "raise"
     statistics: int | None = None
     protocol: Protocol | None = None
-    network: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(**PRESETS["tiny"]["model"]))
+    network: DiffusionConfig | None = None
     training: TrainingConfig | None = None
+    classifier_preset: str = "tiny"
+    classifier_steps: int | None = None
     checkpoints: Path | None = None
     resume: bool = False
     runtime: Runtime = field(default_factory=Runtime)
@@ -65,10 +73,9 @@ class FitSettings:
 def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: FitSettings) -> D:
     """See `Detector.fit`."""
     _check_alpha(settings.alpha)
-    if classifier is not None and "classifier" not in detector.needs:
-        raise FaroutError(f"{type(detector).__name__} uses no classifier; leave it out")
     source = open_source(images, limit=settings.limit, seed=settings.seed, policy=settings.policy)
     given = _given(detector, diffusion)
+    detector.classifier = _given_classifier(detector, classifier, source)
     detector.begin()
     if "features" in detector.needs:
         detector.features = detector.features or detector.build_features()
@@ -77,10 +84,15 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
     if "features" in detector.needs:
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
         detector.use(None, settings.runtime)
+    training = source.subset(parts.training)
+    _check(detector, source, given, settings)
+    if "classifier" in detector.needs and detector.classifier is None:
+        detector.classifier = _train_classifier(detector, training, settings)
     lacking = given is None and "diffusion" in detector.needs
-    model = detector.train(source.subset(parts.training), settings) if lacking else given
-    if isinstance(model, DiffusionModel):
-        detector.preprocessing = _preprocessing(source, model, settings)
+    model = detector.train(training, settings) if lacking else given
+    known = model if isinstance(model, DiffusionModel) else detector.classifier
+    if known is not None:
+        detector.preprocessing = _preprocessing(source, known.preprocessing, settings)
     elif "features" not in detector.needs:
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
     detector.use(model, settings.runtime)
@@ -126,10 +138,31 @@ def _given(detector: Detector, diffusion: Any) -> DiffusionModel | FeatureDiffus
     return model
 
 
+def _given_classifier(detector: Detector, classifier: Any, source: ImageSource) -> Classifier | None:
+    name = type(detector).__name__
+    if classifier is None:
+        if "classifier" in detector.needs and source.labels is None:
+            hint = "give a classifier (--classifier FOLDER), or images in one folder per class to train one on"
+            raise FaroutError(f"{name} wants a classifier, and {source.name} has no labels; {hint}")
+        return None
+    if "classifier" not in detector.needs:
+        raise FaroutError(f"{name} uses no classifier; leave it out")
+    model = Classifier.load(classifier) if isinstance(classifier, str | Path) else classifier
+    if not isinstance(model, Classifier):
+        raise FaroutError(f"{name} works with a Classifier, got a {type(model).__name__}; see Classifier.from_module")
+    unknown = not model.trained_on or model.provenance.get("weights")
+    if unknown and "random_weights" not in model.provenance:
+        message = "it is not known which images this classifier was trained on; fit on images it cannot have seen"
+        warnings.warn(message, TrapWarning, stacklevel=4)
+    return model
+
+
 def _split(
     detector: Detector, source: ImageSource, given: DiffusionModel | FeatureDiffusion | None, settings: FitSettings
 ) -> Split:
-    train = "diffusion" in detector.needs and given is None
+    lacking = {"diffusion": given, "classifier": detector.classifier}
+    train = any(name in detector.needs and network is None for name, network in lacking.items())
+    seen = [network.trained_on for network in lacking.values() if network is not None]
     wanted = settings.statistics or _wanted(detector, len(source), settings.alpha, train=train)
     parts = split(
         source,
@@ -137,7 +170,7 @@ def _split(
         statistics=wanted,
         train=train,
         seed=settings.seed,
-        exclude=given.trained_on if given is not None else (),
+        exclude=frozenset[str]().union(*seen),
         groups=settings.groups,
     )
     if len(parts.statistics) < 2:
@@ -164,18 +197,59 @@ def _trimmed(parts: Split, source: ImageSource, wanted: int, alpha: float) -> Sp
     return replace(parts, statistics=tuple(sorted(order[:wanted])), calibration=tuple(calibration))
 
 
-def train_on_images(detector: Detector, images: ImageSource, settings: FitSettings) -> DiffusionModel:
-    """Trains a diffusion model of images as the settings say."""
-    config = settings.network
-    if detector.config.get("normalisation") == "minmax":
-        config = replace(config, value_range="minmax", data_range="unit")
+def _network_config(detector: Detector, settings: FitSettings) -> DiffusionConfig:
+    config = settings.network or DiffusionConfig(**PRESETS[detector.network_preset]["model"])
     if settings.protocol is not None:
         config = replace(config, protocol=settings.protocol)
+    return detector.network_config(config)
+
+
+def _classifier_config(detector: Detector, settings: FitSettings) -> ClassifierConfig:
+    """The preset's, with images prepared as those of a diffusion model that is trained with it."""
+    if settings.classifier_preset not in CLASSIFIERS:
+        known = ", ".join(CLASSIFIERS)
+        raise FaroutError(f"there is no classifier preset {settings.classifier_preset!r}; expected one of {known}")
+    config = ClassifierConfig(**CLASSIFIERS[settings.classifier_preset]["model"])
+    if "diffusion" in detector.needs:
+        shared = _network_config(detector, settings)
+        names = ("size", "channels", "crop", "protocol")
+        return replace(config, **{name: getattr(shared, name) for name in names})
+    return config if settings.protocol is None else replace(config, protocol=settings.protocol)
+
+
+def _check(detector: Detector, images: ImageSource, given: Any, settings: FitSettings) -> None:
+    """Lets the detector refuse what cannot work before anything is trained."""
+    if detector.diffusion_kind is not DiffusionModel:
+        return
+    diffusion, classifier = given, detector.classifier
+    if diffusion is None and "diffusion" in detector.needs:
+        config = _network_config(detector, settings)
+        diffusion = config.build(config.preprocess(images), class_names=config.class_names(images))
+    if classifier is None and "classifier" in detector.needs:
+        classifier = _classifier_config(detector, settings).build(images, class_names_of(images))
+    detector.check(images, diffusion, classifier)
+
+
+def train_on_images(detector: Detector, images: ImageSource, settings: FitSettings) -> DiffusionModel:
+    """Trains a diffusion model of images as the settings say."""
+    config = _network_config(detector, settings)
     torch.manual_seed(settings.seed)
-    fresh = config.build(config.preprocess(images))
-    given = settings.training or TrainingConfig(**PRESETS["tiny"]["training"])
+    fresh = config.build(config.preprocess(images), class_names=config.class_names(images))
+    given = settings.training or TrainingConfig(**PRESETS[detector.network_preset]["training"])
     training = training_of(given, settings)
-    return train_model(images, fresh, training, levels=config.levels, out=settings.checkpoints, resume=settings.resume)
+    return train_model(
+        images, fresh, training, objective=config.objective, out=settings.checkpoints, resume=settings.resume
+    )
+
+
+def _train_classifier(detector: Detector, images: ImageSource, settings: FitSettings) -> Classifier:
+    """Trains a classifier by a preset; other settings come from `farout train classifier`."""
+    training = TrainingConfig(**CLASSIFIERS[settings.classifier_preset]["training"])
+    if settings.classifier_steps is not None:
+        training = replace(training, steps=settings.classifier_steps)
+    out = settings.checkpoints / "classifier" if settings.checkpoints is not None else None
+    config = _classifier_config(detector, settings)
+    return train_on(images, config, training_of(training, settings), out=out, resume=settings.resume)
 
 
 def training_of(given: TrainingConfig, settings: FitSettings) -> TrainingConfig:
@@ -186,11 +260,10 @@ def training_of(given: TrainingConfig, settings: FitSettings) -> TrainingConfig:
     return replace(given, seed=settings.seed, device=device, precision=precision)
 
 
-def _preprocessing(source: ImageSource, model: DiffusionModel, settings: FitSettings) -> Preprocessing:
-    """The model's, with the native size of the images that this fit calls in-distribution."""
-    protocol = settings.protocol or model.preprocessing.protocol
-    own = Preprocessing.for_source(source, crop=model.preprocessing.crop, largest=_ANY)
-    return replace(model.preprocessing, native=own.native, protocol=protocol)
+def _preprocessing(source: ImageSource, known: Preprocessing, settings: FitSettings) -> Preprocessing:
+    """A network's, with the native size of the images that this fit calls in-distribution."""
+    own = Preprocessing.for_source(source, crop=known.crop, largest=_ANY)
+    return replace(known, native=own.native, protocol=settings.protocol or known.protocol)
 
 
 def _provenance(images: Any, source: ImageSource, parts: Split, settings: FitSettings) -> dict[str, Any]:
@@ -231,7 +304,8 @@ def recalibrate(
     wanted = detector.alpha if alpha is None else alpha
     _check_alpha(wanted)
     source = open_source(images, limit=limit, seed=detector.seed, policy=policy)
-    seen = detector.statistics_hashes | (detector.diffusion.trained_on if detector.diffusion else frozenset())
+    networks = [network for network in (detector.diffusion, detector.classifier) if network is not None]
+    seen = detector.statistics_hashes.union(*(network.trained_on for network in networks))
     hashes = source.content_hashes()
     fresh = [i for i, name in enumerate(hashes) if name is not None and name not in seen]
     if not fresh:

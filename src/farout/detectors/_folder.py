@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from farout import registry, store
+from farout.classifiers.model import Classifier
 from farout.detectors.base import Detector, Measurements, Runtime
 from farout.diffusion.model import DiffusionModel
 from farout.errors import StoreError, TrapWarning
@@ -20,6 +21,7 @@ from farout.images.preprocessing import Preprocessing
 __all__ = ["KIND", "load", "save"]
 
 KIND = "detector"
+N = TypeVar("N", FeatureExtractor, Classifier)
 
 
 def save(detector: Detector, folder: Path, link: Path | None) -> None:
@@ -33,7 +35,8 @@ def save(detector: Detector, folder: Path, link: Path | None) -> None:
         for name in ("statistics", "calibration"):
             hashes = sorted(getattr(detector, f"{name}_hashes"))
             (temporary / f"{name}.txt").write_text("".join(f"{line}\n" for line in hashes))
-        models = {"diffusion": _model(detector, temporary, link), "features": _features(detector, temporary)}
+        models: dict[str, Any] = {"diffusion": _model(detector, temporary, link)}
+        models |= {name: _inside(getattr(detector, name), temporary / name) for name in ("features", "classifier")}
         store.write_config(temporary, KIND, {**_content(detector), **models})
         (temporary / "README.md").write_text(_card(detector))
 
@@ -59,11 +62,12 @@ def _model(detector: Detector, folder: Path, link: Path | None) -> dict[str, str
     return {"path": str(link.resolve()), "hash": detector.diffusion.content_hash}
 
 
-def _features(detector: Detector, folder: Path) -> str | None:
-    if detector.features is None:
+def _inside(network: FeatureExtractor | Classifier | None, folder: Path) -> str | None:
+    """Saves a network within the detector's folder; its hash."""
+    if network is None:
         return None
-    detector.features.save(folder / "features")
-    return detector.features.content_hash
+    network.save(folder)
+    return network.content_hash
 
 
 def load(folder: Path, changes: dict[str, Any]) -> Detector:
@@ -78,7 +82,8 @@ def load(folder: Path, changes: dict[str, Any]) -> Detector:
         setattr(detector, f"{name}_hashes", frozenset(listed.read_text().split() if listed.is_file() else ()))
     linked = (config["diffusion"] or {"path": "diffusion"})["path"]
     detector.link = None if linked == "diffusion" else Path(linked)
-    detector.features = _read_features(folder, config.get("features"))
+    detector.features = _read_inside(FeatureExtractor, folder / "features", config.get("features"))
+    detector.classifier = _read_inside(Classifier, folder / "classifier", config.get("classifier"))
     kind = detector.diffusion_kind
     detector.use(_read_model(folder, config["diffusion"], kind), _runtime(Runtime(**config["runtime"]), changes))
     detector.restore({name: t.numpy() for name, t in store.load_tensors(folder / "fitted.safetensors").items()})
@@ -92,13 +97,13 @@ def _tuples(config: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
 
 
-def _read_features(folder: Path, wanted: str | None) -> FeatureExtractor | None:
+def _read_inside(kind: type[N], folder: Path, wanted: str | None) -> N | None:
     if wanted is None:
         return None
-    features = FeatureExtractor.load(folder / "features")
-    if features.content_hash != wanted:
-        raise StoreError(f"the backbone in {folder} is not the one this detector was fitted with (hash differs)")
-    return features
+    network = kind.load(folder)
+    if network.content_hash != wanted:
+        raise StoreError(f"the {folder.name} in {folder.parent} are not those of this detector's fit (hash differs)")
+    return network
 
 
 def _read_model(

@@ -27,7 +27,8 @@ class Measurements:
 
     keys: B image keys; values: float32 (B, level, draw, metric) with the names of levels and metrics beside it; or
     vectors: named float32 tensors (B, d). maps: per-pixel values (B, H, W) where they were asked for, and pictures
-    (B, C, H, W) by name; neither is stored.
+    (B, C, H, W) in [0, 1] by name, or maps (B, 1, H, W) where the detector's `map_pictures` names them; pictures whose
+    name begins with _ are for the method alone. None of these is stored.
     """
 
     keys: tuple[str, ...]

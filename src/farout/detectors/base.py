@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from farout import store
 from farout.calibration import check_scores, is_out, p_values
+from farout.detectors._cost import Cost, cost_of
+from farout.detectors._remember import remembering
 from farout.detectors._runtime import Runtime
 from farout.detectors._tables import Measurements, Scores
 from farout.diffusion.model import DiffusionModel
@@ -30,20 +29,14 @@ from farout.images.sources import Batch, ImageSource, Policy, batches, open_sour
 from farout.progress import task
 
 if TYPE_CHECKING:
+    from farout.classifiers.model import Classifier
     from farout.detectors._fitting import FitSettings
+    from farout.diffusion.train import DiffusionConfig
 
 __all__ = ["Cost", "Detector", "Measurements", "Runtime", "Scores", "load"]
 
 _MEMORY = 256 * 2**20
 _COMBINED = 64
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one image costs: network evaluations (rows) and billions of multiply-accumulates, all networks together."""
-
-    nfe: float
-    gmacs: float
 
 
 class Detector(ABC):
@@ -60,9 +53,11 @@ class Detector(ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What a fit wants: `diffusion`, `features` (a frozen backbone), `classifier`, `labels`."""
+    """What a fit wants: `diffusion`, `classes` (told to it), `features` (a frozen backbone), `classifier`."""
     diffusion_kind: ClassVar[type[DiffusionModel] | type[FeatureDiffusion]] = DiffusionModel
     """What its diffusion model works on: images, or features."""
+    network_preset: ClassVar[str] = "tiny"
+    """How a diffusion model of images is trained where none is given, see `farout list presets`."""
     companions: ClassVar[tuple[str, ...]] = ()
     """Detectors that every rating of this one shows beside it."""
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -71,6 +66,12 @@ class Detector(ABC):
     """Arguments that only `combine` reads: they can be changed after the fact."""
     makes_maps: ClassVar[bool] = False
     """Whether `measure(maps=True)` gives maps."""
+    map_unit: ClassVar[str] = "standard deviations above good images"
+    """What the numbers of maps are in: captions say it."""
+    map_brightest: ClassVar[float] = 6.0
+    """The map's value from which on the colour is at its strongest; it begins at 0."""
+    map_pictures: ClassVar[frozenset[str]] = frozenset()
+    """Pictures of the measurements that are maps (B, 1, H, W) in the same unit."""
     statistics_minimum: ClassVar[int] = 400
     """Images that the statistics want."""
     statistics_suffice: ClassVar[bool] = False
@@ -82,12 +83,13 @@ class Detector(ABC):
     calibration: Measurements
     diffusion: DiffusionModel | FeatureDiffusion | None = None
     features: FeatureExtractor | None = None
+    classifier: Classifier | None = None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Keeps the arguments of the constructor as `config`: they are the configuration, the flags and the docs."""
         super().__init_subclass__(**arguments)
         if "__init__" in cls.__dict__:
-            cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = remembering(cls.__init__)  # type: ignore[method-assign]
 
     def _start(self) -> None:
         self.runtime = Runtime()
@@ -123,7 +125,7 @@ class Detector(ABC):
         raise NotImplementedError(f"{type(self).__name__} needs features and does not say of which backbone")
 
     def build_preprocessing(self, source: ImageSource, protocol: Protocol | None) -> Preprocessing:
-        """How images are brought to size where no diffusion model of images says it."""
+        """How images are brought to size where no diffusion model of images and no classifier says it."""
         return Preprocessing.for_source(source, protocol=protocol or "native")
 
     def companion(self, kind: type[Detector]) -> Detector:
@@ -135,6 +137,15 @@ class Detector(ABC):
         from farout.detectors._fitting import train_on_images
 
         return train_on_images(self, images, settings)
+
+    def network_config(self, config: DiffusionConfig) -> DiffusionConfig:
+        """What is trained where a diffusion model of images is lacking, with what the method's settings want of it."""
+        return config
+
+    def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
+        """Called before anything is trained, with the given networks or untrained ones in place of what is lacking:
+        refuses what cannot work.
+        """
 
     def prepare(self) -> None:
         """Called once networks and runtime are known, before anything is measured: checks and caches."""
@@ -184,7 +195,8 @@ class Detector(ABC):
         Args:
             images: any image source.
             diffusion: a `DiffusionModel` or its folder; None: one is trained where the method needs it.
-            classifier: for methods that need one.
+            classifier: a `Classifier` or its folder; None: one is trained where the method needs it and the images
+                have labels.
             **settings: see `FitSettings` in `farout.detectors._fitting`.
 
         Raises:
@@ -197,8 +209,9 @@ class Detector(ABC):
     def use(self, diffusion: DiffusionModel | FeatureDiffusion | None, runtime: Runtime) -> None:
         """Sets networks and runtime, and moves the networks to their device."""
         self.runtime = runtime.resolved()
-        if self.features is not None:
-            self.features.to(self.runtime.device)
+        for network in (self.features, self.classifier):
+            if network is not None:
+                network.to(self.runtime.device)
         if diffusion is not None:
             self.diffusion = diffusion.to(self.runtime.device)
         self.prepare()
@@ -260,7 +273,7 @@ class Detector(ABC):
             raise FaroutError(f"{', '.join(wrong)} cannot be changed after the fact; {hint}")
         self.check_fitted()
         twin = type(self)(**{**self.config, **choices})
-        twin.features = self.features
+        twin.features, twin.classifier = self.features, self.classifier
         for name in _FITTED:
             setattr(twin, name, getattr(self, name))
         twin.use(self.diffusion, self.runtime)
@@ -321,20 +334,9 @@ class Detector(ABC):
         status = tuple("ok" if good else "not a number" for good in np.isfinite(score))
         return Scores(measurements.keys, score, p, is_out(p, self.alpha), status, indicators, measurements)
 
-    @torch.no_grad()
     def cost(self) -> Cost:
         """Network evaluations and multiply-accumulates of one image, counted on one grey image."""
-        images = torch.full((1, self.preprocessing.channels, *self.preprocessing.size), 0.5)
-        kept, self.runtime = self.runtime, replace(self.runtime, rows=1)
-        self.prepare()
-        before = self.evaluations
-        try:
-            with FlopCounterMode(display=False) as counter:
-                self.measure(Batch(("probe",), images, None, (0,)))
-            return Cost(self.evaluations - before, counter.get_total_flops() / 2e9)
-        finally:
-            self.runtime = kept
-            self.prepare()
+        return cost_of(self)
 
     @property
     def evaluations(self) -> int:
@@ -345,8 +347,9 @@ class Detector(ABC):
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides a score: configuration, learnt arrays, calibration, models."""
         plain = {"config": self.config, "seed": self.seed, "preprocessing": self.preprocessing.to_dict()}
-        plain["diffusion"] = self.diffusion.content_hash if self.diffusion is not None else ""
-        plain["features"] = self.features.content_hash if self.features is not None else ""
+        for name in ("diffusion", "features", "classifier"):
+            network = getattr(self, name)
+            plain[name] = network.content_hash if network is not None else ""
         plain["alpha"] = self.alpha
         arrays = {**self.state(), **{f"calibration.{name}": v for name, v in self.calibration_scores.items()}}
         learnt = store.hash_tensors({name: torch.as_tensor(np.ascontiguousarray(v)) for name, v in arrays.items()})
@@ -373,24 +376,6 @@ class Detector(ABC):
             "statistics_images": len(self.statistics),
             "calibration_images": len(self.calibration),
         }
-
-
-def _remembering(init: Callable[..., None]) -> Callable[..., None]:
-    """Adds a constructor's arguments to `config`; `**arguments` are named by the constructor that they go on to."""
-    open_ended = {p.name for p in inspect.signature(init).parameters.values() if p.kind is p.VAR_KEYWORD}
-
-    @functools.wraps(init)
-    def wrapped(self: Detector, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(init).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        known = {name: value for name, value in list(bound.arguments.items())[1:] if name not in open_ended}
-        if not hasattr(self, "config"):
-            self.config = {}
-            self._start()
-        self.config |= known
-        init(self, *args, **kwargs)
-
-    return wrapped
 
 
 _FITTED = (

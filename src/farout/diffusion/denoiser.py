@@ -74,6 +74,7 @@ class NetworkDenoiser:
         prediction: what the network predicts.
         rows: rows of one network call (see `in_chunks`); None: any.
         precision: fp32, bf16 or fp16; outputs become float32 before x0 is formed.
+        null: gives the condition of a number of rows where none is given; None: the network gets none.
 
     Attributes:
         evaluations: rows evaluated so far, guidance branches included, padding not.
@@ -86,9 +87,10 @@ class NetworkDenoiser:
         prediction: Prediction = "epsilon",
         rows: int | None = None,
         precision: Precision = "fp32",
+        null: Callable[[int], Condition] | None = None,
     ) -> None:
         self.network, self.schedule, self.prediction = network, schedule, prediction
-        self.rows, self.precision = rows, precision
+        self.rows, self.precision, self.null = rows, precision, null
         self.evaluations = 0
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
@@ -100,6 +102,8 @@ class NetworkDenoiser:
         self.evaluations += len(x)
         t = self.schedule.t_of(sigma).to(device=x.device, dtype=torch.float32)
         scaled = x / (1 + spread(sigma, x) ** 2).sqrt()
+        if condition is None and self.null is not None:
+            condition = self.null(len(x))
         tensors = dict(condition.tensors) if condition is not None else {}
 
         def call(scaled: Tensor, t: Tensor, *values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,28 @@ import diffusers
 from torch import nn
 
 from farout import store
+from farout.diffusion.class_tokens import ClassTokens, TextTokens
+from farout.diffusion.class_vectors import ClassVectors
+from farout.diffusion.conditioning import Conditioning
 from farout.diffusion.schedule import NoiseSchedule
-from farout.errors import MissingExtraError, StoreError
+from farout.diffusion.text import has_text, read_text_tokens
+from farout.errors import FaroutError, MissingExtraError, StoreError
 
-__all__ = ["is_ours", "local", "model_card", "read_autoencoder", "read_networks", "read_scheduler", "write_network"]
+__all__ = [
+    "foreign_conditioning",
+    "is_ours",
+    "local",
+    "model_card",
+    "read_autoencoder",
+    "read_conditioning",
+    "read_networks",
+    "read_scheduler",
+    "write_conditioning",
+    "write_network",
+]
 
 _NETWORKS = {"UNet2DModel": diffusers.UNet2DModel, "UNet2DConditionModel": diffusers.UNet2DConditionModel}
+_CONDITIONING = "conditioning.safetensors"
 _AUTOENCODERS = {"AutoencoderKL": diffusers.AutoencoderKL, "VQModel": diffusers.VQModel}
 
 
@@ -35,7 +52,7 @@ def local(folder: str | Path) -> Path:
         raise MissingExtraError('models from the hub want `pip install "farout[hub]"`') from error
     name = str(folder).removeprefix("hf://")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "tokenizer/*.txt"]))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise StoreError(f"{folder} cannot be fetched ({reason}); download it and give the folder") from error
@@ -92,6 +109,56 @@ def _read(folder: Path, known: dict[str, Any]) -> nn.Module:
         raise StoreError(f"the weights in {folder} cannot be read ({error})") from error
 
 
+def write_conditioning(folder: Path, conditioning: Conditioning | None) -> None:
+    """Writes what a conditioning keeps beside the network, if anything, as `conditioning.safetensors`."""
+    tensors = {} if conditioning is None else conditioning.tensors()
+    if tensors:
+        store.save_tensors(folder / _CONDITIONING, tensors)
+
+
+def read_conditioning(folder: Path, network: nn.Module, described: dict[str, Any] | None) -> Conditioning | None:
+    """The conditioning that `config.json` of our folder describes; None for an unconditional model.
+
+    Raises StoreError for a kind that this version does not know, or where its table is missing.
+    """
+    if described is None:
+        return None
+    arguments = dict(described)
+    kind = arguments.pop("kind", None)
+    if kind == ClassVectors.kind:
+        return ClassVectors(network, **arguments)
+    for member in (ClassTokens, TextTokens):
+        if kind == member.kind:
+            return member(store.load_tensors(folder / _CONDITIONING)["tokens"], **arguments)
+    raise StoreError(f"{folder} holds a conditioning of kind {kind!r}, which this farout does not know; upgrade farout")
+
+
+def foreign_conditioning(
+    folder: Path, network: nn.Module, class_names: Sequence[str] | None, template: str | None
+) -> Conditioning | None:
+    """The conditioning of a folder that farout did not write; None for an unconditional network.
+
+    Each row of a table of class embeddings is taken for a class, as nothing says whether the last one means none.
+    Raises FaroutError for class names, or a template, that do not go with the network.
+    """
+    if has_text(folder):
+        if not class_names:
+            raise FaroutError(
+                f"{folder} is conditioned on text; load it from Python by DiffusionModel.load(folder, "
+                "class_names=[…]), whose names become its prompts, and save it: the command line takes the saved folder"
+            )
+        return read_text_tokens(folder, class_names, template)
+    if template is not None:
+        raise FaroutError(f"{folder} has no text encoder, so the template {template!r} has no use; leave it out")
+    table = getattr(network, "class_embedding", None)
+    if isinstance(table, nn.Embedding):
+        names = [str(row) for row in range(table.num_embeddings)] if class_names is None else class_names
+        return ClassVectors(network, names, has_null=False)
+    if class_names is not None:
+        raise FaroutError(f"{folder} is an unconditional model, so class_names have no use; leave them out")
+    return None
+
+
 def read_scheduler(folder: Path) -> dict[str, Any]:
     """The scheduler's configuration, in a subfolder or at the root."""
     places = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
@@ -102,15 +169,25 @@ def read_scheduler(folder: Path) -> dict[str, Any]:
 def model_card(parameters: int, config: dict[str, Any]) -> str:
     """A short README for the folder."""
     schedule, preprocessing = config["schedule"], config["preprocessing"]
+    classes = config["conditioning"]
     lines = [
         "# A farout diffusion model",
         "",
         f"- network: {parameters:,} parameters, predicts {config['prediction']}",
         f"- schedule: {schedule['kind']}, {schedule['steps']} levels",
         f"- images: {preprocessing['channels']} x {preprocessing['size'][0]} x {preprocessing['size'][1]}",
+        *([] if classes is None else [f"- classes: {_classes(classes)}"]),
         f"- content hash: {config['content_hash']}",
         *[f"- {name}: {value}" for name, value in config["provenance"].items()],
         "",
         "Load it with `farout.DiffusionModel.load(folder)` or as a diffusers pipeline folder.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _classes(conditioning: dict[str, Any]) -> str:
+    """A line on the classes: `3 (a, b, c), by class vectors, with a null condition`."""
+    names = conditioning["class_names"]
+    shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+    null = "with" if conditioning["has_null"] else "without"
+    return f"{len(names)} ({shown}), by {conditioning['kind'].replace('_', ' ')}, {null} a null condition"

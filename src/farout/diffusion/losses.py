@@ -1,8 +1,9 @@
-"""What training minimises: the squared error of the network's native answer at random levels."""
+"""What training minimises: the error of the network's native answer at random levels."""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,40 +12,83 @@ from farout.diffusion.conditioning import Condition
 from farout.diffusion.denoiser import NetworkDenoiser, spread
 from farout.errors import FaroutError
 
-__all__ = ["LevelSampling", "denoising_loss", "sample_levels"]
+__all__ = ["ErrorKind", "LevelSampling", "Objective", "Reduction", "denoising_loss", "drop_labels", "sample_levels"]
 
-LevelSampling = Literal["uniform", "low_noise"]
+LevelSampling = Literal["uniform", "low_noise", "antithetic"]
+ErrorKind = Literal["square", "absolute"]
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one training step draws and minimises. Raises FaroutError for values out of range.
+
+    Args:
+        levels: how levels are sampled, see `sample_levels`.
+        error: square, or absolute value, of the difference between answer and target.
+        reduction: mean or sum over C, H, W; always the mean over the batch.
+        label_dropout: share of labels that are replaced by the null class, for classifier-free guidance.
+        flip: whether images are mirrored left to right with probability one half.
+    """
+
+    levels: LevelSampling = "uniform"
+    error: ErrorKind = "square"
+    reduction: Reduction = "mean"
+    label_dropout: float = 0.0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in (("levels", LevelSampling), ("error", ErrorKind), ("reduction", Reduction)):
+            if getattr(self, name) not in get_args(kind):
+                raise FaroutError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kind))}")
+        if not 0 <= self.label_dropout < 1:
+            raise FaroutError(f"label_dropout is {self.label_dropout}; expected a share in [0, 1)")
 
 
 def sample_levels(count: int, steps: int, how: LevelSampling, generator: torch.Generator) -> Tensor:
     """Random levels t (count,) in 0 to steps - 1.
 
     `uniform`: as published (Ho et al. 2020, algorithm 1); `low_noise`: t = floor(steps u^2), which puts half of the
-    levels into the lowest quarter, where reconstruction looks.
+    levels into the lowest quarter, where reconstruction looks; `antithetic`: the first half uniform, the second half
+    their mirror images steps - 1 - t (Liu et al. 2022, released code).
     """
+    if how == "antithetic":
+        first = sample_levels((count + 1) // 2, steps, "uniform", generator)
+        return torch.cat([first, steps - 1 - first[: count // 2]])
     u = torch.rand(count, generator=generator)
     if how == "low_noise":
         u = u**2
     elif how != "uniform":
-        raise FaroutError(f"levels are sampled 'uniform' or 'low_noise', got {how!r}")
+        raise FaroutError(f"levels are sampled by one of {', '.join(get_args(LevelSampling))}, got {how!r}")
     return (u * steps).long().clamp(max=steps - 1)
+
+
+def drop_labels(labels: Tensor, classes: int, share: float, generator: torch.Generator) -> Tensor:
+    """Labels (B,) of which each is replaced by `classes`, the number of the null row, with probability `share`.
+
+    Ho & Salimans 2022, algorithm 1. What is dropped follows from `generator` (a CPU one) alone.
+    """
+    dropped = torch.rand(len(labels), generator=generator) < share
+    return labels.masked_fill(dropped.to(labels.device), classes)
 
 
 def denoising_loss(
     denoiser: NetworkDenoiser,
     x0: Tensor,
     generator: torch.Generator,
-    how: LevelSampling = "uniform",
+    objective: Objective = Objective(),
     condition: Condition | None = None,
 ) -> Tensor:
-    """Mean squared error between the network's native answer and its target, one level and one noise per row.
+    """Error of the network's native answer, one level and one noise per row.
 
     x0 is (B, …) in the network's space; levels and noise come from `generator` (a CPU one) alone, so they do not
     depend on the device. Returns a scalar (Ho et al. 2020, eq. 14, for `epsilon`).
     """
-    t = sample_levels(len(x0), denoiser.schedule.steps, how, generator)
+    t = sample_levels(len(x0), denoiser.schedule.steps, objective.levels, generator)
     sigma = denoiser.schedule.sigma_of(t).to(torch.float32)
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
     x = x0 + spread(sigma, x0) * noise
     predicted = denoiser.predict(x, sigma.to(x0.device), condition)
-    return (predicted - denoiser.target(x0, noise, sigma)).square().mean()
+    difference = predicted - denoiser.target(x0, noise, sigma)
+    error = difference.square() if objective.error == "square" else difference.abs()
+    return error.mean() if objective.reduction == "mean" else error.sum() / len(x0)

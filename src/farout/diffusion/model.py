@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from farout import store
 from farout.diffusion import folders
+from farout.diffusion.conditioning import Conditioning
 from farout.diffusion.denoiser import NetworkDenoiser, Precision, Prediction
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
@@ -38,6 +39,7 @@ class DiffusionModel:
         data_range: the values that 0 and 1 of an image become; (0, 1) in the reconstruction paper.
         b_scale: factor on the data before noising; it raises the signal-to-noise ratio by b^2.
         autoencoder: diffusers' `AutoencoderKL` or `VQModel`; None: the network works on pixels.
+        conditioning: how the network is told classes; None: it is unconditional.
         trained_on: content hashes of the images that the weights have seen.
         provenance: command, seed, data fingerprint and the like, kept in `config.json`.
     """
@@ -52,12 +54,14 @@ class DiffusionModel:
         data_range: tuple[float, float] = (-1.0, 1.0),
         b_scale: float = 1.0,
         autoencoder: nn.Module | None = None,
+        conditioning: Conditioning | None = None,
         trained_on: Collection[str] = (),
         provenance: dict[str, Any] | None = None,
     ) -> None:
         self.network, self.schedule, self.preprocessing = network.eval(), schedule, preprocessing
         self.prediction, self.data_range, self.b_scale = prediction, data_range, b_scale
         self.autoencoder = None if autoencoder is None else autoencoder.eval().requires_grad_(False)
+        self.conditioning = conditioning
         self.trained_on = frozenset(trained_on)
         self.provenance = dict(provenance or {})
 
@@ -67,17 +71,24 @@ class DiffusionModel:
         return next(self.network.parameters()).device
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves network and autoencoder."""
+        """Moves network, autoencoder and conditioning."""
         self.network.to(device)
+        if self.conditioning is not None:
+            self.conditioning.to(device)
         if self.autoencoder is not None:
             self.autoencoder.to(device)
         return self
 
     def denoiser(self, rows: int | None = None, precision: Precision = "fp32") -> NetworkDenoiser:
-        """The network behind the `Denoiser` contract, in network calls of `rows` rows."""
+        """The network behind the `Denoiser` contract, in network calls of `rows` rows.
+
+        A class-conditional network that is given no condition gets the null condition, and so answers
+        unconditionally; it raises FaroutError where it has none.
+        """
         # kernels follow the weights' layout; one layout, whether trained just now or loaded, gives one result
         self.network.to(memory_format=torch.channels_last)
-        return NetworkDenoiser(self.network, self.schedule, self.prediction, rows, precision)
+        null = None if self.conditioning is None else self.conditioning.null
+        return NetworkDenoiser(self.network, self.schedule, self.prediction, rows, precision, null)
 
     # -- between images and the network's space ------------------------------------------------------------------
 
@@ -146,14 +157,18 @@ class DiffusionModel:
         weights = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         if self.autoencoder is not None:
             weights |= {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
+        if self.conditioning is not None:
+            weights |= {f"conditioning.{name}": value for name, value in self.conditioning.tensors().items()}
         numbers = [*self.schedule.sigma.tolist(), *self.data_range, self.b_scale]
         weights["numbers"] = torch.tensor(numbers, dtype=torch.float64)
-        described = {
+        described: dict[str, Any] = {
             "prediction": self.prediction,
             "preprocessing": self.preprocessing.to_dict(),
             "network": _plain(self.network.config),
             "autoencoder": None if self.autoencoder is None else _plain(self.autoencoder.config),
         }
+        if self.conditioning is not None:  # unconditional models keep the identity that they had without this entry
+            described["conditioning"] = self.conditioning.describe()
         weights[json.dumps(described, sort_keys=True)] = torch.zeros(1)
         return store.hash_tensors(weights)
 
@@ -161,8 +176,9 @@ class DiffusionModel:
     def gmacs(self) -> float:
         """Billions of multiply-accumulates of one network evaluation of one row."""
         twin = copy.deepcopy(self.network).cpu().float()
+        told = {} if self.conditioning is None else self.conditioning(torch.zeros(1, self.conditioning.dim)).tensors
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            twin(torch.zeros(1, *self.shape), torch.zeros(1))
+            twin(torch.zeros(1, *self.shape), torch.zeros(1), **told)
         return counter.get_total_flops() / 2e9
 
     @property
@@ -179,10 +195,12 @@ class DiffusionModel:
         generator = torch.Generator().manual_seed(seed)
         twin = copy.copy(self)
         twin.network = copy.deepcopy(self.network)
+        twin.conditioning = None if self.conditioning is None else self.conditioning.twin(twin.network)
         twin.__dict__.pop("gmacs", None)
         twin.trained_on, twin.provenance = frozenset(), {"random_weights": seed}
+        beside = [] if twin.conditioning is None else twin.conditioning.parameters()
         with torch.no_grad():
-            for parameter in twin.network.parameters():
+            for parameter in (*twin.network.parameters(), *beside):
                 drawn = torch.randn(parameter.shape, generator=generator).to(parameter.device)
                 spread = parameter.std() if parameter.numel() > 1 else parameter.abs().mean()
                 parameter.copy_(parameter.mean() + spread * drawn)
@@ -197,12 +215,14 @@ class DiffusionModel:
 
     def _write(self, folder: Path) -> None:
         folders.write_network(folder, self.network, self.schedule, self.prediction, self.autoencoder)
+        folders.write_conditioning(folder, self.conditioning)
         content = {
             "prediction": self.prediction,
             "data_range": list(self.data_range),
             "b_scale": self.b_scale,
             "schedule": self.schedule.to_dict(),
             "preprocessing": self.preprocessing.to_dict(),
+            "conditioning": None if self.conditioning is None else self.conditioning.describe(),
             "content_hash": self.content_hash,
             "provenance": self.provenance,
         }
@@ -211,17 +231,29 @@ class DiffusionModel:
         (folder / "README.md").write_text(folders.model_card(self.parameters, content))
 
     @classmethod
-    def load(cls, folder: str | Path) -> DiffusionModel:
-        """Loads a folder that farout wrote, any diffusers folder of an unconditional model, or `hf://owner/name`.
+    def load(
+        cls, folder: str | Path, *, class_names: Sequence[str] | None = None, template: str | None = None
+    ) -> DiffusionModel:
+        """Loads a folder that farout wrote, a diffusers folder, or `hf://owner/name`.
 
-        Raises StoreError for a folder that is missing, incomplete, altered or of another kind. Code from a folder or
-        hub is never run, and weights are read without unpickling objects.
+        A Stable Diffusion folder (unet, vae, text_encoder, tokenizer, scheduler) wants `class_names`: its classes are
+        the prompts that `template` makes of them ("An image of a {}"), its null condition is the empty prompt.
+        This can be done from Python only; what `save` then writes is loaded without names, by the command line too. For
+        a class-conditional `UNet2DModel` of diffusers they name the rows of its table, of which the last may be a
+        null row where there is one more than names.
+
+        Raises FaroutError where names or template do not go with the folder, StoreError for a folder that is missing,
+        incomplete, altered or of another kind. Code from a folder or hub is never run, and weights are read without
+        unpickling objects.
         """
         path = folders.local(folder)
         if not folders.is_ours(path):
-            return cls._foreign(path)
+            return cls._foreign(path, class_names, template)
+        if class_names is not None or template is not None:
+            raise FaroutError(f"{path} was written by farout and names its own classes; leave class_names out")
         config = store.read_config(path, KIND)
         network, autoencoder = folders.read_networks(path)
+        conditioning = folders.read_conditioning(path, network, config.get("conditioning"))
         listed = path / "trained_on.txt"
         model = cls(
             network,
@@ -231,6 +263,7 @@ class DiffusionModel:
             data_range=tuple(config["data_range"]),
             b_scale=config["b_scale"],
             autoencoder=autoencoder,
+            conditioning=conditioning,
             trained_on=listed.read_text().split() if listed.is_file() else (),
             provenance=config["provenance"],
         )
@@ -239,7 +272,7 @@ class DiffusionModel:
         return model
 
     @classmethod
-    def _foreign(cls, path: Path) -> DiffusionModel:
+    def _foreign(cls, path: Path, class_names: Sequence[str] | None, template: str | None) -> DiffusionModel:
         network, autoencoder = folders.read_networks(path)
         scheduler = folders.read_scheduler(path)
         factor = 1 if autoencoder is None else _downsampling(autoencoder)
@@ -253,6 +286,7 @@ class DiffusionModel:
             Preprocessing(size=size, channels=channels, native=size),
             prediction=scheduler.get("prediction_type", "epsilon"),
             autoencoder=autoencoder,
+            conditioning=folders.foreign_conditioning(path, network, class_names, template),
             provenance={"loaded_from": str(path)},
         )
 

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from farout.diffusion.schedule import NoiseSchedule
+from farout.errors import FaroutError
 
-__all__ = ["geometric", "grid", "pad"]
+__all__ = ["even_levels", "from_noise", "geometric", "grid", "pad"]
 
 
 def pad(paths: Sequence[Tensor]) -> Tensor:
-    """One table from paths of any lengths, float32; shorter ones repeat their last sigma, which ends them."""
-    longest = max(len(path) for path in paths)
+    """One table from paths of any lengths, float32; shorter ones repeat their last sigma, which ends them.
+
+    One step at least, so that a path of one sigma stays where it is.
+    """
+    longest = max(2, *(len(path) for path in paths))
     rows = [torch.cat([path, path[-1:].expand(longest - len(path))]) for path in paths]
     return torch.stack(rows).to(torch.float32)
 
@@ -33,3 +37,20 @@ def geometric(schedule: NoiseSchedule, start: int | float, steps: int) -> Tensor
     ramp = torch.arange(steps, dtype=torch.float64) / steps
     levels = (first + ramp * (schedule.sigma[0].log() - first)).exp()
     return torch.cat([levels, levels.new_zeros(1)]).to(torch.float32)
+
+
+def even_levels(schedule: NoiseSchedule, steps: int) -> list[int]:
+    """`steps` levels, evenly spaced and rising to the largest: stride - 1, 2 stride - 1, …, T - 1 with stride T / steps
+    (rounded); the 50-step grid of 1000 levels is 19, 39, …, 999.
+
+    Raises FaroutError unless 1 <= steps <= T.
+    """
+    if not 1 <= steps <= schedule.steps:
+        raise FaroutError(f"steps want 1 to {schedule.steps}, the schedule's levels, got {steps}")
+    return [round(schedule.steps * (number + 1) / steps) - 1 for number in range(steps)]
+
+
+def from_noise(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """sigmas of the levels of `even_levels`, the largest first, then 0: (steps + 1,)."""
+    sigmas = schedule.sigma_of(torch.tensor(even_levels(schedule, steps)[::-1]))
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).to(torch.float32)

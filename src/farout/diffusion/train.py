@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,16 +15,18 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from farout import store
 from farout.devices import first_process
+from farout.diffusion.conditioning import Condition, Conditioning
 from farout.diffusion.denoiser import NetworkDenoiser, Prediction
-from farout.diffusion.losses import LevelSampling, denoising_loss
+from farout.diffusion.losses import ErrorKind, LevelSampling, Objective, Reduction, denoising_loss, drop_labels
 from farout.diffusion.model import KIND, DiffusionModel
-from farout.diffusion.networks import NetworkName, build_network
+from farout.diffusion.networks import NetworkName, build_network, fresh_conditioning
 from farout.diffusion.schedule import NoiseSchedule, ScheduleKind
 from farout.errors import FaroutError
+from farout.images.classes import LabelledImages, check_no_class_is_empty, class_names_of, class_numbers
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import ImageSource, PreparedImages, open_source
 from farout.images.splits import split
-from farout.training import TrainingConfig, train
+from farout.training import Step, TrainingConfig, train
 
 __all__ = ["PRESETS", "DiffusionConfig", "discard_checkpoints", "train_diffusion", "train_model"]
 
@@ -33,10 +36,17 @@ class DiffusionConfig:
     """What is trained.
 
     Args:
-        network: `tiny` (1.1 M parameters), `small` (17.7 M) or `paper` (171 M).
+        network: see `farout.diffusion.networks`: `tiny` (1.1 M parameters), `small` (17.7 M), `paper` (171 M), `cifar`
+            (35.75 M), `iddpm` (52.5 M); `tokens` (1.4 M) is told its classes by cross-attention.
+        classes: train on the source's labels; the model can then be told a class.
+        label_dropout: share of labels left out in training, which guidance needs; with classes only.
+        dropout: of the network's activations; None: the network's own.
         prediction: what the network predicts.
         schedule, beta_start, beta_end, snr_shift: see `NoiseSchedule`; the defaults are the reconstruction paper's.
-        levels: how training samples levels: `uniform`, or `low_noise`.
+        levels: how training samples levels: `uniform`, `low_noise`, or `antithetic` (half of them mirrored).
+        error: what is minimised: the `square` or the `absolute` value of the error.
+        reduction: `mean` or `sum` over channels and pixels.
+        flip: mirror images left to right with probability one half.
         b_scale: factor on the data before noising.
         data_range: `symmetric` maps images to [-1, 1], `unit` leaves them in [0, 1] (the paper's).
         value_range: `fixed`, or `minmax` per image (the paper's).
@@ -47,12 +57,18 @@ class DiffusionConfig:
     """
 
     network: NetworkName = "tiny"
+    classes: bool = False
+    label_dropout: float = 0.1
+    dropout: float | None = None
     prediction: Prediction = "epsilon"
     schedule: ScheduleKind = "scaled_linear"
     beta_start: float = 0.0015
     beta_end: float = 0.0195
     snr_shift: float = 1.0
     levels: LevelSampling = "uniform"
+    error: ErrorKind = "square"
+    reduction: Reduction = "mean"
+    flip: bool = False
     b_scale: float = 1.0
     data_range: Literal["symmetric", "unit"] = "symmetric"
     value_range: Literal["fixed", "minmax"] = "fixed"
@@ -72,21 +88,53 @@ class DiffusionConfig:
             value_range=self.value_range,
         )
 
-    def build(self, preprocessing: Preprocessing, autoencoder: nn.Module | None = None) -> DiffusionModel:
-        """A model with fresh weights."""
+    @property
+    def objective(self) -> Objective:
+        """What a training step draws and minimises; raises FaroutError for values out of range."""
+        dropout = self.label_dropout if self.classes else 0.0
+        return Objective(self.levels, self.error, self.reduction, dropout, self.flip)
+
+    def class_names(self, source: ImageSource) -> tuple[str, ...] | None:
+        """The classes that are trained on, or None; raises SourceError for a source without labels or of one class."""
+        return class_names_of(source) if self.classes else None
+
+    def build(
+        self,
+        preprocessing: Preprocessing,
+        autoencoder: nn.Module | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> DiffusionModel:
+        """A model with fresh weights; with `classes`, class names are wanted. Raises FaroutError without them."""
+        if self.classes != (class_names is not None):
+            raise FaroutError(f"classes is {self.classes}, the class names are {class_names}; expected both or none")
         channels = preprocessing.channels if autoencoder is None else int(autoencoder.config["latent_channels"])
-        schedule = NoiseSchedule(self.schedule, self.beta_start, self.beta_end, snr_shift=self.snr_shift)
+        count = None if class_names is None else len(class_names)
+        network = build_network(self.network, channels, max(preprocessing.size), classes=count, dropout=self.dropout)
         return DiffusionModel(
-            build_network(self.network, channels, max(preprocessing.size)),
-            schedule,
+            network,
+            NoiseSchedule(self.schedule, self.beta_start, self.beta_end, snr_shift=self.snr_shift),
             preprocessing,
             prediction=self.prediction,
             data_range=(-1.0, 1.0) if self.data_range == "symmetric" else (0.0, 1.0),
             b_scale=self.b_scale,
             autoencoder=autoencoder,
+            conditioning=None
+            if class_names is None
+            else fresh_conditioning(network, class_names, has_null=self.objective.label_dropout > 0),
         )
 
 
+_LINEAR = {"schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+_CIFAR: dict[str, Any] = {
+    "steps": 160000,
+    "batch_size": 128,
+    "optimizer": "adamw",
+    "learning_rate": 2e-4,
+    "warmup": 5000,
+    "decay": "constant",
+    "ema": 0.9999,
+    "clip": 1.0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "model": {"network": "tiny"},
@@ -109,9 +157,43 @@ PRESETS: dict[str, dict[str, Any]] = {
             "clip": None,
         },
     },
+    "classes": {
+        "model": {"network": "tiny", "classes": True, **_LINEAR},
+        "training": {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3, "ema": 0.998},
+    },
+    "tokens": {
+        "model": {"network": "tokens", "classes": True, **_LINEAR},
+        "training": {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3, "ema": 0.998},
+    },
+    "cifar": {
+        "model": {
+            "network": "cifar",
+            "classes": True,
+            "levels": "antithetic",
+            "reduction": "sum",
+            "flip": True,
+            **_LINEAR,
+        },
+        "training": _CIFAR,
+    },
+    "iddpm": {
+        "model": {
+            "network": "iddpm",
+            "classes": True,
+            "schedule": "cosine",
+            "levels": "antithetic",
+            "reduction": "sum",
+            "flip": True,
+        },
+        "training": {**_CIFAR, "batch_size": 256},
+    },
 }
 """`tiny` for CPUs; `small`: the size of the reconstruction paper's released code, trained as the card advises; `paper`:
-its published setting (section 2.4: 171 M parameters, Adam 2.5e-5, 300 epochs of 57,000 images at batch 180, no EMA)."""
+its published setting (section 2.4: 171 M parameters, Adam 2.5e-5, 300 epochs of 57,000 images at batch 180, no EMA).
+
+With classes: `classes` and `tokens` for CPUs, told classes by vectors and by cross-attention; `cifar`: the denoising
+paper's (Liu et al. 2022, card section 2.3; 35.75 M parameters, `--no-model.classes` for its unconditional one);
+`iddpm`: its variant with the network and the cosine schedule of Nichol & Dhariwal 2021."""
 
 
 @dataclass(frozen=True)
@@ -129,24 +211,24 @@ def train_model(
     model: DiffusionModel,
     training: TrainingConfig,
     *,
-    levels: LevelSampling = "uniform",
+    objective: Objective = Objective(),  # noqa: B008
     out: Path | None = None,
     resume: bool = False,
 ) -> DiffusionModel:
     """Trains a fresh model on all of `source`; the last twentieth of the images, by hash, validates where
     `training.validate_every` is set. With an autoencoder the latents are computed once.
+
+    A model with a conditioning is trained on the source's labels, told apart by the names of their classes.
+
+    Raises FaroutError for an objective that the model cannot be trained by, SourceError for labels that are missing
+    or of a class that the model does not have, FaroutError for a class without images.
     """
-    data = _prepare(source, model, validate=training.validate_every > 0)
-
-    def step(network: nn.Module, batch: Tensor | list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        rows = batch if isinstance(batch, Tensor) else batch[0]
-        x0 = model.encode(rows) if model.autoencoder is None else rows
-        denoiser = NetworkDenoiser(network, model.schedule, model.prediction)
-        return {"loss": denoising_loss(denoiser, x0, generator, levels)}
-
+    _check_objective(model, objective)
+    data = _prepare(source, model, objective, validate=training.validate_every > 0)
+    trained = model.network if model.conditioning is None else model.conditioning.trainable(model.network)
     result = train(
-        model.network,
-        step,
+        trained,
+        _step(model, objective),
         data.training,
         training,
         out=out,
@@ -162,22 +244,71 @@ def train_model(
         "steps": result.steps,
         "seed": training.seed,
         "training": asdict(training),
+        "objective": asdict(objective),
     }
     return model
 
 
-def _prepare(source: ImageSource, model: DiffusionModel, *, validate: bool) -> _Data:
+def _check_objective(model: DiffusionModel, objective: Objective) -> None:
+    if objective.flip and model.autoencoder is not None:
+        raise FaroutError("latents are computed once, so images cannot be mirrored at each step; leave flip out")
+    if objective.label_dropout and model.conditioning is None:
+        raise FaroutError("label_dropout wants a model with classes; this one is unconditional")
+    if objective.label_dropout and model.conditioning is not None and not model.conditioning.has_null:
+        raise FaroutError("label_dropout wants a model with a null condition; this one has none")
+
+
+def _step(model: DiffusionModel, objective: Objective) -> Step:
+    """What training does with a batch: images or latents, with their labels where the model has classes."""
+    conditioning = model.conditioning
+
+    def step(network: nn.Module, batch: Tensor | list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        rows = batch if isinstance(batch, Tensor) else batch[0]
+        if objective.flip:
+            mirrored = torch.rand(len(rows), generator=generator).to(rows.device) < 0.5
+            rows = torch.where(mirrored[:, None, None, None], rows.flip(-1), rows)
+        x0 = model.encode(rows) if model.autoencoder is None else rows
+        condition = None if conditioning is None else _told(conditioning, batch[1], objective, generator)
+        denoiser = NetworkDenoiser(network, model.schedule, model.prediction)
+        return {"loss": denoising_loss(denoiser, x0, generator, objective, condition)}
+
+    return step
+
+
+def _told(conditioning: Conditioning, labels: Tensor, objective: Objective, generator: torch.Generator) -> Condition:
+    """Numbers of rows of the class table, some of them the null row's: the network in training looks them up."""
+    if objective.label_dropout:
+        labels = drop_labels(labels, conditioning.classes, objective.label_dropout, generator)
+    return Condition({"class_labels": labels})
+
+
+def _prepare(source: ImageSource, model: DiffusionModel, objective: Objective, *, validate: bool) -> _Data:
+    names = None if model.conditioning is None else model.conditioning.class_names
+    numbers = None if names is None else class_numbers(source, names)  # first: it may refuse the source
+    if numbers is not None:
+        check_no_class_is_empty(numbers, names or ())
     hashes = [source.content_hash(i) for i in range(len(source))]
-    prepared: Dataset = PreparedImages(source, model.preprocessing)
+    images = PreparedImages(source, model.preprocessing)
+    prepared: Dataset = images if numbers is None else LabelledImages(images, numbers)
     if model.autoencoder is not None:
-        prepared = TensorDataset(_latents(prepared, len(source), model))
+        latents = _latents(images, len(source), model)
+        prepared = TensorDataset(latents) if numbers is None else TensorDataset(latents, numbers)
     order = sorted(range(len(source)), key=hashes.__getitem__)
     held = len(source) // 20 if validate else 0
     if validate and not held:
         raise FaroutError(f"validation wants at least 20 training images, there are {len(source)}")
     training = prepared if not held else Subset(prepared, sorted(order[held:]))
     validation = None if not held else Subset(prepared, sorted(order[:held]))
-    return _Data(training, validation, source.fingerprint(), hashes)
+    fingerprint = source.fingerprint()
+    if numbers is not None:
+        fingerprint = _labelled(fingerprint, names or (), numbers, objective)
+    return _Data(training, validation, fingerprint, hashes)
+
+
+def _labelled(fingerprint: str, names: Sequence[str], numbers: Tensor, objective: Objective) -> str:
+    """The identity of images, their labels and what is made of these: a run resumes with the same only."""
+    text = repr((fingerprint, tuple(names), numbers.tolist(), objective))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _latents(images: Dataset, count: int, model: DiffusionModel) -> Tensor:
@@ -206,7 +337,7 @@ def train_diffusion(
     seed rests its statistics and p-values on them.
 
     Args:
-        source: any image source.
+        source: any image source: a set's name, a folder, a glob, a file, or hf://owner/name:split.
         out: folder of the model; `OUT.training/` beside it holds the checkpoints while training runs, and after it
             where `training.checkpoint_every` is set.
         model: what is trained.
@@ -224,14 +355,15 @@ def train_diffusion(
 
     store.check_replaceable(out, KIND)
     images = open_source(source, limit=limit, seed=seed, policy=policy)
-    parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
     torch.manual_seed(seed)
     inner = None if autoencoder is None else read_autoencoder(Path(autoencoder))
-    fresh = model.build(model.preprocess(images), inner)
+    fresh = model.build(model.preprocess(images), inner, model.class_names(images))
+    _check_objective(fresh, model.objective)
+    parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
     settings = replace(training, seed=seed)
     folder = Path(f"{out}.training")
     trained = train_model(
-        images.subset(parts.training), fresh, settings, levels=model.levels, out=folder, resume=resume
+        images.subset(parts.training), fresh, settings, objective=model.objective, out=folder, resume=resume
     )
     if first_process():
         trained.save(out)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from farout import registry
+from farout.classifiers.model import Classifier
 from farout.detectors.base import Detector
 from farout.errors import FaroutError, TrapWarning
 from farout.evaluation.controls import TrivialControls
@@ -22,8 +23,9 @@ class Beside:
     """What is wanted beside a detector.
 
     companions: the methods that it names; trivial: controls that need no model; random: the same detector with random
-    weights in its diffusion model; reference: source that they are fitted on, None: the one that the detector was
-    fitted on; control_limit: images of it that the controls are fitted on (companions see all).
+    weights in its diffusion model, or without one in its classifier; reference: source that they are fitted on, None:
+    the one that the detector was fitted on; control_limit: images of it that the controls are fitted on (companions
+    see all).
     """
 
     companions: bool = True
@@ -74,24 +76,32 @@ def _makers(detector: Detector, wanted: Beside, out: Path) -> dict[str, Callable
 
     def companion(name: str) -> Callable[[ImageSource], Rated]:
         twin = detector.companion(registry.find("detectors", name).load())
-        return lambda images: Rated(name, twin.fit(images, **_settings(detector)), out / "companion_scores" / name)
+        classifier = detector.classifier if "classifier" in twin.needs else None
+        given = {"classifier": classifier, **_settings(detector)}
+        return lambda images: Rated(name, twin.fit(images, **given), out / "companion_scores" / name)
 
     def trivial(images: ImageSource) -> Rated:
         return Rated("trivial_controls", TrivialControls().fit(images, **few), out / "control_scores" / "trivial")
 
     def random(images: ImageSource) -> Rated:
-        assert detector.diffusion is not None
         twin = type(detector)(**detector.config)
         twin.features = detector.features
-        twin.fit(images, detector.diffusion.randomised(detector.seed), **few)
+        twin.fit(images, *_randomised(detector), **few)
         return Rated(f"{name_of(detector)}_random_weights", twin, out / "control_scores" / "random")
 
     makers = {name: companion(name) for name in detector.companions} if wanted.companions else {}
     if wanted.trivial:
         makers["trivial_controls"] = trivial
-    if wanted.random and detector.diffusion is not None:
+    if wanted.random and (detector.diffusion is not None or detector.classifier is not None):
         makers["random_weights"] = random
     return makers
+
+
+def _randomised(detector: Detector) -> tuple[Any, Classifier | None]:
+    """The diffusion model with random weights and the classifier; a classifier alone with random weights."""
+    if detector.diffusion is not None:
+        return detector.diffusion.randomised(detector.seed), detector.classifier
+    return None, None if detector.classifier is None else detector.classifier.randomised(detector.seed)
 
 
 def _settings(detector: Detector) -> dict[str, Any]:

@@ -15,22 +15,22 @@ from torch import Tensor
 
 from farout.detectors.base import Detector
 from farout.errors import FaroutError
+from farout.evaluation.heat import MapScale
 from farout.images.decoding import to_pil
 from farout.images.sources import Policy, batches
 from farout.progress import task
 
-__all__ = ["FOLDER", "HOTTEST", "check_makes_maps", "overlay", "overlay_name", "write_overlays"]
+__all__ = ["FOLDER", "check_makes_maps", "overlay", "overlay_name", "write_overlays"]
 
 FOLDER = "maps"
 """Folder of the overlays inside a scored folder."""
-HOTTEST = 6.0
-"""Standard deviations above good images at which the colour is at its strongest; it begins at 0. The same for all."""
+_DEFAULT = MapScale()
 _LEAST = 224
 _OPACITY = 0.75
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"\\|?*%]')
 _LONGEST = 240
 _NOTE = (
-    f"Heat begins at 0 and is at its strongest at {HOTTEST:g} standard deviations above good images.\n"
+    "Maps show {unit}: heat begins at 0 and is at its strongest at {brightest:g} or more.\n"
     "The scale is the same for all images of all runs.\n"
 )
 
@@ -65,7 +65,8 @@ def write_overlays(
     detector.check_fitted()
     source, out = detector.open(images, limit=limit, policy=policy), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "README.txt").write_text(_NOTE, encoding="utf-8")
+    scale = MapScale.of(detector)
+    (out / "README.txt").write_text(_NOTE.format(unit=scale.unit, brightest=scale.brightest), encoding="utf-8")
     paths = {index: out / overlay_name(key) for index, key in enumerate(source.keys)}
     some = source.subset([index for index, path in paths.items() if not path.is_file()])
     count = 0
@@ -74,7 +75,7 @@ def write_overlays(
             maps = detector.measure(batch, maps=True).maps if batch.keys else None
             for place, index in enumerate(batch.indices):
                 assert maps is not None
-                picture = overlay(some[index], maps[place], detector.preprocessing.crop)
+                picture = overlay(some[index], maps[place], detector.preprocessing.crop, scale)
                 _save(picture, out / overlay_name(some.keys[index]), out)
                 count += 1
             bar.advance(len(batch.keys))
@@ -107,8 +108,8 @@ def _safe(part: str) -> str:
     return text.encode()[:200].decode(errors="ignore") + "%" + hashlib.sha256(part.encode()).hexdigest()[:16]
 
 
-def overlay(image: Tensor, heat: Tensor, crop: int | None = None) -> Image.Image:
-    """The image (C, H, W) uint8 with its map (h, w) of deviations laid over, RGB, aspect kept.
+def overlay(image: Tensor, heat: Tensor, crop: int | None = None, scale: MapScale = _DEFAULT) -> Image.Image:
+    """The image (C, H, W) uint8 with its map (h, w) laid over, RGB, aspect kept.
 
     At native size, enlarged so that the longer side has 224 pixels at least. The hotter, the more opaque; what is not a
     number is hottest, for it is never normal. `crop`: side of the central crop that the map is of.
@@ -117,8 +118,7 @@ def overlay(image: Tensor, heat: Tensor, crop: int | None = None) -> Image.Image
     factor = max(1.0, _LEAST / max(height, width))
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     picture = to_pil(image).convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    values = np.clip(np.nan_to_num(heat.numpy().astype(np.float32), nan=HOTTEST) / HOTTEST, 0, 1)
-    share = _placed(Image.fromarray(values), (height, width), size, crop)
+    share = _placed(Image.fromarray(scale.share(heat).numpy()), (height, width), size, crop)
     colours = colormaps["inferno"](share)[..., :3]
     opacity = _OPACITY * np.sqrt(share)[..., None]
     mixed = (1 - opacity) * np.asarray(picture, dtype=np.float64) / 255 + opacity * colours

@@ -18,9 +18,10 @@ from torch import Tensor
 from farout import store
 from farout.calibration import threshold
 from farout.detectors.base import Detector
+from farout.evaluation.heat import MapScale
 from farout.images.sources import Batch, ImageSource, batches
 
-__all__ = ["write_page"]
+__all__ = ["png_address", "write_page"]
 
 _BINS = 48
 
@@ -49,6 +50,7 @@ def write_page(
         score_name=detector.score_name,
         scored=len(ranked),
         histogram=_histogram(calibration, ranked["score"].to_numpy(dtype=float), limit),
+        maps=MapScale.of(detector) if detector.makes_maps else None,
         cards=_cards(detector, source, ranked.head(manifest["furthest"])),
     )
     with store.atomic_file(out / "page.html") as temporary:
@@ -97,25 +99,29 @@ def _cards(detector: Detector, source: ImageSource, rows: pd.DataFrame) -> list[
 
 
 def _pictures(detector: Detector, batch: Batch) -> list[dict[str, str]]:
-    found = [{"image": _png(image)} for image in batch.images]
+    """Data addresses by caption, of each image: the image, all pictures of its measurements that are to be shown, and
+    the map.
+    """
+    found = [{"image": png_address(image)} for image in batch.images]
     if not detector.makes_maps:
         return found
-    measured = detector.measure(batch, maps=True)
-    for index, entry in enumerate(found):
-        if "reconstruction" in measured.pictures:
-            entry["reconstruction"] = _png(measured.pictures["reconstruction"][index])
-        if measured.maps is not None:
-            entry["map"] = _png(_heat(measured.maps[index]))
+    measured, scale = detector.measure(batch, maps=True), MapScale.of(detector)
+    for name, pictures in measured.pictures.items():
+        if not name.startswith("_"):
+            for entry, picture in zip(found, pictures, strict=True):
+                entry[name] = png_address(_heat(picture[0], scale) if name in detector.map_pictures else picture)
+    if measured.maps is not None:
+        for entry, values in zip(found, measured.maps, strict=True):
+            entry["map"] = png_address(_heat(values, scale))
     return found
 
 
-def _heat(values: Tensor) -> Tensor:
-    """(H, W) -> (3, H, W): from 0 deviations (dark) to 6 or the map's own largest (bright)."""
-    scaled = (values / max(6.0, float(values.max()))).clamp(0, 1)
-    return torch.from_numpy(colormaps["magma"](scaled.numpy())[..., :3]).permute(2, 0, 1)
+def _heat(values: Tensor, scale: MapScale) -> Tensor:
+    """(H, W) -> (3, H, W)."""
+    return torch.from_numpy(colormaps["magma"](scale.share(values).numpy())[..., :3]).permute(2, 0, 1)
 
 
-def _png(image: Tensor) -> str:
+def png_address(image: Tensor) -> str:
     """A data address of an image (C, H, W) in [0, 1]."""
     array = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()

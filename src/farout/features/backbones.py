@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import timm
@@ -193,26 +192,27 @@ def _loaded(name: str, layers: tuple[int, ...], size: int, tensors: Mapping[str,
     return _bare(name, layers, size, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(tensors)})
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, how: str = _HOW) -> dict[str, Tensor]:
     """Named tensors of a .safetensors file, of a .pth or .bin file without unpickling objects, or of a folder in the
-    hub's layout, which holds `model.safetensors` or `pytorch_model.bin`.
+    hub's layout, which holds `model.safetensors` or `pytorch_model.bin`. how: what the error of a missing file advises.
 
     Raises StoreError for a file that is missing, damaged, or holds anything else.
     """
     inside = (path / file for file in ("model.safetensors", "pytorch_model.bin"))
     path = next((file for file in inside if file.is_file()), path)
     if not path.is_file():
-        raise StoreError(f"there is no weights file {path}; {_HOW}")
+        raise StoreError(f"there is no weights file {path}; {how}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         tensors = torch.load(path, weights_only=True, map_location="cpu")
-    except UnpicklingError as error:
+    except OSError as error:
+        raise StoreError(f"the weights file {path} cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # words read as a pickle raise nearly anything, and say nothing of use
         raise StoreError(
-            f"{path} is not loaded: it is no file of tensors, or holds objects beside them; save a plain state_dict"
+            f"{path} is not loaded: it is no whole file of tensors (.safetensors, or what torch.save writes), or holds "
+            "objects beside them; save a plain state_dict"
         ) from error
-    except Exception as error:  # words read as a pickle raise nearly anything
-        raise StoreError(f"the weights file {path} cannot be read ({error or type(error).__name__})") from error
     tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise StoreError(f"{path} holds no state_dict of tensors")

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from farout.checkpoints import checkpoint_weights, step_folder
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.feature_denoiser import FeatureDenoiser
-from farout.diffusion.losses import LevelSampling, denoising_loss
+from farout.diffusion.losses import LevelSampling, Objective, denoising_loss
 from farout.errors import FaroutError
 from farout.features.diffusion import FeatureDiffusion, paper_schedule
 from farout.features.encoding import FeatureEncoding
@@ -64,8 +64,10 @@ def train_features(
     denoiser = FeatureDenoiser(fitted.width, **network)
     model = FeatureDiffusion(denoiser, fitted, paper_schedule(), backbone, trained_on=hashes)
 
+    objective = Objective(levels)
+
     def step(net: nn.Module, batch: list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        return {"loss": denoising_loss(NetworkDenoiser(net, model.schedule, "sample"), batch[0], generator, levels)}
+        return {"loss": denoising_loss(NetworkDenoiser(net, model.schedule, "sample"), batch[0], generator, objective)}
 
     if first_step is not None:
         training = replace(training, keep=(*training.keep, first_step))

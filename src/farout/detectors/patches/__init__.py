@@ -80,6 +80,7 @@ class Patches(FeatureDetector):
     diffusion_kind = FeatureDiffusion
     diffusion: FeatureDiffusion | None = None
     makes_maps: ClassVar[bool] = True
+    map_pictures: ClassVar[frozenset[str]] = frozenset({"diffusion", "knn"})
     statistics_minimum: ClassVar[int] = 20
     statistics_suffice: ClassVar[bool] = True
     companions: ClassVar[tuple[str, ...]] = ("mahalanobis",)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from farout.classifiers.model import Classifier
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.reconstruction import indicators
 from farout.detectors.reconstruction.comparison import METRICS, Comparison
@@ -16,9 +18,10 @@ from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
 from farout.diffusion.solvers import Evaluation
+from farout.diffusion.train import DiffusionConfig
 from farout.errors import FaroutError
 from farout.features.perceptual import PerceptualName
-from farout.images.sources import Batch
+from farout.images.sources import Batch, ImageSource
 
 __all__ = ["Reconstruction"]
 
@@ -117,13 +120,27 @@ class Reconstruction(Detector):
 
     # -- measuring -----------------------------------------------------------------------------------------------
 
+    def network_config(self, config: DiffusionConfig) -> DiffusionConfig:
+        """With the value range that the method wants."""
+        if self.config["normalisation"] != "minmax":
+            return config
+        return replace(config, value_range="minmax", data_range="unit")
+
+    def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
+        """Refuses levels and paths that the schedule or the solver cannot have."""
+        assert diffusion is not None
+        self.scorer.check_levels(self._make_plan(diffusion).levels)
+
+    def _make_plan(self, model: DiffusionModel) -> Plan:
+        names = ("mode", "levels", "skip", "grid", "steps", "solver")
+        return make_plan(model.schedule, **{name: self.config[name] for name in names})
+
     def prepare(self) -> None:
         """Builds the paths of all levels, the denoiser, the noise and the metrics' network."""
         model = self.diffusion
         if model is None:
             raise FaroutError("Reconstruction wants a diffusion model")
-        names = ("mode", "levels", "skip", "grid", "steps", "solver")
-        self.plan = make_plan(model.schedule, **{name: self.config[name] for name in names})
+        self.plan = self._make_plan(model)
         self.scorer.check_levels(self.plan.levels)
         self.denoiser: NetworkDenoiser = model.denoiser(self._rows, self.runtime.precision)  # type: ignore[arg-type]
         self.comparison = Comparison(self.perceptual, self._rows, model.device)
@@ -159,7 +176,7 @@ class Reconstruction(Detector):
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
         """Metrics of every level and draw: values (B, level, draw, metric).
 
-        With `maps`: the mean over levels of standardised squared errors (B, H, W), and the pictures `errors`
+        With `maps`: the mean over levels of standardised squared errors (B, H, W), and the pictures `_errors`
         (B, level, H, W) and `reconstruction` (B, C, H, W), of the middle level.
         """
         assert self.plan is not None
@@ -200,7 +217,7 @@ class Reconstruction(Detector):
 
     def _add_maps(self, measured: Measurements, images: Tensor, restored: Tensor) -> None:
         errors = (restored - images[:, None, None]).square().mean((2, 3)).cpu()
-        measured.pictures = {"errors": errors, "reconstruction": restored[:, restored.shape[1] // 2, 0].cpu()}
+        measured.pictures = {"_errors": errors, "reconstruction": restored[:, restored.shape[1] // 2, 0].cpu()}
         measured.maps = errors.mean(1)
         if self.error_mean is not None and self.error_square is not None:
             deviation = (self.error_square - self.error_mean**2).clamp(min=1e-12).sqrt()
@@ -214,7 +231,7 @@ class Reconstruction(Detector):
 
     def watch(self, measurements: Measurements) -> None:
         """Running mean and mean square of the error maps (level, H, W)."""
-        errors = measurements.pictures["errors"].double()
+        errors = measurements.pictures["_errors"].double()
         total = self.watched + len(errors)
         mean = errors.sum(0) if self.error_mean is None else self.error_mean * self.watched + errors.sum(0)
         square = errors.square().sum(0)

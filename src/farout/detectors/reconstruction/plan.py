@@ -8,8 +8,9 @@ from typing import Literal
 from torch import Tensor
 
 from farout.diffusion import paths
+from farout.diffusion.methods import solver_by_name
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.solvers import SOLVERS, Solver, plms
+from farout.diffusion.solvers import Solver, plms
 from farout.errors import FaroutError
 
 __all__ = ["Plan", "make_plan", "paper_grid"]
@@ -18,6 +19,8 @@ FAST_LEVELS = (10, 170, 330, 490)
 # chosen on dev sources: benchmarks/choose_default.py, docs/results.md
 ONESHOT_LEVELS = (20, 80, 200, 400)
 _SPACING = 10
+_SOLVERS = ("dpm_solver_2m", "ddim", "heun")
+"""Those that follow paths of any length, down to one step to sigma 0."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,11 @@ def make_plan(
     if mode == "exact":
         table = paths.pad([paths.grid(schedule, t, _SPACING) for t in chosen])
         return Plan(chosen, table, plms, float(schedule.abar[0].sqrt()))
-    if solver not in SOLVERS or solver == "plms":
-        raise FaroutError(f"solver is dpm_solver_2m, ddim or heun, got {solver!r}")
+    if solver not in _SOLVERS:
+        raise FaroutError(f"solver is one of {', '.join(_SOLVERS)}, got {solver!r}")
     counts = [1 if mode == "oneshot" else min(steps, max(1, t // 40)) for t in chosen]
     table = paths.pad([paths.geometric(schedule, t, count) for t, count in zip(chosen, counts, strict=True)])
-    return Plan(chosen, table, SOLVERS["ddim" if mode == "oneshot" else solver], 1.0)
+    return Plan(chosen, table, solver_by_name("ddim" if mode == "oneshot" else solver, schedule), 1.0)
 
 
 def _default_levels(mode: str, skip: int, grid: Literal["paper", "released"]) -> tuple[int, ...]:

@@ -1,0 +1,335 @@
+"""Training a classifier on labelled images."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from farout import store
+from farout.classifiers.augment import random_crop, random_flip, random_resized_crop
+from farout.classifiers.losses import ClassifierLoss, CrossEntropy
+from farout.classifiers.model import KIND, Classifier
+from farout.classifiers.networks import NetworkSpec, Stem
+from farout.classifiers.origin import FRESH, Origin, start_from
+from farout.devices import first_process, resolve_precision
+from farout.errors import FaroutError
+from farout.images.classes import LabelledImages, check_no_class_is_empty, class_names_of, class_numbers
+from farout.images.preprocessing import Preprocessing, Protocol
+from farout.images.sources import ImageSource, PreparedImages, batches, open_source
+from farout.images.splits import split
+from farout.progress import task
+from farout.training import TrainingConfig, train
+
+__all__ = ["PRESETS", "ClassifierConfig", "accuracy_on", "train_classifier", "train_on"]
+
+_SAMPLE = 2000
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What is trained, and on which variations of the images.
+
+    Args:
+        network: `resnet18`, `resnet34`, `resnet50`, `wrn40_2`, `wrn16_2`, `wrn16_1` (for CPUs), or a name of timm's.
+        stem: of ResNets: `small` (3x3, stride 1, no max-pooling) or `imagenet`; None: `small`.
+        crop_padding: images get a border of this many zeros and are cropped back at random; 0: none.
+        flip: mirror images left to right at random.
+        resized_crop: enlarge a random rectangle of the image, instead of the crop with a border.
+        label_smoothing: share of the target that goes to all classes alike.
+        size: side in pixels; None: the images' own up to 64.
+        channels: 1 or 3; None: the images' own.
+        crop: side of a central crop before anything else.
+        protocol: see `Preprocessing`.
+        mean: of each channel, for images in [0, 1]; None: that of the training images.
+        std: likewise.
+    """
+
+    network: str = "resnet18"
+    stem: Stem | None = None
+    crop_padding: int = 4
+    flip: bool = True
+    resized_crop: bool = False
+    label_smoothing: float = 0.0
+    size: int | None = None
+    channels: int | None = None
+    crop: int | None = None
+    protocol: Protocol = "native"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop_padding < 0:
+            raise FaroutError(f"crop_padding is {self.crop_padding}; expected 0 or more pixels")
+        if (self.mean is None) != (self.std is None):
+            raise FaroutError("mean and std go together; give both, or neither for those of the training images")
+        self.loss()
+
+    def loss(self) -> ClassifierLoss:
+        """What training minimises."""
+        return CrossEntropy(self.label_smoothing)
+
+    def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Random variations of images (B, C, H, W)."""
+        if self.resized_crop:
+            images = random_resized_crop(images, generator)
+        else:
+            images = random_crop(images, self.crop_padding, generator)
+        return random_flip(images, generator) if self.flip else images
+
+    def build(self, source: ImageSource, class_names: Sequence[str]) -> Classifier:
+        """A classifier of `source` with fresh weights."""
+        preprocessing = Preprocessing.for_source(
+            source, size=self.size, channels=self.channels, protocol=self.protocol, crop=self.crop
+        )
+        spec = NetworkSpec(self.network, len(class_names), preprocessing.channels, preprocessing.size, self.stem)
+        mean, std = (self.mean, self.std) if self.mean and self.std else _moments(source, preprocessing)
+        return Classifier(spec.build(), mean, std, preprocessing, class_names=class_names, network=spec)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model": {"network": "wrn16_1", "crop_padding": 2, "flip": False},
+        "training": {
+            "steps": 2000,
+            "batch_size": 128,
+            "optimizer": "sgd",
+            "learning_rate": 0.1,
+            "weight_decay": 5e-4,
+            "warmup": 100,
+            "final_learning_rate": 1e-6,
+            "ema": None,
+            "clip": None,
+        },
+    },
+    "openood": {
+        "model": {"network": "resnet18", "crop_padding": 4, "flip": True},
+        "training": {
+            "steps": 39100,
+            "batch_size": 128,
+            "optimizer": "sgd",
+            "learning_rate": 0.1,
+            "weight_decay": 5e-4,
+            "warmup": 0,
+            "final_learning_rate": 1e-6,
+            "ema": None,
+            "clip": None,
+        },
+    },
+}
+"""`tiny` for CPUs, without mirroring, which would make other digits of digits; `openood`: the recipe of OpenOOD's
+classifiers (SGD with Nesterov momentum 0.9, 100 epochs of CIFAR's 391 updates at batch 128, cosine to 1e-6)."""
+
+
+def _moments(source: ImageSource, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over at most 2,000 images, evenly spaced."""
+    prepared, count = PreparedImages(source, preprocessing), min(_SAMPLE, len(source))
+    sums = torch.zeros(2, preprocessing.channels, dtype=torch.float64)
+    for number in range(count):
+        image = prepared[number * len(source) // count].double()
+        sums += torch.stack([image.mean((1, 2)), image.square().mean((1, 2))])
+    mean, square = sums / count
+    # all images black or white have no deviation; half a grey level does no harm to others
+    std = (square - mean**2).clamp(min=(0.5 / 255) ** 2).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def train_on(
+    source: ImageSource,
+    config: ClassifierConfig,
+    training: TrainingConfig,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    class_names: Sequence[str] | None = None,
+    weights: str | None = None,
+) -> Classifier:
+    """Trains a classifier on all of `source`; the last twentieth of the images, by hash, validates where
+    `training.validate_every` is set.
+
+    Args:
+        source: images with labels.
+        config: what is trained.
+        training: how; its seed is also that of the fresh weights.
+        out: folder of the checkpoints; None: none are kept.
+        resume: go on from the last checkpoint there.
+        class_names: of all classes; None: those that occur in `source`, in the order of their labels.
+        weights: a file of weights to start from (see `Classifier.from_weights`), or a classifier's folder; None: fresh
+            ones. What the weights of a farout classifier have seen counts as seen; of others `provenance["weights"]`
+            says that it is not known.
+
+    Raises FaroutError where there are no labels, one class, or a class without images; StoreError for weights that do
+    not fit.
+    """
+    names = class_names_of(source) if class_names is None else class_names
+    numbers = class_numbers(source, names)
+    check_no_class_is_empty(numbers, names)
+    classifier, origin = _start(source, config, names, weights, training.seed)
+    hashes = [source.content_hash(i) for i in range(len(source))]
+    labelled = LabelledImages(PreparedImages(source, classifier.preprocessing), numbers)
+    learning, validation = _parts(labelled, hashes, validate=training.validate_every > 0)
+    loss = config.loss()
+
+    def step(network: nn.Module, batch: list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        images, targets = batch
+        varied = config.augment(images, generator) if network.training else images
+        return loss(network(classifier.normalise(varied)), targets)
+
+    fingerprint = source.fingerprint()
+    begun = "" if weights is None else f" {origin.weights} {origin.classifier}"
+    result = train(
+        classifier.module, step, learning, training, out=out, validation=validation, resume=resume,
+        fingerprint=f"{fingerprint} {tuple(names)} {asdict(config)}{begun}",
+    )  # fmt: skip
+    classifier.trained_on = origin.seen.union(hashes)
+    classifier.provenance = {
+        "source": source.name,
+        "data_fingerprint": fingerprint,
+        "images": len(hashes),
+        "steps": result.steps,
+        "training_accuracy": result.losses.get("accuracy"),
+        "seed": training.seed,
+        **_told_of(origin),
+        "model": asdict(config),
+        "training": asdict(training),
+    }
+    return classifier
+
+
+def _start(
+    source: ImageSource, config: ClassifierConfig, class_names: Sequence[str], weights: str | None, seed: int
+) -> tuple[Classifier, Origin]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        classifier = config.build(source, class_names)
+    return classifier, FRESH if weights is None else start_from(classifier.module, weights, config.network)
+
+
+def _told_of(origin: Origin) -> dict[str, str | None]:
+    """The provenance of the start weights."""
+    return {"weights": origin.weights, "started_from": origin.classifier}
+
+
+def _parts(labelled: LabelledImages, hashes: list[str], *, validate: bool) -> tuple[Dataset, Dataset | None]:
+    """What is learnt from and what validates: the last twentieth by hash."""
+    if not validate:
+        return labelled, None
+    held = len(labelled) // 20
+    if not held:
+        raise FaroutError(f"validation wants at least 20 training images, there are {len(labelled)}")
+    order = sorted(range(len(labelled)), key=hashes.__getitem__)
+    return Subset(labelled, sorted(order[held:])), Subset(labelled, sorted(order[:held]))
+
+
+def accuracy_on(
+    classifier: Classifier, source: ImageSource, precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+) -> float:
+    """The share of a source's readable images whose class the classifier tells; raises FaroutError where there are no
+    labels, other classes than the classifier's, or no image that can be read.
+    """
+    numbers, hits = class_numbers(source, classifier.class_names), list[bool]()
+    with task(f"accuracy on images of {source.name}", len(source)) as bar:
+        for batch in batches(source, classifier.preprocessing, _ROWS):
+            if batch.keys:
+                told = classifier.outputs(batch.images, _ROWS, precision).logits.argmax(1).cpu()
+                hits += (told == numbers[list(batch.indices)]).tolist()
+            bar.advance(len(batch.keys))
+    if not hits:
+        raise FaroutError(f"{source.name} has no readable image to measure the accuracy on")
+    return sum(hits) / len(hits)
+
+
+def train_classifier(
+    source: Any,
+    out: str | Path,
+    *,
+    model: ClassifierConfig = ClassifierConfig(),
+    training: TrainingConfig = TrainingConfig(),  # noqa: B008
+    weights: str | None = None,
+    keep_weights: bool = False,
+    limit: int | None = None,
+    alpha: float = 0.05,
+    statistics: int = 400,
+    groups: Literal["none", "folder"] = "none",
+    policy: Literal["raise", "skip"] = "raise",
+    seed: int = 0,
+    resume: bool = False,
+) -> Classifier:
+    """Trains a classifier on labelled images and writes its folder.
+
+    A part of the images is held out, by content hash, just as `train_diffusion` does: a later `farout fit` with this
+    classifier and the same source and seed rests its statistics and p-values on them. The accuracy on them is measured
+    and kept in the folder's provenance: as `held_out_accuracy`, or where the weights may have seen some of them, as
+    `possibly_seen_accuracy`.
+
+    Args:
+        source: any image source with labels: a set's name, a folder of one folder per class, a table, or
+            hf://owner/name:split.
+        out: folder of the classifier; `OUT.training/` beside it holds the checkpoints while training runs, and after
+            it where `training.checkpoint_every` is set.
+        model: what is trained.
+        training: how it is trained.
+        weights: weights to start from: a file, an OpenOOD checkpoint for instance, or the folder of a classifier, whose
+            training images then count as seen; None: fresh ones.
+        keep_weights: train nothing: the given weights become a classifier of the source's classes, as they are. It
+            wants model.mean and model.std, those that the weights were trained with.
+        limit: use a seeded sample of this many images.
+        alpha: the false-alarm rate that a later calibration wants images for.
+        statistics: images that a later fit's statistics want.
+        groups: keep images of one folder together in one part.
+        policy: what becomes of an unreadable image: `raise`, or `skip`.
+        seed: seed of sample, split, weights and augmentation.
+        resume: go on from the last checkpoint.
+
+    Raises FaroutError where there are no labels, one class, or a class of which no image is left to train on, and for
+    kept weights without mean and std; StoreError for weights that do not fit.
+    """
+    store.check_replaceable(out, KIND)
+    if keep_weights:
+        _check_keeping(weights, model)
+    images = open_source(source, limit=limit, seed=seed, policy=policy)
+    names = class_names_of(images)
+    parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
+    settings = replace(training, seed=seed)
+    folder = Path(f"{out}.training")
+    learning = images.subset(parts.training)
+    if keep_weights:
+        trained, origin = _start(learning, model, names, weights, seed)
+        trained.trained_on, trained.provenance = origin.seen, {"source": images.name, **_told_of(origin)}
+    else:
+        trained = train_on(learning, model, settings, out=folder, resume=resume, class_names=names, weights=weights)
+    if first_process():
+        held = images.subset(sorted([*parts.statistics, *parts.calibration]))
+        _rate(trained, held, resolve_precision(training.precision, trained.device))
+        trained.save(out)
+        if not settings.checkpoint_every and not settings.tensorboard:
+            shutil.rmtree(folder, ignore_errors=True)
+    return trained
+
+
+def _check_keeping(weights: str | None, model: ClassifierConfig) -> None:
+    if weights is None:
+        raise FaroutError("keep_weights wants weights to keep; give a file of weights")
+    if model.mean is None:  # and so std, they go together
+        raise FaroutError(
+            "kept weights want the mean and std that they were trained with, which the images do not tell; give "
+            "model.mean and model.std (--model.mean 0.49 0.48 0.45 --model.std 0.25 0.24 0.26, one number a channel)"
+        )
+
+
+def _rate(classifier: Classifier, held: ImageSource, precision: Literal["fp32", "bf16", "fp16"]) -> None:
+    """Puts the accuracy on images that training left out into the provenance, under a name that says whether the
+    weights had seen them before.
+    """
+    origin = Origin(classifier.trained_on, classifier.provenance["weights"])
+    hashes = [content for content in held.content_hashes() if content is not None]
+    kind = "possibly_seen" if origin.may_have_seen(hashes) else "held_out"
+    classifier.provenance[f"{kind}_accuracy"] = round(accuracy_on(classifier, held, precision), 5)
+    classifier.provenance[f"{kind}_images"] = len(held)

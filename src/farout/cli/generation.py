@@ -1,0 +1,149 @@
+"""Commands that make images with a diffusion model, and compare them: signatures are the flags."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from farout.devices import resolve_device, resolve_precision
+from farout.diffusion.model import DiffusionModel
+from farout.diffusion.sample_folder import SampledFolder, write_samples
+from farout.diffusion.sampling import Sampler, Spacing, choose_classes
+from farout.evaluation.fid import FeatureName, SetDistance, set_distance
+from farout.evaluation.interpolate import InterpolatedFolder, write_interpolations
+
+__all__ = ["fid", "interpolate", "sample"]
+
+Precisions = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def sample(
+    model: str,
+    *,
+    out: str,
+    count: int = 64,
+    classes: tuple[str, ...] = (),
+    guidance: float = 1.0,
+    solver: str = "dpm_solver_2m",
+    steps: int | None = None,
+    spacing: Spacing = "grid",
+    seed: int = 0,
+    grid: bool = False,
+    batch: int = 64,
+    rows: int = 32,
+    device: str = "auto",
+    precision: Precisions = "auto",
+) -> SampledFolder:
+    """Make images with a diffusion model.
+
+    Args:
+        model: folder of a diffusion model, or hf://owner/name.
+        out: folder of the images, class by class; an interrupted run goes on there.
+        count: number of images, all classes together.
+        classes: names or numbers of classes, such as a,b, or all; for class-conditional models.
+        guidance: weight of the class: 0 is none, 1 conditional, 3 the paper's omega of 2.
+        solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
+        steps: steps from noise to image; without it 20, or as many as probability_flow finds.
+        spacing: where the steps lie: grid (evenly in t) or geometric (evenly in log sigma).
+        seed: every image is made from the seed and its own number.
+        grid: also write OUT-grid.png, a picture of some of the images.
+        batch: images made at once.
+        rows: rows of one network call.
+        device: auto, cpu, cuda, cuda:1, …
+        precision: precision of the network; auto is bf16 where the device computes in it natively, else fp32.
+    """
+    where = resolve_device(device)
+    network = DiffusionModel.load(model).to(where)
+    chosen = choose_classes(network, classes) if classes else None
+    exact = resolve_precision(precision, where)
+    sampler = Sampler(network, solver, steps, spacing, guidance, seed, rows, exact)
+    return write_samples(sampler, out, count, classes=chosen, batch=batch, grid=grid)
+
+
+def fid(
+    generated: str,
+    source: str,
+    *,
+    features: FeatureName = "lite0",
+    limit: int | None = None,
+    seed: int = 0,
+    out: str | None = None,
+    device: str = "auto",
+    precision: Precisions = "fp32",
+    rows: int = 32,
+    workers: int = 2,
+) -> SetDistance:
+    """Tell how far generated images are from real ones: FID and KID, or their kin on the built-in backbone.
+
+    Args:
+        generated: images: a folder of samples, or any source.
+        source: real images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
+        features: lite0 (FD-lite0 and KD-lite0, no download) or inception (FID and KID; weights from the web).
+        limit: a seeded sample of this many images of each.
+        seed: seed of samples and of KID's subsets.
+        out: a JSON file for the numbers.
+        device: auto, cpu, cuda, cuda:1, …
+        precision: precision of lite0; figures that are compared want the same. inception computes in fp32.
+        rows: rows of one network call.
+        workers: threads that decode images.
+    """
+    return set_distance(
+        generated,
+        source,
+        features=features,
+        limit=limit,
+        seed=seed,
+        out=out,
+        device=device,
+        precision=precision,
+        rows=rows,
+        workers=workers,
+    )
+
+
+def interpolate(
+    model: str,
+    source: str,
+    *,
+    out: str,
+    pairs: int = 8,
+    solver: str = "pndm4",
+    steps: int = 50,
+    stations: int = 9,
+    seed: int = 0,
+    rows: int = 32,
+    device: str = "auto",
+    precision: Precisions = "fp32",
+    workers: int = 2,
+) -> InterpolatedFolder:
+    """Interpolate between images, two by two: pictures and a page.
+
+    Args:
+        model: folder of a diffusion model, or hf://owner/name; a class-conditional one is used without classes.
+        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
+        out: folder of the pictures and the page.
+        pairs: number of pairs of images, drawn from the source.
+        solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
+        steps: steps of the inversion, and of the way back.
+        stations: pictures between the two ends.
+        seed: seed of the drawn images.
+        rows: rows of one network call.
+        device: auto, cpu, cuda, cuda:1, …
+        precision: precision of the network; the inversion wants an exact one.
+        workers: threads that decode images.
+    """
+    where = resolve_device(device)
+    network = DiffusionModel.load(model).to(where)
+    exact = resolve_precision(precision, where)
+    return write_interpolations(
+        network,
+        source,
+        out,
+        pairs=pairs,
+        solver=solver,
+        steps=steps,
+        stations=stations,
+        seed=seed,
+        rows=rows,
+        precision=exact,
+        workers=workers,
+    )

@@ -1,0 +1,42 @@
+"""What scoring an image costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from farout.images.sources import Batch
+
+if TYPE_CHECKING:
+    from farout.detectors.base import Detector
+
+__all__ = ["Cost", "cost_of"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image costs: rows that the diffusion model evaluates, and billions of multiply-accumulates of all
+    networks together.
+    """
+
+    nfe: float
+    gmacs: float
+
+
+@torch.no_grad()
+def cost_of(detector: Detector) -> Cost:
+    """Counted on one grey image, one row a call, so that no padding counts."""
+    images = torch.full((1, detector.preprocessing.channels, *detector.preprocessing.size), 0.5)
+    kept, detector.runtime = detector.runtime, replace(detector.runtime, rows=1)
+    detector.prepare()
+    before = detector.evaluations
+    try:
+        with FlopCounterMode(display=False) as counter:
+            detector.measure(Batch(("probe",), images, None, (0,)))
+        return Cost(detector.evaluations - before, counter.get_total_flops() / 2e9)
+    finally:
+        detector.runtime = kept
+        detector.prepare()

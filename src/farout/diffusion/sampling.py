@@ -1,0 +1,185 @@
+"""New images from noise: every image from its own seed, whatever batch it is made in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from farout.devices import Precision
+from farout.diffusion import paths
+from farout.diffusion.conditioning import Condition, no_null
+from farout.diffusion.denoiser import Denoiser, Guided
+from farout.diffusion.loop import Solver
+from farout.diffusion.methods import is_adaptive, rehearse, solver_by_name, solver_path
+from farout.diffusion.model import DiffusionModel
+from farout.diffusion.noise import image_noise
+from farout.errors import FaroutError
+
+__all__ = ["STEPS", "Sampler", "Spacing", "choose_classes", "sample"]
+
+STEPS = 20
+"""Steps of methods that do not find their own, where none are asked for."""
+Spacing = Literal["grid", "geometric"]
+"""Where a path's levels lie: evenly spaced in t, or in log sigma."""
+
+
+def choose_classes(model: DiffusionModel, wanted: Sequence[str]) -> tuple[int, ...]:
+    """Labels of classes by name or number; `a,b` is a and b, `all` (or nothing) every class of the model's table.
+
+    Raises FaroutError for a class outside the table, one that is named twice, and an unconditional model.
+    """
+    if model.conditioning is None:
+        raise FaroutError(f"this diffusion model is unconditional and knows no classes, got {', '.join(wanted)}")
+    names = list(model.conditioning.class_names)
+    words = [part for text in wanted for part in ([text] if text in names else text.split(","))]
+    if not words or (words == ["all"] and "all" not in names):
+        return tuple(range(len(names)))
+    chosen = tuple(_label(names, word.strip()) for word in words)
+    if len(set(chosen)) < len(chosen):
+        raise FaroutError(f"a class is named twice in {', '.join(words)}")
+    return chosen
+
+
+def _label(names: Sequence[str], word: str) -> int:
+    if word in names:
+        return names.index(word)
+    if word.isdecimal() and int(word) < len(names):
+        return int(word)
+    raise FaroutError(
+        f"there is no class {word!r}; the model knows {', '.join(names)} (or 0 to {len(names) - 1}, or all)"
+    )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How images are made from noise.
+
+    Args:
+        model: the diffusion model; images are made where it is.
+        solver: a name of `farout.diffusion.methods.SOLVERS`.
+        steps: steps from the largest noise level to none; None: 20, or the method's own.
+        spacing: of the levels on the path: `grid` (evenly in t) or `geometric` (evenly in log sigma).
+        guidance: scale s of null + s (conditional - null); 1 is conditional; the paper's omega is s - 1.
+        seed: image i is made from (seed, i) alone.
+        rows: rows of one network call; with the same, an image's bits do not depend on its company.
+        precision: of the network.
+
+    Raises:
+        FaroutError: for a solver that is unknown or wants more steps, and for guidance without classes or without a
+            null condition.
+    """
+
+    model: DiffusionModel
+    solver: str = "dpm_solver_2m"
+    steps: int | None = None
+    spacing: Spacing = "grid"
+    guidance: float = 1.0
+    seed: int = 0
+    rows: int = 32
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        conditioning = self.model.conditioning
+        if self.rows < 1 or self.spacing not in ("grid", "geometric"):
+            raise FaroutError(f"rows want 1 or more, spacing grid or geometric; got {self.rows} and {self.spacing!r}")
+        if self.guidance != 1 and conditioning is None:
+            raise FaroutError(f"guidance {self.guidance:g} wants a class-conditional model; this one is unconditional")
+        if self.guidance != 1 and conditioning is not None and not conditioning.has_null:
+            raise no_null()
+        if is_adaptive(self.solver) and self.steps is not None:
+            raise FaroutError(f"{self.solver} finds its own steps; leave out steps={self.steps}")
+        rehearse(self._solve, self.path[None])
+
+    @cached_property
+    def _solve(self) -> Solver:
+        return solver_by_name(self.solver, self.model.schedule)
+
+    @cached_property
+    def path(self) -> Tensor:
+        """sigmas from the schedule's largest to 0, as the solver takes them."""
+        schedule, steps = self.model.schedule, STEPS if self.steps is None else self.steps
+        if self.spacing == "grid":
+            return solver_path(self.solver, paths.from_noise(schedule, steps))
+        if steps < 1:
+            raise FaroutError(f"steps want 1 or more, got {steps}")
+        return solver_path(self.solver, paths.geometric(schedule, schedule.steps - 1, steps))
+
+    def condition(self, labels: Sequence[int] | None) -> Condition | None:
+        """The condition of the labels; raises FaroutError where they and the model do not go together."""
+        conditioning = self.model.conditioning
+        if conditioning is None:
+            if labels is not None:
+                raise FaroutError("this diffusion model is unconditional: it makes no images of given labels")
+            return None
+        if labels is None:
+            raise FaroutError(f"this model wants a label per image, 0 to {conditioning.classes - 1}")
+        return conditioning(torch.tensor(list(labels), dtype=torch.int64, device=self.model.device))
+
+    @torch.no_grad()
+    def images(self, indices: Sequence[int], labels: Sequence[int] | None = None) -> Tensor:
+        """Images number `indices`: (B, C, H, W) float32 in [0, 1], on the CPU; a label each for a conditional model.
+
+        Nothing is clamped before the end. Raises FaroutError for labels that do not go with the model.
+        """
+        model, condition = self.model, self.condition(labels)
+        keys = [str(index) for index in indices]
+        noise = image_noise(keys, model.shape, self.seed, model.schedule.steps - 1, 0).to(model.device)
+        sigmas = self.path.to(model.device).repeat(len(keys), 1)
+        # at the largest level a variance-preserving sample is the noise itself: x = x_vp / sqrt(abar)
+        x = noise * (1 + sigmas[:, 0] ** 2).sqrt().reshape(-1, *[1] * (noise.ndim - 1))
+        return model.decode(self._solve(self._denoiser(), x, sigmas, condition)).cpu()
+
+    def _denoiser(self) -> Denoiser:
+        plain = self.model.denoiser(self.rows, self.precision)
+        if self.guidance == 1 or self.model.conditioning is None:
+            return plain
+        return Guided(plain, self.guidance, self.model.conditioning.null)
+
+
+def sample(
+    model: DiffusionModel,
+    count: int | None = None,
+    *,
+    labels: Sequence[int] | None = None,
+    solver: str = "dpm_solver_2m",
+    steps: int | None = None,
+    spacing: Spacing = "grid",
+    guidance: float = 1.0,
+    seed: int = 0,
+    batch: int = 64,
+    rows: int = 32,
+    precision: Precision = "fp32",
+) -> Iterator[Tensor]:
+    """Makes images from noise: an iterator of (B, C, H, W) float32 in [0, 1], `batch` at a time.
+
+    Image i depends on (seed, i) and its label alone: a longer run begins with the images of a shorter one.
+
+    Args:
+        model: the diffusion model.
+        count: number of images; those of a conditional model take its classes in turn.
+        labels: instead of a count, the label of each image (conditional models).
+        solver, steps, spacing, guidance, seed, rows, precision: see `Sampler`.
+        batch: images made at once.
+
+    Raises:
+        FaroutError: at the call, for settings, counts and labels that do not go together.
+    """
+    sampler = Sampler(model, solver, steps, spacing, guidance, seed, rows, precision)
+    if (count is None) == (labels is None) or batch < 1 or (count is not None and count < 1):
+        raise FaroutError(f"give count or labels, and at least 1 as count and batch; got {count}, {labels}, {batch}")
+    if labels is None and model.conditioning is not None:
+        labels = [index % model.conditioning.classes for index in range(count or 0)]
+    sampler.condition(labels)
+    total = len(labels) if labels is not None else count or 0
+
+    def batches() -> Iterator[Tensor]:
+        for start in range(0, total, batch):
+            indices = range(start, min(start + batch, total))
+            yield sampler.images(indices, None if labels is None else [labels[index] for index in indices])
+
+    return batches()

@@ -1,0 +1,265 @@
+"""How far a set of images is from another in the features of a network: Fréchet and kernel distance.
+
+On the features of Inception v3 these are FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018), comparable with
+published figures. On those of the built-in backbone the same arithmetic gives `FD-lite0` and `KD-lite0`: they rank sets
+of images alike, but are other numbers, and never called FID.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from farout import progress, store
+from farout.devices import Precision, resolve_device, resolve_precision
+from farout.errors import FaroutError, MissingExtraError, StoreError, TrapWarning
+from farout.features.extraction import CachedFeatures
+from farout.features.extractor import FeatureExtractor
+from farout.images.preprocessing import Preprocessing, check_against
+from farout.images.sources import Images, ImageSource, batches, open_source
+
+__all__ = ["FeatureName", "SetDistance", "frechet_distance", "kernel_distance", "set_distance"]
+
+FeatureName = Literal["lite0", "inception"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+_NAMES = {"lite0": ("FD-lite0", "KD-lite0"), "inception": ("FID", "KID")}
+_BATCH = 64
+_SUBSETS, _SUBSET = 100, 1000
+
+
+@dataclass(frozen=True)
+class SetDistance:
+    """What `set_distance` found.
+
+    frechet_name, kernel_name: what the numbers may be called; frechet: the Fréchet distance; kernel, kernel_std: mean
+    and standard deviation of the kernel distance over `subsets` subsets of `subset_size` images of either set;
+    generated, reference: numbers of images; dimension: of the features.
+    """
+
+    frechet_name: str
+    kernel_name: str
+    frechet: float
+    kernel: float
+    kernel_std: float
+    generated: int
+    reference: int
+    dimension: int
+    subsets: int
+    subset_size: int
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Fréchet distance of two Gaussians fitted to features (N, D) and (M, D), in float64 (Heusel et al. 2017):
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+
+    The trace of the root is the sum of the singular values of C1^(1/2) C2^(1/2), which are exact where the
+    covariances are singular too. Raises FaroutError for fewer than two rows or other features.
+    """
+    _check(first, second)
+    parts = [np.asarray(each, dtype=np.float64) for each in (first, second)]
+    covariances = [np.atleast_2d(np.cov(part, rowvar=False)) for part in parts]
+    shift = float(np.square(parts[0].mean(0) - parts[1].mean(0)).sum())
+    shared = float(np.linalg.svd(_root(covariances[0]) @ _root(covariances[1]), compute_uv=False).sum())
+    return max(0.0, shift + sum(float(np.trace(each)) for each in covariances) - 2 * shared)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
+
+def kernel_distance(
+    first: np.ndarray, second: np.ndarray, *, subsets: int = _SUBSETS, subset_size: int | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """Mean and standard deviation of the squared maximum mean discrepancy of features (N, D) and (M, D), unbiased,
+    under the kernel (x y / D + 1)^3, over random subsets (Bińkowski et al. 2018).
+
+    Args:
+        first, second: features.
+        subsets: how many subsets are drawn.
+        subset_size: images of either set in one; None: 1000, at most half of the smaller set.
+        seed: seed of the subsets.
+
+    Raises:
+        FaroutError: for fewer than two rows, other features, or subsets that cannot be drawn.
+    """
+    _check(first, second)
+    size = _subset_size(len(first), len(second)) if subset_size is None else subset_size
+    if subsets < 1 or not 2 <= size <= min(len(first), len(second)):
+        raise FaroutError(
+            f"{subsets} subsets of {size} cannot be drawn of {len(first)} and {len(second)} images; subset_size is at "
+            "least 2 and at most the smaller set"
+        )
+    generator = np.random.default_rng(seed)
+    parts = [np.asarray(each, dtype=np.float64) for each in (first, second)]
+    found = [_discrepancy(*(part[generator.permutation(len(part))[:size]] for part in parts)) for _ in range(subsets)]
+    return float(np.mean(found)), float(np.std(found))
+
+
+def _subset_size(first: int, second: int) -> int:
+    return min(_SUBSET, max(2, min(first, second) // 2))
+
+
+def _discrepancy(first: np.ndarray, second: np.ndarray) -> float:
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def mean_of_pairs(values: np.ndarray) -> float:
+        return float((values.sum() - np.trace(values)) / (len(values) * (len(values) - 1)))
+
+    inside = mean_of_pairs(kernel(first, first)) + mean_of_pairs(kernel(second, second))
+    return inside - 2 * float(kernel(first, second).mean())
+
+
+def _check(first: np.ndarray, second: np.ndarray) -> None:
+    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
+        raise FaroutError(f"features want the shapes (N, D) and (M, D), got {first.shape} and {second.shape}")
+    if min(len(first), len(second)) < 2:
+        raise FaroutError(f"a distance of sets wants two images of each at least, got {len(first)} and {len(second)}")
+
+
+def set_distance(
+    generated: Images,
+    reference: Images,
+    *,
+    features: FeatureName = "lite0",
+    limit: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    device: str = "auto",
+    precision: PrecisionName = "fp32",
+    rows: int = 32,
+    workers: int = 2,
+) -> SetDistance:
+    """Fréchet and kernel distance of `generated` from `reference`; every image is brought to the reference's native
+    size first.
+
+    Args:
+        generated: any image source.
+        reference: any image source, usually images that the generator was not trained on.
+        features: `lite0`, the built-in backbone; or `inception`, whose weights come from the web.
+        limit: a seeded sample of this many images of each.
+        seed: seed of samples and subsets.
+        out: a JSON file to write the numbers to.
+        device: where features are computed.
+        precision: of lite0; figures that are compared want the same. Inception computes in fp32.
+        rows: rows of one network call.
+        workers: threads that decode images.
+
+    Raises:
+        FaroutError: for an unknown network, fewer than two images, or Inception in another precision than fp32.
+        MissingExtraError: for `inception` without the extra `farout[fid]`.
+        StoreError: where the weights of Inception cannot be fetched.
+    """
+    if features not in _NAMES:
+        raise FaroutError(f"features are {' or '.join(_NAMES)}, got {features!r}")
+    sources = [open_source(each, limit=limit, seed=seed) for each in (generated, reference)]
+    where = resolve_device(device)
+    exact = resolve_precision(_precision(features, precision), where)
+    read = (_lite0 if features == "lite0" else _inception)(sources[1], where, exact, rows, workers)
+    first, second = (read(source) for source in sources)
+    _check(first, second)
+    _warn_of_few(_NAMES[features][0], len(first), len(second), first.shape[1])
+    size = _subset_size(len(first), len(second))
+    kernel, spread = kernel_distance(first, second, subset_size=size, seed=seed)
+    counts = (len(first), len(second), first.shape[1], _SUBSETS, size)
+    found = SetDistance(*_NAMES[features], frechet_distance(first, second), kernel, spread, *counts)
+    if out is not None:
+        about: dict[str, Any] = {"sources": [source.name for source in sources], "limit": limit, "seed": seed}
+        about |= {"features": features, "precision": exact, "versions": store.versions()}
+        store.write_json(out, {**asdict(found), **about})
+    return found
+
+
+def _precision(features: FeatureName, precision: PrecisionName) -> PrecisionName:
+    """The precision that features are computed in."""
+    if features == "lite0":
+        return precision
+    if precision not in ("auto", "fp32"):
+        raise FaroutError(
+            f"Inception's features are computed in fp32, as published figures are; precision {precision} goes with "
+            "features=lite0"
+        )
+    return "fp32"
+
+
+def _warn_of_few(name: str, generated: int, reference: int, dimension: int) -> None:
+    if min(generated, reference) <= dimension:
+        warnings.warn(
+            f"{name} of {generated} and {reference} images in {dimension} dimensions is biased upwards, for fewer "
+            "images than dimensions do not make a covariance: compare it with sets of the same size only, or look at "
+            "the kernel distance, which has no such bias",
+            TrapWarning,
+            stacklevel=3,
+        )
+
+
+Reader = Callable[[ImageSource], np.ndarray]
+
+
+def _lite0(reference: ImageSource, device: torch.device, precision: Precision, rows: int, workers: int) -> Reader:
+    """Features by the built-in backbone, through the cache."""
+    extractor = FeatureExtractor.create("lite0").to(device)
+    preprocessing = Preprocessing.for_source(reference, size=extractor.size, channels=3)
+    reader = CachedFeatures(extractor, preprocessing, rows, precision)
+
+    def read(source: ImageSource) -> np.ndarray:
+        _warn_of_sizes(source, preprocessing)
+        parts = []
+        with progress.task(f"features of {source.name}", len(source)) as bar:
+            for batch in reader.batches(source, _BATCH, workers):
+                assert batch.features is not None
+                parts.append(batch.features.numpy())
+                bar.advance(len(batch.keys))
+        return np.concatenate(parts)
+
+    return read
+
+
+def _inception(reference: ImageSource, device: torch.device, precision: Precision, rows: int, workers: int) -> Reader:
+    """The 2048 pooled features of Inception v3 as torchmetrics has them; they stay in float32."""
+    network = _inception_network().to(device)
+    native = Preprocessing.for_source(reference, channels=3, largest=10**6)
+
+    def read(source: ImageSource) -> np.ndarray:
+        _warn_of_sizes(source, native)
+        parts: list[Tensor] = []
+        with progress.task(f"features of {source.name}", len(source)) as bar, torch.no_grad():
+            for batch in batches(source, native, rows, workers=workers):
+                pixels = (batch.images * 255).round().to(device, torch.uint8)
+                parts.append(network(pixels).reshape(len(pixels), -1).float().cpu())
+                bar.advance(len(batch.keys))
+        return torch.cat(parts).numpy()
+
+    return read
+
+
+def _warn_of_sizes(source: ImageSource, preprocessing: Preprocessing) -> None:
+    for trap in check_against(source, preprocessing):
+        # every image is seen in colour here, grey ones included: nothing is lost
+        if "native size" in trap:
+            warnings.warn(trap, TrapWarning, stacklevel=4)
+
+
+def _inception_network() -> nn.Module:
+    try:
+        import torch_fidelity  # noqa: F401
+        from torchmetrics.image.fid import NoTrainInceptionV3
+    except ImportError as error:
+        hint = 'FID wants torchmetrics and torch-fidelity: pip install "farout[fid]"; or use features=lite0 (FD-lite0)'
+        raise MissingExtraError(hint) from error
+    try:
+        built: Any = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+    except OSError as error:  # urllib's errors are OSErrors
+        raise StoreError(
+            f"the weights of Inception v3 cannot be fetched ({error}); go online once, or use features=lite0, whose "
+            "weights are installed (and whose distance is FD-lite0, not FID)"
+        ) from error
+    return built

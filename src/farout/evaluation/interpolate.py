@@ -1,0 +1,147 @@
+"""A folder of interpolations: their pictures by kind, and a page to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from torch import Tensor
+
+from farout import progress, store
+from farout.devices import Precision
+from farout.diffusion.interpolation import Interpolations, Interpolator
+from farout.diffusion.methods import is_adaptive
+from farout.diffusion.model import DiffusionModel
+from farout.diffusion.sample_folder import save_png
+from farout.errors import FaroutError, SourceError
+from farout.evaluation.page import png_address
+from farout.images.sources import Images, batches, open_source
+
+__all__ = ["KIND", "InterpolatedFolder", "write_interpolations"]
+
+KIND = "interpolations"
+_KINDS = ("asymmetric_1", "asymmetric_2", "symmetric")
+
+
+@dataclass(frozen=True)
+class InterpolatedFolder:
+    """What `write_interpolations` did. images: pictures written; round_trip: root mean square difference of an image
+    and its decoded inversion, values in [0, 1], mean over all images.
+    """
+
+    folder: Path
+    pairs: int
+    images: int
+    round_trip: float
+
+
+def write_interpolations(
+    model: DiffusionModel,
+    source: Images,
+    out: str | Path,
+    *,
+    pairs: int = 8,
+    solver: str = "pndm4",
+    steps: int = 50,
+    stations: int = 9,
+    seed: int = 0,
+    rows: int = 32,
+    precision: Precision = "fp32",
+    workers: int = 2,
+) -> InterpolatedFolder:
+    """Interpolates between images of a source, two by two, into `out`: `asymmetric_1/`, `asymmetric_2/` and
+    `symmetric/` with `PPP-SS.png` (pair, station; ends left out), `config.json`, and `page.html`, one file without
+    outside requests.
+
+    Args:
+        model: the diffusion model; a class-conditional one answers by its null condition.
+        source: any image source; 2 `pairs` images are drawn from it.
+        out: the folder; an older one of interpolations is replaced when all is done.
+        pairs: number of pairs.
+        solver, steps, stations, rows, precision: see `Interpolator`.
+        seed: seed of the drawn images.
+        workers: threads that decode images.
+
+    Raises:
+        FaroutError: for settings that do not go together.
+        SourceError: for fewer images than the pairs want.
+        StoreError: where `out` holds something else.
+    """
+    if pairs < 1:
+        raise FaroutError(f"pairs want 1 or more, got {pairs}")
+    store.check_replaceable(out, KIND)
+    interpolator = Interpolator(model, solver, steps, stations, rows, precision)
+    opened = open_source(source, limit=2 * pairs, seed=seed)
+    if len(opened) < 2 * pairs:
+        raise SourceError(f"{opened.name} has {len(opened)} images, {pairs} pairs want {2 * pairs}")
+    places = [place for pair in range(pairs) for place in (pair, pair + pairs)]
+    drawn = opened.subset(places)
+    together = max(1, rows // 4)  # pairs: their stations fill most calls of the network
+    found, keys = list[Interpolations](), list[tuple[str, ...]]()
+    with store.atomic_folder(out, KIND) as folder, progress.task("interpolating", pairs) as bar:
+        for batch in batches(drawn, model.preprocessing, 2 * together, workers=workers):
+            for images in _one_by_one(interpolator(batch.images[::2], batch.images[1::2])):
+                _save(folder, len(found), images)
+                found.append(images)
+            keys += zip(batch.keys[::2], batch.keys[1::2], strict=True)
+            bar.advance(len(batch.keys) // 2)
+        error = _round_trip(model, found)
+        about = {
+            "source": opened.name,
+            "pairs": [list(pair) for pair in keys],
+            "model": model.content_hash,
+            "solver": solver,
+            "steps": None if is_adaptive(solver) else steps,
+            "levels": list(interpolator.levels),
+            "seed": seed,
+            "rows": rows,
+            "precision": precision,
+            "round_trip": error,
+        }
+        store.write_config(folder, KIND, about)
+        (folder / "page.html").write_text(_page(about, keys, found), encoding="utf-8")
+    return InterpolatedFolder(Path(out), pairs, pairs * stations * len(_KINDS), error)
+
+
+def _one_by_one(images: Interpolations) -> list[Interpolations]:
+    parts = zip(images.first.split(1), images.second.split(1), images.symmetric.split(1), strict=True)
+    return [Interpolations(*part) for part in parts]
+
+
+def _kinds(images: Interpolations) -> dict[str, Tensor]:
+    """The pictures of one pair, (S, C, H, W), by kind."""
+    return dict(zip(_KINDS, (images.first[0], images.second[0], images.symmetric[0]), strict=True))
+
+
+def _save(folder: Path, pair: int, images: Interpolations) -> None:
+    for kind, stations in _kinds(images).items():
+        for number, image in enumerate(stations[1:-1], start=1):
+            save_png(image, folder / kind / f"{pair:03d}-{number:02d}.png", folder / ".working")
+
+
+def _round_trip(model: DiffusionModel, found: list[Interpolations]) -> float:
+    """Images A and B stand at station 0 of the asymmetric kinds; decoded inversions at the symmetric one's ends."""
+    errors = [
+        (images[0, 0] - decoded).square().mean().sqrt()
+        for each in found
+        for images, decoded in ((each.first, each.symmetric[0, 0]), (each.second, each.symmetric[0, -1]))
+    ]
+    return float(torch.stack(errors).mean())
+
+
+def _page(about: dict[str, Any], keys: list[tuple[str, ...]], found: list[Interpolations]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("farout.evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    pairs = [
+        {
+            "first": pair[0],
+            "second": pair[1],
+            "kinds": {kind: [png_address(image) for image in stations] for kind, stations in _kinds(images).items()},
+        }
+        for pair, images in zip(keys, found, strict=True)
+    ]
+    return environment.get_template("interpolations.html").render(about=about, pairs=pairs, versions=store.versions())

@@ -1,0 +1,79 @@
+"""Labels of a source as numbers 0 to K - 1, and images together with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from farout.errors import FaroutError, SourceError
+from farout.images.batching import PreparedImages
+from farout.images.sources import ImageSource
+
+__all__ = ["LabelledImages", "check_no_class_is_empty", "class_name", "class_names_of", "class_numbers"]
+
+
+def class_names_of(source: ImageSource) -> tuple[str, ...]:
+    """Names of the classes that occur in `source`, in the order of their labels; a label without a name is its own.
+
+    Raises SourceError where there are no labels, or only one class.
+    """
+    names = tuple(class_name(source, label) for label in sorted(set(_labels(source))))
+    if len(names) < 2:
+        raise SourceError(
+            f"all images of {source.name} are of one class ({', '.join(names)}); classes want two or more"
+        )
+    return names
+
+
+def class_numbers(source: ImageSource, names: Sequence[str]) -> Tensor:
+    """The class of each image of `source` as its position in `names`, int64 (N,).
+
+    Raises SourceError where there are no labels, or a class that is not among the names.
+    """
+    place = {name: number for number, name in enumerate(names)}
+    found = [class_name(source, label) for label in _labels(source)]
+    strange = sorted({name for name in found if name not in place})
+    if strange:
+        raise SourceError(
+            f"{source.name} has images of {', '.join(strange)}, but the classes are {', '.join(names)}; leave them out "
+            "(@classes=…)"
+        )
+    return torch.tensor([place[name] for name in found], dtype=torch.int64)
+
+
+def check_no_class_is_empty(numbers: Tensor, names: Sequence[str]) -> None:
+    """Raises FaroutError where a class of `names` has none of the training images, whose `class_numbers` are given."""
+    empty = [name for place, name in enumerate(names) if not bool((numbers == place).any())]
+    if empty:
+        raise FaroutError(f"no image is left to train the class {', '.join(empty)} on; give more images of it")
+
+
+def _labels(source: ImageSource) -> tuple[int, ...]:
+    if source.labels is None:
+        raise SourceError(
+            f"{source.name} has no labels, and classes are learnt from them; give a class-per-folder tree or a table "
+            "with labels, or train without classes"
+        )
+    return source.labels
+
+
+def class_name(source: ImageSource, label: int) -> str:
+    """The name of a label of `source`; one without a name is its own."""
+    names = source.class_names or ()
+    return str(names[label]) if 0 <= label < len(names) else str(label)
+
+
+class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
+    """Prepared images, each with the number of its class, for training."""
+
+    def __init__(self, images: PreparedImages, numbers: Tensor) -> None:
+        self.images, self.numbers = images, numbers
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.numbers[index]

@@ -1,0 +1,254 @@
+"""New images: the same whatever the batch, one folder that is a source, and clear words for what cannot work."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from farout.cli import main
+from farout.diffusion.class_vectors import ClassVectors
+from farout.diffusion.methods import SOLVERS
+from farout.diffusion.model import DiffusionModel
+from farout.diffusion.sample_folder import write_samples
+from farout.diffusion.sampling import Sampler, choose_classes, sample
+from farout.errors import FaroutError, StoreError
+from farout.images.sources import open_source
+from small import conditional, model, tiny_unet
+
+
+def made(found: object) -> Tensor:
+    return torch.cat(list(found))
+
+
+def without_null() -> DiffusionModel:
+    unet = tiny_unet(classes=3)
+    plain = model()
+    table = ClassVectors(unet, ("a", "b", "c"), has_null=False)
+    return DiffusionModel(unet, plain.schedule, plain.preprocessing, conditioning=table)
+
+
+# -- images ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_method_makes_images(solver: str) -> None:
+    steps = None if solver == "probability_flow" else 6
+    images = made(sample(model(), 2, solver=solver, steps=steps))
+    assert images.shape == (2, 1, 8, 8)
+    assert float(images.min()) >= 0
+    assert float(images.max()) <= 1
+    assert float(images.std()) > 0.01
+
+
+def test_an_image_does_not_depend_on_its_batch() -> None:
+    """Bit for bit: from a shorter run, another batch, other company, guided or not."""
+    network = conditional()
+    for guidance in (1.0, 3.0):
+        settings = {"steps": 5, "guidance": guidance, "rows": 4}
+        whole = made(sample(network, 7, batch=7, **settings))
+        assert torch.equal(whole, made(sample(network, 7, batch=2, **settings)))
+        assert torch.equal(whole[:3], made(sample(network, 3, **settings)))
+        some = Sampler(network, **settings).images([5, 1], [2, 1])
+        assert torch.equal(some, whole[[5, 1]])
+
+
+def test_seeds_and_classes_make_a_difference() -> None:
+    network = conditional()
+    first = made(sample(network, labels=[0, 0, 1], steps=5))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, made(sample(network, labels=[0, 0, 1], steps=5, seed=1)))
+    assert torch.equal(first[:2], made(sample(network, labels=[0, 0], steps=5)))
+    assert not torch.equal(first[1], made(sample(network, labels=[0, 1], steps=5))[1])
+
+
+def test_guidance_is_the_papers_mixture() -> None:
+    """Scale 1 costs one evaluation a step, another two: conditional and null."""
+    network = conditional()
+    counted = {}
+    for guidance in (1.0, 3.0):
+        sampler = Sampler(network, steps=4, guidance=guidance)
+        denoiser = sampler._denoiser()
+        inner = denoiser if guidance == 1 else denoiser.denoiser  # type: ignore[attr-defined]
+        sampler._solve(denoiser, torch.randn(2, 1, 8, 8), sampler.path.repeat(2, 1), sampler.condition([0, 1]))
+        counted[guidance] = inner.evaluations
+    assert counted == {1.0: 8, 3.0: 16}
+    one, three = (made(sample(network, labels=[0, 1], steps=4, guidance=g)) for g in (1.0, 3.0))
+    assert not torch.equal(one, three)
+
+
+def test_paths_start_at_the_largest_level() -> None:
+    network = model()
+    for spacing in ("grid", "geometric"):
+        path = Sampler(network, steps=10, spacing=spacing).path
+        assert path[0] == network.schedule.sigma[-1].float()
+        assert len(path) == 11
+        assert path[-1] == 0
+    levels = network.schedule.t_of(Sampler(network, steps=50).path[:-1])
+    assert levels.tolist() == list(range(999, 0, -20))
+    assert Sampler(network, "probability_flow").path.tolist() == [float(path[0]), 0.0]
+
+
+# -- what cannot work -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("network", "settings", "message"),
+    [
+        (model, {"guidance": 3.0}, "wants a class-conditional model"),
+        (model, {"labels": [0]}, "unconditional"),
+        (conditional, {"labels": [0, 3]}, "labels 0 to 2, got 3"),
+        (without_null, {"guidance": 2.0}, "no null condition"),
+        (model, {"solver": "euler"}, "no solver 'euler'; expected one of ddim"),
+        (model, {"solver": "pndm4", "steps": 3}, "pndm4 warms up over 3 steps.*at least 4"),
+        (model, {"solver": "probability_flow", "steps": 3}, "finds its own steps"),
+        (model, {"steps": 0}, "steps want 1 to 1000"),
+        (model, {"steps": 0, "spacing": "geometric"}, "steps want 1 or more"),
+        (model, {"rows": 0}, "rows want 1"),
+        (model, {"count": 0}, "at least 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_the_call(network: object, settings: dict, message: str) -> None:
+    count = None if "labels" in settings else settings.pop("count", 2)
+    with pytest.raises(FaroutError, match=message):
+        sample(network(), count, **settings)
+
+
+def test_classes_by_name_or_number() -> None:
+    network = conditional()
+    assert choose_classes(network, ["all"]) == choose_classes(network, []) == (0, 1, 2)
+    assert choose_classes(network, ["c,a"]) == choose_classes(network, ["c", "0"]) == (2, 0)
+    for wanted, message in ((["d"], "no class 'd'; the model knows a, b, c"), (["3"], "no class"), (["a,a"], "twice")):
+        with pytest.raises(FaroutError, match=message):
+            choose_classes(network, wanted)
+    with pytest.raises(FaroutError, match="unconditional"):
+        choose_classes(model(), ["a"])
+
+
+# -- folders --------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_samples_is_a_source_with_labels(tmp_path: Path) -> None:
+    sampler = Sampler(conditional(), steps=4)
+    done = write_samples(sampler, tmp_path / "s", 7, grid=True)
+    assert (done.images, done.made) == (7, 7)
+    source = open_source(tmp_path / "s")
+    assert source.class_names == ("a", "b", "c")
+    assert len(source) == 7
+    expected = made(sample(conditional(), 7, steps=4))
+    index = source.keys.index("b/000004.png")
+    assert torch.equal(source[index], (expected[4] * 255).round().to(torch.uint8))
+    lines = [json.loads(line) for line in (tmp_path / "s" / "manifest.jsonl").read_text().splitlines()]
+    assert [line["label"] for line in lines] == [0, 1, 2, 0, 1, 2, 0]
+    assert lines[4] == {
+        **{"key": "b/000004.png", "index": 4, "label": 1, "class": "b", "seed": 0, "solver": "dpm_solver_2m"},
+        **{"steps": 4, "guidance": 1.0, "model": conditional().content_hash},
+    }
+    with Image.open(tmp_path / "s-grid.png") as sheet:
+        margin = sheet.width - (3 * 50 + 2)
+        assert (0 < margin < 30, sheet.height) == (True, 3 * 50 + 2)
+        names = np.asarray(sheet)[:, :margin, 0] > 200
+        assert [bool(names[row * 50 : row * 50 + 52].any()) for row in range(3)] == [True] * 3
+
+
+def test_images_are_made_once(tmp_path: Path) -> None:
+    sampler, out = Sampler(model(), steps=4), tmp_path / "s"
+    write_samples(sampler, out, 5, batch=2)
+    whole = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    assert sorted(whole) == [f"{index:06d}.png" for index in range(5)]
+    (out / "000001.png").unlink()
+    (out / "000003.png").unlink()
+    stamp = (out / "000002.png").stat().st_mtime_ns
+    done = write_samples(sampler, out, 6, batch=2)
+    assert (done.images, done.made) == (6, 3)
+    assert (out / "000002.png").stat().st_mtime_ns == stamp
+    again = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    assert {name: again[name] for name in whole} == whole
+    assert write_samples(sampler, out, 2).made == 0
+    assert len((out / "manifest.jsonl").read_text().splitlines()) == 6
+    assert len(open_source(out)) == 6
+    assert open_source(out).labels is None
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, out = Sampler(model(), steps=4), tmp_path / "s"
+    whole = Sampler.images
+
+    def stops(self: Sampler, indices: list[int], labels: list[int] | None = None) -> Tensor:
+        if 2 in indices:
+            raise KeyboardInterrupt
+        return whole(self, indices, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "images", stops)
+        with pytest.raises(KeyboardInterrupt):
+            write_samples(sampler, out, 4, batch=2)
+    # fewer are asked for now: those of the first run stay in the folder, which is a source, so they are told
+    done = write_samples(sampler, out, 1)
+    assert (done.images, done.asked, done.made) == (2, 1, 0)
+    assert len((out / "manifest.jsonl").read_text().splitlines()) == len(open_source(out)) == 2
+    assert write_samples(sampler, out, 4, batch=2).made == 2
+    write_samples(sampler, tmp_path / "t", 4)
+    for path in out.glob("*.png"):
+        assert path.read_bytes() == (tmp_path / "t" / path.name).read_bytes()
+
+
+def test_another_configuration_does_not_mix_in(tmp_path: Path) -> None:
+    write_samples(Sampler(conditional(), steps=4), tmp_path / "s", 3)
+    for other, classes in (
+        (Sampler(conditional(), steps=5), None),
+        (Sampler(conditional(), steps=4, seed=1), None),
+        (Sampler(conditional(), steps=4, guidance=2.0), None),
+        (Sampler(conditional(), steps=4), [0, 1]),
+        (Sampler(conditional(b_scale=2.0), steps=4), None),
+    ):
+        with pytest.raises(StoreError, match="made otherwise"):
+            write_samples(other, tmp_path / "s", 3, classes=classes)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.txt").write_text("a")
+    with pytest.raises(StoreError, match="not replaced"):
+        write_samples(Sampler(model(), steps=4), tmp_path / "mine", 1)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["a.txt"]
+
+
+def test_class_names_that_are_no_folder_names(tmp_path: Path) -> None:
+    unet, plain = tiny_unet(classes=4), model()
+    names = ("T-shirt/top", "..", "a b", "A B")
+    network = DiffusionModel(
+        unet, plain.schedule, plain.preprocessing, conditioning=ClassVectors(unet, names, has_null=True)
+    )
+    write_samples(Sampler(network, steps=3), tmp_path / "s", 4)
+    folders = sorted(path.name for path in (tmp_path / "s").iterdir() if path.is_dir())
+    assert folders == ["1-", "2-a b", "3-A B", "T-shirt_top"]
+    assert len(open_source(tmp_path / "s")) == 4
+
+
+# -- command line ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conditional().save(tmp_path / "m")
+    model().save(tmp_path / "plain")
+    words = ["sample", str(tmp_path / "m"), "--out", str(tmp_path / "s"), "--count", "4", "--steps", "5"]
+    words += ["--solver", "pndm2", "--device", "cpu", "--precision", "fp32"]
+    assert main([*words, "--classes", "c,a", "--guidance", "2", "--grid"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 images" in printed
+    assert "s-grid.png" in printed
+    assert sorted(path.name for path in (tmp_path / "s").glob("*/*.png")) == [f"{i:06d}.png" for i in range(4)]
+    assert {path.parent.name for path in (tmp_path / "s").glob("*/*.png")} == {"a", "c"}
+    wrong = [
+        (["--classes", "d"], "no class 'd'"),
+        (["--solver", "euler"], "solver"),
+        (["--solver", "pndm4", "--steps", "2"], "warms up"),
+        ([], "made otherwise"),
+    ]
+    for more, message in wrong:
+        assert main([*words, *more]) in (1, 2)
+        assert message in capsys.readouterr().err
+    assert main(["sample", str(tmp_path / "plain"), "--out", str(tmp_path / "p"), "--classes", "a"]) == 1
+    assert "unconditional" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()

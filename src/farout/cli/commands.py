@@ -102,7 +102,8 @@ def score(
         policy: what becomes of an unreadable image: nan (listed, without score), skip or raise.
         furthest: images shown on the page.
         fdr: adds a column of images selected by Benjamini-Hochberg at this false discovery rate.
-        maps: also write OUT/maps: every image with its heat map, for methods that say where (patches, reconstruction, denoising).
+        maps: also write OUT/maps: every image with its heat map, for methods that say where (patches, reconstruction,
+            denoising).
         runtime: settings that differ from the fitted ones.
     """
     fitted = load(detector, **runtime)

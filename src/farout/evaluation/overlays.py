@@ -39,7 +39,8 @@ def check_makes_maps(detector: Detector) -> None:
     """Raises FaroutError for a detector that cannot tell where in an image something is."""
     if not detector.makes_maps:
         raise FaroutError(
-            f"{type(detector).__name__} gives one number an image and no maps; fit `patches`, `reconstruction` or `denoising`"
+            f"{type(detector).__name__} gives one number an image and no maps; fit `patches`, `reconstruction` or "
+            "`denoising`"
         )
 
 

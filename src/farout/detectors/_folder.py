@@ -102,7 +102,7 @@ def _read_inside(kind: type[N], folder: Path, wanted: str | None) -> N | None:
         return None
     network = kind.load(folder)
     if network.content_hash != wanted:
-        raise StoreError(f"the {folder.name} in {folder.parent} are not those of this detector's fit (hash differs)")
+        raise StoreError(f"the {folder.name} in {folder.parent} are not the ones this detector was fitted with (hash differs)")
     return network
 
 

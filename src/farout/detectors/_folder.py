@@ -102,7 +102,9 @@ def _read_inside(kind: type[N], folder: Path, wanted: str | None) -> N | None:
         return None
     network = kind.load(folder)
     if network.content_hash != wanted:
-        raise StoreError(f"the {folder.name} in {folder.parent} are not the ones this detector was fitted with (hash differs)")
+        raise StoreError(
+            f"the {folder.name} in {folder.parent} are not the ones this detector was fitted with (hash differs)"
+        )
     return network
 
 

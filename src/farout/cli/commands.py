@@ -258,7 +258,7 @@ def clear_features(name: str | None = None) -> list[CachedKind]:
 
 
 def demo(
-    *, out: str = "farout-demo", steps: int = 200, limit: int = 150, images: int | None = None, seed: int = 0
+    *, out: str = "farout-demo", steps: int = 100, limit: int = 100, images: int | None = None, seed: int = 0
 ) -> Iterator[pd.DataFrame]:
     """Run the main job on the built-in sample, in minutes.
 
@@ -266,7 +266,7 @@ def demo(
         out: folder of the demo's models and results.
         steps: training steps of the diffusion model.
         limit: images scored of each set.
-        images: images of the sample that the detector is fitted to; without it all 4,000.
+        images: images of the sample that the detector is fitted to; without it 1,000.
         seed: seed of everything.
     """
     return _demo(out, steps=steps, limit=limit, images=images, seed=seed)

@@ -24,7 +24,7 @@ OOD = ("sample_digits:test", "sample_fashion:test@vflip", "sample_fashion:test@h
 
 def demo(out: str | Path, *, steps: int, limit: int, images: int | None, seed: int) -> Iterator[pd.DataFrame]:
     """Fits two detectors to the FashionMNIST sample and rates them against MNIST digits and flipped images: `semantic`
-    on 1,000 images, in under a minute, then `reconstruction`, which trains a tiny diffusion model of images.
+    on 1,000 images, then `reconstruction`, which trains a tiny diffusion model of images.
 
     Writes `semantic/` and `reconstruction/`, each with `detector/` and `results/`, below `out`, and gives the table of
     each as soon as it is there.
@@ -33,15 +33,15 @@ def demo(out: str | Path, *, steps: int, limit: int, images: int | None, seed: i
         out: a folder; what an earlier demo wrote there is replaced.
         steps: training steps of the diffusion model of images.
         limit: images scored of each set.
-        images: images of the sample that the detectors are fitted to; None: 1,000, and all 4,000.
+        images: images of the sample that the detectors are fitted to; None: 1,000.
         seed: seed of everything.
     """
     few = 1000 if images is None else images
-    semantic = Semantic(updates=200).fit(TRAIN, limit=few, seed=seed, statistics=min(200, few // 4))
+    fewer = {"limit": few, "seed": seed, "statistics": min(200, few // 4)}
+    semantic = Semantic(updates=200).fit(TRAIN, **fewer)
     yield _rated(semantic, Path(out) / "semantic", limit)
     training = replace(TrainingConfig(**PRESETS["tiny"]["training"]), steps=steps, batch_size=32)
-    statistics = 300 if images is None else min(300, images // 4)
-    reconstruction = Reconstruction().fit(TRAIN, limit=images, training=training, seed=seed, statistics=statistics)
+    reconstruction = Reconstruction().fit(TRAIN, training=training, **fewer)
     yield _rated(reconstruction, Path(out) / "reconstruction", limit)
 
 

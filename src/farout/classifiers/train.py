@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from farout.classifiers.model import KIND, Classifier
 from farout.classifiers.networks import NetworkSpec, Stem
 from farout.classifiers.origin import FRESH, Origin, start_from
 from farout.devices import first_process, resolve_precision
+from farout.diffusion.train import discard_checkpoints
 from farout.errors import FaroutError
 from farout.images.classes import LabelledImages, check_no_class_is_empty, class_names_of, class_numbers
 from farout.images.preprocessing import Preprocessing, Protocol
@@ -309,8 +309,7 @@ def train_classifier(
         held = images.subset(sorted([*parts.statistics, *parts.calibration]))
         _rate(trained, held, resolve_precision(training.precision, trained.device))
         trained.save(out)
-        if not settings.checkpoint_every and not settings.tensorboard:
-            shutil.rmtree(folder, ignore_errors=True)
+        discard_checkpoints(folder, settings)
     return trained
 
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
 
 from farout import store
 from farout.classifiers.augment import random_crop, random_flip, random_resized_crop
@@ -18,7 +17,7 @@ from farout.classifiers.model import KIND, Classifier
 from farout.classifiers.networks import NetworkSpec, Stem
 from farout.classifiers.origin import FRESH, Origin, start_from
 from farout.devices import first_process, resolve_precision
-from farout.diffusion.train import discard_checkpoints
+from farout.diffusion.train import discard_checkpoints, learnt_and_validating
 from farout.errors import FaroutError
 from farout.images.classes import LabelledImages, check_no_class_is_empty, class_names_of, class_numbers
 from farout.images.preprocessing import Preprocessing, Protocol
@@ -174,7 +173,7 @@ def train_on(
     classifier, origin = _start(source, config, names, weights, training.seed)
     hashes = [source.content_hash(i) for i in range(len(source))]
     labelled = LabelledImages(PreparedImages(source, classifier.preprocessing), numbers)
-    learning, validation = _parts(labelled, hashes, validate=training.validate_every > 0)
+    learning, validation = learnt_and_validating(labelled, hashes, validate=training.validate_every > 0)
     loss = config.loss()
 
     def step(network: nn.Module, batch: list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -215,17 +214,6 @@ def _start(
 def _told_of(origin: Origin) -> dict[str, str | None]:
     """The provenance of the start weights."""
     return {"weights": origin.weights, "started_from": origin.classifier}
-
-
-def _parts(labelled: LabelledImages, hashes: list[str], *, validate: bool) -> tuple[Dataset, Dataset | None]:
-    """What is learnt from and what validates: the last twentieth by hash."""
-    if not validate:
-        return labelled, None
-    held = len(labelled) // 20
-    if not held:
-        raise FaroutError(f"validation wants at least 20 training images, there are {len(labelled)}")
-    order = sorted(range(len(labelled)), key=hashes.__getitem__)
-    return Subset(labelled, sorted(order[held:])), Subset(labelled, sorted(order[:held]))
 
 
 def accuracy_on(

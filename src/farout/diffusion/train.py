@@ -28,7 +28,14 @@ from farout.images.sources import ImageSource, PreparedImages, open_source
 from farout.images.splits import split
 from farout.training import Step, TrainingConfig, train
 
-__all__ = ["PRESETS", "DiffusionConfig", "discard_checkpoints", "train_diffusion", "train_model"]
+__all__ = [
+    "PRESETS",
+    "DiffusionConfig",
+    "discard_checkpoints",
+    "learnt_and_validating",
+    "train_diffusion",
+    "train_model",
+]
 
 
 @dataclass(frozen=True)
@@ -293,16 +300,22 @@ def _prepare(source: ImageSource, model: DiffusionModel, objective: Objective, *
     if model.autoencoder is not None:
         latents = _latents(images, len(source), model)
         prepared = TensorDataset(latents) if numbers is None else TensorDataset(latents, numbers)
-    order = sorted(range(len(source)), key=hashes.__getitem__)
-    held = len(source) // 20 if validate else 0
-    if validate and not held:
-        raise FaroutError(f"validation wants at least 20 training images, there are {len(source)}")
-    training = prepared if not held else Subset(prepared, sorted(order[held:]))
-    validation = None if not held else Subset(prepared, sorted(order[:held]))
+    training, validation = learnt_and_validating(prepared, hashes, validate=validate)
     fingerprint = source.fingerprint()
     if numbers is not None:
         fingerprint = _labelled(fingerprint, names or (), numbers, objective)
     return _Data(training, validation, fingerprint, hashes)
+
+
+def learnt_and_validating(data: Dataset, hashes: Sequence[str], *, validate: bool) -> tuple[Dataset, Dataset | None]:
+    """What is learnt from and what validates: with `validate` the last twentieth by hash, else nothing."""
+    if not validate:
+        return data, None
+    held = len(hashes) // 20
+    if not held:
+        raise FaroutError(f"validation wants at least 20 training images, there are {len(hashes)}")
+    order = sorted(range(len(hashes)), key=hashes.__getitem__)
+    return Subset(data, sorted(order[held:])), Subset(data, sorted(order[:held]))
 
 
 def _labelled(fingerprint: str, names: Sequence[str], numbers: Tensor, objective: Objective) -> str:

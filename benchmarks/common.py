@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from farout.diffusion.model import DiffusionModel
 from farout.images.sources import ImageSource, open_source
 
-__all__ = ["fresh_images", "machine", "table"]
+__all__ = ["auroc_cell", "decided", "fresh_images", "machine", "table"]
 
 
 def fresh_images(spec: str, model: DiffusionModel, count: int, seed: int) -> ImageSource:
@@ -38,6 +39,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def auroc_cell(rows: pd.DataFrame) -> str:
+    """Of several runs: the mean, their range, the outermost ends of their intervals, and `decided`."""
+    spread = f"{rows['auroc'].min():.3f}-{rows['auroc'].max():.3f}, " if len(rows) > 1 else ""
+    return f"{rows['auroc'].mean():.3f} ({spread}{rows['low'].min():.3f} to {rows['high'].max():.3f}){decided(rows)}"
+
+
+def decided(rows: pd.DataFrame) -> str:
+    """In how many runs the paired interval of the default's lead excludes zero: + ahead, - behind."""
+    ahead, behind = int((rows["difference_low"] > 0).sum()), int((rows["difference_high"] < 0).sum())
+    return "".join([f" +{ahead}" if ahead else "", f" -{behind}" if behind else ""])
 
 
 def _cell(value: object) -> str:

@@ -1,12 +1,12 @@
 """The denoising detector in three spaces beside post-hoc scores of the same classifier; presets; ablations.
 
-    farout train classifier "fashion_mnist:train@classes=0,2-7,9" --out classifier
-    farout train diffusion "fashion_mnist:train@classes=0,2-7,9" --preset classes --out diffusion
-    FAROUT_DATA=… python benchmarks/denoising.py classifier diffusion --count 150 --out rows.csv
-    python benchmarks/denoising.py --table rows.csv
+    FAROUT_DATA=… python benchmarks/denoising.py run networks/ --splits 0 1 2 3 4 --count 150 --out rows.csv
+    FAROUT_DATA=… python benchmarks/denoising.py ablate networks/ --splits 0 --count 150 --out rows.csv
+    python benchmarks/denoising.py table --out rows.csv
 
-Statistics and calibration come from training images that neither network has seen; each test set is a seeded choice of
-`--count` images. Every method adds its rows to the file; what is there is left out.
+A split takes two classes of FashionMNIST out; classifier and diffusion model are trained on the other eight and kept in
+`networks/`. Statistics and calibration come from training images that neither network has seen; each test set is a
+seeded choice of `--count` images. Every method adds its rows to the file; what is there is left out.
 """
 
 from __future__ import annotations
@@ -20,138 +20,209 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import machine, table
+from common import auroc_cell, machine, table
 
 from farout.classifiers.model import Classifier
+from farout.classifiers.train import PRESETS as CLASSIFIERS
+from farout.classifiers.train import ClassifierConfig, accuracy_on, train_classifier
 from farout.detectors.base import Detector, Scores
 from farout.detectors.denoising import Denoising
 from farout.detectors.posthoc import Posthoc
 from farout.diffusion.model import DiffusionModel
+from farout.diffusion.train import PRESETS as MODELS
+from farout.diffusion.train import DiffusionConfig, train_diffusion
 from farout.evaluation.intervals import paired_difference
 from farout.evaluation.metrics import evaluate
 from farout.images.sources import ImageSource, open_source
+from farout.training import TrainingConfig
 
-CLASSES, OTHERS = "0,2-7,9", "1,8"
-FAST, POST_HOC = "fast", ("msp", "energy", "vim", "knn", "mahalanobis")
-SHOWN = ("logit", "feature", "pixel")
+SPLITS = ((1, 8), (0, 9), (2, 7), (3, 6), (4, 5))
+"""The classes of FashionMNIST that are out; each class once."""
+
+FAST = "fast"
+POST_HOC = ("msp", "energy", "vim", "knn", "mahalanobis")
+SPACES = ("logit", "feature", "pixel")
 
 
-def methods() -> Iterator[tuple[str, Detector]]:
+def methods(ablate: bool) -> Iterator[tuple[str, Detector]]:
     """The default first: the others are compared with it."""
     yield FAST, Denoising()
     yield "posthoc", Posthoc()
-    yield "fast, r = 1", Denoising(draws=1)
-    yield "fast, no condition", Denoising(condition="none")
-    yield "fast, no guidance", Denoising(guidance=1.0)
-    yield "paper", Denoising.from_preset("paper")
+    if ablate:
+        yield "fast, r = 1", Denoising(draws=1)
+        yield "fast, t = 120", Denoising(levels=(120,))
+        yield "fast, no guidance", Denoising(guidance=1.0)
+        yield "fast, no condition", Denoising(condition="none")
+        yield "fast, true labels", Denoising(labels="true")
+        yield "paper", Denoising.from_preset("paper")
 
 
-def fresh(spec: str, networks: list[Any], count: int, seed: int) -> ImageSource:
-    """Training images that no network has seen."""
-    source = open_source(spec)
-    seen = frozenset[str]().union(*(network.trained_on for network in networks))
-    order = np.random.default_rng(seed).permutation(len(source))
-    chosen = [int(i) for i in order if source.content_hash(int(i)) not in seen][:count]
-    return source.subset(sorted(chosen))
+def spec(part: str, classes: list[int], variant: str = "") -> str:
+    """Of FashionMNIST these classes only."""
+    return f"fashion_mnist:{part}{variant}@classes={','.join(map(str, classes))}"
 
 
-def run(classifier: Classifier, diffusion: DiffusionModel, count: int, seed: int, out: Path) -> None:
+class Split:
+    """The networks of a split, and what they are asked to tell apart."""
+
+    def __init__(self, number: int, networks: Path, steps: int) -> None:
+        self.number = number
+        self.out = list(SPLITS[number])
+        self.inside = [each for each in range(10) if each not in self.out]
+        self.train = spec("train", self.inside)
+        folder = networks / f"split-{number}"
+        if not (folder / "classifier").is_dir():
+            train_classifier(
+                self.train,
+                folder / "classifier",
+                model=ClassifierConfig(**CLASSIFIERS["tiny"]["model"]),
+                training=TrainingConfig(**CLASSIFIERS["tiny"]["training"]),
+                seed=number,
+            )
+        if not (folder / "diffusion").is_dir():
+            train_diffusion(
+                self.train,
+                folder / "diffusion",
+                model=DiffusionConfig(**MODELS["classes"]["model"]),
+                training=TrainingConfig(**{**MODELS["classes"]["training"], "steps": steps}),
+                seed=number,
+            )
+        self.classifier = Classifier.load(folder / "classifier")
+        self.diffusion = DiffusionModel.load(folder / "diffusion")
+
+    def unseen(self, count: int) -> ImageSource:
+        """Training images that no network has seen."""
+        source = open_source(self.train)
+        seen = self.classifier.trained_on | self.diffusion.trained_on
+        order = np.random.default_rng(self.number).permutation(len(source))
+        chosen = [int(i) for i in order if source.content_hash(int(i)) not in seen][:count]
+        return source.subset(sorted(chosen))
+
+    def test(self, count: int, flips: bool) -> dict[str, ImageSource]:
+        """The images inside, as `id`, and by name those outside; flips are of the images inside."""
+        seed = self.number
+        found = {
+            "id": open_source(spec("test", self.inside), limit=count, seed=seed),
+            "other classes": open_source(spec("test", self.out), limit=count, seed=seed),
+            "mnist": open_source("mnist:test", limit=count, seed=seed),
+        }
+        for flip in ("vflip", "hflip") if flips else ():
+            source = open_source(spec("test", self.inside, f"@{flip}"))
+            places = {key: i for i, key in enumerate(source.keys)}
+            found[flip] = source.subset([places[key] for key in found["id"].keys])
+        return found
+
+
+def run(split: Split, count: int, ablate: bool, out: Path) -> None:
     """Rates what the file lacks."""
-    spec = f"fashion_mnist:test@classes={CLASSES}"
-    inside = open_source(spec, limit=count, seed=seed)
-    outside = {
-        "classes 1 and 8": open_source(f"fashion_mnist:test@classes={OTHERS}", limit=count, seed=seed),
-        "mnist": open_source("mnist:test", limit=count, seed=seed),
-        "vflip": _flipped("vflip", inside, spec),
-        "hflip": _flipped("hflip", inside, spec),
-    }
+    accuracy = accuracy_on(split.classifier, open_source(spec("test", split.inside)))
+    print(f"split {split.number}: accuracy {accuracy:.4f}", flush=True)
     base: dict[str, Scores] = {}
-    for name, detector in methods():
-        done = pd.read_csv(out)["method"].unique() if out.is_file() else ()
-        if name in done and name != FAST:
+    for name, detector in methods(ablate):
+        known = _known(out, split.number, name)
+        if known and name != FAST:
             continue
-        images = fresh(f"fashion_mnist:train@classes={CLASSES}", [classifier, diffusion], 1200, seed)
         if isinstance(detector, Denoising):
-            detector.fit(images.subset(range(100)), diffusion, classifier, alpha=0.1, statistics=40, seed=seed)
+            detector.fit(split.unseen(100), split.diffusion, split.classifier, alpha=0.1, statistics=40)
         else:
-            detector.fit(images, classifier=classifier, seed=seed)
+            detector.fit(split.unseen(1200), classifier=split.classifier)
+        sets = split.test(count, flips=name in (FAST, "posthoc"))
         started = time.perf_counter()
-        scores = {"id": detector.score(inside)} | {ood: detector.score(images) for ood, images in outside.items()}
-        speed = (len(inside) + sum(map(len, outside.values()))) / (time.perf_counter() - started)
+        scores = {each: detector.score(images) for each, images in sets.items()}
+        speed = sum(map(len, sets.values())) / (time.perf_counter() - started)
         base = base or scores
-        rows = list(_rated(name, detector, scores, base, speed))
-        if name not in done:
-            pd.DataFrame(rows).to_csv(out, mode="a", header=not out.is_file(), index=False)
-        print(name, *[f"{r['ood']} {r['indicator']} {r['auroc']:.3f}" for r in rows], flush=True)
+        rows = pd.DataFrame(_rated(name, detector, scores, base))
+        rows = rows.assign(split=split.number, accuracy=accuracy, images_per_s=speed)
+        if not known:
+            rows.to_csv(out, mode="a", header=not out.is_file(), index=False)
+        areas = [f"{ood} {which} {area:.3f}" for which, ood, area in zip(rows.indicator, rows.ood, rows.auroc)]
+        print(split.number, name, f"{speed:.2f} images/s", *areas, flush=True)
 
 
-def _flipped(how: str, inside: ImageSource, spec: str) -> ImageSource:
-    source = open_source(f"fashion_mnist:test@{how}@classes={CLASSES}")
-    places = {key: i for i, key in enumerate(source.keys)}
-    return source.subset([places[key] for key in inside.keys])
+def _known(out: Path, split: int, name: str) -> bool:
+    if not out.is_file():
+        return False
+    done = pd.read_csv(out)
+    return bool(((done["split"] == split) & (done["method"] == name)).any())
 
 
 def _rated(
-    name: str, detector: Detector, scores: dict[str, Scores], base: dict[str, Scores], speed: float
+    name: str, detector: Detector, scores: dict[str, Scores], base: dict[str, Scores]
 ) -> Iterator[dict[str, Any]]:
     cost = detector.cost()
-    wanted = POST_HOC if isinstance(detector, Posthoc) else SHOWN
     for ood in list(scores)[1:]:
-        flipped = ood.endswith("flip")
         same = np.arange(len(scores["id"]))
-        groups = (same, same) if flipped else None
-        for indicator in wanted:
+        groups = (same, same) if ood.endswith("flip") else None
+        for indicator in POST_HOC if isinstance(detector, Posthoc) else SPACES:
             pair = (scores["id"].indicators[indicator], scores[ood].indicators[indicator])
-            first = (base["id"].score, base[ood].score)
-            rated, gap = evaluate(*pair, groups=groups), paired_difference(pair, first, groups=groups)
+            rated = evaluate(*pair, groups=groups)
+            # of the default's score to this one
+            gap = paired_difference((base["id"].score, base[ood].score), pair, groups=groups)
             yield {
                 **{"method": name, "indicator": indicator, "ood": ood, "auroc": rated.auroc, "low": rated.auroc_low},
                 **{"high": rated.auroc_high, "fpr95": rated.fpr95, "n_id": rated.n_id, "n_ood": rated.n_ood},
                 **{"difference": gap.value, "difference_low": gap.low, "difference_high": gap.high},
-                **{"nfe": cost.nfe, "gmacs": cost.gmacs, "images_per_s": speed},
+                **{"nfe": cost.nfe, "gmacs": cost.gmacs},
             }
 
 
 def summary(rows: pd.DataFrame) -> str:
-    """AUROC with interval and FPR95; then costs; then the paper's preset against the default."""
+    """All splits: AUROC and FPR95. The ablations' splits: AUROC, and the default's lead. Costs."""
+    ablated = rows[rows["method"] == "paper"]["split"].unique()
+    plain = rows[rows["method"].isin([FAST, "posthoc"])]
+    accuracy = rows.groupby("split")["accuracy"].first()
+    counts = f"n = {rows['n_id'].max()} in, {rows['n_ood'].min()} to {rows['n_ood'].max()} out; {machine()}"
+    parts = [
+        f"{counts}; accuracy by split " + ", ".join(f"{each:.3f}" for each in accuracy),
+        _by_ood(plain, auroc_cell),
+        _by_ood(plain, lambda some: f"{some['fpr95'].mean():.2f}"),
+    ]
+    some = rows[rows["split"].isin(ablated) & (rows["method"] != "posthoc") & ~rows["ood"].str.endswith("flip")]
+    if len(some):
+        parts += [_by_ood(some, auroc_cell), _by_ood(some[some["indicator"] == "logit"], _lead), _costs(some)]
+    return "\n\n".join(parts)
+
+
+def _by_ood(rows: pd.DataFrame, cell: Any) -> str:
     oods = list(dict.fromkeys(rows["ood"]))
-    lines, costs = [], []
+    lines = []
     for (method, indicator), each in rows.groupby(["method", "indicator"], sort=False):
-        lines.append([method, indicator, *[_cell(each[each["ood"] == ood].iloc[0]) for ood in oods]])
+        cells = [cell(each[each["ood"] == ood]) for ood in oods]
+        lines.append([method, indicator, each["split"].nunique(), *cells])
+    return table(["method", "score", "splits", *oods], lines)
+
+
+def _lead(rows: pd.DataFrame) -> str:
+    first = rows.iloc[0]
+    return f"{first['difference']:+.3f} ({first['difference_low']:+.3f} to {first['difference_high']:+.3f})"
+
+
+def _costs(rows: pd.DataFrame) -> str:
+    lines = []
     for method, each in rows.groupby("method", sort=False):
         first = each.iloc[0]
-        costs.append([method, f"{first['nfe']:.0f}", f"{first['gmacs']:.2f}", f"{first['images_per_s']:.2f}"])
-    counts = f"n = {rows['n_id'].max()} in, {rows['n_ood'].min()} to {rows['n_ood'].max()} out; {machine()}"
-    return "\n\n".join(
-        [
-            counts,
-            table(["method", "score", *oods], lines),
-            table(["method", "evaluations an image", "GMACs an image", "images/s"], costs),
-        ]
-    )
-
-
-def _cell(row: pd.Series) -> str:
-    sign = "+" if row["difference_low"] > 0 else "-" if row["difference_high"] < 0 else ""
-    gap = f" {sign}" if sign else ""
-    return f"{row['auroc']:.3f} ({row['low']:.3f} to {row['high']:.3f}){gap}, {row['fpr95']:.2f}"
+        lines.append([method, f"{first['nfe']:.0f}", f"{first['gmacs']:.2f}", f"{first['images_per_s']:.2f}"])
+    return table(["method", "evaluations an image", "GMACs an image", "images/s"], lines)
 
 
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", help="folder of the classifier, folder of the diffusion model")
+    parser.add_argument("what", choices=["run", "ablate", "table"])
+    parser.add_argument("networks", type=Path, nargs="?", help="folder of the networks, trained where they are missing")
+    parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=1500, help="training updates of the diffusion model")
     parser.add_argument("--count", type=int, default=150)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("denoising.csv"))
-    parser.add_argument("--table", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    if given.table is not None:
-        print(summary(pd.read_csv(given.table)))
+    if given.what == "table":
+        print(summary(pd.read_csv(given.out)))
         return
-    classifier, diffusion = Classifier.load(given.networks[0]), DiffusionModel.load(given.networks[1])
-    run(classifier, diffusion, given.count, given.seed, given.out)
+    if given.networks is None:
+        parser.error("give the folder of the networks")
+    for number in given.splits:
+        run(Split(number, given.networks, given.steps), given.count, given.what == "ablate", given.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import machine, table
+from common import auroc_cell, decided, machine, table
 
 from farout import registry
 from farout.detectors.base import Detector, Scores
@@ -155,7 +155,7 @@ def _split(name: str, classes: int, kept: int, split: int, train_limit: int) -> 
 
 def detectors(task: Task, seed: int) -> Iterator[tuple[str, Detector, int | None]]:
     """Name, method and limit of its training images; what costs much and has no weights of its own, once."""
-    yield "semantic", Semantic(), None
+    yield "semantic", Semantic(regret=True), None
     for name in Semantic.companions:
         if name != "autoencoder" or seed == task.seeds[0]:
             yield name, registry.find("detectors", name).load()(), None
@@ -243,27 +243,17 @@ def _means(rows: pd.DataFrame) -> str:
 
 
 def _mean(rows: pd.DataFrame) -> str:
-    return f"{rows['auroc'].mean():.3f}{_decided(rows)}"
+    return f"{rows['auroc'].mean():.3f}{decided(rows)}"
 
 
 def _of_task(task: str, protocol: str, some: pd.DataFrame) -> str:
     oods = list(dict.fromkeys(some["ood"]))
     lines = []
     for (detector, indicator), each in some.groupby(["detector", "indicator"], sort=False):
-        cells = [_cell(each[each["ood"] == ood]) for ood in oods]
+        cells = [auroc_cell(each[each["ood"] == ood]) for ood in oods]
         lines.append([detector, indicator, each["seed"].nunique(), *cells])
     counts = f"n = {some['n_id'].max()} in, {some['n_ood'].min()} to {some['n_ood'].max()} out"
     return f"**{task}**, protocol {protocol}, {counts}\n\n" + table(["detector", "score", "runs", *oods], lines)
-
-
-def _decided(rows: pd.DataFrame) -> str:
-    ahead, behind = int((rows["difference_low"] > 0).sum()), int((rows["difference_high"] < 0).sum())
-    return "".join([f" +{ahead}" if ahead else "", f" -{behind}" if behind else ""])
-
-
-def _cell(rows: pd.DataFrame) -> str:
-    spread = f"{rows['auroc'].min():.3f}-{rows['auroc'].max():.3f}, " if len(rows) > 1 else ""
-    return f"{rows['auroc'].mean():.3f} ({spread}{rows['low'].min():.3f} to {rows['high'].max():.3f}){_decided(rows)}"
 
 
 def main() -> None:

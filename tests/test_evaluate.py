@@ -295,8 +295,8 @@ def test_constant_scores_warn_and_are_worth_one_half(tmp_path: Path) -> None:
     assert frame["auroc"].item() == 0.5
 
 
-def test_a_constant_indicator_is_worth_one_half(place: Path) -> None:
-    with pytest.warns(ConstantScoresWarning):
+def test_a_constant_indicator_is_worth_one_half_and_is_named(place: Path) -> None:
+    with pytest.warns(ConstantScoresWarning, match="constant, .*far: all scores are equal"):
         frame = evaluate_detector(
             brightness(place), place / "test", [place / "far"], place / "constant", beside=NOTHING
         )

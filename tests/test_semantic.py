@@ -160,6 +160,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fitted(folder: Path, **settings: object) -> Semantic:
     small = {"size": 32, "hidden": 32, "bottleneck": 32, "embedding": 16, "blocks": 1, "epochs": 3, "batch": 16}
+    small |= {"regret": True}
     runtime = settings.pop("runtime", Runtime())
     return Semantic(**{**small, **settings}).fit(folder, alpha=0.1, statistics=20, runtime=runtime)  # type: ignore[arg-type]
 

@@ -149,8 +149,9 @@ def _shared(one: _Side, other: _Side) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 def _check_unseen(detector: Detector, source: ImageSource) -> None:
     """Warns of in-distribution images that the detector has seen: they flatter it."""
+    networks = [network for network in (detector.diffusion, detector.classifier) if network is not None]
     seen = detector.statistics_hashes | detector.calibration_hashes
-    seen |= detector.diffusion.trained_on if detector.diffusion is not None else frozenset()
+    seen = seen.union(*(network.trained_on for network in networks))
     count = sum(name in seen for name in source.content_hashes())
     if count:
         message = f"{count} of {len(source)} images of {source.name} were used to train, fit or calibrate the detector"
@@ -191,10 +192,11 @@ def _indicator_rows(
         own = detector.score_name if name == "score" else name
         id_scores, ood_scores = inside.scores.indicators[own], outside.scores.indicators[own]
         calibration = detector.calibration_scores[own]
+        what = f"{common['detector']}, {own}, {outside.source.name}"
         yield {
             **common,
             "indicator": name,
-            **asdict(rate(id_scores, ood_scores, groups=groups, seed=detector.seed)),
+            **asdict(rate(id_scores, ood_scores, groups=groups, seed=detector.seed, name=what)),
             "alpha": detector.alpha,
             "false_alarm": false_alarm(p_values(id_scores, calibration), detector.alpha),
             "detection": detection(p_values(ood_scores, calibration), detector.alpha),
@@ -271,6 +273,6 @@ def evaluate_scores(files: Sequence[str | Path], out: str | Path | None = None) 
         for name in ["score", *shared]:
             pair = [side.score if name == "score" else side.indicators[name] for side in (inside, outside)]
             common = {"detector": "given", "indicator": name, "id": str(files[0]), "ood": str(file)}
-            rows.append({**common, **asdict(rate(pair[0], pair[1]))})
+            rows.append({**common, **asdict(rate(pair[0], pair[1], name=f"{name}, {file}"))})
     table = pd.DataFrame(rows).reindex(columns=COLUMNS)
     return table if out is None else _written(table, Path(out) / "metrics.csv")

@@ -37,11 +37,11 @@ class DetectionMetrics:
     n_ood: int
 
 
-def _clean(scores: Any, side: str) -> np.ndarray:
+def _clean(scores: Any, side: str, start: str) -> np.ndarray:
     scores = np.asarray(scores, dtype=np.float64).ravel()
     good = scores[~np.isnan(scores)]
     if len(good) < len(scores):
-        message = f"{len(scores) - len(good)} of {len(scores)} {side} scores are not numbers and are left out"
+        message = f"{start}{len(scores) - len(good)} of {len(scores)} {side} scores are not numbers and are left out"
         warnings.warn(message, NaNScoresWarning, stacklevel=4)
     return good
 
@@ -115,6 +115,7 @@ def evaluate(
     groups: tuple[np.ndarray, np.ndarray] | None = None,
     draws: int = 1000,
     seed: int = 0,
+    name: str = "",
 ) -> DetectionMetrics:
     """All metrics of a pair of sets.
 
@@ -123,18 +124,22 @@ def evaluate(
         groups: ids of the source image behind every score of both sides, where variants of one image are on both:
             intervals then resample source images instead of scores.
         draws, seed: of the bootstrap.
+        name: what is rated, which warnings begin with.
 
     Warns:
         NaNScoresWarning, ConstantScoresWarning, and TrapWarning for an AUROC that lies below one half with its whole
         interval: the sign is turned round, or the OOD images are simpler than the in-distribution ones.
     """
     kept = _drop(groups, id_scores, ood_scores)
-    inside, outside = _clean(id_scores, "in-distribution"), _clean(ood_scores, "out-of-distribution")
+    start = f"{name}: " if name else ""
+    inside = _clean(id_scores, "in-distribution", start)
+    outside = _clean(ood_scores, "out-of-distribution", start)
     if not len(inside) or not len(outside):
         nan = float("nan")
         return DetectionMetrics(nan, nan, nan, nan, nan, nan, nan, nan, len(inside), len(outside))
     if np.ptp(np.r_[inside, outside]) == 0:
-        warnings.warn("all scores are equal; the AUROC is one half by definition", ConstantScoresWarning, stacklevel=2)
+        message = f"{start}all scores are equal; the AUROC is one half by definition"
+        warnings.warn(message, ConstantScoresWarning, stacklevel=2)
     rate = fpr95(inside, outside)
     spread = bootstrap(fpr95, inside, outside, groups=kept, draws=draws, seed=seed)
     spread = _widened(rate, spread, _units(kept, inside, outside)[1])
@@ -146,7 +151,7 @@ def evaluate(
         low, high = _widened(area, drawn, min(_units(kept, inside, outside)))
     if high < 0.5:
         message = f"AUROC {area:.3f} lies below one half: the OOD images score as nearer than the in-distribution ones"
-        warnings.warn(message, TrapWarning, stacklevel=2)
+        warnings.warn(start + message, TrapWarning, stacklevel=2)
     pair = (inside, outside)
     return DetectionMetrics(area, low, high, aupr_in(*pair), aupr_out(*pair), rate, *spread, len(inside), len(outside))
 

@@ -36,7 +36,7 @@ __all__ = ["CachedKind", "FeatureCache", "cache_folder", "cached_kinds", "clear"
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _BLOCK = 256
 _SETTINGS = "settings.json"
 _NAME = re.compile("[0-9a-f]{16}")

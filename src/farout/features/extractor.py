@@ -17,6 +17,7 @@ from farout.devices import Precision, autocast
 from farout.diffusion.denoiser import in_chunks
 from farout.errors import FaroutError, StoreError
 from farout.features import backbones
+from farout.features.folding import folded
 
 __all__ = ["KIND", "FeatureExtractor"]
 
@@ -86,7 +87,13 @@ class FeatureExtractor:
         """Moves the network."""
         self.network.to(device)
         self.device = torch.device(device)
+        self.__dict__.pop("_fast", None)
         return self
+
+    @cached_property
+    def _fast(self) -> nn.Module:
+        """What is run; `network` keeps the weights as they came."""
+        return folded(self.network, self.size)
 
     def rows(self, rows: int) -> int:
         """Rows of one call of the backbone: `rows`, on a CPU at most 8."""
@@ -120,7 +127,7 @@ class FeatureExtractor:
     def _levels(self, images: Tensor, precision: Precision) -> list[Tensor]:
         mean, std = (torch.tensor(v, device=images.device).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
         with autocast(self.device, precision):
-            levels = self.network((images - mean) / std)
+            levels = self._fast((images - mean) / std)
         if self._channels_last:
             levels = [level.movedim(-1, 1) for level in levels]
         if not self.normalise:

@@ -27,6 +27,9 @@ from farout.training_config import TrainingConfig
 
 __all__ = ["Semantic"]
 
+_VECTORS = 4
+"""Feature vectors are small: so many times the rows of images go in one call."""
+
 
 class Semantic(FeatureDetector):
     """How far an image's features are from what a diffusion model of good images' features makes of them.
@@ -50,7 +53,8 @@ class Semantic(FeatureDetector):
         lr_sign: 1: a large fall of the error in training counts as far out, as released (in a linear denoiser what
             lies off the data is learnt late); -1: as the paper argues. Dev sources speak for -1, other sets for 1:
             with so short a first pass, no score to rely on.
-        regret: keep the denoiser of the first pass over the images too, for `lr`; doubles the evaluations.
+        regret: keep the denoiser of the first pass over the images too, for `lr`, as the presets do; doubles the
+            evaluations, and no other score uses it.
         standardise: `image`: each layer of each image to mean 0 and deviation 1 over its channels (the paper's);
             `channel`: each channel by its mean and deviation over good images.
         summaries: append the layers' means and log deviations, which `image` would lose.
@@ -83,6 +87,7 @@ class Semantic(FeatureDetector):
             "sampler": "ddim",
             "steps": 3,
             "score": "mfsim",
+            "regret": True,
             "hidden": None,
             "bottleneck": None,
             "embedding": None,
@@ -99,6 +104,7 @@ class Semantic(FeatureDetector):
             "noise": "image",
             "sampler": "released",
             "score": "mfsim_released",
+            "regret": True,
         },
     }
 
@@ -113,7 +119,7 @@ class Semantic(FeatureDetector):
         eta: float = 1.0,
         score: str = "mfsim_released",
         lr_sign: int = 1,
-        regret: bool = True,
+        regret: bool = False,
         standardise: Standardise = "image",
         summaries: bool = False,
         hidden: int | None = 512,
@@ -209,7 +215,7 @@ class Semantic(FeatureDetector):
         regret = self.regret and model.first is not None
         self._check_regret(regret)
         precision: Any = self.runtime.precision
-        self.denoisers = model.denoisers(int(self.runtime.rows), precision)[: 2 if regret else 1]
+        self.denoisers = model.denoisers(_VECTORS * int(self.runtime.rows), precision)[: 2 if regret else 1]
         learnt = self.state()
         self.scorer = indicators.Scorer(model.encoding.groups, regret, self.config["lr_sign"])
         self.restore(learnt)

@@ -70,8 +70,8 @@ class Inversion:
             raise FaroutError(f"steps, draws and levels want 1 or more, got {self.steps}, {self.draws}, {self.levels}")
         if min(self.lr_scale, self.lr if self.lr is not None else 1.0) <= 0 or self.pull < 0:
             raise FaroutError(
-                f"learning rates want to be above 0 and pull at least 0, got lr_scale {self.lr_scale}, lr {self.lr} and "
-                f"pull {self.pull}"
+                "learning rates want to be above 0 and pull at least 0, got "
+                f"lr_scale {self.lr_scale}, lr {self.lr} and pull {self.pull}"
             )
         if self.noise not in ("image", "shared"):
             raise FaroutError(f"noise is 'shared' or drawn per 'image', got {self.noise!r}")

@@ -179,7 +179,7 @@ def test_other_settings_do_not_mix_in(
 ) -> None:
     out = shutil.copytree(whole.folder, tmp_path / "s")
     before = files(out)
-    with pytest.raises(StoreError, match="holds outliers already; give resume=True"):
+    with pytest.raises(StoreError, match="holds outliers already; give --resume"):
         made(method, images, out)
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("seed: 0 there, 1 now", {"seed": 1}),

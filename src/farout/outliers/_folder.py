@@ -104,7 +104,9 @@ class OutlierWriter:
         """
         store.check_replaceable(self.folder, KIND)
         if (self.folder / "config.json").is_file() and not resume:
-            raise StoreError(f"{self.folder} holds outliers already; give resume=True to go on, or another folder")
+            raise StoreError(
+                f"{self.folder} holds outliers already; give --resume (resume=True) to go on, or another folder"
+            )
         store.resume_config(self.folder, KIND, settings, about)
         self._columns, self._rows = _read_rows(self.folder)
         if self._columns:

@@ -16,10 +16,11 @@ __all__ = ["ClassNoise"]
 
 
 class ClassNoise(VectorSynthesiser):
-    """Outliers without a method: v = e_y + scale s n, decoded by the generator.
+    """Outliers without a method: class vectors with Gaussian noise, decoded.
 
-    e_y is the vector of class y, s the standard deviation of all entries of the class table, n standard normal noise of
-    (seed, number of the outlier). Of the images only the classes matter. The manifest's `distance` is ||v - e_y||.
+    The image of v = e_y + scale s n, where e_y is the vector of class y, s the standard deviation of all entries of the
+    class table, n standard normal noise of (seed, number of the outlier). Of the images only the classes matter. The
+    manifest's `distance` is ||v - e_y||.
 
     Args:
         scale: of the noise, in standard deviations of the class table's entries; 0 gives images of the classes.

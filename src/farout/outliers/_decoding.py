@@ -74,7 +74,7 @@ class VectorSynthesiser(Synthesiser):
         solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
         steps: steps from noise to image; without it 20, or as many as probability_flow finds.
         spacing: where the steps lie: grid (evenly in t) or geometric (evenly in log sigma).
-        guidance: weight of the class: 1 is conditional; models without a null condition know no other. 2 suits small
+        guidance: weight of the class: 1 is conditional, all that a model without label dropout can do. 2 suits small
             models, Stable Diffusion is used with 7.5.
     """
 

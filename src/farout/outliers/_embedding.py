@@ -243,7 +243,8 @@ def embed(
     store.resume_config(folder, KIND, settings, {"source": source.name})
     there = set(read_embeddings(folder).index.tolist())
     missing = [index for index in range(len(source)) if index not in there]
-    size = runtime.images_at_once(model.shape)
+    # by the images, which an autoencoder encodes all at once; the network's calls have their own size
+    size = runtime.images_at_once((model.preprocessing.channels, *model.preprocessing.size))
     with task(f"embedding {source.name}", len(missing)) as bar:
         for batch in batches(source.subset(missing), model.preprocessing, size, workers=runtime.workers):
             if batch.keys:

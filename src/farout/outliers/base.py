@@ -57,6 +57,14 @@ class Work:
         return tuple(sorted(set(self.labels.tolist())))
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the generator's images, or of the source's first where there is none."""
+        if self.diffusion is None:
+            return tuple(self.source[0].shape)
+        prepared = self.diffusion.preprocessing
+        return (prepared.channels, *prepared.size)
+
+    @property
     def generator(self) -> DiffusionModel:
         """The diffusion model; raises FaroutError where none was given."""
         if self.diffusion is None:
@@ -208,8 +216,7 @@ class Synthesiser(Configured, ABC):
 
     def _write(self, work: Work, writer: OutlierWriter) -> int:
         missing = writer.missing(work.count)
-        shape = work.diffusion.shape if work.diffusion is not None else work.source[0].shape
-        size = work.runtime.images_at_once(shape)
+        size = work.runtime.images_at_once(work.shape)
         with task(f"outliers into {work.folder}", len(missing)) as bar:
             for start in range(0, len(missing), size):
                 indices = missing[start : start + size]

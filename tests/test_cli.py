@@ -73,7 +73,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "list"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = command.split() + (["reconstruction"] if command == "fit" else [])
+    words = command.split() + {"fit": ["reconstruction"], "synthesize": ["class_noise"]}.get(command, [])
     assert main([*words, "--help"]) == 0
     text = capsys.readouterr().out
     flags = {word.strip("[],") for word in text.split() if word.startswith("--")}
@@ -99,7 +99,12 @@ def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 def test_version_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("farout ")
-    wanted = {"detectors": "reconstruction", "sets": "fashion_mnist", "presets": "--mode exact", "synthesisers": ""}
+    wanted = {
+        "detectors": "reconstruction",
+        "sets": "fashion_mnist",
+        "presets": "--mode exact",
+        "synthesisers": "class_noise",
+    }
     for what, text in wanted.items():
         assert main(["list", what]) == 0
         assert text in capsys.readouterr().out

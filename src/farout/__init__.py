@@ -8,11 +8,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ClassNoise": "farout.outliers.class_noise",
     "Classifier": "farout.classifiers.model",
     "DiffusionModel": "farout.diffusion.model",
     "FeatureDiffusion": "farout.features.diffusion",
     "FeatureExtractor": "farout.features.extractor",
     "NoiseSchedule": "farout.diffusion.schedule",
+    "OutlierFolder": "farout.outliers.base",
     "Posthoc": "farout.detectors.posthoc",
     "Preprocessing": "farout.images.preprocessing",
     "Reconstruction": "farout.detectors.reconstruction",
@@ -20,6 +22,7 @@ _HOMES = {
     "Semantic": "farout.detectors.semantic",
     "load": "farout.detectors.base",
     "open_source": "farout.images.sources",
+    "read_outliers": "farout.outliers.base",
     "train_classifier": "farout.classifiers.train",
     "train_diffusion": "farout.diffusion.train",
 }

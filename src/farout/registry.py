@@ -14,6 +14,9 @@ from farout.errors import FaroutError
 
 __all__ = ["Member", "find", "members", "name_of"]
 
+_TITLES = {"outliers": "synthesisers"}
+"""What the members of a room are called, where not as the room."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -77,4 +80,4 @@ def find(room: str, name: str) -> Member:
         return known[name]
     near = get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
-    raise FaroutError(f"there is no {room.removesuffix('s')} {name!r}; {hint}")
+    raise FaroutError(f"there is no {_TITLES.get(room, room).removesuffix('s')} {name!r}; {hint}")

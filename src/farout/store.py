@@ -29,6 +29,7 @@ __all__ = [
     "load_tensors",
     "read_config",
     "read_json",
+    "resume_config",
     "save_tensors",
     "versions",
     "write_config",
@@ -154,6 +155,34 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
     if head.get("format", 0) > FORMAT:
         raise StoreError(f"{folder} has layout {head['format']}, this farout reads up to {FORMAT}; upgrade farout")
     return content
+
+
+def resume_config(folder: str | Path, kind: str, settings: Mapping[str, Any], about: Mapping[str, Any] = {}) -> None:
+    """Opens a folder that is filled bit by bit: writes its `config.json`, or sees that the one there says the same.
+
+    Args:
+        folder: made where it is not there.
+        kind: of the folder.
+        settings: all that decides what is put into it; those within `config` are compared one by one.
+        about: written beside them and not compared.
+
+    Raises StoreError where something else is in the folder, or what was made with other settings; it lists these.
+    """
+    folder = Path(folder)
+    check_replaceable(folder, kind)
+    if not (folder / "config.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, kind, {**settings, **about})
+    now, known = _flat(json.loads(json.dumps(settings))), _flat(read_config(folder, kind))
+    differing = [
+        f"{name}: {known.get(name)} there, {value} now" for name, value in now.items() if known.get(name) != value
+    ]
+    if differing:
+        raise StoreError(f"{folder} holds {kind} made otherwise ({'; '.join(differing)}); give another folder")
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, **settings.get("config", {}), "config": None}
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], note: Mapping[str, str] | None = None) -> None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "calibrate": "calibrate",
     "evaluate": "evaluate",
     "sample": "sample",
+    "synthesize": "synthesize",
     "fid": "fid",
     "interpolate": "interpolate",
     "features extract": "extract_features",

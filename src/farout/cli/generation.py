@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+from farout import registry
 from farout.devices import resolve_device, resolve_precision
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sample_folder import SampledFolder, write_samples
 from farout.diffusion.sampling import Sampler, Spacing, choose_classes
 from farout.evaluation.fid import FeatureName, SetDistance, set_distance
 from farout.evaluation.interpolate import InterpolatedFolder, write_interpolations
+from farout.outliers.base import OutlierFolder, Runtime, Synthesiser
 
-__all__ = ["fid", "interpolate", "sample"]
+__all__ = ["fid", "interpolate", "sample", "synthesize"]
 
 Precisions = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -57,6 +59,58 @@ def sample(
     exact = resolve_precision(precision, where)
     sampler = Sampler(network, solver, steps, spacing, guidance, seed, rows, exact)
     return write_samples(sampler, out, count, classes=chosen, batch=batch, grid=grid)
+
+
+def synthesize(
+    method: str,
+    source: str,
+    *,
+    diffusion: str,
+    out: str,
+    classifier: str | None = None,
+    count: int = 1000,
+    seed: int = 0,
+    resume: bool = False,
+    stage: str | None = None,
+    limit: int | None = None,
+    policy: Literal["raise", "skip"] = "raise",
+    preset: str | None = None,
+    runtime: Runtime,
+    arguments: dict[str, Any],
+) -> OutlierFolder:
+    """Make outliers from labelled images, with a diffusion model.
+
+    Args:
+        method: the synthesiser's name, see `farout list synthesisers`.
+        source: labelled images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
+        diffusion: folder of a class-conditional diffusion model, or hf://owner/name.
+        out: folder of the outliers.
+        classifier: folder of a classifier, for methods that need one.
+        count: number of outliers, all classes together.
+        seed: seed of everything.
+        resume: go on where an earlier run in the folder stopped; a larger count adds outliers.
+        stage: the last stage to do; without it all.
+        limit: a seeded sample of this many images of the source.
+        policy: what becomes of an unreadable image: raise, or skip.
+        preset: the method's preset that `arguments` started from.
+        runtime: how networks are run.
+        arguments: the method's own settings.
+    """
+    made: Synthesiser = registry.find("outliers", method).load()(**arguments)
+    made.provenance["preset"] = preset or ""
+    return made.synthesize(
+        source,
+        out,
+        count=count,
+        diffusion=diffusion,
+        classifier=classifier,
+        seed=seed,
+        resume=resume,
+        stage=stage,
+        limit=limit,
+        policy=policy,
+        runtime=runtime,
+    )
 
 
 def fid(

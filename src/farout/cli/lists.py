@@ -54,11 +54,13 @@ def _members(room: str) -> list[dict[str, str]]:
 
 
 def _presets() -> list[dict[str, str]]:
-    """Presets of every detector and of training; these are read from the classes themselves."""
+    """Presets of every detector, every synthesiser and of training; these are read from the classes themselves."""
     from farout.classifiers.train import PRESETS as CLASSIFIERS
     from farout.diffusion.train import PRESETS
 
     owners = {f"fit {name}": member.load().presets for name, member in registry.members("detectors").items()}
+    synthesisers = registry.members("outliers").items()
+    owners |= {f"synthesize {name}": member.load().presets for name, member in synthesisers}
     owners |= {"train diffusion": PRESETS, "train classifier": CLASSIFIERS}
     return [
         {"command": owner, "preset": name, "settings": _flags(settings)}

@@ -25,6 +25,7 @@ from farout.evaluation.interpolate import InterpolatedFolder
 from farout.evaluation.scoring import ScoredFolder
 from farout.features.cache import CachedKind, cache_folder
 from farout.features.extraction import Extraction
+from farout.outliers.base import OutlierFolder
 
 __all__ = ["progress", "quiet_libraries", "show"]
 
@@ -89,6 +90,7 @@ def show(name: str, result: Any) -> None:
         "evaluate": _metrics,
         "demo": _demonstrated,
         "sample": _sampled,
+        "synthesize": _synthesized,
         "fid": _distance,
         "interpolate": _interpolated,
         "features extract": _extracted,
@@ -129,6 +131,14 @@ def _sampled(done: SampledFolder) -> None:
     print(f"{done.images} images, {done.made} made now{more}")
     for path in filter(None, (done.folder, done.grid)):
         print(f"  {path}")
+
+
+def _synthesized(done: OutlierFolder) -> None:
+    more = f", {done.asked} asked for" * (done.images != done.asked)
+    print(f"{done.images} outliers, {done.made} made now{more}")
+    for path in (done.folder / "images", done.folder / "manifest.csv"):
+        if path.exists():
+            print(f"  {path}")
 
 
 def _distance(found: SetDistance) -> None:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from farout import classifiers, diffusion, registry
@@ -41,8 +42,9 @@ _USAGE = {
 
 def parse(name: str, function: str, words: Sequence[str]) -> Callable[[], Any]:
     """The call that the words ask for. Raises UsageError for wrong usage; exits with status 0 after --help."""
-    if name == "fit":
-        return _fit(words)
+    if name in _METHODS:
+        member = _chosen(name, words)
+        return _METHODS[name].parse(member, member.load(), words[1:])
     call = next(getattr(room, function) for room in _ROOMS if hasattr(room, function))
     if call in _TRAININGS:
         return _train(name, call, words)
@@ -147,34 +149,56 @@ def _long(word: str) -> str:
     return f"--training.{flag.removeprefix('--')}{equals}{value}" if short else word
 
 
-def _fit(words: Sequence[str]) -> Callable[[], Any]:
-    """METHOD comes first: its constructor's arguments are flags beside those of the fit."""
-    known = registry.members("detectors")
-    if not words or words[0].startswith("-"):
-        if {"-h", "--help"} & set(words):
-            print(f"usage: farout fit METHOD SOURCE --out DIR [settings]\n\n{_first_line(commands.fit)}\n\nmethods:")
-            print(*(f"  {name:<18}{member.description}" for name, member in known.items()), sep="\n")
-            print("\n`farout fit METHOD --help` shows the settings.")
-            raise SystemExit(0)
-        raise UsageError(f"fit wants METHOD SOURCE --out DIR, the method first; methods: {', '.join(known)}")
-    member = registry.find("detectors", words[0])
-    method = member.load()
+@dataclass(frozen=True)
+class _Methods:
+    """A command whose first word is a METHOD: the constructor's arguments are flags beside the command's own."""
+
+    room: str
+    call: Callable[..., Any]
+    needed: str
+    parse: Callable[[registry.Member, Any, Sequence[str]], Callable[[], Any]]
+
+
+def _chosen(name: str, words: Sequence[str]) -> registry.Member:
+    """The METHOD that comes first; exits after --help with the list of methods."""
+    command = _METHODS[name]
+    known = registry.members(command.room)
+    if words and not words[0].startswith("-"):
+        return registry.find(command.room, words[0])
+    if {"-h", "--help"} & set(words):
+        usage = f"usage: farout {name} METHOD SOURCE {command.needed} [settings]"
+        print(f"{usage}\n\n{_first_line(command.call)}\n\nmethods:")
+        print(*(f"  {each:<18}{member.description}" for each, member in known.items()), sep="\n")
+        print(f"\n`farout {name} METHOD --help` shows the settings.")
+        raise SystemExit(0)
+    wanted = f"METHOD SOURCE {command.needed}"
+    raise UsageError(f"{name} wants {wanted}, the method first; methods: {', '.join(known)}")
+
+
+def _fit(member: registry.Member, method: Any, words: Sequence[str]) -> Callable[[], Any]:
     parser = _fit_parser(member, method)
-    chosen = parser.read(words[1:])
+    chosen = parser.read(words)
     network = _training_preset(chosen.network_preset) if _trains_on_images(method) else {}
     parser.set_defaults({**network, **_method_preset(method, chosen.preset)})
-    values = _values(parser, parser.read(words[1:]))
-    return functools.partial(_call_fit, words[0], method, values)
+    values = _values(parser, parser.read(words))
+    return functools.partial(_call_fit, member.name, method, values)
 
 
 def _fit_parser(member: registry.Member, method: Any) -> Parser:
-    parser = _parser(f"fit {member.name}", commands.fit, ["method", "preset"], about=member.description)
-    parser.add_argument("--preset", type=str, help=f"settings to start from: {', '.join(method.presets) or 'none'}")
-    parser.take(method)
+    parser = _method_parser(f"fit {member.name}", commands.fit, member, method)
     parser.take(FitSettings, skip=_not_flags(method))
     parser.take(Runtime)
     if _trains_on_images(method):
         _add_training(parser, "network_preset", method.network_preset)
+    return parser
+
+
+def _method_parser(
+    name: str, call: Callable[..., Any], member: registry.Member, method: Any, skip: Sequence[str] = ()
+) -> Parser:
+    parser = _parser(name, call, ["method", "preset", *skip], about=member.description)
+    parser.add_argument("--preset", type=str, help=f"settings to start from: {', '.join(method.presets) or 'none'}")
+    parser.take(method)
     return parser
 
 
@@ -197,3 +221,21 @@ def _call_fit(name: str, method: Any, values: dict[str, Any]) -> Any:
     rest = {key: values[key] for key in ("source", "out", "diffusion", "classifier", "link", "preset")}
     source = rest.pop("source")
     return commands.fit(name, source, **rest, settings=chosen, arguments=arguments)
+
+
+def _synthesize(member: registry.Member, method: Any, words: Sequence[str]) -> Callable[[], Any]:
+    skip = [] if "classifier" in method.needs else ["classifier"]
+    skip += ["stage"] if len(method.stages) == 1 else []
+    parser = _method_parser(f"synthesize {member.name}", generation.synthesize, member, method, skip)
+    parser.take(Runtime, skip=["cache"])
+    parser.set_defaults(_method_preset(method, parser.read(words).preset))
+    values = _values(parser, parser.read(words))
+    arguments = {key: values.pop(key) for key in method().config}
+    runtime = Runtime(**{key: values.pop(key) for key in _RUNTIME if key in values})
+    return functools.partial(generation.synthesize, member.name, **values, runtime=runtime, arguments=arguments)
+
+
+_METHODS = {
+    "fit": _Methods("detectors", commands.fit, "--out DIR", _fit),
+    "synthesize": _Methods("outliers", generation.synthesize, "--diffusion DIR --out DIR", _synthesize),
+}

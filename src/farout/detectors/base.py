@@ -16,9 +16,8 @@ from torch import Tensor
 
 from farout import store
 from farout.calibration import check_scores, is_out, p_values
+from farout.configuration import Configured
 from farout.detectors._cost import Cost, cost_of
-from farout.detectors._remember import remembering
-from farout.detectors._runtime import Runtime
 from farout.detectors._tables import Measurements, Scores
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError
@@ -27,6 +26,7 @@ from farout.features.extractor import FeatureExtractor
 from farout.images.preprocessing import Preprocessing, Protocol
 from farout.images.sources import Batch, ImageSource, Policy, batches, open_source
 from farout.progress import task
+from farout.runtime import Runtime
 
 if TYPE_CHECKING:
     from farout.classifiers.model import Classifier
@@ -35,11 +35,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Cost", "Detector", "Measurements", "Runtime", "Scores", "load"]
 
-_MEMORY = 256 * 2**20
 _COMBINED = 64
 
 
-class Detector(ABC):
+class Detector(Configured, ABC):
     """A method that says how far out an image is. The constructor's arguments are the configuration.
 
     A method implements `measure`, `combine`, `fit_statistics` and `tiny`, and says what it `needs`. HIGHER = FURTHER
@@ -60,8 +59,6 @@ class Detector(ABC):
     """How a diffusion model of images is trained where none is given, see `farout list presets`."""
     companions: ClassVar[tuple[str, ...]] = ()
     """Detectors that every rating of this one shows beside it."""
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
-    """Named settings: arguments of the constructor."""
     choices: ClassVar[frozenset[str]] = frozenset()
     """Arguments that only `combine` reads: they can be changed after the fact."""
     makes_maps: ClassVar[bool] = False
@@ -77,7 +74,6 @@ class Detector(ABC):
     statistics_suffice: ClassVar[bool] = False
     """Whether more would be measured for little: where no network is trained, all other images are left then."""
 
-    config: dict[str, Any]
     preprocessing: Preprocessing
     statistics: Measurements
     calibration: Measurements
@@ -85,16 +81,10 @@ class Detector(ABC):
     features: FeatureExtractor | None = None
     classifier: Classifier | None = None
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        """Keeps the arguments of the constructor as `config`: they are the configuration, the flags and the docs."""
-        super().__init_subclass__(**arguments)
-        if "__init__" in cls.__dict__:
-            cls.__init__ = remembering(cls.__init__)  # type: ignore[method-assign]
-
     def _start(self) -> None:
+        super()._start()
         self.runtime = Runtime()
         self.alpha, self.seed = 0.05, 0
-        self.provenance: dict[str, Any] = {}
         self.statistics_hashes: frozenset[str] = frozenset()
         self.calibration_hashes: frozenset[str] = frozenset()
         self.link: Path | None = None
@@ -175,15 +165,6 @@ class Detector(ABC):
 
     # -- what every detector does --------------------------------------------------------------------------------
 
-    @classmethod
-    def from_preset(cls, name: str, **arguments: Any) -> Self:
-        """A detector with the settings of a preset; `arguments` override them."""
-        if name not in cls.presets:
-            raise FaroutError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(cls.presets) or 'none'}")
-        made = cls(**{**cls.presets[name], **arguments})
-        made.provenance["preset"] = name
-        return made
-
     @property
     def fitted(self) -> bool:
         """Whether `fit` or `load` has been called."""
@@ -219,11 +200,8 @@ class Detector(ABC):
     @property
     def batch_size(self) -> int:
         """Images measured together: as set, or what a budget of 256 MiB holds, between 1 and 64."""
-        if self.runtime.batch_size != "auto":
-            return self.runtime.batch_size
-        numbers = np.prod([self.preprocessing.channels, *self.preprocessing.size])
-        # a solver holds about ten arrays of the size of its input
-        return int(np.clip(_MEMORY // (10 * 4 * numbers * self.rows_per_image), 1, 64))
+        shape = (self.preprocessing.channels, *self.preprocessing.size)
+        return self.runtime.images_at_once(shape, self.rows_per_image)
 
     def batches(self, source: ImageSource) -> Iterator[Batch]:
         """What `measure` is given, `batch_size` positions of the source at a time."""

@@ -11,15 +11,20 @@ from torch import Tensor
 
 from farout.errors import FaroutError
 
-__all__ = ["NoiseKind", "image_noise", "noise_table", "shared_noise"]
+__all__ = ["NoiseKind", "image_noise", "noise_table", "seeded", "shared_noise"]
 
 NoiseKind = Literal["shared", "image"]
 
 
-def _normal(shape: Sequence[int], seed: int, *names: object) -> Tensor:
+def seeded(seed: int, *names: object) -> torch.Generator:
+    """A CPU generator whose draws follow from the seed and the names alone."""
     text = "\0".join([str(seed), *(str(name) for name in names)])
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(number))
+    return torch.Generator().manual_seed(number)
+
+
+def _normal(shape: Sequence[int], seed: int, *names: object) -> Tensor:
+    return torch.randn(tuple(shape), generator=seeded(seed, *names))
 
 
 def shared_noise(shape: Sequence[int], seed: int, level: int | float, repeat: int) -> Tensor:

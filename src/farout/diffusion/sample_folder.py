@@ -18,10 +18,10 @@ from torch import Tensor
 from farout import progress, store
 from farout.diffusion.methods import is_adaptive
 from farout.diffusion.sampling import STEPS, Sampler
-from farout.errors import FaroutError, StoreError
+from farout.errors import FaroutError
 from farout.images.decoding import to_pil
 
-__all__ = ["KIND", "SampledFolder", "contact_sheet", "save_png", "write_samples"]
+__all__ = ["KIND", "SampledFolder", "contact_sheet", "folder_names", "save_png", "write_samples"]
 
 KIND = "samples"
 _MANIFEST = "manifest.jsonl"
@@ -96,7 +96,7 @@ class _Plan:
         self.sampler, self.out, self.classes = sampler, out, classes
         conditioning = sampler.model.conditioning
         self.names = () if conditioning is None else conditioning.class_names
-        self.folders = _folder_names(self.names)
+        self.folders = folder_names(self.names)
         self.model_hash = sampler.model.content_hash
 
     def labels(self, indices: Sequence[int]) -> list[int] | None:
@@ -130,17 +130,7 @@ class _Plan:
 
     def begin(self) -> None:
         """Opens the folder; raises StoreError where something else is in it."""
-        store.check_replaceable(self.out, KIND)
-        settings = self.settings()
-        if not (self.out / "config.json").is_file():
-            self.out.mkdir(parents=True, exist_ok=True)
-            store.write_config(self.out, KIND, settings)
-        known = store.read_config(self.out, KIND)
-        differing = [
-            f"{name}: {known.get(name)} there, {v} now" for name, v in settings.items() if known.get(name) != v
-        ]
-        if differing:
-            raise StoreError(f"{self.out} holds images made otherwise ({'; '.join(differing)}); give another folder")
+        store.resume_config(self.out, KIND, self.settings())
 
     def write_manifest(self) -> int:
         """A line for every image there is, also for those of an earlier, longer run, interrupted or not; returns how
@@ -176,7 +166,7 @@ class _Plan:
         return path
 
 
-def _folder_names(names: Sequence[str]) -> list[str]:
+def folder_names(names: Sequence[str]) -> list[str]:
     """A folder name per class, safe on every file system; `T-shirt/top` is `T-shirt_top`."""
     plain = [re.sub(r"[^\w +.-]", "_", name).strip(" .")[:80] for name in names]
     lowered = [name.lower() for name in plain]

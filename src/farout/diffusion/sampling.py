@@ -120,13 +120,17 @@ class Sampler:
             raise FaroutError(f"this model wants a label per image, 0 to {conditioning.classes - 1}")
         return conditioning(torch.tensor(list(labels), dtype=torch.int64, device=self.model.device))
 
-    @torch.no_grad()
     def images(self, indices: Sequence[int], labels: Sequence[int] | None = None) -> Tensor:
         """Images number `indices`: (B, C, H, W) float32 in [0, 1], on the CPU; a label each for a conditional model.
 
         Nothing is clamped before the end. Raises FaroutError for labels that do not go with the model.
         """
-        model, condition = self.model, self.condition(labels)
+        return self.images_under(self.condition(labels), indices)
+
+    @torch.no_grad()
+    def images_under(self, condition: Condition | None, indices: Sequence[int]) -> Tensor:
+        """Images number `indices` under any condition of the model, a row each; see `images`."""
+        model = self.model
         keys = [str(index) for index in indices]
         noise = image_noise(keys, model.shape, self.seed, model.schedule.steps - 1, 0).to(model.device)
         sigmas = self.path.to(model.device).repeat(len(keys), 1)

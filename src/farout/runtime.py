@@ -1,7 +1,9 @@
-"""How a detector's networks are run."""
+"""How the networks of a detector or a synthesiser are run."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,16 +12,18 @@ from farout.errors import FaroutError
 
 __all__ = ["Runtime"]
 
+_MEMORY = 256 * 2**20
+
 
 @dataclass(frozen=True)
 class Runtime:
-    """How networks are run. Scores are bit-equal for one device, precision and `rows`; the rest never matters.
+    """How networks are run. Results are bit-equal for one device, precision and `rows`; the rest never matters.
 
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         precision: `fp32`, `bf16`, `fp16`, or `auto`: bf16 where the device computes in it natively, else fp32.
         rows: rows of one network call; `auto`: 32 on a CPU, 256 on an accelerator.
-        batch_size: images measured together; `auto`: by a memory budget.
+        batch_size: images measured or made together; `auto`: by a memory budget.
         workers: threads that decode images.
         cache: keep features on disk and read those that are there (see `farout features list`).
     """
@@ -38,3 +42,10 @@ class Runtime:
         if rows < 1 or (self.batch_size != "auto" and self.batch_size < 1):
             raise FaroutError(f"rows and batch_size want at least 1, got {self.rows} and {self.batch_size}")
         return replace(self, device=str(device), precision=resolve_precision(self.precision, device), rows=rows)
+
+    def images_at_once(self, shape: Sequence[int], rows_per_image: int = 1) -> int:
+        """Images of `shape` (C, H, W) in one batch: as set, or what a budget of 256 MiB holds, between 1 and 64."""
+        if self.batch_size != "auto":
+            return self.batch_size
+        # a solver holds about ten arrays of the size of its input
+        return min(max(_MEMORY // (10 * 4 * math.prod(shape) * rows_per_image), 1), 64)

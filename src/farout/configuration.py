@@ -1,0 +1,64 @@
+"""The constructor's arguments are the configuration: what detectors and synthesisers have in common."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+from farout.errors import FaroutError
+
+__all__ = ["Configured"]
+
+
+class Configured:
+    """A method whose constructor's arguments, all with defaults, are its configuration, its flags and its docs.
+
+    Attributes:
+        config: the constructor's arguments.
+        provenance: how it came about: the preset that it started from and the like.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Named settings: arguments of the constructor."""
+
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Keeps the arguments of the constructor as `config`."""
+        super().__init_subclass__(**arguments)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]
+
+    def _start(self) -> None:
+        """Called before the first constructor's own lines."""
+        self.provenance = {}
+
+    @classmethod
+    def from_preset(cls, name: str, **arguments: Any) -> Self:
+        """One with the settings of a preset; `arguments` override them. Raises FaroutError for an unknown preset."""
+        if name not in cls.presets:
+            raise FaroutError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(cls.presets) or 'none'}")
+        made = cls(**{**cls.presets[name], **arguments})
+        made.provenance["preset"] = name
+        return made
+
+
+def _remembering(init: Callable[..., None]) -> Callable[..., None]:
+    """Adds a constructor's arguments to `config`; `**arguments` are named by the constructor that they go on to."""
+    open_ended = {p.name for p in inspect.signature(init).parameters.values() if p.kind is p.VAR_KEYWORD}
+
+    @functools.wraps(init)
+    def wrapped(self: Configured, *args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(init).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        known = {name: value for name, value in list(bound.arguments.items())[1:] if name not in open_ended}
+        if not hasattr(self, "config"):
+            self.config = {}
+            self._start()
+        self.config |= known
+        init(self, *args, **kwargs)
+
+    return wrapped

@@ -1,0 +1,187 @@
+"""The folder of outliers: images class by class, a manifest, and how they were made."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from farout import store
+from farout.diffusion.sample_folder import folder_names, save_png
+from farout.errors import StoreError
+from farout.images.sources import ImageSource, open_source
+
+__all__ = ["KIND", "OutlierFolder", "OutlierWriter", "read_outliers"]
+
+KIND = "outliers"
+"""What `config.json` calls such a folder."""
+_IMAGES, _MANIFEST, _WORKING = "images", "manifest.csv", ".working"
+_HEAD = ("key", "source", "label", "class_name", "seed", "index")
+_TEXT = ("key", "source", "class_name")
+
+
+@dataclass(frozen=True)
+class OutlierFolder:
+    """A folder of outliers: `config.json`, `manifest.csv`, `images/<class>/<number>.png`.
+
+    Attributes:
+        folder: where it is.
+        images: images that are there, those of an earlier, longer run included.
+        asked: images asked for.
+        made: images made in this call.
+    """
+
+    folder: Path
+    images: int
+    asked: int
+    made: int
+
+    def source(self) -> ImageSource:
+        """The images with their classes as labels; keys are those of the manifest."""
+        return open_source(self.folder / _IMAGES)
+
+    def settings(self) -> dict[str, Any]:
+        """`config.json`: method, its configuration, seed, and the hashes of images and models."""
+        return store.read_config(self.folder, KIND)
+
+    def manifest(self) -> pd.DataFrame:
+        """A row per image: key (its path within `images/`), source (key of the image it was made of, or empty), label
+        (number of its class in the generator), class_name, seed, index, what else varies by image, and every parameter.
+
+        Raises StoreError where the manifest is missing.
+        """
+        path = self.folder / _MANIFEST
+        if not path.is_file():
+            raise StoreError(f"{path} is missing: no outlier has been made yet, or the folder is incomplete")
+        found = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str), keep_default_na=False, encoding="utf-8")
+        settings = self.settings()
+        about = {name: settings[name] for name in ("method", "diffusion", "classifier", "rows", "precision")}
+        fixed = {name: value for name, value in {**settings["config"], **about}.items() if name not in found}
+        return found.assign(**{name: [value] * len(found) for name, value in fixed.items()})
+
+
+def read_outliers(folder: str | Path) -> OutlierFolder:
+    """Opens a folder of outliers; raises StoreError for a missing folder, or one of another kind."""
+    path = Path(folder)
+    store.read_config(path, KIND)
+    rows = len(_read_rows(path)[1])
+    return OutlierFolder(path, rows, rows, 0)
+
+
+class OutlierWriter:
+    """Fills a folder of outliers; what is there already is not made again.
+
+    The rows of a batch are written before its images: every image has its row, and a row without image is forgotten.
+
+    Args:
+        folder: the folder.
+        class_names: of all classes, in the order of their numbers.
+        seed: of the run.
+    """
+
+    def __init__(self, folder: str | Path, class_names: Sequence[str], seed: int) -> None:
+        self.folder, self.class_names, self.seed = Path(folder), tuple(class_names), seed
+        self._folders = folder_names(self.class_names)
+        self._columns: tuple[str, ...] = ()
+        self._rows: dict[int, dict[str, str]] = {}
+
+    def begin(self, settings: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool) -> None:
+        """Opens the folder.
+
+        Args:
+            settings: all that decides the images; a resumed run must have the same.
+            about: what else `config.json` says.
+            resume: go on where an earlier run stopped.
+
+        Raises StoreError where something else is in the folder, outliers are in it already and `resume` is not set, or
+        these were made otherwise.
+        """
+        store.check_replaceable(self.folder, KIND)
+        if (self.folder / "config.json").is_file() and not resume:
+            raise StoreError(
+                f"{self.folder} holds outliers already; give --resume (resume=True) to go on, or another folder"
+            )
+        store.resume_config(self.folder, KIND, settings, about)
+        self._columns, self._rows = _read_rows(self.folder)
+        if self._columns:
+            self._rewrite()
+
+    def key(self, index: int, label: int) -> str:
+        """Where image number `index` lies within `images/`."""
+        return f"{self._folders[label]}/{index:06d}.png"
+
+    def missing(self, count: int) -> list[int]:
+        """The numbers below `count` that have no image yet."""
+        return [index for index in range(count) if index not in self._rows]
+
+    @property
+    def images(self) -> int:
+        """How many images are there."""
+        return len(self._rows)
+
+    def write(
+        self,
+        indices: Sequence[int],
+        labels: Sequence[int],
+        images: Tensor,
+        sources: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> None:
+        """Adds images (B, C, H, W) in [0, 1] with their rows; `columns` are what else varies by image."""
+        rows = [
+            {
+                **{"key": self.key(index, label), "source": source, "label": label},
+                **{"class_name": self.class_names[label], "seed": self.seed, "index": index},
+                **{name: values[place] for name, values in columns.items()},
+            }
+            for place, (index, label, source) in enumerate(zip(indices, labels, sources, strict=True))
+        ]
+        self._append(rows)
+        for row, image in zip(rows, images, strict=True):
+            save_png(image, self.folder / _IMAGES / row["key"], self.folder / _WORKING)
+            self._rows[int(row["index"])] = {name: str(value) for name, value in row.items()}
+
+    def _append(self, rows: list[dict[str, Any]]) -> None:
+        columns, fresh = tuple(rows[0]), not self._columns
+        if not fresh and columns != self._columns:
+            raise StoreError(f"{self.folder / _MANIFEST} has the columns {self._columns}, expected {columns}")
+        self._columns = columns
+        with (self.folder / _MANIFEST).open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            if fresh:
+                writer.writeheader()
+            writer.writerows(rows)
+
+    def finish(self) -> None:
+        """Writes the manifest anew, in the order of the images' numbers."""
+        if self._columns:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        with (
+            store.atomic_file(self.folder / _MANIFEST) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self._rows[index] for index in sorted(self._rows))
+
+
+def _read_rows(folder: Path) -> tuple[tuple[str, ...], dict[int, dict[str, str]]]:
+    """Columns, and the rows of the images that are there by number; what an interruption has cut short is left out."""
+    path = folder / _MANIFEST
+    if not path.is_file():
+        return (), {}
+    whole = "".join(path.read_text(encoding="utf-8").rpartition("\n")[:2])
+    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    columns = tuple(reader.fieldnames or ())
+    if columns and columns[: len(_HEAD)] != _HEAD:
+        raise StoreError(f"{path} is no manifest of outliers: it begins with {', '.join(columns[:6])}")
+    rows = [row for row in reader if None not in row and None not in row.values()]
+    return columns, {int(row["index"]): row for row in rows if (folder / _IMAGES / row["key"]).is_file()}

@@ -1,0 +1,264 @@
+"""The contract of synthesisers: labelled images and a generator in, a folder of outliers out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from farout import registry, store
+from farout.classifiers.model import Classifier
+from farout.configuration import Configured
+from farout.diffusion.model import DiffusionModel
+from farout.errors import FaroutError, SourceError
+from farout.images.classes import class_name, class_numbers
+from farout.images.sources import ImageSource, open_source
+from farout.outliers._folder import OutlierFolder, OutlierWriter, read_outliers
+from farout.progress import task
+from farout.runtime import Runtime
+
+__all__ = ["Made", "OutlierFolder", "Runtime", "Synthesiser", "Work", "read_outliers"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a synthesiser works with.
+
+    Attributes:
+        source: the in-distribution images.
+        labels: the class of each as its position in `class_names`, int64 (N,).
+        class_names: of all classes that the generator knows.
+        folder: the folder of outliers; a stage keeps its files in a folder of its own within.
+        count: outliers asked for; number i depends on (seed, i), not on how many are asked for.
+        seed: of everything that is drawn.
+        runtime: how networks are run, resolved.
+        diffusion, classifier: the networks, where the method `needs` them.
+    """
+
+    source: ImageSource
+    labels: Tensor
+    class_names: tuple[str, ...]
+    folder: Path
+    count: int
+    seed: int
+    runtime: Runtime
+    diffusion: DiffusionModel | None = None
+    classifier: Classifier | None = None
+
+    @cached_property
+    def classes(self) -> tuple[int, ...]:
+        """The classes that have images, rising."""
+        return tuple(sorted(set(self.labels.tolist())))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the generator's images, or of the source's first where there is none."""
+        if self.diffusion is None:
+            return tuple(self.source[0].shape)
+        prepared = self.diffusion.preprocessing
+        return (prepared.channels, *prepared.size)
+
+    @property
+    def generator(self) -> DiffusionModel:
+        """The diffusion model; raises FaroutError where none was given."""
+        if self.diffusion is None:
+            raise FaroutError("this synthesiser needs a diffusion model; give diffusion=FOLDER (or a DiffusionModel)")
+        return self.diffusion
+
+
+@dataclass(frozen=True)
+class Made:
+    """Outliers: images (B, C, H, W) in [0, 1]; the key of the image that each was made of, empty where it was made of
+    none; and what else varies by image, by name.
+    """
+
+    images: Tensor
+    sources: Sequence[str]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+class Synthesiser(Configured, ABC):
+    """A method that makes outliers. The constructor's arguments are the configuration.
+
+    A method implements `make` and `tiny`, and says what it `needs`; one that works in stages names them in `stages` and
+    implements `prepare` for all but the last.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"labels"})
+    """What it wants: `labels` (always), `diffusion`, `classes` (the diffusion model is told them), `classifier`."""
+    stages: ClassVar[tuple[str, ...]] = ("images",)
+    """What is done one after the other; the last stage makes the images."""
+
+    # -- what a method implements --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
+        """Outliers number `indices` of the classes `labels`; each depends on its number, its class and the seed alone,
+        not on the others.
+        """
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, resources: Any) -> Synthesiser:
+        """One that runs in seconds, for the shared tests; `resources.diffusion` is a tiny class-conditional model."""
+
+    def check(self, work: Work) -> None:
+        """Called before anything is written: refuses what cannot work."""
+
+    def prepare(self, work: Work, stage: str) -> None:
+        """Does a stage before the last: leaves its files within `work.folder`, and goes on from those there."""
+        raise NotImplementedError(f"{type(self).__name__} names the stage {stage} and does not say what is done in it")
+
+    def label(self, work: Work, index: int) -> int:
+        """The class of outlier number `index`: the classes that have images take turns."""
+        return work.classes[index % len(work.classes)]
+
+    # -- what every synthesiser does -----------------------------------------------------------------------------
+
+    def synthesize(
+        self,
+        images: Any,
+        out: str | Path,
+        *,
+        count: int = 1000,
+        diffusion: DiffusionModel | str | Path | None = None,
+        classifier: Classifier | str | Path | None = None,
+        seed: int = 0,
+        resume: bool = False,
+        stage: str | None = None,
+        limit: int | None = None,
+        policy: Literal["raise", "skip"] = "raise",
+        runtime: Runtime | None = None,
+    ) -> OutlierFolder:
+        """Makes outliers number 0 to count - 1 into `out`, the same for any batch size.
+
+        Args:
+            images: labelled in-distribution images, any source.
+            out: the folder; see `OutlierFolder`.
+            count: number of outliers, all classes together.
+            diffusion: a `DiffusionModel` or its folder, for methods that need one.
+            classifier: a `Classifier` or its folder, for methods that need one.
+            seed: of everything that is drawn.
+            resume: go on where an earlier run in `out` stopped; a larger count adds images.
+            stage: the last of the method's `stages` to do; None: all.
+            limit: a seeded sample of this many images of the source.
+            policy: what becomes of an unreadable image: raise, or skip.
+            runtime: how networks are run; None: `Runtime()`.
+
+        Raises:
+            FaroutError: for images, networks and settings that do not go together.
+            SourceError: for images without labels, or of a class that the generator does not know.
+            StoreError: where `out` holds something else, outliers and `resume` is not set, or outliers that were made
+                with other settings, which are listed.
+        """
+        if count < 1:
+            raise FaroutError(f"count wants at least 1, got {count}")
+        doing = self._stages(stage)
+        source = open_source(images, policy=policy, limit=limit, seed=seed)
+        resolved = (runtime or Runtime()).resolved()
+        networks = self._networks(diffusion, classifier, resolved.device)
+        work = _work(source, networks, Path(out), count, seed, resolved)
+        self.check(work)
+        writer = OutlierWriter(out, work.class_names, seed)
+        about = {"source": source.name, "images": len(source), "class_names": list(work.class_names)}
+        writer.begin(self._settings(work), {**about, "provenance": self.provenance}, resume=resume)
+        made = 0
+        for name in doing:
+            if name != self.stages[-1]:
+                self.prepare(work, name)
+            else:
+                made = self._write(work, writer)
+        return OutlierFolder(Path(out), writer.images, count, made)
+
+    def _stages(self, last: str | None) -> tuple[str, ...]:
+        if last is None:
+            return self.stages
+        if last not in self.stages:
+            raise FaroutError(f"{type(self).__name__} has no stage {last!r}; it has {', '.join(self.stages)}")
+        return self.stages[: self.stages.index(last) + 1]
+
+    def _networks(
+        self, diffusion: DiffusionModel | str | Path | None, classifier: Classifier | str | Path | None, device: str
+    ) -> tuple[DiffusionModel | None, Classifier | None]:
+        """The networks that the method needs, loaded; others are left aside."""
+        model = DiffusionModel.load(diffusion) if isinstance(diffusion, str | Path) else diffusion
+        judge = Classifier.load(classifier) if isinstance(classifier, str | Path) else classifier
+        for name, given in (("diffusion", model), ("classifier", judge)):
+            if name in self.needs and given is None:
+                raise FaroutError(f"{type(self).__name__} needs a {name} model; give {name}=FOLDER")
+        if "classes" in self.needs and model is not None and model.conditioning is None:
+            raise FaroutError(
+                f"{type(self).__name__} needs a diffusion model that is told classes, and this one is unconditional; "
+                "train one with `farout train diffusion SOURCE --preset classes`"
+            )
+        used = model if "diffusion" in self.needs else None, judge if "classifier" in self.needs else None
+        return used[0] and used[0].to(device), used[1] and used[1].to(device)
+
+    def _settings(self, work: Work) -> dict[str, Any]:
+        """All that decides the images."""
+        try:
+            name = registry.name_of("outliers", type(self))
+        except FaroutError:
+            name = type(self).__name__
+        return {
+            "method": name,
+            "config": self.config,
+            "seed": work.seed,
+            **identity(work.source, work.labels, work.diffusion, work.runtime),
+            "classifier": None if work.classifier is None else work.classifier.content_hash,
+        }
+
+    def _write(self, work: Work, writer: OutlierWriter) -> int:
+        missing = writer.missing(work.count)
+        size = work.runtime.images_at_once(work.shape)
+        with task(f"outliers into {work.folder}", len(missing)) as bar:
+            for start in range(0, len(missing), size):
+                indices = missing[start : start + size]
+                labels = [self.label(work, index) for index in indices]
+                made = self.make(work, indices, labels)
+                if not bool(torch.isfinite(made.images).all()):
+                    raise FaroutError("some outliers are not numbers; use precision fp32, or settings less far out")
+                writer.write(indices, labels, made.images, made.sources, made.columns)
+                bar.advance(len(indices))
+        writer.finish()
+        return len(missing)
+
+
+def identity(source: ImageSource, labels: Tensor, diffusion: DiffusionModel | None, runtime: Runtime) -> dict[str, Any]:
+    """What images, labels, generator and kernels are: work that goes on must have the same."""
+    return {
+        "data": source.fingerprint(),
+        "labels": store.hash_tensors({"labels": labels}),
+        "diffusion": None if diffusion is None else diffusion.content_hash,
+        "rows": runtime.rows,
+        "precision": runtime.precision,
+        "device": runtime.device.partition(":")[0],
+    }
+
+
+def _work(
+    source: ImageSource,
+    networks: tuple[DiffusionModel | None, Classifier | None],
+    folder: Path,
+    count: int,
+    seed: int,
+    runtime: Runtime,
+) -> Work:
+    diffusion, classifier = networks
+    if source.labels is None:
+        raise SourceError(
+            f"{source.name} has no labels, and outliers are made class by class; give a class-per-folder tree or a "
+            "table with labels"
+        )
+    if diffusion is not None and diffusion.conditioning is not None:
+        names = diffusion.conditioning.class_names
+    else:
+        names = tuple(class_name(source, label) for label in sorted(set(source.labels)))
+    labels = class_numbers(source, names)
+    return Work(source, labels, names, folder, count, seed, runtime, diffusion, classifier)

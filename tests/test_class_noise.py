@@ -1,0 +1,137 @@
+"""Class vectors with noise, decoded; and the command that makes outliers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from farout import ClassNoise, read_outliers
+from farout.cli import main
+from farout.diffusion.class_vectors import ClassVectors
+from farout.diffusion.conditioning import Condition
+from farout.diffusion.model import DiffusionModel
+from farout.diffusion.sampling import Sampler
+from farout.errors import FaroutError, StoreError
+from farout.outliers._decoding import decode, vector_scale
+from farout.runtime import Runtime
+from small import by_tokens, conditional, model, pictures, tiny_unet
+
+CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for name in "abc":
+        pictures(tmp_path / "labelled" / name, 2, seed=ord(name))
+    return tmp_path / "labelled"
+
+
+def without_null() -> DiffusionModel:
+    unet, plain = tiny_unet(classes=3), model()
+    table = ClassVectors(unet, ("a", "b", "c"), has_null=False)
+    return DiffusionModel(unet, plain.schedule, plain.preprocessing, conditioning=table)
+
+
+@pytest.mark.parametrize("fresh", [conditional, by_tokens])
+def test_without_noise_they_are_samples_of_the_classes(fresh: Any, images: Path, tmp_path: Path) -> None:
+    made = ClassNoise(scale=0, steps=4).synthesize(images, tmp_path / "o", count=5, diffusion=fresh(), runtime=CPU)
+    samples = Sampler(fresh(), steps=4, guidance=2.0, rows=8).images(range(5), [0, 1, 2, 0, 1])
+    source = made.source()
+    for index, key in enumerate(made.manifest()["key"]):
+        pixels = source[source.keys.index(key)]
+        assert torch.equal(pixels, (samples[index] * 255).round().to(torch.uint8))
+
+
+def test_the_noise_has_the_scale_of_the_class_table(images: Path, tmp_path: Path) -> None:
+    network = conditional()
+    space = network.conditioning
+    assert space is not None
+    method = ClassNoise(scale=1.5, steps=2)
+    made = method.synthesize(images, tmp_path / "o", count=60, diffusion=network, runtime=CPU)
+    expected = 1.5 * vector_scale(space) * space.dim**0.5
+    assert made.manifest()["distance"].mean() == pytest.approx(expected, rel=0.1)
+    assert (made.manifest()["scale"] == 1.5).all()
+    assert (made.manifest()["guidance"] == 2.0).all()
+
+
+def test_only_classes_with_images_get_outliers(images: Path, tmp_path: Path) -> None:
+    for path in (images / "b").iterdir():
+        path.unlink()
+    (images / "b").rmdir()
+    made = ClassNoise(steps=2).synthesize(images, tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU)
+    assert made.manifest()["class_name"].tolist() == ["a", "c", "a", "c"]
+    assert made.manifest()["label"].tolist() == [0, 2, 0, 2], "numbers are the generator's"
+
+
+def test_other_arguments_do_not_mix_in(images: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"diffusion": conditional(), "runtime": CPU, "count": 2}
+    ClassNoise(steps=2).synthesize(images, tmp_path / "o", **given)
+    with pytest.raises(StoreError, match=r"made otherwise \(scale: 1.0 there, 2.0 now; guidance: 2.0 there, 1.0 now\)"):
+        ClassNoise(scale=2.0, guidance=1.0, steps=2).synthesize(images, tmp_path / "o", resume=True, **given)
+
+
+def test_guidance_wants_a_null_condition(images: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"diffusion": without_null(), "runtime": CPU, "count": 2}
+    with pytest.raises(FaroutError, match="no null condition"):
+        ClassNoise(steps=2).synthesize(images, tmp_path / "o", **given)
+    assert not (tmp_path / "o").exists()
+    assert ClassNoise(steps=2, guidance=1.0).synthesize(images, tmp_path / "o", **given).made == 2
+
+
+def test_settings_that_cannot_work_are_refused(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(FaroutError, match="scale wants 0 or more"):
+        ClassNoise(scale=-1)
+    for method, message in (
+        (ClassNoise(solver="euler"), "no solver 'euler'"),
+        (ClassNoise(solver="pndm4", steps=2), "warms up"),
+    ):
+        with pytest.raises(FaroutError, match=message):
+            method.synthesize(images, tmp_path / "o", diffusion=conditional(), runtime=CPU)
+    with pytest.raises(FaroutError, match="has no preset 'x'"):
+        ClassNoise.from_preset("x")
+
+
+def test_decoding_refuses_what_are_no_vectors_of_the_model() -> None:
+    sampler = Sampler(conditional(), steps=2, rows=8)
+    space = conditional().conditioning
+    assert space is not None
+    with pytest.raises(FaroutError, match="unconditional"):
+        decode(Sampler(model(), steps=2), torch.zeros(1, 4), [0])
+    with pytest.raises(FaroutError, match="shape"):
+        decode(sampler, torch.zeros(1, space.dim + 1), [0])
+    with pytest.raises(FaroutError, match="not finite"):
+        decode(sampler, torch.full((1, space.dim), float("inf")), [0])
+    assert isinstance(space(space.vectors()), Condition)
+
+
+def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conditional().save(tmp_path / "m")
+    model().save(tmp_path / "plain")
+    words = ["synthesize", "class_noise", str(images), "--diffusion", str(tmp_path / "m"), "--out", str(tmp_path / "o")]
+    words += ["--steps", "2", "--device", "cpu", "--precision", "fp32", "--scale", "0.5"]
+    assert main([*words, "--count", "3"]) == 0
+    assert "3 outliers, 3 made now" in capsys.readouterr().out
+    assert main([*words, "--count", "4", "--resume"]) == 0
+    assert "4 outliers, 1 made now" in capsys.readouterr().out
+    folder = read_outliers(tmp_path / "o")
+    assert (folder.images, folder.settings()["config"]["scale"]) == (4, 0.5)
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["farout"]["kind"] == "outliers"
+    wrong: list[tuple[list[str], int, str]] = [
+        ([*words], 1, "give --resume"),
+        ([*words, "--resume", "--seed", "1"], 1, "seed: 0 there, 1 now"),
+        ([*words, "--preset", "paper"], 2, "no preset 'paper'"),
+        (["synthesize", "clas_noise", *words[2:]], 1, "no synthesiser 'clas_noise'; did you mean class_noise?"),
+        (["synthesize", "--out", "o"], 2, "METHOD SOURCE --diffusion DIR --out DIR"),
+        (["synthesize", "class_noise", str(images), "--out", "o"], 2, "missing --diffusion"),
+    ]
+    for given, status, message in wrong:
+        assert main(given) == status
+        assert message in capsys.readouterr().err
+    words[4] = str(tmp_path / "plain")
+    words[6] = str(tmp_path / "p")
+    assert main(words) == 1
+    assert "unconditional" in capsys.readouterr().err
+    assert main(["synthesize", "--help"]) == 0
+    assert "class_noise" in capsys.readouterr().out

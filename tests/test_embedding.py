@@ -1,0 +1,270 @@
+"""Images as class vectors: many at once go the way that each goes alone, and nothing but the vectors moves."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from farout.diffusion.model import DiffusionModel
+from farout.errors import FaroutError, StoreError
+from farout.images.sources import open_source
+from farout.outliers import _embedding
+from farout.outliers._decoding import vector_scale
+from farout.outliers._embedding import Inversion, Inverter, embed, read_embeddings
+from farout.runtime import Runtime
+from small import by_tokens, conditional, model, pictures
+
+FEW = Inversion(draws=4)
+LABELS = torch.tensor([0, 2, 1, 1, 0])
+KEYS = [f"image {number}" for number in range(5)]
+
+
+def runtime(rows: int = 8, batch_size: int = 64) -> Runtime:
+    return Runtime(device="cpu", precision="fp32", rows=rows, batch_size=batch_size, workers=0)
+
+
+def x0() -> Tensor:
+    return torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def inverted(
+    network: DiffusionModel, inversion: Inversion = FEW, rows: int = 8, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    return Inverter(network, inversion, seed, runtime(rows))(x0(), LABELS, KEYS)
+
+
+# -- the method -----------------------------------------------------------------------------------------------------
+
+
+def alone(network: DiffusionModel, inversion: Inversion, place: int) -> tuple[Tensor, list[float]]:
+    """The published loop for one image, written out with the network's own call."""
+    space = network.conditioning
+    assert space is not None
+    x = x0()[place : place + 1]
+    vector = space.vectors()[LABELS[place]].clone().requires_grad_()
+    optimizer = torch.optim.Adam([vector], lr=inversion.learning_rate(space))
+    levels = inversion.grid(network.schedule)
+    losses = []
+    for step in range(inversion.steps):
+        places, noise = inversion.draw(KEYS[place], x.shape[1:], step, 0)
+        t = levels[places]
+        abar = network.schedule.abar[t].float().reshape(-1, 1, 1, 1)
+        noisy = abar.sqrt() * x + (1 - abar).sqrt() * noise
+        told = space(vector[None].expand(inversion.draws, -1)).tensors
+        answer = network.network(noisy, t, **told).sample
+        target = {
+            "epsilon": noise,
+            "v_prediction": abar.sqrt() * noise - (1 - abar).sqrt() * x,
+            "sample": x.expand_as(noise),
+        }[network.prediction]
+        loss = (answer - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return vector.detach(), losses
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("fresh", [conditional, by_tokens])
+def test_a_batch_goes_the_way_of_each_image_alone(fresh: Callable[..., DiffusionModel], prediction: str) -> None:
+    network = fresh(prediction=prediction)
+    vectors, losses = inverted(network)
+    for place in range(5):
+        vector, loss = alone(network, FEW, place)
+        torch.testing.assert_close(losses[place], torch.tensor(loss), rtol=1e-4, atol=1e-6)
+        # Adam's first step is as long for a gradient near zero, whose sign is a matter of rounding
+        near = (vectors[place] - vector).abs() < 1e-3 * vector_scale(network.conditioning)
+        assert float(near.float().mean()) > 0.97
+
+
+@pytest.mark.parametrize("rows", [4, 8, 32])
+def test_company_changes_no_bit(rows: int) -> None:
+    inverter = Inverter(conditional(), FEW, 0, runtime(rows))
+    whole, losses = inverter(x0(), LABELS, KEYS)
+    for some in ([0], [1, 2], [4, 0, 3]):
+        vectors, loss = inverter(x0()[some], LABELS[some], [KEYS[place] for place in some])
+        assert torch.equal(vectors, whole[some])
+        assert torch.equal(loss, losses[some])
+
+
+def test_rows_agree_closely_and_draws_may_exceed_them() -> None:
+    one, two = (inverted(conditional(), FEW, rows) for rows in (2, 16))
+    torch.testing.assert_close(one[1], two[1], rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_vectors_change() -> None:
+    network = conditional()
+    weights = {name: value.clone() for name, value in network.network.state_dict().items()}
+    learnt = [parameter.requires_grad for parameter in network.network.parameters()]
+    vectors, _ = inverted(network)
+    space = network.conditioning
+    assert space is not None
+    assert not torch.equal(vectors, space.vectors()[LABELS])
+    assert all(torch.equal(value, weights[name]) for name, value in network.network.state_dict().items())
+    assert [parameter.requires_grad for parameter in network.network.parameters()] == learnt
+    assert all(parameter.grad is None for parameter in network.network.parameters())
+
+
+def test_the_loss_falls() -> None:
+    """On draws that were not taken for it: the vector tells something of the image, not of the noise."""
+    network, many = conditional(), Inversion(draws=16, steps=15, lr_scale=0.2)
+    inverter = Inverter(network, many, 0, runtime(16))
+    vectors, _ = inverter(x0(), LABELS, KEYS)
+    start = inverter.space.vectors()[LABELS]
+    before, _ = inverter.slopes(x0(), start, start, KEYS, step=100)
+    after, _ = inverter.slopes(x0(), vectors, start, KEYS, step=100)
+    assert bool((after < before).all()), (before, after)
+
+
+def test_the_rate_follows_the_scale_of_the_class_table() -> None:
+    network = conditional()
+    space = network.conditioning
+    assert space is not None
+    scale = vector_scale(space)
+    assert scale == pytest.approx(float(space.vectors().numpy().std()))
+    assert Inversion().learning_rate(space) == pytest.approx(0.7 * scale)
+    assert Inversion(lr=0.01).learning_rate(space) == 0.01
+    # Adam's first step has the rate's length in every coordinate
+    vectors, _ = inverted(network, replace(FEW, steps=1))
+    moved = (vectors - space.vectors()[LABELS]).abs()
+    assert float((moved / (0.7 * scale)).median()) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_pull_adds_the_squared_distance_from_the_class() -> None:
+    network = conditional()
+    space = network.conditioning
+    assert space is not None
+    start = space.vectors()[LABELS]
+    plain, pulled = (Inverter(network, replace(FEW, pull=pull), 0, runtime()) for pull in (0.0, 2.0))
+    one = plain.slopes(x0(), start + 1, start, KEYS, 0)
+    two = pulled.slopes(x0(), start + 1, start, KEYS, 0)
+    torch.testing.assert_close(two[0] - one[0], torch.full((5,), 2.0 * space.dim))
+    torch.testing.assert_close(two[1] - one[1], torch.full((5, space.dim), 4.0))
+
+
+def test_draws_are_the_images_own() -> None:
+    schedule = model().schedule
+    assert Inversion().grid(schedule).tolist() == list(range(1, 1000, 20))
+    assert Inversion(levels=1000).grid(schedule).tolist() == list(range(1000))
+    places, noise = Inversion().draw("a", (1, 8, 8), 0, 0)
+    assert noise.shape == (32, 1, 8, 8)
+    assert 0 <= int(places.min()) <= int(places.max()) < 50
+    for other in (("b", 0, 0), ("a", 1, 0), ("a", 0, 1)):
+        assert not torch.equal(noise, Inversion().draw(other[0], (1, 8, 8), *other[1:])[1])
+    shared = [Inversion(noise="shared").draw(key, (1, 8, 8), 0, 0)[1] for key in "ab"]
+    assert torch.equal(*shared)
+    for seed in range(20):
+        strata = Inversion(draws=8, stratified=True, levels=48).draw("a", (1,), 0, seed)[0]
+        assert (strata // 6).tolist() == list(range(8))
+
+
+# -- the folder -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Any:
+    for name in "abc":
+        pictures(tmp_path / "labelled" / name, 4, seed=ord(name))
+    return open_source(tmp_path / "labelled")
+
+
+def numbers(source: Any) -> Tensor:
+    return torch.tensor(source.labels)
+
+
+def test_a_resumed_run_is_the_whole(images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, labels = conditional(), numbers(images)
+    whole = embed(images, labels, network, tmp_path / "w", FEW, runtime=runtime(batch_size=5))
+    assert whole.index.tolist() == list(range(12))
+    assert torch.equal(whole.labels, labels)
+    assert whole.vectors.shape == (12, network.conditioning.dim)
+    assert whole.losses.shape == (12, 3)
+    original, calls = Inverter.__call__, []
+
+    def stops(self: Inverter, *given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Inverter, "__call__", stops)
+        with pytest.raises(KeyboardInterrupt):
+            embed(images, labels, network, tmp_path / "p", FEW, runtime=runtime(batch_size=3))
+    assert len(read_embeddings(tmp_path / "p")) == 6
+    (tmp_path / "p" / "00000000.safetensors").unlink()
+    parts = embed(images, labels, network, tmp_path / "p", FEW, runtime=runtime(batch_size=4))
+    for name in ("index", "labels", "vectors", "losses"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name)), name
+    monkeypatch.setattr(Inverter, "__call__", None)
+    assert len(embed(images, labels, network, tmp_path / "p", FEW, runtime=runtime())) == 12
+
+
+def test_other_settings_do_not_mix_in(images: Any, tmp_path: Path) -> None:
+    labels, out = numbers(images), tmp_path / "e"
+    embed(images, labels, conditional(), out, FEW, runtime=runtime())
+    wrong: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+        ("steps: 3 there, 4 now", (images, labels, conditional(), out, replace(FEW, steps=4)), {}),
+        ("seed: 0 there, 1 now", (images, labels, conditional(), out, FEW), {"seed": 1}),
+        ("labels: ", (images, labels.flip(0), conditional(), out, FEW), {}),
+        ("diffusion: ", (images, labels, conditional(b_scale=2.0), out, FEW), {}),
+        ("data: ", (images.subset(range(6)), labels[:6], conditional(), out, FEW), {}),
+    ]
+    for message, given, settings in wrong:
+        with pytest.raises(StoreError, match=f"made otherwise .*{message}"):
+            embed(*given, **{"runtime": runtime(), **settings})
+
+
+def test_what_cannot_work_is_refused(images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, out = numbers(images), tmp_path / "e"
+    for wrong, network, message in (
+        (labels, model(), "unconditional"),
+        (labels[:3], conditional(), "a label each"),
+        (labels + 1, conditional(), "labels 0 to 2, got 3"),
+    ):
+        with pytest.raises(FaroutError, match=message):
+            embed(images, wrong, network, out, FEW, runtime=runtime())
+    assert not out.exists()
+    for settings, message in (
+        ({"steps": 0}, "1 or more"),
+        ({"lr": 0.0}, "above 0"),
+        ({"pull": -1.0}, "at least 0"),
+        ({"noise": "none"}, "'shared' or drawn per 'image'"),
+    ):
+        with pytest.raises(FaroutError, match=message):
+            Inversion(**settings)
+    with pytest.raises(FaroutError, match="levels want 1 to 1000"):
+        Inverter(conditional(), Inversion(levels=2000), 0, runtime())
+    nothing = (torch.full((12, 32), float("nan")), torch.zeros(12, 3))
+    monkeypatch.setattr(_embedding.Inverter, "__call__", lambda *given: nothing)
+    with pytest.raises(FaroutError, match="not numbers"):
+        embed(images, labels, conditional(), out, FEW, runtime=runtime())
+
+
+def test_unreadable_images_are_left_out(images: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(tmp_path / "labelled", tmp_path / "damaged")
+    (folder / "b" / "001.png").write_text("not a picture")
+    source = open_source(folder, policy="skip")
+    found = embed(source, numbers(source), conditional(), tmp_path / "e", FEW, runtime=runtime(batch_size=5))
+    whole = embed(images, numbers(images), conditional(), tmp_path / "w", FEW, runtime=runtime())
+    kept = [place for place in range(12) if place != 5]
+    assert found.index.tolist() == kept
+    assert torch.equal(found.vectors, whole.vectors[kept])
+
+
+def test_broken_shards_are_refused(images: Any, tmp_path: Path) -> None:
+    embed(images, numbers(images), conditional(), tmp_path / "e", FEW, runtime=runtime(batch_size=6))
+    shutil.copy(tmp_path / "e" / "00000000.safetensors", tmp_path / "e" / "x.safetensors")
+    with pytest.raises(StoreError, match="twice"):
+        read_embeddings(tmp_path / "e")
+    (tmp_path / "e" / "x.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(StoreError, match="safetensors"):
+        read_embeddings(tmp_path / "e")
+    with pytest.raises(StoreError, match="no folder"):
+        read_embeddings(tmp_path / "nowhere")

@@ -1,1 +1,1 @@
-"""Synthetic outliers: images that lie outside the classes, made by a generator of these."""
+"""Synthesisers of outliers: `base.py` is the contract; every other public file that names one class is one method."""

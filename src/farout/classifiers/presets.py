@@ -66,6 +66,7 @@ classifiers (SGD with Nesterov momentum 0.9, 100 epochs of CIFAR's 391 updates a
 
 With outliers: `ncis_tiny` is `tiny` with the energy regulariser, for CPUs. `ncis_cifar100` is the released recipe of
 NCIS: 250 epochs of 196 updates, 6,400 outliers, the mean and deviation of CIFAR-10. `ncis_imagenet100` is 20 epochs of
-1,625 updates with the head of two layers; the released code keeps the `small` stem at 224 pixels, 16 times as much (`--model.stem small`), and does not tell whether its 20 epochs start from trained weights.
-`vos`, which needs no outliers, is the recipe of VOS for CIFAR-10: 100 epochs, of which the first 40 learn the classes
-alone; its network drops out a share of 0.3, ours none."""
+1,625 updates with the head of two layers; the released code keeps the `small` stem at 224 pixels, 16 times the work
+(`--model.stem small`), and does not tell whether its 20 epochs start from trained weights. `vos`, which needs no
+outliers, is the recipe of VOS for CIFAR-10: 100 epochs, of which the first 40 learn the classes alone; its network
+drops out a share of 0.3, ours none."""

@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from farout.classifiers.model import Classifier
 from farout.classifiers.exposure import Exposure
+from farout.classifiers.model import Classifier
 from farout.classifiers.train import PRESETS as CLASSIFIERS
 from farout.classifiers.train import ClassifierConfig, train_on
 from farout.detectors.base import Detector, Runtime

@@ -213,7 +213,7 @@ class Posthoc(Detector):
         assert self.fitted_scores is not None
         vectors, config = measurements.vectors, self.config
         features, logits = vectors["features"], vectors["logits"]
-        known = logits[:, : self.fitted_scores.head.classes]
+        known = logits[:, : len(self.fitted_scores.head.weight)]
         maps = {name: vectors[name] for name in ("ash", "scale") if name in vectors}
         found = {
             **logit_scores(known, config["gamma"], config["top"]),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -27,7 +28,8 @@ from farout.classifiers.virtual import VirtualOutliers, largest_radii
 from farout.cli import main
 from farout.detectors.posthoc import Posthoc
 from farout.errors import FaroutError, SourceError, TrapWarning
-from farout.evaluation.metrics import auroc
+from farout.evaluation.draws import over_draws
+from farout.evaluation.metrics import auroc, fpr95
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import PreparedImages, open_source
 from farout.training import TrainingConfig
@@ -346,6 +348,14 @@ def test_training_repeats_and_resumes_exactly(
     assert same(whole, again)
 
 
+@pytest.mark.parametrize("loss", ["energy", "oe", "k+1", "vos"])
+def test_training_in_low_precision(tree: Path, outliers: Path, loss: str) -> None:
+    exposure = replace(VOS, loss=loss, start=0.0, queue=2)
+    outer = None if loss == "vos" else open_source(outliers)
+    made = train_on(open_source(tree), CONFIG, replace(FEW, precision="bf16"), exposure=exposure, outliers=outer)
+    assert all(bool(value.isfinite().all()) for value in made.module.state_dict().values())
+
+
 def test_a_run_resumes_with_the_same_outliers_only(tree: Path, outliers: Path, tmp_path: Path) -> None:
     source, outer = open_source(tree), open_source(outliers)
     kept = replace(FEW, checkpoint_every=2)
@@ -555,3 +565,36 @@ def test_the_command(tree: Path, outliers: Path, tmp_path: Path, capsys: pytest.
 def test_a_fit_cannot_train_a_classifier_that_wants_outliers(tree: Path) -> None:
     with pytest.raises(FaroutError, match="learns from images that lie outside"):
         Posthoc().fit(str(tree), None, None, alpha=0.1, statistics=10, classifier_preset="ncis_tiny")
+
+
+# the papers' protocol
+
+
+def test_metrics_over_draws_are_means_of_the_metrics_of_each_draw() -> None:
+    generator = np.random.default_rng(0)
+    inside, outside = generator.normal(0, 1, 50), np.r_[generator.normal(1, 1, 40), np.nan]
+    found = over_draws(inside, outside, 300, seed=3)
+    assert (found["n_id"], found["n_ood"], found["draws"]) == (50, 10, 300)
+    assert found["auroc"] == pytest.approx(auroc(inside, outside[:-1]), abs=0.02)
+    assert 0 < found["auroc_std"] < 0.1
+    assert over_draws(inside, outside, 300, seed=3) == found
+    assert over_draws(inside, outside, 300, seed=4) != found
+    # where there are fewer, every draw is of all
+    few = over_draws(inside, outside[:6], 2)
+    assert (few["n_ood"], few["fpr95_std"]) == (6, 0)
+    assert few["fpr95"] == fpr95(inside, outside[:6])
+    assert np.isnan(over_draws(inside, [np.nan], 2)["auroc"])
+    with pytest.raises(FaroutError, match="draws is 0"):
+        over_draws(inside, outside, 0)
+
+
+def test_evaluate_writes_draws(tree: Path, outliers: Path, tmp_path: Path) -> None:
+    trained(tree, tmp_path / "c", outliers=str(outliers))
+    detector = Posthoc().fit(str(tree), None, tmp_path / "c", alpha=0.1, statistics=10)
+    detector.save(tmp_path / "p")
+    words = ["evaluate", str(tmp_path / "p"), "--id", str(tree), "--ood", str(outliers), "--out", str(tmp_path / "e")]
+    assert main([*words, "--ood-draws", "3", "--no-controls", "--no-companions"]) == 0
+    table = pd.read_csv(tmp_path / "e" / "draws.csv")
+    assert set(table.indicator) >= {"score", "energy", "msp"}
+    assert set(table.draws) == {3}
+    assert table.auroc.between(0, 1).all()

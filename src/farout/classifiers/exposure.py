@@ -36,10 +36,10 @@ _OWN: dict[Loss, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Exposure:
-    """What is learnt of what lies outside the distribution: L = CE(f(x), y) + weight x L_outside.
+    """What is learnt of what lies outside the distribution.
 
-    Images and outliers, one of these for each image, go through the network as one batch, so that batch normalisation
-    sees both.
+    The loss is CE(f(x), y) + weight x L_outside. Images and outliers, one of these for each image, go through the
+    network as one batch, so that batch normalisation sees both.
 
     Args:
         loss: `energy`: the energy regulariser (see `EnergyHead`; NCIS and Dream-OOD); `oe`: outliers are taught the

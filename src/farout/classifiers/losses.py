@@ -49,8 +49,9 @@ class EnergyHead(nn.Module):
 
     With E(x) = T logsumexp(f(x) / T) (`free_energy`, high in the distribution), the loss is the cross-entropy of the
     two logits phi(E) against 1 for images and 0 for outliers, a mean over both together. That is the binary
-    cross-entropy of the one logit phi_1(E) - phi_0(E) (Du et al. 2022, "VOS", section 3.2; Du et al. 2023,
-    "Dream-OOD", section 3.3). It trains with the network and is no part of the classifier.
+    cross-entropy of the one logit phi_1(E) - phi_0(E) (Du et al. 2022, "VOS: learning what you don't know by virtual
+    outlier synthesis", section 3.2). VOS's own weights of the classes within E are left out, as in Dream-OOD (Du et al.
+    2023) and NCIS (Doorenbos et al. 2024). It trains with the network and is no part of the classifier.
 
     Args:
         hidden: units between two linear layers, with a ReLU; 0: one linear layer.
@@ -74,14 +75,14 @@ class EnergyHead(nn.Module):
 
 def free_energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """T logsumexp(f / T) of logits f (B, K) -> (B,): the negative free energy of Liu et al. 2020, "Energy-based
-    out-of-distribution detection", equation 3; high in the distribution.
+    out-of-distribution detection"; high in the distribution.
     """
     return temperature * torch.logsumexp(logits / temperature, dim=1)
 
 
 def uniform_cross_entropy(logits: Tensor) -> Tensor:
     """Cross-entropy to the uniform distribution, mean of logsumexp(f) - mean_k f_k over logits f (B, K): what outliers
-    are taught in outlier exposure (Hendrycks et al. 2019, section 4.3).
+    are taught in outlier exposure (Hendrycks et al. 2019, "Deep anomaly detection with outlier exposure").
     """
     logits = logits.float()
     return (logits.logsumexp(1) - logits.mean(1)).mean()

@@ -22,7 +22,7 @@ class VirtualOutliers(nn.Module):
     The newest `queue` features of each class are kept. From them follow the mean of each class and one covariance
     S = (1 / n) sum over all features of (z - m_y)(z - m_y)^T + 1e-4 I, shared by the classes. Of `draws` samples of
     each class's Gaussian the `select` least likely are outliers. All that is kept are buffers, so that a resumed
-    training goes on exactly.
+    training goes on exactly; of several processes the first one's features are kept.
 
     Args:
         classes: K.

@@ -249,6 +249,11 @@ class Outside:
             torch.default_generator.manual_seed(seed_of(training.seed, "exposure"))
             return Exposed(module, head, self.exposure, inside, passes)
 
+    def seen(self) -> frozenset[str]:
+        """Content hashes of the images of the classes among them, the reconstructions."""
+        found = () if self.reconstructions is None else self.reconstructions.content_hashes()
+        return frozenset(content for content in found if content is not None)
+
     def told(self) -> dict[str, Any]:
         """For the provenance: the settings, and name, fingerprint and number of the images; empty for nothing."""
         sources = {"outliers": self.outliers, "reconstructions": self.reconstructions}

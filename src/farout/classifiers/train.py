@@ -82,10 +82,9 @@ def train_on(
         out=out,
         validation=validation,
         resume=resume,
-        fingerprint=f"{fingerprint} {tuple(names)} {asdict(config)}{begun}{f' {told}' if told else ''}",
+        fingerprint=f"{fingerprint} {tuple(names)} {asdict(config)}{begun}" + (f" {told}" if told else ""),
     )
-    remade = [] if reconstructions is None else reconstructions.content_hashes()
-    classifier.trained_on = origin.seen.union(hashes, filter(None, remade))
+    classifier.trained_on = origin.seen.union(hashes, outside.seen())
     classifier.provenance = {
         "source": source.name,
         "data_fingerprint": fingerprint,

@@ -37,14 +37,18 @@ class DataOrder:
 
 
 class _Items(Dataset):
-    """Items by (position, index): random augmentation follows from the position, for any number of workers."""
+    """Items by (position, index): random augmentation follows from the position, for any number of workers.
+
+    Data with a method `at(position, index)` is asked by that: what goes with an item may follow from the position too.
+    """
 
     def __init__(self, data: Dataset, *seed: object) -> None:
         self.data, self.seed = data, seed
 
     def __getitem__(self, place: tuple[int, int]) -> Any:
         torch.default_generator.manual_seed(seed_of(*self.seed, place[0]))
-        return self.data[place[1]]
+        at = getattr(self.data, "at", None)
+        return self.data[place[1]] if at is None else at(*place)
 
 
 def loader(

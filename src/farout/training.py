@@ -70,7 +70,7 @@ def train(
     Args:
         network: starts from the weights that it has; parameters with `requires_grad=False` stay as they are.
         step: what turns a batch into losses (see `Step`). It gets the network itself, also in several processes.
-        data: items by index, collated into batches by torch's rules.
+        data: items by index, or by `at(position, index)` where it has that, collated into batches by torch's rules.
         config: how.
         out: where checkpoints go (see `farout.checkpoints`): after each multiple of `checkpoint_every` and the steps in
             `keep` (kept), after the best validation so far, after the step that `checkpoint` names, at an interruption

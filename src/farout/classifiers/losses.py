@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from farout.errors import FaroutError
 
-__all__ = ["ClassifierLoss", "CrossEntropy", "accuracy"]
+__all__ = ["ClassifierLoss", "CrossEntropy", "EnergyHead", "accuracy", "free_energy", "uniform_cross_entropy"]
 
 
 class ClassifierLoss(Protocol):
@@ -42,6 +42,50 @@ class CrossEntropy:
         """`loss` and `accuracy`."""
         loss = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return {"loss": loss, "accuracy": accuracy(logits, labels)}
+
+
+class EnergyHead(nn.Module):
+    """The energy regulariser: a small head phi learns to tell images from outliers by their free energies.
+
+    With E(x) = T logsumexp(f(x) / T) (`free_energy`, high in the distribution), the loss is the cross-entropy of the
+    two logits phi(E) against 1 for images and 0 for outliers, a mean over both together. That is the binary
+    cross-entropy of the one logit phi_1(E) - phi_0(E) (Du et al. 2022, "VOS: learning what you don't know by virtual
+    outlier synthesis", section 3.2). VOS's own weights of the classes within E are left out, as in Dream-OOD (Du et al.
+    2023) and NCIS (Doorenbos et al. 2024). It trains with the network and is no part of the classifier.
+
+    Args:
+        hidden: units between two linear layers, with a ReLU; 0: one linear layer.
+        temperature: T.
+    """
+
+    def __init__(self, hidden: int = 0, temperature: float = 1.0) -> None:
+        super().__init__()
+        layers = [nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 2)] if hidden else [nn.Linear(1, 2)]
+        self.phi = nn.Sequential(*layers)
+        self.temperature = temperature
+
+    def forward(self, inside: Tensor, outside: Tensor) -> Tensor:
+        """Logits (B, K) of images and (M, K) of outliers -> the loss, a scalar; in float32 at any precision."""
+        with torch.autocast(inside.device.type, enabled=False):
+            energies = free_energy(torch.cat([inside.float(), outside.float()]), self.temperature)
+            target = torch.zeros(len(energies), dtype=torch.int64, device=inside.device)
+            target[: len(inside)] = 1
+            return functional.cross_entropy(self.phi(energies[:, None]), target)
+
+
+def free_energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T logsumexp(f / T) of logits f (B, K) -> (B,): the negative free energy of Liu et al. 2020, "Energy-based
+    out-of-distribution detection"; high in the distribution.
+    """
+    return temperature * torch.logsumexp(logits / temperature, dim=1)
+
+
+def uniform_cross_entropy(logits: Tensor) -> Tensor:
+    """Cross-entropy to the uniform distribution, mean of logsumexp(f) - mean_k f_k over logits f (B, K): what outliers
+    are taught in outlier exposure (Hendrycks et al. 2019, "Deep anomaly detection with outlier exposure").
+    """
+    logits = logits.float()
+    return (logits.logsumexp(1) - logits.mean(1)).mean()
 
 
 @torch.no_grad()

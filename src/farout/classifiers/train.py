@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,133 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from farout import store
-from farout.classifiers.augment import random_crop, random_flip, random_resized_crop
-from farout.classifiers.losses import ClassifierLoss, CrossEntropy
+from farout.classifiers.config import ClassifierConfig
+from farout.classifiers.exposure import Exposed, Exposure, Outside
 from farout.classifiers.model import KIND, Classifier
-from farout.classifiers.networks import NetworkSpec, Stem
 from farout.classifiers.origin import FRESH, Origin, start_from
+from farout.classifiers.outliers import open_outliers
+from farout.classifiers.presets import PRESETS
 from farout.devices import first_process, resolve_precision
 from farout.diffusion.train import discard_checkpoints, learnt_and_validating
 from farout.errors import FaroutError
 from farout.images.classes import LabelledImages, check_no_class_is_empty, class_names_of, class_numbers
-from farout.images.preprocessing import Preprocessing, Protocol
 from farout.images.sources import ImageSource, PreparedImages, batches, open_source
 from farout.images.splits import split
 from farout.progress import task
-from farout.training import TrainingConfig, train
+from farout.training import Step, TrainingConfig, train
 
 __all__ = ["PRESETS", "ClassifierConfig", "accuracy_on", "train_classifier", "train_on"]
 
-_SAMPLE = 2000
 _ROWS = 64
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """What is trained, and on which variations of the images.
-
-    Args:
-        network: `resnet18`, `resnet34`, `resnet50`, `wrn40_2`, `wrn16_2`, `wrn16_1` (for CPUs), or a name of timm's.
-        stem: of ResNets: `small` (3x3, stride 1, no max-pooling) or `imagenet`; None: `small`.
-        crop_padding: images get a border of this many zeros and are cropped back at random; 0: none.
-        flip: mirror images left to right at random.
-        resized_crop: enlarge a random rectangle of the image, instead of the crop with a border.
-        label_smoothing: share of the target that goes to all classes alike.
-        size: side in pixels; None: the images' own up to 64.
-        channels: 1 or 3; None: the images' own.
-        crop: side of a central crop before anything else.
-        protocol: see `Preprocessing`.
-        mean: of each channel, for images in [0, 1]; None: that of the training images.
-        std: likewise.
-    """
-
-    network: str = "resnet18"
-    stem: Stem | None = None
-    crop_padding: int = 4
-    flip: bool = True
-    resized_crop: bool = False
-    label_smoothing: float = 0.0
-    size: int | None = None
-    channels: int | None = None
-    crop: int | None = None
-    protocol: Protocol = "native"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.crop_padding < 0:
-            raise FaroutError(f"crop_padding is {self.crop_padding}; expected 0 or more pixels")
-        if (self.mean is None) != (self.std is None):
-            raise FaroutError("mean and std go together; give both, or neither for those of the training images")
-        self.loss()
-
-    def loss(self) -> ClassifierLoss:
-        """What training minimises."""
-        return CrossEntropy(self.label_smoothing)
-
-    def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Random variations of images (B, C, H, W)."""
-        if self.resized_crop:
-            images = random_resized_crop(images, generator)
-        else:
-            images = random_crop(images, self.crop_padding, generator)
-        return random_flip(images, generator) if self.flip else images
-
-    def build(self, source: ImageSource, class_names: Sequence[str]) -> Classifier:
-        """A classifier of `source` with fresh weights."""
-        preprocessing = Preprocessing.for_source(
-            source, size=self.size, channels=self.channels, protocol=self.protocol, crop=self.crop
-        )
-        spec = NetworkSpec(self.network, len(class_names), preprocessing.channels, preprocessing.size, self.stem)
-        mean, std = (self.mean, self.std) if self.mean and self.std else _moments(source, preprocessing)
-        return Classifier(spec.build(), mean, std, preprocessing, class_names=class_names, network=spec)
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "model": {"network": "wrn16_1", "crop_padding": 2, "flip": False},
-        "training": {
-            "steps": 2000,
-            "batch_size": 128,
-            "optimizer": "sgd",
-            "learning_rate": 0.1,
-            "weight_decay": 5e-4,
-            "warmup": 100,
-            "final_learning_rate": 1e-6,
-            "ema": None,
-            "clip": None,
-        },
-    },
-    "openood": {
-        "model": {"network": "resnet18", "crop_padding": 4, "flip": True},
-        "training": {
-            "steps": 39100,
-            "batch_size": 128,
-            "optimizer": "sgd",
-            "learning_rate": 0.1,
-            "weight_decay": 5e-4,
-            "warmup": 0,
-            "final_learning_rate": 1e-6,
-            "ema": None,
-            "clip": None,
-        },
-    },
-}
-"""`tiny` for CPUs, without mirroring, which would make other digits of digits; `openood`: the recipe of OpenOOD's
-classifiers (SGD with Nesterov momentum 0.9, 100 epochs of CIFAR's 391 updates at batch 128, cosine to 1e-6)."""
-
-
-def _moments(source: ImageSource, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over at most 2,000 images, evenly spaced."""
-    prepared, count = PreparedImages(source, preprocessing), min(_SAMPLE, len(source))
-    sums = torch.zeros(2, preprocessing.channels, dtype=torch.float64)
-    for number in range(count):
-        image = prepared[number * len(source) // count].double()
-        sums += torch.stack([image.mean((1, 2)), image.square().mean((1, 2))])
-    mean, square = sums / count
-    # all images black or white have no deviation; half a grey level does no harm to others
-    std = (square - mean**2).clamp(min=(0.5 / 255) ** 2).sqrt()
-    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def train_on(
@@ -149,9 +40,12 @@ def train_on(
     resume: bool = False,
     class_names: Sequence[str] | None = None,
     weights: str | None = None,
+    exposure: Exposure = Exposure(),  # noqa: B008
+    outliers: ImageSource | None = None,
+    reconstructions: ImageSource | None = None,
 ) -> Classifier:
-    """Trains a classifier on all of `source`; the last twentieth of the images, by hash, validates where
-    `training.validate_every` is set.
+    """Trains a classifier on all of `source`; the last twentieth of the images, by hash, validates (by cross-entropy
+    alone) where `training.validate_every` is set.
 
     Args:
         source: images with labels.
@@ -163,31 +57,34 @@ def train_on(
         weights: a file of weights to start from (see `Classifier.from_weights`), or a classifier's folder; None: fresh
             ones. What the weights of a farout classifier have seen counts as seen; of others `provenance["weights"]`
             says that it is not known.
+        exposure: how it learns what lies outside the distribution.
+        outliers: images that lie there, see `open_outliers`. They do not count as seen.
+        reconstructions: labelled images that a generator has made of images of `source`: they count as seen.
 
-    Raises FaroutError where there are no labels, one class, or a class without images; StoreError for weights that do
-    not fit.
+    Raises FaroutError where there are no labels, one class, a class without images, or outliers that the loss does not
+    want or that are among the images; StoreError for weights that do not fit.
     """
+    outside = Outside(exposure.resolved(outliers is not None), outliers, reconstructions)
     names = class_names_of(source) if class_names is None else class_names
     numbers = class_numbers(source, names)
     check_no_class_is_empty(numbers, names)
-    classifier, origin = _start(source, config, names, weights, training.seed)
+    classifier, origin = _start(source, config, (*names, *outside.classes), weights, training.seed)
     hashes = [source.content_hash(i) for i in range(len(source))]
     labelled = LabelledImages(PreparedImages(source, classifier.preprocessing), numbers)
     learning, validation = learnt_and_validating(labelled, hashes, validate=training.validate_every > 0)
-    loss = config.loss()
-
-    def step(network: nn.Module, batch: list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        images, targets = batch
-        varied = config.augment(images, generator) if network.training else images
-        return loss(network(classifier.normalise(varied)), targets)
-
-    fingerprint = source.fingerprint()
+    fingerprint, told = source.fingerprint(), outside.told()
     begun = "" if weights is None else f" {origin.weights} {origin.classifier}"
     result = train(
-        classifier.module, step, learning, training, out=out, validation=validation, resume=resume,
-        fingerprint=f"{fingerprint} {tuple(names)} {asdict(config)}{begun}",
-    )  # fmt: skip
-    classifier.trained_on = origin.seen.union(hashes)
+        outside.learner(classifier.module, classifier.head_name, config.loss(), training),
+        _step(classifier, config),
+        outside.beside(learning, names, hashes, classifier.preprocessing, training.seed),
+        training,
+        out=out,
+        validation=validation,
+        resume=resume,
+        fingerprint=f"{fingerprint} {tuple(names)} {asdict(config)}{begun}" + (f" {told}" if told else ""),
+    )
+    classifier.trained_on = origin.seen.union(hashes, outside.seen())
     classifier.provenance = {
         "source": source.name,
         "data_fingerprint": fingerprint,
@@ -196,10 +93,26 @@ def train_on(
         "training_accuracy": result.losses.get("accuracy"),
         "seed": training.seed,
         **_told_of(origin),
+        **told,
         "model": asdict(config),
         "training": asdict(training),
     }
     return classifier
+
+
+def _step(classifier: Classifier, config: ClassifierConfig) -> Step:
+    """From images, class numbers and maybe outliers to losses; all images are varied alike."""
+    loss = config.loss()
+
+    def step(network: nn.Module, batch: list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        images, targets, *outliers = batch
+        images = torch.cat([images, *outliers])
+        varied = classifier.normalise(config.augment(images, generator) if network.training else images)
+        if isinstance(network, Exposed):
+            return network.losses(varied, targets, generator)
+        return loss(network(varied), targets)
+
+    return step
 
 
 def _start(
@@ -238,8 +151,11 @@ def train_classifier(
     source: Any,
     out: str | Path,
     *,
-    model: ClassifierConfig = ClassifierConfig(),
+    model: ClassifierConfig = ClassifierConfig(),  # noqa: B008
     training: TrainingConfig = TrainingConfig(),  # noqa: B008
+    exposure: Exposure = Exposure(),  # noqa: B008
+    outliers: str | None = None,
+    reconstructions: str | None = None,
     weights: str | None = None,
     keep_weights: bool = False,
     limit: int | None = None,
@@ -264,6 +180,11 @@ def train_classifier(
             it where `training.checkpoint_every` is set.
         model: what is trained.
         training: how it is trained.
+        exposure: how it learns what lies outside the distribution.
+        outliers: images that lie outside the distribution, to be told apart from the others: a folder that `farout
+            synthesize` made, or any image source; labels are not looked at.
+        reconstructions: images of the classes that a generator has made again of the images learnt, with labels: a part
+            of the images is taken from them, so that being generated is not what tells outliers apart.
         weights: weights to start from: a file, an OpenOOD checkpoint for instance, or the folder of a classifier, whose
             training images then count as seen; None: fresh ones.
         keep_weights: train nothing: the given weights become a classifier of the source's classes, as they are. It
@@ -276,12 +197,16 @@ def train_classifier(
         seed: seed of sample, split, weights and augmentation.
         resume: go on from the last checkpoint.
 
-    Raises FaroutError where there are no labels, one class, or a class of which no image is left to train on, and for
-    kept weights without mean and std; StoreError for weights that do not fit.
+    Raises FaroutError where there are no labels, one class, or a class of which no image is left to train on, for
+    kept weights without mean and std, and where loss and outliers do not go together; StoreError for weights that do
+    not fit.
     """
     store.check_replaceable(out, KIND)
+    exposure.resolved(outliers is not None)
     if keep_weights:
-        _check_keeping(weights, model)
+        _check_keeping(weights, model, exposure, outliers or reconstructions)
+    outer = None if outliers is None else open_outliers(outliers, limit=exposure.limit, seed=seed, policy=policy)
+    again = None if reconstructions is None else open_outliers(reconstructions, policy=policy)
     images = open_source(source, limit=limit, seed=seed, policy=policy)
     names = class_names_of(images)
     parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
@@ -292,7 +217,10 @@ def train_classifier(
         trained, origin = _start(learning, model, names, weights, seed)
         trained.trained_on, trained.provenance = origin.seen, {"source": images.name, **_told_of(origin)}
     else:
-        trained = train_on(learning, model, settings, out=folder, resume=resume, class_names=names, weights=weights)
+        trained = train_on(
+            learning, model, settings, out=folder, resume=resume, class_names=names, weights=weights,
+            exposure=exposure, outliers=outer, reconstructions=again,
+        )  # fmt: skip
     if first_process():
         held = images.subset(sorted([*parts.statistics, *parts.calibration]))
         _rate(trained, held, resolve_precision(training.precision, trained.device))
@@ -301,7 +229,12 @@ def train_classifier(
     return trained
 
 
-def _check_keeping(weights: str | None, model: ClassifierConfig) -> None:
+def _check_keeping(weights: str | None, model: ClassifierConfig, exposure: Exposure, outside: str | None) -> None:
+    if outside is not None or exposure.loss not in (None, "cross_entropy"):
+        given = outside or f"the loss {exposure.loss}"
+        raise FaroutError(
+            f"kept weights are not trained, so {given} has no use; leave it out, or leave out keep_weights"
+        )
     if weights is None:
         raise FaroutError("keep_weights wants weights to keep; give a file of weights")
     if model.mean is None:  # and so std, they go together

@@ -156,6 +156,7 @@ def evaluate(
     random_control: bool = False,
     reference: str | None = None,
     control_limit: int | None = 1000,
+    ood_draws: int = 0,
     runtime: dict[str, Any],
 ) -> pd.DataFrame:
     """Rate a detector, or anyone's scores, against out-of-distribution images.
@@ -172,6 +173,8 @@ def evaluate(
         random_control: rate the same detector with random weights.
         reference: images that controls are fitted on; without it those that the detector was fitted on.
         control_limit: how many of them.
+        ood_draws: also write OUT/draws.csv, metrics over this many random draws of a fifth as many out-of-distribution
+            images as in-distribution ones, the protocol of many papers.
         runtime: settings that differ from the fitted ones.
     """
     if scores:
@@ -187,6 +190,7 @@ def evaluate(
         out,
         limit=limit,
         beside=Beside(companions, controls, random_control, reference, control_limit),
+        ood_draws=ood_draws,
     )
 
 

@@ -104,6 +104,9 @@ def _classifier(classifier: Classifier) -> None:
     about = classifier.provenance
     seen = f"trained on {about['images']} images" if "images" in about else "weights kept as given"
     print(f"{seen}, {classifier.classes} classes, {classifier.parameters:,} parameters")
+    for kind in ("outliers", "reconstructions"):
+        if kind in about:
+            print(f"{about[kind]['images']} {kind} of {about[kind]['source']}, loss {about['exposure']['loss']}")
     # only the first of several processes measures it
     if "held_out_accuracy" in about:
         print(f"accuracy {about['held_out_accuracy']:.3f} on {about['held_out_images']} held-out images")

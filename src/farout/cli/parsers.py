@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from farout import classifiers, diffusion, registry
+from farout.classifiers.exposure import Exposure
 from farout.classifiers.train import PRESETS as CLASSIFIERS
 from farout.classifiers.train import ClassifierConfig, train_classifier
 from farout.cli import commands, generation
@@ -25,12 +26,14 @@ __all__ = ["parse"]
 
 _ROOMS = (commands, generation, diffusion.train, classifiers.train)
 """Where the functions behind the commands are."""
-_TRAININGS: dict[Callable[..., Any], tuple[type, Mapping[str, Any]]] = {
-    train_diffusion: (DiffusionConfig, PRESETS),
-    train_classifier: (ClassifierConfig, CLASSIFIERS),
+_TRAININGS: dict[Callable[..., Any], tuple[dict[str, type], Mapping[str, Any]]] = {
+    train_diffusion: ({"model": DiffusionConfig}, PRESETS),
+    train_classifier: ({"model": ClassifierConfig, "exposure": Exposure}, CLASSIFIERS),
 }
+_SHORT = {"device": "training", "precision": "training", "batch_size": "training", "loss": "exposure"}
+"""Settings of trainings that may be written without the part that they belong to."""
 _RUNTIME = tuple(Runtime.__dataclass_fields__)
-_COMPOSED = {"runtime", "settings", "arguments", "model", "training"}
+_COMPOSED = {"runtime", "settings", "arguments", "model", "training", "exposure"}
 """Keyword parameters of commands that are made of several flags."""
 _NOT_FLAGS = ("network", "training", "runtime")
 """Fields of FitSettings that are flags of their own."""
@@ -120,21 +123,23 @@ def _method_preset(method: Any, name: str | None) -> dict[str, Any]:
 
 
 def _add_training(
-    parser: Parser, flag: str, preset: str, config: type = DiffusionConfig, presets: Mapping[str, Any] = PRESETS
+    parser: Parser, flag: str, preset: str, configs: Mapping[str, type], presets: Mapping[str, Any] = PRESETS
 ) -> None:
     parser.add_argument(f"--{flag}", type=str, default=preset, help=f"settings to start from: {', '.join(presets)}")
-    parser.take(config, "model")
+    for part, config in configs.items():
+        parser.take(config, part)
     parser.take(TrainingConfig, "training")
     parser.set_defaults(_training_preset(preset, presets))
 
 
 def _train(name: str, command: Callable[..., Any], words: Sequence[str]) -> Callable[[], Any]:
     """A training: its presets lie under YAML and flags, and may be named in either."""
-    about = f"{_first_line(command)} --device, --precision and --batch-size stand for --training.device …"
-    config, presets = _TRAININGS[command]
-    parser = _parser(name, command, about=about)
-    _add_training(parser, "preset", "tiny", config, presets)
-    words = [_long(word) for word in words]
+    configs, presets = _TRAININGS[command]
+    short = {flag: part for flag, part in _SHORT.items() if part in (*configs, "training")}
+    told = [f"--{flag.replace('_', '-')} for --{part}.{flag.replace('_', '-')}" for flag, part in short.items()]
+    parser = _parser(name, command, about=f"{_first_line(command)} You may write {', '.join(told)}.")
+    _add_training(parser, "preset", "tiny", configs, presets)
+    words = [_long(word, short) for word in words]
     # the first reading is for the preset's name
     parser.set_defaults(_training_preset(parser.read(words).preset, presets))
     values = _values(parser, parser.read(words))
@@ -142,11 +147,11 @@ def _train(name: str, command: Callable[..., Any], words: Sequence[str]) -> Call
     return functools.partial(command, **values)
 
 
-def _long(word: str) -> str:
+def _long(word: str, short: Mapping[str, str]) -> str:
     """--device, --precision and --batch-size mean the same in every command; in training they are nested."""
     flag, equals, value = word.partition("=")
-    short = flag.replace("_", "-") in ("--device", "--precision", "--batch-size")
-    return f"--training.{flag.removeprefix('--')}{equals}{value}" if short else word
+    part = short.get(flag.removeprefix("--").replace("-", "_")) if flag.startswith("--") else None
+    return word if part is None else f"--{part}.{flag.removeprefix('--')}{equals}{value}"
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,7 @@ def _fit_parser(member: registry.Member, method: Any) -> Parser:
     parser.take(FitSettings, skip=_not_flags(method))
     parser.take(Runtime)
     if _trains_on_images(method):
-        _add_training(parser, "network_preset", method.network_preset)
+        _add_training(parser, "network_preset", method.network_preset, {"model": DiffusionConfig})
     return parser
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from farout.classifiers.exposure import Exposure
 from farout.classifiers.model import Classifier
 from farout.classifiers.train import PRESETS as CLASSIFIERS
 from farout.classifiers.train import ClassifierConfig, train_on
@@ -209,12 +210,17 @@ def _classifier_config(detector: Detector, settings: FitSettings) -> ClassifierC
     if settings.classifier_preset not in CLASSIFIERS:
         known = ", ".join(CLASSIFIERS)
         raise FaroutError(f"there is no classifier preset {settings.classifier_preset!r}; expected one of {known}")
+    _exposure(settings).resolved(outliers=False)
     config = ClassifierConfig(**CLASSIFIERS[settings.classifier_preset]["model"])
     if "diffusion" in detector.needs:
         shared = _network_config(detector, settings)
         names = ("size", "channels", "crop", "protocol")
         return replace(config, **{name: getattr(shared, name) for name in names})
     return config if settings.protocol is None else replace(config, protocol=settings.protocol)
+
+
+def _exposure(settings: FitSettings) -> Exposure:
+    return Exposure(**CLASSIFIERS[settings.classifier_preset].get("exposure", {}))
 
 
 def _check(detector: Detector, images: ImageSource, given: Any, settings: FitSettings) -> None:
@@ -249,7 +255,8 @@ def _train_classifier(detector: Detector, images: ImageSource, settings: FitSett
         training = replace(training, steps=settings.classifier_steps)
     out = settings.checkpoints / "classifier" if settings.checkpoints is not None else None
     config = _classifier_config(detector, settings)
-    return train_on(images, config, training_of(training, settings), out=out, resume=settings.resume)
+    training, exposure = training_of(training, settings), _exposure(settings)
+    return train_on(images, config, training, out=out, resume=settings.resume, exposure=exposure)
 
 
 def training_of(given: TrainingConfig, settings: FitSettings) -> TrainingConfig:

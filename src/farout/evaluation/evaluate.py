@@ -20,6 +20,7 @@ from farout.detectors._tables import Scores
 from farout.detectors.base import Detector
 from farout.errors import FaroutError, TrapWarning
 from farout.evaluation.beside import Beside, Rated, name_of, rated_beside
+from farout.evaluation.draws import over_draws
 from farout.evaluation.intervals import paired_difference
 from farout.evaluation.metrics import detection, false_alarm
 from farout.evaluation.metrics import evaluate as rate
@@ -80,6 +81,7 @@ def evaluate_detector(
     *,
     limit: int | None = None,
     beside: Beside | None = None,
+    ood_draws: int = 0,
 ) -> pd.DataFrame:
     """Scores all sources into `out/scores/`, rates every indicator, and writes `out/metrics.csv`; and the differences
     between the detector's score and the others' on the same images, with their intervals, as `out/paired.csv`.
@@ -91,11 +93,15 @@ def evaluate_detector(
         out: folder of the results; an interrupted run goes on there.
         limit: a seeded sample of this many images of each source.
         beside: what else is rated; None: the methods that the detector names, and trivial controls.
+        ood_draws: also write `out/draws.csv`: means and deviations over this many random draws of a fifth as many
+            out-of-distribution images as in-distribution ones, the protocol of many papers (see `over_draws`).
 
     Returns:
         The table, one row per detector, indicator and out-of-distribution source.
     """
     detector.check_fitted()
+    if ood_draws < 0:
+        raise FaroutError(f"ood_draws is {ood_draws}; expected 0 or more")
     if isinstance(ood_sources, str) or not len(ood_sources):
         raise FaroutError(f"out-of-distribution sources are a list of at least one, got {ood_sources!r}")
     out = Path(out)
@@ -111,6 +117,9 @@ def evaluate_detector(
         _written(paired, out / "paired.csv")
         table.attrs["paired"] = paired.to_dict("records")
         table.attrs["paths"] += paired.attrs["paths"]
+    if ood_draws:
+        drawn = [row for each, (first, *others) in zip(rated, sides) for row in _drawn(each, first, others, ood_draws)]
+        table.attrs["paths"] += _written(pd.DataFrame(drawn), out / "draws.csv").attrs["paths"]
     table.attrs["paths"] += [str(out / "scores" / _slug(source) / "page.html") for source in outside]
     return table
 
@@ -182,6 +191,19 @@ def _rows(rated: Rated, inside: _Side, others: Sequence[_Side]) -> Iterator[dict
             "fit_s": rated.detector.provenance.get("fit_s", float("nan")),
         }
         yield from _indicator_rows(rated.detector, inside, outside, common)
+
+
+def _drawn(rated: Rated, inside: _Side, others: Sequence[_Side], draws: int) -> Iterator[dict[str, Any]]:
+    for outside in others:
+        for name in ["score", *inside.scores.indicators]:
+            own = rated.detector.score_name if name == "score" else name
+            pair = inside.scores.indicators[own], outside.scores.indicators[own]
+            yield {
+                "detector": rated.name,
+                "indicator": name,
+                **_names(inside.source.name, outside.source.name),
+                **over_draws(*pair, draws, seed=rated.detector.seed),
+            }
 
 
 def _indicator_rows(

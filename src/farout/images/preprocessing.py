@@ -24,10 +24,12 @@ from farout.images.decoding import to_pil
 if TYPE_CHECKING:
     from farout.images.sources import ImageSource
 
-__all__ = ["Preprocessing", "Protocol", "ValueRange", "check_against"]
+__all__ = ["Kernel", "Preprocessing", "Protocol", "ValueRange", "check_against"]
 
 Protocol = Literal["native", "direct", "common"]
 ValueRange = Literal["fixed", "minmax"]
+Kernel = Literal["bicubic", "bilinear", "nearest"]
+"""How pixels are made of others; bicubic and bilinear are antialiased."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,14 @@ class Preprocessing:
             choices = f"{', '.join(get_args(Protocol))} and {', '.join(get_args(ValueRange))}"
             raise ValueError(f"protocol {self.protocol!r}, value_range {self.value_range!r}: expected {choices}")
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """Prepares one image; raises ValueError for anything but uint8 `(C, H, W)` with C in {1, 3}."""
+    def __call__(self, image: Tensor, shrink: Kernel = "bicubic") -> Tensor:
+        """Prepares one image; raises ValueError for anything but uint8 `(C, H, W)` with C in {1, 3}.
+
+        `shrink` is the kernel of the first resize of an image that is larger than its target.
+        """
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
             raise ValueError(f"got {image.dtype} of shape {tuple(image.shape)}, expected uint8 (1 or 3, H, W)")
-        pixels = image if self._is_identity(image) else self._through_pillow(image)
+        pixels = image if self._is_identity(image) else self._through_pillow(image, shrink)
         return _min_max(pixels) if self.value_range == "minmax" else pixels.float() / 255
 
     def _is_identity(self, image: Tensor) -> bool:
@@ -76,10 +81,9 @@ class Preprocessing:
         same = tuple(size) == self.size and (self.protocol == "direct" or tuple(size) == self.native)
         return whole and same and channels == self.channels and self.protocol != "common"
 
-    def _through_pillow(self, image: Tensor) -> Tensor:
+    def _through_pillow(self, image: Tensor, shrink: Kernel) -> Tensor:
         picture = _crop(to_pil(image), self.crop)
-        if self.protocol != "direct":
-            picture = _resize(picture, self.native)
+        picture = _resize(picture, self.size if self.protocol == "direct" else self.native, shrink)
         if self.protocol == "common":
             picture = _through_jpeg(picture, self.jpeg_quality)
         picture = _resize(picture, self.size).convert("L" if self.channels == 1 else "RGB")
@@ -166,11 +170,12 @@ def _crop(picture: Image.Image, crop: int | None) -> Image.Image:
     return picture.crop((left, top, left + width, top + height))
 
 
-def _resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _resize(picture: Image.Image, size: tuple[int, int], shrink: Kernel = "bicubic") -> Image.Image:
     height, width = size
     if picture.size == (width, height):
         return picture
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
+    larger = picture.width > width or picture.height > height
+    return picture.resize((width, height), Image.Resampling[(shrink if larger else "bicubic").upper()])
 
 
 def _through_jpeg(picture: Image.Image, quality: int) -> Image.Image:

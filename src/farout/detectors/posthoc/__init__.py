@@ -9,6 +9,7 @@ import torch
 from pytorch_ood.detector import odin_preprocessing
 from torch import Tensor
 
+from farout.classifiers.exposure import known_classes
 from farout.classifiers.model import Classifier
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.posthoc.scores import (
@@ -31,7 +32,7 @@ __all__ = ["Posthoc"]
 
 Score = Literal[
     "msp", "max_logit", "energy", "gen", "odin", "react", "dice", "ash", "scale", "vim", "knn", "she", "mahalanobis",
-    "rmds",
+    "rmds", "extra",
 ]  # fmt: skip
 _SHARES = ("clip", "pruned", "sparsity")
 
@@ -54,6 +55,9 @@ class Posthoc(Detector):
       et al. 2023).
     - mahalanobis = min over classes c of (z - m_c)^T S^-1 (z - m_c) / 2 (Lee et al. 2018); rmds = min over classes of
       (z - m_c)^T S^-1 (z - m_c) - (z - m)^T C^-1 (z - m) (Ren et al. 2021).
+
+    - extra = l_(K+1) - log sum_k exp(l_k), the log-odds of the outliers' class, of classifiers that were trained with
+      one (`--loss k+1`): all other scores leave its logit out.
 
     The classes in mahalanobis, rmds and she are those that the classifier predicts, not labels: the statistics images
     then need none, and a source's label numbers need not be the classifier's. A class that is never predicted has no
@@ -130,7 +134,7 @@ class Posthoc(Detector):
     @property
     def head(self) -> Head:
         """The classifier's last layer."""
-        return Head(self.network.head)
+        return Head(self.network.head, known_classes(self.network))
 
     @property
     def settings(self) -> Settings:
@@ -144,7 +148,11 @@ class Posthoc(Detector):
         return self._rows_seen
 
     def prepare(self) -> None:
-        """Checks that shaped maps can stand for features; raises FaroutError where they cannot."""
+        """Checks that shaped maps can stand for features, and that there is a class of outliers where it is the score;
+        raises FaroutError where not.
+        """
+        if self.config["score"] == "extra" and known_classes(self.network) == self.network.classes:
+            raise FaroutError("this classifier has no class of outliers to score by; train one with --loss k+1")
         if self.config["shaping"] == "maps":
             images = torch.linspace(0, 1, self.network.preprocessing.channels * 64).reshape(1, -1, 8, 8)
             found = self.network.outputs(images, maps=True) if self.network.has_maps else None
@@ -163,7 +171,7 @@ class Posthoc(Detector):
 
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
         """Vectors `logits` (B, K) and `features` (B, D); with shaped maps `ash` and `scale` (B, D); with ODIN `odin`
-        (B, K), the logits of the changed images.
+        (B, K), the logits of the changed images. A class of outliers stands last in `logits`.
         """
         rows, on_maps = int(self.runtime.rows), self.config["shaping"] == "maps"
         given = self.network.outputs(batch.images, rows, self.runtime.precision, maps=on_maps)
@@ -177,13 +185,13 @@ class Posthoc(Detector):
 
     def _odin(self, images: Tensor, rows: int) -> Tensor:
         """Logits of the images after ODIN's step."""
-        network = self.network
+        network, known = self.network, known_classes(self.network)
         self._rows_seen += 2 * len(images)
 
         def logits(x: Tensor) -> Tensor:
             with autocast(network.device, self.runtime.precision):  # type: ignore[arg-type]
                 # a view: torch's counter of operations, which hooks modules' inputs, refuses leaves
-                return network.module(x.view_as(x)).float()
+                return network.module(x.view_as(x)).float()[:, :known]
 
         @torch.no_grad()
         def changed(x: Tensor) -> Tensor:
@@ -201,18 +209,21 @@ class Posthoc(Detector):
         self.fitted_scores = Fitted.fit(measurements.vectors["features"], self.head, self.settings)
 
     def combine(self, measurements: Measurements) -> dict[str, Tensor]:
-        """All scores by name; `odin` where it is measured."""
+        """All scores by name; `odin` where it is measured, `extra` where there is a class of outliers."""
         assert self.fitted_scores is not None
         vectors, config = measurements.vectors, self.config
-        features = vectors["features"]
+        features, logits = vectors["features"], vectors["logits"]
+        known = logits[:, : len(self.fitted_scores.head.weight)]
         maps = {name: vectors[name] for name in ("ash", "scale") if name in vectors}
         found = {
-            **logit_scores(vectors["logits"], config["gamma"], config["top"]),
+            **logit_scores(known, config["gamma"], config["top"]),
             **self.fitted_scores.scores(features),
             **shaped_scores(
                 maps or shaped(features[:, :, None, None].double(), config["pruned"]), self.fitted_scores.head
             ),
         }
+        if logits.shape[1] > known.shape[1]:
+            found["extra"] = logits[:, -1].double() - known.double().logsumexp(1)
         if self.with_odin:
             found["odin"] = tempered(vectors["odin"], config["odin_temperature"])
         return found

@@ -32,12 +32,12 @@ class Settings:
 
 
 class Head:
-    """The classifier's last layer: features (n, D) -> logits (n, K), in float64."""
+    """The classifier's last layer: features (n, D) -> logits (n, K) of its first K classes, None: all, in float64."""
 
-    def __init__(self, layer: torch.nn.Linear) -> None:
-        self.weight = layer.weight.detach().double().cpu()
+    def __init__(self, layer: torch.nn.Linear, classes: int | None = None) -> None:
+        self.weight = layer.weight.detach().double().cpu()[:classes]
         none = torch.zeros(len(self.weight), dtype=torch.float64)
-        self.bias = none if layer.bias is None else layer.bias.detach().double().cpu()
+        self.bias = none if layer.bias is None else layer.bias.detach().double().cpu()[:classes]
 
     def __call__(self, features: Tensor) -> Tensor:
         """Logits; maps (n, D, 1, 1) are features too."""

@@ -1,0 +1,95 @@
+"""What a classifier is trained as: its network, its images and their variations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farout.classifiers.augment import random_crop, random_flip, random_resized_crop
+from farout.classifiers.losses import ClassifierLoss, CrossEntropy
+from farout.classifiers.model import Classifier
+from farout.classifiers.networks import NetworkSpec, Stem
+from farout.errors import FaroutError
+from farout.images.preprocessing import Preprocessing, Protocol
+from farout.images.sources import ImageSource, PreparedImages
+
+__all__ = ["ClassifierConfig"]
+
+_SAMPLE = 2000
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What is trained, and on which variations of the images.
+
+    Args:
+        network: `resnet18`, `resnet34`, `resnet50`, `wrn40_2`, `wrn16_2`, `wrn16_1` (for CPUs), or a name of timm's.
+        stem: of ResNets: `small` (3x3, stride 1, no max-pooling) or `imagenet`; None: `small`.
+        crop_padding: images get a border of this many zeros and are cropped back at random; 0: none.
+        flip: mirror images left to right at random.
+        resized_crop: enlarge a random rectangle of the image, instead of the crop with a border.
+        label_smoothing: share of the target that goes to all classes alike.
+        size: side in pixels; None: the images' own up to 64.
+        channels: 1 or 3; None: the images' own.
+        crop: side of a central crop before anything else.
+        protocol: see `Preprocessing`.
+        mean: of each channel, for images in [0, 1]; None: that of the training images.
+        std: likewise.
+    """
+
+    network: str = "resnet18"
+    stem: Stem | None = None
+    crop_padding: int = 4
+    flip: bool = True
+    resized_crop: bool = False
+    label_smoothing: float = 0.0
+    size: int | None = None
+    channels: int | None = None
+    crop: int | None = None
+    protocol: Protocol = "native"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop_padding < 0:
+            raise FaroutError(f"crop_padding is {self.crop_padding}; expected 0 or more pixels")
+        if (self.mean is None) != (self.std is None):
+            raise FaroutError("mean and std go together; give both, or neither for those of the training images")
+        self.loss()
+
+    def loss(self) -> ClassifierLoss:
+        """What training minimises."""
+        return CrossEntropy(self.label_smoothing)
+
+    def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Random variations of images (B, C, H, W)."""
+        if self.resized_crop:
+            images = random_resized_crop(images, generator)
+        else:
+            images = random_crop(images, self.crop_padding, generator)
+        return random_flip(images, generator) if self.flip else images
+
+    def build(self, source: ImageSource, class_names: Sequence[str]) -> Classifier:
+        """A classifier of `source` with fresh weights."""
+        preprocessing = Preprocessing.for_source(
+            source, size=self.size, channels=self.channels, protocol=self.protocol, crop=self.crop
+        )
+        spec = NetworkSpec(self.network, len(class_names), preprocessing.channels, preprocessing.size, self.stem)
+        mean, std = (self.mean, self.std) if self.mean and self.std else _moments(source, preprocessing)
+        return Classifier(spec.build(), mean, std, preprocessing, class_names=class_names, network=spec)
+
+
+def _moments(source: ImageSource, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over at most 2,000 images, evenly spaced."""
+    prepared, count = PreparedImages(source, preprocessing), min(_SAMPLE, len(source))
+    sums = torch.zeros(2, preprocessing.channels, dtype=torch.float64)
+    for number in range(count):
+        image = prepared[number * len(source) // count].double()
+        sums += torch.stack([image.mean((1, 2)), image.square().mean((1, 2))])
+    mean, square = sums / count
+    # all images black or white have no deviation; half a grey level does no harm to others
+    std = (square - mean**2).clamp(min=(0.5 / 255) ** 2).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,270 @@
+"""Learning what lies outside: settings, and the network with what is trained beside it and then thrown away."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from farout.classifiers.losses import ClassifierLoss, EnergyHead, uniform_cross_entropy
+from farout.classifiers.model import Classifier
+from farout.classifiers.outliers import ExposedImages, OutlierImages, Reconstructions, Resize, check_outliers
+from farout.classifiers.virtual import VirtualOutliers
+from farout.data_order import seed_of
+from farout.errors import FaroutError
+from farout.images.preprocessing import Preprocessing
+from farout.images.sources import ImageSource
+from farout.training_config import TrainingConfig
+
+__all__ = ["OUTLIER", "Exposed", "Exposure", "Loss", "Outside", "known_classes"]
+
+OUTLIER = "(outlier)"
+"""Name of the class that `k+1` adds, the last one; no folder is called that."""
+
+Loss = Literal["energy", "oe", "k+1", "vos", "cross_entropy"]
+
+_OWN: dict[Loss, tuple[float, float]] = {
+    "energy": (1.0, 0.0), "oe": (0.5, 0.0), "k+1": (1.0, 0.0), "vos": (0.1, 0.4), "cross_entropy": (0.0, 0.0)
+}  # fmt: skip
+"""The weight and the start of each loss in its paper; NCIS's for `energy`, ours for `k+1`."""
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What is learnt of what lies outside the distribution.
+
+    The loss is CE(f(x), y) + weight x L_outside. Images and outliers, one of these for each image, go through the
+    network as one batch, so that batch normalisation sees both.
+
+    Args:
+        loss: `energy`: the energy regulariser (see `EnergyHead`; NCIS and Dream-OOD); `oe`: outliers are taught the
+            uniform distribution (Hendrycks et al. 2019); `k+1`: outliers are one class more, whose logit the classifier
+            keeps; `vos`: the energy regulariser on virtual outliers (see `VirtualOutliers`), without images of any;
+            `cross_entropy`: nothing. None: `energy` where there are outliers, else `cross_entropy`.
+        weight: of the loss outside; None: 1 for energy and k+1, 0.5 for oe, 0.1 for vos.
+        start: share of the training before it counts; None: 0.4 for vos, else 0.
+        temperature: T of the energies, of energy and vos.
+        hidden: units in the head of energy and vos; 0: it is linear.
+        limit: use a seeded sample of this many outliers.
+        resize: kernel for outliers and reconstructions larger than the images: `both` (nearest or bilinear, drawn for
+            each sample), `bilinear`, `nearest`, or `bicubic` as images are.
+        reconstructed: share of the images whose place reconstructions take, where there are any.
+        queue: features kept of each class, of vos.
+        draws: samples of each class that vos takes the least likely of.
+        select: how many of them.
+    """
+
+    loss: Loss | None = None
+    weight: float | None = None
+    start: float | None = None
+    temperature: float = 1.0
+    hidden: int = 0
+    limit: int | None = None
+    resize: Resize = "both"
+    reconstructed: float = 0.5
+    queue: int = 1000
+    draws: int = 10000
+    select: int = 1
+
+    def __post_init__(self) -> None:
+        for name, holds, expected in self._rules():
+            if not holds:
+                raise FaroutError(f"the exposure option {name} is {getattr(self, name)!r}; expected {expected}")
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        return [
+            ("loss", self.loss is None or self.loss in get_args(Loss), f"None, {', '.join(get_args(Loss))}"),
+            ("resize", self.resize in get_args(Resize), ", ".join(get_args(Resize))),
+            ("weight", self.weight is None or 0 <= self.weight < float("inf"), "None or 0 or more"),
+            ("start", self.start is None or 0 <= self.start < 1, "None or a share in [0, 1)"),
+            ("temperature", 0 < self.temperature < float("inf"), "a positive number"),
+            ("hidden", self.hidden >= 0, "0 or more"),
+            ("limit", self.limit is None or self.limit >= 1, "None or 1 or more"),
+            ("reconstructed", 0 <= self.reconstructed <= 1, "a share in [0, 1]"),
+            ("queue", self.queue >= 2, "2 or more"),
+            ("draws", self.draws >= 1, "1 or more"),
+            ("select", 1 <= self.select <= self.draws, f"1 to draws ({self.draws})"),
+        ]
+
+    def resolved(self, outliers: bool) -> Self:
+        """With loss, weight and start filled in.
+
+        Args:
+            outliers: whether there are any.
+
+        Raises FaroutError where the loss wants outliers and there are none, or has no use for those that there are.
+        """
+        loss: Loss = self.loss or ("energy" if outliers else "cross_entropy")
+        wanted = loss in ("energy", "oe", "k+1")
+        if wanted and not outliers:
+            raise FaroutError(
+                f"the loss {loss} learns from images that lie outside the distribution; give some (farout train "
+                "classifier SOURCE --outliers FOLDER), or --loss vos, which needs none"
+            )
+        if outliers and not wanted:
+            raise FaroutError(f"the loss {loss} does not look at outliers; leave them out, or give --loss energy")
+        weight, start = _OWN[loss]
+        return replace(
+            self,
+            loss=loss,
+            weight=weight if self.weight is None else self.weight,
+            start=start if self.start is None else self.start,
+        )
+
+
+class Exposed(nn.Module):
+    """A classifier's network and what the loss trains or remembers beside it.
+
+    Args:
+        network: images (B, C, H, W), normalised -> logits (B, K), or (B, K + 1) for `k+1`.
+        head: name of its last linear layer.
+        exposure: resolved.
+        inside: the loss of labelled images.
+        start: forward passes before the loss outside counts.
+
+    The state dict of `network` stands under `network.`; all else is thrown away after training.
+    """
+
+    passes: Tensor
+
+    def __init__(self, network: nn.Module, head: str, exposure: Exposure, inside: ClassifierLoss, start: int) -> None:
+        super().__init__()
+        self.network, self.exposure, self.inside = network, exposure, inside
+        self.head_name, self.start = head, start
+        last: Any = network.get_submodule(head)
+        energetic = exposure.loss in ("energy", "vos")
+        self.energy = EnergyHead(exposure.hidden, exposure.temperature) if energetic else None
+        self.virtual = (
+            VirtualOutliers(last.out_features, last.in_features, exposure.queue, exposure.draws, exposure.select)
+            if exposure.loss == "vos"
+            else None
+        )
+        # a buffer, so that a resumed training knows where it stands
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def losses(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """In training `loss`, `accuracy` of the images and `outside`, the loss outside before its weight (0 where it
+        does not count yet); in validation those of the images.
+
+        Args:
+            images: normalised (B + M, C, H, W), the last M of them outliers.
+            labels: (B,) int64.
+            generator: of virtual outliers.
+        """
+        count = len(labels)
+        if not self.training:
+            return self.inside(self.network(images[:count]), labels)
+        begun = int(self.passes) >= self.start
+        self.passes += 1
+        if self.virtual is not None:
+            found, outside = self._with_virtual(self.virtual, images, labels, generator, begun)
+        elif begun:
+            logits = self.network(images)
+            found = self.inside(logits[:count], labels)
+            outside = self._outside(logits[:count], logits[count:])
+        else:
+            found = self.inside(self.network(images[:count]), labels)
+            outside = torch.zeros_like(found["loss"])
+        return {**found, "loss": found["loss"] + self.exposure.weight * outside, "outside": outside}
+
+    def _outside(self, inner: Tensor, outer: Tensor) -> Tensor:
+        if self.energy is not None:
+            return self.energy(inner, outer)
+        if self.exposure.loss == "oe":
+            return uniform_cross_entropy(outer)
+        last = torch.full((len(outer),), outer.shape[1] - 1, device=outer.device)
+        return functional.cross_entropy(outer, last)
+
+    def _with_virtual(
+        self, virtual: VirtualOutliers, images: Tensor, labels: Tensor, generator: torch.Generator, begun: bool
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        head, seen = self.network.get_submodule(self.head_name), list[Tensor]()
+        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            logits = self.network(images)
+        finally:
+            handle.remove()
+        found = self.inside(logits, labels)
+        virtual.remember(seen[0], labels)
+        if not (begun and virtual.full):
+            return found, torch.zeros_like(found["loss"])
+        outer = head(virtual.draw(generator).to(seen[0].dtype))
+        return found, self._outside(logits, outer)
+
+
+@dataclass(frozen=True)
+class Outside:
+    """All that a classifier learns from beside its images.
+
+    Args:
+        exposure: how; resolved.
+        outliers: images that lie outside the distribution.
+        reconstructions: images of the classes that a generator has made again, with labels.
+    """
+
+    exposure: Exposure
+    outliers: ImageSource | None = None
+    reconstructions: ImageSource | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that it adds."""
+        return (OUTLIER,) if self.exposure.loss == "k+1" else ()
+
+    def beside(
+        self, images: Dataset[Any], names: Sequence[str], hashes: Collection[str], how: Preprocessing, seed: int
+    ) -> Dataset[Any]:
+        """Items (image, class number) with the outliers and reconstructions that go with them.
+
+        Args:
+            images: the items.
+            names: of the classes.
+            hashes: content hashes of the images, which outliers must not be among.
+            how: the classifier's preprocessing.
+            seed: of their order.
+
+        Raises FaroutError for outliers that are such images, SourceError for reconstructions of other classes.
+        """
+        if self.outliers is None and self.reconstructions is None:
+            return images
+        again = outliers = None
+        if self.reconstructions is not None:
+            again = Reconstructions(self.reconstructions, names, how, self.exposure.resize)
+        if self.outliers is not None:
+            check_outliers(self.outliers, hashes, how)
+            outliers = OutlierImages(self.outliers, how, self.exposure.resize)
+        return ExposedImages(images, seed, outliers, again, self.exposure.reconstructed)
+
+    def learner(self, module: nn.Module, head: str, inside: ClassifierLoss, training: TrainingConfig) -> nn.Module:
+        """What is trained: the network itself, or with it what the loss wants; its weights are drawn by the seed."""
+        if self.exposure.loss == "cross_entropy":
+            return module
+        passes = round((self.exposure.start or 0) * training.steps) * training.accumulate
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(training.seed, "exposure"))
+            return Exposed(module, head, self.exposure, inside, passes)
+
+    def seen(self) -> frozenset[str]:
+        """Content hashes of the images of the classes among them, the reconstructions."""
+        found = () if self.reconstructions is None else self.reconstructions.content_hashes()
+        return frozenset(content for content in found if content is not None)
+
+    def told(self) -> dict[str, Any]:
+        """For the provenance: the settings, and name, fingerprint and number of the images; empty for nothing."""
+        sources = {"outliers": self.outliers, "reconstructions": self.reconstructions}
+        told: dict[str, Any] = {
+            name: {"source": given.name, "data_fingerprint": given.fingerprint(), "images": len(given)}
+            for name, given in sources.items()
+            if given is not None
+        }
+        return {"exposure": asdict(self.exposure), **told} if told or self.exposure.loss != "cross_entropy" else {}
+
+
+def known_classes(classifier: Classifier) -> int:
+    """How many of the classifier's classes are classes of images: its last one may stand for outliers."""
+    return classifier.classes - (classifier.class_names[-1] == OUTLIER)

@@ -1,0 +1,177 @@
+"""Folders of outliers, and of reconstructed images, beside the images that a classifier learns."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from farout import progress
+from farout.data_order import DataOrder, seed_of
+from farout.errors import FaroutError, SourceError, TrapWarning
+from farout.images.classes import class_numbers
+from farout.images.preprocessing import Kernel, Preprocessing
+from farout.images.sources import ImageSource, open_source
+
+__all__ = ["ExposedImages", "OutlierImages", "Reconstructions", "Resize", "check_outliers", "open_outliers"]
+
+Resize = Literal["both", "bilinear", "nearest", "bicubic"]
+"""Kernel of outliers that are larger than the images: `both` draws nearest or bilinear for each sample."""
+
+_BUDGET = 2 * 2**30
+"""Bytes of prepared outliers that are kept in memory; of more, each is prepared when it is asked for."""
+
+
+def open_outliers(
+    images: Any, *, limit: int | None = None, seed: int = 0, policy: Literal["raise", "skip"] = "raise"
+) -> ImageSource:
+    """Opens any image source, or a folder of outliers as a synthesiser writes it (its `images` are meant).
+
+    Under the policy `skip` unreadable images are left out. Raises SourceError where there is no image.
+    """
+    if isinstance(images, str | Path) and _is_made(Path(images)):
+        images = Path(images) / "images"
+    # decoded pixels are not kept: what is kept are the prepared ones, which are smaller
+    source = open_source(images, limit=limit, seed=seed, policy=policy, memory_mib=0)
+    readable = [i for i, content in enumerate(source.content_hashes()) if content is not None]
+    if not readable:
+        raise SourceError(f"none of the {len(source)} images of {source.name} is readable; give others")
+    return source if len(readable) == len(source) else source.subset(readable)
+
+
+def _is_made(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "images").is_dir()
+
+
+def check_outliers(outliers: ImageSource, hashes: Collection[str], preprocessing: Preprocessing) -> None:
+    """Raises FaroutError where outliers are among the images with these content hashes; warns where colour alone tells
+    them apart.
+    """
+    same = frozenset(hashes).intersection(outliers.content_hashes())
+    if same:
+        raise FaroutError(
+            f"{len(same)} images of {outliers.name} are among the images to be learnt, which cannot be in and out of "
+            "the distribution; give other outliers"
+        )
+    shapes = outliers.shapes()
+    grey = sum(count for (channels, _, _), count in shapes.items() if channels == 1)
+    if preprocessing.channels == 3 and grey:
+        warnings.warn(
+            f"{grey} of {shapes.total()} sampled outliers of {outliers.name} are grey and become RGB: where the images "
+            "have colour, that alone tells them apart",
+            TrapWarning,
+            stacklevel=3,
+        )
+
+
+class OutlierImages(Dataset[Tensor]):
+    """Outliers for training: item i is float32 (C, H, W) in [0, 1], its kernel drawn from torch's generator.
+
+    The kernel that brings outliers to the size of the images decides much of what a classifier learns of them (nearest
+    leaves aliasing, bilinear blurs), so the NCIS authors draw one for each sample. It is used where an outlier is
+    larger; smaller ones, and those of one size with the images, are prepared as images are. What fits into memory is
+    prepared once, with every kernel.
+
+    Args:
+        source: the outliers.
+        preprocessing: the classifier's.
+        resize: the kernel, see `Resize`.
+    """
+
+    def __init__(self, source: ImageSource, preprocessing: Preprocessing, resize: Resize = "both") -> None:
+        self.source, self.preprocessing = source, preprocessing
+        self.kernels: tuple[Kernel, ...] = ("nearest", "bilinear") if resize == "both" else (resize,)
+        self._kept: Tensor | None = None
+        shape = (len(source), len(self.kernels), preprocessing.channels, *preprocessing.size)
+        if torch.Size(shape).numel() <= _BUDGET and preprocessing.value_range == "fixed":
+            self._kept = self._all(shape)
+
+    def _all(self, shape: tuple[int, ...]) -> Tensor:
+        kept = torch.empty(shape, dtype=torch.uint8)
+        with progress.task(f"preparing {self.source.name}", len(self.source)) as bar:
+            for index in range(len(self.source)):
+                image = self.source[index]
+                for place, kernel in enumerate(self.kernels):
+                    kept[index, place] = (self.preprocessing(image, kernel) * 255).round()
+                bar.advance()
+        return kept
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        place = int(torch.randint(len(self.kernels), ()))
+        if self._kept is not None:
+            return self._kept[index, place].float() / 255
+        return self.preprocessing(self.source[index], self.kernels[place])
+
+
+class Reconstructions(Dataset[tuple[Tensor, Tensor]]):
+    """Images of the classes that a generator has made again: prepared as outliers are, each with its class's number.
+
+    Raises SourceError for images without labels, or of other classes.
+    """
+
+    def __init__(
+        self, source: ImageSource, names: Sequence[str], preprocessing: Preprocessing, resize: Resize = "both"
+    ) -> None:
+        self.numbers = class_numbers(source, names)
+        self.images = OutlierImages(source, preprocessing, resize)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.numbers[index]
+
+
+class ExposedImages(Dataset[tuple[Tensor, ...]]):
+    """Labelled images, each with an outlier: at every position of the stream of images stands the next outlier.
+
+    Outliers run in permutations laid end to end, however many there are: each is seen as often as any other. So do
+    reconstructions.
+
+    Args:
+        images: items (image, class number).
+        seed: of the orders.
+        outliers: None: items stay pairs.
+        reconstructions: items (image, class number) that take the place of images.
+        reconstructed: at this share of the positions, drawn from torch's generator.
+    """
+
+    def __init__(
+        self,
+        images: Dataset[tuple[Tensor, Tensor]],
+        seed: int,
+        outliers: OutlierImages | None = None,
+        reconstructions: Reconstructions | None = None,
+        reconstructed: float = 0.0,
+    ) -> None:
+        self.images = images
+        self.outliers = None if outliers is None else _Stream(outliers, seed_of(seed, "outliers"))
+        again = None if reconstructions is None else _Stream(reconstructions, seed_of(seed, "reconstructions"))
+        self.reconstructions, self.reconstructed = again, reconstructed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def at(self, position: int, index: int) -> tuple[Tensor, ...]:
+        """Image (C, H, W), class number and, where there are any, outlier (C, H, W) at a position of the stream."""
+        again = self.reconstructions is not None and float(torch.rand(())) < self.reconstructed
+        item = self.reconstructions[position] if again and self.reconstructions is not None else self.images[index]
+        return item if self.outliers is None else (*item, self.outliers[position])
+
+
+class _Stream:
+    """A data set over and over, each time in another order."""
+
+    def __init__(self, data: OutlierImages | Reconstructions, seed: int) -> None:
+        self.data, self.order = data, DataOrder(len(data), seed)
+
+    def __getitem__(self, position: int) -> Any:
+        return self.data[self.order[position]]

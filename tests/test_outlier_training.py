@@ -1,0 +1,600 @@
+"""Classifiers that learn from outliers: losses, virtual outliers, kernels, cycling, exact resume, refusals."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torch import nn
+from torch.nn import functional
+
+from farout.classifiers import train as rooms
+from farout.classifiers.config import ClassifierConfig
+from farout.classifiers.exposure import OUTLIER, Exposed, Exposure, Outside, known_classes
+from farout.classifiers.losses import CrossEntropy, EnergyHead, free_energy, uniform_cross_entropy
+from farout.classifiers.model import Classifier
+from farout.classifiers.outliers import ExposedImages, OutlierImages, check_outliers, open_outliers
+from farout.classifiers.presets import PRESETS
+from farout.classifiers.train import train_classifier, train_on
+from farout.classifiers.virtual import VirtualOutliers, largest_radii
+from farout.cli import main
+from farout.detectors.posthoc import Posthoc
+from farout.errors import FaroutError, SourceError, TrapWarning
+from farout.evaluation.draws import over_draws
+from farout.evaluation.metrics import auroc, fpr95
+from farout.images.preprocessing import Preprocessing
+from farout.images.sources import PreparedImages, open_source
+from farout.training import TrainingConfig
+from small import pictures
+
+CONFIG = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
+FEW = TrainingConfig(
+    steps=4, batch_size=8, optimizer="sgd", learning_rate=0.1, warmup=0, ema=None, device="cpu", precision="fp32"
+)
+VOS = Exposure(loss="vos", queue=4, draws=50, start=0.25)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes that brightness tells apart."""
+    folder = tmp_path_factory.mktemp("tree") / "classes"
+    for number, (name, low) in enumerate([("dark", 0), ("light", 190)]):
+        pictures(folder / name, 40, low=low, spread=60, seed=number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures as bright as those of the classes, which their order of pixels tells apart."""
+    return ordered(tmp_path_factory.mktemp("outliers") / "images", 11)
+
+
+def ordered(folder: Path, count: int, seed: int = 5) -> Path:
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    for index in range(count):
+        pixels = torch.rand(8, 8, generator=generator).sort(1)[0] * 60 + 190 * (index % 2)
+        Image.fromarray(pixels.byte().numpy()).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def trained(source: object, out: Path, **settings: object) -> Classifier:
+    given = {"model": CONFIG, "training": FEW, "alpha": 0.1, "statistics": 10, **settings}
+    return train_classifier(source, out, **given)
+
+
+def same(one: Classifier, two: Classifier) -> bool:
+    other = two.module.state_dict()
+    return all(torch.equal(value, other[name]) for name, value in one.module.state_dict().items())
+
+
+# losses
+
+
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_the_energy_loss_is_a_binary_cross_entropy(hidden: int) -> None:
+    torch.manual_seed(0)
+    head, network = EnergyHead(hidden, temperature=2.0), nn.Linear(3, 4)
+    inside, outside = network(torch.randn(6, 3)), network(torch.randn(3, 3))
+    loss = head(inside, outside)
+    energy = 2 * ((torch.cat([inside, outside]) / 2).exp().sum(1).log())
+    logits = head.phi(energy[:, None])
+    target = torch.tensor([1.0] * 6 + [0.0] * 3)
+    torch.testing.assert_close(loss, functional.binary_cross_entropy_with_logits(logits[:, 1] - logits[:, 0], target))
+    loss.backward()
+    for parameter in (*head.parameters(), network.weight):
+        assert parameter.grad is not None
+        assert bool(parameter.grad.any())
+    assert len(list(head.parameters())) == (4 if hidden else 2)
+
+
+def test_the_free_energy_is_pytorch_oods() -> None:
+    from pytorch_ood.detector import EnergyBased
+
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(free_energy(logits), -EnergyBased.score(logits))
+
+
+def test_outlier_exposure_is_cross_entropy_to_uniform() -> None:
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    uniform = functional.cross_entropy(logits, torch.full((6, 4), 0.25))
+    torch.testing.assert_close(uniform_cross_entropy(logits), uniform)
+    assert float(uniform_cross_entropy(torch.zeros(2, 4))) == pytest.approx(float(np.log(4)))
+
+
+class Flat(nn.Module):
+    """Features are the pixels; the last layer makes logits."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.fc = nn.BatchNorm1d(4), nn.Linear(4, classes)
+        self.rows: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(x))
+        return self.fc(self.body(x.flatten(1)))
+
+
+def exposed(exposure: Exposure, classes: int = 3, start: int = 0) -> Exposed:
+    torch.manual_seed(1)
+    return Exposed(Flat(classes), "fc", exposure.resolved(exposure.loss != "vos"), CrossEntropy(), start)
+
+
+def sample() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.rand(9, 1, 2, 2, generator=generator), torch.tensor([0, 1, 2, 0, 1])
+
+
+@pytest.mark.parametrize("loss", ["energy", "oe", "k+1"])
+def test_each_loss_is_its_formula_on_one_batch(loss: str) -> None:
+    images, labels = sample()
+    learner = exposed(Exposure(loss=loss, weight=0.7), classes=4)
+    found = learner.losses(images, labels, torch.Generator())
+    logits = exposed(Exposure(loss=loss), classes=4).network(images)  # of all nine, in one batch
+    inner, outer = logits[:5], logits[5:]
+    assert learner.energy is None or loss == "energy"
+    outside = {
+        "energy": lambda: learner.energy(inner, outer),
+        "oe": lambda: functional.cross_entropy(outer, torch.full((4, 4), 0.25)),
+        "k+1": lambda: functional.cross_entropy(outer, torch.full((4,), 3)),
+    }[loss]()
+    torch.testing.assert_close(found["outside"], outside)
+    torch.testing.assert_close(found["loss"], functional.cross_entropy(inner, labels) + 0.7 * outside)
+    assert learner.network.rows == [9]  # batch normalisation saw images and outliers together
+    learner.eval()
+    assert set(learner.losses(images, labels, torch.Generator())) == {"loss", "accuracy"}
+
+
+def test_without_weight_the_energy_loss_is_plain_cross_entropy() -> None:
+    images, labels = sample()
+    learner = exposed(Exposure(loss="energy", weight=0.0))
+    found = learner.losses(images, labels, torch.Generator())
+    logits = exposed(Exposure(loss="energy")).network(images)
+    torch.testing.assert_close(found["loss"], functional.cross_entropy(logits[:5], labels))
+    found["loss"].backward()
+    assert learner.energy is not None
+    assert all(p.grad is None or not bool(p.grad.any()) for p in learner.energy.parameters())
+
+
+def test_the_loss_outside_counts_from_its_start_on() -> None:
+    images, labels = sample()
+    learner = exposed(Exposure(loss="energy"), start=2)
+    outside = [float(learner.losses(images, labels, torch.Generator())["outside"].detach()) for _ in range(4)]
+    assert [value > 0 for value in outside] == [False, False, True, True]
+    assert learner.network.rows == [5, 5, 9, 9]
+
+
+# virtual outliers
+
+
+def test_virtual_outliers_statistics_are_numpys() -> None:
+    generator = torch.Generator().manual_seed(0)
+    virtual = VirtualOutliers(classes=3, width=4, queue=20, draws=100, select=2)
+    features, labels = torch.randn(120, 4, generator=generator), torch.arange(120) % 3
+    assert not virtual.full
+    for start in range(0, 120, 15):
+        virtual.remember(features[start : start + 15], labels[start : start + 15])
+    assert virtual.full
+    kept = [features[labels == k][-20:].numpy().astype(np.float64) for k in range(3)]
+    means, covariance = virtual.statistics()
+    np.testing.assert_allclose(means, [each.mean(0) for each in kept], atol=1e-6)
+    centred = np.concatenate([each - each.mean(0) for each in kept])
+    np.testing.assert_allclose(covariance, np.cov(centred.T, bias=True) + 1e-4 * np.eye(4), atol=1e-6)
+    drawn = virtual.draw(torch.Generator().manual_seed(1))
+    assert drawn.shape == (6, 4)
+    assert torch.equal(drawn, virtual.draw(torch.Generator().manual_seed(1)))
+
+
+def test_a_batch_larger_than_the_queue_leaves_its_last_features() -> None:
+    virtual = VirtualOutliers(classes=2, width=1, queue=3, draws=10, select=1)
+    virtual.remember(torch.arange(10.0)[:, None], torch.tensor([0] * 8 + [1] * 2))
+    assert sorted(virtual.features[0].flatten().tolist()) == [5, 6, 7]
+    assert not virtual.full
+
+
+def test_virtual_outliers_are_as_unlikely_as_the_least_likely_of_many() -> None:
+    """Against drawing them all."""
+    width, draws = 6, 200
+    uniform = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = largest_radii(uniform, width, draws)
+    assert bool((found[:, :-1] >= found[:, 1:]).all())
+    every = np.random.default_rng(0).standard_normal((4000, draws, width))
+    expected = -np.sort(-np.linalg.norm(every, axis=2), axis=1)[:, :3]
+    for place in range(3):
+        assert stats.ks_2samp(found[:, place].numpy(), expected[:, place]).pvalue > 0.001
+
+
+def test_virtual_outliers_follow_the_classes_gaussians() -> None:
+    generator = torch.Generator().manual_seed(0)
+    virtual = VirtualOutliers(classes=2, width=3, queue=500, draws=1, select=1)
+    mixing = torch.tensor([[2.0, 0, 0], [1, 0.5, 0], [0, 0, 0.1]])
+    for k, centre in enumerate([-10.0, 10.0]):
+        virtual.remember(torch.randn(500, 3, generator=generator) @ mixing.T + centre, torch.full((500,), k))
+    drawn = torch.stack([virtual.draw(generator) for _ in range(3000)])
+    means, covariance = virtual.statistics()
+    np.testing.assert_allclose(drawn.mean(0), means, atol=0.15)
+    np.testing.assert_allclose(np.cov(drawn[:, 0].T), covariance, atol=0.3)
+
+
+def test_virtual_outliers_wait_for_full_queues_and_teach_the_last_layer_alone() -> None:
+    images, labels = sample()
+    learner = exposed(Exposure(loss="vos", queue=3, draws=20, start=0.0))
+    outside = [learner.losses(images[:5], labels, torch.Generator().manual_seed(0))["outside"] for _ in range(4)]
+    assert [float(value.detach()) > 0 for value in outside] == [False, False, True, True]
+    outside[-1].backward()
+    assert learner.energy is not None
+    assert bool(learner.network.fc.weight.grad.any())
+    assert bool(learner.energy.phi[0].weight.grad.any())
+
+
+# outliers beside images
+
+
+def test_large_outliers_are_shrunk_by_the_chosen_kernel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    large = open_source((torch.rand(1, 3, 32, 32, generator=generator) * 255).byte())
+    how = Preprocessing(size=(8, 8), channels=3, native=(8, 8))
+    picture = Image.fromarray(large[0].permute(1, 2, 0).numpy())
+    expected = {
+        kernel: torch.from_numpy(np.array(picture.resize((8, 8), Image.Resampling[kernel.upper()]))).permute(2, 0, 1)
+        for kernel in ("nearest", "bilinear", "bicubic")
+    }
+    for kernel, pixels in expected.items():
+        assert torch.equal((OutlierImages(large, how, kernel)[0] * 255).round().byte(), pixels)
+    assert torch.equal(PreparedImages(large, how)[0], OutlierImages(large, how, "bicubic")[0])
+    torch.manual_seed(0)
+    both = OutlierImages(large, how)
+    seen = [(both[0] * 255).round().byte() for _ in range(40)]
+    nearest = sum(torch.equal(each, expected["nearest"]) for each in seen)
+    assert nearest + sum(torch.equal(each, expected["bilinear"]) for each in seen) == 40
+    assert 8 < nearest < 32
+
+
+def test_outliers_that_are_not_larger_are_prepared_as_images_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    how = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
+    for side in (8, 5):
+        small = open_source((torch.rand(1, 1, side, side, generator=generator) * 255).byte())
+        for kernel in ("nearest", "bilinear", "both"):
+            assert torch.equal(OutlierImages(small, how, kernel)[0], PreparedImages(small, how)[0])
+
+
+def test_what_does_not_fit_into_memory_is_prepared_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = open_source((torch.rand(3, 1, 16, 16) * 255).byte())
+    how = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
+    kept = OutlierImages(large, how)
+    monkeypatch.setattr("farout.classifiers.outliers._BUDGET", 0)
+    fresh = OutlierImages(large, how)
+    for index in range(3):
+        torch.manual_seed(index)
+        one = kept[index]
+        torch.manual_seed(index)
+        assert torch.equal(one, fresh[index])
+
+
+def test_outliers_are_cycled_however_few(tree: Path, outliers: Path) -> None:
+    source = open_source(tree)
+    how = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
+    few = open_source(outliers)
+    assert source.labels is not None
+    labels = torch.tensor(source.labels)
+    pairs = torch.utils.data.TensorDataset(torch.stack([PreparedImages(source, how)[i] for i in range(80)]), labels)
+    both = ExposedImages(pairs, 0, OutlierImages(few, how))
+    assert len(both) == 80
+    names = {tuple(OutlierImages(few, how)[i].flatten().tolist()): i for i in range(11)}
+    seen = [names[tuple(both.at(position, position % 80)[2].flatten().tolist())] for position in range(110)]
+    for start in range(0, 110, 11):
+        assert sorted(seen[start : start + 11]) == list(range(11))
+    assert seen[:11] != seen[11:22]
+    assert torch.equal(both.at(95, 15)[0], pairs[15][0])
+    other = ExposedImages(pairs, 1, OutlierImages(few, how))
+    assert [names[tuple(other.at(p, 0)[2].flatten().tolist())] for p in range(11)] != seen[:11]
+
+
+def test_reconstructions_take_the_place_of_a_share_of_the_images(tree: Path, outliers: Path, tmp_path: Path) -> None:
+    for number, (name, low) in enumerate([("light", 190), ("dark", 0)]):
+        pictures(tmp_path / "again" / name, 7, low=low, spread=60, seed=10 + number)
+    source, again = open_source(tree), open_source(tmp_path / "again")
+    how = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
+    assert source.labels is not None
+    pairs = torch.utils.data.TensorDataset(torch.zeros(80, 1, 8, 8), torch.tensor(source.labels))
+    outside = Outside(Exposure(reconstructed=0.25).resolved(True), open_source(outliers), again)
+    both = outside.beside(pairs, ("dark", "light"), (), how, 0)
+    torch.manual_seed(0)
+    items = [both.at(position, position % 80) for position in range(400)]
+    remade = [item for item in items if bool(item[0].any())]
+    assert 70 < len(remade) < 130
+    assert all(int(label) == int(image.mean() > 0.5) for image, label, _ in remade)
+
+
+# training
+
+
+@pytest.mark.parametrize("exposure", [Exposure(), Exposure(loss="k+1"), VOS], ids=["energy", "k+1", "vos"])
+def test_training_repeats_and_resumes_exactly(
+    tree: Path, outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exposure: Exposure
+) -> None:
+    source = open_source(tree)
+    outer = None if exposure.loss == "vos" else open_source(outliers)
+    training = replace(FEW, ema=0.5)
+    whole = train_on(source, CONFIG, training, exposure=exposure, outliers=outer)
+    assert same(whole, train_on(source, CONFIG, replace(training, workers=1), exposure=exposure, outliers=outer))
+    other = train_on(source, CONFIG, replace(training, seed=1), exposure=exposure, outliers=outer)
+    assert not same(whole, other)
+    original, calls = Exposed.losses, 0
+
+    def stops(self: Exposed, *given: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        found = original(self, *given)
+        if calls == 3:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(Exposed, "losses", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train_on(source, CONFIG, training, out=tmp_path / "t", exposure=exposure, outliers=outer)
+    monkeypatch.undo()
+    again = train_on(source, CONFIG, training, out=tmp_path / "t", resume=True, exposure=exposure, outliers=outer)
+    assert same(whole, again)
+
+
+@pytest.mark.parametrize("loss", ["energy", "oe", "k+1", "vos"])
+def test_training_in_low_precision(tree: Path, outliers: Path, loss: str) -> None:
+    exposure = replace(VOS, loss=loss, start=0.0, queue=2)
+    outer = None if loss == "vos" else open_source(outliers)
+    made = train_on(open_source(tree), CONFIG, replace(FEW, precision="bf16"), exposure=exposure, outliers=outer)
+    assert all(bool(value.isfinite().all()) for value in made.module.state_dict().values())
+
+
+def test_a_run_resumes_with_the_same_outliers_only(tree: Path, outliers: Path, tmp_path: Path) -> None:
+    source, outer = open_source(tree), open_source(outliers)
+    kept = replace(FEW, checkpoint_every=2)
+    train_on(source, CONFIG, kept, out=tmp_path / "t", outliers=outer)
+    for exposure, given in [(Exposure(), outer.subset(range(5))), (Exposure(weight=2.0), outer)]:
+        with pytest.raises(FaroutError, match="fingerprint"):
+            train_on(source, CONFIG, kept, out=tmp_path / "t", resume=True, exposure=exposure, outliers=given)
+
+
+def test_the_folder_is_of_the_network_alone_and_tells_of_the_outliers(
+    tree: Path, outliers: Path, tmp_path: Path
+) -> None:
+    made = trained(tree, tmp_path / "c", outliers=str(outliers), exposure=Exposure(limit=7))
+    loaded = Classifier.load(tmp_path / "c")
+    assert loaded.content_hash == made.content_hash
+    about = json.loads((tmp_path / "c" / "config.json").read_text())["provenance"]
+    assert (about["exposure"]["loss"], about["exposure"]["weight"], about["outliers"]["images"]) == ("energy", 1.0, 7)
+    sampled = open_outliers(str(outliers), limit=7)
+    assert about["outliers"]["data_fingerprint"] == sampled.fingerprint()
+    assert not loaded.trained_on & set(sampled.content_hashes())
+    plain = trained(tree, tmp_path / "plain")
+    assert "exposure" not in plain.provenance
+    assert plain.trained_on == made.trained_on
+
+
+def test_reconstructions_count_as_seen(tree: Path, outliers: Path, tmp_path: Path) -> None:
+    for name, low in [("dark", 0), ("light", 190)]:
+        pictures(tmp_path / "again" / name, 3, low=low, spread=60, seed=low + 7)
+    made = trained(tree, tmp_path / "c", outliers=str(outliers), reconstructions=str(tmp_path / "again"))
+    assert set(open_source(tmp_path / "again").content_hashes()) <= made.trained_on
+    assert made.provenance["reconstructions"]["images"] == 6
+    # and without outliers, as more images of the classes
+    more = trained(tree, tmp_path / "d", reconstructions=str(tmp_path / "again"))
+    assert more.provenance["exposure"]["loss"] == "cross_entropy"
+
+
+def test_fewer_outliers_than_a_batch_and_validation(tree: Path, outliers: Path, tmp_path: Path) -> None:
+    few = open_source(outliers).subset([0, 1])
+    training = replace(FEW, validate_every=2, accumulate=2)
+    made = train_on(open_source(tree), CONFIG, training, outliers=few, exposure=Exposure(start=0.5))
+    assert made.provenance["outliers"]["images"] == 2
+
+
+def test_a_folder_that_a_synthesiser_made(outliers: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    (made / "images").mkdir(parents=True)
+    (made / "config.json").write_text("{}")
+    Image.new("L", (8, 8)).save(made / "preview.png")
+    for path in outliers.iterdir():
+        (made / "images" / path.name).write_bytes(path.read_bytes())
+    assert len(open_outliers(str(made))) == 11
+
+
+def test_the_energy_of_a_classifier_that_learnt_outliers_tells_them_apart(tree: Path, tmp_path: Path) -> None:
+    """The whole chain, on outliers that training has not seen."""
+    new, seen = ordered(tmp_path / "new", 60, seed=9), str(ordered(tmp_path / "seen", 60, seed=8))
+    fresh = tmp_path / "fresh"
+    for number, (name, low) in enumerate([("dark", 0), ("light", 190)]):
+        pictures(fresh / name, 30, low=low, spread=60, seed=20 + number)
+    training = replace(FEW, steps=80, batch_size=16)
+    found = {}
+    for name, exposure, outer in [
+        ("plain", Exposure(), None),
+        ("energy", Exposure(), seen),
+        ("k+1", Exposure(loss="k+1"), seen),
+    ]:
+        made = trained(tree, tmp_path / name, training=training, exposure=exposure, outliers=outer)
+        assert made.provenance["held_out_accuracy"] > 0.8
+        score = "extra" if name == "k+1" else "energy"
+        detector = Posthoc(score=score).fit(str(tree), None, tmp_path / name, alpha=0.1, statistics=10)
+        found[name] = auroc(detector.score(str(fresh)).score, detector.score(str(new)).score)
+    assert found["energy"] > found["plain"] + 0.1
+    assert min(found["energy"], found["k+1"]) > 0.9
+
+
+def test_one_class_more_is_kept_and_left_out_of_the_other_scores(tree: Path, outliers: Path, tmp_path: Path) -> None:
+    made = trained(tree, tmp_path / "c", outliers=str(outliers), exposure=Exposure(loss="k+1"))
+    loaded = Classifier.load(tmp_path / "c")
+    assert loaded.class_names == ("dark", "light", OUTLIER)
+    assert (loaded.classes, known_classes(loaded)) == (3, 2)
+    images = torch.stack([PreparedImages(open_source(tree), made.preprocessing)[i] for i in range(3)])
+    logits = loaded.outputs(images).logits.double()
+    detector = Posthoc(odin=True).fit(str(tree), None, tmp_path / "c", alpha=0.1, statistics=10)
+    detector.save(tmp_path / "p")
+    scores = detector.score(images)
+    torch.testing.assert_close(torch.from_numpy(scores.score), -logits[:, :2].logsumexp(1), rtol=1e-4, atol=1e-4)
+    extra = torch.tensor(scores.indicators["extra"])
+    torch.testing.assert_close(extra, logits[:, 2] - logits[:, :2].logsumexp(1), rtol=1e-4, atol=1e-4)
+    trained(tree, tmp_path / "plain")
+    with pytest.raises(FaroutError, match="no class of outliers"):
+        Posthoc(score="extra").fit(str(tree), None, tmp_path / "plain", alpha=0.1, statistics=10)
+
+
+def test_the_cards_recipes() -> None:
+    assert set(PRESETS) >= {"ncis_tiny", "ncis_cifar100", "ncis_imagenet100", "vos"}
+    for preset in PRESETS.values():
+        ClassifierConfig(**preset["model"])
+        TrainingConfig(**preset["training"])
+        Exposure(**preset.get("exposure", {}))
+    cifar, large = PRESETS["ncis_cifar100"], PRESETS["ncis_imagenet100"]
+    assert cifar["training"]["steps"] == 250 * 196
+    assert (cifar["training"]["batch_size"], large["training"]["batch_size"]) == (256, 80)
+    assert cifar["model"]["network"] == large["model"]["network"] == "resnet34"
+    assert (cifar["exposure"]["limit"], large["exposure"]["hidden"]) == (6400, 512)
+    assert cifar["model"]["mean"] == pytest.approx([v / 255 for v in (125.3, 123.0, 113.9)], abs=5e-5)
+    assert cifar["model"]["std"] == pytest.approx([v / 255 for v in (63.0, 62.1, 66.7)], abs=5e-5)
+    assert Exposure(loss="vos").resolved(False) == Exposure(**PRESETS["vos"]["exposure"])
+
+
+# refusals
+
+
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("work was begun")
+
+
+def test_wrong_input_is_refused_before_any_work(
+    tree: Path, outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "train", never)
+    (tmp_path / "empty").mkdir()
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"exposure": Exposure(loss="energy")}, "give some .* --outliers FOLDER"),
+        ({"exposure": VOS, "outliers": str(outliers)}, "vos does not look at outliers"),
+        ({"exposure": Exposure(loss="cross_entropy"), "outliers": str(outliers)}, "does not look at outliers"),
+        ({"outliers": str(tmp_path / "missing")}, "missing"),
+        ({"outliers": str(tmp_path / "empty")}, "empty"),
+        ({"outliers": str(tree)}, "images of .* are among the images"),
+        ({"outliers": str(outliers), "reconstructions": str(outliers)}, "labels|images of"),
+        ({"outliers": str(outliers), "weights": "x.pt", "keep_weights": True}, "kept weights are not trained"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(FaroutError, match=message):
+            trained(tree, tmp_path / "c", **settings)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "vso"}, "loss"),
+        ({"weight": -1.0}, "weight"),
+        ({"start": 1.0}, "start"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"resize": "lanczos"}, "resize"),
+        ({"reconstructed": 2.0}, "reconstructed"),
+        ({"select": 5, "draws": 4}, "select"),
+        ({"limit": 0}, "limit"),
+        ({"queue": 1}, "queue"),
+        ({"hidden": -1}, "hidden"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(FaroutError, match=f"exposure option {message}"):
+        Exposure(**settings)
+
+
+def test_unreadable_outliers_follow_the_policy(outliers: Path, tmp_path: Path) -> None:
+    for path in list(outliers.iterdir())[:3]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "bad.png").write_text("not a picture")
+    with pytest.raises(FaroutError, match=r"bad\.png"):
+        open_outliers(str(tmp_path))
+    assert len(open_outliers(str(tmp_path), policy="skip")) == 3
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "bad.png").write_text("not a picture")
+    with pytest.raises(SourceError, match="none of the 1 images"):
+        open_outliers(str(tmp_path / "all"), policy="skip")
+
+
+def test_outliers_of_other_channels_are_converted_and_grey_ones_warned_of(outliers: Path) -> None:
+    grey = open_source(outliers)
+    how = Preprocessing(size=(8, 8), channels=3, native=(8, 8))
+    with pytest.warns(TrapWarning, match="11 of 11 sampled outliers .* are grey"):
+        check_outliers(grey, (), how)
+    assert OutlierImages(grey, how)[0].shape == (3, 8, 8)
+    colour = open_source((torch.rand(2, 3, 8, 8) * 255).byte())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_outliers(colour, (), how)
+    assert OutlierImages(colour, replace(how, channels=1))[0].shape == (1, 8, 8)
+
+
+# the command line
+
+
+def test_the_command(tree: Path, outliers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "classifier", str(tree), "--device", "cpu", "--alpha", "0.1", "--statistics", "10"]
+    words += ["--training.steps", "3", "--batch-size", "8", "--training.warmup", "0"]
+    outer = ["--outliers", str(outliers)]
+    for name, more, loss in [
+        ("default", outer, "energy"),
+        ("oe", [*outer, "--loss", "oe", "--exposure.weight", "0.3"], "oe"),
+        ("more", [*outer, "--loss=k+1"], "k+1"),
+        ("vos", ["--loss", "vos", "--exposure.queue", "2", "--exposure.start", "0"], "vos"),
+        ("preset", [*outer, "--preset", "ncis_tiny", "--exposure.hidden", "4"], "energy"),
+    ]:
+        assert main([*words, *more, "--out", str(tmp_path / name)]) == 0
+        assert Classifier.load(tmp_path / name).provenance["exposure"]["loss"] == loss
+        assert (f"11 outliers of {outliers}, loss {loss}" in capsys.readouterr().out) == (loss != "vos")
+    assert main([*words, "--loss", "energy", "--out", str(tmp_path / "x")]) == 1
+    assert "--outliers FOLDER" in capsys.readouterr().err
+    assert main([*words, "--loss", "enrgy", "--out", str(tmp_path / "x")]) == 2
+    assert "--exposure.loss wants energy or oe or k+1 or vos" in capsys.readouterr().err
+
+
+def test_a_fit_cannot_train_a_classifier_that_wants_outliers(tree: Path) -> None:
+    with pytest.raises(FaroutError, match="learns from images that lie outside"):
+        Posthoc().fit(str(tree), None, None, alpha=0.1, statistics=10, classifier_preset="ncis_tiny")
+
+
+# the papers' protocol
+
+
+def test_metrics_over_draws_are_means_of_the_metrics_of_each_draw() -> None:
+    generator = np.random.default_rng(0)
+    inside, outside = generator.normal(0, 1, 50), np.r_[generator.normal(1, 1, 40), np.nan]
+    found = over_draws(inside, outside, 300, seed=3)
+    assert (found["n_id"], found["n_ood"], found["draws"]) == (50, 10, 300)
+    assert found["auroc"] == pytest.approx(auroc(inside, outside[:-1]), abs=0.02)
+    assert 0 < found["auroc_std"] < 0.1
+    assert over_draws(inside, outside, 300, seed=3) == found
+    assert over_draws(inside, outside, 300, seed=4) != found
+    # where there are fewer, every draw is of all
+    few = over_draws(inside, outside[:6], 2)
+    assert (few["n_ood"], few["fpr95_std"]) == (6, 0)
+    assert few["fpr95"] == fpr95(inside, outside[:6])
+    assert np.isnan(over_draws(inside, [np.nan], 2)["auroc"])
+    with pytest.raises(FaroutError, match="draws is 0"):
+        over_draws(inside, outside, 0)
+
+
+def test_evaluate_writes_draws(tree: Path, outliers: Path, tmp_path: Path) -> None:
+    trained(tree, tmp_path / "c", outliers=str(outliers))
+    detector = Posthoc().fit(str(tree), None, tmp_path / "c", alpha=0.1, statistics=10)
+    detector.save(tmp_path / "p")
+    words = ["evaluate", str(tmp_path / "p"), "--id", str(tree), "--ood", str(outliers), "--out", str(tmp_path / "e")]
+    assert main([*words, "--ood-draws", "3", "--no-controls", "--no-companions"]) == 0
+    table = pd.read_csv(tmp_path / "e" / "draws.csv")
+    assert set(table.indicator) >= {"score", "energy", "msp"}
+    assert set(table.draws) == {3}
+    assert table.auroc.between(0, 1).all()

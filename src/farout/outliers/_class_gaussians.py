@@ -115,4 +115,4 @@ def _roots(covariances: Tensor, names: Sequence[str]) -> Tensor:
             f"the covariances of {int((failed > 0).sum())} of {len(names)} classes ({first!r} for one) are singular; "
             "give a larger reg_weight, or regularization='held_out'"
         )
-    return roots
+    return roots.contiguous()  # sums of a column-major factor differ in their last bits from those of a loaded one

@@ -166,7 +166,8 @@ class Manifold:
         """Distances of `drawn` beside those of the vectors `training` and `held_out`: 5 %, median and 95 %.
 
         Where held-out vectors of a class lie further out than what was drawn, the Gaussians are too narrow for the
-        draws to be outliers; give a larger reg_weight, or regularization='held_out'.
+        draws to be outliers; give a larger reg_weight, or regularization='held_out'. Where training vectors lie far
+        below 1, most of the covariance is what was added to it.
         """
         sets = {"drawn": drawn.distance, **{name: values for name, values in self.known.items() if len(values)}}
         points = {"low": 0.05, "median": 0.5, "high": 0.95}
@@ -229,7 +230,9 @@ class Manifold:
         Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
         """
         path = Path(folder)
-        content, tensors = store.read_config(path, KIND), store.load_tensors(path / "manifold.safetensors")
+        content, read = store.read_config(path, KIND), store.load_tensors(path / "manifold.safetensors")
+        # where a file's numbers lie in memory changes the last bits of what is solved with them
+        tensors = {name: tensor.clone() for name, tensor in read.items()}
         try:
             manifold = cls._restored(content, tensors)
         except (KeyError, TypeError, RuntimeError) as error:

@@ -59,7 +59,7 @@ class ManifoldConfig:
     steps: int = 1000
     epochs: int | None = None
     batch_size: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     final_factor: float = 0.1
     train_fraction: float = 1.0
     held_out: float = 0.1

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from farout import registry
+from farout.configuration import flat
 from farout.errors import FaroutError, SourceError, StoreError
 from farout.images.sources import open_source
 from farout.outliers.base import Made, OutlierFolder, Runtime, Synthesiser, Work, read_outliers
@@ -79,10 +80,10 @@ def test_every_parameter_is_told(whole: OutlierFolder, method: type[Synthesiser]
     tiny = method.tiny(SimpleNamespace(diffusion=conditional(), classifier=classifier()))
     settings = whole.settings()
     assert settings["method"] in NAMES
-    assert set(settings["config"]) == set(tiny.config)
+    assert set(settings["config"]) == set(flat(tiny.config))
     assert settings["seed"] == 0
     assert settings["diffusion"] in (None, conditional().content_hash)
-    assert set(tiny.config) <= set(whole.manifest().columns)
+    assert set(flat(tiny.config)) <= set(whole.manifest().columns)
     assert read_outliers(whole.folder).images == COUNT
 
 

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, Self
 
 from farout.errors import FaroutError
 
-__all__ = ["Configured"]
+__all__ = ["Configured", "flat"]
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as flags name it: the fields of a nested one by its name, a dot, and theirs."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if is_dataclass(value):
+            found |= {f"{name}.{field.name}": getattr(value, field.name) for field in fields(value)}
+        else:
+            found[name] = value
+    return found
 
 
 class Configured:

@@ -16,6 +16,7 @@ from farout.classifiers.train import ClassifierConfig, train_classifier
 from farout.cli import commands, generation
 from farout.cli.flags import Parser
 from farout.cli.usage import UsageError, meant
+from farout.configuration import flat
 from farout.detectors._fitting import FitSettings
 from farout.detectors.base import Runtime
 from farout.diffusion.model import DiffusionModel
@@ -119,7 +120,7 @@ def _method_preset(method: Any, name: str | None) -> dict[str, Any]:
         return {}
     if name not in method.presets:
         raise UsageError(f"{method.__name__} has no preset {name!r}; {meant(name, method.presets)}")
-    return dict(method.from_preset(name).config)
+    return flat(method.from_preset(name).config)
 
 
 def _add_training(

@@ -83,17 +83,15 @@ class ClassGaussians:
         log_volumes = self.roots.diagonal(dim1=1, dim2=2).log().sum(1)
         return -0.5 * self.dim * (distances + math.log(2 * math.pi)) - log_volumes[labels]
 
-    def tail(self, label: int, count: int, seed: int, *, draws: int, kept: int, temperature: float) -> Tensor:
-        """(count, D) float64 draws of low density of one class: in rounds of `draws`, the `kept` of the lowest density,
-        lowest first; the last round keeps what is still wanted. Round r follows from (seed, label, r) alone.
+    def tail(self, label: int, number: int, seed: int, *, draws: int, kept: int, temperature: float) -> Tensor:
+        """(kept, D) float64: of round `number` of `draws` draws of one class those of the lowest density, lowest first.
+
+        They follow from (seed, label, number) alone.
         """
-        parts = []
-        for number, start in enumerate(range(0, count, kept)):
-            drawn = draw_round(self.dim, draws, seed, label, number)
-            # |L e|^2 under the Gaussian is |e|^2: only what is kept need be multiplied
-            order = drawn.square().sum(1).argsort(descending=True, stable=True)
-            parts.append(drawn[order[: min(kept, count - start)]])
-        return self.means[label] + temperature * torch.cat(parts) @ self.roots[label].mT
+        drawn = draw_round(self.dim, draws, seed, label, number)
+        # |L e|^2 under the Gaussian is |e|^2: only what is kept need be multiplied
+        order = drawn.square().sum(1).argsort(descending=True, stable=True)
+        return self.means[label] + temperature * drawn[order[:kept]] @ self.roots[label].mT
 
 
 def draw_round(dim: int, draws: int, seed: int, label: int, number: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -155,10 +155,22 @@ class Manifold:
         count = config.rounds * config.kept if per_class is None else per_class
         if count < 1:
             raise FaroutError(f"per_class is {per_class}; expected 1 or more vectors of each class")
-        settings: dict[str, Any] = {"draws": config.draws, "kept": config.kept, "temperature": config.temperature}
+        rounds = [self._round(number, seed, config) for number in range(math.ceil(count / config.kept))]
+        # from (rounds, classes x kept, …) to class by class
+        size = (len(self.class_names), config.kept)
+
+        def sorted_out(name: str) -> Tensor:
+            whole = torch.stack([getattr(one, name) for one in rounds])
+            return whole.unflatten(1, size).transpose(0, 1).flatten(1, 2)[:, :count].flatten(0, 1)
+
+        return Drawn(*(sorted_out(field.name) for field in fields(Drawn)))
+
+    def _round(self, number: int, seed: int, config: ManifoldConfig) -> Drawn:
+        """`kept` vectors of each class; computed alike however many rounds there are, so that no bit depends on it."""
+        tail: dict[str, Any] = {"draws": config.draws, "kept": config.kept, "temperature": config.temperature}
         classes = range(len(self.class_names))
-        z = torch.cat([self.gaussians.tail(label, count, seed, **settings) for label in classes])
-        labels = torch.arange(len(classes)).repeat_interleave(count)
+        z = torch.cat([self.gaussians.tail(label, number, seed, **tail) for label in classes])
+        labels = torch.arange(len(classes)).repeat_interleave(config.kept)
         distance = self.gaussians.distances(z, labels)
         return Drawn(self.unflatten(z, labels), labels, self._density(distance, labels), distance)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from farout import registry, store
 from farout.classifiers.model import Classifier
-from farout.configuration import Configured
+from farout.configuration import Configured, flat
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, SourceError
 from farout.images.classes import class_name, class_numbers
@@ -208,7 +208,7 @@ class Synthesiser(Configured, ABC):
             name = type(self).__name__
         return {
             "method": name,
-            "config": self.config,
+            "config": flat(self.config),
             "seed": work.seed,
             **identity(work.source, work.labels, work.diffusion, work.runtime),
             "classifier": None if work.classifier is None else work.classifier.content_hash,

@@ -1,0 +1,133 @@
+"""Images as class vectors, a flat manifold per class, and images of its thin outskirts (Doorenbos et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from farout import store
+from farout.errors import FaroutError
+from farout.outliers._decoding import ClassPoints, VectorSynthesiser, decode
+from farout.outliers._embedding import Inversion, embed, read_embeddings
+from farout.outliers._manifold import Manifold, ManifoldConfig, fit_manifold
+from farout.outliers.base import Made, Work
+
+__all__ = ["NCIS"]
+
+_EMBEDDINGS, _MANIFOLD, _DRAWN = "embeddings", "manifold", "drawn.safetensors"
+
+
+class NCIS(VectorSynthesiser):
+    """Outliers from the thin outskirts of classes in the generator's own class space.
+
+    Doorenbos, Sznitman and Marquez-Neila, "Non-linear outlier synthesis for out-of-distribution detection",
+    arXiv 2411.13619. Four stages, each with files of its own in the folder of outliers:
+
+    - `embed`: every image becomes a vector of the class space (`embeddings/`, shards that are gone on with);
+    - `manifold`: a volume-preserving network flattens the classes, a Gaussian each (`manifold/`);
+    - `draw`: vectors of low density (`drawn.safetensors`: vectors, labels, log_density, distance);
+    - `decode`: a vector becomes an image under class guidance (`images/`, `manifest.csv`).
+
+    The manifest's `distance` is the squared Mahalanobis distance from the class, divided by the dimensions.
+
+    Args:
+        inversion: how images become vectors.
+        manifold: how vectors become a density, and how it is drawn from.
+        images_per_vector: outliers that share a vector and differ in their noise alone; the published code has 8.
+        fixed_noise: all outliers start from the same noise.
+    """
+
+    stages: ClassVar[tuple[str, ...]] = ("embed", "manifold", "draw", "decode")
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {
+            "inversion": Inversion(lr=0.01),
+            "manifold": ManifoldConfig.from_preset("paper"),
+            "images_per_vector": 8,
+            "solver": "plms",
+            "steps": 50,
+            "guidance": 7.5,
+        },
+        "linear": {"manifold": ManifoldConfig(map="linear")},
+    }
+
+    def __init__(
+        self,
+        *,
+        inversion: Inversion = Inversion(),  # noqa: B008
+        manifold: ManifoldConfig = ManifoldConfig(),  # noqa: B008
+        images_per_vector: int = 1,
+        fixed_noise: bool = False,
+        **decoding: Any,
+    ) -> None:
+        super().__init__(**decoding)
+        if images_per_vector < 1:
+            raise FaroutError(f"images_per_vector wants 1 or more, got {images_per_vector}")
+        self.inversion, self.manifold = inversion, manifold
+        self.images_per_vector, self.fixed_noise = images_per_vector, fixed_noise
+        self._drawn: tuple[Path, dict[str, Tensor]] | None = None
+
+    @classmethod
+    def tiny(cls, resources: Any) -> NCIS:
+        """One step down, a few batches, three steps of decoding."""
+        manifold = ManifoldConfig(layers=2, steps=4, validations=1, draws=20, kept=5)
+        return cls(inversion=Inversion(steps=1, draws=2), manifold=manifold, steps=3)
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    def prepare(self, work: Work, stage: str) -> None:
+        """Does `embed`, `manifold` or `draw`."""
+        {"embed": self._embed, "manifold": self._fit, "draw": self._draw}[stage](work)
+
+    def _embed(self, work: Work) -> None:
+        folder = work.folder / _EMBEDDINGS
+        embed(work.source, work.labels, work.generator, folder, self.inversion, seed=work.seed, runtime=work.runtime)
+
+    def _fit(self, work: Work) -> None:
+        """Once: embeddings and settings decide it, and a folder of outliers has only one of each."""
+        folder = work.folder / _MANIFOLD
+        if folder.is_dir():
+            return
+        found = read_embeddings(work.folder / _EMBEDDINGS)
+        names = [work.class_names[label] for label in work.classes]
+        places = torch.tensor([work.classes.index(int(label)) for label in found.labels])
+        fit_manifold(found.vectors, places, self.manifold, names, work.seed).save(folder)
+
+    def _draw(self, work: Work) -> None:
+        """As many as are wanted now; the first ones are the same, however many follow."""
+        drawn = Manifold.load(work.folder / _MANIFOLD).draw(self._place(work, work.count - 1) + 1, work.seed)
+        tensors = {
+            "vectors": drawn.vectors,
+            "labels": torch.tensor(work.classes)[drawn.labels],
+            "log_density": drawn.log_density,
+            "distance": drawn.distance,
+        }
+        with store.atomic_file(work.folder / _DRAWN) as temporary:
+            store.save_tensors(temporary, tensors)
+        self._drawn = None
+
+    def _place(self, work: Work, index: int) -> int:
+        """Which of its class's vectors outlier number `index` is made of."""
+        return index // len(work.classes) // self.images_per_vector
+
+    def points(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> ClassPoints:
+        """The drawn vectors; nothing of the class's images is left in them but the density."""
+        drawn = self._read(work.folder / _DRAWN)
+        starts = {label: int((drawn["labels"] == label).nonzero()[0]) for label in set(labels)}
+        rows = [starts[label] + self._place(work, index) for index, label in zip(indices, labels, strict=True)]
+        columns = {name: drawn[name][rows].tolist() for name in ("distance", "log_density")}
+        return ClassPoints(drawn["vectors"][rows], [""] * len(rows), columns)
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        if self._drawn is None or self._drawn[0] != path:
+            self._drawn = (path, store.load_tensors(path))
+        return self._drawn[1]
+
+    def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
+        """The decoded vectors."""
+        found = self.points(work, indices, labels)
+        noises = [0] * len(indices) if self.fixed_noise else indices
+        return Made(decode(self.sampler(work), found.vectors, noises), found.sources, found.columns)

@@ -13,6 +13,7 @@ _HOMES = {
     "DiffusionModel": "farout.diffusion.model",
     "FeatureDiffusion": "farout.features.diffusion",
     "FeatureExtractor": "farout.features.extractor",
+    "NCIS": "farout.outliers.ncis",
     "NoiseSchedule": "farout.diffusion.schedule",
     "OutlierFolder": "farout.outliers.base",
     "Posthoc": "farout.detectors.posthoc",

@@ -1,0 +1,98 @@
+"""NCIS: its stages' files, what may be shared among outliers, and what the command does with it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from farout import NCIS
+from farout.cli import main
+from farout.errors import FaroutError, StoreError
+from farout.outliers._embedding import Inversion, read_embeddings
+from farout.outliers._manifold import Manifold, ManifoldConfig
+from farout.runtime import Runtime
+from small import conditional, pictures
+
+CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
+SMALL = ManifoldConfig(layers=2, steps=4, validations=1, draws=20, kept=2)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for name in "ac":
+        pictures(tmp_path / "labelled" / name, 6, seed=ord(name))
+    return tmp_path / "labelled"
+
+
+def ncis(**settings: Any) -> NCIS:
+    return NCIS(**{"inversion": Inversion(steps=1, draws=2), "manifold": SMALL, "steps": 2, **settings})
+
+
+def made(images: Path, out: Path, method: NCIS | None = None, **settings: Any) -> Any:
+    given = {"count": 9, "diffusion": conditional(), "runtime": CPU, **settings}
+    return (method or ncis()).synthesize(images, out, **given)
+
+
+def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
+    """Classes a and c of the generator's three have images; the others are left alone."""
+    out = tmp_path / "o"
+    made(images, out, stage="embed")
+    assert set(read_embeddings(out / "embeddings").labels.tolist()) == {0, 2}
+    assert not (out / "manifold").exists()
+    made(images, out, stage="draw", resume=True)
+    assert Manifold.load(out / "manifold").class_names == ("a", "c")
+    drawn = load_file(out / "drawn.safetensors")
+    assert drawn["labels"].tolist() == [0] * 5 + [2] * 5
+    assert not (out / "images").exists()
+    done = made(images, out, resume=True)
+    manifest = done.manifest()
+    assert manifest["class_name"].tolist() == ["a", "c"] * 4 + ["a"]
+    assert manifest["distance"].tolist() == pytest.approx(drawn["distance"][[0, 5, 1, 6, 2, 7, 3, 8, 4]].tolist())
+
+
+def test_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.Tensor, list[int]]] = []
+    monkeypatch.setattr(
+        "farout.outliers.ncis.decode",
+        lambda sampler, vectors, noises: seen.append((vectors, list(noises))) or torch.zeros(len(vectors), 1, 8, 8),
+    )
+    made(images, tmp_path / "o", ncis(images_per_vector=2), count=8)
+    vectors, noises = seen[0]
+    drawn = load_file(tmp_path / "o" / "drawn.safetensors")["vectors"]
+    assert torch.equal(vectors, drawn[[0, 2, 0, 2, 1, 3, 1, 3]])
+    assert noises == list(range(8))
+    made(images, tmp_path / "fixed", ncis(fixed_noise=True), count=4)
+    assert seen[1][1] == [0, 0, 0, 0]
+
+
+def test_another_manifold_is_refused_with_the_difference(images: Path, tmp_path: Path) -> None:
+    made(images, tmp_path / "o", count=2)
+    with pytest.raises(StoreError, match=r"manifold\.map"):
+        made(images, tmp_path / "o", ncis(manifold=ManifoldConfig(map="linear")), resume=True)
+
+
+def test_a_class_of_one_image_is_named(images: Path, tmp_path: Path) -> None:
+    pictures(images / "b", 1, seed=5)
+    with pytest.raises(FaroutError, match="'b'"):
+        made(images, tmp_path / "o")
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(FaroutError, match="images_per_vector"):
+        NCIS(images_per_vector=0)
+    paper = NCIS.from_preset("paper")
+    assert paper.inversion.lr == 0.01
+    assert paper.manifold.reg_weight == 1e-5
+
+
+def test_the_command_takes_nested_settings_and_presets(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conditional().save(tmp_path / "model")
+    words = ["synthesize", "ncis", str(images), "--diffusion", str(tmp_path / "model"), "--preset", "linear"]
+    words += ["--inversion.steps", "1", "--inversion.draws", "2", "--steps", "2", "--count", "4"]
+    assert main([*words, "--out", str(tmp_path / "o")]) == 0, capsys.readouterr().err
+    assert Manifold.load(tmp_path / "o" / "manifold").config.map == "linear"
+    assert len(list((tmp_path / "o" / "images").rglob("*.png"))) == 4

@@ -59,7 +59,8 @@ def methods(ablate: bool) -> Iterator[tuple[str, Detector]]:
 
 def spec(part: str, classes: list[int], variant: str = "") -> str:
     """Of FashionMNIST these classes only."""
-    return f"fashion_mnist:{part}{variant}@classes={','.join(map(str, classes))}"
+    modifiers = [*([variant] if variant else []), f"classes={','.join(map(str, classes))}"]
+    return f"fashion_mnist:{part}@{','.join(modifiers)}"
 
 
 class Split:
@@ -107,7 +108,7 @@ class Split:
             "mnist": open_source("mnist:test", limit=count, seed=seed),
         }
         for flip in ("vflip", "hflip") if flips else ():
-            source = open_source(spec("test", self.inside, f"@{flip}"))
+            source = open_source(spec("test", self.inside, flip))
             places = {key: i for i, key in enumerate(source.keys)}
             found[flip] = source.subset([places[key] for key in found["id"].keys])
         return found

@@ -11,6 +11,8 @@ from farout.diffusion.sample_folder import SampledFolder, write_samples
 from farout.diffusion.sampling import Sampler, Spacing, choose_classes
 from farout.evaluation.fid import FeatureName, SetDistance, set_distance
 from farout.evaluation.interpolate import InterpolatedFolder, write_interpolations
+from farout.evaluation.outlier_page import write_outlier_page
+from farout.images.sources import open_source
 from farout.outliers.base import OutlierFolder, Runtime, Synthesiser
 
 __all__ = ["fid", "interpolate", "sample", "synthesize"]
@@ -98,8 +100,9 @@ def synthesize(
     """
     made: Synthesiser = registry.find("outliers", method).load()(**arguments)
     made.provenance["preset"] = preset or ""
-    return made.synthesize(
-        source,
+    images = open_source(source, limit=limit, seed=seed, policy=policy)
+    found = made.synthesize(
+        images,
         out,
         count=count,
         diffusion=diffusion,
@@ -107,10 +110,11 @@ def synthesize(
         seed=seed,
         resume=resume,
         stage=stage,
-        limit=limit,
         policy=policy,
         runtime=runtime,
     )
+    write_outlier_page(found, images)
+    return found
 
 
 def fid(

@@ -1,0 +1,103 @@
+"""A page of outliers: images of each class beside the outliers made of it, and how far out these lie."""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+
+from farout import store
+from farout.evaluation.page import png_address
+from farout.images.classes import class_name
+from farout.images.sources import ImageSource
+from farout.outliers._embedding import read_embeddings
+from farout.outliers._manifold import Manifold
+from farout.outliers.base import OutlierFolder
+
+__all__ = ["write_outlier_page"]
+
+_CLASSES, _IMAGES, _OUTLIERS = 20, 4, 8
+
+
+def write_outlier_page(outliers: OutlierFolder, source: ImageSource) -> Path:
+    """Writes `page.html` into a folder of outliers, one file without outside requests, of what its stages have left.
+
+    Args:
+        outliers: the folder, after any stage.
+        source: the images that the outliers were made of.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("farout.evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    settings = outliers.settings()
+    text = environment.get_template("outliers.html").render(
+        settings=settings,
+        config=settings["config"],
+        images=outliers.images,
+        embedding=_embedding(outliers.folder / "embeddings"),
+        distances=_distances(outliers.folder),
+        classes=_classes(outliers, source) if outliers.images else [],
+        versions=store.versions(),
+    )
+    path = outliers.folder / "page.html"
+    with store.atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def _classes(outliers: OutlierFolder, source: ImageSource) -> list[dict[str, Any]]:
+    """Of the first classes: name, some images and some outliers."""
+    made, found = outliers.source(), []
+    names = list(dict.fromkeys(outliers.manifest()["class_name"]))
+    for name in sorted(names)[:_CLASSES]:
+        found.append(
+            {"name": name, "images": _some(source, name, _IMAGES), "outliers": _some(made, name, _OUTLIERS)},
+        )
+    return found
+
+
+def _some(source: ImageSource, name: str, count: int) -> list[str]:
+    """Addresses of the first images of a class."""
+    labels = source.labels or ()
+    of_class = [place for place, label in enumerate(labels) if class_name(source, label) == name]
+    return [png_address(source[place].float() / 255) for place in of_class[:count]]
+
+
+def _embedding(folder: Path) -> dict[str, Any] | None:
+    """How the loss went down, the mean over images before the first and the last step."""
+    if not folder.is_dir():
+        return None
+    found = read_embeddings(folder)
+    if not len(found):
+        return None
+    mean = found.losses.mean(0)
+    return {"count": len(found), "first": float(mean[0]), "last": float(mean[-1]), "steps": len(mean)}
+
+
+def _distances(folder: Path) -> dict[str, Any] | None:
+    """Medians of the distances of drawn and known vectors, and a picture of all."""
+    if not (folder / "drawn.safetensors").is_file():
+        return None
+    known = {name: values.numpy() for name, values in Manifold.load(folder / "manifold").known.items() if len(values)}
+    sets = {**known, "drawn": store.load_tensors(folder / "drawn.safetensors")["distance"].numpy()}
+    medians = {name.replace("_", " "): float(np.median(values)) for name, values in sets.items()}
+    return {"medians": medians, "picture": _histogram(sets)}
+
+
+def _histogram(sets: dict[str, np.ndarray]) -> str:
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    everything = np.concatenate(list(sets.values()))
+    edges = np.geomspace(max(everything.min(), 1e-3), max(everything.max(), 2e-3), 41).tolist()
+    for name, values in sets.items():
+        axes.hist(values, edges, density=True, histtype="step", linewidth=1.6, label=name.replace("_", " "))
+    axes.set(xscale="log", xlabel="squared distance from the class, per dimension", ylabel="density")
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return "data:image/png;base64," + b64encode(buffer.getvalue()).decode()

@@ -13,10 +13,11 @@ from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.conditioning import Condition
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sampling import Sampler
-from farout.errors import FaroutError, StoreError
+from farout.errors import FaroutError, StoreError, TrapWarning
 from farout.outliers._decoding import decode, vector_scale
+from farout.outliers._recognised import recognised
 from farout.runtime import Runtime
-from small import by_tokens, conditional, model, pictures, tiny_unet
+from small import by_tokens, classifier, conditional, model, pictures, tiny_unet
 
 CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
 
@@ -135,3 +136,24 @@ def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "unconditional" in capsys.readouterr().err
     assert main(["synthesize", "--help"]) == 0
     assert "class_noise" in capsys.readouterr().out
+
+
+def test_a_generator_whose_samples_are_not_recognised_warns(images: Path, tmp_path: Path) -> None:
+    """An untrained generator and an untrained classifier agree by chance only; the images are the same without it."""
+    settings: dict[str, Any] = {"count": 3, "diffusion": conditional(), "runtime": CPU}
+    with pytest.warns(TrapWarning, match=r"recognises \d+% of the generator's own samples"):
+        judged = ClassNoise(steps=2).synthesize(images, tmp_path / "judged", classifier=classifier(), **settings)
+    plain = ClassNoise(steps=2).synthesize(images, tmp_path / "plain", **settings)
+    assert judged.settings() == plain.settings()
+
+
+def test_recognition_is_the_share_of_hits() -> None:
+    """Classes that a classifier without names has in the same order; one that lacks a class is refused."""
+    sampler = Sampler(conditional(), steps=2, rows=8)
+    judge, names = classifier(), ("a", "b", "c")
+    told = judge.outputs(sampler.images(range(10), [i % 3 for i in range(10)])).logits.argmax(1).tolist()
+    wanted = sum(place == number % 3 for number, place in enumerate(told)) / 10
+    assert recognised(sampler, judge, names, 10) == wanted
+    judge.class_names = ("a", "b", "d")
+    with pytest.raises(FaroutError, match="does not know c"):
+        recognised(sampler, judge, names)

@@ -44,7 +44,8 @@ def whole(method: type[Synthesiser], images: Path, tmp_path_factory: pytest.Temp
 def made(
     method: type[Synthesiser], images: Any, out: Path, *, batch_size: int = 64, rows: int = 8, **settings: Any
 ) -> OutlierFolder:
-    given: dict[str, Any] = {"diffusion": conditional(), "classifier": classifier(), "count": COUNT}
+    judge = classifier() if "classifier" in method.needs else None
+    given: dict[str, Any] = {"diffusion": conditional(), "classifier": judge, "count": COUNT}
     runtime = Runtime(device="cpu", precision="fp32", rows=rows, batch_size=batch_size, workers=0)
     tiny = method.tiny(SimpleNamespace(diffusion=conditional(), classifier=classifier()))
     return tiny.synthesize(images, out, **{**given, "runtime": runtime, **settings})

@@ -87,7 +87,7 @@ def synthesize(
         source: labelled images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
         diffusion: folder of a class-conditional diffusion model, or hf://owner/name.
         out: folder of the outliers.
-        classifier: folder of a classifier, for methods that need one.
+        classifier: folder of a classifier trained apart: says whether the generator's own samples are of their classes.
         count: number of outliers, all classes together.
         seed: seed of everything.
         resume: go on where an earlier run in the folder stopped; a larger count adds outliers.

@@ -230,8 +230,7 @@ def _call_fit(name: str, method: Any, values: dict[str, Any]) -> Any:
 
 
 def _synthesize(member: registry.Member, method: Any, words: Sequence[str]) -> Callable[[], Any]:
-    skip = [] if "classifier" in method.needs else ["classifier"]
-    skip += ["stage"] if len(method.stages) == 1 else []
+    skip = ["stage"] if len(method.stages) == 1 else []
     parser = _method_parser(f"synthesize {member.name}", generation.synthesize, member, method, skip)
     parser.take(Runtime, skip=["cache"])
     parser.set_defaults(_method_preset(method, parser.read(words).preset))

@@ -38,7 +38,8 @@ class Work:
         count: outliers asked for; number i depends on (seed, i), not on how many are asked for.
         seed: of everything that is drawn.
         runtime: how networks are run, resolved.
-        diffusion, classifier: the networks, where the method `needs` them.
+        diffusion: the generator, where the method needs it.
+        classifier: as given.
     """
 
     source: ImageSource
@@ -143,7 +144,8 @@ class Synthesiser(Configured, ABC):
             out: the folder; see `OutlierFolder`.
             count: number of outliers, all classes together.
             diffusion: a `DiffusionModel` or its folder, for methods that need one.
-            classifier: a `Classifier` or its folder, for methods that need one.
+            classifier: a `Classifier` or its folder, trained apart from the diffusion model: for methods that need one,
+                and to say whether the generator's own samples are of their classes.
             seed: of everything that is drawn.
             resume: go on where an earlier run in `out` stopped; a larger count adds images.
             stage: the last of the method's `stages` to do; None: all.
@@ -186,7 +188,7 @@ class Synthesiser(Configured, ABC):
     def _networks(
         self, diffusion: DiffusionModel | str | Path | None, classifier: Classifier | str | Path | None, device: str
     ) -> tuple[DiffusionModel | None, Classifier | None]:
-        """The networks that the method needs, loaded; others are left aside."""
+        """The networks, loaded; a diffusion model that the method does not need is left aside."""
         model = DiffusionModel.load(diffusion) if isinstance(diffusion, str | Path) else diffusion
         judge = Classifier.load(classifier) if isinstance(classifier, str | Path) else classifier
         for name, given in (("diffusion", model), ("classifier", judge)):
@@ -197,8 +199,8 @@ class Synthesiser(Configured, ABC):
                 f"{type(self).__name__} needs a diffusion model that is told classes, and this one is unconditional; "
                 "train one with `farout train diffusion SOURCE --preset classes`"
             )
-        used = model if "diffusion" in self.needs else None, judge if "classifier" in self.needs else None
-        return used[0] and used[0].to(device), used[1] and used[1].to(device)
+        used = model if "diffusion" in self.needs else None
+        return used and used.to(device), judge and judge.to(device)
 
     def _settings(self, work: Work) -> dict[str, Any]:
         """All that decides the images."""
@@ -211,7 +213,8 @@ class Synthesiser(Configured, ABC):
             "config": flat(self.config),
             "seed": work.seed,
             **identity(work.source, work.labels, work.diffusion, work.runtime),
-            "classifier": None if work.classifier is None else work.classifier.content_hash,
+            # one that only judges the generator decides nothing
+            "classifier": work.classifier.content_hash if work.classifier and "classifier" in self.needs else None,
         }
 
     def _write(self, work: Work, writer: OutlierWriter) -> int:

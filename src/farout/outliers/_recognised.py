@@ -1,0 +1,60 @@
+"""Whether a classifier recognises a generator's classes: outliers of one that cannot make its classes mean little."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from farout.classifiers.model import Classifier
+from farout.diffusion.sampling import Sampler
+from farout.errors import FaroutError, TrapWarning
+
+__all__ = ["recognised", "warn_of_poor_samples"]
+
+_LEAST, _TOGETHER, _WANTED = 5, 64, 100
+
+
+def recognised(sampler: Sampler, classifier: Classifier, names: Sequence[str], count: int | None = None) -> float:
+    """The share of a generator's own conditional samples whose class the classifier tells.
+
+    Args:
+        sampler: of a class-conditional model; image i is of class i mod K.
+        classifier: trained apart from the generator; one whose classes are bare numbers has them in the same order.
+        names: of the generator's classes, by number.
+        count: images; None: 100, and at least 5 of each class.
+
+    Raises FaroutError where the classifier lacks a class of the generator.
+    """
+    places = _places(classifier, names)
+    count = max(_WANTED, _LEAST * len(names)) if count is None else count
+    hits = 0
+    for start in range(0, count, _TOGETHER):
+        indices = range(start, min(start + _TOGETHER, count))
+        labels = [index % len(names) for index in indices]
+        told = classifier.outputs(sampler.images(indices, labels), _TOGETHER).logits.argmax(1).tolist()
+        hits += sum(place == places[label] for place, label in zip(told, labels, strict=True))
+    return hits / count
+
+
+def _places(classifier: Classifier, names: Sequence[str]) -> list[int]:
+    """Where the classifier has each of the generator's classes."""
+    known = list(classifier.class_names)
+    if known == [str(number) for number in range(len(names))]:
+        return list(range(len(names)))
+    lacking = [name for name in names if name not in known]
+    if lacking:
+        raise FaroutError(f"the classifier does not know {', '.join(lacking)}; it knows {', '.join(known)}")
+    return [known.index(name) for name in names]
+
+
+def warn_of_poor_samples(sampler: Sampler, classifier: Classifier, names: Sequence[str], least: float = 0.8) -> float:
+    """`recognised`; a TrapWarning where it is less than `least`."""
+    share = recognised(sampler, classifier, names)
+    if share < least:
+        warnings.warn(
+            f"the classifier recognises {share:.0%} of the generator's own samples, expected at least {least:.0%}: "
+            "what is made by it is strange for other reasons than the method's; train the diffusion model for longer",
+            TrapWarning,
+            stacklevel=3,
+        )
+    return share

@@ -65,7 +65,7 @@ class Posthoc(Detector):
     was not trained on, where the papers take its training images.
 
     Args:
-        score: the method's own score; all others are shown beside it.
+        score: the method's own score (the default is ahead on dev sources); all others are shown beside it.
         odin: also measure ODIN; implied by score=odin.
         odin_step: its step, in units of images in [0, 1].
         odin_temperature: its T.
@@ -93,7 +93,7 @@ class Posthoc(Detector):
     def __init__(
         self,
         *,
-        score: Score = "energy",
+        score: Score = "vim",
         odin: bool = False,
         odin_step: float = 0.0014,
         odin_temperature: float = 1000.0,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from farout import NCIS
+from farout import NCIS, read_outliers
 from farout.cli import main
 from farout.errors import FaroutError, StoreError
 from farout.outliers._embedding import Inversion, read_embeddings
@@ -92,9 +92,20 @@ def test_the_command_takes_nested_settings_and_presets(
 ) -> None:
     conditional().save(tmp_path / "model")
     words = ["synthesize", "ncis", str(images), "--diffusion", str(tmp_path / "model"), "--preset", "linear"]
-    words += ["--inversion.steps", "1", "--inversion.draws", "2", "--steps", "2", "--count", "4"]
+    words += [
+        "--inversion.steps",
+        "1",
+        "--inversion.draws",
+        "2",
+        "--inversion.stratified",
+        "--steps",
+        "2",
+        "--count",
+        "4",
+    ]
     assert main([*words, "--out", str(tmp_path / "o")]) == 0, capsys.readouterr().err
     assert Manifold.load(tmp_path / "o" / "manifold").config.map == "linear"
+    assert read_outliers(tmp_path / "o").settings()["config"]["inversion.stratified"] is True
     assert len(list((tmp_path / "o" / "images").rglob("*.png"))) == 4
     page = (tmp_path / "o" / "page.html").read_text()
     assert page.count("<img") == 1 + 2 * 4 + 4, "a histogram, four images and two outliers of each class"

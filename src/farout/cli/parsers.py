@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from farout import classifiers, diffusion, registry
@@ -204,7 +204,10 @@ def _method_parser(
 ) -> Parser:
     parser = _parser(name, call, ["method", "preset", *skip], about=member.description)
     parser.add_argument("--preset", type=str, help=f"settings to start from: {', '.join(method.presets) or 'none'}")
-    parser.take(method)
+    nested = {key: type(value) for key, value in method().config.items() if is_dataclass(value)}
+    parser.take(method, skip=list(nested))
+    for key, settings in nested.items():
+        parser.take(settings, key)
     return parser
 
 

@@ -128,12 +128,12 @@ def test_the_rate_follows_the_scale_of_the_class_table() -> None:
     assert space is not None
     scale = vector_scale(space)
     assert scale == pytest.approx(float(space.vectors().numpy().std()))
-    assert Inversion().learning_rate(space) == pytest.approx(0.7 * scale)
+    assert Inversion().learning_rate(space) == pytest.approx(0.05 * scale)
     assert Inversion(lr=0.01).learning_rate(space) == 0.01
     # Adam's first step has the rate's length in every coordinate
     vectors, _ = inverted(network, replace(FEW, steps=1))
     moved = (vectors - space.vectors()[LABELS]).abs()
-    assert float((moved / (0.7 * scale)).median()) == pytest.approx(1, abs=1e-3)
+    assert float((moved / (0.05 * scale)).median()) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_pull_adds_the_squared_distance_from_the_class() -> None:

@@ -95,8 +95,9 @@ def _histogram(sets: dict[str, np.ndarray]) -> str:
     everything = np.concatenate(list(sets.values()))
     edges = np.geomspace(max(everything.min(), 1e-3), max(everything.max(), 2e-3), 41).tolist()
     for name, values in sets.items():
-        axes.hist(values, edges, density=True, histtype="step", linewidth=1.6, label=name.replace("_", " "))
-    axes.set(xscale="log", xlabel="squared distance from the class, per dimension", ylabel="density")
+        shares = np.full(len(values), 1 / len(values))
+        axes.hist(values, edges, weights=shares, histtype="step", linewidth=1.6, label=name.replace("_", " "))
+    axes.set(xscale="log", xlabel="squared distance from the class, per dimension", ylabel="share")
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)

@@ -135,13 +135,13 @@ def test_a_set_is_decoded_once_and_subsets_share(tmp_path, monkeypatch):
 
 
 def test_memory_is_bounded_and_what_does_not_fit_is_decoded_again(tmp_path):
-    images = pixels(40, 3, 64)
+    images = pixels(80, 3, 64)
     path = write_parquet(tmp_path / "x.parquet", images, row_group=4)
     source = open_source(path, memory_mib=0)
     small = open_source(path, memory_mib=0)
     small._store._budget = 10 * (images[0].numel() + 256)
     before = pa.total_allocated_bytes()
-    for i in (*range(40), 3, 39, 0):
+    for i in (*range(80), 3, 39, 0):
         assert torch.equal(source[i], images[i])
         assert torch.equal(small[i], images[i])
         assert len(source._store.listing.read.groups) <= 2

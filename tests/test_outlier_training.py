@@ -438,7 +438,7 @@ def test_one_class_more_is_kept_and_left_out_of_the_other_scores(tree: Path, out
     assert (loaded.classes, known_classes(loaded)) == (3, 2)
     images = torch.stack([PreparedImages(open_source(tree), made.preprocessing)[i] for i in range(3)])
     logits = loaded.outputs(images).logits.double()
-    detector = Posthoc(odin=True).fit(str(tree), None, tmp_path / "c", alpha=0.1, statistics=10)
+    detector = Posthoc(score="energy", odin=True).fit(str(tree), None, tmp_path / "c", alpha=0.1, statistics=10)
     detector.save(tmp_path / "p")
     scores = detector.score(images)
     torch.testing.assert_close(torch.from_numpy(scores.score), -logits[:, :2].logsumexp(1), rtol=1e-4, atol=1e-4)

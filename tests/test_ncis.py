@@ -55,7 +55,7 @@ def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
 def test_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.Tensor, list[int]]] = []
     monkeypatch.setattr(
-        "farout.outliers.ncis.decode",
+        "farout.outliers._decoding.decode",
         lambda sampler, vectors, noises: seen.append((vectors, list(noises))) or torch.zeros(len(vectors), 1, 8, 8),
     )
     made(images, tmp_path / "o", ncis(images_per_vector=2), count=8)

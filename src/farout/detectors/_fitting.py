@@ -311,8 +311,7 @@ def recalibrate(
     wanted = detector.alpha if alpha is None else alpha
     _check_alpha(wanted)
     source = open_source(images, limit=limit, seed=detector.seed, policy=policy)
-    networks = [network for network in (detector.diffusion, detector.classifier) if network is not None]
-    seen = detector.statistics_hashes.union(*(network.trained_on for network in networks))
+    seen = detector.statistics_hashes | detector.trained_on
     hashes = source.content_hashes()
     fresh = [i for i, name in enumerate(hashes) if name is not None and name not in seen]
     if not fresh:

@@ -198,6 +198,12 @@ class Detector(Configured, ABC):
         self.prepare()
 
     @property
+    def trained_on(self) -> frozenset[str]:
+        """Content hashes of the images that its networks have seen."""
+        networks = [network for network in (self.diffusion, self.classifier) if network is not None]
+        return frozenset[str]().union(*(network.trained_on for network in networks))
+
+    @property
     def batch_size(self) -> int:
         """Images measured together: as set, or what a budget of 256 MiB holds, between 1 and 64."""
         shape = (self.preprocessing.channels, *self.preprocessing.size)

@@ -158,9 +158,7 @@ def _shared(one: _Side, other: _Side) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 def _check_unseen(detector: Detector, source: ImageSource) -> None:
     """Warns of in-distribution images that the detector has seen: they flatter it."""
-    networks = [network for network in (detector.diffusion, detector.classifier) if network is not None]
-    seen = detector.statistics_hashes | detector.calibration_hashes
-    seen = seen.union(*(network.trained_on for network in networks))
+    seen = detector.statistics_hashes | detector.calibration_hashes | detector.trained_on
     count = sum(name in seen for name in source.content_hashes())
     if count:
         message = f"{count} of {len(source)} images of {source.name} were used to train, fit or calibrate the detector"

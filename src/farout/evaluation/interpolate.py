@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sample_folder import save_png
 from farout.errors import FaroutError, SourceError
 from farout.evaluation.page import png_address
+from farout.evaluation.rendering import render
 from farout.images.sources import Images, batches, open_source
 
 __all__ = ["KIND", "InterpolatedFolder", "write_interpolations"]
@@ -133,9 +133,6 @@ def _round_trip(model: DiffusionModel, found: list[Interpolations]) -> float:
 
 
 def _page(about: dict[str, Any], keys: list[tuple[str, ...]], found: list[Interpolations]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("farout.evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     pairs = [
         {
             "first": pair[0],
@@ -144,4 +141,4 @@ def _page(about: dict[str, Any], keys: list[tuple[str, ...]], found: list[Interp
         }
         for pair, images in zip(keys, found, strict=True)
     ]
-    return environment.get_template("interpolations.html").render(about=about, pairs=pairs, versions=store.versions())
+    return render("interpolations.html", about=about, pairs=pairs, versions=store.versions())

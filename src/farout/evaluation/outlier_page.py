@@ -7,12 +7,12 @@ from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
 from farout import store
 from farout.evaluation.page import png_address
+from farout.evaluation.rendering import render
 from farout.images.classes import class_name
 from farout.images.sources import ImageSource
 from farout.outliers._embedding import read_embeddings
@@ -31,11 +31,9 @@ def write_outlier_page(outliers: OutlierFolder, source: ImageSource) -> Path:
         outliers: the folder, after any stage.
         source: the images that the outliers were made of.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("farout.evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     settings = outliers.settings()
-    text = environment.get_template("outliers.html").render(
+    text = render(
+        "outliers.html",
         settings=settings,
         config=settings["config"],
         images=outliers.images,
@@ -51,21 +49,21 @@ def write_outlier_page(outliers: OutlierFolder, source: ImageSource) -> Path:
 
 
 def _classes(outliers: OutlierFolder, source: ImageSource) -> list[dict[str, Any]]:
-    """Of the first classes: name, some images and some outliers."""
-    made, found = outliers.source(), []
-    names = list(dict.fromkeys(outliers.manifest()["class_name"]))
-    for name in sorted(names)[:_CLASSES]:
-        found.append(
-            {"name": name, "images": _some(source, name, _IMAGES), "outliers": _some(made, name, _OUTLIERS)},
-        )
-    return found
+    """Of the first classes that have outliers: name, some images and some outliers."""
+    made, known = outliers.source(), dict[str, list[int]]()
+    for place, label in enumerate(source.labels or ()):
+        known.setdefault(class_name(source, label), []).append(place)
+    places = {key: place for place, key in enumerate(made.keys)}
+    rows = outliers.manifest().groupby("class_name")["key"]
+    return [
+        {"name": name, "images": _some(source, known[name], _IMAGES), "outliers": _some(made, found, _OUTLIERS)}
+        for name, found in [(str(name), [places[key] for key in keys]) for name, keys in rows][:_CLASSES]
+    ]
 
 
-def _some(source: ImageSource, name: str, count: int) -> list[str]:
-    """Addresses of the first images of a class."""
-    labels = source.labels or ()
-    of_class = [place for place, label in enumerate(labels) if class_name(source, label) == name]
-    return [png_address(source[place].float() / 255) for place in of_class[:count]]
+def _some(source: ImageSource, places: list[int], count: int) -> list[str]:
+    """Addresses of the first images."""
+    return [png_address(source[place].float() / 255) for place in places[:count]]
 
 
 def _embedding(folder: Path) -> dict[str, Any] | None:

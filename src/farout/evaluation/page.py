@@ -7,7 +7,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 import torch
@@ -19,6 +18,7 @@ from farout import store
 from farout.calibration import threshold
 from farout.detectors.base import Detector
 from farout.evaluation.heat import MapScale
+from farout.evaluation.rendering import render
 from farout.images.sources import Batch, ImageSource, batches
 
 __all__ = ["png_address", "write_page"]
@@ -39,12 +39,10 @@ def write_page(
         out: folder of the page.
     """
     ranked = frame[frame["status"] == "ok"].sort_values(["score", "key"], ascending=[False, True])
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("farout.evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     calibration = detector.calibration_scores[detector.score_name]
     limit = threshold(calibration, detector.alpha)
-    html = environment.get_template("page.html").render(
+    html = render(
+        "page.html",
         manifest=manifest,
         about={**manifest["about"], "versions": manifest["versions"]},
         score_name=detector.score_name,

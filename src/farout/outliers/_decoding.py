@@ -122,4 +122,8 @@ class VectorSynthesiser(Synthesiser):
     def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
         """The decoded points."""
         found = self.points(work, indices, labels)
-        return Made(decode(self.sampler(work), found.vectors, indices), found.sources, found.columns)
+        return Made(decode(self.sampler(work), found.vectors, self.noises(indices)), found.sources, found.columns)
+
+    def noises(self, indices: Sequence[int]) -> Sequence[int]:
+        """The numbers of the noises that outliers start from: their own."""
+        return indices

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from farout import store
 from farout.errors import FaroutError
-from farout.outliers._decoding import ClassPoints, VectorSynthesiser, decode
+from farout.outliers._decoding import ClassPoints, VectorSynthesiser
 from farout.outliers._embedding import Inversion, embed, read_embeddings
 from farout.outliers._manifold import Manifold, ManifoldConfig, fit_manifold
-from farout.outliers.base import Made, Work
+from farout.outliers.base import Work
 
 __all__ = ["NCIS"]
 
@@ -126,8 +126,6 @@ class NCIS(VectorSynthesiser):
             self._drawn = (path, store.load_tensors(path))
         return self._drawn[1]
 
-    def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
-        """The decoded vectors."""
-        found = self.points(work, indices, labels)
-        noises = [0] * len(indices) if self.fixed_noise else indices
-        return Made(decode(self.sampler(work), found.vectors, noises), found.sources, found.columns)
+    def noises(self, indices: Sequence[int]) -> Sequence[int]:
+        """One for all where it is fixed."""
+        return [0] * len(indices) if self.fixed_noise else indices

@@ -19,11 +19,11 @@ from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, SourceError
 from farout.images.classes import class_name, class_numbers
 from farout.images.sources import ImageSource, open_source
-from farout.outliers._folder import OutlierFolder, OutlierWriter, read_outliers
+from farout.outliers._folder import ImageWriter, MadeFolder, OutlierFolder, read_outliers
 from farout.progress import task
 from farout.runtime import Runtime
 
-__all__ = ["Made", "OutlierFolder", "Runtime", "Synthesiser", "Work", "read_outliers"]
+__all__ = ["Made", "MadeFolder", "OutlierFolder", "Runtime", "Synthesiser", "Work", "read_outliers"]
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Synthesiser(Configured, ABC):
         networks = self._networks(diffusion, classifier, resolved.device)
         work = _work(source, networks, Path(out), count, seed, resolved)
         self.check(work)
-        writer = OutlierWriter(out, work.class_names, seed)
+        writer = ImageWriter(out, work.class_names, seed, OutlierFolder.kind)
         about = {"source": source.name, "images": len(source), "class_names": list(work.class_names)}
         writer.begin(self._settings(work), {**about, "provenance": self.provenance}, resume=resume)
         made = 0
@@ -217,7 +217,7 @@ class Synthesiser(Configured, ABC):
             "classifier": work.classifier.content_hash if work.classifier and "classifier" in self.needs else None,
         }
 
-    def _write(self, work: Work, writer: OutlierWriter) -> int:
+    def _write(self, work: Work, writer: ImageWriter) -> int:
         missing = writer.missing(work.count)
         size = work.runtime.images_at_once(work.shape)
         with task(f"outliers into {work.folder}", len(missing)) as bar:

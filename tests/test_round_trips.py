@@ -320,6 +320,26 @@ def test_a_classifier_and_the_probe_take_the_folder_as_it_is(tmp_path: Path) -> 
     assert areas.between(0, 1).all()
 
 
+def test_what_came_of_images_that_are_held_out_is_not_learnt(tmp_path: Path) -> None:
+    """Else the figures on them, and the p-values that rest on them, would be of images half seen."""
+    good = labelled(tmp_path / "good", 12)
+    again = made(good, tmp_path / "again", named())
+    alone = trained(good, tmp_path / "alone")
+    classifier = trained(good, tmp_path / "c", reconstructions=str(again.folder / "images"))
+    learnt = alone.trained_on
+    assert 0 < len(learnt) < 36
+    assert classifier.provenance["reconstructions"]["images"] == len(learnt)
+    assert set(open_source(good).content_hashes()) & classifier.trained_on == learnt
+    # what was made of other images makes those seen
+    test = labelled(tmp_path / "test", 4, seed=1)
+    other = trained(good, tmp_path / "d", reconstructions=str(made(test, tmp_path / "more", named()).folder))
+    assert set(open_source(test).content_hashes()) <= other.trained_on
+    held = [i for i, content in enumerate(open_source(good).content_hashes()) if content not in learnt]
+    few = made(open_source(good).subset(held), tmp_path / "held", named())
+    with pytest.raises(FaroutError, match=r"reconstructions of .* are of images that are held out"):
+        trained(good, tmp_path / "e", reconstructions=str(few.folder))
+
+
 def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     conditional().save(tmp_path / "m")
     words = ["reconstruct", str(images), "--diffusion", str(tmp_path / "m"), "--out", str(tmp_path / "o")]

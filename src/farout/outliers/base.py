@@ -20,6 +20,7 @@ from farout.errors import FaroutError, SourceError
 from farout.images.classes import class_name, class_numbers
 from farout.images.sources import ImageSource, open_source
 from farout.outliers._folder import ImageWriter, MadeFolder, OutlierFolder, read_outliers
+from farout.outliers._other_classes import warn_of_other_classes
 from farout.progress import task
 from farout.runtime import Runtime
 
@@ -167,6 +168,7 @@ class Synthesiser(Configured, ABC):
         networks = self._networks(diffusion, classifier, resolved.device)
         work = _work(source, networks, Path(out), count, seed, resolved)
         self.check(work)
+        warn_of_other_classes(source, work.diffusion, work.classifier)
         writer = ImageWriter(out, work.class_names, seed, OutlierFolder.kind)
         about = {"source": source.name, "images": len(source), "class_names": list(work.class_names)}
         writer.begin(self._settings(work), {**about, "provenance": self.provenance}, resume=resume)

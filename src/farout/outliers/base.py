@@ -41,6 +41,7 @@ class Work:
         runtime: how networks are run, resolved.
         diffusion: the generator, where the method needs it.
         classifier: as given.
+        built: what a method builds once and uses again in this run, by name.
     """
 
     source: ImageSource
@@ -52,6 +53,7 @@ class Work:
     runtime: Runtime
     diffusion: DiffusionModel | None = None
     classifier: Classifier | None = None
+    built: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
@@ -113,6 +115,9 @@ class Synthesiser(Configured, ABC):
     def check(self, work: Work) -> None:
         """Called before anything is written: refuses what cannot work."""
 
+    def judge(self, work: Work) -> None:
+        """Called once, when the folder is open and before any stage: warns of what takes some work to find out."""
+
     def prepare(self, work: Work, stage: str) -> None:
         """Does a stage before the last: leaves its files within `work.folder`, and goes on from those there."""
         raise NotImplementedError(f"{type(self).__name__} names the stage {stage} and does not say what is done in it")
@@ -172,6 +177,7 @@ class Synthesiser(Configured, ABC):
         writer = ImageWriter(out, work.class_names, seed, OutlierFolder.kind)
         about = {"source": source.name, "images": len(source), "class_names": list(work.class_names)}
         writer.begin(self._settings(work), {**about, "provenance": self.provenance}, resume=resume)
+        self.judge(work)
         made = 0
         for name in doing:
             if name != self.stages[-1]:

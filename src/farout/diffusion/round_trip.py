@@ -41,7 +41,8 @@ class RoundTrip:
     own; on the lower ones a generator leaves its traces (smoothed texture, what is left of the noise, shifted colours,
     an autoencoder's grid), whatever is shown. From the middle, the default, both kinds of image have gone the same
     lower half of the way. From level 1 nothing of the image would come back: a new sample of its class. Lower levels
-    leave more of the image and fewer traces; level 0 is the round trip through the autoencoder alone.
+    leave more of the image and fewer traces; where no class is told, an image wants them to stay what it is. Level 0 is
+    the round trip through the autoencoder alone.
 
     Args:
         model: the diffusion model; images go where it is.

@@ -51,7 +51,9 @@ def reconstruct(
     For two uses. A classifier that learns from outliers of a generator learns from these too, as images of their
     classes: then being generated is not what tells outliers apart (`train_classifier(…, reconstructions=out)`). And a
     detector that tells test images from their own round trips sees a generator's traces, not what an image shows: its
-    AUROC of the two should be near one half.
+    AUROC of the two should be near one half, or no further from it than that of the same detector whose classifier has
+    learnt from no outliers. For a weak generator loses some of what an image shows, which anyone may see; `fid` and a
+    classifier's accuracy on the folder tell how much.
 
     Image number i of the source lies in the folder of its class, without labels in `images/` itself. The manifest says
     of each: key, source (the key of what it was), label and class_name (empty without labels), seed, index, level, and

@@ -147,6 +147,38 @@ def test_a_generator_whose_samples_are_not_recognised_warns(images: Path, tmp_pa
     assert judged.settings() == plain.settings()
 
 
+def test_a_generator_is_judged_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder: not for every call, and not where the call is refused; another judge judges anew."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "farout.outliers._recognised.recognised", lambda sampler, judge, names: asked.append(judge.content_hash) or 0.5
+    )
+    first, second = classifier(), classifier().randomised(1)
+    settings: dict[str, Any] = {"count": 3, "diffusion": conditional(), "runtime": CPU}
+    for judge, more in ((first, {}), (first, {"resume": True, "count": 5}), (second, {"resume": True})):
+        with pytest.warns(TrapWarning, match="recognises 50% of the generator's own samples"):
+            ClassNoise(steps=2).synthesize(images, tmp_path / "o", classifier=judge, **{**settings, **more})
+    with pytest.raises(StoreError, match="give --resume"):
+        ClassNoise(steps=2).synthesize(images, tmp_path / "o", classifier=first, **settings)
+    first.class_names = ("a", "b", "x")
+    with pytest.raises(FaroutError, match="does not know c"):
+        ClassNoise(steps=2).synthesize(images, tmp_path / "p", classifier=first, **settings)
+    assert not (tmp_path / "p").exists()
+    assert asked == [classifier().content_hash, second.content_hash]
+
+
+def test_a_run_builds_its_sampler_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Sampler] = []
+    original = Sampler.__post_init__
+    monkeypatch.setattr(Sampler, "__post_init__", lambda self: built.append(self) or original(self))
+    few = Runtime(device="cpu", precision="fp32", rows=8, batch_size=1, workers=0)
+    method = ClassNoise(steps=2)
+    method.synthesize(images, tmp_path / "o", count=4, diffusion=conditional(), classifier=classifier(), runtime=few)
+    assert len(built) == 1
+    method.synthesize(images, tmp_path / "p", count=1, diffusion=conditional(b_scale=2.0), runtime=few)
+    assert [each.model.b_scale for each in built] == [1.0, 2.0]
+
+
 def test_recognition_is_the_share_of_hits() -> None:
     """Classes that a classifier without names has in the same order; one that lacks a class is refused."""
     sampler = Sampler(conditional(), steps=2, rows=8)

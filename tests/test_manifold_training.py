@@ -5,6 +5,7 @@ import math
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from curves import DIM, LABELS, SHORT, VECTORS, curved, linear, short
 from farout import progress
 from farout.errors import FaroutError, FaroutWarning, ShortfallWarning, StoreError
+from farout.outliers import _flattening
 from farout.outliers._manifold import Manifold, ManifoldConfig, fit_manifold
 
 
@@ -66,6 +68,50 @@ def test_seeds_decide_everything() -> None:
     assert a.history == b.history
     assert torch.equal(a.draw(4, seed=5).vectors, b.draw(4, seed=5).vectors)
     assert torch.allclose(a.draw(4, seed=5).distance, c.draw(4, seed=5).distance), "in units of each"
+
+
+@pytest.mark.parametrize(
+    ("orthogonal_map", "checkpoint", "at"), [("cayley", "best", 21), ("matrix_exp", "last", 16), ("cayley", "best", 1)]
+)
+def test_an_interrupted_training_goes_on_to_the_same_bits(
+    orthogonal_map: str, checkpoint: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted twice: within an epoch, with losses that no validation has summed up, and before any checkpoint."""
+    config = replace(SHORT, orthogonal_map=orthogonal_map, checkpoint=checkpoint, steps=45, batch_size=16)
+    whole = fit_manifold(VECTORS, LABELS, config, 2, seed=3)
+    made, update = [], _flattening.update
+
+    def stops(*given: Any) -> Any:
+        if len(made) == at:
+            raise KeyboardInterrupt
+        made.append(0)
+        return update(*given)
+
+    monkeypatch.setattr(_flattening, "update", stops)
+    for steps in (at - at % 2, 2 * (at - at % 2)):
+        made.clear()
+        with pytest.raises(KeyboardInterrupt):
+            fit_manifold(VECTORS, LABELS, config, 2, seed=3, checkpoints=tmp_path)
+        there = [folder.name for folder in (tmp_path / "checkpoints").glob("step_*")]
+        assert there == ([f"step_{steps:08d}"] if steps else []), "every second of 45 batches, the newest alone"
+    monkeypatch.setattr(_flattening, "update", update)
+    again = fit_manifold(VECTORS, LABELS, config, 2, seed=3, checkpoints=tmp_path)
+    assert again.content_hash == whole.content_hash
+    assert again.history == whole.history
+    assert fit_manifold(VECTORS, LABELS, config, 2, seed=3, checkpoints=tmp_path).content_hash == whole.content_hash
+
+
+def test_another_training_does_not_go_on(tmp_path: Path) -> None:
+    fit_manifold(VECTORS, LABELS, SHORT, 2, checkpoints=tmp_path)
+    fit_manifold(VECTORS, LABELS, replace(SHORT, device="auto"), 2, checkpoints=tmp_path)
+    wrong: list[tuple[Any, ManifoldConfig, int, str]] = [
+        (curved(60, 1)[0], SHORT, 0, "vectors: "),
+        (VECTORS, replace(SHORT, learning_rate=0.1), 0, "learning_rate: 0.003 in the checkpoint, 0.1 now"),
+        (VECTORS, SHORT, 1, "seed: 0 in the checkpoint, 1 now"),
+    ]
+    for vectors, config, seed, message in wrong:
+        with pytest.raises(StoreError, match=f"cannot go on from .*{message}.*remove"):
+            fit_manifold(vectors, LABELS, config, 2, seed, tmp_path)
 
 
 def test_a_part_of_the_vectors() -> None:

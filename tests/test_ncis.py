@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from farout import NCIS, read_outliers
 from farout.cli import main
 from farout.errors import FaroutError, StoreError
+from farout.outliers import _flattening
 from farout.outliers._embedding import Inversion, read_embeddings
 from farout.outliers._manifold import Manifold, ManifoldConfig
 from farout.runtime import Runtime
@@ -65,6 +66,29 @@ def test_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeyp
     assert noises == list(range(8))
     made(images, tmp_path / "fixed", ncis(fixed_noise=True), count=4)
     assert seen[1][1] == [0, 0, 0, 0]
+
+
+def test_an_interrupted_manifold_goes_on(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(images, tmp_path / "whole", stage="manifold")
+    update, done = _flattening.update, []
+
+    def stops(*given: Any) -> Any:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(0)
+        return update(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_flattening, "update", stops)
+        with pytest.raises(KeyboardInterrupt):
+            made(images, tmp_path / "o", stage="manifold")
+    assert [path.name for path in (tmp_path / "o" / "manifold.training" / "checkpoints").iterdir()] == ["step_00000003"]
+    monkeypatch.setattr(_flattening, "update", lambda *given: done.append(0) or update(*given))
+    made(images, tmp_path / "o", stage="manifold", resume=True)
+    assert len(done) == 4, "the last of four batches was left to do"
+    hashes = {Manifold.load(tmp_path / name / "manifold").content_hash for name in ("whole", "o")}
+    assert len(hashes) == 1
+    assert not (tmp_path / "o" / "manifold.training").exists()
 
 
 def test_another_manifold_is_refused_with_the_difference(images: Path, tmp_path: Path) -> None:

@@ -223,7 +223,9 @@ def test_class_names_that_are_no_folder_names(tmp_path: Path) -> None:
     write_samples(Sampler(network, steps=3), tmp_path / "s", 4)
     folders = sorted(path.name for path in (tmp_path / "s").iterdir() if path.is_dir())
     assert folders == ["1-", "2-a b", "3-A B", "T-shirt_top"]
-    assert len(open_source(tmp_path / "s")) == 4
+    source = open_source(tmp_path / "s")
+    assert len(source) == 4
+    assert set(source.class_names or ()) == set(names), "the classes come back as they were"
 
 
 # -- command line ---------------------------------------------------------------------------------------------------

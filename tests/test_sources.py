@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from farout.errors import MissingExtraError, SourceError
+from farout.errors import FaroutError, MissingExtraError, SourceError
 from farout.images import tables
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import batches, open_source
@@ -23,6 +23,18 @@ from image_files import encode, make_house, picture, pixels, write_folder, write
 def house(tmp_path, monkeypatch) -> Path:
     """A FAROUT_DATA folder with one set of 20 images in four classes."""
     return make_house(tmp_path, monkeypatch)
+
+
+def test_classes_whose_names_no_folder_can_have(tmp_path):
+    write_folder(tmp_path, pixels(3), ["T-shirt_top/x.png", "bag/x.png", "bag/y.png"])
+    told = tmp_path / "farout-classes.json"
+    told.write_text('{"T-shirt_top": "T-shirt/top", "gone": "Größe"}', encoding="utf-8")
+    assert open_source(tmp_path).class_names == ("T-shirt/top", "bag")
+    assert open_source(f"{tmp_path}@classes=bag").keys == ("bag/x.png", "bag/y.png")
+    for content, message in (('{"bag": 3}', "wants a class name"), ("{", "not valid JSON")):
+        told.write_text(content)
+        with pytest.raises(FaroutError, match=message):
+            open_source(tmp_path)
 
 
 def test_folder_is_sorted_recursive_and_keyed_by_relative_path(tmp_path):

@@ -24,6 +24,7 @@ _HOMES = {
     "load": "farout.detectors.base",
     "open_source": "farout.images.sources",
     "read_outliers": "farout.outliers.base",
+    "reconstruct": "farout.outliers.reconstruct",
     "train_classifier": "farout.classifiers.train",
     "train_diffusion": "farout.diffusion.train",
 }

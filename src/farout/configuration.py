@@ -38,6 +38,12 @@ class Configured:
     config: dict[str, Any]
     provenance: dict[str, Any]
 
+    def __init__(self) -> None:
+        """Without settings; a method that has some has a constructor of its own."""
+        if not hasattr(self, "config"):
+            self.config = {}
+            self._start()
+
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Keeps the arguments of the constructor as `config`."""
         super().__init_subclass__(**arguments)

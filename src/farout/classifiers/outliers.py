@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -18,7 +19,15 @@ from farout.images.classes import class_numbers
 from farout.images.preprocessing import Kernel, Preprocessing
 from farout.images.sources import ImageSource, open_source
 
-__all__ = ["ExposedImages", "OutlierImages", "Reconstructions", "Resize", "check_outliers", "open_outliers"]
+__all__ = [
+    "ExposedImages",
+    "OutlierImages",
+    "Reconstructions",
+    "Resize",
+    "check_outliers",
+    "open_outliers",
+    "originals",
+]
 
 Resize = Literal["both", "bilinear", "nearest", "bicubic"]
 """Kernel of outliers that are larger than the images: `both` draws nearest or bilinear for each sample."""
@@ -46,6 +55,20 @@ def open_outliers(
 
 def _is_made(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "images").is_dir()
+
+
+def originals(images: str | Path, source: ImageSource) -> tuple[str | None, ...]:
+    """The content hash of the image that each of `source` was made of, as the manifest of the folder `images` (or the
+    one that it is the `images` of) says, which `open_outliers` opened as `source`; None where it says nothing, or there
+    is none.
+    """
+    folders = [folder for folder in (Path(images), Path(images).parent) if _is_made(folder)]
+    path = next((folder / "manifest.csv" for folder in folders), None)
+    if path is None or not path.is_file():
+        return (None,) * len(source)
+    with path.open(newline="", encoding="utf-8") as file:
+        told = {row["key"]: row.get("source_hash") for row in csv.DictReader(file)}
+    return tuple(told.get(key) or None for key in source.keys)
 
 
 def check_outliers(outliers: ImageSource, hashes: Collection[str], preprocessing: Preprocessing) -> None:

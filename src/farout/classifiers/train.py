@@ -15,7 +15,7 @@ from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.exposure import Exposed, Exposure, Outside
 from farout.classifiers.model import KIND, Classifier
 from farout.classifiers.origin import FRESH, Origin, start_from
-from farout.classifiers.outliers import open_outliers
+from farout.classifiers.outliers import open_outliers, originals
 from farout.classifiers.presets import PRESETS
 from farout.devices import first_process, resolve_precision
 from farout.diffusion.train import discard_checkpoints, learnt_and_validating
@@ -183,8 +183,9 @@ def train_classifier(
         exposure: how it learns what lies outside the distribution.
         outliers: images that lie outside the distribution, to be told apart from the others: a folder that `farout
             synthesize` made, or any image source; labels are not looked at.
-        reconstructions: images of the classes that a generator has made again of the images learnt, with labels: a part
-            of the images is taken from them, so that being generated is not what tells outliers apart.
+        reconstructions: images of the classes that a generator has made again, with labels: a folder that `farout
+            reconstruct` made, or any image source. A part of the images is taken from them, so that being generated is
+            not what tells outliers apart. Those of images that are held out are left out.
         weights: weights to start from: a file, an OpenOOD checkpoint for instance, or the folder of a classifier, whose
             training images then count as seen; None: fresh ones.
         keep_weights: train nothing: the given weights become a classifier of the source's classes, as they are. It
@@ -213,6 +214,8 @@ def train_classifier(
     settings = replace(training, seed=seed)
     folder = Path(f"{out}.training")
     learning = images.subset(parts.training)
+    held = images.subset(sorted([*parts.statistics, *parts.calibration]))
+    again, made_of = _not_of(again, reconstructions, held)
     if keep_weights:
         trained, origin = _start(learning, model, names, weights, seed)
         trained.trained_on, trained.provenance = origin.seen, {"source": images.name, **_told_of(origin)}
@@ -221,12 +224,29 @@ def train_classifier(
             learning, model, settings, out=folder, resume=resume, class_names=names, weights=weights,
             exposure=exposure, outliers=outer, reconstructions=again,
         )  # fmt: skip
+        trained.trained_on |= made_of
     if first_process():
-        held = images.subset(sorted([*parts.statistics, *parts.calibration]))
         _rate(trained, held, resolve_precision(training.precision, trained.device))
         trained.save(out)
         discard_checkpoints(folder, settings)
     return trained
+
+
+def _not_of(
+    again: ImageSource | None, given: str | None, held: ImageSource
+) -> tuple[ImageSource | None, frozenset[str]]:
+    """The reconstructions of images that are not held out, and the content hashes of those images, as far as known:
+    who learns what came of an image has seen it.
+    """
+    if again is None or given is None:
+        return None, frozenset()
+    known, apart = originals(given, again), frozenset(held.content_hashes())
+    kept = [place for place, original in enumerate(known) if original is None or original not in apart]
+    if not kept:
+        raise FaroutError(
+            f"all {len(again)} reconstructions of {again.name} are of images that are held out; make some of others"
+        )
+    return again.subset(kept), frozenset(filter(None, (known[place] for place in kept)))
 
 
 def _check_keeping(weights: str | None, model: ClassifierConfig, exposure: Exposure, outside: str | None) -> None:

@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "evaluate",
     "sample": "sample",
     "synthesize": "synthesize",
+    "reconstruct": "reconstruct",
     "fid": "fid",
     "interpolate": "interpolate",
     "features extract": "extract_features",

@@ -14,8 +14,10 @@ from farout.evaluation.interpolate import InterpolatedFolder, write_interpolatio
 from farout.evaluation.outlier_page import write_outlier_page
 from farout.images.sources import open_source
 from farout.outliers.base import OutlierFolder, Runtime, Synthesiser
+from farout.outliers.reconstruct import ReconstructedFolder
+from farout.outliers.reconstruct import reconstruct as _reconstruct
 
-__all__ = ["fid", "interpolate", "sample", "synthesize"]
+__all__ = ["fid", "interpolate", "reconstruct", "sample", "synthesize"]
 
 Precisions = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -115,6 +117,67 @@ def synthesize(
     )
     write_outlier_page(found, images)
     return found
+
+
+def reconstruct(
+    source: str,
+    *,
+    diffusion: str,
+    out: str,
+    level: float = 0.5,
+    highest: float | None = None,
+    classes: bool = True,
+    solver: str = "dpm_solver_2m",
+    steps: int | None = None,
+    spacing: Spacing = "grid",
+    seed: int = 0,
+    resume: bool = False,
+    limit: int | None = None,
+    policy: Literal["raise", "skip"] = "raise",
+    device: str = "auto",
+    precision: Precisions = "auto",
+    rows: int | Literal["auto"] = 32,
+    batch_size: int | Literal["auto"] = "auto",
+    workers: int = 2,
+) -> ReconstructedFolder:
+    """Make images again with a diffusion model: part of the way to noise, and back.
+
+    Args:
+        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split; labels are kept.
+        diffusion: folder of a diffusion model, or hf://owner/name.
+        out: folder of the images, class by class.
+        level: how far images go, as a share of the way to noise; 0 is an autoencoder's round trip alone.
+        highest: draws a level for each image, between level and this one.
+        classes: denoise each image under its class, where the model is told classes.
+        solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
+        steps: steps back; without it 10, or as many as probability_flow finds.
+        spacing: where the steps lie: grid (evenly in t) or geometric (evenly in log sigma).
+        seed: level and noise of an image are drawn from the seed and its key.
+        resume: go on where an earlier run in the folder stopped.
+        limit: a seeded sample of this many images of the source.
+        policy: what becomes of an unreadable image: raise, or skip.
+        device: auto, cpu, cuda, cuda:1, …
+        precision: precision of the network; auto is bf16 where the device computes in it natively, else fp32.
+        rows: rows of one network call.
+        batch_size: images made together; auto goes by a memory budget.
+        workers: threads that decode images.
+    """
+    return _reconstruct(
+        source,
+        diffusion,
+        out,
+        level=level,
+        highest=highest,
+        classes=classes,
+        solver=solver,
+        steps=steps,
+        spacing=spacing,
+        seed=seed,
+        resume=resume,
+        limit=limit,
+        policy=policy,
+        runtime=Runtime(device, precision, rows, batch_size, workers),
+    )
 
 
 def fid(

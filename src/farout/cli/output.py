@@ -25,7 +25,7 @@ from farout.evaluation.interpolate import InterpolatedFolder
 from farout.evaluation.scoring import ScoredFolder
 from farout.features.cache import CachedKind, cache_folder
 from farout.features.extraction import Extraction
-from farout.outliers.base import OutlierFolder
+from farout.outliers.base import MadeFolder
 
 __all__ = ["progress", "quiet_libraries", "show"]
 
@@ -90,7 +90,8 @@ def show(name: str, result: Any) -> None:
         "evaluate": _metrics,
         "demo": _demonstrated,
         "sample": _sampled,
-        "synthesize": _synthesized,
+        "synthesize": lambda done: _made(done, "outliers"),
+        "reconstruct": lambda done: _made(done, "reconstructions"),
         "fid": _distance,
         "interpolate": _interpolated,
         "features extract": _extracted,
@@ -136,9 +137,9 @@ def _sampled(done: SampledFolder) -> None:
         print(f"  {path}")
 
 
-def _synthesized(done: OutlierFolder) -> None:
+def _made(done: MadeFolder, what: str) -> None:
     more = f", {done.asked} asked for" * (done.images != done.asked)
-    print(f"{done.images} outliers, {done.made} made now{more}")
+    print(f"{done.images} {what}, {done.made} made now{more}")
     for path in (done.folder / "images", done.folder / "manifest.csv", done.folder / "page.html"):
         if path.exists():
             print(f"  {path}")

@@ -39,18 +39,19 @@ def geometric(schedule: NoiseSchedule, start: int | float, steps: int) -> Tensor
     return torch.cat([levels, levels.new_zeros(1)]).to(torch.float32)
 
 
-def even_levels(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """`steps` levels, evenly spaced and rising to the largest: stride - 1, 2 stride - 1, …, T - 1 with stride T / steps
-    (rounded); the 50-step grid of 1000 levels is 19, 39, …, 999.
+def even_levels(schedule: NoiseSchedule, steps: int, start: int | None = None) -> list[int]:
+    """`steps` levels, evenly spaced and rising to `start`: stride - 1, 2 stride - 1, …, start with stride
+    (start + 1) / steps (rounded). None: the largest level, T - 1; the 50-step grid of 1000 levels is 19, 39, …, 999.
 
-    Raises FaroutError unless 1 <= steps <= T.
+    Raises FaroutError unless 1 <= steps <= start + 1.
     """
-    if not 1 <= steps <= schedule.steps:
-        raise FaroutError(f"steps want 1 to {schedule.steps}, the schedule's levels, got {steps}")
-    return [round(schedule.steps * (number + 1) / steps) - 1 for number in range(steps)]
+    count = schedule.steps if start is None else start + 1
+    if not 1 <= steps <= count:
+        raise FaroutError(f"steps want 1 to {count}, the levels that there are, got {steps}")
+    return [round(count * (number + 1) / steps) - 1 for number in range(steps)]
 
 
-def from_noise(schedule: NoiseSchedule, steps: int) -> Tensor:
+def from_noise(schedule: NoiseSchedule, steps: int, start: int | None = None) -> Tensor:
     """sigmas of the levels of `even_levels`, the largest first, then 0: (steps + 1,)."""
-    sigmas = schedule.sigma_of(torch.tensor(even_levels(schedule, steps)[::-1]))
+    sigmas = schedule.sigma_of(torch.tensor(even_levels(schedule, steps, start)[::-1]))
     return torch.cat([sigmas, sigmas.new_zeros(1)]).to(torch.float32)

@@ -20,8 +20,9 @@ from farout.diffusion.methods import is_adaptive
 from farout.diffusion.sampling import STEPS, Sampler
 from farout.errors import FaroutError
 from farout.images.decoding import to_pil
+from farout.images.readers import CLASSES_FILE
 
-__all__ = ["KIND", "SampledFolder", "contact_sheet", "folder_names", "save_png", "write_samples"]
+__all__ = ["KIND", "SampledFolder", "contact_sheet", "folder_names", "save_png", "write_class_names", "write_samples"]
 
 KIND = "samples"
 _MANIFEST = "manifest.jsonl"
@@ -131,6 +132,7 @@ class _Plan:
     def begin(self) -> None:
         """Opens the folder; raises StoreError where something else is in it."""
         store.resume_config(self.out, KIND, self.settings())
+        write_class_names(self.out, self.names)
 
     def write_manifest(self) -> int:
         """A line for every image there is, also for those of an earlier, longer run, interrupted or not; returns how
@@ -173,6 +175,15 @@ def folder_names(names: Sequence[str]) -> list[str]:
     return [
         name if name and lowered.count(name.lower()) == 1 else f"{number}-{name}" for number, name in enumerate(plain)
     ]
+
+
+def write_class_names(folder: Path, names: Sequence[str]) -> None:
+    """Leaves the names of classes beside their folders in `folder`, where they differ: read back, it has the classes
+    that were written.
+    """
+    told = {plain: name for plain, name in zip(folder_names(names), names, strict=True) if plain != name}
+    if told:
+        store.write_json(folder / CLASSES_FILE, told)
 
 
 def save_png(image: Tensor, path: Path, working: Path) -> None:

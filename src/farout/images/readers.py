@@ -18,13 +18,17 @@ from farout.errors import SourceError, UnreadableImageError
 from farout.images.decoding import decode, to_uint8
 from farout.images.listing import Listing, check_keys, encode_groups, encode_labels, index_keys
 from farout.images.tables import list_parquet
+from farout.store import read_json
 
-__all__ = ["SUFFIXES", "list_array", "list_path"]
+__all__ = ["CLASSES_FILE", "SUFFIXES", "list_array", "list_path"]
 
 SUFFIXES = frozenset(
     {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
 """File endings, in any case, that count as images in folders and globs."""
+
+CLASSES_FILE = "farout-classes.json"
+"""Beside the folders of classes: an object, folder -> class, for classes whose names no folder can have."""
 
 
 def list_path(location: str) -> Listing:
@@ -81,7 +85,7 @@ def _list_folder(root: Path) -> Listing:
         raise SourceError(f"the folder {root} holds no images (looked for {', '.join(sorted(SUFFIXES))}, recursively)")
     keys = tuple(sorted(found))
     labels, names = _class_folders(keys)
-    return Listing(keys, _Files(keys, [root / key for key in keys]), labels, names, _parents(keys))
+    return Listing(keys, _Files(keys, [root / key for key in keys]), labels, _told_names(root, names), _parents(keys))
 
 
 def _parents(keys: Sequence[str]) -> tuple[str, ...]:
@@ -96,6 +100,17 @@ def _class_folders(keys: Sequence[str]) -> tuple[tuple[int, ...] | None, tuple[s
     names = tuple(sorted(set(parents)))
     place = {name: i for i, name in enumerate(names)}
     return tuple(place[parent] for parent in parents), names
+
+
+def _told_names(root: Path, folders: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The classes of folders: as `CLASSES_FILE` says, the others as the folders are called."""
+    path = root / CLASSES_FILE
+    if folders is None or not path.is_file():
+        return folders
+    told = read_json(path)
+    if not all(isinstance(name, str) for name in told.values()):
+        raise SourceError(f"{path} wants a class name, a text, for each folder; mend or remove it")
+    return tuple(told.get(folder, folder) for folder in folders)
 
 
 def _list_glob(pattern: str) -> Listing:

@@ -207,6 +207,12 @@ class ImageSource(Dataset[Tensor]):
         view._select([self._places[i] for i in indices])
         return view
 
+    def whole(self) -> ImageSource:
+        """All images of the set that these are of, whatever a class filter, a sample or `subset` has left out."""
+        view = self.subset(())
+        view._select(range(len(self._store.listing.keys)))
+        return view
+
     def with_policy(self, policy: Policy) -> ImageSource:
         """The same images under another policy; decoded pixels are shared."""
         view = self.subset(range(len(self)))

@@ -14,7 +14,7 @@ from farout.diffusion.conditioning import Conditioning
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sampling import Sampler, Spacing
 from farout.errors import FaroutError
-from farout.outliers._recognised import warn_of_poor_samples
+from farout.outliers._recognised import check_knows, warn_of_poor_samples
 from farout.outliers.base import Made, Synthesiser, Work
 
 __all__ = ["ClassPoints", "VectorSynthesiser", "class_space", "decode", "vector_scale"]
@@ -101,23 +101,31 @@ class VectorSynthesiser(Synthesiser):
         """The points of outliers number `indices` of the classes `labels`; see `Synthesiser.make`."""
 
     def sampler(self, work: Work) -> Sampler:
-        """How points become images; raises FaroutError for settings that the generator cannot follow."""
-        runtime = work.runtime
-        return Sampler(
-            work.generator,
-            **self._decoding,
-            seed=work.seed,
-            rows=int(runtime.rows),
-            precision=runtime.precision,  # type: ignore[arg-type]  # resolved, so not `auto`
-        )
+        """How points become images, built once a run; FaroutError for settings that the generator cannot follow."""
+        if "sampler" not in work.built:
+            runtime = work.runtime
+            work.built["sampler"] = Sampler(
+                work.generator,
+                **self._decoding,
+                seed=work.seed,
+                rows=int(runtime.rows),
+                precision=runtime.precision,  # type: ignore[arg-type]  # resolved, so not `auto`
+            )
+        return work.built["sampler"]
 
     def check(self, work: Work) -> None:
-        """Refuses guidance without a null condition, and solvers or steps that do not go; with a classifier, warns of a
-        generator whose own samples it recognises in fewer than 80 % of cases.
+        """Refuses guidance without a null condition, solvers or steps that do not go, and a classifier that lacks a
+        class of the generator.
         """
-        sampler = self.sampler(work)
+        self.sampler(work)
         if work.classifier is not None:
-            warn_of_poor_samples(sampler, work.classifier, class_space(work.generator).class_names)
+            check_knows(work.classifier, class_space(work.generator).class_names)
+
+    def judge(self, work: Work) -> None:
+        """With a classifier, warns of a generator whose own samples it recognises in fewer than 80 % of cases."""
+        if work.classifier is not None:
+            names = class_space(work.generator).class_names
+            warn_of_poor_samples(self.sampler(work), work.classifier, names, work.folder)
 
     def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
         """The decoded points."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from farout import progress
+from farout import progress, store
 from farout.data_order import seed_of
 from farout.errors import FaroutError
+from farout.outliers._manifold_checkpoints import Checkpoints
 from farout.outliers._manifold_config import ManifoldConfig
 from farout.outliers.volume_preserving import ClassRotations, VolumePreservingNetwork
 
@@ -24,6 +27,9 @@ _STRIDED = 1000
 
 _ROWS = 4096
 """Vectors that go through a map at once."""
+
+_SAVES = 20
+"""Checkpoints of a whole training: what is lost of it by an interruption is a twentieth at most."""
 
 
 def invariant_counts(x: Tensor, labels: Tensor, classes: int, pca_variance: float) -> list[int]:
@@ -96,13 +102,15 @@ def flatness(net: Map, x: Tensor, labels: Tensor, invariants: int) -> tuple[floa
     return float(z[:, -invariants:].square().sum(1).mean()), float((rebuilt - x.cpu()).square().mean())
 
 
-def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Rows of one batch after another, without end: a permutation per epoch, whose last batch may be smaller."""
-    epoch = 0
+def _batches(count: int, size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    """Rows of one batch after another from number `start` on, without end: a permutation per epoch, whose last batch
+    may be smaller.
+    """
+    epoch, passed = divmod(start, -(-count // size))
     while True:
         generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
-        yield from torch.randperm(count, generator=generator).split(size)
-        epoch += 1
+        yield from torch.randperm(count, generator=generator).split(size)[passed:]
+        epoch, passed = epoch + 1, 0
 
 
 def fresh(dim: int, classes: int, config: ManifoldConfig, seed: int) -> VolumePreservingNetwork:
@@ -145,6 +153,20 @@ class _Watch:
             self.best = measure
             self.weights = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the history: losses since the last look (n, 2), the best measure, and the weights that it is of."""
+        losses = torch.stack(self.losses) if self.losses else torch.empty(0, 2)
+        best = torch.tensor(self.best, dtype=torch.float64)
+        return {"losses": losses, "best": best, **{f"weights.{name}": value for name, value in self.weights.items()}}
+
+    def load(self, tensors: dict[str, Tensor], history: list[dict[str, float]]) -> None:
+        """Goes back to what `tensors` told, and to the history of then."""
+        device = next(self.net.parameters()).device
+        self.history, self.best = history, float(tensors["best"])
+        self.losses = list(tensors["losses"].to(device))
+        weights = {n.removeprefix("weights."): value for n, value in tensors.items() if n.startswith("weights.")}
+        self.weights = {name: value.to(device) for name, value in weights.items()}
+
 
 def train(
     x: Tensor,
@@ -156,10 +178,14 @@ def train(
     config: ManifoldConfig,
     seed: int,
     device: torch.device,
+    out: Path | None = None,
 ) -> tuple[VolumePreservingNetwork, list[dict[str, float]]]:
     """A network trained on x (N, D) and labels (N,), and the history: one entry per validation, the first before
     training, with `step` (batches so far), `learning_rate`, the mean losses since the entry before, and `flatness` of
     strided training vectors and of those held out (where there are any). All randomness follows from `seed`.
+
+    `out` is where checkpoints go, and where training goes on from, exactly as if never interrupted; StoreError where it
+    holds those of another training. None: nothing is written.
     """
     net = fresh(x.shape[1], classes, config, seed).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
@@ -168,21 +194,47 @@ def train(
     watch = _Watch(net, {name: pair for name, pair in sets.items() if len(pair[0])}, invariants)
     total = config.total_steps(len(x))
     due = {-(-total * number // config.validations) for number in range(1, config.validations + 1)}
-    order = _batches(len(x), config.batch_size, seed)
+    kept = None
+    if out is not None:
+        told = _told(x, labels, held_out, classes=classes, invariants=invariants, config=config, seed=seed)
+        kept = Checkpoints(out, told, max(1, total // _SAVES))
+    done = _begin(kept, optimizer, watch, config.learning_rate)
+    order = _batches(len(x), config.batch_size, seed, done)
     x, labels = x.to(device), labels.to(device)
-    watch.look(0, config.learning_rate)
     with progress.task("flattening classes", total) as bar:
-        for step in range(total):
+        if done:
+            bar.advance(done)
+        for step in range(done, total):
             rate = config.learning_rate * rate_factor(step, total, config.final_factor)
             _set_rate(optimizer.param_groups, rate)
             rows = next(order).to(device)
             watch.losses.append(torch.stack(update(net, optimizer, x[rows], labels[rows], invariants)))
             if step + 1 in due:
                 watch.look(step + 1, rate)
+            if kept is not None and kept.due(step + 1):
+                kept.save(step + 1, net, optimizer, watch.tensors(), watch.history)
             bar.advance(1)
     if config.checkpoint == "best":
         net.load_state_dict(watch.weights)
     return net.eval(), watch.history
+
+
+def _begin(kept: Checkpoints | None, optimizer: torch.optim.Optimizer, watch: _Watch, rate: float) -> int:
+    """Goes back to the newest checkpoint, or looks for the first time; the batches that are done."""
+    found = None if kept is None else kept.load(watch.net, optimizer)
+    if found is None:
+        watch.look(0, rate)
+        return 0
+    done, watched, history = found
+    watch.load(watched, history)
+    return done
+
+
+def _told(x: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], **settings: Any) -> dict[str, Any]:
+    """All that decides the training but the device."""
+    vectors = {"x": x, "labels": labels, "held_out": held_out[0], "held_out_labels": held_out[1]}
+    config = {name: value for name, value in asdict(settings.pop("config")).items() if name != "device"}
+    return {**config, **settings, "vectors": store.hash_tensors(vectors)}
 
 
 def _set_rate(groups: Sequence[dict], rate: float) -> None:

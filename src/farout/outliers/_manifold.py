@@ -282,6 +282,7 @@ def fit_manifold(
     config: ManifoldConfig | None = None,
     classes: int | Sequence[str] | None = None,
     seed: int = 0,
+    checkpoints: Path | None = None,
 ) -> Manifold:
     """Flattens the classes of `vectors` and fits a Gaussian to each.
 
@@ -291,9 +292,11 @@ def fit_manifold(
         config: how; None: the defaults.
         classes: their number or names; None: as many as the largest label says.
         seed: of what is held out, the network's start and the order of training.
+        checkpoints: a folder where training leaves checkpoints, and goes on from the newest one, to the same bits.
 
     Raises FaroutError for other shapes, values that are not finite, labels without a class, classes with fewer than two
-    vectors or with equal ones, and where training diverges. Warns where classes have fewer vectors than dimensions.
+    vectors or with equal ones, and where training diverges; StoreError for checkpoints of another training. Warns where
+    classes have fewer vectors than dimensions.
     """
     config = config or ManifoldConfig()
     names = class_names(classes, labels)
@@ -307,7 +310,7 @@ def fit_manifold(
     counts = invariant_counts(x[fit], labels[fit], len(names), config.pca_variance)
     invariants = _whole(sum(counts) // len(counts), vectors.shape[1])
     held_out = (x[held], labels[held])
-    net, history = _map(x[fit], labels[fit], held_out, invariants, names, config, seed)
+    net, history = _map(x[fit], labels[fit], held_out, invariants, names, config, seed, checkpoints)
     z = _flattening.apply(net, x, labels)
     gaussians = _gaussians(z, labels, fit, held, names, config, scale)
     return Manifold(
@@ -350,6 +353,7 @@ def _map(
     names: Sequence[str],
     config: ManifoldConfig,
     seed: int,
+    checkpoints: Path | None,
 ) -> tuple[Map, list[dict[str, float]]]:
     if config.map == "linear":
         return ClassRotations.fit(x, labels, len(names)).eval(), []
@@ -362,6 +366,7 @@ def _map(
         config=config,
         seed=seed,
         device=resolve_device(config.device),
+        out=checkpoints,
     )
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
+from farout import store
 from farout.classifiers.model import Classifier
 from farout.diffusion.sampling import Sampler
 from farout.errors import FaroutError, TrapWarning
 
-__all__ = ["recognised", "warn_of_poor_samples"]
+__all__ = ["check_knows", "recognised", "warn_of_poor_samples"]
 
+_REMEMBERED = "recognised.json"
 _LEAST, _TOGETHER, _WANTED = 5, 64, 100
 
 
@@ -47,14 +50,30 @@ def _places(classifier: Classifier, names: Sequence[str]) -> list[int]:
     return [known.index(name) for name in names]
 
 
-def warn_of_poor_samples(sampler: Sampler, classifier: Classifier, names: Sequence[str], least: float = 0.8) -> float:
-    """`recognised`; a TrapWarning where it is less than `least`."""
-    share = recognised(sampler, classifier, names)
+def check_knows(classifier: Classifier, names: Sequence[str]) -> None:
+    """Raises FaroutError where the classifier lacks one of the generator's classes."""
+    _places(classifier, names)
+
+
+def warn_of_poor_samples(
+    sampler: Sampler, classifier: Classifier, names: Sequence[str], folder: Path, least: float = 0.8
+) -> float:
+    """`recognised`; a TrapWarning where it is less than `least`.
+
+    The share is kept in `folder`, a folder of outliers, whose generator and settings are always the same: stages that
+    are done one by one, and runs that go on, make no samples for it again.
+    """
+    path, judge = folder / _REMEMBERED, classifier.content_hash
+    kept = store.read_json(path) if path.is_file() else {}
+    if kept.get("classifier") != judge:
+        kept = {"classifier": judge, "share": recognised(sampler, classifier, names)}
+        store.write_json(path, kept)
+    share = float(kept["share"])
     if share < least:
         warnings.warn(
             f"the classifier recognises {share:.0%} of the generator's own samples, expected at least {least:.0%}: "
             "what is made by it is strange for other reasons than the method's; train the diffusion model for longer",
             TrapWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return share

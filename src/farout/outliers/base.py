@@ -19,11 +19,12 @@ from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, SourceError
 from farout.images.classes import class_name, class_numbers
 from farout.images.sources import ImageSource, open_source
-from farout.outliers._folder import OutlierFolder, OutlierWriter, read_outliers
+from farout.outliers._folder import ImageWriter, MadeFolder, OutlierFolder, read_outliers
+from farout.outliers._other_classes import warn_of_other_classes
 from farout.progress import task
 from farout.runtime import Runtime
 
-__all__ = ["Made", "OutlierFolder", "Runtime", "Synthesiser", "Work", "read_outliers"]
+__all__ = ["Made", "MadeFolder", "OutlierFolder", "Runtime", "Synthesiser", "Work", "read_outliers"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Work:
         runtime: how networks are run, resolved.
         diffusion: the generator, where the method needs it.
         classifier: as given.
+        built: what a method builds once and uses again in this run, by name.
     """
 
     source: ImageSource
@@ -51,6 +53,7 @@ class Work:
     runtime: Runtime
     diffusion: DiffusionModel | None = None
     classifier: Classifier | None = None
+    built: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
@@ -112,6 +115,9 @@ class Synthesiser(Configured, ABC):
     def check(self, work: Work) -> None:
         """Called before anything is written: refuses what cannot work."""
 
+    def judge(self, work: Work) -> None:
+        """Called once, when the folder is open and before any stage: warns of what takes some work to find out."""
+
     def prepare(self, work: Work, stage: str) -> None:
         """Does a stage before the last: leaves its files within `work.folder`, and goes on from those there."""
         raise NotImplementedError(f"{type(self).__name__} names the stage {stage} and does not say what is done in it")
@@ -167,9 +173,11 @@ class Synthesiser(Configured, ABC):
         networks = self._networks(diffusion, classifier, resolved.device)
         work = _work(source, networks, Path(out), count, seed, resolved)
         self.check(work)
-        writer = OutlierWriter(out, work.class_names, seed)
+        warn_of_other_classes(source, work.diffusion, work.classifier)
+        writer = ImageWriter(out, work.class_names, seed, OutlierFolder.kind)
         about = {"source": source.name, "images": len(source), "class_names": list(work.class_names)}
         writer.begin(self._settings(work), {**about, "provenance": self.provenance}, resume=resume)
+        self.judge(work)
         made = 0
         for name in doing:
             if name != self.stages[-1]:
@@ -217,7 +225,7 @@ class Synthesiser(Configured, ABC):
             "classifier": work.classifier.content_hash if work.classifier and "classifier" in self.needs else None,
         }
 
-    def _write(self, work: Work, writer: OutlierWriter) -> int:
+    def _write(self, work: Work, writer: ImageWriter) -> int:
         missing = writer.missing(work.count)
         size = work.runtime.images_at_once(work.shape)
         with task(f"outliers into {work.folder}", len(missing)) as bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from farout.outliers.base import Work
 
 __all__ = ["NCIS"]
 
-_EMBEDDINGS, _MANIFOLD, _DRAWN = "embeddings", "manifold", "drawn.safetensors"
+_EMBEDDINGS, _MANIFOLD, _TRAINING, _DRAWN = "embeddings", "manifold", "manifold.training", "drawn.safetensors"
 
 
 class NCIS(VectorSynthesiser):
@@ -28,7 +29,8 @@ class NCIS(VectorSynthesiser):
     arXiv 2411.13619. Four stages, each with files of its own in the folder of outliers:
 
     - `embed`: every image becomes a vector of the class space (`embeddings/`, shards that are gone on with);
-    - `manifold`: a volume-preserving network flattens the classes, a Gaussian each (`manifold/`);
+    - `manifold`: a volume-preserving network flattens the classes, a Gaussian each (`manifold/`; an interrupted
+      training goes on from its last checkpoint);
     - `draw`: vectors of low density (`drawn.safetensors`: vectors, labels, log_density, distance);
     - `decode`: a vector becomes an image under class guidance (`images/`, `manifest.csv`).
 
@@ -87,14 +89,18 @@ class NCIS(VectorSynthesiser):
         embed(work.source, work.labels, work.generator, folder, self.inversion, seed=work.seed, runtime=work.runtime)
 
     def _fit(self, work: Work) -> None:
-        """Once: embeddings and settings decide it, and a folder of outliers has only one of each."""
+        """Once: embeddings and settings decide it, and a folder of outliers has only one of each. Checkpoints of the
+        training stand in a folder beside until it is there.
+        """
         folder = work.folder / _MANIFOLD
         if folder.is_dir():
             return
         found = read_embeddings(work.folder / _EMBEDDINGS)
         names = [work.class_names[label] for label in work.classes]
         places = torch.tensor([work.classes.index(int(label)) for label in found.labels])
-        fit_manifold(found.vectors, places, self.manifold, names, work.seed).save(folder)
+        training = work.folder / _TRAINING
+        fit_manifold(found.vectors, places, self.manifold, names, work.seed, training).save(folder)
+        shutil.rmtree(training, ignore_errors=True)
 
     def _draw(self, work: Work) -> None:
         """As many as are wanted now; the first ones are the same, however many follow."""

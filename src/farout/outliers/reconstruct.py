@@ -1,0 +1,145 @@
+"""Images that a generator has made again: part of the way to noise, and back, class by class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from farout.diffusion.model import DiffusionModel
+from farout.diffusion.round_trip import RoundTrip
+from farout.diffusion.sampling import Spacing
+from farout.errors import FaroutError, SourceError
+from farout.images.classes import class_name, class_numbers
+from farout.images.sources import ImageSource, batches, open_source
+from farout.outliers._folder import ImageWriter, MadeFolder
+from farout.outliers.base import identity
+from farout.progress import task
+from farout.runtime import Runtime
+
+__all__ = ["ReconstructedFolder", "reconstruct"]
+
+
+class ReconstructedFolder(MadeFolder):
+    """A folder of images made again; `source` in its manifest is the key of the image that each was."""
+
+    kind = "reconstructions"
+
+
+def reconstruct(
+    images: Any,
+    diffusion: DiffusionModel | str | Path,
+    out: str | Path,
+    *,
+    level: float = 0.5,
+    highest: float | None = None,
+    classes: bool = True,
+    solver: str = "dpm_solver_2m",
+    steps: int | None = None,
+    spacing: Spacing = "grid",
+    seed: int = 0,
+    resume: bool = False,
+    limit: int | None = None,
+    policy: Literal["raise", "skip"] = "raise",
+    runtime: Runtime | None = None,
+) -> ReconstructedFolder:
+    """Sends every image of a source through a generator and back into `out` (see `RoundTrip`), the same for any batch.
+
+    For two uses. A classifier that learns from outliers of a generator learns from these too, as images of their
+    classes: then being generated is not what tells outliers apart (`train_classifier(…, reconstructions=out)`). And a
+    detector that tells test images from their own round trips sees a generator's traces, not what an image shows: its
+    AUROC of the two should be near one half, or no further from it than that of the same detector whose classifier has
+    learnt from no outliers. For a weak generator loses some of what an image shows, which anyone may see; `fid` and a
+    classifier's accuracy on the folder tell how much.
+
+    Image number i of the source lies in the folder of its class, without labels in `images/` itself. The manifest says
+    of each: key, source (the key of what it was), label and class_name (empty without labels), seed, index, level, and
+    source_hash, the content hash of what it was.
+
+    Args:
+        images: any source; labels are kept.
+        diffusion: a `DiffusionModel` or its folder.
+        out: the folder.
+        level, highest, classes, solver, steps, spacing, seed: see `RoundTrip`.
+        resume: go on where an earlier run in `out` stopped.
+        limit: a seeded sample of this many images.
+        policy: what becomes of an unreadable image: raise, or skip.
+        runtime: how networks are run; None: `Runtime()`.
+
+    Raises:
+        FaroutError: for settings that cannot work.
+        SourceError: for images without labels, or of a class that the generator does not know, where they are to be
+            denoised under their classes.
+        StoreError: where `out` holds something else, reconstructions and `resume` is not set, or reconstructions that
+            were made with other settings, which are listed.
+    """
+    resolved = (runtime or Runtime()).resolved()
+    model = DiffusionModel.load(diffusion) if isinstance(diffusion, str | Path) else diffusion
+    trip = RoundTrip(
+        model.to(resolved.device),
+        level,
+        highest,
+        classes,
+        solver,
+        steps,
+        spacing,
+        seed,
+        int(resolved.rows),
+        resolved.precision,  # type: ignore[arg-type]  # resolved, so not `auto`
+    )
+    source = open_source(images, policy=policy, limit=limit, seed=seed)
+    names, labels = _classes(source, trip)
+    writer = ImageWriter(out, names, seed, ReconstructedFolder.kind)
+    writer.begin(_settings(source, labels, trip, resolved), _about(source, names), resume=resume)
+    made = _write(source, labels, trip, writer, resolved)
+    return ReconstructedFolder(Path(out), writer.images, len(source), made)
+
+
+def _classes(source: ImageSource, trip: RoundTrip) -> tuple[tuple[str, ...], Tensor | None]:
+    """Names, and the number of each image's class: the generator's where it is told them, else the source's own."""
+    conditioning = trip.model.conditioning
+    if conditioning is not None and trip.told_classes:
+        if source.labels is None:
+            raise SourceError(
+                f"{source.name} has no labels, and each image is denoised under its class; give a class-per-folder "
+                "tree or a table with labels, or leave classes aside (--no-classes, classes=False)"
+            )
+        names = tuple(conditioning.class_names)
+    else:
+        names = tuple(class_name(source, label) for label in sorted(set(source.labels or ())))
+    return names, None if source.labels is None else class_numbers(source, names)
+
+
+def _settings(source: ImageSource, labels: Tensor | None, trip: RoundTrip, runtime: Runtime) -> dict[str, Any]:
+    """All that decides the images."""
+    known = torch.empty(0, dtype=torch.int64) if labels is None else labels
+    same = identity(source, known, trip.model, runtime)
+    return {"method": "reconstruct", "config": trip.settings, "seed": trip.seed, **same}
+
+
+def _about(source: ImageSource, names: Sequence[str]) -> dict[str, Any]:
+    return {"source": source.name, "images": len(source), "class_names": list(names)}
+
+
+def _write(source: ImageSource, labels: Tensor | None, trip: RoundTrip, writer: ImageWriter, runtime: Runtime) -> int:
+    missing = writer.missing(len(source))
+    prepared, made = trip.model.preprocessing, 0
+    size = runtime.images_at_once((prepared.channels, *prepared.size))
+    with task(f"reconstructions into {writer.folder}", len(missing)) as bar:
+        for batch in batches(source.subset(missing), prepared, size, workers=runtime.workers):
+            if batch.keys:
+                places = [missing[place] for place in batch.indices]
+                numbers = None if labels is None else labels[places].tolist()
+                again = trip(batch.images, batch.keys, numbers)
+                if not bool(torch.isfinite(again).all()):
+                    raise FaroutError("some reconstructions are not numbers; use precision fp32, or a lower level")
+                hashes = [source.content_hash(place) for place in places]
+                columns: dict[str, Sequence[Any]] = {"level": trip.levels(batch.keys), "source_hash": hashes}
+                writer.write(places, numbers, again, batch.keys, columns)
+                made += len(places)
+            bar.advance(len(batch.keys))
+    writer.finish()
+    return made

@@ -1,0 +1,88 @@
+"""Networks that know classes which the images are to do without: said once, by name, and only where it is so."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from farout import ClassNoise, open_source
+from farout.classifiers.exposure import OUTLIER
+from farout.errors import TrapWarning
+from farout.outliers._other_classes import warn_of_other_classes
+from farout.runtime import Runtime
+from small import classifier, conditional, model, pictures
+
+CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for number, name in enumerate("abc"):
+        pictures(tmp_path / "labelled" / name, 3, seed=number)
+    return tmp_path / "labelled"
+
+
+def told(*given: Any, **networks: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        warn_of_other_classes(*given, **networks)
+    assert all(each.category is TrapWarning for each in found)
+    return [str(each.message) for each in found]
+
+
+def test_a_generator_that_knows_more_classes(images: Path, tmp_path: Path) -> None:
+    some = f"{images}@classes=a,c"
+    settings: dict[str, Any] = {"count": 2, "diffusion": conditional(), "runtime": CPU}
+    with pytest.warns(TrapWarning, match=r"diffusion model knows 1 class \(b\), of which .* has no images") as found:
+        ClassNoise(steps=2).synthesize(some, tmp_path / "o", **settings)
+    assert len([each for each in found if "has no images" in str(each.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ClassNoise(steps=2).synthesize(images, tmp_path / "p", **settings)
+
+
+def test_many_classes_are_not_all_named(images: Path) -> None:
+    (message,) = told(open_source(images), conditional(classes=20))
+    assert "knows 17 classes (d, e, f, g, h, i, j, k, l, m, n, o, …)" in message
+
+
+def test_a_generator_that_was_trained_on_images_of_other_classes(images: Path) -> None:
+    """An unconditional one has no names, but a list of what it has seen."""
+    whole = open_source(images)
+    network = model(trained_on=whole.content_hashes()[:4])
+    (message,) = told(open_source(f"{images}@classes=a"), network)
+    assert "diffusion model was trained on images of 1 class (b)" in message
+    assert told(open_source(f"{images}@classes=a,b"), network) == []
+    assert told(open_source(images / "a"), network) == [], "what is in no set with the images cannot be told"
+    (images / "b" / "000.png").write_text("not a picture")
+    assert told(open_source(f"{images}@classes=a"), network) == [], "its one image that was seen is gone"
+
+
+def test_what_is_told_by_name_is_not_told_again_by_images(images: Path) -> None:
+    network = conditional(classes=2, trained_on=open_source(images).content_hashes())
+    (message,) = told(open_source(f"{images}@classes=a"), network)
+    assert "knows 1 class (b) and was trained on images of 1 class (c)" in message
+
+
+def test_a_classifier_that_knows_more_classes(images: Path) -> None:
+    some, judge = open_source(f"{images}@classes=a,c"), classifier()
+    judge.class_names = ("a", "b", OUTLIER)
+    assert "the classifier knows 1 class (b)" in told(some, classifier=judge)[0]
+    assert len(told(some, conditional(), judge)) == 2
+    judge.class_names = ("a", "c", OUTLIER)
+    assert told(some, classifier=judge) == []
+    judge.class_names = ("0", "1", "2")
+    assert told(some, classifier=judge) == [], "numbers say nothing of names"
+    judge.trained_on = frozenset(open_source(images).content_hashes())
+    assert "the classifier was trained on images of 1 class (b)" in told(some, classifier=judge)[0]
+
+
+def test_the_whole_of_a_part(images: Path) -> None:
+    source = open_source(images)
+    part = open_source(f"{images}@classes=b,vflip").subset([2, 0])
+    assert part.whole().keys == source.keys
+    assert part.whole().variant == "vflip"
+    assert part.keys == ("b/002.png", "b/000.png"), "it stays as it was"
+    assert torch.equal(source.subset([3]).whole()[0], source[0])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from farout import store
+from farout.diffusion.prompts import Prompts
 from farout.errors import FaroutError
 from farout.outliers._decoding import ClassPoints, VectorSynthesiser
 from farout.outliers._embedding import Inversion, embed, read_embeddings
@@ -50,6 +51,7 @@ class NCIS(VectorSynthesiser):
             "solver": "plms",
             "steps": 50,
             "guidance": 7.5,
+            "prompts": Prompts(generation="A high-quality image of the {}"),
         },
         "linear": {"manifold": ManifoldConfig(map="linear")},
     }

@@ -146,6 +146,8 @@ def test_vectors_want_the_labels_of_their_prompts(encoder: TextEncoder) -> None:
         space(vectors, torch.tensor([0, 1, 3]))
     with pytest.raises(FaroutError, match=r"\(B, 6\)"):
         space(vectors[:, :4], torch.arange(3))
+    with pytest.raises(FaroutError, match="3 classes want a word each, got 1"):
+        PromptTokens(encoder, NAMES, [("cat", "")])
     apart = context(space(vectors[[2, 2]], torch.tensor([0, 2])))
     assert not torch.equal(*apart), "one vector in two prompts"
 
@@ -176,7 +178,7 @@ def test_what_is_no_prompt_names_class_and_prompt(
 def test_tables_of_words(tmp_path: Path) -> None:
     names = ("aquarium_fish", "Kite", "cat")
     wanted = (Word("fish"), Word("kite", "flying bird"), Word("cat"))
-    (tmp_path / "t.csv").write_text("class,word,suffix\nAquarium-Fish,fish,\nkite,kite,flying bird\nzebra,zebra,\n")
+    (tmp_path / "t.csv").write_text("class,word,suffix\nAquarium-Fish,fish,\nkite,kite,flying bird\nzebra,zebra\n")
     (tmp_path / "t.yaml").write_text("aquarium fish: fish\nkite: kite flying bird\n")
     tables = ({"aquarium fish": "fish", "kite": "kite flying bird"}, tmp_path / "t.csv", tmp_path / "t.yaml")
     for table in tables:

@@ -34,8 +34,8 @@ class PromptTokens(Conditioning):
         template: the prompt; {} stands for the word and its suffix.
 
     Raises:
-        FaroutError: for a word that is not one token, one that the tokenised prompt does not have where it stands, and
-            prompts that are too long.
+        FaroutError: for a word that is not one token, one that the tokenised prompt does not have where it stands,
+            prompts that are too long, and words and classes of different number.
     """
 
     kind, has_null = "prompt_tokens", True
@@ -51,9 +51,10 @@ class PromptTokens(Conditioning):
         self.class_names = check_table(len(class_names), class_names, has_null=False)
         self.encoder, self.template, self.dim = encoder, template, encoder.width
         self.words = class_words(self.class_names) if words is None else tuple(Word(*word) for word in words)
-        named = list(zip(self.class_names, self.words, strict=True))
+        if len(self.words) != self.classes:
+            raise FaroutError(f"{self.classes} classes want a word each, got {len(self.words)}")
         self.prompts = tuple(word.prompt(template) for word in self.words)
-        places = [_place(encoder, template, name, word) for name, word in named]
+        places = [_place(encoder, template, *named) for named in zip(self.class_names, self.words, strict=True)]
         self._numbers, self._places = encoder.numbers(self.prompts), torch.tensor(places)
         self._table = encoder.embeddings(self._numbers[torch.arange(len(places)), self._places])
 

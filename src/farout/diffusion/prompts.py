@@ -159,9 +159,9 @@ def _csv(table: str, text: str) -> list[tuple[Any, Any]]:
         raise FaroutError(f"{table} wants the columns class, word and perhaps suffix, got {', '.join(sorted(columns))}")
     rows = list(reader)
     for row in rows:
-        if None in row or None in row.values() or len(row["word"].split()) != 1:
+        if None in row or not row["class"] or len((row["word"] or "").split()) != 1:
             raise FaroutError(f"{table} wants one word for each class, got {list(row.values())}")
-    return [(row["class"], f"{row['word']} {row.get('suffix', '')}") for row in rows]
+    return [(row["class"], f"{row['word']} {row.get('suffix') or ''}") for row in rows]
 
 
 def _yaml(table: str, text: str) -> list[tuple[Any, Any]]:

@@ -147,8 +147,10 @@ class VectorSynthesiser(Synthesiser):
 
         Raises FaroutError for names that do not become prompts, and for prompts that the generator has no use for.
         """
-        if isinstance(given, str | Path) and folders.wants_prompts(folders.local(given)):
-            return DiffusionModel.load(given, class_names=names_of(source), prompts=self.prompts)
+        if isinstance(given, str | Path):
+            given = folders.local(given)
+            if folders.wants_prompts(given):
+                return DiffusionModel.load(given, class_names=names_of(source), prompts=self.prompts)
         model = super().load_diffusion(given, source)
         if model.conditioning is not None:
             _check_unused(self.prompts, model.conditioning)

@@ -35,6 +35,10 @@ class NCIS(VectorSynthesiser):
 
     The manifest's `distance` is the squared Mahalanobis distance from the class, divided by the dimensions.
 
+    As published, the generator is Stable Diffusion and a class vector the input embedding of the class's one-word name
+    (`prompts`); any other class-conditional model has a class space of its own. The preset `paper` is for the former:
+    with a model that has a table of classes, give `prompts=Prompts()` beside it.
+
     Args:
         inversion: how images become vectors.
         manifold: how vectors become a density, and how it is drawn from.

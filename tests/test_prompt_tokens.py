@@ -184,7 +184,7 @@ def test_tables_of_words(tmp_path: Path) -> None:
     for table in tables:
         assert class_words(names, table if isinstance(table, dict) else str(table)) == wanted
     assert class_words(("aquarium_fish", "maple_tree", "cat"), "cifar100") == (Word("fish"), Word("maple"), Word("cat"))
-    assert len(read_words("cifar100")) == 12
+    assert len(read_words("cifar100")) == 13
     assert class_words(names) == tuple(Word(name) for name in names)
     assert wanted[1].prompt("A {}!") == "A kite flying bird!"
 

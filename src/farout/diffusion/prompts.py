@@ -20,7 +20,8 @@ TEMPLATE = "An image of a {}"
 """The prompt of a class; {} stands for its name."""
 
 TABLES: dict[str, dict[str, str]] = {
-    # the first six as published with NCIS; the set's own page calls its trees maple, oak, palm, pine and willow
+    # the first six as published with NCIS; the set's own page calls its trees maple, oak, palm, pine and willow; its
+    # copy on the hub has cra for crab
     "cifar100": {
         "aquarium fish": "fish",
         "chimpanzee": "chimp",
@@ -29,6 +30,7 @@ TABLES: dict[str, dict[str, str]] = {
         "pickup truck": "truck",
         "sweet peppers": "peppers",
         "sweet pepper": "peppers",
+        "cra": "crab",
         **{f"{tree} tree": tree for tree in ("maple", "oak", "palm", "pine", "willow")},
     },
 }

@@ -175,6 +175,23 @@ def test_what_is_no_prompt_names_class_and_prompt(
         PromptTokens(encoder, names, class_words(names, words), template)
 
 
+def test_the_first_piece_of_a_split_word(folder: Path, encoder: TextEncoder, tmp_path: Path) -> None:
+    """As published, where asked for; a name of several words stays refused."""
+    given = DiffusionModel.load(folder, class_names=["dogs", "cat"], prompts=Prompts(pieces="first"))
+    space = given.conditioning
+    own = encoder.tokenizer.convert_tokens_to_ids(["do", "cat</w>"])
+    assert torch.equal(space.vectors(), encoder.module.get_input_embeddings().weight[own])
+    wanted = plain(folder, ["An image of a dogs", "An image of a cat"])
+    found = context(space(space.vectors(), torch.arange(2)))
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    assert space.in_template("the {}").pieces == "first"
+    given.save(tmp_path / "m")
+    assert DiffusionModel.load(tmp_path / "m").content_hash == given.content_hash
+    for name in ("big dog", "big_dog", "big-dog"):
+        with pytest.raises(FaroutError, match=f"'{name}' wants a name of one token"):
+            PromptTokens(encoder, [name, "cat"], pieces="first")
+
+
 def test_tables_of_words(tmp_path: Path) -> None:
     names = ("aquarium_fish", "Kite", "cat")
     wanted = (Word("fish"), Word("kite", "flying bird"), Word("cat"))
@@ -219,6 +236,7 @@ def test_settings_of_prompts_are_checked() -> None:
         (lambda: Prompts(vector="pooled"), "token or its context"),
         (lambda: Prompts(vector="context", generation="the {}"), "leave it out"),
         (lambda: Prompts(context_noise=-1), "0 or more"),
+        (lambda: Prompts(pieces="last"), "'refuse' or 'first'"),
     ]
     for call, message in wrong:
         with pytest.raises(FaroutError, match=message):

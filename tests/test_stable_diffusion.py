@@ -214,7 +214,7 @@ def test_other_generators_have_prompts_of_their_own(folders: dict[str, Path], im
 
 def test_the_papers_preset_has_two_templates(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
     paper = NCIS.from_preset("paper")
-    assert paper.prompts == Prompts("An image of a {}", "A high-quality image of the {}")
+    assert paper.prompts == Prompts("An image of a {}", "A high-quality image of the {}", pieces="first")
     few = {"inversion": replace(paper.inversion, steps=1, draws=2), "manifold": SMALL, "solver": "ddim", "steps": 2}
     prompts = replace(paper.prompts, words=WORDS)
     method, seen = NCIS.from_preset("paper", **few, prompts=prompts), list[str]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from farout.diffusion.class_tokens import TextTokens
 from farout.diffusion.conditioning import Condition, Conditioning, check_labels, check_table, check_vectors
-from farout.diffusion.prompts import TEMPLATE, Prompts, Word, check_template, class_words
+from farout.diffusion.prompts import TEMPLATE, Pieces, Prompts, Word, check_template, class_words
 from farout.diffusion.text import TextEncoder
 from farout.errors import FaroutError
 
@@ -32,6 +33,7 @@ class PromptTokens(Conditioning):
         class_names: names of the K classes.
         words: what each is called in its prompt; None: by its name.
         template: the prompt; {} stands for the word and its suffix.
+        pieces: of a word that the tokenizer splits; see `Prompts`.
 
     Raises:
         FaroutError: for a word that is not one token, one that the tokenised prompt does not have where it stands,
@@ -46,15 +48,17 @@ class PromptTokens(Conditioning):
         class_names: Sequence[str],
         words: Sequence[Sequence[str]] | None = None,
         template: str = TEMPLATE,
+        pieces: Pieces = "refuse",
     ) -> None:
         check_template(template)
         self.class_names = check_table(len(class_names), class_names, has_null=False)
-        self.encoder, self.template, self.dim = encoder, template, encoder.width
+        self.encoder, self.template, self.pieces, self.dim = encoder, template, pieces, encoder.width
         self.words = class_words(self.class_names) if words is None else tuple(Word(*word) for word in words)
         if len(self.words) != self.classes:
             raise FaroutError(f"{self.classes} classes want a word each, got {len(self.words)}")
         self.prompts = tuple(word.prompt(template) for word in self.words)
-        places = [_place(encoder, template, *named) for named in zip(self.class_names, self.words, strict=True)]
+        named = zip(self.class_names, self.words, strict=True)
+        places = [_place(encoder, template, name, word, pieces) for name, word in named]
         self._numbers, self._places = encoder.numbers(self.prompts), torch.tensor(places)
         self._table = encoder.embeddings(self._numbers[torch.arange(len(places)), self._places])
 
@@ -89,7 +93,7 @@ class PromptTokens(Conditioning):
 
     def in_template(self, template: str) -> PromptTokens:
         """The same classes, words and class vectors in other prompts; see the class for what is raised."""
-        return PromptTokens(self.encoder, self.class_names, self.words, template)
+        return PromptTokens(self.encoder, self.class_names, self.words, template, self.pieces)
 
     def fixed(self) -> TextTokens:
         """The same classes with whole contexts as class vectors, which need no text encoder."""
@@ -114,13 +118,14 @@ class PromptTokens(Conditioning):
         return {**self.encoder.tensors(), "prompts": self._numbers, "places": self._places}
 
     def describe(self) -> dict[str, Any]:
-        """Kind, class names, their words, template."""
+        """Kind, class names, their words, template, pieces."""
         return {
             "kind": self.kind,
             "class_names": list(self.class_names),
             "has_null": True,
             "words": [list(word) for word in self.words],
             "template": self.template,
+            "pieces": self.pieces,
         }
 
     def to(self, device: torch.device | str) -> Self:
@@ -129,18 +134,19 @@ class PromptTokens(Conditioning):
         return self
 
 
-def _place(encoder: TextEncoder, template: str, name: str, word: Word) -> int:
+def _place(encoder: TextEncoder, template: str, name: str, word: Word, pieces: Pieces) -> int:
     """Where the class's token stands in its prompt, the start being number 0."""
     own, prompt = encoder.tokens(word.word), word.prompt(template)
-    if len(own) != 1 or not encoder.is_known(own[0]):
+    split = pieces == "first" and len(own) > 1 and not re.search(r"[\s_-]", word.word)
+    if not (len(own) == 1 or split) or not all(encoder.is_known(token) for token in own):
         what = f"are {len(own)} tokens ({', '.join(encoder.pieces(own))})" if len(own) != 1 else "the tokenizer lacks"
         raise FaroutError(
             f"the class {name!r} wants a name of one token in prompts, and {word.word!r} {what}; give a table of words "
-            "(words=FILE, --prompts.words FILE: .csv with columns class and word, or .yaml), or vector='context', "
-            "which takes any name"
+            "(words=FILE, --prompts.words FILE: .csv with columns class and word, or .yaml), pieces='first' for a word "
+            "that is split, as published, or vector='context', which takes any name"
         )
     before = encoder.tokens(template.partition("{}")[0])
-    if encoder.tokens(prompt)[: len(before) + 1] != [*before, *own]:
+    if encoder.tokens(prompt)[: len(before) + len(own)] != [*before, *own]:
         raise FaroutError(
             f"the token of the class {name!r} ({encoder.pieces(own)[0]}) is not where its name stands in the prompt "
             f"{prompt!r}, which is {', '.join(encoder.pieces(encoder.tokens(prompt)))}; put spaces around the {{}}"
@@ -158,6 +164,6 @@ def read_prompts(folder: Path, class_names: Sequence[str], prompts: Prompts) -> 
     check_table(len(class_names), class_names, has_null=False)
     encoder = TextEncoder.read(folder)
     if prompts.vector == "token":
-        return PromptTokens(encoder, class_names, words, prompts.template)
+        return PromptTokens(encoder, class_names, words, prompts.template, prompts.pieces)
     table = encoder([*(word.prompt(prompts.template) for word in words), ""])
     return TextTokens(table, class_names, has_null=True, template=prompts.template)

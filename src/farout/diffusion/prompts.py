@@ -14,7 +14,10 @@ import yaml
 
 from farout.errors import FaroutError
 
-__all__ = ["TABLES", "TEMPLATE", "Prompts", "Word", "check_template", "class_words", "read_words"]
+__all__ = ["TABLES", "TEMPLATE", "Pieces", "Prompts", "Word", "check_template", "class_words", "read_words"]
+
+Pieces = Literal["refuse", "first"]
+"""What becomes of a word that the tokenizer splits."""
 
 TEMPLATE = "An image of a {}"
 """The prompt of a class; {} stands for its name."""
@@ -60,6 +63,8 @@ class Prompts:
             published), or context (all that the text encoder answers to the prompt).
         words: what classes are called in prompts, for names of several tokens: a table .csv (columns class, word and,
             where wanted, suffix) or .yaml (class: word suffix), or cifar100.
+        pieces: what becomes of a single word that the tokenizer splits (skyscraper: sky, scra, per): refuse, or first
+            (its first piece is the class vector and the others stay, as published).
         context_noise: standard deviation of Gaussian noise that is added to the contexts of which images are made.
     """
 
@@ -67,6 +72,7 @@ class Prompts:
     generation: str | None = None
     vector: Literal["token", "context"] = "token"
     words: dict[str, str] | str | None = None
+    pieces: Pieces = "refuse"
     context_noise: float = 0.0
 
     def __post_init__(self) -> None:
@@ -75,6 +81,8 @@ class Prompts:
                 check_template(template)
         if self.vector not in ("token", "context"):
             raise FaroutError(f"the class vector of a prompt is its token or its context, got {self.vector!r}")
+        if self.pieces not in ("refuse", "first"):
+            raise FaroutError(f"pieces of a split word are 'refuse' or 'first', got {self.pieces!r}")
         if self.vector == "context" and self.generation is not None:
             raise FaroutError(
                 f"a context is made of the whole prompt {self.template!r}, so that a template of generation "

@@ -55,7 +55,7 @@ class NCIS(VectorSynthesiser):
             "solver": "plms",
             "steps": 50,
             "guidance": 7.5,
-            "prompts": Prompts(generation="A high-quality image of the {}"),
+            "prompts": Prompts(generation="A high-quality image of the {}", pieces="first"),
         },
         "linear": {"manifold": ManifoldConfig(map="linear")},
     }

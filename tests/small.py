@@ -1,5 +1,6 @@
 """Small things that many tests use: an untrained network, a folder of pictures."""
 
+import json
 import string
 from pathlib import Path
 
@@ -83,6 +84,39 @@ def by_tokens(classes: int = 3, **settings: object) -> DiffusionModel:
     conditioning = ClassTokens.fresh(string.ascii_lowercase[:classes], 2, 6, has_null=True)
     preprocessing = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
     return DiffusionModel(network, NoiseSchedule(), preprocessing, conditioning=conditioning, **settings)
+
+
+def stable_diffusion(folder: Path, prediction: str = "epsilon", length: int = 32) -> Path:
+    """A folder in Stable Diffusion's layout for pictures of 16 x 16: random weights, a vocabulary of letters and four
+    words of one token, prompts of `length` tokens. Needs transformers.
+    """
+    import transformers
+
+    words = folder.parent / f"{folder.name}-words"
+    words.mkdir(parents=True)
+    signs = [*string.ascii_lowercase, "-", *(f"{letter}</w>" for letter in f"{string.ascii_lowercase}-")]
+    merges = ["#version: 0.2"]
+    for word in ("cat", "dog", "kite", "bird"):
+        for end in range(1, len(word)):
+            piece = word[end] + ("</w>" if end == len(word) - 1 else "")
+            merges.append(f"{word[:end]} {piece}")
+            signs.append(word[:end] + piece)
+    signs += ["<|startoftext|>", "<|endoftext|>"]
+    (words / "vocab.json").write_text(json.dumps({sign: number for number, sign in enumerate(signs)}))
+    (words / "merges.txt").write_text("\n".join(merges) + "\n")
+    files = (str(words / "vocab.json"), str(words / "merges.txt"))
+    transformers.CLIPTokenizer(*files, model_max_length=length).save_pretrained(folder / "tokenizer")
+    torch.manual_seed(0)
+    settings = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": len(signs) - 2, "eos_token_id": len(signs) - 1}
+    text = transformers.CLIPTextConfig(vocab_size=len(signs), max_position_embeddings=length, **settings, **ends)
+    transformers.CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    attending(4).save_pretrained(folder / "unet")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **blocks).save_pretrained(folder / "vae")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    diffusers.PNDMScheduler(**betas, prediction_type=prediction).save_pretrained(folder / "scheduler")
+    return folder
 
 
 def pictures(folder: Path, count: int = 40, *, low: int = 100, spread: int = 80, seed: int = 0) -> Path:

@@ -1,6 +1,5 @@
 """Conditioning adapters: labels and vectors, the null condition, folders, guidance."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.conditioning import Condition
 from farout.diffusion.denoiser import Guided
 from farout.diffusion.model import DiffusionModel
+from farout.diffusion.prompts import Prompts
 from farout.errors import FaroutError, MissingExtraError, StoreError
-from small import attending, by_tokens, conditional, model, tiny_unet
+from small import by_tokens, conditional, model, stable_diffusion, tiny_unet
 
 
 def test_a_label_means_its_vector() -> None:
@@ -170,42 +170,20 @@ def test_a_table_is_part_of_the_identity() -> None:
 
 
 @pytest.fixture(scope="module")
-def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in Stable Diffusion's layout: random weights, a vocabulary of letters, prompts of 24 tokens."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("sd") / "model"
-    letters = sorted(set("animageofacatdog"))
-    signs = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {sign: number for number, sign in enumerate(signs)}
-    words = folder.parent / "words"
-    words.mkdir()
-    (words / "vocab.json").write_text(json.dumps(vocabulary))
-    (words / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=24)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    torch.manual_seed(0)
-    settings = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"bos_token_id": len(signs) - 2, "eos_token_id": len(signs) - 1}
-    text = transformers.CLIPTextConfig(vocab_size=len(signs), max_position_embeddings=24, **settings, **ends)
-    transformers.CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    attending(4).save_pretrained(folder / "unet")
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **blocks).save_pretrained(folder / "vae")
-    diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
-        folder / "scheduler"
-    )
-    return folder
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers")
+    return stable_diffusion(tmp_path_factory.mktemp("sd") / "model")
 
 
-def test_class_names_become_prompts(stable_diffusion: Path, tmp_path: Path) -> None:
+def test_class_names_become_prompts(folder: Path, tmp_path: Path) -> None:
     import transformers
 
-    given = DiffusionModel.load(stable_diffusion, class_names=["cat", "dog"])
+    given = DiffusionModel.load(folder, class_names=["cat", "dog"])
     conditioning = given.conditioning
-    assert (conditioning.class_names, conditioning.dim, conditioning.has_null) == (("cat", "dog"), 24 * 6, True)
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(stable_diffusion / "tokenizer")
-    encoder = transformers.CLIPTextModel.from_pretrained(stable_diffusion / "text_encoder")
-    prompts = tokenizer(["An image of a dog", ""], padding="max_length", max_length=24, return_tensors="pt")
+    assert (conditioning.class_names, conditioning.dim, conditioning.has_null) == (("cat", "dog"), 32 * 6, True)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    encoder = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
+    prompts = tokenizer(["An image of a dog", ""], padding="max_length", max_length=32, return_tensors="pt")
     with torch.no_grad():
         contexts = encoder(prompts.input_ids).last_hidden_state
     dog = conditioning(torch.tensor([1])).tensors["encoder_hidden_states"]
@@ -224,22 +202,22 @@ def test_class_names_become_prompts(stable_diffusion: Path, tmp_path: Path) -> N
     assert torch.equal(given.randomised().conditioning.vectors(), conditioning.vectors()), "what it is told stays"
 
 
-def test_text_wants_names_a_template_and_transformers(stable_diffusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FaroutError, match=r"from Python by .*class_names=.*the command line takes the saved folder"):
-        DiffusionModel.load(stable_diffusion)
+def test_text_wants_names_a_template_and_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FaroutError, match=r"synthesize.*class_names=.*save"):
+        DiffusionModel.load(folder)
     with pytest.raises(FaroutError, match=r"one \{\}"):
-        DiffusionModel.load(stable_diffusion, class_names=["cat", "dog"], template="a photo")
-    with pytest.raises(FaroutError, match="takes 24"):
-        DiffusionModel.load(stable_diffusion, class_names=["cat", "dogdogdogdogdogdogdogdog"])
+        DiffusionModel.load(folder, class_names=["cat", "dog"], prompts=Prompts("a photo"))
+    with pytest.raises(FaroutError, match="takes 32"):
+        DiffusionModel.load(folder, class_names=["cat", "dog" * 20])
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtraError, match=r"farout\[text\]"):
-        DiffusionModel.load(stable_diffusion, class_names=["cat", "dog"])
+        DiffusionModel.load(folder, class_names=["cat", "dog"])
 
 
-def test_a_broken_text_encoder_is_refused(stable_diffusion: Path, tmp_path: Path) -> None:
+def test_a_broken_text_encoder_is_refused(folder: Path, tmp_path: Path) -> None:
     import shutil
 
-    shutil.copytree(stable_diffusion, tmp_path / "m")
+    shutil.copytree(folder, tmp_path / "m")
     config = tmp_path / "m" / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace("CLIPTextModel", "EvilModel"))
     with pytest.raises(StoreError, match="EvilModel"):
@@ -256,7 +234,7 @@ def test_a_foreign_class_conditional_folder(tmp_path: Path) -> None:
     with pytest.raises(FaroutError, match="4 rows"):
         DiffusionModel.load(tmp_path / "m", class_names=["x", "y"])
     with pytest.raises(FaroutError, match="no text encoder"):
-        DiffusionModel.load(tmp_path / "m", template="a {}")
+        DiffusionModel.load(tmp_path / "m", prompts=Prompts())
 
 
 def test_names_where_they_have_no_use(tmp_path: Path) -> None:

@@ -54,16 +54,19 @@ def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
 
 
 def test_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[torch.Tensor, list[int]]] = []
+    seen: list[tuple[torch.Tensor, list[int], list[int]]] = []
     monkeypatch.setattr(
         "farout.outliers._decoding.decode",
-        lambda sampler, vectors, noises: seen.append((vectors, list(noises))) or torch.zeros(len(vectors), 1, 8, 8),
+        lambda sampler, vectors, noises, labels, change: (
+            seen.append((vectors, list(noises), list(labels))) or torch.zeros(len(vectors), 1, 8, 8)
+        ),
     )
     made(images, tmp_path / "o", ncis(images_per_vector=2), count=8)
-    vectors, noises = seen[0]
+    vectors, noises, labels = seen[0]
     drawn = load_file(tmp_path / "o" / "drawn.safetensors")["vectors"]
     assert torch.equal(vectors, drawn[[0, 2, 0, 2, 1, 3, 1, 3]])
     assert noises == list(range(8))
+    assert labels == [0, 2] * 4, "numbers of the generator's classes a, b and c"
     made(images, tmp_path / "fixed", ncis(fixed_noise=True), count=4)
     assert seen[1][1] == [0, 0, 0, 0]
 

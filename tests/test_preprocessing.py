@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from farout.errors import SourceError, TrapWarning
 from farout.images import preprocessing as module
@@ -60,6 +61,26 @@ def test_crop_is_central_and_comes_first():
     pixels[:, 8:12, 13:17] = 255
     assert torch.equal(Preprocessing((4, 4), 1, (4, 4), crop=4)(pixels), torch.ones(1, 4, 4))
     assert Preprocessing((20, 30), 1, (20, 30), crop=4)(pixels).min() == 1  # also where the sizes are right already
+
+
+@pytest.mark.parametrize("shape", [(20, 37), (37, 20), (9, 5), (12, 12), (6, 100)])
+def test_filling_keeps_the_aspect_and_cuts_the_centre(shape):
+    """As torchvision resizes the shorter side and cuts the centre: the customary way to text-conditional models."""
+    pixels = image(3, *shape)
+    found = Preprocessing((12, 12), 3, (12, 12), kernel="bilinear", fill=True)(pixels)
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    bilinear = transforms.InterpolationMode.BILINEAR
+    cut = transforms.Compose([transforms.Resize(12, bilinear), transforms.CenterCrop(12), transforms.ToTensor()])
+    torch.testing.assert_close(found, cut(picture), rtol=0, atol=1e-6)
+    assert Preprocessing((10, 4), 3, (10, 4), fill=True)(pixels).shape == (3, 10, 4)
+
+
+def test_what_was_stored_before_keeps_its_identity():
+    plain = Preprocessing((12, 12), 3, (12, 12))
+    assert set(plain.to_dict()) == {"size", "channels", "native", "protocol", "crop", "value_range", "jpeg_quality"}
+    filling = Preprocessing((12, 12), 3, (12, 12), kernel="bilinear", fill=True)
+    for each in (plain, filling):
+        assert Preprocessing.from_dict(json.loads(json.dumps(each.to_dict()))) == each
 
 
 def test_common_protocol_encodes_once_after_the_native_size(monkeypatch):
@@ -121,7 +142,15 @@ def test_a_model_gets_its_preprocessing_back():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"size": (0, 4)}, {"channels": 4}, {"protocol": "other"}, {"value_range": "z"}, {"jpeg_quality": 0}, {"crop": 0}],
+    [
+        {"size": (0, 4)},
+        {"channels": 4},
+        {"protocol": "other"},
+        {"value_range": "z"},
+        {"jpeg_quality": 0},
+        {"crop": 0},
+        {"kernel": "x"},
+    ],
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=r"expected|100"):

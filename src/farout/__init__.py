@@ -18,6 +18,7 @@ _HOMES = {
     "OutlierFolder": "farout.outliers.base",
     "Posthoc": "farout.detectors.posthoc",
     "Preprocessing": "farout.images.preprocessing",
+    "Prompts": "farout.diffusion.prompts",
     "Reconstruction": "farout.detectors.reconstruction",
     "Scores": "farout.detectors.base",
     "Semantic": "farout.detectors.semantic",

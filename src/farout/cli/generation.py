@@ -87,7 +87,8 @@ def synthesize(
     Args:
         method: the synthesiser's name, see `farout list synthesisers`.
         source: labelled images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
-        diffusion: folder of a class-conditional diffusion model, or hf://owner/name.
+        diffusion: folder of a class-conditional diffusion model, an original Stable Diffusion folder, or
+            hf://owner/name.
         out: folder of the outliers.
         classifier: folder of a classifier trained apart: says whether the generator's own samples are of their classes.
         count: number of outliers, all classes together.

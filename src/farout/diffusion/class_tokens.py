@@ -97,7 +97,7 @@ class TextTokens(ClassTokens):
     """What a frozen text encoder says of each class, computed once; the null row is the empty prompt's.
 
     A class vector is the whole context: 77 tokens of d numbers in Stable Diffusion. The prompts are made from
-    `template`; see `farout.diffusion.text`.
+    `template`; see `farout.diffusion.prompts`.
     """
 
     kind = "text_tokens"

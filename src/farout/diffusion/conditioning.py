@@ -69,10 +69,14 @@ class Conditioning(Protocol):
     def vectors(self) -> Tensor:
         """The class table (K, dim), a detached float32 copy without the null row."""
 
-    def __call__(self, given: Tensor) -> Condition:
+    def __call__(self, given: Tensor, labels: Tensor | None = None) -> Condition:
         """The condition of labels (B,) of a whole-number type, or of class vectors (B, dim) float.
 
-        Raises FaroutError for a label outside 0 to K - 1, and for another shape or type.
+        `labels` (B,) beside vectors are the classes that these began as: where a vector stands within something of its
+        class, such as a prompt, they are needed; a table has no use for them.
+
+        Raises FaroutError for a label outside 0 to K - 1, for another shape or type, and for vectors without the labels
+        that they need.
         """
 
     def null(self, count: int) -> Condition:
@@ -119,7 +123,7 @@ class TableConditioning(Conditioning):
         """The class table (K, dim), a detached float32 copy without the null row."""
         return self._weight.detach()[: self.classes].float().flatten(1).clone()
 
-    def __call__(self, given: Tensor) -> Condition:
+    def __call__(self, given: Tensor, labels: Tensor | None = None) -> Condition:
         """The condition of labels (B,), or of class vectors (B, dim), in which it is differentiable."""
         if given.is_floating_point():
             vectors = check_vectors(given, self.dim).to(self._weight.device)

@@ -14,8 +14,10 @@ from farout import store
 from farout.diffusion.class_tokens import ClassTokens, TextTokens
 from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.conditioning import Conditioning
+from farout.diffusion.prompt_tokens import PromptTokens, read_prompts
+from farout.diffusion.prompts import Prompts
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.text import has_text, read_text_tokens
+from farout.diffusion.text import TextEncoder, has_text
 from farout.errors import FaroutError, MissingExtraError, StoreError
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "read_conditioning",
     "read_networks",
     "read_scheduler",
+    "text_conditioning",
+    "wants_prompts",
     "write_conditioning",
     "write_network",
 ]
@@ -62,6 +66,11 @@ def is_ours(folder: Path) -> bool:
     """Whether `config.json` says that farout wrote the folder."""
     path = folder / "config.json"
     return path.is_file() and "farout" in store.read_json(path)
+
+
+def wants_prompts(folder: Path) -> bool:
+    """Whether a folder is conditioned on text and does not name its classes: Stable Diffusion as it is published."""
+    return has_text(folder) and not is_ours(folder)
 
 
 def write_network(
@@ -110,7 +119,10 @@ def _read(folder: Path, known: dict[str, Any]) -> nn.Module:
 
 
 def write_conditioning(folder: Path, conditioning: Conditioning | None) -> None:
-    """Writes what a conditioning keeps beside the network, if anything, as `conditioning.safetensors`."""
+    """Writes what a conditioning keeps beside the network, if anything: a table, or a text encoder with tokenizer."""
+    if isinstance(conditioning, PromptTokens):
+        conditioning.encoder.write(folder)
+        return
     tensors = {} if conditioning is None else conditioning.tensors()
     if tensors:
         store.save_tensors(folder / _CONDITIONING, tensors)
@@ -130,26 +142,36 @@ def read_conditioning(folder: Path, network: nn.Module, described: dict[str, Any
     for member in (ClassTokens, TextTokens):
         if kind == member.kind:
             return member(store.load_tensors(folder / _CONDITIONING)["tokens"], **arguments)
+    if kind == PromptTokens.kind:
+        arguments.pop("has_null")
+        return PromptTokens(TextEncoder.read(folder), **arguments)
     raise StoreError(f"{folder} holds a conditioning of kind {kind!r}, which this farout does not know; upgrade farout")
 
 
-def foreign_conditioning(
-    folder: Path, network: nn.Module, class_names: Sequence[str] | None, template: str | None
-) -> Conditioning | None:
-    """The conditioning of a folder that farout did not write; None for an unconditional network.
+def text_conditioning(folder: Path, class_names: Sequence[str] | None, prompts: Prompts | None) -> Conditioning | None:
+    """The conditioning of a folder with a text encoder that farout did not write; None for one without.
+
+    Without `prompts` class vectors are contexts. Raises FaroutError for a folder of text without class names, names
+    that do not become prompts, and prompts where there is no text encoder.
+    """
+    if not has_text(folder):
+        if prompts is not None:
+            raise FaroutError(f"{folder} has no text encoder, so prompts have no use; leave them out")
+        return None
+    if not class_names:
+        raise FaroutError(
+            f"{folder} is conditioned on text: `farout synthesize` makes prompts of the images' class names; other "
+            "commands take what DiffusionModel.load(folder, class_names=[…]).save(…) writes"
+        )
+    return read_prompts(folder, class_names, prompts or Prompts(vector="context"))
+
+
+def foreign_conditioning(folder: Path, network: nn.Module, class_names: Sequence[str] | None) -> Conditioning | None:
+    """The conditioning of a folder without text that farout did not write; None for an unconditional network.
 
     Each row of a table of class embeddings is taken for a class, as nothing says whether the last one means none.
-    Raises FaroutError for class names, or a template, that do not go with the network.
+    Raises FaroutError for class names that do not go with the network.
     """
-    if has_text(folder):
-        if not class_names:
-            raise FaroutError(
-                f"{folder} is conditioned on text; load it from Python by DiffusionModel.load(folder, "
-                "class_names=[…]), whose names become its prompts, and save it: the command line takes the saved folder"
-            )
-        return read_text_tokens(folder, class_names, template)
-    if template is not None:
-        raise FaroutError(f"{folder} has no text encoder, so the template {template!r} has no use; leave it out")
     table = getattr(network, "class_embedding", None)
     if isinstance(table, nn.Embedding):
         names = [str(row) for row in range(table.num_embeddings)] if class_names is None else class_names

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from farout import store
 from farout.diffusion import folders
 from farout.diffusion.conditioning import Conditioning
-from farout.diffusion.denoiser import NetworkDenoiser, Precision, Prediction
+from farout.diffusion.denoiser import NetworkDenoiser, Precision, Prediction, in_chunks
+from farout.diffusion.prompts import Prompts
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
 from farout.images.preprocessing import Preprocessing
@@ -26,6 +27,9 @@ __all__ = ["KIND", "DiffusionModel"]
 
 KIND = "diffusion model"
 """What `config.json` calls a folder of this class."""
+_FILLING: dict[str, Any] = {"kernel": "bilinear", "fill": True}
+"""How images are brought to the size of a text-conditional model, which has seen cut pictures and no squeezed ones."""
+_AUTOENCODER_PIXELS = 512 * 512
 
 
 class DiffusionModel:
@@ -176,15 +180,22 @@ class DiffusionModel:
     def gmacs(self) -> float:
         """Billions of multiply-accumulates of one network evaluation of one row."""
         twin = copy.deepcopy(self.network).cpu().float()
-        told = {} if self.conditioning is None else self.conditioning(torch.zeros(1, self.conditioning.dim)).tensors
+        told = {} if self.conditioning is None else self.conditioning(torch.zeros(1, dtype=torch.int64)).tensors
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            twin(torch.zeros(1, *self.shape), torch.zeros(1), **told)
+            twin(torch.zeros(1, *self.shape), torch.zeros(1), **{name: value.cpu() for name, value in told.items()})
         return counter.get_total_flops() / 2e9
 
     @property
     def parameters(self) -> int:
         """Number of the network's parameters."""
         return sum(parameter.numel() for parameter in self.network.parameters())
+
+    def conditioned(self, conditioning: Conditioning | None) -> DiffusionModel:
+        """The same networks, not copied, told their classes by another conditioning."""
+        twin = copy.copy(self)
+        twin.conditioning = conditioning
+        twin.__dict__.pop("gmacs", None)
+        return twin
 
     def randomised(self, seed: int = 0) -> DiffusionModel:
         """The same model with random weights: a control that has learnt nothing.
@@ -232,24 +243,24 @@ class DiffusionModel:
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, class_names: Sequence[str] | None = None, template: str | None = None
+        cls, folder: str | Path, *, class_names: Sequence[str] | None = None, prompts: Prompts | None = None
     ) -> DiffusionModel:
         """Loads a folder that farout wrote, a diffusers folder, or `hf://owner/name`.
 
-        A Stable Diffusion folder (unet, vae, text_encoder, tokenizer, scheduler) wants `class_names`: its classes are
-        the prompts that `template` makes of them ("An image of a {}"), its null condition is the empty prompt.
-        This can be done from Python only; what `save` then writes is loaded without names, by the command line too. For
-        a class-conditional `UNet2DModel` of diffusers they name the rows of its table, of which the last may be a
-        null row where there is one more than names.
+        A Stable Diffusion folder (unet, vae, text_encoder, tokenizer, scheduler) wants `class_names`, of which prompts
+        are made; its null condition is the empty prompt. Without `prompts` these are "An image of a …", and class
+        vectors are their contexts. What `save` then writes is loaded without names. For a class-conditional
+        `UNet2DModel` of diffusers `class_names` name the rows of its table, of which the last may be a null row where
+        there is one more than names.
 
-        Raises FaroutError where names or template do not go with the folder, StoreError for a folder that is missing,
+        Raises FaroutError where names or prompts do not go with the folder, StoreError for a folder that is missing,
         incomplete, altered or of another kind. Code from a folder or hub is never run, and weights are read without
         unpickling objects.
         """
         path = folders.local(folder)
         if not folders.is_ours(path):
-            return cls._foreign(path, class_names, template)
-        if class_names is not None or template is not None:
+            return cls._foreign(path, class_names, prompts)
+        if class_names is not None or prompts is not None:
             raise FaroutError(f"{path} was written by farout and names its own classes; leave class_names out")
         config = store.read_config(path, KIND)
         network, autoencoder = folders.read_networks(path)
@@ -272,7 +283,8 @@ class DiffusionModel:
         return model
 
     @classmethod
-    def _foreign(cls, path: Path, class_names: Sequence[str] | None, template: str | None) -> DiffusionModel:
+    def _foreign(cls, path: Path, class_names: Sequence[str] | None, prompts: Prompts | None) -> DiffusionModel:
+        told = folders.text_conditioning(path, class_names, prompts)  # first: it may refuse the names
         network, autoencoder = folders.read_networks(path)
         scheduler = folders.read_scheduler(path)
         factor = 1 if autoencoder is None else _downsampling(autoencoder)
@@ -283,25 +295,37 @@ class DiffusionModel:
         return cls(
             network,
             NoiseSchedule.from_config(scheduler),
-            Preprocessing(size=size, channels=channels, native=size),
+            Preprocessing(size=size, channels=channels, native=size, **({} if told is None else _FILLING)),
             prediction=scheduler.get("prediction_type", "epsilon"),
             autoencoder=autoencoder,
-            conditioning=folders.foreign_conditioning(path, network, class_names, template),
+            conditioning=told or folders.foreign_conditioning(path, network, class_names),
             provenance={"loaded_from": str(path)},
         )
 
 
 def _latents(autoencoder: nn.Module, x: Tensor, noise: Tensor | None) -> Tensor:
-    encoded: Any = autoencoder.encode(x)
     scale = float(getattr(autoencoder.config, "scaling_factor", 1.0))
-    if hasattr(encoded, "latents"):
-        return encoded.latents * scale
-    posterior = encoded.latent_dist
-    return (posterior.mode() if noise is None else posterior.mean + posterior.std * noise.to(x.device)) * scale
+
+    def call(x: Tensor, *noise: Tensor) -> Tensor:
+        encoded: Any = autoencoder.encode(x)
+        if hasattr(encoded, "latents"):
+            return encoded.latents * scale
+        posterior = encoded.latent_dist
+        return (posterior.mean + posterior.std * noise[0] if noise else posterior.mode()) * scale
+
+    given = [x] if noise is None else [x, noise.to(x.device)]
+    return in_chunks(call, _together(x.shape[-2], x.shape[-1]), *given)
 
 
 def _pixels(autoencoder: nn.Module, latents: Tensor) -> Tensor:
-    return autoencoder.decode(latents / float(getattr(autoencoder.config, "scaling_factor", 1.0))).sample
+    scale, factor = float(getattr(autoencoder.config, "scaling_factor", 1.0)), _downsampling(autoencoder)
+    rows = _together(latents.shape[-2] * factor, latents.shape[-1] * factor)
+    return in_chunks(lambda some: autoencoder.decode(some / scale).sample, rows, latents)
+
+
+def _together(height: int, width: int) -> int:
+    """Images of one call of an autoencoder: by their size alone, so that no bit depends on a batch; 1 of 512 x 512."""
+    return min(max(_AUTOENCODER_PIXELS // (height * width), 1), 8)
 
 
 def _plain(config: Any) -> dict[str, Any]:

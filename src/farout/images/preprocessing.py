@@ -43,7 +43,8 @@ class Preprocessing:
 
     The protocol `native` makes foreign images pass through the same size as in-distribution ones, so that blur alone
     cannot tell them apart; `direct` omits this, as some papers do. Sizes are (height, width) in pixels; resizing is
-    bicubic with antialiasing and does not keep the aspect ratio.
+    by `kernel` with antialiasing and does not keep the aspect ratio. With `fill` the first resize keeps it: the image
+    fills the target, and what stands out is cut off on both sides.
     """
 
     size: tuple[int, int]
@@ -53,6 +54,8 @@ class Preprocessing:
     crop: int | None = None
     value_range: ValueRange = "fixed"
     jpeg_quality: int = 90
+    kernel: Kernel = "bicubic"
+    fill: bool = False
 
     def __post_init__(self) -> None:
         sizes = (*self.size, *self.native, self.crop if self.crop is not None else 1)
@@ -63,11 +66,13 @@ class Preprocessing:
         if self.protocol not in get_args(Protocol) or self.value_range not in get_args(ValueRange):
             choices = f"{', '.join(get_args(Protocol))} and {', '.join(get_args(ValueRange))}"
             raise ValueError(f"protocol {self.protocol!r}, value_range {self.value_range!r}: expected {choices}")
+        if self.kernel not in get_args(Kernel):
+            raise ValueError(f"kernel {self.kernel!r}: expected {', '.join(get_args(Kernel))}")
 
-    def __call__(self, image: Tensor, shrink: Kernel = "bicubic") -> Tensor:
+    def __call__(self, image: Tensor, shrink: Kernel | None = None) -> Tensor:
         """Prepares one image; raises ValueError for anything but uint8 `(C, H, W)` with C in {1, 3}.
 
-        `shrink` is the kernel of the first resize of an image that is larger than its target.
+        `shrink` is the kernel of the first resize of an image that is larger than its target; None: `kernel`.
         """
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
             raise ValueError(f"got {image.dtype} of shape {tuple(image.shape)}, expected uint8 (1 or 3, H, W)")
@@ -81,18 +86,25 @@ class Preprocessing:
         same = tuple(size) == self.size and (self.protocol == "direct" or tuple(size) == self.native)
         return whole and same and channels == self.channels and self.protocol != "common"
 
-    def _through_pillow(self, image: Tensor, shrink: Kernel) -> Tensor:
+    def _through_pillow(self, image: Tensor, shrink: Kernel | None) -> Tensor:
         picture = _crop(to_pil(image), self.crop)
-        picture = _resize(picture, self.size if self.protocol == "direct" else self.native, shrink)
+        first = self.size if self.protocol == "direct" else self.native
+        larger = picture.width > first[1] or picture.height > first[0]
+        kernel = shrink if shrink is not None and larger else self.kernel
+        picture = _filled(picture, first, kernel) if self.fill else _resize(picture, first, kernel)
         if self.protocol == "common":
             picture = _through_jpeg(picture, self.jpeg_quality)
-        picture = _resize(picture, self.size).convert("L" if self.channels == 1 else "RGB")
+        picture = _resize(picture, self.size, self.kernel).convert("L" if self.channels == 1 else "RGB")
         pixels = torch.from_numpy(np.array(picture))
         return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `config.json`."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        """Plain values for `config.json`; settings that came later only where they are not at their defaults, so that
+        what was stored before keeps its identity.
+        """
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        late = {"kernel": "bicubic", "fill": False}
+        return {name: value for name, value in plain.items() if name not in late or value != late[name]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
@@ -170,12 +182,23 @@ def _crop(picture: Image.Image, crop: int | None) -> Image.Image:
     return picture.crop((left, top, left + width, top + height))
 
 
-def _resize(picture: Image.Image, size: tuple[int, int], shrink: Kernel = "bicubic") -> Image.Image:
+def _resize(picture: Image.Image, size: tuple[int, int], kernel: Kernel) -> Image.Image:
     height, width = size
     if picture.size == (width, height):
         return picture
-    larger = picture.width > width or picture.height > height
-    return picture.resize((width, height), Image.Resampling[(shrink if larger else "bicubic").upper()])
+    return picture.resize((width, height), Image.Resampling[kernel.upper()])
+
+
+def _filled(picture: Image.Image, size: tuple[int, int], kernel: Kernel) -> Image.Image:
+    """Resized until it covers `size` (height, width), its centre cut out."""
+    height, width = size
+    if height * picture.width >= width * picture.height:
+        whole = (height, height * picture.width // picture.height)
+    else:
+        whole = (width * picture.height // picture.width, width)
+    picture = _resize(picture, whole, kernel)
+    left, top = round((whole[1] - width) / 2), round((whole[0] - height) / 2)
+    return picture.crop((left, top, left + width, top + height))
 
 
 def _through_jpeg(picture: Image.Image, quality: int) -> Image.Image:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from farout.diffusion.conditioning import Conditioning
+from farout.diffusion import folders
+from farout.diffusion.class_tokens import TextTokens
+from farout.diffusion.conditioning import Condition, Conditioning
 from farout.diffusion.model import DiffusionModel
+from farout.diffusion.noise import seeded
+from farout.diffusion.prompt_tokens import PromptTokens
+from farout.diffusion.prompts import Prompts
 from farout.diffusion.sampling import Sampler, Spacing
 from farout.errors import FaroutError
+from farout.images.sources import ImageSource
 from farout.outliers._recognised import check_knows, warn_of_poor_samples
-from farout.outliers.base import Made, Synthesiser, Work
+from farout.outliers.base import Made, Synthesiser, Work, names_of
 
-__all__ = ["ClassPoints", "VectorSynthesiser", "class_space", "decode", "vector_scale"]
+__all__ = ["ClassPoints", "VectorSynthesiser", "class_space", "decode", "noised", "vector_scale"]
 
 
 def class_space(model: DiffusionModel) -> Conditioning:
@@ -41,18 +49,49 @@ def vector_scale(conditioning: Conditioning) -> float:
     return scale
 
 
-def decode(sampler: Sampler, vectors: Tensor, indices: Sequence[int]) -> Tensor:
+def decode(
+    sampler: Sampler,
+    vectors: Tensor,
+    indices: Sequence[int],
+    labels: Sequence[int] | None = None,
+    change: Callable[[Condition], Condition] | None = None,
+) -> Tensor:
     """Images (B, C, H, W) float32 in [0, 1] of class vectors (B, D), on the CPU.
 
     Image i starts from the noise of (the sampler's seed, indices[i]), whatever else is in the batch; the class's own
     vector gives the image that `Sampler.images` gives of that class under that number.
 
-    Raises FaroutError for an unconditional model, vectors of another shape, and those that are not numbers.
+    Args:
+        sampler: of a class-conditional model.
+        vectors: to be decoded.
+        indices: numbers of the noises.
+        labels: the classes that the vectors belong to, for models whose vectors stand in prompts of their classes.
+        change: done to the condition that the vectors make.
+
+    Raises FaroutError for an unconditional model, vectors of another shape or without labels that they need, and those
+    that are not numbers.
     """
     conditioning = class_space(sampler.model)
     if not bool(torch.isfinite(vectors).all()):
         raise FaroutError("some class vectors to decode are not finite numbers")
-    return sampler.images_under(conditioning(vectors.float()), indices)
+    told = None if labels is None else torch.tensor(list(labels), dtype=torch.int64)
+    condition = conditioning(vectors.float(), told)
+    return sampler.images_under(condition if change is None else change(condition), indices)
+
+
+def noised(condition: Condition, scale: float, seed: int, indices: Sequence[int]) -> Condition:
+    """A condition with Gaussian noise of standard deviation `scale` on its numbers, row i from (seed, indices[i])."""
+
+    def row(values: Tensor, name: str, index: int) -> Tensor:
+        drawn = torch.randn(values.shape, generator=seeded(seed, "condition noise", name, index))
+        return values + scale * drawn.to(values.device)
+
+    return Condition(
+        {
+            name: torch.stack([row(values, name, index) for values, index in zip(tensor, indices, strict=True)])
+            for name, tensor in condition.tensors.items()
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -77,6 +116,7 @@ class VectorSynthesiser(Synthesiser):
         spacing: where the steps lie: grid (evenly in t) or geometric (evenly in log sigma).
         guidance: weight of the class: 1 is conditional, all that a model without label dropout can do. 2 suits small
             models, Stable Diffusion is used with 7.5.
+        prompts: how a Stable Diffusion folder is told the classes of the images; other generators have their own.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"diffusion", "classes", "labels"})
@@ -88,7 +128,9 @@ class VectorSynthesiser(Synthesiser):
         steps: int | None = None,
         spacing: Spacing = "grid",
         guidance: float = 2.0,
+        prompts: Prompts = Prompts(),  # noqa: B008
     ) -> None:
+        self.prompts = prompts
         self._decoding: dict[str, Any] = {
             "solver": solver,
             "steps": steps,
@@ -100,12 +142,28 @@ class VectorSynthesiser(Synthesiser):
     def points(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> ClassPoints:
         """The points of outliers number `indices` of the classes `labels`; see `Synthesiser.make`."""
 
+    def load_diffusion(self, given: DiffusionModel | str | Path, source: ImageSource) -> DiffusionModel:
+        """The generator; a Stable Diffusion folder is told the classes of the images, as `prompts` says.
+
+        Raises FaroutError for names that do not become prompts, and for prompts that the generator has no use for.
+        """
+        if isinstance(given, str | Path):
+            given = folders.local(given)
+            if folders.wants_prompts(given):
+                return DiffusionModel.load(given, class_names=names_of(source), prompts=self.prompts)
+        model = super().load_diffusion(given, source)
+        if model.conditioning is not None:
+            _check_unused(self.prompts, model.conditioning)
+        return model
+
     def sampler(self, work: Work) -> Sampler:
         """How points become images, built once a run; FaroutError for settings that the generator cannot follow."""
         if "sampler" not in work.built:
-            runtime = work.runtime
+            runtime, model = work.runtime, work.generator
+            if self.prompts.generation is not None and isinstance(model.conditioning, PromptTokens):
+                model = model.conditioned(model.conditioning.in_template(self.prompts.generation))
             work.built["sampler"] = Sampler(
-                work.generator,
+                model,
                 **self._decoding,
                 seed=work.seed,
                 rows=int(runtime.rows),
@@ -129,9 +187,23 @@ class VectorSynthesiser(Synthesiser):
 
     def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
         """The decoded points."""
-        found = self.points(work, indices, labels)
-        return Made(decode(self.sampler(work), found.vectors, self.noises(indices)), found.sources, found.columns)
+        found, scale = self.points(work, indices, labels), self.prompts.context_noise
+        change = partial(noised, scale=scale, seed=work.seed, indices=indices) if scale else None
+        images = decode(self.sampler(work), found.vectors, self.noises(indices), labels, change)
+        return Made(images, found.sources, found.columns)
 
     def noises(self, indices: Sequence[int]) -> Sequence[int]:
         """The numbers of the noises that outliers start from: their own."""
         return indices
+
+
+def _check_unused(prompts: Prompts, space: Conditioning) -> None:
+    """Refuses settings of prompts for a generator that brings classes of its own."""
+    known = {PromptTokens: {"generation", "context_noise"}, TextTokens: {"context_noise"}}.get(type(space), set())
+    unused = [f"prompts.{name}={getattr(prompts, name)!r}" for name in prompts.changed if name not in known]
+    if unused:
+        raise FaroutError(
+            f"{', '.join(unused)} would have no effect: this generator brings its classes by {space.kind}; leave "
+            "prompts at their defaults (--prompts.generation None after a preset), or give an original Stable "
+            "Diffusion folder"
+        )

@@ -136,42 +136,67 @@ class Inverter:
         losses = []
         with _frozen(self.model.network):
             for step in range(self.inversion.steps):
-                loss, vectors.grad = self.slopes(x0, vectors, start, keys, step)
+                loss, vectors.grad = self.slopes(x0, vectors, start, keys, step, labels)
                 losses.append(loss)
                 optimizer.step()
         return vectors.cpu(), torch.stack(losses, dim=1).cpu()
 
     def slopes(
-        self, x0: Tensor, vectors: Tensor, start: Tensor, keys: Sequence[str], step: int
+        self, x0: Tensor, vectors: Tensor, start: Tensor, keys: Sequence[str], step: int, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Each image's loss (B,) and its gradient (B, D), with the draws of `step`; `start` are the class vectors.
+        """Each image's loss (B,) and its gradient (B, D), with the draws of `step`.
 
-        A network call holds the draws of as many whole images as go into its rows, and its graph is let go before the
-        next: memory does not grow with the batch, and an image's bits do not depend on it.
+        A network call holds the draws of as many whole images as go into its rows, or a part of one image's, and its
+        graph is let go before the next: memory grows neither with the batch nor with the draws, and an image's bits do
+        not depend on its company.
+
+        Args:
+            x0, keys: as for the call.
+            vectors: (B, D), where the slopes are taken.
+            start: the class vectors (B, D).
+            step: names the draws.
+            labels: the classes (B,), for models whose vectors stand in prompts of their classes.
         """
         size = max(1, self.rows // self.inversion.draws)
         losses, slopes = [], []
-        # in half precision small gradients vanish; a power of two is taken out again without rounding
-        scale = 2.0 ** round(math.log2(self.inversion.draws * x0[0].numel()))
         for first in range(0, len(x0), size):
             some = slice(first, first + size)
-            with torch.enable_grad():
-                leaf = vectors[some].detach().clone().requires_grad_()
-                loss = self._loss(x0[some], leaf, start[some], keys[some], step)
-                (slope,) = torch.autograd.grad(scale * loss.sum(), leaf)
-            losses.append(loss.detach())
-            slopes.append(slope / scale)
-        return torch.cat(losses), torch.cat(slopes)
+            told = None if labels is None else labels[some]
+            loss, slope = self._errors(x0[some], vectors[some].detach(), told, keys[some], step)
+            losses.append(loss)
+            slopes.append(slope)
+        apart = (vectors - start).detach()
+        pull = self.inversion.pull
+        return torch.cat(losses) + pull * apart.square().sum(1), torch.cat(slopes) + 2 * pull * apart
 
-    def _loss(self, x0: Tensor, vectors: Tensor, start: Tensor, keys: Sequence[str], step: int) -> Tensor:
+    def _errors(
+        self, x0: Tensor, vectors: Tensor, labels: Tensor | None, keys: Sequence[str], step: int
+    ) -> tuple[Tensor, Tensor]:
+        """The mean squared errors (B,) of a few images and their gradients (B, D), a network call at a time."""
         draws = self.inversion.draws
         drawn = [self.inversion.draw(key, x0.shape[1:], step, self.seed) for key in keys]
-        sigma = torch.cat([self.sigmas[places] for places, _ in drawn]).to(x0.device)
-        noise = torch.cat([values for _, values in drawn]).to(x0.device)
-        clean = x0.repeat_interleave(draws, 0)
-        answer = self.denoiser.predict(clean + spread(sigma, clean) * noise, sigma, self.space(vectors).repeat(draws))
+        places = torch.stack([places for places, _ in drawn])
+        noise = torch.stack([values for _, values in drawn])
+        loss, slope = x0.new_zeros(len(x0)), torch.zeros_like(vectors)
+        # in half precision small gradients vanish; a power of two is taken out again without rounding
+        scale = 2.0 ** round(math.log2(draws * x0[0].numel()))
+        for first in range(0, draws, self.rows):
+            some = slice(first, first + self.rows)
+            with torch.enable_grad():
+                leaf = vectors.clone().requires_grad_()
+                error = self._error(x0, leaf, labels, self.sigmas[places[:, some]], noise[:, some]) / draws
+                slope += torch.autograd.grad(scale * error.sum(), leaf)[0] / scale
+            loss += error.detach()
+        return loss, slope
+
+    def _error(self, x0: Tensor, vectors: Tensor, labels: Tensor | None, sigma: Tensor, noise: Tensor) -> Tensor:
+        """The sums (B,) of the mean squared errors of draws sigma (B, K) and noise (B, K, …)."""
+        draws = sigma.shape[1]
+        clean, noise, sigma = x0.repeat_interleave(draws, 0), noise.flatten(0, 1).to(x0.device), sigma.flatten().to(x0)
+        told = self.space(vectors, labels).repeat(draws)
+        answer = self.denoiser.predict(clean + spread(sigma, clean) * noise, sigma, told)
         error = (answer - self.denoiser.target(clean, noise, sigma)).square().flatten(1).mean(1)
-        return error.reshape(-1, draws).mean(1) + self.inversion.pull * (vectors - start).square().sum(1)
+        return error.reshape(-1, draws).sum(1)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from farout.outliers._other_classes import warn_of_other_classes
 from farout.progress import task
 from farout.runtime import Runtime
 
-__all__ = ["Made", "MadeFolder", "OutlierFolder", "Runtime", "Synthesiser", "Work", "read_outliers"]
+__all__ = ["Made", "MadeFolder", "OutlierFolder", "Runtime", "Synthesiser", "Work", "names_of", "read_outliers"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,10 @@ class Synthesiser(Configured, ABC):
     def tiny(cls, resources: Any) -> Synthesiser:
         """One that runs in seconds, for the shared tests; `resources.diffusion` is a tiny class-conditional model."""
 
+    def load_diffusion(self, given: DiffusionModel | str | Path, source: ImageSource) -> DiffusionModel:
+        """The diffusion model; a method may tell it something of the images, which have labels."""
+        return DiffusionModel.load(given) if isinstance(given, str | Path) else given
+
     def check(self, work: Work) -> None:
         """Called before anything is written: refuses what cannot work."""
 
@@ -149,7 +153,8 @@ class Synthesiser(Configured, ABC):
             images: labelled in-distribution images, any source.
             out: the folder; see `OutlierFolder`.
             count: number of outliers, all classes together.
-            diffusion: a `DiffusionModel` or its folder, for methods that need one.
+            diffusion: a `DiffusionModel` or its folder, for methods that need one; those that work with class vectors
+                take original Stable Diffusion folders too.
             classifier: a `Classifier` or its folder, trained apart from the diffusion model: for methods that need one,
                 and to say whether the generator's own samples are of their classes.
             seed: of everything that is drawn.
@@ -170,7 +175,9 @@ class Synthesiser(Configured, ABC):
         doing = self._stages(stage)
         source = open_source(images, policy=policy, limit=limit, seed=seed)
         resolved = (runtime or Runtime()).resolved()
-        networks = self._networks(diffusion, classifier, resolved.device)
+        _check_labelled(source)
+        model = None if diffusion is None else self.load_diffusion(diffusion, source)
+        networks = self._networks(model, classifier, resolved.device)
         work = _work(source, networks, Path(out), count, seed, resolved)
         self.check(work)
         warn_of_other_classes(source, work.diffusion, work.classifier)
@@ -194,10 +201,9 @@ class Synthesiser(Configured, ABC):
         return self.stages[: self.stages.index(last) + 1]
 
     def _networks(
-        self, diffusion: DiffusionModel | str | Path | None, classifier: Classifier | str | Path | None, device: str
+        self, model: DiffusionModel | None, classifier: Classifier | str | Path | None, device: str
     ) -> tuple[DiffusionModel | None, Classifier | None]:
         """The networks, loaded; a diffusion model that the method does not need is left aside."""
-        model = DiffusionModel.load(diffusion) if isinstance(diffusion, str | Path) else diffusion
         judge = Classifier.load(classifier) if isinstance(classifier, str | Path) else classifier
         for name, given in (("diffusion", model), ("classifier", judge)):
             if name in self.needs and given is None:
@@ -253,6 +259,19 @@ def identity(source: ImageSource, labels: Tensor, diffusion: DiffusionModel | No
     }
 
 
+def _check_labelled(source: ImageSource) -> None:
+    if source.labels is None:
+        raise SourceError(
+            f"{source.name} has no labels, and outliers are made class by class; give a class-per-folder tree or a "
+            "table with labels"
+        )
+
+
+def names_of(source: ImageSource) -> tuple[str, ...]:
+    """Names of the classes that occur in a labelled source, in the order of their labels."""
+    return tuple(class_name(source, label) for label in sorted(set(source.labels or ())))
+
+
 def _work(
     source: ImageSource,
     networks: tuple[DiffusionModel | None, Classifier | None],
@@ -262,14 +281,7 @@ def _work(
     runtime: Runtime,
 ) -> Work:
     diffusion, classifier = networks
-    if source.labels is None:
-        raise SourceError(
-            f"{source.name} has no labels, and outliers are made class by class; give a class-per-folder tree or a "
-            "table with labels"
-        )
-    if diffusion is not None and diffusion.conditioning is not None:
-        names = diffusion.conditioning.class_names
-    else:
-        names = tuple(class_name(source, label) for label in sorted(set(source.labels)))
+    told = None if diffusion is None else diffusion.conditioning
+    names = names_of(source) if told is None else told.class_names
     labels = class_numbers(source, names)
     return Work(source, labels, names, folder, count, seed, runtime, diffusion, classifier)

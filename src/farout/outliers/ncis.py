@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from farout import store
+from farout.diffusion.prompts import Prompts
 from farout.errors import FaroutError
 from farout.outliers._decoding import ClassPoints, VectorSynthesiser
 from farout.outliers._embedding import Inversion, embed, read_embeddings
@@ -36,6 +37,10 @@ class NCIS(VectorSynthesiser):
 
     The manifest's `distance` is the squared Mahalanobis distance from the class, divided by the dimensions.
 
+    As published, the generator is Stable Diffusion and a class vector the input embedding of the class's one-word name
+    (`prompts`); any other class-conditional model has a class space of its own. The preset `paper` is for the former:
+    with a model that has a table of classes, give `prompts=Prompts()` beside it.
+
     Args:
         inversion: how images become vectors.
         manifold: how vectors become a density, and how it is drawn from.
@@ -52,6 +57,7 @@ class NCIS(VectorSynthesiser):
             "solver": "plms",
             "steps": 50,
             "guidance": 7.5,
+            "prompts": Prompts(generation="A high-quality image of the {}", pieces="first"),
         },
         "linear": {"manifold": ManifoldConfig(map="linear")},
     }

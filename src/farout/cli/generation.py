@@ -38,6 +38,7 @@ def sample(
     rows: int = 32,
     device: str = "auto",
     precision: Precisions = "auto",
+    clamp: bool = True,
 ) -> SampledFolder:
     """Make images with a diffusion model.
 
@@ -56,12 +57,13 @@ def sample(
         rows: rows of one network call.
         device: auto, cpu, cuda, cuda:1, …
         precision: precision of the network; auto is bf16 where the device computes in it natively, else fp32.
+        clamp: keep every estimate of the clean image within what images can be, where the model works on pixels.
     """
     where = resolve_device(device)
     network = DiffusionModel.load(model).to(where)
     chosen = choose_classes(network, classes) if classes else None
     exact = resolve_precision(precision, where)
-    sampler = Sampler(network, solver, steps, spacing, guidance, seed, rows, exact)
+    sampler = Sampler(network, solver, steps, spacing, guidance, seed, rows, exact, clamp)
     return write_samples(sampler, out, count, classes=chosen, batch=batch, grid=grid)
 
 

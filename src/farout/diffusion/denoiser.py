@@ -48,14 +48,14 @@ def in_chunks(call: Callable[..., Tensor], rows: int | None, *inputs: Tensor) ->
     """`call(*inputs)` in chunks of exactly `rows` rows, the last one padded with copies of its first row.
 
     Kernels choose their order of summation by the batch size; one fixed size makes every row's result the same,
-    whatever batch it came in. `rows=None`: one call, nothing padded.
+    whatever batch it came in; so does how a chunk lies in memory, which is made the same. `rows=None`: one call, nothing padded.
     """
     count = len(inputs[0])
-    if rows is None or count == rows or count == 0:
+    if rows is None or count == 0:
         return call(*inputs)
     parts = []
     for start in range(0, count, rows):
-        chunk = [tensor[start : start + rows] for tensor in inputs]
+        chunk = [tensor[start : start + rows].contiguous() for tensor in inputs]
         missing = rows - len(chunk[0])
         padded = [torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) if missing else t for t in chunk]
         parts.append(call(*padded)[: rows - missing])

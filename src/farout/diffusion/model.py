@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from farout import store
 from farout.diffusion import folders
 from farout.diffusion.conditioning import Conditioning
-from farout.diffusion.denoiser import NetworkDenoiser, Precision, Prediction, in_chunks
+from farout.diffusion.denoiser import Clamped, Denoiser, NetworkDenoiser, Precision, Prediction, in_chunks
 from farout.diffusion.prompts import Prompts
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
@@ -93,6 +93,18 @@ class DiffusionModel:
         self.network.to(memory_format=torch.channels_last)
         null = None if self.conditioning is None else self.conditioning.null
         return NetworkDenoiser(self.network, self.schedule, self.prediction, rows, precision, null)
+
+    def in_range(self, denoiser: Denoiser) -> Denoiser:
+        """A denoiser of this model whose answers are clamped to what images can be; as it is for latents, which have no
+        such range.
+
+        Without it a network's small error at high noise levels, multiplied by sigma, leaves samples saturated (Ho et
+        al. 2020 clip x0 alike).
+        """
+        if self.autoencoder is not None:
+            return denoiser
+        low, high = (self.b_scale * end for end in self.data_range)
+        return Clamped(denoiser, low, high)
 
     # -- between images and the network's space ------------------------------------------------------------------
 

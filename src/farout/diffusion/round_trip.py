@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from farout.devices import Precision
 from farout.diffusion import paths
 from farout.diffusion.conditioning import Condition, no_null
-from farout.diffusion.denoiser import in_chunks, spread
+from farout.diffusion.denoiser import spread
 from farout.diffusion.loop import Solver
 from farout.diffusion.methods import is_adaptive, rehearse, solver_by_name, solver_path
 from farout.diffusion.model import DiffusionModel
@@ -25,8 +25,6 @@ __all__ = ["STEPS", "RoundTrip"]
 
 STEPS = 10
 """Steps back of methods that do not find their own, where none are asked for."""
-_CODED = 4
-"""Images that an autoencoder takes at once: always as many, so that no bit depends on the batch."""
 
 
 @dataclass(frozen=True)
@@ -155,20 +153,12 @@ class RoundTrip:
         Raises FaroutError where labels are wanted and missing, or the model does not know one.
         """
         model, condition = self.model, self._condition(labels)
-        x0 = self._coded(model.encode, images)
+        x0 = model.encode(images)
         numbers, noise = zip(*map(self._drawn, keys), strict=True)
         sigmas = paths.pad([self._path(number) for number in numbers]).to(x0.device)
         x = x0 + spread(sigmas[:, 0], x0) * torch.stack(noise).to(x0.device)
-        back = self._solve(model.denoiser(self.rows, self.precision), x, sigmas, condition)
-        return self._coded(model.decode, back).cpu()
-
-    def _coded(self, coder: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-        """Encodes or decodes, an autoencoder's way with the same kernels whatever the batch: they follow its size, and
-        how its numbers lie in memory.
-        """
-        if self.model.autoencoder is None:
-            return coder(values)
-        return in_chunks(lambda some: coder(some.contiguous()), _CODED, values)
+        back = self._solve(model.in_range(model.denoiser(self.rows, self.precision)), x, sigmas, condition)
+        return model.decode(back).cpu()
 
     def _condition(self, labels: Sequence[int] | None) -> Condition | None:
         conditioning = self.model.conditioning

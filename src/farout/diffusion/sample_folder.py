@@ -123,6 +123,7 @@ class _Plan:
             "steps": None if adaptive else STEPS if sampler.steps is None else sampler.steps,
             "spacing": sampler.spacing,
             "guidance": sampler.guidance,
+            "clamp": sampler.clamp,
             "seed": sampler.seed,
             "rows": sampler.rows,
             "precision": sampler.precision,

@@ -68,6 +68,7 @@ class Sampler:
         seed: image i is made from (seed, i) alone.
         rows: rows of one network call; with the same, an image's bits do not depend on its company.
         precision: of the network.
+        clamp: keep every estimate of the clean image within what images can be, where the model works on pixels.
 
     Raises:
         FaroutError: for a solver that is unknown or wants more steps, and for guidance without classes or without a
@@ -82,6 +83,7 @@ class Sampler:
     seed: int = 0
     rows: int = 32
     precision: Precision = "fp32"
+    clamp: bool = True
 
     def __post_init__(self) -> None:
         conditioning = self.model.conditioning
@@ -123,7 +125,7 @@ class Sampler:
     def images(self, indices: Sequence[int], labels: Sequence[int] | None = None) -> Tensor:
         """Images number `indices`: (B, C, H, W) float32 in [0, 1], on the CPU; a label each for a conditional model.
 
-        Nothing is clamped before the end. Raises FaroutError for labels that do not go with the model.
+        Raises FaroutError for labels that do not go with the model.
         """
         return self.images_under(self.condition(labels), indices)
 
@@ -139,10 +141,10 @@ class Sampler:
         return model.decode(self._solve(self._denoiser(), x, sigmas, condition)).cpu()
 
     def _denoiser(self) -> Denoiser:
-        plain = self.model.denoiser(self.rows, self.precision)
-        if self.guidance == 1 or self.model.conditioning is None:
-            return plain
-        return Guided(plain, self.guidance, self.model.conditioning.null)
+        denoiser: Denoiser = self.model.denoiser(self.rows, self.precision)
+        if self.guidance != 1 and self.model.conditioning is not None:
+            denoiser = Guided(denoiser, self.guidance, self.model.conditioning.null)
+        return self.model.in_range(denoiser) if self.clamp else denoiser
 
 
 def sample(
@@ -158,6 +160,7 @@ def sample(
     batch: int = 64,
     rows: int = 32,
     precision: Precision = "fp32",
+    clamp: bool = True,
 ) -> Iterator[Tensor]:
     """Makes images from noise: an iterator of (B, C, H, W) float32 in [0, 1], `batch` at a time.
 
@@ -167,13 +170,13 @@ def sample(
         model: the diffusion model.
         count: number of images; those of a conditional model take its classes in turn.
         labels: instead of a count, the label of each image (conditional models).
-        solver, steps, spacing, guidance, seed, rows, precision: see `Sampler`.
+        solver, steps, spacing, guidance, seed, rows, precision, clamp: see `Sampler`.
         batch: images made at once.
 
     Raises:
         FaroutError: at the call, for settings, counts and labels that do not go together.
     """
-    sampler = Sampler(model, solver, steps, spacing, guidance, seed, rows, precision)
+    sampler = Sampler(model, solver, steps, spacing, guidance, seed, rows, precision, clamp)
     if (count is None) == (labels is None) or batch < 1 or (count is not None and count < 1):
         raise FaroutError(f"give count or labels, and at least 1 as count and batch; got {count}, {labels}, {batch}")
     if labels is None and model.conditioning is not None:

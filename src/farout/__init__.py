@@ -11,6 +11,7 @@ _HOMES = {
     "ClassNoise": "farout.outliers.class_noise",
     "Classifier": "farout.classifiers.model",
     "DiffusionModel": "farout.diffusion.model",
+    "DreamOOD": "farout.outliers.dream_ood",
     "FeatureDiffusion": "farout.features.diffusion",
     "FeatureExtractor": "farout.features.extractor",
     "NCIS": "farout.outliers.ncis",

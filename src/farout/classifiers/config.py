@@ -72,14 +72,36 @@ class ClassifierConfig:
             images = random_crop(images, self.crop_padding, generator)
         return random_flip(images, generator) if self.flip else images
 
-    def build(self, source: ImageSource, class_names: Sequence[str]) -> Classifier:
-        """A classifier of `source` with fresh weights."""
+    def build(self, source: ImageSource, class_names: Sequence[str], directions: Tensor | None = None) -> Classifier:
+        """A classifier of `source` with fresh weights.
+
+        Args:
+            source: its images decide size, channels and normalisation.
+            class_names: of all classes.
+            directions: what tells them apart, (classes, D): the fixed last layer of a `CosineNetwork`; None: a last
+                layer of its own.
+
+        Raises FaroutError for directions that are not one for each class.
+        """
+        space = None if directions is None else _space(directions, class_names)
         preprocessing = Preprocessing.for_source(
             source, size=self.size, channels=self.channels, protocol=self.protocol, crop=self.crop
         )
-        spec = NetworkSpec(self.network, len(class_names), preprocessing.channels, preprocessing.size, self.stem)
+        spec = NetworkSpec(self.network, len(class_names), preprocessing.channels, preprocessing.size, self.stem, space)
         mean, std = (self.mean, self.std) if self.mean and self.std else _moments(source, preprocessing)
-        return Classifier(spec.build(), mean, std, preprocessing, class_names=class_names, network=spec)
+        made = Classifier(spec.build(), mean, std, preprocessing, class_names=class_names, network=spec)
+        if directions is not None:
+            made.head.weight.data.copy_(directions)
+        return made
+
+
+def _space(directions: Tensor, class_names: Sequence[str]) -> int:
+    if directions.ndim != 2 or len(directions) != len(class_names):
+        raise FaroutError(
+            f"directions want the shape (classes, D), one for each of {len(class_names)} classes, got "
+            f"{tuple(directions.shape)}"
+        )
+    return directions.shape[1]
 
 
 def _moments(source: ImageSource, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:

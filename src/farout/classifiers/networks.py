@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional
 
 from farout.errors import FaroutError
 from farout.features.backbones import input_config
 
-__all__ = ["NETWORKS", "NetworkSpec", "Stem", "find_head", "find_pool"]
+__all__ = ["NETWORKS", "CosineNetwork", "NetworkSpec", "Stem", "find_head", "find_pool"]
 
 Stem = Literal["small", "imagenet"]
 
@@ -43,6 +44,8 @@ class NetworkSpec:
         size: (height, width) in pixels; only transformers with a fixed grid look at it.
         stem: of ResNets: `small`, a 3x3 convolution of stride 1 without max-pooling, for small images, or `imagenet`;
             None: `small` for ResNets. Other networks have one stem only.
+        space: dimensions of a space in which classes are fixed directions (see `CosineNetwork`); None: the last layer
+            is the network's own.
 
     Raises FaroutError for a name that is not known, and for values out of range.
     """
@@ -52,10 +55,13 @@ class NetworkSpec:
     channels: int = 3
     size: tuple[int, int] = (32, 32)
     stem: Stem | None = None
+    space: int | None = None
 
     def __post_init__(self) -> None:
         if self.classes < 2 or self.channels not in (1, 3):
             raise FaroutError(f"classes {self.classes} (expected 2 or more), channels {self.channels} (1 or 3)")
+        if self.space is not None and self.space < 2:
+            raise FaroutError(f"classes as directions want a space of 2 or more dimensions, got {self.space}")
         if self.stem is not None and (self.name not in _RESNETS or self.stem not in get_args(Stem)):
             known = f"stems are {' and '.join(get_args(Stem))}, and only {', '.join(_RESNETS)} have a choice"
             raise FaroutError(f"{self.name} has no stem {self.stem!r}; {known}")
@@ -64,6 +70,8 @@ class NetworkSpec:
 
     def build(self) -> nn.Module:
         """The network with fresh weights: normalised images (B, C, H, W) -> logits (B, classes)."""
+        if self.space is not None:
+            return CosineNetwork(replace(self, classes=self.space, space=None).build(), self.space, self.classes)
         if self.name in _RESNETS:
             return _resnet(self.name, self.classes, self.channels, self.stem or "small")
         if self.name in _WIDE:
@@ -71,13 +79,37 @@ class NetworkSpec:
         return _timm(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `config.json`."""
-        return {**asdict(self), "size": list(self.size)}
+        """Plain values for `config.json`; the rare `space` only where there is one."""
+        values = {**asdict(self), "size": list(self.size)}
+        return values if self.space is not None else {name: values[name] for name in values if name != "space"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NetworkSpec:
         """The inverse of `to_dict`."""
         return cls(**{**values, "size": tuple(values["size"])})
+
+
+class CosineNetwork(nn.Module):
+    """A network whose classes are fixed directions of a space: logits = W u, u = z / |z|, z the answer of `body`.
+
+    With rows of length 1 / T in W, row k along the vector of class k, the logits are cosines divided by the temperature
+    T. W is the last linear layer, so the features of such a classifier are u. It is not trained.
+
+    Args:
+        body: images (B, C, H, W) -> z (B, space).
+        space: length of z.
+        classes: rows of W.
+    """
+
+    def __init__(self, body: nn.Module, space: int, classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(space, classes, bias=False)
+        self.head.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        return self.head(functional.normalize(self.body(x).float(), dim=1))
 
 
 def _check_timm(name: str) -> None:
@@ -145,7 +177,7 @@ def find_head(module: nn.Module, name: str | None = None) -> str:
 @torch.no_grad()
 def find_pool(module: nn.Module, head: str, probe: Tensor) -> str | None:
     """The name of the layer that pools maps (D, h, w) to the D features of the head; None where no layer of the
-    network is one (some networks call a function).
+    network is one (some call a function, and those of a `CosineNetwork` are not pooled maps).
 
     Args:
         module: the network, in eval mode.
@@ -177,7 +209,7 @@ def find_pool(module: nn.Module, head: str, probe: Tensor) -> str | None:
         for handle in handles:
             handle.remove()
     _check_ends(ends, answer, head)
-    return pools[-1] if pools else None
+    return pools[-1] if pools and not isinstance(module, CosineNetwork) else None
 
 
 def _is_pool(layer: nn.Module) -> bool:

@@ -43,6 +43,7 @@ def train_on(
     exposure: Exposure = Exposure(),  # noqa: B008
     outliers: ImageSource | None = None,
     reconstructions: ImageSource | None = None,
+    directions: Tensor | None = None,
 ) -> Classifier:
     """Trains a classifier on all of `source`; the last twentieth of the images, by hash, validates (by cross-entropy
     alone) where `training.validate_every` is set.
@@ -60,20 +61,23 @@ def train_on(
         exposure: how it learns what lies outside the distribution.
         outliers: images that lie there, see `open_outliers`. They do not count as seen.
         reconstructions: labelled images that a generator has made of images of `source`: they count as seen.
+        directions: fixed directions (K, D) that tell the classes apart, see `ClassifierConfig.build`.
 
-    Raises FaroutError where there are no labels, one class, a class without images, or outliers that the loss does not
-    want or that are among the images; StoreError for weights that do not fit.
+    Raises FaroutError where there are no labels, one class, a class without images, outliers that the loss does not
+    want or that are among the images, or another number of directions; StoreError for weights that do not fit.
     """
     outside = Outside(exposure.resolved(outliers is not None), outliers, reconstructions)
     names = class_names_of(source) if class_names is None else class_names
     numbers = class_numbers(source, names)
     check_no_class_is_empty(numbers, names)
-    classifier, origin = _start(source, config, (*names, *outside.classes), weights, training.seed)
+    classifier, origin = _start(source, config, (*names, *outside.classes), weights, training.seed, directions)
     hashes = [source.content_hash(i) for i in range(len(source))]
     labelled = LabelledImages(PreparedImages(source, classifier.preprocessing), numbers)
     learning, validation = learnt_and_validating(labelled, hashes, validate=training.validate_every > 0)
     fingerprint, told = source.fingerprint(), outside.told()
     begun = "" if weights is None else f" {origin.weights} {origin.classifier}"
+    if directions is not None:
+        begun += f" {store.hash_tensors({'directions': directions})}"
     result = train(
         outside.learner(classifier.module, classifier.head_name, config.loss(), training),
         _step(classifier, config),
@@ -116,11 +120,16 @@ def _step(classifier: Classifier, config: ClassifierConfig) -> Step:
 
 
 def _start(
-    source: ImageSource, config: ClassifierConfig, class_names: Sequence[str], weights: str | None, seed: int
+    source: ImageSource,
+    config: ClassifierConfig,
+    class_names: Sequence[str],
+    weights: str | None,
+    seed: int,
+    directions: Tensor | None = None,
 ) -> tuple[Classifier, Origin]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        classifier = config.build(source, class_names)
+        classifier = config.build(source, class_names, directions)
     return classifier, FRESH if weights is None else start_from(classifier.module, weights, config.network)
 
 

@@ -204,10 +204,12 @@ def _method_parser(
 ) -> Parser:
     parser = _parser(name, call, ["method", "preset", *skip], about=member.description)
     parser.add_argument("--preset", type=str, help=f"settings to start from: {', '.join(method.presets) or 'none'}")
-    nested = {key: type(value) for key, value in method().config.items() if is_dataclass(value)}
+    nested = {key: value for key, value in method().config.items() if is_dataclass(value)}
     parser.take(method, skip=list(nested))
     for key, settings in nested.items():
-        parser.take(settings, key)
+        parser.take(type(settings), key)
+    # the method's own defaults, which need not be those of the class of settings
+    parser.set_defaults(flat(nested))
     return parser
 
 

@@ -48,7 +48,7 @@ def in_chunks(call: Callable[..., Tensor], rows: int | None, *inputs: Tensor) ->
     """`call(*inputs)` in chunks of exactly `rows` rows, the last one padded with copies of its first row.
 
     Kernels choose their order of summation by the batch size; one fixed size makes every row's result the same,
-    whatever batch it came in; so does how a chunk lies in memory, which is made the same. `rows=None`: one call, nothing padded.
+    whatever batch it came in, and so does one layout in memory. `rows=None`: one call, nothing padded.
     """
     count = len(inputs[0])
     if rows is None or count == 0:

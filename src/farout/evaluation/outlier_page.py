@@ -15,6 +15,8 @@ from farout.evaluation.page import png_address
 from farout.evaluation.rendering import render
 from farout.images.classes import class_name
 from farout.images.sources import ImageSource
+from farout.outliers._alignment import has_aligned, read_aligned
+from farout.outliers._boundary_folder import read_drawn
 from farout.outliers._embedding import read_embeddings
 from farout.outliers._manifold import Manifold
 from farout.outliers.base import OutlierFolder
@@ -38,6 +40,7 @@ def write_outlier_page(outliers: OutlierFolder, source: ImageSource) -> Path:
         config=settings["config"],
         images=outliers.images,
         embedding=_embedding(outliers.folder / "embeddings"),
+        alignment=_alignment(outliers.folder / "align"),
         distances=_distances(outliers.folder),
         classes=_classes(outliers, source) if outliers.images else [],
         versions=store.versions(),
@@ -77,17 +80,38 @@ def _embedding(folder: Path) -> dict[str, Any] | None:
     return {"count": len(found), "first": float(mean[0]), "last": float(mean[-1]), "steps": len(mean)}
 
 
+def _alignment(folder: Path) -> dict[str, Any] | None:
+    """How many images became directions, and the share of them that lie nearest to their own class's vector."""
+    if not has_aligned(folder):
+        return None
+    found = read_aligned(folder)
+    return {"count": len(found.told), "told": float(found.told.float().mean())}
+
+
 def _distances(folder: Path) -> dict[str, Any] | None:
     """Medians of the distances of drawn and known vectors, and a picture of all."""
-    if not (folder / "drawn.safetensors").is_file():
+    if (folder / "drawn.safetensors").is_file():
+        sets, axis = _on_manifold(folder), "squared distance from the class, per dimension"
+    elif (folder / "drawn").is_dir():
+        sets, axis = _beyond_boundaries(folder), "distance to the k-th nearest image of the class"
+    else:
         return None
-    known = {name: values.numpy() for name, values in Manifold.load(folder / "manifold").known.items() if len(values)}
-    sets = {**known, "drawn": store.load_tensors(folder / "drawn.safetensors")["distance"].numpy()}
     medians = {name.replace("_", " "): float(np.median(values)) for name, values in sets.items()}
-    return {"medians": medians, "picture": _histogram(sets)}
+    return {"medians": medians, "picture": _histogram(sets, axis)}
 
 
-def _histogram(sets: dict[str, np.ndarray]) -> str:
+def _on_manifold(folder: Path) -> dict[str, np.ndarray]:
+    known = {name: values.numpy() for name, values in Manifold.load(folder / "manifold").known.items() if len(values)}
+    return {**known, "drawn": store.load_tensors(folder / "drawn.safetensors")["distance"].numpy()}
+
+
+def _beyond_boundaries(folder: Path) -> dict[str, np.ndarray]:
+    classes = list(read_drawn(folder / "drawn").values())
+    sides = {"training": "known", "drawn": "distance"}
+    return {side: np.concatenate([each[name].numpy() for each in classes]) for side, name in sides.items()}
+
+
+def _histogram(sets: dict[str, np.ndarray], axis: str) -> str:
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axes = figure.add_subplot()
     everything = np.concatenate(list(sets.values()))
@@ -95,7 +119,7 @@ def _histogram(sets: dict[str, np.ndarray]) -> str:
     for name, values in sets.items():
         shares = np.full(len(values), 1 / len(values))
         axes.hist(values, edges, weights=shares, histtype="step", linewidth=1.6, label=name.replace("_", " "))
-    axes.set(xscale="log", xlabel="squared distance from the class, per dimension", ylabel="share")
+    axes.set(xscale="log", xlabel=axis, ylabel="share")
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)

@@ -1,0 +1,427 @@
+"""Dream-OOD: the boundary of a class, classifiers towards class vectors, the stages' files, and the command."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from farout import DreamOOD, registry, store
+from farout.classifiers import train as rooms
+from farout.classifiers.config import ClassifierConfig
+from farout.classifiers.model import Classifier
+from farout.classifiers.networks import NetworkSpec
+from farout.cli import main
+from farout.cli.parsers import parse
+from farout.diffusion.model import DiffusionModel
+from farout.errors import FaroutError, ShortfallWarning, StoreError, TrapWarning
+from farout.outliers import _boundary, dream_ood
+from farout.outliers._alignment import Alignment, check_directions, read_aligned
+from farout.outliers._boundary import BoundarySampling, ClassBoundary, choose, kth_distance
+from farout.outliers._boundary_folder import extend_drawn, read_drawn
+from farout.runtime import Runtime
+from small import conditional, pictures
+
+CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
+MODEL = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
+SHORT = Alignment(steps=4, batch_size=8, warmup=0)
+FEW = BoundarySampling(select=3, points=2, candidates=20, kept=2)
+
+
+def units(count: int, dim: int = 16, seed: int = 0, spread: float = 1.0) -> Tensor:
+    """Directions around one."""
+    generator = torch.Generator().manual_seed(seed)
+    middle = functional.normalize(torch.randn(dim, generator=generator), dim=0)
+    noise = torch.randn(count, dim, generator=generator) / math.sqrt(dim)
+    return functional.normalize(middle + spread * noise, dim=1)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two of the generator's three classes, which brightness tells apart."""
+    for name, low in (("a", 20), ("c", 160)):
+        pictures(tmp_path / "labelled" / name, 12, low=low, seed=ord(name))
+    return tmp_path / "labelled"
+
+
+def method(**settings: Any) -> DreamOOD:
+    return DreamOOD(**{"model": MODEL, "alignment": SHORT, "boundary": FEW, "steps": 2, **settings})
+
+
+def made(images: Path, out: Path, how: DreamOOD | None = None, **settings: Any) -> Any:
+    given = {"count": 9, "diffusion": conditional(), "runtime": CPU, **settings}
+    return (how or method()).synthesize(images, out, **given)
+
+
+# the boundary
+
+
+@pytest.mark.parametrize("k", [1, 4, 30])
+def test_neighbours_are_found_by_brute_force(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    points, bank = units(21, seed=1), units(30, seed=2)
+    expected = np.sort(np.linalg.norm(points.numpy()[:, None] - bank.numpy()[None], axis=2), axis=1)[:, k - 1]
+    assert np.allclose(kth_distance(points, bank, k), expected, atol=1e-6)
+    monkeypatch.setattr(_boundary, "_AT_ONCE", 100)
+    assert np.allclose(kth_distance(points, bank, k), expected, atol=1e-6), "in pieces"
+
+
+def test_a_neighbour_that_is_equal_has_distance_zero() -> None:
+    bank = units(10)
+    assert float(kth_distance(bank[:3], bank, 1).max()) == 0
+
+
+def test_neighbours_that_there_are_not_are_refused() -> None:
+    with pytest.raises(FaroutError, match=r"\(M, D\) and \(N, D\)"):
+        kth_distance(units(3, dim=4), units(3, dim=5), 1)
+    with pytest.raises(FaroutError, match="no neighbour number 4 among 3"):
+        kth_distance(units(3), units(3), 4)
+
+
+def test_an_image_is_not_its_own_neighbour() -> None:
+    features = units(20)
+    boundary = ClassBoundary(features, BoundarySampling(k=1, select=4), 0, 0)
+    apart = (torch.cdist(features, features) + 9 * torch.eye(20)).min(1).values
+    assert torch.allclose(boundary.distances, apart, atol=1e-5)
+    assert boundary.boundary.tolist() == apart.argsort(descending=True)[:4].tolist()
+
+
+def test_the_mended_filter_keeps_the_farthest_and_the_published_one_does_not() -> None:
+    distances = torch.rand(4, 10, generator=torch.Generator().manual_seed(0))
+    mended, published = (choose(distances, 2, filter=name) for name in ("mended", "published"))
+    assert torch.equal(mended, distances.argsort(dim=1, descending=True)[:, :2])
+    # the released code: a table of candidates by points, filled with what lies point by point
+    table = distances.flatten().numpy().reshape(10, 4)
+    assert published.tolist() == [np.argsort(-table[:, point])[:2].tolist() for point in range(4)]
+    kept, wrong = (distances.gather(1, places).mean() for places in (mended, published))
+    assert float(kept) > 0.8
+    assert float(wrong) < 0.7, "nearly arbitrary ones: 0.5 on average"
+    assert torch.equal(choose(distances, 2, farthest=False), distances.argsort(dim=1)[:, :2])
+
+
+def test_points_lie_on_the_sphere_around_the_boundary() -> None:
+    sampling = BoundarySampling(select=5, points=3, candidates=40, kept=2)
+    boundary = ClassBoundary(units(30), sampling, 0, 1)
+    drawn = boundary.draw(0)
+    assert drawn.vectors.shape == (6, 16)
+    assert torch.allclose(drawn.vectors.norm(dim=1), torch.ones(6))
+    assert torch.allclose(drawn.distance, kth_distance(drawn.vectors, boundary.features, boundary.k), atol=1e-6)
+    assert drawn.around[:3].tolist() == drawn.around[3:].tolist(), "the best of each point come first"
+    assert len(set(drawn.around[:3].tolist())) == 3
+    assert set(drawn.around.tolist()) <= set(boundary.boundary.tolist())
+    assert bool((drawn.distance[:3] >= drawn.distance[3:]).all())
+
+
+@pytest.mark.parametrize(("side", "extreme"), [("outliers", torch.amax), ("inliers", torch.amin)])
+def test_of_all_candidates_the_extreme_ones_are_kept(side: Any, extreme: Any) -> None:
+    few, every = (
+        ClassBoundary(units(30), BoundarySampling(side=side, points=3, candidates=25, kept=kept), 0, 0).draw(0)
+        for kept in (1, 25)
+    )
+    assert torch.equal(few.distance, extreme(every.distance.reshape(25, 3), 0))
+
+
+def test_inliers_are_drawn_around_the_middle() -> None:
+    features = units(40)
+    nearest, farthest = (ClassBoundary(features, BoundarySampling(side=side), 0, 0) for side in ("inliers", "outliers"))
+    assert set(nearest.boundary.tolist()).isdisjoint(farthest.boundary.tolist())
+    inner = BoundarySampling(side="inliers", noise=0.28)
+    assert float(ClassBoundary(features, inner, 0, 0).draw(0).distance.median()) < float(nearest.distances.median())
+
+
+@pytest.mark.parametrize("noise", [0.28, 1.94])
+@pytest.mark.parametrize("dim", [32, 768])
+def test_the_noise_has_a_length_whatever_the_dimensions(dim: int, noise: float) -> None:
+    boundary = ClassBoundary(units(10, dim), BoundarySampling(noise=noise, candidates=400, kept=400), 0, 0)
+    drawn = boundary.draw(0)
+    cosines = (drawn.vectors * boundary.features[drawn.around]).sum(1)
+    assert float(cosines.acos().mean()) == pytest.approx(math.atan(noise), rel=0.03)
+
+
+def test_small_classes_have_nearer_neighbours_and_that_is_said() -> None:
+    assert [BoundarySampling(k=300).neighbour(count) for count in (2, 3, 100, 500, 1000)] == [1, 1, 60, 300, 300]
+    assert [BoundarySampling().neighbour(count) for count in (2, 100, 500)] == [1, 60, 300]
+    assert [BoundarySampling(select=50).selected(count) for count in (2, 100)] == [2, 50]
+    assert [BoundarySampling().selected(count) for count in (2, 500)] == [1, 50]
+    with pytest.warns(ShortfallWarning, match=r"2 of 3 classes are too small for k 300; .* 'b' with 20 .* gets 12"):
+        BoundarySampling(k=300).check([500, 20, 30], "abc")
+    with pytest.warns(ShortfallWarning, match=r"1 of 2 .* select 200; .* gets 150"):
+        BoundarySampling(select=200).check([500, 150], "ab")
+    with pytest.raises(FaroutError, match="'b' has 1 readable image,"):
+        BoundarySampling().check([5, 1], "ab")
+
+
+def test_small_classes_are_no_matter_where_shares_are_asked_for(recwarn: pytest.WarningsRecorder) -> None:
+    BoundarySampling().check([2, 3, 5000], "abc")
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"k": 0}, {"select": 0}, {"noise": 0}, {"kept": 21, "candidates": 20}, {"points": 0}]
+)
+def test_settings_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(FaroutError, match=f"option {next(iter(wrong))} is"):
+        BoundarySampling(**wrong)
+
+
+def test_the_published_settings() -> None:
+    paper, large, inner = (DreamOOD.from_preset(name) for name in ("paper", "paper_imagenet", "inliers"))
+    lengths = [one.boundary.noise for one in (paper, large, inner)]
+    assert [length / math.sqrt(768) for length in lengths] == pytest.approx([0.07, 0.03, 0.01])
+    assert (paper.boundary.k, paper.boundary.select, paper.boundary.candidates) == (300, 50, 1500)
+    assert (paper.model.network, paper.alignment.steps, paper.alignment.batch_size) == ("resnet34", 39200, 256)
+    assert (large.boundary.select, large.alignment.batch_size) == (200, 160)
+    assert (inner.boundary.side, inner.boundary.select, inner.boundary.kept) == ("inliers", 1000, 1)
+
+
+def test_a_file_grows_by_whole_rounds(tmp_path: Path) -> None:
+    """Round by round or at once, whatever is drawn of other classes, the same points come first."""
+    index, anchor = torch.arange(100, 130), 3 * units(1)[0]
+
+    def extended(folder: Path, *wanted: int) -> dict[str, Tensor]:
+        for count in wanted:
+            extend_drawn(folder, ClassBoundary(units(30), FEW, 0, 2), index, anchor, count)
+        return read_drawn(folder)[2]
+
+    extend_drawn(tmp_path / "one", ClassBoundary(units(30), FEW, 0, 1), index, anchor, 5)
+    bit_by_bit, at_once = extended(tmp_path / "one", 1, 3, 9), extended(tmp_path / "two", 9)
+    assert len(at_once["vectors"]) == 12
+    assert all(torch.equal(bit_by_bit[name], at_once[name]) for name in at_once)
+    assert torch.allclose(at_once["vectors"].norm(dim=1), torch.full((12,), 3.0))
+    assert len(at_once["vectors"].unique(dim=0)) == 12
+    other = read_drawn(tmp_path / "one")[1]["vectors"]
+    assert not torch.equal(other[:4], at_once["vectors"][:4]), "each class has draws of its own"
+    before = (tmp_path / "one" / "00002.safetensors").stat().st_mtime_ns
+    extended(tmp_path / "one", 12)
+    assert (tmp_path / "one" / "00002.safetensors").stat().st_mtime_ns == before
+
+
+# the alignment
+
+
+def test_directions_of_classes_are_checked() -> None:
+    vectors = torch.eye(3)
+    assert torch.equal(check_directions(5 * vectors, "abc"), vectors)
+    wrong = {
+        "'a' and 'c' point the same way": torch.tensor([[1.0, 2, 0], [0, 1, 0], [2, 4, 0]]),
+        "'b' has no direction": torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 1]]),
+        "3 classes want a vector each": torch.eye(2),
+    }
+    for message, given in wrong.items():
+        with pytest.raises(FaroutError, match=message):
+            check_directions(given, "abc")
+    with pytest.raises(FaroutError, match=r"one class \(a\)"):
+        check_directions(torch.eye(1), "a")
+
+
+def test_a_classifier_of_directions_is_kept_as_any_other(tmp_path: Path) -> None:
+    directions = 10 * torch.eye(5)[:3]
+    spec = NetworkSpec("wrn16_1", 3, 1, (8, 8), space=5)
+    module = spec.build()
+    module.head.weight.data.copy_(directions)
+    classifier = Classifier.from_module(module, [0.5], [0.5], size=8, channels=1, network=spec)
+    classifier.save(tmp_path / "c")
+    again, probe = Classifier.load(tmp_path / "c"), torch.rand(4, 1, 8, 8)
+    outputs = again.outputs(probe)
+    assert again.content_hash == classifier.content_hash
+    assert torch.allclose(outputs.features.norm(dim=1), torch.ones(4))
+    assert torch.allclose(outputs.logits, 10 * outputs.features[:, :3])
+    assert not again.has_maps
+    assert not again.head.weight.requires_grad
+    assert "space" not in NetworkSpec("wrn16_1", 3).to_dict(), "hashes of other classifiers stay as they were"
+
+
+def test_alignment_brings_images_to_their_classes(images: Path, tmp_path: Path) -> None:
+    pictures(images / "b", 12, low=90, seed=9)
+    shares = []
+    for steps in (1, 30):
+        how = method(alignment=Alignment(steps=steps, batch_size=12, warmup=0))
+        made(images, tmp_path / str(steps), how, stage="align")
+        found = read_aligned(tmp_path / str(steps) / "align")
+        assert torch.allclose(found.features.norm(dim=1), torch.ones(36))
+        shares.append(float(found.told.float().mean()))
+    assert shares[0] < 0.7
+    assert shares[1] > 0.9
+    anchors = conditional().conditioning.vectors()
+    nearest = (found.features @ functional.normalize(anchors, dim=1).mT).argmax(1)
+    assert torch.equal(nearest == found.labels, found.told)
+    head = Classifier.load(tmp_path / "30" / "align" / "classifier").head.weight
+    assert torch.allclose(head, functional.normalize(anchors, dim=1) / 0.1), "the class vectors stay as they are"
+
+
+def test_a_poor_alignment_is_told(images: Path, tmp_path: Path) -> None:
+    with pytest.warns(TrapWarning, match="lie nearest to their own class's vector"):
+        made(images, tmp_path / "o", method(alignment=Alignment(steps=1, batch_size=4, warmup=0)), stage="align")
+
+
+def test_features_of_varied_images_do_not_depend_on_the_batch(images: Path, tmp_path: Path) -> None:
+    varied = Alignment(steps=2, batch_size=8, warmup=0, augmented=True)
+    for size in (1, 5):
+        runtime = Runtime(device="cpu", precision="fp32", rows=8, batch_size=size, workers=0)
+        made(images, tmp_path / str(size), method(alignment=varied), stage="align", runtime=runtime)
+    plain = Alignment(steps=2, batch_size=8, warmup=0)
+    made(images, tmp_path / "plain", method(alignment=plain), stage="align")
+    one, five, other = (read_aligned(tmp_path / name / "align").features for name in ("1", "5", "plain"))
+    assert torch.equal(one, five)
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+def test_an_interrupted_training_goes_on(images: Path, tmp_path: Path) -> None:
+    made(images, tmp_path / "whole", stage="align")
+    original, steps = rooms._step, []
+
+    def stopping(classifier: Classifier, config: ClassifierConfig) -> Any:
+        step = original(classifier, config)
+
+        def stops(*given: Any) -> Any:
+            steps.append(1)
+            if len(steps) == 3:
+                raise KeyboardInterrupt
+            return step(*given)
+
+        return stops
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rooms, "_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            made(images, tmp_path / "o", stage="align")
+        assert (tmp_path / "o" / "align" / "training").is_dir()
+        made(images, tmp_path / "o", stage="align", resume=True)
+    assert len(steps) == 5, "two updates, one that was lost, two more"
+    whole, again = (read_aligned(tmp_path / name / "align") for name in ("whole", "o"))
+    assert torch.equal(whole.features, again.features)
+    assert sorted(path.name for path in (tmp_path / "o" / "align").iterdir()) == ["classifier", "features.safetensors"]
+
+
+# the whole
+
+
+def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
+    """Classes a and c of the generator's three have images; the other is left alone."""
+    out = tmp_path / "o"
+    made(images, out, stage="align")
+    assert set(read_aligned(out / "align").labels.tolist()) == {0, 2}
+    assert Classifier.load(out / "align" / "classifier").class_names == ("a", "c")
+    assert not (out / "drawn").exists()
+    made(images, out, stage="draw", resume=True)
+    drawn = read_drawn(out / "drawn")
+    assert {label: len(each["vectors"]) for label, each in drawn.items()} == {0: 8, 2: 8}, "whole rounds"
+    anchors = conditional().conditioning.vectors()
+    for label, each in drawn.items():
+        assert torch.allclose(each["vectors"].norm(dim=1), anchors[label].norm())
+        cosines = functional.cosine_similarity(each["vectors"], anchors[label][None])
+        assert torch.allclose(each["cosine"], cosines, atol=1e-6)
+    assert not (out / "images").exists()
+    manifest = made(images, out, resume=True).manifest()
+    assert manifest["class_name"].tolist() == ["a", "c"] * 4 + ["a"]
+    order = [drawn[label]["distance"][place] for place in range(4) for label in (0, 2)] + [drawn[0]["distance"][4]]
+    assert manifest["distance"].tolist() == pytest.approx([float(each) for each in order])
+    assert {"boundary_distance", "cosine"} <= set(manifest.columns)
+    assert [key[0] for key in manifest["source"]] == manifest["class_name"].tolist(), "images of the same class"
+
+
+def test_a_longer_run_draws_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(images, tmp_path / "whole", stage="draw", count=20)
+    made(images, tmp_path / "o", stage="draw", count=4)
+    first = read_drawn(tmp_path / "o" / "drawn")
+    extend, done = dream_ood.extend_drawn, []
+
+    def stops(*given: Any) -> None:
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        extend(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dream_ood, "extend_drawn", stops)
+        with pytest.raises(KeyboardInterrupt):
+            made(images, tmp_path / "o", stage="draw", count=20, resume=True)
+    made(images, tmp_path / "o", stage="draw", count=20, resume=True)
+    whole, again = (read_drawn(tmp_path / name / "drawn") for name in ("whole", "o"))
+    for label, each in whole.items():
+        assert all(torch.equal(each[name], again[label][name]) for name in each)
+        assert torch.equal(first[label]["vectors"], each["vectors"][: len(first[label]["vectors"])])
+
+
+def test_the_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(
+        "farout.outliers._decoding.decode",
+        lambda sampler, vectors, noises: seen.append(vectors) or torch.zeros(len(vectors), 1, 8, 8),
+    )
+    made(images, tmp_path / "o", count=4)
+    drawn = read_drawn(tmp_path / "o" / "drawn")
+    expected = [drawn[label]["vectors"][place] for place in (0, 1) for label in (0, 2)]
+    assert torch.equal(seen[0], torch.stack(expected))
+
+
+def alike() -> DiffusionModel:
+    """A generator that does not tell two of its classes apart."""
+    model = conditional()
+    table = model.conditioning._weight.data
+    table[2] = 2 * table[0]
+    return model
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(images: Path, tmp_path: Path) -> None:
+    single = pictures(tmp_path / "single" / "a", 5).parent
+    lonely = pictures(tmp_path / "lonely" / "a", 5).parent
+    pictures(lonely / "b", 1)
+    wrong: list[tuple[Path, dict[str, Any], str]] = [
+        (single, {}, r"one class \(a\)"),
+        (lonely, {}, "'b' has 1 readable image,"),
+        (images, {"diffusion": alike()}, "'a' and 'c' point the same way"),
+    ]
+    for source, settings, message in wrong:
+        with pytest.raises(FaroutError, match=message):
+            made(source, tmp_path / "o", **settings)
+    assert not (tmp_path / "o").exists()
+
+
+def test_directions_of_another_space_are_refused(images: Path, tmp_path: Path) -> None:
+    made(images, tmp_path / "o", stage="align")
+    path = tmp_path / "o" / "align" / "features.safetensors"
+    found = store.load_tensors(path)
+    store.save_tensors(path, {**found, "feature": found["feature"][:, :7]})
+    with pytest.raises(StoreError, match="7 dimensions, the generator's class vectors have 32"):
+        made(images, tmp_path / "o", stage="draw", resume=True)
+
+
+def test_other_settings_are_refused_with_the_difference(images: Path, tmp_path: Path) -> None:
+    made(images, tmp_path / "o", stage="align")
+    for settings, name in (
+        ({"boundary": BoundarySampling(filter="published")}, r"boundary\.filter"),
+        ({"alignment": Alignment(steps=5, batch_size=8, warmup=0)}, r"alignment\.steps"),
+    ):
+        with pytest.raises(StoreError, match=name):
+            made(images, tmp_path / "o", method(**settings), resume=True)
+
+
+@pytest.mark.parametrize("name", sorted(registry.members("outliers")))
+def test_flags_have_the_defaults_of_the_method(name: str) -> None:
+    kind = registry.find("outliers", name).load()
+    words = [name, "images", "--diffusion", "model", "--out", "out"]
+    for preset in (None, *kind.presets):
+        wanted = kind() if preset is None else kind.from_preset(preset)
+        call: Any = parse("synthesize", "synthesize", [*words, *([] if preset is None else ["--preset", preset])])
+        assert call.keywords["arguments"] == wanted.config
+
+
+def test_the_command_and_its_page(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conditional().save(tmp_path / "model")
+    words = ["synthesize", "dream_ood", str(images), "--diffusion", str(tmp_path / "model"), "--count", "4"]
+    words += ["--alignment.steps", "3", "--alignment.batch-size", "8", "--boundary.candidates", "9", "--steps", "2"]
+    out = tmp_path / "o"
+    assert main([*words, "--stage", "align", "--out", str(out)]) == 0, capsys.readouterr().err
+    page = (out / "page.html").read_text()
+    assert "24 images became directions of the class space" in page
+    assert "<img" not in page
+    assert main([*words, "--resume", "--out", str(out)]) == 0, capsys.readouterr().err
+    assert len(list((out / "images").rglob("*.png"))) == 4
+    page = (out / "page.html").read_text()
+    assert page.count("<img") == 1 + 2 * 4 + 4, "a histogram, four images and two outliers of each class"
+    assert "Medians: training" in page
+    assert "http" not in page

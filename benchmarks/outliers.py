@@ -1,0 +1,248 @@
+"""Classifiers that learn from made outliers beside the same classifier without: held-out classes, other sets, artefacts.
+
+    FAROUT_DATA=… python benchmarks/outliers.py make work/ --networks networks/ --images 800 --count 1000
+    FAROUT_DATA=… python benchmarks/outliers.py train work/ --networks networks/ --seeds 0 1 2 3 4 --out rows.csv
+    python benchmarks/outliers.py table --out rows.csv
+
+Two classes of FashionMNIST are out (the first split of denoising.py, whose diffusion model is the generator); the
+others train the classifiers. The score is the energy. `round trip` is the artefact probe: in-distribution test images
+against the generator's reconstructions of them, where 0.5 means that being generated gives nothing away. What is in
+`work/` or in the file of rows is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from common import auroc_cell, machine, table
+from denoising import Split, spec
+
+from farout.classifiers.exposure import Exposure, Loss
+from farout.classifiers.model import Classifier
+from farout.classifiers.train import PRESETS, ClassifierConfig, accuracy_on, train_classifier
+from farout.evaluation.intervals import paired_difference
+from farout.evaluation.metrics import evaluate
+from farout.images.sources import ImageSource, batches, open_source
+from farout.outliers.base import Synthesiser
+from farout.outliers.class_noise import ClassNoise
+from farout.outliers.dream_ood import DreamOOD
+from farout.outliers._embedding import Inversion
+from farout.outliers._manifold import ManifoldConfig
+from farout.outliers.ncis import NCIS
+from farout.outliers.reconstruct import reconstruct
+from farout.training import TrainingConfig
+
+NONE = "none"
+INVERSION = Inversion(steps=10, draws=8, stratified=True)
+DECODING: dict[str, Any] = {"steps": 10}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a classifier learns from beside its images: outliers of a synthesiser, by folder; reconstructions."""
+
+    loss: Loss = "energy"
+    outliers: str | None = None
+    reconstructions: bool = False
+
+
+CASES = {
+    NONE: Case("cross_entropy"),
+    "ncis": Case(outliers="ncis"),
+    "dream_ood": Case(outliers="dream_ood"),
+    "class_noise": Case(outliers="class_noise"),
+    "vos": Case("vos"),
+    "ncis + reconstructions": Case(outliers="ncis", reconstructions=True),
+    "ncis, temperature 4": Case(outliers="hot"),
+    "ncis, linear": Case(outliers="linear"),
+}
+
+
+def ncis(**manifold: Any) -> NCIS:
+    """Held-out vectors choose the shrinkage: there are fewer of a class than dimensions."""
+    return NCIS(
+        inversion=INVERSION, manifold=ManifoldConfig(regularization="held_out", held_out=0.2, **manifold), **DECODING
+    )
+
+
+def synthesisers() -> dict[str, Synthesiser]:
+    """By folder."""
+    return {
+        "ncis": ncis(),
+        "class_noise": ClassNoise(**DECODING),
+        "dream_ood": DreamOOD(**DECODING),
+        "hot": ncis(temperature=4.0),
+        "linear": ncis(map="linear"),
+    }
+
+
+def make(split: Split, work: Path, images: int, count: int, test: int) -> None:
+    """The outliers of every method, and the reconstructions of training and of test images."""
+    for name, method in synthesisers().items():
+        started = time.perf_counter()
+        if isinstance(method, NCIS) and name != "ncis" and not (work / name).is_dir():
+            (work / name).mkdir(parents=True)
+            shutil.copytree(work / "ncis" / "embeddings", work / name / "embeddings")
+        limit = images if isinstance(method, NCIS) else None
+        done = method.synthesize(
+            split.train, work / name, count=count, diffusion=split.diffusion, limit=limit, resume=True
+        )
+        told = accuracy_on(split.classifier, done.source())
+        seconds = time.perf_counter() - started
+        print(f"{name}: {done.made} made in {seconds:.0f} s, {told:.2f} taken for their class", flush=True)
+    for name, source in {"train": open_source(split.train, limit=count), "test": inside(split, test)}.items():
+        again = reconstruct(source, split.diffusion, work / f"again-{name}", resume=True)
+        told = accuracy_on(split.classifier, again.source())
+        print(f"reconstructions of {len(source)} {name} images, {told:.2f} taken for their class", flush=True)
+
+
+def inside(split: Split, count: int) -> ImageSource:
+    """In-distribution test images."""
+    return open_source(spec("test", split.inside), limit=count)
+
+
+def sets(split: Split, work: Path, count: int) -> dict[str, ImageSource]:
+    """Test images: `id` first."""
+    return {
+        "id": inside(split, count),
+        "other classes": open_source(spec("test", split.out), limit=count),
+        "mnist": open_source("mnist:test", limit=count),
+        "cifar10": open_source("cifar10:test", limit=count),
+        "round trip": open_source(work / "again-test"),
+    }
+
+
+def train(split: Split, work: Path, seed: int, case: Case, steps: int) -> Classifier:
+    """A classifier with what it learns from, trained from scratch."""
+    recipe = PRESETS["ncis_tiny"]
+    return train_classifier(
+        split.train,
+        work / "classifiers" / f"{case.outliers or case.loss}{'-again' * case.reconstructions}-{seed}",
+        model=ClassifierConfig(**recipe["model"]),
+        training=TrainingConfig(**{**recipe["training"], "steps": steps, "batch_size": 64}),
+        exposure=Exposure(loss=case.loss),
+        outliers=str(work / case.outliers) if case.outliers else None,
+        reconstructions=str(work / "again-train") if case.reconstructions else None,
+        seed=seed,
+    )
+
+
+def energies(classifier: Classifier, source: ImageSource) -> np.ndarray:
+    """-logsumexp of the logits, an image each: higher is further out."""
+    found = [
+        -classifier.outputs(batch.images, 64).logits.logsumexp(1)
+        for batch in batches(source, classifier.preprocessing, 64)
+    ]
+    return torch.cat(found).double().numpy()
+
+
+def rated(scores: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+    """A row for each set, with the lead over the classifier that learns from nothing else."""
+    for ood in list(scores)[1:]:
+        same = np.arange(len(scores["id"]))
+        groups = (same, same[: len(scores[ood])]) if ood == "round trip" else None
+        found = evaluate(scores["id"], scores[ood], groups=groups)
+        gap = paired_difference((scores["id"], scores[ood]), (base["id"], base[ood]), groups=groups)
+        yield {
+            **{"ood": ood, "auroc": found.auroc, "low": found.auroc_low, "high": found.auroc_high},
+            **{"fpr95": found.fpr95, "n_id": found.n_id, "n_ood": found.n_ood},
+            **{"difference": gap.value, "difference_low": gap.low, "difference_high": gap.high},
+        }
+
+
+def run(split: Split, work: Path, seeds: list[int], steps: int, count: int, out: Path) -> None:
+    """Trains and rates what the file lacks, seed by seed."""
+    for seed in seeds:
+        base: dict[str, np.ndarray] = {}
+        for name, case in CASES.items():
+            if known(out, seed, name) and name != NONE:
+                continue
+            folder = work / "classifiers" / f"{case.outliers or case.loss}{'-again' * case.reconstructions}-{seed}"
+            started = time.perf_counter()
+            classifier = Classifier.load(folder) if folder.is_dir() else train(split, work, seed, case, steps)
+            seconds = time.perf_counter() - started
+            scores = {each: energies(classifier, source) for each, source in sets(split, work, count).items()}
+            base = base or scores
+            rows = pd.DataFrame(rated(scores, base)).assign(case=name, seed=seed, steps=steps, seconds=seconds)
+            rows["accuracy"] = accuracy_on(classifier, open_source(spec("test", split.inside)))
+            if not known(out, seed, name):
+                rows.to_csv(out, mode="a", header=not out.is_file(), index=False)
+            areas = [f"{ood} {area:.3f}" for ood, area in zip(rows.ood, rows.auroc)]
+            print(seed, name, f"{seconds:.0f} s", f"accuracy {rows.accuracy[0]:.3f}", *areas, flush=True)
+
+
+def known(out: Path, seed: int, case: str) -> bool:
+    """Whether the file has these rows."""
+    if not out.is_file():
+        return False
+    done = pd.read_csv(out)
+    return bool(((done["seed"] == seed) & (done["case"] == case)).any())
+
+
+def summary(rows: pd.DataFrame) -> str:
+    """AUROC, FPR95 and the lead over `none` by set, means over seeds."""
+    counts = (
+        f"{rows['seed'].nunique()} seeds, {rows['steps'].iloc[0]} updates, n = {rows['n_id'].max()} in; {machine()}"
+    )
+    return "\n\n".join([counts, by_set(rows, auroc_cell), by_set(rows, fpr95_cell), by_set(rows, lead_cell)])
+
+
+def by_set(rows: pd.DataFrame, cell: Any) -> str:
+    """A table of one cell for each case and set."""
+    oods = list(dict.fromkeys(rows["ood"]))
+    lines = [
+        [name, f"{each.groupby('seed')['accuracy'].first().mean():.3f}", *(cell(each[each["ood"] == o]) for o in oods)]
+        for name, each in rows.groupby("case", sort=False)
+    ]
+    return table(["learns from", "accuracy", *oods], lines)
+
+
+def fpr95_cell(rows: pd.DataFrame) -> str:
+    """Mean over seeds."""
+    return f"{rows['fpr95'].mean():.2f}"
+
+
+def lead_cell(rows: pd.DataFrame) -> str:
+    """Mean lead over seeds, its range, and in how many seeds the interval excludes zero, ahead and behind."""
+    lead = rows["difference"]
+    ahead, behind = int((rows["difference_low"] > 0).sum()), int((rows["difference_high"] < 0).sum())
+    return f"{lead.mean():+.3f} ({lead.min():+.3f} to {lead.max():+.3f}) +{ahead} -{behind}"
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["make", "train", "table"])
+    parser.add_argument("work", type=Path, nargs="?", help="folder of outliers, reconstructions and classifiers")
+    parser.add_argument("--networks", type=Path, help="folder of denoising.py's networks, trained where missing")
+    parser.add_argument("--images", type=int, default=800, help="images that NCIS embeds, all classes together")
+    parser.add_argument("--count", type=int, default=1000, help="outliers of each method")
+    parser.add_argument("--test", type=int, default=500, help="test images of a set")
+    parser.add_argument("--steps", type=int, default=400, help="updates of a classifier")
+    parser.add_argument("--diffusion-steps", type=int, default=1500, help="updates of the diffusion model")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if given.what == "table":
+        print(summary(pd.read_csv(given.out)))
+        return
+    split = Split(0, given.networks, given.diffusion_steps)
+    if given.what == "make":
+        make(split, given.work, given.images, given.count, given.test)
+    else:
+        run(split, given.work, given.seeds, given.steps, given.test, given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Classifiers that learn from made outliers beside the same classifier without: held-out classes, other sets, artefacts.
+"""Classifiers that learn from made outliers beside the same classifier without: held-out classes, other sets.
 
     FAROUT_DATA=… python benchmarks/outliers.py make work/ --networks networks/ --images 800 --count 1000
     FAROUT_DATA=… python benchmarks/outliers.py train work/ --networks networks/ --seeds 0 1 2 3 4 --out rows.csv
@@ -33,11 +33,11 @@ from farout.classifiers.train import PRESETS, ClassifierConfig, accuracy_on, tra
 from farout.evaluation.intervals import paired_difference
 from farout.evaluation.metrics import evaluate
 from farout.images.sources import ImageSource, batches, open_source
-from farout.outliers.base import Synthesiser
-from farout.outliers.class_noise import ClassNoise
-from farout.outliers.dream_ood import DreamOOD
 from farout.outliers._embedding import Inversion
 from farout.outliers._manifold import ManifoldConfig
+from farout.outliers.base import Synthesiser, Work
+from farout.outliers.class_noise import ClassNoise
+from farout.outliers.dream_ood import DreamOOD
 from farout.outliers.ncis import NCIS
 from farout.outliers.reconstruct import reconstruct
 from farout.training import TrainingConfig
@@ -68,11 +68,23 @@ CASES = {
 }
 
 
+class Variant(NCIS):
+    """NCIS with the embeddings of a sibling folder, which all variants share."""
+
+    def _embed(self, work: Work) -> None:
+        there, here = work.folder.parent / "embeddings", work.folder / "embeddings"
+        if not there.is_dir():
+            super()._embed(work)
+            shutil.copytree(here, there)
+        elif not here.is_dir():
+            shutil.copytree(there, here)
+        super()._embed(work)
+
+
 def ncis(**manifold: Any) -> NCIS:
     """Held-out vectors choose the shrinkage: there are fewer of a class than dimensions."""
-    return NCIS(
-        inversion=INVERSION, manifold=ManifoldConfig(regularization="held_out", held_out=0.2, **manifold), **DECODING
-    )
+    how = ManifoldConfig(regularization="held_out", held_out=0.2, **manifold)
+    return Variant(inversion=INVERSION, manifold=how, **DECODING)
 
 
 def synthesisers() -> dict[str, Synthesiser]:
@@ -90,9 +102,6 @@ def make(split: Split, work: Path, images: int, count: int, test: int) -> None:
     """The outliers of every method, and the reconstructions of training and of test images."""
     for name, method in synthesisers().items():
         started = time.perf_counter()
-        if isinstance(method, NCIS) and name != "ncis" and not (work / name).is_dir():
-            (work / name).mkdir(parents=True)
-            shutil.copytree(work / "ncis" / "embeddings", work / name / "embeddings")
         limit = images if isinstance(method, NCIS) else None
         done = method.synthesize(
             split.train, work / name, count=count, diffusion=split.diffusion, limit=limit, resume=True

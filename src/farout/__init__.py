@@ -19,6 +19,8 @@ _HOMES = {
     "Posthoc": "farout.detectors.posthoc",
     "Preprocessing": "farout.images.preprocessing",
     "Reconstruction": "farout.detectors.reconstruction",
+    "SDEdit": "farout.outliers.sdedit",
+    "SONA": "farout.outliers.sona",
     "Scores": "farout.detectors.base",
     "Semantic": "farout.detectors.semantic",
     "load": "farout.detectors.base",

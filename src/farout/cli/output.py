@@ -139,7 +139,7 @@ def _sampled(done: SampledFolder) -> None:
 def _synthesized(done: OutlierFolder) -> None:
     more = f", {done.asked} asked for" * (done.images != done.asked)
     print(f"{done.images} outliers, {done.made} made now{more}")
-    for path in (done.folder / "images", done.folder / "manifest.csv", done.folder / "page.html"):
+    for path in (done.folder / each for each in ("images", "manifest.csv", "quality.csv", "page.html")):
         if path.exists():
             print(f"  {path}")
 

@@ -149,6 +149,11 @@ class DiffusionModel:
         left, right, top, bottom = self._padding(height, width)
         return (int(self.network.config["in_channels"]), height + top + bottom, width + left + right)
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the noise that `encode` takes: of the autoencoder's latents, before they are padded."""
+        return (self.shape[0], *self._inner_size())
+
     # -- identity ------------------------------------------------------------------------------------------------
 
     @property

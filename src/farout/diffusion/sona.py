@@ -1,6 +1,6 @@
 """Guidance of SONA: takes an image's class out, puts another in, and keeps what belongs to neither.
 
-Yoon et al., "Semantic outlier generation via nuisance awareness" (SONA), AAAI 2025, arXiv 2408.14841; a form of SEGA
+SONA, semantic outlier generation via nuisance awareness (Yoon et al., AAAI 2025, arXiv 2408.14841), is a form of SEGA
 (Brack et al. 2023). Where the class changes the predicted noise most, an image shows its class; where it changes it
 least, background, light and texture.
 """

@@ -239,7 +239,7 @@ def test_what_cannot_work_is_refused(images: Any, tmp_path: Path, monkeypatch: p
     ):
         with pytest.raises(FaroutError, match=message):
             Inversion(**settings)
-    with pytest.raises(FaroutError, match="levels want 1 to 1000"):
+    with pytest.raises(FaroutError, match="steps want 1 to 1000"):
         Inverter(conditional(), Inversion(levels=2000), 0, runtime())
     nothing = (torch.full((12, 32), float("nan")), torch.zeros(12, 3))
     monkeypatch.setattr(_embedding.Inverter, "__call__", lambda *given: nothing)

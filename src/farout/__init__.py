@@ -21,6 +21,8 @@ _HOMES = {
     "Preprocessing": "farout.images.preprocessing",
     "Prompts": "farout.diffusion.prompts",
     "Reconstruction": "farout.detectors.reconstruction",
+    "SDEdit": "farout.outliers.sdedit",
+    "SONA": "farout.outliers.sona",
     "Scores": "farout.detectors.base",
     "Semantic": "farout.detectors.semantic",
     "load": "farout.detectors.base",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from farout.classifiers.losses import ClassifierLoss, EnergyHead, uniform_cross_entropy
+from farout.classifiers.losses import ClassifierLoss, EnergyHead, mutual_information, uniform_cross_entropy
 from farout.classifiers.model import Classifier
-from farout.classifiers.outliers import ExposedImages, OutlierImages, Reconstructions, Resize, check_outliers
+from farout.classifiers.outliers import (
+    ExposedImages,
+    OutlierImages,
+    Reconstructions,
+    Resize,
+    check_outliers,
+    partners_of,
+)
 from farout.classifiers.virtual import VirtualOutliers
 from farout.data_order import seed_of
 from farout.errors import FaroutError
@@ -26,10 +33,12 @@ __all__ = ["OUTLIER", "Exposed", "Exposure", "Loss", "Outside", "known_classes"]
 OUTLIER = "(outlier)"
 """Name of the class that `k+1` adds, the last one; no folder is called that."""
 
-Loss = Literal["energy", "oe", "k+1", "vos", "cross_entropy"]
+Loss = Literal["energy", "oe", "k+1", "vos", "sona", "cross_entropy"]
+Mutual = Literal["reference", "normalised", "off"]
 
 _OWN: dict[Loss, tuple[float, float]] = {
-    "energy": (1.0, 0.0), "oe": (0.5, 0.0), "k+1": (1.0, 0.0), "vos": (0.1, 0.4), "cross_entropy": (0.0, 0.0)
+    "energy": (1.0, 0.0), "oe": (0.5, 0.0), "k+1": (1.0, 0.0), "sona": (0.5, 0.0), "vos": (0.1, 0.4),
+    "cross_entropy": (0.0, 0.0),
 }  # fmt: skip
 """The weight and the start of each loss in its paper; NCIS's for `energy`, ours for `k+1`."""
 
@@ -44,9 +53,10 @@ class Exposure:
     Args:
         loss: `energy`: the energy regulariser (see `EnergyHead`; NCIS and Dream-OOD); `oe`: outliers are taught the
             uniform distribution (Hendrycks et al. 2019); `k+1`: outliers are one class more, whose logit the classifier
-            keeps; `vos`: the energy regulariser on virtual outliers (see `VirtualOutliers`), without images of any;
-            `cross_entropy`: nothing. None: `energy` where there are outliers, else `cross_entropy`.
-        weight: of the loss outside; None: 1 for energy and k+1, 0.5 for oe, 0.1 for vos.
+            keeps; `sona`: as `oe`, with a penalty on what features of images and outliers have in common (see
+            `mutual_information`); `vos`: the energy regulariser on virtual outliers (see `VirtualOutliers`), without
+            images of any; `cross_entropy`: nothing. None: `energy` where there are outliers, else `cross_entropy`.
+        weight: of the loss outside; None: 1 for energy and k+1, 0.5 for oe and sona, 0.1 for vos.
         start: share of the training before it counts; None: 0.4 for vos, else 0.
         temperature: T of the energies, of energy and vos.
         hidden: units in the head of energy and vos; 0: it is linear.
@@ -54,6 +64,11 @@ class Exposure:
         resize: kernel for outliers and reconstructions larger than the images: `both` (nearest or bilinear, drawn for
             each sample), `bilinear`, `nearest`, or `bicubic` as images are.
         reconstructed: share of the images whose place reconstructions take, where there are any.
+        mutual: the penalty of sona: `reference`, as published; `normalised`, a mutual information that does not change
+            with the features' scale; `off`: none.
+        mutual_weight: its weight.
+        paired: each image is seen with outliers that were made of it, as the manifest of their folder tells; without,
+            with any.
         queue: features kept of each class, of vos.
         draws: samples of each class that vos takes the least likely of.
         select: how many of them.
@@ -67,6 +82,9 @@ class Exposure:
     limit: int | None = None
     resize: Resize = "both"
     reconstructed: float = 0.5
+    mutual: Mutual = "reference"
+    mutual_weight: float = 0.7
+    paired: bool = False
     queue: int = 1000
     draws: int = 10000
     select: int = 1
@@ -86,6 +104,8 @@ class Exposure:
             ("hidden", self.hidden >= 0, "0 or more"),
             ("limit", self.limit is None or self.limit >= 1, "None or 1 or more"),
             ("reconstructed", 0 <= self.reconstructed <= 1, "a share in [0, 1]"),
+            ("mutual", self.mutual in get_args(Mutual), ", ".join(get_args(Mutual))),
+            ("mutual_weight", 0 <= self.mutual_weight < float("inf"), "0 or more"),
             ("queue", self.queue >= 2, "2 or more"),
             ("draws", self.draws >= 1, "1 or more"),
             ("select", 1 <= self.select <= self.draws, f"1 to draws ({self.draws})"),
@@ -100,7 +120,7 @@ class Exposure:
         Raises FaroutError where the loss wants outliers and there are none, or has no use for those that there are.
         """
         loss: Loss = self.loss or ("energy" if outliers else "cross_entropy")
-        wanted = loss in ("energy", "oe", "k+1")
+        wanted = loss in ("energy", "oe", "k+1", "sona")
         if wanted and not outliers:
             raise FaroutError(
                 f"the loss {loss} learns from images that lie outside the distribution; give some (farout train "
@@ -108,6 +128,10 @@ class Exposure:
             )
         if outliers and not wanted:
             raise FaroutError(f"the loss {loss} does not look at outliers; leave them out, or give --loss energy")
+        if self.paired and not outliers:
+            raise FaroutError(
+                "paired images are seen with outliers that were made of them, and there are none; give some"
+            )
         weight, start = _OWN[loss]
         return replace(
             self,
@@ -149,7 +173,7 @@ class Exposed(nn.Module):
 
     def losses(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """In training `loss`, `accuracy` of the images and `outside`, the loss outside before its weight (0 where it
-        does not count yet); in validation those of the images.
+        does not count yet), with sona's penalty also `mutual`; in validation those of the images.
 
         Args:
             images: normalised (B + M, C, H, W), the last M of them outliers.
@@ -164,18 +188,41 @@ class Exposed(nn.Module):
         if self.virtual is not None:
             found, outside = self._with_virtual(self.virtual, images, labels, generator, begun)
         elif begun:
-            logits = self.network(images)
+            logits, features = self._passed(images)
             found = self.inside(logits[:count], labels)
             outside = self._outside(logits[:count], logits[count:])
+            if self.exposure.loss == "sona" and self.exposure.mutual != "off":
+                return self._with_mutual(found, outside, features[:count], features[count:])
         else:
             found = self.inside(self.network(images[:count]), labels)
             outside = torch.zeros_like(found["loss"])
         return {**found, "loss": found["loss"] + self.exposure.weight * outside, "outside": outside}
 
+    def _passed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and features (the input of the last layer), from one pass."""
+        head, seen = self.network.get_submodule(self.head_name), list[Tensor]()
+        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            return self.network(images), seen[0]
+        finally:
+            handle.remove()
+
+    def _with_mutual(
+        self, found: dict[str, Tensor], outside: Tensor, inner: Tensor, outer: Tensor
+    ) -> dict[str, Tensor]:
+        if bool((inner < 0).any()):
+            raise FaroutError(
+                "the penalty of the loss sona wants features that are not negative, and this network's are; give "
+                "--exposure.mutual off, or a network whose features come from a ReLU"
+            )
+        mutual = mutual_information(inner, outer, normalised=self.exposure.mutual == "normalised")
+        loss = found["loss"] + self.exposure.weight * outside + self.exposure.mutual_weight * mutual
+        return {**found, "loss": loss, "outside": outside, "mutual": mutual}
+
     def _outside(self, inner: Tensor, outer: Tensor) -> Tensor:
         if self.energy is not None:
             return self.energy(inner, outer)
-        if self.exposure.loss == "oe":
+        if self.exposure.loss in ("oe", "sona"):
             return uniform_cross_entropy(outer)
         last = torch.full((len(outer),), outer.shape[1] - 1, device=outer.device)
         return functional.cross_entropy(outer, last)
@@ -183,17 +230,13 @@ class Exposed(nn.Module):
     def _with_virtual(
         self, virtual: VirtualOutliers, images: Tensor, labels: Tensor, generator: torch.Generator, begun: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
-        head, seen = self.network.get_submodule(self.head_name), list[Tensor]()
-        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            logits = self.network(images)
-        finally:
-            handle.remove()
+        logits, features = self._passed(images)
         found = self.inside(logits, labels)
-        virtual.remember(seen[0], labels)
+        virtual.remember(features, labels)
         if not (begun and virtual.full):
             return found, torch.zeros_like(found["loss"])
-        outer = head(virtual.draw(generator).to(seen[0].dtype))
+        head = self.network.get_submodule(self.head_name)
+        outer = head(virtual.draw(generator).to(features.dtype))
         return found, self._outside(logits, outer)
 
 
@@ -205,11 +248,13 @@ class Outside:
         exposure: how; resolved.
         outliers: images that lie outside the distribution.
         reconstructions: images of the classes that a generator has made again, with labels.
+        made_of: key of each outlier -> key of the image that it was made of, where they are to be paired.
     """
 
     exposure: Exposure
     outliers: ImageSource | None = None
     reconstructions: ImageSource | None = None
+    made_of: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -217,7 +262,13 @@ class Outside:
         return (OUTLIER,) if self.exposure.loss == "k+1" else ()
 
     def beside(
-        self, images: Dataset[Any], names: Sequence[str], hashes: Collection[str], how: Preprocessing, seed: int
+        self,
+        images: Dataset[Any],
+        names: Sequence[str],
+        hashes: Collection[str],
+        how: Preprocessing,
+        seed: int,
+        keys: Sequence[str] = (),
     ) -> Dataset[Any]:
         """Items (image, class number) with the outliers and reconstructions that go with them.
 
@@ -227,18 +278,21 @@ class Outside:
             hashes: content hashes of the images, which outliers must not be among.
             how: the classifier's preprocessing.
             seed: of their order.
+            keys: of the items, where outliers are to be paired with them.
 
-        Raises FaroutError for outliers that are such images, SourceError for reconstructions of other classes.
+        Raises FaroutError for outliers that are such images, and where an image is to be paired and no outlier was made
+        of it; SourceError for reconstructions of other classes.
         """
         if self.outliers is None and self.reconstructions is None:
             return images
-        again = outliers = None
+        again = outliers = partners = None
         if self.reconstructions is not None:
             again = Reconstructions(self.reconstructions, names, how, self.exposure.resize)
         if self.outliers is not None:
             check_outliers(self.outliers, hashes, how)
+            partners = partners_of(keys, self.outliers, self.made_of) if self.exposure.paired else None
             outliers = OutlierImages(self.outliers, how, self.exposure.resize)
-        return ExposedImages(images, seed, outliers, again, self.exposure.reconstructed)
+        return ExposedImages(images, seed, outliers, again, self.exposure.reconstructed, partners)
 
     def learner(self, module: nn.Module, head: str, inside: ClassifierLoss, training: TrainingConfig) -> nn.Module:
         """What is trained: the network itself, or with it what the loss wants; its weights are drawn by the seed."""

@@ -11,7 +11,17 @@ from torch.nn import functional
 
 from farout.errors import FaroutError
 
-__all__ = ["ClassifierLoss", "CrossEntropy", "EnergyHead", "accuracy", "free_energy", "uniform_cross_entropy"]
+__all__ = [
+    "ClassifierLoss",
+    "CrossEntropy",
+    "EnergyHead",
+    "accuracy",
+    "free_energy",
+    "mutual_information",
+    "uniform_cross_entropy",
+]
+
+_EPS = 1e-8
 
 
 class ClassifierLoss(Protocol):
@@ -86,6 +96,27 @@ def uniform_cross_entropy(logits: Tensor) -> Tensor:
     """
     logits = logits.float()
     return (logits.logsumexp(1) - logits.mean(1)).mean()
+
+
+def mutual_information(inside: Tensor, outside: Tensor, *, normalised: bool = False) -> Tensor:
+    """The penalty of SONA (Yoon et al. 2025, 2408.14841) on what features of images and of outliers tell of each other.
+
+    With J the mean over pairs of outer(x, y) / sum(outer(x, y)), which sums to 1, and P = outer(mean x, mean y), it is
+    sum(J log(J / (P + eps) + eps)), eps = 1e-8. J is one product of two matrices. P as published does not sum to 1: the
+    penalty then is, but for a hundredth or less, -log of the features' sums: it makes features larger.
+
+    Args:
+        inside: features of images (B, D), none negative.
+        outside: of the outliers that go with them, one each (B, D).
+        normalised: P is the product of J's own marginals; the penalty then is their mutual information, at least 0, and
+            does not change with the features' scale.
+    """
+    with torch.autocast(inside.device.type, enabled=False):
+        given = [inside.float(), outside.float()]
+        shares = [each / each.sum(1, keepdim=True).clamp(min=_EPS) for each in given]
+        joint = shares[0].T @ shares[1] / len(inside)
+        means = [each.mean(0) for each in (shares if normalised else given)]
+        return (joint * (joint / (torch.outer(*means) + _EPS) + _EPS).log()).sum()
 
 
 @torch.no_grad()

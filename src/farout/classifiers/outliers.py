@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ __all__ = [
     "check_outliers",
     "open_outliers",
     "originals",
+    "partners_of",
+    "read_made_of",
 ]
 
 Resize = Literal["both", "bilinear", "nearest", "bicubic"]
@@ -69,6 +71,44 @@ def originals(images: str | Path, source: ImageSource) -> tuple[str | None, ...]
     with path.open(newline="", encoding="utf-8") as file:
         told = {row["key"]: row.get("source_hash") for row in csv.DictReader(file)}
     return tuple(told.get(key) or None for key in source.keys)
+
+
+def read_made_of(folder: str | Path) -> dict[str, str]:
+    """Key of each outlier -> key of the image that it was made of, of a folder as a synthesiser writes it.
+
+    Raises SourceError for another folder, and for outliers that were made of no image.
+    """
+    manifest = Path(folder) / "manifest.csv"
+    if not _is_made(Path(folder)) or not manifest.is_file():
+        raise SourceError(
+            f"{folder} does not tell which image an outlier was made of; give a folder that `farout synthesize` wrote, "
+            "or leave the pairing out"
+        )
+    with manifest.open(newline="", encoding="utf-8") as file:
+        found = {row["key"]: row["source"] for row in csv.DictReader(file)}
+    if not all(found.values()):
+        raise SourceError(
+            f"the outliers of {folder} were made of no single image (see its manifest); leave the pairing out"
+        )
+    return found
+
+
+def partners_of(keys: Sequence[str], outliers: ImageSource, made_of: Mapping[str, str]) -> list[list[int]]:
+    """Of each image, by key, the places of the outliers that were made of it.
+
+    Raises FaroutError where there is none for some image.
+    """
+    found: dict[str, list[int]] = {key: [] for key in keys}
+    for place, key in enumerate(outliers.keys):
+        if made_of.get(key) in found:
+            found[made_of[key]].append(place)
+    alone = [key for key, places in found.items() if not places]
+    if alone:
+        raise FaroutError(
+            f"no outlier of {outliers.name} was made of {len(alone)} of the {len(keys)} images, such as {alone[0]}; "
+            "make more of them of the same source (--count, --resume), or leave the pairing out"
+        )
+    return [found[key] for key in keys]
 
 
 def check_outliers(outliers: ImageSource, hashes: Collection[str], preprocessing: Preprocessing) -> None:
@@ -165,6 +205,7 @@ class ExposedImages(Dataset[tuple[Tensor, ...]]):
         outliers: None: items stay pairs.
         reconstructions: items (image, class number) that take the place of images.
         reconstructed: at this share of the positions, drawn from torch's generator.
+        partners: of each image, the places of the outliers that it is seen with, in turn; None: with any.
     """
 
     def __init__(
@@ -174,8 +215,9 @@ class ExposedImages(Dataset[tuple[Tensor, ...]]):
         outliers: OutlierImages | None = None,
         reconstructions: Reconstructions | None = None,
         reconstructed: float = 0.0,
+        partners: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self.images = images
+        self.images, self.partners = images, partners
         self.outliers = None if outliers is None else _Stream(outliers, seed_of(seed, "outliers"))
         again = None if reconstructions is None else _Stream(reconstructions, seed_of(seed, "reconstructions"))
         self.reconstructions, self.reconstructed = again, reconstructed
@@ -187,7 +229,12 @@ class ExposedImages(Dataset[tuple[Tensor, ...]]):
         """Image (C, H, W), class number and, where there are any, outlier (C, H, W) at a position of the stream."""
         again = self.reconstructions is not None and float(torch.rand(())) < self.reconstructed
         item = self.reconstructions[position] if again and self.reconstructions is not None else self.images[index]
-        return item if self.outliers is None else (*item, self.outliers[position])
+        if self.outliers is None:
+            return item
+        if self.partners is None:
+            return (*item, self.outliers[position])
+        partners = self.partners[index]
+        return (*item, self.outliers.data[partners[position // len(self) % len(partners)]])
 
 
 class _Stream:

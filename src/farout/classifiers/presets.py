@@ -55,6 +55,25 @@ PRESETS: dict[str, dict[str, Any]] = {
         "exposure": {"loss": "energy", "weight": 1.0, "hidden": 512},
         "training": {**_SGD, "steps": 32500, "batch_size": 80},
     },
+    "sona": {
+        "model": {
+            "network": "resnet18",
+            "stem": "imagenet",
+            "size": 224,
+            "protocol": "direct",
+            "resized_crop": True,
+            "flip": True,
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+        },
+        "exposure": {"loss": "sona", "weight": 0.5, "mutual_weight": 0.7, "resize": "bilinear", "reconstructed": 0.5},
+        "training": {**_SGD, "steps": 406250, "batch_size": 128},
+    },
+    "sona_tiny": {
+        "model": {"network": "wrn16_1", "crop_padding": 2, "flip": False},
+        "exposure": {"loss": "sona", "weight": 0.5, "mutual_weight": 0.7, "resize": "both"},
+        "training": {**_SGD, "steps": 2000, "batch_size": 128, "warmup": 100},
+    },
     "vos": {
         "model": {"network": "wrn40_2", "crop_padding": 4, "flip": True},
         "exposure": {"loss": "vos", "weight": 0.1, "start": 0.4, "queue": 1000, "draws": 10000, "select": 1},
@@ -67,6 +86,7 @@ classifiers (SGD with Nesterov momentum 0.9, 100 epochs of CIFAR's 391 updates a
 With outliers: `ncis_tiny` is `tiny` with the energy regulariser, for CPUs. `ncis_cifar100` is the released recipe of
 NCIS: 250 epochs of 196 updates, 6,400 outliers, the mean and deviation of CIFAR-10. `ncis_imagenet100` is 20 epochs of
 1,625 updates with the head of two layers; the released code keeps the `small` stem at 224 pixels, 16 times the work
-(`--model.stem small`), and does not tell whether its 20 epochs start from trained weights. `vos`, which needs no
-outliers, is the recipe of VOS for CIFAR-10: 100 epochs, of which the first 40 learn the classes alone; its network
-drops out a share of 0.3, ours none."""
+(`--model.stem small`), and does not tell whether its 20 epochs start from trained weights. `sona` is SONA's for
+ImageNet-200: 100 passes over 260,000 images and as many reconstructions of them (`--reconstructions`), from scratch;
+`sona_tiny` is `tiny` with its loss. `vos`, which needs no outliers, is the recipe of VOS for CIFAR-10: 100 epochs, of
+which the first 40 learn the classes alone; its network drops out a share of 0.3, ours none."""

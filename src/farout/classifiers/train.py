@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from farout import store
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.exposure import Exposed, Exposure, Outside
 from farout.classifiers.model import KIND, Classifier
 from farout.classifiers.origin import FRESH, Origin, start_from
-from farout.classifiers.outliers import open_outliers, originals
+from farout.classifiers.outliers import open_outliers, originals, read_made_of
 from farout.classifiers.presets import PRESETS
 from farout.devices import first_process, resolve_precision
 from farout.diffusion.train import discard_checkpoints, learnt_and_validating
@@ -44,6 +46,7 @@ def train_on(
     outliers: ImageSource | None = None,
     reconstructions: ImageSource | None = None,
     directions: Tensor | None = None,
+    made_of: Mapping[str, str] = MappingProxyType({}),
 ) -> Classifier:
     """Trains a classifier on all of `source`; the last twentieth of the images, by hash, validates (by cross-entropy
     alone) where `training.validate_every` is set.
@@ -62,11 +65,12 @@ def train_on(
         outliers: images that lie there, see `open_outliers`. They do not count as seen.
         reconstructions: labelled images that a generator has made of images of `source`: they count as seen.
         directions: fixed directions (K, D) that tell the classes apart, see `ClassifierConfig.build`.
+        made_of: key of each outlier -> key of the image of `source` that it was made of, where these are to be paired.
 
     Raises FaroutError where there are no labels, one class, a class without images, outliers that the loss does not
     want or that are among the images, or another number of directions; StoreError for weights that do not fit.
     """
-    outside = Outside(exposure.resolved(outliers is not None), outliers, reconstructions)
+    outside = Outside(exposure.resolved(outliers is not None), outliers, reconstructions, made_of)
     names = class_names_of(source) if class_names is None else class_names
     numbers = class_numbers(source, names)
     check_no_class_is_empty(numbers, names)
@@ -81,7 +85,7 @@ def train_on(
     result = train(
         outside.learner(classifier.module, classifier.head_name, config.loss(), training),
         _step(classifier, config),
-        outside.beside(learning, names, hashes, classifier.preprocessing, training.seed),
+        outside.beside(learning, names, hashes, classifier.preprocessing, training.seed, _keys(source, learning)),
         training,
         out=out,
         validation=validation,
@@ -102,6 +106,12 @@ def train_on(
         "training": asdict(training),
     }
     return classifier
+
+
+def _keys(source: ImageSource, learning: Any) -> list[str]:
+    """The keys of what is learnt: all of the source, or a subset of it."""
+    places = learning.indices if isinstance(learning, Subset) else range(len(source))
+    return [source.keys[place] for place in places]
 
 
 def _step(classifier: Classifier, config: ClassifierConfig) -> Step:
@@ -216,6 +226,7 @@ def train_classifier(
     if keep_weights:
         _check_keeping(weights, model, exposure, outliers or reconstructions)
     outer = None if outliers is None else open_outliers(outliers, limit=exposure.limit, seed=seed, policy=policy)
+    made_of = read_made_of(outliers) if exposure.paired and outliers is not None else {}
     again = None if reconstructions is None else open_outliers(reconstructions, policy=policy)
     images = open_source(source, limit=limit, seed=seed, policy=policy)
     names = class_names_of(images)
@@ -224,16 +235,16 @@ def train_classifier(
     folder = Path(f"{out}.training")
     learning = images.subset(parts.training)
     held = images.subset(sorted([*parts.statistics, *parts.calibration]))
-    again, made_of = _not_of(again, reconstructions, held)
+    again, behind = _not_of(again, reconstructions, held)
     if keep_weights:
         trained, origin = _start(learning, model, names, weights, seed)
         trained.trained_on, trained.provenance = origin.seen, {"source": images.name, **_told_of(origin)}
     else:
         trained = train_on(
             learning, model, settings, out=folder, resume=resume, class_names=names, weights=weights,
-            exposure=exposure, outliers=outer, reconstructions=again,
+            exposure=exposure, outliers=outer, reconstructions=again, made_of=made_of,
         )  # fmt: skip
-        trained.trained_on |= made_of
+        trained.trained_on |= behind
     if first_process():
         _rate(trained, held, resolve_precision(training.precision, trained.device))
         trained.save(out)

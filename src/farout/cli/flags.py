@@ -27,9 +27,18 @@ _PRINT = "print all settings as YAML, ready for --config, and exit"
 
 
 def _hints(what: Callable[..., Any]) -> dict[str, Any]:
-    """The types of the parameters of a function, of a data class or of a class's constructor."""
-    plain = dataclasses.is_dataclass(what) or not isinstance(what, type)
-    return typing.get_type_hints(what if plain else what.__init__)
+    """The types of the parameters of a function, of a data class or of a class's constructor; what a constructor takes
+    as `**arguments` is named by the one that they go on to.
+    """
+    if dataclasses.is_dataclass(what) or not isinstance(what, type):
+        return typing.get_type_hints(what)
+    found: dict[str, Any] = {}
+    for each in what.__mro__:
+        if "__init__" in vars(each) and each is not object:
+            found = {**typing.get_type_hints(vars(each)["__init__"]), **found}
+            if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(vars(each)["__init__"]).parameters.values()):
+                break
+    return found
 
 
 def _choices(hint: Any) -> list[Any]:

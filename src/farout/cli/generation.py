@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from farout import registry
+from farout.classifiers.model import Classifier
 from farout.devices import resolve_device, resolve_precision
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sample_folder import SampledFolder, write_samples
@@ -12,6 +13,7 @@ from farout.diffusion.sampling import Sampler, Spacing, choose_classes
 from farout.evaluation.fid import FeatureName, SetDistance, set_distance
 from farout.evaluation.interpolate import InterpolatedFolder, write_interpolations
 from farout.evaluation.outlier_page import write_outlier_page
+from farout.evaluation.outlier_quality import is_made_of_images, rate_outliers, write_quality
 from farout.images.sources import open_source
 from farout.outliers.base import OutlierFolder, Runtime, Synthesiser
 from farout.outliers.reconstruct import ReconstructedFolder
@@ -92,7 +94,8 @@ def synthesize(
         diffusion: folder of a class-conditional diffusion model, an original Stable Diffusion folder, or
             hf://owner/name.
         out: folder of the outliers.
-        classifier: folder of a classifier trained apart: says whether the generator's own samples are of their classes.
+        classifier: folder of a classifier trained apart: says whether the generator's own samples are of their classes,
+            and of outliers made of images whether they still are.
         count: number of outliers, all classes together.
         seed: seed of everything.
         resume: go on where an earlier run in the folder stopped; a larger count adds outliers.
@@ -118,7 +121,12 @@ def synthesize(
         policy=policy,
         runtime=runtime,
     )
-    write_outlier_page(found, images)
+    rated = None
+    if classifier is not None and is_made_of_images(found):
+        judge = Classifier.load(classifier).to(resolve_device(runtime.device))
+        rated = rate_outliers(found, images, judge, runtime)
+        write_quality(rated, found)
+    write_outlier_page(found, images, rated)
     return found
 
 

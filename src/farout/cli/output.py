@@ -140,7 +140,7 @@ def _sampled(done: SampledFolder) -> None:
 def _made(done: MadeFolder, what: str) -> None:
     more = f", {done.asked} asked for" * (done.images != done.asked)
     print(f"{done.images} {what}, {done.made} made now{more}")
-    for path in (done.folder / "images", done.folder / "manifest.csv", done.folder / "page.html"):
+    for path in (done.folder / each for each in ("images", "manifest.csv", "quality.csv", "page.html")):
         if path.exists():
             print(f"  {path}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,7 +18,18 @@ from farout.diffusion.conditioning import Condition
 from farout.diffusion.denoiser import Denoiser
 from farout.errors import FaroutError
 
-__all__ = ["Callback", "Evaluation", "Guide", "Predictor", "Solver", "State", "Step", "check_warm_up", "make_solver"]
+__all__ = [
+    "Callback",
+    "Evaluation",
+    "Guide",
+    "Predictor",
+    "Solver",
+    "SparingGuide",
+    "State",
+    "Step",
+    "check_warm_up",
+    "make_solver",
+]
 
 State = dict[str, Tensor]
 """What a method remembers, each tensor with one entry per row."""
@@ -42,6 +53,23 @@ class Evaluation:
 Callback = Callable[[Evaluation], None]
 Guide = Callable[[Mapping[str, Tensor], Tensor, State], tuple[Tensor, State]]
 """Stateful guidance: (x0 of each named branch, sigma (R,), state) -> (x0, state)."""
+
+
+@runtime_checkable
+class SparingGuide(Protocol):
+    """A guide that is told how its rows will go, and does without branches where they cannot matter."""
+
+    def begin(self, sigmas: Tensor) -> State:
+        """The rows' state before the first step, from their paths (B, steps + 1)."""
+
+    def wanted(self, state: State) -> Mapping[str, Tensor]:
+        """By name of a branch, whether each row (R,) wants it now; one that is not named is wanted by all.
+
+        The first branch is evaluated in every row, and its x0 stands for those that are not wanted.
+        """
+
+    def __call__(self, predictions: Mapping[str, Tensor], sigma: Tensor, state: State) -> tuple[Tensor, State]:
+        """See `Guide`."""
 
 
 class Solver(Protocol):
@@ -90,17 +118,24 @@ class _Run:
             if isinstance(self.condition, Mapping):
                 raise FaroutError("named branches of a condition want a guide that joins their predictions")
             return self.denoiser(x, sigma, None if self.condition is None else self.condition.rows(active))
-        x0, state = self.guide(self._branches(x, sigma, active), sigma, self.guided.take(active))
+        state = self.guided.take(active)
+        wanted = self.guide.wanted(state) if isinstance(self.guide, SparingGuide) else {}
+        x0, state = self.guide(self._branches(x, sigma, active, wanted), sigma, state)
         self.guided.put(state, active)
         return x0
 
-    def _branches(self, x: Tensor, sigma: Tensor, active: Tensor) -> dict[str, Tensor]:
+    def _branches(self, x: Tensor, sigma: Tensor, active: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """x0 of every branch, all in one call of the denoiser."""
         if not isinstance(self.condition, Mapping) or not self.condition:
             raise FaroutError("a guide wants a mapping of named conditions, one per branch")
-        joined = Condition.join([branch.rows(active) for branch in self.condition.values()])
-        count = len(self.condition)
-        x0 = self.denoiser(torch.cat([x] * count), torch.cat([sigma] * count), joined)
-        return dict(zip(self.condition, x0.chunk(count), strict=True))
+        every = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        rows = [wanted.get(name, every).nonzero().squeeze(1) for name in self.condition]
+        rows[0] = every.nonzero().squeeze(1)
+        joined = Condition.join([each.rows(active[some]) for each, some in zip(self.condition.values(), rows)])
+        together = torch.cat(rows)
+        first, *others = self.denoiser(x[together], sigma[together], joined).split([len(some) for some in rows])
+        answers = [first, *(first.index_copy(0, some, x0) for some, x0 in zip(rows[1:], others, strict=True))]
+        return dict(zip(self.condition, answers, strict=True))
 
 
 class _Predict:
@@ -156,6 +191,8 @@ def make_solver(
         if check is not None:
             check(table)
         run = _Run(denoiser, condition, callback, guide, _Memory(len(x)))
+        if isinstance(guide, SparingGuide):
+            run.guided.put(guide.begin(sigmas.to(x.device)), torch.arange(len(x), device=x.device))
         return _integrate(step, run, x, sigmas.to(device=x.device, dtype=torch.float32))
 
     solve.__name__, solve.__doc__ = name, doc

@@ -8,6 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from farout.diffusion.conditioning import Condition
 from farout.diffusion.loop import Solver
 from farout.diffusion.probability_flow import probability_flow
 from farout.diffusion.schedule import NoiseSchedule
@@ -57,8 +58,11 @@ def solver_path(name: str, path: Tensor) -> Tensor:
     return path[[0, -1]] if is_adaptive(name) else path
 
 
-def rehearse(solver: Solver, sigmas: Tensor) -> None:
+def rehearse(solver: Solver, sigmas: Tensor, *, guided: bool = False) -> None:
     """Walks paths (B, steps + 1) without a network: one that the solver cannot follow raises its FaroutError now, not
-    after the work that comes before.
+    after the work that comes before. `guided`: under a stateful guide.
     """
-    solver(lambda x, sigma, condition=None: x, torch.zeros(len(sigmas), 1), sigmas.cpu())
+    condition = {"alone": Condition()} if guided else None
+    guide = (lambda found, sigma, state: (found["alone"], state)) if guided else None
+    still = torch.zeros(len(sigmas), 1)
+    solver(lambda x, sigma, condition=None: x, still, sigmas.cpu(), condition, guide=guide)

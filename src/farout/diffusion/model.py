@@ -101,10 +101,13 @@ class DiffusionModel:
         Without it a network's small error at high noise levels, multiplied by sigma, leaves samples saturated (Ho et
         al. 2020 clip x0 alike).
         """
-        if self.autoencoder is not None:
-            return denoiser
-        low, high = (self.b_scale * end for end in self.data_range)
-        return Clamped(denoiser, low, high)
+        return denoiser if self.limits is None else Clamped(denoiser, *self.limits)
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The smallest and largest value of images in the network's space; None for latents."""
+        low, high = self.data_range
+        return None if self.autoencoder is not None else (self.b_scale * low, self.b_scale * high)
 
     # -- between images and the network's space ------------------------------------------------------------------
 
@@ -164,6 +167,11 @@ class DiffusionModel:
         height, width = self._inner_size()
         left, right, top, bottom = self._padding(height, width)
         return (int(self.network.config["in_channels"]), height + top + bottom, width + left + right)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the noise that `encode` takes: of the autoencoder's latents, before they are padded."""
+        return (self.shape[0], *self._inner_size())
 
     # -- identity ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
 
-__all__ = ["even_levels", "from_noise", "geometric", "grid", "pad"]
+__all__ = ["even_levels", "from_noise", "geometric", "grid", "leading_levels", "pad"]
 
 
 def pad(paths: Sequence[Tensor]) -> Tensor:
@@ -55,3 +55,15 @@ def from_noise(schedule: NoiseSchedule, steps: int, start: int | None = None) ->
     """sigmas of the levels of `even_levels`, the largest first, then 0: (steps + 1,)."""
     sigmas = schedule.sigma_of(torch.tensor(even_levels(schedule, steps, start)[::-1]))
     return torch.cat([sigmas, sigmas.new_zeros(1)]).to(torch.float32)
+
+
+def leading_levels(schedule: NoiseSchedule, steps: int) -> list[int]:
+    """`steps` levels, evenly spaced and rising from 1: T u / steps + 1 for u = 0, 1, …; the 50-step grid of 1000 levels
+    is 1, 21, …, 981. Stable Diffusion's own grid ("leading" in diffusers); from 0 where that leaves no room.
+
+    Raises FaroutError unless 1 <= steps <= T.
+    """
+    if not 1 <= steps <= schedule.steps:
+        raise FaroutError(f"steps want 1 to {schedule.steps}, the schedule's levels, got {steps}")
+    first = int(steps <= schedule.steps // 2)
+    return [schedule.steps * number // steps + first for number in range(steps)]

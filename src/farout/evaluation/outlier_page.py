@@ -1,4 +1,4 @@
-"""A page of outliers: images of each class beside the outliers made of it, and how far out these lie."""
+"""A page of outliers: beside images of their classes, beside those that they were made of, and how far out they lie."""
 
 from __future__ import annotations
 
@@ -8,30 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from farout import store
+from farout.evaluation.outlier_quality import is_made_of_images, summed_up
 from farout.evaluation.page import png_address
 from farout.evaluation.rendering import render
 from farout.images.classes import class_name
 from farout.images.sources import ImageSource
 from farout.outliers._alignment import has_aligned, read_aligned
 from farout.outliers._boundary_folder import read_drawn
+from farout.outliers._deformation import REGIONS
 from farout.outliers._embedding import read_embeddings
 from farout.outliers._manifold import Manifold
 from farout.outliers.base import OutlierFolder
 
 __all__ = ["write_outlier_page"]
 
-_CLASSES, _IMAGES, _OUTLIERS = 20, 4, 8
+_CLASSES, _IMAGES, _OUTLIERS, _PAIRS = 20, 4, 8, 24
 
 
-def write_outlier_page(outliers: OutlierFolder, source: ImageSource) -> Path:
+def write_outlier_page(outliers: OutlierFolder, source: ImageSource, rated: pd.DataFrame | None = None) -> Path:
     """Writes `page.html` into a folder of outliers, one file without outside requests, of what its stages have left.
 
     Args:
         outliers: the folder, after any stage.
         source: the images that the outliers were made of.
+        rated: see `rate_outliers`.
     """
     settings = outliers.settings()
     text = render(
@@ -42,6 +46,8 @@ def write_outlier_page(outliers: OutlierFolder, source: ImageSource) -> Path:
         embedding=_embedding(outliers.folder / "embeddings"),
         alignment=_alignment(outliers.folder / "align"),
         distances=_distances(outliers.folder),
+        quality=None if rated is None else summed_up(rated),
+        pairs=_pairs(outliers, source) if is_made_of_images(outliers) else [],
         classes=_classes(outliers, source) if outliers.images else [],
         versions=store.versions(),
     )
@@ -62,6 +68,27 @@ def _classes(outliers: OutlierFolder, source: ImageSource) -> list[dict[str, Any
         {"name": name, "images": _some(source, known[name], _IMAGES), "outliers": _some(made, found, _OUTLIERS)}
         for name, found in [(str(name), [places[key] for key in keys]) for name, keys in rows][:_CLASSES]
     ]
+
+
+def _pairs(outliers: OutlierFolder, source: ImageSource) -> list[dict[str, Any]]:
+    """Of the first outliers: the row of the manifest, and addresses of the image, the outlier and the regions."""
+    made, rows = outliers.source(), outliers.manifest().head(_PAIRS)
+    places = {key: place for place, key in enumerate(source.keys)}
+    outs = {key: place for place, key in enumerate(made.keys)}
+    return [
+        {
+            "row": row,
+            "image": _some(source, [places[str(row["source"])]], 1)[0],
+            "outlier": _some(made, [outs[str(row["key"])]], 1)[0],
+            "regions": _file_address(outliers.folder / REGIONS / f"{row['index']:06d}.png"),
+        }
+        for row in rows.to_dict("records")
+    ]
+
+
+def _file_address(path: Path) -> str | None:
+    """The data address of a PNG file, where there is one."""
+    return "data:image/png;base64," + b64encode(path.read_bytes()).decode() if path.is_file() else None
 
 
 def _some(source: ImageSource, places: list[int], count: int) -> list[str]:

@@ -26,6 +26,7 @@ from farout.diffusion.conditioning import Conditioning, check_labels
 from farout.diffusion.denoiser import NetworkDenoiser, spread
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import NoiseKind, seeded
+from farout.diffusion.paths import leading_levels
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError, StoreError
 from farout.images.sources import ImageSource, batches
@@ -86,10 +87,7 @@ class Inversion:
 
         Raises FaroutError for more levels than the schedule has.
         """
-        if self.levels > schedule.steps:
-            raise FaroutError(f"levels want 1 to {schedule.steps}, the schedule's, got {self.levels}")
-        first = 1 if self.levels <= schedule.steps // 2 else 0
-        return torch.tensor([schedule.steps * u // self.levels + first for u in range(self.levels)])
+        return torch.tensor(leading_levels(schedule, self.levels))
 
     def draw(self, key: str, shape: Sequence[int], step: int, seed: int) -> tuple[Tensor, Tensor]:
         """Places in the grid (K,) and noise (K, *shape) of one image in one step: from (seed, key, step) alone."""

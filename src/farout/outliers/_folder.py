@@ -172,6 +172,13 @@ class ImageWriter:
             return {"label": "", "class_name": ""}
         return {"label": label, "class_name": self.class_names[label]}
 
+    def illustrate(self, indices: Sequence[int], pictures: Mapping[str, Sequence[Tensor | None]]) -> None:
+        """Adds pictures (C, H, W) in [0, 1] that tell of images: `<name>/<number>.png` within the folder."""
+        for name, several in pictures.items():
+            for index, picture in zip(indices, several, strict=True):
+                if picture is not None:
+                    save_png(picture, self.folder / name / f"{index:06d}.png", self.folder / _WORKING)
+
     def _append(self, rows: list[dict[str, Any]]) -> None:
         columns, fresh = tuple(rows[0]), not self._columns
         if not fresh and columns != self._columns:

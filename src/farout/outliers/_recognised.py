@@ -11,7 +11,7 @@ from farout.classifiers.model import Classifier
 from farout.diffusion.sampling import Sampler
 from farout.errors import FaroutError, TrapWarning
 
-__all__ = ["check_knows", "recognised", "warn_of_poor_samples"]
+__all__ = ["check_knows", "class_places", "recognised", "warn_of_poor_samples"]
 
 _REMEMBERED = "recognised.json"
 _LEAST, _TOGETHER, _WANTED = 5, 64, 100
@@ -28,7 +28,7 @@ def recognised(sampler: Sampler, classifier: Classifier, names: Sequence[str], c
 
     Raises FaroutError where the classifier lacks a class of the generator.
     """
-    places = _places(classifier, names)
+    places = class_places(classifier, names)
     count = max(_WANTED, _LEAST * len(names)) if count is None else count
     hits = 0
     for start in range(0, count, _TOGETHER):
@@ -39,8 +39,11 @@ def recognised(sampler: Sampler, classifier: Classifier, names: Sequence[str], c
     return hits / count
 
 
-def _places(classifier: Classifier, names: Sequence[str]) -> list[int]:
-    """Where the classifier has each of the generator's classes."""
+def class_places(classifier: Classifier, names: Sequence[str]) -> list[int]:
+    """Where the classifier has each of these classes; raises FaroutError for one that it lacks.
+
+    One whose classes are bare numbers, as many, has them in the same order.
+    """
     known = list(classifier.class_names)
     if known == [str(number) for number in range(len(names))]:
         return list(range(len(names)))
@@ -52,7 +55,7 @@ def _places(classifier: Classifier, names: Sequence[str]) -> list[int]:
 
 def check_knows(classifier: Classifier, names: Sequence[str]) -> None:
     """Raises FaroutError where the classifier lacks one of the generator's classes."""
-    _places(classifier, names)
+    class_places(classifier, names)
 
 
 def warn_of_poor_samples(

@@ -79,12 +79,13 @@ class Work:
 @dataclass(frozen=True)
 class Made:
     """Outliers: images (B, C, H, W) in [0, 1]; the key of the image that each was made of, empty where it was made of
-    none; and what else varies by image, by name.
+    none; what else varies by image, by name; and pictures (C, H, W) in [0, 1] that tell of some, by name of a folder.
     """
 
     images: Tensor
     sources: Sequence[str]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    pictures: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
 
 
 class Synthesiser(Configured, ABC):
@@ -98,6 +99,11 @@ class Synthesiser(Configured, ABC):
     """What it wants: `labels` (always), `diffusion`, `classes` (the diffusion model is told them), `classifier`."""
     stages: ClassVar[tuple[str, ...]] = ("images",)
     """What is done one after the other; the last stage makes the images."""
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """What this configuration wants: `needs`, and what its settings want beside that."""
+        return self.needs
 
     # -- what a method implements --------------------------------------------------------------------------------
 
@@ -206,7 +212,7 @@ class Synthesiser(Configured, ABC):
         """The networks, loaded; a diffusion model that the method does not need is left aside."""
         judge = Classifier.load(classifier) if isinstance(classifier, str | Path) else classifier
         for name, given in (("diffusion", model), ("classifier", judge)):
-            if name in self.needs and given is None:
+            if name in self.wanted and given is None:
                 raise FaroutError(f"{type(self).__name__} needs a {name} model; give {name}=FOLDER")
         if "classes" in self.needs and model is not None and model.conditioning is None:
             raise FaroutError(
@@ -228,7 +234,7 @@ class Synthesiser(Configured, ABC):
             "seed": work.seed,
             **identity(work.source, work.labels, work.diffusion, work.runtime),
             # one that only judges the generator decides nothing
-            "classifier": work.classifier.content_hash if work.classifier and "classifier" in self.needs else None,
+            "classifier": work.classifier.content_hash if work.classifier and "classifier" in self.wanted else None,
         }
 
     def _write(self, work: Work, writer: ImageWriter) -> int:
@@ -241,6 +247,7 @@ class Synthesiser(Configured, ABC):
                 made = self.make(work, indices, labels)
                 if not bool(torch.isfinite(made.images).all()):
                     raise FaroutError("some outliers are not numbers; use precision fp32, or settings less far out")
+                writer.illustrate(indices, made.pictures)
                 writer.write(indices, labels, made.images, made.sources, made.columns)
                 bar.advance(len(indices))
         writer.finish()

@@ -1,0 +1,178 @@
+"""Outliers made of images: noised part of the way, and denoised to something else."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from farout.diffusion import paths
+from farout.diffusion.conditioning import no_null
+from farout.diffusion.loop import Solver
+from farout.diffusion.methods import rehearse
+from farout.errors import FaroutError, TrapWarning
+from farout.images.preprocessing import check_against
+from farout.outliers._decoding import class_space
+from farout.outliers._starts import Draw, Plan, Start
+from farout.outliers._targets import TargetKind
+from farout.outliers.base import Made, Synthesiser, Work
+
+__all__ = ["REGIONS", "Deformation", "Denoised"]
+
+REGIONS = "regions"
+"""Where pictures of what was changed where are kept within a folder of outliers."""
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """x0 (B, …) in the network's space, and pictures (C, H, W) in [0, 1] of where each was changed, where there are."""
+
+    x0: Tensor
+    regions: Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Outlier:
+    """image: (C, H, W) in [0, 1]; probability: that it is of its image's class, where a classifier decides."""
+
+    draw: Draw
+    image: Tensor
+    regions: Tensor | None
+    probability: float = 0.0
+    attempt: int = 0
+
+
+class Deformation(Synthesiser):
+    """Outliers made of images: each is noised to a level of its own, x = x0 + sigma_t noise, and denoised from there
+    (SDEdit; Meng et al. 2022) to something that is not in the distribution.
+
+    Of N steps on the levels 1, T / N + 1, 2 T / N + 1, …, an image goes K, drawn evenly from k_min to k_max. Outlier
+    number i is made of image i mod M of the M readable ones, in an order in which classes take turns, with draws of its
+    own each time. The manifest says of each its image (`source`), `target`, `k`, `level` (the share of the schedule
+    that it was noised through) and `repeat`.
+
+    A method implements `denoise`.
+
+    Args:
+        targets: what outliers are to show: unseen (classes of the generator that have no images), others (any other
+            class), mixtures (of two classes that have images), none (nothing in particular), or auto: target_classes
+            where they are given, else unseen where there are any, else mixtures.
+        target_classes: names or numbers of the classes that outliers are to show.
+        solver: ddim, dpm_solver_2m, unipc or ndm1.
+        steps: N, steps from noise to image, of which an image goes a part.
+        k_min: the fewest steps; few leave the image much as it was.
+        k_max: the most; without it N - 1.
+        clip: keep values within those of images at every step, for models without autoencoder.
+        reject: draw an outlier anew that the classifier takes for its image's class with more than this probability.
+        attempts: draws at most; of those that are all rejected the least probable one is kept.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"diffusion", "classes", "labels"})
+
+    def __init__(
+        self,
+        *,
+        targets: TargetKind = "auto",
+        target_classes: tuple[str, ...] = (),
+        solver: str = "ddim",
+        steps: int = 20,
+        k_min: int = 1,
+        k_max: int | None = None,
+        clip: bool = True,
+        reject: float | None = None,
+        attempts: int = 4,
+    ) -> None:
+        self.targets, self.target_classes, self.solver, self.steps = targets, tuple(target_classes), solver, steps
+        self.k_min, self.k_max = k_min, max(1, steps - 1) if k_max is None else k_max
+        self.clip, self.reject, self.attempts = clip, reject, attempts
+        if not 1 <= self.k_min <= self.k_max <= steps:
+            raise FaroutError(
+                f"images go k_min to k_max of the steps, 1 <= k_min <= k_max <= steps; got {k_min}, {self.k_max} and "
+                f"{steps}"
+            )
+        if attempts < 1 or (reject is not None and not 0 <= reject < 1):
+            raise FaroutError(f"reject wants a probability below 1, attempts 1 or more; got {reject} and {attempts}")
+        self._plan: Plan | None = None
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """A classifier too, where outliers can be rejected."""
+        return self.needs | ({"classifier"} if self.reject is not None else set())
+
+    # -- what a method says ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def denoise(self, plan: Plan, start: Start, indices: Sequence[int]) -> Denoised:
+        """The images of a start, outliers number `indices`; rows do not depend on each other."""
+
+    def rehearse(self, solver: Solver, sigmas: Tensor) -> None:
+        """Raises FaroutError for paths or a solver that the method cannot follow."""
+        rehearse(solver, sigmas)
+
+    # -- what is common --------------------------------------------------------------------------------------------
+
+    def check(self, work: Work) -> None:
+        """Refuses models without a null condition, paths, targets and classifiers that cannot be used, and images that
+        cannot be read.
+        """
+        if not class_space(work.generator).has_null:
+            raise no_null()
+        plan = self._planned(work)
+        self.rehearse(plan.solve, paths.pad([plan.path(k) for k in (self.k_min, self.k_max)]))
+        plan.prepare()
+        for trap in check_against(work.source, work.generator.preprocessing):
+            warnings.warn(trap, TrapWarning, stacklevel=3)
+
+    def label(self, work: Work, index: int) -> int:
+        """The class of the image that it is made of."""
+        order = self._planned(work).order
+        return int(work.labels[order[index % len(order)]])
+
+    def _planned(self, work: Work) -> Plan:
+        if self._plan is None or self._plan.work is not work:
+            self._plan = Plan(self, work)
+        return self._plan
+
+    @torch.no_grad()
+    def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
+        """The denoised images; those that are rejected are drawn anew, each for itself."""
+        plan = self._planned(work)
+        made = self._attempt(plan, indices, 0)
+        for attempt in range(1, self.attempts if self.reject is not None else 1):
+            again = [row for row, each in enumerate(made) if each.probability > float(self.reject or 0)]
+            if not again:
+                break
+            for row, other in zip(again, self._attempt(plan, [indices[row] for row in again], attempt), strict=True):
+                made[row] = min(made[row], other, key=lambda each: each.probability)
+        images, keys = [each.image for each in made], [work.source.keys[each.draw.place] for each in made]
+        regions = {REGIONS: [each.regions for each in made]}
+        return Made(torch.stack(images), keys, self._columns(plan, indices, made), regions)
+
+    def _attempt(self, plan: Plan, indices: Sequence[int], attempt: int) -> list[_Outlier]:
+        draws = [plan.draw(index, attempt) for index in indices]
+        found = self.denoise(plan, plan.start(draws), indices)
+        images = plan.model.decode(found.x0).cpu()
+        made = [_Outlier(*row, attempt=attempt) for row in zip(draws, images, found.regions, strict=True)]
+        if plan.judge is None or self.reject is None:
+            return made
+        chances = plan.judge(images, [draw.label for draw in draws])
+        return [replace(each, probability=chance) for each, chance in zip(made, chances, strict=True)]
+
+    def _columns(self, plan: Plan, indices: Sequence[int], made: Sequence[_Outlier]) -> dict[str, Sequence[Any]]:
+        draws = [each.draw for each in made]
+        columns: dict[str, Sequence[Any]] = {
+            "target": [draw.target.name for draw in draws],
+            "k": [draw.k for draw in draws],
+            "level": [plan.level(draw.k) for draw in draws],
+            "repeat": [index // len(plan.order) for index in indices],
+        }
+        if self.reject is None:
+            return columns
+        columns["source_probability"] = [each.probability for each in made]
+        columns["attempt"] = [each.attempt for each in made]
+        return columns

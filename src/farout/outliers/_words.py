@@ -1,0 +1,56 @@
+"""Words that a generator of text may be asked for: those that name nothing of what is in the distribution."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional
+
+from farout.errors import FaroutError
+
+__all__ = ["nearest", "screened"]
+
+
+def screened(words: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """The words that are neither repeated nor near one of the known names, in their order, as they were written.
+
+    Case makes no difference, `_`, `/` and `,` stand for spaces; a hyphen joins its parts to one word. Near are names of
+    which one holds all words of the other in a row: rifle and assault rifle, newt and smooth newt, in either direction.
+    """
+    names, seen, kept = [_parts(name) for name in known], set[tuple[str, ...]](), list[str]()
+    for word in words:
+        parts = _parts(word)
+        near = any(_holds(parts, name) or _holds(name, parts) for name in names)
+        if parts and parts not in seen and not near:
+            kept.append(word)
+        seen.add(parts)
+    return tuple(kept)
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(re.split(r"[\s_/,]+", name.casefold().strip(" _/,"))) if name.strip(" _/,") else ()
+
+
+def _holds(whole: tuple[str, ...], part: tuple[str, ...]) -> bool:
+    """Whether `part` stands in `whole`, word by word."""
+    size = len(part)
+    return size > 0 and any(whole[start : start + size] == part for start in range(len(whole) - size + 1))
+
+
+def nearest(words: Tensor, known: Tensor, count: int) -> Tensor:
+    """Numbers of the `count` words that are nearest to each known name by the cosine of their embeddings, the nearest
+    first: (K, count).
+
+    Args:
+        words: embeddings of the words (W, D), float.
+        known: embeddings of the names (K, D).
+        count: of words for each name; the fewer, the harder outliers are told apart.
+
+    Raises FaroutError unless 1 <= count <= W.
+    """
+    if not 1 <= count <= len(words):
+        raise FaroutError(f"count wants 1 to {len(words)}, the words that there are, got {count}")
+    cosines = functional.normalize(known.float(), dim=1) @ functional.normalize(words.float(), dim=1).T
+    return cosines.argsort(dim=1, descending=True, stable=True)[:, :count]

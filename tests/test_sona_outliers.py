@@ -1,0 +1,380 @@
+"""Outliers made of images: their draws and targets, what is refused, what a classifier may reject, and the page."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from farout import SONA, SDEdit
+from farout.classifiers.model import Classifier
+from farout.cli import main
+from farout.diffusion.model import DiffusionModel
+from farout.diffusion.sona import SonaConfig
+from farout.errors import FaroutError, StoreError, TrapWarning, UnreadableImageError
+from farout.evaluation.outlier_quality import colour_similarity, rate_outliers, summed_up
+from farout.images.sources import open_source
+from farout.outliers._starts import by_turns
+from farout.outliers._words import nearest, screened
+from farout.outliers.base import OutlierFolder, Synthesiser
+from farout.runtime import Runtime
+from small import classifier, conditional, pictures
+
+CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five images of a and three of b; the generator knows c, d and e as well."""
+    root = tmp_path_factory.mktemp("images") / "labelled"
+    for name, count in (("a", 5), ("b", 3)):
+        pictures(root / name, count, low=20 + 10 * count, seed=count)
+    return root
+
+
+def generator(**settings: Any) -> DiffusionModel:
+    return conditional(classes=5, **settings)
+
+
+def judge(names: str = "ab") -> Classifier:
+    made = classifier(classes=len(names))
+    return Classifier(made.module, made.mean, made.std, made.preprocessing, class_names=names, network=made.network)
+
+
+def made(images: Any, out: Path, method: Synthesiser | None = None, **settings: Any) -> OutlierFolder:
+    given = {"count": 20, "diffusion": generator(), "runtime": CPU, **settings}
+    return (method or SONA(steps=6)).synthesize(images, out, **given)
+
+
+def pixels(folder: OutlierFolder) -> torch.Tensor:
+    """In the order of their numbers."""
+    source = folder.source()
+    places = {key: place for place, key in enumerate(source.keys)}
+    return torch.stack([source[places[key]] for key in folder.manifest()["key"]]).float() / 255
+
+
+# draws
+
+
+def test_classes_take_turns_until_they_run_out() -> None:
+    assert by_turns([0, 0, 0, 7, 7, 0]) == [0, 3, 1, 4, 2, 5]
+
+
+def test_every_image_has_its_turn_before_one_comes_again(images: Path, tmp_path: Path) -> None:
+    manifest = made(images, tmp_path / "o").manifest()
+    keys = open_source(images).keys
+    assert sorted(manifest["source"][:8]) == sorted(keys)
+    assert manifest["source"][8:16].tolist() == manifest["source"][:8].tolist()
+    assert manifest["repeat"].tolist() == [0] * 8 + [1] * 8 + [2] * 4
+    assert [key.split("/")[0] for key in manifest["source"]] == manifest["class_name"].tolist()
+    assert manifest["class_name"].tolist()[:8] == ["a", "b", "a", "b", "a", "b", "a", "a"]
+    assert set(manifest["target"]) <= {"c", "d", "e"}
+    assert manifest["target"].nunique() > 1
+    assert set(manifest["k"]) <= set(range(1, 6))
+    assert manifest["k"].nunique() > 2
+    assert manifest["level"].tolist() == [(1000 * (k - 1) // 6 + 2) / 1000 for k in manifest["k"]]
+    assert {"guidance.scale", "seed", "targets"} <= set(manifest)
+
+
+def test_a_draw_follows_from_the_image_and_not_from_the_others(images: Path, tmp_path: Path) -> None:
+    """The same images under the same keys, of which some are not there any more."""
+    whole = made(images, tmp_path / "o", count=8)
+    fewer = shutil.copytree(images, tmp_path / "fewer")
+    (fewer / "a" / "000.png").unlink()
+    some = made(fewer, tmp_path / "s", count=7)
+    one, two = (dict(zip(each.manifest()["source"], pixels(each))) for each in (whole, some))
+    assert set(one) - set(two) == {"a/000.png"}
+    assert all(torch.equal(one[key], two[key]) for key in two)
+
+
+def test_the_steps_that_images_go(images: Path, tmp_path: Path) -> None:
+    manifest = made(images, tmp_path / "o", SONA(steps=6, k_min=3, k_max=4)).manifest()
+    assert set(manifest["k"]) == {3, 4}
+
+
+def test_without_guidance_both_are_the_same_images_denoised_again(images: Path, tmp_path: Path) -> None:
+    """The control starts where the method does: it differs in the guidance alone."""
+    still = SONA(steps=6, guidance=SonaConfig(scale=0.0))
+    one, two = made(images, tmp_path / "a", still), made(images, tmp_path / "b", SDEdit(steps=6, guidance=0.0))
+    same = ["source", "target", "k", "level", "repeat"]
+    pd.testing.assert_frame_equal(one.manifest()[same], two.manifest()[same])
+    assert torch.equal(pixels(one), pixels(two))
+    guided = made(images, tmp_path / "c", SDEdit(steps=6, guidance=2.0))
+    assert not torch.equal(pixels(guided), pixels(two))
+
+
+def test_few_steps_leave_an_image_as_it_was(images: Path, tmp_path: Path) -> None:
+    found = made(images, tmp_path / "o", SONA(steps=50, k_max=1))
+    source = open_source(images)
+    originals = torch.stack([source[source.keys.index(key)] for key in found.manifest()["source"]]).float() / 255
+    assert float((pixels(found) - originals).abs().mean()) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["unseen", "others", "mixtures", "none"])
+def test_kinds_of_targets(images: Path, tmp_path: Path, kind: Any) -> None:
+    source = shutil.copytree(images, tmp_path / "three")
+    pictures(source / "c", 3, seed=9)
+    found = made(source, tmp_path / "o", SONA(steps=5, targets=kind)).manifest()
+    targets = set(zip(found["class_name"], found["target"]))
+    expected = {
+        "unseen": {(own, other) for own in "abc" for other in "de"},
+        "others": {(own, other) for own in "abc" for other in "abcde" if own != other},
+        "mixtures": {("a", "b + c"), ("b", "a + c"), ("c", "a + b")},
+        "none": {(own, "") for own in "abc"},
+    }
+    assert targets <= expected[kind]
+    assert len({target for _, target in targets}) > (kind != "none")
+
+
+def test_named_targets_and_what_auto_means(images: Path, tmp_path: Path) -> None:
+    named = made(images, tmp_path / "o", SONA(steps=5, target_classes=("e", "2"))).manifest()
+    assert set(named["target"]) == {"c", "e"}
+    everything = shutil.copytree(images, tmp_path / "all")
+    pictures(everything / "c", 3, seed=9)
+    without = made(everything, tmp_path / "p", SONA(steps=5), diffusion=conditional(classes=3)).manifest()
+    assert set(without["target"]) == {"b + c", "a + c", "a + b"}
+
+
+# models
+
+
+def latent() -> DiffusionModel:
+    """Pictures of 10 x 10 as latents of 5 x 5, which the network wants padded to 6 x 6."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"in_channels": 1, "out_channels": 1, "latent_channels": 1, "norm_num_groups": 4}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    autoencoder = diffusers.AutoencoderKL(block_out_channels=(8, 8), **sizes, **blocks)
+    return generator(size=(10, 10), autoencoder=autoencoder)
+
+
+def test_latents_are_sampled_for_each_image_alone(images: Path, tmp_path: Path) -> None:
+    model = latent()
+    assert (model.latent_shape, model.shape) == ((1, 5, 5), (1, 6, 6))
+    with pytest.warns(TrapWarning, match="native size"):
+        whole = made(images, tmp_path / "o", diffusion=model)
+    for size in (1, 3):
+        runtime = Runtime(device="cpu", precision="fp32", rows=8, workers=0, batch_size=size)
+        with pytest.warns(TrapWarning, match="native size"):
+            parts = made(images, tmp_path / str(size), diffusion=model, runtime=runtime)
+        assert torch.equal(pixels(parts), pixels(whole))
+
+
+def test_values_are_kept_within_those_of_images(images: Path, tmp_path: Path) -> None:
+    loud = SonaConfig(scale=300.0)
+    clipped, free = (made(images, tmp_path / str(c), SONA(steps=6, guidance=loud, clip=c)) for c in (True, False))
+    assert not torch.equal(pixels(clipped), pixels(free))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm_solver_2m", "unipc"])
+def test_solvers(images: Path, tmp_path: Path, solver: str) -> None:
+    assert made(images, tmp_path / "o", SONA(steps=6, solver=solver), count=4).made == 4
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": "mixtures"}, "wants three with images, there are 2"),
+        ({"target_classes": ("a", "d")}, "a has images and so is in the distribution"),
+        ({"target_classes": ("x",)}, "there is no class 'x'"),
+        ({"target_classes": ("d",), "targets": "others"}, "do not go together"),
+        ({"solver": "plms"}, "plms evaluates more than once a step"),
+        ({"solver": "euler"}, "there is no solver 'euler'"),
+        ({"steps": 2000}, "steps want 1 to 1000"),
+        ({"reject": 0.5}, "SONA needs a classifier model"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    images: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FaroutError, match=message):
+        made(images, tmp_path / "o", SONA(**settings))
+    assert not (tmp_path / "o").exists()
+
+
+def test_models_and_classifiers_that_do_not_go(images: Path, tmp_path: Path) -> None:
+    nameless = generator()
+    nameless.conditioning.has_null = False  # type: ignore[union-attr]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"diffusion": nameless}, "no null condition"),
+        ({"diffusion": conditional(classes=2)}, "no targets are left"),
+        ({"diffusion": conditional(classes=2), "method": SONA(targets="unseen")}, "no targets are left"),
+        ({"classifier": judge("xyz")}, "does not know a, b"),
+        ({"classifier": classifier(channels=3, classes=2)}, "1 channels, the classifier that judges them 3"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(FaroutError, match=message):
+            made(images, tmp_path / "o", **settings)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"k_min": 0}, {"k_min": 5, "k_max": 4}, {"k_max": 21}, {"reject": 1.0}, {"attempts": 0}, {"pictures": -1}],
+)
+def test_settings_out_of_range(settings: dict[str, Any]) -> None:
+    with pytest.raises(FaroutError, match=next(iter(settings))):
+        SONA(**settings)
+
+
+def test_names_like_those_of_known_classes_are_no_targets(tmp_path: Path) -> None:
+    for name in ("assault rifle", "newt"):
+        pictures(tmp_path / "i" / name, 3)
+    model = generator()
+    model.conditioning.class_names = ("assault rifle", "newt", "Rifle", "smooth_newt", "cat")  # type: ignore[union-attr]
+    with pytest.warns(TrapWarning, match="Rifle, smooth_newt are no targets"):
+        found = made(tmp_path / "i", tmp_path / "o", diffusion=model)
+    assert set(found.manifest()["target"]) == {"cat"}
+    wished = made(tmp_path / "i", tmp_path / "p", SONA(steps=5, target_classes=("Rifle",)), diffusion=model)
+    assert set(wished.manifest()["target"]) == {"Rifle"}
+    model.conditioning.class_names = ("assault rifle", "newt", "rifle", "smooth newt", "NEWT")  # type: ignore[union-attr]
+    with pytest.warns(TrapWarning), pytest.raises(FaroutError, match="no targets are left"):
+        made(tmp_path / "i", tmp_path / "q", diffusion=model)
+
+
+def test_unreadable_images_never_shift_the_others(images: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(images, tmp_path / "damaged")
+    (damaged / "b" / "000.png").write_text("not a picture")
+    with pytest.raises(UnreadableImageError, match="b/000"):
+        made(damaged, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+    some, whole = made(damaged, tmp_path / "o", policy="skip", count=7), made(images, tmp_path / "w", count=8)
+    one, two = (dict(zip(each.manifest()["source"], pixels(each))) for each in (some, whole))
+    assert set(two) - set(one) == {"b/000.png"}
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    for path in damaged.rglob("*.png"):
+        path.write_text("not a picture")
+    with pytest.raises(FaroutError, match="none of the 8 images"):
+        made(damaged, tmp_path / "n", policy="skip")
+
+
+# quality
+
+
+def test_what_the_classifier_takes_for_its_class_is_drawn_anew(images: Path, tmp_path: Path) -> None:
+    plain = rate_outliers(made(images, tmp_path / "a"), open_source(images), judge(), CPU)
+    limit = float(plain["source_probability"].median())
+    picky = SONA(steps=6, reject=limit, attempts=6)
+    found = made(images, tmp_path / "b", picky, classifier=judge())
+    manifest = found.manifest()
+    assert float(manifest["source_probability"].mean()) < float(plain["source_probability"].mean())
+    accepted = manifest["source_probability"] <= limit
+    assert accepted.mean() > (plain["source_probability"] <= limit).mean()
+    assert manifest["attempt"].max() > 0
+    kept, first = torch.tensor((manifest["attempt"] == 0).tolist()), made(images, tmp_path / "c")
+    assert torch.equal(pixels(found)[kept], pixels(first)[kept])
+    runtime = Runtime(device="cpu", precision="fp32", rows=8, workers=0, batch_size=3)
+    again = made(images, tmp_path / "d", picky, classifier=judge(), runtime=runtime)
+    pd.testing.assert_frame_equal(again.manifest(), manifest)
+    assert torch.equal(pixels(again), pixels(found))
+    other = judge()
+    torch.nn.init.ones_(other.head.bias)
+    with pytest.raises(StoreError, match=r"classifier: .* there"):
+        made(images, tmp_path / "b", picky, classifier=other, resume=True)
+
+
+def test_a_classifier_that_only_looks_changes_nothing(images: Path, tmp_path: Path) -> None:
+    plain, seen = made(images, tmp_path / "a"), made(images, tmp_path / "b", classifier=judge())
+    assert (tmp_path / "a" / "manifest.csv").read_bytes() == (tmp_path / "b" / "manifest.csv").read_bytes()
+    assert torch.equal(pixels(plain), pixels(seen))
+
+
+def test_colour_similarity() -> None:
+    one = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(colour_similarity(one, one.flip(3)), torch.ones(2))
+    assert colour_similarity(torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)).item() == 0
+    half = torch.cat([torch.zeros(1, 1, 4, 8), torch.ones(1, 1, 4, 8)], dim=2)
+    assert colour_similarity(half, torch.ones(1, 1, 8, 8)).item() == pytest.approx(0.5)
+
+
+def test_quality_is_of_each_outlier_and_its_own_image(images: Path, tmp_path: Path) -> None:
+    found = made(images, tmp_path / "o")
+    rated = rate_outliers(found, open_source(images), judge(), CPU).set_index("key")
+    manifest = found.manifest().set_index("key")
+    assert set(rated.index) == set(manifest.index)
+    key = manifest.index[7]
+    own = "ab".index(manifest["class_name"][key])
+    source = open_source(images)
+    outlier, original = (
+        torch.from_numpy(np.asarray(Image.open(path), dtype=np.float32))[None, None] / 255
+        for path in (found.folder / "images" / key, images / manifest["source"][key])
+    )
+    chances = judge().outputs(outlier).logits.softmax(1)[0]
+    assert rated["source_probability"][key] == pytest.approx(float(chances[own]), abs=1e-5)
+    assert rated["is_source"][key] == (int(chances.argmax()) == own)
+    assert rated["colour_similarity"][key] == pytest.approx(float(colour_similarity(outlier, original)))
+    parts = summed_up(rated)
+    assert parts[0]["outliers"] == sum(part["outliers"] for part in parts[1:]) == 20
+    assert parts[0]["is_source"] == pytest.approx(rated["is_source"].mean())
+    assert len(source) == 8
+
+
+# the command and its page
+
+
+def test_the_command_writes_a_page_of_pairs(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator().save(tmp_path / "model")
+    judge().save(tmp_path / "judge")
+    words = ["synthesize", "sona", str(images), "--diffusion", str(tmp_path / "model"), "--steps", "6"]
+    words += ["--guidance.scale", "5", "--target-classes", "c", "e", "--pictures", "6", "--count", "10", "--no-clip"]
+    words += ["--classifier", str(tmp_path / "judge"), "--device", "cpu", "--out", str(tmp_path / "o")]
+    assert main(words) == 0, capsys.readouterr().err
+    assert "quality.csv" in capsys.readouterr().out
+    assert OutlierFolder(tmp_path / "o", 10, 10, 10).settings()["config"]["clip"] is False
+    found = pd.read_csv(tmp_path / "o" / "quality.csv")
+    assert len(found) == 10
+    manifest = pd.read_csv(tmp_path / "o" / "manifest.csv")
+    shown = sum(1 for k in manifest["k"][:6] if k > 1)  # one step is the warm-up of six
+    assert len(list((tmp_path / "o" / "regions").glob("*.png"))) == shown > 0
+    page = (tmp_path / "o" / "page.html").read_text()
+    assert page.count("<figure>") == 10
+    assert page.count('alt="regions of') == shown
+    assert "a to c" in page or "a to e" in page
+    assert "still of their class" in page
+    assert "http" not in page
+
+
+def test_regions_are_pictures_of_guided_steps(images: Path, tmp_path: Path) -> None:
+    found = made(images, tmp_path / "o", SONA(steps=20, pictures=3, k_min=10), count=5)
+    for index in range(3):
+        picture = np.asarray(Image.open(found.folder / "regions" / f"{index:06d}.png"))
+        assert picture.shape == (8, 32, 3)
+        shares = picture.reshape(8, 4, 8, 3).mean((0, 2)) / 255
+        assert (np.abs(shares[:, [0, 2]] - 0.1) < 0.02).all(), "a tenth is taken out, a tenth kept"
+        assert (shares[:, 1] <= 0.12).all()
+    assert not (found.folder / "regions" / "000003.png").exists()
+
+
+def test_presets(images: Path, tmp_path: Path) -> None:
+    paper = SONA.from_preset("paper")
+    assert (paper.steps, paper.k_min, paper.k_max) == (50, 1, 49)
+    assert paper.guidance == SonaConfig().for_steps(50)
+    assert paper.guidance.for_steps(50).warm_ups == (20, 10, 10)
+    assert SONA().guidance.for_steps(20).warm_ups == (8, 4, 4)
+    assert SDEdit.from_preset("paper").guidance == 7.5
+
+
+# words
+
+
+def test_words_that_name_what_is_known_are_left_out() -> None:
+    known = ["assault rifle", "Newt", "missile", "t-shirt_top"]
+    words = ["rifle", "smooth newt", "Missile", "cat", "CAT", "snow_leopard", "leopard", "shirt", "  ", "rifleman"]
+    assert screened(words, known) == ("cat", "snow_leopard", "leopard", "shirt", "rifleman")
+    assert screened(["b", "a", "b"], []) == ("b", "a")
+    assert screened(["house/cat, tabby"], ["cat tabby"]) == ()
+
+
+def test_nearest_words() -> None:
+    words = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [-1.0, 0.0]])
+    known = torch.tensor([[5.0, 0.1], [0.0, 1.0]])
+    assert nearest(words, known, 2).tolist() == [[0, 2], [1, 2]]
+    with pytest.raises(FaroutError, match="1 to 4"):
+        nearest(words, known, 5)

@@ -320,7 +320,7 @@ def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
     order = [drawn[label]["distance"][place] for place in range(4) for label in (0, 2)] + [drawn[0]["distance"][4]]
     assert manifest["distance"].tolist() == pytest.approx([float(each) for each in order])
     assert {"boundary_distance", "cosine"} <= set(manifest.columns)
-    assert [key[0] for key in manifest["source"]] == manifest["class_name"].tolist(), "images of the same class"
+    assert [key[0] for key in manifest["boundary_image"]] == manifest["class_name"].tolist(), "images of the same class"
 
 
 def test_a_longer_run_draws_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +350,7 @@ def test_the_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, mon
     seen: list[Tensor] = []
     monkeypatch.setattr(
         "farout.outliers._decoding.decode",
-        lambda sampler, vectors, noises: seen.append(vectors) or torch.zeros(len(vectors), 1, 8, 8),
+        lambda sampler, vectors, *_: seen.append(vectors) or torch.zeros(len(vectors), 1, 8, 8),
     )
     made(images, tmp_path / "o", count=4)
     drawn = read_drawn(tmp_path / "o" / "drawn")

@@ -35,7 +35,8 @@ class DreamOOD(VectorSynthesiser):
     - `draw`: directions beyond the boundary of each class, times |e_y| (`drawn/`, a file a class, which is added to);
     - `decode`: a vector becomes an image under class guidance (`images/`, `manifest.csv`).
 
-    The manifest's `source` is the image on the boundary that an outlier was drawn around; `distance` is that of the
+    The manifest's `boundary_image` is the image on the boundary that an outlier's direction was drawn around, of whose
+    pixels nothing is in it; `distance` is that of the
     direction to its k-th nearest image of the class, `boundary_distance` that of the image on the boundary to its own,
     `cosine` the direction's with e_y. The published code keeps features of varied images (`--alignment.augmented`); the
     default keeps those of the plain ones. Images that the classifier takes for another class lie far from their own and
@@ -139,9 +140,9 @@ class DreamOOD(VectorSynthesiser):
         """The drawn vectors, and the images that they were drawn around."""
         drawn = self._read(work.folder / _DRAWN)
         rows = [(drawn[label], self._place(work, index)) for index, label in zip(indices, labels, strict=True)]
-        columns = {name: [float(known[name][row]) for known, row in rows] for name in COLUMNS}
-        sources = [work.source.keys[int(known["index"][row])] for known, row in rows]
-        return ClassPoints(torch.stack([known["vectors"][row] for known, row in rows]), sources, columns)
+        columns: dict[str, list[Any]] = {name: [float(known[name][row]) for known, row in rows] for name in COLUMNS}
+        columns["boundary_image"] = [work.source.keys[int(known["index"][row])] for known, row in rows]
+        return ClassPoints(torch.stack([known["vectors"][row] for known, row in rows]), [""] * len(rows), columns)
 
     def _read(self, folder: Path) -> dict[int, dict[str, Tensor]]:
         if self._drawn is None or self._drawn[0] != folder:

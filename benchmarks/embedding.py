@@ -65,16 +65,10 @@ class Trial:
         ]
         return torch.cat(single), (time.perf_counter() - started) / len(self.keys)
 
-    @torch.no_grad()
     def loss(self, vectors: Tensor) -> Tensor:
         """Of each image, on draws of another seed."""
         inverter = self.inverter(Inversion(draws=32, stratified=True), 32, seed=1)
-        return torch.cat(
-            [
-                inverter._loss(self.x0[i : i + 1], vectors[i : i + 1], self.start[i : i + 1], self.keys[i : i + 1], 0)
-                for i in range(len(vectors))
-            ]
-        )
+        return inverter.slopes(self.x0, vectors, self.start, self.keys, 0)[0]
 
 
 def rows(trial: Trial) -> list[list[str]]:

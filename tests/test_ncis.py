@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from farout import NCIS, read_outliers
 from farout.cli import main
 from farout.errors import FaroutError, StoreError
+from farout.evaluation.outlier_page import write_outlier_page
+from farout.images.sources import open_source
 from farout.outliers import _flattening
 from farout.outliers._embedding import Inversion, read_embeddings
 from farout.outliers._manifold import Manifold, ManifoldConfig
@@ -149,3 +151,20 @@ def test_a_page_after_the_first_stage_tells_of_that(
     page = (tmp_path / "o" / "page.html").read_text()
     assert "12 images were turned into class vectors" in page
     assert "<img" not in page
+
+
+def test_a_class_of_one_image_is_refused_before_anything_is_embedded(tmp_path: Path) -> None:
+    pictures(tmp_path / "few" / "a", 5)
+    pictures(tmp_path / "few" / "b", 1)
+    with pytest.raises(FaroutError, match="class 'b' has 1 vector"):
+        NCIS.tiny(None).synthesize(tmp_path / "few", tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU)
+    assert not (tmp_path / "o").exists()
+
+
+def test_held_out_distances_are_shown_as_soon_as_there_is_a_manifold(images: Path, tmp_path: Path) -> None:
+    done = NCIS.tiny(None).synthesize(
+        images, tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU, stage="manifold"
+    )
+    text = write_outlier_page(done, open_source(images)).read_text(encoding="utf-8")
+    assert "training" in text
+    assert "drawn" not in text.partition("Medians")[2].partition("</p>")[0]

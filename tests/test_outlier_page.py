@@ -97,3 +97,15 @@ def test_a_page_without_outliers(table: Path, tmp_path: Path) -> None:
     (done.folder / "images" / done.manifest()["key"][0]).unlink()
     tags = page(OutlierFolder(done.folder, 0, 1, 0), table)
     assert not [tag for tag, _ in tags.found if tag == "img"]
+
+
+def test_images_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:
+    """The page of a run that skips them shows the others."""
+    folder = tmp_path / "images"
+    for name in "ab":
+        pictures(folder / name, 6, seed=ord(name))
+        (folder / name / "000.png").write_text("no picture")
+    source = open_source(folder, policy="skip")
+    done = Plain().synthesize(source, tmp_path / "o", count=4, runtime=CPU)
+    text = write_outlier_page(done, source).read_text(encoding="utf-8")
+    assert text.count("<img") == 2 * 4 + 4, "four readable images and two outliers of each class"

@@ -27,7 +27,7 @@ from farout.classifiers.train import train_classifier, train_on
 from farout.classifiers.virtual import VirtualOutliers, largest_radii
 from farout.cli import main
 from farout.detectors.posthoc import Posthoc
-from farout.errors import FaroutError, SourceError, TrapWarning
+from farout.errors import FaroutError, ShortfallWarning, SourceError, TrapWarning
 from farout.evaluation.draws import over_draws
 from farout.evaluation.metrics import auroc, fpr95
 from farout.images.preprocessing import Preprocessing
@@ -598,3 +598,30 @@ def test_evaluate_writes_draws(tree: Path, outliers: Path, tmp_path: Path) -> No
     assert set(table.indicator) >= {"score", "energy", "msp"}
     assert set(table.draws) == {3}
     assert table.auroc.between(0, 1).all()
+
+
+def test_folders_of_the_other_kind_are_refused(tmp_path: Path) -> None:
+    """Outliers learnt as images of the classes, or the reverse, would be the worst of mistakes."""
+    for kind in ("outliers", "reconstructions"):
+        pictures(tmp_path / kind / "images" / "a", 2)
+        (tmp_path / kind / "config.json").write_text(json.dumps({"farout": {"kind": kind}}))
+    assert len(open_outliers(tmp_path / "outliers")) == 2
+    assert len(open_outliers(tmp_path / "reconstructions" / "images", kind="reconstructions")) == 2
+    with pytest.raises(SourceError, match="holds reconstructions, and outliers are wanted"):
+        open_outliers(tmp_path / "reconstructions" / "images")
+    with pytest.raises(SourceError, match="holds outliers, and reconstructions are wanted"):
+        open_outliers(tmp_path / "outliers", kind="reconstructions")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text(json.dumps({"farout": {"kind": "outliers"}}))
+    with pytest.raises(SourceError, match="holds no image yet"):
+        open_outliers(tmp_path / "begun")
+
+
+def test_virtual_outliers_that_never_come_are_warned_of() -> None:
+    numbers = torch.tensor([0] * 9 + [1])
+    with pytest.warns(ShortfallWarning, match="seen some 100 times"):
+        Exposure(loss="vos", queue=101).warn_of_short(numbers, 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Exposure(loss="vos", queue=100).warn_of_short(numbers, 1000)
+        Exposure(loss="energy", queue=101).warn_of_short(numbers, 1000)

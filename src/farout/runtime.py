@@ -44,8 +44,11 @@ class Runtime:
         return replace(self, device=str(device), precision=resolve_precision(self.precision, device), rows=rows)
 
     def images_at_once(self, shape: Sequence[int], rows_per_image: int = 1) -> int:
-        """Images of `shape` (C, H, W) in one batch: as set, or what a budget of 256 MiB holds, between 1 and 64."""
+        """Images of `shape` (C, H, W) in one batch: as set, or what a budget of 256 MiB holds, at most 64; but as many
+        as fill a network call, which is padded to its rows.
+        """
         if self.batch_size != "auto":
             return self.batch_size
+        filling = 1 if self.rows == "auto" else math.ceil(self.rows / rows_per_image)
         # a solver holds about ten arrays of the size of its input
-        return min(max(_MEMORY // (10 * 4 * math.prod(shape) * rows_per_image), 1), 64)
+        return max(min(_MEMORY // (10 * 4 * math.prod(shape) * rows_per_image), 64), min(filling, 64))

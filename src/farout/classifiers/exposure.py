@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self, get_args
@@ -23,7 +24,7 @@ from farout.classifiers.outliers import (
 )
 from farout.classifiers.virtual import VirtualOutliers
 from farout.data_order import seed_of
-from farout.errors import FaroutError
+from farout.errors import FaroutError, ShortfallWarning
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import ImageSource
 from farout.training_config import TrainingConfig
@@ -110,6 +111,24 @@ class Exposure:
             ("draws", self.draws >= 1, "1 or more"),
             ("select", 1 <= self.select <= self.draws, f"1 to draws ({self.draws})"),
         ]
+
+    def warn_of_short(self, numbers: Tensor, images: int) -> None:
+        """Warns where `vos` will draw nothing: it waits until each class has filled its queue.
+
+        Args:
+            numbers: the class of each image (N,).
+            images: that training will see, all steps together.
+        """
+        if self.loss != "vos":
+            return
+        expected = images * float(numbers.bincount().min()) / len(numbers)
+        if expected < self.queue:
+            warnings.warn(
+                f"the rarest class will be seen some {expected:.0f} times and vos draws no virtual outliers before its "
+                f"queue of {self.queue} features is full; train for longer, or give a shorter one (--exposure.queue)",
+                ShortfallWarning,
+                stacklevel=3,
+            )
 
     def resolved(self, outliers: bool) -> Self:
         """With loss, weight and start filled in.

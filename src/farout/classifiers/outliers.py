@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from farout import progress
+from farout import progress, store
 from farout.data_order import DataOrder, seed_of
 from farout.errors import FaroutError, SourceError, TrapWarning
 from farout.images.classes import class_numbers
@@ -39,20 +39,38 @@ _BUDGET = 2 * 2**30
 
 
 def open_outliers(
-    images: Any, *, limit: int | None = None, seed: int = 0, policy: Literal["raise", "skip"] = "raise"
+    images: Any,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    policy: Literal["raise", "skip"] = "raise",
+    kind: Literal["outliers", "reconstructions"] = "outliers",
 ) -> ImageSource:
-    """Opens any image source, or a folder of outliers as a synthesiser writes it (its `images` are meant).
+    """Opens any image source, or a folder as a synthesiser or `reconstruct` writes it (its `images` are meant).
 
-    Under the policy `skip` unreadable images are left out. Raises SourceError where there is no image.
+    Under the policy `skip` unreadable images are left out. Raises SourceError where there is no image, and for a folder
+    that says to hold the other kind.
     """
-    if isinstance(images, str | Path) and _is_made(Path(images)):
-        images = Path(images) / "images"
+    if isinstance(images, str | Path):
+        _check_kind(Path(images), kind)
+        images = Path(images) / "images" if _is_made(Path(images)) else images
     # decoded pixels are not kept: what is kept are the prepared ones, which are smaller
     source = open_source(images, limit=limit, seed=seed, policy=policy, memory_mib=0)
     readable = [i for i, content in enumerate(source.content_hashes()) if content is not None]
     if not readable:
         raise SourceError(f"none of the {len(source)} images of {source.name} is readable; give others")
     return source if len(readable) == len(source) else source.subset(readable)
+
+
+def _check_kind(folder: Path, kind: str) -> None:
+    """Refuses a folder of outliers as reconstructions, the reverse, and one whose images have not been made yet."""
+    for each in (folder, folder.parent) if folder.name == "images" else (folder,):
+        config = each / "config.json"
+        found = store.read_json(config).get("farout", {}).get("kind") if config.is_file() else None
+        if found in ("outliers", "reconstructions") and found != kind:
+            raise SourceError(f"{folder} holds {found}, and {kind} are wanted; have the two been exchanged?")
+        if found == kind and not (each / "images").is_dir():
+            raise SourceError(f"{folder} holds no image yet; make them by the same command with --resume")
 
 
 def _is_made(folder: Path) -> bool:
@@ -123,6 +141,13 @@ def check_outliers(outliers: ImageSource, hashes: Collection[str], preprocessing
         )
     shapes = outliers.shapes()
     grey = sum(count for (channels, _, _), count in shapes.items() if channels == 1)
+    if preprocessing.channels == 1 and grey < shapes.total():
+        warnings.warn(
+            f"{shapes.total() - grey} of {shapes.total()} sampled outliers of {outliers.name} have colour and become "
+            "grey: they may differ in more than what they show",
+            TrapWarning,
+            stacklevel=3,
+        )
     if preprocessing.channels == 3 and grey:
         warnings.warn(
             f"{grey} of {shapes.total()} sampled outliers of {outliers.name} are grey and become RGB: where the images "

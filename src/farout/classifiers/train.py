@@ -75,6 +75,7 @@ def train_on(
     numbers = class_numbers(source, names)
     check_no_class_is_empty(numbers, names)
     classifier, origin = _start(source, config, (*names, *outside.classes), weights, training.seed, directions)
+    outside.exposure.warn_of_short(numbers, training.steps * training.batch_size)
     hashes = [source.content_hash(i) for i in range(len(source))]
     labelled = LabelledImages(PreparedImages(source, classifier.preprocessing), numbers)
     learning, validation = learnt_and_validating(labelled, hashes, validate=training.validate_every > 0)
@@ -227,7 +228,7 @@ def train_classifier(
         _check_keeping(weights, model, exposure, outliers or reconstructions)
     outer = None if outliers is None else open_outliers(outliers, limit=exposure.limit, seed=seed, policy=policy)
     made_of = read_made_of(outliers) if exposure.paired and outliers is not None else {}
-    again = None if reconstructions is None else open_outliers(reconstructions, policy=policy)
+    again = None if reconstructions is None else open_outliers(reconstructions, policy=policy, kind="reconstructions")
     images = open_source(source, limit=limit, seed=seed, policy=policy)
     names = class_names_of(images)
     parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
@@ -236,6 +237,7 @@ def train_classifier(
     learning = images.subset(parts.training)
     held = images.subset(sorted([*parts.statistics, *parts.calibration]))
     again, behind = _not_of(again, reconstructions, held)
+    outer, before = _not_of(outer, outliers, held)
     if keep_weights:
         trained, origin = _start(learning, model, names, weights, seed)
         trained.trained_on, trained.provenance = origin.seen, {"source": images.name, **_told_of(origin)}
@@ -244,7 +246,7 @@ def train_classifier(
             learning, model, settings, out=folder, resume=resume, class_names=names, weights=weights,
             exposure=exposure, outliers=outer, reconstructions=again, made_of=made_of,
         )  # fmt: skip
-        trained.trained_on |= behind
+        trained.trained_on |= behind | before
     if first_process():
         _rate(trained, held, resolve_precision(training.precision, trained.device))
         trained.save(out)
@@ -255,8 +257,8 @@ def train_classifier(
 def _not_of(
     again: ImageSource | None, given: str | None, held: ImageSource
 ) -> tuple[ImageSource | None, frozenset[str]]:
-    """The reconstructions of images that are not held out, and the content hashes of those images, as far as known:
-    who learns what came of an image has seen it.
+    """What a generator has made of images that are not held out, and the content hashes of those images, as far as
+    known: who learns what came of an image has seen it.
     """
     if again is None or given is None:
         return None, frozenset()
@@ -264,7 +266,7 @@ def _not_of(
     kept = [place for place, original in enumerate(known) if original is None or original not in apart]
     if not kept:
         raise FaroutError(
-            f"all {len(again)} reconstructions of {again.name} are of images that are held out; make some of others"
+            f"all {len(again)} images of {again.name} were made of images that are held out; make some of others"
         )
     return again.subset(kept), frozenset(filter(None, (known[place] for place in kept)))
 

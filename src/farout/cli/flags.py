@@ -127,7 +127,7 @@ class Parser(jsonargparse.ArgumentParser):
         else:
             self.add_function_arguments(what, as_positional=True, skip=set(skip), fail_untyped=False)
         start = f"{prefix}." if prefix else ""
-        self.hints |= {start + name: hint for name, hint in _hints(what).items() if name not in skip}
+        self.hints |= {start + name: hint for name, hint in _hints(what).items() if name not in {*skip, "return"}}
         self._describe(inspect.getdoc(what) or "", start)
 
     def _describe(self, text: str, start: str) -> None:

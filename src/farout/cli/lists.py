@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from rich.console import Console
@@ -70,10 +71,14 @@ def _presets() -> list[dict[str, str]]:
 
 
 def _flags(settings: dict[str, Any], prefix: str = "") -> str:
-    """Settings as flags."""
+    """Settings as flags; of settings of settings those that differ from their class's defaults."""
     parts = []
     for name, value in settings.items():
         flag = prefix + name.replace("_", "-")
+        if is_dataclass(value) and not isinstance(value, type):
+            plain = type(value)()
+            changed = {f.name: getattr(value, f.name) for f in fields(value)}
+            value = {key: each for key, each in changed.items() if each != getattr(plain, key)}
         if isinstance(value, dict):
             parts.append(_flags(value, f"{flag}."))
         else:

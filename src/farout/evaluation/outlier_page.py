@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from base64 import b64encode
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from farout import store
+from farout.errors import UnreadableImageError
 from farout.evaluation.outlier_quality import is_made_of_images, summed_up
 from farout.evaluation.page import png_address
 from farout.evaluation.rendering import render
@@ -92,8 +94,14 @@ def _file_address(path: Path) -> str | None:
 
 
 def _some(source: ImageSource, places: list[int], count: int) -> list[str]:
-    """Addresses of the first images."""
-    return [png_address(source[place].float() / 255) for place in places[:count]]
+    """Addresses of the first images that can be read."""
+    found: list[str] = []
+    for place in places:
+        if len(found) == count:
+            break
+        with suppress(UnreadableImageError):
+            found.append(png_address(source[place].float() / 255))
+    return found
 
 
 def _embedding(folder: Path) -> dict[str, Any] | None:
@@ -117,19 +125,20 @@ def _alignment(folder: Path) -> dict[str, Any] | None:
 
 def _distances(folder: Path) -> dict[str, Any] | None:
     """Medians of the distances of drawn and known vectors, and a picture of all."""
-    if (folder / "drawn.safetensors").is_file():
+    if (folder / "manifold").is_dir():
         sets, axis = _on_manifold(folder), "squared distance from the class, per dimension"
     elif (folder / "drawn").is_dir():
         sets, axis = _beyond_boundaries(folder), "distance to the k-th nearest image of the class"
     else:
         return None
     medians = {name.replace("_", " "): float(np.median(values)) for name, values in sets.items()}
-    return {"medians": medians, "picture": _histogram(sets, axis)}
+    return {"medians": medians, "picture": _histogram(sets, axis), "drawn": "drawn" in sets}
 
 
 def _on_manifold(folder: Path) -> dict[str, np.ndarray]:
-    known = {name: values.numpy() for name, values in Manifold.load(folder / "manifold").known.items() if len(values)}
-    return {**known, "drawn": store.load_tensors(folder / "drawn.safetensors")["distance"].numpy()}
+    sets = {name: values.numpy() for name, values in Manifold.load(folder / "manifold").known.items() if len(values)}
+    drawn = folder / "drawn.safetensors"
+    return {**sets, "drawn": store.load_tensors(drawn)["distance"].numpy()} if drawn.is_file() else sets
 
 
 def _beyond_boundaries(folder: Path) -> dict[str, np.ndarray]:

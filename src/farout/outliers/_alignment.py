@@ -23,14 +23,15 @@ from farout.classifiers.model import Classifier
 from farout.classifiers.train import train_on
 from farout.diffusion.noise import seeded
 from farout.errors import FaroutError, StoreError, TrapWarning
-from farout.images.sources import Batch, ImageSource, batches
+from farout.images.sources import Batch, batches
 from farout.outliers._decoding import class_space
+from farout.outliers._places import readable
 from farout.outliers.base import Work
 from farout.progress import task
 from farout.runtime import Runtime
 from farout.training import TrainingConfig
 
-__all__ = ["Aligned", "Alignment", "align", "check_directions", "has_aligned", "read_aligned", "readable"]
+__all__ = ["Aligned", "Alignment", "align", "check_directions", "has_aligned", "read_aligned"]
 
 _CLASSIFIER, _TRAINING, _FEATURES = "classifier", "training", "features.safetensors"
 _SAME = 1e-5
@@ -126,11 +127,6 @@ def check_directions(vectors: Tensor, names: Sequence[str]) -> Tensor:
             "apart: train it for longer, or leave one of them out"
         )
     return directions
-
-
-def readable(source: ImageSource) -> list[int]:
-    """Places of the images that can be read; others raise UnreadableImageError where the policy is `raise`."""
-    return [place for place, content in enumerate(source.content_hashes()) if content is not None]
 
 
 def align(work: Work, folder: Path, model: ClassifierConfig, alignment: Alignment) -> Aligned:

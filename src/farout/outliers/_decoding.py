@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from farout.diffusion import folders
-from farout.diffusion.class_tokens import TextTokens
 from farout.diffusion.conditioning import Condition, Conditioning
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
@@ -199,11 +198,11 @@ class VectorSynthesiser(Synthesiser):
 
 def _check_unused(prompts: Prompts, space: Conditioning) -> None:
     """Refuses settings of prompts for a generator that brings classes of its own."""
-    known = {PromptTokens: {"generation", "context_noise"}, TextTokens: {"context_noise"}}.get(type(space), set())
+    known = {"context_noise"} | ({"generation"} if isinstance(space, PromptTokens) else set())
     unused = [f"prompts.{name}={getattr(prompts, name)!r}" for name in prompts.changed if name not in known]
     if unused:
         raise FaroutError(
             f"{', '.join(unused)} would have no effect: this generator brings its classes by {space.kind}; leave "
-            "prompts at their defaults (--prompts.generation None after a preset), or give an original Stable "
-            "Diffusion folder"
+            "prompts at their defaults (after --preset paper: --prompts.generation None --prompts.pieces refuse), or "
+            "give an original Stable Diffusion folder"
         )

@@ -170,6 +170,7 @@ class Deformation(Synthesiser):
             "k": [draw.k for draw in draws],
             "level": [plan.level(draw.k) for draw in draws],
             "repeat": [index // len(plan.order) for index in indices],
+            "source_hash": [plan.work.source.content_hash(draw.place) for draw in draws],
         }
         if self.reject is None:
             return columns

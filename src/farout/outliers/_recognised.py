@@ -10,6 +10,7 @@ from farout import store
 from farout.classifiers.model import Classifier
 from farout.diffusion.sampling import Sampler
 from farout.errors import FaroutError, TrapWarning
+from farout.progress import task
 
 __all__ = ["check_knows", "class_places", "recognised", "warn_of_poor_samples"]
 
@@ -31,11 +32,13 @@ def recognised(sampler: Sampler, classifier: Classifier, names: Sequence[str], c
     places = class_places(classifier, names)
     count = max(_WANTED, _LEAST * len(names)) if count is None else count
     hits = 0
-    for start in range(0, count, _TOGETHER):
-        indices = range(start, min(start + _TOGETHER, count))
-        labels = [index % len(names) for index in indices]
-        told = classifier.outputs(sampler.images(indices, labels), _TOGETHER).logits.argmax(1).tolist()
-        hits += sum(place == places[label] for place, label in zip(told, labels, strict=True))
+    with task("the generator's own samples", count) as bar:
+        for start in range(0, count, _TOGETHER):
+            indices = range(start, min(start + _TOGETHER, count))
+            labels = [index % len(names) for index in indices]
+            told = classifier.outputs(sampler.images(indices, labels), _TOGETHER).logits.argmax(1).tolist()
+            hits += sum(place == places[label] for place, label in zip(told, labels, strict=True))
+            bar.advance(len(indices))
     return hits / count
 
 

@@ -190,7 +190,8 @@ class Synthesiser(Configured, ABC):
         writer = ImageWriter(out, work.class_names, seed, OutlierFolder.kind)
         about = {"source": source.name, "images": len(source), "class_names": list(work.class_names)}
         writer.begin(self._settings(work), {**about, "provenance": self.provenance}, resume=resume)
-        self.judge(work)
+        if doing == self.stages:
+            self.judge(work)
         made = 0
         for name in doing:
             if name != self.stages[-1]:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from farout.classifiers.config import ClassifierConfig
 from farout.errors import StoreError
-from farout.outliers._alignment import Alignment, align, check_directions, read_aligned, readable
+from farout.outliers._alignment import Alignment, align, check_directions, read_aligned
 from farout.outliers._boundary import BoundarySampling, ClassBoundary
 from farout.outliers._boundary_folder import COLUMNS, extend_drawn, read_drawn
 from farout.outliers._decoding import ClassPoints, VectorSynthesiser, class_space
+from farout.outliers._places import readable
 from farout.outliers.base import Work
 from farout.progress import task
 

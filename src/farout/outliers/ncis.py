@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,9 @@ from farout.diffusion.prompts import Prompts
 from farout.errors import FaroutError
 from farout.outliers._decoding import ClassPoints, VectorSynthesiser
 from farout.outliers._embedding import Inversion, embed, read_embeddings
+from farout.outliers._labelled_vectors import check_counts
 from farout.outliers._manifold import Manifold, ManifoldConfig, fit_manifold
+from farout.outliers._places import readable
 from farout.outliers.base import Work
 
 __all__ = ["NCIS"]
@@ -90,6 +93,16 @@ class NCIS(VectorSynthesiser):
         """Does `embed`, `manifold` or `draw`."""
         {"embed": self._embed, "manifold": self._fit, "draw": self._draw}[stage](work)
 
+    def check(self, work: Work) -> None:
+        """Refuses images that cannot be read, levels that the schedule lacks, and classes that are too small for a
+        Gaussian; see also `VectorSynthesiser.check`.
+        """
+        self.inversion.grid(work.generator.schedule)
+        labels = work.labels[readable(work.source)]
+        names = [work.class_names[label] for label in work.classes]
+        check_counts(torch.tensor([work.classes.index(label) for label in labels.tolist()]), names)
+        super().check(work)
+
     def _embed(self, work: Work) -> None:
         folder = work.folder / _EMBEDDINGS
         embed(work.source, work.labels, work.generator, folder, self.inversion, seed=work.seed, runtime=work.runtime)
@@ -105,7 +118,9 @@ class NCIS(VectorSynthesiser):
         names = [work.class_names[label] for label in work.classes]
         places = torch.tensor([work.classes.index(int(label)) for label in found.labels])
         training = work.folder / _TRAINING
-        fit_manifold(found.vectors, places, self.manifold, names, work.seed, training).save(folder)
+        device = work.runtime.device if self.manifold.device == "auto" else self.manifold.device
+        config = replace(self.manifold, device=device)
+        fit_manifold(found.vectors, places, config, names, work.seed, training).save(folder)
         shutil.rmtree(training, ignore_errors=True)
 
     def _draw(self, work: Work) -> None:

@@ -25,13 +25,13 @@ from farout.images.sources import batches
 from farout.outliers._embedding import Inversion, Inverter
 from farout.runtime import Runtime
 
-REFERENCE = Inversion(draws=128, stratified=True)
+REFERENCE = Inversion(steps=3, draws=128)
 CASES = {
-    "K = 32": Inversion(),
-    "K = 32, stratified": Inversion(stratified=True),
-    "K = 8": Inversion(draws=8),
-    "K = 8, stratified": Inversion(draws=8, stratified=True),
-    "K = 8, stratified, 10 steps": Inversion(draws=8, stratified=True, steps=10),
+    "K = 32": Inversion(steps=3, draws=32, stratified=False),
+    "K = 32, stratified": Inversion(steps=3, draws=32),
+    "K = 8": Inversion(steps=3, stratified=False),
+    "K = 8, stratified": Inversion(steps=3),
+    "K = 8, stratified, 10 steps": Inversion(),
 }
 
 

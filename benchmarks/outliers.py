@@ -33,7 +33,6 @@ from farout.classifiers.train import PRESETS, ClassifierConfig, accuracy_on, tra
 from farout.evaluation.intervals import paired_difference
 from farout.evaluation.metrics import evaluate
 from farout.images.sources import ImageSource, batches, open_source
-from farout.outliers._embedding import Inversion
 from farout.outliers._manifold import ManifoldConfig
 from farout.outliers.base import Synthesiser, Work
 from farout.outliers.class_noise import ClassNoise
@@ -43,7 +42,6 @@ from farout.outliers.reconstruct import reconstruct
 from farout.training import TrainingConfig
 
 NONE = "none"
-INVERSION = Inversion(steps=10, draws=8, stratified=True)
 DECODING: dict[str, Any] = {"steps": 10}
 
 
@@ -84,7 +82,7 @@ class Variant(NCIS):
 def ncis(**manifold: Any) -> NCIS:
     """Held-out vectors choose the shrinkage: there are fewer of a class than dimensions."""
     how = ManifoldConfig(regularization="held_out", held_out=0.2, **manifold)
-    return Variant(inversion=INVERSION, manifold=how, **DECODING)
+    return Variant(manifold=how, **DECODING)
 
 
 def synthesisers() -> dict[str, Synthesiser]:

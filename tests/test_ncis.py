@@ -126,7 +126,7 @@ def test_the_command_takes_nested_settings_and_presets(
         "1",
         "--inversion.draws",
         "2",
-        "--inversion.stratified",
+        "--no-inversion.stratified",
         "--steps",
         "2",
         "--count",
@@ -134,7 +134,7 @@ def test_the_command_takes_nested_settings_and_presets(
     ]
     assert main([*words, "--out", str(tmp_path / "o")]) == 0, capsys.readouterr().err
     assert Manifold.load(tmp_path / "o" / "manifold").config.map == "linear"
-    assert read_outliers(tmp_path / "o").settings()["config"]["inversion.stratified"] is True
+    assert read_outliers(tmp_path / "o").settings()["config"]["inversion.stratified"] is False
     assert len(list((tmp_path / "o" / "images").rglob("*.png"))) == 4
     page = (tmp_path / "o" / "page.html").read_text()
     assert page.count("<img") == 1 + 2 * 4 + 4, "a histogram, four images and two outliers of each class"

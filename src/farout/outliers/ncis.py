@@ -54,7 +54,7 @@ class NCIS(VectorSynthesiser):
     stages: ClassVar[tuple[str, ...]] = ("embed", "manifold", "draw", "decode")
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
-            "inversion": Inversion(lr=0.01),
+            "inversion": Inversion(steps=3, draws=32, stratified=False, lr=0.01),
             "manifold": ManifoldConfig.from_preset("paper"),
             "images_per_vector": 8,
             "solver": "plms",

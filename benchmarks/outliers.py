@@ -207,11 +207,12 @@ def summary(rows: pd.DataFrame) -> str:
 def by_set(rows: pd.DataFrame, cell: Any) -> str:
     """A table of one cell for each case and set."""
     oods = list(dict.fromkeys(rows["ood"]))
-    lines = [
-        [name, f"{each.groupby('seed')['accuracy'].first().mean():.3f}", *(cell(each[each["ood"] == o]) for o in oods)]
-        for name, each in rows.groupby("case", sort=False)
-    ]
-    return table(["learns from", "accuracy", *oods], lines)
+    lines = []
+    for name, each in rows.groupby("case", sort=False):
+        accuracy = each.groupby("seed")["accuracy"].first()
+        cells = [cell(each[each["ood"] == ood]) for ood in oods]
+        lines.append([name, len(accuracy), f"{accuracy.mean():.3f}", *cells])
+    return table(["learns from", "seeds", "accuracy", *oods], lines)
 
 
 def fpr95_cell(rows: pd.DataFrame) -> str:

@@ -338,7 +338,7 @@ def test_what_came_of_images_that_are_held_out_is_not_learnt(tmp_path: Path) -> 
     assert set(open_source(test).content_hashes()) <= other.trained_on
     held = [i for i, content in enumerate(open_source(good).content_hashes()) if content not in learnt]
     few = made(open_source(good).subset(held), tmp_path / "held", named())
-    with pytest.raises(FaroutError, match=r"reconstructions of .* are of images that are held out"):
+    with pytest.raises(FaroutError, match=r"images of .* were made of images that are held out"):
         trained(good, tmp_path / "e", reconstructions=str(few.folder))
 
 

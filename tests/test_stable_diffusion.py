@@ -191,8 +191,7 @@ def test_other_generators_have_prompts_of_their_own(folders: dict[str, Path], im
     given: dict[str, Any] = {"count": 3, "runtime": CPU}
     for prompts, message in (
         (Prompts("a {}"), r"prompts.template='a \{\}' would have no effect.*class_vectors"),
-        (Prompts(context_noise=0.1), r"prompts.context_noise=0.1 would"),
-        (NCIS.from_preset("paper").prompts, r"--prompts.generation None after a preset"),
+        (NCIS.from_preset("paper").prompts, r"--prompts.generation None --prompts.pieces refuse"),
     ):
         with pytest.raises(FaroutError, match=message):
             ClassNoise(steps=2, prompts=prompts).synthesize(

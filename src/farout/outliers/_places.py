@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from farout.errors import SourceError
 from farout.images.sources import ImageSource
 
-__all__ = ["readable"]
+__all__ = ["first_readable", "readable"]
 
 
 def readable(source: ImageSource) -> list[int]:
     """Places of the images that can be read; others raise UnreadableImageError where the policy is `raise`."""
     return [place for place, content in enumerate(source.content_hashes()) if content is not None]
+
+
+def first_readable(source: ImageSource) -> int:
+    """The place of the first image that can be read; raises SourceError where there is none."""
+    places = readable(source)
+    if not places:
+        raise SourceError(f"none of the {len(source)} images of {source.name} is readable; give others")
+    return places[0]

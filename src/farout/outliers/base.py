@@ -21,6 +21,7 @@ from farout.images.classes import class_name, class_numbers
 from farout.images.sources import ImageSource, open_source
 from farout.outliers._folder import ImageWriter, MadeFolder, OutlierFolder, read_outliers
 from farout.outliers._other_classes import warn_of_other_classes
+from farout.outliers._places import first_readable
 from farout.progress import task
 from farout.runtime import Runtime
 
@@ -62,9 +63,9 @@ class Work:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of the generator's images, or of the source's first where there is none."""
+        """(C, H, W) of the generator's images, or of the source's first readable one where there is none."""
         if self.diffusion is None:
-            return tuple(self.source[0].shape)
+            return tuple(self.source[first_readable(self.source)].shape)
         prepared = self.diffusion.preprocessing
         return (prepared.channels, *prepared.size)
 

@@ -129,12 +129,17 @@ def sets(split: Split, work: Path, count: int) -> dict[str, ImageSource]:
     }
 
 
+def place(work: Path, seed: int, case: Case) -> Path:
+    """The folder of a case's classifier."""
+    return work / "classifiers" / f"{case.outliers or case.loss}{'-again' * case.reconstructions}-{seed}"
+
+
 def train(split: Split, work: Path, seed: int, case: Case, steps: int) -> Classifier:
     """A classifier with what it learns from, trained from scratch."""
     recipe = PRESETS["ncis_tiny"]
     return train_classifier(
         split.train,
-        work / "classifiers" / f"{case.outliers or case.loss}{'-again' * case.reconstructions}-{seed}",
+        place(work, seed, case),
         model=ClassifierConfig(**recipe["model"]),
         training=TrainingConfig(**{**recipe["training"], "steps": steps, "batch_size": 64}),
         exposure=Exposure(loss=case.loss),
@@ -174,7 +179,7 @@ def run(split: Split, work: Path, seeds: list[int], steps: int, count: int, out:
         for name, case in CASES.items():
             if known(out, seed, name) and name != NONE:
                 continue
-            folder = work / "classifiers" / f"{case.outliers or case.loss}{'-again' * case.reconstructions}-{seed}"
+            folder = place(work, seed, case)
             started = time.perf_counter()
             classifier = Classifier.load(folder) if folder.is_dir() else train(split, work, seed, case, steps)
             seconds = time.perf_counter() - started

@@ -16,6 +16,7 @@ from farout import progress, store
 from farout.data_order import DataOrder, seed_of
 from farout.errors import FaroutError, SourceError, TrapWarning
 from farout.images.classes import class_numbers
+from farout.images.places import some_readable
 from farout.images.preprocessing import Kernel, Preprocessing
 from farout.images.sources import ImageSource, open_source
 
@@ -56,10 +57,8 @@ def open_outliers(
         images = Path(images) / "images" if _is_made(Path(images)) else images
     # decoded pixels are not kept: what is kept are the prepared ones, which are smaller
     source = open_source(images, limit=limit, seed=seed, policy=policy, memory_mib=0)
-    readable = [i for i, content in enumerate(source.content_hashes()) if content is not None]
-    if not readable:
-        raise SourceError(f"none of the {len(source)} images of {source.name} is readable; give others")
-    return source if len(readable) == len(source) else source.subset(readable)
+    places = some_readable(source)
+    return source if len(places) == len(source) else source.subset(places)
 
 
 def _check_kind(folder: Path, kind: str) -> None:
@@ -77,6 +76,11 @@ def _is_made(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "images").is_dir()
 
 
+def _rows(manifest: Path) -> list[dict[str, str]]:
+    with manifest.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def originals(images: str | Path, source: ImageSource) -> tuple[str | None, ...]:
     """The content hash of the image that each of `source` was made of, as the manifest of the folder `images` (or the
     one that it is the `images` of) says, which `open_outliers` opened as `source`; None where it says nothing, or there
@@ -86,8 +90,7 @@ def originals(images: str | Path, source: ImageSource) -> tuple[str | None, ...]
     path = next((folder / "manifest.csv" for folder in folders), None)
     if path is None or not path.is_file():
         return (None,) * len(source)
-    with path.open(newline="", encoding="utf-8") as file:
-        told = {row["key"]: row.get("source_hash") for row in csv.DictReader(file)}
+    told = {row["key"]: row.get("source_hash") for row in _rows(path)}
     return tuple(told.get(key) or None for key in source.keys)
 
 
@@ -102,8 +105,7 @@ def read_made_of(folder: str | Path) -> dict[str, str]:
             f"{folder} does not tell which image an outlier was made of; give a folder that `farout synthesize` wrote, "
             "or leave the pairing out"
         )
-    with manifest.open(newline="", encoding="utf-8") as file:
-        found = {row["key"]: row["source"] for row in csv.DictReader(file)}
+    found = {row["key"]: row["source"] for row in _rows(manifest)}
     if not all(found.values()):
         raise SourceError(
             f"the outliers of {folder} were made of no single image (see its manifest); leave the pairing out"

@@ -16,9 +16,20 @@ _SGD: dict[str, Any] = {
     "clip": None,
 }
 
+_TINY: dict[str, Any] = {"network": "wrn16_1", "crop_padding": 2, "flip": False}
+_IMAGENET: dict[str, Any] = {
+    "stem": "imagenet",
+    "size": 224,
+    "protocol": "direct",
+    "resized_crop": True,
+    "flip": True,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
-        "model": {"network": "wrn16_1", "crop_padding": 2, "flip": False},
+        "model": _TINY,
         "training": {**_SGD, "steps": 2000, "batch_size": 128, "warmup": 100},
     },
     "openood": {
@@ -26,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {**_SGD, "steps": 39100, "batch_size": 128},
     },
     "ncis_tiny": {
-        "model": {"network": "wrn16_1", "crop_padding": 2, "flip": False},
+        "model": _TINY,
         "exposure": {"loss": "energy", "weight": 1.0, "resize": "both"},
         "training": {**_SGD, "steps": 2000, "batch_size": 128, "warmup": 100},
     },
@@ -42,35 +53,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {**_SGD, "steps": 49000, "batch_size": 256},
     },
     "ncis_imagenet100": {
-        "model": {
-            "network": "resnet34",
-            "stem": "imagenet",
-            "size": 224,
-            "protocol": "direct",
-            "resized_crop": True,
-            "flip": True,
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-        },
+        "model": {"network": "resnet34", **_IMAGENET},
         "exposure": {"loss": "energy", "weight": 1.0, "hidden": 512},
         "training": {**_SGD, "steps": 32500, "batch_size": 80},
     },
     "sona": {
-        "model": {
-            "network": "resnet18",
-            "stem": "imagenet",
-            "size": 224,
-            "protocol": "direct",
-            "resized_crop": True,
-            "flip": True,
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-        },
+        "model": {"network": "resnet18", **_IMAGENET},
         "exposure": {"loss": "sona", "weight": 0.5, "mutual_weight": 0.7, "resize": "bilinear", "reconstructed": 0.5},
         "training": {**_SGD, "steps": 406250, "batch_size": 128},
     },
     "sona_tiny": {
-        "model": {"network": "wrn16_1", "crop_padding": 2, "flip": False},
+        "model": _TINY,
         "exposure": {"loss": "sona", "weight": 0.5, "mutual_weight": 0.7, "resize": "both"},
         "training": {**_SGD, "steps": 2000, "batch_size": 128, "warmup": 100},
     },

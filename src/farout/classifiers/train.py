@@ -255,20 +255,23 @@ def train_classifier(
 
 
 def _not_of(
-    again: ImageSource | None, given: str | None, held: ImageSource
+    made: ImageSource | None, given: str | None, held: ImageSource
 ) -> tuple[ImageSource | None, frozenset[str]]:
     """What a generator has made of images that are not held out, and the content hashes of those images, as far as
     known: who learns what came of an image has seen it.
     """
-    if again is None or given is None:
+    if made is None or given is None:
         return None, frozenset()
-    known, apart = originals(given, again), frozenset(held.content_hashes())
+    known = originals(given, made)
+    if not any(known):
+        return made, frozenset()
+    apart = frozenset(held.content_hashes())
     kept = [place for place, original in enumerate(known) if original is None or original not in apart]
     if not kept:
         raise FaroutError(
-            f"all {len(again)} images of {again.name} were made of images that are held out; make some of others"
+            f"all {len(made)} images of {made.name} were made of images that are held out; make some of others"
         )
-    return again.subset(kept), frozenset(filter(None, (known[place] for place in kept)))
+    return made.subset(kept), frozenset(filter(None, (known[place] for place in kept)))
 
 
 def _check_keeping(weights: str | None, model: ClassifierConfig, exposure: Exposure, outside: str | None) -> None:

@@ -23,9 +23,9 @@ from farout.classifiers.model import Classifier
 from farout.classifiers.train import train_on
 from farout.diffusion.noise import seeded
 from farout.errors import FaroutError, StoreError, TrapWarning
+from farout.images.places import readable
 from farout.images.sources import Batch, batches
 from farout.outliers._decoding import class_space
-from farout.outliers._places import readable
 from farout.outliers.base import Work
 from farout.progress import task
 from farout.runtime import Runtime
@@ -146,9 +146,8 @@ def align(work: Work, folder: Path, model: ClassifierConfig, alignment: Alignmen
     """
     if not has_aligned(folder):
         classes = list(work.classes)
-        names = [work.class_names[label] for label in classes]
-        directions = check_directions(class_space(work.generator).vectors()[classes].cpu(), names)
-        classifier = _trained(work, directions / alignment.temperature, names, folder, model, alignment)
+        directions = check_directions(class_space(work.generator).vectors()[classes].cpu(), work.present)
+        classifier = _trained(work, directions / alignment.temperature, work.present, folder, model, alignment)
         features, index = _features(classifier, work, model if alignment.augmented else None)
         told = torch.tensor(classes)[(features @ directions.mT).argmax(1)] == work.labels[index]
         found = {"index": index, "label": work.labels[index], "feature": features, "told": told}

@@ -21,7 +21,7 @@ from farout.diffusion.prompts import Prompts
 from farout.diffusion.sampling import Sampler, Spacing
 from farout.errors import FaroutError
 from farout.images.sources import ImageSource
-from farout.outliers._recognised import check_knows, warn_of_poor_samples
+from farout.outliers._recognised import class_places, warn_of_poor_samples
 from farout.outliers.base import Made, Synthesiser, Work, names_of
 
 __all__ = ["ClassPoints", "VectorSynthesiser", "class_space", "decode", "noised", "vector_scale"]
@@ -176,7 +176,7 @@ class VectorSynthesiser(Synthesiser):
         """
         self.sampler(work)
         if work.classifier is not None:
-            check_knows(work.classifier, class_space(work.generator).class_names)
+            class_places(work.classifier, class_space(work.generator).class_names)
 
     def judge(self, work: Work) -> None:
         """With a classifier, warns of a generator whose own samples it recognises in fewer than 80 % of cases."""

@@ -12,7 +12,7 @@ from farout.diffusion.sampling import Sampler
 from farout.errors import FaroutError, TrapWarning
 from farout.progress import task
 
-__all__ = ["check_knows", "class_places", "recognised", "warn_of_poor_samples"]
+__all__ = ["class_places", "recognised", "warn_of_poor_samples"]
 
 _REMEMBERED = "recognised.json"
 _LEAST, _TOGETHER, _WANTED = 5, 64, 100
@@ -54,11 +54,6 @@ def class_places(classifier: Classifier, names: Sequence[str]) -> list[int]:
     if lacking:
         raise FaroutError(f"the classifier does not know {', '.join(lacking)}; it knows {', '.join(known)}")
     return [known.index(name) for name in names]
-
-
-def check_knows(classifier: Classifier, names: Sequence[str]) -> None:
-    """Raises FaroutError where the classifier lacks one of the generator's classes."""
-    class_places(classifier, names)
 
 
 def warn_of_poor_samples(

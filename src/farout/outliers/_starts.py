@@ -19,6 +19,7 @@ from farout.diffusion.methods import solver_by_name, solver_path
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
 from farout.errors import FaroutError
+from farout.images.places import some_readable
 from farout.outliers._decoding import class_space
 from farout.outliers._recognised import class_places
 from farout.outliers._targets import Conditions, DrawTarget, Target, class_targets
@@ -68,9 +69,8 @@ class Judge:
         channels = classifier.preprocessing.channels
         if channels != work.shape[0]:
             raise FaroutError(f"outliers have {work.shape[0]} channels, the classifier that judges them {channels}")
-        names = [work.class_names[label] for label in work.classes]
         self.classifier, self.rows = classifier, int(work.runtime.rows)
-        self.places = dict(zip(work.classes, class_places(classifier, names), strict=True))
+        self.places = dict(zip(work.classes, class_places(classifier, work.present), strict=True))
 
     def __call__(self, images: Tensor, labels: Sequence[int]) -> list[float]:
         """images (B, C, H, W) in [0, 1] of the classes `labels`."""
@@ -103,10 +103,8 @@ class Plan:
     def order(self) -> list[int]:
         """Places of the readable images; raises UnreadableImageError where these are to be all."""
         source, labels = self.work.source, self.work.labels.tolist()
-        readable = [place for place, content in enumerate(source.content_hashes()) if content is not None]
-        if not readable:
-            raise FaroutError(f"none of the {len(source)} images of {source.name} is readable; give others")
-        return [readable[place] for place in by_turns([labels[place] for place in readable])]
+        places = some_readable(source)
+        return [places[turn] for turn in by_turns([labels[place] for place in places])]
 
     @cached_property
     def targets(self) -> DrawTarget:

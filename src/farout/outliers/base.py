@@ -18,10 +18,10 @@ from farout.configuration import Configured, flat
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, SourceError
 from farout.images.classes import class_name, class_numbers
+from farout.images.places import some_readable
 from farout.images.sources import ImageSource, open_source
 from farout.outliers._folder import ImageWriter, MadeFolder, OutlierFolder, read_outliers
 from farout.outliers._other_classes import warn_of_other_classes
-from farout.outliers._places import first_readable
 from farout.progress import task
 from farout.runtime import Runtime
 
@@ -62,10 +62,15 @@ class Work:
         return tuple(sorted(set(self.labels.tolist())))
 
     @property
+    def present(self) -> list[str]:
+        """Names of the classes that have images, in the order of `classes`."""
+        return [self.class_names[label] for label in self.classes]
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W) of the generator's images, or of the source's first readable one where there is none."""
         if self.diffusion is None:
-            return tuple(self.source[first_readable(self.source)].shape)
+            return tuple(self.source[some_readable(self.source)[0]].shape)
         prepared = self.diffusion.preprocessing
         return (prepared.channels, *prepared.size)
 

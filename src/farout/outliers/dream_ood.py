@@ -12,11 +12,11 @@ from torch import Tensor
 
 from farout.classifiers.config import ClassifierConfig
 from farout.errors import StoreError
+from farout.images.places import readable
 from farout.outliers._alignment import Alignment, align, check_directions, read_aligned
 from farout.outliers._boundary import BoundarySampling, ClassBoundary
 from farout.outliers._boundary_folder import COLUMNS, extend_drawn, read_drawn
 from farout.outliers._decoding import ClassPoints, VectorSynthesiser, class_space
-from farout.outliers._places import readable
 from farout.outliers.base import Work
 from farout.progress import task
 
@@ -100,10 +100,9 @@ class DreamOOD(VectorSynthesiser):
         see also `VectorSynthesiser.check`.
         """
         classes = list(work.classes)
-        names = [work.class_names[label] for label in classes]
-        check_directions(class_space(work.generator).vectors()[classes], names)
+        check_directions(class_space(work.generator).vectors()[classes], work.present)
         counts = work.labels[readable(work.source)].bincount(minlength=len(work.class_names))
-        self.boundary.check(counts[classes].tolist(), names)
+        self.boundary.check(counts[classes].tolist(), work.present)
         super().check(work)
 
     # -- stages --------------------------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from torch import Tensor
 from farout import store
 from farout.diffusion.prompts import Prompts
 from farout.errors import FaroutError
+from farout.images.places import readable
 from farout.outliers._decoding import ClassPoints, VectorSynthesiser
 from farout.outliers._embedding import Inversion, embed, read_embeddings
 from farout.outliers._labelled_vectors import check_counts
 from farout.outliers._manifold import Manifold, ManifoldConfig, fit_manifold
-from farout.outliers._places import readable
 from farout.outliers.base import Work
 
 __all__ = ["NCIS"]
@@ -99,8 +99,7 @@ class NCIS(VectorSynthesiser):
         """
         self.inversion.grid(work.generator.schedule)
         labels = work.labels[readable(work.source)]
-        names = [work.class_names[label] for label in work.classes]
-        check_counts(torch.tensor([work.classes.index(label) for label in labels.tolist()]), names)
+        check_counts(_numbered(work, labels), work.present)
         super().check(work)
 
     def _embed(self, work: Work) -> None:
@@ -115,12 +114,11 @@ class NCIS(VectorSynthesiser):
         if folder.is_dir():
             return
         found = read_embeddings(work.folder / _EMBEDDINGS)
-        names = [work.class_names[label] for label in work.classes]
-        places = torch.tensor([work.classes.index(int(label)) for label in found.labels])
+        places = _numbered(work, found.labels)
         training = work.folder / _TRAINING
         device = work.runtime.device if self.manifold.device == "auto" else self.manifold.device
         config = replace(self.manifold, device=device)
-        fit_manifold(found.vectors, places, config, names, work.seed, training).save(folder)
+        fit_manifold(found.vectors, places, config, work.present, work.seed, training).save(folder)
         shutil.rmtree(training, ignore_errors=True)
 
     def _draw(self, work: Work) -> None:
@@ -156,3 +154,8 @@ class NCIS(VectorSynthesiser):
     def noises(self, indices: Sequence[int]) -> Sequence[int]:
         """One for all where it is fixed."""
         return [0] * len(indices) if self.fixed_noise else indices
+
+
+def _numbered(work: Work, labels: Tensor) -> Tensor:
+    """Labels as positions among the classes that have images."""
+    return torch.tensor([work.classes.index(label) for label in labels.tolist()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from farout.errors import SourceError
 from farout.images.sources import ImageSource
 
-__all__ = ["first_readable", "readable"]
+__all__ = ["readable", "some_readable"]
 
 
 def readable(source: ImageSource) -> list[int]:
@@ -13,9 +13,9 @@ def readable(source: ImageSource) -> list[int]:
     return [place for place, content in enumerate(source.content_hashes()) if content is not None]
 
 
-def first_readable(source: ImageSource) -> int:
-    """The place of the first image that can be read; raises SourceError where there is none."""
+def some_readable(source: ImageSource) -> list[int]:
+    """`readable`; raises SourceError where there is none."""
     places = readable(source)
     if not places:
         raise SourceError(f"none of the {len(source)} images of {source.name} is readable; give others")
-    return places[0]
+    return places

@@ -16,23 +16,19 @@ import argparse
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from common import auroc_cell, machine, table
 from denoising import Split, spec
+from exposed import NONE, PROBE, known, outward, rated, summary
 
 from farout.classifiers.exposure import Exposure, Loss
 from farout.classifiers.model import Classifier
 from farout.classifiers.train import PRESETS, ClassifierConfig, accuracy_on, train_classifier
-from farout.evaluation.intervals import paired_difference
-from farout.evaluation.metrics import evaluate
-from farout.images.sources import ImageSource, batches, open_source
+from farout.images.sources import ImageSource, open_source
 from farout.outliers._manifold import ManifoldConfig
 from farout.outliers.base import Synthesiser, Work
 from farout.outliers.class_noise import ClassNoise
@@ -41,7 +37,6 @@ from farout.outliers.ncis import NCIS
 from farout.outliers.reconstruct import reconstruct
 from farout.training import TrainingConfig
 
-NONE = "none"
 DECODING: dict[str, Any] = {"steps": 10}
 
 
@@ -125,7 +120,7 @@ def sets(split: Split, work: Path, count: int) -> dict[str, ImageSource]:
         "other classes": open_source(spec("test", split.out), limit=count),
         "mnist": open_source("mnist:test", limit=count),
         "cifar10": open_source("cifar10:test", limit=count),
-        "round trip": open_source(work / "again-test"),
+        PROBE: open_source(work / "again-test"),
     }
 
 
@@ -149,29 +144,6 @@ def train(split: Split, work: Path, seed: int, case: Case, steps: int) -> Classi
     )
 
 
-def energies(classifier: Classifier, source: ImageSource) -> np.ndarray:
-    """-logsumexp of the logits, an image each: higher is further out."""
-    found = [
-        -classifier.outputs(batch.images, 64).logits.logsumexp(1)
-        for batch in batches(source, classifier.preprocessing, 64)
-    ]
-    return torch.cat(found).double().numpy()
-
-
-def rated(scores: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
-    """A row for each set, with the lead over the classifier that learns from nothing else."""
-    for ood in list(scores)[1:]:
-        same = np.arange(len(scores["id"]))
-        groups = (same, same[: len(scores[ood])]) if ood == "round trip" else None
-        found = evaluate(scores["id"], scores[ood], groups=groups)
-        gap = paired_difference((scores["id"], scores[ood]), (base["id"], base[ood]), groups=groups)
-        yield {
-            **{"ood": ood, "auroc": found.auroc, "low": found.auroc_low, "high": found.auroc_high},
-            **{"fpr95": found.fpr95, "n_id": found.n_id, "n_ood": found.n_ood},
-            **{"difference": gap.value, "difference_low": gap.low, "difference_high": gap.high},
-        }
-
-
 def run(split: Split, work: Path, seeds: list[int], steps: int, count: int, out: Path) -> None:
     """Trains and rates what the file lacks, seed by seed."""
     for seed in seeds:
@@ -183,7 +155,7 @@ def run(split: Split, work: Path, seeds: list[int], steps: int, count: int, out:
             started = time.perf_counter()
             classifier = Classifier.load(folder) if folder.is_dir() else train(split, work, seed, case, steps)
             seconds = time.perf_counter() - started
-            scores = {each: energies(classifier, source) for each, source in sets(split, work, count).items()}
+            scores = {each: outward(classifier, source)["energy"] for each, source in sets(split, work, count).items()}
             base = base or scores
             rows = pd.DataFrame(rated(scores, base)).assign(case=name, seed=seed, steps=steps, seconds=seconds)
             rows["accuracy"] = accuracy_on(classifier, open_source(spec("test", split.inside)))
@@ -191,45 +163,6 @@ def run(split: Split, work: Path, seeds: list[int], steps: int, count: int, out:
                 rows.to_csv(out, mode="a", header=not out.is_file(), index=False)
             areas = [f"{ood} {area:.3f}" for ood, area in zip(rows.ood, rows.auroc)]
             print(seed, name, f"{seconds:.0f} s", f"accuracy {rows.accuracy[0]:.3f}", *areas, flush=True)
-
-
-def known(out: Path, seed: int, case: str) -> bool:
-    """Whether the file has these rows."""
-    if not out.is_file():
-        return False
-    done = pd.read_csv(out)
-    return bool(((done["seed"] == seed) & (done["case"] == case)).any())
-
-
-def summary(rows: pd.DataFrame) -> str:
-    """AUROC, FPR95 and the lead over `none` by set, means over seeds."""
-    counts = (
-        f"{rows['seed'].nunique()} seeds, {rows['steps'].iloc[0]} updates, n = {rows['n_id'].max()} in; {machine()}"
-    )
-    return "\n\n".join([counts, by_set(rows, auroc_cell), by_set(rows, fpr95_cell), by_set(rows, lead_cell)])
-
-
-def by_set(rows: pd.DataFrame, cell: Any) -> str:
-    """A table of one cell for each case and set."""
-    oods = list(dict.fromkeys(rows["ood"]))
-    lines = []
-    for name, each in rows.groupby("case", sort=False):
-        accuracy = each.groupby("seed")["accuracy"].first()
-        cells = [cell(each[each["ood"] == ood]) for ood in oods]
-        lines.append([name, len(accuracy), f"{accuracy.mean():.3f}", *cells])
-    return table(["learns from", "seeds", "accuracy", *oods], lines)
-
-
-def fpr95_cell(rows: pd.DataFrame) -> str:
-    """Mean over seeds."""
-    return f"{rows['fpr95'].mean():.2f}"
-
-
-def lead_cell(rows: pd.DataFrame) -> str:
-    """Mean lead over seeds, its range, and in how many seeds the interval excludes zero, ahead and behind."""
-    lead = rows["difference"]
-    ahead, behind = int((rows["difference_low"] > 0).sum()), int((rows["difference_high"] < 0).sum())
-    return f"{lead.mean():+.3f} ({lead.min():+.3f} to {lead.max():+.3f}) +{ahead} -{behind}"
 
 
 def main() -> None:

@@ -1,0 +1,83 @@
+"""What the benchmarks of classifiers that learn from outliers share: scores, rows, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from common import auroc_cell, machine, table
+
+from farout.classifiers.model import Classifier
+from farout.evaluation.intervals import paired_difference
+from farout.evaluation.metrics import evaluate
+from farout.images.sources import ImageSource, batches
+
+NONE = "none"
+PROBE = "round trip"
+"""In-distribution test images against the generator's reconstructions of them: 0.5 is honest."""
+
+
+def outward(classifier: Classifier, source: ImageSource) -> dict[str, np.ndarray]:
+    """Scores of logits, an image each, higher is further out: msp, max_logit and energy."""
+    logits = torch.cat(
+        [classifier.outputs(batch.images, 64).logits for batch in batches(source, classifier.preprocessing, 64)]
+    ).double()
+    found = {"msp": logits.softmax(1).amax(1), "max_logit": logits.amax(1), "energy": logits.logsumexp(1)}
+    return {name: -score.numpy() for name, score in found.items()}
+
+
+def rated(scores: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+    """A row for each set, with the lead over the classifier that learns from nothing else."""
+    for ood in list(scores)[1:]:
+        same = np.arange(len(scores["id"]))
+        groups = (same, same[: len(scores[ood])]) if ood == PROBE else None
+        found = evaluate(scores["id"], scores[ood], groups=groups)
+        gap = paired_difference((scores["id"], scores[ood]), (base["id"], base[ood]), groups=groups)
+        yield {
+            **{"ood": ood, "auroc": found.auroc, "low": found.auroc_low, "high": found.auroc_high},
+            **{"fpr95": found.fpr95, "n_id": found.n_id, "n_ood": found.n_ood},
+            **{"difference": gap.value, "difference_low": gap.low, "difference_high": gap.high},
+        }
+
+
+def known(out: Path, seed: int, case: str) -> bool:
+    """Whether the file has these rows."""
+    if not out.is_file():
+        return False
+    done = pd.read_csv(out)
+    return bool(((done["seed"] == seed) & (done["case"] == case)).any())
+
+
+def summary(rows: pd.DataFrame) -> str:
+    """AUROC, FPR95 and the lead over `none` by set, means over seeds."""
+    counts = (
+        f"{rows['seed'].nunique()} seeds, {rows['steps'].iloc[0]} updates, n = {rows['n_id'].max()} in; {machine()}"
+    )
+    return "\n\n".join([counts, by_set(rows, auroc_cell), by_set(rows, fpr95_cell), by_set(rows, lead_cell)])
+
+
+def by_set(rows: pd.DataFrame, cell: Any) -> str:
+    """A table of one cell for each case and set."""
+    oods = list(dict.fromkeys(rows["ood"]))
+    lines = []
+    for name, each in rows.groupby("case", sort=False):
+        accuracy = each.groupby("seed")["accuracy"].first()
+        cells = [cell(each[each["ood"] == ood]) for ood in oods]
+        lines.append([name, len(accuracy), f"{accuracy.mean():.3f}", *cells])
+    return table(["learns from", "seeds", "accuracy", *oods], lines)
+
+
+def fpr95_cell(rows: pd.DataFrame) -> str:
+    """Mean over seeds."""
+    return f"{rows['fpr95'].mean():.2f}"
+
+
+def lead_cell(rows: pd.DataFrame) -> str:
+    """Mean lead over seeds, its range, and in how many seeds the interval excludes zero, ahead and behind."""
+    lead = rows["difference"]
+    ahead, behind = int((rows["difference_low"] > 0).sum()), int((rows["difference_high"] < 0).sum())
+    return f"{lead.mean():+.3f} ({lead.min():+.3f} to {lead.max():+.3f}) +{ahead} -{behind}"

@@ -1,12 +1,79 @@
-"""The documentation: its reference is made from the signatures, its links lead somewhere, and its commands exist."""
+"""The documentation: its reference is made from the signatures, its links lead somewhere, its examples and commands run."""
 
+import re
 import runpy
+import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+import farout
+from farout import registry
+from farout.errors import ShortfallWarning
+from farout.runtime import Runtime
+from small import pictures
+
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def blocks(page: str) -> list[str]:
+    """The Python examples of a page."""
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+# -- the reference of commands --------------------------------------------------------------------------------------
 
 
 def test_the_reference_of_commands_is_what_the_signatures_say_now() -> None:
-    made = runpy.run_path(str(ROOT / "docs" / "make_commands.py"))["reference"]()
-    written = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    made = runpy.run_path(str(DOCS / "make_commands.py"))["reference"]()
+    written = (DOCS / "commands.md").read_text(encoding="utf-8")
     assert written == made, "docs/commands.md is out of date: `make docs` writes it anew"
+
+
+# -- examples -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The examples of add-a-detector.md as a package from elsewhere, with entry points as its page says."""
+    written = {"spectrum": "farout.detectors", "quarters": "farout.outliers"}
+    for name, code in zip(written, blocks("add-a-detector.md"), strict=True):
+        (tmp_path / f"docs_example_{name}.py").write_text(code, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, f"docs_example_{name}", raising=False)
+    about = tmp_path / "docs_example-0.1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: docs-example\nVersion: 0.1\n")
+    groups = [f"[{room}]\n{name} = docs_example_{name}:{name.title()}\n" for name, room in written.items()]
+    (about / "entry_points.txt").write_text("\n".join(groups))
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_the_detector_of_the_page_is_listed_fitted_and_loaded_again(package: Path, tmp_path: Path) -> None:
+    detector = registry.find("detectors", "spectrum").load().from_preset("fine", rings=3)
+    good = pictures(tmp_path / "good", 60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ShortfallWarning)
+        detector.fit(good, alpha=0.1, statistics=30)
+    far = detector.score(pictures(tmp_path / "far", 10, low=0, spread=255, seed=7))
+    assert far.is_ood.all()
+    assert {"distance", "two_sided"} == set(far.indicators)
+    detector.save(tmp_path / "d")
+    again = farout.load(tmp_path / "d", batch_size=7).score(good)
+    assert np.array_equal(again.score, detector.score(good).score), "other batches, the same bits"
+    assert np.array_equal(detector.reconfigured(score="two_sided").score(good).score, again.indicators["two_sided"])
+
+
+def test_the_synthesiser_of_the_page_makes_the_same_images_for_any_batch(package: Path, tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        pictures(tmp_path / "labelled" / name, 6, low=60 * number, seed=number)
+    made = registry.find("outliers", "quarters").load()().synthesize
+    folders = [
+        made(tmp_path / "labelled", tmp_path / str(size), count=5, runtime=Runtime(batch_size=size)) for size in (1, 5)
+    ]
+    one, two = [{p.name: p.read_bytes() for p in (f.folder / "images").rglob("*.png")} for f in folders]
+    assert len(one) == 5
+    assert one == two

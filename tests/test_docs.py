@@ -1,4 +1,4 @@
-"""The documentation: its reference is made from the signatures, its links lead somewhere, its examples and commands run."""
+"""The documentation: its reference is what the signatures say, its links lead somewhere, its examples and commands run."""
 
 import re
 import runpy

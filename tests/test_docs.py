@@ -1,7 +1,9 @@
-"""The documentation: its reference is what the signatures say, its links lead somewhere, its examples and commands run."""
+"""The documentation: its reference is what the signatures say, its links lead somewhere, its examples run."""
 
+import functools
 import re
 import runpy
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -11,12 +13,16 @@ import pytest
 
 import farout
 from farout import registry
+from farout.cli import COMMANDS
+from farout.cli.parsers import parse
 from farout.errors import ShortfallWarning
 from farout.runtime import Runtime
 from small import pictures
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
 def blocks(page: str) -> list[str]:
@@ -77,3 +83,53 @@ def test_the_synthesiser_of_the_page_makes_the_same_images_for_any_batch(package
     one, two = [{p.name: p.read_bytes() for p in (f.folder / "images").rglob("*.png")} for f in folders]
     assert len(one) == 5
     assert one == two
+
+
+# -- links and commands ---------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of a page is called."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    text = re.sub(r"^( {4}|```).*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    targets = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    for file, _, anchor in (target.partition("#") for target in targets):
+        other = (page.parent / file).resolve() if file else page
+        assert other.exists(), f"{name}: {file} is not there"
+        assert not anchor or anchor in anchors(other), f"{name}: {file} has no heading #{anchor}"
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The `farout …` command lines in the code of a page, as words; comments are left out."""
+    code = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    lines = re.findall(r"^ {4,}(?:[A-Z_]+=\S+ )?(farout .*)$", code, re.MULTILINE)
+    parts = [part for line in lines for part in re.split(r" && | \| ", re.sub(r"(^|\s)#.*", "", line))]
+    return [shlex.split(part)[1:] for part in parts if part.startswith("farout ")]
+
+
+@functools.cache
+def understand(words: tuple[str, ...]) -> None:
+    """Parses a command line as it would be, and does not run it; raises for what is not known."""
+    command = next((known for known in COMMANDS if list(words[: len(known.split())]) == known.split()), None)
+    assert command is not None, f"there is no command {' '.join(words)}"
+    rest = words[len(command.split()) :]
+    if command == "list":
+        assert rest[0] in ("detectors", "synthesisers", "sets", "presets")
+    else:
+        parse(command, COMMANDS[command], rest)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "docs/commands.md"])
+def test_commands_are_known_with_their_flags(name: str) -> None:
+    for words in commands(ROOT / name):
+        understand(tuple(words))
+
+
+def test_the_pages_have_commands() -> None:
+    assert len([words for page in PAGES for words in commands(page)]) > 50, "code is no longer found"

@@ -18,7 +18,7 @@ import jsonargparse
 
 from farout.cli.usage import UsageError, meant
 
-__all__ = ["Parser"]
+__all__ = ["Flag", "Parser"]
 
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 _METAVARS = {int: "N", float: "X"}
@@ -111,6 +111,43 @@ def _shown(default: Any) -> str:
     return " ".join(map(str, default)) if isinstance(default, tuple | list) else str(default)
 
 
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag or an argument in words: its name, how it is written, what it is unless given, and what it means."""
+
+    name: str
+    written: str
+    default: str
+    meaning: str
+
+
+def _told(action: argparse.Action) -> Flag:
+    """An action in words."""
+    hint = getattr(action, "_typehint", None)
+    meaning = " ".join((action.help or "").split()).removesuffix(".")
+    if not action.option_strings:
+        return Flag(action.dest, action.dest.upper(), "", meaning)
+    flag = _dashed(action.option_strings[0])
+    if hint is bool:
+        written, default = (f"--[no-]{flag[2:]}", "on") if action.default else (flag, "off")
+    else:
+        written, default = f"{flag} {_value(hint, action.dest)}", _shown(action.default)
+    return Flag(action.dest, written, default, meaning)
+
+
+def _value(hint: Any, name: str) -> str:
+    """What follows a flag of this type."""
+    first = _choices(hint)[0]
+    if typing.get_origin(first) is Literal:
+        return f"{{{','.join(map(str, typing.get_args(first)))}}}"
+    return "A B …" if _item(hint) is not None else _METAVARS.get(first, name.rpartition(".")[2].upper())
+
+
+def _dashed(text: str) -> str:
+    """Flags with dashes."""
+    return re.sub(r"--[][a-z_.-]+", lambda flag: flag[0].replace("_", "-"), text)
+
+
 class Parser(jsonargparse.ArgumentParser):
     """Flags made from signatures; wrong usage raises `UsageError` with one line."""
 
@@ -155,7 +192,16 @@ class Parser(jsonargparse.ArgumentParser):
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """Flags with dashes; the command's own parameters under a plain heading."""
         text = super().format_help(formatter).replace(f"\n{self.heading.removesuffix('.')}:\n", "\narguments:\n")
-        return re.sub(r"--[][a-z_.-]+", lambda flag: flag[0].replace("_", "-"), text)
+        return _dashed(text)
+
+    def sections(self) -> dict[str, list[Flag]]:
+        """What `--help` shows, by its headings."""
+        return {
+            (group.title or "").partition(". ")[0]: [
+                _told(action) for action in group._group_actions if action.help != argparse.SUPPRESS
+            ]
+            for group in self._action_groups
+        }
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Argparse's own way out, which prints the usage, is not taken."""

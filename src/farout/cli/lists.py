@@ -13,7 +13,7 @@ from farout import registry
 from farout.cli.usage import UsageError, meant
 from farout.images import catalog
 
-__all__ = ["show_list"]
+__all__ = ["presets", "show_list"]
 
 _WHAT = ("detectors", "synthesisers", "sets", "presets")
 
@@ -26,7 +26,7 @@ def show_list(words: Sequence[str]) -> int:
     what = words[0]
     if what not in _WHAT or len(words) > 1:
         raise UsageError(f"there is no list {' '.join(words)!r}; {meant(what, _WHAT)}")
-    rows = {"sets": _sets, "presets": _presets}
+    rows = {"sets": _sets, "presets": presets}
     _print(rows[what]() if what in rows else _members({"synthesisers": "outliers"}.get(what, what)), what)
     return 0
 
@@ -54,8 +54,8 @@ def _members(room: str) -> list[dict[str, str]]:
     return [{"name": member.name, "what": member.description} for member in registry.members(room).values()]
 
 
-def _presets() -> list[dict[str, str]]:
-    """Presets of every detector, every synthesiser and of training; these are read from the classes themselves."""
+def presets() -> list[dict[str, str]]:
+    """The presets of every detector, every synthesiser and of training; these are read from the classes themselves."""
     from farout.classifiers.train import PRESETS as CLASSIFIERS
     from farout.diffusion.train import PRESETS
 
@@ -65,8 +65,8 @@ def _presets() -> list[dict[str, str]]:
     owners |= {"train diffusion": PRESETS, "train classifier": CLASSIFIERS}
     return [
         {"command": owner, "preset": name, "settings": _flags(settings)}
-        for owner, presets in owners.items()
-        for name, settings in presets.items()
+        for owner, owned in owners.items()
+        for name, settings in owned.items()
     ]
 
 

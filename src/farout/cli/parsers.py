@@ -23,7 +23,7 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
 from farout.training_config import TrainingConfig
 
-__all__ = ["parse"]
+__all__ = ["parse", "parser_of"]
 
 _ROOMS = (commands, generation, diffusion.train, classifiers.train)
 """Where the functions behind the commands are."""
@@ -49,17 +49,38 @@ def parse(name: str, function: str, words: Sequence[str]) -> Callable[[], Any]:
     if name in _METHODS:
         member = _chosen(name, words)
         return _METHODS[name].parse(member, member.load(), words[1:])
-    call = next(getattr(room, function) for room in _ROOMS if hasattr(room, function))
+    call = _call(function)
     if call in _TRAININGS:
         return _train(name, call, words)
-    parser = _parser(name, call)
-    composed = "runtime" in inspect.signature(call).parameters
-    if composed:
-        _add_runtime(parser)
+    parser = parser_of(name, function)
     values = _values(parser, parser.read(words))
+    composed = "runtime" in inspect.signature(call).parameters
     runtime = {key: values.pop(key) for key in _RUNTIME} if composed else {}
     changes = {"runtime": {key: value for key, value in runtime.items() if value is not None}} if composed else {}
     return functools.partial(call, **values, **changes)
+
+
+def parser_of(name: str, function: str, method: str | None = None) -> Parser:
+    """The parser of a command; of one whose first word is a METHOD, that of the method's words after it.
+
+    Raises FaroutError for an unknown method.
+    """
+    if name in _METHODS:
+        member = registry.find(_METHODS[name].room, method or "")
+        return _METHODS[name].parser(member, member.load())
+    call = _call(function)
+    if call in _TRAININGS:
+        return _train_parser(name, call)
+    parser = _parser(name, call)
+    if "runtime" in inspect.signature(call).parameters:
+        _add_runtime(parser)
+    return parser
+
+
+def _call(function: str) -> Callable[..., Any]:
+    """The function behind a command."""
+    found: Callable[..., Any] = next(getattr(room, function) for room in _ROOMS if hasattr(room, function))
+    return found
 
 
 def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about: str = "") -> Parser:
@@ -136,16 +157,28 @@ def _add_training(
 def _train(name: str, command: Callable[..., Any], words: Sequence[str]) -> Callable[[], Any]:
     """A training: its presets lie under YAML and flags, and may be named in either."""
     configs, presets = _TRAININGS[command]
-    short = {flag: part for flag, part in _SHORT.items() if part in (*configs, "training")}
-    told = [f"--{flag.replace('_', '-')} for --{part}.{flag.replace('_', '-')}" for flag, part in short.items()]
-    parser = _parser(name, command, about=f"{_first_line(command)} You may write {', '.join(told)}.")
-    _add_training(parser, "preset", "tiny", configs, presets)
+    parser = _train_parser(name, command)
+    short = _short(configs)
     words = [_long(word, short) for word in words]
     # the first reading is for the preset's name
     parser.set_defaults(_training_preset(parser.read(words).preset, presets))
     values = _values(parser, parser.read(words))
     values.pop("preset")
     return functools.partial(command, **values)
+
+
+def _train_parser(name: str, command: Callable[..., Any]) -> Parser:
+    configs, presets = _TRAININGS[command]
+    short = _short(configs).items()
+    told = [f"--{flag.replace('_', '-')} for --{part}.{flag.replace('_', '-')}" for flag, part in short]
+    parser = _parser(name, command, about=f"{_first_line(command)} You may write {', '.join(told)}.")
+    _add_training(parser, "preset", "tiny", configs, presets)
+    return parser
+
+
+def _short(configs: Mapping[str, type]) -> dict[str, str]:
+    """The settings of a training that may be written without the part that they belong to, and that part."""
+    return {flag: part for flag, part in _SHORT.items() if part in (*configs, "training")}
 
 
 def _long(word: str, short: Mapping[str, str]) -> str:
@@ -162,6 +195,7 @@ class _Methods:
     room: str
     call: Callable[..., Any]
     needed: str
+    parser: Callable[[registry.Member, Any], Parser]
     parse: Callable[[registry.Member, Any, Sequence[str]], Callable[[], Any]]
 
 
@@ -234,10 +268,15 @@ def _call_fit(name: str, method: Any, values: dict[str, Any]) -> Any:
     return commands.fit(name, source, **rest, settings=chosen, arguments=arguments)
 
 
-def _synthesize(member: registry.Member, method: Any, words: Sequence[str]) -> Callable[[], Any]:
+def _synthesize_parser(member: registry.Member, method: Any) -> Parser:
     skip = ["stage"] if len(method.stages) == 1 else []
     parser = _method_parser(f"synthesize {member.name}", generation.synthesize, member, method, skip)
     parser.take(Runtime, skip=["cache"])
+    return parser
+
+
+def _synthesize(member: registry.Member, method: Any, words: Sequence[str]) -> Callable[[], Any]:
+    parser = _synthesize_parser(member, method)
     parser.set_defaults(_method_preset(method, parser.read(words).preset))
     values = _values(parser, parser.read(words))
     arguments = {key: values.pop(key) for key in method().config}
@@ -246,6 +285,8 @@ def _synthesize(member: registry.Member, method: Any, words: Sequence[str]) -> C
 
 
 _METHODS = {
-    "fit": _Methods("detectors", commands.fit, "--out DIR", _fit),
-    "synthesize": _Methods("outliers", generation.synthesize, "--diffusion DIR --out DIR", _synthesize),
+    "fit": _Methods("detectors", commands.fit, "--out DIR", _fit_parser, _fit),
+    "synthesize": _Methods(
+        "outliers", generation.synthesize, "--diffusion DIR --out DIR", _synthesize_parser, _synthesize
+    ),
 }

@@ -1,0 +1,135 @@
+"""The documentation: its reference is what the signatures say, its links lead somewhere, its examples run."""
+
+import functools
+import re
+import runpy
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import farout
+from farout import registry
+from farout.cli import COMMANDS
+from farout.cli.parsers import parse
+from farout.errors import ShortfallWarning
+from farout.runtime import Runtime
+from small import pictures
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+def blocks(page: str) -> list[str]:
+    """The Python examples of a page."""
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+# -- the reference of commands --------------------------------------------------------------------------------------
+
+
+def test_the_reference_of_commands_is_what_the_signatures_say_now() -> None:
+    made = runpy.run_path(str(DOCS / "make_commands.py"))["reference"]()
+    written = (DOCS / "commands.md").read_text(encoding="utf-8")
+    assert written == made, "docs/commands.md is out of date: `make docs` writes it anew"
+
+
+# -- examples -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The examples of add-a-detector.md as a package from elsewhere, with entry points as its page says."""
+    written = {"spectrum": "farout.detectors", "quarters": "farout.outliers"}
+    for name, code in zip(written, blocks("add-a-detector.md"), strict=True):
+        (tmp_path / f"docs_example_{name}.py").write_text(code, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, f"docs_example_{name}", raising=False)
+    about = tmp_path / "docs_example-0.1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: docs-example\nVersion: 0.1\n")
+    groups = [f"[{room}]\n{name} = docs_example_{name}:{name.title()}\n" for name, room in written.items()]
+    (about / "entry_points.txt").write_text("\n".join(groups))
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_the_detector_of_the_page_is_listed_fitted_and_loaded_again(package: Path, tmp_path: Path) -> None:
+    detector = registry.find("detectors", "spectrum").load().from_preset("fine", rings=3)
+    good = pictures(tmp_path / "good", 60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ShortfallWarning)
+        detector.fit(good, alpha=0.1, statistics=30)
+    far = detector.score(pictures(tmp_path / "far", 10, low=0, spread=255, seed=7))
+    assert far.is_ood.all()
+    assert {"distance", "two_sided"} == set(far.indicators)
+    detector.save(tmp_path / "d")
+    again = farout.load(tmp_path / "d", batch_size=7).score(good)
+    assert np.array_equal(again.score, detector.score(good).score), "other batches, the same bits"
+    assert np.array_equal(detector.reconfigured(score="two_sided").score(good).score, again.indicators["two_sided"])
+
+
+def test_the_synthesiser_of_the_page_makes_the_same_images_for_any_batch(package: Path, tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        pictures(tmp_path / "labelled" / name, 6, low=60 * number, seed=number)
+    made = registry.find("outliers", "quarters").load()().synthesize
+    folders = [
+        made(tmp_path / "labelled", tmp_path / str(size), count=5, runtime=Runtime(batch_size=size)) for size in (1, 5)
+    ]
+    one, two = [{p.name: p.read_bytes() for p in (f.folder / "images").rglob("*.png")} for f in folders]
+    assert len(one) == 5
+    assert one == two
+
+
+# -- links and commands ---------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of a page is called."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    text = re.sub(r"^( {4}|```).*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    targets = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    for file, _, anchor in (target.partition("#") for target in targets):
+        other = (page.parent / file).resolve() if file else page
+        assert other.exists(), f"{name}: {file} is not there"
+        assert not anchor or anchor in anchors(other), f"{name}: {file} has no heading #{anchor}"
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The `farout …` command lines in the code of a page, as words; comments are left out."""
+    code = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    lines = re.findall(r"^ {4,}(?:[A-Z_]+=\S+ )?(farout .*)$", code, re.MULTILINE)
+    parts = [part for line in lines for part in re.split(r" && | \| ", re.sub(r"(^|\s)#.*", "", line))]
+    return [shlex.split(part)[1:] for part in parts if part.startswith("farout ")]
+
+
+@functools.cache
+def understand(words: tuple[str, ...]) -> None:
+    """Parses a command line as it would be, and does not run it; raises for what is not known."""
+    command = next((known for known in COMMANDS if list(words[: len(known.split())]) == known.split()), None)
+    assert command is not None, f"there is no command {' '.join(words)}"
+    rest = words[len(command.split()) :]
+    if command == "list":
+        assert rest[0] in ("detectors", "synthesisers", "sets", "presets")
+    else:
+        parse(command, COMMANDS[command], rest)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "docs/commands.md"])
+def test_commands_are_known_with_their_flags(name: str) -> None:
+    for words in commands(ROOT / name):
+        understand(tuple(words))
+
+
+def test_the_pages_have_commands() -> None:
+    assert len([words for page in PAGES for words in commands(page)]) > 50, "code is no longer found"

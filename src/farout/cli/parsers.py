@@ -143,9 +143,18 @@ def _train(name: str, command: Callable[..., Any], words: Sequence[str]) -> Call
     words = [_long(word, short) for word in words]
     # the first reading is for the preset's name
     parser.set_defaults(_training_preset(parser.read(words).preset, presets))
+    if "exposure" in configs:
+        _drop_idle(parser, words)
     values = _values(parser, parser.read(words))
     values.pop("preset")
     return functools.partial(command, **values)
+
+
+def _drop_idle(parser: Parser, words: Sequence[str]) -> None:
+    """Another loss than the preset's makes nothing of the preset's settings of that; what the words say stays."""
+    read = _values(parser, parser.read(words))
+    idle = read["exposure"].idle(read["outliers"] is not None, read["reconstructions"] is not None)
+    parser.set_defaults({f"exposure.{name}": default for name, default in idle.items()})
 
 
 def _long(word: str, short: Mapping[str, str]) -> str:

@@ -285,10 +285,10 @@ def test_presets() -> None:
         ManifoldConfig.from_preset("slow")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        small = replace(paper, epochs=2, rounds=1, draws=20, device="cpu")
+        small = replace(paper, epochs=2, draws=20, device="cpu")
         fitted = fit_manifold(VECTORS, LABELS, small, 2)
     assert fitted.scale == 1
     assert not fitted.shift.any()
     assert len(fitted.known["held_out"]) == 0
     assert [entry["step"] for entry in fitted.history] == [0, 1, 2, 3, 4]
-    assert list(fitted.compare(fitted.draw())) == ["drawn", "training"]
+    assert list(fitted.compare(fitted.draw(5))) == ["drawn", "training"]

@@ -43,8 +43,7 @@ class ManifoldConfig:
             of the vectors; `held_out`: (1 - a) S + a tr(S) / D I, with the a, one for all classes, under which
             held-out vectors are the most likely.
         reg_weight: w above; unused with `held_out`.
-        rounds: rounds of drawing a class, where no number of vectors is asked for.
-        draws: vectors drawn in a round.
+        draws: vectors of a class drawn in a round; as many rounds are made as the vectors asked for take.
         kept: of these, how many of the lowest density are kept; the paper's 10 of 3,330 are its 0.3 %.
         temperature: factor on the deviations of what is drawn; 1 in the paper.
         device: where the network trains and computes: auto (cuda, else cpu), cpu, cuda, cuda:1, mps.
@@ -67,7 +66,6 @@ class ManifoldConfig:
     checkpoint: Literal["best", "last"] = "best"
     regularization: Literal["relative", "absolute", "held_out"] = "relative"
     reg_weight: float = 0.05
-    rounds: int = 10
     draws: int = 3330
     kept: int = 10
     temperature: float = 1.0
@@ -107,7 +105,7 @@ class ManifoldConfig:
 
 
 def _rules(c: ManifoldConfig) -> list[tuple[str, bool, str]]:
-    counts = ("layers", "steps", "batch_size", "validations", "rounds", "draws", "kept")
+    counts = ("layers", "steps", "batch_size", "validations", "draws", "kept")
     return [
         *((name, getattr(c, name) >= 1, "1 or more") for name in counts),
         ("epochs", c.epochs is None or c.epochs >= 1, "None, or 1 or more"),

@@ -112,7 +112,8 @@ class VectorSynthesiser(Synthesiser):
     Args:
         solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
         steps: steps from noise to image; without it 20, or as many as probability_flow finds.
-        spacing: where the steps lie: grid (evenly in t) or geometric (evenly in log sigma).
+        spacing: where the steps lie: grid (evenly in t), geometric (evenly in log sigma) or leading (evenly in t from 1
+            up, as Stable Diffusion is used: 981, …, 21, 1).
         guidance: weight of the class: 1 is conditional, all that a model without label dropout can do. 2 suits small
             models, Stable Diffusion is used with 7.5.
         prompts: how a Stable Diffusion folder is told the classes of the images; other generators have their own.

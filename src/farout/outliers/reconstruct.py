@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.round_trip import RoundTrip
-from farout.diffusion.sampling import Spacing
+from farout.diffusion.round_trip import BackSpacing, RoundTrip
 from farout.errors import FaroutError, SourceError
 from farout.images.classes import class_name, class_numbers
 from farout.images.sources import ImageSource, batches, open_source
@@ -39,7 +38,7 @@ def reconstruct(
     classes: bool = True,
     solver: str = "dpm_solver_2m",
     steps: int | None = None,
-    spacing: Spacing = "grid",
+    spacing: BackSpacing = "grid",
     seed: int = 0,
     resume: bool = False,
     limit: int | None = None,

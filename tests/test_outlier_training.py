@@ -18,22 +18,25 @@ from torch.nn import functional
 
 from farout.classifiers import train as rooms
 from farout.classifiers.config import ClassifierConfig
-from farout.classifiers.exposure import OUTLIER, Exposed, Exposure, Outside, known_classes
+from farout.classifiers.exposure import Exposed, Exposure, Outside, known_classes
 from farout.classifiers.losses import CrossEntropy, EnergyHead, free_energy, uniform_cross_entropy
 from farout.classifiers.model import Classifier
+from farout.classifiers.networks import OUTLIER
 from farout.classifiers.outliers import ExposedImages, OutlierImages, check_outliers, open_outliers
 from farout.classifiers.presets import PRESETS
 from farout.classifiers.train import train_classifier, train_on
 from farout.classifiers.virtual import VirtualOutliers, largest_radii
 from farout.cli import main
+from farout.detectors.denoising import Denoising
 from farout.detectors.posthoc import Posthoc
 from farout.errors import FaroutError, ShortfallWarning, SourceError, TrapWarning
 from farout.evaluation.draws import over_draws
 from farout.evaluation.metrics import auroc, fpr95
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import PreparedImages, open_source
+from farout.outliers._recognised import class_places
 from farout.training import TrainingConfig
-from small import pictures
+from small import conditional, pictures
 
 CONFIG = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
 FEW = TrainingConfig(
@@ -436,6 +439,14 @@ def test_one_class_more_is_kept_and_left_out_of_the_other_scores(tree: Path, out
     loaded = Classifier.load(tmp_path / "c")
     assert loaded.class_names == ("dark", "light", OUTLIER)
     assert (loaded.classes, known_classes(loaded)) == (3, 2)
+    card = (tmp_path / "c" / "README.md").read_text()
+    assert "- classes: dark, light; one more, the last, is of outliers\n" in card
+    with pytest.raises(FaroutError, match=r"does not know grey; it knows dark, light$"):
+        class_places(loaded, ["grey"])
+    with pytest.raises(FaroutError, match=r"2 classes, the classifier 2 classes and one of outliers"):
+        Denoising().check(open_source(tree), conditional(classes=2), made)
+    loaded.class_names = ("0", "1", OUTLIER)
+    assert class_places(loaded, ["dark", "light"]) == [0, 1], "bare numbers are in order"
     images = torch.stack([PreparedImages(open_source(tree), made.preprocessing)[i] for i in range(3)])
     logits = loaded.outputs(images).logits.double()
     detector = Posthoc(score="energy", odin=True).fit(str(tree), None, tmp_path / "c", alpha=0.1, statistics=10)
@@ -614,7 +625,9 @@ def test_the_command(tree: Path, outliers: Path, tmp_path: Path, capsys: pytest.
     ]:
         assert main([*words, *more, "--out", str(tmp_path / name)]) == 0
         assert Classifier.load(tmp_path / name).provenance["exposure"]["loss"] == loss
-        assert (f"11 outliers of {outliers}, loss {loss}" in capsys.readouterr().out) == (loss != "vos")
+        told = capsys.readouterr().out
+        assert (f"11 outliers of {outliers}, loss {loss}" in told) == (loss != "vos")
+        assert f", 2 classes{' and one of outliers' * (loss == 'k+1')}, " in told
     assert main([*words, "--loss", "energy", "--out", str(tmp_path / "x")]) == 1
     assert "--outliers FOLDER" in capsys.readouterr().err
     assert main([*words, "--loss", "enrgy", "--out", str(tmp_path / "x")]) == 2

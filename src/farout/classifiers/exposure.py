@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from farout.classifiers.losses import ClassifierLoss, EnergyHead, mutual_information, uniform_cross_entropy
 from farout.classifiers.model import Classifier
+from farout.classifiers.networks import OUTLIER
 from farout.classifiers.outliers import (
     ExposedImages,
     OutlierImages,
@@ -29,10 +30,7 @@ from farout.images.preprocessing import Preprocessing
 from farout.images.sources import ImageSource
 from farout.training_config import TrainingConfig
 
-__all__ = ["OUTLIER", "Exposed", "Exposure", "Loss", "Outside", "known_classes"]
-
-OUTLIER = "(outlier)"
-"""Name of the class that `k+1` adds, the last one; no folder is called that."""
+__all__ = ["Exposed", "Exposure", "Loss", "Outside", "counted_classes", "known_classes"]
 
 Loss = Literal["energy", "oe", "k+1", "vos", "sona", "cross_entropy"]
 Mutual = Literal["reference", "normalised", "off"]
@@ -381,3 +379,9 @@ class Outside:
 def known_classes(classifier: Classifier) -> int:
     """How many of the classifier's classes are classes of images: its last one may stand for outliers."""
     return classifier.classes - (classifier.class_names[-1] == OUTLIER)
+
+
+def counted_classes(classifier: Classifier) -> str:
+    """`K classes`, and that there is one of outliers, in words."""
+    known = known_classes(classifier)
+    return f"{known} classes{' and one of outliers' * (known < classifier.classes)}"

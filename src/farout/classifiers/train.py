@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 
 from farout import store
 from farout.classifiers.config import ClassifierConfig
-from farout.classifiers.exposure import Exposed, Exposure, Outside
+from farout.classifiers.exposure import Exposed, Exposure, Outside, known_classes
 from farout.classifiers.model import KIND, Classifier
 from farout.classifiers.origin import FRESH, Origin, start_from
 from farout.classifiers.outliers import open_outliers, originals, read_made_of
@@ -157,7 +157,7 @@ def accuracy_on(
     """The share of a source's readable images whose class the classifier tells; raises FaroutError where there are no
     labels, other classes than the classifier's, or no image that can be read.
     """
-    numbers, hits = class_numbers(source, classifier.class_names), list[bool]()
+    numbers, hits = class_numbers(source, classifier.class_names[: known_classes(classifier)]), list[bool]()
     with task(f"accuracy on images of {source.name}", len(source)) as bar:
         for batch in batches(source, classifier.preprocessing, _ROWS):
             if batch.keys:

@@ -59,7 +59,7 @@ class Manifold:
         shift: subtracted from vectors, float32 (D,).
         scale: then divides them.
         invariants: k; the last k coordinates of the flat space hardly vary in any class.
-        config: how it was fitted, and how draws are made.
+        config: how it was fitted, and how draws are made; its regularization is the one that was taken.
         class_names: by label.
         known: distances of the vectors fitted to (`training`) and of those not fitted to (`held_out`), float64 (n,).
         history: of training, in the units of scaled vectors; empty for a linear map.
@@ -303,7 +303,9 @@ def fit_manifold(
     check_counts(labels, names)
     fit, held = split(labels, len(names), config, seed)
     check_spread(vectors[fit], labels[fit], names)
-    warn_counts(labels[fit], names, vectors.shape[1])
+    fewest = int(labels[fit].bincount(minlength=len(names)).min())
+    config = config.resolved(fewest, len(held), vectors.shape[1])
+    warn_counts(labels[fit], names, vectors.shape[1], config)
     shift, scale = _standard(vectors[fit], config)
     x = (vectors - shift) / scale
     counts = invariant_counts(x[fit], labels[fit], len(names), config.pca_variance)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from farout import NCIS, ClassNoise, read_outliers
+from farout import NCIS, ClassNoise, read_outliers, reconstruct
 from farout.cli import main
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.prompts import Prompts
@@ -255,6 +255,26 @@ def test_noise_on_contexts_is_the_images_own(folders: dict[str, Path], images: P
     without, some, more = made("a", 0, 4, 4), made("b", 0.5, 2, 2), made("c", 0.5, 4, 3)
     for name in ("000000.png", "000001.png"):
         assert some[name] == more[name] != without[name]
+
+
+def test_images_are_made_again_under_prompts_of_their_classes(
+    folders: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the original folder, as from a model that was told the classes beforehand; or under the empty prompt."""
+    words = ["--diffusion", str(folders["epsilon"]), "--steps", "2", "--device", "cpu", "--precision", "fp32"]
+    words += ["--rows", "8"]
+    assert main(["reconstruct", str(images), *words, "--out", str(tmp_path / "o")]) == 0, capsys.readouterr().err
+    network = DiffusionModel.load(folders["epsilon"], class_names=NAMES)
+    reconstruct(images, network, tmp_path / "told", steps=2, runtime=CPU)
+    assert files(tmp_path / "o") == files(tmp_path / "told")
+    assert len(files(tmp_path / "o")) == 12 + 1
+    for name, source in (("null", images), ("bare", images / "cat")):
+        done = ["reconstruct", str(source), *words, "--no-classes", "--out", str(tmp_path / name)]
+        assert main(done) == 0, capsys.readouterr().err
+    assert files(tmp_path / "null") != files(tmp_path / "o")
+    assert len(files(tmp_path / "bare")) == 4 + 1
+    assert main(["reconstruct", str(images / "cat"), *words, "--out", str(tmp_path / "x")]) == 1
+    assert "has no labels" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_tokenizer_is_named(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def reconstruct(
 
     Args:
         source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split; labels are kept.
-        diffusion: folder of a diffusion model, or hf://owner/name.
+        diffusion: folder of a diffusion model, an original Stable Diffusion folder, or hf://owner/name.
         out: folder of the images, class by class.
         level: how far images go, as a share of the way to noise; 0 is an autoencoder's round trip alone.
         highest: draws a level for each image, between level and this one.

@@ -244,6 +244,18 @@ def test_a_class_s_own_vector_gives_its_samples(folders: dict[str, Path], images
         assert torch.equal(source[source.keys.index(key)], (samples[index] * 255).round().to(torch.uint8))
 
 
+def test_another_size_of_the_autoencoders_steps(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
+    """Pictures of 16 x 16, latents of half of that, which the network halves once more: 22 makes 11, padded to 12."""
+    given: dict[str, Any] = {"diffusion": folders["epsilon"], "count": 3, "runtime": CPU}
+    prompts = Prompts(words=WORDS)
+    for size in (24, 22):
+        made = ClassNoise(steps=2, size=size, prompts=prompts).synthesize(images, tmp_path / f"o{size}", **given)
+        assert {tuple(image.shape) for image in made.source()} == {(3, size, size)}
+    with pytest.raises(FaroutError, match=r"autoencoder shrinks images 2 times.*got 21"):
+        ClassNoise(steps=2, size=21, prompts=prompts).synthesize(images, tmp_path / "odd", **given)
+    assert not (tmp_path / "odd").exists()
+
+
 def test_noise_on_contexts_is_the_images_own(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
 
     def made(name: str, noise: float, count: int, size: int) -> dict[str, bytes]:

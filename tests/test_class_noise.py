@@ -1,6 +1,7 @@
 """Class vectors with noise, decoded; and the command that makes outliers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,36 @@ def test_the_noise_has_the_scale_of_the_class_table(images: Path, tmp_path: Path
     assert made.manifest()["distance"].mean() == pytest.approx(expected, rel=0.1)
     assert (made.manifest()["scale"] == 1.5).all()
     assert (made.manifest()["guidance"] == 2.0).all()
+
+
+@pytest.mark.parametrize("fresh", [conditional, by_tokens])
+def test_another_size(fresh: Any, images: Path, tmp_path: Path) -> None:
+    """On disk too; of the generator's own, the same images as without."""
+    given: dict[str, Any] = {"count": 4, "diffusion": fresh(), "runtime": CPU}
+    plain, own, large = (
+        ClassNoise(steps=2, size=size).synthesize(images, tmp_path / f"o{size}", **given) for size in (None, 8, 12)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain.source(), own.source(), strict=True))
+    assert {tuple(image.shape) for image in large.source()} == {(1, 12, 12)}
+    again = ClassNoise(steps=2, size=12)
+    again.synthesize(images, tmp_path / "one", **{**given, "runtime": replace(CPU, batch_size=1)})
+    kept = read_outliers(tmp_path / "one").source()
+    assert all(torch.equal(a, b) for a, b in zip(large.source(), kept, strict=True))
+    noise = Sampler(fresh().sized(12), steps=2).images([0], [0])
+    assert noise.shape == (1, 1, 12, 12)
+
+
+def test_impossible_sizes_are_refused_before_any_work(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conditional().save(tmp_path / "m")
+    words = ["synthesize", "class_noise", str(images), "--diffusion", str(tmp_path / "m"), "--out", str(tmp_path / "o")]
+    for size in ("9", "0", "-4"):
+        assert main([*words, f"--size={size}"]) == 1
+        assert f"a multiple of 2, or its own 8 x 8; got {size}" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "o").exists()
+    padded = conditional(size=(7, 7))
+    assert padded.sized(7).shape == padded.shape == (1, 8, 8), "its own, which it pads"
 
 
 def test_only_classes_with_images_get_outliers(images: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The manifold of class vectors: the paper's rules, densities that are those of the vectors, draws that follow."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -174,7 +174,6 @@ def test_drawn_vectors_come_back_by_the_inverse(either: Manifold) -> None:
     assert drawn.labels.tolist() == [0] * 8 + [1] * 8
     assert torch.allclose(either.distances(drawn.vectors, drawn.labels), drawn.distance, rtol=1e-3)
     assert torch.allclose(either.log_density(drawn.vectors, drawn.labels), drawn.log_density, atol=5e-2)
-    assert len(either.draw(seed=1).vectors) == 2 * SHORT.rounds * SHORT.kept
 
 
 def test_only_the_tail_of_each_round_is_kept(either: Manifold) -> None:
@@ -194,10 +193,9 @@ def test_only_the_tail_of_each_round_is_kept(either: Manifold) -> None:
 
 def test_the_published_tail_is_the_published_share() -> None:
     config = ManifoldConfig.from_preset("paper")
-    assert (config.rounds, config.draws, config.kept) == (10, 3330, 10)
+    assert (config.draws, config.kept) == (3330, 10)
     fitted = fit_manifold(VECTORS, LABELS, ManifoldConfig(map="linear"), 2)
-    drawn = fitted.draw()
-    assert drawn.vectors.shape == (200, DIM)
+    drawn = fitted.draw(10)
     everything = draw_round(DIM, 3330, 0, 0, 0).square().sum(1) / DIM
     assert drawn.distance[:10].min() >= everything.quantile(1 - 0.0031)
 
@@ -217,7 +215,22 @@ def test_knobs_of_drawing(either: Manifold) -> None:
     assert either.draw(4, draws=4).distance.mean() < plain.distance.mean()
     for wrong in ({"per_class": 0}, {"kept": 41}, {"temperature": 0.0}, {"draws": -1}):
         with pytest.raises(FaroutError, match="expected"):
-            either.draw(**wrong)
+            either.draw(**{"per_class": 4, **wrong})
+
+
+def test_every_setting_decides_what_is_drawn() -> None:
+    """But the device, and when a training so short is looked at."""
+    other = {
+        **{"map": "linear", "layers": 2, "orthogonal_map": "matrix_exp", "center": False, "scale": False},
+        **{"pca_variance": 0.1, "steps": 5, "epochs": 1, "batch_size": 30, "learning_rate": 1e-2},
+        **{"final_factor": 1.0, "train_fraction": 0.5, "held_out": 0.2, "regularization": "held_out"},
+        **{"reg_weight": 0.2, "draws": 41, "kept": 3, "temperature": 2.0},
+    }
+    assert {each.name for each in fields(ManifoldConfig)} - set(other) == {"validations", "checkpoint", "device"}
+    plain = short().draw(6, seed=1).vectors
+    for name, value in other.items():
+        fitted = fit_manifold(VECTORS, LABELS, replace(SHORT, **{name: value}), ["bow", "wave"], seed=3)
+        assert not torch.equal(fitted.draw(6, seed=1).vectors, plain), name
 
 
 def test_draws_stand_beside_vectors_that_were_not_fitted_to(either: Manifold) -> None:

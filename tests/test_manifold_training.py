@@ -189,18 +189,40 @@ def test_fewer_vectors_than_dimensions() -> None:
     counts = "1 of 2 classes have no more vectors .* 6 dimensions .*fewest: 4, of 'b'"
     with pytest.warns(ShortfallWarning, match=counts):
         fitted = fit_manifold(vectors, labels, SHORT, ["a", "b"])
+    assert fitted.config.regularization == "held_out"
     assert torch.isfinite(fitted.draw(4).vectors).all()
     assert torch.isfinite(fitted.distances(VECTORS[few], LABELS[few])).all()
+    bare = replace(SHORT, map="linear", regularization="relative", reg_weight=0.0)
     with (
         pytest.warns(ShortfallWarning),
         pytest.raises(FaroutError, match="1 of 2 classes \\('b' for one\\) are singular"),
     ):
-        fit_manifold(vectors, labels, replace(SHORT, map="linear", reg_weight=0.0), ["a", "b"])
+        fit_manifold(vectors, labels, bare, ["a", "b"])
     tiny = (VECTORS[:16], LABELS[:16])
     with pytest.warns(ShortfallWarning, match="too small to hold vectors out"):
-        fit_manifold(*tiny, replace(SHORT, map="linear"), 2)
+        none_held = fit_manifold(*tiny, replace(SHORT, map="linear"), 2)
+    assert none_held.config.regularization == "relative"
     with pytest.raises(FaroutError, match="too small to hold vectors out"):
         fit_manifold(*tiny, replace(SHORT, regularization="held_out"), 2)
+
+
+@pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
+def test_few_vectors_in_many_dimensions_lie_no_further_out_than_draws(tmp_path: Path) -> None:
+    """Those that were not fitted to; by the weight that suits many vectors they lie far beyond all draws."""
+    generator = torch.Generator().manual_seed(0)
+    vectors, labels = torch.randn(100, 64, generator=generator), torch.arange(100) % 2
+    linear = ManifoldConfig(map="linear", held_out=0.2, draws=100)
+    found = {}
+    for name in ("auto", "relative"):
+        fitted = fit_manifold(vectors, labels, replace(linear, regularization=name), 2)
+        compared = fitted.compare(fitted.draw(20))
+        found[name] = compared["held_out"]["median"] / compared["drawn"]["median"]
+        fitted.save(tmp_path / name)
+    assert found["auto"] < 1 < 1.5 < found["relative"]
+    assert Manifold.load(tmp_path / "auto").config.regularization == "held_out"
+    assert "regularization: held_out" in (tmp_path / "auto" / "README.md").read_text()
+    assert fit_manifold(vectors[:, :10], labels, linear, 2).config.regularization == "relative", "enough for these"
+    assert ManifoldConfig.from_preset("paper").regularization == "absolute"
 
 
 def test_classes_too_small_for_a_gaussian() -> None:
@@ -285,10 +307,10 @@ def test_presets() -> None:
         ManifoldConfig.from_preset("slow")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        small = replace(paper, epochs=2, rounds=1, draws=20, device="cpu")
+        small = replace(paper, epochs=2, draws=20, device="cpu")
         fitted = fit_manifold(VECTORS, LABELS, small, 2)
     assert fitted.scale == 1
     assert not fitted.shift.any()
     assert len(fitted.known["held_out"]) == 0
     assert [entry["step"] for entry in fitted.history] == [0, 1, 2, 3, 4]
-    assert list(fitted.compare(fitted.draw())) == ["drawn", "training"]
+    assert list(fitted.compare(fitted.draw(5))) == ["drawn", "training"]

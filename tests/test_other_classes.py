@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from farout import ClassNoise, open_source
-from farout.classifiers.exposure import OUTLIER
+from farout.classifiers.networks import OUTLIER
 from farout.errors import TrapWarning
 from farout.outliers._other_classes import warn_of_other_classes
 from farout.runtime import Runtime

@@ -18,22 +18,25 @@ from torch.nn import functional
 
 from farout.classifiers import train as rooms
 from farout.classifiers.config import ClassifierConfig
-from farout.classifiers.exposure import OUTLIER, Exposed, Exposure, Outside, known_classes
+from farout.classifiers.exposure import Exposed, Exposure, Outside, known_classes
 from farout.classifiers.losses import CrossEntropy, EnergyHead, free_energy, uniform_cross_entropy
 from farout.classifiers.model import Classifier
+from farout.classifiers.networks import OUTLIER
 from farout.classifiers.outliers import ExposedImages, OutlierImages, check_outliers, open_outliers
 from farout.classifiers.presets import PRESETS
 from farout.classifiers.train import train_classifier, train_on
 from farout.classifiers.virtual import VirtualOutliers, largest_radii
 from farout.cli import main
+from farout.detectors.denoising import Denoising
 from farout.detectors.posthoc import Posthoc
 from farout.errors import FaroutError, ShortfallWarning, SourceError, TrapWarning
 from farout.evaluation.draws import over_draws
 from farout.evaluation.metrics import auroc, fpr95
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import PreparedImages, open_source
+from farout.outliers._recognised import class_places
 from farout.training import TrainingConfig
-from small import pictures
+from small import conditional, pictures
 
 CONFIG = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
 FEW = TrainingConfig(
@@ -307,7 +310,7 @@ def test_reconstructions_take_the_place_of_a_share_of_the_images(tree: Path, out
     how = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
     assert source.labels is not None
     pairs = torch.utils.data.TensorDataset(torch.zeros(80, 1, 8, 8), torch.tensor(source.labels))
-    outside = Outside(Exposure(reconstructed=0.25).resolved(True), open_source(outliers), again)
+    outside = Outside(Exposure(reconstructed=0.25).resolved(True, True), open_source(outliers), again)
     both = outside.beside(pairs, ("dark", "light"), (), how, 0)
     torch.manual_seed(0)
     items = [both.at(position, position % 80) for position in range(400)]
@@ -350,7 +353,7 @@ def test_training_repeats_and_resumes_exactly(
 
 @pytest.mark.parametrize("loss", ["energy", "oe", "k+1", "vos"])
 def test_training_in_low_precision(tree: Path, outliers: Path, loss: str) -> None:
-    exposure = replace(VOS, loss=loss, start=0.0, queue=2)
+    exposure = replace(VOS, start=0.0, queue=2) if loss == "vos" else Exposure(loss=loss)
     outer = None if loss == "vos" else open_source(outliers)
     made = train_on(open_source(tree), CONFIG, replace(FEW, precision="bf16"), exposure=exposure, outliers=outer)
     assert all(bool(value.isfinite().all()) for value in made.module.state_dict().values())
@@ -436,6 +439,14 @@ def test_one_class_more_is_kept_and_left_out_of_the_other_scores(tree: Path, out
     loaded = Classifier.load(tmp_path / "c")
     assert loaded.class_names == ("dark", "light", OUTLIER)
     assert (loaded.classes, known_classes(loaded)) == (3, 2)
+    card = (tmp_path / "c" / "README.md").read_text()
+    assert "- classes: dark, light; one more, the last, is of outliers\n" in card
+    with pytest.raises(FaroutError, match=r"does not know grey; it knows dark, light$"):
+        class_places(loaded, ["grey"])
+    with pytest.raises(FaroutError, match=r"2 classes, the classifier 2 classes and one of outliers"):
+        Denoising().check(open_source(tree), conditional(classes=2), made)
+    loaded.class_names = ("0", "1", OUTLIER)
+    assert class_places(loaded, ["dark", "light"]) == [0, 1], "bare numbers are in order"
     images = torch.stack([PreparedImages(open_source(tree), made.preprocessing)[i] for i in range(3)])
     logits = loaded.outputs(images).logits.double()
     detector = Posthoc(score="energy", odin=True).fit(str(tree), None, tmp_path / "c", alpha=0.1, statistics=10)
@@ -513,6 +524,65 @@ def test_settings_out_of_range(settings: dict[str, object], message: str) -> Non
         Exposure(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "outliers", "reconstructions", "message"),
+    [
+        ({"loss": "oe", "hidden": 5}, True, False, r"hidden is 5, and the loss oe .* \(energy, vos do\)"),
+        ({"loss": "k+1", "temperature": 2.0}, True, False, "temperature is 2.0, and the loss k"),
+        ({"mutual": "off"}, True, False, r"mutual is 'off', and the loss energy .* \(sona do\)"),
+        ({"loss": "energy", "mutual_weight": 0.1}, True, False, "mutual_weight"),
+        ({"weight": 2.0}, False, False, "weight is 2.0, and the loss cross_entropy"),
+        ({"start": 0.5}, False, True, "start"),
+        ({"limit": 5}, False, False, "limit"),
+        ({"loss": "vos", "resize": "nearest"}, False, False, "resize .* sona and reconstructions do"),
+        ({"reconstructed": 0.2}, True, False, r"reconstructed is 0.2, .* \(reconstructions do\).* default is 0.5"),
+        *(({"loss": "sona", name: 3}, True, True, name) for name in ("queue", "draws", "select")),
+    ],
+)
+def test_settings_that_nothing_looks_at(
+    settings: dict[str, object], outliers: bool, reconstructions: bool, message: str
+) -> None:
+    with pytest.raises(FaroutError, match=f"the exposure option {message}"):
+        Exposure(**settings).resolved(outliers, reconstructions)
+
+
+def test_settings_that_something_looks_at() -> None:
+    for settings, outliers, reconstructions in [
+        ({"resize": "nearest", "reconstructed": 0.2}, False, True),
+        ({"hidden": 5, "limit": 7, "start": 0.1}, True, False),
+        ({"loss": "vos", "hidden": 5, "queue": 5, "select": 2}, False, False),
+    ]:
+        found = Exposure(**settings).resolved(outliers, reconstructions)
+        assert found.resolved(outliers, reconstructions) == found
+    plain = Exposure().resolved(False)
+    assert plain.resolved(False) == plain
+
+
+def test_a_preset_with_another_loss(
+    tree: Path, outliers: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the preset says of its own loss is left aside, what the words say of it is refused."""
+    seen: list[Exposure] = []
+
+    def stops(source: object, model: object, training: object, *, exposure: Exposure, **given: object) -> None:
+        seen.append(exposure.resolved(given["outliers"] is not None, given["reconstructions"] is not None))
+        raise FaroutError("stopped")
+
+    monkeypatch.setattr(rooms, "train_on", stops)
+    words = ["train", "classifier", str(tree), "--alpha", "0.1", "--statistics", "10", "--out", "never"]
+    outer = ["--outliers", str(outliers)]
+    for preset in PRESETS:
+        for loss, more in [("oe", outer), ("k+1", outer), ("sona", outer), ("vos", []), ("cross_entropy", [])]:
+            main([*words, "--preset", preset, "--loss", loss, *more])
+            assert "stopped" in capsys.readouterr().err
+            assert seen[-1].loss == loss
+            assert seen[-1].hidden == (512 if (preset, loss) == ("ncis_imagenet100", "vos") else 0)
+    main([*words, *outer, "--preset", "ncis_cifar100", "--loss", "oe"])
+    assert seen[-1].limit == 6400, "which oe looks at too"
+    assert main([*words, *outer, "--preset", "ncis_imagenet100", "--loss", "oe", "--exposure.hidden", "512"]) == 1
+    assert "hidden is 512, and the loss oe does not look at it" in capsys.readouterr().err
+
+
 def test_unreadable_outliers_follow_the_policy(outliers: Path, tmp_path: Path) -> None:
     for path in list(outliers.iterdir())[:3]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -555,7 +625,9 @@ def test_the_command(tree: Path, outliers: Path, tmp_path: Path, capsys: pytest.
     ]:
         assert main([*words, *more, "--out", str(tmp_path / name)]) == 0
         assert Classifier.load(tmp_path / name).provenance["exposure"]["loss"] == loss
-        assert (f"11 outliers of {outliers}, loss {loss}" in capsys.readouterr().out) == (loss != "vos")
+        told = capsys.readouterr().out
+        assert (f"11 outliers of {outliers}, loss {loss}" in told) == (loss != "vos")
+        assert f", 2 classes{' and one of outliers' * (loss == 'k+1')}, " in told
     assert main([*words, "--loss", "energy", "--out", str(tmp_path / "x")]) == 1
     assert "--outliers FOLDER" in capsys.readouterr().err
     assert main([*words, "--loss", "enrgy", "--out", str(tmp_path / "x")]) == 2

@@ -3,16 +3,19 @@
 import json
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from farout import NCIS, DreamOOD
 from farout.cli import main
 from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.methods import SOLVERS
 from farout.diffusion.model import DiffusionModel
+from farout.diffusion.noise import image_noise
 from farout.diffusion.sample_folder import write_samples
 from farout.diffusion.sampling import Sampler, choose_classes, sample
 from farout.errors import FaroutError, StoreError
@@ -93,6 +96,43 @@ def test_paths_start_at_the_largest_level() -> None:
     assert Sampler(network, "probability_flow").path.tolist() == [float(path[0]), 0.0]
 
 
+@pytest.mark.parametrize("steps", [50, 20])
+def test_leading_levels_are_those_of_stable_diffusion(steps: int) -> None:
+    """The whole way against diffusers' own, with its scheduler as Stable Diffusion's folder sets it."""
+    network = model()
+    scheduler = diffusers.PNDMScheduler.from_config(
+        {**network.schedule.to_config(), "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
+    )
+    scheduler.set_timesteps(steps)
+    sampler = Sampler(network, "plms", steps, "leading", clamp=False)
+    levels = network.schedule.t_of(sampler.path).tolist()
+    theirs = scheduler.timesteps.tolist()
+    assert levels[:-1] == [theirs[0], *theirs[2:]], "their second evaluation is of the first step, repeated"
+    assert levels[-2:] == [1, 0]
+    assert levels[0] == 1000 - 1000 // steps + 1
+
+    sample = image_noise(["0", "1"], network.shape, 0, network.schedule.steps - 1, 0)
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            answer = network.network(sample, t).sample
+        sample = scheduler.step(answer, t, sample).prev_sample
+    found = sampler.images([0, 1])
+    assert 0 < float(found.mean()) < 1
+    torch.testing.assert_close(found, network.decode(sample / network.schedule.abar[0].sqrt()), atol=1e-4, rtol=0)
+
+
+def test_leading_levels_close_together() -> None:
+    path = Sampler(model(), "ddim", 1000, "leading").path
+    assert path[[0, -2, -1]].tolist() == [*model().schedule.sigma[[-1, 0]].float().tolist(), 0.0]
+
+
+def test_the_papers_presets_walk_stable_diffusions_levels() -> None:
+    for method, name in ((NCIS, "paper"), (DreamOOD, "paper"), (DreamOOD, "paper_imagenet")):
+        how = method.from_preset(name).config
+        levels = Sampler(model(), how["solver"], how["steps"], how["spacing"]).path
+        assert model().schedule.t_of(levels[:-1]).tolist() == list(range(981, 0, -20))
+
+
 # -- what cannot work -----------------------------------------------------------------------------------------------
 
 
@@ -108,6 +148,8 @@ def test_paths_start_at_the_largest_level() -> None:
         (model, {"solver": "probability_flow", "steps": 3}, "finds its own steps"),
         (model, {"steps": 0}, "steps want 1 to 1000"),
         (model, {"steps": 0, "spacing": "geometric"}, "steps want 1 or more"),
+        (model, {"steps": 1001, "spacing": "leading"}, "steps want 1 to 1000"),
+        (model, {"spacing": "trailing"}, "one of grid, geometric, leading; got 32 and 'trailing'"),
         (model, {"rows": 0}, "rows want 1"),
         (model, {"count": 0}, "at least 1"),
     ],

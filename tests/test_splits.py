@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from farout.errors import ShortfallWarning, SourceError, UnreadableImageError
+from farout.detectors.reconstruction import Reconstruction
+from farout.errors import FaroutError, ShortfallWarning, SourceError, UnreadableImageError
 from farout.images.sources import open_source
 from farout.images.splits import Split, calibration_size, split
+from small import model, pictures
 
 
 def pixels(count: int, seed: int = 0) -> torch.Tensor:
@@ -123,7 +125,7 @@ def test_images_a_network_was_trained_on_are_left_out_with_their_copies():
 
 def test_excluding_everything_is_an_error():
     source = open_source(pixels(20))
-    with pytest.raises(SourceError, match="20 left out"):
+    with pytest.raises(SourceError, match=r"20 were left out .* --statistics N"):
         split(source, statistics=1, train=False, exclude=[source.content_hash(i) for i in range(20)])
 
 
@@ -132,6 +134,25 @@ def test_a_shortfall_names_all_three_counts():
     with pytest.warns(ShortfallWarning, match="calibration 19 of 19, statistics 10 of 64, training 1 of 1"):
         result = split(source, statistics=64, train=True)
     assert disjoint(result)
+
+
+def test_a_shortfall_says_what_is_left_of_images_that_a_network_has_seen():
+    """More images held out when it is trained are what helps; without such a network nothing is said of one."""
+    source = open_source(pixels(40))
+    seen = [source.content_hash(i) for i in range(15)]
+    with pytest.warns(ShortfallWarning, match=r"statistics 6 of 64.*; 15 were left out .* --statistics N"):
+        split(source, statistics=64, train=False, exclude=seen)
+    with pytest.warns(ShortfallWarning, match=r"\(--statistics\)$"):
+        split(source, statistics=64, train=False)
+
+
+@pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
+@pytest.mark.parametrize("seen", [18, 20])
+def test_a_fit_whose_model_has_seen_nearly_all_images_says_how_to_train_it(tmp_path, seen):
+    source = open_source(pictures(tmp_path / "good", 20))
+    network = model(trained_on=[source.content_hash(i) for i in range(seen)])
+    with pytest.raises(FaroutError, match=rf"{seen} were left out .* \(farout train … --statistics N\)"):
+        Reconstruction().fit(str(tmp_path / "good"), network)
 
 
 def test_a_very_small_set_still_gives_every_part_something():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from farout import NCIS, ClassNoise, read_outliers
+from farout import NCIS, ClassNoise, read_outliers, reconstruct
 from farout.cli import main
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.prompts import Prompts
@@ -244,6 +244,18 @@ def test_a_class_s_own_vector_gives_its_samples(folders: dict[str, Path], images
         assert torch.equal(source[source.keys.index(key)], (samples[index] * 255).round().to(torch.uint8))
 
 
+def test_another_size_of_the_autoencoders_steps(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
+    """Pictures of 16 x 16, latents of half of that, which the network halves once more: 22 makes 11, padded to 12."""
+    given: dict[str, Any] = {"diffusion": folders["epsilon"], "count": 3, "runtime": CPU}
+    prompts = Prompts(words=WORDS)
+    for size in (24, 22):
+        made = ClassNoise(steps=2, size=size, prompts=prompts).synthesize(images, tmp_path / f"o{size}", **given)
+        assert {tuple(image.shape) for image in made.source()} == {(3, size, size)}
+    with pytest.raises(FaroutError, match=r"autoencoder shrinks images 2 times.*got 21"):
+        ClassNoise(steps=2, size=21, prompts=prompts).synthesize(images, tmp_path / "odd", **given)
+    assert not (tmp_path / "odd").exists()
+
+
 def test_noise_on_contexts_is_the_images_own(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
 
     def made(name: str, noise: float, count: int, size: int) -> dict[str, bytes]:
@@ -255,6 +267,26 @@ def test_noise_on_contexts_is_the_images_own(folders: dict[str, Path], images: P
     without, some, more = made("a", 0, 4, 4), made("b", 0.5, 2, 2), made("c", 0.5, 4, 3)
     for name in ("000000.png", "000001.png"):
         assert some[name] == more[name] != without[name]
+
+
+def test_images_are_made_again_under_prompts_of_their_classes(
+    folders: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the original folder, as from a model that was told the classes beforehand; or under the empty prompt."""
+    words = ["--diffusion", str(folders["epsilon"]), "--steps", "2", "--device", "cpu", "--precision", "fp32"]
+    words += ["--rows", "8"]
+    assert main(["reconstruct", str(images), *words, "--out", str(tmp_path / "o")]) == 0, capsys.readouterr().err
+    network = DiffusionModel.load(folders["epsilon"], class_names=NAMES)
+    reconstruct(images, network, tmp_path / "told", steps=2, runtime=CPU)
+    assert files(tmp_path / "o") == files(tmp_path / "told")
+    assert len(files(tmp_path / "o")) == 12 + 1
+    for name, source in (("null", images), ("bare", images / "cat")):
+        done = ["reconstruct", str(source), *words, "--no-classes", "--out", str(tmp_path / name)]
+        assert main(done) == 0, capsys.readouterr().err
+    assert files(tmp_path / "null") != files(tmp_path / "o")
+    assert len(files(tmp_path / "bare")) == 4 + 1
+    assert main(["reconstruct", str(images / "cat"), *words, "--out", str(tmp_path / "x")]) == 1
+    assert "has no labels" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_tokenizer_is_named(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from farout.classifiers.losses import ClassifierLoss, EnergyHead, mutual_information, uniform_cross_entropy
 from farout.classifiers.model import Classifier
+from farout.classifiers.networks import OUTLIER
 from farout.classifiers.outliers import (
     ExposedImages,
     OutlierImages,
@@ -29,10 +30,7 @@ from farout.images.preprocessing import Preprocessing
 from farout.images.sources import ImageSource
 from farout.training_config import TrainingConfig
 
-__all__ = ["OUTLIER", "Exposed", "Exposure", "Loss", "Outside", "known_classes"]
-
-OUTLIER = "(outlier)"
-"""Name of the class that `k+1` adds, the last one; no folder is called that."""
+__all__ = ["Exposed", "Exposure", "Loss", "Outside", "counted_classes", "known_classes"]
 
 Loss = Literal["energy", "oe", "k+1", "vos", "sona", "cross_entropy"]
 Mutual = Literal["reference", "normalised", "off"]
@@ -43,10 +41,25 @@ _OWN: dict[Loss, tuple[float, float]] = {
 }  # fmt: skip
 """The weight and the start of each loss in its paper; NCIS's for `energy`, ours for `k+1`."""
 
+_WITH_OUTLIERS: tuple[Loss, ...] = ("energy", "oe", "k+1", "sona")
+_LOOKED_AT: dict[str, tuple[Loss, ...]] = {
+    **dict.fromkeys(("weight", "start"), (*_WITH_OUTLIERS, "vos")),
+    **dict.fromkeys(("temperature", "hidden"), ("energy", "vos")),
+    **dict.fromkeys(("limit", "resize"), _WITH_OUTLIERS),
+    **dict.fromkeys(("mutual", "mutual_weight"), ("sona",)),
+    **dict.fromkeys(("queue", "draws", "select"), ("vos",)),
+    "reconstructed": (),
+}
+"""Settings that not every loss looks at: which do."""
+_OF_RECONSTRUCTIONS = ("resize", "reconstructed")
+"""Settings that reconstructions look at, whatever the loss."""
+
 
 @dataclass(frozen=True)
 class Exposure:
     """What is learnt of what lies outside the distribution.
+
+    A setting that the chosen loss does not look at stays at its default: another value is refused (see `resolved`).
 
     The loss is CE(f(x), y) + weight x L_outside. Images and outliers, one of these for each image, go through the
     network as one batch, so that batch normalisation sees both.
@@ -130,16 +143,40 @@ class Exposure:
                 stacklevel=3,
             )
 
-    def resolved(self, outliers: bool) -> Self:
+    def chosen(self, outliers: bool) -> Loss:
+        """The loss that this is, with `outliers` or without."""
+        return self.loss or ("energy" if outliers else "cross_entropy")
+
+    def idle(self, outliers: bool, reconstructions: bool) -> dict[str, Any]:
+        """The settings that nothing looks at, with `outliers` and `reconstructions` or without, and their defaults."""
+        looked_at = _OF_RECONSTRUCTIONS if reconstructions else ()
+        loss, known = self.chosen(outliers), {each.name: each.default for each in fields(self)}
+        return {n: known[n] for n, losses in _LOOKED_AT.items() if loss not in losses and n not in looked_at}
+
+    def _check_idle(self, outliers: bool, reconstructions: bool) -> None:
+        loss = self.chosen(outliers)
+        own = dict(zip(("weight", "start"), _OWN[loss]))  # what resolving fills in, so that it may be done twice
+        for name, default in self.idle(outliers, reconstructions).items():
+            if getattr(self, name) not in (default, own.get(name, default)):
+                users = ", ".join(_LOOKED_AT[name])
+                others = "reconstructions" * (name in _OF_RECONSTRUCTIONS)
+                raise FaroutError(
+                    f"the exposure option {name} is {getattr(self, name)!r}, and the loss {loss} does not look at it "
+                    f"({' and '.join(filter(None, [users, others]))} do); leave it out (its default is {default!r})"
+                )
+
+    def resolved(self, outliers: bool, reconstructions: bool = False) -> Self:
         """With loss, weight and start filled in.
 
         Args:
             outliers: whether there are any.
+            reconstructions: likewise.
 
-        Raises FaroutError where the loss wants outliers and there are none, or has no use for those that there are.
+        Raises FaroutError where the loss wants outliers and there are none, or has no use for those that there are, and
+        for a setting that nothing looks at and that is not at its default.
         """
-        loss: Loss = self.loss or ("energy" if outliers else "cross_entropy")
-        wanted = loss in ("energy", "oe", "k+1", "sona")
+        loss = self.chosen(outliers)
+        wanted = loss in _WITH_OUTLIERS
         if wanted and not outliers:
             raise FaroutError(
                 f"the loss {loss} learns from images that lie outside the distribution; give some (farout train "
@@ -151,6 +188,7 @@ class Exposure:
             raise FaroutError(
                 "paired images are seen with outliers that were made of them, and there are none; give some"
             )
+        self._check_idle(outliers, reconstructions)
         weight, start = _OWN[loss]
         return replace(
             self,
@@ -341,3 +379,9 @@ class Outside:
 def known_classes(classifier: Classifier) -> int:
     """How many of the classifier's classes are classes of images: its last one may stand for outliers."""
     return classifier.classes - (classifier.class_names[-1] == OUTLIER)
+
+
+def counted_classes(classifier: Classifier) -> str:
+    """`K classes`, and that there is one of outliers, in words."""
+    known = known_classes(classifier)
+    return f"{known} classes{' and one of outliers' * (known < classifier.classes)}"

@@ -15,7 +15,7 @@ from torch.nn import functional
 from farout.errors import FaroutError
 from farout.features.backbones import input_config
 
-__all__ = ["NETWORKS", "CosineNetwork", "NetworkSpec", "Stem", "find_head", "find_pool"]
+__all__ = ["NETWORKS", "OUTLIER", "CosineNetwork", "NetworkSpec", "Stem", "find_head", "find_pool"]
 
 Stem = Literal["small", "imagenet"]
 
@@ -29,6 +29,9 @@ _WIDE = {"wrn40_2": (40, 2), "wrn16_2": (16, 2), "wrn16_1": (16, 1)}
 
 NETWORKS = (*_RESNETS, *_WIDE)
 """torchvision's ResNets and pytorch-ood's WideResNets; any other name is looked up in timm."""
+
+OUTLIER = "(outlier)"
+"""Name of the class that the loss `k+1` adds for outliers, the last one; no folder is called that."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 
 from farout import store
 from farout.classifiers.config import ClassifierConfig
-from farout.classifiers.exposure import Exposed, Exposure, Outside
+from farout.classifiers.exposure import Exposed, Exposure, Outside, known_classes
 from farout.classifiers.model import KIND, Classifier
 from farout.classifiers.origin import FRESH, Origin, start_from
 from farout.classifiers.outliers import open_outliers, originals, read_made_of
@@ -67,10 +67,12 @@ def train_on(
         directions: fixed directions (K, D) that tell the classes apart, see `ClassifierConfig.build`.
         made_of: key of each outlier -> key of the image of `source` that it was made of, where these are to be paired.
 
-    Raises FaroutError where there are no labels, one class, a class without images, outliers that the loss does not
-    want or that are among the images, or another number of directions; StoreError for weights that do not fit.
+    Raises FaroutError where there are no labels, one class, a class without images, outliers or settings that the loss
+    does not look at, outliers that are among the images, or another number of directions; StoreError for weights that
+    do not fit.
     """
-    outside = Outside(exposure.resolved(outliers is not None), outliers, reconstructions, made_of)
+    resolved = exposure.resolved(outliers is not None, reconstructions is not None)
+    outside = Outside(resolved, outliers, reconstructions, made_of)
     names = class_names_of(source) if class_names is None else class_names
     numbers = class_numbers(source, names)
     check_no_class_is_empty(numbers, names)
@@ -155,7 +157,7 @@ def accuracy_on(
     """The share of a source's readable images whose class the classifier tells; raises FaroutError where there are no
     labels, other classes than the classifier's, or no image that can be read.
     """
-    numbers, hits = class_numbers(source, classifier.class_names), list[bool]()
+    numbers, hits = class_numbers(source, classifier.class_names[: known_classes(classifier)]), list[bool]()
     with task(f"accuracy on images of {source.name}", len(source)) as bar:
         for batch in batches(source, classifier.preprocessing, _ROWS):
             if batch.keys:
@@ -219,11 +221,11 @@ def train_classifier(
         resume: go on from the last checkpoint.
 
     Raises FaroutError where there are no labels, one class, or a class of which no image is left to train on, for
-    kept weights without mean and std, and where loss and outliers do not go together; StoreError for weights that do
-    not fit.
+    kept weights without mean and std, and where loss, its settings and outliers do not go together; StoreError for
+    weights that do not fit.
     """
     store.check_replaceable(out, KIND)
-    exposure.resolved(outliers is not None)
+    exposure.resolved(outliers is not None, reconstructions is not None)
     if keep_weights:
         _check_keeping(weights, model, exposure, outliers or reconstructions)
     outer = None if outliers is None else open_outliers(outliers, limit=exposure.limit, seed=seed, policy=policy)

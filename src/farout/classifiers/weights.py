@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from farout.classifiers.networks import find_head
+from farout.classifiers.networks import OUTLIER, find_head
 from farout.errors import StoreError
 
 __all__ = ["HOW", "fit_names", "load_weights", "misfits", "model_card"]
@@ -73,11 +73,13 @@ def model_card(parameters: int, config: Mapping[str, Any]) -> str:
     """A short README for the folder."""
     network, preprocessing = config["network"], config["preprocessing"]
     stem = f", stem {network['stem']}" if network["stem"] else ""
+    names = [name for name in config["class_names"] if name != OUTLIER]
+    last = "; one more, the last, is of outliers" * (len(names) < len(config["class_names"]))
     lines = [
         "# A farout classifier",
         "",
         f"- network: {network['name']}{stem}, {parameters:,} parameters",
-        f"- classes: {', '.join(config['class_names'])}",
+        f"- classes: {', '.join(names)}{last}",
         f"- images: {preprocessing['channels']} x {preprocessing['size'][0]} x {preprocessing['size'][1]}, "
         f"mean {config['mean']}, std {config['std']}",
         f"- content hash: {config['content_hash']}",

@@ -8,6 +8,7 @@ from farout import registry
 from farout.classifiers.model import Classifier
 from farout.devices import resolve_device, resolve_precision
 from farout.diffusion.model import DiffusionModel
+from farout.diffusion.round_trip import BackSpacing
 from farout.diffusion.sample_folder import SampledFolder, write_samples
 from farout.diffusion.sampling import Sampler, Spacing, choose_classes
 from farout.evaluation.fid import FeatureName, SetDistance, set_distance
@@ -52,7 +53,8 @@ def sample(
         guidance: weight of the class: 0 is none, 1 conditional, 3 the paper's omega of 2.
         solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
         steps: steps from noise to image; without it 20, or as many as probability_flow finds.
-        spacing: where the steps lie: grid (evenly in t) or geometric (evenly in log sigma).
+        spacing: where the steps lie: grid (evenly in t), geometric (evenly in log sigma) or leading (evenly in t from 1
+            up, as Stable Diffusion is used: 981, ..., 21, 1).
         seed: every image is made from the seed and its own number.
         grid: also write OUT-grid.png, a picture of some of the images.
         batch: images made at once.
@@ -140,7 +142,7 @@ def reconstruct(
     classes: bool = True,
     solver: str = "dpm_solver_2m",
     steps: int | None = None,
-    spacing: Spacing = "grid",
+    spacing: BackSpacing = "grid",
     seed: int = 0,
     resume: bool = False,
     limit: int | None = None,
@@ -155,7 +157,7 @@ def reconstruct(
 
     Args:
         source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split; labels are kept.
-        diffusion: folder of a diffusion model, or hf://owner/name.
+        diffusion: folder of a diffusion model, an original Stable Diffusion folder, or hf://owner/name.
         out: folder of the images, class by class.
         level: how far images go, as a share of the way to noise; 0 is an autoencoder's round trip alone.
         highest: draws a level for each image, between level and this one.

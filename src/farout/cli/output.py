@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from farout import progress as work
+from farout.classifiers.exposure import counted_classes
 from farout.classifiers.model import Classifier
 from farout.detectors.base import Detector
 from farout.diffusion.sample_folder import SampledFolder
@@ -104,7 +105,7 @@ def show(name: str, result: Any) -> None:
 def _classifier(classifier: Classifier) -> None:
     about = classifier.provenance
     seen = f"trained on {about['images']} images" if "images" in about else "weights kept as given"
-    print(f"{seen}, {classifier.classes} classes, {classifier.parameters:,} parameters")
+    print(f"{seen}, {counted_classes(classifier)}, {classifier.parameters:,} parameters")
     for kind in ("outliers", "reconstructions"):
         if kind in about:
             print(f"{about[kind]['images']} {kind} of {about[kind]['source']}, loss {about['exposure']['loss']}")

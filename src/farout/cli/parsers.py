@@ -162,6 +162,8 @@ def _train(name: str, command: Callable[..., Any], words: Sequence[str]) -> Call
     words = [_long(word, short) for word in words]
     # the first reading is for the preset's name
     parser.set_defaults(_training_preset(parser.read(words).preset, presets))
+    if "exposure" in configs:
+        _drop_idle(parser, words)
     values = _values(parser, parser.read(words))
     values.pop("preset")
     return functools.partial(command, **values)
@@ -179,6 +181,13 @@ def _train_parser(name: str, command: Callable[..., Any]) -> Parser:
 def _short(configs: Mapping[str, type]) -> dict[str, str]:
     """The settings of a training that may be written without the part that they belong to, and that part."""
     return {flag: part for flag, part in _SHORT.items() if part in (*configs, "training")}
+
+
+def _drop_idle(parser: Parser, words: Sequence[str]) -> None:
+    """Another loss than the preset's makes nothing of the preset's settings of that; what the words say stays."""
+    read = _values(parser, parser.read(words))
+    idle = read["exposure"].idle(read["outliers"] is not None, read["reconstructions"] is not None)
+    parser.set_defaults({f"exposure.{name}": default for name, default in idle.items()})
 
 
 def _long(word: str, short: Mapping[str, str]) -> str:

@@ -24,7 +24,7 @@ from farout.features.diffusion import FeatureDiffusion
 from farout.images.classes import class_names_of
 from farout.images.preprocessing import Preprocessing, Protocol
 from farout.images.sources import ImageSource, open_source
-from farout.images.splits import Split, calibration_size, split
+from farout.images.splits import Split, calibration_size, seen_hint, split
 from farout.training import TrainingConfig
 
 __all__ = ["FitSettings", "fit", "recalibrate", "source_spec", "train_on_images", "training_of"]
@@ -163,7 +163,7 @@ def _split(
 ) -> Split:
     lacking = {"diffusion": given, "classifier": detector.classifier}
     train = any(name in detector.needs and network is None for name, network in lacking.items())
-    seen = [network.trained_on for network in lacking.values() if network is not None]
+    seen = frozenset[str]().union(*(network.trained_on for network in lacking.values() if network is not None))
     wanted = settings.statistics or _wanted(detector, len(source), settings.alpha, train=train)
     parts = split(
         source,
@@ -171,13 +171,14 @@ def _split(
         statistics=wanted,
         train=train,
         seed=settings.seed,
-        exclude=frozenset[str]().union(*seen),
+        exclude=seen,
         groups=settings.groups,
     )
     if len(parts.statistics) < 2:
         taken, left = len(parts.calibration), len(parts.statistics)
         counts = f"calibration at alpha {settings.alpha} takes {taken}, the statistics get {left}"
-        raise FaroutError(f"{len(source)} images are too few: {counts}; give more images or a larger alpha")
+        hint = seen_hint(sum(content in seen for content in source.content_hashes()))
+        raise FaroutError(f"{len(source)} images are too few: {counts}; give more images or a larger alpha{hint}")
     return _trimmed(parts, source, wanted, settings.alpha) if detector.statistics_suffice else parts
 
 

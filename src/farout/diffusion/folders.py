@@ -160,8 +160,8 @@ def text_conditioning(folder: Path, class_names: Sequence[str] | None, prompts: 
         return None
     if not class_names:
         raise FaroutError(
-            f"{folder} is conditioned on text: `farout synthesize` makes prompts of the images' class names; other "
-            "commands take what DiffusionModel.load(folder, class_names=[…]).save(…) writes"
+            f"{folder} is conditioned on text: `farout synthesize` and `farout reconstruct` make prompts of the "
+            "images' class names; other commands take what DiffusionModel.load(folder, class_names=[…]).save(…) writes"
         )
     return read_prompts(folder, class_names, prompts or Prompts(vector="context"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -157,9 +158,13 @@ class DiffusionModel:
 
     def _padding(self, height: int, width: int) -> tuple[int, int, int, int]:
         """(left, right, top, bottom) that makes both sides multiples of what the network halves."""
-        factor = 2 ** (len(self.network.config["block_out_channels"]) - 1)
+        factor = self._halvings()
         x, y = -width % factor, -height % factor
         return x // 2, x - x // 2, y // 2, y - y // 2
+
+    def _halvings(self) -> int:
+        """How many times smaller the network's innermost maps are than what it works on."""
+        return int(2 ** (len(self.network.config["block_out_channels"]) - 1))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -214,6 +219,29 @@ class DiffusionModel:
         """The same networks, not copied, told their classes by another conditioning."""
         twin = copy.copy(self)
         twin.conditioning = conditioning
+        twin.__dict__.pop("gmacs", None)
+        return twin
+
+    def sized(self, side: int) -> DiffusionModel:
+        """The same networks, not copied, for square images of another size, which they have not been trained on: what
+        they make of it is theirs.
+
+        Args:
+            side: in pixels: a multiple of what the autoencoder shrinks by, without one of what the network halves to,
+                or the model's own.
+
+        Raises FaroutError for another side.
+        """
+        factor = self._halvings() if self.autoencoder is None else _downsampling(self.autoencoder)
+        own = tuple(self.preprocessing.size)
+        if (side, side) != own and (side < factor or side % factor):
+            shrinks = "this network" if self.autoencoder is None else "this model's autoencoder"
+            raise FaroutError(
+                f"{shrinks} shrinks images {factor} times, so that a side in pixels is a multiple of {factor}, or its "
+                f"own {own[0]} x {own[1]}; got {side}"
+            )
+        twin = copy.copy(self)
+        twin.preprocessing = replace(self.preprocessing, size=(side, side))
         twin.__dict__.pop("gmacs", None)
         return twin
 

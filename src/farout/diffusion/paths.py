@@ -10,7 +10,7 @@ from torch import Tensor
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
 
-__all__ = ["even_levels", "from_noise", "geometric", "grid", "leading_levels", "pad"]
+__all__ = ["even_levels", "from_noise", "geometric", "grid", "leading", "leading_levels", "pad"]
 
 
 def pad(paths: Sequence[Tensor]) -> Tensor:
@@ -67,3 +67,14 @@ def leading_levels(schedule: NoiseSchedule, steps: int) -> list[int]:
         raise FaroutError(f"steps want 1 to {schedule.steps}, the schedule's levels, got {steps}")
     first = int(steps <= schedule.steps // 2)
     return [schedule.steps * number // steps + first for number in range(steps)]
+
+
+def leading(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """sigmas of the levels of `leading_levels`, the largest first, then of level 0: (steps + 1,). The path of Stable
+    Diffusion's own sampler, which stops there; where level 0 is among the levels, it ends at sigma 0.
+
+    Raises FaroutError unless 1 <= steps <= T.
+    """
+    levels = leading_levels(schedule, steps)[::-1]
+    sigmas = schedule.sigma_of(torch.tensor([*levels, 0]))
+    return torch.cat([sigmas[:-1], sigmas[-1:] * (levels[-1] > 0)]).to(torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,13 +18,14 @@ from farout.diffusion.loop import Solver
 from farout.diffusion.methods import is_adaptive, rehearse, solver_by_name, solver_path
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
-from farout.diffusion.sampling import Spacing
 from farout.errors import FaroutError
 
-__all__ = ["STEPS", "RoundTrip"]
+__all__ = ["STEPS", "BackSpacing", "RoundTrip"]
 
 STEPS = 10
 """Steps back of methods that do not find their own, where none are asked for."""
+BackSpacing = Literal["grid", "geometric"]
+"""Where the levels of the way back lie: the kinds of `Spacing` that begin at any level."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class RoundTrip:
     classes: bool = True
     solver: str = "dpm_solver_2m"
     steps: int | None = None
-    spacing: Spacing = "grid"
+    spacing: BackSpacing = "grid"
     seed: int = 0
     rows: int = 32
     precision: Precision = "fp32"
@@ -80,7 +81,7 @@ class RoundTrip:
                 "this model has no autoencoder, so an image comes back from level 0 as it went; give a level above 0, "
                 "such as 0.5"
             )
-        if self.rows < 1 or self.spacing not in ("grid", "geometric") or (self.steps is not None and self.steps < 1):
+        if self.rows < 1 or self.spacing not in get_args(BackSpacing) or (self.steps is not None and self.steps < 1):
             given = f"{self.rows}, {self.steps} and {self.spacing!r}"
             raise FaroutError(f"rows and steps want 1 or more, spacing grid or geometric; got {given}")
         if is_adaptive(self.solver) and self.steps is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ __all__ = ["STEPS", "Sampler", "Spacing", "choose_classes", "sample"]
 
 STEPS = 20
 """Steps of methods that do not find their own, where none are asked for."""
-Spacing = Literal["grid", "geometric"]
-"""Where a path's levels lie: evenly spaced in t, or in log sigma."""
+Spacing = Literal["grid", "geometric", "leading"]
+"""Where a path's levels lie: evenly spaced in t down from the largest, in log sigma, or in t up from 1."""
 
 
 def choose_classes(model: DiffusionModel, wanted: Sequence[str]) -> tuple[int, ...]:
@@ -63,7 +63,8 @@ class Sampler:
         model: the diffusion model; images are made where it is.
         solver: a name of `farout.diffusion.methods.SOLVERS`.
         steps: steps from the largest noise level to none; None: 20, or the method's own.
-        spacing: of the levels on the path: `grid` (evenly in t) or `geometric` (evenly in log sigma).
+        spacing: of the levels on the path: `grid` (evenly in t; of 1000 in 50 steps 999, 979, …, 19), `geometric`
+            (evenly in log sigma) or `leading` (evenly in t from 1 up: 981, …, 21, 1; Stable Diffusion's own).
         guidance: scale s of null + s (conditional - null); 1 is conditional; the paper's omega is s - 1.
         seed: image i is made from (seed, i) alone.
         rows: rows of one network call; with the same, an image's bits do not depend on its company.
@@ -87,8 +88,9 @@ class Sampler:
 
     def __post_init__(self) -> None:
         conditioning = self.model.conditioning
-        if self.rows < 1 or self.spacing not in ("grid", "geometric"):
-            raise FaroutError(f"rows want 1 or more, spacing grid or geometric; got {self.rows} and {self.spacing!r}")
+        if self.rows < 1 or self.spacing not in get_args(Spacing):
+            known = ", ".join(get_args(Spacing))
+            raise FaroutError(f"rows want 1 or more, spacing one of {known}; got {self.rows} and {self.spacing!r}")
         if self.guidance != 1 and conditioning is None:
             raise FaroutError(f"guidance {self.guidance:g} wants a class-conditional model; this one is unconditional")
         if self.guidance != 1 and conditioning is not None and not conditioning.has_null:
@@ -103,10 +105,11 @@ class Sampler:
 
     @cached_property
     def path(self) -> Tensor:
-        """sigmas from the schedule's largest to 0, as the solver takes them."""
+        """sigmas from the schedule's largest to 0, as the solver takes them; see `paths.leading` for that spacing's."""
         schedule, steps = self.model.schedule, STEPS if self.steps is None else self.steps
-        if self.spacing == "grid":
-            return solver_path(self.solver, paths.from_noise(schedule, steps))
+        if self.spacing != "geometric":
+            falling = paths.from_noise if self.spacing == "grid" else paths.leading
+            return solver_path(self.solver, falling(schedule, steps))
         if steps < 1:
             raise FaroutError(f"steps want 1 or more, got {steps}")
         return solver_path(self.solver, paths.geometric(schedule, schedule.steps - 1, steps))
@@ -136,7 +139,7 @@ class Sampler:
         keys = [str(index) for index in indices]
         noise = image_noise(keys, model.shape, self.seed, model.schedule.steps - 1, 0).to(model.device)
         sigmas = self.path.to(model.device).repeat(len(keys), 1)
-        # at the largest level a variance-preserving sample is the noise itself: x = x_vp / sqrt(abar)
+        # at the first level a variance-preserving sample is the noise itself: x = x_vp / sqrt(abar)
         x = noise * (1 + sigmas[:, 0] ** 2).sqrt().reshape(-1, *[1] * (noise.ndim - 1))
         return model.decode(self._solve(self._denoiser(), x, sigmas, condition)).cpu()
 

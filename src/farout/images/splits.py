@@ -19,7 +19,7 @@ from farout.errors import ShortfallWarning, SourceError
 if TYPE_CHECKING:
     from farout.images.sources import ImageSource
 
-__all__ = ["Groups", "Split", "calibration_size", "split"]
+__all__ = ["Groups", "Split", "calibration_size", "seen_hint", "split"]
 
 Groups = Literal["none", "folder"] | Sequence[str]
 
@@ -38,6 +38,14 @@ def calibration_size(count: int, alpha: float) -> int:
     if not 0 < alpha < 1:
         raise ValueError(f"alpha is {alpha}; expected a false-alarm rate between 0 and 1")
     return max(math.ceil(count / 5), math.ceil(round(1 / alpha, 9)) - 1)
+
+
+def seen_hint(seen: int) -> str:
+    """What to do where `seen` images were left out because a network was trained on them; empty for none."""
+    return (
+        f"; {seen} were left out because a network was trained on them: give images that it has not seen, or train it "
+        "with more held out (farout train … --statistics N)"
+    ) * bool(seen)
 
 
 def split(
@@ -70,11 +78,11 @@ def split(
     count = sum(map(len, ranked))
     wishes = (calibration_size(count, alpha), statistics, minimum_training if train else 0)
     if len(ranked) < 2:
-        raise SourceError(_impossible(source.name, len(source), len(ranked), len(blocks) - len(ranked), wishes))
+        raise SourceError(_impossible(source.name, len(source), len(ranked), len(hashes) - count, wishes))
     calibration, rest = _take(ranked, wishes[0], spare=2 if train else 1)
     chosen, training = _take(rest, wishes[1], spare=1) if train else (rest, [])
     result = Split(_positions(training), _positions(chosen), _positions(calibration))
-    _warn_shortfall(result, wishes, source.name)
+    _warn_shortfall(result, wishes, source.name, len(hashes) - count)
     return result
 
 
@@ -130,7 +138,7 @@ def _positions(blocks: list[list[int]]) -> tuple[int, ...]:
     return tuple(sorted(i for block in blocks for i in block))
 
 
-def _warn_shortfall(result: Split, wishes: tuple[int, int, int], name: str) -> None:
+def _warn_shortfall(result: Split, wishes: tuple[int, int, int], name: str, seen: int) -> None:
     counts = (len(result.calibration), len(result.statistics), len(result.training))
     if all(count >= wish for count, wish in zip(counts, wishes)):
         return
@@ -138,15 +146,14 @@ def _warn_shortfall(result: Split, wishes: tuple[int, int, int], name: str) -> N
     told = ", ".join(f"{part} {count} of {wish}" for part, count, wish in parts)
     warnings.warn(
         f"{name} has too few images for every part: {told}; give more images, a larger alpha, or "
-        "fewer wanted statistics (--statistics)",
+        f"fewer wanted statistics (--statistics){seen_hint(seen)}",
         ShortfallWarning,
         stacklevel=3,
     )
 
 
-def _impossible(name: str, total: int, kept: int, dropped: int, wishes: tuple[int, int, int]) -> str:
+def _impossible(name: str, total: int, kept: int, seen: int, wishes: tuple[int, int, int]) -> str:
     return (
-        f"{name} cannot be split: {total} images leave {kept} distinct images or groups ({dropped} left out because a "
-        f"network was trained on them); expected at least 2, better {wishes[0]} for calibration and {wishes[1]} for "
-        "statistics"
+        f"{name} cannot be split: {total} images leave {kept} distinct images or groups; expected at least 2, better "
+        f"{wishes[0]} for calibration and {wishes[1]} for statistics{seen_hint(seen)}"
     )

@@ -112,9 +112,13 @@ class VectorSynthesiser(Synthesiser):
     Args:
         solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
         steps: steps from noise to image; without it 20, or as many as probability_flow finds.
-        spacing: where the steps lie: grid (evenly in t) or geometric (evenly in log sigma).
+        spacing: where the steps lie: grid (evenly in t), geometric (evenly in log sigma) or leading (evenly in t from 1
+            up, as Stable Diffusion is used: 981, …, 21, 1).
         guidance: weight of the class: 1 is conditional, all that a model without label dropout can do. 2 suits small
             models, Stable Diffusion is used with 7.5.
+        size: side of the images in pixels, which they keep on disk; without it the generator's own. A multiple of what
+            its autoencoder shrinks by (8 in Stable Diffusion), or of what its network halves images to. A generator
+            makes the best images at the size that it was trained with.
         prompts: how a Stable Diffusion folder is told the classes of the images; other generators have their own.
     """
 
@@ -127,9 +131,10 @@ class VectorSynthesiser(Synthesiser):
         steps: int | None = None,
         spacing: Spacing = "grid",
         guidance: float = 2.0,
+        size: int | None = None,
         prompts: Prompts = Prompts(),  # noqa: B008
     ) -> None:
-        self.prompts = prompts
+        self.prompts, self.size = prompts, size
         self._decoding: dict[str, Any] = {
             "solver": solver,
             "steps": steps,
@@ -158,7 +163,8 @@ class VectorSynthesiser(Synthesiser):
     def sampler(self, work: Work) -> Sampler:
         """How points become images, built once a run; FaroutError for settings that the generator cannot follow."""
         if "sampler" not in work.built:
-            runtime, model = work.runtime, work.generator
+            runtime = work.runtime
+            model = work.generator if self.size is None else work.generator.sized(self.size)
             if self.prompts.generation is not None and isinstance(model.conditioning, PromptTokens):
                 model = model.conditioned(model.conditioning.in_template(self.prompts.generation))
             work.built["sampler"] = Sampler(
@@ -171,8 +177,8 @@ class VectorSynthesiser(Synthesiser):
         return work.built["sampler"]
 
     def check(self, work: Work) -> None:
-        """Refuses guidance without a null condition, solvers or steps that do not go, and a classifier that lacks a
-        class of the generator.
+        """Refuses guidance without a null condition, solvers, steps or sizes that do not go, and a classifier that
+        lacks a class of the generator.
         """
         self.sampler(work)
         if work.classifier is not None:
@@ -190,6 +196,11 @@ class VectorSynthesiser(Synthesiser):
         change = partial(noised, scale=scale, seed=work.seed, indices=indices) if scale else None
         images = decode(self.sampler(work), found.vectors, self.noises(indices), labels, change)
         return Made(images, found.sources, found.columns)
+
+    def shape(self, work: Work) -> tuple[int, ...]:
+        """Of the asked size."""
+        channels, *own = super().shape(work)
+        return (channels, *(own if self.size is None else (self.size, self.size)))
 
     def noises(self, indices: Sequence[int]) -> Sequence[int]:
         """The numbers of the noises that outliers start from: their own."""

@@ -82,16 +82,18 @@ def split(labels: Tensor, classes: int, config: ManifoldConfig, seed: int) -> tu
     return found
 
 
-def warn_counts(labels: Tensor, names: Sequence[str], dim: int) -> None:
-    """Warns of classes that do not span the space; `labels` of the vectors that are fitted to."""
+def warn_counts(labels: Tensor, names: Sequence[str], dim: int, config: ManifoldConfig) -> None:
+    """Warns of classes that do not span the space; `labels` of the vectors that are fitted to, `config` resolved."""
     counts = labels.bincount(minlength=len(names))
     few = int((counts <= dim).sum())
     if few:
         least = int(counts.argmin())
+        advice = "compare held-out distances with those of draws"
+        advice += ", or give regularization='held_out'" * (config.regularization != "held_out")
         warnings.warn(
             f"{few} of {len(names)} classes have no more vectors to fit to than the {dim} dimensions (the fewest: "
-            f"{int(counts[least])}, of {names[least]!r}): along some directions their spread is the regularization's; "
-            "compare held-out distances with those of draws, or give regularization='held_out'",
+            f"{int(counts[least])}, of {names[least]!r}): along some directions their spread is the regularization's "
+            f"({config.regularization}); {advice}",
             ShortfallWarning,
             stacklevel=3,
         )

@@ -59,7 +59,7 @@ class Manifold:
         shift: subtracted from vectors, float32 (D,).
         scale: then divides them.
         invariants: k; the last k coordinates of the flat space hardly vary in any class.
-        config: how it was fitted, and how draws are made.
+        config: how it was fitted, and how draws are made; its regularization is the one that was taken.
         class_names: by label.
         known: distances of the vectors fitted to (`training`) and of those not fitted to (`held_out`), float64 (n,).
         history: of training, in the units of scaled vectors; empty for a linear map.
@@ -129,7 +129,7 @@ class Manifold:
 
     def draw(
         self,
-        per_class: int | None = None,
+        per_class: int,
         seed: int = 0,
         *,
         draws: int | None = None,
@@ -143,8 +143,8 @@ class Manifold:
         equally far out, so the tail is a weak knob: 10 of 3,330 reach 7 % further than the rest with D = 768.
 
         Args:
-            per_class: vectors of each class; None: `rounds` times `kept`. More rounds are made for more vectors, and
-                the first ones stay the same.
+            per_class: vectors of each class; 100 in the paper, ten rounds of 10. More rounds are made for more vectors,
+                and the first ones stay the same.
             seed: of the draws; the same ones for any number of classes.
             draws, kept, temperature: instead of those of `config`.
 
@@ -152,16 +152,15 @@ class Manifold:
         """
         changes = {"draws": draws, "kept": kept, "temperature": temperature}
         config = ManifoldConfig(**asdict(self.config) | {n: value for n, value in changes.items() if value is not None})
-        count = config.rounds * config.kept if per_class is None else per_class
-        if count < 1:
+        if per_class < 1:
             raise FaroutError(f"per_class is {per_class}; expected 1 or more vectors of each class")
-        rounds = [self._round(number, seed, config) for number in range(math.ceil(count / config.kept))]
+        rounds = [self._round(number, seed, config) for number in range(math.ceil(per_class / config.kept))]
         # from (rounds, classes x kept, …) to class by class
         size = (len(self.class_names), config.kept)
 
         def sorted_out(name: str) -> Tensor:
             whole = torch.stack([getattr(one, name) for one in rounds])
-            return whole.unflatten(1, size).transpose(0, 1).flatten(1, 2)[:, :count].flatten(0, 1)
+            return whole.unflatten(1, size).transpose(0, 1).flatten(1, 2)[:, :per_class].flatten(0, 1)
 
         return Drawn(*(sorted_out(field.name) for field in fields(Drawn)))
 
@@ -304,7 +303,9 @@ def fit_manifold(
     check_counts(labels, names)
     fit, held = split(labels, len(names), config, seed)
     check_spread(vectors[fit], labels[fit], names)
-    warn_counts(labels[fit], names, vectors.shape[1])
+    fewest = int(labels[fit].bincount(minlength=len(names)).min())
+    config = config.resolved(fewest, len(held), vectors.shape[1])
+    warn_counts(labels[fit], names, vectors.shape[1], config)
     shift, scale = _standard(vectors[fit], config)
     x = (vectors - shift) / scale
     counts = invariant_counts(x[fit], labels[fit], len(names), config.pca_variance)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
 from farout.errors import FaroutError
 from farout.outliers.volume_preserving import OrthogonalMap
 
 __all__ = ["ManifoldConfig"]
+
+Regularization = Literal["auto", "relative", "absolute", "held_out"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ class ManifoldConfig:
         regularization: of a class's unbiased covariance S in the flat space: `relative`: S + w v I, v the variance of a
             coordinate around its class's mean, averaged over coordinates and classes; `absolute`: S + w I, w in units
             of the vectors; `held_out`: (1 - a) S + a tr(S) / D I, with the a, one for all classes, under which
-            held-out vectors are the most likely.
+            held-out vectors are the most likely; `auto`: `held_out` where a class has no more vectors to fit to than
+            there are dimensions and some are held out, else `relative`. A manifold's folder says which it was.
         reg_weight: w above; unused with `held_out`.
-        rounds: rounds of drawing a class, where no number of vectors is asked for.
-        draws: vectors drawn in a round.
+        draws: vectors of a class drawn in a round; as many rounds are made as the vectors asked for take.
         kept: of these, how many of the lowest density are kept; the paper's 10 of 3,330 are its 0.3 %.
         temperature: factor on the deviations of what is drawn; 1 in the paper.
         device: where the network trains and computes: auto (cuda, else cpu), cpu, cuda, cuda:1, mps.
@@ -65,9 +67,8 @@ class ManifoldConfig:
     held_out: float = 0.1
     validations: int = 20
     checkpoint: Literal["best", "last"] = "best"
-    regularization: Literal["relative", "absolute", "held_out"] = "relative"
+    regularization: Regularization = "auto"
     reg_weight: float = 0.05
-    rounds: int = 10
     draws: int = 3330
     kept: int = 10
     temperature: float = 1.0
@@ -101,13 +102,29 @@ class ManifoldConfig:
             raise FaroutError(f"there is no preset {name!r} of a manifold; expected one of {', '.join(cls.presets)}")
         return cls(**{**cls.presets[name], **changes})
 
+    def resolved(self, fewest: int, held_out: int, dim: int) -> ManifoldConfig:
+        """With the regularization that `auto` stands for.
+
+        With no more vectors than dimensions a class's covariance is singular: along the directions that its vectors
+        lack, a small weight leaves nearly nothing, so that vectors of the class that were not fitted to lie further out
+        than anything drawn.
+
+        Args:
+            fewest: vectors fitted to, of the class that has the fewest.
+            held_out: vectors held out, of all classes together.
+            dim: D.
+        """
+        if self.regularization != "auto":
+            return self
+        return replace(self, regularization="held_out" if fewest <= dim and held_out else "relative")
+
     def total_steps(self, count: int) -> int:
         """Batches of the whole training with `count` vectors; the last batch of an epoch may be smaller."""
         return self.steps if self.epochs is None else self.epochs * math.ceil(count / self.batch_size)
 
 
 def _rules(c: ManifoldConfig) -> list[tuple[str, bool, str]]:
-    counts = ("layers", "steps", "batch_size", "validations", "rounds", "draws", "kept")
+    counts = ("layers", "steps", "batch_size", "validations", "draws", "kept")
     return [
         *((name, getattr(c, name) >= 1, "1 or more") for name in counts),
         ("epochs", c.epochs is None or c.epochs >= 1, "None, or 1 or more"),
@@ -119,7 +136,7 @@ def _rules(c: ManifoldConfig) -> list[tuple[str, bool, str]]:
         ("train_fraction", 0 < c.train_fraction <= 1, "a number in (0, 1]"),
         ("held_out", 0 <= c.held_out < 1, "a number in [0, 1)"),
         ("checkpoint", c.checkpoint in ("best", "last"), "best or last"),
-        ("regularization", c.regularization in ("relative", "absolute", "held_out"), "relative, absolute or held_out"),
+        ("regularization", c.regularization in get_args(Regularization), ", ".join(get_args(Regularization))),
         ("held_out", c.held_out > 0 or c.regularization != "held_out", "a part to choose a shrinkage by, such as 0.1"),
         ("reg_weight", 0 <= c.reg_weight < math.inf, "0 or more"),
         ("kept", c.kept <= c.draws, f"at most draws ({c.draws})"),

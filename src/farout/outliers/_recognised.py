@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from farout import store
+from farout.classifiers.exposure import known_classes
 from farout.classifiers.model import Classifier
 from farout.diffusion.sampling import Sampler
 from farout.errors import FaroutError, TrapWarning
@@ -47,7 +48,7 @@ def class_places(classifier: Classifier, names: Sequence[str]) -> list[int]:
 
     One whose classes are bare numbers, as many, has them in the same order.
     """
-    known = list(classifier.class_names)
+    known = list(classifier.class_names[: known_classes(classifier)])
     if known == [str(number) for number in range(len(names))]:
         return list(range(len(names)))
     lacking = [name for name in names if name not in known]

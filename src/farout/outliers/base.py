@@ -138,6 +138,10 @@ class Synthesiser(Configured, ABC):
         """Does a stage before the last: leaves its files within `work.folder`, and goes on from those there."""
         raise NotImplementedError(f"{type(self).__name__} names the stage {stage} and does not say what is done in it")
 
+    def shape(self, work: Work) -> tuple[int, ...]:
+        """(C, H, W) of the images that are made."""
+        return work.shape
+
     def label(self, work: Work, index: int) -> int:
         """The class of outlier number `index`: the classes that have images take turns."""
         return work.classes[index % len(work.classes)]
@@ -246,7 +250,7 @@ class Synthesiser(Configured, ABC):
 
     def _write(self, work: Work, writer: ImageWriter) -> int:
         missing = writer.missing(work.count)
-        size = work.runtime.images_at_once(work.shape)
+        size = work.runtime.images_at_once(self.shape(work))
         with task(f"outliers into {work.folder}", len(missing)) as bar:
             for start in range(0, len(missing), size):
                 indices = missing[start : start + size]

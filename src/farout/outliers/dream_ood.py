@@ -57,6 +57,7 @@ class DreamOOD(VectorSynthesiser):
             "boundary": BoundarySampling(k=300, select=50, noise=0.07 * math.sqrt(768), candidates=1500),
             "solver": "plms",
             "steps": 50,
+            "spacing": "leading",
             "guidance": 7.5,
         },
         "paper_imagenet": {
@@ -67,6 +68,7 @@ class DreamOOD(VectorSynthesiser):
             "boundary": BoundarySampling(k=300, select=200, noise=0.03 * math.sqrt(768), candidates=1500),
             "solver": "plms",
             "steps": 50,
+            "spacing": "leading",
             "guidance": 7.5,
         },
         "inliers": {"boundary": BoundarySampling(side="inliers", select=1000, noise=0.01 * math.sqrt(768), kept=1)},

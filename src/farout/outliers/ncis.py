@@ -59,6 +59,7 @@ class NCIS(VectorSynthesiser):
             "images_per_vector": 8,
             "solver": "plms",
             "steps": 50,
+            "spacing": "leading",
             "guidance": 7.5,
             "prompts": Prompts(generation="A high-quality image of the {}", pieces="first"),
         },

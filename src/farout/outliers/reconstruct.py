@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from farout.diffusion import folders
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.round_trip import RoundTrip
-from farout.diffusion.sampling import Spacing
+from farout.diffusion.round_trip import BackSpacing, RoundTrip
 from farout.errors import FaroutError, SourceError
-from farout.images.classes import class_name, class_numbers
+from farout.images.classes import class_numbers
 from farout.images.sources import ImageSource, batches, open_source
 from farout.outliers._folder import ImageWriter, MadeFolder
-from farout.outliers.base import identity
+from farout.outliers.base import identity, names_of
 from farout.progress import task
 from farout.runtime import Runtime
 
@@ -39,7 +39,7 @@ def reconstruct(
     classes: bool = True,
     solver: str = "dpm_solver_2m",
     steps: int | None = None,
-    spacing: Spacing = "grid",
+    spacing: BackSpacing = "grid",
     seed: int = 0,
     resume: bool = False,
     limit: int | None = None,
@@ -61,7 +61,9 @@ def reconstruct(
 
     Args:
         images: any source; labels are kept.
-        diffusion: a `DiffusionModel` or its folder.
+        diffusion: a `DiffusionModel` or its folder. An original Stable Diffusion folder is told the images' classes by
+            the prompts "An image of a …"; for others give what `DiffusionModel.load(folder, class_names=…, prompts=…)`
+            loads.
         out: the folder.
         level, highest, classes, solver, steps, spacing, seed: see `RoundTrip`.
         resume: go on where an earlier run in `out` stopped.
@@ -77,9 +79,9 @@ def reconstruct(
             were made with other settings, which are listed.
     """
     resolved = (runtime or Runtime()).resolved()
-    model = DiffusionModel.load(diffusion) if isinstance(diffusion, str | Path) else diffusion
+    source = open_source(images, policy=policy, limit=limit, seed=seed)
     trip = RoundTrip(
-        model.to(resolved.device),
+        _loaded(diffusion, source).to(resolved.device),
         level,
         highest,
         classes,
@@ -90,12 +92,20 @@ def reconstruct(
         int(resolved.rows),
         resolved.precision,  # type: ignore[arg-type]  # resolved, so not `auto`
     )
-    source = open_source(images, policy=policy, limit=limit, seed=seed)
     names, labels = _classes(source, trip)
     writer = ImageWriter(out, names, seed, ReconstructedFolder.kind)
     writer.begin(_settings(source, labels, trip, resolved), _about(source, names), resume=resume)
     made = _write(source, labels, trip, writer, resolved)
     return ReconstructedFolder(Path(out), writer.images, len(source), made)
+
+
+def _loaded(given: DiffusionModel | str | Path, source: ImageSource) -> DiffusionModel:
+    """The model; a Stable Diffusion folder is told the classes of the images, or one that nobody asks for."""
+    if not isinstance(given, str | Path):
+        return given
+    folder = folders.local(given)
+    names = (names_of(source) or ("image",)) if folders.wants_prompts(folder) else None
+    return DiffusionModel.load(folder, class_names=names)
 
 
 def _classes(source: ImageSource, trip: RoundTrip) -> tuple[tuple[str, ...], Tensor | None]:
@@ -109,7 +119,7 @@ def _classes(source: ImageSource, trip: RoundTrip) -> tuple[tuple[str, ...], Ten
             )
         names = tuple(conditioning.class_names)
     else:
-        names = tuple(class_name(source, label) for label in sorted(set(source.labels or ())))
+        names = names_of(source)
     return names, None if source.labels is None else class_numbers(source, names)
 
 

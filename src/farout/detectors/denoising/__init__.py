@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from farout.classifiers.exposure import counted_classes, known_classes
 from farout.classifiers.model import Classifier
 from farout.densities import ZScore, pack, unpack
 from farout.detectors.base import Detector, Measurements
@@ -175,7 +176,7 @@ class Denoising(Detector):
             raise FaroutError(f"levels run from 0 to {highest} in this model's schedule, got {list(self.levels)}")
         rehearse(solver_by_name(self.config["solver"], diffusion.schedule), self._all_paths(diffusion.schedule))
         if self.config["labels"] == "true" and not set(_names(source)) & set(classifier.class_names):
-            known = ", ".join(classifier.class_names)
+            known = ", ".join(classifier.class_names[: known_classes(classifier)])
             raise FaroutError(f"labels=true wants images of the classes {known}; {source.name} has none of them")
 
     def _all_paths(self, schedule: NoiseSchedule) -> Tensor:
@@ -202,8 +203,8 @@ class Denoising(Detector):
             hint = "give a class-conditional one (farout train diffusion --preset classes) or --condition none"
             raise FaroutError(f"this diffusion model is unconditional and cannot denoise under a class; {hint}")
         if conditioning.classes != classifier.classes:
-            counts = f"{conditioning.classes} classes, the classifier {classifier.classes}"
-            raise FaroutError(f"the diffusion model knows {counts}; train both on the same images")
+            counts = f"{conditioning.classes} classes, the classifier {counted_classes(classifier)}"
+            raise FaroutError(f"the diffusion model knows {counts}; train both on the same images and classes")
         names = {tuple(conditioning.class_names), tuple(classifier.class_names)}
         if len(names - {tuple(map(str, range(classifier.classes)))}) > 1:  # bare numbers are no names
             raise FaroutError("diffusion model and classifier name their classes differently; train both on the same")

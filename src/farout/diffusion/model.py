@@ -312,7 +312,9 @@ class DiffusionModel:
         cls, path: Path, class_names: Sequence[str] | None, prompts: Prompts | None, conditioning: Conditioning | None
     ) -> DiffusionModel:
         if conditioning is not None and (class_names is not None or prompts is not None):
-            raise FaroutError("a conditioning brings its own class names and prompts; leave class_names and prompts out")
+            raise FaroutError(
+                "a conditioning brings its own class names and prompts; leave class_names and prompts out"
+            )
         told = conditioning or folders.text_conditioning(path, class_names, prompts)  # first: it may refuse the names
         network, autoencoder = folders.read_networks(path)
         scheduler = folders.read_scheduler(path)

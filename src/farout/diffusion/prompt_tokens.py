@@ -13,7 +13,7 @@ from torch import Tensor
 from farout.diffusion.class_tokens import TextTokens
 from farout.diffusion.conditioning import Condition, Conditioning, check_labels, check_table, check_vectors
 from farout.diffusion.prompt_contexts import PromptContexts
-from farout.diffusion.prompts import TEMPLATE, Pieces, Prompts, Word, check_template, class_words
+from farout.diffusion.prompts import TEMPLATE, Pieces, Prompts, Word, class_words
 from farout.diffusion.text import TextEncoder
 from farout.errors import FaroutError
 

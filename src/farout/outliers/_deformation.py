@@ -73,8 +73,8 @@ class Deformation(Synthesiser):
             particular), or auto: target_classes or words where they are given, else unseen where there are any, else
             mixtures, which Stable Diffusion wants to be asked for.
         target_classes: names or numbers of the classes that outliers are to show.
-        words: for Stable Diffusion, what outliers are to show: a text file with one word a line, a table of words as
-            class_words takes, or imagenet, the names of its 1000 classes.
+        words: for Stable Diffusion, what outliers are to show: a text file with one word a line, a table .csv or .yaml
+            like that of class_words, or imagenet, the names of its 1000 classes.
         templates: for Stable Diffusion, prompts of classes and words; of several, one is drawn for each image.
         nearest: of the words, only this many that are nearest to the class of the image, as the text encoder has it.
         class_words: what classes are called in prompts of Stable Diffusion: a table .csv (columns class, word and,

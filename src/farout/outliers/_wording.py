@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from farout.diffusion import folders
-from farout.diffusion.conditioning import Condition
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.prompt_contexts import PromptContexts
 from farout.diffusion.prompts import check_template, class_words
@@ -92,7 +91,7 @@ class Wording:
 
     def _check_used(self, model: DiffusionModel) -> None:
         """Refuses settings of prompts for a generator that brings classes of its own."""
-        unused = {"class_words": self.class_words} if self.class_words is not None else {}
+        unused: dict[str, Any] = {"class_words": self.class_words} if self.class_words is not None else {}
         kind = "none" if model.conditioning is None else model.conditioning.kind
         if not isinstance(model.conditioning, PromptContexts):
             unused |= {"words": self.words} if self.words else {}

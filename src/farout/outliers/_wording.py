@@ -90,17 +90,18 @@ class Wording:
         return PromptContexts(TextEncoder.read(folder), names, words, self.templates[0])
 
     def _check_used(self, model: DiffusionModel) -> None:
-        """Refuses settings of prompts for a generator that brings classes of its own."""
+        """Refuses settings of prompts for a generator that brings classes of its own; others are refused later."""
+        if model.conditioning is None:
+            return
         unused: dict[str, Any] = {"class_words": self.class_words} if self.class_words is not None else {}
-        kind = "none" if model.conditioning is None else model.conditioning.kind
         if not isinstance(model.conditioning, PromptContexts):
             unused |= {"words": self.words} if self.words else {}
             unused |= {"templates": self.templates} if self.templates != (PHOTO,) else {}
         if unused:
             told = ", ".join(f"{name}={value!r}" for name, value in unused.items())
             raise FaroutError(
-                f"{told} would have no effect: this generator brings its classes by {kind}; leave it out, or give an "
-                "original Stable Diffusion folder"
+                f"{told} would have no effect: this generator brings its classes by {model.conditioning.kind}; "
+                "leave it out, or give an original Stable Diffusion folder"
             )
 
     # -- what is said ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from farout import store
 from farout.diffusion.class_tokens import ClassTokens, TextTokens
 from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.conditioning import Conditioning
+from farout.diffusion.prompt_contexts import PromptContexts
 from farout.diffusion.prompt_tokens import PromptTokens, read_prompts
 from farout.diffusion.prompts import Prompts
 from farout.diffusion.schedule import NoiseSchedule
@@ -120,7 +121,7 @@ def _read(folder: Path, known: dict[str, Any]) -> nn.Module:
 
 def write_conditioning(folder: Path, conditioning: Conditioning | None) -> None:
     """Writes what a conditioning keeps beside the network, if anything: a table, or a text encoder with tokenizer."""
-    if isinstance(conditioning, PromptTokens):
+    if isinstance(conditioning, PromptContexts):
         conditioning.encoder.write(folder)
         return
     tensors = {} if conditioning is None else conditioning.tensors()
@@ -142,9 +143,10 @@ def read_conditioning(folder: Path, network: nn.Module, described: dict[str, Any
     for member in (ClassTokens, TextTokens):
         if kind == member.kind:
             return member(store.load_tensors(folder / _CONDITIONING)["tokens"], **arguments)
-    if kind == PromptTokens.kind:
-        arguments.pop("has_null")
-        return PromptTokens(TextEncoder.read(folder), **arguments)
+    for prompted in (PromptContexts, PromptTokens):
+        if kind == prompted.kind:
+            arguments.pop("has_null")
+            return prompted(TextEncoder.read(folder), **arguments)
     raise StoreError(f"{folder} holds a conditioning of kind {kind!r}, which this farout does not know; upgrade farout")
 
 

@@ -291,7 +291,12 @@ class DiffusionModel:
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, class_names: Sequence[str] | None = None, prompts: Prompts | None = None
+        cls,
+        folder: str | Path,
+        *,
+        class_names: Sequence[str] | None = None,
+        prompts: Prompts | None = None,
+        conditioning: Conditioning | None = None,
     ) -> DiffusionModel:
         """Loads a folder that farout wrote, a diffusers folder, or `hf://owner/name`.
 
@@ -299,7 +304,7 @@ class DiffusionModel:
         are made; its null condition is the empty prompt. Without `prompts` these are "An image of a …", and class
         vectors are their contexts. What `save` then writes is loaded without names. For a class-conditional
         `UNet2DModel` of diffusers `class_names` name the rows of its table, of which the last may be a null row where
-        there is one more than names.
+        there is one more than names. A `conditioning` that is ready takes the place of both.
 
         Raises FaroutError where names or prompts do not go with the folder, StoreError for a folder that is missing,
         incomplete, altered or of another kind. Code from a folder or hub is never run, and weights are read without
@@ -307,8 +312,8 @@ class DiffusionModel:
         """
         path = folders.local(folder)
         if not folders.is_ours(path):
-            return cls._foreign(path, class_names, prompts)
-        if class_names is not None or prompts is not None:
+            return cls._foreign(path, class_names, prompts, conditioning)
+        if class_names is not None or prompts is not None or conditioning is not None:
             raise FaroutError(f"{path} was written by farout and names its own classes; leave class_names out")
         config = store.read_config(path, KIND)
         network, autoencoder = folders.read_networks(path)
@@ -331,8 +336,14 @@ class DiffusionModel:
         return model
 
     @classmethod
-    def _foreign(cls, path: Path, class_names: Sequence[str] | None, prompts: Prompts | None) -> DiffusionModel:
-        told = folders.text_conditioning(path, class_names, prompts)  # first: it may refuse the names
+    def _foreign(
+        cls, path: Path, class_names: Sequence[str] | None, prompts: Prompts | None, conditioning: Conditioning | None
+    ) -> DiffusionModel:
+        if conditioning is not None and (class_names is not None or prompts is not None):
+            raise FaroutError(
+                "a conditioning brings its own class names and prompts; leave class_names and prompts out"
+            )
+        told = conditioning or folders.text_conditioning(path, class_names, prompts)  # first: it may refuse the names
         network, autoencoder = folders.read_networks(path)
         scheduler = folders.read_scheduler(path)
         factor = 1 if autoencoder is None else _downsampling(autoencoder)

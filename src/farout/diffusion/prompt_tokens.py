@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from farout.diffusion.class_tokens import TextTokens
 from farout.diffusion.conditioning import Condition, Conditioning, check_labels, check_table, check_vectors
-from farout.diffusion.prompts import TEMPLATE, Pieces, Prompts, Word, check_template, class_words
+from farout.diffusion.prompt_contexts import PromptContexts
+from farout.diffusion.prompts import TEMPLATE, Pieces, Prompts, Word, class_words
 from farout.diffusion.text import TextEncoder
 from farout.errors import FaroutError
 
 __all__ = ["PromptTokens", "read_prompts"]
 
 
-class PromptTokens(Conditioning):
+class PromptTokens(PromptContexts):
     """Stable Diffusion's classes as the input embeddings of their one-token words, within a prompt.
 
     A class vector is what the text encoder looks up for the class's word: d numbers, 768 in Stable Diffusion 1 and 1024
@@ -40,7 +40,7 @@ class PromptTokens(Conditioning):
             prompts that are too long, and words and classes of different number.
     """
 
-    kind, has_null = "prompt_tokens", True
+    kind = "prompt_tokens"
 
     def __init__(
         self,
@@ -50,22 +50,12 @@ class PromptTokens(Conditioning):
         template: str = TEMPLATE,
         pieces: Pieces = "refuse",
     ) -> None:
-        check_template(template)
-        self.class_names = check_table(len(class_names), class_names, has_null=False)
-        self.encoder, self.template, self.pieces, self.dim = encoder, template, pieces, encoder.width
-        self.words = class_words(self.class_names) if words is None else tuple(Word(*word) for word in words)
-        if len(self.words) != self.classes:
-            raise FaroutError(f"{self.classes} classes want a word each, got {len(self.words)}")
-        self.prompts = tuple(word.prompt(template) for word in self.words)
+        super().__init__(encoder, class_names, words, template)
+        self.pieces, self.dim = pieces, encoder.width
         named = zip(self.class_names, self.words, strict=True)
         places = [_place(encoder, template, name, word, pieces) for name, word in named]
-        self._numbers, self._places = encoder.numbers(self.prompts), torch.tensor(places)
+        self._places = torch.tensor(places)
         self._table = encoder.embeddings(self._numbers[torch.arange(len(places)), self._places])
-
-    @property
-    def classes(self) -> int:
-        """K, the number of classes."""
-        return len(self.class_names)
 
     def vectors(self) -> Tensor:
         """The words' input embeddings (K, d)."""
@@ -74,64 +64,26 @@ class PromptTokens(Conditioning):
     def __call__(self, given: Tensor, labels: Tensor | None = None) -> Condition:
         """The contexts of labels (B,), or of vectors (B, d) in the prompts of their `labels` (B,)."""
         if not given.is_floating_point():
-            with torch.no_grad():
-                return self._contexts(check_labels(given, self.classes).cpu())
+            return super().__call__(given)
         if labels is None:
             raise FaroutError("a vector of this model stands in the prompt of its class; give labels beside vectors")
         rows = check_labels(labels, self.classes).cpu()
         if len(rows) != len(given):
             raise FaroutError(f"{len(given)} class vectors want a label each, got {len(rows)}")
-        return self._contexts(rows, check_vectors(given, self.dim))
-
-    def _contexts(self, rows: Tensor, vectors: Tensor | None = None) -> Condition:
-        found = self.encoder.contexts(self._numbers[rows], vectors, self._places[rows])
+        found = self.encoder.contexts(self._numbers[rows], check_vectors(given, self.dim), self._places[rows])
         return Condition({"encoder_hidden_states": found})
-
-    def null(self, count: int) -> Condition:
-        """The context of the empty prompt, `count` times."""
-        return Condition({"encoder_hidden_states": self.encoder.null(count)})
 
     def in_template(self, template: str) -> PromptTokens:
         """The same classes, words and class vectors in other prompts; see the class for what is raised."""
         return PromptTokens(self.encoder, self.class_names, self.words, template, self.pieces)
 
-    def fixed(self) -> TextTokens:
-        """The same classes with whole contexts as class vectors, which need no text encoder."""
-        contexts = self(torch.arange(self.classes)).tensors["encoder_hidden_states"]
-        table = torch.cat([contexts, self.encoder.null(1)])
-        return TextTokens(table, self.class_names, has_null=True, template=self.template).to(table.device)
-
-    def trainable(self, network: nn.Module) -> nn.Module:
-        """The network with the contexts as they are: the text encoder is not trained."""
-        return self.fixed().trainable(network)
-
-    def twin(self, network: nn.Module) -> PromptTokens:
-        """The same conditioning: nothing of it is the network's own."""
-        return copy.copy(self)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """None: the text encoder is frozen."""
-        return []
-
     def tensors(self) -> dict[str, Tensor]:
-        """The text encoder's weights, and the prompts as its tokenizer writes them."""
-        return {**self.encoder.tensors(), "prompts": self._numbers, "places": self._places}
+        """The text encoder's weights, the prompts as its tokenizer writes them, and the tokens' places."""
+        return {**super().tensors(), "places": self._places}
 
     def describe(self) -> dict[str, Any]:
         """Kind, class names, their words, template, pieces."""
-        return {
-            "kind": self.kind,
-            "class_names": list(self.class_names),
-            "has_null": True,
-            "words": [list(word) for word in self.words],
-            "template": self.template,
-            "pieces": self.pieces,
-        }
-
-    def to(self, device: torch.device | str) -> Self:
-        """Moves the text encoder."""
-        self.encoder.to(device)
-        return self
+        return {**super().describe(), "pieces": self.pieces}
 
 
 def _place(encoder: TextEncoder, template: str, name: str, word: Word, pieces: Pieces) -> int:

@@ -121,6 +121,18 @@ class TextEncoder:
         given = [] if vectors is None or places is None else [vectors.float(), places]
         return in_chunks(call, _ROWS, *(tensor.to(self.device) for tensor in (numbers, *given)))
 
+    @torch.no_grad()
+    def summaries(self, prompts: Sequence[str]) -> Tensor:
+        """One vector for each prompt, float32 (B, d) on the CPU: its context's token that ends the text, the only one
+        that has seen all of it (Radford et al. 2021, section 2.4; their projection is not part of Stable Diffusion).
+        """
+        ends = torch.tensor([len(self.tokens(text)) + 1 for text in prompts])
+
+        def call(numbers: Tensor, ends: Tensor) -> Tensor:
+            return self.contexts(numbers).cpu()[torch.arange(len(ends)), ends]
+
+        return in_chunks(call, _ROWS, self.numbers(prompts), ends)
+
     def null(self, count: int) -> Tensor:
         """The context of the empty prompt, `count` times; it is computed once."""
         if self._null is None:

@@ -6,6 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +16,14 @@ from farout.diffusion import paths
 from farout.diffusion.conditioning import no_null
 from farout.diffusion.loop import Solver
 from farout.diffusion.methods import rehearse
+from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, TrapWarning
 from farout.images.preprocessing import check_against
+from farout.images.sources import ImageSource
 from farout.outliers._decoding import class_space
 from farout.outliers._starts import Draw, Plan, Start
 from farout.outliers._targets import TargetKind
+from farout.outliers._wording import PHOTO, Wording
 from farout.outliers.base import Made, Synthesiser, Work
 
 __all__ = ["REGIONS", "Deformation", "Denoised"]
@@ -54,15 +58,27 @@ class Deformation(Synthesiser):
     Of N steps on the levels 1, T / N + 1, 2 T / N + 1, …, an image goes K, drawn evenly from k_min to k_max. Outlier
     number i is made of image i mod M of the M readable ones, in an order in which classes take turns, with draws of its
     own each time. The manifest says of each its image (`source`), `target`, `k`, `level` (the share of the schedule
-    that it was noised through) and `repeat`.
+    that it was noised through) and `repeat`, and `template` where the generator is told by prompts.
+
+    An original Stable Diffusion folder is told the images' own classes, by their names in a template, and shows words;
+    its null condition is the empty prompt. Words that come twice, or are called like a class that has images (rifle and
+    assault rifle), are left out, which a warning tells; a list of which none are left is refused. Prompts are encoded
+    once. Images are cut to the generator's size, not squashed as published.
 
     A method implements `denoise`.
 
     Args:
-        targets: what outliers are to show: unseen (classes of the generator that have no images), others (any other
-            class), mixtures (of two classes that have images), none (nothing in particular), or auto: target_classes
-            where they are given, else unseen where there are any, else mixtures.
+        targets: what outliers are to show: words (one drawn for each image), unseen (classes of the generator that have
+            no images), others (any other class), mixtures (of two classes that have images), none (nothing in
+            particular), or auto: target_classes or words where they are given, else unseen where there are any, else
+            mixtures, which Stable Diffusion wants to be asked for.
         target_classes: names or numbers of the classes that outliers are to show.
+        words: for Stable Diffusion, what outliers are to show: a text file with one word a line, a table .csv or .yaml
+            like that of class_words, or imagenet, the names of its 1000 classes.
+        templates: for Stable Diffusion, prompts of classes and words; of several, one is drawn for each image.
+        nearest: of the words, only this many that are nearest to the class of the image, as the text encoder has it.
+        class_words: what classes are called in prompts of Stable Diffusion: a table .csv (columns class, word and,
+            where wanted, suffix) or .yaml (class: word suffix), or cifar100; without it by their names.
         solver: ddim, dpm_solver_2m, unipc or ndm1.
         steps: N, steps from noise to image, of which an image goes a part.
         k_min: the fewest steps; few leave the image much as it was.
@@ -79,6 +95,10 @@ class Deformation(Synthesiser):
         *,
         targets: TargetKind = "auto",
         target_classes: tuple[str, ...] = (),
+        words: str = "",
+        templates: tuple[str, ...] = (PHOTO,),
+        nearest: int | None = None,
+        class_words: dict[str, str] | str | None = None,
         solver: str = "ddim",
         steps: int = 20,
         k_min: int = 1,
@@ -88,6 +108,8 @@ class Deformation(Synthesiser):
         attempts: int = 4,
     ) -> None:
         self.targets, self.target_classes, self.solver, self.steps = targets, tuple(target_classes), solver, steps
+        self.wording = Wording(words, tuple(templates), nearest, class_words)
+        self.wording.check_beside(targets, self.target_classes)
         self.k_min, self.k_max = k_min, max(1, steps - 1) if k_max is None else k_max
         self.clip, self.reject, self.attempts = clip, reject, attempts
         if not 1 <= self.k_min <= self.k_max <= steps:
@@ -115,6 +137,14 @@ class Deformation(Synthesiser):
         rehearse(solver, sigmas)
 
     # -- what is common --------------------------------------------------------------------------------------------
+
+    def load_diffusion(self, given: DiffusionModel | str | Path, source: ImageSource) -> DiffusionModel:
+        """The generator; an original Stable Diffusion folder is told the classes of the images; see `Wording.load`."""
+        return self.wording.load(given, source)
+
+    def _settings(self, work: Work) -> dict[str, Any]:
+        """Beside the settings, which words the list holds."""
+        return {**super()._settings(work), **self.wording.settings()}
 
     def check(self, work: Work) -> None:
         """Refuses models without a null condition, paths, targets and classifiers that cannot be used, and images that
@@ -172,6 +202,8 @@ class Deformation(Synthesiser):
             "repeat": [index // len(plan.order) for index in indices],
             "source_hash": [plan.work.source.content_hash(draw.place) for draw in draws],
         }
+        if any(draw.target.template for draw in draws):
+            columns["template"] = [draw.target.template for draw in draws]
         if self.reject is None:
             return columns
         columns["source_probability"] = [each.probability for each in made]

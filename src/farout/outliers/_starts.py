@@ -22,7 +22,7 @@ from farout.errors import FaroutError
 from farout.images.places import some_readable
 from farout.outliers._decoding import class_space
 from farout.outliers._recognised import class_places
-from farout.outliers._targets import Conditions, DrawTarget, Target, class_targets
+from farout.outliers._targets import DrawTarget, Target, draw_targets
 from farout.outliers.base import Work
 
 if TYPE_CHECKING:
@@ -92,7 +92,6 @@ class Plan:
         self.space: Conditioning = class_space(self.model)
         self.solve: Solver = solver_by_name(method.solver, self.model.schedule)
         self.levels = paths.leading_levels(self.model.schedule, method.steps)
-        self.conditions = Conditions(self.space, self.model.device)
 
     def prepare(self) -> None:
         """Makes all that can fail: targets, order, judge."""
@@ -109,7 +108,8 @@ class Plan:
     @cached_property
     def targets(self) -> DrawTarget:
         """The source of targets."""
-        return class_targets(self.model, self.work.classes, self.method.targets, self.method.target_classes)
+        method = self.method
+        return draw_targets(self.model, self.work.classes, method.targets, method.target_classes, method.wording)
 
     @cached_property
     def judge(self) -> Judge | None:
@@ -155,7 +155,7 @@ class Plan:
         x0 = self.model.encode(torch.stack(images), torch.stack(latents) if latents else None)
         sigmas = paths.pad([self.path(draw.k) for draw in draws]).to(x0.device)
         x = x0 + spread(sigmas[:, 0], x0) * torch.stack([draw.noise for draw in draws]).to(x0.device)
-        own = Condition.join([self.conditions.of(draw.label) for draw in draws])
+        own = Condition.join([draw.target.own for draw in draws])
         put = [draw.target.condition for draw in draws if draw.target.condition is not None]
         return Start(draws, x, sigmas, own, Condition.join(put) if put else None)
 

@@ -169,8 +169,8 @@ class Synthesiser(Configured, ABC):
             images: labelled in-distribution images, any source.
             out: the folder; see `OutlierFolder`.
             count: number of outliers, all classes together.
-            diffusion: a `DiffusionModel` or its folder, for methods that need one; those that work with class vectors
-                take original Stable Diffusion folders too.
+            diffusion: a `DiffusionModel` or its folder, for methods that need one; those that tell it classes take
+                original Stable Diffusion folders too.
             classifier: a `Classifier` or its folder, trained apart from the diffusion model: for methods that need one,
                 and to say whether the generator's own samples are of their classes.
             seed: of everything that is drawn.

@@ -1,0 +1,398 @@
+"""Outliers made of images with a Stable Diffusion folder, tiny and of random weights: classes and words as prompts."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from farout import SONA, SDEdit
+from farout.cli import main
+from farout.diffusion.model import DiffusionModel
+from farout.diffusion.prompt_contexts import PromptContexts
+from farout.diffusion.prompts import Prompts
+from farout.diffusion.schedule import NoiseSchedule
+from farout.diffusion.text import TextEncoder
+from farout.errors import FaroutError, StoreError, TrapWarning
+from farout.outliers._targets import draw_targets
+from farout.outliers._wording import PHOTO, Wording
+from farout.outliers._words import listed, screened
+from farout.outliers.base import OutlierFolder, Synthesiser
+from farout.runtime import Runtime
+from small import conditional, pictures, stable_diffusion
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:.*native size:farout.errors.TrapWarning")
+
+CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
+NAMES = ("cat", "dog", "the_kite")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("words")
+
+
+@pytest.fixture(scope="module")
+def folders(root: Path) -> dict[str, Path]:
+    """By what their networks predict."""
+    return {name: stable_diffusion(root / name, name) for name in PREDICTIONS}
+
+
+@pytest.fixture(scope="module")
+def folder(folders: dict[str, Path]) -> Path:
+    return folders["epsilon"]
+
+
+@pytest.fixture(scope="module")
+def images(root: Path) -> Path:
+    for number, name in enumerate(NAMES):
+        pictures(root / "labelled" / name, 3, seed=number)
+    return root / "labelled"
+
+
+@pytest.fixture(scope="module")
+def words(root: Path) -> str:
+    """Four that can be drawn: one of them twice, beside two that are called like classes."""
+    path = root / "words.txt"
+    path.write_text("bird\nCat\n\nsnow_leopard\nkite\n  tin  \nbird\nlion\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def few(root: Path) -> str:
+    """Two that nothing is wrong with."""
+    (root / "few.txt").write_text("bird\nlion\n")
+    return str(root / "few.txt")
+
+
+def made(images: Any, out: Path, method: Synthesiser, diffusion: Any, **settings: Any) -> OutlierFolder:
+    return method.synthesize(images, out, diffusion=diffusion, **{"count": 4, "runtime": CPU, **settings})
+
+
+def files(folder: OutlierFolder) -> dict[str, bytes]:
+    found = {path.name: path.read_bytes() for path in (folder.folder / "images").rglob("*.png")}
+    return {**found, "manifest.csv": (folder.folder / "manifest.csv").read_bytes()}
+
+
+def pixels(folder: OutlierFolder) -> Tensor:
+    """In the order of their numbers."""
+    source = folder.source()
+    places = {key: place for place, key in enumerate(source.keys)}
+    return torch.stack([source[places[key]] for key in folder.manifest()["key"]]).float() / 255
+
+
+def told(folder: Path, **settings: Any) -> DiffusionModel:
+    space = PromptContexts(TextEncoder.read(folder), NAMES, **settings)
+    return DiffusionModel.load(folder, conditioning=space)
+
+
+# -- the chain --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_words_are_put_in_whatever_the_network_predicts(
+    folders: dict[str, Path], images: Path, words: str, tmp_path: Path, prediction: str
+) -> None:
+    """And the same images come of any batches."""
+    method = SONA(steps=5, k_min=3, words=words)
+    with pytest.warns(TrapWarning, match=r"3 of the 7 words of .* \(bird, Cat, kite\): they come twice, or are called"):
+        whole = made(images, tmp_path / "o", method, folders[prediction])
+    manifest = whole.manifest()
+    assert set(manifest["target"]) <= {"bird", "snow leopard", "tin", "lion"}
+    assert manifest["target"].nunique() > 1
+    assert set(manifest["template"]) == {PHOTO}
+    assert manifest["class_name"].tolist() == [*NAMES, "cat"]
+    assert tuple(whole.source()[0].shape) == (3, 16, 16)
+    parts = made(images, tmp_path / "parts", method, folders[prediction], runtime=replace(CPU, batch_size=3))
+    assert files(parts) == files(whole)
+
+
+def test_the_control_is_given_the_same_words(folder: Path, images: Path, few: str, tmp_path: Path) -> None:
+    one = made(images, tmp_path / "a", SONA(steps=6, words=few), folder).manifest()
+    control = made(images, tmp_path / "b", SDEdit(steps=6, guidance=7.5, words=few, targets="words"), folder)
+    same = ["source", "target", "k", "level", "repeat", "template"]
+    assert one[same].equals(control.manifest()[same])
+
+
+def test_what_the_text_encoder_is_asked(
+    folder: Path, images: Path, few: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each prompt once, however many outliers want it; underscores are spaces, the table has the last word."""
+    asked = list[str]()
+    original = TextEncoder.__call__
+
+    def watched(self: TextEncoder, prompts: Sequence[str]) -> Tensor:
+        asked.extend(prompts)
+        return original(self, prompts)
+
+    monkeypatch.setattr(TextEncoder, "__call__", watched)
+    made(images, tmp_path / "o", SONA(steps=4, words=few), folder, count=20)
+    classes = {"a photo of a cat", "a photo of a dog", "a photo of a the kite"}
+    assert sorted(asked) == sorted({*classes, "a photo of a bird", "a photo of a lion", ""})
+    asked.clear()
+    method = SDEdit(steps=4, words=few, templates=("my {}", "one {} here"), class_words={"The Kite": "kite thing"})
+    found = made(images, tmp_path / "p", method, folder, count=20).manifest()
+    assert sorted(asked) == sorted(set(asked))
+    assert {"my kite thing", "one kite thing here", "my bird", "one lion here"} <= set(asked)
+    assert set(found["template"]) == {"my {}", "one {} here"}
+
+
+def test_classes_and_words_stand_in_one_template(folder: Path, few: str) -> None:
+    model = told(folder)
+    templates = ("a {}", "the {}", "my {} here")
+    draw = draw_targets(model, range(3), "words", wording=Wording(few, templates))
+    generator, seen = torch.Generator().manual_seed(0), set[str]()
+    for turn in range(12):
+        target = draw(turn % 3, generator)
+        for name, condition in ((NAMES[turn % 3], target.own), (target.name, target.condition)):
+            wanted = model.conditioning.encoder([target.template.replace("{}", name)])
+            assert torch.equal(condition.tensors["encoder_hidden_states"], wanted)
+        seen.add(target.template)
+    assert seen == set(templates)
+
+
+def test_words_change_images(folder: Path, images: Path, root: Path, tmp_path: Path) -> None:
+    """The draws are the same: what differs is what is put in, and how it is said."""
+    for name in ("bird", "snow leopard"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    settings: dict[str, Any] = {"steps": 6, "k_min": 5, "guidance": 30.0}
+    variants = (
+        {"words": str(tmp_path / "bird.txt")},
+        {"words": str(tmp_path / "snow leopard.txt")},
+        {"words": str(tmp_path / "bird.txt"), "templates": ("{}",)},
+        {"targets": "none"},
+    )
+    found = [
+        pixels(made(images, tmp_path / f"o{number}", SDEdit(**settings, **variant), folder, count=3))
+        for number, variant in enumerate(variants)
+    ]
+    for number, one in enumerate(found):
+        assert not any(torch.equal(one, other) for other in found[number + 1 :])
+
+
+class Converted(nn.Module):
+    """A network that predicts eps, answering in v or x0: z (B, C, H, W) and levels t (B,)."""
+
+    def __init__(self, network: nn.Module, schedule: NoiseSchedule, prediction: str) -> None:
+        super().__init__()
+        self.network, self.schedule, self.prediction = network, schedule, prediction
+        self.config = network.config
+
+    def forward(self, z: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+        eps = self.network(z, t, **condition).sample
+        signal = self.schedule.abar[t.long()].float()[:, None, None, None]
+        clean = (z - (1 - signal).sqrt() * eps) / signal.sqrt()
+        v = signal.sqrt() * eps - (1 - signal).sqrt() * clean
+        return {"epsilon": eps, "v_prediction": v, "sample": clean}[self.prediction]
+
+
+def test_what_the_network_predicts_makes_no_difference(folder: Path, images: Path, few: str, tmp_path: Path) -> None:
+    """One network that answers in eps, v and x0: the same outliers, but for rounding."""
+    found = []
+    for prediction in PREDICTIONS:
+        model = told(folder)
+        model.network, model.prediction = Converted(model.network, model.schedule, prediction), prediction
+        found.append(pixels(made(images, tmp_path / prediction, SONA(steps=6, k_min=4, words=few), model)))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=2 / 255, rtol=0)
+    plain = made(images, tmp_path / "plain", SDEdit(steps=6, k_min=4, words=few, guidance=0.0), folder)
+    assert float((pixels(plain) - found[0]).abs().max()) > 5 / 255, "what is guided differs by more"
+
+
+def test_an_interrupted_run_wants_the_same_words(folder: Path, images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "w.txt"
+    path.write_text("bird\nlion")
+    method = SDEdit(steps=4, words=str(path))
+    whole = made(images, tmp_path / "whole", method, folder)
+    made(images, tmp_path / "o", method, folder, count=3)
+    assert files(made(images, tmp_path / "o", method, folder, resume=True)) == files(whole)
+    path.write_text("bird\ntin")
+    with pytest.raises(StoreError, match=r"word_list: .* there"):
+        made(images, tmp_path / "o", method, folder, resume=True)
+
+
+@pytest.mark.parametrize("targets", ["others", "mixtures", "none"])
+def test_other_targets(folder: Path, images: Path, tmp_path: Path, targets: Any) -> None:
+    found = made(images, tmp_path / "o", SDEdit(steps=4, targets=targets), folder, count=3).manifest()
+    mixed = ["dog + the_kite", "cat + the_kite", "cat + dog"]
+    expected = {"mixtures": [[name] for name in mixed], "none": [[""]] * 3}
+    others = [[name for name in NAMES if name != own] for own in NAMES]
+    for name, allowed in zip(found["target"], expected.get(targets, others), strict=True):
+        assert name in allowed
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_lists_of_words(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\ufeffgreat white_shark\r\n\r\n newt \r\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("class,word,suffix\nn01,great,white shark\nn02,newt,\n")
+    (tmp_path / "c.yaml").write_text("n01: great white shark\nn02: newt\n")
+    for name in ("a.txt", "b.csv", "c.yaml"):
+        assert listed(str(tmp_path / name)) == ("great white shark", "newt")
+    known = listed("imagenet")
+    assert len(set(known)) == 1000
+    assert {"tench", "great white shark"} <= set(known)
+    assert "assault rifle" not in screened(known, ["rifle"])
+
+
+def test_the_nearest_words(folder: Path, words: str) -> None:
+    """By what the library itself answers at the end of each prompt."""
+    import transformers
+
+    model, said = told(folder), ("bird", "snow leopard", "tin", "lion")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    encoder = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
+
+    def ends(names: Sequence[str]) -> Tensor:
+        with torch.no_grad():
+            rows = [encoder(tokenizer(f"my {name}", return_tensors="pt").input_ids) for name in names]
+        return nn.functional.normalize(torch.stack([row.last_hidden_state[0, -1] for row in rows]), dim=1)
+
+    order = (ends(NAMES) @ ends(said).T).argsort(1, descending=True)
+    wording = Wording(words, ("my {}", PHOTO), nearest=2)
+    with pytest.warns(TrapWarning, match="no targets"):
+        draw = draw_targets(model, range(3), wording=wording)
+    generator = torch.Generator().manual_seed(0)
+    for label in range(3):
+        drawn = {draw(label, generator).name for _ in range(20)}
+        assert drawn == {said[place] for place in order[label, :2]}
+
+
+def test_a_class_is_known_by_its_name_and_by_what_it_is_called(folder: Path, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "w.txt").write_text("big bird\nthe kite\nlion")
+    method = SDEdit(steps=4, words=str(tmp_path / "w.txt"), class_words={"the kite": "bird"})
+    with pytest.warns(TrapWarning, match=r"2 of the 3 words .* \(big bird, the kite\)"):
+        found = made(images, tmp_path / "o", method, folder, count=3)
+    assert set(found.manifest()["target"]) == {"lion"}
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": "words"}, "targets 'words' wants words; give words=FILE"),
+        ({"targets": "others", "words": "w.txt"}, "'others' and words 'w.txt' do not go together"),
+        ({"target_classes": ("c",), "words": "w.txt"}, "target_classes c and words 'w.txt' do not go together"),
+        ({"nearest": 3}, "nearest chooses among words"),
+        ({"nearest": 0, "words": "w.txt"}, "nearest wants 1 or more, got 0"),
+        ({"templates": ()}, "templates wants at least one"),
+        ({"templates": ("a photo",)}, r"holds one \{\}"),
+    ],
+)
+def test_settings_that_do_not_go(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(FaroutError, match=message):
+        SONA(**settings)
+
+
+def test_what_cannot_be_said_is_refused_before_anything_is_written(
+    folder: Path, images: Path, few: str, tmp_path: Path
+) -> None:
+    (tmp_path / "known.txt").write_text("cat\nDOG\nkite\n")
+    (tmp_path / "long.txt").write_text("bird\n" + "x" * 40)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, r"knows no class without images; give words \(words=FILE"),
+        ({"targets": "unseen"}, "no targets are left"),
+        ({"words": str(tmp_path / "known.txt")}, r"all of the 3 words .* \(cat, DOG, kite\).*\(cat, dog, the_kite\)"),
+        ({"words": str(tmp_path / "long.txt")}, "the text encoder takes 32"),
+        ({"words": few, "templates": ("x" * 40 + " {}",)}, "the text encoder takes 32"),
+        ({"words": few, "nearest": 3}, "nearest wants 1 to 2"),
+        ({"words": few, "class_words": {"zebra": "zebra"}}, "has none of the classes cat, dog"),
+        ({"words": few, "class_words": {"dog": "cat"}}, "'cat' and 'dog' are both 'cat'"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(FaroutError, match=message):
+            made(images, tmp_path / "o", SONA(steps=6, **settings), folder)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_list_that_cannot_be_read_is_refused_before_networks_are(
+    folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DiffusionModel, "load", None)
+    (tmp_path / "empty.txt").write_text("\n_\n")
+    for words, message in (("cifar100", "one word a line.* or imagenet; cifar100 cannot"), ("empty.txt", "is empty")):
+        path = words if words == "cifar100" else str(tmp_path / words)
+        with pytest.raises(FaroutError, match=message):
+            made(images, tmp_path / "o", SONA(words=path), folder)
+
+
+def test_other_generators_have_no_use_for_words(folder: Path, few: str, tmp_path: Path) -> None:
+    for number, name in enumerate("abc"):
+        pictures(tmp_path / "letters" / name, 2, seed=number)
+    cases: tuple[dict[str, Any], ...] = ({"words": few}, {"templates": ("{}",)}, {"class_words": {"a": "b"}})
+    for settings in cases:
+        with pytest.raises(FaroutError, match=f"{next(iter(settings))}=.* would have no effect.* by class_vectors"):
+            made(tmp_path / "letters", tmp_path / "o", SONA(steps=6, **settings), conditional())
+    names, prompts = list("abc"), Prompts(vector="context")
+    fixed = DiffusionModel.load(folder, class_names=names, prompts=prompts)
+    with pytest.raises(FaroutError, match=r"words=.* would have no effect.* by text_tokens"):
+        made(tmp_path / "letters", tmp_path / "o", SONA(steps=6, words=few), fixed)
+    assert not (tmp_path / "o").exists()
+
+
+# -- folders and the command ------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_of_the_generator_can_be_told_words_too(
+    folder: Path, images: Path, few: str, tmp_path: Path
+) -> None:
+    model = told(folder, words=[("cat", ""), ("dog", ""), ("the", "kite")], template=PHOTO)
+    model.save(tmp_path / "m")
+    saved = DiffusionModel.load(tmp_path / "m")
+    assert saved.content_hash == model.content_hash
+    assert saved.conditioning.describe() == model.conditioning.describe()
+    vectors = model.conditioning.vectors()
+    assert vectors.shape == (3, model.conditioning.dim)
+    by_vector, by_label = (saved.conditioning(given) for given in (vectors, torch.arange(3)))
+    assert torch.equal(*(each.tensors["encoder_hidden_states"] for each in (by_vector, by_label)))
+    assert torch.equal(saved.conditioning.fixed().vectors(), vectors)
+    method = SDEdit(steps=4, words=few)
+    ways = [made(images, tmp_path / f"o{n}", method, each) for n, each in enumerate((folder, tmp_path / "m", model))]
+    assert files(ways[0]) == files(ways[1]) == files(ways[2])
+    with pytest.raises(FaroutError, match=r"class_words=.* would have no effect"):
+        made(images, tmp_path / "p", SDEdit(words=few, class_words={"cat": "pet"}), tmp_path / "m")
+    with pytest.raises(FaroutError, match="leave class_names and prompts out"):
+        DiffusionModel.load(folder, class_names=NAMES, conditioning=model.conditioning)
+    with pytest.raises(FaroutError, match="names its own classes"):
+        DiffusionModel.load(tmp_path / "m", conditioning=model.conditioning)
+
+
+def test_one_token_prompts_can_be_told_words_too(folder: Path, images: Path, few: str, tmp_path: Path) -> None:
+    """A folder that was saved for NCIS keeps its text encoder."""
+    prompts = Prompts(words={"the kite": "kite"})
+    DiffusionModel.load(folder, class_names=NAMES, prompts=prompts).save(tmp_path / "m")
+    method = SDEdit(steps=4, words=few, class_words={"the kite": "kite"})
+    whole = made(images, tmp_path / "o", method, folder, count=3)
+    other = made(images, tmp_path / "p", SDEdit(steps=4, words=few), tmp_path / "m", count=3)
+    assert torch.equal(pixels(whole), pixels(other))
+
+
+def test_the_command_takes_the_original_folder(
+    folder: Path, images: Path, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the published settings, but for the images' number; the page has the words."""
+    (tmp_path / "called.csv").write_text("class,word,suffix\nthe kite,kite,thing\n")
+    asked = ["synthesize", "sona", str(images), "--diffusion", str(folder), "--preset", "paper", "--words", words]
+    asked += ["--templates", PHOTO, "the {}", "--nearest", "2", "--class-words", str(tmp_path / "called.csv")]
+    asked += ["--count", "3", "--k-min", "21", "--k-max", "24", "--device", "cpu"]
+    assert main([*asked, "--out", str(tmp_path / "o")]) == 0, capsys.readouterr().err
+    assert "warning: 3 of the 7 words" in capsys.readouterr().err
+    found = OutlierFolder(tmp_path / "o", 3, 3, 3)
+    settings = found.settings()
+    assert settings["config"]["templates"] == [PHOTO, "the {}"]
+    assert (settings["config"]["steps"], settings["config"]["guidance.class_warmup"]) == (50, 10)
+    page = (tmp_path / "o" / "page.html").read_text()
+    for own, target in zip(found.manifest()["class_name"], found.manifest()["target"], strict=True):
+        assert f"{own} to {target}," in page
+    assert page.count('alt="regions of') == 3
+    assert main([*asked[:7], "--out", str(tmp_path / "p")]) == 1
+    assert "--words imagenet" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()

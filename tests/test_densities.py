@@ -4,13 +4,24 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn.mixture import GaussianMixture as Reference
+from sklearn.neighbors import NearestNeighbors
 
-from farout.densities import ClassMahalanobis, GaussianMixture, Mahalanobis, Principal, ZScore, pack, unpack
+from farout.densities import (
+    ClassMahalanobis,
+    GaussianMixture,
+    KernelDensity,
+    Mahalanobis,
+    Nearest,
+    Principal,
+    ZScore,
+    pack,
+    unpack,
+)
 from farout.errors import FaroutError, StoreError
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(400, 4)) @ RNG.normal(size=(4, 4)) + 3
-KINDS = [ZScore, Mahalanobis, GaussianMixture]
+KINDS = [ZScore, Mahalanobis, GaussianMixture, KernelDensity, Nearest]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,6 +121,24 @@ def test_nothing_varies_and_still_far_is_far() -> None:
     fitted = Mahalanobis.fit(np.full((10, 3), 2.0))
     assert fitted.score(np.full((1, 3), 2.0))[0] == 0
     assert fitted.score(np.full((1, 3), 2.5))[0] > 1e6
+
+
+def test_kernels_are_scipys_with_the_same_width_in_every_direction() -> None:
+    one = KernelDensity.fit(TABLE[:, :1])
+    theirs = stats.gaussian_kde((TABLE[:, 0] - one.mean[0]) / one.std[0])
+    points = np.array([[0.0], [3.0], [6.0]])
+    assert np.allclose(one.score(points), -theirs.logpdf((points[:, 0] - one.mean[0]) / one.std[0]))
+    far = KernelDensity.fit(TABLE).score(TABLE.mean(0) + np.array([[1e3], [-1e3], [1e4]]) * TABLE.std(0))
+    assert np.isfinite(far).all()
+    assert far[2] > far[:2].max() > KernelDensity.fit(TABLE).score(TABLE).max(), "both sides are far"
+
+
+def test_the_nearest_are_scikit_learns() -> None:
+    fitted = Nearest.fit(TABLE[:50], k=5)
+    z = (TABLE - fitted.mean) / fitted.std
+    distances, _ = NearestNeighbors(n_neighbors=5).fit(z[:50]).kneighbors(z)
+    assert np.allclose(fitted.score(TABLE), distances[:, 4])
+    assert int(Nearest.fit(TABLE[:3], k=5).k) == 3, "there are no more than there are"
 
 
 def test_principal_components_part_a_table() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
+from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 from sklearn.covariance import LedoitWolf
 from sklearn.mixture import GaussianMixture as _Mixture
@@ -14,7 +15,17 @@ from threadpoolctl import threadpool_limits
 
 from farout.errors import FaroutError, StoreError
 
-__all__ = ["ClassMahalanobis", "GaussianMixture", "Mahalanobis", "Principal", "ZScore", "pack", "unpack"]
+__all__ = [
+    "ClassMahalanobis",
+    "GaussianMixture",
+    "KernelDensity",
+    "Mahalanobis",
+    "Nearest",
+    "Principal",
+    "ZScore",
+    "pack",
+    "unpack",
+]
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -226,3 +237,53 @@ class GaussianMixture(_Fitted):
             distance = np.square((z - mean) @ root).sum(1)
             parts.append(np.log(np.diag(root)).sum() - 0.5 * (distance + z.shape[1] * np.log(2 * np.pi)))
         return -logsumexp(np.log(self.weights)[:, None] + np.stack(parts), axis=0)
+
+
+@dataclass(frozen=True)
+class KernelDensity(_Fitted):
+    """-log of the mean of Gaussian kernels N(x; x_i, width^2 I) around the rows x_i fitted on, columns standardised.
+
+    The kernels' deviation follows Scott's rule, n^(-1 / (d + 4)) (1992). Two-sided; meant for one to few columns.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    rows: np.ndarray
+    width: np.ndarray
+
+    @classmethod
+    def fit(cls, x: np.ndarray) -> Self:
+        """From a table (n, d) of at least two rows."""
+        z = ZScore.fit(x)
+        rows = z.z(_table(x, 2))
+        return cls(z.mean, z.std, rows, np.asarray(len(rows) ** (-1 / (rows.shape[1] + 4))))
+
+    def score(self, x: np.ndarray) -> np.ndarray:
+        """-log density of the standardised rows, (n,); far out it grows as the squared distance."""
+        z = _standardised(x, self.mean, self.std)
+        squares = np.square(cdist(z, self.rows) / self.width)
+        normal = z.shape[1] * np.log(self.width * np.sqrt(2 * np.pi)) + np.log(len(self.rows))
+        return normal - logsumexp(-0.5 * squares, axis=1)
+
+
+@dataclass(frozen=True)
+class Nearest(_Fitted):
+    """Distance to the k-th nearest of the rows fitted on, columns standardised; brute force."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    rows: np.ndarray
+    k: np.ndarray
+
+    @classmethod
+    def fit(cls, x: np.ndarray, *, k: int = 1) -> Self:
+        """From a table (n, d) of at least two rows; k is at most n."""
+        z = ZScore.fit(x)
+        rows = z.z(_table(x, 2))
+        return cls(z.mean, z.std, rows, np.asarray(min(k, len(rows))))
+
+    def score(self, x: np.ndarray) -> np.ndarray:
+        """Euclidean distance, (n,)."""
+        distances = cdist(_standardised(x, self.mean, self.std), self.rows)
+        place = int(self.k) - 1
+        return np.partition(distances, place, axis=1)[:, place]

@@ -1,0 +1,133 @@
+"""Score norms at many levels: exact on Gaussian data, levels, densities, what it takes."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from farout.detectors.base import Runtime
+from farout.detectors.msma import MSMA
+from farout.diffusion.denoiser import GaussianDenoiser
+from farout.diffusion.model import DiffusionModel
+from farout.diffusion.schedule import NoiseSchedule
+from farout.errors import FaroutError
+from farout.images.preprocessing import Preprocessing
+from farout.images.sources import Batch
+from small import conditional, model, tiny_unet
+
+SIZE = 64
+RANDOM = torch.Generator().manual_seed(0)
+BASIS = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=RANDOM, dtype=torch.float64))[0]
+SPREAD = torch.linspace(0.01, 0.2, SIZE, dtype=torch.float64)
+"""Standard deviations of the data along the columns of BASIS; the mean is 0.5."""
+
+
+def images(count: int, factor: float = 1.0, seed: int = 0) -> Batch:
+    """Pixels of N(0.5, factor^2 C), C = BASIS diag(SPREAD^2) BASIS^T."""
+    drawn = torch.randn(count, SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    pixels = 0.5 + factor * (drawn * SPREAD) @ BASIS.T
+    return Batch(tuple(map(str, range(count))), pixels.reshape(-1, 1, 8, 8).float(), None, tuple(range(count)))
+
+
+def detector(**arguments: object) -> MSMA:
+    """With the exact denoiser of that data."""
+    made = MSMA(**arguments)
+    untrained = model(data_range=(0.0, 1.0))
+    made.preprocessing = untrained.preprocessing
+    made.use(untrained, Runtime(rows=32))
+    made.denoiser = GaussianDenoiser(torch.full((SIZE,), 0.5), BASIS @ torch.diag(SPREAD**2) @ BASIS.T)
+    return made
+
+
+def norms(made: MSMA, batch: Batch) -> Tensor:
+    values = made.measure(batch).values
+    assert values is not None
+    return values[:, :, 0, 0].double()
+
+
+def test_norms_are_those_of_the_gaussian_score() -> None:
+    """s(x, sigma) = -(C + sigma^2 I)^-1 (x - mean), and the measured norm is sigma |s|."""
+    made = detector()
+    batch = images(5)
+    along = (batch.images.double().flatten(1) - 0.5) @ BASIS
+    for level, found in zip(made.levels, norms(made, batch).T, strict=True):
+        sigma = float(NoiseSchedule().sigma[level])
+        torch.testing.assert_close(found, sigma * (along / (SPREAD**2 + sigma**2)).norm(dim=1), rtol=1e-4, atol=1e-6)
+
+
+def test_levels_are_even_in_log_sigma_between_the_ends() -> None:
+    """In the schedule's reach; sigma is that of pixels in [0, 1], whatever range the network has."""
+    schedule = NoiseSchedule()
+    sigmas = schedule.sigma[list(detector(lowest=0.1, highest=1.0, count=4).levels)]
+    torch.testing.assert_close(sigmas, 10 ** torch.linspace(-1, 0, 4, dtype=torch.float64), rtol=0.05, atol=0)
+    wide = MSMA(lowest=0.1, highest=1.0, count=4)
+    wide.use(model(data_range=(-1.0, 1.0)), Runtime(rows=32))
+    torch.testing.assert_close(schedule.sigma[list(wide.levels)], 2 * sigmas, rtol=0.05, atol=0)
+    whole = detector(lowest=1e-9, highest=1e9, count=7)
+    assert (whole.levels[0], whole.levels[-1], len(whole.levels)) == (0, 999, 7)
+    assert detector(levels=(30, 10)).levels == (10, 30)
+    assert len(detector(lowest=0.04, highest=0.05, count=50).levels) < 50, "what rounds to one level counts once"
+
+
+def test_ten_evaluations_and_no_noise() -> None:
+    made = MSMA.from_preset("paper")
+    made.preprocessing = model().preprocessing
+    made.use(model(), Runtime(rows=32))
+    assert made.cost().nfe == made.rows_per_image == 10
+    assert torch.equal(norms(made, images(3)), norms(made, images(3)))
+
+
+@pytest.fixture(scope="module")
+def scored() -> MSMA:
+    made = detector()
+    made.statistics = made.measure(images(300))
+    made.fit_statistics(made.statistics)
+    made.set_calibration(made.measure(images(200, seed=1)))
+    return made
+
+
+@pytest.mark.parametrize("name", ["mixture", "mahalanobis", "nearest"])
+def test_too_small_and_too_large_norms_are_both_far(scored: MSMA, name: str) -> None:
+    own = scored.combine(scored.calibration)[name]
+    for factor in (0.5, 2.0):
+        far = scored.combine(scored.measure(images(100, factor, seed=2)))[name]
+        assert float((far[:, None] > own[None]).double().mean()) > 0.95
+
+
+def test_choices_are_refitted_without_a_network(scored: MSMA) -> None:
+    found = scored.reconfigured(neighbours=1, components=1).combine(scored.calibration)
+    assert bool((found["nearest"] < scored.combine(scored.calibration)["nearest"]).all())
+    assert scored.mixture is not None
+    with pytest.raises(FaroutError, match="after the fact"):
+        scored.reconfigured(count=3)
+
+
+def test_it_works_on_latents_and_with_a_null_condition() -> None:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"in_channels": 1, "out_channels": 1, "latent_channels": 3, "block_out_channels": (8, 8)}
+    autoencoder = diffusers.AutoencoderKL(**sizes, **blocks, norm_num_groups=4)
+    preprocessing = Preprocessing(size=(16, 16), channels=1, native=(16, 16))
+    latent = DiffusionModel(tiny_unet(3), NoiseSchedule(), preprocessing, autoencoder=autoencoder)
+    for network in (latent, conditional()):
+        made = MSMA(count=3).fit(images(40).images, diffusion=network, statistics=10)
+        assert np.isfinite(made.score(images(5, seed=3).images).score).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"count": 0}, "at least 1"),
+        ({"lowest": 1.0, "highest": 0.5}, "lowest < highest"),
+        ({"score": "best"}, "best"),
+        ({"levels": (50, 2000)}, "999"),
+        ({"levels": (50, 50)}, "different"),
+        ({"levels": ()}, "different"),
+        ({"lowest": 1e3, "highest": 1e4}, "outside the schedule"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(FaroutError, match=message):
+        detector(**arguments)
+    with pytest.raises(FaroutError, match=message):
+        MSMA(**arguments).fit(images(40).images, diffusion=model(), statistics=10)

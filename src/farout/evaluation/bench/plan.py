@@ -68,7 +68,7 @@ class Plan:
         spec: what is compared.
         out: the benchmark's folder.
         jobs: in order.
-        absent: out-of-distribution sources that cannot be had here, and why.
+        absent: sources that cannot be had here, and why.
         controls: by detector, the name of its control with random weights; detectors whose controls would be the same
             share one.
         unused: what the specification names and no detector needs, as section and name.
@@ -91,6 +91,11 @@ class Plan:
         """The jobs that leave scores and metrics."""
         return [job for job in self.jobs if job.room == _RATED]
 
+    @property
+    def untested(self) -> dict[str, str]:
+        """The out-of-distribution sources that are not scored, and why."""
+        return {source: self.absent[source] for source in self.spec.sources if source in self.absent}
+
     def job(self, room: str, name: str, seed: int) -> Job:
         """One of the jobs."""
         wanted = f"{room}/{name}-{seed}"
@@ -100,13 +105,10 @@ class Plan:
 def make_plan(spec: Spec, out: str | Path, absent: Mapping[str, str] | None = None) -> Plan:
     """The jobs of a specification: for each seed, each detector with all that it needs before it, then the controls.
 
-    Raises FaroutError for networks and outliers that need each other in a circle, and where no out-of-distribution
-    source can be had.
+    Raises FaroutError for networks and outliers that need each other in a circle.
     """
     absent = dict(absent or {})
     present = tuple(source for source in spec.sources if source not in absent)
-    if not present:
-        raise FaroutError(f"none of the out-of-distribution sources is here: {'; '.join(absent.values())}")
     controls = _controls(spec)
     jobs: dict[str, Job] = {}
     for seed in spec.seeds:

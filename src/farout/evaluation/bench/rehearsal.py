@@ -106,7 +106,7 @@ class Rehearsal:
 
     @cached_property
     def gmacs_per_s(self) -> float:
-        """How fast this machine evaluates one of the networks, or a backbone where there is none: measured in a second."""
+        """How fast this machine evaluates one of the networks, or a backbone where there is none, for a second."""
         names = sorted(self.spec.networks, key=lambda name: self.spec.networks[name].kind != "diffusion")
         if names:
             network = self.network(names[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from farout.errors import FaroutError
 from farout.evaluation.bench.estimate import Estimate, estimates
 from farout.evaluation.bench.folder import open_folder
 from farout.evaluation.bench.jobs import Jobs
-from farout.evaluation.bench.layout import boards, latex, markdown
+from farout.evaluation.bench.layout import Board, boards, latex, markdown
 from farout.evaluation.bench.plan import Job, Plan
 from farout.evaluation.bench.rehearsal import Rehearsal
 from farout.evaluation.bench.sets import Sets, check_present
@@ -44,11 +44,12 @@ class Done:
 
 @dataclass(frozen=True)
 class Report:
-    """The tables that were written; missing: jobs that are not done yet."""
+    """The tables that were written; boards: those for readers; missing: jobs that are not done yet."""
 
     plan: Plan
     metrics: pd.DataFrame
     groups: pd.DataFrame
+    boards: tuple[Board, ...]
     missing: tuple[Job, ...]
     paths: tuple[Path, ...]
 
@@ -117,10 +118,10 @@ def report(plan: Plan) -> Report:
 
     Raises FaroutError where nothing is rated yet; StoreError for a folder of other settings.
     """
-    open_folder(plan.out, plan.spec)
     rated = [job for job in plan.rated if job.done]
     if not rated:
         raise FaroutError(f"nothing is rated in {plan.out} yet; run the benchmark first")
+    open_folder(plan.out, plan.spec)
     sets = Sets(plan.spec)
     facts = _facts(plan, sets)
     opened = {seed: [sets.scored(each, seed) for each in (plan.spec.id, *plan.present)] for seed in plan.spec.seeds}
@@ -128,20 +129,21 @@ def report(plan: Plan) -> Report:
     metrics = marked(plan, sides, facts)
     groups, ahead = group_means(plan, metrics), leads(sides)
     _write_provenance(plan, facts)
-    paths = _write_tables(plan, metrics, groups, ahead)
+    tables = boards(plan, metrics, groups, ahead)
+    paths = _write_tables(plan, metrics, groups, tables)
     for job in rated:
         own = ahead[(ahead["first"] == job.name) & (ahead["seed"] == job.seed)]
         written(own[PAIRED], job.folder / "paired.csv")
-    return Report(plan, metrics, groups, tuple(job for job in plan.jobs if not job.done), paths)
+    missing = tuple(job for job in plan.jobs if not job.done)
+    return Report(plan, metrics, groups, tuple(tables), missing, paths)
 
 
-def _write_tables(plan: Plan, metrics: pd.DataFrame, groups: pd.DataFrame, ahead: pd.DataFrame) -> tuple[Path, ...]:
+def _write_tables(plan: Plan, metrics: pd.DataFrame, groups: pd.DataFrame, tables: Sequence[Board]) -> tuple[Path, ...]:
     out = plan.out
     written(metrics, out / "metrics.csv")
     with store.atomic_file(out / "metrics.parquet") as temporary:
         metrics.to_parquet(temporary, index=False)
     written(groups, out / "groups.csv")
-    tables = boards(plan, metrics, groups, ahead)
     texts = {"results.md": markdown, "results.tex": latex}
     for name, make in texts.items():
         with store.atomic_file(out / name) as temporary:

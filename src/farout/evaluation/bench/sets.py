@@ -36,7 +36,8 @@ def why_absent(source: str, *, hub: bool = False) -> str | None:
     if on_hub:
         return None if hub else f"{source} is not on this machine; --hub fetches it from the Hugging Face hub"
     assert known is not None
-    return f"{source} is not on this machine; {known.by_hand}, then save it as $FAROUT_DATA/{known.name}/{spec.split}.parquet"
+    place = f"$FAROUT_DATA/{known.name}/{spec.split}.parquet"
+    return f"{source} is not on this machine; {known.by_hand}, then save it as {place}"
 
 
 def absent_sets(spec: Spec, *, hub: bool = False) -> dict[str, str]:

@@ -121,21 +121,10 @@ def group_means(plan: Plan, metrics: pd.DataFrame) -> pd.DataFrame:
         by_seed = part.groupby("seed")[list(_MEANS)].mean()
         spread = by_seed.std(ddof=1)
         words = [word for text in part["marker"] for word in text.split(";")]
-        rows.append(
-            {
-                "bench": plan.spec.name,
-                "detector": detector,
-                "indicator": indicator,
-                "group": group,
-                **by_seed.mean().to_dict(),
-                "auroc_std": spread["auroc"],
-                "fpr95_std": spread["fpr95"],
-                "sets": part["ood"].nunique(),
-                "seeds": len(by_seed),
-                "marker": _joined(words),
-                "untested": sum(source in plan.absent for source in plan.spec.ood[str(group)]),
-            }  # fmt: skip
-        )
+        row = {"bench": plan.spec.name, "detector": detector, "indicator": indicator, "group": group}
+        row |= by_seed.mean().to_dict() | {f"{name}_std": spread[name] for name in ("auroc", "fpr95")}
+        row |= {"sets": part["ood"].nunique(), "seeds": len(by_seed), "marker": _joined(words)}
+        rows.append({**row, "untested": sum(source in plan.absent for source in plan.spec.ood[str(group)])})
     return pd.DataFrame(rows, columns=GROUPS)
 
 

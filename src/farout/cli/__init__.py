@@ -20,6 +20,7 @@ COMMANDS = {
     "score": "score",
     "calibrate": "calibrate",
     "evaluate": "evaluate",
+    "bench": "bench",
     "sample": "sample",
     "synthesize": "synthesize",
     "reconstruct": "reconstruct",
@@ -33,7 +34,14 @@ COMMANDS = {
 }
 """What is typed, and the function in one of `_FILES` behind it."""
 
-_FILES = ("cli/commands.py", "cli/generation.py", "cli/lists.py", "diffusion/train.py", "classifiers/train.py")
+_FILES = (
+    "cli/commands.py",
+    "cli/bench.py",
+    "cli/generation.py",
+    "cli/lists.py",
+    "diffusion/train.py",
+    "classifiers/train.py",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from farout import registry
 from farout.cli.usage import UsageError, meant
+from farout.evaluation.bench.presets import about, preset_names
 from farout.images import catalog
 
 __all__ = ["presets", "show_list"]
@@ -55,7 +56,9 @@ def _members(room: str) -> list[dict[str, str]]:
 
 
 def presets() -> list[dict[str, str]]:
-    """The presets of every detector, every synthesiser and of training; these are read from the classes themselves."""
+    """Presets of every detector, every synthesiser and of training, which are read from the classes themselves, and
+    benchmarks.
+    """
     from farout.classifiers.train import PRESETS as CLASSIFIERS
     from farout.diffusion.train import PRESETS
 
@@ -63,11 +66,12 @@ def presets() -> list[dict[str, str]]:
     synthesisers = registry.members("outliers").items()
     owners |= {f"synthesize {name}": member.load().presets for name, member in synthesisers}
     owners |= {"train diffusion": PRESETS, "train classifier": CLASSIFIERS}
-    return [
+    rows = [
         {"command": owner, "preset": name, "settings": _flags(settings)}
         for owner, owned in owners.items()
         for name, settings in owned.items()
     ]
+    return rows + [{"command": "bench", "preset": name, "settings": about(name)} for name in preset_names()]
 
 
 def _flags(settings: dict[str, Any], prefix: str = "") -> str:

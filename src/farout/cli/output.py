@@ -18,6 +18,7 @@ from rich.table import Table
 from farout import progress as work
 from farout.classifiers.exposure import counted_classes
 from farout.classifiers.model import Classifier
+from farout.cli.bench import show_bench
 from farout.detectors.base import Detector
 from farout.diffusion.sample_folder import SampledFolder
 from farout.errors import FaroutWarning
@@ -89,6 +90,7 @@ def show(name: str, result: Any) -> None:
         "calibrate": _detector,
         "score": _scored,
         "evaluate": _metrics,
+        "bench": show_bench,
         "demo": _demonstrated,
         "sample": _sampled,
         "synthesize": lambda done: _made(done, "outliers"),

@@ -13,7 +13,7 @@ from farout import classifiers, diffusion, registry
 from farout.classifiers.exposure import Exposure
 from farout.classifiers.train import PRESETS as CLASSIFIERS
 from farout.classifiers.train import ClassifierConfig, train_classifier
-from farout.cli import commands, generation
+from farout.cli import bench, commands, generation
 from farout.cli.flags import Parser
 from farout.cli.usage import UsageError, meant
 from farout.configuration import flat
@@ -25,7 +25,7 @@ from farout.training_config import TrainingConfig
 
 __all__ = ["parse", "parser_of"]
 
-_ROOMS = (commands, generation, diffusion.train, classifiers.train)
+_ROOMS = (commands, bench, generation, diffusion.train, classifiers.train)
 """Where the functions behind the commands are."""
 _TRAININGS: dict[Callable[..., Any], tuple[dict[str, type], Mapping[str, Any]]] = {
     train_diffusion: ({"model": DiffusionConfig}, PRESETS),

@@ -15,7 +15,7 @@ from farout.errors import FaroutError, TrapWarning
 from farout.evaluation.controls import TrivialControls
 from farout.images.sources import ImageSource, open_source
 
-__all__ = ["Beside", "Rated", "name_of", "rated_beside"]
+__all__ = ["Beside", "Rated", "name_of", "random_twin", "rated_beside"]
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,8 @@ class Beside:
     """What is wanted beside a detector.
 
     companions: the methods that it names; trivial: controls that need no model; random: the same detector with random
-    weights in its diffusion model, or without one in its classifier; reference: source that they are fitted on, None:
-    the one that the detector was fitted on; control_limit: images of it that the controls are fitted on (companions
-    see all).
+    weights (see `random_twin`); reference: source that they are fitted on, None: the one that the detector was fitted
+    on; control_limit: images of it that the controls are fitted on (companions see all).
     """
 
     companions: bool = True
@@ -84,24 +83,34 @@ def _makers(detector: Detector, wanted: Beside, out: Path) -> dict[str, Callable
         return Rated("trivial_controls", TrivialControls().fit(images, **few), out / "control_scores" / "trivial")
 
     def random(images: ImageSource) -> Rated:
-        twin = type(detector)(**detector.config)
-        twin.features = detector.features
-        twin.fit(images, *_randomised(detector), **few)
+        twin, *networks = random_twin(detector)
+        twin.fit(images, *networks, **few)
         return Rated(f"{name_of(detector)}_random_weights", twin, out / "control_scores" / "random")
 
     makers = {name: companion(name) for name in detector.companions} if wanted.companions else {}
     if wanted.trivial:
         makers["trivial_controls"] = trivial
-    if wanted.random and (detector.diffusion is not None or detector.classifier is not None):
+    if wanted.random and any(each is not None for each in (detector.diffusion, detector.classifier, detector.features)):
         makers["random_weights"] = random
     return makers
 
 
-def _randomised(detector: Detector) -> tuple[Any, Classifier | None]:
-    """The diffusion model with random weights and the classifier; a classifier alone with random weights."""
+def random_twin(detector: Detector) -> tuple[Detector, Any, Classifier | None]:
+    """The same method, not fitted, and the networks that it is to be fitted with: the diffusion model with random
+    weights; without one the classifier; of a method that has neither, the backbone, which the twin then makes itself.
+
+    Raises FaroutError for a detector without a network.
+    """
+    twin = type(detector)(**detector.config)
     if detector.diffusion is not None:
-        return detector.diffusion.randomised(detector.seed), detector.classifier
-    return None, None if detector.classifier is None else detector.classifier.randomised(detector.seed)
+        twin.features = detector.features
+        return twin, detector.diffusion.randomised(detector.seed), detector.classifier
+    if detector.classifier is not None:
+        twin.features = detector.features
+        return twin, None, detector.classifier.randomised(detector.seed)
+    if detector.features is None:
+        raise FaroutError(f"{type(detector).__name__} has no network whose weights could be random")
+    return type(detector)(**{**detector.config, "weights": "random"}), None, None
 
 
 def _settings(detector: Detector) -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""`farout bench`: one plan for many detectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from farout.errors import FaroutError
+from farout.evaluation.bench.estimate import RULE
+from farout.evaluation.bench.plan import Job, Plan, make_plan
+from farout.evaluation.bench.reading import read_spec
+from farout.evaluation.bench.run import Done, Preview, Report, preview, report, run_bench
+from farout.evaluation.bench.sets import absent_sets
+
+__all__ = ["bench", "show_bench"]
+
+
+def bench(
+    preset: str,
+    *,
+    out: str,
+    dry_run: bool = False,
+    report_only: bool = False,
+    limit: int | None = None,
+    seeds: tuple[int, ...] | None = None,
+    hub: bool = False,
+    runtime: dict[str, Any],
+) -> Preview | Iterator[Done | Report]:
+    """Fit, score and compare many detectors on the same data and networks.
+
+    Args:
+        preset: a benchmark's name, see `farout list presets`, or a YAML file.
+        out: folder of everything; the same command goes on where it was interrupted.
+        dry_run: print what would be done, and about how long it would take, and stop.
+        report_only: write the tables of what is rated so far; nothing is trained or scored.
+        limit: a seeded sample of this many images of each scored set, instead of the benchmark's.
+        seeds: everything is done once for each, instead of the benchmark's.
+        hub: fetch sets that are not on this machine from the Hugging Face hub.
+        runtime: settings that differ from the benchmark's.
+    """
+    if dry_run and report_only:
+        raise FaroutError("--dry-run writes nothing and --report-only writes tables; give one of them")
+    spec = read_spec(preset, limit=limit, seeds=seeds, runtime=runtime)
+    plan = make_plan(spec, out, absent_sets(spec, hub=hub))
+    if dry_run:
+        return preview(plan)
+    return iter([report(plan)]) if report_only else run_bench(plan)
+
+
+def show_bench(result: Preview | Iterator[Done | Report]) -> None:
+    """Prints a plan, or jobs as they are done and the tables at the end."""
+    if isinstance(result, Preview):
+        _plan(result)
+        return
+    for step in result:
+        if isinstance(step, Done):
+            told = "there already" if step.seconds is None else f"{step.seconds:.1f} s"
+            print(f"[{step.number}/{step.total}] {step.job.id}: {told}", flush=True)
+        else:
+            _report(step)
+
+
+def _plan(seen: Preview) -> None:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("job", overflow="fold")
+    for head in ("evaluations", "GMACs", "about"):
+        table.add_column(head, no_wrap=True, justify="right")
+    for job in seen.plan.jobs:
+        table.add_row(job.id, *_estimate(seen, job))
+    Console().print(table)
+    left = [job for job in seen.plan.jobs if not job.done]
+    print(f"{len(seen.plan.jobs)} jobs, {len(left)} to do")
+    if not seen.obstacle:
+        rows, seconds = sum(seen.estimates[job.id].rows for job in left), sum(map(seen.seconds, left))
+        print(f"{rows:,.0f} network evaluations, about {_duration(seconds)} at {seen.gmacs_per_s:.3g} GMACs/s; {RULE}")
+    for name in seen.plan.unused:
+        print(f"not used: {name}")
+    _untested(seen.plan)
+    if seen.obstacle:
+        print(seen.obstacle)
+
+
+def _estimate(seen: Preview, job: Job) -> tuple[str, str, str]:
+    if job.done:
+        return "", "", "done"
+    if seen.obstacle:
+        return "", "", "?"
+    found = seen.estimates[job.id]
+    return f"{found.rows:,.0f}", f"{found.gmacs:,.0f}", _duration(seen.seconds(job))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _untested(plan: Plan) -> None:
+    for source, why in plan.untested.items():
+        print(f"untested ({plan.spec.group(source)}): {why if source in why else f'{source}: {why}'}")
+
+
+def _report(done: Report) -> None:
+    for board in done.boards:
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title=board.caption, title_justify="left")
+        for head in board.heads:
+            table.add_column(head, overflow="fold")
+        for row in board.rows:
+            table.add_row(*(cell.text for cell in row))
+        Console().print(table)
+    _untested(done.plan)
+    if done.missing:
+        print(f"{len(done.missing)} jobs are not done yet")
+    for path in done.paths:
+        print(path)

@@ -1,0 +1,1 @@
+"""Many detectors on many sets: one plan, one set of networks, one set of definitions."""

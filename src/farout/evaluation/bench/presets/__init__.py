@@ -1,0 +1,24 @@
+"""Benchmarks by name, a YAML file each; this module imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+__all__ = ["about", "preset_file", "preset_names"]
+
+
+def preset_names() -> list[str]:
+    """Names of the benchmarks that come with the package, sorted."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+
+
+def preset_file(name: str) -> Path:
+    """The file of a benchmark."""
+    return Path(__file__).parent / f"{name}.yaml"
+
+
+def about(name: str) -> str:
+    """What the file says of itself, in one line."""
+    found = re.search(r"^about: *(.+)$", preset_file(name).read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1].strip("\"'") if found else ""

@@ -1,0 +1,151 @@
+"""Untrained networks of a benchmark: they show whether all goes together, and what an image costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from farout.classifiers.config import ClassifierConfig
+from farout.classifiers.model import Classifier
+from farout.detectors._cost import Cost
+from farout.detectors._features import FeatureDetector
+from farout.detectors.base import Detector
+from farout.diffusion.model import DiffusionModel
+from farout.evaluation.bench.sets import Sets
+from farout.evaluation.bench.spec import DetectorSpec, NetworkSpec, Spec
+from farout.images.classes import class_names_of
+from farout.images.sources import ImageSource, open_source
+
+__all__ = ["Rehearsal"]
+
+_PROBE_S, _PROBE_ROWS = 1.0, 16
+
+
+class Rehearsal:
+    """Untrained networks of a specification, each built once on the images that it is to be trained on."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec, self.sets = spec, Sets(spec)
+        self.networks: dict[str, DiffusionModel | Classifier] = {}
+        self._gmacs: dict[str, float] = {}
+        self._costs: dict[str, Cost] = {}
+
+    def images(self, source: str | None, limit: int | None) -> ImageSource:
+        """Images that something is trained on or made of, as the first seed samples them."""
+        if source is None and limit is None:
+            return self.sets.train
+        given = source or self.spec.train
+        return open_source(given, limit=limit or self.spec.train_limit, seed=self.spec.seeds[0])
+
+    def network(self, name: str) -> DiffusionModel | Classifier:
+        """One of the networks, untrained, or as its folder has it."""
+        if name not in self.networks:
+            self.networks[name] = self._build(self.spec.networks[name])
+        return self.networks[name]
+
+    def _build(self, entry: NetworkSpec) -> DiffusionModel | Classifier:
+        if entry.folder is not None:
+            return (DiffusionModel if entry.kind == "diffusion" else Classifier).load(entry.folder)
+        images = self.images(entry.source, entry.limit)
+        if isinstance(entry.model, ClassifierConfig):
+            return entry.model.build(images, class_names_of(images))
+        return entry.model.build(entry.model.preprocess(images), class_names=entry.model.class_names(images))
+
+    def check(self) -> None:
+        """Lets every detector refuse networks and images that cannot work with it; raises FaroutError."""
+        for entry in self.spec.detectors.values():
+            diffusion, classifier = self._given(entry)
+            made = entry.made()
+            if made.diffusion_kind is DiffusionModel:
+                made.check(self.images(None, entry.limit), diffusion, classifier)
+
+    def _given(self, entry: DetectorSpec) -> tuple[Any, Any]:
+        found = [None if name is None else self.network(name) for name in (entry.diffusion, entry.classifier)]
+        return found[0], found[1]
+
+    # -- counting ------------------------------------------------------------------------------------------------
+
+    def gmacs(self, name: str) -> float:
+        """Of one evaluation of a network."""
+        if name not in self._gmacs:
+            network = self.network(name)
+            diffusion = isinstance(network, DiffusionModel)
+            self._gmacs[name] = network.gmacs if diffusion else _counted(lambda: _evaluate(network, 1))
+        return self._gmacs[name]
+
+    def cost(self, name: str) -> Cost:
+        """Of one image, of a detector with untrained networks; of one that trains a denoiser of features in its fit,
+        its rows and the backbone.
+        """
+        if name not in self._costs:
+            self._costs[name] = self._cost(name)
+        return self._costs[name]
+
+    def _cost(self, name: str) -> Cost:
+        entry = self.spec.detectors[name]
+        made = entry.made()
+        diffusion, made.classifier = self._given(entry)
+        known = diffusion or made.classifier
+        if isinstance(made, FeatureDetector):
+            return self._feature_cost(made)
+        images = self.images(None, entry.limit)
+        made.preprocessing = known.preprocessing if known is not None else made.build_preprocessing(images, None)
+        made.use(diffusion, self.spec.runtime)
+        return made.cost()
+
+    def _feature_cost(self, made: FeatureDetector) -> Cost:
+        made.features = made.build_features()
+        grey = torch.full((1, 3, made.backbone.size, made.backbone.size), 0.5)
+        gmacs = _counted(lambda: made.backbone.pooled(grey, 1))
+        return Cost(made.rows_per_image if "diffusion" in made.needs else 0, gmacs)
+
+    @cached_property
+    def gmacs_per_s(self) -> float:
+        """How fast this machine evaluates one of the networks, or a backbone where there is none, for a second."""
+        names = sorted(self.spec.networks, key=lambda name: self.spec.networks[name].kind != "diffusion")
+        if names:
+            network = self.network(names[0])
+            network.to(self.spec.runtime.resolved().device)
+            return _speed(lambda: _evaluate(network, _PROBE_ROWS), _PROBE_ROWS * self.gmacs(names[0]))
+        made = next(e.made() for e in self.spec.detectors.values())
+        return self._backbone_speed(made)
+
+    def _backbone_speed(self, made: Detector) -> float:
+        assert isinstance(made, FeatureDetector)
+        made.features = made.build_features().to(self.spec.runtime.resolved().device)
+        grey = torch.full((8, 3, made.backbone.size, made.backbone.size), 0.5)
+        return _speed(lambda: made.backbone.pooled(grey), _counted(lambda: made.backbone.pooled(grey)))
+
+
+@torch.no_grad()
+def _evaluate(network: DiffusionModel | Classifier, rows: int) -> None:
+    shape = (network.preprocessing.channels, *network.preprocessing.size)
+    images = torch.full((rows, *shape), 0.5)
+    if isinstance(network, Classifier):
+        network.outputs(images, rows)
+        return
+    told = network.conditioning
+    condition = None if told is None else told(torch.zeros(rows, dtype=torch.int64))
+    network.denoiser(rows)(network.encode(images.to(network.device)), torch.full((rows,), 1.0), condition)
+
+
+def _counted(call: Callable[[], Any]) -> float:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 2e9
+
+
+def _speed(call: Callable[[], Any], gmacs: float) -> float:
+    call()
+    calls, started = 0, time.perf_counter()
+    while time.perf_counter() - started < _PROBE_S:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        calls += 1
+    return calls * gmacs / (time.perf_counter() - started)

@@ -1,0 +1,1 @@
+"""Many detectors on many sets, and a page of them."""

@@ -10,9 +10,11 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from farout.errors import FaroutError, UnreadableImageError
+from farout.errors import FaroutError, SourceError, UnreadableImageError
+from farout.images import catalog
 from farout.images.decoding import to_pil
 from farout.images.sources import ImageSource, open_source
+from farout.images.spec import parse_spec
 
 __all__ = ["SourceImages", "Thumbnails", "small_address"]
 
@@ -33,9 +35,14 @@ def small_address(picture: Image.Image, side: int = _SIDE) -> str:
 
 
 class SourceImages:
-    """Images of sources by name and key, opened once; None where a source or an image is not at hand any more."""
+    """Images of sources by name and key, opened once; None where a source or an image is not at hand any more.
 
-    def __init__(self) -> None:
+    Args:
+        hub: whether sets that lie on a hub may be fetched; else they count as not at hand.
+    """
+
+    def __init__(self, *, hub: bool) -> None:
+        self.hub = hub
         self._sources: dict[str, tuple[ImageSource, dict[str, int]] | None] = {}
         self.missing: dict[str, str] = {}
         """Why a source cannot be opened, by its name."""
@@ -60,11 +67,19 @@ class SourceImages:
     def _open(self, name: str) -> tuple[ImageSource, dict[str, int]] | None:
         if name not in self._sources:
             try:
-                source = open_source(name, policy="nan")
+                source = open_source(self._checked(name), policy="nan")
                 self._sources[name] = (source, {key: place for place, key in enumerate(source.keys)})
-            except FaroutError as error:
+            except (FaroutError, OSError) as error:
                 self._sources[name], self.missing[name] = None, str(error)
         return self._sources[name]
+
+    def _checked(self, name: str) -> str:
+        """The name; raises SourceError where it leads to a hub that is not to be asked."""
+        spec = parse_spec(name, catalog.names())
+        here = spec.kind == "path" or (spec.kind == "named" and catalog.find_local(spec.location, spec.split))
+        if not (here or self.hub):
+            raise SourceError(f"{name} is not on this machine")
+        return name
 
 
 class Thumbnails:

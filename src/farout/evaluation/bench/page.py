@@ -35,7 +35,7 @@ def write_bench_page(folder: Path) -> Path:
         StoreError: where one of the four files is missing or lacks what is wanted of it.
     """
     bench = read_bench(Path(folder))
-    images, thumbnails = SourceImages(), Thumbnails(_PICTURES)
+    images, thumbnails = SourceImages(hub=True), Thumbnails(_PICTURES)
     wanted = columns(bench)
     board = rows(bench, wanted)
     html = render(

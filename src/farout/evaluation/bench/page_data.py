@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Run:
 @dataclass(frozen=True)
 class Bench:
     """A benchmark: its tables, its specification as written, free notes on how it was made, the first seed of each
-    detector with its scores, and the words of `marker` that stand with each detector.
+    detector with its scores, and the markers of each detector.
     """
 
     metrics: pd.DataFrame
@@ -133,10 +134,10 @@ def _table(path: Path, wanted: tuple[str, ...]) -> pd.DataFrame:
 
 
 def _markers(metrics: pd.DataFrame) -> dict[str, tuple[str, ...]]:
-    """Words of `marker` by detector, in the order of the rows."""
+    """Markers by detector, which commas or semicolons part, in the order of the rows."""
     found: dict[str, dict[str, None]] = {}
     for name, text in dict.fromkeys(zip(metrics["detector"], metrics["marker"])):
-        found.setdefault(str(name), {}).update(dict.fromkeys(text.replace(",", " ").split()))
+        found.setdefault(str(name), {}).update(dict.fromkeys(filter(None, map(str.strip, re.split("[,;]", text)))))
     return {name: tuple(words) for name, words in found.items()}
 
 

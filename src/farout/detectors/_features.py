@@ -134,6 +134,10 @@ class VectorDetector(FeatureDetector):
             features = FeatureEncoding(self.backbone.channels)(features)
         return features.double().numpy()
 
+    def embedding(self, measurements: Measurements) -> np.ndarray | None:
+        """The features, as `table` gives them."""
+        return self.table(measurements)
+
     def by_layer(self, table: np.ndarray) -> list[np.ndarray]:
         """Features (n, width) as one table (n, channels) per layer of the backbone."""
         return np.split(table, np.cumsum(self.backbone.channels)[:-1], axis=1)

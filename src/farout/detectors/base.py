@@ -48,6 +48,7 @@ class Detector(Configured, ABC):
         config: the constructor's arguments.
         preprocessing: from any image to the (C, H, W) tensors that `measure` takes.
         statistics, calibration: measurements of the images that the statistics and the p-values rest on.
+        calibration_scores: of each indicator, sorted; calibration_rows: in the order of `calibration`.
         alpha: false-alarm rate of `is_ood`.
     """
 
@@ -90,6 +91,7 @@ class Detector(Configured, ABC):
         self.link: Path | None = None
         self.cache_hits = 0
         self.calibration_scores: dict[str, np.ndarray] = {}
+        self.calibration_rows: dict[str, np.ndarray] = {}
 
     # -- what a method implements --------------------------------------------------------------------------------
 
@@ -104,6 +106,12 @@ class Detector(Configured, ABC):
     @abstractmethod
     def combine(self, measurements: Measurements) -> dict[str, Tensor]:
         """Every score that the method defines, by name, float64 (B,); pure; HIGHER = FURTHER OUT."""
+
+    def embedding(self, measurements: Measurements) -> np.ndarray | None:
+        """Vectors (B, d), float64, of which near ones belong to images that are alike to the method, so that a page can
+        show an image beside good ones; None: it measures no such thing.
+        """
+        return None
 
     @classmethod
     @abstractmethod
@@ -232,6 +240,7 @@ class Detector(Configured, ABC):
         if bad:
             raise FaroutError(f"calibration scores are not numbers for {', '.join(bad)}; look for damaged images")
         self.calibration = measurements
+        self.calibration_rows = scores
         self.calibration_scores = {name: np.sort(value) for name, value in scores.items()}
 
     def _combine_rows(self, measurements: Measurements) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The page of a scored folder: the scores against calibration, and the furthest images."""
+"""The page of a scored folder: the scores against calibration, what is flagged, and the furthest images."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from PIL import Image
 from torch import Tensor
 
 from farout import store
-from farout.calibration import threshold
+from farout.calibration import benjamini_hochberg, threshold
 from farout.detectors.base import Detector
 from farout.evaluation.heat import MapScale
+from farout.evaluation.histogram import Histogram
+from farout.evaluation.neighbours import highest_good, nearest_good
 from farout.evaluation.rendering import render
+from farout.evaluation.thumbnails import SourceImages
 from farout.images.sources import Batch, ImageSource, batches
 
 __all__ = ["png_address", "write_page"]
 
-_BINS = 48
+_LISTED = 500
+"""Flagged images in the page's table."""
 
 
 def write_page(
@@ -31,57 +35,62 @@ def write_page(
 ) -> Path:
     """Writes `page.html`: one file, no outside request. Returns its path.
 
+    Good images stand beside the scored ones where the sources that the detector was fitted and calibrated with can be
+    opened again.
+
     Args:
         detector: what the images were scored with.
         source: the scored images.
         frame: the table of `scores.csv`.
         manifest: counts and settings; `furthest` images are shown.
-        out: folder of the page.
+        out: folder of the page, which holds `measurements.parquet`.
     """
     ranked = frame[frame["status"] == "ok"].sort_values(["score", "key"], ascending=[False, True])
     calibration = detector.calibration_scores[detector.score_name]
     limit = threshold(calibration, detector.alpha)
+    rate = detector.alpha if manifest["fdr"] is None else manifest["fdr"]
+    ranked = ranked.assign(
+        selected=benjamini_hochberg(ranked["p_value"], rate),
+        beyond=np.searchsorted(calibration, ranked["score"].to_numpy(dtype=float)) / len(calibration),
+    )
+    images, shown = SourceImages(hub=False), ranked.head(manifest["furthest"])
     html = render(
         "page.html",
         manifest=manifest,
         about={**manifest["about"], "versions": manifest["versions"]},
         score_name=detector.score_name,
         scored=len(ranked),
+        limit=limit,
+        smallest=1 / (len(calibration) + 1),
         histogram=_histogram(calibration, ranked["score"].to_numpy(dtype=float), limit),
         maps=MapScale.of(detector) if detector.makes_maps else None,
-        cards=_cards(detector, source, ranked.head(manifest["furthest"])),
+        flagged=_flagged(ranked, rate),
+        cards=_cards(detector, source, shown),
+        nearest=nearest_good(detector, out / "measurements.parquet", shown["key"].tolist(), images),
+        good=highest_good(detector, images),
     )
     with store.atomic_file(out / "page.html") as temporary:
         temporary.write_text(html, encoding="utf-8")
     return out / "page.html"
 
 
-def _histogram(calibration: np.ndarray, scores: np.ndarray, limit: float) -> dict[str, Any]:
-    """Bars of two distributions over one axis, heights as percent of the tallest; one more bar gathers what is above.
-
-    `mark`: where the score lies beyond which images are flagged, as percent of the axis; None where nothing can be.
+def _flagged(ranked: pd.DataFrame, rate: float) -> dict[str, Any]:
+    """Images that are flagged or selected: their count, how many are selected at which false discovery rate, and the
+    rows of the first.
     """
-    everything = np.concatenate([calibration, scores])
-    low = float(everything.min())
-    high = float(max(np.quantile(everything, 0.98), calibration.max()))
-    edges = np.linspace(low, high if high > low else low + 1, _BINS)
-    edges[-1] += 1e-9 * (edges[-1] - low)  # the largest calibration score lies below the last bar
-    edges = np.append(edges, 2 * edges[-1] - edges[-2])
-    shares = {}
-    for name, values in (("calibration", calibration), ("scored", scores)):
-        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-        shares[name] = counts / max(1, len(values))
-    tallest = max(share.max() for share in shares.values())
-    bars = {name: [round(100 * float(share) / tallest, 2) for share in values] for name, values in shares.items()}
-    place = 100 * (limit - edges[0]) / (edges[-1] - edges[0])
+    rows = ranked[ranked["is_ood"].eq(True) | ranked["selected"]]
     return {
-        "low": f"{edges[0]:.3g}",
-        "high": f"{edges[-1]:.3g}",
-        "above": bool(everything.max() > edges[-1]),
-        "bars": bars,
-        "width": round(100 / _BINS, 4),
-        "mark": round(float(place), 2) if np.isfinite(place) else None,
+        "count": len(rows),
+        "selected": int(rows["selected"].sum()),
+        "rate": rate,
+        "rows": rows.head(_LISTED).to_dict("records"),
     }
+
+
+def _histogram(calibration: np.ndarray, scores: np.ndarray, limit: float) -> Histogram:
+    """Calibration scores, all of them on the axis, and scores."""
+    high = max(np.quantile(np.concatenate([calibration, scores]), 0.98), calibration.max())
+    return Histogram.of(calibration, scores, limit, float(high))
 
 
 def _cards(detector: Detector, source: ImageSource, rows: pd.DataFrame) -> list[dict[str, Any]]:

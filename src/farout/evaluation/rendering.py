@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jinja2
@@ -14,4 +15,11 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("farout.evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["breakable"] = _breakable
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment.get_template(template).render(**values)
+
+
+def _breakable(text: str) -> list[str]:
+    """The pieces of a name, such as `set:split@variant`, between which a line may end."""
+    return re.findall(r"[^:@_=/,-]+[:@_=/,-]*|[:@_=/,-]+", text)

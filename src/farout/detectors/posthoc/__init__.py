@@ -228,6 +228,10 @@ class Posthoc(Detector):
             found["odin"] = tempered(vectors["odin"], config["odin_temperature"])
         return found
 
+    def embedding(self, measurements: Measurements) -> np.ndarray | None:
+        """The classifier's features."""
+        return measurements.vectors["features"].double().numpy()
+
     def state(self) -> dict[str, np.ndarray]:
         """The fitted arrays."""
         return {} if self.fitted_scores is None else dict(self.fitted_scores.arrays)

@@ -1,0 +1,152 @@
+"""What the page of a benchmark is made of, read from its folder."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from farout import store
+from farout.detectors._tables import Scores
+from farout.errors import StoreError
+from farout.evaluation.scoring import read_scores
+
+__all__ = ["OWN", "Bench", "Pair", "Run", "Side", "read_bench"]
+
+OWN = "score"
+"""The indicator that is a method's own score, as `metrics.csv` calls it."""
+_METRICS = ("detector", "indicator", "id", "ood", "seed", "marker", "auroc", "fpr95", "aupr_in", "aupr_out")
+_GROUPS = ("detector", "indicator", "group", "auroc")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An in-distribution and an out-of-distribution source, by name, and how the page calls them."""
+
+    inside: str
+    outside: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """A scored source: its folder, its name, what became of unreadable images, and its scores."""
+
+    folder: Path
+    source: str
+    policy: Any
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Run:
+    """A detector fitted with one seed, and what it scored, by the name of the source; nothing where no score folders
+    were kept.
+    """
+
+    detector: str
+    seed: int
+    sides: dict[str, Side]
+
+    def threshold(self) -> float:
+        """The score that flagged images lie above, as far as its images tell: halfway between the highest that is not
+        flagged and the lowest that is; infinite where none is.
+        """
+        frames = [side.scores for side in self.sides.values()]
+        flagged = [scores.score[scores.is_ood].min() for scores in frames if scores.is_ood.any()]
+        below = [
+            part.max()
+            for part in (scores.score[~scores.is_ood & (scores.score == scores.score)] for scores in frames)
+            if len(part)
+        ]
+        if not flagged:
+            return math.inf
+        return float(min(flagged) if not below else (min(flagged) + max(below)) / 2)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark: its tables, its specification as written, free notes on how it was made, the first seed of each
+    detector with its scores, and the markers of each detector.
+    """
+
+    metrics: pd.DataFrame
+    groups: pd.DataFrame
+    spec: str
+    provenance: dict[str, Any]
+    runs: tuple[Run, ...]
+    markers: dict[str, tuple[str, ...]]
+
+    @property
+    def name(self) -> str:
+        """What the benchmark is called."""
+        return str(self.metrics["bench"].iloc[0])
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds there are."""
+        return int(self.metrics["seed"].nunique())
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The pairs of sources, in the order of `metrics.csv`."""
+        found = list(dict.fromkeys(zip(self.metrics["id"], self.metrics["ood"])))
+        several = len({inside for inside, _ in found}) > 1
+        return tuple(Pair(a, b, f"{b} (id: {a})" if several else b) for a, b in found)
+
+    def is_control(self, detector: str) -> bool:
+        """Whether it is there to be beaten."""
+        return "control" in self.markers[detector]
+
+
+def read_bench(folder: Path) -> Bench:
+    """Reads `metrics.csv`, `groups.csv`, `bench.yaml`, `provenance.json` and the scores of each detector's first seed.
+
+    Raises StoreError where one of the four is missing or lacks what the page needs.
+    """
+    metrics = _table(folder / "metrics.csv", _METRICS)
+    groups = _table(folder / "groups.csv", _GROUPS)
+    if not len(metrics):
+        raise StoreError(f"{folder / 'metrics.csv'} has no rows; expected one per detector, indicator, set and seed")
+    spec = folder / "bench.yaml"
+    if not spec.is_file():
+        raise StoreError(f"{spec} is missing; the folder is incomplete or is not that of a benchmark")
+    firsts = metrics.groupby("detector", sort=False)["seed"].min()
+    runs = tuple(_run(folder, str(name), int(seed)) for name, seed in firsts.items())
+    provenance = store.read_json(folder / "provenance.json")
+    return Bench(metrics, groups, spec.read_text(encoding="utf-8"), provenance, runs, _markers(metrics))
+
+
+def _table(path: Path, wanted: tuple[str, ...]) -> pd.DataFrame:
+    """A table; cells of text that are empty are empty, not gaps."""
+    if not path.is_file():
+        raise StoreError(f"{path} is missing; the folder is incomplete or is not that of a benchmark")
+    table = pd.read_csv(path, dtype={"detector": str, "indicator": str, "id": str, "ood": str})
+    lacking = [name for name in wanted if name not in table]
+    if lacking:
+        raise StoreError(f"{path} has no column {', '.join(lacking)}; it has {', '.join(map(str, table.columns))}")
+    words = {name: table[name].fillna("").astype(str) for name in ("marker", "group", "role", "bench") if name in table}
+    return table.assign(**{"bench": "benchmark", **words})
+
+
+def _markers(metrics: pd.DataFrame) -> dict[str, tuple[str, ...]]:
+    """Markers by detector, which commas or semicolons part, in the order of the rows."""
+    found: dict[str, dict[str, None]] = {}
+    for name, text in dict.fromkeys(zip(metrics["detector"], metrics["marker"])):
+        found.setdefault(str(name), {}).update(dict.fromkeys(filter(None, map(str.strip, re.split("[,;]", text)))))
+    return {name: tuple(words) for name, words in found.items()}
+
+
+def _run(folder: Path, detector: str, seed: int) -> Run:
+    manifests = sorted((folder / "rated" / f"{detector}-{seed}" / "scores").glob("*/manifest.json"))
+    sides = [_side(path) for path in manifests]
+    return Run(detector, seed, {side.source: side for side in sides})
+
+
+def _side(manifest: Path) -> Side:
+    about = store.read_json(manifest)
+    return Side(manifest.parent, str(about["source"]), about["policy"], read_scores(manifest.parent))

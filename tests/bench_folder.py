@@ -1,0 +1,91 @@
+"""A folder as a benchmark leaves it, with scores that are drawn at random: enough for its page."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from farout.calibration import is_out, p_values
+from farout.detectors._tables import Scores
+from farout.evaluation.metrics import evaluate
+from farout.images.sources import open_source
+
+SKILLS = {"semantic": (1.8, 0.4), "knn": (1.4, 0.6), "reconstruction": (0.9, 3.0), "trivial_controls": (0.5, 0.0)}
+"""How far each detector's scores of the other sets lie from those of good images, and its GMACs."""
+
+
+def write_bench(
+    folder: Path,
+    inside: str,
+    outside: Sequence[str],
+    *,
+    seeds: Sequence[int] = (0,),
+    skills: dict[str, tuple[float, float]] = SKILLS,
+    indicators: Sequence[str] = ("mean", "other"),
+) -> Path:
+    """Writes all that `write_bench_page` reads."""
+    rows = []
+    for number, (detector, (skill, gmacs)) in enumerate(skills.items()):
+        for seed in seeds:
+            generator = np.random.default_rng([number, seed])
+            calibration = {name: generator.normal(size=200) for name in indicators}
+            sides = {}
+            for place, source in enumerate((inside, *outside)):
+                shift = 0.0 if place == 0 else skill * (1 + 0.25 * (place % 3))
+                sides[source] = _scores(source, shift, calibration, generator)
+                _write(folder / "rated" / f"{detector}-{seed}" / "scores" / f"set{place}", source, sides[source])
+            for place, source in enumerate(outside):
+                for indicator in ("score", *indicators):
+                    found = evaluate(*(_column(sides[name], indicator) for name in (inside, source)), draws=20)
+                    rows.append(
+                        {
+                            "bench": "small",
+                            "marker": "control" if "control" in detector else "pretrained" if gmacs < 1 else "",
+                            "detector": detector,
+                            "indicator": indicator,
+                            "id": inside,
+                            "ood": source,
+                            "group": ("far", "near")[place % 2],
+                            "role": "test",
+                            "seed": seed,
+                            **vars(found),
+                            "false_alarm": float(sides[inside].is_ood.mean()),
+                            "nfe": round(gmacs * 10),
+                            "gmacs": gmacs,
+                            "images_per_s": 4000 / (1 + 20 * gmacs) + number,
+                            "peak_mib": 900 + 100 * gmacs,
+                            "fit_s": 12.5 * (1 + number),
+                        }
+                    )
+    _tables(folder, pd.DataFrame(rows), inside, outside)
+    return folder
+
+
+def _column(scores: Scores, name: str) -> np.ndarray:
+    return scores.score if name == "score" else scores.indicators[name]
+
+
+def _scores(source: str, shift: float, calibration: dict[str, np.ndarray], generator: np.random.Generator) -> Scores:
+    keys = open_source(source, policy="nan").keys
+    own = next(iter(calibration))
+    drawn = {name: generator.normal(size=len(keys)) + shift for name in calibration}
+    p = p_values(drawn[own], calibration[own])
+    return Scores(keys, drawn[own], p, is_out(p, 0.05), ("ok",) * len(keys), drawn)
+
+
+def _write(folder: Path, source: str, scores: Scores) -> None:
+    folder.mkdir(parents=True)
+    scores.to_frame().to_csv(folder / "scores.csv", index=False)
+    (folder / "manifest.json").write_text(json.dumps({"source": source, "policy": "nan", "images": len(scores)}))
+
+
+def _tables(folder: Path, metrics: pd.DataFrame, inside: str, outside: Sequence[str]) -> None:
+    metrics.to_csv(folder / "metrics.csv", index=False)
+    groups = metrics.groupby(["detector", "indicator", "group"], sort=False)[["auroc", "fpr95"]].mean()
+    groups.reset_index().to_csv(folder / "groups.csv", index=False)
+    (folder / "bench.yaml").write_text(f"name: small\nid: {inside}\nood: [{', '.join(outside)}]\n")
+    versions = {"farout": "0.1", "torch": "2.6"}
+    about = {"command": "farout bench small.yaml", "versions": versions, "machine": {"cpu": "<b>2 cores</b>"}}
+    (folder / "provenance.json").write_text(json.dumps({**about, "seconds": 12.5, "hashes": ["a", "b"]}))

@@ -1,0 +1,273 @@
+"""The page of a benchmark: one bounded file that opens anywhere, of whatever its folder holds."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from bench_folder import SKILLS, write_bench
+from chromium import asked, check_layout, needs_chromium
+from farout.errors import StoreError
+from farout.evaluation.bench.page import write_bench_page
+from farout.evaluation.bench.page_costs import front
+from farout.evaluation.bench.page_curves import roc_path
+from farout.evaluation.metrics import auroc
+from farout.evaluation.overlays import FOLDER, overlay_name
+from farout.evaluation.thumbnails import Thumbnails
+from small import pictures
+from test_page import Tags
+
+DATA = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+")
+HOSTILE = '</script><b onload="x">&{{ 1 }}.png'
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    base = tmp_path_factory.mktemp("sets")
+    names = [str(pictures(base / name, 40, seed=place)) for place, name in enumerate(("in", "near", "far"))]
+    return names[0], names[1], names[2]
+
+
+@pytest.fixture(scope="module")
+def made(sets: tuple[str, str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bench(tmp_path_factory.mktemp("bench") / "b", sets[0], sets[1:], seeds=(0, 1))
+
+
+@pytest.fixture(scope="module")
+def page(made: Path) -> Path:
+    return write_bench_page(made)
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "b"))
+
+
+def text_of(folder: Path) -> str:
+    return write_bench_page(folder).read_text(encoding="utf-8")
+
+
+def data_of(text: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found is not None
+    return dict(json.loads(found[1]))
+
+
+def test_nothing_is_fetched_from_outside(page: Path) -> None:
+    text = DATA.sub("data:", page.read_text(encoding="utf-8"))
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "@import" not in text
+    assert set(re.findall(r"url\((.*?)\)", text)) == {"data:"}
+    for tag, attributes in Tags(text).found:
+        assert tag not in ("link", "iframe", "object", "embed", "form", "base", "img"), tag
+        assert not {"src", "href", "srcset", "action"} & set(attributes)
+        assert not [name for name in attributes if name.startswith("on")]
+
+
+def test_every_tag_is_closed_and_every_control_named(page: Path) -> None:
+    tags = Tags(page.read_text(encoding="utf-8"))
+    assert not tags.open
+    kinds = [tag for tag, _ in tags.found]
+    assert kinds.count("select") == 4
+    assert kinds.count("label") == 4
+    for tag, attributes in tags.found:
+        assert "tabindex" not in attributes
+        assert "disabled" not in attributes
+        if tag == "svg" or attributes.get("role") == "img":
+            assert attributes.get("aria-label")
+    heads = [attributes for tag, attributes in tags.found if tag == "th" and attributes.get("scope") == "col"]
+    assert [head["aria-sort"] for head in heads if "aria-sort" in head] == ["descending"]
+    assert sum(tag == "button" for tag in kinds) == 1 + 2 + 2, "the name, two groups, two sets"
+
+
+def test_figures_are_those_of_the_tables(made: Path, page: Path) -> None:
+    metrics = pd.read_csv(made / "metrics.csv")
+    rows = re.findall(r'<tr role="row" data-row="(\d+)" data-indicator="(.*?)".*?<b>(.*?)</b>', page.read_text())
+    cells = data_of(page.read_text())["cells"]
+    assert len(rows) == len(cells) == len(SKILLS) * 3, "the own score and two indicators"
+    for row, indicator, name in rows:
+        detector = name.replace("<wbr>", "")
+        part = metrics[(metrics["detector"] == detector) & (metrics["indicator"] == indicator)]
+        for column, source in zip((2, 3), metrics["ood"].unique()):
+            values = part.loc[part["ood"] == source, "auroc"]
+            expected = [values.mean(), values.min(), values.max()]
+            assert cells[int(row)][column][0] == pytest.approx(expected, abs=1e-4)
+    own = [cells[int(row)][0][0][0] for row, indicator, _ in rows if indicator == "score"]
+    assert own == sorted(own, reverse=True), "the best stands first"
+
+
+def test_controls_stand_apart_and_markers_are_explained(page: Path, copy: Path) -> None:
+    found = [attributes for tag, attributes in Tags(page.read_text()).found if "data-row" in attributes]
+    classes = [str(attributes["class"]).split() for attributes in found]
+    assert sum("control" in words for words in classes) == 3, "one control by three scores"
+    assert "there to be beaten" in page.read_text()
+    about = json.loads((copy / "provenance.json").read_text())
+    (copy / "provenance.json").write_text(json.dumps({**about, "markers": {"control": "our own <words>"}}))
+    assert "our own &lt;words&gt;" in text_of(copy)
+
+
+def test_one_seed_shows_its_intervals(sets: tuple[str, str, str], tmp_path: Path) -> None:
+    folder = write_bench(tmp_path / "b", sets[0], sets[1:2], skills={"knn": (1.0, 0.4)})
+    row = pd.read_csv(folder / "metrics.csv").iloc[0]
+    text = text_of(folder)
+    assert f"<small>{row['auroc_low']:.3f}–{row['auroc_high']:.3f}</small>" in text
+    assert "Where detectors disagree" not in text, "one alone agrees with itself"
+
+
+def test_curves_tell_the_truth(page: Path, made: Path) -> None:
+    curves = data_of(page.read_text())["curves"]
+    assert [len(run) for run in curves] == [2] * len(SKILLS)
+    metrics = pd.read_csv(made / "metrics.csv")
+    first = metrics[(metrics["indicator"] == "score") & (metrics["seed"] == 0)]
+    assert [run[0]["auroc"] for run in curves] == pytest.approx(first.iloc[::2]["auroc"], abs=1e-4)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_roc_path_encloses_the_area(ties: bool) -> None:
+    generator = np.random.default_rng(0)
+    inside, outside = generator.normal(size=3000), generator.normal(size=2000) + 1
+    if ties:
+        inside, outside = inside.round(), outside.round()
+    points = [[float(x) for x in each.split()] for each in roc_path(inside, outside)[1:].split("L")]
+    assert points[0] == [0, 100]
+    assert points[-1] == [100, 0]
+    assert len(points) <= 128
+    across, up = np.array(points).T / 100
+    assert np.trapezoid(1 - up, across) == pytest.approx(auroc(inside, outside), abs=0.005)
+
+
+@pytest.mark.parametrize(("more", "expected"), [(False, [True, True, False, False]), (True, [False, True, False, True])])
+def test_the_front_is_what_nothing_beats(more: bool, expected: list[bool]) -> None:
+    costs, areas = np.array([1.0, 10.0, 10.0, 100.0]), np.array([0.8, 0.9, 0.85, 0.7])
+    assert front(costs, areas, more).tolist() == expected
+
+
+def test_galleries_are_of_the_wrong_decisions(page: Path, made: Path) -> None:
+    scores = pd.read_csv(made / "rated/semantic-0/scores/set0/scores.csv", dtype={"key": str})
+    flagged = scores[scores["is_ood"]].sort_values("score", ascending=False)
+    assert len(flagged), "a test without false alarms would say nothing"
+    gallery = page.read_text().split("False alarms on")[1].split("</ul>")[0]
+    assert f"{len(flagged)} of 40 flagged" in gallery
+    assert re.findall(r'class="name">(.*?)</span>', gallery) == flagged["key"].tolist()[:8]
+    assert gallery.count('class="thumb') == len(flagged.head(8))
+
+
+def test_the_most_disputed_image_comes_first(copy: Path) -> None:
+    for place, name in enumerate(("semantic", "knn", "reconstruction")):
+        path = copy / f"rated/{name}-0/scores/set1/scores.csv"
+        table = pd.read_csv(path, dtype={"key": str})
+        table.loc[table["key"] == "007.png", "score"] = (-99, 99, 99)[place]
+        table.to_csv(path, index=False)
+    part = text_of(copy).split("<summary>")[2]
+    assert re.findall(r'class="name">(.*?)</span>', part)[0] == "007.png"
+    assert re.findall(r"<span>(\w+)</span><i", part)[:3] == ["knn", "reconstruction", "semantic"]
+
+
+def test_maps_stand_beside_images_where_there_are_some(copy: Path) -> None:
+    scores = pd.read_csv(copy / "rated/semantic-0/scores/set0/scores.csv", dtype={"key": str})
+    key = scores.loc[scores["score"].idxmax(), "key"]
+    path = copy / "rated/semantic-0/scores/set0" / FOLDER / overlay_name(key)
+    path.parent.mkdir()
+    Image.new("RGB", (300, 200), "red").save(path)
+    assert f'aria-label="map of {key}"' in text_of(copy)
+
+
+def test_images_that_are_gone_leave_their_keys(copy: Path) -> None:
+    for path in copy.glob("rated/*/scores/*/manifest.json"):
+        about = json.loads(path.read_text())
+        name = about["source"].replace("near", "gone")
+        path.write_text(json.dumps({**about, "source": name}))
+    for name in ("metrics.csv",):
+        (copy / name).write_text((copy / name).read_text().replace("near", "gone"))
+    text = text_of(copy)
+    assert "gone are not at hand" in text
+    assert "False alarms on" in text
+
+
+def test_a_detector_without_scores_stands_in_the_tables(copy: Path) -> None:
+    shutil.rmtree(copy / "rated" / "knn-0")
+    text = text_of(copy)
+    assert data_of(text)["curves"][list(SKILLS).index("knn")] == [None, None]
+    assert "<b>knn</b>" in text
+    shutil.rmtree(copy / "rated")
+    assert 'id="roc"' not in text_of(copy)
+
+
+def test_names_are_text_and_never_markup(sets: tuple[str, str, str], tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "odd", 6)
+    (folder / "000.png").rename(folder / HOSTILE.replace("/", "_"))
+    name = "a<b>'&, random weights"
+    bench = write_bench(tmp_path / "b", str(folder), sets[1:2], skills={name: (1.0, 0.4), "knn": (0.5, 0.0)})
+    tags = Tags(text_of(bench))
+    assert not tags.open
+    assert not [attributes for _, attributes in tags.found if "onload" in attributes]
+    assert name in "".join(tags.words)
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "groups.csv", "bench.yaml", "provenance.json"])
+def test_an_incomplete_folder_is_refused(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(StoreError, match=name):
+        write_bench_page(copy)
+    assert not (copy / "page.html").exists() or name, "an older page stays"
+
+
+def test_a_table_of_another_kind_is_refused(copy: Path) -> None:
+    pd.read_csv(copy / "groups.csv").rename(columns={"auroc": "area"}).to_csv(copy / "groups.csv", index=False)
+    with pytest.raises(StoreError, match=r"groups.csv has no column auroc"):
+        write_bench_page(copy)
+
+
+def test_pictures_are_bounded() -> None:
+    generator = np.random.default_rng(0)
+    kept = Thumbnails(limit=9000)
+    numbers = [
+        kept.number("set", str(key), lambda: Image.fromarray(generator.integers(0, 255, (300, 400, 3), dtype=np.uint8)))
+        for key in (0, 1, 1, 2, 3, 4)
+    ]
+    assert kept.full
+    assert numbers[:3] == [0, 1, 1], "each stands there once"
+    assert numbers[-1] is None
+    assert sum(map(len, kept.addresses)) <= 9000
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 375])
+def test_a_browser_shows_it_without_scrolling_sideways(page: Path, width: int) -> None:
+    assert check_layout(page, width)["focusable"] > 8
+
+
+USED = """(() => {
+  const set = (id, value) => { const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event("change")); };
+  const rows = () => [...document.querySelectorAll(".board tbody tr")].filter(e => e.checkVisibility());
+  const first = () => rows()[0].querySelector("b").textContent;
+  const press = (n) => document.querySelectorAll(".board thead button")[n].click();
+  const found = {count: rows().length, first: first(), roc: document.getElementById("roc").getAttribute("d")};
+  press(1); found.worst = first();
+  press(0); found.byName = first();
+  found.sort = [...document.querySelectorAll(".board th[aria-sort]")].map(e => [e.textContent, e.getAttribute("aria-sort")]);
+  set("indicator", "other"); found.other = [...new Set(rows().map(e => e.dataset.indicator))];
+  set("metric", "fpr95"); press(1); found.fpr = rows().map(e => Number(e.cells[1].querySelector("b").textContent));
+  set("run", "3"); found.told = document.getElementById("told").textContent;
+  found.moved = document.getElementById("roc").getAttribute("d") !== found.roc;
+  return found;
+})()"""
+
+
+@needs_chromium
+def test_a_browser_sorts_and_chooses(page: Path) -> None:
+    found = asked(page, USED)
+    assert found["count"] == len(SKILLS)
+    assert (found["first"], found["worst"], found["byName"]) == ("semantic", "trivial_controls", "knn")
+    assert found["sort"] == [["Detector", "ascending"]]
+    assert found["other"] == ["other"]
+    assert found["fpr"] == sorted(found["fpr"]), "of rates of errors, the lowest comes first"
+    assert found["told"].startswith("trivial_controls on ")
+    assert found["moved"]

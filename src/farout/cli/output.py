@@ -32,6 +32,9 @@ __all__ = ["progress", "quiet_libraries", "show"]
 _SHORT = {"fpr95": "FPR95", "false_alarm": "alarms", "detection": "found", "images_per_s": "img/s"}
 """Columns shown beside detector, set and AUROC, with short heads; all columns are in metrics.csv."""
 
+_MADE = ("images", "reconstructions", "manifest.csv", "quality.csv", "page.html")
+"""What there may be in a folder of made images."""
+
 
 def quiet_libraries() -> None:
     """Our warnings on one line each; other libraries' chatter away."""
@@ -140,7 +143,7 @@ def _sampled(done: SampledFolder) -> None:
 def _made(done: MadeFolder, what: str) -> None:
     more = f", {done.asked} asked for" * (done.images != done.asked)
     print(f"{done.images} {what}, {done.made} made now{more}")
-    for path in (done.folder / each for each in ("images", "manifest.csv", "quality.csv", "page.html")):
+    for path in (done.folder / each for each in _MADE):
         if path.exists():
             print(f"  {path}")
 

@@ -17,7 +17,7 @@ from farout.diffusion.sample_folder import folder_names, save_png, write_class_n
 from farout.errors import StoreError
 from farout.images.sources import ImageSource, open_source
 
-__all__ = ["ImageWriter", "MadeFolder", "OutlierFolder", "read_outliers"]
+__all__ = ["ImageWriter", "MadeFolder", "OutlierFolder", "ReconstructedFolder", "read_outliers"]
 
 _IMAGES, _MANIFEST, _WORKING = "images", "manifest.csv", ".working"
 _HEAD = ("key", "source", "label", "class_name", "seed", "index")
@@ -73,6 +73,12 @@ class OutlierFolder(MadeFolder):
     """A folder of outliers, as a synthesiser fills it."""
 
     kind = "outliers"
+
+
+class ReconstructedFolder(MadeFolder):
+    """A folder of images made again; `source` in its manifest is the key of the image that each was."""
+
+    kind = "reconstructions"
 
 
 def read_outliers(folder: str | Path) -> OutlierFolder:
@@ -144,7 +150,7 @@ class ImageWriter:
         sources: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
     ) -> None:
-        """Adds images (B, C, H, W) in [0, 1] with their rows.
+        """Adds images (B, C, H, W) in [0, 1] with their rows; those that are there stay as they are.
 
         Args:
             indices: their numbers.
@@ -162,8 +168,9 @@ class ImageWriter:
             }
             for place, (index, label, source) in enumerate(zip(indices, classes, sources, strict=True))
         ]
-        self._append(rows)
-        for row, image in zip(rows, images, strict=True):
+        fresh = [(row, image) for row, image in zip(rows, images, strict=True) if row["index"] not in self._rows]
+        self._append([row for row, _ in fresh])
+        for row, image in fresh:
             save_png(image, self.folder / _IMAGES / row["key"], self.folder / _WORKING)
             self._rows[int(row["index"])] = {name: str(value) for name, value in row.items()}
 
@@ -180,6 +187,8 @@ class ImageWriter:
                     save_png(picture, self.folder / name / f"{index:06d}.png", self.folder / _WORKING)
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
+        if not rows:
+            return
         columns, fresh = tuple(rows[0]), not self._columns
         if not fresh and columns != self._columns:
             raise StoreError(f"{self.folder / _MANIFEST} has the columns {self._columns}, expected {columns}")

@@ -15,18 +15,12 @@ from farout.diffusion.sampling import Spacing
 from farout.errors import FaroutError, SourceError
 from farout.images.classes import class_name, class_numbers
 from farout.images.sources import ImageSource, batches, open_source
-from farout.outliers._folder import ImageWriter, MadeFolder
+from farout.outliers._folder import ImageWriter, ReconstructedFolder
 from farout.outliers.base import identity
 from farout.progress import task
 from farout.runtime import Runtime
 
 __all__ = ["ReconstructedFolder", "reconstruct"]
-
-
-class ReconstructedFolder(MadeFolder):
-    """A folder of images made again; `source` in its manifest is the key of the image that each was."""
-
-    kind = "reconstructions"
 
 
 def reconstruct(

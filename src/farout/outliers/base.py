@@ -20,8 +20,9 @@ from farout.errors import FaroutError, SourceError
 from farout.images.classes import class_name, class_numbers
 from farout.images.places import some_readable
 from farout.images.sources import ImageSource, open_source
-from farout.outliers._folder import ImageWriter, MadeFolder, OutlierFolder, ReconstructedFolder, read_outliers
+from farout.outliers._folder import MadeFolder, OutlierFolder, ReconstructedFolder, read_outliers
 from farout.outliers._other_classes import warn_of_other_classes
+from farout.outliers._writer import ImageWriter
 from farout.progress import task
 from farout.runtime import Runtime
 
@@ -285,15 +286,15 @@ class Synthesiser(Configured, ABC):
         wanted, lost = writer.missing(work.count), again.missing(min(work.count, self.remakes(work)))
         missing = sorted({*wanted, *lost})
         size = work.runtime.images_at_once(work.shape)
-        with task(f"outliers into {work.folder}", len(missing)) as bar:
+        with writer, again, task(f"outliers into {work.folder}", len(missing)) as bar:
             for start in range(0, len(missing), size):
                 indices = missing[start : start + size]
                 labels = [self.label(work, index) for index in indices]
                 made = self.make(work, indices, labels)
                 _write_batch(made, indices, labels, writer, again)
                 bar.advance(len(indices))
-        writer.finish()
-        again.finish()
+            again.finish()
+            writer.finish()
         return len(wanted)
 
 
@@ -309,8 +310,7 @@ def _write_batch(
             [each[row] for row in made.remade.rows] for each in (indices, labels, made.sources)
         )
         again.write(numbers, classes, made.remade.images, sources, made.remade.columns)
-    writer.illustrate(indices, made.pictures)
-    writer.write(indices, labels, made.images, made.sources, made.columns)
+    writer.write(indices, labels, made.images, made.sources, made.columns, made.pictures)
 
 
 def identity(source: ImageSource, labels: Tensor, diffusion: DiffusionModel | None, runtime: Runtime) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from farout.diffusion.sampling import Spacing
 from farout.errors import FaroutError, SourceError
 from farout.images.classes import class_name, class_numbers
 from farout.images.sources import ImageSource, batches, open_source
-from farout.outliers._folder import ImageWriter, ReconstructedFolder
+from farout.outliers._folder import ReconstructedFolder
+from farout.outliers._writer import ImageWriter
 from farout.outliers.base import identity
 from farout.progress import task
 from farout.runtime import Runtime
@@ -122,7 +123,7 @@ def _write(source: ImageSource, labels: Tensor | None, trip: RoundTrip, writer: 
     missing = writer.missing(len(source))
     prepared, made = trip.model.preprocessing, 0
     size = runtime.images_at_once((prepared.channels, *prepared.size))
-    with task(f"reconstructions into {writer.folder}", len(missing)) as bar:
+    with writer, task(f"reconstructions into {writer.folder}", len(missing)) as bar:
         for batch in batches(source.subset(missing), prepared, size, workers=runtime.workers):
             if batch.keys:
                 places = [missing[place] for place in batch.indices]
@@ -135,5 +136,5 @@ def _write(source: ImageSource, labels: Tensor | None, trip: RoundTrip, writer: 
                 writer.write(places, numbers, again, batch.keys, columns)
                 made += len(places)
             bar.advance(len(batch.keys))
-    writer.finish()
+        writer.finish()
     return made

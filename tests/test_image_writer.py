@@ -5,7 +5,7 @@ end of it.
 import csv
 import errno
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,16 @@ def add(writer: ImageWriter, *indices: int) -> None:
     writer.write(indices, [0] * len(indices), torch.rand(len(indices), 1, 8, 8), [""] * len(indices), {})
 
 
+def fill(writer: ImageWriter, batches: Iterable[Sequence[int]], error: BaseException | None = None) -> None:
+    """Adds batches, and comes to its end by an error or well."""
+    with writer:
+        for batch in batches:
+            add(writer, *batch)
+        if error is not None:
+            raise error
+        writer.finish()
+
+
 def test_the_next_images_are_made_while_images_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One batch is let go by the next: if `write` waited for its own images, this would never end."""
     let_go, written, save = threading.Event(), [], _writer.save_png
@@ -73,9 +83,8 @@ def test_the_next_images_are_made_while_images_are_written(tmp_path: Path, monke
 
 
 def test_an_interruption_leaves_what_was_given(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), opened(tmp_path / "o") as writer:
-        add(writer, 3, 1)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fill(opened(tmp_path / "o"), [(3, 1)], KeyboardInterrupt())
     (tmp_path / "o" / ".working-000002").write_text("half")
     again = opened(tmp_path / "o", resume=True)
     assert (again.images, again.missing(4)) == (2, [0, 2])
@@ -87,11 +96,9 @@ def test_what_goes_wrong_in_a_thread_is_raised(tmp_path: Path, monkeypatch: pyte
         raise ValueError("no such picture")
 
     monkeypatch.setattr(_writer, "save_png", fails)
-    with pytest.raises(ValueError, match="no such picture"), opened(tmp_path / "o") as writer:
-        add(writer, 0)
-        add(writer, 1)
-    with pytest.raises(ValueError, match="no such picture"), opened(tmp_path / "p") as writer:
-        add(writer, 0)
+    for name, batches in {"o": [(0,), (1,)], "p": [(0,)]}.items():
+        with pytest.raises(ValueError, match="no such picture"):
+            fill(opened(tmp_path / name), batches)
     assert opened(tmp_path / "o", resume=True).images == 0
 
 
@@ -157,15 +164,13 @@ def test_a_manifest_that_no_longer_fits_has_whole_rows(tmp_path: Path) -> None:
     writer = opened(tmp_path / "o")
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
-        with pytest.raises(StoreError, match=r"too large; 9 images are complete"), writer:
-            for start in range(0, 30, 3):
-                add(writer, start, start + 1, start + 2)
+        with pytest.raises(StoreError, match=r"too large; 9 images are complete"):
+            fill(writer, [range(start, start + 3) for start in range(0, 30, 3)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert manifest.stat().st_size < 300
     assert [row["index"] for row in csv.DictReader(manifest.read_text().splitlines())] == list("012345678")
-    with opened(tmp_path / "o", resume=True) as again:
-        assert again.missing(12) == [9, 10, 11]
-        add(again, 9, 10, 11)
-        again.finish()
+    again = opened(tmp_path / "o", resume=True)
+    assert again.missing(12) == [9, 10, 11]
+    fill(again, [(9, 10, 11)])
     assert list(read_rows(tmp_path / "o")[1]) == list(range(12))

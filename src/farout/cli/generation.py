@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from farout import registry
 from farout.classifiers.model import Classifier
-from farout.devices import resolve_device, resolve_precision
+from farout.devices import first_process, resolve_device, resolve_precision
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sample_folder import SampledFolder, write_samples
 from farout.diffusion.sampling import Sampler, Spacing, choose_classes
@@ -121,6 +121,8 @@ def synthesize(
         policy=policy,
         runtime=runtime,
     )
+    if not first_process():
+        return found
     rated = None
     if classifier is not None and is_made_of_images(found):
         judge = Classifier.load(classifier).to(resolve_device(runtime.device))

@@ -18,6 +18,7 @@ from rich.table import Table
 from farout import progress as work
 from farout.classifiers.model import Classifier
 from farout.detectors.base import Detector
+from farout.devices import first_process
 from farout.diffusion.sample_folder import SampledFolder
 from farout.errors import FaroutWarning
 from farout.evaluation.fid import SetDistance
@@ -43,7 +44,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
     def one_line(message: Any, category: type, *place: Any, **more: Any) -> None:
-        if issubclass(category, FaroutWarning):
+        if issubclass(category, FaroutWarning) and first_process():
             print(f"warning: {message}", file=sys.stderr)
 
     warnings.showwarning = one_line
@@ -76,12 +77,15 @@ def progress() -> Iterator[None]:
     console = Console(stderr=True)
     note = TextColumn("{task.fields[note]}")
     # in a log, bars would be blank lines between the messages
-    with Progress(*columns, note, console=console, disable=not console.is_terminal) as bars, work.show(_Bars(bars)):
+    hidden = not console.is_terminal or not first_process()
+    with Progress(*columns, note, console=console, disable=hidden) as bars, work.show(_Bars(bars)):
         yield
 
 
 def show(name: str, result: Any) -> None:
-    """Prints what a command gave."""
+    """Prints what a command gave; of several processes the first one does."""
+    if not first_process():
+        return
     printers: dict[str, Callable[[Any], None]] = {
         "train diffusion": lambda model: print(
             f"trained on {len(model.trained_on)} images, {model.parameters:,} parameters"

@@ -150,8 +150,8 @@ class Deformation(Synthesiser):
 
     @torch.no_grad()
     def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
-        """The denoised images; those that are rejected are drawn anew, each for itself. What images are made again by is
-        the first draw.
+        """The denoised images; those that are rejected are drawn anew, each for itself. Images are made again by the
+        first draw.
         """
         plan = self._planned(work)
         start = plan.start([plan.draw(index, 0) for index in indices])

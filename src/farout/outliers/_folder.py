@@ -14,10 +14,21 @@ from farout import store
 from farout.errors import StoreError
 from farout.images.sources import ImageSource, open_source
 
-__all__ = ["IMAGES", "MANIFEST", "MadeFolder", "OutlierFolder", "ReconstructedFolder", "read_outliers", "read_rows"]
+__all__ = [
+    "IMAGES",
+    "MANIFEST",
+    "MadeFolder",
+    "OutlierFolder",
+    "ReconstructedFolder",
+    "Rows",
+    "read_outliers",
+    "read_rows",
+]
 
 IMAGES, MANIFEST = "images", "manifest.csv"
 """Names within a folder of made images."""
+Rows = tuple[tuple[str, ...], dict[int, dict[str, str]]]
+"""Columns of a manifest, and its rows by the numbers of their images."""
 _HEAD = ("key", "source", "label", "class_name", "seed", "index")
 _TEXT = ("key", "source", "class_name")
 
@@ -87,9 +98,9 @@ def read_outliers(folder: str | Path) -> OutlierFolder:
     return OutlierFolder(path, rows, rows, 0)
 
 
-def read_rows(folder: Path) -> tuple[tuple[str, ...], dict[int, dict[str, str]]]:
+def read_rows(folder: Path, name: str = MANIFEST) -> Rows:
     """Columns, and the rows of the images that are there by number; what an interruption has cut short is left out."""
-    path = folder / MANIFEST
+    path = folder / name
     if not path.is_file():
         return (), {}
     whole = "".join(path.read_text(encoding="utf-8").rpartition("\n")[:2])

@@ -11,16 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from farout import store
+from farout.devices import Team
 from farout.diffusion.sample_folder import folder_names, save_png, write_class_names
 from farout.errors import StoreError
-from farout.outliers._folder import IMAGES, MANIFEST, read_rows
+from farout.outliers._folder import IMAGES, MANIFEST, Rows, read_rows
 
 __all__ = ["ImageWriter"]
 
-_WORKING = ".working"
+_WORKING, _PART = ".working", "manifest.{}.csv"
 _THREADS = 4
 
 
@@ -32,15 +34,23 @@ class ImageWriter:
     the manifest once the image stands; an image without row is made anew, as is a row without image. It is used in a
     `with` block, which waits for what is being written, also after an error or an interruption.
 
+    Several processes fill one folder, each with images of its own. The rows of the others stand in `manifest.1.csv` and
+    so on until the first process makes one manifest of all: when they are done, and when work goes on.
+
     Args:
         folder: the folder.
         class_names: of all classes, in the order of their numbers; none: the images have no classes.
         seed: of the run.
         kind: of the folder.
+        team: the processes that fill it; None: this one.
     """
 
-    def __init__(self, folder: str | Path, class_names: Sequence[str], seed: int, kind: str) -> None:
+    def __init__(
+        self, folder: str | Path, class_names: Sequence[str], seed: int, kind: str, team: Team | None = None
+    ) -> None:
         self.folder, self.class_names, self.seed, self.kind = Path(folder), tuple(class_names), seed, kind
+        self.team = Team(torch.device("cpu")) if team is None else team
+        self._manifest = self.folder / (MANIFEST if self.team.index == 0 else _PART.format(self.team.index))
         self._folders = folder_names(self.class_names)
         self._columns: tuple[str, ...] = ()
         self._rows: dict[int, dict[str, str]] = {}
@@ -57,7 +67,7 @@ class ImageWriter:
             self._pool.shutdown()
 
     def begin(self, settings: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool) -> None:
-        """Opens the folder.
+        """Opens the folder, for all processes.
 
         Args:
             settings: all that decides the images; a resumed run must have the same.
@@ -67,6 +77,9 @@ class ImageWriter:
         Raises StoreError where something else is in the folder, such images are in it already and `resume` is not set,
         or these were made otherwise.
         """
+        self._columns, self._rows = self.team.lead(lambda: self._open(settings, about, resume))
+
+    def _open(self, settings: Mapping[str, Any], about: Mapping[str, Any], resume: bool) -> Rows:
         store.check_replaceable(self.folder, self.kind)
         if (self.folder / "config.json").is_file() and not resume:
             raise StoreError(
@@ -76,15 +89,14 @@ class ImageWriter:
         write_class_names(self.folder / IMAGES, self.class_names)
         for left in self.folder.glob(f"{_WORKING}*"):  # by a run that was killed
             left.unlink()
-        self._columns, self._rows = read_rows(self.folder)
-        self._rewrite()
+        return self._join()
 
     def key(self, index: int, label: int | None) -> str:
         """Where image number `index` lies within `images/`."""
         return f"{index:06d}.png" if label is None else f"{self._folders[label]}/{index:06d}.png"
 
     def missing(self, count: int) -> list[int]:
-        """The numbers below `count` that have no image yet."""
+        """The numbers below `count` that have no image yet; the same in all processes, when the folder is opened."""
         return [index for index in range(count) if index not in self._rows]
 
     @property
@@ -154,33 +166,45 @@ class ImageWriter:
         try:
             yield
         except OSError as error:
+            known = f"at least {self.images}" if self.team.count > 1 else self.images
             raise StoreError(
-                f"{self.folder} cannot be written to: {error.strerror or error}; {self.images} images are complete, "
+                f"{self.folder} cannot be written to: {error.strerror or error}; {known} images are complete, "
                 "and the same command with --resume (resume=True) goes on from there"
             ) from error
 
     def _append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Adds rows to the manifest: all, or none."""
-        if not rows:
-            return
-        columns = tuple(rows[0])
+        """Adds rows to this process's manifest: all, or none."""
+        if rows:
+            self._agree(tuple(rows[0]))
+            _add_to(self._manifest, self._columns, rows)
+            self._rows |= {int(row["index"]): {name: str(value) for name, value in row.items()} for row in rows}
+
+    def _agree(self, columns: tuple[str, ...]) -> None:
         if self._columns and columns != self._columns:
             raise StoreError(f"{self.folder / MANIFEST} has the columns {self._columns}, expected {columns}")
-        _add_to(self.folder / MANIFEST, _table(columns, rows, head=not self._columns))
         self._columns = columns
-        self._rows |= {int(row["index"]): {name: str(value) for name, value in row.items()} for row in rows}
 
     def finish(self) -> None:
-        """Waits for the last images, and writes the manifest anew, in the order of their numbers."""
+        """Waits for the last images, of all processes, and writes one manifest in the order of their numbers."""
         self._settle()
-        self._rewrite()
+        self.team.gather(None)
+        self._columns, self._rows = self.team.lead(self._join)
 
-    def _rewrite(self) -> None:
-        if not self._columns:
-            return
-        text = _table(self._columns, [self._rows[index] for index in sorted(self._rows)], head=True)
-        with self._explained(), store.atomic_file(self.folder / MANIFEST) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="")
+    def _join(self) -> Rows:
+        """One manifest of those of all processes."""
+        parts = sorted(self.folder.glob(_PART.format("*")))
+        for name in [MANIFEST, *(part.name for part in parts)]:
+            columns, rows = read_rows(self.folder, name)
+            if columns:
+                self._agree(columns)
+                self._rows |= rows
+        if self._columns:
+            text = _table(self._columns, [self._rows[index] for index in sorted(self._rows)], head=True)
+            with self._explained(), store.atomic_file(self.folder / MANIFEST) as temporary:
+                temporary.write_text(text, encoding="utf-8", newline="")
+        for part in parts:
+            part.unlink()
+        return self._columns, self._rows
 
 
 def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, head: bool) -> str:
@@ -192,12 +216,12 @@ def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, head: b
     return text.getvalue()
 
 
-def _add_to(path: Path, text: str) -> None:
-    """Appends to a file, which after an error is what it was."""
+def _add_to(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends rows to a file, which after an error is what it was."""
     before = path.stat().st_size if path.is_file() else 0
     try:
         with path.open("a", newline="", encoding="utf-8") as file:
-            file.write(text)
+            file.write(_table(columns, rows, head=not before))
     except OSError:
         if before:
             os.truncate(path, before)

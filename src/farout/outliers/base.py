@@ -15,6 +15,7 @@ from torch import Tensor
 from farout import registry, store
 from farout.classifiers.model import Classifier
 from farout.configuration import Configured, flat
+from farout.devices import Team, join
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, SourceError
 from farout.images.classes import class_name, class_numbers
@@ -190,7 +191,10 @@ class Synthesiser(Configured, ABC):
         policy: Literal["raise", "skip"] = "raise",
         runtime: Runtime | None = None,
     ) -> OutlierFolder:
-        """Makes outliers number 0 to count - 1 into `out`, the same for any batch size.
+        """Makes outliers number 0 to count - 1 into `out`, the same for any batch size and number of processes.
+
+        Started under `accelerate launch` or `torchrun`, several processes, one device each, share the images of the
+        last stage; the first one does the stages before by itself.
 
         Args:
             images: labelled in-distribution images, any source.
@@ -218,25 +222,28 @@ class Synthesiser(Configured, ABC):
         doing = self._stages(stage)
         source = open_source(images, policy=policy, limit=limit, seed=seed)
         resolved = (runtime or Runtime()).resolved()
+        team = join(resolved.device)
         _check_labelled(source)
         model = None if diffusion is None else self.load_diffusion(diffusion, source)
         networks = self._networks(model, classifier, resolved.device)
         work = _work(source, networks, Path(out), count, seed, resolved)
         self.check(work)
         warn_of_other_classes(source, work.diffusion, work.classifier)
-        writer, again = self._writers(work)
+        writer, again = self._writers(work, team)
         about = {"source": source.name, "images": len(source), "class_names": list(work.class_names)}
         for each in (writer, again) if self.remakes(work) else (writer,):
             each.begin(self._settings(work), {**about, "provenance": self.provenance}, resume=resume)
-        if doing == self.stages:
+        team.lead(lambda: self._before(work, doing))
+        made = self._write(work, writer, again) if doing == self.stages else 0
+        return OutlierFolder(Path(out), writer.images, count, made)
+
+    def _before(self, work: Work, doing: Sequence[str]) -> None:
+        """What comes before the last stage."""
+        if self.stages[-1] in doing:
             self.judge(work)
-        made = 0
         for name in doing:
             if name != self.stages[-1]:
                 self.prepare(work, name)
-            else:
-                made = self._write(work, writer, again)
-        return OutlierFolder(Path(out), writer.images, count, made)
 
     def _stages(self, last: str | None) -> tuple[str, ...]:
         if last is None:
@@ -276,15 +283,15 @@ class Synthesiser(Configured, ABC):
             "classifier": work.classifier.content_hash if work.classifier and "classifier" in self.wanted else None,
         }
 
-    def _writers(self, work: Work) -> tuple[ImageWriter, ImageWriter]:
+    def _writers(self, work: Work, team: Team) -> tuple[ImageWriter, ImageWriter]:
         """Of outliers, and of the images that they were made of."""
         out, names = work.folder, work.class_names
-        again = ImageWriter(out / RECONSTRUCTIONS, names, work.seed, ReconstructedFolder.kind)
-        return ImageWriter(out, names, work.seed, OutlierFolder.kind), again
+        again = ImageWriter(out / RECONSTRUCTIONS, names, work.seed, ReconstructedFolder.kind, team)
+        return ImageWriter(out, names, work.seed, OutlierFolder.kind, team), again
 
     def _write(self, work: Work, writer: ImageWriter, again: ImageWriter) -> int:
         wanted, lost = writer.missing(work.count), again.missing(min(work.count, self.remakes(work)))
-        missing = sorted({*wanted, *lost})
+        missing = writer.team.part(sorted({*wanted, *lost}))
         size = work.runtime.images_at_once(work.shape)
         with writer, again, task(f"outliers into {work.folder}", len(missing)) as bar:
             for start in range(0, len(missing), size):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from farout.devices import join
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.round_trip import RoundTrip
 from farout.diffusion.sampling import Spacing
@@ -43,6 +44,8 @@ def reconstruct(
 ) -> ReconstructedFolder:
     """Sends every image of a source through a generator and back into `out` (see `RoundTrip`), the same for any batch.
 
+    Started under `accelerate launch` or `torchrun`, several processes, one device each, share the images.
+
     For two uses. A classifier that learns from outliers of a generator learns from these too, as images of their
     classes: then being generated is not what tells outliers apart (`train_classifier(…, reconstructions=out)`). And a
     detector that tells test images from their own round trips sees a generator's traces, not what an image shows: its
@@ -72,6 +75,7 @@ def reconstruct(
             were made with other settings, which are listed.
     """
     resolved = (runtime or Runtime()).resolved()
+    team = join(resolved.device)
     model = DiffusionModel.load(diffusion) if isinstance(diffusion, str | Path) else diffusion
     trip = RoundTrip(
         model.to(resolved.device),
@@ -87,7 +91,7 @@ def reconstruct(
     )
     source = open_source(images, policy=policy, limit=limit, seed=seed)
     names, labels = _classes(source, trip)
-    writer = ImageWriter(out, names, seed, ReconstructedFolder.kind)
+    writer = ImageWriter(out, names, seed, ReconstructedFolder.kind, team)
     writer.begin(_settings(source, labels, trip, resolved), _about(source, names), resume=resume)
     made = _write(source, labels, trip, writer, resolved)
     return ReconstructedFolder(Path(out), writer.images, len(source), made)
@@ -120,7 +124,7 @@ def _about(source: ImageSource, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _write(source: ImageSource, labels: Tensor | None, trip: RoundTrip, writer: ImageWriter, runtime: Runtime) -> int:
-    missing = writer.missing(len(source))
+    missing = writer.team.part(writer.missing(len(source)))
     prepared, made = trip.model.preprocessing, 0
     size = runtime.images_at_once((prepared.channels, *prepared.size))
     with writer, task(f"reconstructions into {writer.folder}", len(missing)) as bar:
@@ -137,4 +141,4 @@ def _write(source: ImageSource, labels: Tensor | None, trip: RoundTrip, writer: 
                 made += len(places)
             bar.advance(len(batch.keys))
         writer.finish()
-    return made
+    return sum(writer.team.gather(made))

@@ -84,6 +84,7 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_folder_of_one(images: Path, tmp_path: Path) -> None:
     script, shared, single = tmp_path / "script.py", tmp_path / "two", tmp_path / "one"
     shared.mkdir()
@@ -92,7 +93,7 @@ def test_two_processes_make_the_folder_of_one(images: Path, tmp_path: Path) -> N
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*launcher, str(_free_port()), str(script)], env=environment, capture_output=True, text=True, timeout=300
+        [*launcher, str(_free_port()), str(script)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     with warnings.catch_warnings():

@@ -88,6 +88,8 @@ def synthesize(
 ) -> OutlierFolder:
     """Make outliers from labelled images, with a diffusion model.
 
+    `accelerate launch -m farout synthesize …` shares the images among several processes, one device each.
+
     Args:
         method: the synthesiser's name, see `farout list synthesisers`.
         source: labelled images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
@@ -154,6 +156,8 @@ def reconstruct(
     workers: int = 2,
 ) -> ReconstructedFolder:
     """Make images again with a diffusion model: part of the way to noise, and back.
+
+    `accelerate launch -m farout reconstruct …` shares the images among several processes, one device each.
 
     Args:
         source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split; labels are kept.

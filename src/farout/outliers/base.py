@@ -313,10 +313,9 @@ def _write_batch(
     if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise FaroutError("some outliers are not numbers; use precision fp32, or settings less far out")
     if made.remade is not None:
-        numbers, classes, sources = (
-            [each[row] for row in made.remade.rows] for each in (indices, labels, made.sources)
-        )
-        again.write(numbers, classes, made.remade.images, sources, made.remade.columns)
+        rows = made.remade.rows
+        numbers, classes = ([each[row] for row in rows] for each in (indices, labels))
+        again.write(numbers, classes, made.remade.images, [made.sources[row] for row in rows], made.remade.columns)
     writer.write(indices, labels, made.images, made.sources, made.columns, made.pictures)
 
 

@@ -143,7 +143,9 @@ def test_a_roc_path_encloses_the_area(ties: bool) -> None:
     assert np.trapezoid(1 - up, across) == pytest.approx(auroc(inside, outside), abs=0.005)
 
 
-@pytest.mark.parametrize(("more", "expected"), [(False, [True, True, False, False]), (True, [False, True, False, True])])
+@pytest.mark.parametrize(
+    ("more", "expected"), [(False, [True, True, False, False]), (True, [False, True, False, True])]
+)
 def test_the_front_is_what_nothing_beats(more: bool, expected: list[bool]) -> None:
     costs, areas = np.array([1.0, 10.0, 10.0, 100.0]), np.array([0.8, 0.9, 0.85, 0.7])
     assert front(costs, areas, more).tolist() == expected

@@ -1,12 +1,14 @@
-"""Devices, precision, and the processes that train together."""
+"""Devices, precision, and the processes that work together."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -14,14 +16,31 @@ from torch import Tensor, distributed
 
 from farout.errors import FaroutError
 
-__all__ = ["Precision", "Team", "autocast", "first_process", "join", "resolve_device", "resolve_precision"]
+__all__ = ["Precision", "Team", "alone", "autocast", "first_process", "join", "resolve_device", "resolve_precision"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)
+"""How long processes wait for each other; the launcher ends them all where one is gone."""
+_alone: ContextVar[bool] = ContextVar("farout_alone", default=False)
 
 
 def first_process() -> bool:
     """Whether this process writes what all processes made: the only one, or the first of several."""
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What begins inside is this process's own work: `join` answers with a team of one."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -75,7 +94,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that train together, and what they exchange."""
+    """The processes that work together, and what they exchange."""
 
     device: torch.device
     count: int = 1
@@ -105,6 +124,27 @@ class Team:
             distributed.all_gather_object(items, item)
         return items
 
+    def part(self, items: Sequence[T]) -> list[T]:
+        """Of items that all processes have, those of this one: disjoint slices."""
+        return list(items[self.index :: self.count])
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """What `work` gives in the first process, which does it by itself; the others wait for it, and get the same.
+
+        Where it raises a FaroutError or OSError there, all do.
+        """
+        done: tuple[Any, FaroutError | OSError | None] = (None, None)
+        if self.index == 0:
+            try:
+                with alone():
+                    done = (work(), None)
+            except (FaroutError, OSError) as error:
+                done = (None, error)
+        value, failed = self.gather((done[0], None if done[1] is None else str(done[1])))[0]
+        if failed is not None:
+            raise done[1] or FaroutError(failed)
+        return value
+
 
 def join(name: str) -> Team:
     """Joins the processes of the launcher; alone without one.
@@ -114,14 +154,14 @@ def join(name: str) -> Team:
     """
     device = resolve_device(name)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if world == 1 or _alone.get():
         return Team(device)
-    state = PartialState(cpu=device.type == "cpu")
+    state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
     same = state.device.type == device.type and (device.type != "cuda" or state.device.index == device.index)
     if state.num_processes != world or not same:
         raise FaroutError(
             f"the launcher started {world} processes, and accelerate set up {state.num_processes} on {state.device}, "
-            f"but the device asked for is {name!r} ({device}); start train() before any other accelerate object, and "
+            f"but the device asked for is {name!r} ({device}); begin before any other accelerate object, and "
             "give device=auto, cuda or cpu"
         )
     return Team(device, world, state.process_index)

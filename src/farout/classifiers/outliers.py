@@ -76,9 +76,13 @@ def _is_made(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "images").is_dir()
 
 
-def _rows(manifest: Path) -> list[dict[str, str]]:
-    with manifest.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def _rows(folder: Path) -> list[dict[str, str]]:
+    """Of a folder that several processes were filling when they were stopped, each has left a manifest."""
+    rows = []
+    for manifest in sorted(folder.glob("manifest*.csv")):
+        with manifest.open(newline="", encoding="utf-8") as file:
+            rows += list(csv.DictReader(file))
+    return rows
 
 
 def originals(images: str | Path, source: ImageSource) -> tuple[str | None, ...]:
@@ -87,10 +91,7 @@ def originals(images: str | Path, source: ImageSource) -> tuple[str | None, ...]
     is none.
     """
     folders = [folder for folder in (Path(images), Path(images).parent) if _is_made(folder)]
-    path = next((folder / "manifest.csv" for folder in folders), None)
-    if path is None or not path.is_file():
-        return (None,) * len(source)
-    told = {row["key"]: row.get("source_hash") for row in _rows(path)}
+    told = {row["key"]: row.get("source_hash") for row in (_rows(folders[0]) if folders else [])}
     return tuple(told.get(key) or None for key in source.keys)
 
 
@@ -99,13 +100,13 @@ def read_made_of(folder: str | Path) -> dict[str, str]:
 
     Raises SourceError for another folder, and for outliers that were made of no image.
     """
-    manifest = Path(folder) / "manifest.csv"
-    if not _is_made(Path(folder)) or not manifest.is_file():
+    rows = _rows(Path(folder)) if _is_made(Path(folder)) else []
+    if not rows:
         raise SourceError(
             f"{folder} does not tell which image an outlier was made of; give a folder that `farout synthesize` wrote, "
             "or leave the pairing out"
         )
-    found = {row["key"]: row["source"] for row in _rows(manifest)}
+    found = {row["key"]: row["source"] for row in rows}
     if not all(found.values()):
         raise SourceError(
             f"the outliers of {folder} were made of no single image (see its manifest); leave the pairing out"

@@ -206,8 +206,9 @@ def train_classifier(
         outliers: images that lie outside the distribution, to be told apart from the others: a folder that `farout
             synthesize` made, or any image source; labels are not looked at.
         reconstructions: images of the classes that a generator has made again, with labels: a folder that `farout
-            reconstruct` made, or any image source. A part of the images is taken from them, so that being generated is
-            not what tells outliers apart. Those of images that are held out are left out.
+            reconstruct` made, or `farout synthesize … --reconstructions`, or any image source. A part of the images is
+            taken from them, so that being generated is not what tells outliers apart. Those of images that are held out
+            are left out.
         weights: weights to start from: a file, an OpenOOD checkpoint for instance, or the folder of a classifier, whose
             training images then count as seen; None: fresh ones.
         keep_weights: train nothing: the given weights become a classifier of the source's classes, as they are. It

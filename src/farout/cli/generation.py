@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from farout import registry
 from farout.classifiers.model import Classifier
-from farout.devices import resolve_device, resolve_precision
+from farout.devices import first_process, resolve_device, resolve_precision
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.round_trip import BackSpacing
 from farout.diffusion.sample_folder import SampledFolder, write_samples
@@ -90,6 +90,8 @@ def synthesize(
 ) -> OutlierFolder:
     """Make outliers from labelled images, with a diffusion model.
 
+    `accelerate launch -m farout synthesize …` shares the images among several processes, one device each.
+
     Args:
         method: the synthesiser's name, see `farout list synthesisers`.
         source: labelled images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
@@ -123,6 +125,8 @@ def synthesize(
         policy=policy,
         runtime=runtime,
     )
+    if not first_process():
+        return found
     rated = None
     if classifier is not None and is_made_of_images(found):
         judge = Classifier.load(classifier).to(resolve_device(runtime.device))
@@ -154,6 +158,8 @@ def reconstruct(
     workers: int = 2,
 ) -> ReconstructedFolder:
     """Make images again with a diffusion model: part of the way to noise, and back.
+
+    `accelerate launch -m farout reconstruct …` shares the images among several processes, one device each.
 
     Args:
         source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split; labels are kept.

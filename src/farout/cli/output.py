@@ -20,6 +20,7 @@ from farout.classifiers.exposure import counted_classes
 from farout.classifiers.model import Classifier
 from farout.cli.bench import show_bench
 from farout.detectors.base import Detector
+from farout.devices import first_process
 from farout.diffusion.sample_folder import SampledFolder
 from farout.errors import FaroutWarning
 from farout.evaluation.fid import SetDistance
@@ -34,6 +35,9 @@ __all__ = ["progress", "quiet_libraries", "show"]
 _SHORT = {"fpr95": "FPR95", "false_alarm": "alarms", "detection": "found", "images_per_s": "img/s"}
 """Columns shown beside detector, set and AUROC, with short heads; all columns are in metrics.csv."""
 
+_MADE = ("images", "reconstructions", "manifest.csv", "quality.csv", "page.html")
+"""What there may be in a folder of made images."""
+
 
 def quiet_libraries() -> None:
     """Our warnings on one line each; other libraries' chatter away."""
@@ -42,7 +46,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
     def one_line(message: Any, category: type, *place: Any, **more: Any) -> None:
-        if issubclass(category, FaroutWarning):
+        if issubclass(category, FaroutWarning) and first_process():
             print(f"warning: {message}", file=sys.stderr)
 
     warnings.showwarning = one_line
@@ -75,12 +79,15 @@ def progress() -> Iterator[None]:
     console = Console(stderr=True)
     note = TextColumn("{task.fields[note]}")
     # in a log, bars would be blank lines between the messages
-    with Progress(*columns, note, console=console, disable=not console.is_terminal) as bars, work.show(_Bars(bars)):
+    hidden = not console.is_terminal or not first_process()
+    with Progress(*columns, note, console=console, disable=hidden) as bars, work.show(_Bars(bars)):
         yield
 
 
 def show(name: str, result: Any) -> None:
-    """Prints what a command gave."""
+    """Prints what a command gave; of several processes the first one does."""
+    if not first_process():
+        return
     printers: dict[str, Callable[[Any], None]] = {
         "train diffusion": lambda model: print(
             f"trained on {len(model.trained_on)} images, {model.parameters:,} parameters"
@@ -143,7 +150,7 @@ def _sampled(done: SampledFolder) -> None:
 def _made(done: MadeFolder, what: str) -> None:
     more = f", {done.asked} asked for" * (done.images != done.asked)
     print(f"{done.images} {what}, {done.made} made now{more}")
-    for path in (done.folder / each for each in ("images", "manifest.csv", "quality.csv", "page.html")):
+    for path in (done.folder / each for each in _MADE):
         if path.exists():
             print(f"  {path}")
 

@@ -188,10 +188,15 @@ def write_class_names(folder: Path, names: Sequence[str]) -> None:
 
 
 def save_png(image: Tensor, path: Path, working: Path) -> None:
-    """Writes an image (C, H, W) in [0, 1], under the name `working` first: what stands at `path` is whole."""
+    """Writes an image (C, H, W) in [0, 1], under the name `working` first: what stands at `path` is whole, and after an
+    error nothing else is left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil((image.clamp(0, 1) * 255).round().to(torch.uint8)).save(working, format="PNG")
-    os.replace(working, path)
+    try:
+        to_pil((image.clamp(0, 1) * 255).round().to(torch.uint8)).save(working, format="PNG")
+        os.replace(working, path)
+    finally:
+        working.unlink(missing_ok=True)
 
 
 def contact_sheet(rows: Sequence[Sequence[Path]]) -> Image.Image:

@@ -21,6 +21,7 @@ from farout.errors import FaroutError, TrapWarning
 from farout.images.preprocessing import check_against
 from farout.images.sources import ImageSource
 from farout.outliers._decoding import class_space
+from farout.outliers._remade import rehearse_remaking, remade
 from farout.outliers._starts import Draw, Plan, Start
 from farout.outliers._targets import TargetKind
 from farout.outliers._wording import PHOTO, Wording
@@ -86,6 +87,8 @@ class Deformation(Synthesiser):
         clip: keep values within those of images at every step, for models without autoencoder.
         reject: draw an outlier anew that the classifier takes for its image's class with more than this probability.
         attempts: draws at most; of those that are all rejected the least probable one is kept.
+        reconstructions: also make every image again, once, as one of its class: OUT/reconstructions, a folder as
+            `farout reconstruct` writes it, for the training of a classifier beside the outliers.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"diffusion", "classes", "labels"})
@@ -106,12 +109,13 @@ class Deformation(Synthesiser):
         clip: bool = True,
         reject: float | None = None,
         attempts: int = 4,
+        reconstructions: bool = False,
     ) -> None:
         self.targets, self.target_classes, self.solver, self.steps = targets, tuple(target_classes), solver, steps
         self.wording = Wording(words, tuple(templates), nearest, class_words)
         self.wording.check_beside(targets, self.target_classes)
         self.k_min, self.k_max = k_min, max(1, steps - 1) if k_max is None else k_max
-        self.clip, self.reject, self.attempts = clip, reject, attempts
+        self.clip, self.reject, self.attempts, self.reconstructions = clip, reject, attempts, reconstructions
         if not 1 <= self.k_min <= self.k_max <= steps:
             raise FaroutError(
                 f"images go k_min to k_max of the steps, 1 <= k_min <= k_max <= steps; got {k_min}, {self.k_max} and "
@@ -154,6 +158,8 @@ class Deformation(Synthesiser):
             raise no_null()
         plan = self._planned(work)
         self.rehearse(plan.solve, paths.pad([plan.path(k) for k in (self.k_min, self.k_max)]))
+        if self.reconstructions:
+            rehearse_remaking(plan)
         plan.prepare()
         for trap in check_against(work.source, work.generator.preprocessing):
             warnings.warn(trap, TrapWarning, stacklevel=3)
@@ -163,6 +169,10 @@ class Deformation(Synthesiser):
         order = self._planned(work).order
         return int(work.labels[order[index % len(order)]])
 
+    def remakes(self, work: Work) -> int:
+        """One for each image, where they are wanted."""
+        return len(self._planned(work).order) if self.reconstructions else 0
+
     def _planned(self, work: Work) -> Plan:
         if self._plan is None or self._plan.work is not work:
             self._plan = Plan(self, work)
@@ -170,27 +180,33 @@ class Deformation(Synthesiser):
 
     @torch.no_grad()
     def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
-        """The denoised images; those that are rejected are drawn anew, each for itself."""
+        """The denoised images; those that are rejected are drawn anew, each for itself. Images are made again by the
+        first draw.
+        """
         plan = self._planned(work)
-        made = self._attempt(plan, indices, 0)
+        start = plan.start([plan.draw(index, 0) for index in indices])
+        made = self._outliers(plan, start, indices, 0)
         for attempt in range(1, self.attempts if self.reject is not None else 1):
             again = [row for row, each in enumerate(made) if each.probability > float(self.reject or 0)]
             if not again:
                 break
-            for row, other in zip(again, self._attempt(plan, [indices[row] for row in again], attempt), strict=True):
+            numbers = [indices[row] for row in again]
+            fresh = plan.start([plan.draw(index, attempt) for index in numbers])
+            for row, other in zip(again, self._outliers(plan, fresh, numbers, attempt), strict=True):
                 made[row] = min(made[row], other, key=lambda each: each.probability)
         images, keys = [each.image for each in made], [work.source.keys[each.draw.place] for each in made]
         regions = {REGIONS: [each.regions for each in made]}
-        return Made(torch.stack(images), keys, self._columns(plan, indices, made), regions)
+        columns = self._columns(plan, indices, made)
+        originals = remade(plan, start, indices) if self.reconstructions else None
+        return Made(torch.stack(images), keys, columns, regions, originals)
 
-    def _attempt(self, plan: Plan, indices: Sequence[int], attempt: int) -> list[_Outlier]:
-        draws = [plan.draw(index, attempt) for index in indices]
-        found = self.denoise(plan, plan.start(draws), indices)
+    def _outliers(self, plan: Plan, start: Start, indices: Sequence[int], attempt: int) -> list[_Outlier]:
+        found = self.denoise(plan, start, indices)
         images = plan.model.decode(found.x0).cpu()
-        made = [_Outlier(*row, attempt=attempt) for row in zip(draws, images, found.regions, strict=True)]
+        made = [_Outlier(*row, attempt=attempt) for row in zip(start.draws, images, found.regions, strict=True)]
         if plan.judge is None or self.reject is None:
             return made
-        chances = plan.judge(images, [draw.label for draw in draws])
+        chances = plan.judge(images, [draw.label for draw in start.draws])
         return [replace(each, probability=chance) for each, chance in zip(made, chances, strict=True)]
 
     def _columns(self, plan: Plan, indices: Sequence[int], made: Sequence[_Outlier]) -> dict[str, Sequence[Any]]:

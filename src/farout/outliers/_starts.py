@@ -51,11 +51,12 @@ class Draw:
 class Start:
     """Noised images, about to be denoised.
 
-    draws: one for each; x: (B, …) in the network's space; sigmas: their paths (B, steps + 1); own: the conditions of
-    their classes; target: of their targets, None where nothing is put in.
+    draws: one for each; clean: the images (B, …) in the network's space; x: noised; sigmas: their paths (B, steps + 1);
+    own: the conditions of their classes; target: of their targets, None where nothing is put in.
     """
 
     draws: Sequence[Draw]
+    clean: Tensor
     x: Tensor
     sigmas: Tensor
     own: Condition
@@ -157,7 +158,7 @@ class Plan:
         x = x0 + spread(sigmas[:, 0], x0) * torch.stack([draw.noise for draw in draws]).to(x0.device)
         own = Condition.join([draw.target.own for draw in draws])
         put = [draw.target.condition for draw in draws if draw.target.condition is not None]
-        return Start(draws, x, sigmas, own, Condition.join(put) if put else None)
+        return Start(draws, x0, x, sigmas, own, Condition.join(put) if put else None)
 
 
 def by_turns(labels: Sequence[int]) -> list[int]:

@@ -15,17 +15,32 @@ from torch import Tensor
 from farout import registry, store
 from farout.classifiers.model import Classifier
 from farout.configuration import Configured, flat
+from farout.devices import Team, join
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, SourceError
 from farout.images.classes import class_name, class_numbers
 from farout.images.places import some_readable
 from farout.images.sources import ImageSource, open_source
-from farout.outliers._folder import ImageWriter, MadeFolder, OutlierFolder, read_outliers
+from farout.outliers._folder import MadeFolder, OutlierFolder, ReconstructedFolder, read_outliers
 from farout.outliers._other_classes import warn_of_other_classes
+from farout.outliers._writer import ImageWriter
 from farout.progress import task
 from farout.runtime import Runtime
 
-__all__ = ["Made", "MadeFolder", "OutlierFolder", "Runtime", "Synthesiser", "Work", "names_of", "read_outliers"]
+__all__ = [
+    "Made",
+    "MadeFolder",
+    "OutlierFolder",
+    "Remade",
+    "Runtime",
+    "Synthesiser",
+    "Work",
+    "names_of",
+    "read_outliers",
+]
+
+RECONSTRUCTIONS = "reconstructions"
+"""The folder of images made again, within one of outliers that were made of them."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +98,28 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Remade:
+    """Images that outliers were made of, made again: rows of their batch, images (R, C, H, W) in [0, 1], and what
+    varies by image, by name.
+    """
+
+    rows: Sequence[int]
+    images: Tensor
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Made:
     """Outliers: images (B, C, H, W) in [0, 1]; the key of the image that each was made of, empty where it was made of
-    none; what else varies by image, by name; and pictures (C, H, W) in [0, 1] that tell of some, by name of a folder.
+    none; what else varies by image, by name; pictures (C, H, W) in [0, 1] that tell of some, by name of a folder; and
+    what some were made of, made again.
     """
 
     images: Tensor
     sources: Sequence[str]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     pictures: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
+    remade: Remade | None = None
 
 
 class Synthesiser(Configured, ABC):
@@ -146,6 +174,10 @@ class Synthesiser(Configured, ABC):
         """The class of outlier number `index`: the classes that have images take turns."""
         return work.classes[index % len(work.classes)]
 
+    def remakes(self, work: Work) -> int:
+        """With how many of the first outliers `make` gives the images that they were made of, made again."""
+        return 0
+
     # -- what every synthesiser does -----------------------------------------------------------------------------
 
     def synthesize(
@@ -163,7 +195,10 @@ class Synthesiser(Configured, ABC):
         policy: Literal["raise", "skip"] = "raise",
         runtime: Runtime | None = None,
     ) -> OutlierFolder:
-        """Makes outliers number 0 to count - 1 into `out`, the same for any batch size.
+        """Makes outliers number 0 to count - 1 into `out`, the same for any batch size and number of processes.
+
+        Started under `accelerate launch` or `torchrun`, several processes, one device each, share the images of the
+        last stage; the first one does the stages before by itself.
 
         Args:
             images: labelled in-distribution images, any source.
@@ -191,24 +226,28 @@ class Synthesiser(Configured, ABC):
         doing = self._stages(stage)
         source = open_source(images, policy=policy, limit=limit, seed=seed)
         resolved = (runtime or Runtime()).resolved()
+        team = join(resolved.device)
         _check_labelled(source)
         model = None if diffusion is None else self.load_diffusion(diffusion, source)
         networks = self._networks(model, classifier, resolved.device)
         work = _work(source, networks, Path(out), count, seed, resolved)
         self.check(work)
         warn_of_other_classes(source, work.diffusion, work.classifier)
-        writer = ImageWriter(out, work.class_names, seed, OutlierFolder.kind)
+        writer, again = self._writers(work, team)
         about = {"source": source.name, "images": len(source), "class_names": list(work.class_names)}
-        writer.begin(self._settings(work), {**about, "provenance": self.provenance}, resume=resume)
-        if doing == self.stages:
+        for each in (writer, again) if self.remakes(work) else (writer,):
+            each.begin(self._settings(work), {**about, "provenance": self.provenance}, resume=resume)
+        team.lead(lambda: self._before(work, doing))
+        made = self._write(work, writer, again) if doing == self.stages else 0
+        return OutlierFolder(Path(out), writer.images, count, made)
+
+    def _before(self, work: Work, doing: Sequence[str]) -> None:
+        """What comes before the last stage."""
+        if self.stages[-1] in doing:
             self.judge(work)
-        made = 0
         for name in doing:
             if name != self.stages[-1]:
                 self.prepare(work, name)
-            else:
-                made = self._write(work, writer)
-        return OutlierFolder(Path(out), writer.images, count, made)
 
     def _stages(self, last: str | None) -> tuple[str, ...]:
         if last is None:
@@ -248,21 +287,40 @@ class Synthesiser(Configured, ABC):
             "classifier": work.classifier.content_hash if work.classifier and "classifier" in self.wanted else None,
         }
 
-    def _write(self, work: Work, writer: ImageWriter) -> int:
-        missing = writer.missing(work.count)
+    def _writers(self, work: Work, team: Team) -> tuple[ImageWriter, ImageWriter]:
+        """Of outliers, and of the images that they were made of."""
+        out, names = work.folder, work.class_names
+        again = ImageWriter(out / RECONSTRUCTIONS, names, work.seed, ReconstructedFolder.kind, team)
+        return ImageWriter(out, names, work.seed, OutlierFolder.kind, team), again
+
+    def _write(self, work: Work, writer: ImageWriter, again: ImageWriter) -> int:
+        wanted, lost = writer.missing(work.count), again.missing(min(work.count, self.remakes(work)))
+        missing = writer.team.part(sorted({*wanted, *lost}))
         size = work.runtime.images_at_once(self.shape(work))
-        with task(f"outliers into {work.folder}", len(missing)) as bar:
+        with writer, again, task(f"outliers into {work.folder}", len(missing)) as bar:
             for start in range(0, len(missing), size):
                 indices = missing[start : start + size]
                 labels = [self.label(work, index) for index in indices]
                 made = self.make(work, indices, labels)
-                if not bool(torch.isfinite(made.images).all()):
-                    raise FaroutError("some outliers are not numbers; use precision fp32, or settings less far out")
-                writer.illustrate(indices, made.pictures)
-                writer.write(indices, labels, made.images, made.sources, made.columns)
+                _write_batch(made, indices, labels, writer, again)
                 bar.advance(len(indices))
-        writer.finish()
-        return len(missing)
+            again.finish()
+            writer.finish()
+        return len(wanted)
+
+
+def _write_batch(
+    made: Made, indices: Sequence[int], labels: Sequence[int], writer: ImageWriter, again: ImageWriter
+) -> None:
+    """What outliers were made of goes first: where an outlier stands, it does."""
+    parts = [made.images] if made.remade is None else [made.images, made.remade.images]
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
+        raise FaroutError("some outliers are not numbers; use precision fp32, or settings less far out")
+    if made.remade is not None:
+        rows = made.remade.rows
+        numbers, classes = ([each[row] for row in rows] for each in (indices, labels))
+        again.write(numbers, classes, made.remade.images, [made.sources[row] for row in rows], made.remade.columns)
+    writer.write(indices, labels, made.images, made.sources, made.columns, made.pictures)
 
 
 def identity(source: ImageSource, labels: Tensor, diffusion: DiffusionModel | None, runtime: Runtime) -> dict[str, Any]:

@@ -9,24 +9,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from farout.devices import join
 from farout.diffusion import folders
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.round_trip import BackSpacing, RoundTrip
 from farout.errors import FaroutError, SourceError
 from farout.images.classes import class_numbers
 from farout.images.sources import ImageSource, batches, open_source
-from farout.outliers._folder import ImageWriter, MadeFolder
+from farout.outliers._folder import ReconstructedFolder
+from farout.outliers._writer import ImageWriter
 from farout.outliers.base import identity, names_of
 from farout.progress import task
 from farout.runtime import Runtime
 
 __all__ = ["ReconstructedFolder", "reconstruct"]
-
-
-class ReconstructedFolder(MadeFolder):
-    """A folder of images made again; `source` in its manifest is the key of the image that each was."""
-
-    kind = "reconstructions"
 
 
 def reconstruct(
@@ -47,6 +43,8 @@ def reconstruct(
     runtime: Runtime | None = None,
 ) -> ReconstructedFolder:
     """Sends every image of a source through a generator and back into `out` (see `RoundTrip`), the same for any batch.
+
+    Started under `accelerate launch` or `torchrun`, several processes, one device each, share the images.
 
     For two uses. A classifier that learns from outliers of a generator learns from these too, as images of their
     classes: then being generated is not what tells outliers apart (`train_classifier(…, reconstructions=out)`). And a
@@ -79,6 +77,7 @@ def reconstruct(
             were made with other settings, which are listed.
     """
     resolved = (runtime or Runtime()).resolved()
+    team = join(resolved.device)
     source = open_source(images, policy=policy, limit=limit, seed=seed)
     trip = RoundTrip(
         _loaded(diffusion, source).to(resolved.device),
@@ -93,7 +92,7 @@ def reconstruct(
         resolved.precision,  # type: ignore[arg-type]  # resolved, so not `auto`
     )
     names, labels = _classes(source, trip)
-    writer = ImageWriter(out, names, seed, ReconstructedFolder.kind)
+    writer = ImageWriter(out, names, seed, ReconstructedFolder.kind, team)
     writer.begin(_settings(source, labels, trip, resolved), _about(source, names), resume=resume)
     made = _write(source, labels, trip, writer, resolved)
     return ReconstructedFolder(Path(out), writer.images, len(source), made)
@@ -135,10 +134,10 @@ def _about(source: ImageSource, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _write(source: ImageSource, labels: Tensor | None, trip: RoundTrip, writer: ImageWriter, runtime: Runtime) -> int:
-    missing = writer.missing(len(source))
+    missing = writer.team.part(writer.missing(len(source)))
     prepared, made = trip.model.preprocessing, 0
     size = runtime.images_at_once((prepared.channels, *prepared.size))
-    with task(f"reconstructions into {writer.folder}", len(missing)) as bar:
+    with writer, task(f"reconstructions into {writer.folder}", len(missing)) as bar:
         for batch in batches(source.subset(missing), prepared, size, workers=runtime.workers):
             if batch.keys:
                 places = [missing[place] for place in batch.indices]
@@ -151,5 +150,5 @@ def _write(source: ImageSource, labels: Tensor | None, trip: RoundTrip, writer: 
                 writer.write(places, numbers, again, batch.keys, columns)
                 made += len(places)
             bar.advance(len(batch.keys))
-    writer.finish()
-    return made
+        writer.finish()
+    return sum(writer.team.gather(made))

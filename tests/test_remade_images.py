@@ -1,0 +1,210 @@
+"""What comes with outliers made of images: the same images made again, for a classifier that learns from both."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from farout import SONA, SDEdit, open_source
+from farout.classifiers.config import ClassifierConfig
+from farout.classifiers.train import train_classifier
+from farout.cli import main
+from farout.diffusion.denoiser import Clamped
+from farout.diffusion.model import DiffusionModel
+from farout.errors import FaroutError, StoreError
+from farout.outliers._deformation import Deformation, Denoised
+from farout.outliers._starts import Plan, Start
+from farout.outliers.base import OutlierFolder
+from farout.outliers.reconstruct import ReconstructedFolder
+from farout.runtime import Runtime
+from farout.training import TrainingConfig
+from small import classifier, conditional, pictures
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five images of a and three of b; the generator knows c, d and e as well."""
+    root = tmp_path_factory.mktemp("images") / "labelled"
+    for name, count in (("a", 5), ("b", 3)):
+        pictures(root / name, count, low=20 + 10 * count, seed=count)
+    return root
+
+
+def made(
+    images: Any, out: Path, method: Deformation | None = None, *, size: int = 64, **settings: Any
+) -> OutlierFolder:
+    runtime = Runtime(device="cpu", precision="fp32", rows=8, batch_size=size, workers=0)
+    given = {"count": 20, "diffusion": conditional(classes=5), "runtime": runtime, **settings}
+    return (method or SONA(steps=6, reconstructions=True)).synthesize(images, out, **given)
+
+
+def again(folder: OutlierFolder) -> ReconstructedFolder:
+    return ReconstructedFolder(folder.folder / "reconstructions", 0, 0, 0)
+
+
+def pixels(folder: OutlierFolder | ReconstructedFolder) -> Tensor:
+    """In the order of their numbers."""
+    source = folder.source()
+    places = {key: place for place, key in enumerate(source.keys)}
+    return torch.stack([source[places[key]] for key in folder.manifest()["key"]])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Without `config.json`, which says by what command."""
+    kept = (path for path in folder.rglob("*") if path.is_file() and path.name != "config.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+
+
+class Back(Deformation):
+    """What reconstructions are to be: the way back from the start, under the image's own class."""
+
+    @classmethod
+    def tiny(cls, resources: Any) -> "Back":
+        return cls()
+
+    def denoise(self, plan: Plan, start: Start, indices: Sequence[int]) -> Denoised:
+        limits = plan.limits
+        denoiser = plan.denoiser if limits is None else Clamped(plan.denoiser, *limits)
+        return Denoised(plan.solve(denoiser, start.x, start.sigmas, start.own), [None] * len(indices))
+
+
+def test_every_image_is_made_again_once(images: Path, tmp_path: Path) -> None:
+    folder = made(images, tmp_path / "o")
+    outliers, found = folder.manifest(), again(folder).manifest()
+    source = open_source(images)
+    assert found.columns[:8].tolist() == [
+        *("key", "source", "label", "class_name", "seed", "index", "level", "source_hash")
+    ]
+    same = ["key", "source", "label", "class_name", "seed", "index", "source_hash"]
+    pd.testing.assert_frame_equal(found[same], outliers[same][:8])
+    assert sorted(found["source"]) == sorted(source.keys)
+    middle = outliers["level"][outliers["k"] == 3].iloc[0]
+    assert found["level"].tolist() == [min(level, middle) for level in outliers["level"][:8]]
+    assert sorted(again(folder).source().keys) == sorted(found["key"])
+    assert again(folder).settings()["method"] == "sona"
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_they_go_the_way_of_their_outlier_under_their_own_class(images: Path, tmp_path: Path, clip: bool) -> None:
+    settings: dict[str, Any] = {"steps": 6, "clip": clip}
+    folder = made(images, tmp_path / "o", SONA(k_max=3, reconstructions=True, **settings), count=8)
+    plain = made(images, tmp_path / "p", Back(k_max=3, **settings), count=8)
+    assert torch.equal(pixels(again(folder)), pixels(plain))
+    assert not torch.equal(pixels(folder), pixels(plain))
+    # from above the middle of the steps a new image would come back
+    high = made(images, tmp_path / "q", SDEdit(k_min=6, k_max=6, reconstructions=True, **settings), count=8)
+    middle = made(images, tmp_path / "r", Back(k_min=3, k_max=3, **settings), count=8)
+    assert torch.equal(pixels(again(high)), pixels(middle))
+
+
+def test_an_autoencoder_returns_what_outliers_start_from(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"in_channels": 1, "out_channels": 1, "latent_channels": 1, "norm_num_groups": 4}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    autoencoder = diffusers.AutoencoderKL(block_out_channels=(8, 8), **sizes, **blocks)
+    model = conditional(classes=5, autoencoder=autoencoder)
+    clean, original = [], DiffusionModel.encode
+
+    def encode(self: DiffusionModel, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        assert noise is not None
+        clean.append(original(self, images, noise))
+        return clean[-1]
+
+    monkeypatch.setattr(DiffusionModel, "encode", encode)
+    folder = made(images, tmp_path / "o", count=8, diffusion=model)
+    monkeypatch.undo()
+    (x0,) = clean
+    assert torch.equal(pixels(again(folder)), (model.decode(x0) * 255).round().byte())
+    assert again(folder).manifest()["level"].tolist() == [0.0] * 8
+
+
+@pytest.mark.parametrize("method", [SONA, SDEdit])
+def test_outliers_are_the_same_with_and_without(images: Path, tmp_path: Path, method: type[Deformation]) -> None:
+    settings: dict[str, Any] = {"classifier": classifier(classes=5)}
+    settings["classifier"].class_names = tuple("abcde")
+    how = {"steps": 6, "reject": 0.3, "attempts": 3}
+    plain = made(images, tmp_path / "a", method(**how), **settings)
+    both = made(images, tmp_path / "b", method(**how, reconstructions=True), **settings)
+    assert (tmp_path / "a" / "manifest.csv").read_bytes() == (tmp_path / "b" / "manifest.csv").read_bytes()
+    assert plain.manifest()["attempt"].max() > 0
+    assert files(tmp_path / "a" / "images") == files(tmp_path / "b" / "images")
+    assert not (tmp_path / "a" / "reconstructions").exists()
+    assert both.images == 20
+    # what is rejected is made of the image anew, which is not
+    free = made(images, tmp_path / "c", method(steps=6, reconstructions=True))
+    assert files(again(free).folder) == files(again(both).folder)
+
+
+def test_any_batch_an_interruption_and_a_loss_give_the_same(images: Path, tmp_path: Path) -> None:
+    whole = made(images, tmp_path / "whole")
+    calls, original = [], SONA.make
+
+    def stops(self: SONA, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SONA, "make", stops)
+        with pytest.raises(KeyboardInterrupt):
+            made(images, tmp_path / "s", size=3)
+    (tmp_path / "s" / "images" / "a" / "000000.png").unlink()
+    (tmp_path / "s" / "reconstructions" / "images" / "b" / "000001.png").unlink()
+    done = made(images, tmp_path / "s", size=7, resume=True, count=6)
+    assert (done.images, done.made) == (6, 1)
+    (tmp_path / "s" / "reconstructions" / "images" / "b" / "000001.png").unlink()
+    done = made(images, tmp_path / "s", size=5, resume=True)
+    assert (done.images, done.made) == (20, 14)
+    assert files(done.folder) == files(whole.folder)
+    assert made(images, tmp_path / "s", resume=True).made == 0
+
+
+def test_a_classifier_takes_both_folders_as_they_are(tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        pictures(tmp_path / "good" / name, 14, low=100 * number, seed=number)
+    folder = made(tmp_path / "good", tmp_path / "o", count=28)
+    few = TrainingConfig(steps=3, batch_size=8, warmup=0, ema=None, device="cpu", precision="fp32")
+    settings: dict[str, Any] = {"training": few, "alpha": 0.2, "statistics": 5}
+    config = ClassifierConfig(network="wrn16_1", crop_padding=0, flip=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learnt = train_classifier(
+            str(tmp_path / "good"),
+            tmp_path / "c",
+            model=config,
+            outliers=str(folder.folder),
+            reconstructions=str(again(folder).folder),
+            **settings,
+        )
+    assert set(learnt.class_names) == set("ab")
+    # those of held-out images are left out
+    assert 0 < learnt.provenance["reconstructions"]["images"] < 28
+
+
+def test_what_cannot_go_back_is_refused_at_once(images: Path, tmp_path: Path) -> None:
+    method = SDEdit(solver="pndm4", steps=6, k_min=5, k_max=5, reconstructions=True)
+    with pytest.raises(FaroutError, match="warms up"):
+        made(images, tmp_path / "o", method)
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conditional(classes=5).save(tmp_path / "model")
+    words = ["synthesize", "sdedit", str(images), "--diffusion", str(tmp_path / "model"), "--steps", "3"]
+    words += ["--count", "4", "--device", "cpu", "--out", str(tmp_path / "o")]
+    assert main([*words, "--reconstructions"]) == 0, capsys.readouterr().err
+    assert str(tmp_path / "o" / "reconstructions") in capsys.readouterr().out
+    assert len(list((tmp_path / "o" / "reconstructions" / "images").rglob("*.png"))) == 4
+    assert main([*words, "--resume"]) == 1
+    assert "reconstructions: True there, False now" in capsys.readouterr().err
+    with pytest.raises(StoreError, match="reconstructions: True there"):
+        made(images, tmp_path / "o", SDEdit(steps=3), count=4, resume=True)

@@ -1,0 +1,161 @@
+"""Several processes fill one folder of made images, and it is the folder that one process fills."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from farout import reconstruct
+from farout.classifiers.outliers import open_outliers, originals
+from farout.cli import main
+from farout.devices import Team
+from farout.errors import FaroutError
+from farout.outliers._folder import read_rows
+from farout.outliers._writer import ImageWriter
+from farout.outliers.ncis import NCIS
+from farout.outliers.sona import SONA
+from farout.runtime import Runtime
+from small import conditional, pictures
+
+CPU = Runtime(device="cpu", precision="fp32", rows=4, batch_size=2, workers=0)
+
+
+def make_all(root: Path, out: Path, **settings: Any) -> dict[str, tuple[int, int]]:
+    """Images of all kinds, and how many are there and made now."""
+    given = {"diffusion": conditional(), "runtime": CPU, **settings}
+    found = {
+        "sona": SONA(steps=4, reconstructions=True).synthesize(root, out / "sona", count=15, **given),
+        # its manifold is trained, and its stages are the first process's
+        "ncis": NCIS.tiny(None).synthesize(root, out / "ncis", count=5, **given),
+        "again": reconstruct(root, out=out / "again", steps=2, **given),
+    }
+    return {name: (folder.images, folder.made) for name, folder in found.items()}
+
+
+def command(root: Path, out: Path) -> list[str]:
+    words = ["synthesize", "class_noise", str(root), "--diffusion", str(root.parent / "model"), "--out", str(out)]
+    return [*words, "--steps", "2", "--count", "5", "--device", "cpu", "--rows", "4"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All but what says by what command and in what time."""
+    kept = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("config.json", "page.html"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+
+
+SCRIPT = """
+import os, sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_synthesis_processes as t
+torch.set_num_threads(1)
+root, out, rank = Path({root!r}), Path({out!r}), os.environ["RANK"]
+found = t.make_all(root, out)
+assert t.main(t.command(root, out / "command")) == 0
+refused = ""
+try:
+    t.make_all(root, out)
+except t.FaroutError as error:
+    refused = str(error)
+(out / f"{{rank}}.txt").write_text(f"{{found}} {{refused}}")
+"""
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Labelled images of the classes that `conditional()` knows, and such a model."""
+    for number, name in enumerate("abc"):
+        pictures(tmp_path / "images" / name, 4, low=60 * number, seed=number)
+    conditional().save(tmp_path / "model")
+    return tmp_path / "images"
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_folder_of_one(images: Path, tmp_path: Path) -> None:
+    script, shared, single = tmp_path / "script.py", tmp_path / "two", tmp_path / "one"
+    shared.mkdir()
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), root=str(images), out=str(shared)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launcher, str(_free_port()), str(script)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = make_all(images, single)
+    assert alone == {"sona": (15, 15), "ncis": (5, 5), "again": (12, 12)}
+    assert main(command(images, single / "command")) == 0
+    refusal = f"{shared / 'sona'} holds outliers already; give --resume (resume=True) to go on, or another folder"
+    assert [(shared / f"{rank}.txt").read_text() for rank in (0, 1)] == [f"{alone} {refusal}"] * 2
+    assert done.stdout.count("5 outliers, 5 made now") == 1
+    for name in (*alone, "command"):
+        assert files(shared / name) == files(single / name), name
+    assert (shared / "sona" / "reconstructions" / "manifest.csv").is_file()
+    assert (shared / "command" / "page.html").is_file()
+
+
+# what one of them leaves when all are stopped
+
+
+def add(folder: Path, team: Team, indices: Sequence[int], *, finish: bool = False, resume: bool = True) -> None:
+    writer = ImageWriter(folder, ("a",), 0, "reconstructions", team)
+    writer.begin({"config": {}}, {}, resume=resume)
+    columns = {"source_hash": [f"hash {index}" for index in indices]}
+    with writer:
+        images = torch.stack([torch.full((1, 8, 8), index / 10) for index in indices])
+        writer.write(indices, [0] * len(indices), images, [f"image {index}" for index in indices], columns)
+        if finish:
+            writer.finish()
+
+
+def test_manifests_of_stopped_processes_become_one(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    add(tmp_path / "whole", Team(cpu), range(6), finish=True)
+    out = tmp_path / "o"
+    add(out, Team(cpu), [0, 2])
+    shutil.copytree(out, tmp_path / "two")
+    # the second process of two, which the first one tells of what is there
+    add(tmp_path / "two", Team(cpu), [1, 3])
+    lines = (tmp_path / "two" / "manifest.csv").read_text().splitlines(keepends=True)
+    (out / "manifest.1.csv").write_text("".join([lines[0], *lines[3:]])[:-4])
+    shutil.copytree(tmp_path / "two" / "images", out / "images", dirs_exist_ok=True)
+    source = open_outliers(out, kind="reconstructions")
+    told = dict(zip(source.keys, originals(out, source)))
+    assert [told[f"a/{index:06d}.png"] for index in (0, 1, 2)] == ["hash 0", "hash 1", "hash 2"]
+    writer = ImageWriter(out, ("a",), 0, "reconstructions")
+    writer.begin({"config": {}}, {}, resume=True)
+    assert writer.missing(6) == [3, 4, 5]
+    assert not (out / "manifest.1.csv").exists()
+    add(out, Team(cpu), [4, 3])
+    add(out, Team(cpu), [5], finish=True)
+    assert files(out) == files(tmp_path / "whole")
+    assert list(read_rows(out)[1]) == list(range(6))
+
+
+def test_slices_are_disjoint_and_the_first_process_leads() -> None:
+    cpu = torch.device("cpu")
+    parts = [Team(cpu, 3, index).part(range(8)) for index in range(3)]
+    assert sorted(item for part in parts for item in part) == list(range(8))
+    assert Team(cpu).lead(lambda: 5) == 5
+
+    def fails() -> None:
+        raise FaroutError("no way")
+
+    with pytest.raises(FaroutError, match="no way"):
+        Team(cpu).lead(fails)

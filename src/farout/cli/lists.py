@@ -55,18 +55,22 @@ def _members(room: str) -> list[dict[str, str]]:
 
 
 def _presets() -> list[dict[str, str]]:
-    """Presets of every detector, every synthesiser and of training; these are read from the classes themselves."""
+    """Presets of every detector, every synthesiser and of training, read from the classes themselves; built-in chains."""
     from farout.classifiers.train import PRESETS as CLASSIFIERS
+    from farout.cli.steps import chains, step_names
     from farout.diffusion.train import PRESETS
 
     owners = {f"fit {name}": member.load().presets for name, member in registry.members("detectors").items()}
     synthesisers = registry.members("outliers").items()
     owners |= {f"synthesize {name}": member.load().presets for name, member in synthesisers}
     owners |= {"train diffusion": PRESETS, "train classifier": CLASSIFIERS}
-    return [
+    rows = [
         {"command": owner, "preset": name, "settings": _flags(settings)}
         for owner, presets in owners.items()
         for name, settings in presets.items()
+    ]
+    return rows + [
+        {"command": "chain", "preset": name, "settings": "steps: " + ", ".join(step_names(name))} for name in chains()
     ]
 
 

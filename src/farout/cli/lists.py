@@ -55,7 +55,7 @@ def _members(room: str) -> list[dict[str, str]]:
 
 
 def _presets() -> list[dict[str, str]]:
-    """Presets of every detector, every synthesiser and of training, read from the classes themselves; built-in chains."""
+    """Presets of every detector, every synthesiser and of training, read from the classes themselves; chains."""
     from farout.classifiers.train import PRESETS as CLASSIFIERS
     from farout.cli.steps import chains, step_names
     from farout.diffusion.train import PRESETS

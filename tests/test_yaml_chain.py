@@ -348,6 +348,13 @@ def test_built_in_chains_are_whole(name: str, tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "run").exists()
 
 
+def test_built_in_chains_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "presets"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "synthesize sona, reconstruct" in printed
+    assert all(name in printed for name in chains())
+
+
 def test_settings_of_every_method_can_be_kept() -> None:
     for command, room, more in (("fit", "detectors", []), ("synthesize", "outliers", ["--diffusion", "m"])):
         for name in registry.members(room):

@@ -36,7 +36,8 @@ def chain(yaml: str, *, out: str, redo: bool = False, dry_run: bool = False) -> 
     one goes on where its command can. Images and models that are not the chain's own are not compared for this.
 
     Args:
-        yaml: a file of steps, or the name of a built-in chain, see `farout list presets`.
+        yaml: a file with `steps:`, a list of commands with their settings, such as `- fit semantic: {source: good/,
+            out: detector}`; or the name of a built-in chain, see `farout list presets`.
         out: folder of the chain; each step has its own folder there.
         redo: make anew the steps whose settings have changed, and those that go on from them; what they made before is
             removed.

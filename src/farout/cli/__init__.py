@@ -11,7 +11,7 @@ from pathlib import Path
 from farout.cli.usage import UsageError, meant
 from farout.errors import FaroutError
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main", "named_command"]
 
 COMMANDS = {
     "train diffusion": "train_diffusion",
@@ -26,6 +26,7 @@ COMMANDS = {
     "reconstruct": "reconstruct",
     "fid": "fid",
     "interpolate": "interpolate",
+    "chain": "chain",
     "features extract": "extract_features",
     "features list": "list_features",
     "features clear": "clear_features",
@@ -39,6 +40,7 @@ _FILES = (
     "cli/bench.py",
     "cli/generation.py",
     "cli/lists.py",
+    "cli/chain.py",
     "diffusion/train.py",
     "classifiers/train.py",
 )
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns the exit status: 0; 1 for a mistake in the input; 2 for wrong usage; 130 when interrupted.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    name = next((known for known in COMMANDS if words[: len(known.split())] == known.split()), None)
+    name = named_command(words)
     if name is None:
         return _overview(words)
     try:
@@ -67,7 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _failed(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except KeyboardInterrupt:
-        return _failed("interrupted; the same command goes on from here where it can (training: with --resume)", 130)
+        how = "" if name == "chain" else " where it can (training: with --resume)"
+        return _failed(f"interrupted; the same command goes on from here{how}", 130)
+
+
+def named_command(words: Sequence[str]) -> str | None:
+    """The command that the words begin with."""
+    return next((known for known in COMMANDS if list(words[: len(known.split())]) == known.split()), None)
 
 
 def _run(name: str, words: list[str]) -> int:
@@ -78,6 +86,11 @@ def _run(name: str, words: list[str]) -> int:
     from farout.cli import output, parsers
 
     output.quiet_libraries()
+    if name == "chain":
+        from farout.cli.chain import chain
+
+        parsers.bind(name, chain, words)()
+        return 0
     call = parsers.parse(name, COMMANDS[name], words)
     with output.progress():
         output.show(name, call())

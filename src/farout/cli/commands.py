@@ -36,6 +36,7 @@ __all__ = [
     "fit",
     "list_features",
     "score",
+    "what_is_rated",
 ]
 
 
@@ -177,12 +178,10 @@ def evaluate(
             images as in-distribution ones, the protocol of many papers.
         runtime: settings that differ from the fitted ones.
     """
-    if scores:
-        if detector is not None or id is not None or ood:
-            raise FaroutError("--scores rates tables; leave out the detector, --id and --ood")
+    rated = what_is_rated(detector, id, ood, scores, out)
+    if rated is None:
         return evaluate_scores(scores, out)
-    if detector is None or id is None or not ood or out is None:
-        raise FaroutError("evaluate wants DETECTOR --id SOURCE --ood SOURCE... --out DIR, or --scores FILE FILE...")
+    detector, id, out = rated
     return evaluate_detector(
         load(detector, **runtime),
         id,
@@ -192,6 +191,21 @@ def evaluate(
         beside=Beside(companions, controls, random_control, reference, control_limit),
         ood_draws=ood_draws,
     )
+
+
+def what_is_rated(
+    detector: str | None, id: str | None, ood: Sequence[str], scores: Sequence[str], out: str | None
+) -> tuple[str, str, str] | None:
+    """Detector, in-distribution images and folder of the results, or None where tables are rated; raises FaroutError
+    for a mixture of both, and where something is missing.
+    """
+    if scores:
+        if detector is not None or id is not None or ood:
+            raise FaroutError("--scores rates tables; leave out the detector, --id and --ood")
+        return None
+    if detector is None or id is None or not ood or out is None:
+        raise FaroutError("evaluate wants DETECTOR --id SOURCE --ood SOURCE... --out DIR, or --scores FILE FILE...")
+    return detector, id, out
 
 
 def extract_features(

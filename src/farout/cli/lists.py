@@ -56,10 +56,11 @@ def _members(room: str) -> list[dict[str, str]]:
 
 
 def presets() -> list[dict[str, str]]:
-    """Presets of every detector, every synthesiser and of training, which are read from the classes themselves, and
-    benchmarks.
+    """Presets of every detector, every synthesiser and of training, which are read from the classes themselves;
+    benchmarks and chains.
     """
     from farout.classifiers.train import PRESETS as CLASSIFIERS
+    from farout.cli.steps import chains, step_names
     from farout.diffusion.train import PRESETS
 
     owners = {f"fit {name}": member.load().presets for name, member in registry.members("detectors").items()}
@@ -71,7 +72,10 @@ def presets() -> list[dict[str, str]]:
         for owner, owned in owners.items()
         for name, settings in owned.items()
     ]
-    return rows + [{"command": "bench", "preset": name, "settings": about(name)} for name in preset_names()]
+    rows += [{"command": "bench", "preset": name, "settings": about(name)} for name in preset_names()]
+    return rows + [
+        {"command": "chain", "preset": name, "settings": "steps: " + ", ".join(step_names(name))} for name in chains()
+    ]
 
 
 def _flags(settings: dict[str, Any], prefix: str = "") -> str:

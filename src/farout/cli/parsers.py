@@ -23,7 +23,7 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
 from farout.training_config import TrainingConfig
 
-__all__ = ["parse", "parser_of"]
+__all__ = ["bind", "function_of", "parse", "parser_for", "parser_of", "positional"]
 
 _ROOMS = (commands, bench, generation, diffusion.train, classifiers.train)
 """Where the functions behind the commands are."""
@@ -44,19 +44,39 @@ _USAGE = {
 }
 
 
-def parse(name: str, function: str, words: Sequence[str]) -> Callable[[], Any]:
-    """The call that the words ask for. Raises UsageError for wrong usage; exits with status 0 after --help."""
+def parse(name: str, function: str, words: Sequence[str]) -> functools.partial[Any]:
+    """The call that the words ask for; what its settings alone forbid is refused here, before anything is loaded.
+
+    Raises UsageError for wrong usage, FaroutError for settings out of range; exits with status 0 after --help.
+    """
     if name in _METHODS:
         member = _chosen(name, words)
         return _METHODS[name].parse(member, member.load(), words[1:])
-    call = _call(function)
-    if call in _TRAININGS:
-        return _train(name, call, words)
-    parser = parser_of(name, function)
+    call = function_of(function)
+    return _train(name, call, words) if call in _TRAININGS else bind(name, call, words)
+
+
+def function_of(function: str) -> Callable[..., Any]:
+    """The function of that name behind a command."""
+    found: Callable[..., Any] = next(getattr(room, function) for room in _ROOMS if hasattr(room, function))
+    return found
+
+
+def positional(call: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a command that are typed without a flag: those before the `*`, but `out`."""
+    parameters = inspect.signature(call).parameters.values()
+    return [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "out"]
+
+
+def bind(name: str, call: Callable[..., Any], words: Sequence[str]) -> functools.partial[Any]:
+    """A function with the parameters that the words give it."""
+    parser = parser_for(name, call)
     values = _values(parser, parser.read(words))
     composed = "runtime" in inspect.signature(call).parameters
     runtime = {key: values.pop(key) for key in _RUNTIME} if composed else {}
     changes = {"runtime": {key: value for key, value in runtime.items() if value is not None}} if composed else {}
+    if call is commands.evaluate:
+        commands.what_is_rated(**{key: values[key] for key in ("detector", "id", "ood", "scores", "out")})
     return functools.partial(call, **values, **changes)
 
 
@@ -68,7 +88,11 @@ def parser_of(name: str, function: str, method: str | None = None) -> Parser:
     if name in _METHODS:
         member = registry.find(_METHODS[name].room, method or "")
         return _METHODS[name].parser(member, member.load())
-    call = _call(function)
+    return parser_for(name, function_of(function))
+
+
+def parser_for(name: str, call: Callable[..., Any]) -> Parser:
+    """The parser of a command by its function."""
     if call in _TRAININGS:
         return _train_parser(name, call)
     parser = _parser(name, call)
@@ -77,28 +101,22 @@ def parser_of(name: str, function: str, method: str | None = None) -> Parser:
     return parser
 
 
-def _call(function: str) -> Callable[..., Any]:
-    """The function behind a command."""
-    found: Callable[..., Any] = next(getattr(room, function) for room in _ROOMS if hasattr(room, function))
-    return found
-
-
 def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about: str = "") -> Parser:
-    """A parser with the parameters of a command: those without `*` before them, but `out`, are positional."""
+    """A parser with the parameters of a command."""
     parameters = [p for p in inspect.signature(call).parameters.values() if p.name not in {*skip, *_composed(call)}]
-    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "out"]
-    must = [p for p in parameters if p not in positional and p.default is p.empty]
-    shown = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in positional]
+    plain = [p for p in positional(call) if p.name not in skip]
+    must = [p for p in parameters if p not in plain and p.default is p.empty]
+    shown = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in plain]
     usage = _USAGE.get(name, " ".join(["farout", name, *shown, *(f"--{p.name} DIR" for p in must), "[settings]"]))
     heading = _first_line(call)
     parser = Parser(prog=f"farout {name}", usage=usage, description=about or heading, heading=heading)
     parser.add_config()
     for parameter in must:
         parser.add_argument(f"--{parameter.name}", type=str, required=True, help=_argument(call, parameter.name))
-    for each in positional:
+    for each in plain:
         count: dict[str, Any] = {} if each.default is each.empty else {"nargs": "?"}
         parser.add_argument(each.name, type=str, help=_argument(call, each.name), **count)
-    parser.take(call, skip=[*skip, *(p.name for p in [*positional, *must]), *_composed(call)])
+    parser.take(call, skip=[*skip, *(p.name for p in [*plain, *must]), *_composed(call)])
     return parser
 
 
@@ -154,10 +172,10 @@ def _add_training(
     parser.set_defaults(_training_preset(preset, presets))
 
 
-def _train(name: str, command: Callable[..., Any], words: Sequence[str]) -> Callable[[], Any]:
+def _train(name: str, call: Callable[..., Any], words: Sequence[str]) -> functools.partial[Any]:
     """A training: its presets lie under YAML and flags, and may be named in either."""
-    configs, presets = _TRAININGS[command]
-    parser = _train_parser(name, command)
+    configs, presets = _TRAININGS[call]
+    parser = _train_parser(name, call)
     short = _short(configs)
     words = [_long(word, short) for word in words]
     # the first reading is for the preset's name
@@ -166,7 +184,9 @@ def _train(name: str, command: Callable[..., Any], words: Sequence[str]) -> Call
         _drop_idle(parser, words)
     values = _values(parser, parser.read(words))
     values.pop("preset")
-    return functools.partial(command, **values)
+    if "exposure" in values:
+        values["exposure"].resolved(values["outliers"] is not None, values["reconstructions"] is not None)
+    return functools.partial(call, **values)
 
 
 def _train_parser(name: str, command: Callable[..., Any]) -> Parser:
@@ -205,7 +225,7 @@ class _Methods:
     call: Callable[..., Any]
     needed: str
     parser: Callable[[registry.Member, Any], Parser]
-    parse: Callable[[registry.Member, Any, Sequence[str]], Callable[[], Any]]
+    parse: Callable[[registry.Member, Any, Sequence[str]], functools.partial[Any]]
 
 
 def _chosen(name: str, words: Sequence[str]) -> registry.Member:
@@ -224,12 +244,13 @@ def _chosen(name: str, words: Sequence[str]) -> registry.Member:
     raise UsageError(f"{name} wants {wanted}, the method first; methods: {', '.join(known)}")
 
 
-def _fit(member: registry.Member, method: Any, words: Sequence[str]) -> Callable[[], Any]:
+def _fit(member: registry.Member, method: Any, words: Sequence[str]) -> functools.partial[Any]:
     parser = _fit_parser(member, method)
     chosen = parser.read(words)
     network = _training_preset(chosen.network_preset) if _trains_on_images(method) else {}
     parser.set_defaults({**network, **_method_preset(method, chosen.preset)})
     values = _values(parser, parser.read(words))
+    method(**{key: values[key] for key in method().config})  # refuses what is out of range
     return functools.partial(_call_fit, member.name, method, values)
 
 
@@ -284,11 +305,12 @@ def _synthesize_parser(member: registry.Member, method: Any) -> Parser:
     return parser
 
 
-def _synthesize(member: registry.Member, method: Any, words: Sequence[str]) -> Callable[[], Any]:
+def _synthesize(member: registry.Member, method: Any, words: Sequence[str]) -> functools.partial[Any]:
     parser = _synthesize_parser(member, method)
     parser.set_defaults(_method_preset(method, parser.read(words).preset))
     values = _values(parser, parser.read(words))
     arguments = {key: values.pop(key) for key in method().config}
+    method(**arguments)  # refuses what is out of range
     runtime = Runtime(**{key: values.pop(key) for key in _RUNTIME if key in values})
     return functools.partial(generation.synthesize, member.name, **values, runtime=runtime, arguments=arguments)
 

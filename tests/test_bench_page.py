@@ -89,7 +89,9 @@ def test_every_tag_is_closed_and_every_control_named(page: Path) -> None:
 
 def test_figures_are_those_of_the_tables(made: Path, page: Path) -> None:
     metrics = pd.read_csv(made / "metrics.csv")
-    rows = re.findall(r'<tr role="row" data-row="(\d+)" data-indicator="(.*?)".*?<b>(.*?)</b>', page.read_text())
+    rows = re.findall(
+        r'<tr role="row" data-row="(\d+)" data-indicator="(.*?)".*?<b>(.*?)</b>', page.read_text(), re.DOTALL
+    )
     cells = data_of(page.read_text())["cells"]
     assert len(rows) == len(cells) == len(SKILLS) * 3, "the own score and two indicators"
     for row, indicator, name in rows:
@@ -143,7 +145,9 @@ def test_a_roc_path_encloses_the_area(ties: bool) -> None:
     assert np.trapezoid(1 - up, across) == pytest.approx(auroc(inside, outside), abs=0.005)
 
 
-@pytest.mark.parametrize(("more", "expected"), [(False, [True, True, False, False]), (True, [False, True, False, True])])
+@pytest.mark.parametrize(
+    ("more", "expected"), [(False, [True, True, False, False]), (True, [False, True, False, True])]
+)
 def test_the_front_is_what_nothing_beats(more: bool, expected: list[bool]) -> None:
     costs, areas = np.array([1.0, 10.0, 10.0, 100.0]), np.array([0.8, 0.9, 0.85, 0.7])
     assert front(costs, areas, more).tolist() == expected
@@ -245,18 +249,20 @@ def test_a_browser_shows_it_without_scrolling_sideways(page: Path, width: int) -
 
 
 USED = """(() => {
-  const set = (id, value) => { const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event("change")); };
+  const of = (id) => document.getElementById(id);
+  const set = (id, value) => { of(id).value = value; of(id).dispatchEvent(new Event("change")); };
   const rows = () => [...document.querySelectorAll(".board tbody tr")].filter(e => e.checkVisibility());
   const first = () => rows()[0].querySelector("b").textContent;
   const press = (n) => document.querySelectorAll(".board thead button")[n].click();
-  const found = {count: rows().length, first: first(), roc: document.getElementById("roc").getAttribute("d")};
+  const found = {count: rows().length, first: first(), roc: of("roc").getAttribute("d")};
   press(1); found.worst = first();
   press(0); found.byName = first();
-  found.sort = [...document.querySelectorAll(".board th[aria-sort]")].map(e => [e.textContent, e.getAttribute("aria-sort")]);
+  const sorted = [...document.querySelectorAll(".board th[aria-sort]")];
+  found.sort = sorted.map(e => [e.textContent, e.getAttribute("aria-sort")]);
   set("indicator", "other"); found.other = [...new Set(rows().map(e => e.dataset.indicator))];
   set("metric", "fpr95"); press(1); found.fpr = rows().map(e => Number(e.cells[1].querySelector("b").textContent));
-  set("run", "3"); found.told = document.getElementById("told").textContent;
-  found.moved = document.getElementById("roc").getAttribute("d") !== found.roc;
+  set("run", "3"); found.told = of("told").textContent;
+  found.moved = of("roc").getAttribute("d") !== found.roc;
   return found;
 })()"""
 

@@ -83,9 +83,7 @@ def highest_good(detector: Detector, images: SourceImages, count: int = 6) -> li
     about = detector.provenance
     source = about.get("calibration_source", about.get("source"))
     return [
-        GoodImage(
-            keys[place], _picture(images, source, keys[place], detector.calibration_hashes), float(scores[place])
-        )
+        GoodImage(keys[place], _picture(images, source, keys[place], detector.calibration_hashes), float(scores[place]))
         for place in np.argsort(-scores, kind="stable")[:count]
     ]
 

@@ -97,9 +97,7 @@ def _plot(bench: Bench, title: str, area: pd.Series, cost: pd.Series, axis: str,
 def _cost_axis(costs: np.ndarray) -> tuple[Any, list[tuple[float, str]]]:
     """Powers of ten from left to right; what costs nothing stands apart on the left."""
     some = costs[costs > 0]
-    low, high = (
-        (math.floor(math.log10(some.min())), math.ceil(math.log10(some.max()) + 1e-9)) if len(some) else (0, 1)
-    )
+    low, high = (math.floor(math.log10(some.min())), math.ceil(math.log10(some.max()) + 1e-9)) if len(some) else (0, 1)
     high = max(high, low + 1)
     start = _LEFT + (34 if (costs == 0).any() else 8)
     unit = (WIDTH - _RIGHT - start) / (high - low)

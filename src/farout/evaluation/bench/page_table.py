@@ -60,9 +60,7 @@ def columns(bench: Bench) -> list[Column]:
     groups = [Column(_group_title(name), "mean of a group", group=name) for name in names]
     roles = bench.metrics.drop_duplicates(["id", "ood"]) if "role" in bench.metrics else bench.metrics.head(0)
     known = {(row["id"], row["ood"]): _note(row) for row in roles.to_dict("records")}
-    return groups + [
-        Column(pair.title, known.get((pair.inside, pair.outside), ""), pair=pair) for pair in bench.pairs
-    ]
+    return groups + [Column(pair.title, known.get((pair.inside, pair.outside), ""), pair=pair) for pair in bench.pairs]
 
 
 def _group_title(name: str) -> str:

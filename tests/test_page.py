@@ -224,7 +224,7 @@ def test_the_nearest_good_images_stand_below(placed: tuple[Detector, Path], tmp_
     detector, own = placed
     score_folder(detector, own, tmp_path / "r", furthest=60)
     page = (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
-    cards = re.split(r'<div class="card', page)[1:]
+    cards = re.split(r'<div class="card[" ]', page)[1:]
     assert len(cards) == 60
     fitted = set(detector.statistics.keys)
     for card in cards:
@@ -296,6 +296,5 @@ def test_flagged_and_selected_images_are_listed(detector: Detector, images: Path
 
 
 @needs_chromium
-@pytest.mark.parametrize("width", [1280, 375])
-def test_a_browser_shows_it_without_scrolling_sideways(folder: Path, width: int) -> None:
-    assert check_layout(folder / "page.html", width)["focusable"] == 1, "the list of what is flagged"
+def test_a_browser_shows_it_without_scrolling_sideways(folder: Path) -> None:
+    assert check_layout(folder / "page.html") == 1, "the list of what is flagged"

@@ -99,20 +99,27 @@ def test_figures_are_those_of_the_tables(made: Path, page: Path) -> None:
         part = metrics[(metrics["detector"] == detector) & (metrics["indicator"] == indicator)]
         for column, source in zip((2, 3), metrics["ood"].unique()):
             values = part.loc[part["ood"] == source, "auroc"]
-            expected = [values.mean(), values.min(), values.max()]
-            assert cells[int(row)][column][0] == pytest.approx(expected, abs=1e-4)
+            value, words = cells[int(row)][column][0]
+            assert value == pytest.approx(values.mean(), abs=1e-4)
+            assert words == f"± {values.std():.3f}"
     own = [cells[int(row)][0][0][0] for row, indicator, _ in rows if indicator == "score"]
     assert own == sorted(own, reverse=True), "the best stands first"
 
 
-def test_controls_stand_apart_and_markers_are_explained(page: Path, copy: Path) -> None:
-    found = [attributes for tag, attributes in Tags(page.read_text()).found if "data-row" in attributes]
-    classes = [str(attributes["class"]).split() for attributes in found]
+def test_controls_stand_apart_and_markers_are_explained(page: Path, made: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    classes = [str(each["class"]).split() for _, each in Tags(text).found if "data-row" in each]
     assert sum("control" in words for words in classes) == 3, "one control by three scores"
-    assert "there to be beaten" in page.read_text()
-    about = json.loads((copy / "provenance.json").read_text())
-    (copy / "provenance.json").write_text(json.dumps({**about, "markers": {"control": "our own <words>"}}))
-    assert "our own &lt;words&gt;" in text_of(copy)
+    for words in ("there to be beaten", "a small &lt;benchmark&gt;", "is not here"):
+        assert words in text
+    names = re.findall(r'class="detector"><b>(.*?)</b> <span class="badge">(.*?)</span>', text)
+    assert dict(names) == {"semantic": "backbone", "knn": "backbone", "trivial_<wbr>controls": "control"}
+    heads = re.search(r"<thead.*?</thead>", text, re.DOTALL)
+    assert heads is not None
+    assert heads[0].count('<span class="badge">size</span>') == 1
+    assert "not explained" in text, "what size means"
+    below = (pd.read_csv(made / "metrics.csv").groupby(["detector", "indicator", "ood"])["auroc"].min() < 0.5).sum()
+    assert text.count('<span class="badge">below half</span>') == below + (below > 0)
 
 
 def test_one_seed_shows_its_intervals(sets: tuple[str, str, str], tmp_path: Path) -> None:

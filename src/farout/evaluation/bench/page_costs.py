@@ -45,7 +45,7 @@ class Plot:
 def cost_table(bench: Bench) -> pd.DataFrame:
     """Per detector, by its own score: means over sets and seeds of the figures of cost."""
     own = bench.metrics[bench.metrics["indicator"] == OWN]
-    have = [name for name in _FIGURES if name in own]
+    have = [name for name in _FIGURES if name in own and own[name].notna().any()]
     return own.groupby("detector", sort=False)[have].mean()
 
 

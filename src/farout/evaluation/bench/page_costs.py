@@ -67,7 +67,7 @@ def front(costs: np.ndarray, areas: np.ndarray, more: bool) -> np.ndarray:
     gain = costs if more else -costs
     as_good = (gain[None] >= gain[:, None]) & (areas[None] >= areas[:, None])
     better = (gain[None] > gain[:, None]) | (areas[None] > areas[:, None])
-    return ~(as_good & better).any(1)
+    return np.asarray(~np.any(as_good & better, axis=1))
 
 
 def _plot(bench: Bench, title: str, area: pd.Series, cost: pd.Series, axis: str, more: bool) -> Plot:

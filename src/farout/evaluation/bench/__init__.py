@@ -1,1 +1,1 @@
-"""Many detectors on many sets, and a page of them."""
+"""Many detectors on many sets: one plan, one set of networks, one set of definitions."""

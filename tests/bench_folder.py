@@ -42,7 +42,7 @@ def write_bench(
                     rows.append(
                         {
                             "bench": "small",
-                            "marker": "control" if "control" in detector else "pretrained" if gmacs < 1 else "",
+                            "marker": _marker(detector, gmacs, place, found.auroc),
                             "detector": detector,
                             "indicator": indicator,
                             "id": inside,
@@ -61,6 +61,11 @@ def write_bench(
                     )
     _tables(folder, pd.DataFrame(rows), inside, outside)
     return folder
+
+
+def _marker(detector: str, gmacs: float, place: int, auroc: float) -> str:
+    words = {"control": "control" in detector, "size": place == 1, "backbone": 0 < gmacs < 1, "below half": auroc < 0.5}
+    return ";".join(word for word, stands in words.items() if stands)
 
 
 def _column(scores: Scores, name: str) -> np.ndarray:
@@ -83,9 +88,14 @@ def _write(folder: Path, source: str, scores: Scores) -> None:
 
 def _tables(folder: Path, metrics: pd.DataFrame, inside: str, outside: Sequence[str]) -> None:
     metrics.to_csv(folder / "metrics.csv", index=False)
-    groups = metrics.groupby(["detector", "indicator", "group"], sort=False)[["auroc", "fpr95"]].mean()
+    by_group = metrics.groupby(["detector", "indicator", "group"], sort=False)
+    spread = by_group[["auroc", "fpr95"]].std().add_suffix("_std")
+    groups = by_group[["auroc", "fpr95"]].mean().join(spread).assign(sets=by_group["ood"].nunique(), untested=0)
     groups.reset_index().to_csv(folder / "groups.csv", index=False)
-    (folder / "bench.yaml").write_text(f"name: small\nid: {inside}\nood: [{', '.join(outside)}]\n")
+    spec = {"name": "small", "about": "a small <benchmark>", "id": inside, "ood": list(outside)}
+    (folder / "bench.yaml").write_text(json.dumps(spec, indent=1))
     versions = {"farout": "0.1", "torch": "2.6"}
     about = {"command": "farout bench small.yaml", "versions": versions, "machine": {"cpu": "<b>2 cores</b>"}}
-    (folder / "provenance.json").write_text(json.dumps({**about, "seconds": 12.5, "hashes": ["a", "b"]}))
+    notes = {"control": "there to be beaten", "backbone": "has seen other images", "below half": "AUROC below one half"}
+    more = {"seconds": 12.5, "hashes": ["a", "b"], "markers": notes, "untested": {"svhn:test": "is not here"}}
+    (folder / "provenance.json").write_text(json.dumps({**about, **more}))

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -19,46 +20,66 @@ _FLAGS = (
 )
 
 
-def asked(page: Path, question: str, width: int = 1280) -> Any:
-    """What a JavaScript expression comes to on a page in a window of that width; its value has to be JSON."""
-    script = f"""<script>
-const answer = document.createElement("pre");
-answer.id = "answer";
-answer.textContent = JSON.stringify({question});
-document.body.append(answer);
-</script>"""
-    text = page.read_text(encoding="utf-8")
+_HOST = """<!doctype html><body><script>
+const framed = (width) => new Promise((done) => {{
+  const frame = document.createElement("iframe");
+  frame.style = `border: 0; width: ${{width}}px; height: 900px`;
+  frame.srcdoc = {page};
+  frame.onload = () => done(frame.contentWindow.eval({question}));
+  document.body.append(frame);
+}});
+(async () => {{
+  const found = [];
+  for (const width of {widths}) found.push(await framed(width));
+  const answer = document.createElement("pre");
+  answer.id = "answer";
+  answer.textContent = JSON.stringify(found);
+  document.body.append(answer);
+}})();
+</script></body>"""
+"""A window has a least width, a frame has none."""
+
+
+def asked(page: Path, question: str, widths: Sequence[int] = (1280,)) -> list[Any]:
+    """What a JavaScript expression comes to on a page of each width; its value has to be JSON."""
+    words = [json.dumps(text).replace("<", r"\u003c") for text in (page.read_text(encoding="utf-8"), question)]
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "page.html"
-        copy.write_text(text.replace("</body>", f"{script}</body>"), encoding="utf-8")
-        words = [str(CHROMIUM), *_FLAGS.split(), f"--user-data-dir={folder}/user", f"--window-size={width},900"]
-        done = subprocess.run(
-            [*words, "--dump-dom", copy.as_uri()], capture_output=True, text=True, timeout=120, check=True
-        )
+        host = Path(folder) / "host.html"
+        host.write_text(_HOST.format(widths=list(widths), page=words[0], question=words[1]), encoding="utf-8")
+        command = [str(CHROMIUM), *_FLAGS.split(), f"--user-data-dir={folder}/user", "--window-size=1400,1000"]
+        waiting = ["--virtual-time-budget=20000", "--dump-dom", host.as_uri()]
+        done = subprocess.run([*command, *waiting], capture_output=True, text=True, timeout=300, check=True)
     found = re.search('<pre id="answer">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found is not None, "the page's own script has failed"
-    return json.loads(unescape(found[1]))
+    return list(json.loads(unescape(found[1])))
 
 
 LAYOUT = """(() => {
+  document.querySelectorAll("details").forEach(e => e.open = true);
   const wide = [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && !e.closest("svg") &&
     e.getBoundingClientRect().right > innerWidth + 1);
-  document.querySelectorAll("details").forEach(e => e.open = true);
   const focusable = [...document.querySelectorAll("select, button, summary, a[href]")].filter(e => e.checkVisibility());
   const dead = focusable.filter(e => { e.focus(); return document.activeElement !== e || e.tabIndex < 0; });
-  const bare = focusable.filter(e => { e.focus({focusVisible: true}); return getComputedStyle(e).outlineStyle === "none"; });
-  return {width: innerWidth, scroll: document.documentElement.scrollWidth, wide: wide.map(e => e.outerHTML.slice(0, 200)),
-    focusable: focusable.length, dead: dead.map(e => e.outerHTML), bare: bare.map(e => e.outerHTML)};
+  const rim = e => { e.focus({focusVisible: true}); return getComputedStyle(e).outlineStyle; };
+  const bare = focusable.filter(e => rim(e) === "none");
+  const names = some => some.map(e => e.outerHTML.slice(0, 200));
+  return {width: innerWidth, scroll: document.documentElement.scrollWidth, wide: names(wide),
+    focusable: focusable.length, dead: names(dead), bare: names(bare)};
 })()"""
 """Whether anything reaches beyond the window, and what Tab cannot reach or does not show."""
 
 
-def check_layout(page: Path, width: int) -> dict[str, Any]:
-    """Asserts that nothing scrolls sideways and every control shows where the focus is."""
-    found: dict[str, Any] = asked(page, LAYOUT, width)
-    assert found["width"] == width
-    assert found["scroll"] <= width
-    assert not found["wide"]
-    assert not found["dead"]
-    assert not found["bare"]
-    return found
+def check_layout(page: Path) -> int:
+    """Asserts that nothing scrolls sideways on a desk or on a telephone, and that every control shows where the focus
+    is; returns how many controls there are.
+    """
+    widths = (1280, 375)
+    counts = []
+    for width, found in zip(widths, asked(page, LAYOUT, widths)):
+        assert found["width"] == width
+        assert found["scroll"] <= width
+        assert not found["wide"]
+        assert not found["dead"]
+        assert not found["bare"]
+        counts.append(int(found["focusable"]))
+    return min(counts)

@@ -2,15 +2,20 @@
 
 import html
 import re
+import shutil
 import sys
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
+from chromium import check_layout, needs_chromium
+from farout.calibration import benjamini_hochberg
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.reconstruction import Reconstruction
 from farout.evaluation.controls import TrivialControls
@@ -36,7 +41,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -188,3 +193,108 @@ def test_a_few_calibration_images_flag_nothing_and_show_no_line(good: Path, imag
     page = (tmp_path / "r" / "page.html").read_text()
     assert "<line" not in page
     assert "dashed" not in page
+
+
+class Placed(TrivialControls):
+    """The controls, with the five numbers as a place among good images."""
+
+    def embedding(self, measurements: Measurements) -> np.ndarray:
+        assert measurements.values is not None
+        return measurements.values[:, 0, 0].double().numpy()
+
+
+def shown_good(page: str) -> list[tuple[str, bool, str]]:
+    """Of every good image on a page: which it is, whether its picture is there, and the words below it."""
+    found = re.findall(
+        r'<figure>(<img src="data:[^"]*" alt="([^"]*)">)?<figcaption class="by">(.*?)</figcaption>', page
+    )
+    return [(alt, bool(picture), words.strip()) for picture, alt, words in found]
+
+
+@pytest.fixture
+def placed(good: Path, tmp_path: Path) -> tuple[Detector, Path]:
+    """A detector that was fitted to a folder of its own."""
+    own = Path(shutil.copytree(good, tmp_path / "own"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Placed().fit(own, alpha=0.1, statistics=30), own
+
+
+def test_the_nearest_good_images_stand_below(placed: tuple[Detector, Path], tmp_path: Path) -> None:
+    detector, own = placed
+    score_folder(detector, own, tmp_path / "r", furthest=60)
+    page = (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
+    cards = re.split(r'<div class="card[" ]', page)[1:]
+    assert len(cards) == 60
+    fitted = set(detector.statistics.keys)
+    for card in cards:
+        name = re.search(r'<p class="name">(.*?)</p>', card)
+        assert name is not None
+        (first, *others) = [each for each in shown_good(card) if each[0].startswith("good image")]
+        assert len(others) == 2
+        assert all(there for _, there, _ in (first, *others))
+        gaps = [float(words) for _, _, words in (first, *others)]
+        assert gaps == sorted(gaps)
+        assert (first == (f"good image {name[1]}", True, "0.000")) == (name[1] in fitted), (
+            "nothing is nearer than itself"
+        )
+
+
+def test_images_that_have_changed_since_the_fit_are_not_shown(
+    placed: tuple[Detector, Path], images: Path, tmp_path: Path
+) -> None:
+    """Another picture of the same name would be a lie."""
+    detector, own = placed
+    for path in own.iterdir():
+        Image.new("L", (8, 8), 90).save(path)
+    score_folder(detector, images, tmp_path / "changed")
+    shutil.rmtree(own)
+    score_folder(detector, images, tmp_path / "gone")
+    for place in ("changed", "gone"):
+        page = (tmp_path / place / "page.html").read_text(encoding="utf-8")
+        found = shown_good(page)
+        assert len(found) == 10 * 3 + 6
+        assert not [alt for alt, there, _ in found if there]
+        assert all(".png" in words for _, _, words in found), "keys stand for them"
+        assert "is not at hand, or has changed" in page
+
+
+def test_a_hub_is_not_asked_for_good_images(
+    placed: tuple[Detector, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("farout.images.sources.list_hub", lambda *given: pytest.fail("the hub was asked"))
+    detector, _ = placed
+    detector.provenance["source"] = "hf://someone/something:train"
+    score_folder(detector, images, tmp_path / "r")
+    assert "is not at hand" in (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_good_images_that_score_highest_are_there(page: str, detector: Detector) -> None:
+    scores = detector.rescore(detector.calibration)
+    order = np.argsort(-scores.score, kind="stable")[:6]
+    expected = [(f"calibration image {scores.keys[i]}", True, f"{scores.score[i]:.4g}") for i in order]
+    assert [each for each in shown_good(page) if each[0].startswith("calibration")] == expected
+
+
+@pytest.mark.parametrize("fdr", [None, 0.6])
+def test_flagged_and_selected_images_are_listed(detector: Detector, images: Path, tmp_path: Path, fdr: float) -> None:
+    score_folder(detector, images, tmp_path / "r", fdr=fdr)
+    frame = pd.read_csv(tmp_path / "r" / "scores.csv")
+    page = (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
+    table = re.search(r'<table class="list">(.*?)</table>', page, re.DOTALL)
+    assert table is not None
+    rows = [[html.unescape(cell) for cell in row] for row in re.findall(r"<tr>" + 4 * "<td>(.*?)</td>", table[1])]
+    scored = frame[frame["status"] == "ok"].sort_values("score", ascending=False)
+    chosen = benjamini_hochberg(scored["p_value"], fdr or detector.alpha)
+    assert chosen.tolist() == (scored["selected"].tolist() if fdr else chosen.tolist())
+    some = scored.assign(chosen=chosen)[(scored["is_ood"].astype(str) == "True") | chosen]
+    assert [row[0] for row in rows] == some["key"].tolist()
+    assert [row[3] for row in rows] == ["yes" if one else "no" for one in some["chosen"]]
+    assert page.count("; selected") == int(chosen.sum())
+    if fdr:
+        assert chosen.any(), "a test without selected images would say nothing"
+
+
+@needs_chromium
+def test_a_browser_shows_it_without_scrolling_sideways(folder: Path) -> None:
+    assert check_layout(folder / "page.html") == 1, "the list of what is flagged"

@@ -36,10 +36,10 @@ class Histogram:
             for values in (first, second)
         ]
         tallest = max(share.max() for share in shares)
-        bars = [tuple(round(100 * float(share) / tallest, 2) for share in values) for values in shares]
+        one, other = (tuple(round(100 * float(share) / tallest, 2) for share in values) for values in shares)
         place = 100 * (limit - edges[0]) / (edges[-1] - edges[0])
         mark = round(float(place), 2) if np.isfinite(place) else None
-        return cls(edges, *bars, bool(everything.max() > edges[-1]), mark)
+        return cls(edges, one, other, bool(everything.max() > edges[-1]), mark)
 
     @property
     def ends(self) -> tuple[str, str]:

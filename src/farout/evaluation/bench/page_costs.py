@@ -45,7 +45,7 @@ class Plot:
 def cost_table(bench: Bench) -> pd.DataFrame:
     """Per detector, by its own score: means over sets and seeds of the figures of cost."""
     own = bench.metrics[bench.metrics["indicator"] == OWN]
-    have = [name for name in _FIGURES if name in own]
+    have = [name for name in _FIGURES if name in own and own[name].notna().any()]
     return own.groupby("detector", sort=False)[have].mean()
 
 
@@ -67,7 +67,7 @@ def front(costs: np.ndarray, areas: np.ndarray, more: bool) -> np.ndarray:
     gain = costs if more else -costs
     as_good = (gain[None] >= gain[:, None]) & (areas[None] >= areas[:, None])
     better = (gain[None] > gain[:, None]) | (areas[None] > areas[:, None])
-    return ~(as_good & better).any(1)
+    return np.asarray(~np.any(as_good & better, axis=1))
 
 
 def _plot(bench: Bench, title: str, area: pd.Series, cost: pd.Series, axis: str, more: bool) -> Plot:

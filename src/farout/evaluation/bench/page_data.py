@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from farout import store
 from farout.detectors._tables import Scores
 from farout.errors import StoreError
 from farout.evaluation.scoring import read_scores
 
-__all__ = ["OWN", "Bench", "Pair", "Run", "Side", "read_bench"]
+__all__ = ["OWN", "Bench", "Pair", "Run", "Side", "of_figures", "read_bench", "words_of"]
 
 OWN = "score"
 """The indicator that is a method's own score, as `metrics.csv` calls it."""
 _METRICS = ("detector", "indicator", "id", "ood", "seed", "marker", "auroc", "fpr95", "aupr_in", "aupr_out")
+_NAMES = ("bench", "detector", "indicator", "id", "ood", "group", "role", "marker")
 _GROUPS = ("detector", "indicator", "group", "auroc")
+
+
+_CONTROL = "control"
+_OF_DETECTORS, _OF_SETS = (_CONTROL, "backbone"), ("size", "overlap")
+"""Words of `marker` that all rows of a detector, or of a set, have; the others are of one row."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Run:
 @dataclass(frozen=True)
 class Bench:
     """A benchmark: its tables, its specification as written, free notes on how it was made, the first seed of each
-    detector with its scores, and the markers of each detector.
+    detector with its scores, and which detectors are controls.
     """
 
     metrics: pd.DataFrame
@@ -79,12 +85,18 @@ class Bench:
     spec: str
     provenance: dict[str, Any]
     runs: tuple[Run, ...]
-    markers: dict[str, tuple[str, ...]]
+    controls: frozenset[str]
 
     @property
     def name(self) -> str:
         """What the benchmark is called."""
         return str(self.metrics["bench"].iloc[0])
+
+    @property
+    def about(self) -> str:
+        """What its specification says of it; empty where it says nothing."""
+        told = yaml.safe_load(self.spec)
+        return str(told.get("about") or "") if isinstance(told, dict) else ""
 
     @property
     def seeds(self) -> int:
@@ -98,9 +110,32 @@ class Bench:
         several = len({inside for inside, _ in found}) > 1
         return tuple(Pair(a, b, f"{b} (id: {a})" if several else b) for a, b in found)
 
+    def of_detector(self, detector: str) -> tuple[str, ...]:
+        """Markers that stand with a detector."""
+        return self._of(self.metrics["detector"] == detector, _OF_DETECTORS)
+
+    def of_set(self, pair: Pair) -> tuple[str, ...]:
+        """Markers that stand with a set."""
+        chosen = (self.metrics["id"] == pair.inside) & (self.metrics["ood"] == pair.outside)
+        return self._of(chosen, _OF_SETS)
+
+    def _of(self, chosen: pd.Series, known: tuple[str, ...]) -> tuple[str, ...]:
+        found = {word for text in self.metrics.loc[chosen, "marker"].unique() for word in words_of(text)}
+        return tuple(word for word in known if word in found)
+
     def is_control(self, detector: str) -> bool:
         """Whether it is there to be beaten."""
-        return "control" in self.markers[detector]
+        return detector in self.controls
+
+
+def words_of(marker: str) -> list[str]:
+    """The words of a cell of the column `marker`, which semicolons part."""
+    return [word for word in marker.split(";") if word]
+
+
+def of_figures(marker: str) -> list[str]:
+    """Those words of a marker that stand with a single figure."""
+    return [word for word in words_of(marker) if word not in _OF_DETECTORS + _OF_SETS]
 
 
 def read_bench(folder: Path) -> Bench:
@@ -118,27 +153,25 @@ def read_bench(folder: Path) -> Bench:
     firsts = metrics.groupby("detector", sort=False)["seed"].min()
     runs = tuple(_run(folder, str(name), int(seed)) for name, seed in firsts.items())
     provenance = store.read_json(folder / "provenance.json")
-    return Bench(metrics, groups, spec.read_text(encoding="utf-8"), provenance, runs, _markers(metrics))
+    return Bench(metrics, groups, spec.read_text(encoding="utf-8"), provenance, runs, _controls(metrics))
 
 
 def _table(path: Path, wanted: tuple[str, ...]) -> pd.DataFrame:
     """A table; cells of text that are empty are empty, not gaps."""
     if not path.is_file():
         raise StoreError(f"{path} is missing; the folder is incomplete or is not that of a benchmark")
-    table = pd.read_csv(path, dtype={"detector": str, "indicator": str, "id": str, "ood": str})
+    table = pd.read_csv(path, keep_default_na=False, na_values=["", "nan"], dtype=dict.fromkeys(_NAMES, str))
     lacking = [name for name in wanted if name not in table]
     if lacking:
         raise StoreError(f"{path} has no column {', '.join(lacking)}; it has {', '.join(map(str, table.columns))}")
-    words = {name: table[name].fillna("").astype(str) for name in ("marker", "group", "role", "bench") if name in table}
+    words = {name: table[name].fillna("") for name in _NAMES if name in table}
     return table.assign(**{"bench": "benchmark", **words})
 
 
-def _markers(metrics: pd.DataFrame) -> dict[str, tuple[str, ...]]:
-    """Markers by detector, which commas or semicolons part, in the order of the rows."""
-    found: dict[str, dict[str, None]] = {}
-    for name, text in dict.fromkeys(zip(metrics["detector"], metrics["marker"])):
-        found.setdefault(str(name), {}).update(dict.fromkeys(filter(None, map(str.strip, re.split("[,;]", text)))))
-    return {name: tuple(words) for name, words in found.items()}
+def _controls(metrics: pd.DataFrame) -> frozenset[str]:
+    """Detectors that are marked as controls."""
+    marked = metrics.loc[[_CONTROL in words_of(text) for text in metrics["marker"]], "detector"]
+    return frozenset(map(str, marked))
 
 
 def _run(folder: Path, detector: str, seed: int) -> Run:

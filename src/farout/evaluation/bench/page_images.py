@@ -28,8 +28,8 @@ class Shown:
 
     key: str
     picture: int | None
-    overlay: int | None
-    text: str
+    overlay: int | None = None
+    text: str = ""
     opinions: tuple[tuple[str, int], ...] = ()
 
 
@@ -67,7 +67,7 @@ def _disputed(key: str, ranks: pd.Series, source: str, images: SourceImages, thu
     if len(ordered) > _LISTED:
         ordered = pd.concat([ordered.head(_LISTED // 2), ordered.tail(_LISTED // 2)])
     opinions = tuple((str(name), int(value)) for name, value in ordered.items())
-    return Shown(key, thumbnails.of_image(images, source, key), None, f"{opinions[0][0]} finds it further", opinions)
+    return Shown(key, thumbnails.of_image(images, source, key), opinions=opinions)
 
 
 def galleries(bench: Bench, images: SourceImages, thumbnails: Thumbnails) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def _strip(side: Side, flagged: bool, count: int, images: SourceImages, thumbnai
             key,
             thumbnails.of_image(images, side.source, key),
             thumbnails.of_file(side.folder / FOLDER / overlay_name(key)),
-            f"score {scores.score[place]:.4g}, p = {scores.p_value[place]:.4f}",
+            f"score\u00a0{scores.score[place]:.4g}, p\u00a0=\u00a0{scores.p_value[place]:.4f}",
         )
         for place, key in ((place, scores.keys[place]) for place in order)
     ]

@@ -19,9 +19,7 @@
     target.parentElement.style.setProperty("--v", cell ? 100 * cell[0] : 0);
     if (!cell) return;
     target.append(Object.assign(document.createElement("b"), { textContent: fixed(cell[0]) }));
-    if (cell[1] !== null && cell[2] !== null) {
-      target.append(Object.assign(document.createElement("small"), { textContent: `${fixed(cell[1])}–${fixed(cell[2])}` }));
-    }
+    if (cell[1]) target.append(Object.assign(document.createElement("small"), { textContent: cell[1] }));
   }
 
   function compare(one, other) {

@@ -16,6 +16,8 @@ from farout.evaluation.bench.spec import HEAD, SECTIONS, Spec
 __all__ = ["SPEC", "differences", "open_folder"]
 
 SPEC = "bench.yaml"
+_FREE = ("name", "about", "seeds")
+"""Settings that may change, or be added to."""
 _DECIDING = ("device", "precision", "rows")
 """Settings of the runtime that results depend on."""
 
@@ -41,7 +43,7 @@ def open_folder(out: Path, spec: Spec) -> None:
 
 def differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """What differs between two specifications as YAML has them, other than what was added, in words."""
-    old, new = ({name: each.get(name) for name in HEAD if name not in ("seeds", "about")} for each in (known, now))
+    old, new = ({name: each.get(name) for name in HEAD if name not in _FREE} for each in (known, now))
     yield from _changed(old, new)
     old, new = ({f"runtime.{name}": each["runtime"].get(name) for name in _DECIDING} for each in (known, now))
     yield from _changed(old, new)

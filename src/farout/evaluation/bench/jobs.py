@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from farout.classifiers.train import train_classifier
 from farout.detectors._fitting import FitSettings, training_of
 from farout.detectors.base import Detector, load
 from farout.diffusion.train import DiffusionConfig, discard_checkpoints, train_diffusion
+from farout.errors import ConstantScoresWarning, TrapWarning
 from farout.evaluation.bench.plan import RECORD, Job, Plan
 from farout.evaluation.bench.reading import TRIVIAL
 from farout.evaluation.bench.spec import DetectorSpec, NetworkSpec
@@ -28,6 +30,7 @@ from farout.training_config import TrainingConfig
 
 __all__ = ["Jobs"]
 
+_ALONE = Beside(companions=False, trivial=False)
 _SPEED_IMAGES, _SPEED_S = 64, 3.0
 """Images that a detector's speed is measured on at most, and for about how long."""
 
@@ -40,7 +43,7 @@ class Jobs:
 
     def do(self, job: Job) -> float | None:
         """Does a job and writes its record; returns the seconds that it took, None where its result stood there."""
-        kinds: dict[str, Callable[[Job], None]] = {
+        kinds: dict[str, Callable[[Job], dict[str, float] | None]] = {
             "networks": self._network,
             "outliers": self._outliers,
             "reconstructions": self._reconstructions,
@@ -49,11 +52,11 @@ class Jobs:
         }
         whole = job.room in ("networks", "detectors") and (job.folder / "config.json").is_file()
         started = time.perf_counter()
-        if not whole:  # folders of networks and detectors appear when they are finished
-            kinds[job.room](job)
+        # folders of networks and detectors appear when they are finished
+        found = None if whole else kinds[job.room](job)
         seconds = None if whole else round(time.perf_counter() - started, 1)
-        content = {"job": job.id, "seconds": seconds, "sources": list(job.sources), "versions": store.versions()}
-        store.write_json(job.folder / RECORD, content)
+        about = {"job": job.id, "seconds": seconds, "sources": list(job.sources), "versions": store.versions()}
+        store.write_json(job.folder / RECORD, {**about, **(found or {})})
         return seconds
 
     def _path(self, section: str, name: str | None, seed: int) -> str | None:
@@ -167,8 +170,8 @@ class Jobs:
 
     # -- rating --------------------------------------------------------------------------------------------------
 
-    def _rated(self, job: Job) -> None:
-        """Scores and rates; the speed is measured apart, alike for all, for features may be in the cache."""
+    def _rated(self, job: Job) -> dict[str, float]:
+        """Scores and rates; the speed is measured apart, once and alike for all, for features may be in the cache."""
         if job.name == TRIVIAL:
             limit = self.spec.control_limit
             detector = TrivialControls().fit(self.spec.train, limit=limit, **self._settings(job.seed))
@@ -177,14 +180,19 @@ class Jobs:
         inside, *outside = job.sources
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        nothing = Beside(companions=False, trivial=False)
-        table = evaluate_detector(
-            detector, inside, outside, job.folder, limit=self.spec.limit, beside=nothing, name=job.name
-        )
-        table["images_per_s"] = round(_images_per_s(detector, detector.open(inside, limit=_SPEED_IMAGES)), 2)
+        told: dict[str, Any] = {"limit": self.spec.limit, "name": job.name}
+        with warnings.catch_warnings():  # the column `marker` says these
+            warnings.simplefilter("ignore", ConstantScoresWarning)
+            warnings.filterwarnings("ignore", ".*lies below one half", TrapWarning)
+            table = evaluate_detector(detector, inside, outside, job.folder, beside=_ALONE, **told)
+        speed = job.record.get("images_per_s")
+        if speed is None:
+            speed = round(_images_per_s(detector, detector.open(inside, limit=_SPEED_IMAGES)), 2)
+        table["images_per_s"] = speed
         if not torch.cuda.is_available():
             table["peak_mib"] = float("nan")  # of the process, which has done other jobs before
         written(table, job.folder / "metrics.csv")
+        return {"images_per_s": speed}
 
 
 def _images_per_s(detector: Detector, source: ImageSource) -> float:

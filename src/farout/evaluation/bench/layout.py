@@ -127,11 +127,12 @@ def _area(part: pd.DataFrame) -> str:
     return f"{part['auroc'].iloc[0]:.3f} ({low:.3f} to {high:.3f}){sign}"
 
 
-def _notes(plan: Plan) -> list[str]:
-    """What the signs mean, and which sets are not here."""
-    signs = {"*": "backbone", _CONSTANT: "constant", _BELOW: "below half"}
-    notes = [f"{sign} {MARKERS[word]}" for sign, word in signs.items()]
-    notes += [f"{word}: {MARKERS[word]}" for word in ("size", "overlap")]
+def _notes(plan: Plan, metrics: pd.DataFrame) -> list[str]:
+    """What the signs mean that stand in the tables, and which sets are not here."""
+    own = metrics.loc[metrics["indicator"] == _OWN, "marker"]
+    used = {word for text in own for word in str(text).split(";")}
+    signs = {"backbone": "*", "constant": _CONSTANT, "below half": _BELOW, "size": "size:", "overlap": "overlap:"}
+    notes = [f"{sign} {MARKERS[word]}" for word, sign in signs.items() if word in used]
     return notes + [f"untested ({plan.spec.group(source)}): {why}" for source, why in plan.untested.items()]
 
 
@@ -153,7 +154,7 @@ def markdown(plan: Plan, metrics: pd.DataFrame, tables: Sequence[Board], machine
         body = [[_bold(cell, "**{}**".format) for cell in row] for row in board.rows]
         lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in [*head, *body]]
         parts += [board.caption, "\n".join(lines)]
-    parts.append("\n".join(f"- {note}" for note in _notes(plan)))
+    parts.append("\n".join(f"- {note}" for note in _notes(plan, metrics)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -188,4 +189,4 @@ def latex(plan: Plan, metrics: pd.DataFrame, tables: Sequence[Board], machine: s
             " & ".join(map(_tex, board.heads)) + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
             r"\end{table}", "",
         ]  # fmt: skip
-    return "\n".join([*parts, *(f"% {note}" for note in _notes(plan))]) + "\n"
+    return "\n".join([*parts, *(f"% {note}" for note in _notes(plan, metrics))]) + "\n"

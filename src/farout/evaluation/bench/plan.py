@@ -56,8 +56,9 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether it is done, with the same sources."""
-        return bool(self.record) and self.record["sources"] == list(self.sources)
+        """Whether it is done, with the same sources. Without its `metrics.csv` a rating is done again, from scores."""
+        rated = self.room != _RATED or (self.folder / "metrics.csv").is_file()
+        return rated and bool(self.record) and self.record["sources"] == list(self.sources)
 
 
 @dataclass(frozen=True)

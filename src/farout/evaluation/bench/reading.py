@@ -27,6 +27,7 @@ from farout.evaluation.bench.spec import (
     OutlierSpec,
     ReconstructionSpec,
     Spec,
+    method_of,
 )
 from farout.evaluation.bench.typed import build, known_only, meant, plain
 from farout.runtime import Runtime
@@ -243,7 +244,7 @@ def _of_method(kind: type[M], room: str, values: dict[str, Any], where: str) -> 
     if not values.get("method"):
         raise FaroutError(f"{where} lacks a method; {meant('', registry.members(room))}")
     try:
-        method = registry.find(room, str(values["method"])).load()
+        method = method_of(room, str(values["method"]))
     except FaroutError as error:
         raise FaroutError(f"{where}: {error}") from error
     preset = values.get("preset")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -17,7 +18,13 @@ from farout.outliers.base import Synthesiser
 from farout.runtime import Runtime
 from farout.training_config import TrainingConfig
 
-__all__ = ["HEAD", "SECTIONS", "DetectorSpec", "NetworkSpec", "OutlierSpec", "ReconstructionSpec", "Spec"]
+__all__ = ["HEAD", "SECTIONS", "DetectorSpec", "NetworkSpec", "OutlierSpec", "ReconstructionSpec", "Spec", "method_of"]
+
+
+@functools.cache
+def method_of(room: str, name: str) -> Any:
+    """The class of a detector or synthesiser; looked for once, for all files of the room are read."""
+    return registry.find(room, name).load()
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class OutlierSpec:
 
     def made(self) -> Synthesiser:
         """The synthesiser."""
-        made: Synthesiser = registry.find("outliers", self.method).load()(**self.arguments)
+        made: Synthesiser = method_of("outliers", self.method)(**self.arguments)
         made.provenance["preset"] = self.preset or ""
         return made
 
@@ -136,9 +143,9 @@ class DetectorSpec:
         """Section and name of what has to be there before."""
         yield from _networks(self.diffusion, self.classifier)
 
-    def made(self, **changes: Any) -> Detector:
+    def made(self) -> Detector:
         """The detector, not fitted."""
-        made: Detector = registry.find("detectors", self.method).load()(**{**self.arguments, **changes})
+        made: Detector = method_of("detectors", self.method)(**self.arguments)
         made.provenance["preset"] = self.preset or ""
         return made
 

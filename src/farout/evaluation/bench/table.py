@@ -57,7 +57,7 @@ def marked(
         table = pd.read_csv(job.folder / "metrics.csv", keep_default_na=False, na_values=[""], dtype={"preset": str})
         table = table[table["ood"].isin(plan.present)].fillna({"preset": "", "group": "", "role": ""})
         constant = set(_constant(sides))
-        own = _of_detector(plan, job)
+        own = list(_of_detector(plan, job))
         words = [[*own, *facts[row["ood"]]["markers"], *_of_row(row, constant)] for row in table.to_dict("records")]
         about = {"group": table["ood"].map(plan.spec.group), "bench": plan.spec.name}
         tables.append(table.assign(**about, marker=[_joined(each) for each in words]))

@@ -1,0 +1,194 @@
+"""Tables of benchmarks, from hand-made rows: means, deviations, markers, who is best, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from farout.detectors._tables import Scores
+from farout.evaluation.bench.layout import boards, latex, markdown
+from farout.evaluation.bench.plan import Job, Plan, make_plan
+from farout.evaluation.bench.reading import parse_spec
+from farout.evaluation.bench.table import group_means, leads, marked
+from farout.evaluation.sides import Side
+from farout.images.sources import open_source
+
+NEAR, ALSO, FAR = "sample_fashion:test@classes=8", "sample_fashion:test@classes=9", "sample_digits:test"
+
+
+def plan(seeds: tuple[int, ...] = (0, 1)) -> Plan:
+    content: dict[str, Any] = {
+        "name": "hand_made",
+        "train": "sample_fashion:train@classes=0-7",
+        "id": "sample_fashion:test@classes=0-7",
+        "ood": {"near": [NEAR, ALSO], "far": [FAR, "svhn:test"]},
+        "seeds": list(seeds),
+        "detectors": ["knn", {"name": "a_b", "method": "mahalanobis"}],
+        "random_weights": False,
+    }
+    return make_plan(parse_spec(content), "out", {"svhn:test": "svhn:test is not on this machine"})
+
+
+def row(detector: str, ood: str, seed: int, auroc: float, marker: str = "", **more: Any) -> dict[str, Any]:
+    known = {
+        "bench": "hand_made", "detector": detector, "indicator": "score", "id": "i", "ood": ood, "seed": seed,
+        "group": "far" if ood == FAR else "near", "auroc": auroc, "auroc_low": auroc - 0.1, "auroc_high": auroc + 0.1,
+        "aupr_in": 0.5, "aupr_out": 0.5, "fpr95": 1 - auroc, "false_alarm": 0.05, "detection": 0.5, "nfe": 1,
+        "gmacs": 0.02, "images_per_s": 120.4, "fit_s": 1.0, "n_id": 20, "n_ood": 10, "marker": marker,
+    }  # fmt: skip
+    return {**known, **more}
+
+
+ROWS = pd.DataFrame(
+    [
+        row("knn", NEAR, 0, 0.6, "backbone"),
+        row("knn", ALSO, 0, 0.8, "overlap;backbone"),
+        row("knn", NEAR, 1, 0.8, "backbone"),
+        row("knn", ALSO, 1, 1.0, "overlap;backbone"),
+        row("knn", FAR, 0, 0.4, "size;backbone;below half"),
+        row("knn", FAR, 1, 0.6, "size;backbone"),
+        row("a_b", NEAR, 0, 0.9),
+        row("a_b", NEAR, 1, 0.9),
+        row("trivial_controls", NEAR, 0, 0.7, "control"),
+    ]
+)
+PAIRS = pd.DataFrame(
+    [
+        {"first": "knn", "second": "a_b", "ood": NEAR, "low": -0.4, "high": -0.1, "difference": -0.3, "seed": 0},
+        {"first": "a_b", "second": "knn", "ood": NEAR, "low": 0.1, "high": 0.4, "difference": 0.3, "seed": 0},
+        {"first": "a_b", "second": "trivial_controls", "ood": NEAR, "low": -2.0, "high": -1.0, "seed": 0},
+        {"first": "knn", "second": "a_b", "ood": ALSO, "low": -0.1, "high": 0.1, "difference": 0.0, "seed": 0},
+    ]
+)
+
+
+def test_means_over_sets_and_seeds() -> None:
+    found = group_means(plan(), ROWS).set_index(["detector", "group"])
+    near = found.loc[("knn", "near")]
+    assert near["auroc"] == pytest.approx(0.8)
+    assert near["auroc_std"] == pytest.approx(np.std([0.7, 0.9], ddof=1)), "over seeds, of the means over sets"
+    assert near["fpr95"] == pytest.approx(0.2)
+    assert (near["sets"], near["seeds"], near["untested"]) == (2, 2, 0)
+    assert near["marker"] == "overlap;backbone", "each once, in one order"
+    far = found.loc[("knn", "far")]
+    assert (far["sets"], far["untested"]) == (1, 1)
+    assert far["marker"] == "size;backbone;below half"
+    assert np.isnan(found.loc[("trivial_controls", "near"), "auroc_std"]), "one seed has no deviation"
+
+
+def test_boards_say_who_is_not_behind() -> None:
+    means, sets = boards(plan(), ROWS, group_means(plan(), ROWS), PAIRS)
+    assert [line[0].text for line in sets.rows] == ["knn *", "a_b", "trivial_controls"], "controls come last"
+    assert sets.rule == means.rule == 2
+    assert sets.heads == ("detector", f"{NEAR} (near)", f"{ALSO} (near, overlap)", f"{FAR} (far, size)")
+    knn, other, control = sets.rows
+    assert (knn[1].best, other[1].best, control[1].best) == (False, True, False)
+    assert knn[2].best, "an interval that holds zero"
+    assert knn[1].text == "0.700 ± 0.141"
+    assert knn[3].text.endswith("†")
+    assert other[2].text == ""
+    assert not other[2].best
+    assert means.heads == (
+        "detector",
+        "near AUROC",
+        "near FPR95",
+        "far AUROC",
+        "far FPR95",
+        "NFE",
+        "GMACs",
+        "img/s",
+        "fit, s",
+    )
+    assert [cell.text for cell in means.rows[0][1:]] == [
+        "0.800 ± 0.141", "0.200 ± 0.141", "0.500 ± 0.141", "0.500 ± 0.141", "1", "0.02", "120", "1",
+    ]  # fmt: skip
+
+
+def test_one_seed_has_its_interval() -> None:
+    rows = ROWS[ROWS["seed"] == 0]
+    sets = boards(plan((0,)), rows, group_means(plan((0,)), rows), PAIRS)[1]
+    assert sets.rows[0][1].text == "0.600 (0.500 to 0.700)"
+
+
+def test_markdown_is_a_table(tmp_path: Path) -> None:
+    tables = boards(plan(), ROWS, group_means(plan(), ROWS), PAIRS)
+    text = markdown(plan(), ROWS, tables, "a machine")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 * (2 + 3)
+    assert {line.count("|") for line in lines[:5]} == {10}
+    assert "**0.900 ± 0.000**" in text
+    assert "untested (far): svhn:test is not on this machine" in text
+    assert "seeds 0, 1" in text
+    assert "all scores are equal" not in text, "signs that do not occur are not explained"
+
+
+def test_latex_has_balanced_tables() -> None:
+    tables = boards(plan(), ROWS, group_means(plan(), ROWS), PAIRS)
+    text = latex(plan(), ROWS, tables, "a machine")
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}") == 2
+    assert body.count(r"\toprule") == body.count(r"\bottomrule") == 2
+    for board, part in zip(tables, re.findall(r"\\begin\{tabular\}(.*?)\\end\{tabular\}", body, re.DOTALL)):
+        rows = [line for line in part.splitlines() if line.endswith(r"\\")]
+        assert len(rows) == 1 + len(board.rows)
+        assert {line.count(" & ") for line in rows} == {len(board.heads) - 1}
+        assert part.count(r"\midrule") == 2, "below the heads, and before the controls"
+    assert r"a\_b" in body
+    assert r"\textbf{0.900 $\pm$ 0.000}" in body
+    assert not re.search(r"(?<!\\)[_%&](?! )", body.replace("$^", "")), "signs of LaTeX's own are escaped"
+    assert "untested (far): svhn:test" in text
+
+
+# -- markers from scores ------------------------------------------------------------------------------------------
+
+
+def side(spec: str, values: list[float], **indicators: list[float]) -> Side:
+    source = open_source(spec).subset(range(len(values)))
+    keys, score = source.keys, np.array(values)
+    found = {"energy": score, **{name: np.array(value) for name, value in indicators.items()}}
+    nothing = np.zeros(len(values))
+    return Side(source, Scores(keys, score, nothing, nothing > 1, ("ok",) * len(values), found, None))
+
+
+def test_rows_are_marked(tmp_path: Path) -> None:
+    """Constant scores are read from the scores: an AUROC of one half alone does not tell."""
+    job = Job("rated", "trivial_controls", 0, tmp_path)
+    rows = [
+        row("trivial_controls", NEAR, 0, 0.5, indicator=name, preset="", protocol="native", role="test", group="")
+        for name in ("score", "flat", "even")
+    ]
+    rows.append({**rows[0], "ood": "another:set"})
+    pd.DataFrame([{**each, "auroc": 0.4 if each["indicator"] == "even" else 0.5} for each in rows]).reindex(
+        columns=[*pd.DataFrame(rows).columns, "peak_mib", "alpha", "fpr95_low", "fpr95_high"]
+    ).drop(columns=["bench", "marker"]).to_csv(tmp_path / "metrics.csv", index=False)
+    inside = side("sample_fashion:test", [1.0, 2.0, 3.0], flat=[7.0, 7.0, 7.0], even=[1.0, 2.0, 3.0])
+    outside = side(NEAR, [1.0, 3.0], flat=[7.0, float("nan")], even=[2.0, 2.0])
+    found = marked(plan(), [(job, [inside, outside])], {NEAR: {"markers": ["size", "overlap"]}})
+    assert found["marker"].tolist() == [
+        "control;size;overlap",
+        "control;size;overlap;constant",
+        "control;size;overlap;below half",
+    ], "sets that the benchmark does not have are left out"
+    assert set(found["group"]) == {"near"}
+    assert set(found["bench"]) == {"hand_made"}
+
+
+def test_leads_stand_in_both_directions_and_within_a_seed(tmp_path: Path) -> None:
+    inside, outside = side("sample_fashion:test@classes=0", [1.0, 2.0, 3.0]), side(FAR, [4.0, 5.0, 6.0])
+    worse = [inside, side(FAR, [1.0, 5.0, 2.5])]
+    jobs = [
+        (Job("rated", "a_b", 0, tmp_path), [inside, outside]),
+        (Job("rated", "knn", 0, tmp_path), worse),
+        (Job("rated", "knn", 1, tmp_path), worse),
+    ]
+    found = leads(jobs)
+    assert len(found) == 2
+    ahead = found.set_index("first")
+    assert ahead.loc["a_b", "difference"] == pytest.approx(1 - 5.5 / 9)
+    assert ahead.loc["knn", "difference"] == -ahead.loc["a_b", "difference"]
+    assert ahead.loc["knn", "high"] == -ahead.loc["a_b", "low"]

@@ -174,7 +174,7 @@ class Jobs:
         """Scores and rates; the speed is measured apart, once and alike for all, for features may be in the cache."""
         if job.name == TRIVIAL:
             limit = self.spec.control_limit
-            detector = TrivialControls().fit(self.spec.train, limit=limit, **self._settings(job.seed))
+            detector: Detector = TrivialControls().fit(self.spec.train, limit=limit, **self._settings(job.seed))
         else:
             detector = load(self.plan.job("detectors", job.name, job.seed).folder, **self._runtime)
         inside, *outside = job.sources

@@ -74,8 +74,10 @@ class Rehearsal:
         """Of one evaluation of a network."""
         if name not in self._gmacs:
             network = self.network(name)
-            diffusion = isinstance(network, DiffusionModel)
-            self._gmacs[name] = network.gmacs if diffusion else _counted(lambda: _evaluate(network, 1))
+            if isinstance(network, DiffusionModel):
+                self._gmacs[name] = network.gmacs
+            else:
+                self._gmacs[name] = _counted(lambda: _evaluate(network, 1))
         return self._gmacs[name]
 
     def cost(self, name: str) -> Cost:

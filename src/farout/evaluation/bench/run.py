@@ -19,6 +19,7 @@ from farout.evaluation.bench.estimate import Estimate, estimates
 from farout.evaluation.bench.folder import open_folder
 from farout.evaluation.bench.jobs import Jobs
 from farout.evaluation.bench.layout import Board, boards, latex, markdown
+from farout.evaluation.bench.page import write_bench_page
 from farout.evaluation.bench.plan import Job, Plan
 from farout.evaluation.bench.rehearsal import Rehearsal
 from farout.evaluation.bench.sets import Sets, check_present
@@ -114,7 +115,7 @@ def report(plan: Plan) -> Report:
     """Writes the tables of all that is rated so far; no network runs.
 
     `metrics.csv` and `metrics.parquet`: all rows; `groups.csv`: means; `rated/*/paired.csv`: who is ahead of whom;
-    `results.md`, `results.tex`; `provenance.json`.
+    `results.md`, `results.tex`; `provenance.json`; `page.html`.
 
     Raises FaroutError where nothing is rated yet; StoreError for a folder of other settings.
     """
@@ -135,7 +136,7 @@ def report(plan: Plan) -> Report:
         own = ahead[(ahead["first"] == job.name) & (ahead["seed"] == job.seed)]
         written(own[PAIRED], job.folder / "paired.csv")
     missing = tuple(job for job in plan.jobs if not job.done)
-    return Report(plan, metrics, groups, tuple(tables), missing, paths)
+    return Report(plan, metrics, groups, tuple(tables), missing, (*paths, write_bench_page(plan.out)))
 
 
 def _write_tables(plan: Plan, metrics: pd.DataFrame, groups: pd.DataFrame, tables: Sequence[Board]) -> tuple[Path, ...]:

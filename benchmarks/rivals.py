@@ -65,7 +65,6 @@ def rivals() -> Iterator[tuple[str, Detector]]:
     yield ANCHOR[0], Reconstruction.from_preset("oneshot")
     yield "msma", MSMA()
     yield "diffpath", DiffPath()
-    yield "diffpath, released", DiffPath.from_preset("released")
 
 
 def compare(arguments: argparse.Namespace, model: DiffusionModel) -> str:
@@ -129,8 +128,8 @@ def choose(arguments: argparse.Namespace, model: DiffusionModel) -> str:
     for low, high in RANGES:
         chosen = {name: between(each, model, low, high) for name, each in measured.items()}
         rows += judge(f"msma, {low:g} to {high:g}", whole, chosen)
-    for name, settings in (("no clamp", {}), ("clamp", {"clamp": True})):
-        detector = ready(DiffPath(**settings), model, seed)
+    for name, clamp in (("no clamp", False), ("clamp", True)):
+        detector = ready(DiffPath(clamp=clamp), model, seed)
         rows += judge(
             f"diffpath, {name}", detector, {key: detector.measure_all(some, key) for key, some in sets.items()}
         )

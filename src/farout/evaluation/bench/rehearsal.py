@@ -74,8 +74,8 @@ class Rehearsal:
         """Of one evaluation of a network."""
         if name not in self._gmacs:
             network = self.network(name)
-            diffusion = isinstance(network, DiffusionModel)
-            self._gmacs[name] = network.gmacs if diffusion else _counted(lambda: _evaluate(network, 1))
+            counted = _counted(lambda: _evaluate(network, 1)) if isinstance(network, Classifier) else network.gmacs
+            self._gmacs[name] = counted
         return self._gmacs[name]
 
     def cost(self, name: str) -> Cost:

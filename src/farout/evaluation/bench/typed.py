@@ -53,7 +53,7 @@ def build(
     Raises FaroutError for unknown names, wrong types, and what the constructor refuses.
     """
     defaults = _defaults(kind, beside)
-    nested = {name: value for name, value in defaults.items() if is_dataclass(value)}
+    nested: dict[str, Any] = {name: value for name, value in defaults.items() if is_dataclass(value)}
     given = known_only(values, defaults, where)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, skip={*nested, *beside})

@@ -101,6 +101,8 @@ def test_every_detector_and_control_stands_in_one_table(out: Path) -> None:
     assert set(own["bench"]) == {"tiny"}
     assert (own["images_per_s"] > 0).all()
     assert own.loc["posthoc", "nfe"] == 1
+    backbones = [own.loc[name, "gmacs"] for name in ("mahalanobis", "mahalanobis, random weights")]
+    assert backbones[0] == backbones[1], "whether its features were in the cache or not"
     control = own["marker"].fillna("").str.split(";").map(lambda words: "control" in words)
     assert set(own.index[control]) == CONTROLS
     backbone = own["marker"].fillna("").str.contains("backbone")

@@ -146,6 +146,8 @@ def _evaluate(network: DiffusionModel | Classifier, rows: int) -> None:
 
 
 def _counted(call: Callable[[], Any]) -> float:
+    """Billions of multiply-accumulates of a call; what a first one builds is not counted."""
+    call()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() / 2e9

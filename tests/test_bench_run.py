@@ -11,16 +11,18 @@ import pandas as pd
 import pytest
 import yaml
 
+from farout import load
 from farout.cli import main
 from farout.detectors.base import Detector
+from farout.errors import FaroutError
 from farout.evaluation.bench.jobs import Jobs
 from farout.evaluation.bench.plan import make_plan
-from farout.evaluation.bench.reading import read_spec
+from farout.evaluation.bench.reading import parse_spec, read_spec
 from farout.evaluation.bench.run import Done, Report, preview, report, run_bench
 from farout.evaluation.evaluate import COLUMNS
 from farout.store import read_json
+from small import classifier, pictures
 
-SEED = 0
 CONTENT: dict[str, Any] = {
     "train": "sample_fashion:train@classes=0,1",
     "id": "sample_fashion:test@classes=0,1",
@@ -99,6 +101,8 @@ def test_every_detector_and_control_stands_in_one_table(out: Path) -> None:
     assert set(own["bench"]) == {"tiny"}
     assert (own["images_per_s"] > 0).all()
     assert own.loc["posthoc", "nfe"] == 1
+    backbones = [own.loc[name, "gmacs"] for name in ("mahalanobis", "mahalanobis, random weights")]
+    assert backbones[0] == backbones[1], "whether its features were in the cache or not"
     control = own["marker"].fillna("").str.split(";").map(lambda words: "control" in words)
     assert set(own.index[control]) == CONTROLS
     backbone = own["marker"].fillna("").str.contains("backbone")
@@ -208,3 +212,40 @@ def test_images_that_are_not_here_stop_it_before_any_work(tmp_path: Path, capsys
     text = capsys.readouterr().out
     assert "cannot be run here" in text
     assert "untested (far): places365:test" in text
+
+
+def test_existing_networks_are_taken_as_they_are(tmp_path: Path) -> None:
+    """Nothing is trained, and the table says that what they have seen is not known."""
+    classifier().save(tmp_path / "given")
+    for name, count, seed in (("good", 60, 0), ("test", 12, 1), ("far", 12, 2)):
+        pictures(tmp_path / name, count, seed=seed, spread=120 if name == "far" else 80)
+    content = {
+        "name": "given",
+        "train": str(tmp_path / "good"),
+        "id": str(tmp_path / "test"),
+        "ood": {"far": [str(tmp_path / "far")]},
+        "alpha": 0.1,
+        "networks": {"mine": {"kind": "classifier", "folder": str(tmp_path / "given")}},
+        "detectors": [{"method": "posthoc", "classifier": "mine", "statistics": 30}],
+        "trivial": False,
+        "random_weights": False,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        *_, done = run_bench(make_plan(parse_spec(content), tmp_path / "out"))
+    assert isinstance(done, Report)
+    assert not [path for path in (tmp_path / "out" / "networks").rglob("*") if path.suffix == ".safetensors"]
+    assert done.metrics["marker"].str.startswith("backbone").all()
+    assert load(tmp_path / "out" / "detectors" / "posthoc-0").classifier.content_hash == classifier().content_hash
+
+
+def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path) -> None:
+    """Found by the methods themselves, with untrained networks in place of those that would be trained for hours."""
+    wrong = {**CONTENT, "name": "wrong", "detectors": CONTENT["detectors"][1:2]}
+    outliers = {"noise": {"method": "ncis", "diffusion": "generator", "limit": 3}}
+    with pytest.raises(FaroutError):
+        list(run_bench(make_plan(parse_spec({**wrong, "outliers": outliers}), tmp_path / "out")))
+    late = {"method": "reconstruction", "diffusion": "generator", "arguments": {"levels": [5000]}}
+    with pytest.raises(FaroutError, match="levels"):
+        list(run_bench(make_plan(parse_spec({**wrong, "detectors": [late]}), tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

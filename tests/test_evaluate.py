@@ -13,9 +13,10 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from farout.detectors.base import Detector, Measurements, Runtime
+from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
 from farout.errors import ConstantScoresWarning, FaroutError, StoreError, TrapWarning
-from farout.evaluation.beside import Beside
+from farout.evaluation.beside import Beside, random_twin
 from farout.evaluation.controls import CONTROLS, TrivialControls
 from farout.evaluation.evaluate import COLUMNS, evaluate_detector, evaluate_scores
 from farout.evaluation.metrics import auroc
@@ -158,6 +159,20 @@ def test_controls_stand_beside_the_detector(table: pd.DataFrame) -> None:
     both = [table[(table["detector"] == k) & (table["indicator"] == "score")] for k in sorted(kinds)]
     assert all(part["n_id"].tolist() == both[0]["n_id"].tolist() for part in both), "the same images"
     assert both[0]["auroc"].tolist() != both[1]["auroc"].tolist(), "other weights, other scores"
+
+
+def test_a_frozen_backbone_has_random_weights_in_its_control(place: Path) -> None:
+    """What a backbone's architecture alone tells of images belongs beside what its training adds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitted = Mahalanobis(size=32).fit(place / "good", alpha=0.1, limit=40)
+        twin, diffusion, classifier = random_twin(fitted)
+        assert (diffusion, classifier) == (None, None)
+        twin.fit(place / "good", alpha=0.1, limit=40)
+    assert twin.config == {**fitted.config, "weights": "random"}
+    assert twin.backbone.content_hash != fitted.backbone.content_hash
+    with pytest.raises(FaroutError, match="no network"):
+        random_twin(brightness(place))
 
 
 def test_controls_are_fitted_on_the_recorded_source(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

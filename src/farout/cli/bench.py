@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,6 +42,8 @@ def bench(
         hub: fetch sets that are not on this machine from the Hugging Face hub.
         runtime: settings that differ from the benchmark's.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise FaroutError("bench runs in one process; train large networks apart and give them by folder")
     if dry_run and report_only:
         raise FaroutError("--dry-run writes nothing and --report-only writes tables; give one of them")
     spec = read_spec(preset, limit=limit, seeds=seeds, runtime=runtime)
@@ -95,7 +98,9 @@ def _estimate(seen: Preview, job: Job) -> tuple[str, str, str]:
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.1f} days"
 
 
 def _untested(plan: Plan) -> None:

@@ -120,7 +120,7 @@ def _area(part: pd.DataFrame) -> str:
     if not len(part) or not part["auroc"].notna().any():
         return ""
     words = {word for text in part["marker"] for word in text.split(";")}
-    sign = _CONSTANT * ("constant" in words) + _BELOW * ("below half" in words)
+    sign = _CONSTANT * ("constant" in words) + _BELOW * bool(part["auroc"].mean() < 0.5)
     if len(part) > 1:
         return _spread(part["auroc"].mean(), part["auroc"].std(ddof=1)) + sign
     low, high = part["auroc_low"].iloc[0], part["auroc_high"].iloc[0]

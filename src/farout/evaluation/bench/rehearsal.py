@@ -17,7 +17,7 @@ from farout.detectors._features import FeatureDetector
 from farout.detectors.base import Detector
 from farout.diffusion.model import DiffusionModel
 from farout.evaluation.bench.sets import Sets
-from farout.evaluation.bench.spec import DetectorSpec, NetworkSpec, Spec
+from farout.evaluation.bench.spec import DetectorSpec, NetworkSpec, OutlierSpec, Spec
 from farout.images.classes import class_names_of
 from farout.images.sources import ImageSource, open_source
 
@@ -57,14 +57,25 @@ class Rehearsal:
         return entry.model.build(entry.model.preprocess(images), class_names=entry.model.class_names(images))
 
     def check(self) -> None:
-        """Lets every detector refuse networks and images that cannot work with it; raises FaroutError."""
+        """Lets every detector and synthesiser refuse networks and images that cannot work; raises FaroutError."""
+        for outliers in self.spec.outliers.values():
+            diffusion, classifier = self._given(outliers)
+            outliers.made().checked(
+                self.images(outliers.source, outliers.limit),
+                "",
+                count=outliers.count,
+                diffusion=diffusion,
+                classifier=classifier,
+                seed=self.spec.seeds[0],
+                runtime=self.spec.runtime.resolved(),
+            )
         for entry in self.spec.detectors.values():
             diffusion, classifier = self._given(entry)
             made = entry.made()
             if made.diffusion_kind is DiffusionModel:
                 made.check(self.images(None, entry.limit), diffusion, classifier)
 
-    def _given(self, entry: DetectorSpec) -> tuple[Any, Any]:
+    def _given(self, entry: DetectorSpec | OutlierSpec) -> tuple[Any, Any]:
         found = [None if name is None else self.network(name) for name in (entry.diffusion, entry.classifier)]
         return found[0], found[1]
 
@@ -137,6 +148,8 @@ def _evaluate(network: DiffusionModel | Classifier, rows: int) -> None:
 
 
 def _counted(call: Callable[[], Any]) -> float:
+    """Billions of multiply-accumulates of a call; what a first one builds is not counted."""
+    call()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() / 2e9

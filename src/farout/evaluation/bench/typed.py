@@ -64,7 +64,8 @@ def build(
     try:
         found = parser.parse_object(given)
         made = {name: type(value)(**vars(found[name])) for name, value in nested.items()}
-        return kind(**{name: found[name] for name in defaults} | made, **beside)
+        arguments = {name: found[name] for name in defaults} | made | dict(beside)
+        return kind(**arguments)
     except (argparse.ArgumentError, FaroutError) as error:
         raise FaroutError(f"{where}: {_in_words(str(error))}") from error
 
@@ -76,7 +77,7 @@ def _in_words(message: str) -> str:
     return re.sub(r"<class '(\w+)'>|typing\.", lambda found: found[1] or "", line)
 
 
-def _defaults(kind: type, beside: Collection[str]) -> dict[str, Any]:
+def _defaults(kind: Any, beside: Collection[str]) -> dict[str, Any]:
     if not is_dataclass(kind):
         return dict(kind().config)
     own = [field for field in fields(kind) if field.name not in beside]

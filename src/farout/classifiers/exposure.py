@@ -82,7 +82,7 @@ class Exposure:
             with the features' scale; `off`: none.
         mutual_weight: its weight.
         paired: each image is seen with outliers that were made of it, as the manifest of their folder tells; without,
-            with any.
+            with any. A reconstruction in an image's place is of any image.
         queue: features kept of each class, of vos.
         draws: samples of each class that vos takes the least likely of.
         select: how many of them.

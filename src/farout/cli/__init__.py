@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _failed(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except KeyboardInterrupt:
-        how = "" if name == "chain" else " where it can (training: with --resume)"
+        how = "" if name in ("chain", "bench") else " where it can (training: with --resume)"
         return _failed(f"interrupted; the same command goes on from here{how}", 130)
 
 

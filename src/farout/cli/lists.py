@@ -90,6 +90,8 @@ def _flags(settings: dict[str, Any], prefix: str = "") -> str:
         if isinstance(value, dict):
             parts.append(_flags(value, f"{flag}."))
         else:
+            if isinstance(value, bool):
+                value = str(value).lower()
             shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else "null" if value is None else value
             parts.append(f"--{flag} {shown}")
     return " ".join(parts)

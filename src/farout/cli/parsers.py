@@ -131,7 +131,7 @@ def _first_line(call: Callable[..., Any]) -> str:
 
 def _argument(call: Callable[..., Any], name: str) -> str:
     """What the docstring says of a parameter."""
-    found = re.search(rf"^ +{name}: (.+(?:\n {{8,}}.+)*)", inspect.getdoc(call) or "", re.MULTILINE)
+    found = re.search(rf"^ {{4}}{name}: (.+(?:\n {{8,}}.+)*)", inspect.getdoc(call) or "", re.MULTILINE)
     return " ".join(found[1].split()) if found else ""
 
 
@@ -168,7 +168,7 @@ def _add_training(
     parser.add_argument(f"--{flag}", type=str, default=preset, help=f"settings to start from: {', '.join(presets)}")
     for part, config in configs.items():
         parser.take(config, part)
-    parser.take(TrainingConfig, "training")
+    parser.take(TrainingConfig, "training", skip=["seed"])  # --seed is the command's own
     parser.set_defaults(_training_preset(preset, presets))
 
 

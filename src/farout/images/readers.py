@@ -76,8 +76,11 @@ def _is_image(name: str) -> bool:
 
 
 def _list_folder(root: Path) -> Listing:
-    """Images below `root`, hidden files and folders left out, symbolic links to folders not followed."""
+    """Images below `root`, hidden files and folders left out, symbolic links to folders not followed; of a folder that
+    farout made, those in its `images/`.
+    """
     found: list[str] = []
+    root = root / "images" if _is_made(root) else root
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if _is_image(name)]
@@ -86,6 +89,11 @@ def _list_folder(root: Path) -> Listing:
     keys = tuple(sorted(found))
     labels, names = _class_folders(keys)
     return Listing(keys, _Files(keys, [root / key for key in keys]), labels, _told_names(root, names), _parents(keys))
+
+
+def _is_made(root: Path) -> bool:
+    """Whether this is a folder of made images, which keeps pictures of other kinds beside them."""
+    return (root / "images").is_dir() and all((root / name).is_file() for name in ("config.json", "manifest.csv"))
 
 
 def _parents(keys: Sequence[str]) -> tuple[str, ...]:

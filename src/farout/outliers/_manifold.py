@@ -177,7 +177,8 @@ class Manifold:
         """Distances of `drawn` beside those of the vectors `training` and `held_out`: 5 %, median and 95 %.
 
         Where held-out vectors of a class lie further out than what was drawn, the Gaussians are too narrow for the
-        draws to be outliers; give a larger reg_weight, or regularization='held_out'. Where training vectors lie far
+        draws to be outliers; give regularization='held_out', or a larger reg_weight where it counts. Where held-out
+        vectors have chosen the shrinkage, theirs are no independent check. Where training vectors lie far
         below 1, most of the covariance is what was added to it.
         """
         sets = {"drawn": drawn.distance, **{name: values for name, values in self.known.items() if len(values)}}

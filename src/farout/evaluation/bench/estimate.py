@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from farout.detectors._features import FeatureDetector
+from farout.diffusion import round_trip, sampling
 from farout.evaluation.bench.plan import Job, Plan
 from farout.evaluation.bench.reading import TRIVIAL
 from farout.evaluation.bench.rehearsal import Rehearsal
@@ -20,8 +21,6 @@ RULE = (
 )
 _BACKWARD = 3
 """A training step costs as much as so many evaluations of its images."""
-_STEPS = 10
-"""Steps of a solver, where an entry says none."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class _Counter:
         if job.room == "reconstructions":
             entry = self.spec.reconstructions[job.name]
             images = len(self.rehearsal.images(entry.source, entry.limit))
-            return self._evaluations(entry.diffusion, images * (entry.steps or _STEPS))
+            return self._evaluations(entry.diffusion, images * (entry.steps or round_trip.STEPS))
         if job.name == TRIVIAL:
             return Estimate()
         fitted = job.id if job.room == "detectors" else job.needs[0]
@@ -77,7 +76,7 @@ class _Counter:
         if entry.diffusion is None:
             return Estimate()
         config = entry.made().config
-        steps = config.get("steps") or _STEPS
+        steps = config.get("steps") or sampling.STEPS
         most = config.get("k_max", 0) or steps - 1
         rows = entry.count * (1.5 * (config["k_min"] + most) if "k_min" in config else 2 * steps)
         inversion = config.get("inversion")

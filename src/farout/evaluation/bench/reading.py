@@ -205,12 +205,20 @@ def _network(entry: Any, where: str, protocol: str) -> NetworkSpec:
     }
     if kind == "classifier":
         base = recipe.get("exposure", {})
-        made["exposure"] = build(Exposure, parts["exposure"], f"{where}.exposure", base=base)
+        made["exposure"] = _exposure(parts["exposure"], f"{where}.exposure", base, values)
     elif parts["exposure"] is not None:
         raise FaroutError(f"{where}: exposure is for classifiers; leave it out")
     network = build(NetworkSpec, values, where, beside=made)
     _check_network(network, where, protocol)
     return network
+
+
+def _exposure(given: Any, where: str, base: dict[str, Any], values: dict[str, Any]) -> Exposure:
+    """The preset's settings make way for another loss than the preset's; what the specification says stays."""
+    read: Exposure = build(Exposure, given, where, base=base)
+    idle = read.idle(values.get("outliers") is not None, values.get("reconstructions") is not None)
+    found: Exposure = build(Exposure, given, where, base={**base, **idle})
+    return found
 
 
 def _check_network(network: NetworkSpec, where: str, protocol: str) -> None:
@@ -220,9 +228,11 @@ def _check_network(network: NetworkSpec, where: str, protocol: str) -> None:
         raise FaroutError(f"{where}: protocol is {network.model.protocol}, the benchmark's {protocol}; give it once")
     if network.kind == "diffusion" and (network.outliers or network.reconstructions):
         raise FaroutError(f"{where}: outliers and reconstructions are for classifiers; leave them out")
+    if network.folder is not None and (network.outliers or network.reconstructions):
+        raise FaroutError(f"{where}: {network.folder} is trained already; leave outliers and reconstructions out")
     if network.exposure is not None and network.folder is None:
         try:
-            network.exposure.resolved(network.outliers is not None)
+            network.exposure.resolved(network.outliers is not None, network.reconstructions is not None)
         except FaroutError as error:
             raise FaroutError(f"{where}: {error}") from error
 

@@ -15,6 +15,7 @@ from farout.classifiers.model import Classifier
 from farout.detectors._cost import Cost
 from farout.detectors._features import FeatureDetector
 from farout.detectors.base import Detector
+from farout.diffusion import folders
 from farout.diffusion.model import DiffusionModel
 from farout.evaluation.bench.sets import Sets
 from farout.evaluation.bench.spec import DetectorSpec, NetworkSpec, OutlierSpec, Spec
@@ -50,11 +51,17 @@ class Rehearsal:
 
     def _build(self, entry: NetworkSpec) -> DiffusionModel | Classifier:
         if entry.folder is not None:
-            return (DiffusionModel if entry.kind == "diffusion" else Classifier).load(entry.folder)
+            return Classifier.load(entry.folder) if entry.kind == "classifier" else self._stored(entry.folder)
         images = self.images(entry.source, entry.limit)
         if isinstance(entry.model, ClassifierConfig):
             return entry.model.build(images, class_names_of(images))
         return entry.model.build(entry.model.preprocess(images), class_names=entry.model.class_names(images))
+
+    def _stored(self, folder: str) -> DiffusionModel:
+        """A stored diffusion model; an original Stable Diffusion folder is told the classes of the images."""
+        local = folders.local(folder)
+        names = class_names_of(self.images(None, None)) if folders.wants_prompts(local) else None
+        return DiffusionModel.load(local, class_names=names)
 
     def check(self) -> None:
         """Lets every detector and synthesiser refuse networks and images that cannot work; raises FaroutError."""

@@ -11,7 +11,7 @@ from farout import registry
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.exposure import Exposure
 from farout.detectors.base import Detector
-from farout.diffusion.sampling import Spacing
+from farout.diffusion.round_trip import BackSpacing
 from farout.diffusion.train import DiffusionConfig
 from farout.images.preprocessing import Protocol
 from farout.outliers.base import Synthesiser
@@ -111,7 +111,7 @@ class ReconstructionSpec:
     classes: bool = True
     solver: str = "dpm_solver_2m"
     steps: int | None = None
-    spacing: Spacing = "grid"
+    spacing: BackSpacing = "grid"
 
     def needs(self) -> Iterator[tuple[str, str]]:
         """Section and name of what has to be there before."""

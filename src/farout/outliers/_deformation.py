@@ -87,8 +87,9 @@ class Deformation(Synthesiser):
         clip: keep values within those of images at every step, for models without autoencoder.
         reject: draw an outlier anew that the classifier takes for its image's class with more than this probability.
         attempts: draws at most; of those that are all rejected the least probable one is kept.
-        reconstructions: also make again, once, each image that an outlier is made of, as one of its class: OUT/reconstructions, a folder as
-            `farout reconstruct` writes it, for the training of a classifier beside the outliers.
+        reconstructions: also make again, once, each image that an outlier is made of, as one of its class:
+            OUT/reconstructions, a folder as `farout reconstruct` writes it, for the training of a classifier beside the
+            outliers.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"diffusion", "classes", "labels"})

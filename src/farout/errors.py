@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 __all__ = [
     "ConstantScoresWarning",
     "FaroutError",
@@ -13,6 +16,7 @@ __all__ = [
     "StoreError",
     "TrapWarning",
     "UnreadableImageError",
+    "meant",
 ]
 
 
@@ -54,3 +58,10 @@ class ShortfallWarning(FaroutWarning):
 
 class TrapWarning(FaroutWarning):
     """A known trap of evaluation: native size, value range, precision, AUROC below one half."""
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """`did you mean …?` where something known is near, else the list of what is known."""
+    known = list(known)
+    near = [name for name in known if word and name.startswith(word)] or get_close_matches(word, known, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"

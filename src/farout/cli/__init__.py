@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from farout.cli.usage import UsageError, meant
-from farout.errors import FaroutError
+from farout.cli.usage import UsageError
+from farout.errors import FaroutError, meant
 
 __all__ = ["COMMANDS", "main", "named_command"]
 

@@ -16,7 +16,8 @@ from typing import Any, Literal, NoReturn
 
 import jsonargparse
 
-from farout.cli.usage import UsageError, meant
+from farout.cli.usage import UsageError
+from farout.errors import meant
 
 __all__ = ["Flag", "Parser"]
 

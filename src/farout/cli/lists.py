@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from farout import registry
-from farout.cli.usage import UsageError, meant
+from farout.cli.usage import UsageError
+from farout.errors import meant
 from farout.evaluation.bench.presets import about, preset_names
 from farout.images import catalog
 

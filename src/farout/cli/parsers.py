@@ -15,12 +15,13 @@ from farout.classifiers.train import PRESETS as CLASSIFIERS
 from farout.classifiers.train import ClassifierConfig, train_classifier
 from farout.cli import bench, commands, generation
 from farout.cli.flags import Parser
-from farout.cli.usage import UsageError, meant
+from farout.cli.usage import UsageError
 from farout.configuration import flat
 from farout.detectors._fitting import FitSettings
 from farout.detectors.base import Runtime
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
+from farout.errors import meant
 from farout.training_config import TrainingConfig
 
 __all__ = ["bind", "function_of", "parse", "parser_for", "parser_of", "positional"]

@@ -13,9 +13,8 @@ from typing import Any
 import yaml
 
 from farout.cli import COMMANDS, named_command, parsers
-from farout.cli.usage import meant
 from farout.cli.words import flags, settings_of, text
-from farout.errors import FaroutError
+from farout.errors import FaroutError, meant
 from farout.images import catalog
 from farout.images.sources import open_source
 from farout.images.spec import parse_spec

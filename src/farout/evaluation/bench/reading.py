@@ -17,7 +17,7 @@ from farout.classifiers.presets import PRESETS as CLASSIFIERS
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS as DIFFUSION
 from farout.diffusion.train import DiffusionConfig
-from farout.errors import FaroutError
+from farout.errors import FaroutError, meant
 from farout.evaluation.bench.presets import preset_file, preset_names
 from farout.evaluation.bench.spec import (
     HEAD,
@@ -29,7 +29,7 @@ from farout.evaluation.bench.spec import (
     Spec,
     method_of,
 )
-from farout.evaluation.bench.typed import build, known_only, meant, plain
+from farout.evaluation.bench.typed import build, known_only, plain
 from farout.runtime import Runtime
 from farout.training_config import TrainingConfig
 

@@ -6,24 +6,16 @@ import argparse
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import jsonargparse
 
 from farout.configuration import flat
-from farout.errors import FaroutError
+from farout.errors import FaroutError, meant
 
-__all__ = ["build", "known_only", "meant", "plain"]
+__all__ = ["build", "known_only", "plain"]
 
 T = TypeVar("T")
-
-
-def meant(word: str, known: Iterable[str]) -> str:
-    """`did you mean …?` where something known is near, else all that is known."""
-    known = list(known)
-    near = get_close_matches(word, known, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
 
 
 def known_only(values: Any, known: Iterable[str], where: str) -> dict[str, Any]:

@@ -187,9 +187,11 @@ class Synthesiser(Configured, ABC):
         doing = self._stages(stage)
         source = open_source(images, policy=policy, limit=limit, seed=seed)
         resolved = (runtime or Runtime()).resolved()
-        work = self.checked(
-            source, out, count=count, diffusion=diffusion, classifier=classifier, seed=seed, runtime=resolved
-        )
+        _check_labelled(source)
+        model = None if diffusion is None else self.load_diffusion(diffusion, source)
+        networks = self._networks(model, classifier, resolved.device)
+        work = _work(source, networks, Path(out), count, seed, resolved)
+        self.check(work)
         warn_of_other_classes(source, work.diffusion, work.classifier)
         writer = ImageWriter(out, work.class_names, seed, OutlierFolder.kind)
         about = {"source": source.name, "images": len(source), "class_names": list(work.class_names)}
@@ -203,27 +205,6 @@ class Synthesiser(Configured, ABC):
             else:
                 made = self._write(work, writer)
         return OutlierFolder(Path(out), writer.images, count, made)
-
-    def checked(
-        self,
-        source: ImageSource,
-        out: str | Path,
-        *,
-        count: int,
-        diffusion: DiffusionModel | str | Path | None,
-        classifier: Classifier | str | Path | None,
-        seed: int,
-        runtime: Runtime,
-    ) -> Work:
-        """What `synthesize` is to work with; nothing is written. Raises what it raises for what cannot work.
-
-        runtime: resolved; the other arguments are those of `synthesize`.
-        """
-        _check_labelled(source)
-        model = None if diffusion is None else self.load_diffusion(diffusion, source)
-        work = _work(source, self._networks(model, classifier, runtime.device), Path(out), count, seed, runtime)
-        self.check(work)
-        return work
 
     def _stages(self, last: str | None) -> tuple[str, ...]:
         if last is None:

@@ -227,9 +227,11 @@ class Synthesiser(Configured, ABC):
         source = open_source(images, policy=policy, limit=limit, seed=seed)
         resolved = (runtime or Runtime()).resolved()
         team = join(resolved.device)
-        work = self.checked(
-            source, out, count=count, diffusion=diffusion, classifier=classifier, seed=seed, runtime=resolved
-        )
+        _check_labelled(source)
+        model = None if diffusion is None else self.load_diffusion(diffusion, source)
+        networks = self._networks(model, classifier, resolved.device)
+        work = _work(source, networks, Path(out), count, seed, resolved)
+        self.check(work)
         warn_of_other_classes(source, work.diffusion, work.classifier)
         writer, again = self._writers(work, team)
         about = {"source": source.name, "images": len(source), "class_names": list(work.class_names)}
@@ -246,27 +248,6 @@ class Synthesiser(Configured, ABC):
         for name in doing:
             if name != self.stages[-1]:
                 self.prepare(work, name)
-
-    def checked(
-        self,
-        source: ImageSource,
-        out: str | Path,
-        *,
-        count: int,
-        diffusion: DiffusionModel | str | Path | None,
-        classifier: Classifier | str | Path | None,
-        seed: int,
-        runtime: Runtime,
-    ) -> Work:
-        """What `synthesize` is to work with; nothing is written. Raises what it raises for what cannot work.
-
-        runtime: resolved; the other arguments are those of `synthesize`.
-        """
-        _check_labelled(source)
-        model = None if diffusion is None else self.load_diffusion(diffusion, source)
-        work = _work(source, self._networks(model, classifier, runtime.device), Path(out), count, seed, runtime)
-        self.check(work)
-        return work
 
     def _stages(self, last: str | None) -> tuple[str, ...]:
         if last is None:

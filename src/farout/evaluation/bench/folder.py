@@ -13,7 +13,7 @@ from farout.errors import StoreError
 from farout.evaluation.bench.reading import as_yaml
 from farout.evaluation.bench.spec import HEAD, SECTIONS, Spec
 
-__all__ = ["SPEC", "differences", "open_folder"]
+__all__ = ["SPEC", "check_folder", "differences", "open_folder"]
 
 SPEC = "bench.yaml"
 _FREE = ("name", "about", "seeds")
@@ -23,7 +23,14 @@ _DECIDING = ("device", "precision", "rows")
 
 
 def open_folder(out: Path, spec: Spec) -> None:
-    """Opens the folder of a benchmark and writes `bench.yaml`, or sees that the one there says the same.
+    """Writes `bench.yaml` into the folder of a benchmark, after `check_folder`."""
+    check_folder(out, spec)
+    with store.atomic_file(out / SPEC) as temporary:
+        temporary.write_text(as_yaml(spec), encoding="utf-8")
+
+
+def check_folder(out: Path, spec: Spec) -> None:
+    """Sees that a folder is free, or that of a benchmark with the same settings; nothing is written.
 
     Detectors, networks, sets and seeds may have been added. Raises StoreError where something else is in the folder,
     and for other settings than those there; it lists them.
@@ -37,8 +44,6 @@ def open_folder(out: Path, spec: Spec) -> None:
         found = list(differences(known, now))
         if found:
             raise StoreError(f"{out} holds a benchmark with other settings ({'; '.join(found)}); give another folder")
-    with store.atomic_file(path) as temporary:
-        temporary.write_text(as_yaml(spec), encoding="utf-8")
 
 
 def differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -172,7 +172,11 @@ class Jobs:
 
     def _rated(self, job: Job) -> dict[str, float]:
         """Scores and rates; the speed is measured apart, once and alike for all, for features may be in the cache."""
-        detector = self._fitted(job)
+        if job.name == TRIVIAL:
+            limit = self.spec.control_limit
+            detector: Detector = TrivialControls().fit(self.spec.train, limit=limit, **self._settings(job.seed))
+        else:
+            detector = load(self.plan.job("detectors", job.name, job.seed).folder, **self._runtime)
         inside, *outside = job.sources
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -189,13 +193,6 @@ class Jobs:
             table["peak_mib"] = float("nan")  # of the process, which has done other jobs before
         written(table, job.folder / "metrics.csv")
         return {"images_per_s": speed}
-
-    def _fitted(self, job: Job) -> Detector:
-        """What is to be rated; the trivial controls are fitted anew, in no time."""
-        if job.name != TRIVIAL:
-            return load(self.plan.job("detectors", job.name, job.seed).folder, **self._runtime)
-        limit = self.spec.control_limit
-        return TrivialControls().fit(self.spec.train, limit=limit, **self._settings(job.seed))
 
 
 def _images_per_s(detector: Detector, source: ImageSource) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from farout.diffusion import folders
 from farout.diffusion.model import DiffusionModel
 from farout.evaluation.bench.sets import Sets
 from farout.evaluation.bench.spec import DetectorSpec, NetworkSpec, OutlierSpec, Spec
-from farout.images.classes import class_names_of
+from farout.images.classes import class_names_of, class_numbers
 from farout.images.sources import ImageSource, open_source
+from farout.outliers.base import Work, names_of
 
 __all__ = ["Rehearsal"]
 
@@ -66,21 +68,21 @@ class Rehearsal:
     def check(self) -> None:
         """Lets every detector and synthesiser refuse networks and images that cannot work; raises FaroutError."""
         for outliers in self.spec.outliers.values():
-            diffusion, classifier = self._given(outliers)
-            outliers.made().checked(
-                self.images(outliers.source, outliers.limit),
-                "",
-                count=outliers.count,
-                diffusion=diffusion,
-                classifier=classifier,
-                seed=self.spec.seeds[0],
-                runtime=self.spec.runtime.resolved(),
-            )
+            self._check_outliers(outliers)
         for entry in self.spec.detectors.values():
             diffusion, classifier = self._given(entry)
             made = entry.made()
             if made.diffusion_kind is DiffusionModel:
                 made.check(self.images(None, entry.limit), diffusion, classifier)
+
+    def _check_outliers(self, entry: OutlierSpec) -> None:
+        made, images = entry.made(), self.images(entry.source, entry.limit)
+        given, classifier = self._given(entry)
+        diffusion = None if given is None else made.load_diffusion(given, images)
+        told = None if diffusion is None else diffusion.conditioning
+        names = names_of(images) if told is None else tuple(told.class_names)
+        labels, runtime = class_numbers(images, names), self.spec.runtime.resolved()
+        made.check(Work(images, labels, names, Path(), entry.count, self.spec.seeds[0], runtime, diffusion, classifier))
 
     def _given(self, entry: DetectorSpec | OutlierSpec) -> tuple[Any, Any]:
         found = [None if name is None else self.network(name) for name in (entry.diffusion, entry.classifier)]

@@ -16,7 +16,7 @@ import torch
 from farout import store
 from farout.errors import FaroutError
 from farout.evaluation.bench.estimate import Estimate, estimates
-from farout.evaluation.bench.folder import open_folder
+from farout.evaluation.bench.folder import check_folder, open_folder
 from farout.evaluation.bench.jobs import Jobs
 from farout.evaluation.bench.layout import Board, boards, latex, markdown
 from farout.evaluation.bench.page import write_bench_page
@@ -79,8 +79,9 @@ class Preview:
 def preview(plan: Plan) -> Preview:
     """What a plan would do here, and about how long it would take; nothing is written.
 
-    Raises FaroutError for networks and images that do not go together.
+    Raises FaroutError for networks and images that do not go together, StoreError for a folder of other settings.
     """
+    check_folder(plan.out, plan.spec)
     try:
         check_present(plan.spec, plan.absent)
     except FaroutError as error:
@@ -98,6 +99,7 @@ def run_bench(plan: Plan) -> Iterator[Done | Report]:
         StoreError: where the folder holds something else, or a benchmark with other settings.
     """
     check_present(plan.spec, plan.absent)
+    check_folder(plan.out, plan.spec)
     left = [job for job in plan.jobs if not job.done]
     if left:
         Rehearsal(plan.spec).check()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from farout import registry
 from farout.cli import COMMANDS, parsers
-from farout.cli.chain import chain
 from farout.cli.flags import Flag, Parser
 from farout.cli.lists import presets, show_list
 
@@ -44,7 +43,7 @@ def reference() -> str:
         elif name in ROOMS:
             parts += _of_methods(name, settings)
         else:
-            parser = parsers.parser_for(name, chain) if name == "chain" else parsers.parser_of(name, COMMANDS[name])
+            parser = parsers.parser_of(name, COMMANDS[name])
             parts.append(_section(f"## {name}", parser, _shown(parser), _presets(name, settings)))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

@@ -20,7 +20,7 @@ from farout.cli.chain import RECORD
 from farout.cli.steps import NAMING, chains, read_steps
 from farout.cli.words import flags, settings_of
 from farout.diffusion.model import DiffusionModel
-from farout.outliers._folder import ImageWriter
+from farout.outliers._writer import ImageWriter
 from farout.training import _Run
 from small import conditional, pictures
 

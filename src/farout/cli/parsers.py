@@ -24,7 +24,7 @@ from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
 from farout.errors import meant
 from farout.training_config import TrainingConfig
 
-__all__ = ["bind", "function_of", "parse", "parser_for", "parser_of", "positional"]
+__all__ = ["bind", "function_of", "parse", "parser_of", "positional"]
 
 _ROOMS = (commands, bench, generation, diffusion.train, classifiers.train)
 """Where the functions behind the commands are."""
@@ -59,7 +59,9 @@ def parse(name: str, function: str, words: Sequence[str]) -> functools.partial[A
 
 def function_of(function: str) -> Callable[..., Any]:
     """The function of that name behind a command."""
-    found: Callable[..., Any] = next(getattr(room, function) for room in _ROOMS if hasattr(room, function))
+    from farout.cli import chain  # whose steps are read by these parsers
+
+    found: Callable[..., Any] = next(getattr(room, function) for room in (*_ROOMS, chain) if hasattr(room, function))
     return found
 
 
@@ -71,7 +73,7 @@ def positional(call: Callable[..., Any]) -> list[inspect.Parameter]:
 
 def bind(name: str, call: Callable[..., Any], words: Sequence[str]) -> functools.partial[Any]:
     """A function with the parameters that the words give it."""
-    parser = parser_for(name, call)
+    parser = _parser_for(name, call)
     values = _values(parser, parser.read(words))
     composed = "runtime" in inspect.signature(call).parameters
     runtime = {key: values.pop(key) for key in _RUNTIME} if composed else {}
@@ -89,10 +91,10 @@ def parser_of(name: str, function: str, method: str | None = None) -> Parser:
     if name in _METHODS:
         member = registry.find(_METHODS[name].room, method or "")
         return _METHODS[name].parser(member, member.load())
-    return parser_for(name, function_of(function))
+    return _parser_for(name, function_of(function))
 
 
-def parser_for(name: str, call: Callable[..., Any]) -> Parser:
+def _parser_for(name: str, call: Callable[..., Any]) -> Parser:
     """The parser of a command by its function."""
     if call in _TRAININGS:
         return _train_parser(name, call)

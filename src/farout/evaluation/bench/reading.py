@@ -109,6 +109,7 @@ def parse_spec(content: Mapping[str, Any]) -> Spec:
     }
     detectors = {name: _detector(entry, f"detectors.{name}") for name, entry in _listed(values["detectors"]).items()}
     whole = replace(spec, networks=networks, outliers=outliers, reconstructions=again, detectors=detectors)
+    _check_limits(whole)
     _check_references(whole)
     return whole
 
@@ -137,6 +138,13 @@ def _groups(given: Any) -> dict[str, tuple[str, ...]]:
             raise FaroutError(f"ood.{name} wants a list of sources, got {sources!r}")
         found[str(name)] = tuple(listed)
     return found
+
+
+def _check_limits(spec: Spec) -> None:
+    for section in SECTIONS:
+        for name, entry in getattr(spec, section).items():
+            if entry.limit is not None and entry.limit < 1:
+                raise FaroutError(f"{section}.{name}: limit wants at least 1 image, got {entry.limit}")
 
 
 def _check_head(spec: Spec) -> None:

@@ -18,6 +18,7 @@ from farout.errors import FaroutError
 from farout.evaluation.bench.jobs import Jobs
 from farout.evaluation.bench.plan import make_plan
 from farout.evaluation.bench.reading import parse_spec, read_spec
+from farout.evaluation.bench.rehearsal import Rehearsal
 from farout.evaluation.bench.run import Done, Report, preview, report, run_bench
 from farout.evaluation.evaluate import COLUMNS
 from farout.store import read_json
@@ -249,3 +250,17 @@ def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(FaroutError, match="levels"):
         list(run_bench(make_plan(parse_spec({**wrong, "detectors": [late]}), tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_large_network_is_counted_by_a_small_one_in_its_place() -> None:
+    detectors = [{"method": "reconstruction", "diffusion": "generator", "arguments": {"levels": [50, 200]}}]
+    networks = {"generator": {"kind": "diffusion", "preset": "small", "training": {"steps": 1}}}
+    spec = parse_spec({**CONTENT, "name": "large", "networks": networks, "outliers": {}, "detectors": detectors})
+    rehearsal = Rehearsal(spec)
+    assert rehearsal.network("generator").parameters > 10**7
+    whole = spec.detectors["reconstruction"].made()
+    whole.preprocessing = rehearsal.network("generator").preprocessing
+    whole.use(rehearsal.network("generator"), spec.runtime)
+    expected, found = whole.cost(), rehearsal.cost("reconstruction")
+    assert found.nfe == expected.nfe == 4, "two levels, two draws"
+    assert found.gmacs == pytest.approx(expected.gmacs)

@@ -34,7 +34,8 @@ def cost_of(detector: Detector) -> Cost:
     kept, detector.runtime = detector.runtime, replace(detector.runtime, rows=1)
     detector.prepare()
     try:
-        detector.measure(probe)  # what a first call builds, such as a folded backbone, is not a cost of an image
+        if detector.features is not None:
+            detector.measure(probe)  # a first call folds the backbone, which is no cost of an image
         before = detector.evaluations
         with FlopCounterMode(display=False) as counter:
             detector.measure(probe)

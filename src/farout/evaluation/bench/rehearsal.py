@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from farout.detectors._features import FeatureDetector
 from farout.detectors.base import Detector
 from farout.diffusion import folders
 from farout.diffusion.model import DiffusionModel
+from farout.diffusion.train import DiffusionConfig
 from farout.evaluation.bench.sets import Sets
 from farout.evaluation.bench.spec import DetectorSpec, NetworkSpec, OutlierSpec, Spec
 from farout.images.classes import class_names_of, class_numbers
@@ -26,7 +28,10 @@ from farout.outliers.base import Work, names_of
 
 __all__ = ["Rehearsal"]
 
-_PROBE_S, _PROBE_ROWS = 1.0, 16
+_SMALL = ("tiny", "tokens")
+"""Networks that are counted as they are."""
+_PROBE_S, _PROBE_ROWS, _PROBE_GMACS = 1.0, 16, 4.0
+"""The speed is measured for so long, in calls of at most so many rows and about so much work."""
 
 
 class Rehearsal:
@@ -111,14 +116,29 @@ class Rehearsal:
     def _cost(self, name: str) -> Cost:
         entry = self.spec.detectors[name]
         made = entry.made()
-        diffusion, made.classifier = self._given(entry)
-        known = diffusion or made.classifier
         if isinstance(made, FeatureDetector):
             return self._feature_cost(made)
+        made.classifier = self._given(entry)[1]
+        diffusion = None if entry.diffusion is None else self._stand_in(entry.diffusion)
+        known = diffusion or made.classifier
         images = self.images(None, entry.limit)
         made.preprocessing = known.preprocessing if known is not None else made.build_preprocessing(images, None)
         made.use(diffusion, self.spec.runtime)
-        return made.cost()
+        found = made.cost()
+        if diffusion is None or entry.diffusion is None:
+            return found
+        return Cost(found.nfe, found.gmacs + found.nfe * (self.gmacs(entry.diffusion) - diffusion.gmacs))
+
+    def _stand_in(self, name: str) -> DiffusionModel:
+        """A small network in place of a large one: both are evaluated as often."""
+        entry = self.spec.networks[name]
+        assert isinstance(entry.model, DiffusionConfig)
+        if entry.folder is not None or entry.model.network in _SMALL:
+            found = self.network(name)
+            assert isinstance(found, DiffusionModel)
+            return found
+        images, small = self.images(entry.source, entry.limit), replace(entry.model, network="tiny")
+        return small.build(small.preprocess(images), class_names=small.class_names(images))
 
     def _feature_cost(self, made: FeatureDetector) -> Cost:
         made.features = made.build_features()
@@ -133,7 +153,8 @@ class Rehearsal:
         if names:
             network = self.network(names[0])
             network.to(self.spec.runtime.resolved().device)
-            return _speed(lambda: _evaluate(network, _PROBE_ROWS), _PROBE_ROWS * self.gmacs(names[0]))
+            rows = max(1, min(_PROBE_ROWS, round(_PROBE_GMACS / self.gmacs(names[0]))))
+            return _speed(lambda: _evaluate(network, rows), rows * self.gmacs(names[0]))
         made = next(e.made() for e in self.spec.detectors.values())
         return self._backbone_speed(made)
 

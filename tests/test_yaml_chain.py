@@ -336,7 +336,7 @@ def test_names_stand_for_folders_only_where_folders_are_meant(place: Path, tmp_p
 def test_every_place_that_takes_a_folder_takes_a_name() -> None:
     functions = [parsers.function_of(COMMANDS[name]) for name in COMMANDS if name not in ("list", "chain")]
     typed = {parameter.name for function in functions for parameter in parsers.positional(function)}
-    assert typed - {"method", "name"} <= NAMING
+    assert typed - {"method", "name", "preset"} <= NAMING
 
 
 @pytest.mark.parametrize("name", list(chains()))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,17 @@ def lead_cell(rows: pd.DataFrame) -> str:
     lead = rows["difference"]
     ahead, behind = int((rows["difference_low"] > 0).sum()), int((rows["difference_high"] < 0).sum())
     return f"{lead.mean():+.3f} ({lead.min():+.3f} to {lead.max():+.3f}) +{ahead} -{behind}"
+
+
+def arguments(about: str | None, what: Sequence[str], *, count: int, steps: int) -> argparse.ArgumentParser:
+    """The command line of such a benchmark, with these defaults."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=what)
+    parser.add_argument("work", type=Path, nargs="?", help="folder of outliers, reconstructions and classifiers")
+    parser.add_argument("--networks", type=Path, help="folder of denoising.py's networks, trained where missing")
+    parser.add_argument("--count", type=int, default=count, help="outliers of each method")
+    parser.add_argument("--test", type=int, default=500, help="test images of a set")
+    parser.add_argument("--steps", type=int, default=steps, help="updates of a classifier")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--out", type=Path)
+    return parser

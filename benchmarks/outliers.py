@@ -12,7 +12,6 @@ against the generator's reconstructions of them, where 0.5 means that being gene
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import time
 import warnings
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from denoising import Split, spec
-from exposed import NONE, PROBE, known, outward, rated, summary
+from exposed import NONE, PROBE, arguments, known, outward, rated, summary
 
 from farout.classifiers.exposure import Exposure, Loss
 from farout.classifiers.model import Classifier
@@ -167,17 +166,9 @@ def run(split: Split, work: Path, seeds: list[int], steps: int, count: int, out:
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make", "train", "table"])
-    parser.add_argument("work", type=Path, nargs="?", help="folder of outliers, reconstructions and classifiers")
-    parser.add_argument("--networks", type=Path, help="folder of denoising.py's networks, trained where missing")
+    parser = arguments(__doc__, ["make", "train", "table"], count=1000, steps=400)
     parser.add_argument("--images", type=int, default=800, help="images that NCIS embeds, all classes together")
-    parser.add_argument("--count", type=int, default=1000, help="outliers of each method")
-    parser.add_argument("--test", type=int, default=500, help="test images of a set")
-    parser.add_argument("--steps", type=int, default=400, help="updates of a classifier")
     parser.add_argument("--diffusion-steps", type=int, default=1500, help="updates of the diffusion model")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     if given.what == "table":

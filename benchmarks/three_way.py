@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from denoising import Split, spec
-from exposed import NONE, PROBE, known, outward, rated, summary
+from exposed import NONE, PROBE, arguments, known, outward, rated, summary
 
 from farout.classifiers.exposure import Exposure, Mutual
 from farout.classifiers.model import Classifier
@@ -188,15 +188,7 @@ def run(split: ThreeWay, work: Path, cases: dict[str, Case], given: argparse.Nam
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make", "train", "ablate", "table"])
-    parser.add_argument("work", type=Path, nargs="?", help="folder of outliers, reconstructions and classifiers")
-    parser.add_argument("--networks", type=Path, help="folder of denoising.py's networks, trained where missing")
-    parser.add_argument("--count", type=int, default=600, help="images, and outliers of each method")
-    parser.add_argument("--test", type=int, default=500, help="test images of a set")
-    parser.add_argument("--steps", type=int, default=300, help="updates of a classifier")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--out", type=Path)
+    parser = arguments(__doc__, ["make", "train", "ablate", "table"], count=600, steps=300)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     if given.what == "table":

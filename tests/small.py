@@ -127,3 +127,10 @@ def pictures(folder: Path, count: int = 40, *, low: int = 100, spread: int = 80,
         pixels = (torch.rand(8, 8, generator=generator) * spread + low).byte().numpy()
         Image.fromarray(pixels).save(folder / f"{index:03d}.png")
     return folder
+
+
+def two_classes(root: Path) -> Path:
+    """Five images of a and three of b."""
+    for name, count in (("a", 5), ("b", 3)):
+        pictures(root / name, count, low=20 + 10 * count, seed=count)
+    return root

@@ -24,16 +24,13 @@ from farout.outliers.base import OutlierFolder
 from farout.outliers.reconstruct import ReconstructedFolder
 from farout.runtime import Runtime
 from farout.training import TrainingConfig
-from small import classifier, conditional, pictures
+from small import classifier, conditional, pictures, two_classes
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five images of a and three of b; the generator knows c, d and e as well."""
-    root = tmp_path_factory.mktemp("images") / "labelled"
-    for name, count in (("a", 5), ("b", 3)):
-        pictures(root / name, count, low=20 + 10 * count, seed=count)
-    return root
+    return two_classes(tmp_path_factory.mktemp("images") / "labelled")
 
 
 def made(

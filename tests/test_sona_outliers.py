@@ -23,7 +23,7 @@ from farout.outliers._starts import by_turns
 from farout.outliers._words import nearest, screened
 from farout.outliers.base import OutlierFolder, Synthesiser
 from farout.runtime import Runtime
-from small import classifier, conditional, pictures
+from small import classifier, conditional, pictures, two_classes
 
 CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
 
@@ -31,10 +31,7 @@ CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five images of a and three of b; the generator knows c, d and e as well."""
-    root = tmp_path_factory.mktemp("images") / "labelled"
-    for name, count in (("a", 5), ("b", 3)):
-        pictures(root / name, count, low=20 + 10 * count, seed=count)
-    return root
+    return two_classes(tmp_path_factory.mktemp("images") / "labelled")
 
 
 def generator(**settings: Any) -> DiffusionModel:

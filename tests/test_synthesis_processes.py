@@ -1,10 +1,6 @@
 """Several processes fill one folder of made images, and it is the folder that one process fills."""
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +19,7 @@ from farout.outliers._writer import ImageWriter
 from farout.outliers.ncis import NCIS
 from farout.outliers.sona import SONA
 from farout.runtime import Runtime
+from launch import in_two_processes
 from small import conditional, pictures
 
 CPU = Runtime(device="cpu", precision="fp32", rows=4, batch_size=2, workers=0)
@@ -69,12 +66,6 @@ except t.FaroutError as error:
 """
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Labelled images of the classes that `conditional()` knows, and such a model."""
@@ -89,13 +80,7 @@ def test_two_processes_make_the_folder_of_one(images: Path, tmp_path: Path) -> N
     script, shared, single = tmp_path / "script.py", tmp_path / "two", tmp_path / "one"
     shared.mkdir()
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), root=str(images), out=str(shared)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    paths = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launcher, str(_free_port()), str(script)], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
+    done = in_two_processes(script, 600)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         alone = make_all(images, single)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from farout.training import (
     TrainingConfig,
     train,
 )
+from launch import in_two_processes
 
 BASE = TrainingConfig(
     steps=8, batch_size=6, learning_rate=1e-2, warmup=2, ema=0.9, device="cpu", precision="fp32", clip=1.0
@@ -376,22 +373,10 @@ torch.save({{"weights": network.state_dict(), "seen": seen, "history": result.hi
 """
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def test_two_processes_share_the_data_and_agree_with_one(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    paths = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launcher, str(_free_port()), str(script)], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    in_two_processes(script, 120)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = _linear()
     config = replace(BASE, batch_size=4, steps=10, validate_every=4, accumulate=2)

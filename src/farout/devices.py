@@ -16,7 +16,17 @@ from torch import Tensor, distributed
 
 from farout.errors import FaroutError
 
-__all__ = ["Precision", "Team", "alone", "autocast", "first_process", "join", "resolve_device", "resolve_precision"]
+__all__ = [
+    "Precision",
+    "Team",
+    "alone",
+    "autocast",
+    "first_process",
+    "join",
+    "launched",
+    "resolve_device",
+    "resolve_precision",
+]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
@@ -30,7 +40,12 @@ def first_process() -> bool:
     """Whether this process writes what all processes made: the only one, or the first of several."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank() == 0
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
+    return launched() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def launched() -> int:
+    """How many processes `accelerate launch` or `torchrun` has started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -153,7 +168,7 @@ def join(name: str) -> Team:
     first one, and the wrapper of torch hides a network's attributes and every call but `forward` from the step.
     """
     device = resolve_device(name)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launched()
     if world == 1 or _alone.get():
         return Team(device)
     state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)

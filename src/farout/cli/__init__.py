@@ -86,12 +86,10 @@ def _run(name: str, words: list[str]) -> int:
     from farout.cli import output, parsers
 
     output.quiet_libraries()
-    if name == "chain":
-        from farout.cli.chain import chain
-
-        parsers.bind(name, chain, words)()
-        return 0
     call = parsers.parse(name, COMMANDS[name], words)
+    if name == "chain":  # whose steps show what they do themselves
+        call()
+        return 0
     with output.progress():
         output.show(name, call())
     return 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from farout.devices import launched
 from farout.errors import FaroutError
 from farout.evaluation.bench.estimate import RULE
 from farout.evaluation.bench.plan import Job, Plan, make_plan
@@ -42,7 +42,7 @@ def bench(
         hub: fetch sets that are not on this machine from the Hugging Face hub.
         runtime: settings that differ from the benchmark's.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched() > 1:
         raise FaroutError("bench runs in one process; train large networks apart and give them by folder")
     if dry_run and report_only:
         raise FaroutError("--dry-run writes nothing and --report-only writes tables; give one of them")

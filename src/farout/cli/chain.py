@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from farout import store
 from farout.cli import output
 from farout.cli.steps import Step, read_steps
+from farout.devices import launched
 from farout.errors import FaroutError, StoreError
 
 __all__ = ["RECORD", "chain"]
@@ -49,7 +49,7 @@ def chain(yaml: str, *, out: str, redo: bool = False, dry_run: bool = False) -> 
     if dry_run:
         print(*(shlex.join(["farout", *step.words(folder)]) for step in steps), sep="\n")
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched() > 1:
         raise FaroutError("a chain runs in one process; to train in several, type the commands that --dry-run shows")
     record = _Record(folder)
     plan = record.plan(steps)

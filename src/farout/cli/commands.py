@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ import pandas as pd
 from farout import registry, store
 from farout.detectors._fitting import FitSettings, recalibrate
 from farout.detectors.base import Detector, load
+from farout.devices import launched
 from farout.diffusion.train import discard_checkpoints
 from farout.errors import FaroutError
 from farout.evaluation.beside import Beside
@@ -67,7 +67,7 @@ def fit(
     """
     if link and (diffusion is None or diffusion.startswith("hf://")):
         raise FaroutError("--link wants --diffusion FOLDER: there is no model folder to link to")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched() > 1:
         raise FaroutError("fit runs in one process; train the model in several with `farout train diffusion`")
     store.check_replaceable(out, "detector")
     detector: Detector = registry.find("detectors", method).load()(**arguments)

@@ -24,7 +24,7 @@ from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
 from farout.errors import meant
 from farout.training_config import TrainingConfig
 
-__all__ = ["bind", "function_of", "parse", "parser_of", "positional"]
+__all__ = ["function_of", "parse", "parser_of", "positional"]
 
 _ROOMS = (commands, bench, generation, diffusion.train, classifiers.train)
 """Where the functions behind the commands are."""
@@ -54,7 +54,7 @@ def parse(name: str, function: str, words: Sequence[str]) -> functools.partial[A
         member = _chosen(name, words)
         return _METHODS[name].parse(member, member.load(), words[1:])
     call = function_of(function)
-    return _train(name, call, words) if call in _TRAININGS else bind(name, call, words)
+    return _train(name, call, words) if call in _TRAININGS else _bind(name, call, words)
 
 
 def function_of(function: str) -> Callable[..., Any]:
@@ -71,7 +71,7 @@ def positional(call: Callable[..., Any]) -> list[inspect.Parameter]:
     return [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "out"]
 
 
-def bind(name: str, call: Callable[..., Any], words: Sequence[str]) -> functools.partial[Any]:
+def _bind(name: str, call: Callable[..., Any], words: Sequence[str]) -> functools.partial[Any]:
     """A function with the parameters that the words give it."""
     parser = _parser_for(name, call)
     values = _values(parser, parser.read(words))

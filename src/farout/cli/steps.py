@@ -17,7 +17,6 @@ from farout.cli.words import flags, settings_of, text
 from farout.errors import FaroutError, meant
 from farout.images import catalog
 from farout.images.sources import open_source
-from farout.images.spec import parse_spec
 
 __all__ = ["NAMING", "Step", "chains", "read_steps", "step_names"]
 
@@ -212,17 +211,8 @@ def _look_for(key: str, given: str) -> None:
     """Raises FaroutError for what is not on this machine; what a hub may have is left to the step."""
     if key in _FILES and not given.startswith("hf://") and not Path(given).exists():
         raise FaroutError(f"{key} is {given!r}, which is neither there nor the out of an earlier step")
-    if key in _IMAGES and not _on_a_hub(given):
+    if key in _IMAGES and not catalog.on_a_hub(given):
         open_source(given)
-
-
-def _on_a_hub(given: str) -> bool:
-    spec = parse_spec(given, catalog.names())
-    if spec.kind != "named":
-        return spec.kind == "hub"
-    known = catalog.entry(spec.location)
-    here = catalog.find_local(spec.location, spec.split) is not None
-    return not here and known is not None and known.hub is not None and spec.split in known.splits
 
 
 def _naming(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,6 @@ from farout.errors import FaroutError, SourceError, UnreadableImageError
 from farout.images import catalog
 from farout.images.decoding import to_pil
 from farout.images.sources import ImageSource, open_source
-from farout.images.spec import parse_spec
 
 __all__ = ["SourceImages", "Thumbnails", "small_address"]
 
@@ -75,9 +74,7 @@ class SourceImages:
 
     def _checked(self, name: str) -> str:
         """The name; raises SourceError where it leads to a hub that is not to be asked."""
-        spec = parse_spec(name, catalog.names())
-        here = spec.kind == "path" or (spec.kind == "named" and catalog.find_local(spec.location, spec.split))
-        if not (here or self.hub):
+        if not (self.hub or catalog.on_this_machine(name)):
             raise SourceError(f"{name} is not on this machine")
         return name
 

@@ -25,6 +25,8 @@ __all__ = [
     "list_sets",
     "local_splits",
     "names",
+    "on_a_hub",
+    "on_this_machine",
     "role",
 ]
 
@@ -263,6 +265,19 @@ def find_local(name: str, split: str) -> Path | None:
     """The parquet file of a set's split on this machine, or None."""
     files = (folder / f"{split}.parquet" for folder in _folders(name))
     return next((file for file in files if file.is_file()), None)
+
+
+def on_this_machine(source: str) -> bool:
+    """Whether a source is a path, or a named set that lies here: no hub is asked for it."""
+    spec = parse_spec(source, names())
+    return spec.kind == "path" or (spec.kind == "named" and find_local(spec.location, spec.split) is not None)
+
+
+def on_a_hub(source: str) -> bool:
+    """Whether a hub is to be asked for a source: it is not here, and the hub's own or a split that the hub has."""
+    spec = parse_spec(source, names())
+    known = entry(spec.location) if spec.kind == "named" and not on_this_machine(source) else None
+    return spec.kind == "hub" or (known is not None and known.hub is not None and spec.split in known.splits)
 
 
 def local_splits(name: str) -> list[str]:

@@ -25,15 +25,14 @@ def why_absent(source: str, *, hub: bool = False) -> str | None:
 
     hub: sets that are on the Hugging Face hub can be had. Raises SourceError for a source that nobody knows.
     """
-    spec = parse_spec(source, catalog.names())
-    if spec.kind == "path" or (spec.kind == "named" and catalog.find_local(spec.location, spec.split) is not None):
+    if catalog.on_this_machine(source):
         open_source(source)
         return None
+    spec = parse_spec(source, catalog.names())
     known = catalog.entry(spec.location) if spec.kind == "named" else None
-    on_hub = spec.kind == "hub" or (known is not None and known.hub is not None)
     if spec.kind == "named" and (known is None or spec.split not in known.splits):
         open_source(source)  # says what is wrong with it
-    if on_hub:
+    if catalog.on_a_hub(source):
         return None if hub else f"{source} is not on this machine; --hub fetches it from the Hugging Face hub"
     assert known is not None
     place = f"$FAROUT_DATA/{known.name}/{spec.split}.parquet"

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from farout import registry
+from farout.cli.tables import new_table, print_table
 from farout.cli.usage import UsageError
 from farout.errors import meant
 from farout.evaluation.bench.presets import about, preset_names
@@ -100,11 +98,11 @@ def _flags(settings: dict[str, Any], prefix: str = "") -> str:
 
 def _print(rows: list[dict[str, str]], what: str) -> None:
     if not rows:
-        Console().print(f"there are no {what} yet")
+        print(f"there are no {what} yet")
         return
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = new_table()
     for column in rows[0]:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*[str(value) for value in row.values()])
-    Console().print(table)
+    print_table(table)

@@ -17,6 +17,7 @@ from farout.detectors._fitting import FitSettings, training_of
 from farout.detectors.base import Detector, load
 from farout.diffusion.train import DiffusionConfig, discard_checkpoints, train_diffusion
 from farout.errors import ConstantScoresWarning, TrapWarning
+from farout.evaluation.bench.pictures import write_pictures
 from farout.evaluation.bench.plan import RECORD, Job, Plan
 from farout.evaluation.bench.reading import TRIVIAL
 from farout.evaluation.bench.spec import DetectorSpec, NetworkSpec
@@ -185,6 +186,8 @@ class Jobs:
             warnings.simplefilter("ignore", ConstantScoresWarning)
             warnings.filterwarnings("ignore", ".*lies below one half", TrapWarning)
             table = evaluate_detector(detector, inside, outside, job.folder, beside=_ALONE, **told)
+        if detector.makes_maps and job.name in self.spec.detectors:
+            write_pictures(detector, job.folder / "scores", inside)
         speed = job.record.get("images_per_s")
         if speed is None:
             speed = round(_images_per_s(detector, detector.open(inside, limit=_SPEED_IMAGES)), 2)

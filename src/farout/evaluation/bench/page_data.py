@@ -15,7 +15,7 @@ from farout.detectors._tables import Scores
 from farout.errors import StoreError
 from farout.evaluation.scoring import read_scores
 
-__all__ = ["OWN", "Bench", "Pair", "Run", "Side", "of_figures", "read_bench", "words_of"]
+__all__ = ["OWN", "Bench", "Pair", "Run", "Side", "of_figures", "read_bench", "read_sides", "words_of"]
 
 OWN = "score"
 """The indicator that is a method's own score, as `metrics.csv` calls it."""
@@ -175,9 +175,13 @@ def _controls(metrics: pd.DataFrame) -> frozenset[str]:
 
 
 def _run(folder: Path, detector: str, seed: int) -> Run:
-    manifests = sorted((folder / "rated" / f"{detector}-{seed}" / "scores").glob("*/manifest.json"))
-    sides = [_side(path) for path in manifests]
+    sides = read_sides(folder / "rated" / f"{detector}-{seed}" / "scores")
     return Run(detector, seed, {side.source: side for side in sides})
+
+
+def read_sides(folder: Path) -> list[Side]:
+    """The score folders inside a folder, by name; none where there is no such folder."""
+    return [_side(path) for path in sorted(folder.glob("*/manifest.json"))]
 
 
 def _side(manifest: Path) -> Side:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,24 +11,25 @@ import pandas as pd
 from scipy import stats
 
 from farout.evaluation.bench.page_data import Bench, Run, Side
-from farout.evaluation.overlays import FOLDER, overlay_name
+from farout.evaluation.bench.pictures import MOST, pictures_of, wrong
 from farout.evaluation.thumbnails import SourceImages, Thumbnails
 
 __all__ = ["Shown", "disagreements", "galleries"]
 
 _DISPUTED, _LISTED = 6, 6
-_MOST, _LEAST, _ALTOGETHER = 8, 3, 900
+_LEAST, _ALTOGETHER = 3, 900
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An image on the page: its key, numbers of its thumbnail and of its map (None: no picture), a line of text, and in
-    a dispute detectors with the percent of the set's images that they place below it.
+    """An image on the page: its key, the number of its thumbnail (None: no picture), captions and numbers of what a
+    detector sees in it, a line of text, and in a dispute detectors with the percent of the set's images that they
+    place below it.
     """
 
     key: str
     picture: int | None
-    overlay: int | None = None
+    seen: tuple[tuple[str, int], ...] = ()
     text: str = ""
     opinions: tuple[tuple[str, int], ...] = ()
 
@@ -75,33 +76,38 @@ def galleries(bench: Bench, images: SourceImages, thumbnails: Thumbnails) -> lis
     that it does not flag, the nearest first.
     """
     shown = [run for run in bench.runs if run.sides and not bench.is_control(run.detector)]
-    inside = list(dict.fromkeys(pair.inside for pair in bench.pairs))
+    within = list(dict.fromkeys(pair.inside for pair in bench.pairs))
     outside = list(dict.fromkeys(pair.outside for pair in bench.pairs))
-    count = max(_LEAST, min(_MOST, _ALTOGETHER // max(1, len(shown) * (len(inside) + len(outside)))))
+    count = max(_LEAST, min(MOST, _ALTOGETHER // max(1, len(shown) * (len(within) + len(outside)))))
 
-    def strips(run: Run, sources: Sequence[str], flagged: bool) -> list[dict[str, Any]]:
+    def strips(run: Run, sources: Sequence[str], inside: bool) -> list[dict[str, Any]]:
         sides = [run.sides[name] for name in sources if name in run.sides]
-        return [_strip(side, flagged, count, images, thumbnails) for side in sides]
+        return [_strip(side, inside, count, images, thumbnails) for side in sides]
 
     return [
-        {"detector": run.detector, "alarms": strips(run, inside, True), "misses": strips(run, outside, False)}
+        {"detector": run.detector, "alarms": strips(run, within, True), "misses": strips(run, outside, False)}
         for run in shown
     ]
 
 
-def _strip(side: Side, flagged: bool, count: int, images: SourceImages, thumbnails: Thumbnails) -> dict[str, Any]:
-    """The flagged images of a source with the highest scores, or those not flagged with the lowest."""
-    scores = side.scores
-    known = np.isfinite(scores.score)
-    chosen = np.flatnonzero(known & (scores.is_ood if flagged else ~scores.is_ood))
-    order = chosen[np.argsort(-scores.score[chosen] if flagged else scores.score[chosen], kind="stable")][:count]
+def _strip(side: Side, inside: bool, count: int, images: SourceImages, thumbnails: Thumbnails) -> dict[str, Any]:
+    """The images of a source that are judged wrongly, the worst first."""
+    scores, order = side.scores, wrong(side.scores, inside)
     shown = [
         Shown(
             key,
             thumbnails.of_image(images, side.source, key),
-            thumbnails.of_file(side.folder / FOLDER / overlay_name(key)),
+            tuple(_seen(side, key, thumbnails)),
             f"score\u00a0{scores.score[place]:.4g}, p\u00a0=\u00a0{scores.p_value[place]:.4f}",
         )
-        for place, key in ((place, scores.keys[place]) for place in order)
+        for place, key in ((place, scores.keys[place]) for place in order[:count])
     ]
-    return {"source": side.source, "count": len(chosen), "of": int(known.sum()), "shown": shown}
+    known = int(np.isfinite(scores.score).sum())
+    return {"source": side.source, "count": len(order), "of": known, "shown": shown}
+
+
+def _seen(side: Side, key: str, thumbnails: Thumbnails) -> Iterator[tuple[str, int]]:
+    for caption, path in pictures_of(side, key):
+        number = thumbnails.of_file(path)
+        if number is not None:
+            yield caption, number

@@ -6,6 +6,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.networks import build_network
@@ -128,6 +129,8 @@ def break_folder(folder: Path, how: str) -> None:
         data = bytearray(weights.read_bytes())
         data[-3] ^= 1
         weights.write_bytes(bytes(data))
+    elif how == "no list":
+        (folder / "trained_on.txt").unlink()
     elif how == "no scheduler":
         (folder / "scheduler" / "scheduler_config.json").unlink()
     elif how == "no config":
@@ -148,6 +151,7 @@ def break_folder(folder: Path, how: str) -> None:
         ("no weights", "incomplete"),
         ("cut weights", "cannot be read"),
         ("altered weights", "hash differs"),
+        ("no list", "the images that were seen"),
         ("no config", "missing"),
         ("newer", "upgrade"),
         ("foreign code", "never code"),
@@ -158,6 +162,22 @@ def test_broken_folders_are_refused(tmp_path: Path, how: str, message: str) -> N
     break_folder(tmp_path / "m", how)
     with pytest.raises(StoreError, match=message):
         DiffusionModel.load(tmp_path / "m")
+
+
+def test_a_model_from_the_hub_knows_what_it_has_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a detector would rest its p-values on images that the model was trained on."""
+    model(trained_on=["aa"]).save(tmp_path / "hub")
+    names = [path.relative_to(tmp_path / "hub").as_posix() for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        for wanted in filter_repo_objects(names, allow_patterns=allow_patterns):
+            target = tmp_path / name / wanted
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((tmp_path / "hub" / wanted).read_bytes())
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert DiffusionModel.load("hf://me/model").trained_on == {"aa"}
 
 
 def test_missing_folders_and_schedulers(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -28,11 +28,13 @@ __all__ = [
     "hash_tensors",
     "load_tensors",
     "read_config",
+    "read_hashes",
     "read_json",
     "resume_config",
     "save_tensors",
     "versions",
     "write_config",
+    "write_hashes",
     "write_json",
 ]
 
@@ -130,6 +132,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise StoreError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content
+
+
+def write_hashes(path: str | Path, hashes: Collection[str]) -> None:
+    """Writes content hashes of images, sorted, one a line."""
+    Path(path).write_text("".join(f"{line}\n" for line in sorted(hashes)), encoding="utf-8")
+
+
+def read_hashes(path: str | Path) -> frozenset[str]:
+    """Reads what `write_hashes` wrote. Raises StoreError when it is missing: images that were seen would pass for new."""
+    path = Path(path)
+    if not path.is_file():
+        raise StoreError(f"{path} is missing, which lists the images that were seen; the folder is incomplete")
+    return frozenset(path.read_text(encoding="utf-8").split())
 
 
 def write_config(folder: str | Path, kind: str, content: Mapping[str, Any]) -> None:

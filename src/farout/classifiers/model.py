@@ -356,8 +356,8 @@ class Classifier:
             }
             store.write_config(temporary, KIND, content)
             store.save_tensors(temporary / "model.safetensors", self.module.state_dict())
-            (temporary / "trained_on.txt").write_text("".join(f"{line}\n" for line in sorted(self.trained_on)))
-            (temporary / "README.md").write_text(model_card(self.parameters, content))
+            store.write_hashes(temporary / "trained_on.txt", self.trained_on)
+            (temporary / "README.md").write_text(model_card(self.parameters, content), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Classifier:
@@ -370,7 +370,6 @@ class Classifier:
         spec = NetworkSpec.from_dict(config["network"])
         module = spec.build()
         load_weights(module, store.load_tensors(path / "model.safetensors"), str(path), spec.name)
-        listed = path / "trained_on.txt"
         classifier = cls(
             module,
             config["mean"],
@@ -378,7 +377,7 @@ class Classifier:
             Preprocessing.from_dict(config["preprocessing"]),
             class_names=config["class_names"],
             network=spec,
-            trained_on=listed.read_text().split() if listed.is_file() else (),
+            trained_on=store.read_hashes(path / "trained_on.txt"),
             provenance=config["provenance"],
         )
         if classifier.content_hash != config["content_hash"]:

@@ -1,6 +1,7 @@
 """DiffusionModel: folders that either library reads, crossings between images and the network's space, training."""
 
 import json
+import os
 from pathlib import Path
 
 import diffusers
@@ -202,6 +203,24 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old(tmp_path: Path, monkeypa
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert DiffusionModel.load(tmp_path / "m").content_hash == before
+
+
+def test_a_folder_is_replaced_where_none_can_be_put_over_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    replace = os.replace
+
+    def strict(source: Path, target: Path) -> None:
+        if Path(target).is_dir():
+            raise PermissionError(5, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr("farout.store.os.replace", strict)
+    for scale in (1.0, 2.0):
+        model(b_scale=scale).save(tmp_path / "m")
+        assert DiffusionModel.load(tmp_path / "m").b_scale == scale
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_training_learns_holds_out_and_lists_what_it_saw(tmp_path: Path) -> None:

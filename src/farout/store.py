@@ -103,7 +103,7 @@ def _swap(new: Path, path: Path) -> None:
     if not path.exists():
         os.replace(new, path)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    old = new.with_name(f"{new.name}.old")  # a free name: Windows puts no folder over another, not even an empty one
     os.replace(path, old)
     try:
         os.replace(new, path)

@@ -199,7 +199,7 @@ def train_classifier(
         source: any image source with labels: a set's name, a folder of one folder per class, a table, or
             hf://owner/name:split.
         out: folder of the classifier; `OUT.training/` beside it holds the checkpoints while training runs, and after
-            it where `training.checkpoint_every` is set.
+            it where `training.checkpoint_every`, `training.keep` or `training.tensorboard` is set.
         model: what is trained.
         training: how it is trained.
         exposure: how it learns what lies outside the distribution.

@@ -405,11 +405,13 @@ def test_fewer_outliers_than_a_batch_and_validation(tree: Path, outliers: Path, 
 def test_a_folder_that_a_synthesiser_made(outliers: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     (made / "images").mkdir(parents=True)
-    (made / "config.json").write_text("{}")
+    (made / "config.json").write_text(json.dumps({"farout": {"kind": "outliers"}}))
     Image.new("L", (8, 8)).save(made / "preview.png")
     for path in outliers.iterdir():
         (made / "images" / path.name).write_bytes(path.read_bytes())
-    assert len(open_outliers(str(made))) == 11
+    assert len(open_outliers(str(made))) == len(open_source(made)) == 11
+    (made / "config.json").write_text("[]")
+    assert len(open_source(made)) == 12, "of another program"
 
 
 def test_the_energy_of_a_classifier_that_learnt_outliers_tells_them_apart(tree: Path, tmp_path: Path) -> None:
@@ -679,8 +681,9 @@ def test_folders_of_the_other_kind_are_refused(tmp_path: Path) -> None:
         (tmp_path / kind / "config.json").write_text(json.dumps({"farout": {"kind": kind}}))
     assert len(open_outliers(tmp_path / "outliers")) == 2
     assert len(open_outliers(tmp_path / "reconstructions" / "images", kind="reconstructions")) == 2
-    with pytest.raises(SourceError, match="holds reconstructions, and outliers are wanted"):
-        open_outliers(tmp_path / "reconstructions" / "images")
+    for given in (tmp_path / "reconstructions" / "images", f"{tmp_path / 'reconstructions'}@vflip"):
+        with pytest.raises(SourceError, match="holds reconstructions, and outliers are wanted"):
+            open_outliers(given)
     with pytest.raises(SourceError, match="holds outliers, and reconstructions are wanted"):
         open_outliers(tmp_path / "outliers", kind="reconstructions")
     (tmp_path / "begun").mkdir()

@@ -26,6 +26,7 @@ __all__ = [
     "atomic_folder",
     "check_replaceable",
     "hash_tensors",
+    "kind_of",
     "load_tensors",
     "read_config",
     "read_hashes",
@@ -140,7 +141,7 @@ def write_hashes(path: str | Path, hashes: Collection[str]) -> None:
 
 
 def read_hashes(path: str | Path) -> frozenset[str]:
-    """Reads what `write_hashes` wrote. Raises StoreError when it is missing: images that were seen would pass for new."""
+    """Reads what `write_hashes` wrote; raises StoreError when it is missing, as images seen would pass for new ones."""
     path = Path(path)
     if not path.is_file():
         raise StoreError(f"{path} is missing, which lists the images that were seen; the folder is incomplete")
@@ -170,6 +171,16 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
     if head.get("format", 0) > FORMAT:
         raise StoreError(f"{folder} has layout {head['format']}, this farout reads up to {FORMAT}; upgrade farout")
     return content
+
+
+def kind_of(folder: str | Path) -> str | None:
+    """The kind of a folder that farout wrote, as its `config.json` says; None for any other."""
+    path = Path(folder) / "config.json"
+    try:
+        head = read_json(path).get("farout") if path.is_file() else None
+    except StoreError:  # JSON of another program
+        return None
+    return head.get("kind") if isinstance(head, dict) else None
 
 
 def resume_config(folder: str | Path, kind: str, settings: Mapping[str, Any], about: Mapping[str, Any] = {}) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from farout.classifiers.losses import ClassifierLoss, EnergyHead, mutual_information, uniform_cross_entropy
 from farout.classifiers.model import Classifier
-from farout.classifiers.networks import OUTLIER
+from farout.classifiers.networks import OUTLIER, watched
 from farout.classifiers.outliers import (
     ExposedImages,
     OutlierImages,
@@ -257,12 +257,8 @@ class Exposed(nn.Module):
 
     def _passed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and features (the input of the last layer), from one pass."""
-        head, seen = self.network.get_submodule(self.head_name), list[Tensor]()
-        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            return self.network(images), seen[0]
-        finally:
-            handle.remove()
+        with watched(self.network, features=self.head_name) as seen:
+            return self.network(images), seen["features"]
 
     def _with_mutual(
         self, found: dict[str, Tensor], outside: Tensor, inner: Tensor, outer: Tensor

@@ -298,16 +298,22 @@ class Outside:
     """All that a classifier learns from beside its images.
 
     Args:
-        exposure: how; resolved.
-        outliers: images that lie outside the distribution.
+        exposure: how; it is resolved by what is given.
+        outliers: images that lie outside the distribution, see `open_outliers`.
         reconstructions: images of the classes that a generator has made again, with labels.
         made_of: key of each outlier -> key of the image that it was made of, where they are to be paired.
+
+    Raises FaroutError where these do not go together, see `Exposure.resolved`.
     """
 
-    exposure: Exposure
+    exposure: Exposure = field(default_factory=Exposure)
     outliers: ImageSource | None = None
     reconstructions: ImageSource | None = None
     made_of: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        exposure = self.exposure.resolved(self.outliers is not None, self.reconstructions is not None)
+        object.__setattr__(self, "exposure", exposure)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -34,6 +34,10 @@ class Origin:
         """Whether the weights may have been trained on one of the images."""
         return self.weights is not None or not self.seen.isdisjoint(hashes)
 
+    def told(self) -> dict[str, str | None]:
+        """For the provenance of what is trained from them."""
+        return {"weights": self.weights, "started_from": self.classifier}
+
 
 FRESH = Origin()
 """Weights that have seen nothing."""

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from farout.checkpoints import checkpoint_folders
 from farout.classifiers import train as rooms
 from farout.classifiers.losses import CrossEntropy, accuracy
 from farout.classifiers.model import Classifier
@@ -96,11 +95,6 @@ def test_training_repeats_and_resumes_exactly(tree: Path, tmp_path: Path, monkey
     assert all(
         torch.equal(value, resumed.module.state_dict()[name]) for name, value in whole.module.state_dict().items()
     )
-
-
-def test_checkpoints_that_were_asked_for_outlive_the_training(tree: Path, tmp_path: Path) -> None:
-    trained(tree, tmp_path / "c", training=replace(FEW, keep=(2,)))
-    assert set(checkpoint_folders(tmp_path / "c.training")) == {2, 4}
 
 
 def test_the_callers_random_numbers_go_on(tree: Path) -> None:

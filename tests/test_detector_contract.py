@@ -143,7 +143,7 @@ def test_save_and_load_score_the_same(detector: Detector, folder: Path, others: 
 
 def test_broken_folders_are_refused(detector: Detector, tmp_path: Path) -> None:
     detector.save(tmp_path / "d")
-    for file in ("calibration.parquet", "calibration.txt", "statistics.parquet", "fitted.safetensors", "config.json"):
+    for file in ("calibration.parquet", "statistics.parquet", "fitted.safetensors", "config.json"):
         content = (tmp_path / "d" / file).read_bytes()
         (tmp_path / "d" / file).unlink()
         with pytest.raises(StoreError, match="missing"):

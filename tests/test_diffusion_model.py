@@ -130,8 +130,6 @@ def break_folder(folder: Path, how: str) -> None:
         data = bytearray(weights.read_bytes())
         data[-3] ^= 1
         weights.write_bytes(bytes(data))
-    elif how == "no list":
-        (folder / "trained_on.txt").unlink()
     elif how == "no scheduler":
         (folder / "scheduler" / "scheduler_config.json").unlink()
     elif how == "no config":
@@ -140,6 +138,8 @@ def break_folder(folder: Path, how: str) -> None:
         config = json.loads((folder / "config.json").read_text())
         config["farout"]["format"] = 99
         (folder / "config.json").write_text(json.dumps(config))
+    elif how == "no list":
+        (folder / "trained_on.txt").unlink()
     elif how == "foreign code":
         config = json.loads((folder / "unet" / "config.json").read_text())
         config["_class_name"] = "Evil"
@@ -152,9 +152,9 @@ def break_folder(folder: Path, how: str) -> None:
         ("no weights", "incomplete"),
         ("cut weights", "cannot be read"),
         ("altered weights", "hash differs"),
-        ("no list", "the images that were seen"),
         ("no config", "missing"),
         ("newer", "upgrade"),
+        ("no list", "the images that were seen"),
         ("foreign code", "never code"),
     ],
 )

@@ -352,7 +352,7 @@ def train_diffusion(
     Args:
         source: any image source: a set's name, a folder, a glob, a file, or hf://owner/name:split.
         out: folder of the model; `OUT.training/` beside it holds the checkpoints while training runs, and after it
-            where `training.checkpoint_every`, `training.keep` or `training.tensorboard` is set.
+            where `training.checkpoint_every` is set.
         model: what is trained.
         training: how it is trained.
         autoencoder: folder of a diffusers `AutoencoderKL` or `VQModel`; the model then works on its latents.
@@ -385,6 +385,6 @@ def train_diffusion(
 
 
 def discard_checkpoints(folder: Path, training: TrainingConfig) -> None:
-    """Removes what was only there to resume; the folder stays where something in it was asked for."""
-    if not (training.checkpoint_every or training.keep or training.tensorboard):
+    """Removes what was only there to resume; checkpoints that were asked for (`checkpoint_every`) stay."""
+    if not training.checkpoint_every and not training.tensorboard:
         shutil.rmtree(folder, ignore_errors=True)

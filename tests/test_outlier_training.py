@@ -566,8 +566,8 @@ def test_a_preset_with_another_loss(
     """What the preset says of its own loss is left aside, what the words say of it is refused."""
     seen: list[Exposure] = []
 
-    def stops(source: object, model: object, training: object, *, exposure: Exposure, **given: object) -> None:
-        seen.append(exposure.resolved(given["outliers"] is not None, given["reconstructions"] is not None))
+    def stops(source: object, model: object, training: object, *, outside: Outside, **given: object) -> None:
+        seen.append(outside.exposure)
         raise FaroutError("stopped")
 
     monkeypatch.setattr(rooms, "train_on", stops)

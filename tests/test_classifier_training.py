@@ -20,7 +20,8 @@ from farout.cli import main
 from farout.errors import FaroutError, StoreError
 from farout.images.sources import ImageSource, open_source
 from farout.images.splits import split
-from farout.training import TrainingConfig, learning_rate
+from farout.training import TrainingConfig
+from farout.training_config import learning_rate
 from small import pictures
 
 CONFIG = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)

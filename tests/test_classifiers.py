@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -217,6 +218,16 @@ def test_a_named_module_can_be_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(Classifier.load(tmp_path / "c").outputs(images(3, 3, 16)).logits, expected)
     with pytest.raises(FaroutError, match="is not the network wrn16_1"):
         Classifier.from_module(module, MEAN, STD, size=16, network="wrn16_1")
+
+
+def test_a_residual_network_of_timms_can_be_saved(tmp_path: Path) -> None:
+    """Only those of torchvision have a choice of stems."""
+    torch.manual_seed(0)
+    module = stirred(timm.create_model("resnet10t", num_classes=4))
+    made = Classifier.from_module(module, MEAN, STD, size=32, network="resnet10t")
+    made.save(tmp_path / "c")
+    expected = made.outputs(images(2, 3, 32)).logits
+    torch.testing.assert_close(Classifier.load(tmp_path / "c").outputs(images(2, 3, 32)).logits, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """DiffusionModel: folders that either library reads, crossings between images and the network's space, training."""
 
 import json
+import os
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.networks import build_network
@@ -136,6 +138,8 @@ def break_folder(folder: Path, how: str) -> None:
         config = json.loads((folder / "config.json").read_text())
         config["farout"]["format"] = 99
         (folder / "config.json").write_text(json.dumps(config))
+    elif how == "no list":
+        (folder / "trained_on.txt").unlink()
     elif how == "foreign code":
         config = json.loads((folder / "unet" / "config.json").read_text())
         config["_class_name"] = "Evil"
@@ -150,6 +154,7 @@ def break_folder(folder: Path, how: str) -> None:
         ("altered weights", "hash differs"),
         ("no config", "missing"),
         ("newer", "upgrade"),
+        ("no list", "the images that were seen"),
         ("foreign code", "never code"),
     ],
 )
@@ -158,6 +163,22 @@ def test_broken_folders_are_refused(tmp_path: Path, how: str, message: str) -> N
     break_folder(tmp_path / "m", how)
     with pytest.raises(StoreError, match=message):
         DiffusionModel.load(tmp_path / "m")
+
+
+def test_a_model_from_the_hub_knows_what_it_has_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a detector would rest its p-values on images that the model was trained on."""
+    model(trained_on=["aa"]).save(tmp_path / "hub")
+    names = [path.relative_to(tmp_path / "hub").as_posix() for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        for wanted in filter_repo_objects(names, allow_patterns=allow_patterns):
+            target = tmp_path / name / wanted
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((tmp_path / "hub" / wanted).read_bytes())
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert DiffusionModel.load("hf://me/model").trained_on == {"aa"}
 
 
 def test_missing_folders_and_schedulers(tmp_path: Path) -> None:
@@ -182,6 +203,24 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old(tmp_path: Path, monkeypa
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert DiffusionModel.load(tmp_path / "m").content_hash == before
+
+
+def test_a_folder_is_replaced_where_none_can_be_put_over_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    replace = os.replace
+
+    def strict(source: Path, target: Path) -> None:
+        if Path(target).is_dir():
+            raise PermissionError(5, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr("farout.store.os.replace", strict)
+    for scale in (1.0, 2.0):
+        model(b_scale=scale).save(tmp_path / "m")
+        assert DiffusionModel.load(tmp_path / "m").b_scale == scale
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_training_learns_holds_out_and_lists_what_it_saw(tmp_path: Path) -> None:

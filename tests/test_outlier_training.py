@@ -310,7 +310,7 @@ def test_reconstructions_take_the_place_of_a_share_of_the_images(tree: Path, out
     how = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
     assert source.labels is not None
     pairs = torch.utils.data.TensorDataset(torch.zeros(80, 1, 8, 8), torch.tensor(source.labels))
-    outside = Outside(Exposure(reconstructed=0.25).resolved(True, True), open_source(outliers), again)
+    outside = Outside(Exposure(reconstructed=0.25), open_source(outliers), again)
     both = outside.beside(pairs, ("dark", "light"), (), how, 0)
     torch.manual_seed(0)
     items = [both.at(position, position % 80) for position in range(400)]
@@ -329,9 +329,9 @@ def test_training_repeats_and_resumes_exactly(
     source = open_source(tree)
     outer = None if exposure.loss == "vos" else open_source(outliers)
     training = replace(FEW, ema=0.5)
-    whole = train_on(source, CONFIG, training, exposure=exposure, outliers=outer)
-    assert same(whole, train_on(source, CONFIG, replace(training, workers=1), exposure=exposure, outliers=outer))
-    other = train_on(source, CONFIG, replace(training, seed=1), exposure=exposure, outliers=outer)
+    whole = train_on(source, CONFIG, training, outside=Outside(exposure, outer))
+    assert same(whole, train_on(source, CONFIG, replace(training, workers=1), outside=Outside(exposure, outer)))
+    other = train_on(source, CONFIG, replace(training, seed=1), outside=Outside(exposure, outer))
     assert not same(whole, other)
     original, calls = Exposed.losses, 0
 
@@ -345,9 +345,9 @@ def test_training_repeats_and_resumes_exactly(
 
     monkeypatch.setattr(Exposed, "losses", stops)
     with pytest.raises(KeyboardInterrupt):
-        train_on(source, CONFIG, training, out=tmp_path / "t", exposure=exposure, outliers=outer)
+        train_on(source, CONFIG, training, out=tmp_path / "t", outside=Outside(exposure, outer))
     monkeypatch.undo()
-    again = train_on(source, CONFIG, training, out=tmp_path / "t", resume=True, exposure=exposure, outliers=outer)
+    again = train_on(source, CONFIG, training, out=tmp_path / "t", resume=True, outside=Outside(exposure, outer))
     assert same(whole, again)
 
 
@@ -355,17 +355,17 @@ def test_training_repeats_and_resumes_exactly(
 def test_training_in_low_precision(tree: Path, outliers: Path, loss: str) -> None:
     exposure = replace(VOS, start=0.0, queue=2) if loss == "vos" else Exposure(loss=loss)
     outer = None if loss == "vos" else open_source(outliers)
-    made = train_on(open_source(tree), CONFIG, replace(FEW, precision="bf16"), exposure=exposure, outliers=outer)
+    made = train_on(open_source(tree), CONFIG, replace(FEW, precision="bf16"), outside=Outside(exposure, outer))
     assert all(bool(value.isfinite().all()) for value in made.module.state_dict().values())
 
 
 def test_a_run_resumes_with_the_same_outliers_only(tree: Path, outliers: Path, tmp_path: Path) -> None:
     source, outer = open_source(tree), open_source(outliers)
     kept = replace(FEW, checkpoint_every=2)
-    train_on(source, CONFIG, kept, out=tmp_path / "t", outliers=outer)
+    train_on(source, CONFIG, kept, out=tmp_path / "t", outside=Outside(outliers=outer))
     for exposure, given in [(Exposure(), outer.subset(range(5))), (Exposure(weight=2.0), outer)]:
         with pytest.raises(FaroutError, match="fingerprint"):
-            train_on(source, CONFIG, kept, out=tmp_path / "t", resume=True, exposure=exposure, outliers=given)
+            train_on(source, CONFIG, kept, out=tmp_path / "t", resume=True, outside=Outside(exposure, given))
 
 
 def test_the_folder_is_of_the_network_alone_and_tells_of_the_outliers(
@@ -398,18 +398,20 @@ def test_reconstructions_count_as_seen(tree: Path, outliers: Path, tmp_path: Pat
 def test_fewer_outliers_than_a_batch_and_validation(tree: Path, outliers: Path, tmp_path: Path) -> None:
     few = open_source(outliers).subset([0, 1])
     training = replace(FEW, validate_every=2, accumulate=2)
-    made = train_on(open_source(tree), CONFIG, training, outliers=few, exposure=Exposure(start=0.5))
+    made = train_on(open_source(tree), CONFIG, training, outside=Outside(Exposure(start=0.5), few))
     assert made.provenance["outliers"]["images"] == 2
 
 
 def test_a_folder_that_a_synthesiser_made(outliers: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     (made / "images").mkdir(parents=True)
-    (made / "config.json").write_text("{}")
+    (made / "config.json").write_text(json.dumps({"farout": {"kind": "outliers"}}))
     Image.new("L", (8, 8)).save(made / "preview.png")
     for path in outliers.iterdir():
         (made / "images" / path.name).write_bytes(path.read_bytes())
-    assert len(open_outliers(str(made))) == 11
+    assert len(open_outliers(str(made))) == len(open_source(made)) == 11
+    (made / "config.json").write_text("[]")
+    assert len(open_source(made)) == 12, "of another program"
 
 
 def test_the_energy_of_a_classifier_that_learnt_outliers_tells_them_apart(tree: Path, tmp_path: Path) -> None:
@@ -564,8 +566,8 @@ def test_a_preset_with_another_loss(
     """What the preset says of its own loss is left aside, what the words say of it is refused."""
     seen: list[Exposure] = []
 
-    def stops(source: object, model: object, training: object, *, exposure: Exposure, **given: object) -> None:
-        seen.append(exposure.resolved(given["outliers"] is not None, given["reconstructions"] is not None))
+    def stops(source: object, model: object, training: object, *, outside: Outside, **given: object) -> None:
+        seen.append(outside.exposure)
         raise FaroutError("stopped")
 
     monkeypatch.setattr(rooms, "train_on", stops)
@@ -679,8 +681,9 @@ def test_folders_of_the_other_kind_are_refused(tmp_path: Path) -> None:
         (tmp_path / kind / "config.json").write_text(json.dumps({"farout": {"kind": kind}}))
     assert len(open_outliers(tmp_path / "outliers")) == 2
     assert len(open_outliers(tmp_path / "reconstructions" / "images", kind="reconstructions")) == 2
-    with pytest.raises(SourceError, match="holds reconstructions, and outliers are wanted"):
-        open_outliers(tmp_path / "reconstructions" / "images")
+    for given in (tmp_path / "reconstructions" / "images", f"{tmp_path / 'reconstructions'}@vflip"):
+        with pytest.raises(SourceError, match="holds reconstructions, and outliers are wanted"):
+            open_outliers(given)
     with pytest.raises(SourceError, match="holds outliers, and reconstructions are wanted"):
         open_outliers(tmp_path / "outliers", kind="reconstructions")
     (tmp_path / "begun").mkdir()

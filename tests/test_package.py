@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import farout
+
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "farout"
 
@@ -67,6 +69,11 @@ def test_rooms_of_one_floor_form_no_circle() -> None:
     while ready := {name for name in edges if name not in done and edges[name] <= done}:
         done |= ready
     assert not set(edges) - done, f"these rooms import each other: {set(edges) - done}"
+
+
+def test_public_names_are_where_they_are_said_to_be() -> None:
+    for name in farout.__all__:
+        assert getattr(farout, name).__name__ == name
 
 
 @pytest.fixture(scope="module")

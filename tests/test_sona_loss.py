@@ -162,7 +162,7 @@ def test_negative_features_are_named() -> None:
 def test_training(tree: Path, outliers: Path, precision: Any) -> None:
     training = TrainingConfig(**{**vars(FEW), "precision": precision})
     source, outer = open_source(tree), open_outliers(str(outliers))
-    made = [train_on(source, CONFIG, training, exposure=Exposure(loss="sona"), outliers=outer) for _ in range(2)]
+    made = [train_on(source, CONFIG, training, outside=Outside(Exposure(loss="sona"), outer)) for _ in range(2)]
     states = [each.module.state_dict() for each in made]
     assert all(bool(value.isfinite().all()) for value in states[0].values())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -198,7 +198,7 @@ def test_each_image_is_seen_with_outliers_that_were_made_of_it(tree: Path, outli
     made_of = read_made_of(outliers)
     assert source.labels is not None
     items = TensorDataset(torch.zeros(len(source), 1, 8, 8), torch.tensor(source.labels))
-    outside = Outside(Exposure(loss="sona", paired=True).resolved(True), outer, made_of=made_of)
+    outside = Outside(Exposure(loss="sona", paired=True), outer, made_of=made_of)
     how = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
     both = outside.beside(items, ("a", "b"), (), how, 0, source.keys)
     for index in (0, 7, 33):
@@ -229,9 +229,8 @@ def test_validation_keeps_the_pairs(tree: Path, outliers: Path) -> None:
     source, outer = open_source(tree), open_outliers(str(outliers))
     training = TrainingConfig(**{**vars(FEW), "validate_every": 2})
     made_of = read_made_of(outliers)
-    made = train_on(
-        source, CONFIG, training, exposure=Exposure(loss="sona", paired=True), outliers=outer, made_of=made_of
-    )
+    outside = Outside(Exposure(loss="sona", paired=True), outer, made_of=made_of)
+    made = train_on(source, CONFIG, training, outside=outside)
     assert made.provenance["exposure"]["paired"] is True
 
 

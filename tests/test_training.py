@@ -15,10 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 from farout.checkpoints import checkpoint_folders, checkpoint_weights, read_state, step_folder
 from farout.data_order import DataOrder
 from farout.errors import FaroutError, StoreError
-from farout.training import (
-    TrainingConfig,
-    train,
-)
+from farout.training import TrainingConfig, train
 from launch import in_two_processes
 
 BASE = TrainingConfig(

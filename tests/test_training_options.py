@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from farout.devices import autocast, resolve_device, resolve_precision
 from farout.errors import FaroutError, MissingExtraError
-from farout.training import TrainingConfig, autocast, learning_rate, resolve_device, resolve_precision, train
+from farout.training import TrainingConfig, train
+from farout.training_config import learning_rate
 from test_training import BASE, _data, _linear, _network, _plain_step, _step
 
 

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ClassNoise": "farout.outliers.class_noise",
     "Classifier": "farout.classifiers.model",
+    "Denoising": "farout.detectors.denoising",
     "DiffusionModel": "farout.diffusion.model",
     "DreamOOD": "farout.outliers.dream_ood",
     "FeatureDiffusion": "farout.features.diffusion",
@@ -17,6 +18,7 @@ _HOMES = {
     "NCIS": "farout.outliers.ncis",
     "NoiseSchedule": "farout.diffusion.schedule",
     "OutlierFolder": "farout.outliers.base",
+    "Patches": "farout.detectors.patches",
     "Posthoc": "farout.detectors.posthoc",
     "Preprocessing": "farout.images.preprocessing",
     "Prompts": "farout.diffusion.prompts",

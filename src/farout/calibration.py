@@ -44,10 +44,10 @@ def threshold(calibration: Any, alpha: float) -> float:
     few calibration images (n < 1 / alpha - 1) to flag anything.
     """
     sorted_ = _sorted(calibration)
-    allowed = math.floor(alpha * (1 + 1e-12) * (len(sorted_) + 1)) - 1
-    return (
-        math.inf if allowed < 0 else float(sorted_[len(sorted_) - 1 - allowed]) if allowed < len(sorted_) else -math.inf
-    )
+    allowed = math.floor(alpha * (1 + 1e-12) * (len(sorted_) + 1)) - 1  # calibration images that may lie as far out
+    if allowed < 0:
+        return math.inf
+    return float(sorted_[-1 - allowed]) if allowed < len(sorted_) else -math.inf
 
 
 def benjamini_hochberg(p: Any, q: float) -> np.ndarray:

@@ -40,15 +40,20 @@ class Configured:
 
     def __init__(self) -> None:
         """Without settings; a method that has some has a constructor of its own."""
-        if not hasattr(self, "config"):
-            self.config = {}
-            self._start()
+        self._remember({})
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Keeps the arguments of the constructor as `config`."""
         super().__init_subclass__(**arguments)
         if "__init__" in cls.__dict__:
             cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]
+
+    def _remember(self, arguments: Mapping[str, Any]) -> None:
+        """Adds a constructor's arguments to `config`; of several constructors the first one to come starts it."""
+        if not hasattr(self, "config"):
+            self.config = {}
+            self._start()
+        self.config |= arguments
 
     def _start(self) -> None:
         """Called before the first constructor's own lines."""
@@ -65,18 +70,14 @@ class Configured:
 
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:
-    """Adds a constructor's arguments to `config`; `**arguments` are named by the constructor that they go on to."""
+    """The constructor, which first adds its arguments to `config`; `**arguments` are named by the one they go on to."""
     open_ended = {p.name for p in inspect.signature(init).parameters.values() if p.kind is p.VAR_KEYWORD}
 
     @functools.wraps(init)
-    def wrapped(self: Configured, *args: Any, **kwargs: Any) -> None:
+    def remembering(self: Configured, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(init).bind(self, *args, **kwargs)
         bound.apply_defaults()
-        known = {name: value for name, value in list(bound.arguments.items())[1:] if name not in open_ended}
-        if not hasattr(self, "config"):
-            self.config = {}
-            self._start()
-        self.config |= known
+        self._remember({name: value for name, value in list(bound.arguments.items())[1:] if name not in open_ended})
         init(self, *args, **kwargs)
 
-    return wrapped
+    return remembering

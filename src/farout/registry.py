@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import importlib
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from farout.errors import FaroutError
+from farout.errors import FaroutError, meant
 
 __all__ = ["Member", "find", "members", "name_of"]
 
@@ -78,6 +77,4 @@ def find(room: str, name: str) -> Member:
     known = members(room)
     if name in known:
         return known[name]
-    near = get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
-    raise FaroutError(f"there is no {_TITLES.get(room, room).removesuffix('s')} {name!r}; {hint}")
+    raise FaroutError(f"there is no {_TITLES.get(room, room).removesuffix('s')} {name!r}; {meant(name, known)}")

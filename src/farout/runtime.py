@@ -36,7 +36,10 @@ class Runtime:
     cache: bool = True
 
     def resolved(self) -> Runtime:
-        """With every `auto` but the batch size replaced by what it means here."""
+        """With every `auto` but the batch size replaced by what it means here.
+
+        Raises FaroutError for a device that is not there, a precision that it lacks, and sizes below 1.
+        """
         device = resolve_device(self.device)
         rows = self.rows if self.rows != "auto" else (32 if device.type == "cpu" else 256)
         if rows < 1 or (self.batch_size != "auto" and self.batch_size < 1):

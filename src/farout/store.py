@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -26,13 +26,16 @@ __all__ = [
     "atomic_folder",
     "check_replaceable",
     "hash_tensors",
+    "kind_of",
     "load_tensors",
     "read_config",
+    "read_hashes",
     "read_json",
     "resume_config",
     "save_tensors",
     "versions",
     "write_config",
+    "write_hashes",
     "write_json",
 ]
 
@@ -101,7 +104,7 @@ def _swap(new: Path, path: Path) -> None:
     if not path.exists():
         os.replace(new, path)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    old = new.with_name(f"{new.name}.old")  # a free name: Windows puts no folder over another, not even an empty one
     os.replace(path, old)
     try:
         os.replace(new, path)
@@ -132,6 +135,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def write_hashes(path: str | Path, hashes: Collection[str]) -> None:
+    """Writes content hashes of images, sorted, one a line."""
+    Path(path).write_text("".join(f"{line}\n" for line in sorted(hashes)), encoding="utf-8")
+
+
+def read_hashes(path: str | Path) -> frozenset[str]:
+    """Reads what `write_hashes` wrote; raises StoreError when it is missing, as images seen would pass for new ones."""
+    path = Path(path)
+    if not path.is_file():
+        raise StoreError(f"{path} is missing, which lists the images that were seen; the folder is incomplete")
+    return frozenset(path.read_text(encoding="utf-8").split())
+
+
 def write_config(folder: str | Path, kind: str, content: Mapping[str, Any]) -> None:
     """Writes `config.json` of a model or score folder: its kind, layout version, library versions, and `content`."""
     head = {"farout": {"kind": kind, "format": FORMAT, "versions": versions(), "command": shlex.join(sys.argv)}}
@@ -155,6 +171,16 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
     if head.get("format", 0) > FORMAT:
         raise StoreError(f"{folder} has layout {head['format']}, this farout reads up to {FORMAT}; upgrade farout")
     return content
+
+
+def kind_of(folder: str | Path) -> str | None:
+    """The kind of a folder that farout wrote, as its `config.json` says; None for any other."""
+    path = Path(folder) / "config.json"
+    try:
+        head = read_json(path).get("farout") if path.is_file() else None
+    except StoreError:  # JSON of another program
+        return None
+    return head.get("kind") if isinstance(head, dict) else None
 
 
 def resume_config(folder: str | Path, kind: str, settings: Mapping[str, Any], about: Mapping[str, Any] = {}) -> None:

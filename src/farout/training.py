@@ -31,22 +31,12 @@ from farout.checkpoints import (
     write_checkpoint,
 )
 from farout.data_order import DataOrder, loader, seed_of
-from farout.devices import Precision, autocast, join, resolve_device, resolve_precision
+from farout.devices import autocast, join, resolve_precision
 from farout.errors import FaroutError, StoreError
 from farout.training_config import Step, TrainingConfig, TrainingResult, learning_rate, make_optimizer
 from farout.training_log import Means, TrainingLog
 
-__all__ = [
-    "Precision",
-    "Step",
-    "TrainingConfig",
-    "TrainingResult",
-    "autocast",
-    "learning_rate",
-    "resolve_device",
-    "resolve_precision",
-    "train",
-]
+__all__ = ["Step", "TrainingConfig", "TrainingResult", "train"]
 
 logger = logging.getLogger(__name__)
 

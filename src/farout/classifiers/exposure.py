@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from farout.classifiers.losses import ClassifierLoss, EnergyHead, mutual_information, uniform_cross_entropy
 from farout.classifiers.model import Classifier
-from farout.classifiers.networks import OUTLIER
+from farout.classifiers.networks import OUTLIER, watched
 from farout.classifiers.outliers import (
     ExposedImages,
     OutlierImages,
@@ -257,12 +257,8 @@ class Exposed(nn.Module):
 
     def _passed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and features (the input of the last layer), from one pass."""
-        head, seen = self.network.get_submodule(self.head_name), list[Tensor]()
-        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            return self.network(images), seen[0]
-        finally:
-            handle.remove()
+        with watched(self.network, features=self.head_name) as seen:
+            return self.network(images), seen["features"]
 
     def _with_mutual(
         self, found: dict[str, Tensor], outside: Tensor, inner: Tensor, outer: Tensor
@@ -302,16 +298,22 @@ class Outside:
     """All that a classifier learns from beside its images.
 
     Args:
-        exposure: how; resolved.
-        outliers: images that lie outside the distribution.
+        exposure: how; it is resolved by what is given.
+        outliers: images that lie outside the distribution, see `open_outliers`.
         reconstructions: images of the classes that a generator has made again, with labels.
         made_of: key of each outlier -> key of the image that it was made of, where they are to be paired.
+
+    Raises FaroutError where these do not go together, see `Exposure.resolved`.
     """
 
-    exposure: Exposure
+    exposure: Exposure = field(default_factory=Exposure)
     outliers: ImageSource | None = None
     reconstructions: ImageSource | None = None
     made_of: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        exposure = self.exposure.resolved(self.outliers is not None, self.reconstructions is not None)
+        object.__setattr__(self, "exposure", exposure)
 
     @property
     def classes(self) -> tuple[str, ...]:

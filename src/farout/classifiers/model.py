@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from farout import store
-from farout.classifiers.networks import NetworkSpec, Stem, find_head, find_pool
+from farout.classifiers.networks import RESNETS, NetworkSpec, Stem, find_head, find_pool, watched
 from farout.classifiers.weights import HOW, fit_names, load_weights, misfits, model_card
 from farout.devices import Precision, autocast
 from farout.diffusion.denoiser import in_chunks
@@ -184,13 +183,14 @@ class Classifier:
         mode = self.module.training
         self.module.eval()
         shapes: list[torch.Size] = []
+        places = {"features": self.head_name, **({"maps": str(self.pool_name)} if maps else {})}
         try:
-            with self._watching(maps) as seen:
+            with watched(self.module, **places) as seen:
 
                 def call(chunk: Tensor) -> Tensor:
                     with autocast(self.device, precision):
                         logits = self.module(chunk)
-                    parts = [logits, seen["features"], *([seen["maps"]] if maps else [])]
+                    parts = [logits, *(seen[kind] for kind in places)]
                     shapes[:] = [part.shape[1:] for part in parts]
                     return torch.cat([part.float().flatten(1) for part in parts], dim=1)
 
@@ -199,27 +199,6 @@ class Classifier:
             self.module.train(mode)
         parts = together.split([shape.numel() for shape in shapes], dim=1)
         return Outputs(*[part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)])
-
-    @contextmanager
-    def _watching(self, maps: bool) -> Iterator[dict[str, Tensor]]:
-        """What the last layer, and the pooling before it, are given in each call of the network."""
-        seen: dict[str, Tensor] = {}
-        places = {"features": self.head_name, **({"maps": str(self.pool_name)} if maps else {})}
-
-        def keep(kind: str) -> Any:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                seen[kind] = inputs[0]
-
-            return hook
-
-        handles = [
-            self.module.get_submodule(place).register_forward_pre_hook(keep(kind)) for kind, place in places.items()
-        ]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # -- identity ------------------------------------------------------------------------------------------------
 
@@ -289,9 +268,9 @@ class Classifier:
     def _specs(self, network: str | NetworkSpec) -> list[NetworkSpec]:
         if isinstance(network, NetworkSpec):
             return [network]
-        stems: tuple[Stem, ...] = ("small", "imagenet") if network.startswith("resnet") else ()
+        stems = get_args(Stem) if network in RESNETS else (None,)
         known = (self.classes, self.preprocessing.channels, self.preprocessing.size)
-        return [NetworkSpec(network, *known, stem) for stem in stems] or [NetworkSpec(network, *known)]
+        return [NetworkSpec(network, *known, stem) for stem in stems]
 
     @classmethod
     def from_weights(
@@ -356,8 +335,8 @@ class Classifier:
             }
             store.write_config(temporary, KIND, content)
             store.save_tensors(temporary / "model.safetensors", self.module.state_dict())
-            (temporary / "trained_on.txt").write_text("".join(f"{line}\n" for line in sorted(self.trained_on)))
-            (temporary / "README.md").write_text(model_card(self.parameters, content))
+            store.write_hashes(temporary / "trained_on.txt", self.trained_on)
+            (temporary / "README.md").write_text(model_card(self.parameters, content), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Classifier:
@@ -370,7 +349,6 @@ class Classifier:
         spec = NetworkSpec.from_dict(config["network"])
         module = spec.build()
         load_weights(module, store.load_tensors(path / "model.safetensors"), str(path), spec.name)
-        listed = path / "trained_on.txt"
         classifier = cls(
             module,
             config["mean"],
@@ -378,7 +356,7 @@ class Classifier:
             Preprocessing.from_dict(config["preprocessing"]),
             class_names=config["class_names"],
             network=spec,
-            trained_on=listed.read_text().split() if listed.is_file() else (),
+            trained_on=store.read_hashes(path / "trained_on.txt"),
             provenance=config["provenance"],
         )
         if classifier.content_hash != config["content_hash"]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -15,19 +16,30 @@ from torch.nn import functional
 from farout.errors import FaroutError
 from farout.features.backbones import input_config
 
-__all__ = ["NETWORKS", "OUTLIER", "CosineNetwork", "NetworkSpec", "Stem", "find_head", "find_pool"]
+__all__ = [
+    "NETWORKS",
+    "OUTLIER",
+    "RESNETS",
+    "CosineNetwork",
+    "NetworkSpec",
+    "Stem",
+    "find_head",
+    "find_pool",
+    "watched",
+]
 
 Stem = Literal["small", "imagenet"]
 
-_RESNETS = {
+RESNETS = {
     "resnet18": torchvision.models.resnet18,
     "resnet34": torchvision.models.resnet34,
     "resnet50": torchvision.models.resnet50,
 }
+"""The networks that have a choice of stems."""
 _WIDE = {"wrn40_2": (40, 2), "wrn16_2": (16, 2), "wrn16_1": (16, 1)}
 """Depth and width factor."""
 
-NETWORKS = (*_RESNETS, *_WIDE)
+NETWORKS = (*RESNETS, *_WIDE)
 """torchvision's ResNets and pytorch-ood's WideResNets; any other name is looked up in timm."""
 
 OUTLIER = "(outlier)"
@@ -65,8 +77,8 @@ class NetworkSpec:
             raise FaroutError(f"classes {self.classes} (expected 2 or more), channels {self.channels} (1 or 3)")
         if self.space is not None and self.space < 2:
             raise FaroutError(f"classes as directions want a space of 2 or more dimensions, got {self.space}")
-        if self.stem is not None and (self.name not in _RESNETS or self.stem not in get_args(Stem)):
-            known = f"stems are {' and '.join(get_args(Stem))}, and only {', '.join(_RESNETS)} have a choice"
+        if self.stem is not None and (self.name not in RESNETS or self.stem not in get_args(Stem)):
+            known = f"stems are {' and '.join(get_args(Stem))}, and only {', '.join(RESNETS)} have a choice"
             raise FaroutError(f"{self.name} has no stem {self.stem!r}; {known}")
         if self.name not in NETWORKS:
             _check_timm(self.name)
@@ -75,7 +87,7 @@ class NetworkSpec:
         """The network with fresh weights: normalised images (B, C, H, W) -> logits (B, classes)."""
         if self.space is not None:
             return CosineNetwork(replace(self, classes=self.space, space=None).build(), self.space, self.classes)
-        if self.name in _RESNETS:
+        if self.name in RESNETS:
             return _resnet(self.name, self.classes, self.channels, self.stem or "small")
         if self.name in _WIDE:
             return _wide_resnet(*_WIDE[self.name], self.classes, self.channels)
@@ -123,7 +135,7 @@ def _check_timm(name: str) -> None:
 
 
 def _resnet(name: str, classes: int, channels: int, stem: Stem) -> nn.Module:
-    network = _RESNETS[name](weights=None, num_classes=classes)
+    network = RESNETS[name](weights=None, num_classes=classes)
     if stem == "small":
         network.conv1 = nn.Conv2d(channels, 64, 3, stride=1, padding=1, bias=False)
         network.maxpool = nn.Identity()
@@ -158,6 +170,22 @@ def _timm(spec: NetworkSpec) -> nn.Module:
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         size = f"{spec.size[0]}x{spec.size[1]}"
         raise FaroutError(f"timm's {spec.name} cannot be built for {spec.channels} x {size} ({error})") from error
+
+
+@contextmanager
+def watched(module: nn.Module, **layers: str) -> Iterator[dict[str, Tensor]]:
+    """Inside it each call of `module` leaves in the dict what the layers were given, under the words of their names."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(kind: str) -> Any:
+        return lambda _, inputs: seen.update({kind: inputs[0]})
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(keep(kind)) for kind, name in layers.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def find_head(module: nn.Module, name: str | None = None) -> str:

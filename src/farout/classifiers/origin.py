@@ -10,9 +10,8 @@ from torch import nn
 
 from farout.classifiers.model import KIND, Classifier
 from farout.classifiers.weights import HOW, load_weights
-from farout.errors import StoreError
 from farout.features.backbones import read_weights
-from farout.store import read_config
+from farout.store import kind_of
 
 __all__ = ["FRESH", "Origin", "start_from"]
 
@@ -21,9 +20,10 @@ __all__ = ["FRESH", "Origin", "start_from"]
 class Origin:
     """Where weights come from.
 
-    seen: content hashes of the images that they were trained on, as far as that is known; weights: name of the file
-    of which it is not known, None where `seen` is complete; classifier: content hash of the farout classifier that
-    they were saved with.
+    Attributes:
+        seen: content hashes of the images that they were trained on, as far as that is known.
+        weights: name of the file of which it is not known; None where `seen` is complete.
+        classifier: content hash of the farout classifier that they were saved with.
     """
 
     seen: frozenset[str] = frozenset()
@@ -33,6 +33,10 @@ class Origin:
     def may_have_seen(self, hashes: Collection[str]) -> bool:
         """Whether the weights may have been trained on one of the images."""
         return self.weights is not None or not self.seen.isdisjoint(hashes)
+
+    def told(self) -> dict[str, str | None]:
+        """For the provenance of what is trained from them."""
+        return {"weights": self.weights, "started_from": self.classifier}
 
 
 FRESH = Origin()
@@ -48,18 +52,10 @@ def start_from(module: nn.Module, weights: str | Path, name: str) -> Origin:
     path = Path(weights)
     load_weights(module, read_weights(path, HOW), str(weights), name)
     folder = path if path.is_dir() else path.parent
-    if (not path.is_dir() and path.name != "model.safetensors") or not _is_ours(folder):
+    if (not path.is_dir() and path.name != "model.safetensors") or kind_of(folder) != KIND:
         return Origin(weights=path.name)
     parent = Classifier.load(folder)
     known = bool(parent.trained_on) or "random_weights" in parent.provenance
     return Origin(
         parent.trained_on, parent.provenance.get("weights", None if known else path.name), parent.content_hash
     )
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        read_config(folder, KIND)
-    except StoreError:
-        return False
-    return True

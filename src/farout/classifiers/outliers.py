@@ -6,7 +6,7 @@ import csv
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from farout.errors import FaroutError, SourceError, TrapWarning
 from farout.images.classes import class_numbers
 from farout.images.places import some_readable
 from farout.images.preprocessing import Kernel, Preprocessing
-from farout.images.sources import ImageSource, open_source
+from farout.images.sources import ImageSource, open_source, spec_of
 
 __all__ = [
     "ExposedImages",
@@ -35,6 +35,9 @@ __all__ = [
 Resize = Literal["both", "bilinear", "nearest", "bicubic"]
 """Kernel of outliers that are larger than the images: `both` draws nearest or bilinear for each sample."""
 
+Kind = Literal["outliers", "reconstructions"]
+"""Of folders of made images, as `config.json` calls them."""
+
 _BUDGET = 2 * 2**30
 """Bytes of prepared outliers that are kept in memory; of more, each is prepared when it is asked for."""
 
@@ -45,35 +48,37 @@ def open_outliers(
     limit: int | None = None,
     seed: int = 0,
     policy: Literal["raise", "skip"] = "raise",
-    kind: Literal["outliers", "reconstructions"] = "outliers",
+    kind: Kind = "outliers",
 ) -> ImageSource:
-    """Opens any image source, or a folder as a synthesiser or `reconstruct` writes it (its `images` are meant).
+    """Opens any image source; of a folder as a synthesiser or `reconstruct` writes it the `images` are meant.
 
     Under the policy `skip` unreadable images are left out. Raises SourceError where there is no image, and for a folder
     that says to hold the other kind.
     """
     if isinstance(images, str | Path):
-        _check_kind(Path(images), kind)
-        images = Path(images) / "images" if _is_made(Path(images)) else images
+        _check_kind(images, kind)
     # decoded pixels are not kept: what is kept are the prepared ones, which are smaller
     source = open_source(images, limit=limit, seed=seed, policy=policy, memory_mib=0)
     places = some_readable(source)
     return source if len(places) == len(source) else source.subset(places)
 
 
-def _check_kind(folder: Path, kind: str) -> None:
+def _made_folder(images: str | Path) -> Path | None:
+    """The folder of made images that a source is, or is the `images` of, whatever filter or variant it has."""
+    spec = spec_of(images)
+    path = Path(spec.location).expanduser()
+    folders = (path, path.parent) if path.name == "images" else (path,)
+    return next((each for each in folders if spec.kind == "path" and store.kind_of(each) in get_args(Kind)), None)
+
+
+def _check_kind(images: str | Path, kind: Kind) -> None:
     """Refuses a folder of outliers as reconstructions, the reverse, and one whose images have not been made yet."""
-    for each in (folder, folder.parent) if folder.name == "images" else (folder,):
-        config = each / "config.json"
-        found = store.read_json(config).get("farout", {}).get("kind") if config.is_file() else None
-        if found in ("outliers", "reconstructions") and found != kind:
-            raise SourceError(f"{folder} holds {found}, and {kind} are wanted; have the two been exchanged?")
-        if found == kind and not (each / "images").is_dir():
-            raise SourceError(f"{folder} holds no image yet; make them by the same command with --resume")
-
-
-def _is_made(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "images").is_dir()
+    folder = _made_folder(images)
+    found = None if folder is None else store.kind_of(folder)
+    if found not in (None, kind):
+        raise SourceError(f"{images} holds {found}, and {kind} are wanted; have the two been exchanged?")
+    if folder is not None and not (folder / "images").is_dir():
+        raise SourceError(f"{images} holds no image yet; make them by the same command with --resume")
 
 
 def _rows(folder: Path) -> list[dict[str, str]]:
@@ -86,30 +91,30 @@ def _rows(folder: Path) -> list[dict[str, str]]:
 
 
 def originals(images: str | Path, source: ImageSource) -> tuple[str | None, ...]:
-    """The content hash of the image that each of `source` was made of, as the manifest of the folder `images` (or the
-    one that it is the `images` of) says, which `open_outliers` opened as `source`; None where it says nothing, or there
-    is none.
+    """The content hash of the image that each of `source` was made of, as the manifest of the folder says that
+    `open_outliers` opened as `source`; None where it says nothing, or there is none.
     """
-    folders = [folder for folder in (Path(images), Path(images).parent) if _is_made(folder)]
-    told = {row["key"]: row.get("source_hash") for row in (_rows(folders[0]) if folders else [])}
+    folder = _made_folder(images)
+    told = {row["key"]: row.get("source_hash") for row in (_rows(folder) if folder is not None else [])}
     return tuple(told.get(key) or None for key in source.keys)
 
 
-def read_made_of(folder: str | Path) -> dict[str, str]:
+def read_made_of(images: str | Path) -> dict[str, str]:
     """Key of each outlier -> key of the image that it was made of, of a folder as a synthesiser writes it.
 
     Raises SourceError for another folder, and for outliers that were made of no image.
     """
-    rows = _rows(Path(folder)) if _is_made(Path(folder)) else []
+    folder = _made_folder(images)
+    rows = _rows(folder) if folder is not None else []
     if not rows:
         raise SourceError(
-            f"{folder} does not tell which image an outlier was made of; give a folder that `farout synthesize` wrote, "
+            f"{images} does not tell which image an outlier was made of; give a folder that `farout synthesize` wrote, "
             "or leave the pairing out"
         )
     found = {row["key"]: row["source"] for row in rows}
     if not all(found.values()):
         raise SourceError(
-            f"the outliers of {folder} were made of no single image (see its manifest); leave the pairing out"
+            f"the outliers of {images} were made of no single image (see its manifest); leave the pairing out"
         )
     return found
 

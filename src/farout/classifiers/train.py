@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -42,11 +41,8 @@ def train_on(
     resume: bool = False,
     class_names: Sequence[str] | None = None,
     weights: str | None = None,
-    exposure: Exposure = Exposure(),  # noqa: B008
-    outliers: ImageSource | None = None,
-    reconstructions: ImageSource | None = None,
+    outside: Outside = Outside(),  # noqa: B008
     directions: Tensor | None = None,
-    made_of: Mapping[str, str] = MappingProxyType({}),
 ) -> Classifier:
     """Trains a classifier on all of `source`; the last twentieth of the images, by hash, validates (by cross-entropy
     alone) where `training.validate_every` is set.
@@ -58,21 +54,15 @@ def train_on(
         out: folder of the checkpoints; None: none are kept.
         resume: go on from the last checkpoint there.
         class_names: of all classes; None: those that occur in `source`, in the order of their labels.
-        weights: a file of weights to start from (see `Classifier.from_weights`), or a classifier's folder; None: fresh
-            ones. What the weights of a farout classifier have seen counts as seen; of others `provenance["weights"]`
-            says that it is not known.
-        exposure: how it learns what lies outside the distribution.
-        outliers: images that lie there, see `open_outliers`. They do not count as seen.
-        reconstructions: labelled images that a generator has made of images of `source`: they count as seen.
+        weights: to start from, see `start_from`; None: fresh ones. What those of a farout classifier have seen counts
+            as seen; of others `provenance["weights"]` says that it is not known.
+        outside: what it learns from beside them: outliers, which do not count as seen, and reconstructions of images
+            of `source`, which do.
         directions: fixed directions (K, D) that tell the classes apart, see `ClassifierConfig.build`.
-        made_of: key of each outlier -> key of the image of `source` that it was made of, where these are to be paired.
 
-    Raises FaroutError where there are no labels, one class, a class without images, outliers or settings that the loss
-    does not look at, outliers that are among the images, or another number of directions; StoreError for weights that
-    do not fit.
+    Raises FaroutError where there are no labels, one class, a class without images, outliers that are among the images,
+    or another number of directions; StoreError for weights that do not fit.
     """
-    resolved = exposure.resolved(outliers is not None, reconstructions is not None)
-    outside = Outside(resolved, outliers, reconstructions, made_of)
     names = class_names_of(source) if class_names is None else class_names
     numbers = class_numbers(source, names)
     check_no_class_is_empty(numbers, names)
@@ -81,40 +71,27 @@ def train_on(
     hashes = [source.content_hash(i) for i in range(len(source))]
     labelled = LabelledImages(PreparedImages(source, classifier.preprocessing), numbers)
     learning, validation = learnt_and_validating(labelled, hashes, validate=training.validate_every > 0)
+    keys = [source.keys[i] for i in (learning.indices if isinstance(learning, Subset) else range(len(source)))]
     fingerprint, told = source.fingerprint(), outside.told()
-    begun = "" if weights is None else f" {origin.weights} {origin.classifier}"
-    if directions is not None:
-        begun += f" {store.hash_tensors({'directions': directions})}"
+    begun = "" if origin == FRESH else f" {origin.weights} {origin.classifier}"
+    fixed = "" if directions is None else f" {store.hash_tensors({'directions': directions})}"
     result = train(
         outside.learner(classifier.module, classifier.head_name, config.loss(), training),
         _step(classifier, config),
-        outside.beside(learning, names, hashes, classifier.preprocessing, training.seed, _keys(source, learning)),
+        outside.beside(learning, names, hashes, classifier.preprocessing, training.seed, keys),
         training,
         out=out,
         validation=validation,
         resume=resume,
-        fingerprint=f"{fingerprint} {tuple(names)} {asdict(config)}{begun}" + (f" {told}" if told else ""),
+        fingerprint=f"{fingerprint} {tuple(names)} {asdict(config)}{begun}{fixed}" + (f" {told}" if told else ""),
     )
     classifier.trained_on = origin.seen.union(hashes, outside.seen())
     classifier.provenance = {
-        "source": source.name,
-        "data_fingerprint": fingerprint,
-        "images": len(hashes),
-        "steps": result.steps,
-        "training_accuracy": result.losses.get("accuracy"),
-        "seed": training.seed,
-        **_told_of(origin),
-        **told,
-        "model": asdict(config),
-        "training": asdict(training),
+        **{"source": source.name, "data_fingerprint": fingerprint, "images": len(hashes), "steps": result.steps},
+        **{"training_accuracy": result.losses.get("accuracy"), "seed": training.seed, **origin.told(), **told},
+        **{"model": asdict(config), "training": asdict(training)},
     }
     return classifier
-
-
-def _keys(source: ImageSource, learning: Any) -> list[str]:
-    """The keys of what is learnt: all of the source, or a subset of it."""
-    places = learning.indices if isinstance(learning, Subset) else range(len(source))
-    return [source.keys[place] for place in places]
 
 
 def _step(classifier: Classifier, config: ClassifierConfig) -> Step:
@@ -144,11 +121,6 @@ def _start(
         torch.default_generator.manual_seed(seed)
         classifier = config.build(source, class_names, directions)
     return classifier, FRESH if weights is None else start_from(classifier.module, weights, config.network)
-
-
-def _told_of(origin: Origin) -> dict[str, str | None]:
-    """The provenance of the start weights."""
-    return {"weights": origin.weights, "started_from": origin.classifier}
 
 
 def accuracy_on(
@@ -199,7 +171,7 @@ def train_classifier(
         source: any image source with labels: a set's name, a folder of one folder per class, a table, or
             hf://owner/name:split.
         out: folder of the classifier; `OUT.training/` beside it holds the checkpoints while training runs, and after
-            it where `training.checkpoint_every` is set.
+            it where `training.checkpoint_every`, `training.keep` or `training.tensorboard` is set.
         model: what is trained.
         training: how it is trained.
         exposure: how it learns what lies outside the distribution.
@@ -229,9 +201,7 @@ def train_classifier(
     exposure.resolved(outliers is not None, reconstructions is not None)
     if keep_weights:
         _check_keeping(weights, model, exposure, outliers or reconstructions)
-    outer = None if outliers is None else open_outliers(outliers, limit=exposure.limit, seed=seed, policy=policy)
-    made_of = read_made_of(outliers) if exposure.paired and outliers is not None else {}
-    again = None if reconstructions is None else open_outliers(reconstructions, policy=policy, kind="reconstructions")
+    outside = _open_outside(exposure, outliers, reconstructions, policy, seed)
     images = open_source(source, limit=limit, seed=seed, policy=policy)
     names = class_names_of(images)
     parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
@@ -239,22 +209,31 @@ def train_classifier(
     folder = Path(f"{out}.training")
     learning = images.subset(parts.training)
     held = images.subset(sorted([*parts.statistics, *parts.calibration]))
-    again, behind = _not_of(again, reconstructions, held)
-    outer, before = _not_of(outer, outliers, held)
     if keep_weights:
         trained, origin = _start(learning, model, names, weights, seed)
-        trained.trained_on, trained.provenance = origin.seen, {"source": images.name, **_told_of(origin)}
+        trained.trained_on, trained.provenance = origin.seen, {"source": images.name, **origin.told()}
     else:
+        again, behind = _not_of(outside.reconstructions, reconstructions, held)
+        outer, before = _not_of(outside.outliers, outliers, held)
+        outside = replace(outside, outliers=outer, reconstructions=again)
         trained = train_on(
-            learning, model, settings, out=folder, resume=resume, class_names=names, weights=weights,
-            exposure=exposure, outliers=outer, reconstructions=again, made_of=made_of,
-        )  # fmt: skip
+            learning, model, settings, out=folder, resume=resume, class_names=names, weights=weights, outside=outside
+        )
         trained.trained_on |= behind | before
     if first_process():
         _rate(trained, held, resolve_precision(training.precision, trained.device))
         trained.save(out)
         discard_checkpoints(folder, settings)
     return trained
+
+
+def _open_outside(
+    exposure: Exposure, outliers: str | None, reconstructions: str | None, policy: Literal["raise", "skip"], seed: int
+) -> Outside:
+    outer = None if outliers is None else open_outliers(outliers, limit=exposure.limit, seed=seed, policy=policy)
+    made_of = read_made_of(outliers) if exposure.paired and outliers is not None else {}
+    again = None if reconstructions is None else open_outliers(reconstructions, policy=policy, kind="reconstructions")
+    return Outside(exposure, outer, again, made_of)
 
 
 def _not_of(

@@ -21,7 +21,7 @@ def fit_names(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], head:
     """The entries of another program's state dict under the names of a network's own.
 
     A prefix `module.` is left out; `shortcut` (OpenOOD's ResNets) is torchvision's `downsample`; the last layer may be
-    called fc, linear, classifier or head. Entries that do not fit keep their names.
+    called fc, linear, classifier, head or last_linear. Entries that do not fit keep their names.
     """
     prefixed = bool(tensors) and all(name.startswith("module.") for name in tensors)
     plain = {name.removeprefix("module.") if prefixed else name: tensor for name, tensor in tensors.items()}

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from farout.classifiers.exposure import Exposure
+from farout.classifiers.exposure import Exposure, Outside
 from farout.classifiers.model import Classifier
 from farout.classifiers.train import PRESETS as CLASSIFIERS
 from farout.classifiers.train import ClassifierConfig, train_on
@@ -256,8 +256,8 @@ def _train_classifier(detector: Detector, images: ImageSource, settings: FitSett
         training = replace(training, steps=settings.classifier_steps)
     out = settings.checkpoints / "classifier" if settings.checkpoints is not None else None
     config = _classifier_config(detector, settings)
-    training, exposure = training_of(training, settings), _exposure(settings)
-    return train_on(images, config, training, out=out, resume=settings.resume, exposure=exposure)
+    training, outside = training_of(training, settings), Outside(_exposure(settings))
+    return train_on(images, config, training, out=out, resume=settings.resume, outside=outside)
 
 
 def training_of(given: TrainingConfig, settings: FitSettings) -> TrainingConfig:

@@ -33,12 +33,11 @@ def save(detector: Detector, folder: Path, link: Path | None) -> None:
         arrays = {name: torch.as_tensor(value) for name, value in detector.state().items()}
         store.save_tensors(temporary / "fitted.safetensors", arrays)
         for name in ("statistics", "calibration"):
-            hashes = sorted(getattr(detector, f"{name}_hashes"))
-            (temporary / f"{name}.txt").write_text("".join(f"{line}\n" for line in hashes))
+            store.write_hashes(temporary / f"{name}.txt", getattr(detector, f"{name}_hashes"))
         models: dict[str, Any] = {"diffusion": _model(detector, temporary, link)}
         models |= {name: _inside(getattr(detector, name), temporary / name) for name in ("features", "classifier")}
         store.write_config(temporary, KIND, {**_content(detector), **models})
-        (temporary / "README.md").write_text(_card(detector))
+        (temporary / "README.md").write_text(_card(detector), encoding="utf-8")
 
 
 def _content(detector: Detector) -> dict[str, Any]:
@@ -78,8 +77,7 @@ def load(folder: Path, changes: dict[str, Any]) -> Detector:
     detector.preprocessing = Preprocessing.from_dict(config["preprocessing"])
     detector.provenance = config["provenance"]
     for name in ("statistics", "calibration"):
-        listed = folder / f"{name}.txt"
-        setattr(detector, f"{name}_hashes", frozenset(listed.read_text().split() if listed.is_file() else ()))
+        setattr(detector, f"{name}_hashes", store.read_hashes(folder / f"{name}.txt"))
     linked = (config["diffusion"] or {"path": "diffusion"})["path"]
     detector.link = None if linked == "diffusion" else Path(linked)
     detector.features = _read_inside(FeatureExtractor, folder / "features", config.get("features"))

@@ -56,8 +56,9 @@ def local(folder: str | Path) -> Path:
     except ImportError as error:
         raise MissingExtraError('models from the hub want `pip install "farout[hub]"`') from error
     name = str(folder).removeprefix("hf://")
+    wanted = ["*.json", "*.safetensors", "*.bin", "tokenizer/*.txt", "trained_on.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "tokenizer/*.txt"]))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise StoreError(f"{folder} cannot be fetched ({reason}); download it and give the folder") from error

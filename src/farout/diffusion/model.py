@@ -286,8 +286,8 @@ class DiffusionModel:
             "provenance": self.provenance,
         }
         store.write_config(folder, KIND, content)
-        (folder / "trained_on.txt").write_text("".join(f"{line}\n" for line in sorted(self.trained_on)))
-        (folder / "README.md").write_text(folders.model_card(self.parameters, content))
+        store.write_hashes(folder / "trained_on.txt", self.trained_on)
+        (folder / "README.md").write_text(folders.model_card(self.parameters, content), encoding="utf-8")
 
     @classmethod
     def load(
@@ -318,7 +318,6 @@ class DiffusionModel:
         config = store.read_config(path, KIND)
         network, autoencoder = folders.read_networks(path)
         conditioning = folders.read_conditioning(path, network, config.get("conditioning"))
-        listed = path / "trained_on.txt"
         model = cls(
             network,
             NoiseSchedule.from_dict(config["schedule"]),
@@ -328,7 +327,7 @@ class DiffusionModel:
             b_scale=config["b_scale"],
             autoencoder=autoencoder,
             conditioning=conditioning,
-            trained_on=listed.read_text().split() if listed.is_file() else (),
+            trained_on=store.read_hashes(path / "trained_on.txt"),
             provenance=config["provenance"],
         )
         if model.content_hash != config["content_hash"]:

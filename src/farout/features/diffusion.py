@@ -140,8 +140,8 @@ class FeatureDiffusion:
                 "provenance": self.provenance,
             }
             store.write_config(temporary, KIND, content)
-            (temporary / "trained_on.txt").write_text("".join(f"{line}\n" for line in sorted(self.trained_on)))
-            (temporary / "README.md").write_text(self._card())
+            store.write_hashes(temporary / "trained_on.txt", self.trained_on)
+            (temporary / "README.md").write_text(self._card(), encoding="utf-8")
 
     def _card(self) -> str:
         lines = [
@@ -171,16 +171,12 @@ class FeatureDiffusion:
             config["backbone"],
             first=_read(path / "first") if (path / "first").is_dir() else None,
             gaussian=Mahalanobis.from_arrays(gaussian) if gaussian else None,
-            trained_on=_lines(path / "trained_on.txt"),
+            trained_on=store.read_hashes(path / "trained_on.txt"),
             provenance=config["provenance"],
         )
         if model.content_hash != config["content_hash"]:
             raise StoreError(f"{path}: the weights are not those that were saved (their hash differs)")
         return model
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().split() if path.is_file() else []
 
 
 def _read(folder: Path) -> FeatureDenoiser:

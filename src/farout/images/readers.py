@@ -18,7 +18,7 @@ from farout.errors import SourceError, UnreadableImageError
 from farout.images.decoding import decode, to_uint8
 from farout.images.listing import Listing, check_keys, encode_groups, encode_labels, index_keys
 from farout.images.tables import list_parquet
-from farout.store import read_json
+from farout.store import kind_of, read_json
 
 __all__ = ["CLASSES_FILE", "SUFFIXES", "list_array", "list_path"]
 
@@ -80,7 +80,8 @@ def _list_folder(root: Path) -> Listing:
     farout made, those in its `images/`.
     """
     found: list[str] = []
-    root = root / "images" if _is_made(root) else root
+    # a folder of made images keeps pictures of other kinds beside them
+    root = root / "images" if (root / "images").is_dir() and kind_of(root) is not None else root
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if _is_image(name)]
@@ -89,11 +90,6 @@ def _list_folder(root: Path) -> Listing:
     keys = tuple(sorted(found))
     labels, names = _class_folders(keys)
     return Listing(keys, _Files(keys, [root / key for key in keys]), labels, _told_names(root, names), _parents(keys))
-
-
-def _is_made(root: Path) -> bool:
-    """Whether this is a folder of made images, which keeps pictures of other kinds beside them."""
-    return (root / "images").is_dir() and all((root / name).is_file() for name in ("config.json", "manifest.csv"))
 
 
 def _parents(keys: Sequence[str]) -> tuple[str, ...]:

@@ -34,13 +34,12 @@ from farout.images.spec import Spec, parse_spec
 from farout.images.tables import list_hub, list_parquet
 from farout.images.variants import apply_variant
 
-__all__ = ["Batch", "ImageSource", "Images", "Policy", "PreparedImages", "batches", "open_source"]
+__all__ = ["Batch", "ImageSource", "Images", "Policy", "PreparedImages", "batches", "open_source", "spec_of"]
 
 _BLOCK = 4 * 2**20
 
 Policy = Literal["raise", "skip", "nan"]
 """What happens to an image that cannot be read: an error; left out and listed; kept with a status and no score."""
-
 
 _Place = tuple[np.ndarray, int, tuple[int, ...]]
 """A block, and where in it an image of some shape lies."""
@@ -322,11 +321,15 @@ def _list_objects(images: object) -> Listing:
     raise SourceError(f"cannot read images from a {type(images).__name__}; expected {expected}")
 
 
+def spec_of(text: str | Path) -> Spec:
+    """What `open_source` reads in a text; `Path("x")` means the path, also where a named set is called x."""
+    if isinstance(text, Path):
+        return parse_spec(text.as_posix() if "/" in text.as_posix() else f"./{text}")
+    return parse_spec(text, catalog.names())
+
+
 def _open_spec(text: str | Path, policy: Policy, memory_mib: int) -> ImageSource:
-    if isinstance(text, Path):  # `Path("x")` means the path, also where a named set is called x
-        spec = parse_spec(text.as_posix() if "/" in text.as_posix() else f"./{text}")
-    else:
-        spec = parse_spec(text, catalog.names())
+    spec = spec_of(text)
     listing = _list_spec(spec)
     source = ImageSource(
         str(text), listing, policy=policy, variant=spec.variant, strength=spec.strength, memory_mib=memory_mib

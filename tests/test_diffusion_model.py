@@ -168,6 +168,23 @@ def test_missing_folders_and_schedulers(tmp_path: Path) -> None:
         DiffusionModel.load(tmp_path / "only-a-network")
 
 
+def test_networks_that_predict_something_else_are_refused(tmp_path: Path) -> None:
+    """Their answers would be taken for clean images."""
+    tiny_unet().save_pretrained(tmp_path / "unet")
+    diffusers.DDPMScheduler(prediction_type="flow_prediction").save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(FaroutError, match=r"flow_prediction.*epsilon"):
+        DiffusionModel.load(tmp_path)
+
+
+def test_a_network_that_does_not_say_its_size_is_refused(tmp_path: Path) -> None:
+    model().save(tmp_path)
+    (tmp_path / "config.json").unlink()
+    path = tmp_path / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": None}))
+    with pytest.raises(StoreError, match="sample_size"):
+        DiffusionModel.load(tmp_path)
+
+
 def test_a_failed_save_leaves_nothing_and_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk midway: the old folder stands, nothing half-written lies beside it."""
     model().save(tmp_path / "m")

@@ -30,6 +30,7 @@ __all__ = [
     "read_conditioning",
     "read_networks",
     "read_scheduler",
+    "sample_size",
     "text_conditioning",
     "wants_prompts",
     "write_conditioning",
@@ -181,6 +182,16 @@ def foreign_conditioning(folder: Path, network: nn.Module, class_names: Sequence
     if class_names is not None:
         raise FaroutError(f"{folder} is an unconditional model, so class_names have no use; leave them out")
     return None
+
+
+def sample_size(folder: Path, network: nn.Module) -> tuple[int, int]:
+    """Height and width of what a network of `folder` was made for; raises StoreError where it does not say them."""
+    size: Any = network.config["sample_size"]  # type: ignore[index]
+    if size is None:
+        raise StoreError(
+            f"{folder}: the network's config.json has no sample_size, the side of what it works on; add it"
+        )
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def local(folder: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "tokenizer/*.txt"]))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise StoreError(f"{folder} cannot be fetched ({reason}); download it and give the folder") from error
 
 

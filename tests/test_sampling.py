@@ -239,6 +239,12 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert path.read_bytes() == (tmp_path / "t" / path.name).read_bytes()
 
 
+def test_no_classes_at_all_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FaroutError, match="classes are empty"):
+        write_samples(Sampler(conditional(), steps=4), tmp_path / "s", 3, classes=[])
+    assert not (tmp_path / "s").exists()
+
+
 def test_another_configuration_does_not_mix_in(tmp_path: Path) -> None:
     write_samples(Sampler(conditional(), steps=4), tmp_path / "s", 3)
     for other, classes in (

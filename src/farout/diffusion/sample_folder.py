@@ -16,8 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from farout import progress, store
-from farout.diffusion.methods import is_adaptive
-from farout.diffusion.sampling import STEPS, Sampler
+from farout.diffusion.sampling import Sampler
 from farout.errors import FaroutError
 from farout.images.decoding import to_pil
 from farout.images.readers import CLASSES_FILE
@@ -68,11 +67,13 @@ def write_samples(
         grid: also write `<out>-grid.png`, beside the folder: some images of every class, a row a class.
 
     Raises:
-        FaroutError: for a count or batch below 1, or classes that do not go with the model.
+        FaroutError: for a count or batch below 1, or classes that are empty or do not go with the model.
         StoreError: where `out` holds something else, or images that were made in another way.
     """
     if count < 1 or batch < 1:
         raise FaroutError(f"count and batch want at least 1, got {count} and {batch}")
+    if classes is not None and not classes:
+        raise FaroutError("classes are empty; name at least one, or give None for all of the model's")
     conditioning = sampler.model.conditioning
     if classes is None and conditioning is not None:
         classes = range(conditioning.classes)
@@ -115,15 +116,10 @@ class _Plan:
     def settings(self) -> dict[str, Any]:
         """All that decides the pixels."""
         sampler = self.sampler
-        adaptive = is_adaptive(sampler.solver)
         return {
             "model": self.model_hash,
             "classes": None if self.classes is None else [self.names[label] for label in self.classes],
-            "solver": sampler.solver,
-            "steps": None if adaptive else STEPS if sampler.steps is None else sampler.steps,
-            "spacing": sampler.spacing,
-            "guidance": sampler.guidance,
-            "clamp": sampler.clamp,
+            **sampler.settings,
             "seed": sampler.seed,
             "rows": sampler.rows,
             "precision": sampler.precision,

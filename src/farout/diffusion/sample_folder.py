@@ -67,7 +67,8 @@ def write_samples(
         grid: also write `<out>-grid.png`, beside the folder: some images of every class, a row a class.
 
     Raises:
-        FaroutError: for a count or batch below 1, or classes that are empty or do not go with the model.
+        FaroutError: for a count or batch below 1, classes that are empty or do not go with the model, and images that
+            are not numbers.
         StoreError: where `out` holds something else, or images that were made in another way.
     """
     if count < 1 or batch < 1:
@@ -185,8 +186,10 @@ def write_class_names(folder: Path, names: Sequence[str]) -> None:
 
 def save_png(image: Tensor, path: Path, working: Path) -> None:
     """Writes an image (C, H, W) in [0, 1], under the name `working` first: what stands at `path` is whole, and after an
-    error nothing else is left.
+    error nothing else is left. Raises FaroutError for values that are not numbers, which would become black.
     """
+    if not bool(torch.isfinite(image).all()):
+        raise FaroutError(f"the image {path} would hold values that are not numbers; use precision fp32")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         to_pil((image.clamp(0, 1) * 255).round().to(torch.uint8)).save(working, format="PNG")

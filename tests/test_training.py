@@ -12,13 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from farout.checkpoints import (
-    checkpoint_folders,
-    checkpoint_weights,
-    discard_checkpoints,
-    read_state,
-    step_folder,
-)
+from farout.checkpoints import checkpoint_folders, checkpoint_weights, read_state, step_folder
 from farout.data_order import DataOrder
 from farout.errors import FaroutError, StoreError
 from farout.training import (
@@ -397,10 +391,3 @@ def test_two_processes_share_the_data_and_agree_with_one(tmp_path: Path) -> None
     for ours, theirs in zip(result.history, first["history"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     assert set(checkpoint_folders(tmp_path)) == {result.best_step, 10}
-
-
-@pytest.mark.parametrize("asked", [{}, {"checkpoint_every": 4}, {"keep": (4,)}, {"tensorboard": True}])
-def test_checkpoints_that_were_asked_for_stay(tmp_path: Path, asked: dict[str, Any]) -> None:
-    """`keep` says that they are never removed."""
-    discard_checkpoints(tmp_path, replace(BASE, **asked))
-    assert tmp_path.exists() == bool(asked)

@@ -137,7 +137,7 @@ def prune_checkpoints(out: str | Path, keep: Collection[int | None], every: int)
 
 
 def discard_checkpoints(out: Path, training: TrainingConfig) -> None:
-    """Removes the training folder `out` where it was only there to resume: nothing in it was asked for."""
+    """Removes what was only there to resume; the folder stays where something in it was asked for."""
     if not (training.checkpoint_every or training.keep or training.tensorboard):
         shutil.rmtree(out, ignore_errors=True)
 

@@ -351,12 +351,12 @@ def train_diffusion(
     """Trains a diffusion model on images and writes its folder.
 
     A part of the images is held out, by content hash: a later `farout fit` with this model and the same source and
-    seed rests its statistics and p-values on them. Returns the model as it was saved.
+    seed rests its statistics and p-values on them.
 
     Args:
         source: any image source: a set's name, a folder, a glob, a file, or hf://owner/name:split.
         out: folder of the model; `OUT.training/` beside it holds the checkpoints while training runs, and after it
-            where `training.checkpoint_every` is set.
+            where `training.checkpoint_every`, `training.keep` or `training.tensorboard` is set.
         model: what is trained.
         training: how it is trained.
         autoencoder: folder of a diffusers `AutoencoderKL` or `VQModel`; the model then works on its latents.

@@ -186,7 +186,7 @@ def foreign_conditioning(folder: Path, network: nn.Module, class_names: Sequence
 
 def sample_size(folder: Path, network: nn.Module) -> tuple[int, int]:
     """Height and width of what a network of `folder` was made for; raises StoreError where it does not say them."""
-    size: Any = network.config["sample_size"]  # type: ignore[index]
+    size: Any = network.config["sample_size"]
     if size is None:
         raise StoreError(
             f"{folder}: the network's config.json has no sample_size, the side of what it works on; add it"

@@ -62,8 +62,7 @@ def main() -> None:
     labels = torch.arange(len(starts)) % len(class_space(model).class_names)
     x0 = model.encode(torch.stack([model.preprocessing(source[place]) for place in range(len(starts))]))
     noise = torch.stack([torch.randn(model.shape, generator=seeded(0, "rows", place)) for place in range(len(starts))])
-    falling = [model.schedule.sigma_of(torch.tensor(levels[:k][::-1])).float() for k in starts]
-    sigmas = paths.pad([torch.cat([each, each.new_zeros(1)]) for each in falling])
+    sigmas = paths.pad([paths.falling(model.schedule, levels[:k]) for k in starts])
     x = x0 + sigmas[:, 0, None, None, None] * noise
     exact, early = (SonaConfig(skip=skip).for_steps(STEPS) for skip in ("exact", "early"))
     layouts: dict[str, Any] = {

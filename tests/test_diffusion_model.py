@@ -189,6 +189,33 @@ def test_missing_folders_and_schedulers(tmp_path: Path) -> None:
         DiffusionModel.load(tmp_path / "only-a-network")
 
 
+@pytest.mark.parametrize("message", ["", "cannot find it\nmore of it"])
+def test_a_hub_out_of_reach_says_so(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise OSError(message)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(StoreError, match=r"\((OSError|cannot find it)\); download it"):
+        DiffusionModel.load("hf://me/model")
+
+
+def test_networks_that_predict_something_else_are_refused(tmp_path: Path) -> None:
+    """Their answers would be taken for clean images."""
+    tiny_unet().save_pretrained(tmp_path / "unet")
+    diffusers.DDPMScheduler(prediction_type="flow_prediction").save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(FaroutError, match=r"flow_prediction.*epsilon"):
+        DiffusionModel.load(tmp_path)
+
+
+def test_a_network_that_does_not_say_its_size_is_refused(tmp_path: Path) -> None:
+    model().save(tmp_path)
+    (tmp_path / "config.json").unlink()
+    path = tmp_path / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": None}))
+    with pytest.raises(StoreError, match="sample_size"):
+        DiffusionModel.load(tmp_path)
+
+
 def test_a_failed_save_leaves_nothing_and_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk midway: the old folder stands, nothing half-written lies beside it."""
     model().save(tmp_path / "m")
@@ -261,8 +288,33 @@ def test_training_resumes_exactly(tmp_path: Path) -> None:
     finally:
         module.denoising_loss = original
     assert not (tmp_path / "b").exists()
+    # what the weights have learnt so far would be lost on another target, silently
+    for changed in ({"prediction": "v_prediction"}, {"levels": "low_noise"}, {"dropout": 0.2}, {"schedule": "cosine"}):
+        with pytest.raises(StoreError, match="fingerprint"):
+            train_diffusion(
+                source,
+                tmp_path / "b",
+                model=DiffusionConfig(**changed),  # type: ignore[arg-type]
+                training=TrainingConfig(**settings),
+                statistics=4,
+                resume=True,
+            )
     resumed = train_diffusion(source, tmp_path / "b", training=TrainingConfig(**settings), statistics=4, resume=True)
     assert resumed.content_hash == whole.content_hash
+
+
+def test_latents_are_computed_where_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training moves the network alone: an autoencoder left behind is slow at first, and fails afterwards."""
+    calls: list[str] = []
+    for name in ("to", "encode"):
+        original = getattr(DiffusionModel, name)
+        monkeypatch.setattr(DiffusionModel, name, lambda *a, o=original, n=name: (calls.append(n), o(*a))[1])
+    diffusers.AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4).save_pretrained(
+        tmp_path / "vae"
+    )
+    common = {"training": TrainingConfig(steps=1, batch_size=2, warmup=0), "statistics": 2, "alpha": 0.5}
+    train_diffusion(pictures(tmp_path / "good", 12), tmp_path / "m", autoencoder=str(tmp_path / "vae"), **common)
+    assert calls[:2] == ["to", "encode"]
 
 
 def test_presets_are_what_they_say() -> None:

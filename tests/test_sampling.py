@@ -239,6 +239,22 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert path.read_bytes() == (tmp_path / "t" / path.name).read_bytes()
 
 
+def test_images_that_are_not_numbers_are_not_written(tmp_path: Path) -> None:
+    """Networks overflow in fp16; black images would pass for samples."""
+    network = model()
+    with torch.no_grad():
+        next(network.network.parameters()).fill_(float("nan"))
+    with pytest.raises(FaroutError, match="not numbers; use precision fp32"):
+        write_samples(Sampler(network, steps=4), tmp_path / "s", 1)
+    assert not list((tmp_path / "s").glob("*.png"))
+
+
+def test_no_classes_at_all_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FaroutError, match="classes are empty"):
+        write_samples(Sampler(conditional(), steps=4), tmp_path / "s", 3, classes=[])
+    assert not (tmp_path / "s").exists()
+
+
 def test_another_configuration_does_not_mix_in(tmp_path: Path) -> None:
     write_samples(Sampler(conditional(), steps=4), tmp_path / "s", 3)
     for other, classes in (

@@ -45,7 +45,7 @@ def test_round_trips(schedule: NoiseSchedule) -> None:
     t = torch.arange(schedule.steps)
     sigma = schedule.sigma_of(t)
     assert torch.equal(schedule.t_of(sigma.float()), t.double())
-    torch.testing.assert_close(schedule.abar_of(sigma), schedule.abar)
+    torch.testing.assert_close(1 / (1 + sigma**2), schedule.abar)
     between = torch.tensor([0.3, 1.5])
     torch.testing.assert_close(schedule.t_of(schedule.sigma_of(between)), between.double())
 
@@ -67,5 +67,26 @@ def test_bad_values_are_named() -> None:
         NoiseSchedule().sigma_of(1000)
     with pytest.raises(FaroutError, match="snr_shift"):
         NoiseSchedule(snr_shift=0)
-    with pytest.raises(FaroutError, match="not known"):
-        NoiseSchedule.from_config({"beta_schedule": "laplace"})
+    with pytest.raises(FaroutError, match="no schedule 'quadratic'"):
+        NoiseSchedule("quadratic")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.02), (-1e-4, 0.02), (1e-4, 1.5), (1e-4, float("nan"))])
+def test_betas_out_of_range_are_named(start: float, end: float) -> None:
+    """They would end in sigmas that are 0 or not numbers, and be called something else."""
+    with pytest.raises(FaroutError, match="betas"):
+        NoiseSchedule("linear", start, end)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"beta_schedule": "laplace"}, "laplace.*not known"),
+        (dict(diffusers.FlowMatchEulerDiscreteScheduler().config), "None.*not known"),
+        (dict(diffusers.DDIMScheduler(rescale_betas_zero_snr=True).config), "rescale_betas_zero_snr"),
+    ],
+    ids=["unknown", "flow matching", "abar 0"],
+)
+def test_schedulers_that_cannot_be_read_are_refused(config: dict[str, object], message: str) -> None:
+    with pytest.raises(FaroutError, match=message):
+        NoiseSchedule.from_config(config)

@@ -338,6 +338,8 @@ def test_warm_ups_are_steps_or_shares() -> None:
         ({"scale": -1.0}, "scale is -1"),
         ({"target_quantile": 1.5}, "target_quantile is 1.5; expected a share"),
         ({"nuisance_warmup": 1.5}, "nuisance_warmup is 1.5; expected a share below 1, or a whole number"),
+        ({"class_warmup": -3.0}, "class_warmup is -3.0"),
+        ({"class_warmup": float("-inf")}, "class_warmup is -inf"),
         ({"momentum_scale": 1.0}, "momentum_scale"),
         ({"momentum_decay": -0.1}, "momentum_decay"),
         ({"granularity": "pixel"}, "granularity is 'pixel'"),

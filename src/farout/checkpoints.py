@@ -24,11 +24,13 @@ from torch import Tensor
 
 from farout import store
 from farout.errors import StoreError
+from farout.training_config import TrainingConfig
 
 __all__ = [
     "checkpoint_folders",
     "checkpoint_weights",
     "differences",
+    "discard_checkpoints",
     "newest_checkpoint",
     "prune_checkpoints",
     "read_optimizer",
@@ -132,6 +134,12 @@ def prune_checkpoints(out: str | Path, keep: Collection[int | None], every: int)
     for step, folder in _candidates(out).items():
         if step not in keep and not (every and step % every == 0):
             shutil.rmtree(folder)
+
+
+def discard_checkpoints(out: Path, training: TrainingConfig) -> None:
+    """Removes what was only there to resume; the folder stays where something in it was asked for."""
+    if not (training.checkpoint_every or training.keep or training.tensorboard):
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

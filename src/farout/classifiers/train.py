@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from farout import store
+from farout.checkpoints import discard_checkpoints
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.exposure import Exposed, Exposure, Outside, known_classes
 from farout.classifiers.model import KIND, Classifier
@@ -19,11 +20,10 @@ from farout.classifiers.origin import FRESH, Origin, start_from
 from farout.classifiers.outliers import open_outliers, originals, read_made_of
 from farout.classifiers.presets import PRESETS
 from farout.devices import first_process, resolve_precision
-from farout.diffusion.train import discard_checkpoints, learnt_and_validating
 from farout.errors import FaroutError
 from farout.images.classes import LabelledImages, check_no_class_is_empty, class_names_of, class_numbers
 from farout.images.sources import ImageSource, PreparedImages, batches, open_source
-from farout.images.splits import split
+from farout.images.splits import learnt_and_validating, split
 from farout.progress import task
 from farout.training import Step, TrainingConfig, train
 

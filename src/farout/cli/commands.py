@@ -11,10 +11,10 @@ from typing import Any, Literal
 import pandas as pd
 
 from farout import registry, store
+from farout.checkpoints import discard_checkpoints
 from farout.detectors._fitting import FitSettings, recalibrate
 from farout.detectors.base import Detector, load
 from farout.devices import launched
-from farout.diffusion.train import discard_checkpoints
 from farout.errors import FaroutError
 from farout.evaluation.beside import Beside
 from farout.evaluation.demo import demo as _demo

@@ -7,7 +7,7 @@ x of any shape (B, …), sigma (B,), positive and finite.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,21 @@ __all__ = [
     "GaussianDenoiser",
     "Guided",
     "NetworkDenoiser",
-    "Precision",
     "Prediction",
+    "check_prediction",
     "in_chunks",
     "spread",
 ]
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
+
+
+def check_prediction(prediction: Prediction) -> Prediction:
+    """The prediction as it is; raises FaroutError for another word."""
+    if prediction not in get_args(Prediction):
+        known = ", ".join(get_args(Prediction))
+        raise FaroutError(f"a network that predicts {prediction!r} is not known; expected one of {known}")
+    return prediction
 
 
 class Denoiser(Protocol):
@@ -76,6 +84,8 @@ class NetworkDenoiser:
         precision: fp32, bf16 or fp16; outputs become float32 before x0 is formed.
         null: gives the condition of a number of rows where none is given; None: the network gets none.
 
+    Raises FaroutError for an unknown prediction.
+
     Attributes:
         evaluations: rows evaluated so far, guidance branches included, padding not.
     """
@@ -89,7 +99,7 @@ class NetworkDenoiser:
         precision: Precision = "fp32",
         null: Callable[[int], Condition] | None = None,
     ) -> None:
-        self.network, self.schedule, self.prediction = network, schedule, prediction
+        self.network, self.schedule, self.prediction = network, schedule, check_prediction(prediction)
         self.rows, self.precision, self.null = rows, precision, null
         self.evaluations = 0
 

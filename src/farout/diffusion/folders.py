@@ -30,6 +30,7 @@ __all__ = [
     "read_conditioning",
     "read_networks",
     "read_scheduler",
+    "sample_size",
     "text_conditioning",
     "wants_prompts",
     "write_conditioning",
@@ -60,7 +61,7 @@ def local(folder: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise StoreError(f"{folder} cannot be fetched ({reason}); download it and give the folder") from error
 
 
@@ -182,6 +183,16 @@ def foreign_conditioning(folder: Path, network: nn.Module, class_names: Sequence
     if class_names is not None:
         raise FaroutError(f"{folder} is an unconditional model, so class_names have no use; leave them out")
     return None
+
+
+def sample_size(folder: Path, network: nn.Module) -> tuple[int, int]:
+    """Height and width of what a network of `folder` was made for; raises StoreError where it does not say them."""
+    size: Any = network.config["sample_size"]
+    if size is None:
+        raise StoreError(
+            f"{folder}: the network's config.json has no sample_size, the side of what it works on; add it"
+        )
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:

@@ -114,6 +114,7 @@ class _Run:
     guided: _Memory
 
     def evaluate(self, x: Tensor, sigma: Tensor, active: Tensor) -> Tensor:
+        """x0 (R, …) of the rows `active` (R,) of the batch, guided where there is a guide."""
         if self.guide is None:
             if isinstance(self.condition, Mapping):
                 raise FaroutError("named branches of a condition want a guide that joins their predictions")

@@ -16,12 +16,13 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from farout import store
+from farout.devices import Precision
 from farout.diffusion import folders
 from farout.diffusion.conditioning import Conditioning
-from farout.diffusion.denoiser import Clamped, Denoiser, NetworkDenoiser, Precision, Prediction, in_chunks
+from farout.diffusion.denoiser import Clamped, Denoiser, NetworkDenoiser, Prediction, check_prediction, in_chunks
 from farout.diffusion.prompts import Prompts
 from farout.diffusion.schedule import NoiseSchedule
-from farout.errors import FaroutError
+from farout.errors import FaroutError, StoreError
 from farout.images.preprocessing import Preprocessing
 
 __all__ = ["KIND", "DiffusionModel"]
@@ -30,7 +31,6 @@ KIND = "diffusion model"
 """What `config.json` calls a folder of this class."""
 _FILLING: dict[str, Any] = {"kernel": "bilinear", "fill": True}
 """How images are brought to the size of a text-conditional model, which has seen cut pictures and no squeezed ones."""
-_AUTOENCODER_PIXELS = 512 * 512
 
 
 class DiffusionModel:
@@ -47,6 +47,8 @@ class DiffusionModel:
         conditioning: how the network is told classes; None: it is unconditional.
         trained_on: content hashes of the images that the weights have seen.
         provenance: command, seed, data fingerprint and the like, kept in `config.json`.
+
+    Raises FaroutError for an unknown prediction.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class DiffusionModel:
         provenance: dict[str, Any] | None = None,
     ) -> None:
         self.network, self.schedule, self.preprocessing = network.eval(), schedule, preprocessing
-        self.prediction, self.data_range, self.b_scale = prediction, data_range, b_scale
+        self.prediction, self.data_range, self.b_scale = check_prediction(prediction), data_range, b_scale
         self.autoencoder = None if autoencoder is None else autoencoder.eval().requires_grad_(False)
         self.conditioning = conditioning
         self.trained_on = frozenset(trained_on)
@@ -217,8 +219,13 @@ class DiffusionModel:
 
     def conditioned(self, conditioning: Conditioning | None) -> DiffusionModel:
         """The same networks, not copied, told their classes by another conditioning."""
-        twin = copy.copy(self)
+        twin = self._twin()
         twin.conditioning = conditioning
+        return twin
+
+    def _twin(self) -> DiffusionModel:
+        """A model that shares everything with this one, but for what follows from its parts."""
+        twin = copy.copy(self)
         twin.__dict__.pop("gmacs", None)
         return twin
 
@@ -240,9 +247,8 @@ class DiffusionModel:
                 f"{shrinks} shrinks images {factor} times, so that a side in pixels is a multiple of {factor}, or its "
                 f"own {own[0]} x {own[1]}; got {side}"
             )
-        twin = copy.copy(self)
+        twin = self._twin()
         twin.preprocessing = replace(self.preprocessing, size=(side, side))
-        twin.__dict__.pop("gmacs", None)
         return twin
 
     def randomised(self, seed: int = 0) -> DiffusionModel:
@@ -252,10 +258,9 @@ class DiffusionModel:
         answer zero, because its last layer starts at zero.
         """
         generator = torch.Generator().manual_seed(seed)
-        twin = copy.copy(self)
+        twin = self._twin()
         twin.network = copy.deepcopy(self.network)
         twin.conditioning = None if self.conditioning is None else self.conditioning.twin(twin.network)
-        twin.__dict__.pop("gmacs", None)
         twin.trained_on, twin.provenance = frozenset(), {"random_weights": seed}
         beside = [] if twin.conditioning is None else twin.conditioning.parameters()
         with torch.no_grad():
@@ -331,7 +336,7 @@ class DiffusionModel:
             provenance=config["provenance"],
         )
         if model.content_hash != config["content_hash"]:
-            raise store.StoreError(f"{path}: the weights are not those that were saved (their hash differs)")
+            raise StoreError(f"{path}: the weights are not those that were saved (their hash differs)")
         return model
 
     @classmethod
@@ -339,16 +344,13 @@ class DiffusionModel:
         cls, path: Path, class_names: Sequence[str] | None, prompts: Prompts | None, conditioning: Conditioning | None
     ) -> DiffusionModel:
         if conditioning is not None and (class_names is not None or prompts is not None):
-            raise FaroutError(
-                "a conditioning brings its own class names and prompts; leave class_names and prompts out"
-            )
+            raise FaroutError("a conditioning has its own class names and prompts; leave class_names and prompts out")
         told = conditioning or folders.text_conditioning(path, class_names, prompts)  # first: it may refuse the names
         network, autoencoder = folders.read_networks(path)
         scheduler = folders.read_scheduler(path)
         factor = 1 if autoencoder is None else _downsampling(autoencoder)
-        sample = network.config["sample_size"]
-        side = (sample, sample) if isinstance(sample, int) else tuple(sample)
-        size = (side[0] * factor, side[1] * factor)
+        height, width = folders.sample_size(path, network)
+        size = (height * factor, width * factor)
         channels = int((network if autoencoder is None else autoencoder).config["in_channels"])
         return cls(
             network,
@@ -383,7 +385,7 @@ def _pixels(autoencoder: nn.Module, latents: Tensor) -> Tensor:
 
 def _together(height: int, width: int) -> int:
     """Images of one call of an autoencoder: by their size alone, so that no bit depends on a batch; 1 of 512 x 512."""
-    return min(max(_AUTOENCODER_PIXELS // (height * width), 1), 8)
+    return min(max(512 * 512 // (height * width), 1), 8)
 
 
 def _plain(config: Any) -> dict[str, Any]:

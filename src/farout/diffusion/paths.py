@@ -10,7 +10,7 @@ from torch import Tensor
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
 
-__all__ = ["even_levels", "from_noise", "geometric", "grid", "leading", "leading_levels", "pad"]
+__all__ = ["even_levels", "falling", "from_noise", "geometric", "grid", "leading", "leading_levels", "pad"]
 
 
 def pad(paths: Sequence[Tensor]) -> Tensor:
@@ -23,9 +23,9 @@ def pad(paths: Sequence[Tensor]) -> Tensor:
     return torch.stack(rows).to(torch.float32)
 
 
-def grid(schedule: NoiseSchedule, start: int, spacing: int, end: int = 0) -> Tensor:
-    """sigmas at the levels start, start - spacing, … above `end`, then at `end`: (steps + 1,)."""
-    levels = [*range(start, end, -spacing), end]
+def grid(schedule: NoiseSchedule, start: int, spacing: int) -> Tensor:
+    """sigmas at the levels start, start - spacing, … above 0, then at level 0: (steps + 1,)."""
+    levels = [*range(start, 0, -spacing), 0]
     return schedule.sigma_of(torch.tensor(levels)).to(torch.float32)
 
 
@@ -37,6 +37,12 @@ def geometric(schedule: NoiseSchedule, start: int | float, steps: int) -> Tensor
     ramp = torch.arange(steps, dtype=torch.float64) / steps
     levels = (first + ramp * (schedule.sigma[0].log() - first)).exp()
     return torch.cat([levels, levels.new_zeros(1)]).to(torch.float32)
+
+
+def falling(schedule: NoiseSchedule, levels: Sequence[int]) -> Tensor:
+    """sigmas of rising levels, the largest first, then 0: (levels + 1,)."""
+    sigmas = schedule.sigma_of(torch.tensor(levels[::-1]))
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).to(torch.float32)
 
 
 def even_levels(schedule: NoiseSchedule, steps: int, start: int | None = None) -> list[int]:
@@ -53,8 +59,7 @@ def even_levels(schedule: NoiseSchedule, steps: int, start: int | None = None) -
 
 def from_noise(schedule: NoiseSchedule, steps: int, start: int | None = None) -> Tensor:
     """sigmas of the levels of `even_levels`, the largest first, then 0: (steps + 1,)."""
-    sigmas = schedule.sigma_of(torch.tensor(even_levels(schedule, steps, start)[::-1]))
-    return torch.cat([sigmas, sigmas.new_zeros(1)]).to(torch.float32)
+    return falling(schedule, even_levels(schedule, steps, start))
 
 
 def leading_levels(schedule: NoiseSchedule, steps: int) -> list[int]:

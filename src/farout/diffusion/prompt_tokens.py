@@ -29,15 +29,12 @@ class PromptTokens(PromptContexts):
     textual inversion, Gal et al. 2023). The null condition is the empty prompt.
 
     Args:
-        encoder: the text encoder, which is shared, not copied.
-        class_names: names of the K classes.
-        words: what each is called in its prompt; None: by its name.
-        template: the prompt; {} stands for the word and its suffix.
+        encoder, class_names, words, template: see `PromptContexts`.
         pieces: of a word that the tokenizer splits; see `Prompts`.
 
     Raises:
-        FaroutError: for a word that is not one token, one that the tokenised prompt does not have where it stands,
-            prompts that are too long, and words and classes of different number.
+        FaroutError: as `PromptContexts` does; for a word that is not one token, and one that the tokenised prompt does
+            not have where it stands.
     """
 
     kind = "prompt_tokens"
@@ -70,7 +67,8 @@ class PromptTokens(PromptContexts):
         rows = check_labels(labels, self.classes).cpu()
         if len(rows) != len(given):
             raise FaroutError(f"{len(given)} class vectors want a label each, got {len(rows)}")
-        found = self.encoder.contexts(self._numbers[rows], check_vectors(given, self.dim), self._places[rows])
+        exchanged = (check_vectors(given, self.dim), self._places[rows])
+        found = self.encoder.contexts(self._numbers[rows], exchanged)
         return Condition({"encoder_hidden_states": found})
 
     def in_template(self, template: str) -> PromptTokens:

@@ -16,8 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from farout import progress, store
-from farout.diffusion.methods import is_adaptive
-from farout.diffusion.sampling import STEPS, Sampler
+from farout.diffusion.sampling import Sampler
 from farout.errors import FaroutError
 from farout.images.decoding import to_pil
 from farout.images.readers import CLASSES_FILE
@@ -68,11 +67,14 @@ def write_samples(
         grid: also write `<out>-grid.png`, beside the folder: some images of every class, a row a class.
 
     Raises:
-        FaroutError: for a count or batch below 1, or classes that do not go with the model.
+        FaroutError: for a count or batch below 1, classes that are empty or do not go with the model, and images that
+            are not numbers.
         StoreError: where `out` holds something else, or images that were made in another way.
     """
     if count < 1 or batch < 1:
         raise FaroutError(f"count and batch want at least 1, got {count} and {batch}")
+    if classes is not None and not classes:
+        raise FaroutError("classes are empty; name at least one, or give None for all of the model's")
     conditioning = sampler.model.conditioning
     if classes is None and conditioning is not None:
         classes = range(conditioning.classes)
@@ -115,15 +117,10 @@ class _Plan:
     def settings(self) -> dict[str, Any]:
         """All that decides the pixels."""
         sampler = self.sampler
-        adaptive = is_adaptive(sampler.solver)
         return {
             "model": self.model_hash,
             "classes": None if self.classes is None else [self.names[label] for label in self.classes],
-            "solver": sampler.solver,
-            "steps": None if adaptive else STEPS if sampler.steps is None else sampler.steps,
-            "spacing": sampler.spacing,
-            "guidance": sampler.guidance,
-            "clamp": sampler.clamp,
+            **sampler.settings,
             "seed": sampler.seed,
             "rows": sampler.rows,
             "precision": sampler.precision,
@@ -189,8 +186,10 @@ def write_class_names(folder: Path, names: Sequence[str]) -> None:
 
 def save_png(image: Tensor, path: Path, working: Path) -> None:
     """Writes an image (C, H, W) in [0, 1], under the name `working` first: what stands at `path` is whole, and after an
-    error nothing else is left.
+    error nothing else is left. Raises FaroutError for values that are not numbers, which would become black.
     """
+    if not bool(torch.isfinite(image).all()):
+        raise FaroutError(f"the image {path} would hold values that are not numbers; use precision fp32")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         to_pil((image.clamp(0, 1) * 255).round().to(torch.uint8)).save(working, format="PNG")

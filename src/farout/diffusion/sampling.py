@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from farout.devices import Precision
 from farout.diffusion import paths
 from farout.diffusion.conditioning import Condition, no_null
-from farout.diffusion.denoiser import Denoiser, Guided
+from farout.diffusion.denoiser import Denoiser, Guided, spread
 from farout.diffusion.loop import Solver
 from farout.diffusion.methods import is_adaptive, rehearse, solver_by_name, solver_path
 from farout.diffusion.model import DiffusionModel
@@ -99,6 +99,21 @@ class Sampler:
             raise FaroutError(f"{self.solver} finds its own steps; leave out steps={self.steps}")
         rehearse(self._solve, self.path[None])
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the images beside model, labels, seed, rows and precision."""
+        return {
+            "solver": self.solver,
+            "steps": None if is_adaptive(self.solver) else self._steps,
+            "spacing": self.spacing,
+            "guidance": self.guidance,
+            "clamp": self.clamp,
+        }
+
+    @property
+    def _steps(self) -> int:
+        return STEPS if self.steps is None else self.steps
+
     @cached_property
     def _solve(self) -> Solver:
         return solver_by_name(self.solver, self.model.schedule)
@@ -106,7 +121,7 @@ class Sampler:
     @cached_property
     def path(self) -> Tensor:
         """sigmas from the schedule's largest to 0, as the solver takes them; see `paths.leading` for that spacing's."""
-        schedule, steps = self.model.schedule, STEPS if self.steps is None else self.steps
+        schedule, steps = self.model.schedule, self._steps
         if self.spacing != "geometric":
             falling = paths.from_noise if self.spacing == "grid" else paths.leading
             return solver_path(self.solver, falling(schedule, steps))
@@ -140,7 +155,7 @@ class Sampler:
         noise = image_noise(keys, model.shape, self.seed, model.schedule.steps - 1, 0).to(model.device)
         sigmas = self.path.to(model.device).repeat(len(keys), 1)
         # at the first level a variance-preserving sample is the noise itself: x = x_vp / sqrt(abar)
-        x = noise * (1 + sigmas[:, 0] ** 2).sqrt().reshape(-1, *[1] * (noise.ndim - 1))
+        x = noise * spread((1 + sigmas[:, 0] ** 2).sqrt(), noise)
         return model.decode(self._solve(self._denoiser(), x, sigmas, condition)).cpu()
 
     def _denoiser(self) -> Denoiser:

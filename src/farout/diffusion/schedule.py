@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class NoiseSchedule:
         betas: the betas of `trained`.
 
     Raises:
-        FaroutError: for impossible values, or abar = 0 without `sigma_max`.
+        FaroutError: for an unknown kind, values out of range, or abar = 0 without `sigma_max`.
     """
 
     kind: ScheduleKind = "scaled_linear"
@@ -55,12 +55,19 @@ class NoiseSchedule:
     betas: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(ScheduleKind):
+            raise FaroutError(
+                f"there is no schedule {self.kind!r}; expected one of {', '.join(get_args(ScheduleKind))}"
+            )
         if self.steps < 2 or self.snr_shift <= 0:
             raise FaroutError(f"a schedule wants steps >= 2 and snr_shift > 0, got {self.steps} and {self.snr_shift}")
         if (self.kind == "trained") != (self.betas is not None):
             raise FaroutError(f"schedule kind {self.kind!r} and betas={self.betas is not None} do not go together")
         if self.betas is not None and len(self.betas) != self.steps:
             raise FaroutError(f"{len(self.betas)} betas were given for {self.steps} steps")
+        betas = self.betas or (self.beta_start, self.beta_end)
+        if not all(0 < beta <= 1 for beta in betas):
+            raise FaroutError(f"betas want to lie above 0 and at most 1, got {min(betas):g} to {max(betas):g}")
         if not bool(torch.isfinite(self.sigma).all()):
             raise FaroutError("this schedule ends in abar = 0 (infinite sigma); give sigma_max, e.g. sigma_max=150")
 
@@ -120,10 +127,6 @@ class NoiseSchedule:
         nearest = t.round()
         return torch.where((log[nearest.long()] - wanted).abs() < 1e-6, nearest, t)
 
-    def abar_of(self, sigma: Tensor) -> Tensor:
-        """abar = 1 / (1 + sigma^2), same shape and type as sigma."""
-        return 1 / (1 + sigma**2)
-
     def to_config(self) -> dict[str, Any]:
         """A diffusers scheduler configuration that means the same schedule."""
         config: dict[str, Any] = {
@@ -151,17 +154,23 @@ class NoiseSchedule:
         return cls(**{**arguments, "betas": None if betas is None else tuple(betas)})
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], sigma_max: float | None = None) -> NoiseSchedule:
+    def from_config(cls, config: dict[str, Any]) -> NoiseSchedule:
         """Reads the configuration of any diffusers scheduler with betas.
 
-        Raises FaroutError for a schedule that has no name here.
+        Raises FaroutError for a schedule that has no name here, as that of flow matching, and for betas that are
+        rescaled to end in abar = 0.
         """
         steps = int(config.get("num_train_timesteps", 1000))
+        if config.get("rescale_betas_zero_snr"):
+            raise FaroutError(
+                "this scheduler rescales its betas to end in abar = 0 (rescale_betas_zero_snr), where sigma "
+                "is infinite; such a model cannot be loaded"
+            )
         if config.get("trained_betas") is not None:
-            return cls(kind="trained", steps=steps, betas=tuple(config["trained_betas"]), sigma_max=sigma_max)
+            return cls(kind="trained", steps=steps, betas=tuple(config["trained_betas"]))
         names = {theirs: ours for ours, theirs in _DIFFUSERS_NAMES.items()}
-        name = config.get("beta_schedule", "linear")
-        if name not in names or config.get("rescale_betas_zero_snr"):
+        name = config.get("beta_schedule")
+        if name not in names:
             raise FaroutError(f"beta schedule {name!r} of this scheduler is not known; expected one of {sorted(names)}")
         start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-        return cls(kind=names[name], beta_start=start, beta_end=end, steps=steps, sigma_max=sigma_max)  # type: ignore[arg-type]
+        return cls(kind=names[name], beta_start=start, beta_end=end, steps=steps)  # type: ignore[arg-type]

@@ -116,7 +116,7 @@ class SonaConfig:
 
 
 def _is_warm_up(given: float) -> bool:
-    return 0 <= given < 1 or (given < float("inf") and given == int(given))
+    return 0 <= given < 1 or (1 <= given < float("inf") and given == int(given))
 
 
 @dataclass(frozen=True)

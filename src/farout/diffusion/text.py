@@ -104,13 +104,13 @@ class TextEncoder:
         """The contexts of prompts, (B, L, d)."""
         return self.contexts(self.numbers(prompts))
 
-    def contexts(self, numbers: Tensor, vectors: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+    def contexts(self, numbers: Tensor, exchanged: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The contexts (B, L, d) of tokenised prompts (B, L).
 
         Args:
             numbers: from `numbers`.
-            vectors: (B, d), put in the place of one input embedding of each prompt; contexts are differentiable in it.
-            places: which token that is, int64 (B,), the start being number 0.
+            exchanged: vectors (B, d), put in the place of one input embedding of each prompt, in which contexts are
+                differentiable; and which token that is, int64 (B,), the start being number 0.
         """
 
         def call(numbers: Tensor, *given: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class TextEncoder:
             with torch.autocast(numbers.device.type, enabled=False), self._exchanged(*given):
                 return self.module(numbers).last_hidden_state
 
-        given = [] if vectors is None or places is None else [vectors.float(), places]
+        given = () if exchanged is None else (exchanged[0].float(), exchanged[1])
         return in_chunks(call, _ROWS, *(tensor.to(self.device) for tensor in (numbers, *given)))
 
     @torch.no_grad()
@@ -140,11 +140,12 @@ class TextEncoder:
         return self._null.expand(count, -1, -1)
 
     @contextmanager
-    def _exchanged(self, vectors: Tensor | None = None, places: Tensor | None = None) -> Iterator[None]:
-        """Inside it, the input embeddings at `places` are `vectors`."""
-        if vectors is None or places is None:
+    def _exchanged(self, *given: Tensor) -> Iterator[None]:
+        """Inside it, the input embeddings are exchanged as `contexts` says; given nothing, they stay."""
+        if not given:
             yield
             return
+        vectors, places = given
         rows = torch.arange(len(places), device=places.device)
         handle = self._embedding.register_forward_hook(
             lambda _module, _inputs, output: output.index_put((rows, places), vectors)

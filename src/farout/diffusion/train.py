@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from farout import store
-from farout.devices import first_process
+from farout.checkpoints import discard_checkpoints
+from farout.devices import first_process, resolve_device
+from farout.diffusion import folders
 from farout.diffusion.conditioning import Condition, Conditioning
 from farout.diffusion.denoiser import NetworkDenoiser, Prediction
 from farout.diffusion.losses import ErrorKind, LevelSampling, Objective, Reduction, denoising_loss, drop_labels
@@ -25,14 +26,12 @@ from farout.errors import FaroutError
 from farout.images.classes import LabelledImages, check_no_class_is_empty, class_names_of, class_numbers
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import ImageSource, PreparedImages, open_source
-from farout.images.splits import split
+from farout.images.splits import learnt_and_validating, split
 from farout.training import Step, TrainingConfig, train
 
 __all__ = [
     "PRESETS",
     "DiffusionConfig",
-    "discard_checkpoints",
-    "learnt_and_validating",
     "train_diffusion",
     "train_model",
 ]
@@ -223,14 +222,17 @@ def train_model(
     resume: bool = False,
 ) -> DiffusionModel:
     """Trains a fresh model on all of `source`; the last twentieth of the images, by hash, validates where
-    `training.validate_every` is set. With an autoencoder the latents are computed once.
+    `training.validate_every` is set. With an autoencoder the latents are computed once, on the
+    device that trains.
 
     A model with a conditioning is trained on the source's labels, told apart by the names of their classes.
 
     Raises FaroutError for an objective that the model cannot be trained by, SourceError for labels that are missing
-    or of a class that the model does not have, FaroutError for a class without images.
+    or of a class that the model does not have, FaroutError for a class without images; StoreError for a resume with
+    other images, labels or settings.
     """
     _check_objective(model, objective)
+    model.to(resolve_device(training.device))  # training moves the network alone
     data = _prepare(source, model, objective, validate=training.validate_every > 0)
     trained = model.network if model.conditioning is None else model.conditioning.trainable(model.network)
     result = train(
@@ -241,7 +243,7 @@ def train_model(
         out=out,
         validation=data.validation,
         resume=resume,
-        fingerprint=data.fingerprint,
+        fingerprint=_learnt(data.fingerprint, model, objective),
     )
     model.trained_on = frozenset(data.hashes)
     model.provenance = {
@@ -254,6 +256,18 @@ def train_model(
         "objective": asdict(objective),
     }
     return model
+
+
+def _learnt(fingerprint: str, model: DiffusionModel, objective: Objective) -> str:
+    """What a network of one shape learns: a run resumes with the same only."""
+    settings = {
+        "dropout": model.network.config["dropout"],
+        "prediction": model.prediction,
+        "data_range": model.data_range,
+        "b_scale": model.b_scale,
+        "autoencoder": None if model.autoencoder is None else store.hash_tensors(model.autoencoder.state_dict()),
+    }
+    return f"{fingerprint} {objective} {model.schedule} {model.preprocessing} {settings}"
 
 
 def _check_objective(model: DiffusionModel, objective: Objective) -> None:
@@ -270,6 +284,7 @@ def _step(model: DiffusionModel, objective: Objective) -> Step:
     conditioning = model.conditioning
 
     def step(network: nn.Module, batch: Tensor | list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """The loss of a batch; see `farout.training.Step`."""
         rows = batch if isinstance(batch, Tensor) else batch[0]
         if objective.flip:
             mirrored = torch.rand(len(rows), generator=generator).to(rows.device) < 0.5
@@ -307,17 +322,6 @@ def _prepare(source: ImageSource, model: DiffusionModel, objective: Objective, *
     return _Data(training, validation, fingerprint, hashes)
 
 
-def learnt_and_validating(data: Dataset, hashes: Sequence[str], *, validate: bool) -> tuple[Dataset, Dataset | None]:
-    """What is learnt from and what validates: with `validate` the last twentieth by hash, else nothing."""
-    if not validate:
-        return data, None
-    held = len(hashes) // 20
-    if not held:
-        raise FaroutError(f"validation wants at least 20 training images, there are {len(hashes)}")
-    order = sorted(range(len(hashes)), key=hashes.__getitem__)
-    return Subset(data, sorted(order[held:])), Subset(data, sorted(order[:held]))
-
-
 def _labelled(fingerprint: str, names: Sequence[str], numbers: Tensor, objective: Objective) -> str:
     """The identity of images, their labels and what is made of these: a run resumes with the same only."""
     text = repr((fingerprint, tuple(names), numbers.tolist(), objective))
@@ -352,7 +356,7 @@ def train_diffusion(
     Args:
         source: any image source: a set's name, a folder, a glob, a file, or hf://owner/name:split.
         out: folder of the model; `OUT.training/` beside it holds the checkpoints while training runs, and after it
-            where `training.checkpoint_every` is set.
+            where `training.checkpoint_every`, `training.keep` or `training.tensorboard` is set.
         model: what is trained.
         training: how it is trained.
         autoencoder: folder of a diffusers `AutoencoderKL` or `VQModel`; the model then works on its latents.
@@ -363,13 +367,16 @@ def train_diffusion(
         policy: what becomes of an unreadable image: `raise`, or `skip`.
         seed: seed of sample, split, weights and noise.
         resume: go on from the last checkpoint.
-    """
-    from farout.diffusion.folders import read_autoencoder
 
+    Raises:
+        FaroutError: for settings that do not go together, and a training that cannot go on; see `train_model`.
+        SourceError: for images that cannot be split, and labels that are missing.
+        StoreError: where `out` holds something else, an autoencoder that cannot be read, and a resume that differs.
+    """
     store.check_replaceable(out, KIND)
     images = open_source(source, limit=limit, seed=seed, policy=policy)
     torch.manual_seed(seed)
-    inner = None if autoencoder is None else read_autoencoder(Path(autoencoder))
+    inner = None if autoencoder is None else folders.read_autoencoder(Path(autoencoder))
     fresh = model.build(model.preprocess(images), inner, model.class_names(images))
     _check_objective(fresh, model.objective)
     parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
@@ -382,9 +389,3 @@ def train_diffusion(
         trained.save(out)
         discard_checkpoints(folder, settings)
     return trained
-
-
-def discard_checkpoints(folder: Path, training: TrainingConfig) -> None:
-    """Removes what was only there to resume; checkpoints that were asked for (`checkpoint_every`) stay."""
-    if not training.checkpoint_every and not training.tensorboard:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from farout import store
 from farout.densities import Mahalanobis
-from farout.diffusion.denoiser import NetworkDenoiser, Precision
+from farout.devices import Precision
+from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.feature_denoiser import FeatureDenoiser
 from farout.diffusion.folders import local
 from farout.diffusion.schedule import NoiseSchedule

@@ -14,12 +14,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from torch.utils.data import Dataset, Subset
+
 from farout.errors import ShortfallWarning, SourceError
 
 if TYPE_CHECKING:
     from farout.images.sources import ImageSource
 
-__all__ = ["Groups", "Split", "calibration_size", "seen_hint", "split"]
+__all__ = ["Groups", "Split", "calibration_size", "learnt_and_validating", "seen_hint", "split"]
 
 Groups = Literal["none", "folder"] | Sequence[str]
 
@@ -84,6 +86,19 @@ def split(
     result = Split(_positions(training), _positions(chosen), _positions(calibration))
     _warn_shortfall(result, wishes, source.name, len(hashes) - count)
     return result
+
+
+def learnt_and_validating(data: Dataset, hashes: Sequence[str], *, validate: bool) -> tuple[Dataset, Dataset | None]:
+    """Of training data with the content hash of each item, what is learnt from, and what validates: with `validate` the
+    last twentieth by hash, else nothing. Raises SourceError where that is none of them.
+    """
+    if not validate:
+        return data, None
+    held = len(hashes) // 20
+    if not held:
+        raise SourceError(f"validation wants at least 20 training images, there are {len(hashes)}")
+    order = sorted(range(len(hashes)), key=hashes.__getitem__)
+    return Subset(data, sorted(order[held:])), Subset(data, sorted(order[:held]))
 
 
 def _rank(content: str, seed: int) -> str:

@@ -134,8 +134,7 @@ class Plan:
 
     def path(self, k: int) -> Tensor:
         """sigmas of K steps down to none, as the solver takes them."""
-        sigmas = self.model.schedule.sigma_of(torch.tensor(self.levels[:k][::-1]))
-        return solver_path(self.method.solver, torch.cat([sigmas, sigmas.new_zeros(1)]).float())
+        return solver_path(self.method.solver, paths.falling(self.model.schedule, self.levels[:k]))
 
     def draw(self, index: int, attempt: int) -> Draw:
         """The draw of outlier number `index`."""

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from farout import store
+from farout.checkpoints import discard_checkpoints
 from farout.classifiers.train import train_classifier
 from farout.detectors._fitting import FitSettings, training_of
 from farout.detectors.base import Detector, load
-from farout.diffusion.train import DiffusionConfig, discard_checkpoints, train_diffusion
+from farout.diffusion.train import DiffusionConfig, train_diffusion
 from farout.errors import ConstantScoresWarning, TrapWarning
 from farout.evaluation.bench.pictures import write_pictures
 from farout.evaluation.bench.plan import RECORD, Job, Plan

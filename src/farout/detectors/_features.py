@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from farout.detectors._settings import check_words
 from farout.detectors.base import Detector, Measurements
 from farout.devices import Precision
 from farout.errors import FaroutError
@@ -43,6 +44,7 @@ class FeatureDetector(Detector):
         layers: tuple[int, ...] | None = None,
         size: int | None = None,
     ) -> None:
+        check_words(self)
         if layers is not None and (not layers or len(set(layers)) < len(layers) or min(layers) < 0):
             raise FaroutError(f"layers want different numbers from 0, got {list(layers)}")
 
@@ -120,8 +122,6 @@ class VectorDetector(FeatureDetector):
 
     def __init__(self, *, standardise: Literal["image", "none"] = "image", **features: Any) -> None:
         super().__init__(**features)
-        if standardise not in ("image", "none"):
-            raise FaroutError(f"standardise is 'image' or 'none', got {standardise!r}")
 
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
         """Vectors `features` (B, width)."""
@@ -141,12 +141,6 @@ class VectorDetector(FeatureDetector):
     def by_layer(self, table: np.ndarray) -> list[np.ndarray]:
         """Features (n, width) as one table (n, channels) per layer of the backbone."""
         return np.split(table, np.cumsum(self.backbone.channels)[:-1], axis=1)
-
-    @staticmethod
-    def check_score(score: str, known: Sequence[str]) -> None:
-        """Raises FaroutError for a score that the method does not define."""
-        if score not in known:
-            raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(known)}")
 
     @classmethod
     def tiny(cls, resources: Any) -> VectorDetector:

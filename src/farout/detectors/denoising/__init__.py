@@ -14,9 +14,9 @@ from torch import Tensor
 from farout.classifiers.exposure import counted_classes, known_classes
 from farout.classifiers.model import Classifier
 from farout.densities import ZScore, pack, unpack
+from farout.detectors._settings import check_words
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.denoising.changes import (
-    DISTANCES,
     METRICS,
     POST_HOC,
     SPACES,
@@ -116,15 +116,15 @@ class Denoising(Detector):
         distance: Distance = "l1",
         cascade: PostHoc | None = None,
     ) -> None:
+        check_words(self)
         if not levels or len(set(levels)) < len(levels) or min(levels) < 0:
             raise FaroutError(f"levels want different numbers from 0, got {list(levels)}")
         if min(draws, steps, 1 if grid is None else grid) < 1:
             raise FaroutError(f"draws, steps and grid want at least 1, got {draws}, {steps} and {grid}")
-        if solver not in SOLVERS or distance not in DISTANCES or cascade not in (None, *POST_HOC):
-            known = f"{', '.join(SOLVERS)}; {', '.join(DISTANCES)}; {', '.join(POST_HOC)}"
-            raise FaroutError(f"solver, distance and cascade are {solver!r}, {distance!r}, {cascade!r}; known: {known}")
-        if not set(use_levels if use_levels is not None else levels[:1]) & set(levels):
-            raise FaroutError(f"use_levels {list(use_levels or ())} are none of the levels {list(levels)}")
+        if solver not in SOLVERS:
+            raise FaroutError(f"there is no solver {solver!r}; expected one of {', '.join(SOLVERS)}")
+        if use_levels is not None and not (use_levels and set(use_levels) <= set(levels)):
+            raise FaroutError(f"use_levels want some of the levels {list(levels)}, got {list(use_levels)}")
         if use_draws is not None and not 1 <= use_draws <= draws:
             raise FaroutError(f"use_draws want 1 to {draws}, got {use_draws}")
         self._check_score(score, levels, cascade)

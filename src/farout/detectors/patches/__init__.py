@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional
 from farout.densities import ZScore, pack, unpack
 from farout.detectors._features import FeatureDetector
 from farout.detectors._fitting import FitSettings, training_of
+from farout.detectors._settings import checked_levels
 from farout.detectors.base import Measurements
 from farout.detectors.patches.positions import Deviations, drawn, equal_layers, flat, nearest, rank, top
 from farout.diffusion.denoiser import NetworkDenoiser
@@ -31,7 +32,8 @@ from farout.training_config import TrainingConfig
 
 __all__ = ["Patches"]
 
-_SCORES = ("diffusion_top", "diffusion_mean", "knn_top", "knn_mean")
+Score = Literal["diffusion_top", "diffusion_mean", "knn_top", "knn_mean"]
+_SCORES: tuple[Score, ...] = get_args(Score)
 _PARTS = ("errors", "mean", "distances")
 
 
@@ -92,7 +94,7 @@ class Patches(FeatureDetector):
         side: int = 28,
         levels: tuple[int, ...] = (80, 99),
         draws: int = 2,
-        score: Literal["diffusion_top", "diffusion_mean", "knn_top", "knn_mean"] = "diffusion_top",
+        score: Score = "diffusion_top",
         share: float = 0.01,
         bank: int = 10000,
         positions: int = 40000,
@@ -110,15 +112,11 @@ class Patches(FeatureDetector):
         **features: Any,
     ) -> None:
         super().__init__(**features)
-        if score not in _SCORES:
-            raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(_SCORES)}")
-        counts = {name: self.config[name] for name in ("side", "draws", "bank", "positions", "epochs", "updates")}
+        names = ("side", "draws", "bank", "positions", "epochs", "updates", "batch")
+        counts = {name: self.config[name] for name in names}
         if min(counts.values()) < 1 or most < 2 or not 0 < share <= 1:
             raise FaroutError(f"expected 1 or more of each of {counts}, most {most} >= 2 and 0 < share {share} <= 1")
-        last = paper_schedule().steps - 1
-        if not levels or min(levels) < 0 or max(levels) > last:
-            raise FaroutError(f"levels run from 0 to {last}, got {list(levels)}")
-        self.levels = tuple(sorted(levels))
+        self.levels = checked_levels(levels, paper_schedule().steps)
         self.bank: Tensor | None = None
         self.bank_of: FeatureDiffusion | None = None
         self.deviations: Deviations | None = None

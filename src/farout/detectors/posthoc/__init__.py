@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from farout.classifiers.exposure import known_classes
 from farout.classifiers.model import Classifier
+from farout.detectors._settings import check_words
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.posthoc.scores import (
     Covariance,
@@ -107,10 +108,7 @@ class Posthoc(Detector):
         top: int = 100,
         covariance: Covariance = "shrunk",
     ) -> None:
-        known = {"score": get_args(Score), "shaping": ("pooled", "maps"), "covariance": ("shrunk", "empirical")}
-        for name, words in known.items():
-            if self.config[name] not in words:
-                raise FaroutError(f"{name} is {self.config[name]!r}; expected one of {', '.join(words)}")
+        check_words(self)
         for name in _SHARES:
             if not 0 <= self.config[name] < 1:
                 raise FaroutError(f"{name} is a share from 0 to below 1, got {self.config[name]}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from farout.classifiers.model import Classifier
+from farout.detectors._settings import check_words
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.reconstruction import indicators
 from farout.detectors.reconstruction.comparison import METRICS, Comparison
@@ -99,6 +100,7 @@ class Reconstruction(Detector):
         t_skip: int = 1,
         normalisation: Literal["fixed", "minmax"] = "fixed",
     ) -> None:
+        check_words(self)
         unknown = sorted({*metrics, *density_metrics} - set(METRICS))
         if unknown or not metrics or not density_metrics:
             raise FaroutError(f"metrics are chosen among {', '.join(METRICS)}; got {unknown or 'none'}")

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from farout.detectors._settings import checked_levels
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.noise import shared_noise
 from farout.diffusion.schedule import NoiseSchedule
@@ -21,12 +22,8 @@ Fresh = Callable[[int], Tensor]
 
 
 def check_sampler(sampler: str, levels: tuple[int, ...], steps: int, schedule: NoiseSchedule) -> None:
-    """Raises FaroutError for levels outside the schedule, repeated, or an unknown sampler."""
-    if sampler not in ("oneshot", "ddim", "released"):
-        raise FaroutError(f"sampler is oneshot, ddim or released, got {sampler!r}")
-    lowest = 1 if sampler == "released" else 0
-    if not levels or len(set(levels)) < len(levels) or min(levels) < lowest or max(levels) >= schedule.steps:
-        raise FaroutError(f"levels want different values from {lowest} to {schedule.steps - 1}, got {list(levels)}")
+    """Raises FaroutError for levels outside the schedule, or repeated, and for no steps."""
+    checked_levels(levels, schedule.steps, lowest=1 if sampler == "released" else 0)
     if steps < 1:
         raise FaroutError(f"steps want at least 1, got {steps}")
 

@@ -268,6 +268,16 @@ def test_damaged_features_stop_the_training(folder: Path, monkeypatch: pytest.Mo
         fitted(folder, runtime=Runtime(cache=False))
 
 
+def test_a_training_goes_on_with_the_same_features_only(folder: Path, tmp_path: Path) -> None:
+    """A smaller input, or another standardisation, gives as many features, and weights that fit."""
+    checkpoints = {"checkpoints": tmp_path / "c", "resume": True, "alpha": 0.1, "statistics": 20}
+    small = {"hidden": 32, "bottleneck": 32, "embedding": 16, "blocks": 1, "epochs": 1, "batch": 16}
+    Semantic(size=32, **small).fit(folder, **checkpoints)  # type: ignore[arg-type]
+    for other in ({"size": 48}, {"size": 32, "standardise": "channel"}, {"size": 32, "time_sampling": "low_noise"}):
+        with pytest.raises(StoreError, match="fingerprint"):
+            Semantic(**small, **other).fit(folder, **checkpoints)  # type: ignore[arg-type]
+
+
 def test_cached_and_uncached_scores_are_the_same(folder: Path) -> None:
     detector = fitted(folder)
     cached = detector.score(folder)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from farout.detectors._settings import check_words
 from farout.detectors.base import Detector, Measurements
-from farout.devices import Precision
 from farout.errors import FaroutError
 from farout.features.encoding import FeatureEncoding
 from farout.features.extraction import CachedFeatures
@@ -73,7 +72,7 @@ class FeatureDetector(Detector):
     @property
     def batch_size(self) -> int:
         """As set, else 64, on an accelerator what one call takes."""
-        return max(64, int(self.runtime.rows)) if self.runtime.batch_size == "auto" else self.runtime.batch_size
+        return max(64, self.rows) if self.runtime.batch_size == "auto" else self.runtime.batch_size
 
     def batches(self, source: ImageSource) -> Iterator[Batch]:
         """Batches with features, from the cache where it has them."""
@@ -81,17 +80,12 @@ class FeatureDetector(Detector):
             for batch in super().batches(source):
                 yield batch if not batch.keys else self._with_features(batch)
             return
-        precision: Precision = self.runtime.precision  # type: ignore[assignment]
-        reader = CachedFeatures(self.backbone, self.preprocessing, self._rows, precision)
+        reader = CachedFeatures(self.backbone, self.preprocessing, self.rows, self.precision)
         yield from reader.batches(source, self.batch_size, self.runtime.workers)
         self.cache_hits += reader.cache.hits
 
-    @property
-    def _rows(self) -> int:
-        return int(self.runtime.rows)
-
     def _compute(self, images: Tensor) -> Tensor:
-        return self.backbone.pooled(images, self._rows, self.runtime.precision)  # type: ignore[arg-type]
+        return self.backbone.pooled(images, self.rows, self.precision)
 
     def _with_features(self, batch: Batch) -> Batch:
         return Batch(batch.keys, batch.images, batch.labels, batch.indices, self._compute(batch.images).cpu())

@@ -100,8 +100,7 @@ class DiffPath(Detector):
         if self.diffusion is None:
             raise FaroutError("DiffPath wants a diffusion model")
         self.path = self._path(self.diffusion)
-        rows, precision = int(self.runtime.rows), self.runtime.precision
-        self.network: NetworkDenoiser = self.diffusion.denoiser(rows, precision)  # type: ignore[arg-type]
+        self.network: NetworkDenoiser = self.diffusion.denoiser(self.rows, self.precision)
         self.denoiser = self.diffusion.in_range(self.network) if self.config["clamp"] else self.network
 
     @property

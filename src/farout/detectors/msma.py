@@ -116,8 +116,7 @@ class MSMA(Detector):
             raise FaroutError("MSMA wants a diffusion model")
         self.levels = self._levels(self.diffusion)
         self.sigmas = self.diffusion.schedule.sigma_of(torch.tensor(self.levels)).float()
-        rows, precision = int(self.runtime.rows), self.runtime.precision
-        self.denoiser: NetworkDenoiser = self.diffusion.denoiser(rows, precision)  # type: ignore[arg-type]
+        self.denoiser: NetworkDenoiser = self.diffusion.denoiser(self.rows, self.precision)
 
     @property
     def rows_per_image(self) -> int:

@@ -155,7 +155,7 @@ class Denoising(Detector):
         model = self.diffusion
         if model is None or self.classifier is None:
             return
-        self.denoiser = model.denoiser(self._rows, self.runtime.precision)  # type: ignore[arg-type]
+        self.denoiser = model.denoiser(self.rows, self.precision)
         self.solve = solver_by_name(self.config["solver"], model.schedule)
         self.paths = self._all_paths(model.schedule).to(model.device)
         self.shared = None
@@ -210,10 +210,6 @@ class Denoising(Detector):
             raise FaroutError("diffusion model and classifier name their classes differently; train both on the same")
         if self.config["guidance"] != 1 and not conditioning.has_null:
             raise FaroutError("this diffusion model has no null condition to guide away from; give --guidance 1")
-
-    @property
-    def _rows(self) -> int:
-        return int(self.runtime.rows)
 
     @property
     def rows_per_image(self) -> int:
@@ -288,10 +284,10 @@ class Denoising(Detector):
         if not count:
             return Measurements((), torch.empty(0, *grid, len(names)), levels, names)
         images = batch.images.to(model.device)
-        outputs = classifier.outputs(images, self._rows, self.runtime.precision)
+        outputs = classifier.outputs(images, self.rows, self.precision)
         clean = views(images, outputs)
         restored = self._denoised(batch, images, self._classes(batch, outputs.logits))
-        again = classifier.outputs(restored, self._rows, self.runtime.precision)
+        again = classifier.outputs(restored, self.rows, self.precision)
         moved = {name: value.reshape(count, *grid, -1) for name, value in views(restored, again).items()}
         changed = changes({name: value[:, None] for name, value in clean.items()}, moved)
         beside = post_hoc(outputs.logits)[:, None, None].expand(-1, *grid, -1)

@@ -141,8 +141,7 @@ class Patches(FeatureDetector):
 
     def _positions(self, batch: Batch) -> Tensor:
         """Features (B, positions, c)."""
-        precision: Any = self.runtime.precision
-        return flat(self.backbone.grid(batch.images, self.config["side"], self._rows, precision))
+        return flat(self.backbone.grid(batch.images, self.config["side"], self.rows, self.precision))
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -214,8 +213,8 @@ class Patches(FeatureDetector):
         self._check(model)
         if model is not self.bank_of:
             self.bank = None
-        precision: Any = self.runtime.precision
-        self.denoiser = NetworkDenoiser(model.network, model.schedule, "sample", self.config["side"] ** 2, precision)
+        places = int(self.config["side"]) ** 2
+        self.denoiser = NetworkDenoiser(model.network, model.schedule, "sample", places, self.precision)
         table = noise_table(
             "shared", ("",), (model.encoding.width,), self.seed, self.levels, self.config["draws"], antithetic=True
         )
@@ -232,10 +231,6 @@ class Patches(FeatureDetector):
         if side != self.config["side"] and "random_weights" not in model.provenance:
             what = "pooled features" if side is None else f"a grid of side {side}"
             raise FaroutError(f"this model was trained on {what}, not on a grid of side {self.config['side']}")
-
-    @property
-    def _rows(self) -> int:
-        return int(self.runtime.rows)
 
     @property
     def evaluations(self) -> int:

@@ -171,23 +171,23 @@ class Posthoc(Detector):
         """Vectors `logits` (B, K) and `features` (B, D); with shaped maps `ash` and `scale` (B, D); with ODIN `odin`
         (B, K), the logits of the changed images. A class of outliers stands last in `logits`.
         """
-        rows, on_maps = int(self.runtime.rows), self.config["shaping"] == "maps"
-        given = self.network.outputs(batch.images, rows, self.runtime.precision, maps=on_maps)
+        on_maps = self.config["shaping"] == "maps"
+        given = self.network.outputs(batch.images, self.rows, self.precision, maps=on_maps)
         self._rows_seen += len(batch.keys)
         found = {"logits": given.logits, "features": given.features}
         if given.maps is not None:
             found |= shaped(given.maps, self.config["pruned"])
         if self.with_odin:
-            found["odin"] = self._odin(batch.images, rows)
+            found["odin"] = self._odin(batch.images)
         return Measurements(batch.keys, vectors={name: value.float().cpu() for name, value in found.items()})
 
-    def _odin(self, images: Tensor, rows: int) -> Tensor:
+    def _odin(self, images: Tensor) -> Tensor:
         """Logits of the images after ODIN's step."""
         network, known = self.network, known_classes(self.network)
         self._rows_seen += 2 * len(images)
 
         def logits(x: Tensor) -> Tensor:
-            with autocast(network.device, self.runtime.precision):  # type: ignore[arg-type]
+            with autocast(network.device, self.precision):
                 # a view: torch's counter of operations, which hooks modules' inputs, refuses leaves
                 return network.module(x.view_as(x)).float()[:, :known]
 
@@ -196,7 +196,7 @@ class Posthoc(Detector):
             step, temperature = self.config["odin_step"], self.config["odin_temperature"]
             return logits(odin_preprocessing(logits, x, eps=step, temperature=temperature, norm_std=network.std))
 
-        return in_chunks(changed, rows, network.normalise(images.to(network.device)))
+        return in_chunks(changed, self.rows, network.normalise(images.to(network.device)))
 
     def fit_statistics(self, measurements: Measurements) -> None:
         """Learns the means, covariances, thresholds, spaces and neighbours; raises FaroutError where they do not exist,

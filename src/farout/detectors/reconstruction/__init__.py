@@ -144,13 +144,9 @@ class Reconstruction(Detector):
             raise FaroutError("Reconstruction wants a diffusion model")
         self.plan = self._make_plan(model)
         self.scorer.check_levels(self.plan.levels)
-        self.denoiser: NetworkDenoiser = model.denoiser(self._rows, self.runtime.precision)  # type: ignore[arg-type]
-        self.comparison = Comparison(self.perceptual, self._rows, model.device)
+        self.denoiser: NetworkDenoiser = model.denoiser(self.rows, self.precision)
+        self.comparison = Comparison(self.perceptual, self.rows, model.device)
         self.shared: Tensor | None = None
-
-    @property
-    def _rows(self) -> int:
-        return int(self.runtime.rows)
 
     def _noise(self, keys: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
         """(B, levels, draws, C, H, W); in `oneshot`, every second draw mirrors the one before."""

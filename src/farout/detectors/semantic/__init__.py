@@ -214,8 +214,7 @@ class Semantic(FeatureDetector):
         sampling.check_sampler(self.config["sampler"], self.levels, self.config["steps"], model.schedule)
         regret = self.regret and model.first is not None
         self._check_regret(regret)
-        precision: Any = self.runtime.precision
-        self.denoisers = model.denoisers(_VECTORS * int(self.runtime.rows), precision)[: 2 if regret else 1]
+        self.denoisers = model.denoisers(_VECTORS * self.rows, self.precision)[: 2 if regret else 1]
         learnt = self.state()
         self.scorer = indicators.Scorer(model.encoding.groups, regret, self.config["lr_sign"])
         self.restore(learnt)

@@ -220,6 +220,16 @@ def test_random_weights_of_the_backbone_are_another_one(folder: Path) -> None:
     assert np.isfinite(detector.score(folder).score).all()
 
 
+def test_costs_count_no_padding(folder: Path) -> None:
+    detector, counted = fitted(folder), []
+    for detector.draws in (1, 2, 3):
+        counted.append(detector.cost())
+    assert [cost.nfe for cost in counted] == [2, 4, 6]
+    one, two, three = (cost.gmacs for cost in counted)
+    assert two - one == pytest.approx(three - two)
+    assert two > one
+
+
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(FaroutError, match="no score 'nonsense'"):
         Semantic(score="nonsense")

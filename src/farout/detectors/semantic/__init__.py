@@ -214,7 +214,9 @@ class Semantic(FeatureDetector):
         sampling.check_sampler(self.config["sampler"], self.levels, self.config["steps"], model.schedule)
         regret = self.regret and model.first is not None
         self._check_regret(regret)
-        self.denoisers = model.denoisers(_VECTORS * self.rows, self.precision)[: 2 if regret else 1]
+        # costs are counted at one row a call, where nothing is padded
+        rows = 1 if self.rows == 1 else _VECTORS * self.rows
+        self.denoisers = model.denoisers(rows, self.precision)[: 2 if regret else 1]
         learnt = self.state()
         self.scorer = indicators.Scorer(model.encoding.groups, regret, self.config["lr_sign"])
         self.restore(learnt)

@@ -12,6 +12,7 @@ from torch import Tensor
 from farout.detectors._settings import check_words
 from farout.detectors.base import Detector, Measurements
 from farout.errors import FaroutError
+from farout.features.diffusion import FeatureDiffusion
 from farout.features.encoding import FeatureEncoding
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
@@ -68,6 +69,12 @@ class FeatureDetector(Detector):
         """The backbone, once it is there."""
         assert self.features is not None
         return self.features
+
+    def check_backbone(self, model: FeatureDiffusion) -> None:
+        """Raises FaroutError for a diffusion model of another backbone's features."""
+        if model.backbone != self.backbone.content_hash:
+            hint = f"{self.backbone.name} (hash {self.backbone.content_hash[:8]}, the model wants {model.backbone[:8]})"
+            raise FaroutError(f"this model was trained on features of another backbone than {hint}; fit again")
 
     @property
     def batch_size(self) -> int:

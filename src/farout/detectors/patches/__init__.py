@@ -129,8 +129,7 @@ class Patches(FeatureDetector):
 
     def build_features(self) -> FeatureExtractor:
         """The backbone that the configuration names; without layers, the middle three of five."""
-        own = backbones.BACKBONES.get(self.config["backbone"])
-        taps = own.layers if own is not None else backbones.default_layers(self.config["backbone"])
+        taps = backbones.default_layers(self.config["backbone"])
         layers = self.config["layers"] or (taps[1:4] if len(taps) == 5 else taps)
         names = ("backbone", "weights", "size")
         return FeatureExtractor.create(layers=layers, **{name: self.config[name] for name in names})
@@ -224,9 +223,7 @@ class Patches(FeatureDetector):
         self.weights = equal_layers(model.encoding.groups).to(model.device)
 
     def _check(self, model: FeatureDiffusion) -> None:
-        if model.backbone != self.backbone.content_hash:
-            hint = f"{self.backbone.name} (hash {self.backbone.content_hash[:8]}, the model wants {model.backbone[:8]})"
-            raise FaroutError(f"this model was trained on features of another backbone than {hint}; fit again")
+        self.check_backbone(model)
         side = model.provenance.get("side")
         if side != self.config["side"] and "random_weights" not in model.provenance:
             what = "pooled features" if side is None else f"a grid of side {side}"

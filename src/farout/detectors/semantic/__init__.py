@@ -208,9 +208,7 @@ class Semantic(FeatureDetector):
         model = self.diffusion
         if model is None:
             return
-        if model.backbone != self.backbone.content_hash:
-            hint = f"{self.backbone.name} (hash {self.backbone.content_hash[:8]}, the model wants {model.backbone[:8]})"
-            raise FaroutError(f"this model was trained on features of another backbone than {hint}; fit again")
+        self.check_backbone(model)
         sampling.check_sampler(self.config["sampler"], self.levels, self.config["steps"], model.schedule)
         regret = self.regret and model.first is not None
         self._check_regret(regret)

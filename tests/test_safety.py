@@ -8,7 +8,7 @@ from farout.cli import main
 from farout.detectors._fitting import recalibrate, source_spec
 from farout.detectors.reconstruction import Reconstruction
 from farout.diffusion.model import DiffusionModel
-from farout.errors import FaroutError, ShortfallWarning, StoreError, TrapWarning
+from farout.errors import FaroutError, MissingExtraError, ShortfallWarning, StoreError, TrapWarning
 from farout.evaluation.beside import Beside
 from farout.evaluation.evaluate import evaluate_detector
 from small import model, pictures
@@ -117,6 +117,28 @@ def test_sources_are_remembered_from_any_folder(tmp_path: Path, monkeypatch: pyt
     assert source_spec("cifar10:test@vflip") == "cifar10:test@vflip"
     assert source_spec("hf://someone/something:train") == "hf://someone/something:train"
     assert source_spec(["pictures"]) is None
+
+
+def test_another_value_range_is_named(folder: Path) -> None:
+    with pytest.warns(TrapWarning, match="value range 'minmax', the diffusion model has 'fixed'"):
+        Reconstruction(levels=(50,), draws=1, normalisation="minmax").fit(
+            folder, diffusion=model(), alpha=0.1, statistics=30
+        )
+
+
+def test_a_distance_that_is_not_installed_is_said_before_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise MissingExtraError("no lpips")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr("farout.detectors.reconstruction.perceptual_distance", missing)
+    monkeypatch.setattr("farout.detectors._fitting.train_model", never)
+    with pytest.raises(MissingExtraError, match="no lpips"):
+        Reconstruction().fit(folder, alpha=0.1, statistics=30)
 
 
 def test_seen_images_and_unknown_pasts_are_named(folder: Path, fitted: Reconstruction, tmp_path: Path) -> None:

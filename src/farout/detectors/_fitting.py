@@ -133,12 +133,6 @@ def _given(detector: Detector, diffusion: Any) -> DiffusionModel | FeatureDiffus
     if not model.trained_on and "random_weights" not in model.provenance:
         message = "it is not known which images this diffusion model was trained on; fit on images it cannot have seen"
         warnings.warn(message, TrapWarning, stacklevel=4)
-    if isinstance(model, FeatureDiffusion):
-        return model
-    wanted = detector.config.get("normalisation", model.preprocessing.value_range)
-    if wanted != model.preprocessing.value_range:
-        message = f"the method wants value range {wanted!r}, the given model was trained with another; its own is used"
-        warnings.warn(message, TrapWarning, stacklevel=4)
     return model
 
 

@@ -26,8 +26,9 @@ from farout.detectors.posthoc.scores import (
 )
 from farout.devices import autocast
 from farout.diffusion.denoiser import in_chunks
+from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError
-from farout.images.sources import Batch
+from farout.images.sources import Batch, ImageSource
 
 __all__ = ["Posthoc"]
 
@@ -145,15 +146,23 @@ class Posthoc(Detector):
         """Rows that the classifier has evaluated; an ODIN score takes two more, its gradient not counted."""
         return self._rows_seen
 
-    def prepare(self) -> None:
-        """Checks that shaped maps can stand for features, and that there is a class of outliers where it is the score;
-        raises FaroutError where not.
+    def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
+        """Refuses a classifier without a class of outliers where that is the score, and one whose features shaped maps
+        cannot stand for.
         """
-        if self.config["score"] == "extra" and known_classes(self.network) == self.network.classes:
+        assert classifier is not None
+        self._check(classifier)
+
+    def prepare(self) -> None:
+        """Checks the classifier again: `reconfigured` may have chosen another score."""
+        self._check(self.network)
+
+    def _check(self, network: Classifier) -> None:
+        if self.config["score"] == "extra" and known_classes(network) == network.classes:
             raise FaroutError("this classifier has no class of outliers to score by; train one with --loss k+1")
         if self.config["shaping"] == "maps":
-            images = torch.linspace(0, 1, self.network.preprocessing.channels * 64).reshape(1, -1, 8, 8)
-            found = self.network.outputs(images, maps=True) if self.network.has_maps else None
+            images = torch.linspace(0, 1, network.preprocessing.channels * 64).reshape(1, -1, 8, 8)
+            found = network.outputs(images, maps=True) if network.has_maps else None
             if found is None or found.maps is None or not _close(found.maps.mean((2, 3)), found.features):
                 raise FaroutError(
                     "the features of this network are not the averages of feature maps that a layer pools; use "

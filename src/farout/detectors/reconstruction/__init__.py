@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -20,8 +21,8 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
 from farout.diffusion.solvers import Evaluation
 from farout.diffusion.train import DiffusionConfig
-from farout.errors import FaroutError
-from farout.features.perceptual import PerceptualName
+from farout.errors import FaroutError, TrapWarning
+from farout.features.perceptual import PerceptualName, perceptual_distance
 from farout.images.sources import Batch, ImageSource
 
 __all__ = ["Reconstruction"]
@@ -129,9 +130,16 @@ class Reconstruction(Detector):
         return replace(config, value_range="minmax", data_range="unit")
 
     def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
-        """Refuses levels and paths that the schedule or the solver cannot have."""
+        """Refuses levels that the schedule cannot have, and a perceptual distance that is not installed; warns of a
+        diffusion model of another value range.
+        """
         assert diffusion is not None
         self.scorer.check_levels(self._make_plan(diffusion).levels)
+        perceptual_distance(self.perceptual)
+        wanted, own = self.config["normalisation"], diffusion.preprocessing.value_range
+        if wanted != own:
+            message = f"the method wants value range {wanted!r}, the diffusion model has {own!r}; its own is used"
+            warnings.warn(message, TrapWarning, stacklevel=5)
 
     def _make_plan(self, model: DiffusionModel) -> Plan:
         names = ("mode", "levels", "skip", "grid", "steps", "solver")

@@ -38,6 +38,7 @@ from farout.diffusion.train import DiffusionConfig
 from farout.errors import FaroutError
 from farout.images.classes import class_name
 from farout.images.sources import Batch, ImageSource
+from farout.progress import task
 
 __all__ = ["Denoising"]
 
@@ -257,11 +258,13 @@ class Denoising(Detector):
         model, denoiser, seen, noise = self.diffusion, self.denoiser, [], []
         assert model is not None
         assert denoiser is not None
-        for batch in self.batches(source):
-            if batch.keys:
-                images = batch.images.to(model.device)
-                seen.append(descriptors(batch.images))
-                noise.append(inverted(model, denoiser, images, self._null(len(images))).cpu())
+        with task("inverting statistics images", len(source)) as bar:
+            for batch in self.batches(source):
+                if batch.keys:
+                    images = batch.images.to(model.device)
+                    seen.append(descriptors(batch.images))
+                    noise.append(inverted(model, denoiser, images, self._null(len(images))).cpu())
+                bar.advance(len(batch.keys))
         self.neighbours = Neighbours(torch.cat(seen), torch.cat(noise))
 
     def _null(self, count: int) -> Condition | None:
@@ -271,7 +274,8 @@ class Denoising(Detector):
 
     @torch.no_grad()
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
-        """Changes of every level and draw: values (B, level, draw, metric), and `logits` of the clean image.
+        """Changes of every level and draw: values (B, level, draw, metric), of `METRICS`; and `POST_HOC` of the clean
+        image, the same at all of them.
 
         With `maps`: the mean over levels and draws of |image - denoised| (B, H, W), and the pictures `denoised` of the
         highest level's first draw (B, C, H, W).

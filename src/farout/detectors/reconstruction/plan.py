@@ -36,7 +36,7 @@ class Plan:
 def paper_grid(skip: int, grid: Literal["paper", "released"] = "paper") -> tuple[int, ...]:
     """Start labels of the paper's grid of 100: every `skip`-th of 1, 11, …, 991; `released`: of 10, 20, …, 990.
 
-    The released code's grid begins at 0, which it drops.
+    The released code drops label 0 and starts at index 1.
     """
     if grid == "paper":
         return tuple(range(1, 1000, _SPACING))[::skip]

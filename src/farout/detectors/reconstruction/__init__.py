@@ -160,13 +160,12 @@ class Reconstruction(Detector):
         """(B, levels, draws, C, H, W); in `oneshot`, every second draw mirrors the one before."""
         assert self.plan is not None
         kind, antithetic = self.config["noise"], self.config["mode"] == "oneshot"
-        if kind == "shared":
-            if self.shared is None:
-                self.shared = noise_table(
-                    kind, ("",), shape, self.seed, self.plan.levels, self.draws, antithetic=antithetic
-                )
-            return self.shared.expand(len(keys), *self.shared.shape[1:])
-        return noise_table(kind, keys, shape, self.seed, self.plan.levels, self.draws, antithetic=antithetic)
+        how = (shape, self.seed, self.plan.levels, self.draws)
+        if kind == "image":
+            return noise_table(kind, keys, *how, antithetic=antithetic)
+        if self.shared is None:
+            self.shared = noise_table(kind, ("",), *how, antithetic=antithetic)
+        return self.shared.expand(len(keys), *self.shared.shape[1:])
 
     @property
     def rows_per_image(self) -> int:

@@ -82,10 +82,9 @@ class FeatureDetector(Detector):
         return max(64, self.rows) if self.runtime.batch_size == "auto" else self.runtime.batch_size
 
     def batches(self, source: ImageSource) -> Iterator[Batch]:
-        """Batches with features, from the cache where it has them."""
+        """Features in place of the images, from the cache where it has them; the images where there is no cache."""
         if not self.runtime.cache:
-            for batch in super().batches(source):
-                yield batch if not batch.keys else self._with_features(batch)
+            yield from super().batches(source)
             return
         reader = CachedFeatures(self.backbone, self.preprocessing, self.rows, self.precision)
         yield from reader.batches(source, self.batch_size, self.runtime.workers)
@@ -93,9 +92,6 @@ class FeatureDetector(Detector):
 
     def _compute(self, images: Tensor) -> Tensor:
         return self.backbone.pooled(images, self.rows, self.precision)
-
-    def _with_features(self, batch: Batch) -> Batch:
-        return Batch(batch.keys, batch.images, batch.labels, batch.indices, self._compute(batch.images).cpu())
 
     def features_of(self, batch: Batch) -> Tensor:
         """Features (B, width) float32 on the CPU."""

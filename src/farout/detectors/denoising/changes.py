@@ -15,7 +15,7 @@ __all__ = ["METRICS", "POST_HOC", "SPACES", "Distance", "PostHoc", "changes", "p
 Distance = Literal["l1", "l2", "argmax"]
 PostHoc = Literal["energy", "max_logit", "msp"]
 SPACES = ("logit", "feature", "pixel")
-POST_HOC: tuple[PostHoc, ...] = get_args(PostHoc)
+POST_HOC: tuple[str, ...] = get_args(PostHoc)
 _REACHES, _DISTANCES = ("global", "local"), get_args(Distance)
 METRICS = (*(f"{space}_{reach}_{distance}" for space in SPACES for reach in _REACHES for distance in _DISTANCES),)
 """What is measured at every level and draw: from the clean image (`global`) and from the level below (`local`)."""

@@ -33,7 +33,7 @@ from farout.training_config import TrainingConfig
 __all__ = ["Patches"]
 
 Score = Literal["diffusion_top", "diffusion_mean", "knn_top", "knn_mean"]
-_SCORES: tuple[Score, ...] = get_args(Score)
+_SCORES: tuple[str, ...] = get_args(Score)
 _PARTS = ("errors", "mean", "distances")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from farout.classifiers.exposure import counted_classes, known_classes
 from farout.classifiers.model import Classifier
 from farout.densities import ZScore, pack, unpack
-from farout.detectors._settings import check_words
+from farout.detectors._settings import check_words, checked_levels
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.denoising.changes import (
     METRICS,
@@ -172,9 +172,7 @@ class Denoising(Detector):
         assert diffusion is not None
         assert classifier is not None
         self._check_models(diffusion, classifier)
-        highest = diffusion.schedule.steps - 1
-        if self.levels[-1] > highest:
-            raise FaroutError(f"levels run from 0 to {highest} in this model's schedule, got {list(self.levels)}")
+        checked_levels(self.levels, diffusion.schedule.steps)
         rehearse(solver_by_name(self.config["solver"], diffusion.schedule), self._all_paths(diffusion.schedule))
         if self.config["labels"] == "true" and not set(_names(source)) & set(classifier.class_names):
             known = ", ".join(classifier.class_names[: known_classes(classifier)])

@@ -164,11 +164,11 @@ class Semantic(FeatureDetector):
         if len(images) < 2:
             hint = "give more images, fewer for the statistics, or a larger alpha"
             raise FaroutError(f"{len(images)} images are left to train the denoiser on; {hint}")
-        features = self.all_features(images)
-        training = settings.training or self._training(len(features))
-        first_pass = math.ceil(len(features) / training.batch_size)
+        training = settings.training or self._training(len(images))
+        first_pass = math.ceil(len(images) / training.batch_size)
         regret = self.regret and first_pass < training.steps
         self._check_regret(regret)
+        features = self.all_features(images)
         names = ("hidden", "bottleneck", "embedding", "blocks", "input_activation", "scale_shift")
         model = train_features(
             features,

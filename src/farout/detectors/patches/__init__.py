@@ -15,7 +15,7 @@ from farout.densities import ZScore, pack, unpack
 from farout.detectors._features import FeatureDetector
 from farout.detectors._fitting import FitSettings, training_of
 from farout.detectors._settings import checked_levels
-from farout.detectors.base import Measurements
+from farout.detectors.base import Detector, Measurements
 from farout.detectors.patches.positions import Deviations, drawn, equal_layers, flat, nearest, rank, top
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import LevelSampling
@@ -26,7 +26,7 @@ from farout.features.diffusion import FeatureDiffusion, paper_schedule
 from farout.features.encoding import FeatureEncoding
 from farout.features.extractor import FeatureExtractor
 from farout.features.train import train_features
-from farout.images.sources import Batch, ImageSource, batches
+from farout.images.sources import Batch, ImageSource
 from farout.progress import task
 from farout.training_config import TrainingConfig
 
@@ -136,7 +136,7 @@ class Patches(FeatureDetector):
 
     def batches(self, source: ImageSource) -> Iterator[Batch]:
         """Batches of images: features at positions are too many to be kept."""
-        return batches(source, self.preprocessing, self.batch_size, workers=self.runtime.workers)
+        return Detector.batches(self, source)
 
     def _positions(self, batch: Batch) -> Tensor:
         """Features (B, positions, c)."""

@@ -226,6 +226,9 @@ def test_guidance_wants_a_null_condition(good: Path) -> None:
         ({"score": "logit_local"}, "several levels"),
         ({"score": "either"}, "energy"),
         ({"cascade": "odin"}, "max_logit"),
+        ({"noise": "shard"}, "neighbour"),
+        ({"condition": "classes"}, "none"),
+        ({"use_levels": (300, 5)}, "use_levels"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict, words: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from farout import load, registry
+from farout import load, registry, store
 from farout.detectors import base
 from farout.detectors._fitting import recalibrate
 from farout.detectors.base import Detector
@@ -172,6 +172,15 @@ def test_another_precision_warns(detector: Detector, tmp_path: Path) -> None:
     detector.save(tmp_path / "d")
     with pytest.warns(TrapWarning, match="precision"):
         load(tmp_path / "d", precision="bf16")
+
+
+@pytest.mark.parametrize("elsewhere", ["cuda:7", "mps"])
+def test_a_device_that_is_not_here_gives_way(detector: Detector, tmp_path: Path, elsewhere: str) -> None:
+    detector.save(tmp_path / "d")
+    config = store.read_json(tmp_path / "d" / "config.json")
+    config["runtime"] |= {"device": elsewhere, "precision": "fp32"}
+    store.write_json(tmp_path / "d" / "config.json", config)
+    assert load(tmp_path / "d").runtime.device not in (elsewhere, "auto")
 
 
 def damage(monkeypatch: pytest.MonkeyPatch, kind: type[Detector], wanted: Callable[[str], bool]) -> None:

@@ -355,8 +355,8 @@ def test_what_is_not_a_number_is_refused_or_stays_in_its_row(kind: type[VectorDe
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (Mahalanobis, {"score": "nonsense"}, "no score 'nonsense'"),
-        (KNN, {"score": "nonsense"}, "no score 'nonsense'"),
+        (Mahalanobis, {"score": "nonsense"}, "score is 'nonsense'"),
+        (KNN, {"score": "nonsense"}, "score is 'nonsense'"),
         (KNN, {"k": 0}, "k and bank"),
         (PCA, {"variance": 1.0}, "between 0 and 1"),
         (GMM, {"components": 0}, "at least 1"),

@@ -219,6 +219,8 @@ def test_models_of_something_else_are_refused(fitted: Patches, good: Path) -> No
         ({"most": 1}, "most"),
         ({"levels": (100,)}, "0 to 99"),
         ({"levels": ()}, "0 to 99"),
+        ({"levels": (80, 80)}, "different"),
+        ({"batch": 0}, "batch"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict, words: str) -> None:

@@ -304,6 +304,19 @@ def test_without_a_classifier_one_is_trained_on_labels(
     assert not made.network.trained_on & (made.statistics_hashes | made.calibration_hashes)
 
 
+def test_what_cannot_work_is_refused_before_a_classifier_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr("farout.detectors._fitting.train_on", never)
+    for number, name in enumerate(("a", "b")):
+        pictures(tmp_path / "tree" / name, 30, low=100 * number, seed=number)
+    with pytest.raises(FaroutError, match="no class of outliers"):
+        Posthoc(score="extra").fit(tmp_path / "tree", alpha=0.1, statistics=15)
+
+
 def test_the_random_control_has_a_fresh_classifier(made: Posthoc, good: Path, tmp_path: Path) -> None:
     from farout.evaluation.beside import Beside, rated_beside
 

@@ -234,6 +234,10 @@ def test_paper_preset_is_the_papers() -> None:
         ({"levels": (50, 50)}, "different"),
         ({"mode": "exact", "levels": (0, 10)}, "from 1"),
         ({"mode": "slow"}, "slow"),
+        ({"mode": "slow", "levels": (50,)}, "slow"),
+        ({"levels": ()}, "different"),
+        ({"perceptual": "alex"}, "lpips"),
+        ({"grid": "papers"}, "released"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from farout.cli import main
-from farout.detectors._fitting import recalibrate
+from farout.detectors._fitting import recalibrate, source_spec
 from farout.detectors.reconstruction import Reconstruction
 from farout.diffusion.model import DiffusionModel
-from farout.errors import FaroutError, ShortfallWarning, StoreError, TrapWarning
+from farout.errors import FaroutError, MissingExtraError, ShortfallWarning, StoreError, TrapWarning
 from farout.evaluation.beside import Beside
 from farout.evaluation.evaluate import evaluate_detector
 from small import model, pictures
@@ -75,6 +75,70 @@ def test_recalibration_says_what_cannot_work(fitted: Reconstruction, tmp_path: P
         recalibrate(load(tmp_path / "d"), few, alpha=0.01)
     with pytest.raises(FaroutError, match="between 0 and 1"):
         recalibrate(load(tmp_path / "d"), few, alpha=2.0)
+
+
+def test_recalibration_says_what_it_leaves_out(
+    fitted: Reconstruction, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unreadable image has not been used; and a twin's calibration is not its twin's."""
+    twin, before = fitted.reconfigured(score="mean_z"), dict(fitted.provenance["images"])
+    fresh = pictures(tmp_path / "fresh", 12, seed=3)
+    (fresh / "broken.png").write_text("not a picture")
+    recalibrate(twin, fresh, policy="skip", alpha=0.1)
+    assert "used to fit" not in caplog.text
+    assert twin.provenance["images"]["calibration"] == 12
+    assert fitted.provenance["images"] == before
+    assert "calibration_source" not in fitted.provenance
+    for path in fresh.glob("0*.png"):
+        path.write_text("not a picture")
+    with pytest.raises(FaroutError, match="0 of 13 images can be read"):
+        recalibrate(twin, fresh, policy="skip")
+
+
+def test_a_refit_that_fails_leaves_nothing_fitted(folder: Path) -> None:
+    """Old p-values and new networks do not go together."""
+    detector = Reconstruction(levels=(50,), draws=1).fit(folder, diffusion=model(), alpha=0.1, statistics=30)
+    with pytest.raises(FaroutError, match="at least 2"):
+        detector.fit(folder, diffusion=model(), statistics=0)
+    assert detector.fitted, "refused before anything has changed"
+    with pytest.warns(ShortfallWarning), pytest.raises(FaroutError, match="too few"):
+        detector.fit(folder, diffusion=model(), alpha=0.001)
+    with pytest.raises(FaroutError, match="not been fitted"):
+        detector.score(folder)
+
+
+def test_sources_are_remembered_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures(tmp_path / "good", 2)
+    monkeypatch.chdir(tmp_path)
+    there = str(tmp_path.resolve())
+    assert source_spec("good") == source_spec(Path("good")) == f"{there}/good"
+    assert source_spec("good@vflip") == f"{there}/good@vflip"
+    assert source_spec("good/*.png@classes=0-1") == f"{there}/good/*.png@classes=0-1"
+    assert source_spec("cifar10:test@vflip") == "cifar10:test@vflip"
+    assert source_spec("hf://someone/something:train") == "hf://someone/something:train"
+    assert source_spec(["pictures"]) is None
+
+
+def test_another_value_range_is_named(folder: Path) -> None:
+    with pytest.warns(TrapWarning, match="value range 'minmax', the diffusion model has 'fixed'"):
+        Reconstruction(levels=(50,), draws=1, normalisation="minmax").fit(
+            folder, diffusion=model(), alpha=0.1, statistics=30
+        )
+
+
+def test_a_distance_that_is_not_installed_is_said_before_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise MissingExtraError("no lpips")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr("farout.detectors.reconstruction.perceptual_distance", missing)
+    monkeypatch.setattr("farout.detectors._fitting.train_model", never)
+    with pytest.raises(MissingExtraError, match="no lpips"):
+        Reconstruction().fit(folder, alpha=0.1, statistics=30)
 
 
 def test_seen_images_and_unknown_pasts_are_named(folder: Path, fitted: Reconstruction, tmp_path: Path) -> None:

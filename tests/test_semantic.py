@@ -220,6 +220,16 @@ def test_random_weights_of_the_backbone_are_another_one(folder: Path) -> None:
     assert np.isfinite(detector.score(folder).score).all()
 
 
+def test_costs_count_no_padding(folder: Path) -> None:
+    detector, counted = fitted(folder), []
+    for detector.draws in (1, 2, 3):
+        counted.append(detector.cost())
+    assert [cost.nfe for cost in counted] == [2, 4, 6]
+    one, two, three = (cost.gmacs for cost in counted)
+    assert two - one == pytest.approx(three - two)
+    assert two > one
+
+
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(FaroutError, match="no score 'nonsense'"):
         Semantic(score="nonsense")
@@ -266,6 +276,16 @@ def test_damaged_features_stop_the_training(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Semantic, "_compute", lambda self, images: torch.full((len(images), 512), float("nan")))
     with pytest.raises(FaroutError, match="not numbers"):
         fitted(folder, runtime=Runtime(cache=False))
+
+
+def test_a_training_goes_on_with_the_same_features_only(folder: Path, tmp_path: Path) -> None:
+    """A smaller input, or another standardisation, gives as many features, and weights that fit."""
+    checkpoints = {"checkpoints": tmp_path / "c", "resume": True, "alpha": 0.1, "statistics": 20}
+    small = {"hidden": 32, "bottleneck": 32, "embedding": 16, "blocks": 1, "epochs": 1, "batch": 16}
+    Semantic(size=32, **small).fit(folder, **checkpoints)  # type: ignore[arg-type]
+    for other in ({"size": 48}, {"size": 32, "standardise": "channel"}, {"size": 32, "time_sampling": "low_noise"}):
+        with pytest.raises(StoreError, match="fingerprint"):
+            Semantic(**small, **other).fit(folder, **checkpoints)  # type: ignore[arg-type]
 
 
 def test_cached_and_uncached_scores_are_the_same(folder: Path) -> None:

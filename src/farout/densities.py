@@ -30,10 +30,10 @@ __all__ = [
 Arrays = Mapping[str, np.ndarray]
 
 
-def _table(x: np.ndarray, least: int = 1) -> np.ndarray:
+def _table(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x, dtype=np.float64)
-    if x.ndim != 2 or len(x) < least:
-        raise FaroutError(f"expected a table (n, d) of at least {least} rows, got shape {x.shape}")
+    if x.ndim != 2 or len(x) < 2:
+        raise FaroutError(f"expected a table (n, d) of at least 2 rows, got shape {x.shape}")
     if not np.isfinite(x).all():
         raise FaroutError(
             f"{int((~np.isfinite(x)).any(1).sum())} of {len(x)} rows hold values that are not finite numbers"
@@ -96,7 +96,7 @@ class ZScore(_Fitted):
     @classmethod
     def fit(cls, x: np.ndarray) -> Self:
         """From a table (n, d) of at least two rows."""
-        x = _table(x, 2)
+        x = _table(x)
         return cls(x.mean(0), _deviations(x, x))
 
     def z(self, x: np.ndarray) -> np.ndarray:
@@ -110,6 +110,12 @@ class ZScore(_Fitted):
     def two_sided(self, x: np.ndarray) -> np.ndarray:
         """Mean over columns of |z|, (n,)."""
         return np.abs(self.z(x)).mean(1)
+
+
+def _standard(x: np.ndarray) -> tuple[ZScore, np.ndarray]:
+    """The z scores of a table (n, d) of at least two rows, and the table in them."""
+    z = ZScore.fit(x)
+    return z, z.z(x)
 
 
 def _precision(z: np.ndarray) -> np.ndarray:
@@ -132,8 +138,8 @@ class Mahalanobis(_Fitted):
     @classmethod
     def fit(cls, x: np.ndarray) -> Self:
         """From a table (n, d) of at least two rows."""
-        z = ZScore.fit(x)
-        return cls(z.mean, z.std, _precision(z.z(_table(x, 2))))
+        z, table = _standard(x)
+        return cls(z.mean, z.std, _precision(table))
 
     def score(self, x: np.ndarray) -> np.ndarray:
         """Squared distance divided by d, (n,): about 1 for images like those fitted on."""
@@ -156,7 +162,7 @@ class ClassMahalanobis(_Fitted):
     @classmethod
     def fit(cls, x: np.ndarray, labels: np.ndarray) -> Self:
         """From a table (n, d) and n labels; some class wants two rows, for how far a class spreads."""
-        x = _table(x, 2)
+        x = _table(x)
         classes, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if len(labels) != len(x) or counts.max() < 2:
             given = f"{len(labels)} labels of {len(classes)} classes for {len(x)} rows"
@@ -184,8 +190,7 @@ class Principal(_Fitted):
     @classmethod
     def fit(cls, x: np.ndarray, *, share: float = 1.0, most: int | None = None) -> Self:
         """The fewest components, at least one, that explain `share` of the variance, but no more than `most`."""
-        z = ZScore.fit(x)
-        table = z.z(_table(x, 2))
+        z, table = _standard(x)
         variances, axes = np.linalg.eigh(table.T @ table / len(table))
         explained = np.cumsum(np.maximum(variances[::-1], 0))
         count = 1 + int(np.searchsorted(explained, share * explained[-1]))
@@ -215,8 +220,7 @@ class GaussianMixture(_Fitted):
         Each has its own covariance, which wants 10 d rows a component; or all have one (`shared`), which wants 20 rows
         a component, and their numbers double from 1.
         """
-        z = ZScore.fit(x)
-        table = z.z(_table(x, 2))
+        z, table = _standard(x)
         # copies of a row add nothing
         rows = len(np.unique(table, axis=0))
         limit = max(1, min(most, rows // (20 if shared else 10 * table.shape[1])))
@@ -254,8 +258,7 @@ class KernelDensity(_Fitted):
     @classmethod
     def fit(cls, x: np.ndarray) -> Self:
         """From a table (n, d) of at least two rows."""
-        z = ZScore.fit(x)
-        rows = z.z(_table(x, 2))
+        z, rows = _standard(x)
         return cls(z.mean, z.std, rows, np.asarray(len(rows) ** (-1 / (rows.shape[1] + 4))))
 
     def score(self, x: np.ndarray) -> np.ndarray:
@@ -278,8 +281,7 @@ class Nearest(_Fitted):
     @classmethod
     def fit(cls, x: np.ndarray, *, k: int = 1) -> Self:
         """From a table (n, d) of at least two rows; k is at most n."""
-        z = ZScore.fit(x)
-        rows = z.z(_table(x, 2))
+        z, rows = _standard(x)
         return cls(z.mean, z.std, rows, np.asarray(min(k, len(rows))))
 
     def score(self, x: np.ndarray) -> np.ndarray:

@@ -18,8 +18,8 @@ __all__ = ["Cost", "cost_of"]
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs: rows that the diffusion model evaluates, and billions of multiply-accumulates of all
-    networks together.
+    """What one image costs: rows that the diffusion model, or without one the classifier, evaluates, and billions of
+    multiply-accumulates of all networks together.
     """
 
     nfe: float

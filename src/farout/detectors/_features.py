@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from farout.detectors._settings import check_words
 from farout.detectors.base import Detector, Measurements
-from farout.devices import Precision
 from farout.errors import FaroutError
+from farout.features.diffusion import FeatureDiffusion
 from farout.features.encoding import FeatureEncoding
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
@@ -43,6 +44,7 @@ class FeatureDetector(Detector):
         layers: tuple[int, ...] | None = None,
         size: int | None = None,
     ) -> None:
+        check_words(self)
         if layers is not None and (not layers or len(set(layers)) < len(layers) or min(layers) < 0):
             raise FaroutError(f"layers want different numbers from 0, got {list(layers)}")
 
@@ -68,31 +70,28 @@ class FeatureDetector(Detector):
         assert self.features is not None
         return self.features
 
+    def check_backbone(self, model: FeatureDiffusion) -> None:
+        """Raises FaroutError for a diffusion model of another backbone's features."""
+        if model.backbone != self.backbone.content_hash:
+            hint = f"{self.backbone.name} (hash {self.backbone.content_hash[:8]}, the model wants {model.backbone[:8]})"
+            raise FaroutError(f"this model was trained on features of another backbone than {hint}; fit again")
+
     @property
     def batch_size(self) -> int:
         """As set, else 64, on an accelerator what one call takes."""
-        return max(64, int(self.runtime.rows)) if self.runtime.batch_size == "auto" else self.runtime.batch_size
+        return max(64, self.rows) if self.runtime.batch_size == "auto" else self.runtime.batch_size
 
     def batches(self, source: ImageSource) -> Iterator[Batch]:
-        """Batches with features, from the cache where it has them."""
+        """Features in place of the images, from the cache where it has them; the images where there is no cache."""
         if not self.runtime.cache:
-            for batch in super().batches(source):
-                yield batch if not batch.keys else self._with_features(batch)
+            yield from super().batches(source)
             return
-        precision: Precision = self.runtime.precision  # type: ignore[assignment]
-        reader = CachedFeatures(self.backbone, self.preprocessing, self._rows, precision)
+        reader = CachedFeatures(self.backbone, self.preprocessing, self.rows, self.precision)
         yield from reader.batches(source, self.batch_size, self.runtime.workers)
         self.cache_hits += reader.cache.hits
 
-    @property
-    def _rows(self) -> int:
-        return int(self.runtime.rows)
-
     def _compute(self, images: Tensor) -> Tensor:
-        return self.backbone.pooled(images, self._rows, self.runtime.precision)  # type: ignore[arg-type]
-
-    def _with_features(self, batch: Batch) -> Batch:
-        return Batch(batch.keys, batch.images, batch.labels, batch.indices, self._compute(batch.images).cpu())
+        return self.backbone.pooled(images, self.rows, self.precision)
 
     def features_of(self, batch: Batch) -> Tensor:
         """Features (B, width) float32 on the CPU."""
@@ -120,8 +119,6 @@ class VectorDetector(FeatureDetector):
 
     def __init__(self, *, standardise: Literal["image", "none"] = "image", **features: Any) -> None:
         super().__init__(**features)
-        if standardise not in ("image", "none"):
-            raise FaroutError(f"standardise is 'image' or 'none', got {standardise!r}")
 
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
         """Vectors `features` (B, width)."""
@@ -141,12 +138,6 @@ class VectorDetector(FeatureDetector):
     def by_layer(self, table: np.ndarray) -> list[np.ndarray]:
         """Features (n, width) as one table (n, channels) per layer of the backbone."""
         return np.split(table, np.cumsum(self.backbone.channels)[:-1], axis=1)
-
-    @staticmethod
-    def check_score(score: str, known: Sequence[str]) -> None:
-        """Raises FaroutError for a score that the method does not define."""
-        if score not in known:
-            raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(known)}")
 
     @classmethod
     def tiny(cls, resources: Any) -> VectorDetector:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from farout.features.diffusion import FeatureDiffusion
 from farout.images.classes import class_names_of
 from farout.images.preprocessing import Preprocessing, Protocol
 from farout.images.sources import ImageSource, open_source
+from farout.images.spec import parse_spec
 from farout.images.splits import Split, calibration_size, seen_hint, split
 from farout.training import TrainingConfig
 
@@ -74,9 +74,12 @@ class FitSettings:
 def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: FitSettings) -> D:
     """See `Detector.fit`."""
     _check_alpha(settings.alpha)
+    if settings.statistics is not None and settings.statistics < 2:
+        raise FaroutError(f"statistics want at least 2 images, got {settings.statistics}")
     source = open_source(images, limit=settings.limit, seed=settings.seed, policy=settings.policy)
     given = _given(detector, diffusion)
     detector.classifier = _given_classifier(detector, classifier, source)
+    detector.calibration_scores = {}  # what fails halfway is not fitted, whatever an earlier fit has left
     detector.begin()
     if "features" in detector.needs:
         detector.features = detector.features or detector.build_features()
@@ -129,12 +132,6 @@ def _given(detector: Detector, diffusion: Any) -> DiffusionModel | FeatureDiffus
         raise FaroutError(f"{name} works with a {kind.__name__}, got a {type(model).__name__}")
     if not model.trained_on and "random_weights" not in model.provenance:
         message = "it is not known which images this diffusion model was trained on; fit on images it cannot have seen"
-        warnings.warn(message, TrapWarning, stacklevel=4)
-    if isinstance(model, FeatureDiffusion):
-        return model
-    wanted = detector.config.get("normalisation", model.preprocessing.value_range)
-    if wanted != model.preprocessing.value_range:
-        message = f"the method wants value range {wanted!r}, the given model was trained with another; its own is used"
         warnings.warn(message, TrapWarning, stacklevel=4)
     return model
 
@@ -292,8 +289,11 @@ def source_spec(images: Any) -> str | None:
     """What opens the same images again from any folder; None for images that were given as objects."""
     if not isinstance(images, str | Path):
         return None
-    path = Path(images)
-    return str(path.resolve()) if path.exists() else str(images)
+    text = str(images)
+    spec = parse_spec(text)
+    if spec.kind != "path":
+        return text
+    return str(Path(spec.location).expanduser().resolve()) + text.removeprefix(spec.location)
 
 
 def recalibrate(
@@ -313,21 +313,22 @@ def recalibrate(
     _check_alpha(wanted)
     source = open_source(images, limit=limit, seed=detector.seed, policy=policy)
     seen = detector.statistics_hashes | detector.trained_on
-    hashes = source.content_hashes()
-    fresh = [i for i, name in enumerate(hashes) if name is not None and name not in seen]
+    hashes = {i: name for i, name in enumerate(source.content_hashes()) if name is not None}
+    fresh = [i for i, name in hashes.items() if name not in seen]
+    used = len(hashes) - len(fresh)
     if not fresh:
-        raise FaroutError(f"all {len(source)} images were used to fit this detector; calibrate on others")
-    if len(fresh) < len(source):
-        _log.warning(
-            "%d of %d images were used to fit this detector and are left out", len(source) - len(fresh), len(source)
-        )
-    least = math.ceil(1 / wanted) - 1
+        readable = f"{len(hashes)} of {len(source)} images can be read"
+        raise FaroutError(f"{readable}, and {used} of these were used to fit this detector; calibrate on others")
+    if used:
+        _log.warning("%d of %d images were used to fit this detector and are left out", used, len(source))
+    least = calibration_size(0, wanted)
     if len(fresh) < least:
         message = f"{len(fresh)} calibration images cannot flag anything at alpha {wanted}; that takes {least}"
         warnings.warn(message, ShortfallWarning, stacklevel=2)
     detector.set_calibration(detector.measure_all(source.subset(fresh), "measuring calibration images"))
     detector.alpha = wanted
-    detector.calibration_hashes = frozenset(str(hashes[i]) for i in fresh)
-    detector.provenance["calibration_source"] = source_spec(images)
-    detector.provenance.get("images", {})["calibration"] = len(fresh)
+    detector.calibration_hashes = frozenset(hashes[i] for i in fresh)
+    # a new one: a `reconfigured` twin has the old one too
+    counts = {**detector.provenance.get("images", {}), "calibration": len(fresh)}
+    detector.provenance = {**detector.provenance, "calibration_source": source_spec(images), "images": counts}
     return detector

@@ -12,8 +12,9 @@ import torch
 from farout import registry, store
 from farout.classifiers.model import Classifier
 from farout.detectors.base import Detector, Measurements, Runtime
+from farout.devices import resolve_device
 from farout.diffusion.model import DiffusionModel
-from farout.errors import StoreError, TrapWarning
+from farout.errors import FaroutError, StoreError, TrapWarning
 from farout.features.diffusion import FeatureDiffusion
 from farout.features.extractor import FeatureExtractor
 from farout.images.preprocessing import Preprocessing
@@ -122,9 +123,7 @@ def _read_model(
 
 def _runtime(fitted: Runtime, changes: dict[str, Any]) -> Runtime:
     """The fitted settings with the caller's changes; a device that is not here gives way to `auto`."""
-    if "device" not in changes and fitted.device.startswith("cuda") and not torch.cuda.is_available():
-        fitted = replace(fitted, device="auto")
-    runtime = replace(fitted, **changes).resolved()
+    runtime = replace(fitted, **{"device": _device(fitted.device), **changes}).resolved()
     for name in ("precision", "rows"):
         if getattr(runtime, name) != getattr(fitted, name):
             message = (
@@ -132,6 +131,14 @@ def _runtime(fitted: Runtime, changes: dict[str, Any]) -> Runtime:
             )
             warnings.warn(message, TrapWarning, stacklevel=4)
     return runtime
+
+
+def _device(fitted: str) -> str:
+    try:
+        resolve_device(fitted)
+    except FaroutError:
+        return "auto"
+    return fitted
 
 
 def _card(detector: Detector) -> str:

@@ -56,7 +56,6 @@ class AutoEncoder(VectorDetector):
             raise FaroutError(
                 f"hidden, bottleneck and updates want at least 1, got {hidden}, {bottleneck} and {updates}"
             )
-        self.check_score(score, ("mfsim", "mse"))
         self.weights: list[np.ndarray] = []
         self.biases: list[np.ndarray] = []
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from farout.calibration import check_scores, is_out, p_values
 from farout.configuration import Configured
 from farout.detectors._cost import Cost, cost_of
 from farout.detectors._tables import Measurements, Scores
+from farout.devices import Precision
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError
 from farout.features.diffusion import FeatureDiffusion
@@ -73,7 +74,7 @@ class Detector(Configured, ABC):
     statistics_minimum: ClassVar[int] = 400
     """Images that the statistics want."""
     statistics_suffice: ClassVar[bool] = False
-    """Whether more would be measured for little: where no network is trained, all other images are left then."""
+    """Whether more would add little: where no network is trained, what is over is not measured."""
 
     preprocessing: Preprocessing
     statistics: Measurements
@@ -120,7 +121,7 @@ class Detector(Configured, ABC):
 
     def build_features(self) -> FeatureExtractor:
         """The backbone of a method that needs `features`."""
-        raise NotImplementedError(f"{type(self).__name__} needs features and does not say of which backbone")
+        raise FaroutError(f"{type(self).__name__} needs features and has no build_features that says of which backbone")
 
     def build_preprocessing(self, source: ImageSource, protocol: Protocol | None) -> Preprocessing:
         """How images are brought to size where no diffusion model of images and no classifier says it."""
@@ -212,6 +213,16 @@ class Detector(Configured, ABC):
         return frozenset[str]().union(*(network.trained_on for network in networks))
 
     @property
+    def rows(self) -> int:
+        """Rows of one network call."""
+        return int(self.runtime.rows)
+
+    @property
+    def precision(self) -> Precision:
+        """What networks compute in; `use` has resolved it."""
+        return cast("Precision", self.runtime.precision)
+
+    @property
     def batch_size(self) -> int:
         """Images measured together: as set, or what a budget of 256 MiB holds, between 1 and 64."""
         shape = (self.preprocessing.channels, *self.preprocessing.size)
@@ -289,23 +300,16 @@ class Detector(Configured, ABC):
     def score(self, images: Any, *, limit: int | None = None, policy: Policy = "nan") -> Scores:
         """Scores every image of a source, in its order."""
         self.check_fitted()
-        source = self.open(images, limit=limit, policy=policy)
-        parts = list(self.score_chunks(source))
-        scores = Scores.join(parts)
-        check_scores(scores.score[np.array(scores.status) != "unreadable"], source.name)
-        return scores
-
-    def score_chunks(self, source: ImageSource) -> Iterator[Scores]:
-        """Scores a source, `batch_size` images at a time, in bounded memory."""
-        size = self.batch_size
+        source, size, parts = self.open(images, limit=limit, policy=policy), self.batch_size, []
         with task("scoring", len(source)) as bar:
             for position, batch in zip(range(0, len(source), size), self.batches(source), strict=True):
                 keys = source.keys[position : position + size]
-                yield self._score_batch(keys, batch, source)
+                measured = self.measure(batch) if batch.keys else None
+                parts.append(self.rescore_all(keys, measured, skip=source.policy == "skip"))
                 bar.advance(len(keys))
-
-    def _score_batch(self, keys: tuple[str, ...], batch: Batch, source: ImageSource) -> Scores:
-        return self.rescore_all(keys, self.measure(batch) if batch.keys else None, skip=source.policy == "skip")
+        scores = Scores.join(parts)
+        check_scores(scores.score[np.array(scores.status) != "unreadable"], source.name)
+        return scores
 
     def rescore_all(self, keys: tuple[str, ...], measurements: Measurements | None, *, skip: bool) -> Scores:
         """Scores of `keys`, some of which may have no measurements because they could not be read: those are left out
@@ -333,7 +337,7 @@ class Detector(Configured, ABC):
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations (rows) so far; 0 for methods without a network."""
+        """Rows that its diffusion model, or else its classifier, has evaluated; those of a backbone do not count."""
         return 0
 
     @property
@@ -384,7 +388,7 @@ _FITTED = (
 
 
 def load(folder: str | Path, **runtime: Any) -> Detector:
-    """Loads a fitted detector; `runtime` overrides device, precision, rows, batch_size or workers.
+    """Loads a fitted detector; `runtime` overrides device, precision, rows, batch_size, workers or cache.
 
     Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
     """

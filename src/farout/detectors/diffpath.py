@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farout.classifiers.model import Classifier
 from farout.densities import GaussianMixture, KernelDensity, pack, unpack
+from farout.detectors._settings import check_words
 from farout.detectors.base import Detector, Measurements
 from farout.diffusion.denoiser import NetworkDenoiser, spread
 from farout.diffusion.model import DiffusionModel
@@ -18,8 +19,6 @@ from farout.errors import FaroutError
 from farout.images.sources import Batch, ImageSource
 
 __all__ = ["DiffPath"]
-
-_SCORES = ("six", "curvature", "rate")
 
 
 class DiffPath(Detector):
@@ -71,10 +70,9 @@ class DiffPath(Detector):
         components: int = 10,
         score: Literal["six", "curvature", "rate"] = "six",
     ) -> None:
+        check_words(self)
         if steps < 2 or components < 1:
             raise FaroutError(f"steps want at least 2, components at least 1, got {steps} and {components}")
-        if score not in _SCORES:
-            raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(_SCORES)}")
         self.path = torch.zeros(0)
         self.mixture: GaussianMixture | None = None
         self.kernels: dict[str, KernelDensity] = {}
@@ -102,8 +100,7 @@ class DiffPath(Detector):
         if self.diffusion is None:
             raise FaroutError("DiffPath wants a diffusion model")
         self.path = self._path(self.diffusion)
-        rows, precision = int(self.runtime.rows), self.runtime.precision
-        self.network: NetworkDenoiser = self.diffusion.denoiser(rows, precision)  # type: ignore[arg-type]
+        self.network: NetworkDenoiser = self.diffusion.denoiser(self.rows, self.precision)
         self.denoiser = self.diffusion.in_range(self.network) if self.config["clamp"] else self.network
 
     @property

@@ -45,7 +45,6 @@ class GMM(VectorDetector):
         super().__init__(**features)
         if dimensions < 1 or components < 1:
             raise FaroutError(f"dimensions and components want at least 1, got {dimensions} and {components}")
-        self.check_score(score, ("density", "inside"))
         self.reduced: Principal | None = None
         self.mixture: GaussianMixture | None = None
         self.noise = 1.0

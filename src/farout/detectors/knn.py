@@ -43,7 +43,6 @@ class KNN(VectorDetector):
         super().__init__(**features)
         if k < 1 or bank < 1:
             raise FaroutError(f"k and bank want at least 1, got {k} and {bank}")
-        self.check_score(score, ("distance", "mean"))
         self.bank = self.squares = np.zeros(0)
 
     @property

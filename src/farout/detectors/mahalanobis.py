@@ -16,8 +16,6 @@ from farout.images.sources import Batch
 
 __all__ = ["Mahalanobis"]
 
-_PLAIN, _CLASSWISE = ("distance", "layers"), ("conditional", "relative")
-
 
 class Mahalanobis(VectorDetector):
     """Distance of pooled features to good images, in units of how good images spread.
@@ -46,9 +44,8 @@ class Mahalanobis(VectorDetector):
         **features: Any,
     ) -> None:
         super().__init__(**features)
-        if score in _CLASSWISE and not classes:
+        if score in ("conditional", "relative") and not classes:
             raise FaroutError(f"the score {score!r} wants classes=True and images with labels")
-        self.check_score(self.score_name, (*_PLAIN, *_CLASSWISE))
         self.whole: densities.Mahalanobis | None = None
         self.layers: list[densities.Mahalanobis] = []
         self.scale: densities.ZScore | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farout.classifiers.model import Classifier
 from farout.densities import GaussianMixture, Mahalanobis, Nearest, pack, unpack
+from farout.detectors._settings import checked_levels
 from farout.detectors.base import Detector, Measurements
 from farout.diffusion.denoiser import NetworkDenoiser, spread
 from farout.diffusion.model import DiffusionModel
@@ -96,9 +97,7 @@ class MSMA(Detector):
         """The levels t, rising; raises FaroutError for those outside the schedule."""
         schedule, given = model.schedule, self.config["levels"]
         if given is not None:
-            if not given or len(set(given)) < len(given) or min(given) < 0 or max(given) >= schedule.steps:
-                raise FaroutError(f"levels want different values from 0 to {schedule.steps - 1}, got {list(given)}")
-            return tuple(sorted(given))
+            return checked_levels(given, schedule.steps)
         low, high = model.limits or (0.0, 1.0)
         wanted = torch.tensor([self.config["lowest"], self.config["highest"]], dtype=torch.float64) * (high - low)
         ends = wanted.clamp(schedule.sigma[0], schedule.sigma[-1])
@@ -117,8 +116,7 @@ class MSMA(Detector):
             raise FaroutError("MSMA wants a diffusion model")
         self.levels = self._levels(self.diffusion)
         self.sigmas = self.diffusion.schedule.sigma_of(torch.tensor(self.levels)).float()
-        rows, precision = int(self.runtime.rows), self.runtime.precision
-        self.denoiser: NetworkDenoiser = self.diffusion.denoiser(rows, precision)  # type: ignore[arg-type]
+        self.denoiser: NetworkDenoiser = self.diffusion.denoiser(self.rows, self.precision)
 
     @property
     def rows_per_image(self) -> int:

@@ -40,7 +40,6 @@ class PCA(VectorDetector):
         super().__init__(**features)
         if not 0 < variance < 1:
             raise FaroutError(f"variance is a share between 0 and 1, got {variance}")
-        self.check_score(score, ("residual", "fraction"))
         self.components: Principal | None = None
 
     def fit_statistics(self, measurements: Measurements) -> None:

@@ -1,1 +1,1 @@
-"""Frozen backbones and the distances built on them."""
+"""Frozen backbones and what is built on their features: a cache, distances, diffusion models of features."""

@@ -124,11 +124,13 @@ def input_config(name: str) -> Any:
 
 @torch.random.fork_rng(devices=[])  # networks are born with random weights; the caller's numbers go on
 def default_layers(name: str) -> tuple[int, ...]:
-    """The taps of a network without preset: all levels of a convolutional one, four blocks evenly spread of a
+    """The taps of a preset; of another network all levels of a convolutional one, four blocks evenly spread of a
     transformer.
 
     Raises FaroutError for a name that timm does not know or that gives no feature maps.
     """
+    if name in BACKBONES:
+        return BACKBONES[name].layers
     network = _bare(name, None, None)
     if is_transformer(network):
         depth = len(network.model.feature_info)

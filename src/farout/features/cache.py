@@ -37,6 +37,7 @@ __all__ = ["CachedKind", "FeatureCache", "cache_folder", "cached_kinds", "clear"
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
+"""Version of the files' layout; another one is another folder."""
 _BLOCK = 256
 _SETTINGS = "settings.json"
 _NAME = re.compile("[0-9a-f]{16}")

@@ -72,7 +72,7 @@ class FeatureExtractor:
             raise FaroutError("layers is empty; name at least one, or leave it out for the backbone's own")
         preset = backbones.BACKBONES.get(backbone)
         name = preset.name if preset else backbone
-        taps = layers or (preset.layers if preset else backbones.default_layers(name))
+        taps = layers or backbones.default_layers(backbone)
         config = backbones.input_config(name)
         side = size if size is not None else preset.size if preset else int(config.input_size[-1])
         network, origin = backbones.create(name, tuple(sorted(taps)), side, weights)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from farout.diffusion.denoiser import in_chunks
-from farout.errors import MissingExtraError
+from farout.errors import FaroutError, MissingExtraError
 from farout.features.backbones import lite0
 
 __all__ = ["PerceptualDistance", "PerceptualName", "perceptual_distance", "ssim"]
@@ -108,10 +108,13 @@ def perceptual_distance(name: PerceptualName) -> PerceptualDistance:
     """`lite0`: EfficientNet-lite0 features at 64 px or more, all depths, unit weights; needs no hub. `lpips`: LPIPS
     with AlexNet, version 0.1, the reconstruction paper's.
 
-    Raises MissingExtraError for `lpips` where the package or its AlexNet weights cannot be had.
+    Raises FaroutError for another name, MissingExtraError for `lpips` where the package or its AlexNet weights cannot
+    be had.
     """
     if name == "lite0":
         return _FeatureDistance(lite0(), [0.5] * 3, [0.5] * 3, 64, None)
+    if name != "lpips":
+        raise FaroutError(f"there is no perceptual distance {name!r}; expected lite0 or lpips")
     return _lpips()
 
 

@@ -17,10 +17,11 @@ from farout.checkpoints import checkpoint_weights, step_folder
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.feature_denoiser import FeatureDenoiser
 from farout.diffusion.losses import LevelSampling, Objective, denoising_loss
+from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
 from farout.features.diffusion import FeatureDiffusion, paper_schedule
 from farout.features.encoding import FeatureEncoding
-from farout.training import TrainingConfig, train
+from farout.training import Step, TrainingConfig, train
 
 __all__ = ["train_features"]
 
@@ -52,29 +53,24 @@ def train_features(
         first_step: also keep the denoiser as it was after this step, for the likelihood-regret score.
         out: folder of the checkpoints; None: none are kept.
         resume: go on from the last checkpoint there.
-        fingerprint: what the features are, for instance a hash; a resumed run must have the same.
+        fingerprint: which images or positions the features are of; a resumed run must have the same, and the same
+            backbone, encoding, network and levels.
 
-    Raises FaroutError for features that are not numbers.
+    Raises FaroutError for features that are not numbers; StoreError where what is resumed learnt from others.
     """
-    if not bool(torch.isfinite(features).all()):
-        bad = int((~torch.isfinite(features)).any(1).sum())
-        raise FaroutError(f"{bad} of {len(features)} rows of features are not numbers; look for damaged weights")
+    _check_numbers(features)
     fitted = encoding.fitted(features)
     torch.manual_seed(training.seed)
     denoiser = FeatureDenoiser(fitted.width, **network)
     model = FeatureDiffusion(denoiser, fitted, paper_schedule(), backbone, trained_on=hashes)
-
-    objective = Objective(levels)
-
-    def step(net: nn.Module, batch: list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        return {"loss": denoising_loss(NetworkDenoiser(net, model.schedule, "sample"), batch[0], generator, objective)}
-
+    # networks of one shape may learn from features of another backbone, or otherwise standardised
+    learnt = f"{fingerprint} {backbone} {encoding.standardise} {encoding.summaries} {sorted(network.items())} {levels}"
     if first_step is not None:
         training = replace(training, keep=(*training.keep, first_step))
     with ExitStack() as exits:
         folder = out or Path(exits.enter_context(TemporaryDirectory()))
-        data = TensorDataset(fitted(features))
-        result = train(denoiser, step, data, training, out=folder, resume=resume, fingerprint=fingerprint)
+        step, data = _step(model.schedule, Objective(levels)), TensorDataset(fitted(features))
+        result = train(denoiser, step, data, training, out=folder, resume=resume, fingerprint=learnt)
         if first_step is not None:
             model.first = FeatureDenoiser(fitted.width, **network).to(model.device).eval()
             model.first.load_state_dict(checkpoint_weights(step_folder(folder, first_step)))
@@ -87,3 +83,16 @@ def train_features(
         "training": asdict(training),
     }
     return model
+
+
+def _check_numbers(features: Tensor) -> None:
+    bad = int((~torch.isfinite(features)).any(1).sum())
+    if bad:
+        raise FaroutError(f"{bad} of {len(features)} rows of features are not numbers; look for damaged weights")
+
+
+def _step(schedule: NoiseSchedule, objective: Objective) -> Step:
+    def step(network: nn.Module, batch: list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        return {"loss": denoising_loss(NetworkDenoiser(network, schedule, "sample"), batch[0], generator, objective)}
+
+    return step

@@ -14,9 +14,9 @@ from torch import Tensor
 from farout.classifiers.exposure import counted_classes, known_classes
 from farout.classifiers.model import Classifier
 from farout.densities import ZScore, pack, unpack
+from farout.detectors._settings import check_words, checked_levels
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.denoising.changes import (
-    DISTANCES,
     METRICS,
     POST_HOC,
     SPACES,
@@ -38,6 +38,7 @@ from farout.diffusion.train import DiffusionConfig
 from farout.errors import FaroutError
 from farout.images.classes import class_name
 from farout.images.sources import Batch, ImageSource
+from farout.progress import task
 
 __all__ = ["Denoising"]
 
@@ -116,15 +117,15 @@ class Denoising(Detector):
         distance: Distance = "l1",
         cascade: PostHoc | None = None,
     ) -> None:
+        check_words(self)
         if not levels or len(set(levels)) < len(levels) or min(levels) < 0:
             raise FaroutError(f"levels want different numbers from 0, got {list(levels)}")
         if min(draws, steps, 1 if grid is None else grid) < 1:
             raise FaroutError(f"draws, steps and grid want at least 1, got {draws}, {steps} and {grid}")
-        if solver not in SOLVERS or distance not in DISTANCES or cascade not in (None, *POST_HOC):
-            known = f"{', '.join(SOLVERS)}; {', '.join(DISTANCES)}; {', '.join(POST_HOC)}"
-            raise FaroutError(f"solver, distance and cascade are {solver!r}, {distance!r}, {cascade!r}; known: {known}")
-        if not set(use_levels if use_levels is not None else levels[:1]) & set(levels):
-            raise FaroutError(f"use_levels {list(use_levels or ())} are none of the levels {list(levels)}")
+        if solver not in SOLVERS:
+            raise FaroutError(f"there is no solver {solver!r}; expected one of {', '.join(SOLVERS)}")
+        if use_levels is not None and not (use_levels and set(use_levels) <= set(levels)):
+            raise FaroutError(f"use_levels want some of the levels {list(levels)}, got {list(use_levels)}")
         if use_draws is not None and not 1 <= use_draws <= draws:
             raise FaroutError(f"use_draws want 1 to {draws}, got {use_draws}")
         self._check_score(score, levels, cascade)
@@ -155,7 +156,7 @@ class Denoising(Detector):
         model = self.diffusion
         if model is None or self.classifier is None:
             return
-        self.denoiser = model.denoiser(self._rows, self.runtime.precision)  # type: ignore[arg-type]
+        self.denoiser = model.denoiser(self.rows, self.precision)
         self.solve = solver_by_name(self.config["solver"], model.schedule)
         self.paths = self._all_paths(model.schedule).to(model.device)
         self.shared = None
@@ -171,9 +172,7 @@ class Denoising(Detector):
         assert diffusion is not None
         assert classifier is not None
         self._check_models(diffusion, classifier)
-        highest = diffusion.schedule.steps - 1
-        if self.levels[-1] > highest:
-            raise FaroutError(f"levels run from 0 to {highest} in this model's schedule, got {list(self.levels)}")
+        checked_levels(self.levels, diffusion.schedule.steps)
         rehearse(solver_by_name(self.config["solver"], diffusion.schedule), self._all_paths(diffusion.schedule))
         if self.config["labels"] == "true" and not set(_names(source)) & set(classifier.class_names):
             known = ", ".join(classifier.class_names[: known_classes(classifier)])
@@ -210,10 +209,6 @@ class Denoising(Detector):
             raise FaroutError("diffusion model and classifier name their classes differently; train both on the same")
         if self.config["guidance"] != 1 and not conditioning.has_null:
             raise FaroutError("this diffusion model has no null condition to guide away from; give --guidance 1")
-
-    @property
-    def _rows(self) -> int:
-        return int(self.runtime.rows)
 
     @property
     def rows_per_image(self) -> int:
@@ -261,11 +256,13 @@ class Denoising(Detector):
         model, denoiser, seen, noise = self.diffusion, self.denoiser, [], []
         assert model is not None
         assert denoiser is not None
-        for batch in self.batches(source):
-            if batch.keys:
-                images = batch.images.to(model.device)
-                seen.append(descriptors(batch.images))
-                noise.append(inverted(model, denoiser, images, self._null(len(images))).cpu())
+        with task("inverting statistics images", len(source)) as bar:
+            for batch in self.batches(source):
+                if batch.keys:
+                    images = batch.images.to(model.device)
+                    seen.append(descriptors(batch.images))
+                    noise.append(inverted(model, denoiser, images, self._null(len(images))).cpu())
+                bar.advance(len(batch.keys))
         self.neighbours = Neighbours(torch.cat(seen), torch.cat(noise))
 
     def _null(self, count: int) -> Condition | None:
@@ -275,7 +272,8 @@ class Denoising(Detector):
 
     @torch.no_grad()
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
-        """Changes of every level and draw: values (B, level, draw, metric), and `logits` of the clean image.
+        """Changes of every level and draw: values (B, level, draw, metric), of `METRICS`; and `POST_HOC` of the clean
+        image, the same at all of them.
 
         With `maps`: the mean over levels and draws of |image - denoised| (B, H, W), and the pictures `denoised` of the
         highest level's first draw (B, C, H, W).
@@ -288,10 +286,10 @@ class Denoising(Detector):
         if not count:
             return Measurements((), torch.empty(0, *grid, len(names)), levels, names)
         images = batch.images.to(model.device)
-        outputs = classifier.outputs(images, self._rows, self.runtime.precision)
+        outputs = classifier.outputs(images, self.rows, self.precision)
         clean = views(images, outputs)
         restored = self._denoised(batch, images, self._classes(batch, outputs.logits))
-        again = classifier.outputs(restored, self._rows, self.runtime.precision)
+        again = classifier.outputs(restored, self.rows, self.precision)
         moved = {name: value.reshape(count, *grid, -1) for name, value in views(restored, again).items()}
         changed = changes({name: value[:, None] for name, value in clean.items()}, moved)
         beside = post_hoc(outputs.logits)[:, None, None].expand(-1, *grid, -1)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from farout.classifiers.model import Outputs
 
-__all__ = ["DISTANCES", "METRICS", "POST_HOC", "SPACES", "Distance", "PostHoc", "changes", "post_hoc", "views"]
+__all__ = ["METRICS", "POST_HOC", "SPACES", "Distance", "PostHoc", "changes", "post_hoc", "views"]
 
 Distance = Literal["l1", "l2", "argmax"]
 PostHoc = Literal["energy", "max_logit", "msp"]
 SPACES = ("logit", "feature", "pixel")
-DISTANCES = ("l1", "l2", "argmax")
-POST_HOC = ("energy", "max_logit", "msp")
-_REACHES = ("global", "local")
-METRICS = (*(f"{space}_{reach}_{distance}" for space in SPACES for reach in _REACHES for distance in DISTANCES),)
+POST_HOC: tuple[str, ...] = get_args(PostHoc)
+_REACHES, _DISTANCES = ("global", "local"), get_args(Distance)
+METRICS = (*(f"{space}_{reach}_{distance}" for space in SPACES for reach in _REACHES for distance in _DISTANCES),)
 """What is measured at every level and draw: from the clean image (`global`) and from the level below (`local`)."""
 _TINY = 1e-10
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from torch.nn import functional
 from farout.densities import ZScore, pack, unpack
 from farout.detectors._features import FeatureDetector
 from farout.detectors._fitting import FitSettings, training_of
-from farout.detectors.base import Measurements
+from farout.detectors._settings import checked_levels
+from farout.detectors.base import Detector, Measurements
 from farout.detectors.patches.positions import Deviations, drawn, equal_layers, flat, nearest, rank, top
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import LevelSampling
@@ -25,13 +26,14 @@ from farout.features.diffusion import FeatureDiffusion, paper_schedule
 from farout.features.encoding import FeatureEncoding
 from farout.features.extractor import FeatureExtractor
 from farout.features.train import train_features
-from farout.images.sources import Batch, ImageSource, batches
+from farout.images.sources import Batch, ImageSource
 from farout.progress import task
 from farout.training_config import TrainingConfig
 
 __all__ = ["Patches"]
 
-_SCORES = ("diffusion_top", "diffusion_mean", "knn_top", "knn_mean")
+Score = Literal["diffusion_top", "diffusion_mean", "knn_top", "knn_mean"]
+_SCORES: tuple[str, ...] = get_args(Score)
 _PARTS = ("errors", "mean", "distances")
 
 
@@ -48,7 +50,7 @@ class Patches(FeatureDetector):
     what a good position would look like. The map is the mean over levels of the standardised errors, in
     standard deviations above the positions of good images; the image's score is the mean of its highest positions, so
     that a small defect counts. The denoiser is that of the `semantic` detector (Yang et al., NeurIPS 2024, arXiv
-    2411.10701, section 3.3) on positions in place of pooled features, as its card advises for localisation.
+    2411.10701, section 3.3) on positions in place of pooled features; this use of it is ours.
 
     Beside it stands the distance to the nearest of a sample of good positions, layers weighed the same, after Roth,
     Pemula, Zepeda, Schölkopf, Brox and Gehler, "Towards total recall in industrial anomaly detection" (PatchCore, CVPR
@@ -92,7 +94,7 @@ class Patches(FeatureDetector):
         side: int = 28,
         levels: tuple[int, ...] = (80, 99),
         draws: int = 2,
-        score: Literal["diffusion_top", "diffusion_mean", "knn_top", "knn_mean"] = "diffusion_top",
+        score: Score = "diffusion_top",
         share: float = 0.01,
         bank: int = 10000,
         positions: int = 40000,
@@ -110,15 +112,11 @@ class Patches(FeatureDetector):
         **features: Any,
     ) -> None:
         super().__init__(**features)
-        if score not in _SCORES:
-            raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(_SCORES)}")
-        counts = {name: self.config[name] for name in ("side", "draws", "bank", "positions", "epochs", "updates")}
+        names = ("side", "draws", "bank", "positions", "epochs", "updates", "batch")
+        counts = {name: self.config[name] for name in names}
         if min(counts.values()) < 1 or most < 2 or not 0 < share <= 1:
             raise FaroutError(f"expected 1 or more of each of {counts}, most {most} >= 2 and 0 < share {share} <= 1")
-        last = paper_schedule().steps - 1
-        if not levels or min(levels) < 0 or max(levels) > last:
-            raise FaroutError(f"levels run from 0 to {last}, got {list(levels)}")
-        self.levels = tuple(sorted(levels))
+        self.levels = checked_levels(levels, paper_schedule().steps)
         self.bank: Tensor | None = None
         self.bank_of: FeatureDiffusion | None = None
         self.deviations: Deviations | None = None
@@ -131,20 +129,18 @@ class Patches(FeatureDetector):
 
     def build_features(self) -> FeatureExtractor:
         """The backbone that the configuration names; without layers, the middle three of five."""
-        own = backbones.BACKBONES.get(self.config["backbone"])
-        taps = own.layers if own is not None else backbones.default_layers(self.config["backbone"])
+        taps = backbones.default_layers(self.config["backbone"])
         layers = self.config["layers"] or (taps[1:4] if len(taps) == 5 else taps)
         names = ("backbone", "weights", "size")
         return FeatureExtractor.create(layers=layers, **{name: self.config[name] for name in names})
 
     def batches(self, source: ImageSource) -> Iterator[Batch]:
         """Batches of images: features at positions are too many to be kept."""
-        return batches(source, self.preprocessing, self.batch_size, workers=self.runtime.workers)
+        return Detector.batches(self, source)
 
     def _positions(self, batch: Batch) -> Tensor:
         """Features (B, positions, c)."""
-        precision: Any = self.runtime.precision
-        return flat(self.backbone.grid(batch.images, self.config["side"], self._rows, precision))
+        return flat(self.backbone.grid(batch.images, self.config["side"], self.rows, self.precision))
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -216,8 +212,8 @@ class Patches(FeatureDetector):
         self._check(model)
         if model is not self.bank_of:
             self.bank = None
-        precision: Any = self.runtime.precision
-        self.denoiser = NetworkDenoiser(model.network, model.schedule, "sample", self.config["side"] ** 2, precision)
+        places = int(self.config["side"]) ** 2
+        self.denoiser = NetworkDenoiser(model.network, model.schedule, "sample", places, self.precision)
         table = noise_table(
             "shared", ("",), (model.encoding.width,), self.seed, self.levels, self.config["draws"], antithetic=True
         )
@@ -227,17 +223,11 @@ class Patches(FeatureDetector):
         self.weights = equal_layers(model.encoding.groups).to(model.device)
 
     def _check(self, model: FeatureDiffusion) -> None:
-        if model.backbone != self.backbone.content_hash:
-            hint = f"{self.backbone.name} (hash {self.backbone.content_hash[:8]}, the model wants {model.backbone[:8]})"
-            raise FaroutError(f"this model was trained on features of another backbone than {hint}; fit again")
+        self.check_backbone(model)
         side = model.provenance.get("side")
         if side != self.config["side"] and "random_weights" not in model.provenance:
             what = "pooled features" if side is None else f"a grid of side {side}"
             raise FaroutError(f"this model was trained on {what}, not on a grid of side {self.config['side']}")
-
-    @property
-    def _rows(self) -> int:
-        return int(self.runtime.rows)
 
     @property
     def evaluations(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from farout.classifiers.exposure import known_classes
 from farout.classifiers.model import Classifier
+from farout.detectors._settings import check_words
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.posthoc.scores import (
     Covariance,
@@ -25,8 +26,9 @@ from farout.detectors.posthoc.scores import (
 )
 from farout.devices import autocast
 from farout.diffusion.denoiser import in_chunks
+from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError
-from farout.images.sources import Batch
+from farout.images.sources import Batch, ImageSource
 
 __all__ = ["Posthoc"]
 
@@ -107,10 +109,7 @@ class Posthoc(Detector):
         top: int = 100,
         covariance: Covariance = "shrunk",
     ) -> None:
-        known = {"score": get_args(Score), "shaping": ("pooled", "maps"), "covariance": ("shrunk", "empirical")}
-        for name, words in known.items():
-            if self.config[name] not in words:
-                raise FaroutError(f"{name} is {self.config[name]!r}; expected one of {', '.join(words)}")
+        check_words(self)
         for name in _SHARES:
             if not 0 <= self.config[name] < 1:
                 raise FaroutError(f"{name} is a share from 0 to below 1, got {self.config[name]}")
@@ -147,15 +146,23 @@ class Posthoc(Detector):
         """Rows that the classifier has evaluated; an ODIN score takes two more, its gradient not counted."""
         return self._rows_seen
 
-    def prepare(self) -> None:
-        """Checks that shaped maps can stand for features, and that there is a class of outliers where it is the score;
-        raises FaroutError where not.
+    def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
+        """Refuses a classifier without a class of outliers where that is the score, and one whose features shaped maps
+        cannot stand for.
         """
-        if self.config["score"] == "extra" and known_classes(self.network) == self.network.classes:
+        assert classifier is not None
+        self._check(classifier)
+
+    def prepare(self) -> None:
+        """Checks the classifier again: `reconfigured` may have chosen another score."""
+        self._check(self.network)
+
+    def _check(self, network: Classifier) -> None:
+        if self.config["score"] == "extra" and known_classes(network) == network.classes:
             raise FaroutError("this classifier has no class of outliers to score by; train one with --loss k+1")
         if self.config["shaping"] == "maps":
-            images = torch.linspace(0, 1, self.network.preprocessing.channels * 64).reshape(1, -1, 8, 8)
-            found = self.network.outputs(images, maps=True) if self.network.has_maps else None
+            images = torch.linspace(0, 1, network.preprocessing.channels * 64).reshape(1, -1, 8, 8)
+            found = network.outputs(images, maps=True) if network.has_maps else None
             if found is None or found.maps is None or not _close(found.maps.mean((2, 3)), found.features):
                 raise FaroutError(
                     "the features of this network are not the averages of feature maps that a layer pools; use "
@@ -173,23 +180,23 @@ class Posthoc(Detector):
         """Vectors `logits` (B, K) and `features` (B, D); with shaped maps `ash` and `scale` (B, D); with ODIN `odin`
         (B, K), the logits of the changed images. A class of outliers stands last in `logits`.
         """
-        rows, on_maps = int(self.runtime.rows), self.config["shaping"] == "maps"
-        given = self.network.outputs(batch.images, rows, self.runtime.precision, maps=on_maps)
+        on_maps = self.config["shaping"] == "maps"
+        given = self.network.outputs(batch.images, self.rows, self.precision, maps=on_maps)
         self._rows_seen += len(batch.keys)
         found = {"logits": given.logits, "features": given.features}
         if given.maps is not None:
             found |= shaped(given.maps, self.config["pruned"])
         if self.with_odin:
-            found["odin"] = self._odin(batch.images, rows)
+            found["odin"] = self._odin(batch.images)
         return Measurements(batch.keys, vectors={name: value.float().cpu() for name, value in found.items()})
 
-    def _odin(self, images: Tensor, rows: int) -> Tensor:
+    def _odin(self, images: Tensor) -> Tensor:
         """Logits of the images after ODIN's step."""
         network, known = self.network, known_classes(self.network)
         self._rows_seen += 2 * len(images)
 
         def logits(x: Tensor) -> Tensor:
-            with autocast(network.device, self.runtime.precision):  # type: ignore[arg-type]
+            with autocast(network.device, self.precision):
                 # a view: torch's counter of operations, which hooks modules' inputs, refuses leaves
                 return network.module(x.view_as(x)).float()[:, :known]
 
@@ -198,7 +205,7 @@ class Posthoc(Detector):
             step, temperature = self.config["odin_step"], self.config["odin_temperature"]
             return logits(odin_preprocessing(logits, x, eps=step, temperature=temperature, norm_std=network.std))
 
-        return in_chunks(changed, rows, network.normalise(images.to(network.device)))
+        return in_chunks(changed, self.rows, network.normalise(images.to(network.device)))
 
     def fit_statistics(self, measurements: Measurements) -> None:
         """Learns the means, covariances, thresholds, spaces and neighbours; raises FaroutError where they do not exist,

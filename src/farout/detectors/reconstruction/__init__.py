@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from farout.classifiers.model import Classifier
+from farout.detectors._settings import check_words
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.reconstruction import indicators
 from farout.detectors.reconstruction.comparison import METRICS, Comparison
@@ -19,8 +21,8 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
 from farout.diffusion.solvers import Evaluation
 from farout.diffusion.train import DiffusionConfig
-from farout.errors import FaroutError
-from farout.features.perceptual import PerceptualName
+from farout.errors import FaroutError, TrapWarning
+from farout.features.perceptual import PerceptualName, perceptual_distance
 from farout.images.sources import Batch, ImageSource
 
 __all__ = ["Reconstruction"]
@@ -99,6 +101,7 @@ class Reconstruction(Detector):
         t_skip: int = 1,
         normalisation: Literal["fixed", "minmax"] = "fixed",
     ) -> None:
+        check_words(self)
         unknown = sorted({*metrics, *density_metrics} - set(METRICS))
         if unknown or not metrics or not density_metrics:
             raise FaroutError(f"metrics are chosen among {', '.join(METRICS)}; got {unknown or 'none'}")
@@ -127,9 +130,16 @@ class Reconstruction(Detector):
         return replace(config, value_range="minmax", data_range="unit")
 
     def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
-        """Refuses levels and paths that the schedule or the solver cannot have."""
+        """Refuses levels that the schedule cannot have, and a perceptual distance that is not installed; warns of a
+        diffusion model of another value range.
+        """
         assert diffusion is not None
         self.scorer.check_levels(self._make_plan(diffusion).levels)
+        perceptual_distance(self.perceptual)
+        wanted, own = self.config["normalisation"], diffusion.preprocessing.value_range
+        if wanted != own:
+            message = f"the method wants value range {wanted!r}, the diffusion model has {own!r}; its own is used"
+            warnings.warn(message, TrapWarning, stacklevel=5)
 
     def _make_plan(self, model: DiffusionModel) -> Plan:
         names = ("mode", "levels", "skip", "grid", "steps", "solver")
@@ -142,25 +152,20 @@ class Reconstruction(Detector):
             raise FaroutError("Reconstruction wants a diffusion model")
         self.plan = self._make_plan(model)
         self.scorer.check_levels(self.plan.levels)
-        self.denoiser: NetworkDenoiser = model.denoiser(self._rows, self.runtime.precision)  # type: ignore[arg-type]
-        self.comparison = Comparison(self.perceptual, self._rows, model.device)
+        self.denoiser: NetworkDenoiser = model.denoiser(self.rows, self.precision)
+        self.comparison = Comparison(self.perceptual, self.rows, model.device)
         self.shared: Tensor | None = None
-
-    @property
-    def _rows(self) -> int:
-        return int(self.runtime.rows)
 
     def _noise(self, keys: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
         """(B, levels, draws, C, H, W); in `oneshot`, every second draw mirrors the one before."""
         assert self.plan is not None
         kind, antithetic = self.config["noise"], self.config["mode"] == "oneshot"
-        if kind == "shared":
-            if self.shared is None:
-                self.shared = noise_table(
-                    kind, ("",), shape, self.seed, self.plan.levels, self.draws, antithetic=antithetic
-                )
-            return self.shared.expand(len(keys), *self.shared.shape[1:])
-        return noise_table(kind, keys, shape, self.seed, self.plan.levels, self.draws, antithetic=antithetic)
+        how = (shape, self.seed, self.plan.levels, self.draws)
+        if kind == "image":
+            return noise_table(kind, keys, *how, antithetic=antithetic)
+        if self.shared is None:
+            self.shared = noise_table(kind, ("",), *how, antithetic=antithetic)
+        return self.shared.expand(len(keys), *self.shared.shape[1:])
 
     @property
     def rows_per_image(self) -> int:

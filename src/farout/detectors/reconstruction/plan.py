@@ -7,11 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from farout.detectors._settings import checked_levels
 from farout.diffusion import paths
 from farout.diffusion.methods import solver_by_name
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers import Solver, plms
-from farout.errors import FaroutError
 
 __all__ = ["Plan", "make_plan", "paper_grid"]
 
@@ -19,8 +19,6 @@ FAST_LEVELS = (10, 170, 330, 490)
 # chosen on dev sources: benchmarks/choose_default.py, docs/results.md
 ONESHOT_LEVELS = (20, 80, 200, 400)
 _SPACING = 10
-_SOLVERS = ("dpm_solver_2m", "ddim", "heun")
-"""Those that follow paths of any length, down to one step to sigma 0."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Plan:
 def paper_grid(skip: int, grid: Literal["paper", "released"] = "paper") -> tuple[int, ...]:
     """Start labels of the paper's grid of 100: every `skip`-th of 1, 11, …, 991; `released`: of 10, 20, …, 990.
 
-    Card section 2.5; the released code drops label 0 and starts at index 1.
+    The released code drops label 0 and starts at index 1.
     """
     if grid == "paper":
         return tuple(range(1, 1000, _SPACING))[::skip]
@@ -55,23 +53,16 @@ def make_plan(
     steps: int,
     solver: str,
 ) -> Plan:
-    """The plan of a mode; raises FaroutError for levels outside the schedule, repeated, or an unknown name."""
-    chosen = tuple(sorted(levels)) if levels else _default_levels(mode, skip, grid)
-    lowest = 1 if mode == "exact" else 0
-    if len(set(chosen)) < len(chosen) or min(chosen) < lowest or max(chosen) >= schedule.steps:
-        raise FaroutError(f"levels want different values from {lowest} to {schedule.steps - 1}, got {list(chosen)}")
+    """The plan of a mode, see `Reconstruction`; raises FaroutError for levels outside the schedule, or repeated."""
+    wanted = _default_levels(mode, skip, grid) if levels is None else levels
+    chosen = checked_levels(wanted, schedule.steps, lowest=1 if mode == "exact" else 0)
     if mode == "exact":
         table = paths.pad([paths.grid(schedule, t, _SPACING) for t in chosen])
         return Plan(chosen, table, plms, float(schedule.abar[0].sqrt()))
-    if solver not in _SOLVERS:
-        raise FaroutError(f"solver is one of {', '.join(_SOLVERS)}, got {solver!r}")
     counts = [1 if mode == "oneshot" else min(steps, max(1, t // 40)) for t in chosen]
     table = paths.pad([paths.geometric(schedule, t, count) for t, count in zip(chosen, counts, strict=True)])
     return Plan(chosen, table, solver_by_name("ddim" if mode == "oneshot" else solver, schedule), 1.0)
 
 
 def _default_levels(mode: str, skip: int, grid: Literal["paper", "released"]) -> tuple[int, ...]:
-    known = {"exact": paper_grid(skip, grid), "fast": FAST_LEVELS, "oneshot": ONESHOT_LEVELS}
-    if mode not in known:
-        raise FaroutError(f"mode is one of {', '.join(known)}, got {mode!r}")
-    return known[mode]
+    return {"exact": paper_grid(skip, grid), "fast": FAST_LEVELS, "oneshot": ONESHOT_LEVELS}[mode]

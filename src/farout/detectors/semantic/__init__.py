@@ -164,12 +164,11 @@ class Semantic(FeatureDetector):
         if len(images) < 2:
             hint = "give more images, fewer for the statistics, or a larger alpha"
             raise FaroutError(f"{len(images)} images are left to train the denoiser on; {hint}")
-        features = self.all_features(images)
-        batch = int(self.config["batch"])
-        pass_steps = math.ceil(len(features) / batch)
-        training = settings.training or self._training(pass_steps)
-        regret = self.regret and pass_steps < training.steps
+        training = settings.training or self._training(len(images))
+        first_pass = math.ceil(len(images) / training.batch_size)
+        regret = self.regret and first_pass < training.steps
         self._check_regret(regret)
+        features = self.all_features(images)
         names = ("hidden", "bottleneck", "embedding", "blocks", "input_activation", "scale_shift")
         model = train_features(
             features,
@@ -179,7 +178,7 @@ class Semantic(FeatureDetector):
             network={name: self.config[name] for name in names},
             training=training_of(training, settings),
             levels=self.config["time_sampling"],
-            first_step=pass_steps if regret else None,
+            first_step=first_pass if regret else None,
             out=settings.checkpoints,
             resume=settings.resume,
             fingerprint=images.fingerprint(),
@@ -191,10 +190,11 @@ class Semantic(FeatureDetector):
         if self.config["score"] == "lr" and not there:
             raise FaroutError("the score lr wants the denoiser after the first of several passes; train for longer")
 
-    def _training(self, pass_steps: int) -> TrainingConfig:
+    def _training(self, count: int) -> TrainingConfig:
         names = ("learning_rate", "weight_decay", "decay", "ema")
+        epochs, pass_steps = self.config["epochs"], math.ceil(count / self.config["batch"])
         return TrainingConfig(
-            steps=self.config["updates"] if self.config["epochs"] is None else self.config["epochs"] * pass_steps,
+            steps=self.config["updates"] if epochs is None else epochs * pass_steps,
             batch_size=self.config["batch"],
             warmup=0 if self.config["decay"] == "constant" else 100,
             clip=None,
@@ -208,14 +208,13 @@ class Semantic(FeatureDetector):
         model = self.diffusion
         if model is None:
             return
-        if model.backbone != self.backbone.content_hash:
-            hint = f"{self.backbone.name} (hash {self.backbone.content_hash[:8]}, the model wants {model.backbone[:8]})"
-            raise FaroutError(f"this model was trained on features of another backbone than {hint}; fit again")
+        self.check_backbone(model)
         sampling.check_sampler(self.config["sampler"], self.levels, self.config["steps"], model.schedule)
         regret = self.regret and model.first is not None
         self._check_regret(regret)
-        precision: Any = self.runtime.precision
-        self.denoisers = model.denoisers(_VECTORS * int(self.runtime.rows), precision)[: 2 if regret else 1]
+        # costs are counted at one row a call, where nothing is padded
+        rows = 1 if self.rows == 1 else _VECTORS * self.rows
+        self.denoisers = model.denoisers(rows, self.precision)[: 2 if regret else 1]
         learnt = self.state()
         self.scorer = indicators.Scorer(model.encoding.groups, regret, self.config["lr_sign"])
         self.restore(learnt)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from farout.detectors._settings import checked_levels
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.noise import shared_noise
 from farout.diffusion.schedule import NoiseSchedule
@@ -21,12 +22,8 @@ Fresh = Callable[[int], Tensor]
 
 
 def check_sampler(sampler: str, levels: tuple[int, ...], steps: int, schedule: NoiseSchedule) -> None:
-    """Raises FaroutError for levels outside the schedule, repeated, or an unknown sampler."""
-    if sampler not in ("oneshot", "ddim", "released"):
-        raise FaroutError(f"sampler is oneshot, ddim or released, got {sampler!r}")
-    lowest = 1 if sampler == "released" else 0
-    if not levels or len(set(levels)) < len(levels) or min(levels) < lowest or max(levels) >= schedule.steps:
-        raise FaroutError(f"levels want different values from {lowest} to {schedule.steps - 1}, got {list(levels)}")
+    """Raises FaroutError for levels outside the schedule, or repeated, and for no steps."""
+    checked_levels(levels, schedule.steps, lowest=1 if sampler == "released" else 0)
     if steps < 1:
         raise FaroutError(f"steps want at least 1, got {steps}")
 
@@ -71,7 +68,7 @@ def _released(denoiser: NetworkDenoiser, x0: Tensor, noise: Tensor, start: int, 
     """The released code's sampler: labels K, …, 1, eta = 1, each step's mean taken one level below its noise.
 
     Its step from label 1 is the identity, so that K = 1 gives back the noised input, and K = 3 a mixture of 41 % noised
-    input and 59 % network (card, section 2.6). It works on sqrt(abar) x, as the published code does.
+    input and 59 % network. It works on sqrt(abar) x, as the published code does.
     """
     abar = denoiser.schedule.abar
     x = float(abar[start].sqrt()) * x0 + float((1 - abar[start]).sqrt()) * noise

@@ -11,7 +11,7 @@ from farout import registry
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.exposure import Exposure
 from farout.detectors.base import Detector
-from farout.diffusion.round_trip import BackSpacing
+from farout.diffusion.round_trip import BackSpacing, RoundTrip
 from farout.diffusion.train import DiffusionConfig
 from farout.images.preprocessing import Protocol
 from farout.outliers.base import Synthesiser
@@ -106,12 +106,12 @@ class ReconstructionSpec:
     diffusion: str
     source: str | None = None
     limit: int | None = None
-    level: float = 0.5
-    highest: float | None = None
-    classes: bool = True
-    solver: str = "dpm_solver_2m"
-    steps: int | None = None
-    spacing: BackSpacing = "grid"
+    level: float = RoundTrip.level
+    highest: float | None = RoundTrip.highest
+    classes: bool = RoundTrip.classes
+    solver: str = RoundTrip.solver
+    steps: int | None = RoundTrip.steps
+    spacing: BackSpacing = RoundTrip.spacing
 
     def needs(self) -> Iterator[tuple[str, str]]:
         """Section and name of what has to be there before."""

@@ -211,6 +211,8 @@ def test_datasets_with_and_without_labels():
     assert labelled.labels == (1, 0, 1)
     assert labelled.class_names == ("cat", "dog")
     assert torch.equal(labelled[2], images[2])
+    called = open_source(Labelled(images, ["dog", "bird", "dog"]))
+    assert (called.labels, called.class_names) == ((1, 0, 1), ("bird", "dog"))
     plain = open_source(torch.utils.data.Subset(images.float() / 255, [2, 0]))
     assert plain.labels is None
     assert torch.equal(plain[0], images[2])

@@ -73,8 +73,9 @@ class _Items:
 def list_dataset(dataset: Dataset[Any]) -> Listing:
     """Lists a torch Dataset of images, or of (image, label); its items must be the same at every access.
 
-    Labels are taken from `targets` where the Dataset has it, otherwise all items are read once. Raises SourceError for
-    a Dataset without length or items, and for items of another kind.
+    Labels are taken from `targets` where the Dataset has it, otherwise all items are read once; numbers are called as
+    its `classes` say, texts are names themselves. Raises SourceError for a Dataset without length or items, and for
+    items of another kind.
     """
     if not hasattr(dataset, "__len__"):
         raise SourceError(f"{type(dataset).__name__} has no length; expected a Dataset with __len__ and __getitem__")
@@ -84,9 +85,12 @@ def list_dataset(dataset: Dataset[Any]) -> Listing:
     labelled = isinstance(dataset[0], tuple | list)
     reader = _Items(dataset, labelled)
     reader(0)
-    labels = encode_labels(_targets(dataset, count), type(dataset).__name__)[0] if labelled else None
+    if not labelled:
+        return Listing(index_keys(count), reader)
+    labels, names = encode_labels(_targets(dataset, count), type(dataset).__name__)
     classes = getattr(dataset, "classes", None)
-    names = tuple(map(str, classes)) if labels is not None and isinstance(classes, list | tuple) else None
+    if names is None and isinstance(classes, list | tuple):
+        names = tuple(map(str, classes))
     return Listing(index_keys(count), reader, labels, names)
 
 

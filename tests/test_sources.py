@@ -77,6 +77,7 @@ def test_glob_and_single_file(tmp_path):
     write_folder(tmp_path, pixels(3), ["a/1.png", "b/2.png", "b/deep/3.png"])
     assert open_source(f"{tmp_path}/*/*.png").keys == ("a/1.png", "b/2.png")
     assert open_source(f"{tmp_path}/**/*.png@vflip").keys == ("a/1.png", "b/2.png", "b/deep/3.png")
+    assert open_source(f"{tmp_path}/**/**/*.png").keys == ("a/1.png", "b/2.png", "b/deep/3.png")
     assert open_source(tmp_path / "b" / "2.png").keys == ("2.png",)
 
 

@@ -122,7 +122,8 @@ def _told_names(root: Path, folders: tuple[str, ...] | None) -> tuple[str, ...] 
 
 
 def _list_glob(pattern: str) -> Listing:
-    matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+    # a pattern with several ** finds a path several times
+    matches = sorted({Path(match) for match in glob.glob(pattern, recursive=True)})
     paths = [path for path in matches if path.is_file() and _is_image(path.name)]
     if not paths:
         kinds = ", ".join(sorted(SUFFIXES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from pathlib import Path
 
@@ -191,6 +192,19 @@ def test_pictures():
         open_source([])
     with pytest.raises(SourceError, match="item 1 of the list is a str"):
         open_source([Image.new("L", (2, 2)), "x.png"])
+
+
+def test_a_broken_picture_is_one_unreadable_image():
+    """Pillow opens files lazily; its decoders raise more than OSError for what is broken."""
+
+    def load() -> None:
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    given = [picture(image) for image in pixels(3)]
+    given[1].load = load
+    source = open_source(given, policy="skip")
+    assert [batch.keys for batch in batches(source, Preprocessing((8, 8), 1, (8, 8)), 3)] == [("0", "2")]
+    assert "buffer of 4 bytes" in source.unreadable["1"]
 
 
 class Labelled(torch.utils.data.Dataset):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from farout.errors import SourceError, UnreadableImageError
-from farout.images.decoding import from_pil, to_uint8
+from farout.images.decoding import from_pil, reading, to_uint8
 from farout.images.listing import Listing, encode_labels, index_keys
 
 __all__ = ["list_dataset", "list_pictures"]
@@ -42,10 +42,8 @@ def list_pictures(pictures: Sequence[object]) -> Listing:
 def _convert(image: object, key: str) -> Tensor:
     """One item as uint8 `(C, H, W)`; a wrong type or range is the caller's mistake, not an unreadable image."""
     if isinstance(image, Image.Image):
-        try:
+        with reading(key):
             return from_pil(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UnreadableImageError(f"{key}: {error}") from error
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(np.ascontiguousarray(image))
     if not isinstance(image, Tensor):

@@ -20,9 +20,10 @@ from farout.diffusion.prompt_tokens import PromptTokens
 from farout.diffusion.prompts import Prompts
 from farout.diffusion.sampling import Sampler, Spacing
 from farout.errors import FaroutError
+from farout.images.classes import names_of
 from farout.images.sources import ImageSource
 from farout.outliers._recognised import class_places, warn_of_poor_samples
-from farout.outliers.base import Made, Synthesiser, Work, names_of
+from farout.outliers.base import Made, Synthesiser, Work
 
 __all__ = ["ClassPoints", "VectorSynthesiser", "class_space", "decode", "noised", "vector_scale"]
 

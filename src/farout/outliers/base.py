@@ -18,7 +18,7 @@ from farout.configuration import Configured, flat
 from farout.devices import Team, join
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, SourceError
-from farout.images.classes import class_name, class_numbers
+from farout.images.classes import class_numbers, names_of
 from farout.images.places import some_readable
 from farout.images.sources import ImageSource, open_source
 from farout.outliers._folder import MadeFolder, OutlierFolder, ReconstructedFolder, read_outliers
@@ -35,7 +35,6 @@ __all__ = [
     "Runtime",
     "Synthesiser",
     "Work",
-    "names_of",
     "read_outliers",
 ]
 
@@ -341,11 +340,6 @@ def _check_labelled(source: ImageSource) -> None:
             f"{source.name} has no labels, and outliers are made class by class; give a class-per-folder tree or a "
             "table with labels"
         )
-
-
-def names_of(source: ImageSource) -> tuple[str, ...]:
-    """Names of the classes that occur in a labelled source, in the order of their labels."""
-    return tuple(class_name(source, label) for label in sorted(set(source.labels or ())))
 
 
 def _work(

@@ -14,11 +14,11 @@ from farout.diffusion import folders
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.round_trip import BackSpacing, RoundTrip
 from farout.errors import FaroutError, SourceError
-from farout.images.classes import class_numbers
+from farout.images.classes import class_numbers, names_of
 from farout.images.sources import ImageSource, batches, open_source
 from farout.outliers._folder import ReconstructedFolder
 from farout.outliers._writer import ImageWriter
-from farout.outliers.base import identity, names_of
+from farout.outliers.base import identity
 from farout.progress import task
 from farout.runtime import Runtime
 

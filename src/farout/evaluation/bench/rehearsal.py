@@ -22,9 +22,9 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import DiffusionConfig
 from farout.evaluation.bench.sets import Sets
 from farout.evaluation.bench.spec import DetectorSpec, NetworkSpec, OutlierSpec, Spec
-from farout.images.classes import class_names_of, class_numbers
+from farout.images.classes import class_names_of, class_numbers, names_of
 from farout.images.sources import ImageSource, open_source
-from farout.outliers.base import Work, names_of
+from farout.outliers.base import Work
 
 __all__ = ["Rehearsal"]
 

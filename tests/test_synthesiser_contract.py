@@ -14,7 +14,8 @@ from farout import registry
 from farout.configuration import flat
 from farout.errors import FaroutError, SourceError, StoreError
 from farout.images.sources import open_source
-from farout.outliers.base import Made, OutlierFolder, Runtime, Synthesiser, Work, read_outliers
+from farout.outliers.base import Made, OutlierFolder, Synthesiser, Work, read_outliers
+from farout.runtime import Runtime
 from small import classifier, conditional, model, pictures
 
 NAMES = sorted(registry.members("outliers"))

@@ -62,7 +62,9 @@ class Preprocessing:
         if len(self.size) != 2 or len(self.native) != 2 or min(sizes) < 1:
             raise FaroutError(f"size {self.size}, native {self.native}, crop {self.crop}: expected positive pixels")
         if self.channels not in (1, 3) or not 1 <= self.jpeg_quality <= 100:
-            raise FaroutError(f"channels {self.channels} (expected 1 or 3), jpeg_quality {self.jpeg_quality} (1 to 100)")
+            raise FaroutError(
+                f"channels {self.channels} (expected 1 or 3), jpeg_quality {self.jpeg_quality} (1 to 100)"
+            )
         if self.protocol not in get_args(Protocol) or self.value_range not in get_args(ValueRange):
             choices = f"{', '.join(get_args(Protocol))} and {', '.join(get_args(ValueRange))}"
             raise FaroutError(f"protocol {self.protocol!r}, value_range {self.value_range!r}: expected {choices}")

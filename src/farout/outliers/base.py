@@ -32,9 +32,9 @@ __all__ = [
     "MadeFolder",
     "OutlierFolder",
     "Remade",
-    "Runtime",
     "Synthesiser",
     "Work",
+    "identity",
     "read_outliers",
 ]
 
@@ -69,6 +69,26 @@ class Work:
     diffusion: DiffusionModel | None = None
     classifier: Classifier | None = None
     built: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        source: ImageSource,
+        folder: Path,
+        count: int,
+        seed: int,
+        runtime: Runtime,
+        diffusion: DiffusionModel | None = None,
+        classifier: Classifier | None = None,
+    ) -> Work:
+        """With the classes that the generator is told, else those of the images.
+
+        Raises SourceError for images without labels, or of a class that the generator does not know.
+        """
+        told = None if diffusion is None else diffusion.conditioning
+        names = names_of(source) if told is None else told.class_names
+        labels = class_numbers(source, names)
+        return cls(source, labels, names, folder, count, seed, runtime, diffusion, classifier)
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
@@ -229,7 +249,7 @@ class Synthesiser(Configured, ABC):
         _check_labelled(source)
         model = None if diffusion is None else self.load_diffusion(diffusion, source)
         networks = self._networks(model, classifier, resolved.device)
-        work = _work(source, networks, Path(out), count, seed, resolved)
+        work = Work.of(source, Path(out), count, seed, resolved, *networks)
         self.check(work)
         warn_of_other_classes(source, work.diffusion, work.classifier)
         writer, again = self._writers(work, team)
@@ -340,18 +360,3 @@ def _check_labelled(source: ImageSource) -> None:
             f"{source.name} has no labels, and outliers are made class by class; give a class-per-folder tree or a "
             "table with labels"
         )
-
-
-def _work(
-    source: ImageSource,
-    networks: tuple[DiffusionModel | None, Classifier | None],
-    folder: Path,
-    count: int,
-    seed: int,
-    runtime: Runtime,
-) -> Work:
-    diffusion, classifier = networks
-    told = None if diffusion is None else diffusion.conditioning
-    names = names_of(source) if told is None else told.class_names
-    labels = class_numbers(source, names)
-    return Work(source, labels, names, folder, count, seed, runtime, diffusion, classifier)

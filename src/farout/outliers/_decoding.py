@@ -24,6 +24,7 @@ from farout.images.classes import names_of
 from farout.images.sources import ImageSource
 from farout.outliers._recognised import class_places, warn_of_poor_samples
 from farout.outliers.base import Made, Synthesiser, Work
+from farout.runtime import Runtime
 
 __all__ = ["ClassPoints", "VectorSynthesiser", "class_space", "decode", "noised", "vector_scale"]
 
@@ -163,19 +164,15 @@ class VectorSynthesiser(Synthesiser):
 
     def sampler(self, work: Work) -> Sampler:
         """How points become images, built once a run; FaroutError for settings that the generator cannot follow."""
-        if "sampler" not in work.built:
-            runtime = work.runtime
-            model = work.generator if self.size is None else work.generator.sized(self.size)
-            if self.prompts.generation is not None and isinstance(model.conditioning, PromptTokens):
-                model = model.conditioned(model.conditioning.in_template(self.prompts.generation))
-            work.built["sampler"] = Sampler(
-                model,
-                **self._decoding,
-                seed=work.seed,
-                rows=int(runtime.rows),
-                precision=runtime.precision,  # type: ignore[arg-type]  # resolved, so not `auto`
-            )
-        return work.built["sampler"]
+        return work.once("sampler", lambda: self._built(work.generator, work.seed, work.runtime))
+
+    def _built(self, model: DiffusionModel, seed: int, runtime: Runtime) -> Sampler:
+        if self.size is not None:
+            model = model.sized(self.size)
+        if self.prompts.generation is not None and isinstance(model.conditioning, PromptTokens):
+            model = model.conditioned(model.conditioning.in_template(self.prompts.generation))
+        precision: Any = runtime.precision  # resolved, so not `auto`
+        return Sampler(model, **self._decoding, seed=seed, rows=int(runtime.rows), precision=precision)
 
     def check(self, work: Work) -> None:
         """Refuses guidance without a null condition, solvers, steps or sizes that do not go, and a classifier that

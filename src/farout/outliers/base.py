@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +56,7 @@ class Work:
         runtime: how networks are run, resolved.
         diffusion: the generator, where the method needs it.
         classifier: as given.
-        built: what a method builds once and uses again in this run, by name.
+        built: what `once` has built, by name.
     """
 
     source: ImageSource
@@ -89,6 +89,12 @@ class Work:
         names = names_of(source) if told is None else told.class_names
         labels = class_numbers(source, names)
         return cls(source, labels, names, folder, count, seed, runtime, diffusion, classifier)
+
+    def once(self, name: str, build: Callable[[], Any]) -> Any:
+        """What a method builds once and uses again in this run."""
+        if name not in self.built:
+            self.built[name] = build()
+        return self.built[name]
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
@@ -183,7 +189,10 @@ class Synthesiser(Configured, ABC):
 
     def prepare(self, work: Work, stage: str) -> None:
         """Does a stage before the last: leaves its files within `work.folder`, and goes on from those there."""
-        raise NotImplementedError(f"{type(self).__name__} names the stage {stage} and does not say what is done in it")
+        raise FaroutError(
+            f"{type(self).__name__} names the stage {stage!r} and has no `prepare` that does it; write one, or leave the "
+            "stage out of `stages`"
+        )
 
     def shape(self, work: Work) -> tuple[int, ...]:
         """(C, H, W) of the images that are made."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -88,7 +87,6 @@ class DreamOOD(VectorSynthesiser):
     ) -> None:
         super().__init__(**decoding)
         self.model, self.alignment, self.boundary = model, alignment, boundary
-        self._drawn: tuple[Path, dict[int, dict[str, Tensor]]] | None = None
 
     @classmethod
     def tiny(cls, resources: Any) -> DreamOOD:
@@ -132,7 +130,6 @@ class DreamOOD(VectorSynthesiser):
                 boundary = ClassBoundary(features, self.boundary, work.seed, label)
                 extend_drawn(work.folder / _DRAWN, boundary, aligned.index[rows], vectors[label], wanted)
                 bar.advance(1)
-        self._drawn = None
 
     def _place(self, work: Work, index: int) -> int:
         """Which of its class's vectors outlier number `index` is made of."""
@@ -140,13 +137,8 @@ class DreamOOD(VectorSynthesiser):
 
     def points(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> ClassPoints:
         """The drawn vectors, and the images that they were drawn around."""
-        drawn = self._read(work.folder / _DRAWN)
+        drawn: dict[int, dict[str, Tensor]] = work.once(_DRAWN, lambda: read_drawn(work.folder / _DRAWN))
         rows = [(drawn[label], self._place(work, index)) for index, label in zip(indices, labels, strict=True)]
         columns: dict[str, list[Any]] = {name: [float(known[name][row]) for known, row in rows] for name in COLUMNS}
         columns["boundary_image"] = [work.source.keys[int(known["index"][row])] for known, row in rows]
         return ClassPoints(torch.stack([known["vectors"][row] for known, row in rows]), [""] * len(rows), columns)
-
-    def _read(self, folder: Path) -> dict[int, dict[str, Tensor]]:
-        if self._drawn is None or self._drawn[0] != folder:
-            self._drawn = (folder, read_drawn(folder))
-        return self._drawn[1]

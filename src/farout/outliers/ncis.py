@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -80,7 +79,6 @@ class NCIS(VectorSynthesiser):
             raise FaroutError(f"images_per_vector wants 1 or more, got {images_per_vector}")
         self.inversion, self.manifold = inversion, manifold
         self.images_per_vector, self.fixed_noise = images_per_vector, fixed_noise
-        self._drawn: tuple[Path, dict[str, Tensor]] | None = None
 
     @classmethod
     def tiny(cls, resources: Any) -> NCIS:
@@ -111,15 +109,13 @@ class NCIS(VectorSynthesiser):
         """Once: embeddings and settings decide it, and a folder of outliers has only one of each. Checkpoints of the
         training stand in a folder beside until it is there.
         """
-        folder = work.folder / _MANIFOLD
-        if folder.is_dir():
-            return
-        found = read_embeddings(work.folder / _EMBEDDINGS)
-        places = _numbered(work, found.labels)
-        training = work.folder / _TRAINING
-        device = work.runtime.device if self.manifold.device == "auto" else self.manifold.device
-        config = replace(self.manifold, device=device)
-        fit_manifold(found.vectors, places, config, work.present, work.seed, training).save(folder)
+        folder, training = work.folder / _MANIFOLD, work.folder / _TRAINING
+        if not folder.is_dir():
+            found = read_embeddings(work.folder / _EMBEDDINGS)
+            places = _numbered(work, found.labels)
+            device = work.runtime.device if self.manifold.device == "auto" else self.manifold.device
+            config = replace(self.manifold, device=device)
+            fit_manifold(found.vectors, places, config, work.present, work.seed, training).save(folder)
         shutil.rmtree(training, ignore_errors=True)
 
     def _draw(self, work: Work) -> None:
@@ -131,9 +127,7 @@ class NCIS(VectorSynthesiser):
             "log_density": drawn.log_density,
             "distance": drawn.distance,
         }
-        with store.atomic_file(work.folder / _DRAWN) as temporary:
-            store.save_tensors(temporary, tensors)
-        self._drawn = None
+        store.save_tensors(work.folder / _DRAWN, tensors)
 
     def _place(self, work: Work, index: int) -> int:
         """Which of its class's vectors outlier number `index` is made of."""
@@ -141,16 +135,11 @@ class NCIS(VectorSynthesiser):
 
     def points(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> ClassPoints:
         """The drawn vectors; nothing of the class's images is left in them but the density."""
-        drawn = self._read(work.folder / _DRAWN)
+        drawn: dict[str, Tensor] = work.once(_DRAWN, lambda: store.load_tensors(work.folder / _DRAWN))
         starts = {label: int((drawn["labels"] == label).nonzero()[0]) for label in set(labels)}
         rows = [starts[label] + self._place(work, index) for index, label in zip(indices, labels, strict=True)]
         columns = {name: drawn[name][rows].tolist() for name in ("distance", "log_density")}
         return ClassPoints(drawn["vectors"][rows], [""] * len(rows), columns)
-
-    def _read(self, path: Path) -> dict[str, Tensor]:
-        if self._drawn is None or self._drawn[0] != path:
-            self._drawn = (path, store.load_tensors(path))
-        return self._drawn[1]
 
     def noises(self, indices: Sequence[int]) -> Sequence[int]:
         """One for all where it is fixed."""
@@ -159,4 +148,4 @@ class NCIS(VectorSynthesiser):
 
 def _numbered(work: Work, labels: Tensor) -> Tensor:
     """Labels as positions among the classes that have images."""
-    return torch.tensor([work.classes.index(label) for label in labels.tolist()])
+    return torch.tensor([work.classes.index(label) for label in labels.tolist()], dtype=torch.int64)

@@ -94,6 +94,9 @@ def test_an_interrupted_manifold_goes_on(images: Path, tmp_path: Path, monkeypat
     hashes = {Manifold.load(tmp_path / name / "manifold").content_hash for name in ("whole", "o")}
     assert len(hashes) == 1
     assert not (tmp_path / "o" / "manifold.training").exists()
+    (tmp_path / "o" / "manifold.training").mkdir()  # stopped between the manifold and this
+    made(images, tmp_path / "o", stage="manifold", resume=True)
+    assert not (tmp_path / "o" / "manifold.training").exists()
 
 
 def test_another_manifold_is_refused_with_the_difference(images: Path, tmp_path: Path) -> None:
@@ -158,6 +161,14 @@ def test_a_class_of_one_image_is_refused_before_anything_is_embedded(tmp_path: P
     pictures(tmp_path / "few" / "b", 1)
     with pytest.raises(FaroutError, match="class 'b' has 1 vector"):
         NCIS.tiny(None).synthesize(tmp_path / "few", tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU)
+    assert not (tmp_path / "o").exists()
+
+
+def test_images_none_of_which_can_be_read_are_refused(images: Path, tmp_path: Path) -> None:
+    for path in images.glob("*/*.png"):
+        path.write_text("not a picture")
+    with pytest.raises(FaroutError, match="class 'a' has 0 vectors"):
+        made(images, tmp_path / "o", policy="skip")
     assert not (tmp_path / "o").exists()
 
 

@@ -26,7 +26,16 @@ from farout.outliers._recognised import class_places, warn_of_poor_samples
 from farout.outliers.base import Made, Synthesiser, Work
 from farout.runtime import Runtime
 
-__all__ = ["ClassPoints", "VectorSynthesiser", "class_space", "decode", "noised", "vector_scale"]
+__all__ = ["PUBLISHED", "ClassPoints", "VectorSynthesiser", "class_space", "decode", "noised", "vector_scale"]
+
+PUBLISHED: dict[str, Any] = {
+    "solver": "plms",
+    "steps": 50,
+    "spacing": "leading",
+    "guidance": 7.5,
+    "prompts": Prompts(generation="A high-quality image of the {}", pieces="first"),
+}
+"""How NCIS and Dream-OOD decode with Stable Diffusion 1.4: a part of the presets of their papers."""
 
 
 def class_space(model: DiffusionModel) -> Conditioning:

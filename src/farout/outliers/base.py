@@ -190,8 +190,8 @@ class Synthesiser(Configured, ABC):
     def prepare(self, work: Work, stage: str) -> None:
         """Does a stage before the last: leaves its files within `work.folder`, and goes on from those there."""
         raise FaroutError(
-            f"{type(self).__name__} names the stage {stage!r} and has no `prepare` that does it; write one, or leave the "
-            "stage out of `stages`"
+            f"{type(self).__name__} names the stage {stage!r} and has no `prepare` that does it; write one, or leave "
+            "the stage out of `stages`"
         )
 
     def shape(self, work: Work) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from farout.images.places import readable
 from farout.outliers._alignment import Alignment, align, check_directions, read_aligned
 from farout.outliers._boundary import BoundarySampling, ClassBoundary
 from farout.outliers._boundary_folder import COLUMNS, extend_drawn, read_drawn
-from farout.outliers._decoding import ClassPoints, VectorSynthesiser, class_space
+from farout.outliers._decoding import PUBLISHED, ClassPoints, VectorSynthesiser, class_space
 from farout.outliers.base import Work
 from farout.progress import task
 
@@ -36,11 +36,14 @@ class DreamOOD(VectorSynthesiser):
     - `decode`: a vector becomes an image under class guidance (`images/`, `manifest.csv`).
 
     The manifest's `boundary_image` is the image on the boundary that an outlier's direction was drawn around, of whose
-    pixels nothing is in it; `distance` is that of the
-    direction to its k-th nearest image of the class, `boundary_distance` that of the image on the boundary to its own,
-    `cosine` the direction's with e_y. The published code keeps features of varied images (`--alignment.augmented`); the
-    default keeps those of the plain ones. Images that the classifier takes for another class lie far from their own and
-    come first on its boundary: it is the class's own where few images are told wrongly.
+    pixels nothing is in it; `distance` is that of the direction to its k-th nearest image of the class,
+    `boundary_distance` that of the image on the boundary to its own, `cosine` the direction's with e_y. The published
+    code keeps features of varied images (`--alignment.augmented`); the default keeps those of the plain ones. Images
+    that the classifier takes for another class lie far from their own and come first on its boundary: it is the class's
+    own where few images are told wrongly.
+
+    The presets `paper` and `paper_imagenet` are for Stable Diffusion: with a model that has a table of classes, give
+    `prompts=Prompts()` beside them.
 
     Args:
         model: the classifier's network, and how images are varied.
@@ -54,10 +57,7 @@ class DreamOOD(VectorSynthesiser):
             "model": ClassifierConfig(network="resnet34", crop_padding=4, flip=True),
             "alignment": Alignment(steps=39200, batch_size=256, warmup=0, augmented=True),
             "boundary": BoundarySampling(k=300, select=50, noise=0.07 * math.sqrt(768), candidates=1500),
-            "solver": "plms",
-            "steps": 50,
-            "spacing": "leading",
-            "guidance": 7.5,
+            **PUBLISHED,
         },
         "paper_imagenet": {
             "model": ClassifierConfig(
@@ -65,17 +65,15 @@ class DreamOOD(VectorSynthesiser):
             ),
             "alignment": Alignment(steps=81300, batch_size=160, warmup=0, augmented=True),
             "boundary": BoundarySampling(k=300, select=200, noise=0.03 * math.sqrt(768), candidates=1500),
-            "solver": "plms",
-            "steps": 50,
-            "spacing": "leading",
-            "guidance": 7.5,
+            **PUBLISHED,
         },
         "inliers": {"boundary": BoundarySampling(side="inliers", select=1000, noise=0.01 * math.sqrt(768), kept=1)},
     }
     """`paper`: CIFAR-100's, 200 epochs of 196 updates; `paper_imagenet`: ImageNet-100's, 100 epochs of 813, where the
     released code keeps the `small` stem at 224 pixels, 16 times the work (`--model.stem small`); `inliers`: more images
-    of the classes, which the paper trains with for generalisation. The filter is the mended one
-    in all (`--boundary.filter published`)."""
+    of the classes, which the paper trains with for generalisation. The filter is the mended one in all
+    (`--boundary.filter published`).
+    """
 
     def __init__(
         self,

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from farout import store
-from farout.diffusion.prompts import Prompts
 from farout.errors import FaroutError
 from farout.images.places import readable
-from farout.outliers._decoding import ClassPoints, VectorSynthesiser
+from farout.outliers._decoding import PUBLISHED, ClassPoints, VectorSynthesiser
 from farout.outliers._embedding import Inversion, embed, read_embeddings
 from farout.outliers._labelled_vectors import check_counts
 from farout.outliers._manifold import Manifold, ManifoldConfig, fit_manifold
@@ -56,11 +55,7 @@ class NCIS(VectorSynthesiser):
             "inversion": Inversion(steps=3, draws=32, stratified=False, lr=0.01),
             "manifold": ManifoldConfig.from_preset("paper"),
             "images_per_vector": 8,
-            "solver": "plms",
-            "steps": 50,
-            "spacing": "leading",
-            "guidance": 7.5,
-            "prompts": Prompts(generation="A high-quality image of the {}", pieces="first"),
+            **PUBLISHED,
         },
         "linear": {"manifold": ManifoldConfig(map="linear")},
     }

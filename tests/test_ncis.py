@@ -71,6 +71,8 @@ def test_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeyp
     assert labels == [0, 2] * 4, "numbers of the generator's classes a, b and c"
     made(images, tmp_path / "fixed", ncis(fixed_noise=True), count=4)
     assert seen[1][1] == [0, 0, 0, 0]
+    made(images, tmp_path / "shared", ncis(fixed_noise=True, images_per_vector=2), count=8)
+    assert seen[2][1] == [0, 0, 1, 1] * 2, "images of one vector are no copies"
 
 
 def test_an_interrupted_manifold_goes_on(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,7 +201,7 @@ class VectorSynthesiser(Synthesiser):
         """The decoded points."""
         found, scale = self.points(work, indices, labels), self.prompts.context_noise
         change = partial(noised, scale=scale, seed=work.seed, indices=indices) if scale else None
-        images = decode(self.sampler(work), found.vectors, self.noises(indices), labels, change)
+        images = decode(self.sampler(work), found.vectors, self.noises(work, indices), labels, change)
         return Made(images, found.sources, found.columns)
 
     def shape(self, work: Work) -> tuple[int, ...]:
@@ -209,7 +209,7 @@ class VectorSynthesiser(Synthesiser):
         channels, *own = super().shape(work)
         return (channels, *(own if self.size is None else (self.size, self.size)))
 
-    def noises(self, indices: Sequence[int]) -> Sequence[int]:
+    def noises(self, work: Work, indices: Sequence[int]) -> Sequence[int]:
         """The numbers of the noises that outliers start from: their own."""
         return indices
 

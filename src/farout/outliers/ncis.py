@@ -46,7 +46,7 @@ class NCIS(VectorSynthesiser):
         inversion: how images become vectors.
         manifold: how vectors become a density, and how it is drawn from.
         images_per_vector: outliers that share a vector and differ in their noise alone; the published code has 8.
-        fixed_noise: all outliers start from the same noise.
+        fixed_noise: all vectors start from the same noise, and images that share one from as many noises.
     """
 
     stages: ClassVar[tuple[str, ...]] = ("embed", "manifold", "draw", "decode")
@@ -136,9 +136,11 @@ class NCIS(VectorSynthesiser):
         columns = {name: drawn[name][rows].tolist() for name in ("distance", "log_density")}
         return ClassPoints(drawn["vectors"][rows], [""] * len(rows), columns)
 
-    def noises(self, indices: Sequence[int]) -> Sequence[int]:
-        """One for all where it is fixed."""
-        return [0] * len(indices) if self.fixed_noise else indices
+    def noises(self, work: Work, indices: Sequence[int]) -> Sequence[int]:
+        """Where it is fixed, the same for every vector: images that share one would be copies with one for all."""
+        if not self.fixed_noise:
+            return indices
+        return [index // len(work.classes) % self.images_per_vector for index in indices]
 
 
 def _numbered(work: Work, labels: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """NCIS: its stages' files, what may be shared among outliers, and what the command does with it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,15 @@ def test_a_class_of_one_image_is_refused_before_anything_is_embedded(tmp_path: P
     pictures(tmp_path / "few" / "b", 1)
     with pytest.raises(FaroutError, match="class 'b' has 1 vector"):
         NCIS.tiny(None).synthesize(tmp_path / "few", tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU)
+    assert not (tmp_path / "o").exists()
+
+
+def test_classes_too_small_to_hold_vectors_out_are_refused_before_anything_is_embedded(
+    images: Path, tmp_path: Path
+) -> None:
+    method = ncis(manifold=replace(SMALL, regularization="held_out"))
+    with pytest.raises(FaroutError, match="too small to hold vectors out"):
+        made(images, tmp_path / "o", method)
     assert not (tmp_path / "o").exists()
 
 

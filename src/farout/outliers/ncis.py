@@ -15,7 +15,7 @@ from farout.errors import FaroutError
 from farout.images.places import readable
 from farout.outliers._decoding import PUBLISHED, ClassPoints, VectorSynthesiser
 from farout.outliers._embedding import Inversion, embed, read_embeddings
-from farout.outliers._labelled_vectors import check_counts
+from farout.outliers._labelled_vectors import check_counts, split
 from farout.outliers._manifold import Manifold, ManifoldConfig, fit_manifold
 from farout.outliers.base import Work
 
@@ -89,11 +89,13 @@ class NCIS(VectorSynthesiser):
 
     def check(self, work: Work) -> None:
         """Refuses images that cannot be read, levels that the schedule lacks, and classes that are too small for a
-        Gaussian; see also `VectorSynthesiser.check`.
+        Gaussian, or to hold vectors out where these are to choose a shrinkage; see also `VectorSynthesiser.check`.
         """
         self.inversion.grid(work.generator.schedule)
-        labels = work.labels[readable(work.source)]
-        check_counts(_numbered(work, labels), work.present)
+        places = _numbered(work, work.labels[readable(work.source)])
+        check_counts(places, work.present)
+        if self.manifold.regularization == "held_out":  # classes too small for it are refused before the embedding
+            split(places, len(work.classes), self.manifold, work.seed)
         super().check(work)
 
     def _embed(self, work: Work) -> None:

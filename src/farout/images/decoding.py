@@ -73,7 +73,7 @@ def reading(key: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image in a format that Pillow knows"
-    return f"{error or type(error).__name__} ({type(error).__name__})" if str(error) else type(error).__name__
+    return f"{error} ({type(error).__name__})" if str(error) else type(error).__name__
 
 
 def from_pil(image: Image.Image) -> Tensor:

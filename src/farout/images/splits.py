@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Groups", "Split", "calibration_size", "seen_hint", "split"]
 
 Groups = Literal["none", "folder"] | Sequence[str]
+"""What stays together beside equal images: nothing, one folder (or `group` column), or one of names, one an image."""
 
 
 @dataclass(frozen=True)

@@ -304,7 +304,7 @@ class Synthesiser(Configured, ABC):
         """All that decides the images."""
         try:
             name = registry.name_of("outliers", type(self))
-        except FaroutError:
+        except FaroutError:  # a class of the caller's own, which no name leads to
             name = type(self).__name__
         return {
             "method": name,

@@ -29,7 +29,7 @@ __all__ = [
     "role",
 ]
 
-_SAMPLE = Path(__file__).parent.parent / "sample"
+SAMPLE = Path(__file__).parent.parent / "sample"
 """Where the sets that come with the package lie, as `<name>/<split>.parquet`."""
 
 _TRAIN_TEST = {"train": "train", "test": "test"}
@@ -248,7 +248,7 @@ def group(id_name: str, ood_name: str) -> Literal["near", "far", ""]:
 def _folders(name: str) -> list[Path]:
     """Folders of a set on this machine: the user's data first, then the package's sample."""
     data = os.environ.get("FAROUT_DATA")
-    bases = ([Path(data)] if data else []) + ([_SAMPLE] if name in _TABLE and _TABLE[name].built_in else [])
+    bases = ([Path(data)] if data else []) + ([SAMPLE] if name in _TABLE and _TABLE[name].built_in else [])
     return [base / name for base in bases if (base / name).is_dir()]
 
 
@@ -304,4 +304,4 @@ def _where(name: str) -> str:
     folders = [folder for folder in _folders(name) if any(folder.glob("*.parquet"))]
     if not folders:
         return "-"
-    return "built in" if folders[0].parent == _SAMPLE else str(folders[0])
+    return "built in" if folders[0].parent == SAMPLE else str(folders[0])

@@ -47,7 +47,7 @@ def test_names_are_unique():
 
 
 def test_groups_name_sets_of_the_table():
-    for table in (catalog.NEAR, catalog.FAR, catalog.COVARIATE):
+    for table in (catalog.NEAR, catalog.FAR):
         for inlier, outliers in table.items():
             assert {inlier, *outliers} <= catalog.names()
 

@@ -159,6 +159,8 @@ def test_mistakes_in_the_input_get_one_line(place: Path, tmp_path: Path, capsys:
     assert "no split" in refused(capsys, [*fit, "sample_fashion:tset"], 1)
     few = pictures(tmp_path / "few", 3)
     assert "too few" in refused(capsys, [*fit, few], 1)
+    train = ["train", "diffusion", few, "--out", out, "--model.size", "0"]
+    assert "expected positive pixels" in refused(capsys, train, 1)
     lost = ["fit", "reconstruction", place / "good", "--diffusion", tmp_path / "lost", "--out", out, *FIT]
     assert "no folder" in refused(capsys, lost, 1)
     score = ["score", place / "model", place / "near", "--out", out]

@@ -172,6 +172,7 @@ def test_the_published_settings() -> None:
     lengths = [one.boundary.noise for one in (paper, large, inner)]
     assert [length / math.sqrt(768) for length in lengths] == pytest.approx([0.07, 0.03, 0.01])
     assert (paper.boundary.k, paper.boundary.select, paper.boundary.candidates) == (300, 50, 1500)
+    assert paper.prompts.generation == large.prompts.generation == "A high-quality image of the {}"
     assert (paper.model.network, paper.alignment.steps, paper.alignment.batch_size) == ("resnet34", 39200, 256)
     assert (large.boundary.select, large.alignment.batch_size) == (200, 160)
     assert (inner.boundary.side, inner.boundary.select, inner.boundary.kept) == ("inliers", 1000, 1)

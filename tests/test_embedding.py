@@ -130,6 +130,8 @@ def test_the_rate_follows_the_scale_of_the_class_table() -> None:
     assert scale == pytest.approx(float(space.vectors().numpy().std()))
     assert Inversion().learning_rate(space) == pytest.approx(0.05 * scale)
     assert Inversion(lr=0.01).learning_rate(space) == 0.01
+    with pytest.raises(FaroutError, match=r"lr_scale=0\.1 would have no effect"):
+        Inversion(lr=0.01, lr_scale=0.1)
     # Adam's first step has the rate's length in every coordinate
     vectors, _ = inverted(network, replace(FEW, steps=1))
     moved = (vectors - space.vectors()[LABELS]).abs()

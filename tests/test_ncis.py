@@ -1,5 +1,6 @@
 """NCIS: its stages' files, what may be shared among outliers, and what the command does with it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def test_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeyp
     assert labels == [0, 2] * 4, "numbers of the generator's classes a, b and c"
     made(images, tmp_path / "fixed", ncis(fixed_noise=True), count=4)
     assert seen[1][1] == [0, 0, 0, 0]
+    made(images, tmp_path / "shared", ncis(fixed_noise=True, images_per_vector=2), count=8)
+    assert seen[2][1] == [0, 0, 1, 1] * 2, "images of one vector are no copies"
 
 
 def test_an_interrupted_manifold_goes_on(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +96,9 @@ def test_an_interrupted_manifold_goes_on(images: Path, tmp_path: Path, monkeypat
     assert len(done) == 4, "the last of four batches was left to do"
     hashes = {Manifold.load(tmp_path / name / "manifold").content_hash for name in ("whole", "o")}
     assert len(hashes) == 1
+    assert not (tmp_path / "o" / "manifold.training").exists()
+    (tmp_path / "o" / "manifold.training").mkdir()  # stopped between the manifold and this
+    made(images, tmp_path / "o", stage="manifold", resume=True)
     assert not (tmp_path / "o" / "manifold.training").exists()
 
 
@@ -158,6 +164,23 @@ def test_a_class_of_one_image_is_refused_before_anything_is_embedded(tmp_path: P
     pictures(tmp_path / "few" / "b", 1)
     with pytest.raises(FaroutError, match="class 'b' has 1 vector"):
         NCIS.tiny(None).synthesize(tmp_path / "few", tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU)
+    assert not (tmp_path / "o").exists()
+
+
+def test_classes_too_small_to_hold_vectors_out_are_refused_before_anything_is_embedded(
+    images: Path, tmp_path: Path
+) -> None:
+    method = ncis(manifold=replace(SMALL, regularization="held_out"))
+    with pytest.raises(FaroutError, match="too small to hold vectors out"):
+        made(images, tmp_path / "o", method)
+    assert not (tmp_path / "o").exists()
+
+
+def test_images_none_of_which_can_be_read_are_refused(images: Path, tmp_path: Path) -> None:
+    for path in images.glob("*/*.png"):
+        path.write_text("not a picture")
+    with pytest.raises(FaroutError, match="class 'a' has 0 vectors"):
+        made(images, tmp_path / "o", policy="skip")
     assert not (tmp_path / "o").exists()
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from farout.errors import SourceError, TrapWarning
+from farout.errors import FaroutError, SourceError, TrapWarning
 from farout.images import preprocessing as module
 from farout.images.preprocessing import Preprocessing, check_against
 from farout.images.sources import open_source
@@ -136,7 +136,7 @@ def test_min_max_of_a_constant_image_is_zero_not_nan():
 def test_a_model_gets_its_preprocessing_back():
     prepared = Preprocessing((12, 20), 1, (28, 28), "common", 24, "minmax", 75)
     assert Preprocessing.from_dict(json.loads(json.dumps(prepared.to_dict()))) == prepared
-    with pytest.raises(ValueError, match="gamma"):
+    with pytest.raises(FaroutError, match="gamma"):
         Preprocessing.from_dict({**prepared.to_dict(), "gamma": 2})
 
 
@@ -153,7 +153,7 @@ def test_a_model_gets_its_preprocessing_back():
     ],
 )
 def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"expected|100"):
+    with pytest.raises(FaroutError, match=r"expected|100"):
         Preprocessing(**{"size": (4, 4), "channels": 3, "native": (4, 4), **wrong})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def test_glob_and_single_file(tmp_path):
     write_folder(tmp_path, pixels(3), ["a/1.png", "b/2.png", "b/deep/3.png"])
     assert open_source(f"{tmp_path}/*/*.png").keys == ("a/1.png", "b/2.png")
     assert open_source(f"{tmp_path}/**/*.png@vflip").keys == ("a/1.png", "b/2.png", "b/deep/3.png")
+    assert open_source(f"{tmp_path}/**/**/*.png").keys == ("a/1.png", "b/2.png", "b/deep/3.png")
     assert open_source(tmp_path / "b" / "2.png").keys == ("2.png",)
 
 
@@ -192,6 +194,19 @@ def test_pictures():
         open_source([Image.new("L", (2, 2)), "x.png"])
 
 
+def test_a_broken_picture_is_one_unreadable_image():
+    """Pillow opens files lazily; its decoders raise more than OSError for what is broken."""
+
+    def load() -> None:
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    given = [picture(image) for image in pixels(3)]
+    given[1].load = load
+    source = open_source(given, policy="skip")
+    assert [batch.keys for batch in batches(source, Preprocessing((8, 8), 1, (8, 8)), 3)] == [("0", "2")]
+    assert "buffer of 4 bytes" in source.unreadable["1"]
+
+
 class Labelled(torch.utils.data.Dataset):
     classes = ("cat", "dog")
 
@@ -211,6 +226,8 @@ def test_datasets_with_and_without_labels():
     assert labelled.labels == (1, 0, 1)
     assert labelled.class_names == ("cat", "dog")
     assert torch.equal(labelled[2], images[2])
+    called = open_source(Labelled(images, ["dog", "bird", "dog"]))
+    assert (called.labels, called.class_names) == ((1, 0, 1), ("bird", "dog"))
     plain = open_source(torch.utils.data.Subset(images.float() / 255, [2, 0]))
     assert plain.labels is None
     assert torch.equal(plain[0], images[2])

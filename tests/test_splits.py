@@ -162,8 +162,8 @@ def test_a_very_small_set_still_gives_every_part_something():
 
 
 def test_too_little_training_warns():
-    with pytest.warns(ShortfallWarning, match="training 70 of 1000"):
-        split(open_source(pixels(100)), statistics=10, train=True, minimum_training=1000)
+    with pytest.warns(ShortfallWarning, match="training 0 of 1;"):
+        split(open_source(pixels(2)), alpha=0.5, statistics=1, train=True)
 
 
 def test_enough_images_do_not_warn():

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from farout import registry
+from farout import ClassNoise, registry
 from farout.configuration import flat
 from farout.errors import FaroutError, SourceError, StoreError
 from farout.images.sources import open_source
-from farout.outliers.base import Made, OutlierFolder, Runtime, Synthesiser, Work, read_outliers
+from farout.outliers.base import Made, OutlierFolder, Synthesiser, Work, read_outliers
+from farout.runtime import Runtime
 from small import classifier, conditional, model, pictures
 
 NAMES = sorted(registry.members("outliers"))
@@ -174,6 +175,17 @@ def test_stages_one_by_one_are_the_whole(
     assert files(tmp_path / "s") == files(whole.folder)
     with pytest.raises(FaroutError, match="no stage 'x'; it has"):
         made(method, images, tmp_path / "t", stage="x")
+
+
+class Unfinished(ClassNoise):
+    """Names a stage and does not say what is done in it."""
+
+    stages = ("think", "images")
+
+
+def test_a_stage_that_nothing_does_is_told(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(FaroutError, match="Unfinished names the stage 'think' and has no `prepare`"):
+        made(Unfinished, images, tmp_path / "s")
 
 
 def test_other_settings_do_not_mix_in(

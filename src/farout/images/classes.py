@@ -12,15 +12,18 @@ from farout.errors import FaroutError, SourceError
 from farout.images.batching import PreparedImages
 from farout.images.sources import ImageSource
 
-__all__ = ["LabelledImages", "check_no_class_is_empty", "class_name", "class_names_of", "class_numbers"]
+__all__ = ["LabelledImages", "check_no_class_is_empty", "class_name", "class_names_of", "class_numbers", "names_of"]
+
+
+def names_of(source: ImageSource) -> tuple[str, ...]:
+    """Names of the classes that occur in `source`, in the order of their labels; none where there are no labels."""
+    return tuple(class_name(source, label) for label in sorted(set(source.labels or ())))
 
 
 def class_names_of(source: ImageSource) -> tuple[str, ...]:
-    """Names of the classes that occur in `source`, in the order of their labels; a label without a name is its own.
-
-    Raises SourceError where there are no labels, or only one class.
-    """
-    names = tuple(class_name(source, label) for label in sorted(set(_labels(source))))
+    """`names_of` for what learns to tell classes apart; raises SourceError where there are no labels, or one class."""
+    _labels(source)
+    names = names_of(source)
     if len(names) < 2:
         raise SourceError(
             f"all images of {source.name} are of one class ({', '.join(names)}); classes want two or more"

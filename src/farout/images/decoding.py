@@ -19,6 +19,8 @@ import hashlib
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from farout.errors import SourceError, UnreadableImageError
 
-__all__ = ["content_hash", "decode", "from_pil", "to_pil", "to_uint8"]
+__all__ = ["content_hash", "decode", "from_pil", "reading", "to_pil", "to_uint8"]
 
 _BROKEN = (
     OSError,  # also PIL's UnidentifiedImageError and truncated files
@@ -52,10 +54,16 @@ def decode(data: bytes, key: str) -> Tensor:
     """
     if not data:
         raise UnreadableImageError(f"{key}: the file is empty")
+    with reading(key), Image.open(io.BytesIO(data)) as image:
+        image.load()
+        return from_pil(image)
+
+
+@contextmanager
+def reading(key: str) -> Iterator[None]:
+    """Whatever Pillow raises inside for broken data is an UnreadableImageError that starts with `key`."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return from_pil(image)
+        yield
     except UnreadableImageError as error:
         raise UnreadableImageError(f"{key}: {error}") from error
     except _BROKEN as error:
@@ -65,7 +73,7 @@ def decode(data: bytes, key: str) -> Tensor:
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image in a format that Pillow knows"
-    return f"{error or type(error).__name__} ({type(error).__name__})" if str(error) else type(error).__name__
+    return f"{error} ({type(error).__name__})" if str(error) else type(error).__name__
 
 
 def from_pil(image: Image.Image) -> Tensor:

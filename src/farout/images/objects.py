@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from farout.errors import SourceError, UnreadableImageError
-from farout.images.decoding import from_pil, to_uint8
+from farout.images.decoding import from_pil, reading, to_uint8
 from farout.images.listing import Listing, encode_labels, index_keys
 
 __all__ = ["list_dataset", "list_pictures"]
@@ -42,10 +42,8 @@ def list_pictures(pictures: Sequence[object]) -> Listing:
 def _convert(image: object, key: str) -> Tensor:
     """One item as uint8 `(C, H, W)`; a wrong type or range is the caller's mistake, not an unreadable image."""
     if isinstance(image, Image.Image):
-        try:
+        with reading(key):
             return from_pil(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UnreadableImageError(f"{key}: {error}") from error
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(np.ascontiguousarray(image))
     if not isinstance(image, Tensor):
@@ -73,8 +71,9 @@ class _Items:
 def list_dataset(dataset: Dataset[Any]) -> Listing:
     """Lists a torch Dataset of images, or of (image, label); its items must be the same at every access.
 
-    Labels are taken from `targets` where the Dataset has it, otherwise all items are read once. Raises SourceError for
-    a Dataset without length or items, and for items of another kind.
+    Labels are taken from `targets` where the Dataset has it, otherwise all items are read once; numbers are called as
+    its `classes` say, texts are names themselves. Raises SourceError for a Dataset without length or items, and for
+    items of another kind.
     """
     if not hasattr(dataset, "__len__"):
         raise SourceError(f"{type(dataset).__name__} has no length; expected a Dataset with __len__ and __getitem__")
@@ -84,9 +83,12 @@ def list_dataset(dataset: Dataset[Any]) -> Listing:
     labelled = isinstance(dataset[0], tuple | list)
     reader = _Items(dataset, labelled)
     reader(0)
-    labels = encode_labels(_targets(dataset, count), type(dataset).__name__)[0] if labelled else None
+    if not labelled:
+        return Listing(index_keys(count), reader)
+    labels, names = encode_labels(_targets(dataset, count), type(dataset).__name__)
     classes = getattr(dataset, "classes", None)
-    names = tuple(map(str, classes)) if labels is not None and isinstance(classes, list | tuple) else None
+    if names is None and isinstance(classes, list | tuple):
+        names = tuple(map(str, classes))
     return Listing(index_keys(count), reader, labels, names)
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from farout.errors import SourceError, TrapWarning
+from farout.errors import FaroutError, SourceError, TrapWarning
 from farout.images.decoding import to_pil
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Preprocessing:
     The protocol `native` makes foreign images pass through the same size as in-distribution ones, so that blur alone
     cannot tell them apart; `direct` omits this, as some papers do. Sizes are (height, width) in pixels; resizing is
     by `kernel` with antialiasing and does not keep the aspect ratio. With `fill` the first resize keeps it: the image
-    fills the target, and what stands out is cut off on both sides.
+    fills the target, and what stands out is cut off on both sides. Raises FaroutError for values out of range.
     """
 
     size: tuple[int, int]
@@ -60,14 +60,16 @@ class Preprocessing:
     def __post_init__(self) -> None:
         sizes = (*self.size, *self.native, self.crop if self.crop is not None else 1)
         if len(self.size) != 2 or len(self.native) != 2 or min(sizes) < 1:
-            raise ValueError(f"size {self.size}, native {self.native}, crop {self.crop}: expected positive pixels")
+            raise FaroutError(f"size {self.size}, native {self.native}, crop {self.crop}: expected positive pixels")
         if self.channels not in (1, 3) or not 1 <= self.jpeg_quality <= 100:
-            raise ValueError(f"channels {self.channels} (expected 1 or 3), jpeg_quality {self.jpeg_quality} (1 to 100)")
+            raise FaroutError(
+                f"channels {self.channels} (expected 1 or 3), jpeg_quality {self.jpeg_quality} (1 to 100)"
+            )
         if self.protocol not in get_args(Protocol) or self.value_range not in get_args(ValueRange):
             choices = f"{', '.join(get_args(Protocol))} and {', '.join(get_args(ValueRange))}"
-            raise ValueError(f"protocol {self.protocol!r}, value_range {self.value_range!r}: expected {choices}")
+            raise FaroutError(f"protocol {self.protocol!r}, value_range {self.value_range!r}: expected {choices}")
         if self.kernel not in get_args(Kernel):
-            raise ValueError(f"kernel {self.kernel!r}: expected {', '.join(get_args(Kernel))}")
+            raise FaroutError(f"kernel {self.kernel!r}: expected {', '.join(get_args(Kernel))}")
 
     def __call__(self, image: Tensor, shrink: Kernel | None = None) -> Tensor:
         """Prepares one image; raises ValueError for anything but uint8 `(C, H, W)` with C in {1, 3}.
@@ -108,12 +110,12 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`; raises ValueError for unknown or missing entries."""
+        """The inverse of `to_dict`; raises FaroutError for unknown or missing entries, and for values out of range."""
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         try:
             return cls(**plain)
         except TypeError as error:
-            raise ValueError(f"not a preprocessing: {dict(values)} ({error})") from error
+            raise FaroutError(f"not a preprocessing: {dict(values)} ({error})") from error
 
     @classmethod
     def for_source(

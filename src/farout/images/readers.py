@@ -118,7 +118,8 @@ def _told_names(root: Path, folders: tuple[str, ...] | None) -> tuple[str, ...] 
 
 
 def _list_glob(pattern: str) -> Listing:
-    matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+    # a pattern with several ** finds a path several times
+    matches = sorted({Path(match) for match in glob.glob(pattern, recursive=True)})
     paths = [path for path in matches if path.is_file() and _is_image(path.name)]
     if not paths:
         kinds = ", ".join(sorted(SUFFIXES))
@@ -140,7 +141,7 @@ def _list_csv(path: Path) -> Listing:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SourceError(f"{path} cannot be read as csv ({error}); expected UTF-8 text with a header line") from error
     if not rows:
         raise SourceError(f"{path} lists no images; expected a header line and one line an image")
@@ -204,17 +205,13 @@ def list_array(images: np.ndarray | Tensor, labels: Sequence[object] | None = No
     if not len(tensor):
         raise SourceError(f"{where} are empty: shape {tuple(tensor.shape)}; give at least one image")
     pixels = to_uint8(tensor, where)
-    if labels is None:
-        return Listing(index_keys(len(pixels)), pixels.__getitem__, in_memory=True)
-    if len(labels) != len(pixels):
+    if labels is not None and len(labels) != len(pixels):
         raise SourceError(f"{where} hold {len(pixels)} images and {len(labels)} labels; expected one label an image")
-    codes, names = encode_labels(labels, where)
+    codes, names = (None, None) if labels is None else encode_labels(labels, where)
     return Listing(index_keys(len(pixels)), pixels.__getitem__, codes, names, in_memory=True)
 
 
 def _from_numpy(images: np.ndarray, where: str) -> Tensor:
-    if images.dtype.kind not in "uif":
-        raise SourceError(f"{where} have type {images.dtype}, expected uint8 or floats in [0, 1]")
     if images.dtype.kind != "f" and images.dtype != np.uint8:
         raise SourceError(f"{where} have type {images.dtype}, expected uint8 or floats in [0, 1]; convert them first")
     return torch.from_numpy(np.ascontiguousarray(images))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Groups", "Split", "calibration_size", "learnt_and_validating", "seen_hint", "split"]
 
 Groups = Literal["none", "folder"] | Sequence[str]
+"""What stays together beside equal images: nothing, one folder (or `group` column), or one of names, one an image."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,6 @@ def split(
     seed: int = 0,
     exclude: Collection[str] = (),
     groups: Groups = "none",
-    minimum_training: int = 1,
 ) -> Split:
     """Splits a source into calibration, statistics and training positions.
 
@@ -69,8 +69,8 @@ def split(
     image. `exclude` are content hashes of images that a given network was trained on: they, their group and their
     copies are left out of every part. Unreadable images raise under the policy `raise`, and are left out otherwise.
 
-    A part below its wish (`minimum_training` for training) warns with ShortfallWarning and all three counts. Raises
-    SourceError when no calibration or no statistics image would remain.
+    A part below its wish (one image for training) warns with ShortfallWarning and all three counts. Raises SourceError
+    when no calibration or no statistics image would remain.
     """
     hashes = {i: content for i, content in enumerate(source.content_hashes()) if content is not None}
     blocks = _blocks(hashes, _group_names(source, groups))
@@ -78,7 +78,7 @@ def split(
     kept = [block for block in blocks if not any(hashes[i] in excluded for i in block)]
     ranked = sorted(kept, key=lambda block: min(_rank(hashes[i], seed) for i in block))
     count = sum(map(len, ranked))
-    wishes = (calibration_size(count, alpha), statistics, minimum_training if train else 0)
+    wishes = (calibration_size(count, alpha), statistics, 1 if train else 0)
     if len(ranked) < 2:
         raise SourceError(_impossible(source.name, len(source), len(ranked), len(hashes) - count, wishes))
     calibration, rest = _take(ranked, wishes[0], spare=2 if train else 1)

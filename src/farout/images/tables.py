@@ -122,10 +122,10 @@ def _names(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None:
     return tuple(str(name) for name in names) if isinstance(names, list) else None
 
 
-Labels = tuple[tuple[int, ...] | None, tuple[str, ...] | None]
+_Labels = tuple[tuple[int, ...] | None, tuple[str, ...] | None]
 
 
-def _labels(values: Sequence[object], names: tuple[str, ...] | None, where: str) -> Labels:
+def _labels(values: Sequence[object], names: tuple[str, ...] | None, where: str) -> _Labels:
     labels, found = encode_labels(values, where)
     if any(label == -1 for label in labels):  # the hub's mark of a split whose labels are withheld
         return None, None
@@ -151,7 +151,7 @@ def list_hub(location: str, split: str, image: str | None = None, label: str | N
         table = datasets.load_dataset(f"{owner}/{name}", name=config[0] if config else None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise SourceError(_hub_failure(location, split, error)) from error
-    return list_table(table, f"hf://{location}:{split}", image, label)
+    return _list_table(table, f"hf://{location}:{split}", image, label)
 
 
 def _hub_failure(location: str, split: str, error: Exception) -> str:
@@ -182,7 +182,7 @@ def _file_bytes(path: str, key: str) -> bytes:
         raise UnreadableImageError(f"{key}: {path}: {error.strerror or error}") from error
 
 
-def list_table(table: Any, where: str, image: str | None = None, label: str | None = None) -> Listing:
+def _list_table(table: Any, where: str, image: str | None = None, label: str | None = None) -> Listing:
     """Lists a `datasets.Dataset` with an image column."""
     import datasets
 

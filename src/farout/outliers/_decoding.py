@@ -20,11 +20,22 @@ from farout.diffusion.prompt_tokens import PromptTokens
 from farout.diffusion.prompts import Prompts
 from farout.diffusion.sampling import Sampler, Spacing
 from farout.errors import FaroutError
+from farout.images.classes import names_of
 from farout.images.sources import ImageSource
 from farout.outliers._recognised import class_places, warn_of_poor_samples
-from farout.outliers.base import Made, Synthesiser, Work, names_of
+from farout.outliers.base import Made, Synthesiser, Work
+from farout.runtime import Runtime
 
-__all__ = ["ClassPoints", "VectorSynthesiser", "class_space", "decode", "noised", "vector_scale"]
+__all__ = ["PUBLISHED", "ClassPoints", "VectorSynthesiser", "class_space", "decode", "noised", "vector_scale"]
+
+PUBLISHED: dict[str, Any] = {
+    "solver": "plms",
+    "steps": 50,
+    "spacing": "leading",
+    "guidance": 7.5,
+    "prompts": Prompts(generation="A high-quality image of the {}", pieces="first"),
+}
+"""How NCIS and Dream-OOD decode with Stable Diffusion 1.4: a part of the presets of their papers."""
 
 
 def class_space(model: DiffusionModel) -> Conditioning:
@@ -162,19 +173,15 @@ class VectorSynthesiser(Synthesiser):
 
     def sampler(self, work: Work) -> Sampler:
         """How points become images, built once a run; FaroutError for settings that the generator cannot follow."""
-        if "sampler" not in work.built:
-            runtime = work.runtime
-            model = work.generator if self.size is None else work.generator.sized(self.size)
-            if self.prompts.generation is not None and isinstance(model.conditioning, PromptTokens):
-                model = model.conditioned(model.conditioning.in_template(self.prompts.generation))
-            work.built["sampler"] = Sampler(
-                model,
-                **self._decoding,
-                seed=work.seed,
-                rows=int(runtime.rows),
-                precision=runtime.precision,  # type: ignore[arg-type]  # resolved, so not `auto`
-            )
-        return work.built["sampler"]
+        return work.once("sampler", lambda: self._built(work.generator, work.seed, work.runtime))
+
+    def _built(self, model: DiffusionModel, seed: int, runtime: Runtime) -> Sampler:
+        if self.size is not None:
+            model = model.sized(self.size)
+        if self.prompts.generation is not None and isinstance(model.conditioning, PromptTokens):
+            model = model.conditioned(model.conditioning.in_template(self.prompts.generation))
+        precision: Any = runtime.precision  # resolved, so not `auto`
+        return Sampler(model, **self._decoding, seed=seed, rows=int(runtime.rows), precision=precision)
 
     def check(self, work: Work) -> None:
         """Refuses guidance without a null condition, solvers, steps or sizes that do not go, and a classifier that
@@ -194,7 +201,7 @@ class VectorSynthesiser(Synthesiser):
         """The decoded points."""
         found, scale = self.points(work, indices, labels), self.prompts.context_noise
         change = partial(noised, scale=scale, seed=work.seed, indices=indices) if scale else None
-        images = decode(self.sampler(work), found.vectors, self.noises(indices), labels, change)
+        images = decode(self.sampler(work), found.vectors, self.noises(work, indices), labels, change)
         return Made(images, found.sources, found.columns)
 
     def shape(self, work: Work) -> tuple[int, ...]:
@@ -202,7 +209,7 @@ class VectorSynthesiser(Synthesiser):
         channels, *own = super().shape(work)
         return (channels, *(own if self.size is None else (self.size, self.size)))
 
-    def noises(self, indices: Sequence[int]) -> Sequence[int]:
+    def noises(self, work: Work, indices: Sequence[int]) -> Sequence[int]:
         """The numbers of the noises that outliers start from: their own."""
         return indices
 

@@ -124,7 +124,6 @@ class Deformation(Synthesiser):
             )
         if attempts < 1 or (reject is not None and not 0 <= reject < 1):
             raise FaroutError(f"reject wants a probability below 1, attempts 1 or more; got {reject} and {attempts}")
-        self._plan: Plan | None = None
 
     @property
     def wanted(self) -> frozenset[str]:
@@ -175,9 +174,7 @@ class Deformation(Synthesiser):
         return len(self._planned(work).order) if self.reconstructions else 0
 
     def _planned(self, work: Work) -> Plan:
-        if self._plan is None or self._plan.work is not work:
-            self._plan = Plan(self, work)
-        return self._plan
+        return work.once("plan", lambda: Plan(self, work))
 
     @torch.no_grad()
     def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:

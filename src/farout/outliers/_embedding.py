@@ -51,7 +51,7 @@ class Inversion:
         lr_scale: learning rate in standard deviations of the class table's entries; a coordinate's first step is of
             that length. Where the table began as standard normal noise, as in our small models, more than 0.05 raises
             the loss; the published rate is 0.7 of them for Stable Diffusion's class tokens.
-        lr: absolute learning rate instead; 0.01 is the published one.
+        lr: absolute learning rate, instead of `lr_scale`; 0.01 is the published one.
         draws: K, draws of (t, noise) per image and step; 32 are published.
         levels: number of the evenly spaced levels t that are drawn from.
         stratified: one draw of t from each of K equal parts of the levels, instead of K from all.
@@ -75,6 +75,10 @@ class Inversion:
             raise FaroutError(
                 "learning rates want to be above 0 and pull at least 0, got "
                 f"lr_scale {self.lr_scale}, lr {self.lr} and pull {self.pull}"
+            )
+        if self.lr is not None and self.lr_scale != Inversion.lr_scale:
+            raise FaroutError(
+                f"lr={self.lr} is the rate itself, so that lr_scale={self.lr_scale} would have no effect; leave one out"
             )
         if self.noise not in ("image", "shared"):
             raise FaroutError(f"noise is 'shared' or drawn per 'image', got {self.noise!r}")

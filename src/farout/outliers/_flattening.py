@@ -23,7 +23,7 @@ __all__ = ["Map", "apply", "flatness", "fresh", "invariant_counts", "rate_factor
 Map = VolumePreservingNetwork | ClassRotations
 
 _STRIDED = 1000
-"""Training vectors among those validated with, as published."""
+"""At most so many training vectors are validated with, as published."""
 
 _ROWS = 4096
 """Vectors that go through a map at once."""

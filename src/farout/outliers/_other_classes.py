@@ -9,7 +9,7 @@ from farout.classifiers.exposure import known_classes
 from farout.classifiers.model import Classifier
 from farout.diffusion.model import DiffusionModel
 from farout.errors import TrapWarning, UnreadableImageError
-from farout.images.classes import class_name
+from farout.images.classes import class_name, names_of
 from farout.images.sources import ImageSource
 
 __all__ = ["warn_of_other_classes"]
@@ -26,7 +26,7 @@ def warn_of_other_classes(
 
     An outlier made with a network that has seen the held-out classes may be an image of one.
     """
-    present = {class_name(source, label) for label in set(source.labels or ())}
+    present = set(names_of(source))
     if diffusion is not None:
         names = () if diffusion.conditioning is None else diffusion.conditioning.class_names
         _warn("diffusion model", names, diffusion.trained_on, source, present)

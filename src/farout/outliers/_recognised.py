@@ -16,7 +16,9 @@ from farout.progress import task
 __all__ = ["class_places", "recognised", "warn_of_poor_samples"]
 
 _REMEMBERED = "recognised.json"
-_LEAST, _TOGETHER, _WANTED = 5, 64, 100
+_TOGETHER, _IMAGES, _IMAGES_OF_A_CLASS = 64, 100, 5
+_SHARE = 0.8
+"""Of the generator's own samples that a classifier is to recognise."""
 
 
 def recognised(sampler: Sampler, classifier: Classifier, names: Sequence[str], count: int | None = None) -> float:
@@ -31,7 +33,7 @@ def recognised(sampler: Sampler, classifier: Classifier, names: Sequence[str], c
     Raises FaroutError where the classifier lacks a class of the generator.
     """
     places = class_places(classifier, names)
-    count = max(_WANTED, _LEAST * len(names)) if count is None else count
+    count = max(_IMAGES, _IMAGES_OF_A_CLASS * len(names)) if count is None else count
     hits = 0
     with task("the generator's own samples", count) as bar:
         for start in range(0, count, _TOGETHER):
@@ -57,10 +59,8 @@ def class_places(classifier: Classifier, names: Sequence[str]) -> list[int]:
     return [known.index(name) for name in names]
 
 
-def warn_of_poor_samples(
-    sampler: Sampler, classifier: Classifier, names: Sequence[str], folder: Path, least: float = 0.8
-) -> float:
-    """`recognised`; a TrapWarning where it is less than `least`.
+def warn_of_poor_samples(sampler: Sampler, classifier: Classifier, names: Sequence[str], folder: Path) -> None:
+    """A TrapWarning where less than 80 % are `recognised`.
 
     The share is kept in `folder`, a folder of outliers, whose generator and settings are always the same: stages that
     are done one by one, and runs that go on, make no samples for it again.
@@ -71,11 +71,10 @@ def warn_of_poor_samples(
         kept = {"classifier": judge, "share": recognised(sampler, classifier, names)}
         store.write_json(path, kept)
     share = float(kept["share"])
-    if share < least:
+    if share < _SHARE:
         warnings.warn(
-            f"the classifier recognises {share:.0%} of the generator's own samples, expected at least {least:.0%}: "
+            f"the classifier recognises {share:.0%} of the generator's own samples, expected at least {_SHARE:.0%}: "
             "what is made by it is strange for other reasons than the method's; train the diffusion model for longer",
             TrapWarning,
             stacklevel=4,
         )
-    return share

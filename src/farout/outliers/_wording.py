@@ -17,9 +17,9 @@ from farout.diffusion.prompt_contexts import PromptContexts
 from farout.diffusion.prompts import check_template, class_words
 from farout.diffusion.text import TextEncoder
 from farout.errors import FaroutError, TrapWarning
+from farout.images.classes import names_of
 from farout.images.sources import ImageSource
 from farout.outliers._words import listed, nearest, screened, spoken
-from farout.outliers.base import names_of
 
 __all__ = ["PHOTO", "Phrases", "Wording"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from farout.configuration import Configured, flat
 from farout.devices import Team, join
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, SourceError
-from farout.images.classes import class_name, class_numbers
+from farout.images.classes import class_numbers, names_of
 from farout.images.places import some_readable
 from farout.images.sources import ImageSource, open_source
 from farout.outliers._folder import MadeFolder, OutlierFolder, ReconstructedFolder, read_outliers
@@ -32,10 +32,9 @@ __all__ = [
     "MadeFolder",
     "OutlierFolder",
     "Remade",
-    "Runtime",
     "Synthesiser",
     "Work",
-    "names_of",
+    "identity",
     "read_outliers",
 ]
 
@@ -57,7 +56,7 @@ class Work:
         runtime: how networks are run, resolved.
         diffusion: the generator, where the method needs it.
         classifier: as given.
-        built: what a method builds once and uses again in this run, by name.
+        built: what `once` has built, by name.
     """
 
     source: ImageSource
@@ -70,6 +69,32 @@ class Work:
     diffusion: DiffusionModel | None = None
     classifier: Classifier | None = None
     built: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        source: ImageSource,
+        folder: Path,
+        count: int,
+        seed: int,
+        runtime: Runtime,
+        diffusion: DiffusionModel | None = None,
+        classifier: Classifier | None = None,
+    ) -> Work:
+        """With the classes that the generator is told, else those of the images.
+
+        Raises SourceError for images without labels, or of a class that the generator does not know.
+        """
+        told = None if diffusion is None else diffusion.conditioning
+        names = names_of(source) if told is None else told.class_names
+        labels = class_numbers(source, names)
+        return cls(source, labels, names, folder, count, seed, runtime, diffusion, classifier)
+
+    def once(self, name: str, build: Callable[[], Any]) -> Any:
+        """What a method builds once and uses again in this run."""
+        if name not in self.built:
+            self.built[name] = build()
+        return self.built[name]
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
@@ -164,7 +189,10 @@ class Synthesiser(Configured, ABC):
 
     def prepare(self, work: Work, stage: str) -> None:
         """Does a stage before the last: leaves its files within `work.folder`, and goes on from those there."""
-        raise NotImplementedError(f"{type(self).__name__} names the stage {stage} and does not say what is done in it")
+        raise FaroutError(
+            f"{type(self).__name__} names the stage {stage!r} and has no `prepare` that does it; write one, or leave "
+            "the stage out of `stages`"
+        )
 
     def shape(self, work: Work) -> tuple[int, ...]:
         """(C, H, W) of the images that are made."""
@@ -230,7 +258,7 @@ class Synthesiser(Configured, ABC):
         _check_labelled(source)
         model = None if diffusion is None else self.load_diffusion(diffusion, source)
         networks = self._networks(model, classifier, resolved.device)
-        work = _work(source, networks, Path(out), count, seed, resolved)
+        work = Work.of(source, Path(out), count, seed, resolved, *networks)
         self.check(work)
         warn_of_other_classes(source, work.diffusion, work.classifier)
         writer, again = self._writers(work, team)
@@ -276,7 +304,7 @@ class Synthesiser(Configured, ABC):
         """All that decides the images."""
         try:
             name = registry.name_of("outliers", type(self))
-        except FaroutError:
+        except FaroutError:  # a class of the caller's own, which no name leads to
             name = type(self).__name__
         return {
             "method": name,
@@ -341,23 +369,3 @@ def _check_labelled(source: ImageSource) -> None:
             f"{source.name} has no labels, and outliers are made class by class; give a class-per-folder tree or a "
             "table with labels"
         )
-
-
-def names_of(source: ImageSource) -> tuple[str, ...]:
-    """Names of the classes that occur in a labelled source, in the order of their labels."""
-    return tuple(class_name(source, label) for label in sorted(set(source.labels or ())))
-
-
-def _work(
-    source: ImageSource,
-    networks: tuple[DiffusionModel | None, Classifier | None],
-    folder: Path,
-    count: int,
-    seed: int,
-    runtime: Runtime,
-) -> Work:
-    diffusion, classifier = networks
-    told = None if diffusion is None else diffusion.conditioning
-    names = names_of(source) if told is None else told.class_names
-    labels = class_numbers(source, names)
-    return Work(source, labels, names, folder, count, seed, runtime, diffusion, classifier)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from farout.images.places import readable
 from farout.outliers._alignment import Alignment, align, check_directions, read_aligned
 from farout.outliers._boundary import BoundarySampling, ClassBoundary
 from farout.outliers._boundary_folder import COLUMNS, extend_drawn, read_drawn
-from farout.outliers._decoding import ClassPoints, VectorSynthesiser, class_space
+from farout.outliers._decoding import PUBLISHED, ClassPoints, VectorSynthesiser, class_space
 from farout.outliers.base import Work
 from farout.progress import task
 
@@ -37,11 +36,14 @@ class DreamOOD(VectorSynthesiser):
     - `decode`: a vector becomes an image under class guidance (`images/`, `manifest.csv`).
 
     The manifest's `boundary_image` is the image on the boundary that an outlier's direction was drawn around, of whose
-    pixels nothing is in it; `distance` is that of the
-    direction to its k-th nearest image of the class, `boundary_distance` that of the image on the boundary to its own,
-    `cosine` the direction's with e_y. The published code keeps features of varied images (`--alignment.augmented`); the
-    default keeps those of the plain ones. Images that the classifier takes for another class lie far from their own and
-    come first on its boundary: it is the class's own where few images are told wrongly.
+    pixels nothing is in it; `distance` is that of the direction to its k-th nearest image of the class,
+    `boundary_distance` that of the image on the boundary to its own, `cosine` the direction's with e_y. The published
+    code keeps features of varied images (`--alignment.augmented`); the default keeps those of the plain ones. Images
+    that the classifier takes for another class lie far from their own and come first on its boundary: it is the class's
+    own where few images are told wrongly.
+
+    The presets `paper` and `paper_imagenet` are for Stable Diffusion: with a model that has a table of classes, give
+    `prompts=Prompts()` beside them.
 
     Args:
         model: the classifier's network, and how images are varied.
@@ -55,10 +57,7 @@ class DreamOOD(VectorSynthesiser):
             "model": ClassifierConfig(network="resnet34", crop_padding=4, flip=True),
             "alignment": Alignment(steps=39200, batch_size=256, warmup=0, augmented=True),
             "boundary": BoundarySampling(k=300, select=50, noise=0.07 * math.sqrt(768), candidates=1500),
-            "solver": "plms",
-            "steps": 50,
-            "spacing": "leading",
-            "guidance": 7.5,
+            **PUBLISHED,
         },
         "paper_imagenet": {
             "model": ClassifierConfig(
@@ -66,17 +65,15 @@ class DreamOOD(VectorSynthesiser):
             ),
             "alignment": Alignment(steps=81300, batch_size=160, warmup=0, augmented=True),
             "boundary": BoundarySampling(k=300, select=200, noise=0.03 * math.sqrt(768), candidates=1500),
-            "solver": "plms",
-            "steps": 50,
-            "spacing": "leading",
-            "guidance": 7.5,
+            **PUBLISHED,
         },
         "inliers": {"boundary": BoundarySampling(side="inliers", select=1000, noise=0.01 * math.sqrt(768), kept=1)},
     }
     """`paper`: CIFAR-100's, 200 epochs of 196 updates; `paper_imagenet`: ImageNet-100's, 100 epochs of 813, where the
     released code keeps the `small` stem at 224 pixels, 16 times the work (`--model.stem small`); `inliers`: more images
-    of the classes, which the paper trains with for generalisation. The filter is the mended one
-    in all (`--boundary.filter published`)."""
+    of the classes, which the paper trains with for generalisation. The filter is the mended one in all
+    (`--boundary.filter published`).
+    """
 
     def __init__(
         self,
@@ -88,7 +85,6 @@ class DreamOOD(VectorSynthesiser):
     ) -> None:
         super().__init__(**decoding)
         self.model, self.alignment, self.boundary = model, alignment, boundary
-        self._drawn: tuple[Path, dict[int, dict[str, Tensor]]] | None = None
 
     @classmethod
     def tiny(cls, resources: Any) -> DreamOOD:
@@ -132,7 +128,6 @@ class DreamOOD(VectorSynthesiser):
                 boundary = ClassBoundary(features, self.boundary, work.seed, label)
                 extend_drawn(work.folder / _DRAWN, boundary, aligned.index[rows], vectors[label], wanted)
                 bar.advance(1)
-        self._drawn = None
 
     def _place(self, work: Work, index: int) -> int:
         """Which of its class's vectors outlier number `index` is made of."""
@@ -140,13 +135,8 @@ class DreamOOD(VectorSynthesiser):
 
     def points(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> ClassPoints:
         """The drawn vectors, and the images that they were drawn around."""
-        drawn = self._read(work.folder / _DRAWN)
+        drawn: dict[int, dict[str, Tensor]] = work.once(_DRAWN, lambda: read_drawn(work.folder / _DRAWN))
         rows = [(drawn[label], self._place(work, index)) for index, label in zip(indices, labels, strict=True)]
         columns: dict[str, list[Any]] = {name: [float(known[name][row]) for known, row in rows] for name in COLUMNS}
         columns["boundary_image"] = [work.source.keys[int(known["index"][row])] for known, row in rows]
         return ClassPoints(torch.stack([known["vectors"][row] for known, row in rows]), [""] * len(rows), columns)
-
-    def _read(self, folder: Path) -> dict[int, dict[str, Tensor]]:
-        if self._drawn is None or self._drawn[0] != folder:
-            self._drawn = (folder, read_drawn(folder))
-        return self._drawn[1]

@@ -5,19 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from farout import store
-from farout.diffusion.prompts import Prompts
 from farout.errors import FaroutError
 from farout.images.places import readable
-from farout.outliers._decoding import ClassPoints, VectorSynthesiser
+from farout.outliers._decoding import PUBLISHED, ClassPoints, VectorSynthesiser
 from farout.outliers._embedding import Inversion, embed, read_embeddings
-from farout.outliers._labelled_vectors import check_counts
+from farout.outliers._labelled_vectors import check_counts, split
 from farout.outliers._manifold import Manifold, ManifoldConfig, fit_manifold
 from farout.outliers.base import Work
 
@@ -48,7 +46,7 @@ class NCIS(VectorSynthesiser):
         inversion: how images become vectors.
         manifold: how vectors become a density, and how it is drawn from.
         images_per_vector: outliers that share a vector and differ in their noise alone; the published code has 8.
-        fixed_noise: all outliers start from the same noise.
+        fixed_noise: all vectors start from the same noise, and images that share one from as many noises.
     """
 
     stages: ClassVar[tuple[str, ...]] = ("embed", "manifold", "draw", "decode")
@@ -57,11 +55,7 @@ class NCIS(VectorSynthesiser):
             "inversion": Inversion(steps=3, draws=32, stratified=False, lr=0.01),
             "manifold": ManifoldConfig.from_preset("paper"),
             "images_per_vector": 8,
-            "solver": "plms",
-            "steps": 50,
-            "spacing": "leading",
-            "guidance": 7.5,
-            "prompts": Prompts(generation="A high-quality image of the {}", pieces="first"),
+            **PUBLISHED,
         },
         "linear": {"manifold": ManifoldConfig(map="linear")},
     }
@@ -80,7 +74,6 @@ class NCIS(VectorSynthesiser):
             raise FaroutError(f"images_per_vector wants 1 or more, got {images_per_vector}")
         self.inversion, self.manifold = inversion, manifold
         self.images_per_vector, self.fixed_noise = images_per_vector, fixed_noise
-        self._drawn: tuple[Path, dict[str, Tensor]] | None = None
 
     @classmethod
     def tiny(cls, resources: Any) -> NCIS:
@@ -96,11 +89,13 @@ class NCIS(VectorSynthesiser):
 
     def check(self, work: Work) -> None:
         """Refuses images that cannot be read, levels that the schedule lacks, and classes that are too small for a
-        Gaussian; see also `VectorSynthesiser.check`.
+        Gaussian, or to hold vectors out where these are to choose a shrinkage; see also `VectorSynthesiser.check`.
         """
         self.inversion.grid(work.generator.schedule)
-        labels = work.labels[readable(work.source)]
-        check_counts(_numbered(work, labels), work.present)
+        places = _numbered(work, work.labels[readable(work.source)])
+        check_counts(places, work.present)
+        if self.manifold.regularization == "held_out":  # classes too small for it are refused before the embedding
+            split(places, len(work.classes), self.manifold, work.seed)
         super().check(work)
 
     def _embed(self, work: Work) -> None:
@@ -111,15 +106,13 @@ class NCIS(VectorSynthesiser):
         """Once: embeddings and settings decide it, and a folder of outliers has only one of each. Checkpoints of the
         training stand in a folder beside until it is there.
         """
-        folder = work.folder / _MANIFOLD
-        if folder.is_dir():
-            return
-        found = read_embeddings(work.folder / _EMBEDDINGS)
-        places = _numbered(work, found.labels)
-        training = work.folder / _TRAINING
-        device = work.runtime.device if self.manifold.device == "auto" else self.manifold.device
-        config = replace(self.manifold, device=device)
-        fit_manifold(found.vectors, places, config, work.present, work.seed, training).save(folder)
+        folder, training = work.folder / _MANIFOLD, work.folder / _TRAINING
+        if not folder.is_dir():
+            found = read_embeddings(work.folder / _EMBEDDINGS)
+            places = _numbered(work, found.labels)
+            device = work.runtime.device if self.manifold.device == "auto" else self.manifold.device
+            config = replace(self.manifold, device=device)
+            fit_manifold(found.vectors, places, config, work.present, work.seed, training).save(folder)
         shutil.rmtree(training, ignore_errors=True)
 
     def _draw(self, work: Work) -> None:
@@ -131,9 +124,7 @@ class NCIS(VectorSynthesiser):
             "log_density": drawn.log_density,
             "distance": drawn.distance,
         }
-        with store.atomic_file(work.folder / _DRAWN) as temporary:
-            store.save_tensors(temporary, tensors)
-        self._drawn = None
+        store.save_tensors(work.folder / _DRAWN, tensors)
 
     def _place(self, work: Work, index: int) -> int:
         """Which of its class's vectors outlier number `index` is made of."""
@@ -141,22 +132,19 @@ class NCIS(VectorSynthesiser):
 
     def points(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> ClassPoints:
         """The drawn vectors; nothing of the class's images is left in them but the density."""
-        drawn = self._read(work.folder / _DRAWN)
+        drawn: dict[str, Tensor] = work.once(_DRAWN, lambda: store.load_tensors(work.folder / _DRAWN))
         starts = {label: int((drawn["labels"] == label).nonzero()[0]) for label in set(labels)}
         rows = [starts[label] + self._place(work, index) for index, label in zip(indices, labels, strict=True)]
         columns = {name: drawn[name][rows].tolist() for name in ("distance", "log_density")}
         return ClassPoints(drawn["vectors"][rows], [""] * len(rows), columns)
 
-    def _read(self, path: Path) -> dict[str, Tensor]:
-        if self._drawn is None or self._drawn[0] != path:
-            self._drawn = (path, store.load_tensors(path))
-        return self._drawn[1]
-
-    def noises(self, indices: Sequence[int]) -> Sequence[int]:
-        """One for all where it is fixed."""
-        return [0] * len(indices) if self.fixed_noise else indices
+    def noises(self, work: Work, indices: Sequence[int]) -> Sequence[int]:
+        """Where it is fixed, the same for every vector: images that share one would be copies with one for all."""
+        if not self.fixed_noise:
+            return indices
+        return [index // len(work.classes) % self.images_per_vector for index in indices]
 
 
 def _numbered(work: Work, labels: Tensor) -> Tensor:
     """Labels as positions among the classes that have images."""
-    return torch.tensor([work.classes.index(label) for label in labels.tolist()])
+    return torch.tensor([work.classes.index(label) for label in labels.tolist()], dtype=torch.int64)

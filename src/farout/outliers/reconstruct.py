@@ -14,11 +14,11 @@ from farout.diffusion import folders
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.round_trip import BackSpacing, RoundTrip
 from farout.errors import FaroutError, SourceError
-from farout.images.classes import class_numbers
+from farout.images.classes import class_numbers, names_of
 from farout.images.sources import ImageSource, batches, open_source
 from farout.outliers._folder import ReconstructedFolder
 from farout.outliers._writer import ImageWriter
-from farout.outliers.base import identity, names_of
+from farout.outliers.base import identity
 from farout.progress import task
 from farout.runtime import Runtime
 
@@ -44,7 +44,8 @@ def reconstruct(
 ) -> ReconstructedFolder:
     """Sends every image of a source through a generator and back into `out` (see `RoundTrip`), the same for any batch.
 
-    Started under `accelerate launch` or `torchrun`, several processes, one device each, share the images.
+    Started under `accelerate launch` or `torchrun`, several processes, one device each, share the images. The manifest
+    (see `MadeFolder.manifest`) says of each also level and source_hash, the content hash of what it was.
 
     For two uses. A classifier that learns from outliers of a generator learns from these too, as images of their
     classes: then being generated is not what tells outliers apart (`train_classifier(…, reconstructions=out)`). And a
@@ -52,10 +53,6 @@ def reconstruct(
     AUROC of the two should be near one half, or no further from it than that of the same detector whose classifier has
     learnt from no outliers. For a weak generator loses some of what an image shows, which anyone may see; `fid` and a
     classifier's accuracy on the folder tell how much.
-
-    Image number i of the source lies in the folder of its class, without labels in `images/` itself. The manifest says
-    of each: key, source (the key of what it was), label and class_name (empty without labels), seed, index, level, and
-    source_hash, the content hash of what it was.
 
     Args:
         images: any source; labels are kept.
@@ -79,21 +76,13 @@ def reconstruct(
     resolved = (runtime or Runtime()).resolved()
     team = join(resolved.device)
     source = open_source(images, policy=policy, limit=limit, seed=seed)
-    trip = RoundTrip(
-        _loaded(diffusion, source).to(resolved.device),
-        level,
-        highest,
-        classes,
-        solver,
-        steps,
-        spacing,
-        seed,
-        int(resolved.rows),
-        resolved.precision,  # type: ignore[arg-type]  # resolved, so not `auto`
-    )
+    model, rows = _loaded(diffusion, source).to(resolved.device), int(resolved.rows)
+    precision: Any = resolved.precision  # resolved, so not `auto`
+    trip = RoundTrip(model, level, highest, classes, solver, steps, spacing, seed, rows, precision)
     names, labels = _classes(source, trip)
     writer = ImageWriter(out, names, seed, ReconstructedFolder.kind, team)
-    writer.begin(_settings(source, labels, trip, resolved), _about(source, names), resume=resume)
+    about = {"source": source.name, "images": len(source), "class_names": list(names)}
+    writer.begin(_settings(source, labels, trip, resolved), about, resume=resume)
     made = _write(source, labels, trip, writer, resolved)
     return ReconstructedFolder(Path(out), writer.images, len(source), made)
 
@@ -127,10 +116,6 @@ def _settings(source: ImageSource, labels: Tensor | None, trip: RoundTrip, runti
     known = torch.empty(0, dtype=torch.int64) if labels is None else labels
     same = identity(source, known, trip.model, runtime)
     return {"method": "reconstruct", "config": trip.settings, "seed": trip.seed, **same}
-
-
-def _about(source: ImageSource, names: Sequence[str]) -> dict[str, Any]:
-    return {"source": source.name, "images": len(source), "class_names": list(names)}
 
 
 def _write(source: ImageSource, labels: Tensor | None, trip: RoundTrip, writer: ImageWriter, runtime: Runtime) -> int:

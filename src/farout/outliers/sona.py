@@ -29,7 +29,7 @@ class SONA(Deformation):
     (see `farout.diffusion.sona`): what its class says least of is kept, what its class says most of is taken out, and
     what the target says most of is put in.
 
-    Images that go fewer steps than the shortest warm-up are not guided at all, as published: with the defaults one in
+    Images that go no more steps than the shortest warm-up are not guided at all, as published: with the defaults one in
     five. `--k-min` leaves them out. There is no ordinary guidance on top.
 
     Args:

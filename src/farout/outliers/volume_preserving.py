@@ -99,7 +99,6 @@ class VolumePreservingNetwork(nn.Module):
             )
         if orthogonal_map not in ("matrix_exp", "cayley"):
             raise FaroutError(f"the orthogonal map is {orthogonal_map!r}; expected matrix_exp or cayley")
-        self.dim, self.classes = dim, classes
         self.rotations = OrthogonalLayers(layers + 1, dim, orthogonal_map)
         self.couplings = nn.ModuleList(ConditionalCoupling(dim) for _ in range(layers))
         self.table = nn.Embedding(classes, 4 * (dim - dim // 2))
@@ -138,7 +137,6 @@ class ClassRotations(nn.Module):
         super().__init__()
         self.register_buffer("means", means)
         self.register_buffer("axes", axes)
-        self.classes, self.dim = means.shape
 
     @classmethod
     def fit(cls, x: Tensor, labels: Tensor, classes: int) -> ClassRotations:

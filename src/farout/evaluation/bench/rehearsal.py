@@ -22,9 +22,9 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import DiffusionConfig
 from farout.evaluation.bench.sets import Sets
 from farout.evaluation.bench.spec import DetectorSpec, NetworkSpec, OutlierSpec, Spec
-from farout.images.classes import class_names_of, class_numbers
+from farout.images.classes import class_names_of
 from farout.images.sources import ImageSource, open_source
-from farout.outliers.base import Work, names_of
+from farout.outliers.base import Work
 
 __all__ = ["Rehearsal"]
 
@@ -84,10 +84,8 @@ class Rehearsal:
         made, images = entry.made(), self.images(entry.source, entry.limit)
         given, classifier = self._given(entry)
         diffusion = None if given is None else made.load_diffusion(given, images)
-        told = None if diffusion is None else diffusion.conditioning
-        names = names_of(images) if told is None else tuple(told.class_names)
-        labels, runtime = class_numbers(images, names), self.spec.runtime.resolved()
-        made.check(Work(images, labels, names, Path(), entry.count, self.spec.seeds[0], runtime, diffusion, classifier))
+        runtime = self.spec.runtime.resolved()
+        made.check(Work.of(images, Path(), entry.count, self.spec.seeds[0], runtime, diffusion, classifier))
 
     def _given(self, entry: DetectorSpec | OutlierSpec) -> tuple[Any, Any]:
         found = [None if name is None else self.network(name) for name in (entry.diffusion, entry.classifier)]

@@ -11,8 +11,8 @@ __all__ = ["METRICS", "Comparison"]
 
 METRICS = ("mse", "perceptual", "ssim", "eps_error", "score_norm")
 """mse: mean squared error of pixels; perceptual: distance of features; ssim: 1 - SSIM; eps_error: mean squared error of
-the noise predicted at the start; score_norm: mean square of that prediction. All but the first two are ours (card,
-section 7.2, row 5); eps_error and score_norm cost nothing."""
+the noise predicted at the start; score_norm: mean square of that prediction. All but the first two are ours;
+eps_error and score_norm cost nothing."""
 
 _HELD = 256
 

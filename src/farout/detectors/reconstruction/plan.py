@@ -38,7 +38,7 @@ class Plan:
 def paper_grid(skip: int, grid: Literal["paper", "released"] = "paper") -> tuple[int, ...]:
     """Start labels of the paper's grid of 100: every `skip`-th of 1, 11, …, 991; `released`: of 10, 20, …, 990.
 
-    Card section 2.5; the released code drops label 0 and starts at index 1.
+    The released code drops label 0 and starts at index 1.
     """
     if grid == "paper":
         return tuple(range(1, 1000, _SPACING))[::skip]

@@ -71,7 +71,7 @@ def _released(denoiser: NetworkDenoiser, x0: Tensor, noise: Tensor, start: int, 
     """The released code's sampler: labels K, …, 1, eta = 1, each step's mean taken one level below its noise.
 
     Its step from label 1 is the identity, so that K = 1 gives back the noised input, and K = 3 a mixture of 41 % noised
-    input and 59 % network (card, section 2.6). It works on sqrt(abar) x, as the published code does.
+    input and 59 % network. It works on sqrt(abar) x, as the published code does.
     """
     abar = denoiser.schedule.abar
     x = float(abar[start].sqrt()) * x0 + float((1 - abar[start]).sqrt()) * noise

@@ -48,7 +48,7 @@ class Patches(FeatureDetector):
     what a good position would look like. The map is the mean over levels of the standardised errors, in
     standard deviations above the positions of good images; the image's score is the mean of its highest positions, so
     that a small defect counts. The denoiser is that of the `semantic` detector (Yang et al., NeurIPS 2024, arXiv
-    2411.10701, section 3.3) on positions in place of pooled features, as its card advises for localisation.
+    2411.10701, section 3.3) on positions in place of pooled features; this use of it is ours.
 
     Beside it stands the distance to the nearest of a sample of good positions, layers weighed the same, after Roth,
     Pemula, Zepeda, Schölkopf, Brox and Gehler, "Towards total recall in industrial anomaly detection" (PatchCore, CVPR

@@ -18,8 +18,11 @@ Made from the signatures by `make docs`; do not edit it by hand. `farout COMMAND
 
 Every command but `list` takes `--config FILE` (settings from YAML; flags override them), `--print-config` (prints all
 settings as such a file, and exits) and `--help`. Lists are written `--levels 20 80` or `--levels [20,80]`; a flag
-`--[no-]x` is on unless `--no-x` is given. What a setting is for, and when to change it, is told by the pages of the
-[methods](index.md).
+`--[no-]x` is on unless `--no-x` is given. Where `--device`, `--precision`, `--rows`, `--batch-size`, `--workers` and
+`--cache` have no default, that of the fit or of the benchmark holds. What a setting is for, and when to change it, is
+told by the pages of the [methods](index.md).
+
+Exit status: 0; 1 for a mistake in the input; 2 for wrong usage; 130 when interrupted.
 """
 ROOMS = {"fit": "detectors", "synthesize": "outliers"}
 """Commands whose first word is a METHOD, and the room that it is looked for in."""

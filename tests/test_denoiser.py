@@ -152,5 +152,5 @@ def test_levels_are_sampled_as_stated() -> None:
 
 @pytest.mark.parametrize(("channels", "count"), [(1, 17_709_953), (3, 17_714_563)])
 def test_the_small_network_is_the_papers(channels: int, count: int) -> None:
-    """Card section 7.6; the released network's unused projections are in this count, here they are used."""
+    """The released network's unused projections are in this count, here they are used."""
     assert sum(p.numel() for p in build_network("small", channels, 28).parameters()) == count

@@ -1,6 +1,8 @@
 """The documentation: its reference is what the signatures say, its links lead somewhere, its examples run."""
 
+import ast
 import functools
+import importlib
 import re
 import runpy
 import shlex
@@ -27,7 +29,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 def blocks(page: str) -> list[str]:
     """The Python examples of a page."""
-    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 # -- the reference of commands --------------------------------------------------------------------------------------
@@ -42,11 +44,21 @@ def test_the_reference_of_commands_is_what_the_signatures_say_now() -> None:
 # -- examples -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if blocks(name)])
+def test_examples_name_what_there_is(name: str) -> None:
+    tree = ast.parse("\n".join(blocks(name)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("farout"):
+            assert all(hasattr(importlib.import_module(str(node.module)), each.name) for each in node.names)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "farout":
+            assert hasattr(farout, node.attr), f"{name}: there is no farout.{node.attr}"
+
+
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The examples of add-a-detector.md as a package from elsewhere, with entry points as its page says."""
     written = {"spectrum": "farout.detectors", "quarters": "farout.outliers"}
-    for name, code in zip(written, blocks("add-a-detector.md"), strict=True):
+    for name, code in zip(written, blocks("docs/add-a-detector.md"), strict=True):
         (tmp_path / f"docs_example_{name}.py").write_text(code, encoding="utf-8")
         monkeypatch.delitem(sys.modules, f"docs_example_{name}", raising=False)
     about = tmp_path / "docs_example-0.1.dist-info"

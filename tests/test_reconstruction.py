@@ -86,7 +86,7 @@ def flow_error(t: int, end: float) -> float:
 
 def test_exact_follows_the_flow_and_keeps_the_last_noise() -> None:
     """PLMS on the paper's grid, level by level the exact flow down to level 0, whose noise stays: at t = 11 the error
-    is not far above its floor 1 - abar_0 = .0015 (card section 2.6).
+    is not far above its floor 1 - abar_0 = .0015.
     """
     levels = (11, 161, 321)
     measured = detector(mode="exact", levels=levels, draws=1, noise="image").measure(images(100))
@@ -112,7 +112,7 @@ def test_fast_lies_between_the_posterior_mean_and_the_flow() -> None:
 
 @pytest.mark.parametrize(("skip", "count"), [(4, 1250), (8, 650), (16, 350), (32, 200), (64, 68)])
 def test_evaluations_per_image(skip: int, count: int) -> None:
-    """Card section 7.1."""
+    """Start k of the paper's grid costs k + 2."""
     assert detector(mode="exact", skip=skip, draws=1).cost().nfe == count
 
 
@@ -123,7 +123,7 @@ def test_evaluations_of_the_other_modes() -> None:
 
 
 def test_start_sets() -> None:
-    """Card section 2.5: the paper's first code, and the released one."""
+    """The paper's first code, and the released one."""
     assert paper_grid(16) == (1, 161, 321, 481, 641, 801, 961)
     assert paper_grid(16, "released") == (10, 170, 330, 490, 650, 810, 970)
     assert [len(paper_grid(s)) for s in (1, 2, 3, 4, 5, 8, 16, 32, 64)] == [100, 50, 34, 25, 20, 13, 7, 4, 2]
@@ -160,7 +160,7 @@ def scored() -> Reconstruction:
 
 
 def test_z_of_the_statistics_images_is_standard(scored: Reconstruction) -> None:
-    """Card section 7.6."""
+    """Mean 0 and deviation 1 at every level and metric."""
     z = scored.curves(scored.statistics)
     torch.testing.assert_close(z.mean(0), torch.zeros(3, len(METRICS)).double(), atol=1e-9, rtol=0)
     torch.testing.assert_close(z.std(0), torch.ones(3, len(METRICS)).double(), atol=1e-9, rtol=0)
@@ -177,7 +177,7 @@ def test_the_papers_score_by_hand(scored: Reconstruction) -> None:
 
 
 def test_complexity_bias_and_its_cure(scored: Reconstruction) -> None:
-    """Card section 7.4: low-contrast images score as nearer one-sidedly; two-sided densities find them."""
+    """Low-contrast images score as nearer one-sidedly; two-sided densities find them."""
     low = scored.combine(scored.measure(images(200, spread=0.8 * SPREAD, seed=2)))
     own = scored.combine(scored.calibration)
 

@@ -20,7 +20,7 @@ ALL = [
 
 
 def test_abar_of_the_paper() -> None:
-    """The table of the reconstruction card, section 2.1."""
+    """The reconstruction paper's schedule, by hand."""
     abar = NoiseSchedule("scaled_linear", 0.0015, 0.0195).abar
     published = {0: 0.9985, 10: 0.9832, 50: 0.917, 100: 0.823, 170: 0.679, 330: 0.350, 490: 0.124, 650: 0.0279}
     for t, value in published.items():

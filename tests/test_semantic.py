@@ -49,7 +49,7 @@ def test_the_released_sampler_with_one_label_gives_back_its_noisy_input() -> Non
     ("level", "kept", "network"), [(2, 0.59, 0.41), (3, 0.4108, 0.5889), (5, 0.25, 0.75), (10, 0.12, 0.88)]
 )
 def test_the_released_sampler_mixes_in_its_noisy_input(level: int, kept: float, network: float) -> None:
-    """Card, section 2.6: users who compare with published scores need the same mixture."""
+    """Users who compare with published scores need the same mixture."""
     unit = 1 / float((1 - paper_schedule().abar[level]).sqrt())
     tolerance = 5e-5 if level == 3 else 5e-3
     assert released(Constant(0.0), 0.0, unit, level) == pytest.approx(kept, abs=tolerance)
@@ -57,7 +57,7 @@ def test_the_released_sampler_mixes_in_its_noisy_input(level: int, kept: float, 
 
 
 def test_the_released_sampler_adds_fresh_noise() -> None:
-    """Of standard deviation .034 for three labels (card, section 2.6)."""
+    """Of standard deviation .034 for three labels."""
     alone = []
     for chosen in (2, 3):
         found = sampling.reconstruct(

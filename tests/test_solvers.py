@@ -169,7 +169,7 @@ def test_heun_is_diffusers() -> None:
     [(2, 50, 2550), (4, 25, 1250), (8, 13, 650), (16, 7, 350), (32, 4, 200), (64, 2, 68)],
 )
 def test_evaluations_of_the_papers_grid(skip: int, starts: int, evaluations: int) -> None:
-    """Card of the reconstruction method, section 7.1: start k costs k + 2 evaluations."""
+    """The reconstruction paper's grid: start k costs k + 2 evaluations."""
     labels = [10 * k + 1 for k in range(0, 100, skip)]
     assert len(labels) == starts
     denoiser = oracle()

@@ -34,8 +34,8 @@ def toy_eps(z: Tensor, t: float, shift: float) -> Tensor:
     return torch.tanh(0.8 * z + 0.1 * t / 1000) + shift * 0.02 * place * (1 + 0.3 * torch.sin(3 * z + shift))
 
 
-def by_the_card(z0: Tensor, noise: Tensor, start: int) -> Tensor:
-    """Section 2.4 of the method's description, line by line, with DDIM: the guided image from step K = `start`."""
+def by_hand(z0: Tensor, noise: Tensor, start: int) -> Tensor:
+    """The method line by line, with DDIM: the guided image from step K = `start`."""
     abar = SCHEDULE.abar
     s, lam_n, lam_s, lam_o, mu, beta = 10, 0.1, 0.9, 0.9, 0.3, 0.6
 
@@ -82,7 +82,7 @@ def test_the_guidance_is_the_cards(start: int) -> None:
         added, state, _ = sona_guidance(e0, e1, e2, state, config)
         then = sigma[LEVELS[start - 2 - i]] if i < start - 1 else 0.0
         x = x + (then - sigma[t]) * (e0 + added)
-    expected = by_the_card(z0, noise, start)
+    expected = by_hand(z0, noise, start)
     assert float((x - expected).abs().max()) <= (1e-13 if start < 30 else 1e-12)
 
 
@@ -146,7 +146,7 @@ def test_the_loop_is_the_cards_with_every_image_at_its_own_start() -> None:
     z0, noise = drawn(4)
     together = walked(starts, SonaGuide(PAPER))
     for row, start in enumerate(starts):
-        expected = by_the_card(z0[row : row + 1], noise[row : row + 1], start)
+        expected = by_hand(z0[row : row + 1], noise[row : row + 1], start)
         assert float((together[row] - expected[0]).abs().max()) < 1e-3 * float(expected.abs().max())
 
 

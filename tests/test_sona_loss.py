@@ -52,8 +52,8 @@ def outliers(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # the penalty
 
 
-def by_the_card(x: Tensor, y: Tensor) -> Tensor:
-    """Section 3.2 of the method's description, pair by pair."""
+def by_hand(x: Tensor, y: Tensor) -> Tensor:
+    """The penalty pair by pair."""
     pairs = torch.stack([torch.outer(one, two) for one, two in zip(x, y, strict=True)])
     joint = (pairs / pairs.sum((1, 2), keepdim=True)).mean(0)
     apart = torch.outer(x.mean(0), y.mean(0))
@@ -67,7 +67,7 @@ def features(count: int = 32, width: int = 20, seed: int = 0) -> tuple[Tensor, T
 
 def test_the_penalty_is_the_cards_by_one_product() -> None:
     x, y = (each.requires_grad_() for each in features())
-    ours, theirs = mutual_information(x, y), by_the_card(x, y)
+    ours, theirs = mutual_information(x, y), by_hand(x, y)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     for one, two in zip(torch.autograd.grad(ours, (x, y)), torch.autograd.grad(theirs, (x, y)), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)

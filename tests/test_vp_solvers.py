@@ -106,7 +106,7 @@ def test_rising_paths_invert(name: str) -> None:
 )
 @pytest.mark.parametrize("steps", [6, 15, 50])
 def test_evaluations_of_the_cards_table(name: str, more: int, steps: int) -> None:
-    """Card of the denoising method, section 2.5: n steps cost n, n + 1 or n + 9 evaluations a row."""
+    """As in the denoising paper's code: n steps cost n, n + 1 or n + 9 evaluations a row."""
     path = LINEAR.sigma_of(torch.arange(20 * steps - 1, 0, -20)).float()
     path = torch.cat([path, torch.zeros(1)])
     denoiser = oracle()

@@ -89,7 +89,7 @@ class _Help(jsonargparse.DefaultHelpFormatter):
         action.option_strings = [flag for flag in kept[0] if not flag.endswith("+")]
         if getattr(action, "_typehint", None) is bool:
             action.nargs = 0
-            if action.default is True:
+            if action.default is not False:
                 action.option_strings = [f"--[no-]{flag[2:]}" for flag in action.option_strings]
         elif str(action.metavar).startswith("["):
             action.metavar = None
@@ -130,7 +130,9 @@ def _told(action: argparse.Action) -> Flag:
         return Flag(action.dest, action.dest.upper(), "", meaning)
     flag = _dashed(action.option_strings[0])
     if hint is bool:
-        written, default = (f"--[no-]{flag[2:]}", "on") if action.default else (flag, "off")
+        # without a default it is as something else says, such as a fitted detector, and may be turned off
+        written = flag if action.default is False else f"--[no-]{flag[2:]}"
+        default = "" if action.default is None else "on" if action.default else "off"
     else:
         written, default = f"{flag} {_value(hint, action.dest)}", _shown(action.default)
     return Flag(action.dest, written, default, meaning)

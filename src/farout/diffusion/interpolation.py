@@ -50,9 +50,10 @@ class Interpolations:
 class Interpolator:
     """Interpolates pairs of images by one solver, there (inversion) and back.
 
-    The card's section 2.7. An image's noise is its variance-preserving inversion at the largest level. At level t,
-    `sqrt(abar_t) A + sqrt(1 - abar_t) noise of B` is denoised; at the largest level, where abar stands for 0, the noise
-    alone. Paths walk the even grid of levels and end at the schedule's smallest sigma.
+    As the code of Liu et al. 2022 (arXiv 2211.11255) has it. An image's noise is its variance-preserving inversion at
+    the largest level. At level t, `sqrt(abar_t) A + sqrt(1 - abar_t) noise of B` is denoised; at the largest level,
+    where abar stands for 0, the noise alone. Paths walk the even grid of levels and end at the schedule's smallest
+    sigma.
 
     Args:
         model: an unconditional model, or a class-conditional one, which answers by its null condition.

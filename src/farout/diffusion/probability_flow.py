@@ -33,7 +33,7 @@ _SAFETY, _LEAST, _MOST = 0.9, 0.2, 10.0
 
 
 def probability_flow(schedule: NoiseSchedule, tolerance: float = 7e-4) -> Solver:
-    """The probability flow by RK45 in the time of the schedule (Song et al. 2021, appendix D; the card's PF).
+    """The probability flow by RK45 in the time of the schedule (Song et al. 2021, appendix D).
 
     It takes paths of two sigmas, (B, 2), rising or falling, and finds its own steps: each row's own error, in root mean
     square over its values, stays below tolerance (1 + |x_vp|) per step. Six evaluations a tried step, and two at the

@@ -194,11 +194,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {**_CIFAR, "batch_size": 256},
     },
 }
-"""`tiny` for CPUs; `small`: the size of the reconstruction paper's released code, trained as the card advises; `paper`:
-its published setting (section 2.4: 171 M parameters, Adam 2.5e-5, 300 epochs of 57,000 images at batch 180, no EMA).
+"""`tiny` for CPUs; `small`: the size of the reconstruction paper's released code, with a shorter training of ours;
+`paper`: its published setting (171 M parameters, Adam 2.5e-5, 300 epochs of 57,000 images at batch 180, no EMA).
 
 With classes: `classes` and `tokens` for CPUs, told classes by vectors and by cross-attention; `cifar`: the denoising
-paper's (Liu et al. 2022, card section 2.3; 35.75 M parameters, `--no-model.classes` for its unconditional one);
+paper's (Liu et al. 2022; 35.75 M parameters, `--no-model.classes` for its unconditional one);
 `iddpm`: its variant with the network and the cosine schedule of Nichol & Dhariwal 2021."""
 
 

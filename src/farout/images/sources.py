@@ -234,9 +234,10 @@ class ImageSource(Dataset[Tensor]):
     def _hash_by_policy(self, index: int) -> str | None:
         try:
             return self.content_hash(index)
-        except UnreadableImageError:
+        except UnreadableImageError as error:
             if self.policy == "raise":
-                raise
+                hint = "mend or remove it, or leave such images out with the policy skip (--policy skip)"
+                raise UnreadableImageError(f"{error}; {hint}") from error
             return None
 
     def fingerprint(self) -> str:

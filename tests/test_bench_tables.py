@@ -79,6 +79,8 @@ def test_means_over_sets_and_seeds() -> None:
     assert (far["sets"], far["untested"]) == (1, 1)
     assert far["marker"] == "size;backbone;below half"
     assert np.isnan(found.loc[("trivial_controls", "near"), "auroc_std"]), "one seed has no deviation"
+    unread = pd.DataFrame([row("knn", NEAR, 0, 0.6), row("knn", ALSO, 0, float("nan"))])
+    assert group_means(plan((0,)), unread).iloc[0][["auroc", "sets"]].tolist() == [0.6, 1], "a set without figures"
 
 
 def test_boards_say_who_is_not_behind() -> None:

@@ -75,10 +75,11 @@ def read_spec(given: str | Path, **changes: Any) -> Spec:
         raise FaroutError(f"there is no file {path}; give a YAML file, or a preset: {known}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FaroutError(f"{path} is no YAML file ({' '.join(str(error).split())})") from error
-    known_only(content, (f.name for f in fields(Spec)), str(path))
-    runtime = {**(content.get("runtime") or {}), **changes.pop("runtime", {})}
+    found = known_only(content, (f.name for f in fields(Spec)), str(path))
+    runtime = known_only(found.get("runtime"), (f.name for f in fields(Runtime)), "runtime")
+    runtime |= changes.pop("runtime", {})
     given_changes = {name: value for name, value in changes.items() if value is not None}
-    return parse_spec({"name": path.stem, **content, **given_changes, "runtime": runtime})
+    return parse_spec({"name": path.stem, **found, **given_changes, "runtime": runtime})
 
 
 def parse_spec(content: Mapping[str, Any]) -> Spec:

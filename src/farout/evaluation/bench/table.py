@@ -33,7 +33,8 @@ GROUPS = [
     "bench", "detector", "indicator", "group", "auroc", "auroc_std", "aupr_in", "aupr_out", "fpr95", "fpr95_std",
     "false_alarm", "detection", "sets", "untested", "seeds", "marker",
 ]  # fmt: skip
-"""Columns of `groups.csv`: means over sets and seeds; _std: deviation over seeds of the mean over sets (n - 1)."""
+"""Columns of `groups.csv`: means over seeds of the means over sets; _std: deviation over seeds of these (n - 1); sets:
+those with figures, which a set without a readable image has not."""
 _MEANS = ("auroc", "aupr_in", "aupr_out", "fpr95", "false_alarm", "detection")
 
 
@@ -123,8 +124,9 @@ def group_means(plan: Plan, metrics: pd.DataFrame) -> pd.DataFrame:
         words = [word for text in part["marker"] for word in text.split(";")]
         row = {"bench": plan.spec.name, "detector": detector, "indicator": indicator, "group": group}
         row |= by_seed.mean().to_dict() | {f"{name}_std": spread[name] for name in ("auroc", "fpr95")}
-        row |= {"sets": part["ood"].nunique(), "seeds": len(by_seed), "marker": _joined(words)}
-        rows.append({**row, "untested": sum(source in plan.absent for source in plan.spec.ood[str(group)])})
+        row |= {"sets": part.loc[part["auroc"].notna(), "ood"].nunique(), "seeds": len(by_seed)}
+        untested = sum(source in plan.absent for source in plan.spec.ood[str(group)])
+        rows.append({**row, "untested": untested, "marker": _joined(words)})
     return pd.DataFrame(rows, columns=GROUPS)
 
 

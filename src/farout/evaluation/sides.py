@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,12 @@ class Side:
     source: ImageSource
     scores: Scores
     images_per_s: float = float("nan")
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """The content hash behind every score; empty for an unreadable image, which has no score."""
+        known = dict(zip(self.source.keys, self.source.content_hashes(), strict=True))
+        return np.array([known[key] or "" for key in self.scores.keys])
 
 
 def slug(source: ImageSource) -> str:
@@ -80,11 +87,5 @@ def shared_images(inside: Side, outside: Side) -> tuple[np.ndarray, np.ndarray] 
     """Ids of the source images behind the scores of both sides, where a variant of one is on the other: they are not
     independent.
     """
-    first, second = _hashes(inside), _hashes(outside)
+    first, second = inside.hashes, outside.hashes
     return (first, second) if set(first) & set(second) - {""} else None
-
-
-def _hashes(side: Side) -> np.ndarray:
-    """The content hash behind every score; empty for an unreadable image, which has no score."""
-    known = dict(zip(side.source.keys, side.source.content_hashes(), strict=True))
-    return np.array([known[key] or "" for key in side.scores.keys])

@@ -16,8 +16,7 @@ from farout.diffusion.methods import is_adaptive
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sample_folder import save_png
 from farout.errors import FaroutError, SourceError
-from farout.evaluation.page import png_address
-from farout.evaluation.rendering import render
+from farout.evaluation.rendering import png_address, render
 from farout.images.sources import Images, ImageSource, batches, open_source
 
 __all__ = ["KIND", "InterpolatedFolder", "write_interpolations"]

@@ -15,9 +15,12 @@ from farout.detectors.base import Detector, Measurements
 from farout.images.decoding import to_pil
 from farout.images.sources import Batch
 
-__all__ = ["CONTROLS", "TrivialControls"]
+__all__ = ["CONTROLS", "TRIVIAL", "TrivialControls"]
 
+TRIVIAL = "trivial_controls"
+"""The name under which they are rated, all together."""
 CONTROLS = ("colour_mean", "colour_variance", "png_size", "laplacian_energy", "block_edge_energy")
+"""The indicators of each alone."""
 
 
 class TrivialControls(Detector):

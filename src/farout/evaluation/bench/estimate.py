@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from farout.detectors._features import FeatureDetector
 from farout.diffusion import round_trip, sampling
 from farout.evaluation.bench.plan import Job, Plan
-from farout.evaluation.bench.reading import TRIVIAL
 from farout.evaluation.bench.rehearsal import Rehearsal
 from farout.evaluation.bench.spec import DetectorSpec, OutlierSpec
+from farout.evaluation.controls import TRIVIAL
 from farout.images.splits import calibration_size
 
 __all__ = ["RULE", "Estimate", "estimates"]

@@ -30,14 +30,13 @@ from farout.evaluation.bench.spec import (
     method_of,
 )
 from farout.evaluation.bench.typed import build, known_only, plain
+from farout.evaluation.controls import TRIVIAL
 from farout.runtime import Runtime
 from farout.training_config import TrainingConfig
 
-__all__ = ["TRIVIAL", "as_yaml", "parse_spec", "random_name", "read_spec"]
+__all__ = ["as_yaml", "parse_spec", "random_name", "read_spec"]
 
 M = TypeVar("M", OutlierSpec, DetectorSpec)
-TRIVIAL = "trivial_controls"
-"""The name under which the trivial controls are rated."""
 _RANDOM = ", random weights"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+,()=-]*")
 _NETWORKS: dict[str, tuple[type[DiffusionConfig | ClassifierConfig], Mapping[str, Any]]] = {

@@ -11,8 +11,8 @@ import pandas as pd
 
 from farout.errors import FaroutError
 from farout.evaluation.bench.plan import Job, Plan
-from farout.evaluation.bench.reading import TRIVIAL
 from farout.evaluation.bench.spec import DetectorSpec
+from farout.evaluation.controls import TRIVIAL
 from farout.evaluation.evaluate import COLUMNS
 from farout.evaluation.scoring import read_scores
 from farout.evaluation.sides import PAIRED, Side, paired, slug

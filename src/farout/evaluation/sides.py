@@ -15,8 +15,10 @@ from farout.evaluation.intervals import paired_difference
 from farout.images import catalog
 from farout.images.sources import ImageSource
 
-__all__ = ["PAIRED", "Side", "names", "paired", "shared_images", "slug"]
+__all__ = ["OWN", "PAIRED", "Side", "by_indicator", "names", "paired", "shared_images", "slug"]
 
+OWN = "score"
+"""What tables call the indicator that is a method's own score."""
 PAIRED = ["first", "second", "id", "ood", "group", "role", "difference", "low", "high"]
 """Columns of `paired.csv`: AUROC of the first detector minus that of the second, with its 95 % interval."""
 
@@ -34,6 +36,11 @@ class Side:
         """The content hash behind every score; empty for an unreadable image, which has no score."""
         known = dict(zip(self.source.keys, self.source.content_hashes(), strict=True))
         return np.array([known[key] or "" for key in self.scores.keys])
+
+
+def by_indicator(scores: Scores) -> dict[str, np.ndarray]:
+    """All scores (B,) of a table by their indicators, the method's own first."""
+    return {OWN: scores.score, **scores.indicators}
 
 
 def slug(source: ImageSource) -> str:

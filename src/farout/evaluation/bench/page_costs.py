@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from farout.evaluation.bench.page_data import OWN, Bench
+from farout.evaluation.bench.page_data import Bench
+from farout.evaluation.sides import OWN
 
 __all__ = ["COSTS", "Plot", "cost_table", "front", "plots"]
 

@@ -129,10 +129,11 @@ def report(plan: Plan) -> Report:
     facts = _facts(plan, sets)
     opened = {seed: [sets.scored(each, seed) for each in (plan.spec.id, *plan.present)] for seed in plan.spec.seeds}
     sides = [(job, rated_sides(job, opened[job.seed])) for job in rated]
-    metrics = marked(plan, sides, facts)
-    groups, ahead = group_means(plan, metrics), leads(sides)
+    ahead = leads(sides)
+    metrics = marked(plan, sides, facts, ahead)
+    groups = group_means(plan, metrics)
     _write_provenance(plan, facts)
-    tables = boards(plan, metrics, groups, ahead)
+    tables = boards(plan, metrics, groups)
     paths = _write_tables(plan, metrics, groups, tables)
     for job in rated:
         own = ahead[(ahead["first"] == job.name) & (ahead["seed"] == job.seed)]

@@ -86,6 +86,7 @@ def small(**changes: Any) -> dict[str, Any]:
         ({"outliers__noise__count": 0}, ["outliers.noise", "count"]),
         ({"networks__generator__preset": "tiny"}, ["classes"]),
         ({"reconstructions__again__levl": 0.5}, ["reconstructions.again", "did you mean level"]),
+        ({"detectors__0": {"limit": 3}}, ["detectors[0] lacks a method", "reconstruction"]),
         ({"detectors__0": "recon"}, ["detectors.recon", "recon", "reconstruction"]),
         ({"detectors__0__arguments": {"levls": [3]}}, ["detectors.reconstruction.arguments", "did you mean levels"]),
         ({"detectors__0__arguments": {"mode": "fst"}}, ["detectors.reconstruction.arguments", "mode", "fst"]),

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from farout import store
-from farout.evaluation.bench.page_costs import HEIGHT, WIDTH, cost_table, plots
+from farout.evaluation.bench.page_costs import AREA, cost_table, plots
 from farout.evaluation.bench.page_curves import curves
 from farout.evaluation.bench.page_data import Bench, read_bench
 from farout.evaluation.bench.page_images import disagreements, galleries
@@ -49,7 +49,7 @@ def write_bench_page(folder: Path) -> Path:
         notes=marker_notes(bench),
         names=[run.detector for run in bench.runs],
         plots=plots(bench),
-        area=(WIDTH, HEIGHT),
+        area=AREA,
         costs=_costs(cost_table(bench), board),
         disputes=disagreements(bench, images, thumbnails),
         galleries=galleries(bench, images, thumbnails),

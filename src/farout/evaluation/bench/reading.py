@@ -117,10 +117,9 @@ def parse_spec(content: Mapping[str, Any]) -> Spec:
 def as_yaml(spec: Spec) -> str:
     """The specification with every setting, as a file that `read_spec` reads."""
     found = plain(spec)
+    for section in SECTIONS:
+        found[section] = {name: _without_none(entry) for name, entry in found[section].items()}
     found["detectors"] = [{"name": name, **entry} for name, entry in found["detectors"].items()]
-    for name in ("networks", "outliers", "reconstructions"):
-        found[name] = {key: _without_none(entry) for key, entry in found[name].items()}
-    found["detectors"] = [_without_none(entry) for entry in found["detectors"]]
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -188,6 +187,8 @@ def _listed(given: Any) -> dict[str, dict[str, Any]]:
         values = {"method": entry} if isinstance(entry, str) else entry
         values = known_only(values, ("name", *(f.name for f in fields(DetectorSpec))), f"detectors[{number}]")
         name = values.pop("name", values.get("method"))
+        if name is None:
+            raise FaroutError(f"detectors[{number}] lacks a method; {meant('', registry.members('detectors'))}")
         _check_name(name, "detectors")
         if name.lower() in map(str.lower, found):
             raise FaroutError(f"two detectors are called {name}; give one of them another name")

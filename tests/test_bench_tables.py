@@ -81,6 +81,8 @@ def test_means_over_sets_and_seeds() -> None:
     assert np.isnan(found.loc[("trivial_controls", "near"), "auroc_std"]), "one seed has no deviation"
     unread = pd.DataFrame([row("knn", NEAR, 0, 0.6), row("knn", ALSO, 0, float("nan"))])
     assert group_means(plan((0,)), unread).iloc[0][["auroc", "sets"]].tolist() == [0.6, 1], "a set without figures"
+    none = unread.iloc[1:]
+    assert boards(plan((0,)), none, group_means(plan((0,)), none))[0].rows[0][1].text == ""
 
 
 def test_boards_say_who_is_not_behind() -> None:

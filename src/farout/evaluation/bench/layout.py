@@ -81,7 +81,7 @@ def _means(
 
 
 def _spread(value: float, deviation: float) -> str:
-    return f"{value:.3f}" + (f" ± {deviation:.3f}" if deviation == deviation else "")
+    return "" if value != value else f"{value:.3f}" + (f" ± {deviation:.3f}" if deviation == deviation else "")
 
 
 def _number(value: float) -> str:

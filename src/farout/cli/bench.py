@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from farout.devices import launched
 from farout.errors import FaroutError
@@ -114,7 +115,7 @@ def _report(done: Report) -> None:
         for head in board.heads:
             table.add_column(head, overflow="fold")
         for row in board.rows:
-            table.add_row(*(cell.text for cell in row))
+            table.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in row))
         Console().print(table)
     _untested(done.plan)
     if done.missing:

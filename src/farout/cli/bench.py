@@ -79,7 +79,7 @@ def _plan(seen: Preview) -> None:
     print(f"{len(seen.plan.jobs)} jobs, {len(left)} to do")
     if not seen.obstacle:
         rows, seconds = sum(seen.estimates[job.id].rows for job in left), sum(map(seen.seconds, left))
-        print(f"{rows:,.0f} network evaluations, about {_duration(seconds)} at {seen.gmacs_per_s:.3g} GMACs/s; {RULE}")
+        print(f"{rows:,.0f} network evaluations, about {_duration(seconds)}; {RULE}")
     for name in seen.plan.unused:
         print(f"not used: {name}")
     _untested(seen.plan)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from farout.errors import FaroutError, SourceError, StoreError
 from farout.evaluation.bench.folder import differences, open_folder
@@ -85,6 +86,7 @@ def small(**changes: Any) -> dict[str, Any]:
         ({"outliers__noise__count": 0}, ["outliers.noise", "count"]),
         ({"networks__generator__preset": "tiny"}, ["classes"]),
         ({"reconstructions__again__levl": 0.5}, ["reconstructions.again", "did you mean level"]),
+        ({"detectors__0": {"limit": 3}}, ["detectors[0] lacks a method", "reconstruction"]),
         ({"detectors__0": "recon"}, ["detectors.recon", "recon", "reconstruction"]),
         ({"detectors__0__arguments": {"levls": [3]}}, ["detectors.reconstruction.arguments", "did you mean levels"]),
         ({"detectors__0__arguments": {"mode": "fst"}}, ["detectors.reconstruction.arguments", "mode", "fst"]),
@@ -132,6 +134,12 @@ def test_files_and_flags(tmp_path: Path) -> None:
     path.write_text("a: [")
     with pytest.raises(FaroutError, match="no YAML"):
         read_spec(path)
+    path.write_text("# nothing yet\n")
+    with pytest.raises(FaroutError, match="lacks train, id, ood, detectors"):
+        read_spec(path)
+    path.write_text(yaml.safe_dump({**content, "runtime": "cpu"}))
+    with pytest.raises(FaroutError, match="runtime wants settings by name, got 'cpu'"):
+        read_spec(path, runtime={"rows": 8})
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -250,8 +258,6 @@ def test_traits_of_a_set_that_give_it_away(tmp_path: Path) -> None:
         pictures(tmp_path / name, 6, seed=seed)
     large = pictures(tmp_path / "large", 3, seed=4)
     for path in large.iterdir():
-        from PIL import Image
-
         Image.open(path).resize((9, 9)).save(path)
     (tmp_path / "other" / "copy.png").write_bytes((tmp_path / "train" / "000.png").read_bytes())
     ood = {"far": [str(tmp_path / "other"), str(large), "sample_digits:test"]}
@@ -259,6 +265,11 @@ def test_traits_of_a_set_that_give_it_away(tmp_path: Path) -> None:
     sets = Sets(parse_spec({**content, "detectors": ["knn"]}))
     assert sets.facts(ood["far"][0]).markers == ("overlap",), "an image of the training images"
     assert sets.facts(str(large)).markers == ("size",)
+    Image.open(tmp_path / "id" / "000.png").resize((9, 9)).save(tmp_path / "id" / "000.png")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_text("not a picture")
+    broken = Sets(parse_spec({**content, "ood": {"far": [str(tmp_path / "broken")]}, "detectors": ["knn"]}))
+    assert broken.facts(str(tmp_path / "broken")).markers == (), "no image that can be read has no size"
     same = Sets(parse_spec(small(id="sample_fashion:test@classes=0-8", limit=20)))
     assert same.facts("sample_fashion:test@classes=8,9").markers == ("overlap",), "a class on both sides"
     apart = Sets(parse_spec(small(limit=20)))

@@ -14,7 +14,7 @@ from farout.detectors._tables import Scores
 from farout.evaluation.bench.layout import boards, latex, markdown
 from farout.evaluation.bench.plan import Job, Plan, make_plan
 from farout.evaluation.bench.reading import parse_spec
-from farout.evaluation.bench.table import group_means, leads, marked
+from farout.evaluation.bench.table import behind, group_means, leads, marked
 from farout.evaluation.sides import Side
 from farout.images.sources import open_source
 
@@ -47,13 +47,13 @@ def row(detector: str, ood: str, seed: int, auroc: float, marker: str = "", **mo
 ROWS = pd.DataFrame(
     [
         row("knn", NEAR, 0, 0.6, "backbone"),
-        row("knn", ALSO, 0, 0.8, "overlap;backbone"),
+        row("knn", ALSO, 0, 0.8, "overlap;backbone;unbeaten"),
         row("knn", NEAR, 1, 0.8, "backbone"),
-        row("knn", ALSO, 1, 1.0, "overlap;backbone"),
+        row("knn", ALSO, 1, 1.0, "overlap;backbone;unbeaten"),
         row("knn", FAR, 0, 0.4, "size;backbone;below half"),
         row("knn", FAR, 1, 0.5, "size;backbone"),
-        row("a_b", NEAR, 0, 0.9),
-        row("a_b", NEAR, 1, 0.9),
+        row("a_b", NEAR, 0, 0.9, "unbeaten"),
+        row("a_b", NEAR, 1, 0.9, "unbeaten"),
         row("trivial_controls", NEAR, 0, 0.7, "control"),
     ]
 )
@@ -74,21 +74,25 @@ def test_means_over_sets_and_seeds() -> None:
     assert near["auroc_std"] == pytest.approx(np.std([0.7, 0.9], ddof=1)), "over seeds, of the means over sets"
     assert near["fpr95"] == pytest.approx(0.2)
     assert (near["sets"], near["seeds"], near["untested"]) == (2, 2, 0)
-    assert near["marker"] == "overlap;backbone", "each once, in one order"
+    assert near["marker"] == "overlap;backbone", "each once, in one order; a mean is not what is unbeaten"
     far = found.loc[("knn", "far")]
     assert (far["sets"], far["untested"]) == (1, 1)
     assert far["marker"] == "size;backbone;below half"
     assert np.isnan(found.loc[("trivial_controls", "near"), "auroc_std"]), "one seed has no deviation"
+    unread = pd.DataFrame([row("knn", NEAR, 0, 0.6), row("knn", ALSO, 0, float("nan"))])
+    assert group_means(plan((0,)), unread).iloc[0][["auroc", "sets"]].tolist() == [0.6, 1], "a set without figures"
+    none = unread.iloc[1:]
+    assert boards(plan((0,)), none, group_means(plan((0,)), none))[0].rows[0][1].text == ""
 
 
 def test_boards_say_who_is_not_behind() -> None:
-    means, sets = boards(plan(), ROWS, group_means(plan(), ROWS), PAIRS)
+    means, sets = boards(plan(), ROWS, group_means(plan(), ROWS))
     assert [line[0].text for line in sets.rows] == ["knn *", "a_b", "trivial_controls"], "controls come last"
     assert sets.rule == means.rule == 2
     assert sets.heads == ("detector", f"{NEAR} (near)", f"{ALSO} (near, overlap)", f"{FAR} (far, size)")
     knn, other, control = sets.rows
     assert (knn[1].best, other[1].best, control[1].best) == (False, True, False)
-    assert knn[2].best, "an interval that holds zero"
+    assert knn[2].best
     assert knn[1].text == "0.700 ± 0.141"
     assert knn[3].text.endswith("†")
     assert other[2].text == ""
@@ -109,14 +113,19 @@ def test_boards_say_who_is_not_behind() -> None:
     ]  # fmt: skip
 
 
+def test_who_is_behind() -> None:
+    """A control that is ahead is no reason, nor is an interval that holds zero."""
+    assert behind(plan(), PAIRS) == {("knn", NEAR)}
+
+
 def test_one_seed_has_its_interval() -> None:
     rows = ROWS[ROWS["seed"] == 0]
-    sets = boards(plan((0,)), rows, group_means(plan((0,)), rows), PAIRS)[1]
+    sets = boards(plan((0,)), rows, group_means(plan((0,)), rows))[1]
     assert sets.rows[0][1].text == "0.600 (0.500 to 0.700)"
 
 
 def test_markdown_is_a_table(tmp_path: Path) -> None:
-    tables = boards(plan(), ROWS, group_means(plan(), ROWS), PAIRS)
+    tables = boards(plan(), ROWS, group_means(plan(), ROWS))
     text = markdown(plan(), ROWS, tables, "a machine")
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 * (2 + 3)
@@ -128,7 +137,7 @@ def test_markdown_is_a_table(tmp_path: Path) -> None:
 
 
 def test_latex_has_balanced_tables() -> None:
-    tables = boards(plan(), ROWS, group_means(plan(), ROWS), PAIRS)
+    tables = boards(plan(), ROWS, group_means(plan(), ROWS))
     text = latex(plan(), ROWS, tables, "a machine")
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}") == 2
@@ -168,7 +177,7 @@ def test_rows_are_marked(tmp_path: Path) -> None:
     ).drop(columns=["bench", "marker"]).to_csv(tmp_path / "metrics.csv", index=False)
     inside = side("sample_fashion:test", [1.0, 2.0, 3.0], flat=[7.0, 7.0, 7.0], even=[1.0, 2.0, 3.0])
     outside = side(NEAR, [1.0, 3.0], flat=[7.0, float("nan")], even=[2.0, 2.0])
-    found = marked(plan(), [(job, [inside, outside])], {NEAR: {"markers": ["size", "overlap"]}})
+    found = marked(plan(), [(job, [inside, outside])], {NEAR: {"markers": ["size", "overlap"]}}, PAIRS)
     assert found["marker"].tolist() == [
         "control;size;overlap",
         "control;size;overlap;constant",
@@ -176,6 +185,15 @@ def test_rows_are_marked(tmp_path: Path) -> None:
     ], "sets that the benchmark does not have are left out"
     assert set(found["group"]) == {"near"}
     assert set(found["bench"]) == {"hand_made"}
+    methods = [pd.read_csv(tmp_path / "metrics.csv").assign(detector=name).iloc[:2] for name in ("knn", "a_b")]
+    rated = []
+    for table in methods:
+        folder = tmp_path / table["detector"].iloc[0]
+        folder.mkdir()
+        table.to_csv(folder / "metrics.csv", index=False)
+        rated.append((Job("rated", folder.name, 0, folder), [inside, outside]))
+    found = marked(plan(), rated, {NEAR: {"markers": []}}, PAIRS)["marker"].tolist()
+    assert found == ["backbone", "backbone;constant", "backbone;unbeaten", "backbone;constant"], "by its own score"
 
 
 def test_leads_stand_in_both_directions_and_within_a_seed(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What every detector keeps, written once: a new detector passes these without a line written for it."""
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -166,6 +167,25 @@ def test_another_model_is_refused(detector: Detector, tmp_path: Path) -> None:
     fresh(b_scale=2.0).save(tmp_path / "model")
     with pytest.raises(StoreError, match="hash differs"):
         load(tmp_path / "d")
+
+
+def test_a_linked_model_moves_with_its_detector(detector: Detector, tmp_path: Path) -> None:
+    """A benchmark's folder can be put elsewhere, whether or not something else stands where it was."""
+    if not isinstance(detector.diffusion, DiffusionModel):
+        pytest.skip("this method has no diffusion model of images")
+    fresh = conditional if "classes" in detector.needs else model
+    fresh().save(tmp_path / "bench" / "networks" / "model")
+    detector.save(tmp_path / "bench" / "detectors" / "d", link=tmp_path / "bench" / "networks" / "model")
+    (tmp_path / "bench").rename(tmp_path / "moved")
+    moved = load(tmp_path / "moved" / "detectors" / "d")
+    assert moved.fingerprint == detector.fingerprint
+    moved.save(tmp_path / "moved" / "again")
+    fresh(b_scale=2.0).save(tmp_path / "bench" / "networks" / "model")
+    assert load(tmp_path / "moved" / "detectors" / "d").fingerprint == detector.fingerprint
+    assert load(tmp_path / "moved" / "again").fingerprint == detector.fingerprint
+    shutil.rmtree(tmp_path / "moved" / "networks")
+    with pytest.raises(StoreError, match="hash differs"):
+        load(tmp_path / "moved" / "detectors" / "d")
 
 
 def test_another_precision_warns(detector: Detector, tmp_path: Path) -> None:

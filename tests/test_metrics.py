@@ -1,5 +1,7 @@
 """Metrics and intervals against well-kept libraries, ties included; nothing useless ever looks perfect."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -179,10 +181,24 @@ def test_grouped_draws_are_whole_groups() -> None:
         evaluate(inside, outside, groups=(groups[0][:-1], groups[1]))
 
 
+def test_a_draw_without_one_side_is_left_out() -> None:
+    """Three source images, one of which stands on one side only: some draws miss the other side."""
+    ids = np.array([0, 1]), np.array([1, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = paired_difference((np.r_[0.0, 1], np.r_[2.0, 3]), (np.r_[0.0, 3], np.r_[2.0, 1]), groups=ids)
+    assert found.value == 0.5
+    assert found.low <= found.value <= found.high
+
+
 def test_three_images_do_not_decide() -> None:
     """A perfect detector against a constant one: DeLong's variance of the difference is 0."""
     perfect, constant = (np.arange(3.0), np.arange(3.0) + 9), (np.ones(3), np.ones(3))
     assert not paired_difference(perfect, constant).decided
     assert not paired_difference(constant, perfect).decided
+    ids = np.arange(3)
+    assert not paired_difference(perfect, constant, groups=(ids, ids)).decided, "every draw is the same"
+    rates = paired_difference(perfect, constant, metric=fpr95)
+    assert rates.low < rates.value == -1 < rates.high
     many = np.arange(200.0)
     assert paired_difference((many, many + 900), (np.ones(200), np.ones(200))).decided

@@ -20,7 +20,8 @@ from farout.detectors.base import Detector, Measurements
 from farout.detectors.reconstruction import Reconstruction
 from farout.evaluation.controls import TrivialControls
 from farout.evaluation.heat import MapScale
-from farout.evaluation.page import _heat, png_address
+from farout.evaluation.page import _heat
+from farout.evaluation.rendering import png_address
 from farout.evaluation.scoring import score_folder
 from farout.images.sources import Batch
 from small import model, pictures

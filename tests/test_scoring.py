@@ -18,7 +18,7 @@ import torch
 from farout import load, store
 from farout.detectors.base import Detector, Runtime
 from farout.detectors.reconstruction import Reconstruction
-from farout.errors import NaNScoresWarning, StoreError
+from farout.errors import FaroutError, NaNScoresWarning, StoreError
 from farout.evaluation import scoring
 from farout.evaluation.scoring import ScoredFolder, read_scores
 from farout.images.sources import Batch
@@ -382,3 +382,7 @@ def test_selection_at_a_false_discovery_rate(tmp_path: Path) -> None:
     assert table["selected"].tolist() == benjamini_hochberg(table["p_value"], 0.4).tolist()
     assert table["selected"].any()
     assert not table.loc[table["key"] == "broken.png", "selected"].any()
+    for wrong in ({"fdr": 40.0}, {"fdr": 0.0}, {"furthest": -1}):
+        with pytest.raises(FaroutError, match="a rate between 0 and 1"):
+            score_folder(fitted, some, tmp_path / "wrong", **wrong)
+    assert not (tmp_path / "wrong").exists()

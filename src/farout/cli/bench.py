@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rich.text import Text
+
 from farout.cli.tables import new_table, print_table
 from farout.devices import launched
 from farout.errors import FaroutError
@@ -76,7 +78,7 @@ def _plan(seen: Preview) -> None:
     print(f"{len(seen.plan.jobs)} jobs, {len(left)} to do")
     if not seen.obstacle:
         rows, seconds = sum(seen.estimates[job.id].rows for job in left), sum(map(seen.seconds, left))
-        print(f"{rows:,.0f} network evaluations, about {_duration(seconds)} at {seen.gmacs_per_s:.3g} GMACs/s; {RULE}")
+        print(f"{rows:,.0f} network evaluations, about {_duration(seconds)}; {RULE}")
     for name in seen.plan.unused:
         print(f"not used: {name}")
     _untested(seen.plan)
@@ -112,7 +114,7 @@ def _report(done: Report) -> None:
         for head in board.heads:
             table.add_column(head.replace(" ", "\n"), overflow="fold")
         for row in board.rows:
-            table.add_row(*(cell.text for cell in row))
+            table.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in row))
         print_table(table)
     _untested(done.plan)
     if done.missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,7 +60,14 @@ def _model(detector: Detector, folder: Path, link: Path | None) -> dict[str, str
     if link is None:
         detector.diffusion.save(folder / "diffusion")
         return {"path": "diffusion", "hash": detector.diffusion.content_hash}
-    return {"path": str(link.resolve()), "hash": detector.diffusion.content_hash}
+    return {**_ways(folder.resolve(), link.resolve()), "hash": detector.diffusion.content_hash}
+
+
+def _ways(folder: Path, link: Path) -> dict[str, str]:
+    """To a linked model: its path, and the way from the detector's folder, which stays when both move together."""
+    if link.drive != folder.drive:
+        return {"path": str(link)}
+    return {"path": str(link), "beside": Path(os.path.relpath(link, folder)).as_posix()}
 
 
 def _inside(network: FeatureExtractor | Classifier | None, folder: Path) -> str | None:
@@ -79,12 +87,11 @@ def load(folder: Path, changes: dict[str, Any]) -> Detector:
     detector.provenance = config["provenance"]
     for name in ("statistics", "calibration"):
         setattr(detector, f"{name}_hashes", store.read_hashes(folder / f"{name}.txt"))
-    linked = (config["diffusion"] or {"path": "diffusion"})["path"]
-    detector.link = None if linked == "diffusion" else Path(linked)
     detector.features = _read_inside(FeatureExtractor, folder / "features", config.get("features"))
     detector.classifier = _read_inside(Classifier, folder / "classifier", config.get("classifier"))
-    kind = detector.diffusion_kind
-    detector.use(_read_model(folder, config["diffusion"], kind), _runtime(Runtime(**config["runtime"]), changes))
+    diffusion, place = _read_model(folder, config["diffusion"], detector.diffusion_kind)
+    detector.link = None if place is None or place.parent == folder else place.resolve()
+    detector.use(diffusion, _runtime(Runtime(**config["runtime"]), changes))
     detector.restore({name: t.numpy() for name, t in store.load_tensors(folder / "fitted.safetensors").items()})
     detector.statistics = Measurements.read(folder / "statistics.parquet")
     detector.set_calibration(Measurements.read(folder / "calibration.parquet"))
@@ -109,16 +116,19 @@ def _read_inside(kind: type[N], folder: Path, wanted: str | None) -> N | None:
 
 def _read_model(
     folder: Path, entry: dict[str, str] | None, kind: type[DiffusionModel] | type[FeatureDiffusion]
-) -> DiffusionModel | FeatureDiffusion | None:
+) -> tuple[DiffusionModel | FeatureDiffusion | None, Path | None]:
+    """The diffusion model and its folder; a linked one may have moved together with the detector."""
     if entry is None:
-        return None
-    path = folder / entry["path"]
-    if not path.is_dir():
-        raise StoreError(f"{folder} wants the diffusion model in {path}, and there is none")
-    model = kind.load(path)
-    if model.content_hash != entry["hash"]:
-        raise StoreError(f"the diffusion model in {path} is not the one this detector was fitted with (hash differs)")
-    return model
+        return None, None
+    places = [folder / entry[name] for name in ("path", "beside") if name in entry]
+    there = [place for place in places if place.is_dir()]
+    if not there:
+        raise StoreError(f"{folder} wants the diffusion model in {places[0]}, and there is none")
+    for place in there:
+        model = kind.load(place)
+        if model.content_hash == entry["hash"]:
+            return model, place
+    raise StoreError(f"the diffusion model in {there[0]} is not the one this detector was fitted with (hash differs)")
 
 
 def _runtime(fitted: Runtime, changes: dict[str, Any]) -> Runtime:

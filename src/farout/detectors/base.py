@@ -355,7 +355,8 @@ class Detector(Configured, ABC):
     def save(self, folder: str | Path, *, link: Path | None = None) -> None:
         """Writes the detector with its models, measurements and calibration.
 
-        `link`: a folder that holds the diffusion model already; its path and hash are written instead of a copy.
+        `link`: a folder that holds the diffusion model already; its path and hash are written instead of a copy, and
+        the way to it, so that both can be moved together.
         """
         from farout.detectors._folder import save
 

@@ -12,7 +12,7 @@ from farout import registry
 from farout.classifiers.model import Classifier
 from farout.detectors.base import Detector
 from farout.errors import FaroutError, TrapWarning
-from farout.evaluation.controls import TrivialControls
+from farout.evaluation.controls import TRIVIAL, TrivialControls
 from farout.images.sources import ImageSource, open_source
 
 __all__ = ["Beside", "Rated", "name_of", "random_twin", "rated_beside"]
@@ -80,7 +80,7 @@ def _makers(detector: Detector, wanted: Beside, out: Path) -> dict[str, Callable
         return lambda images: Rated(name, twin.fit(images, **given), out / "companion_scores" / name)
 
     def trivial(images: ImageSource) -> Rated:
-        return Rated("trivial_controls", TrivialControls().fit(images, **few), out / "control_scores" / "trivial")
+        return Rated(TRIVIAL, TrivialControls().fit(images, **few), out / "control_scores" / "trivial")
 
     def random(images: ImageSource) -> Rated:
         twin, *networks = random_twin(detector)
@@ -89,7 +89,7 @@ def _makers(detector: Detector, wanted: Beside, out: Path) -> dict[str, Callable
 
     makers = {name: companion(name) for name in detector.companions} if wanted.companions else {}
     if wanted.trivial:
-        makers["trivial_controls"] = trivial
+        makers[TRIVIAL] = trivial
     if wanted.random and any(each is not None for each in (detector.diffusion, detector.classifier, detector.features)):
         makers["random_weights"] = random
     return makers

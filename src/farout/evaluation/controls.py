@@ -7,17 +7,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from farout.densities import Mahalanobis, ZScore
 from farout.detectors.base import Detector, Measurements
+from farout.images.decoding import to_pil
 from farout.images.sources import Batch
 
-__all__ = ["CONTROLS", "TrivialControls"]
+__all__ = ["CONTROLS", "TRIVIAL", "TrivialControls"]
 
+TRIVIAL = "trivial_controls"
+"""The name under which they are rated, all together."""
 CONTROLS = ("colour_mean", "colour_variance", "png_size", "laplacian_energy", "block_edge_energy")
+"""The indicators of each alone."""
 
 
 class TrivialControls(Detector):
@@ -78,10 +81,9 @@ def _table(measurements: Measurements) -> np.ndarray:
 
 
 def _png_size(image: Tensor) -> float:
-    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
-    return len(buffer.getvalue()) / (pixels.shape[0] * pixels.shape[1])
+    to_pil((image * 255).round().to(torch.uint8)).save(buffer, "PNG")
+    return len(buffer.getvalue()) / image[0].numel()
 
 
 def _laplacian(images: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ from farout.evaluation.draws import over_draws
 from farout.evaluation.metrics import detection, false_alarm
 from farout.evaluation.metrics import evaluate as rate
 from farout.evaluation.scoring import read_scores, score_folder
-from farout.evaluation.sides import PAIRED, Side, names, paired, shared_images, slug
+from farout.evaluation.sides import OWN, PAIRED, Side, by_indicator, names, paired, shared_images, slug
 from farout.images.sources import ImageSource
 
-__all__ = ["COLUMNS", "evaluate_detector", "evaluate_scores", "written"]
+__all__ = ["COLUMNS", "evaluate_detector", "evaluate_scores", "peak_mib", "written"]
 
 COLUMNS = [
     "detector",
@@ -84,7 +84,11 @@ def evaluate_detector(
         name: what the detector is called in the tables; None: as its method.
 
     Returns:
-        The table, one row per detector, indicator and out-of-distribution source.
+        The table, one row per detector, indicator and out-of-distribution source; `attrs["paths"]`: what was written.
+
+    Raises:
+        FaroutError: for a detector that is not fitted, no out-of-distribution source, fewer than 0 draws.
+        StoreError: where scores of another detector or of other images are in the folder.
     """
     detector.check_fitted()
     if ood_draws < 0:
@@ -150,24 +154,22 @@ def _rows(rated: Rated, inside: Side, others: Sequence[Side]) -> Iterator[dict[s
 
 def _drawn(rated: Rated, inside: Side, others: Sequence[Side], draws: int) -> Iterator[dict[str, Any]]:
     for outside in others:
-        for name in ["score", *inside.scores.indicators]:
-            own = rated.detector.score_name if name == "score" else name
-            pair = inside.scores.indicators[own], outside.scores.indicators[own]
+        theirs = by_indicator(outside.scores)
+        for name, mine in by_indicator(inside.scores).items():
             yield {
                 "detector": rated.name,
                 "indicator": name,
                 **names(inside.source.name, outside.source.name),
-                **over_draws(*pair, draws, seed=rated.detector.seed),
+                **over_draws(mine, theirs[name], draws, seed=rated.detector.seed),
             }
 
 
 def _indicator_rows(
     detector: Detector, inside: Side, outside: Side, common: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    groups = shared_images(inside, outside)
-    for name in ["score", *inside.scores.indicators]:
-        own = detector.score_name if name == "score" else name
-        id_scores, ood_scores = inside.scores.indicators[own], outside.scores.indicators[own]
+    groups, theirs = shared_images(inside, outside), by_indicator(outside.scores)
+    for name, id_scores in by_indicator(inside.scores).items():
+        own, ood_scores = detector.score_name if name == OWN else name, theirs[name]
         calibration = detector.calibration_scores[own]
         what = f"{common['detector']}, {own}, {outside.source.name}"
         yield {
@@ -208,19 +210,28 @@ def evaluate_scores(files: Sequence[str | Path], out: str | Path | None = None) 
 
     A file is a table (.csv or .parquet) with columns key and score, higher = further out, or a scored folder.
     Indicators are rated where both sides have them.
+
+    Args:
+        files: at least two.
+        out: folder for `metrics.csv`; None: nothing is written.
+
+    Returns:
+        The table of `evaluate_detector`; columns that scores do not tell are empty.
+
+    Raises:
+        FaroutError: for fewer than two files.
+        StoreError: for a file that is missing or is no score table.
     """
     if len(files) < 2:
         raise FaroutError(
             "scores want at least two files: the in-distribution one first, then out-of-distribution ones"
         )
-    inside = read_scores(files[0])
+    inside = by_indicator(read_scores(files[0]))
     rows = []
     for file in files[1:]:
-        outside = read_scores(file)
-        shared = [name for name in inside.indicators if name in outside.indicators]
-        for name in ["score", *shared]:
-            pair = [side.score if name == "score" else side.indicators[name] for side in (inside, outside)]
+        outside = by_indicator(read_scores(file))
+        for name in (name for name in inside if name in outside):
             common = {"detector": "given", "indicator": name, "id": str(files[0]), "ood": str(file)}
-            rows.append({**common, **asdict(rate(pair[0], pair[1], name=f"{name}, {file}"))})
+            rows.append({**common, **asdict(rate(inside[name], outside[name], name=f"{name}, {file}"))})
     table = pd.DataFrame(rows).reindex(columns=COLUMNS)
     return table if out is None else written(table, Path(out) / "metrics.csv")

@@ -8,7 +8,7 @@ of images alike, but are other numbers, and never called FID.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -202,50 +202,48 @@ def _warn_of_few(name: str, generated: int, reference: int, dimension: int) -> N
 
 
 Reader = Callable[[ImageSource], np.ndarray]
+"""From images to features (N, D)."""
 
 
 def _lite0(reference: ImageSource, device: torch.device, precision: Precision, rows: int, workers: int) -> Reader:
-    """Features by the built-in backbone, through the cache."""
+    """Reads features of the built-in backbone, through the cache."""
     extractor = FeatureExtractor.create("lite0").to(device)
     preprocessing = Preprocessing.for_source(reference, size=extractor.size, channels=3)
     reader = CachedFeatures(extractor, preprocessing, rows, precision)
 
-    def read(source: ImageSource) -> np.ndarray:
-        _warn_of_sizes(source, preprocessing)
-        parts = []
-        with progress.task(f"features of {source.name}", len(source)) as bar:
-            for batch in reader.batches(source, _BATCH, workers):
-                assert batch.features is not None
-                parts.append(batch.features.numpy())
-                bar.advance(len(batch.keys))
-        return np.concatenate(parts)
+    def features(source: ImageSource) -> Iterator[Tensor]:
+        for batch in reader.batches(source, _BATCH, workers):
+            assert batch.features is not None
+            yield batch.features
 
-    return read
+    return lambda source: _read(source, preprocessing, features(source))
 
 
 def _inception(reference: ImageSource, device: torch.device, precision: Precision, rows: int, workers: int) -> Reader:
-    """The 2048 pooled features of Inception v3 as torchmetrics has them; they stay in float32."""
+    """Reads the 2048 pooled features of Inception v3 as torchmetrics has them; they stay in float32."""
     network = _inception_network().to(device)
     native = Preprocessing.for_source(reference, channels=3, largest=10**6)
 
-    def read(source: ImageSource) -> np.ndarray:
-        _warn_of_sizes(source, native)
-        parts: list[Tensor] = []
-        with progress.task(f"features of {source.name}", len(source)) as bar, torch.no_grad():
-            for batch in batches(source, native, rows, workers=workers):
-                pixels = (batch.images * 255).round().to(device, torch.uint8)
-                parts.append(network(pixels).reshape(len(pixels), -1).float().cpu())
-                bar.advance(len(batch.keys))
-        return torch.cat(parts).numpy()
+    def features(source: ImageSource) -> Iterator[Tensor]:
+        for batch in batches(source, native, rows, workers=workers):
+            pixels = (batch.images * 255).round().to(device, torch.uint8)
+            yield network(pixels).reshape(len(pixels), -1).float().cpu()
 
-    return read
+    return lambda source: _read(source, native, features(source))
 
 
-def _warn_of_sizes(source: ImageSource, preprocessing: Preprocessing) -> None:
+def _read(source: ImageSource, preprocessing: Preprocessing, features: Iterator[Tensor]) -> np.ndarray:
+    """All features (N, D), with progress; warns of images of another native size."""
     for trap in check_against(source, preprocessing):
         # every image is seen in colour here, grey ones included: nothing is lost
         if "native size" in trap:
-            warnings.warn(trap, TrapWarning, stacklevel=4)
+            warnings.warn(trap, TrapWarning, stacklevel=5)
+    parts: list[Tensor] = []
+    with progress.task(f"features of {source.name}", len(source)) as bar, torch.no_grad():
+        for part in features:
+            parts.append(part)
+            bar.advance(len(part))
+    return torch.cat(parts).numpy()
 
 
 def _inception_network() -> nn.Module:

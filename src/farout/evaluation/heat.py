@@ -17,8 +17,8 @@ class MapScale:
     scale for all images of a method: pictures of two runs can be compared.
     """
 
-    unit: str = "standard deviations above good images"
-    brightest: float = 6.0
+    unit: str = Detector.map_unit
+    brightest: float = Detector.map_brightest
 
     @classmethod
     def of(cls, detector: Detector) -> MapScale:

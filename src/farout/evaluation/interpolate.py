@@ -16,9 +16,8 @@ from farout.diffusion.methods import is_adaptive
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sample_folder import save_png
 from farout.errors import FaroutError, SourceError
-from farout.evaluation.page import png_address
-from farout.evaluation.rendering import render
-from farout.images.sources import Images, batches, open_source
+from farout.evaluation.rendering import png_address, render
+from farout.images.sources import Images, ImageSource, batches, open_source
 
 __all__ = ["KIND", "InterpolatedFolder", "write_interpolations"]
 
@@ -77,18 +76,11 @@ def write_interpolations(
     opened = open_source(source, limit=2 * pairs, seed=seed)
     if len(opened) < 2 * pairs:
         raise SourceError(f"{opened.name} has {len(opened)} images, {pairs} pairs want {2 * pairs}")
-    places = [place for pair in range(pairs) for place in (pair, pair + pairs)]
-    drawn = opened.subset(places)
-    together = max(1, rows // 4)  # pairs: their stations fill most calls of the network
-    found, keys = list[Interpolations](), list[tuple[str, ...]]()
-    with store.atomic_folder(out, KIND) as folder, progress.task("interpolating", pairs) as bar:
-        for batch in batches(drawn, model.preprocessing, 2 * together, workers=workers):
-            for images in _one_by_one(interpolator(batch.images[::2], batch.images[1::2])):
-                _save(folder, len(found), images)
-                found.append(images)
-            keys += zip(batch.keys[::2], batch.keys[1::2], strict=True)
-            bar.advance(len(batch.keys) // 2)
-        error = _round_trip(model, found)
+    drawn = opened.subset([place for pair in range(pairs) for place in (pair, pair + pairs)])
+    with store.atomic_folder(out, KIND) as folder:
+        found = _interpolated(interpolator, drawn, folder, rows, workers)
+        keys = list(zip(drawn.keys[::2], drawn.keys[1::2], strict=True))
+        error = _round_trip(found)
         about = {
             "source": opened.name,
             "pairs": [list(pair) for pair in keys],
@@ -104,6 +96,21 @@ def write_interpolations(
         store.write_config(folder, KIND, about)
         (folder / "page.html").write_text(_page(about, keys, found), encoding="utf-8")
     return InterpolatedFolder(Path(out), pairs, pairs * stations * len(_KINDS), error)
+
+
+def _interpolated(
+    interpolator: Interpolator, drawn: ImageSource, folder: Path, rows: int, workers: int
+) -> list[Interpolations]:
+    """Interpolations of every two images that follow one another, saved as they are made."""
+    found: list[Interpolations] = []
+    together = max(1, rows // 4)  # pairs: their stations fill most calls of the network
+    with progress.task("interpolating", len(drawn) // 2) as bar:
+        for batch in batches(drawn, interpolator.model.preprocessing, 2 * together, workers=workers):
+            for images in _one_by_one(interpolator(batch.images[::2], batch.images[1::2])):
+                _save(folder, len(found), images)
+                found.append(images)
+                bar.advance()
+    return found
 
 
 def _one_by_one(images: Interpolations) -> list[Interpolations]:
@@ -122,7 +129,7 @@ def _save(folder: Path, pair: int, images: Interpolations) -> None:
             save_png(image, folder / kind / f"{pair:03d}-{number:02d}.png", folder / ".working")
 
 
-def _round_trip(model: DiffusionModel, found: list[Interpolations]) -> float:
+def _round_trip(found: list[Interpolations]) -> float:
     """Images A and B stand at station 0 of the asymmetric kinds; decoded inversions at the symmetric one's ends."""
     errors = [
         (images[0, 0] - decoded).square().mean().sqrt()
@@ -132,7 +139,7 @@ def _round_trip(model: DiffusionModel, found: list[Interpolations]) -> float:
     return float(torch.stack(errors).mean())
 
 
-def _page(about: dict[str, Any], keys: list[tuple[str, ...]], found: list[Interpolations]) -> str:
+def _page(about: dict[str, Any], keys: list[tuple[str, str]], found: list[Interpolations]) -> str:
     pairs = [
         {
             "first": pair[0],

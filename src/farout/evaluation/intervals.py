@@ -11,7 +11,17 @@ from scipy import stats
 
 from farout.errors import FaroutError
 
-__all__ = ["Difference", "bootstrap", "delong", "exact_reach", "interval_of_auroc", "paired_difference"]
+__all__ = [
+    "Difference",
+    "area_of_ranks",
+    "bootstrap",
+    "delong",
+    "dense_ranks",
+    "exact_reach",
+    "independent",
+    "interval_of_auroc",
+    "paired_difference",
+]
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 _Z95 = float(stats.norm.ppf(0.975))
@@ -54,6 +64,26 @@ def interval_of_auroc(id_scores: np.ndarray, ood_scores: np.ndarray) -> tuple[fl
 def exact_reach(count: int) -> float:
     """The rate that shows no case among `count` independent trials with probability .05 (exact rule of three)."""
     return float(1 - 0.05 ** (1 / count))
+
+
+def independent(groups: tuple[np.ndarray, np.ndarray] | None, *sides: np.ndarray) -> list[int]:
+    """Independent images of either side: its scores, or the source images that `groups` names behind them."""
+    return [len(side) for side in sides] if groups is None else [len(np.unique(ids)) for ids in groups]
+
+
+def dense_ranks(id_scores: np.ndarray, ood_scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The place of every score among the different scores of both sides, from 0; of either side."""
+    ranks = np.unique(np.r_[id_scores, ood_scores], return_inverse=True)[1]
+    return ranks[: len(id_scores)], ranks[len(id_scores) :]
+
+
+def area_of_ranks(id_ranks: np.ndarray, ood_ranks: np.ndarray) -> float:
+    """AUROC of dense ranks by counting: no sort in a draw of a bootstrap. NaN if a draw left one side empty."""
+    if not len(id_ranks) or not len(ood_ranks):
+        return float("nan")
+    counts = np.bincount(id_ranks, minlength=int(ood_ranks.max()) + 1)
+    below = np.cumsum(counts) - 0.5 * counts
+    return float(below[ood_ranks].mean() / len(id_ranks))
 
 
 def _expit(value: float) -> float:
@@ -137,7 +167,9 @@ def paired_difference(
 ) -> Difference:
     """Difference of two detectors, each given as (id_scores, ood_scores) of the same images in the same order.
 
-    Without `metric` and `groups`: AUROC by DeLong's covariance (DeLong et al. 1988); else by a paired bootstrap.
+    Without `metric` and `groups`: AUROC by DeLong's covariance (DeLong et al. 1988); else by a paired bootstrap, of
+    AUROC or of `metric`; `groups` as in `bootstrap`. A difference that has no variance, such as that of a perfect and a
+    constant detector, reaches as far as `exact_reach` says of so few images.
     Raises FaroutError for sides of different lengths or scores that are not numbers.
     """
     sides = [tuple(np.asarray(side, dtype=np.float64) for side in pair) for pair in (first, second)]
@@ -147,11 +179,15 @@ def paired_difference(
         raise FaroutError("a paired difference wants scores that are numbers; leave out images without a score in both")
     if metric is None and groups is None:
         return _delong_difference(sides[0], sides[1])
-    of = metric or (lambda inside, outside: delong(inside, outside)[0])
-    places = _draws(len(sides[0][0]), len(sides[0][1]), groups, draws, seed)
-    values = [of(sides[0][0][a], sides[0][1][b]) - of(sides[1][0][a], sides[1][1][b]) for a, b in places]
+    of = metric or area_of_ranks
+    one, other = sides if metric is not None else [dense_ranks(*pair) for pair in sides]
+    places = _draws(len(one[0]), len(one[1]), groups, draws, seed)
+    values = [of(one[0][a], one[1][b]) - of(other[0][a], other[1][b]) for a, b in places]
     low, high = np.nanquantile(values, [0.025, 0.975])
-    return Difference(of(*sides[0]) - of(*sides[1]), float(low), float(high))
+    value = of(*one) - of(*other)
+    # every draw alike, yet a difference: a few images would decide with certainty
+    reach = exact_reach(min(independent(groups, *one))) if low == high and value else 0.0
+    return Difference(value, float(low) - reach, float(high) + reach)
 
 
 def _delong_difference(first: tuple[np.ndarray, ...], second: tuple[np.ndarray, ...]) -> Difference:
@@ -161,7 +197,7 @@ def _delong_difference(first: tuple[np.ndarray, ...], second: tuple[np.ndarray, 
     if variance > 0 or value == 0:
         half = _Z95 * math.sqrt(variance)
         return Difference(value, value - half, value + half)
-    # no variance, yet a difference (one perfect, one constant): a few images would decide with certainty
+    # the same without draws
     (_, low_a, high_a), (_, low_b, high_b) = interval_of_auroc(*first), interval_of_auroc(*second)
     down, up = math.hypot(area_a - low_a, high_b - area_b), math.hypot(high_a - area_a, area_b - low_b)
     return Difference(value, value - down, value + up)

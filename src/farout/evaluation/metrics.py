@@ -16,7 +16,15 @@ from sklearn.metrics import average_precision_score
 
 from farout.calibration import is_out
 from farout.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, TrapWarning
-from farout.evaluation.intervals import bootstrap, delong, exact_reach, interval_of_auroc
+from farout.evaluation.intervals import (
+    area_of_ranks,
+    bootstrap,
+    delong,
+    dense_ranks,
+    exact_reach,
+    independent,
+    interval_of_auroc,
+)
 
 __all__ = ["DetectionMetrics", "aupr_in", "aupr_out", "auroc", "detection", "evaluate", "false_alarm", "fpr95"]
 
@@ -142,13 +150,13 @@ def evaluate(
         warnings.warn(message, ConstantScoresWarning, stacklevel=2)
     rate = fpr95(inside, outside)
     spread = bootstrap(fpr95, inside, outside, groups=kept, draws=draws, seed=seed)
-    spread = _widened(rate, spread, _units(kept, inside, outside)[1])
+    spread = _widened(rate, spread, independent(kept, inside, outside)[1])
     if kept is None:
         area, low, high = interval_of_auroc(inside, outside)
     else:
         area = auroc(inside, outside)
-        drawn = bootstrap(_area_of_ranks, *_dense_ranks(inside, outside), groups=kept, draws=draws, seed=seed)
-        low, high = _widened(area, drawn, min(_units(kept, inside, outside)))
+        drawn = bootstrap(area_of_ranks, *dense_ranks(inside, outside), groups=kept, draws=draws, seed=seed)
+        low, high = _widened(area, drawn, min(independent(kept, inside, outside)))
     if high < 0.5:
         message = f"AUROC {area:.3f} lies below one half: the OOD images score as nearer than the in-distribution ones"
         warnings.warn(start + message, TrapWarning, stacklevel=2)
@@ -156,30 +164,11 @@ def evaluate(
     return DetectionMetrics(area, low, high, aupr_in(*pair), aupr_out(*pair), rate, *spread, len(inside), len(outside))
 
 
-def _units(groups: tuple[np.ndarray, np.ndarray] | None, *sides: np.ndarray) -> list[int]:
-    """Independent images of either side."""
-    return [len(side) for side in sides] if groups is None else [len(np.unique(ids)) for ids in groups]
-
-
 def _widened(value: float, interval: tuple[float, float], count: int) -> tuple[float, float]:
     """At 0 or 1 every draw of a bootstrap is the same, yet `count` images do not prove a rate of exactly 0 or 1."""
     low, high = interval
     reach = exact_reach(count)
     return (min(low, 1 - reach) if value == 1 else low), (max(high, reach) if value == 0 else high)
-
-
-def _dense_ranks(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    ranks = np.unique(np.r_[inside, outside], return_inverse=True)[1]
-    return ranks[: len(inside)], ranks[len(inside) :]
-
-
-def _area_of_ranks(inside: np.ndarray, outside: np.ndarray) -> float:
-    """AUROC of dense ranks by counting: no sort in a draw of the bootstrap. NaN if a draw left one side empty."""
-    if not len(inside) or not len(outside):
-        return float("nan")
-    counts = np.bincount(inside, minlength=int(outside.max()) + 1)
-    below = np.cumsum(counts) - 0.5 * counts
-    return float(below[outside].mean() / len(inside))
 
 
 def _drop(groups: tuple[np.ndarray, np.ndarray] | None, *sides: Any) -> tuple[np.ndarray, np.ndarray] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from base64 import b64encode
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from matplotlib.figure import Figure
 from farout import store
 from farout.errors import UnreadableImageError
 from farout.evaluation.outlier_quality import is_made_of_images, summed_up
-from farout.evaluation.page import png_address
-from farout.evaluation.rendering import render
+from farout.evaluation.rendering import data_address, png_address, render
 from farout.images.classes import class_name
 from farout.images.sources import ImageSource
 from farout.outliers._alignment import has_aligned, read_aligned
@@ -90,7 +88,7 @@ def _pairs(outliers: OutlierFolder, source: ImageSource) -> list[dict[str, Any]]
 
 def _file_address(path: Path) -> str | None:
     """The data address of a PNG file, where there is one."""
-    return "data:image/png;base64," + b64encode(path.read_bytes()).decode() if path.is_file() else None
+    return data_address(path.read_bytes()) if path.is_file() else None
 
 
 def _some(source: ImageSource, places: list[int], count: int) -> list[str]:
@@ -159,4 +157,4 @@ def _histogram(sets: dict[str, np.ndarray], axis: str) -> str:
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    return "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
+    return data_address(buffer.getvalue())

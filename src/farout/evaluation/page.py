@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib import colormaps
-from PIL import Image
 from torch import Tensor
 
 from farout import store
@@ -20,11 +17,11 @@ from farout.detectors.base import Detector
 from farout.evaluation.heat import MapScale
 from farout.evaluation.histogram import Histogram
 from farout.evaluation.neighbours import highest_good, nearest_good
-from farout.evaluation.rendering import render
+from farout.evaluation.rendering import png_address, render
 from farout.evaluation.thumbnails import SourceImages
 from farout.images.sources import Batch, ImageSource, batches
 
-__all__ = ["png_address", "write_page"]
+__all__ = ["write_page"]
 
 _LISTED = 500
 """Flagged images in the page's table."""
@@ -126,11 +123,3 @@ def _pictures(detector: Detector, batch: Batch) -> list[dict[str, str]]:
 def _heat(values: Tensor, scale: MapScale) -> Tensor:
     """(H, W) -> (3, H, W)."""
     return torch.from_numpy(colormaps["magma"](scale.share(values).numpy())[..., :3]).permute(2, 0, 1)
-
-
-def png_address(image: Tensor) -> str:
-    """A data address of an image (C, H, W) in [0, 1]."""
-    array = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,13 +1,19 @@
-"""Pages from the templates beside this file."""
+"""Pages from the templates beside this file, and pictures as the data addresses that they bear."""
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from typing import Any
 
 import jinja2
+import torch
+from torch import Tensor
 
-__all__ = ["render"]
+from farout.images.decoding import to_pil
+
+__all__ = ["data_address", "png_address", "render"]
 
 
 def render(template: str, **values: Any) -> str:
@@ -23,3 +29,15 @@ def render(template: str, **values: Any) -> str:
 def _breakable(text: str) -> list[str]:
     """The pieces of a name, such as `set:split@variant`, between which a line may end."""
     return re.findall(r"[^:@_=/,-]+[:@_=/,-]*|[:@_=/,-]+", text)
+
+
+def data_address(data: bytes, kind: str = "png") -> str:
+    """The data address of an encoded picture."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def png_address(image: Tensor) -> str:
+    """The data address of an image (C, H, W) in [0, 1]; values beyond are clipped."""
+    buffer = io.BytesIO()
+    to_pil((image.clamp(0, 1) * 255).round().to(torch.uint8)).save(buffer, "PNG")
+    return data_address(buffer.getvalue())

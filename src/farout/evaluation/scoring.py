@@ -73,10 +73,14 @@ def score_folder(
         fdr: adds a column `selected`: images chosen by Benjamini-Hochberg at this false discovery rate.
 
     Raises:
+        FaroutError: for a detector that is not fitted, fewer than 0 images shown, a rate that is not between 0 and 1.
         StoreError: when `out` holds the results of another detector, source or setting, other images of the same
             names included.
     """
     detector.check_fitted()
+    if furthest < 0 or (fdr is not None and not 0 < fdr < 1):
+        given = f"furthest is {furthest}, fdr is {fdr}"
+        raise FaroutError(f"{given}; expected 0 images or more, and a rate between 0 and 1")
     source = detector.open(images, limit=limit, policy=policy)
     for trap in check_against(source, detector.preprocessing):
         warnings.warn(trap, TrapWarning, stacklevel=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from farout.evaluation.intervals import paired_difference
 from farout.images import catalog
 from farout.images.sources import ImageSource
 
-__all__ = ["PAIRED", "Side", "names", "paired", "shared_images", "slug"]
+__all__ = ["OWN", "PAIRED", "Side", "by_indicator", "names", "paired", "shared_images", "slug"]
 
+OWN = "score"
+"""What tables call the indicator that is a method's own score."""
 PAIRED = ["first", "second", "id", "ood", "group", "role", "difference", "low", "high"]
 """Columns of `paired.csv`: AUROC of the first detector minus that of the second, with its 95 % interval."""
 
@@ -27,6 +30,17 @@ class Side:
     source: ImageSource
     scores: Scores
     images_per_s: float = float("nan")
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """The content hash behind every score; empty for an unreadable image, which has no score."""
+        known = dict(zip(self.source.keys, self.source.content_hashes(), strict=True))
+        return np.array([known[key] or "" for key in self.scores.keys])
+
+
+def by_indicator(scores: Scores) -> dict[str, np.ndarray]:
+    """All scores (B,) of a table by their indicators, the method's own first."""
+    return {OWN: scores.score, **scores.indicators}
 
 
 def slug(source: ImageSource) -> str:
@@ -80,11 +94,5 @@ def shared_images(inside: Side, outside: Side) -> tuple[np.ndarray, np.ndarray] 
     """Ids of the source images behind the scores of both sides, where a variant of one is on the other: they are not
     independent.
     """
-    first, second = _hashes(inside), _hashes(outside)
+    first, second = inside.hashes, outside.hashes
     return (first, second) if set(first) & set(second) - {""} else None
-
-
-def _hashes(side: Side) -> np.ndarray:
-    """The content hash behind every score; empty for an unreadable image, which has no score."""
-    known = dict(zip(side.source.keys, side.source.content_hashes(), strict=True))
-    return np.array([known[key] or "" for key in side.scores.keys])

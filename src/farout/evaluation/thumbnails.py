@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from farout.errors import FaroutError, SourceError, UnreadableImageError
+from farout.evaluation.rendering import data_address
 from farout.images import catalog
 from farout.images.decoding import to_pil
 from farout.images.sources import ImageSource, open_source
@@ -30,7 +30,7 @@ def small_address(picture: Image.Image, side: int = _SIDE) -> str:
         small.save(buffer, kind.upper(), **settings)
         found.append((len(buffer.getvalue()), kind, buffer.getvalue()))
     _, kind, data = min(found)
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return data_address(data, kind)
 
 
 class SourceImages:

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from farout.detectors._features import FeatureDetector
 from farout.diffusion import round_trip, sampling
 from farout.evaluation.bench.plan import Job, Plan
-from farout.evaluation.bench.reading import TRIVIAL
 from farout.evaluation.bench.rehearsal import Rehearsal
 from farout.evaluation.bench.spec import DetectorSpec, OutlierSpec
+from farout.evaluation.controls import TRIVIAL
 from farout.images.splits import calibration_size
 
 __all__ = ["RULE", "Estimate", "estimates"]
 
 RULE = (
     "a rough estimate: network evaluations (in training three an image) times the multiply-accumulates of one, divided "
-    "by the speed of one untrained network just now; decoding, intervals and what a fit trains by itself come on top"
+    "by the speed of each untrained network just now; decoding, intervals and what a fit trains by itself come on top"
 )
 _BACKWARD = 3
 """A training step costs as much as so many evaluations of its images."""
@@ -25,10 +25,11 @@ _BACKWARD = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """Network evaluations (rows), and billions of multiply-accumulates of all networks of a job."""
+    """Network evaluations (rows), billions of multiply-accumulates of all networks of a job, and its seconds here."""
 
     rows: float = 0.0
     gmacs: float = 0.0
+    seconds: float = 0.0
 
 
 def estimates(plan: Plan, rehearsal: Rehearsal) -> dict[str, Estimate]:
@@ -86,7 +87,8 @@ class _Counter:
         return self._evaluations(entry.diffusion, rows)
 
     def _evaluations(self, network: str, rows: float) -> Estimate:
-        return Estimate(rows, rows * self.rehearsal.gmacs(network))
+        gmacs = rows * self.rehearsal.gmacs(network)
+        return Estimate(rows, gmacs, gmacs / self.rehearsal.speed(network))
 
     def _scored(self, source: str) -> int:
         return len(self.rehearsal.sets.scored(source, self.spec.seeds[0]))
@@ -100,7 +102,8 @@ class _Counter:
             key = (job.room, job.seed, made.config["backbone"], weights, made.config["layers"], made.config["size"])
             gmacs = 0.0 if key in self.cached else gmacs
             self.cached.add(key)
-        return Estimate(images * cost.nfe, images * gmacs)
+        seconds = images * gmacs / self.rehearsal.detector_speed(name) if gmacs else 0.0
+        return Estimate(images * cost.nfe, images * gmacs, seconds)
 
     def _measured(self, name: str, random: bool) -> int:
         """Statistics and calibration images of a fit; all images where the detector sees features."""

@@ -20,10 +20,9 @@ from farout.diffusion.train import DiffusionConfig, train_diffusion
 from farout.errors import ConstantScoresWarning, TrapWarning
 from farout.evaluation.bench.pictures import write_pictures
 from farout.evaluation.bench.plan import RECORD, Job, Plan
-from farout.evaluation.bench.reading import TRIVIAL
 from farout.evaluation.bench.spec import DetectorSpec, NetworkSpec
 from farout.evaluation.beside import Beside, random_twin
-from farout.evaluation.controls import TrivialControls
+from farout.evaluation.controls import TRIVIAL, TrivialControls
 from farout.evaluation.evaluate import evaluate_detector, written
 from farout.evaluation.outlier_page import write_outlier_page
 from farout.images.sources import ImageSource, open_source

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import pandas as pd
 
 from farout.evaluation.bench.plan import Plan
-from farout.evaluation.bench.table import MARKERS
+from farout.evaluation.bench.table import MARKERS, words_of
+from farout.evaluation.sides import OWN
 
 __all__ = ["Board", "boards", "latex", "markdown"]
 
-_OWN = "score"
 _BELOW, _CONSTANT = "†", "‡"
 _COSTS = {"nfe": "NFE", "gmacs": "GMACs", "images_per_s": "img/s", "fit_s": "fit, s"}
 
@@ -35,16 +35,16 @@ class Board:
     rule: int
 
 
-def boards(plan: Plan, metrics: pd.DataFrame, groups: pd.DataFrame, leads: pd.DataFrame) -> list[Board]:
+def boards(plan: Plan, metrics: pd.DataFrame, groups: pd.DataFrame) -> list[Board]:
     """Means of groups with costs, and the AUROC of every set; of the methods' own scores."""
-    own = metrics[metrics["indicator"] == _OWN]
-    control = {name: "control" in str(part["marker"].iloc[0]).split(";") for name, part in own.groupby("detector")}
+    own = metrics[metrics["indicator"] == OWN]
+    control = {name: "control" in words_of(part["marker"].iloc[0]) for name, part in own.groupby("detector")}
     names = sorted(dict.fromkeys(own["detector"]), key=lambda name: control[name])
     rule = sum(not control[name] for name in names)
-    by_group = groups[groups["indicator"] == _OWN]
+    by_group = groups[groups["indicator"] == OWN]
     return [
         Board("Means over the sets of a group, and costs of an image.", *_means(plan, own, by_group, names), rule),
-        Board(_caption(plan), *_sets(plan, own, leads, names), rule),
+        Board(_caption(plan), *_sets(plan, own, names), rule),
     ]
 
 
@@ -55,7 +55,7 @@ def _caption(plan: Plan) -> str:
 
 def _named(own: pd.DataFrame, name: str) -> Cell:
     """A detector's name; a star where it has seen other images."""
-    marker = str(own.loc[own["detector"] == name, "marker"].iloc[0]).split(";")
+    marker = words_of(own.loc[own["detector"] == name, "marker"].iloc[0])
     return Cell(name + " *" * ("backbone" in marker))
 
 
@@ -81,36 +81,32 @@ def _means(
 
 
 def _spread(value: float, deviation: float) -> str:
-    return f"{value:.3f}" + (f" ± {deviation:.3f}" if deviation == deviation else "")
+    return "" if value != value else f"{value:.3f}" + (f" ± {deviation:.3f}" if deviation == deviation else "")
 
 
 def _number(value: float) -> str:
     return "" if value != value else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def _sets(
-    plan: Plan, own: pd.DataFrame, leads: pd.DataFrame, names: Sequence[str]
-) -> tuple[tuple[str, ...], tuple[tuple[Cell, ...], ...]]:
+def _sets(plan: Plan, own: pd.DataFrame, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[Cell, ...], ...]]:
     sets = [source for source in plan.spec.sources if (own["ood"] == source).any()]
-    behind = {(row["first"], row["ood"]) for row in leads.to_dict("records") if row["high"] < 0 and _fair(row, plan)}
     rows = []
     for name in names:
         cells = [_named(own, name)]
         for source in sets:
             part = own[(own["detector"] == name) & (own["ood"] == source)]
-            best = name in plan.spec.detectors and len(part) > 0 and (name, source) not in behind
-            cells.append(Cell(_area(part), best))
+            cells.append(Cell(_area(part), "unbeaten" in _words(part)))
         rows.append(tuple(cells))
     return ("detector", *(_set_head(plan, own, source) for source in sets)), tuple(rows)
 
 
-def _fair(row: dict[object, object], plan: Plan) -> bool:
-    """Whether a method is compared with a method: controls are not in the race."""
-    return row["second"] in plan.spec.detectors
+def _words(part: pd.DataFrame) -> set[str]:
+    """All markers of some rows."""
+    return {word for text in part["marker"] for word in words_of(text)}
 
 
 def _set_head(plan: Plan, own: pd.DataFrame, source: str) -> str:
-    words = str(own.loc[own["ood"] == source, "marker"].iloc[0]).split(";")
+    words = _words(own[own["ood"] == source])
     told = [word for word in ("size", "overlap") if word in words]
     return f"{source} ({', '.join([plan.spec.group(source), *told])})"
 
@@ -119,8 +115,7 @@ def _area(part: pd.DataFrame) -> str:
     """AUROC of a set, over seeds; of one seed with its interval."""
     if not len(part) or not part["auroc"].notna().any():
         return ""
-    words = {word for text in part["marker"] for word in text.split(";")}
-    sign = _CONSTANT * ("constant" in words) + _BELOW * bool(part["auroc"].mean() < 0.5)
+    sign = _CONSTANT * ("constant" in _words(part)) + _BELOW * bool(part["auroc"].mean() < 0.5)
     if len(part) > 1:
         return _spread(part["auroc"].mean(), part["auroc"].std(ddof=1)) + sign
     low, high = part["auroc_low"].iloc[0], part["auroc_high"].iloc[0]
@@ -129,8 +124,7 @@ def _area(part: pd.DataFrame) -> str:
 
 def _notes(plan: Plan, metrics: pd.DataFrame) -> list[str]:
     """What the signs mean that stand in the tables, and which sets are not here."""
-    own = metrics.loc[metrics["indicator"] == _OWN, "marker"]
-    used = {word for text in own for word in str(text).split(";")}
+    used = _words(metrics[metrics["indicator"] == OWN])
     signs = {"backbone": "*", "constant": _CONSTANT, "below half": _BELOW, "size": "size:", "overlap": "overlap:"}
     notes = [f"{sign} {MARKERS[word]}" for word, sign in signs.items() if word in used]
     return notes + [f"untested ({plan.spec.group(source)}): {why}" for source, why in plan.untested.items()]

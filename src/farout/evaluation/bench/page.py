@@ -8,12 +8,13 @@ from typing import Any
 import pandas as pd
 
 from farout import store
-from farout.evaluation.bench.page_costs import HEIGHT, WIDTH, cost_table, plots
+from farout.evaluation.bench.page_costs import AREA, cost_table, plots
 from farout.evaluation.bench.page_curves import curves
-from farout.evaluation.bench.page_data import OWN, Bench, read_bench
+from farout.evaluation.bench.page_data import Bench, read_bench
 from farout.evaluation.bench.page_images import disagreements, galleries
 from farout.evaluation.bench.page_table import METRICS, Row, columns, indicators, marker_notes, rows
 from farout.evaluation.rendering import render
+from farout.evaluation.sides import OWN
 from farout.evaluation.thumbnails import SourceImages, Thumbnails
 
 __all__ = ["write_bench_page"]
@@ -48,7 +49,7 @@ def write_bench_page(folder: Path) -> Path:
         notes=marker_notes(bench),
         names=[run.detector for run in bench.runs],
         plots=plots(bench),
-        area=(WIDTH, HEIGHT),
+        area=AREA,
         costs=_costs(cost_table(bench), board),
         disputes=disagreements(bench, images, thumbnails),
         galleries=galleries(bench, images, thumbnails),

@@ -11,22 +11,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from farout.evaluation.bench.page_data import OWN, Bench
+from farout.evaluation.bench.page_data import Bench
+from farout.evaluation.sides import OWN
 
-__all__ = ["COSTS", "Plot", "cost_table", "front", "plots"]
+__all__ = ["AREA", "COSTS", "Plot", "cost_table", "front", "plots"]
 
 COSTS = {"gmacs": ("GMACs per image", False), "images_per_s": ("images per second", True)}
 """Columns that are plotted: how they are called, and whether more is better."""
 _FIGURES = ("nfe", "gmacs", "images_per_s", "peak_mib", "fit_s", "false_alarm")
-WIDTH, HEIGHT = 460, 300
+_WIDTH, _HEIGHT = 460, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 24, 14, 42
+AREA = {"width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "foot": _HEIGHT - _BOTTOM}
+"""Of a plot in pixels: its sides, and where its axes lie."""
 _LETTER, _LINE = 6.4, 13.0
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One scatter plot, in pixels of an area of `WIDTH` by `HEIGHT`.
+    """One scatter plot, in pixels of `AREA`.
 
     points: name, x, y, whether a control and whether on the front, the figures as text, and where its name stands
     (`label`: x, y and anchor; None where there is no room); front: a path; ticks of the axes: place and text; missing:
@@ -100,7 +103,7 @@ def _cost_axis(costs: np.ndarray) -> tuple[Any, list[tuple[float, str]]]:
     low, high = (math.floor(math.log10(some.min())), math.ceil(math.log10(some.max()) + 1e-9)) if len(some) else (0, 1)
     high = max(high, low + 1)
     start = _LEFT + (34 if (costs == 0).any() else 8)
-    unit = (WIDTH - _RIGHT - start) / (high - low)
+    unit = (_WIDTH - _RIGHT - start) / (high - low)
     step = max(1, math.ceil((high - low) / 6))
     ticks = [(round(start + unit * (power - low), 1), _power(power)) for power in range(low, high + 1, step)]
     zero = [(_LEFT + 10.0, "0")] if (costs == 0).any() else []
@@ -115,7 +118,7 @@ def _area_axis(areas: np.ndarray) -> tuple[Any, list[tuple[float, str]]]:
     """From a round figure below the smallest area to 1."""
     low = max(0.0, math.floor(10 * (areas.min() - 0.02)) / 10) if len(areas) else 0.0
     low = min(low, 0.9)
-    unit = (HEIGHT - _TOP - _BOTTOM) / (1 - low)
+    unit = (_HEIGHT - _TOP - _BOTTOM) / (1 - low)
     step = 0.02 if 1 - low < 0.15 else 0.1 if 1 - low < 0.65 else 0.2
     values = [low + step * number for number in range(round((1 - low) / step) + 1)]
     ticks = [(round(_TOP + unit * (1 - value), 1), f"{value:.2g}") for value in values if value <= 1 + 1e-9]
@@ -144,7 +147,7 @@ def _label(points: list[dict[str, Any]], line: Sequence[tuple[float, float]]) ->
         point["label"] = None
         for x, y, anchor in _places(point["x"], point["y"]):
             box = _box(x, y, anchor, len(point["name"]) * _LETTER)
-            inside = box[0] >= _LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - _BOTTOM
+            inside = box[0] >= _LEFT and box[2] <= _WIDTH and box[1] >= 0 and box[3] <= _HEIGHT - _BOTTOM
             if inside and not any(_meet(box, other) for other in taken):
                 point["label"] = (round(x, 1), round(y, 1), anchor)
                 taken.append(box)

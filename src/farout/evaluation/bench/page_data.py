@@ -13,12 +13,11 @@ import yaml
 from farout import store
 from farout.detectors._tables import Scores
 from farout.errors import StoreError
+from farout.evaluation.bench.table import words_of
 from farout.evaluation.scoring import read_scores
 
-__all__ = ["OWN", "Bench", "Pair", "Run", "Side", "of_figures", "read_bench", "read_sides", "words_of"]
+__all__ = ["Bench", "Pair", "Run", "Side", "of_figures", "read_bench", "read_sides"]
 
-OWN = "score"
-"""The indicator that is a method's own score, as `metrics.csv` calls it."""
 _METRICS = ("detector", "indicator", "id", "ood", "seed", "marker", "auroc", "fpr95", "aupr_in", "aupr_out")
 _NAMES = ("bench", "detector", "indicator", "id", "ood", "group", "role", "marker")
 _GROUPS = ("detector", "indicator", "group", "auroc")
@@ -126,11 +125,6 @@ class Bench:
     def is_control(self, detector: str) -> bool:
         """Whether it is there to be beaten."""
         return detector in self.controls
-
-
-def words_of(marker: str) -> list[str]:
-    """The words of a cell of the column `marker`, which semicolons part."""
-    return [word for word in marker.split(";") if word]
 
 
 def of_figures(marker: str) -> list[str]:

@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from farout.evaluation.bench.page_data import OWN, Bench, Pair, of_figures, words_of
+from farout.evaluation.bench.page_data import Bench, Pair, of_figures
+from farout.evaluation.bench.table import words_of
+from farout.evaluation.sides import OWN
 
 __all__ = ["METRICS", "Column", "Row", "columns", "indicators", "marker_notes", "rows"]
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from farout import store
 from farout.errors import FaroutError
-from farout.evaluation.bench.reading import TRIVIAL, random_name
+from farout.evaluation.bench.reading import random_name
 from farout.evaluation.bench.spec import SECTIONS, DetectorSpec, Spec
 from farout.evaluation.bench.typed import plain
+from farout.evaluation.controls import TRIVIAL
 
 __all__ = ["RECORD", "Job", "Plan", "make_plan"]
 

@@ -30,14 +30,13 @@ from farout.evaluation.bench.spec import (
     method_of,
 )
 from farout.evaluation.bench.typed import build, known_only, plain
+from farout.evaluation.controls import TRIVIAL
 from farout.runtime import Runtime
 from farout.training_config import TrainingConfig
 
-__all__ = ["TRIVIAL", "as_yaml", "parse_spec", "random_name", "read_spec"]
+__all__ = ["as_yaml", "parse_spec", "random_name", "read_spec"]
 
 M = TypeVar("M", OutlierSpec, DetectorSpec)
-TRIVIAL = "trivial_controls"
-"""The name under which the trivial controls are rated."""
 _RANDOM = ", random weights"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+,()=-]*")
 _NETWORKS: dict[str, tuple[type[DiffusionConfig | ClassifierConfig], Mapping[str, Any]]] = {
@@ -75,10 +74,11 @@ def read_spec(given: str | Path, **changes: Any) -> Spec:
         raise FaroutError(f"there is no file {path}; give a YAML file, or a preset: {known}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FaroutError(f"{path} is no YAML file ({' '.join(str(error).split())})") from error
-    known_only(content, (f.name for f in fields(Spec)), str(path))
-    runtime = {**(content.get("runtime") or {}), **changes.pop("runtime", {})}
+    found = known_only(content, (f.name for f in fields(Spec)), str(path))
+    runtime = known_only(found.get("runtime"), (f.name for f in fields(Runtime)), "runtime")
+    runtime |= changes.pop("runtime", {})
     given_changes = {name: value for name, value in changes.items() if value is not None}
-    return parse_spec({"name": path.stem, **content, **given_changes, "runtime": runtime})
+    return parse_spec({"name": path.stem, **found, **given_changes, "runtime": runtime})
 
 
 def parse_spec(content: Mapping[str, Any]) -> Spec:
@@ -117,10 +117,9 @@ def parse_spec(content: Mapping[str, Any]) -> Spec:
 def as_yaml(spec: Spec) -> str:
     """The specification with every setting, as a file that `read_spec` reads."""
     found = plain(spec)
+    for section in SECTIONS:
+        found[section] = {name: _without_none(entry) for name, entry in found[section].items()}
     found["detectors"] = [{"name": name, **entry} for name, entry in found["detectors"].items()]
-    for name in ("networks", "outliers", "reconstructions"):
-        found[name] = {key: _without_none(entry) for key, entry in found[name].items()}
-    found["detectors"] = [_without_none(entry) for entry in found["detectors"]]
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -188,6 +187,8 @@ def _listed(given: Any) -> dict[str, dict[str, Any]]:
         values = {"method": entry} if isinstance(entry, str) else entry
         values = known_only(values, ("name", *(f.name for f in fields(DetectorSpec))), f"detectors[{number}]")
         name = values.pop("name", values.get("method"))
+        if name is None:
+            raise FaroutError(f"detectors[{number}] lacks a method; {meant('', registry.members('detectors'))}")
         _check_name(name, "detectors")
         if name.lower() in map(str.lower, found):
             raise FaroutError(f"two detectors are called {name}; give one of them another name")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.model import Classifier
 from farout.detectors._cost import Cost
 from farout.detectors._features import FeatureDetector
-from farout.detectors.base import Detector
 from farout.diffusion import folders
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import DiffusionConfig
@@ -42,6 +40,8 @@ class Rehearsal:
         self.networks: dict[str, DiffusionModel | Classifier] = {}
         self._gmacs: dict[str, float] = {}
         self._costs: dict[str, Cost] = {}
+        self._speeds: dict[str, float] = {}
+        self._backbone_speeds: dict[tuple[str, int | None], float] = {}
 
     def images(self, source: str | None, limit: int | None) -> ImageSource:
         """Images that something is trained on or made of, as the first seed samples them."""
@@ -144,23 +144,34 @@ class Rehearsal:
         gmacs = _counted(lambda: made.backbone.pooled(grey, 1))
         return Cost(made.rows_per_image if "diffusion" in made.needs else 0, gmacs)
 
-    @cached_property
-    def gmacs_per_s(self) -> float:
-        """How fast this machine evaluates one of the networks, or a backbone where there is none, for a second."""
-        names = sorted(self.spec.networks, key=lambda name: self.spec.networks[name].kind != "diffusion")
-        if names:
-            network = self.network(names[0])
+    # -- speed ---------------------------------------------------------------------------------------------------
+
+    def speed(self, name: str) -> float:
+        """GMACs a second of a network on this machine, just now."""
+        if name not in self._speeds:
+            network, gmacs = self.network(name), self.gmacs(name)
             network.to(self.spec.runtime.resolved().device)
-            rows = max(1, min(_PROBE_ROWS, round(_PROBE_GMACS / self.gmacs(names[0]))))
-            return _speed(lambda: _evaluate(network, rows), rows * self.gmacs(names[0]))
-        made = next(e.made() for e in self.spec.detectors.values())
+            rows = max(1, min(_PROBE_ROWS, round(_PROBE_GMACS / gmacs)))
+            self._speeds[name] = _speed(lambda: _evaluate(network, rows), rows * gmacs)
+        return self._speeds[name]
+
+    def detector_speed(self, name: str) -> float:
+        """The same of what a detector mostly runs: its diffusion model of images, else its classifier or backbone."""
+        entry = self.spec.detectors[name]
+        network = entry.diffusion or entry.classifier
+        if network is not None:
+            return self.speed(network)
+        made = entry.made()
+        assert isinstance(made, FeatureDetector)
         return self._backbone_speed(made)
 
-    def _backbone_speed(self, made: Detector) -> float:
-        assert isinstance(made, FeatureDetector)
-        made.features = made.build_features().to(self.spec.runtime.resolved().device)
-        grey = torch.full((8, 3, made.backbone.size, made.backbone.size), 0.5)
-        return _speed(lambda: made.backbone.pooled(grey), _counted(lambda: made.backbone.pooled(grey)))
+    def _backbone_speed(self, made: FeatureDetector) -> float:
+        key = (made.config["backbone"], made.config["size"])
+        if key not in self._backbone_speeds:
+            backbone = made.build_features().to(self.spec.runtime.resolved().device)
+            grey = torch.full((8, 3, backbone.size, backbone.size), 0.5)
+            self._backbone_speeds[key] = _speed(lambda: backbone.pooled(grey), _counted(lambda: backbone.pooled(grey)))
+        return self._backbone_speeds[key]
 
 
 @torch.no_grad()

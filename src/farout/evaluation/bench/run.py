@@ -62,18 +62,16 @@ class Preview:
     Attributes:
         plan: the jobs.
         estimates: by the id of the job; empty where the benchmark cannot be run here.
-        gmacs_per_s: the speed that `seconds` rest on; not a number where there are no estimates.
         obstacle: why it cannot be run here; empty where it can.
     """
 
     plan: Plan
     estimates: dict[str, Estimate]
-    gmacs_per_s: float = float("nan")
     obstacle: str = ""
 
     def seconds(self, job: Job) -> float:
         """A rough time; none for a job that is done."""
-        return 0.0 if job.done else self.estimates[job.id].gmacs / self.gmacs_per_s
+        return 0.0 if job.done else self.estimates[job.id].seconds
 
 
 def preview(plan: Plan) -> Preview:
@@ -88,7 +86,7 @@ def preview(plan: Plan) -> Preview:
         return Preview(plan, {}, obstacle=str(error))
     rehearsal = Rehearsal(plan.spec)
     rehearsal.check()
-    return Preview(plan, estimates(plan, rehearsal), rehearsal.gmacs_per_s)
+    return Preview(plan, estimates(plan, rehearsal))
 
 
 def run_bench(plan: Plan) -> Iterator[Done | Report]:
@@ -129,10 +127,11 @@ def report(plan: Plan) -> Report:
     facts = _facts(plan, sets)
     opened = {seed: [sets.scored(each, seed) for each in (plan.spec.id, *plan.present)] for seed in plan.spec.seeds}
     sides = [(job, rated_sides(job, opened[job.seed])) for job in rated]
-    metrics = marked(plan, sides, facts)
-    groups, ahead = group_means(plan, metrics), leads(sides)
+    ahead = leads(sides)
+    metrics = marked(plan, sides, facts, ahead)
+    groups = group_means(plan, metrics)
     _write_provenance(plan, facts)
-    tables = boards(plan, metrics, groups, ahead)
+    tables = boards(plan, metrics, groups)
     paths = _write_tables(plan, metrics, groups, tables)
     for job in rated:
         own = ahead[(ahead["first"] == job.name) & (ahead["seed"] == job.seed)]

@@ -122,7 +122,7 @@ def _classes(source: ImageSource) -> set[str]:
 
 def _other_sizes(inside: ImageSource, outside: ImageSource) -> bool:
     sizes, others = inside.native_sizes(), outside.native_sizes()
-    if set(sizes) == set(others):
+    if set(sizes) == set(others) or not sizes or not others:
         return False
     if len(sizes) == 1 or len(others) == 1:
         return True

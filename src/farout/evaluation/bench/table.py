@@ -11,14 +11,14 @@ import pandas as pd
 
 from farout.errors import FaroutError
 from farout.evaluation.bench.plan import Job, Plan
-from farout.evaluation.bench.reading import TRIVIAL
 from farout.evaluation.bench.spec import DetectorSpec
+from farout.evaluation.controls import TRIVIAL
 from farout.evaluation.evaluate import COLUMNS
 from farout.evaluation.scoring import read_scores
-from farout.evaluation.sides import PAIRED, Side, paired, slug
+from farout.evaluation.sides import OWN, PAIRED, Side, by_indicator, paired, slug
 from farout.images.sources import ImageSource
 
-__all__ = ["GROUPS", "MARKERS", "group_means", "leads", "marked", "rated_sides"]
+__all__ = ["GROUPS", "MARKERS", "behind", "group_means", "leads", "marked", "rated_sides", "words_of"]
 
 MARKERS = {
     "control": "a control: it has learnt nothing, or sees only trivial traits of an image",
@@ -27,13 +27,15 @@ MARKERS = {
     "backbone": "a network in it was trained on other images before, maybe on such as stand on either side",
     "constant": "all scores are equal",
     "below half": "AUROC below one half: the set's images score as nearer than the in-distribution ones",
+    "unbeaten": "no other method's AUROC is ahead by a paired 95 % interval, in any seed",
 }
 """Words of the column `marker`, and what they mean; `untested` sets have no rows."""
 GROUPS = [
     "bench", "detector", "indicator", "group", "auroc", "auroc_std", "aupr_in", "aupr_out", "fpr95", "fpr95_std",
     "false_alarm", "detection", "sets", "untested", "seeds", "marker",
 ]  # fmt: skip
-"""Columns of `groups.csv`: means over sets and seeds; _std: deviation over seeds of the mean over sets (n - 1)."""
+"""Columns of `groups.csv`: means over seeds of the means over sets; _std: deviation over seeds of these (n - 1); sets:
+those with figures, which a set without a readable image has not."""
 _MEANS = ("auroc", "aupr_in", "aupr_out", "fpr95", "false_alarm", "detection")
 
 
@@ -43,7 +45,7 @@ def rated_sides(job: Job, sources: Sequence[ImageSource]) -> list[Side]:
 
 
 def marked(
-    plan: Plan, jobs: Iterable[tuple[Job, Sequence[Side]]], facts: Mapping[str, Mapping[str, Any]]
+    plan: Plan, jobs: Iterable[tuple[Job, Sequence[Side]]], facts: Mapping[str, Mapping[str, Any]], ahead: pd.DataFrame
 ) -> pd.DataFrame:
     """All rows of jobs that are done, with the benchmark's groups, its name and markers.
 
@@ -51,14 +53,18 @@ def marked(
         plan: of the benchmark.
         jobs: each with what it scored.
         facts: by source, what is known of it; its `markers` go to its rows.
+        ahead: see `leads`.
     """
-    tables = []
+    tables, beaten = [], behind(plan, ahead)
     for job, sides in jobs:
         table = pd.read_csv(job.folder / "metrics.csv", keep_default_na=False, na_values=[""], dtype={"preset": str})
         table = table[table["ood"].isin(plan.present)].fillna({"preset": "", "group": "", "role": ""})
         constant = set(_constant(sides))
         own = list(_of_detector(plan, job))
-        words = [[*own, *facts[row["ood"]]["markers"], *_of_row(row, constant)] for row in table.to_dict("records")]
+        words = [
+            [*own, *facts[row["ood"]]["markers"], *_of_row(row, constant, job.name in plan.spec.detectors, beaten)]
+            for row in table.to_dict("records")
+        ]
         about = {"group": table["ood"].map(plan.spec.group), "bench": plan.spec.name}
         tables.append(table.assign(**about, marker=[_joined(each) for each in words]))
     if not tables:
@@ -72,22 +78,29 @@ def _joined(words: Iterable[str]) -> str:
     return ";".join(word for word in MARKERS if word in found)
 
 
-def _of_row(row: Mapping[str, Any], constant: set[tuple[str, str]]) -> Iterator[str]:
+def words_of(marker: str) -> list[str]:
+    """The words of a cell of the column `marker`, which semicolons part."""
+    return [word for word in marker.split(";") if word]
+
+
+def _of_row(
+    row: Mapping[str, Any], constant: set[tuple[str, str]], method: bool, beaten: set[tuple[str, str]]
+) -> Iterator[str]:
     if (row["ood"], row["indicator"]) in constant:
         yield "constant"
     if row["auroc"] < 0.5:
         yield "below half"
+    if method and row["indicator"] == OWN and row["n_ood"] and (row["detector"], row["ood"]) not in beaten:
+        yield "unbeaten"
 
 
 def _constant(sides: Sequence[Side]) -> Iterator[tuple[str, str]]:
     """Sets and indicators for which all scores, those of the in-distribution images included, are equal."""
     inside, *outside = sides
     for side in outside:
-        pairs = {
-            name: (inside.scores.indicators[name], side.scores.indicators[name]) for name in inside.scores.indicators
-        }
-        for name, pair in {"score": (inside.scores.score, side.scores.score), **pairs}.items():
-            values = np.concatenate(pair)
+        theirs = by_indicator(side.scores)
+        for name, mine in by_indicator(inside.scores).items():
+            values = np.concatenate([mine, theirs[name]])
             values = values[np.isfinite(values)]
             if len(values) and np.ptp(values) == 0:
                 yield side.source.name, name
@@ -120,11 +133,12 @@ def group_means(plan: Plan, metrics: pd.DataFrame) -> pd.DataFrame:
     for (detector, indicator, group), part in metrics.groupby(["detector", "indicator", "group"], sort=False):
         by_seed = part.groupby("seed")[list(_MEANS)].mean()
         spread = by_seed.std(ddof=1)
-        words = [word for text in part["marker"] for word in text.split(";")]
+        words = {word for text in part["marker"] for word in words_of(text)} - {"unbeaten"}
         row = {"bench": plan.spec.name, "detector": detector, "indicator": indicator, "group": group}
         row |= by_seed.mean().to_dict() | {f"{name}_std": spread[name] for name in ("auroc", "fpr95")}
-        row |= {"sets": part["ood"].nunique(), "seeds": len(by_seed), "marker": _joined(words)}
-        rows.append({**row, "untested": sum(source in plan.absent for source in plan.spec.ood[str(group)])})
+        row |= {"sets": part.loc[part["auroc"].notna(), "ood"].nunique(), "seeds": len(by_seed)}
+        untested = sum(source in plan.absent for source in plan.spec.ood[str(group)])
+        rows.append({**row, "untested": untested, "marker": _joined(words)})
     return pd.DataFrame(rows, columns=GROUPS)
 
 
@@ -140,3 +154,9 @@ def leads(jobs: Sequence[tuple[Job, Sequence[Side]]]) -> pd.DataFrame:
                 back = {**row, "first": row["second"], "second": row["first"], **turned}
                 rows += [{**each, "seed": one.seed} for each in (row, back)]
     return pd.DataFrame(rows, columns=[*PAIRED, "seed"])
+
+
+def behind(plan: Plan, ahead: pd.DataFrame) -> set[tuple[str, str]]:
+    """Of `leads`, detectors and sets on which a method is ahead in some seed; controls are not in the race."""
+    beaten = ahead[(ahead["high"] < 0) & ahead["second"].isin(list(plan.spec.detectors))]
+    return set(zip(beaten["first"], beaten["ood"]))

@@ -213,7 +213,7 @@ def test_a_fit_keeps_the_resolved_configuration(place: Path) -> None:
 def resolved(*words: object) -> dict[str, Any]:
     """What `farout fit reconstruction` would run with; nothing is run."""
     given = ["reconstruction", "images", "--out", "out", *map(str, words)]
-    return parse("fit", "fit", given).args[-1]
+    return parse("fit", given).args[-1]
 
 
 @pytest.mark.parametrize("levels", [["--levels", "[50,200]"], ["--levels=[50, 200]"], ["--levels", "50", "200"]])
@@ -227,7 +227,7 @@ def test_lists_are_written_either_way(levels: list[str]) -> None:
 
 def test_numbers_end_where_a_word_comes(tmp_path: Path) -> None:
     """`--levels 50 200 images/` is natural to type; the folder is no level."""
-    call = parse("fit", "fit", ["reconstruction", "--levels", "50", "200", "images", "--out", "o"])
+    call = parse("fit", ["reconstruction", "--levels", "50", "200", "images", "--out", "o"])
     assert call.args[-1]["levels"] == (50, 200)
     assert call.args[-1]["source"] == "images"
 

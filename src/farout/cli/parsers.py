@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
-from farout import classifiers, diffusion, registry
+from farout import registry
 from farout.classifiers.exposure import Exposure
 from farout.classifiers.train import PRESETS as CLASSIFIERS
 from farout.classifiers.train import ClassifierConfig, train_classifier
-from farout.cli import bench, commands, generation
+from farout.cli import COMMANDS, commands, generation
 from farout.cli.flags import Parser
 from farout.cli.usage import UsageError
 from farout.configuration import flat
@@ -26,8 +27,6 @@ from farout.training_config import TrainingConfig
 
 __all__ = ["function_of", "parse", "parser_of", "positional"]
 
-_ROOMS = (commands, bench, generation, diffusion.train, classifiers.train)
-"""Where the functions behind the commands are."""
 _TRAININGS: dict[Callable[..., Any], tuple[dict[str, type], Mapping[str, Any]]] = {
     train_diffusion: ({"model": DiffusionConfig}, PRESETS),
     train_classifier: ({"model": ClassifierConfig, "exposure": Exposure}, CLASSIFIERS),
@@ -45,23 +44,23 @@ _USAGE = {
 }
 
 
-def parse(name: str, function: str, words: Sequence[str]) -> functools.partial[Any]:
-    """The call that the words ask for; what its settings alone forbid is refused here, before anything is loaded.
+def parse(name: str, words: Sequence[str]) -> functools.partial[Any]:
+    """The call that the words after a command's name ask for; what its settings alone forbid is refused here, before
+    anything is loaded.
 
     Raises UsageError for wrong usage, FaroutError for settings out of range; exits with status 0 after --help.
     """
     if name in _METHODS:
         member = _chosen(name, words)
         return _METHODS[name].parse(member, member.load(), words[1:])
-    call = function_of(function)
+    call = function_of(name)
     return _train(name, call, words) if call in _TRAININGS else _bind(name, call, words)
 
 
-def function_of(function: str) -> Callable[..., Any]:
-    """The function of that name behind a command."""
-    from farout.cli import chain  # whose steps are read by these parsers
-
-    found: Callable[..., Any] = next(getattr(room, function) for room in (*_ROOMS, chain) if hasattr(room, function))
+def function_of(name: str) -> Callable[..., Any]:
+    """The function behind a command."""
+    module, _, function = COMMANDS[name].partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"farout.{module}"), function)
     return found
 
 
@@ -83,7 +82,7 @@ def _bind(name: str, call: Callable[..., Any], words: Sequence[str]) -> functool
     return functools.partial(call, **values, **changes)
 
 
-def parser_of(name: str, function: str, method: str | None = None) -> Parser:
+def parser_of(name: str, method: str | None = None) -> Parser:
     """The parser of a command; of one whose first word is a METHOD, that of the method's words after it.
 
     Raises FaroutError for an unknown method.
@@ -91,7 +90,7 @@ def parser_of(name: str, function: str, method: str | None = None) -> Parser:
     if name in _METHODS:
         member = registry.find(_METHODS[name].room, method or "")
         return _METHODS[name].parser(member, member.load())
-    return _parser_for(name, function_of(function))
+    return _parser_for(name, function_of(name))
 
 
 def _parser_for(name: str, call: Callable[..., Any]) -> Parser:

@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from common import known
 from denoising import Split, spec
-from exposed import NONE, PROBE, arguments, known, outward, rated, summary
+from exposed import NONE, PROBE, arguments, outward, rated, summary
 
 from farout.classifiers.exposure import Exposure, Mutual
 from farout.classifiers.model import Classifier
@@ -167,7 +168,7 @@ def run(split: ThreeWay, work: Path, cases: dict[str, Case], given: argparse.Nam
     for seed in given.seeds:
         base: dict[str, dict[str, np.ndarray]] = {}
         for name, case in cases.items():
-            if known(given.out, seed, name) and name != NONE:
+            if known(given.out, seed=seed, case=name) and name != NONE:
                 continue
             started = time.perf_counter()
             classifier = train(split, work, seed, case, given.steps)
@@ -179,7 +180,7 @@ def run(split: ThreeWay, work: Path, cases: dict[str, Case], given: argparse.Nam
                 pd.DataFrame(rated(scores[which], base[which])).assign(indicator=which) for which in scores
             ).assign(case=name, seed=seed, steps=given.steps, seconds=seconds)
             rows["accuracy"] = accuracy_on(classifier, open_source(spec("test", split.inside)))
-            if not known(given.out, seed, name):
+            if not known(given.out, seed=seed, case=name):
                 rows.to_csv(given.out, mode="a", header=not given.out.is_file(), index=False)
             msp = rows[rows["indicator"] == "msp"]
             areas = [f"{ood} {area:.3f}" for ood, area in zip(msp.ood, msp.auroc)]

@@ -289,6 +289,8 @@ def test_a_training_that_diverges_says_so() -> None:
         {"held_out": 0.0, "regularization": "held_out"},
         {"regularization": "none"},
         {"reg_weight": -1.0},
+        {"reg_weight": 0.1, "regularization": "held_out"},
+        {"steps": 50, "epochs": 2},
         {"kept": 20, "draws": 10},
         {"checkpoint": "first"},
         {"temperature": math.inf},
@@ -297,6 +299,13 @@ def test_a_training_that_diverges_says_so() -> None:
 def test_options_out_of_range(wrong: dict) -> None:
     with pytest.raises(FaroutError, match=f"option {next(iter(wrong))} is"):
         ManifoldConfig(**wrong)
+
+
+def test_a_weight_that_auto_has_no_use_for_is_no_mistake() -> None:
+    given = ManifoldConfig(reg_weight=0.1)
+    assert given.resolved(fewest=5, held_out=2, dim=9) == ManifoldConfig(regularization="held_out")
+    assert given.resolved(fewest=9, held_out=2, dim=5).reg_weight == 0.1
+    ManifoldConfig.from_preset("paper", regularization="held_out", held_out=0.1)
 
 
 def test_presets() -> None:

@@ -86,7 +86,7 @@ class Deformation(Synthesiser):
         k_max: the most; without it N - 1.
         clip: keep values within those of images at every step, for models without autoencoder.
         reject: draw an outlier anew that the classifier takes for its image's class with more than this probability.
-        attempts: draws at most; of those that are all rejected the least probable one is kept.
+        attempts: draws at most, with reject; of those that are all rejected the least probable one is kept.
         reconstructions: also make again, once, each image that an outlier is made of, as one of its class:
             OUT/reconstructions, a folder as `farout reconstruct` writes it, for the training of a classifier beside the
             outliers.
@@ -124,6 +124,8 @@ class Deformation(Synthesiser):
             )
         if attempts < 1 or (reject is not None and not 0 <= reject < 1):
             raise FaroutError(f"reject wants a probability below 1, attempts 1 or more; got {reject} and {attempts}")
+        if reject is None:
+            self._refuse_idle("where nothing is rejected; give reject, a probability", "attempts")
         self._plan: Plan | None = None
 
     @property

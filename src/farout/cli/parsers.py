@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import re
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -38,6 +39,11 @@ _COMPOSED = {"runtime", "settings", "arguments", "model", "training", "exposure"
 """Keyword parameters of commands that are made of several flags."""
 _NOT_FLAGS = ("network", "training", "runtime")
 """Fields of FitSettings that are flags of their own."""
+_TRAINED = {
+    "diffusion": ("network_preset", "model", "training"),
+    "classifier": ("classifier_preset", "classifier_steps"),
+}
+"""Networks that `fit` trains where they are not given, and the flags that say how."""
 _USAGE = {
     "evaluate": "farout evaluate DETECTOR --id SOURCE --ood SOURCE... --out DIR [settings]\n"
     "       farout evaluate --scores FILE FILE... [--out DIR]"
@@ -74,12 +80,14 @@ def _bind(name: str, call: Callable[..., Any], words: Sequence[str]) -> functool
     """A function with the parameters that the words give it."""
     parser = _parser_for(name, call)
     values = _values(parser, parser.read(words))
-    composed = "runtime" in inspect.signature(call).parameters
-    runtime = {key: values.pop(key) for key in _RUNTIME} if composed else {}
-    changes = {"runtime": {key: value for key, value in runtime.items() if value is not None}} if composed else {}
+    kind = _runtime_of(call)
+    if kind is not None:
+        runtime = {key: values.pop(key) for key in _RUNTIME if key in values}
+        given = {key: value for key, value in runtime.items() if value is not None}
+        values["runtime"] = Runtime(**given) if kind is Runtime else given
     if call is commands.evaluate:
-        commands.what_is_rated(**{key: values[key] for key in ("detector", "id", "ood", "scores", "out")})
-    return functools.partial(call, **values, **changes)
+        commands.what_is_rated(**values)
+    return functools.partial(call, **values)
 
 
 def parser_of(name: str, method: str | None = None) -> Parser:
@@ -98,9 +106,18 @@ def _parser_for(name: str, call: Callable[..., Any]) -> Parser:
     if call in _TRAININGS:
         return _train_parser(name, call)
     parser = _parser(name, call)
-    if "runtime" in inspect.signature(call).parameters:
+    kind = _runtime_of(call)
+    if kind is Runtime:
         _add_runtime(parser)
+    elif kind is not None:  # empty unless given: a detector scores with the settings it was fitted with
+        parser.take(Runtime)
+        parser.set_defaults(dict.fromkeys(_RUNTIME))
     return parser
+
+
+def _runtime_of(call: Callable[..., Any]) -> Any:
+    """How a command takes the runtime: whole, or what was given of it; None: it takes none."""
+    return typing.get_type_hints(call).get("runtime")
 
 
 def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about: str = "") -> Parser:
@@ -138,9 +155,8 @@ def _argument(call: Callable[..., Any], name: str) -> str:
 
 
 def _add_runtime(parser: Parser) -> None:
-    """The runtime's flags, empty unless given: a detector scores with the settings it was fitted with."""
-    parser.take(Runtime)
-    parser.set_defaults(dict.fromkeys(_RUNTIME))
+    """The runtime's flags for what makes images; features, which are cached, are for detectors."""
+    parser.take(Runtime, skip=["cache"])
 
 
 def _values(parser: Parser, parsed: Any) -> dict[str, Any]:
@@ -180,8 +196,7 @@ def _train(name: str, call: Callable[..., Any], words: Sequence[str]) -> functoo
     parser = _train_parser(name, call)
     short = _short(configs)
     words = [_long(word, short) for word in words]
-    # the first reading is for the preset's name
-    parser.set_defaults(_training_preset(parser.read(words).preset, presets))
+    parser.set_defaults(_training_preset(parser.glance(words).preset, presets))
     if "exposure" in configs:
         _drop_idle(parser, words)
     values = _values(parser, parser.read(words))
@@ -207,7 +222,7 @@ def _short(configs: Mapping[str, type]) -> dict[str, str]:
 
 def _drop_idle(parser: Parser, words: Sequence[str]) -> None:
     """Another loss than the preset's makes nothing of the preset's settings of that; what the words say stays."""
-    read = _values(parser, parser.read(words))
+    read = _values(parser, parser.glance(words))
     idle = read["exposure"].idle(read["outliers"] is not None, read["reconstructions"] is not None)
     parser.set_defaults({f"exposure.{name}": default for name, default in idle.items()})
 
@@ -248,12 +263,23 @@ def _chosen(name: str, words: Sequence[str]) -> registry.Member:
 
 def _fit(member: registry.Member, method: Any, words: Sequence[str]) -> functools.partial[Any]:
     parser = _fit_parser(member, method)
-    chosen = parser.read(words)
+    chosen = parser.glance(words)
+    _refuse_idle(chosen, parser.glance([]))
     network = _training_preset(chosen.network_preset) if _trains_on_images(method) else {}
     parser.set_defaults({**network, **_method_preset(method, chosen.preset)})
     values = _values(parser, parser.read(words))
     method(**{key: values[key] for key in method().config})  # refuses what is out of range
     return functools.partial(_call_fit, member.name, method, values)
+
+
+def _refuse_idle(chosen: Any, plain: Any) -> None:
+    """Raises UsageError for settings of a training, other than the plain ones, where the network is given."""
+    given, defaults = vars(chosen.as_flat()), vars(plain.as_flat())
+    for network, parts in _TRAINED.items():
+        idle = [n for n in given if n.partition(".")[0] in parts and given[n] != defaults[n]]
+        if given[network] is not None and idle:
+            flag = idle[0].replace("_", "-")
+            raise UsageError(f"--{flag} has no use beside --{network}: what is given is not trained; leave one out")
 
 
 def _fit_parser(member: registry.Member, method: Any) -> Parser:
@@ -303,13 +329,13 @@ def _call_fit(name: str, method: Any, values: dict[str, Any]) -> Any:
 def _synthesize_parser(member: registry.Member, method: Any) -> Parser:
     skip = ["stage"] if len(method.stages) == 1 else []
     parser = _method_parser(f"synthesize {member.name}", generation.synthesize, member, method, skip)
-    parser.take(Runtime, skip=["cache"])
+    _add_runtime(parser)
     return parser
 
 
 def _synthesize(member: registry.Member, method: Any, words: Sequence[str]) -> functools.partial[Any]:
     parser = _synthesize_parser(member, method)
-    parser.set_defaults(_method_preset(method, parser.read(words).preset))
+    parser.set_defaults(_method_preset(method, parser.glance(words).preset))
     values = _values(parser, parser.read(words))
     arguments = {key: values.pop(key) for key in method().config}
     method(**arguments)  # refuses what is out of range

@@ -22,7 +22,7 @@ from farout.diffusion.model import DiffusionModel
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 64])
     parser.add_argument("--skip", type=int, default=16)

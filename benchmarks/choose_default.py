@@ -43,7 +43,7 @@ METRIC_SETS = {
 
 def main() -> None:
     """Prints two tables: level sets, and metric sets, each by score."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--statistics", type=int, default=400)

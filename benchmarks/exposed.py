@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,14 @@ def arguments(about: str | None, what: Sequence[str], *, count: int, steps: int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path)
     return parser
+
+
+def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was typed; ends with a message where something is missing."""
+    given = parser.parse_args()
+    wanted = {"table": ["out"], "make": ["work", "networks"]}.get(given.what, ["work", "networks", "out"])
+    missing = [name for name in wanted if getattr(given, name) is None]
+    if missing:
+        parser.error(f"{given.what} wants {', '.join(missing)}")
+    warnings.simplefilter("ignore")
+    return given

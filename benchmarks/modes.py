@@ -30,7 +30,7 @@ Groups = tuple[np.ndarray, np.ndarray] | None
 
 def main() -> None:
     """Prints the table of areas, that of paired differences, and that of costs."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--id", default="fashion_mnist:test")
     parser.add_argument("--train", default="fashion_mnist:train")

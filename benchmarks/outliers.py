@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import shutil
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 import pandas as pd
 from common import known
 from denoising import Split, spec
-from exposed import NONE, PROBE, arguments, outward, rated, summary
+from exposed import NONE, PROBE, arguments, outward, rated, read, summary
 
 from farout.classifiers.exposure import Exposure, Loss
 from farout.classifiers.model import Classifier
@@ -170,8 +169,7 @@ def main() -> None:
     parser = arguments(__doc__, ["make", "train", "table"], count=1000, steps=400)
     parser.add_argument("--images", type=int, default=800, help="images that NCIS embeds, all classes together")
     parser.add_argument("--diffusion-steps", type=int, default=1500, help="updates of the diffusion model")
-    given = parser.parse_args()
-    warnings.simplefilter("ignore")
+    given = read(parser)
     if given.what == "table":
         print(summary(pd.read_csv(given.out)))
         return

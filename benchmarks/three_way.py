@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 import pandas as pd
 from common import known
 from denoising import Split, spec
-from exposed import NONE, PROBE, arguments, outward, rated, summary
+from exposed import NONE, PROBE, arguments, outward, rated, read, summary
 
 from farout.classifiers.exposure import Exposure, Mutual
 from farout.classifiers.model import Classifier
@@ -189,9 +188,7 @@ def run(split: ThreeWay, work: Path, cases: dict[str, Case], given: argparse.Nam
 
 def main() -> None:
     """Reads the command line."""
-    parser = arguments(__doc__, ["make", "train", "ablate", "table"], count=600, steps=300)
-    given = parser.parse_args()
-    warnings.simplefilter("ignore")
+    given = read(arguments(__doc__, ["make", "train", "ablate", "table"], count=600, steps=300))
     if given.what == "table":
         rows = pd.read_csv(given.out)
         for indicator, some in rows.groupby("indicator", sort=False):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from farout.cli.tables import plain_table, print_rows
 from farout.devices import launched
 from farout.errors import FaroutError
 from farout.evaluation.bench.estimate import RULE
@@ -67,7 +67,7 @@ def show_bench(result: Preview | Iterator[Done | Report]) -> None:
 
 
 def _plan(seen: Preview) -> None:
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = plain_table()
     table.add_column("job", overflow="fold")
     for head in ("evaluations", "GMACs", "about"):
         table.add_column(head, no_wrap=True, justify="right")
@@ -110,12 +110,7 @@ def _untested(plan: Plan) -> None:
 
 def _report(done: Report) -> None:
     for board in done.boards:
-        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title=board.caption, title_justify="left")
-        for head in board.heads:
-            table.add_column(head, overflow="fold")
-        for row in board.rows:
-            table.add_row(*(cell.text for cell in row))
-        Console().print(table)
+        print_rows(board.heads, [[cell.text for cell in row] for row in board.rows], board.caption)
     _untested(done.plan)
     if done.missing:
         print(f"{len(done.missing)} jobs are not done yet")

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from farout import registry
+from farout.cli.tables import print_rows
 from farout.cli.usage import UsageError
+from farout.cli.words import flags
 from farout.errors import meant
 from farout.evaluation.bench.presets import about, preset_names
 from farout.images import catalog
@@ -29,7 +28,8 @@ def show_list(words: Sequence[str]) -> int:
     if what not in _WHAT or len(words) > 1:
         raise UsageError(f"there is no list {' '.join(words)!r}; {meant(what, _WHAT)}")
     rows = {"sets": _sets, "presets": presets}
-    _print(rows[what]() if what in rows else _members({"synthesisers": "outliers"}.get(what, what)), what)
+    found = rows[what]() if what in rows else _members({"synthesisers": "outliers"}.get(what, what))
+    print_rows(list(found[0]), [list(row.values()) for row in found])
     return 0
 
 
@@ -79,32 +79,14 @@ def presets() -> list[dict[str, str]]:
     ]
 
 
-def _flags(settings: dict[str, Any], prefix: str = "") -> str:
+def _flags(settings: dict[str, Any]) -> str:
     """Settings as flags; of settings of settings those that differ from their class's defaults."""
-    parts = []
-    for name, value in settings.items():
-        flag = prefix + name.replace("_", "-")
-        if is_dataclass(value) and not isinstance(value, type):
-            plain = type(value)()
-            changed = {f.name: getattr(value, f.name) for f in fields(value)}
-            value = {key: each for key, each in changed.items() if each != getattr(plain, key)}
-        if isinstance(value, dict):
-            parts.append(_flags(value, f"{flag}."))
-        else:
-            if isinstance(value, bool):
-                value = str(value).lower()
-            shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else "null" if value is None else value
-            parts.append(f"--{flag} {shown}")
-    return " ".join(parts)
+    return " ".join(word for name, value in settings.items() for word in flags(name, _changed(value)))
 
 
-def _print(rows: list[dict[str, str]], what: str) -> None:
-    if not rows:
-        Console().print(f"there are no {what} yet")
-        return
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in rows[0]:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*[str(value) for value in row.values()])
-    Console().print(table)
+def _changed(value: Any) -> Any:
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    plain = type(value)()
+    named = {field.name: getattr(value, field.name) for field in fields(value)}
+    return {name: each for name, each in named.items() if each != getattr(plain, name)}

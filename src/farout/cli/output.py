@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from farout import progress as work
 from farout.classifiers.exposure import counted_classes
 from farout.classifiers.model import Classifier
 from farout.cli.bench import show_bench
+from farout.cli.tables import plain_table
 from farout.detectors.base import Detector
 from farout.devices import first_process
 from farout.diffusion.sample_folder import SampledFolder
@@ -157,7 +157,7 @@ def _made(done: MadeFolder, what: str) -> None:
 
 def _distance(found: SetDistance) -> None:
     """A row a number."""
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = plain_table()
     for head in ("distance", "value", "of"):
         table.add_column(head, no_wrap=True)
     sets = f"{found.generated} generated and {found.reference} real images, {found.dimension} features"
@@ -190,7 +190,7 @@ def _kinds(kinds: list[CachedKind]) -> None:
     if not kinds:
         print(f"{folder} holds no features; `farout features extract SOURCE` computes some")
         return
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = plain_table()
     table.add_column("name", no_wrap=True)
     for head in ("backbone and layers", "weights", "size", "protocol", "precision"):
         table.add_column(head, overflow="fold")
@@ -230,7 +230,7 @@ def _metrics(frame: pd.DataFrame) -> None:
     """
     own = frame[frame["indicator"] == "score"]
     kept = [column for column in _SHORT if own[column].notna().any()]
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = plain_table()
     for head in ("detector", "out-of-distribution"):
         table.add_column(head, overflow="fold")
     for head in ("AUROC (95 %)", *(_SHORT[column] for column in kept)):

@@ -122,9 +122,7 @@ def _runtime_of(call: Callable[..., Any]) -> Any:
 
 def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about: str = "") -> Parser:
     """A parser with the parameters of a command."""
-    parameters = [p for p in inspect.signature(call).parameters.values() if p.name not in {*skip, *_composed(call)}]
-    plain = [p for p in positional(call) if p.name not in skip]
-    must = [p for p in parameters if p not in plain and p.default is p.empty]
+    plain, must = [p for p in positional(call) if p.name not in skip], _must(call)
     shown = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in plain]
     usage = _USAGE.get(name, " ".join(["farout", name, *shown, *(f"--{p.name} DIR" for p in must), "[settings]"]))
     heading = _first_line(call)
@@ -137,6 +135,12 @@ def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about
         parser.add_argument(each.name, type=str, help=_argument(call, each.name), **count)
     parser.take(call, skip=[*skip, *(p.name for p in [*plain, *must]), *_composed(call)])
     return parser
+
+
+def _must(call: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a command whose flags must be given."""
+    typed = {*_composed(call), *(p.name for p in positional(call))}
+    return [p for p in inspect.signature(call).parameters.values() if p.default is p.empty and p.name not in typed]
 
 
 def _composed(call: Callable[..., Any]) -> list[str]:
@@ -240,7 +244,6 @@ class _Methods:
 
     room: str
     call: Callable[..., Any]
-    needed: str
     parser: Callable[[registry.Member, Any], Parser]
     parse: Callable[[registry.Member, Any, Sequence[str]], functools.partial[Any]]
 
@@ -251,13 +254,12 @@ def _chosen(name: str, words: Sequence[str]) -> registry.Member:
     known = registry.members(command.room)
     if words and not words[0].startswith("-"):
         return registry.find(command.room, words[0])
+    wanted = " ".join(["METHOD SOURCE", *(f"--{p.name} DIR" for p in _must(command.call))])
     if {"-h", "--help"} & set(words):
-        usage = f"usage: farout {name} METHOD SOURCE {command.needed} [settings]"
-        print(f"{usage}\n\n{_first_line(command.call)}\n\nmethods:")
+        print(f"usage: farout {name} {wanted} [settings]\n\n{_first_line(command.call)}\n\nmethods:")
         print(*(f"  {each:<18}{member.description}" for each, member in known.items()), sep="\n")
         print(f"\n`farout {name} METHOD --help` shows the settings.")
         raise SystemExit(0)
-    wanted = f"METHOD SOURCE {command.needed}"
     raise UsageError(f"{name} wants {wanted}, the method first; methods: {', '.join(known)}")
 
 
@@ -344,8 +346,6 @@ def _synthesize(member: registry.Member, method: Any, words: Sequence[str]) -> f
 
 
 _METHODS = {
-    "fit": _Methods("detectors", commands.fit, "--out DIR", _fit_parser, _fit),
-    "synthesize": _Methods(
-        "outliers", generation.synthesize, "--diffusion DIR --out DIR", _synthesize_parser, _synthesize
-    ),
+    "fit": _Methods("detectors", commands.fit, _fit_parser, _fit),
+    "synthesize": _Methods("outliers", generation.synthesize, _synthesize_parser, _synthesize),
 }

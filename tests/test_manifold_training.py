@@ -301,13 +301,6 @@ def test_options_out_of_range(wrong: dict) -> None:
         ManifoldConfig(**wrong)
 
 
-def test_a_weight_that_auto_has_no_use_for_is_no_mistake() -> None:
-    given = ManifoldConfig(reg_weight=0.1)
-    assert given.resolved(fewest=5, held_out=2, dim=9) == ManifoldConfig(regularization="held_out")
-    assert given.resolved(fewest=9, held_out=2, dim=5).reg_weight == 0.1
-    ManifoldConfig.from_preset("paper", regularization="held_out", held_out=0.1)
-
-
 def test_presets() -> None:
     paper = ManifoldConfig.from_preset("paper", kept=5)
     assert (paper.learning_rate, paper.batch_size, paper.reg_weight, paper.kept) == (1e-4, 64, 1e-5, 5)
@@ -323,3 +316,10 @@ def test_presets() -> None:
     assert len(fitted.known["held_out"]) == 0
     assert [entry["step"] for entry in fitted.history] == [0, 1, 2, 3, 4]
     assert list(fitted.compare(fitted.draw(5))) == ["drawn", "training"]
+
+
+def test_a_weight_that_auto_has_no_use_for_is_no_mistake() -> None:
+    given = ManifoldConfig(reg_weight=0.1)
+    assert given.resolved(fewest=5, held_out=2, dim=9) == ManifoldConfig(regularization="held_out")
+    assert given.resolved(fewest=9, held_out=2, dim=5).reg_weight == 0.1
+    ManifoldConfig.from_preset("paper", regularization="held_out", held_out=0.1)

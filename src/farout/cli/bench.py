@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from farout.cli.tables import plain_table, print_rows
 from farout.devices import launched
@@ -110,7 +111,8 @@ def _untested(plan: Plan) -> None:
 
 def _report(done: Report) -> None:
     for board in done.boards:
-        print_rows(board.heads, [[cell.text for cell in row] for row in board.rows], board.caption)
+        rows = [[Text(cell.text, "bold" if cell.best else "") for cell in row] for row in board.rows]
+        print_rows(board.heads, rows, board.caption)
     _untested(done.plan)
     if done.missing:
         print(f"{len(done.missing)} jobs are not done yet")

@@ -16,9 +16,10 @@ from farout.evaluation.interpolate import InterpolatedFolder, write_interpolatio
 from farout.evaluation.outlier_page import write_outlier_page
 from farout.evaluation.outlier_quality import is_made_of_images, rate_outliers, write_quality
 from farout.images.sources import ImageSource, open_source
-from farout.outliers.base import OutlierFolder, Runtime, Synthesiser
+from farout.outliers.base import OutlierFolder, Synthesiser
 from farout.outliers.reconstruct import ReconstructedFolder
 from farout.outliers.reconstruct import reconstruct as _reconstruct
+from farout.runtime import Runtime
 
 __all__ = ["fid", "interpolate", "reconstruct", "sample", "synthesize"]
 

@@ -20,10 +20,10 @@ from farout.cli.flags import Parser
 from farout.cli.usage import UsageError
 from farout.configuration import flat
 from farout.detectors._fitting import FitSettings
-from farout.detectors.base import Runtime
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
 from farout.errors import meant
+from farout.runtime import Runtime
 from farout.training_config import TrainingConfig
 
 __all__ = ["function_of", "parse", "parser_of", "positional"]

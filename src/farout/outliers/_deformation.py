@@ -117,6 +117,8 @@ class Deformation(Synthesiser):
         self.wording.check_beside(targets, self.target_classes)
         self.k_min, self.k_max = k_min, max(1, steps - 1) if k_max is None else k_max
         self.clip, self.reject, self.attempts, self.reconstructions = clip, reject, attempts, reconstructions
+        if reject is None:
+            self._refuse_idle("where nothing is rejected; give reject, a probability", "attempts")
         if not 1 <= self.k_min <= self.k_max <= steps:
             raise FaroutError(
                 f"images go k_min to k_max of the steps, 1 <= k_min <= k_max <= steps; got {k_min}, {self.k_max} and "
@@ -124,8 +126,6 @@ class Deformation(Synthesiser):
             )
         if attempts < 1 or (reject is not None and not 0 <= reject < 1):
             raise FaroutError(f"reject wants a probability below 1, attempts 1 or more; got {reject} and {attempts}")
-        if reject is None:
-            self._refuse_idle("where nothing is rejected; give reject, a probability", "attempts")
         self._plan: Plan | None = None
 
     @property

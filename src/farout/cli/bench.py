@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-from rich.text import Text
-
-from farout.cli.tables import plain_table, print_rows
+from farout.cli.tables import new_table, print_table
 from farout.devices import launched
 from farout.errors import FaroutError
 from farout.evaluation.bench.estimate import RULE
@@ -68,13 +65,13 @@ def show_bench(result: Preview | Iterator[Done | Report]) -> None:
 
 
 def _plan(seen: Preview) -> None:
-    table = plain_table()
+    table = new_table()
     table.add_column("job", overflow="fold")
     for head in ("evaluations", "GMACs", "about"):
         table.add_column(head, no_wrap=True, justify="right")
     for job in seen.plan.jobs:
         table.add_row(job.id, *_estimate(seen, job))
-    Console().print(table)
+    print_table(table)
     left = [job for job in seen.plan.jobs if not job.done]
     print(f"{len(seen.plan.jobs)} jobs, {len(left)} to do")
     if not seen.obstacle:
@@ -111,8 +108,12 @@ def _untested(plan: Plan) -> None:
 
 def _report(done: Report) -> None:
     for board in done.boards:
-        rows = [[Text(cell.text, "bold" if cell.best else "") for cell in row] for row in board.rows]
-        print_rows(board.heads, rows, board.caption)
+        table = new_table(board.caption)
+        for head in board.heads:
+            table.add_column(head.replace(" ", "\n"), overflow="fold")
+        for row in board.rows:
+            table.add_row(*(cell.text for cell in row))
+        print_table(table)
     _untested(done.plan)
     if done.missing:
         print(f"{len(done.missing)} jobs are not done yet")

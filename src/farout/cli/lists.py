@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from farout import registry
-from farout.cli.tables import print_rows
+from farout.cli.tables import new_table, print_table
 from farout.cli.usage import UsageError
 from farout.cli.words import flags
 from farout.errors import meant
@@ -28,8 +28,7 @@ def show_list(words: Sequence[str]) -> int:
     if what not in _WHAT or len(words) > 1:
         raise UsageError(f"there is no list {' '.join(words)!r}; {meant(what, _WHAT)}")
     rows = {"sets": _sets, "presets": presets}
-    found = rows[what]() if what in rows else _members({"synthesisers": "outliers"}.get(what, what))
-    print_rows(list(found[0]), [list(row.values()) for row in found])
+    _print(rows[what]() if what in rows else _members({"synthesisers": "outliers"}.get(what, what)), what)
     return 0
 
 
@@ -90,3 +89,15 @@ def _changed(value: Any) -> Any:
     plain = type(value)()
     named = {field.name: getattr(value, field.name) for field in fields(value)}
     return {name: each for name, each in named.items() if each != getattr(plain, name)}
+
+
+def _print(rows: list[dict[str, str]], what: str) -> None:
+    if not rows:
+        print(f"there are no {what} yet")
+        return
+    table = new_table()
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*[str(value) for value in row.values()])
+    print_table(table)

@@ -18,7 +18,7 @@ from farout import progress as work
 from farout.classifiers.exposure import counted_classes
 from farout.classifiers.model import Classifier
 from farout.cli.bench import show_bench
-from farout.cli.tables import plain_table
+from farout.cli.tables import new_table, print_table
 from farout.detectors.base import Detector
 from farout.devices import first_process
 from farout.diffusion.sample_folder import SampledFolder
@@ -157,14 +157,14 @@ def _made(done: MadeFolder, what: str) -> None:
 
 def _distance(found: SetDistance) -> None:
     """A row a number."""
-    table = plain_table()
+    table = new_table()
     for head in ("distance", "value", "of"):
         table.add_column(head, no_wrap=True)
     sets = f"{found.generated} generated and {found.reference} real images, {found.dimension} features"
     table.add_row(found.frechet_name, f"{found.frechet:.4g}", sets)
     subsets = f"{found.subsets} subsets of {found.subset_size}"
     table.add_row(found.kernel_name, f"{found.kernel:.4g} ± {found.kernel_std:.2g}", subsets)
-    Console().print(table)
+    print_table(table)
 
 
 def _interpolated(done: InterpolatedFolder) -> None:
@@ -190,7 +190,7 @@ def _kinds(kinds: list[CachedKind]) -> None:
     if not kinds:
         print(f"{folder} holds no features; `farout features extract SOURCE` computes some")
         return
-    table = plain_table()
+    table = new_table()
     table.add_column("name", no_wrap=True)
     for head in ("backbone and layers", "weights", "size", "protocol", "precision"):
         table.add_column(head, overflow="fold")
@@ -198,7 +198,7 @@ def _kinds(kinds: list[CachedKind]) -> None:
         table.add_column(head, no_wrap=True, justify="right")
     for kind in kinds:
         table.add_row(kind.folder.name, *_kind(kind.settings), str(kind.images), f"{kind.mib:.1f}")
-    Console().print(table)
+    print_table(table)
     print(f"{sum(kind.mib for kind in kinds):.1f} MiB in {folder}")
 
 
@@ -230,16 +230,16 @@ def _metrics(frame: pd.DataFrame) -> None:
     """
     own = frame[frame["indicator"] == "score"]
     kept = [column for column in _SHORT if own[column].notna().any()]
-    table = plain_table()
-    for head in ("detector", "out-of-distribution"):
-        table.add_column(head, overflow="fold")
+    table = new_table()
+    table.add_column("detector", no_wrap=True)
+    table.add_column("out-of-distribution", overflow="fold")
     for head in ("AUROC (95 %)", *(_SHORT[column] for column in kept)):
         table.add_column(head, no_wrap=True)
     for row in own.to_dict("records"):
         area = f"{row['auroc']:.3f} ({row['auroc_low']:.3f}-{row['auroc_high']:.3f})"
         numbers = [f"{row[column]:.{1 if column == 'images_per_s' else 3}f}" for column in kept]
         table.add_row(str(row["detector"]), str(row["ood"]), area, *numbers)
-    Console().print(table)
+    print_table(table)
     for pair in frame.attrs.get("paired", []):
         if pair["difference"] == pair["difference"]:
             interval = f"{pair['difference']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})"

@@ -1,26 +1,22 @@
-"""Tables as the command line prints them."""
+"""Tables on the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-__all__ = ["plain_table", "print_rows"]
+__all__ = ["new_table", "print_table"]
+
+_LOG = 200
+"""Columns of a log or a file, which no window bounds."""
 
 
-def plain_table(title: str | None = None) -> Table:
-    """Bold heads and two spaces between columns, without lines."""
+def new_table(title: str | None = None) -> Table:
+    """A table without rules, with a title over its left edge."""
     return Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title=title, title_justify="left")
 
 
-def print_rows(heads: Sequence[str], rows: Sequence[Sequence[str | Text]], title: str | None = None) -> None:
-    """A table whose cells are broken where they have no room."""
-    table = plain_table(title)
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+def print_table(table: Table) -> None:
+    """Prints it, as wide as the terminal is."""
+    console = Console()
+    (console if console.is_terminal else Console(width=_LOG)).print(table)

@@ -13,7 +13,7 @@ import argparse
 
 import numpy as np
 import torch
-from common import fresh_images, machine, table
+from common import VARIANTS, fresh_images, machine, table
 
 from farout.detectors._tables import Measurements
 from farout.detectors.base import Runtime
@@ -24,7 +24,6 @@ from farout.diffusion.model import DiffusionModel
 from farout.evaluation.metrics import auroc
 
 LEVELS = (10, 20, 40, 80, 120, 160, 200, 300, 400, 500)
-VARIANTS = ("rot90", "rot180", "blur", "contrast", "noise", "patch")
 LEVEL_SETS = {
     "all ten": LEVELS,
     "20,80,200,400": (20, 80, 200, 400),
@@ -44,7 +43,7 @@ METRIC_SETS = {
 
 def main() -> None:
     """Prints two tables: level sets, and metric sets, each by score."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--statistics", type=int, default=400)

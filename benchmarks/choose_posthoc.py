@@ -14,14 +14,12 @@ import warnings
 
 import numpy as np
 import pandas as pd
-from common import machine, table
+from common import VARIANTS, machine, table
 
 from farout.classifiers.model import Classifier
 from farout.detectors.posthoc import Posthoc
 from farout.evaluation.metrics import auroc
 from farout.images.sources import open_source
-
-VARIANTS = ("rot90", "rot180", "blur", "contrast", "noise", "patch")
 
 
 def rows_of(folder: str, count: int) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: markdown tables, seeded parts of a source, the machine in words."""
+"""What the benchmarks share: seeded parts of a source, what is compared and how it is written, the machine in words."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from farout.diffusion.model import DiffusionModel
+from farout.evaluation.intervals import paired_difference
+from farout.evaluation.metrics import evaluate
 from farout.images.sources import ImageSource, open_source
 
-__all__ = ["auroc_cell", "decided", "fresh_images", "machine", "table"]
+__all__ = ["VARIANTS", "auroc_cell", "compared", "decided", "fresh_images", "interval", "known", "machine", "table"]
+
+VARIANTS = ("rot90", "rot180", "blur", "contrast", "noise", "patch")
+"""How training images are changed to be out-of-distribution, where defaults are chosen."""
+Pair = tuple[np.ndarray, np.ndarray]
+"""Scores of in-distribution and of out-of-distribution images."""
 
 
 def fresh_images(spec: str, model: DiffusionModel, count: int, seed: int) -> ImageSource:
@@ -23,6 +31,24 @@ def fresh_images(spec: str, model: DiffusionModel, count: int, seed: int) -> Ima
     order = np.random.default_rng(seed).permutation(len(source))
     chosen = [int(i) for i in order[: 20 * count] if source.content_hash(int(i)) not in model.trained_on]
     return source.subset(sorted(chosen[:count]))
+
+
+def known(out: Path, **where: object) -> bool:
+    """Whether the file has rows with these values."""
+    if not out.is_file():
+        return False
+    done = pd.read_csv(out)
+    return bool(np.logical_and.reduce([done[name] == value for name, value in where.items()]).any())
+
+
+def compared(pair: Pair, first: Pair, second: Pair, groups: Pair | None = None) -> dict[str, Any]:
+    """Metrics of a pair, and the AUROC of the first less that of the second, paired."""
+    found, gap = evaluate(*pair, groups=groups), paired_difference(first, second, groups=groups)
+    return {
+        **{"auroc": found.auroc, "low": found.auroc_low, "high": found.auroc_high, "fpr95": found.fpr95},
+        **{"n_id": found.n_id, "n_ood": found.n_ood},
+        **{"difference": gap.value, "difference_low": gap.low, "difference_high": gap.high},
+    }
 
 
 def machine() -> str:
@@ -39,6 +65,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def interval(value: float, low: float, high: float, form: str = ".3f") -> str:
+    """A figure with its interval."""
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def auroc_cell(rows: pd.DataFrame) -> str:

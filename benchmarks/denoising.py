@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import auroc_cell, machine, table
+from common import auroc_cell, compared, interval, known, machine, table
 
 from farout.classifiers.model import Classifier
 from farout.classifiers.train import PRESETS as CLASSIFIERS
@@ -31,8 +31,6 @@ from farout.detectors.posthoc import Posthoc
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS as MODELS
 from farout.diffusion.train import DiffusionConfig, train_diffusion
-from farout.evaluation.intervals import paired_difference
-from farout.evaluation.metrics import evaluate
 from farout.images.sources import ImageSource, open_source
 from farout.training import TrainingConfig
 
@@ -120,8 +118,8 @@ def run(split: Split, count: int, ablate: bool, out: Path) -> None:
     print(f"split {split.number}: accuracy {accuracy:.4f}", flush=True)
     base: dict[str, Scores] = {}
     for name, detector in methods(ablate):
-        known = _known(out, split.number, name)
-        if known and name != FAST:
+        there = known(out, split=split.number, method=name)
+        if there and name != FAST:
             continue
         if isinstance(detector, Denoising):
             detector.fit(split.unseen(100), split.diffusion, split.classifier, alpha=0.1, statistics=40)
@@ -134,17 +132,10 @@ def run(split: Split, count: int, ablate: bool, out: Path) -> None:
         base = base or scores
         rows = pd.DataFrame(_rated(name, detector, scores, base))
         rows = rows.assign(split=split.number, accuracy=accuracy, images_per_s=speed)
-        if not known:
+        if not there:
             rows.to_csv(out, mode="a", header=not out.is_file(), index=False)
         areas = [f"{ood} {which} {area:.3f}" for which, ood, area in zip(rows.indicator, rows.ood, rows.auroc)]
         print(split.number, name, f"{speed:.2f} images/s", *areas, flush=True)
-
-
-def _known(out: Path, split: int, name: str) -> bool:
-    if not out.is_file():
-        return False
-    done = pd.read_csv(out)
-    return bool(((done["split"] == split) & (done["method"] == name)).any())
 
 
 def _rated(
@@ -156,15 +147,10 @@ def _rated(
         groups = (same, same) if ood.endswith("flip") else None
         for indicator in POST_HOC if isinstance(detector, Posthoc) else SPACES:
             pair = (scores["id"].indicators[indicator], scores[ood].indicators[indicator])
-            rated = evaluate(*pair, groups=groups)
             # of the default's score to this one
-            gap = paired_difference((base["id"].score, base[ood].score), pair, groups=groups)
-            yield {
-                **{"method": name, "indicator": indicator, "ood": ood, "auroc": rated.auroc, "low": rated.auroc_low},
-                **{"high": rated.auroc_high, "fpr95": rated.fpr95, "n_id": rated.n_id, "n_ood": rated.n_ood},
-                **{"difference": gap.value, "difference_low": gap.low, "difference_high": gap.high},
-                **{"nfe": cost.nfe, "gmacs": cost.gmacs},
-            }
+            found = compared(pair, (base["id"].score, base[ood].score), pair, groups)
+            told = {"method": name, "indicator": indicator, "ood": ood}
+            yield {**told, **found, "nfe": cost.nfe, "gmacs": cost.gmacs}
 
 
 def summary(rows: pd.DataFrame) -> str:
@@ -195,7 +181,7 @@ def _by_ood(rows: pd.DataFrame, cell: Any) -> str:
 
 def _lead(rows: pd.DataFrame) -> str:
     first = rows.iloc[0]
-    return f"{first['difference']:+.3f} ({first['difference_low']:+.3f} to {first['difference_high']:+.3f})"
+    return interval(first["difference"], first["difference_low"], first["difference_high"], "+.3f")
 
 
 def _costs(rows: pd.DataFrame) -> str:

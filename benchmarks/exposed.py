@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import auroc_cell, machine, table
+from common import auroc_cell, compared, machine, table
 
 from farout.classifiers.model import Classifier
-from farout.evaluation.intervals import paired_difference
-from farout.evaluation.metrics import evaluate
 from farout.images.sources import ImageSource, batches
 
 NONE = "none"
@@ -36,21 +35,8 @@ def rated(scores: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> Iterato
     for ood in list(scores)[1:]:
         same = np.arange(len(scores["id"]))
         groups = (same, same[: len(scores[ood])]) if ood == PROBE else None
-        found = evaluate(scores["id"], scores[ood], groups=groups)
-        gap = paired_difference((scores["id"], scores[ood]), (base["id"], base[ood]), groups=groups)
-        yield {
-            **{"ood": ood, "auroc": found.auroc, "low": found.auroc_low, "high": found.auroc_high},
-            **{"fpr95": found.fpr95, "n_id": found.n_id, "n_ood": found.n_ood},
-            **{"difference": gap.value, "difference_low": gap.low, "difference_high": gap.high},
-        }
-
-
-def known(out: Path, seed: int, case: str) -> bool:
-    """Whether the file has these rows."""
-    if not out.is_file():
-        return False
-    done = pd.read_csv(out)
-    return bool(((done["seed"] == seed) & (done["case"] == case)).any())
+        pair = (scores["id"], scores[ood])
+        yield {"ood": ood, **compared(pair, pair, (base["id"], base[ood]), groups)}
 
 
 def summary(rows: pd.DataFrame) -> str:
@@ -96,3 +82,14 @@ def arguments(about: str | None, what: Sequence[str], *, count: int, steps: int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path)
     return parser
+
+
+def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was typed; ends with a message where something is missing."""
+    given = parser.parse_args()
+    wanted = {"table": ["out"], "make": ["work", "networks"]}.get(given.what, ["work", "networks", "out"])
+    missing = [name for name in wanted if getattr(given, name) is None]
+    if missing:
+        parser.error(f"{given.what} wants {', '.join(missing)}")
+    warnings.simplefilter("ignore")
+    return given

@@ -21,14 +21,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import auroc_cell, decided, machine, table
+from common import VARIANTS, auroc_cell, compared, decided, known, machine, table
 
 from farout import registry
 from farout.detectors.base import Detector, Scores
 from farout.detectors.semantic import Semantic
 from farout.evaluation.controls import TrivialControls
-from farout.evaluation.intervals import paired_difference
-from farout.evaluation.metrics import evaluate
 from farout.images.sources import ImageSource, open_source
 
 CIFAR_NAMES = (
@@ -101,8 +99,7 @@ class DevTask(Task):
         changed = self._parts()[3]
         total = self.train_limit + self.held
         return {
-            name: open_source(f"{self.data}:train@{name}", limit=total, seed=1).subset(changed)
-            for name in ("rot90", "rot180", "blur", "contrast", "noise", "patch")
+            name: open_source(f"{self.data}:train@{name}", limit=total, seed=1).subset(changed) for name in VARIANTS
         }
 
 
@@ -169,23 +166,19 @@ def run(task: Task, out: Path) -> None:
     """Fits and rates everything of a task that the file lacks."""
     for seed in task.seeds:
         reference: dict[str, Scores] = {}
-        lacking = [each for each in detectors(task, seed) if not _known(out, task, seed, each[0])]
+        lacking = [each for each in detectors(task, seed) if not _there(out, task, seed, each[0])]
         first = [each for each in detectors(task, seed) if each[0] == "semantic" and lacking]
         for name, detector, limit in first + [each for each in lacking if each[0] != "semantic"]:
             rows = list(_rated(task, seed, name, detector, limit, reference))
-            if not _known(out, task, seed, name):
+            if not _there(out, task, seed, name):
                 frame = pd.DataFrame(rows, columns=COLUMNS)
                 frame.to_csv(out, mode="a", header=not out.is_file(), index=False)
             areas = [f"{row['ood']} {row['auroc']:.3f}" for row in rows if row["indicator"] == "score"]
             print(task.name, task.protocol, seed, name, *areas, flush=True)
 
 
-def _known(out: Path, task: Task, seed: int, name: str) -> bool:
-    if not out.is_file():
-        return False
-    done = pd.read_csv(out)
-    same = (done["task"] == task.name) & (done["protocol"] == task.protocol)
-    return bool((same & (done["seed"] == seed) & (done["detector"] == name)).any())
+def _there(out: Path, task: Task, seed: int, name: str) -> bool:
+    return known(out, task=task.name, protocol=task.protocol, seed=seed, detector=name)
 
 
 def _rated(
@@ -202,18 +195,10 @@ def _rated(
         for indicator in ("score", *inside.indicators):
             own = detector.score_name if indicator == "score" else indicator
             pair = inside.indicators[own], outside.indicators[own]
-            rated = evaluate(*pair)
             # of the default score of the semantic detector to this one
-            base = (reference["id"].score, reference[ood].score)
-            paired = paired_difference(base, pair)
-            yield {
-                **{"task": task.name, "protocol": task.protocol, "seed": seed, "detector": name, "ood": ood},
-                **{"indicator": indicator, "auroc": rated.auroc, "low": rated.auroc_low, "high": rated.auroc_high},
-                **{"fpr95": rated.fpr95, "n_id": rated.n_id, "n_ood": rated.n_ood, "fit_s": fit_s},
-                "difference": paired.value,
-                "difference_low": paired.low,
-                "difference_high": paired.high,
-            }
+            found = compared(pair, (reference["id"].score, reference[ood].score), pair)
+            told = {"task": task.name, "protocol": task.protocol, "seed": seed, "detector": name, "ood": ood}
+            yield {**told, "indicator": indicator, "fit_s": fit_s, **found}
 
 
 def summary(rows: pd.DataFrame) -> str:

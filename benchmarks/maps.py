@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine, table
+from common import interval, machine, table
 from torch import Tensor
 from torch.nn import functional
 
@@ -141,23 +141,23 @@ def line(clean: Found, found: Found, masks: list[Tensor]) -> list[str]:
     cells = []
     for name in MAPS:
         area, draws = pixel_areas(found.maps[name], masks)
-        cells.append(f"{area:.3f} ({np.quantile(draws, 0.025):.3f} to {np.quantile(draws, 0.975):.3f})")
+        cells.append(interval(area, *np.quantile(draws, [0.025, 0.975])))
     same = np.arange(len(masks))
     for name in (*MAPS, "mahalanobis"):
         rated = evaluate(clean.scores[name], found.scores[name], groups=(same, same))
-        cells.append(f"{rated.auroc:.3f} ({rated.auroc_low:.3f} to {rated.auroc_high:.3f})")
+        cells.append(interval(rated.auroc, rated.auroc_low, rated.auroc_high))
     return cells
 
 
 def difference(clean: Found, found: Found, masks: list[Tensor]) -> list[str]:
     """Paired differences with their intervals."""
     (area, draws), (other, others) = (pixel_areas(found.maps[name], masks) for name in MAPS)
-    low, high = np.quantile(draws - others, [0.025, 0.975])
-    cells, same = [f"{area - other:+.3f} ({low:+.3f} to {high:+.3f})"], np.arange(len(masks))
+    ends = np.quantile(draws - others, [0.025, 0.975])
+    cells, same = [interval(area - other, *ends, "+.3f")], np.arange(len(masks))
     for rival in ("knn", "mahalanobis"):
         sides = [(clean.scores[name], found.scores[name]) for name in ("diffusion", rival)]
         pair = paired_difference(*sides, groups=(same, same))
-        cells.append(f"{pair.value:+.3f} ({pair.low:+.3f} to {pair.high:+.3f})")
+        cells.append(interval(pair.value, pair.low, pair.high, "+.3f"))
     return cells
 
 

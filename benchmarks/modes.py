@@ -12,7 +12,7 @@ import argparse
 import time
 
 import numpy as np
-from common import fresh_images, machine, table
+from common import fresh_images, interval, machine, table
 
 from farout.detectors.base import Runtime
 from farout.detectors.reconstruction import Reconstruction
@@ -30,7 +30,7 @@ Groups = tuple[np.ndarray, np.ndarray] | None
 
 def main() -> None:
     """Prints the table of areas, that of paired differences, and that of costs."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--id", default="fashion_mnist:test")
     parser.add_argument("--train", default="fashion_mnist:train")
@@ -89,7 +89,7 @@ def areas(scores: Scored, inside: str, outside: dict[str, Groups]) -> str:
     for mode, sets in scores.items():
         for score in SCORES:
             found = [evaluate(sets[inside][score], sets[spec][score], groups=outside[spec]) for spec in outside]
-            rows.append([mode, score, *[f"{m.auroc:.3f} ({m.auroc_low:.3f} to {m.auroc_high:.3f})" for m in found]])
+            rows.append([mode, score, *[interval(m.auroc, m.auroc_low, m.auroc_high) for m in found]])
     return table(["mode", "score", *outside], rows)
 
 
@@ -105,7 +105,7 @@ def differences(scores: Scored, inside: str, outside: dict[str, Groups]) -> str:
         for spec in outside:
             sides = [(scores[m][inside][s], scores[m][spec][s]) for m, s in ((mode, score), ("exact", "mean_z"))]
             found = paired_difference(*sides, groups=outside[spec])
-            line.append(f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})")
+            line.append(interval(found.value, found.low, found.high, "+.3f"))
         rows.append(line)
     return table(["less exact, mean_z", *outside], rows)
 
@@ -124,13 +124,8 @@ def speed(detector: Reconstruction, source: ImageSource, images: int, batch: int
     some = source.subset(range(min(images, len(source))))
     detector.measure_all(some.subset(range(1)), "warming up")
     started = time.perf_counter()
-    detector.measure_all(some, f"{mode_name(detector)} at batch {batch}")
+    detector.measure_all(some, f"{detector.config['mode']} at batch {batch}")
     return len(some) / (time.perf_counter() - started)
-
-
-def mode_name(detector: Reconstruction) -> str:
-    """The detector's mode."""
-    return str(detector.config["mode"])
 
 
 if __name__ == "__main__":

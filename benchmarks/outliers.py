@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import shutil
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from common import known
 from denoising import Split, spec
-from exposed import NONE, PROBE, arguments, known, outward, rated, summary
+from exposed import NONE, PROBE, arguments, outward, rated, read, summary
 
 from farout.classifiers.exposure import Exposure, Loss
 from farout.classifiers.model import Classifier
@@ -148,7 +148,7 @@ def run(split: Split, work: Path, seeds: list[int], steps: int, count: int, out:
     for seed in seeds:
         base: dict[str, np.ndarray] = {}
         for name, case in CASES.items():
-            if known(out, seed, name) and name != NONE:
+            if known(out, seed=seed, case=name) and name != NONE:
                 continue
             folder = place(work, seed, case)
             started = time.perf_counter()
@@ -158,7 +158,7 @@ def run(split: Split, work: Path, seeds: list[int], steps: int, count: int, out:
             base = base or scores
             rows = pd.DataFrame(rated(scores, base)).assign(case=name, seed=seed, steps=steps, seconds=seconds)
             rows["accuracy"] = accuracy_on(classifier, open_source(spec("test", split.inside)))
-            if not known(out, seed, name):
+            if not known(out, seed=seed, case=name):
                 rows.to_csv(out, mode="a", header=not out.is_file(), index=False)
             areas = [f"{ood} {area:.3f}" for ood, area in zip(rows.ood, rows.auroc)]
             print(seed, name, f"{seconds:.0f} s", f"accuracy {rows.accuracy[0]:.3f}", *areas, flush=True)
@@ -169,8 +169,7 @@ def main() -> None:
     parser = arguments(__doc__, ["make", "train", "table"], count=1000, steps=400)
     parser.add_argument("--images", type=int, default=800, help="images that NCIS embeds, all classes together")
     parser.add_argument("--diffusion-steps", type=int, default=1500, help="updates of the diffusion model")
-    given = parser.parse_args()
-    warnings.simplefilter("ignore")
+    given = read(parser)
     if given.what == "table":
         print(summary(pd.read_csv(given.out)))
         return

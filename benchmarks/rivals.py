@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from common import fresh_images, machine, table
+from common import VARIANTS, fresh_images, interval, machine, table
 
 from farout.detectors._tables import Measurements
 from farout.detectors.base import Detector, Runtime
@@ -28,7 +28,6 @@ from farout.evaluation.intervals import paired_difference
 from farout.evaluation.metrics import auroc, evaluate
 from farout.images.sources import ImageSource, open_source
 
-VARIANTS = ("rot90", "rot180", "blur", "contrast", "noise", "patch")
 RANGES = ((0.005, 1.0), (0.01, 1.0), (0.01, 10.0), (0.05, 5.0), (0.05, 80.0), (0.2, 20.0), (0.005, 80.0))
 """Lowest and highest sigma for pixels in [0, 1]."""
 ANCHOR = ("reconstruction, oneshot", "mahalanobis")
@@ -109,8 +108,8 @@ def cells(found: Scores, anchor: Scores, inside: str) -> list[str]:
             continue
         area = evaluate(found[inside], found[spec])
         less = paired_difference((found[inside], found[spec]), (anchor[inside], anchor[spec]))
-        line.append(f"{area.auroc:.3f} ({area.auroc_low:.3f} to {area.auroc_high:.3f})")
-        line.append(f"{less.value:+.3f} ({less.low:+.3f} to {less.high:+.3f})")
+        line.append(interval(area.auroc, area.auroc_low, area.auroc_high))
+        line.append(interval(less.value, less.low, less.high, "+.3f"))
     return line
 
 

@@ -43,11 +43,12 @@ def main() -> None:
 
 
 def one(model: DiffusionModel, name: str, steps: int | None, given: argparse.Namespace) -> list[list[object]]:
-    """The row of one method; none where it wants more steps."""
+    """The row of one method; none, and why, where it wants more steps."""
     try:
         sampler = Sampler(model, name, steps, guidance=given.guidance, clamp=given.clamp)
-    except FaroutError:
-        return []  # fewer steps than its warm-up
+    except FaroutError as error:
+        print(name, steps, error, flush=True)
+        return []
     counting = _Counting(model)
     started, parts = time.perf_counter(), []
     classes = model.conditioning.classes if model.conditioning is not None else None

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from common import known
 from denoising import Split, spec
-from exposed import NONE, PROBE, arguments, known, outward, rated, summary
+from exposed import NONE, PROBE, arguments, outward, rated, read, summary
 
 from farout.classifiers.exposure import Exposure, Mutual
 from farout.classifiers.model import Classifier
@@ -167,7 +167,7 @@ def run(split: ThreeWay, work: Path, cases: dict[str, Case], given: argparse.Nam
     for seed in given.seeds:
         base: dict[str, dict[str, np.ndarray]] = {}
         for name, case in cases.items():
-            if known(given.out, seed, name) and name != NONE:
+            if known(given.out, seed=seed, case=name) and name != NONE:
                 continue
             started = time.perf_counter()
             classifier = train(split, work, seed, case, given.steps)
@@ -179,7 +179,7 @@ def run(split: ThreeWay, work: Path, cases: dict[str, Case], given: argparse.Nam
                 pd.DataFrame(rated(scores[which], base[which])).assign(indicator=which) for which in scores
             ).assign(case=name, seed=seed, steps=given.steps, seconds=seconds)
             rows["accuracy"] = accuracy_on(classifier, open_source(spec("test", split.inside)))
-            if not known(given.out, seed, name):
+            if not known(given.out, seed=seed, case=name):
                 rows.to_csv(given.out, mode="a", header=not given.out.is_file(), index=False)
             msp = rows[rows["indicator"] == "msp"]
             areas = [f"{ood} {area:.3f}" for ood, area in zip(msp.ood, msp.auroc)]
@@ -188,9 +188,7 @@ def run(split: ThreeWay, work: Path, cases: dict[str, Case], given: argparse.Nam
 
 def main() -> None:
     """Reads the command line."""
-    parser = arguments(__doc__, ["make", "train", "ablate", "table"], count=600, steps=300)
-    given = parser.parse_args()
-    warnings.simplefilter("ignore")
+    given = read(arguments(__doc__, ["make", "train", "ablate", "table"], count=600, steps=300))
     if given.what == "table":
         rows = pd.read_csv(given.out)
         for indicator, some in rows.groupby("indicator", sort=False):

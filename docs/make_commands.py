@@ -46,7 +46,7 @@ def reference() -> str:
         elif name in ROOMS:
             parts += _of_methods(name, settings)
         else:
-            parser = parsers.parser_of(name, COMMANDS[name])
+            parser = parsers.parser_of(name)
             parts.append(_section(f"## {name}", parser, _shown(parser), _presets(name, settings)))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -54,7 +54,7 @@ def reference() -> str:
 def _of_methods(name: str, settings: dict[tuple[str, str], str]) -> list[str]:
     """The sections of a command whose first word is a METHOD: what all methods share, then each one's own."""
     members = registry.members(ROOMS[name])
-    made = {method: parsers.parser_of(name, COMMANDS[name], method) for method in members}
+    made = {method: parsers.parser_of(name, method) for method in members}
     own = {method: {*members[method].load()().config, *NETWORK, "preset"} for method in members}
     shared: Sections = {}
     for method, parser in made.items():

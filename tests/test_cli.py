@@ -139,6 +139,18 @@ def test_version_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
         (["fit", "reconstruction", "a", "--out", "b", "--link"], 1, ["--link wants --diffusion"]),
         (["evaluate", "a", "--id", "b"], 1, ["DETECTOR --id SOURCE --ood"]),
         (["evaluate", "a", "--scores", "b", "c"], 1, ["--scores"]),
+        (["evaluate", "--scores", "b", "c", "--limit", "5"], 1, ["limit has no use"]),
+        (["evaluate", "--scores", "b", "c", "--rows", "5"], 1, ["rows has no use"]),
+        (
+            ["fit", "reconstruction", "a", "--out", "b", "--diffusion", "c", "--training.batch-size", "5"],
+            2,
+            ["--training.batch-size has no use beside --diffusion"],
+        ),
+        (
+            ["fit", "posthoc", "a", "--out", "b", "--classifier", "c", "--classifier-preset", "small"],
+            2,
+            ["--classifier-preset has no use beside --classifier"],
+        ),
     ],
 )
 def test_wrong_usage_gets_one_line(
@@ -215,7 +227,7 @@ def test_a_fit_keeps_the_resolved_configuration(place: Path) -> None:
 def resolved(*words: object) -> dict[str, Any]:
     """What `farout fit reconstruction` would run with; nothing is run."""
     given = ["reconstruction", "images", "--out", "out", *map(str, words)]
-    return parse("fit", "fit", given).args[-1]
+    return parse("fit", given).args[-1]
 
 
 @pytest.mark.parametrize("levels", [["--levels", "[50,200]"], ["--levels=[50, 200]"], ["--levels", "50", "200"]])
@@ -229,7 +241,7 @@ def test_lists_are_written_either_way(levels: list[str]) -> None:
 
 def test_numbers_end_where_a_word_comes(tmp_path: Path) -> None:
     """`--levels 50 200 images/` is natural to type; the folder is no level."""
-    call = parse("fit", "fit", ["reconstruction", "--levels", "50", "200", "images", "--out", "o"])
+    call = parse("fit", ["reconstruction", "--levels", "50", "200", "images", "--out", "o"])
     assert call.args[-1]["levels"] == (50, 200)
     assert call.args[-1]["source"] == "images"
 
@@ -265,6 +277,22 @@ def test_printed_settings_are_a_config_file(tmp_path: Path, capsys: pytest.Captu
     assert values["levels"] == (50, 200)
     assert values["draws"] == 2
     assert values["source"] == "images", "what is typed overrides the file"
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["train", "diffusion", "--preset", "classes"], ["preset: classes", "  classes: true"]),
+        (["train", "classifier", "--preset", "ncis_tiny", "--loss", "vos"], ["preset: ncis_tiny", "  loss: vos"]),
+        (["fit", "reconstruction", "x", "--preset", "fast", "--steps", "3"], ["mode: fast", "steps: 3", "source: x"]),
+        (["synthesize", "sdedit", "--preset", "paper"], ["guidance: 7.5", "diffusion: null"]),
+    ],
+)
+def test_printed_settings_are_those_of_the_preset(
+    words: list[str], lines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--print-config"]) == 0
+    assert set(lines) <= set(capsys.readouterr().out.splitlines())
 
 
 def test_switches_need_no_value() -> None:

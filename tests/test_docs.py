@@ -134,7 +134,7 @@ def understand(words: tuple[str, ...]) -> None:
     if command == "list":
         assert rest[0] in ("detectors", "synthesisers", "sets", "presets")
     else:
-        parse(command, COMMANDS[command], rest)
+        parse(command, rest)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "docs/commands.md"])

@@ -407,7 +407,7 @@ def test_flags_have_the_defaults_of_the_method(name: str) -> None:
     words = [name, "images", "--diffusion", "model", "--out", "out"]
     for preset in (None, *kind.presets):
         wanted = kind() if preset is None else kind.from_preset(preset)
-        call: Any = parse("synthesize", "synthesize", [*words, *([] if preset is None else ["--preset", preset])])
+        call: Any = parse("synthesize", [*words, *([] if preset is None else ["--preset", preset])])
         assert call.keywords["arguments"] == wanted.config
 
 

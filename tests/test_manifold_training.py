@@ -289,6 +289,8 @@ def test_a_training_that_diverges_says_so() -> None:
         {"held_out": 0.0, "regularization": "held_out"},
         {"regularization": "none"},
         {"reg_weight": -1.0},
+        {"reg_weight": 0.1, "regularization": "held_out"},
+        {"steps": 50, "epochs": 2},
         {"kept": 20, "draws": 10},
         {"checkpoint": "first"},
         {"temperature": math.inf},
@@ -314,3 +316,10 @@ def test_presets() -> None:
     assert len(fitted.known["held_out"]) == 0
     assert [entry["step"] for entry in fitted.history] == [0, 1, 2, 3, 4]
     assert list(fitted.compare(fitted.draw(5))) == ["drawn", "training"]
+
+
+def test_a_weight_that_auto_has_no_use_for_is_no_mistake() -> None:
+    given = ManifoldConfig(reg_weight=0.1)
+    assert given.resolved(fewest=5, held_out=2, dim=9) == ManifoldConfig(regularization="held_out")
+    assert given.resolved(fewest=9, held_out=2, dim=5).reg_weight == 0.1
+    ManifoldConfig.from_preset("paper", regularization="held_out", held_out=0.1)

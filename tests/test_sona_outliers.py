@@ -221,6 +221,16 @@ def test_settings_out_of_range(settings: dict[str, Any]) -> None:
         SONA(**settings)
 
 
+def test_settings_without_use_are_refused_and_presets_stay() -> None:
+    given: dict[str, Any]
+    for given in ({"attempts": 6}, {"targets": "none", "guidance": 3.0}):
+        with pytest.raises(FaroutError, match=f"{list(given)[-1]} is .*, which has no use .*its default is"):
+            SDEdit(**given)
+    SDEdit(reject=0.5, attempts=6)
+    SDEdit(targets="none", guidance=2.0)
+    SDEdit.from_preset("paper", targets="none")
+
+
 def test_names_like_those_of_known_classes_are_no_targets(tmp_path: Path) -> None:
     for name in ("assault rifle", "newt"):
         pictures(tmp_path / "i" / name, 3)

@@ -303,7 +303,7 @@ def test_settings_read_as_in_a_file_for_config(tmp_path: Path) -> None:
     body["training"]["batch_size"] = body["training"].pop("batch-size")
     config = written(tmp_path / "config.yaml", body)
     words = ["reconstruction", "sample_fashion:test", "--out", "o", "--config", str(config)]
-    assert step.settings == settings_of(parsers.parse("fit", "fit", words))
+    assert step.settings == settings_of(parsers.parse("fit", words))
     assert step.settings["training.ema"] is None
     assert step.settings["levels"] == [50, 200]
 
@@ -334,7 +334,7 @@ def test_names_stand_for_folders_only_where_folders_are_meant(place: Path, tmp_p
 
 
 def test_every_place_that_takes_a_folder_takes_a_name() -> None:
-    functions = [parsers.function_of(COMMANDS[name]) for name in COMMANDS if name not in ("list", "chain")]
+    functions = [parsers.function_of(name) for name in COMMANDS if name not in ("list", "chain")]
     typed = {parameter.name for function in functions for parameter in parsers.positional(function)}
     assert typed - {"method", "name", "preset"} <= NAMING
 
@@ -358,7 +358,7 @@ def test_built_in_chains_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_settings_of_every_method_can_be_kept() -> None:
     for command, room, more in (("fit", "detectors", []), ("synthesize", "outliers", ["--diffusion", "m"])):
         for name in registry.members(room):
-            kept = settings_of(parsers.parse(command, command, [name, "images", "--out", "o", *more]))
+            kept = settings_of(parsers.parse(command, [name, "images", "--out", "o", *more]))
             assert json.loads(json.dumps(kept, allow_nan=False)) == kept
             assert kept["source"] == "images"
 

@@ -59,6 +59,18 @@ class Configured:
         """Called before the first constructor's own lines."""
         self.provenance = {}
 
+    def _refuse_idle(self, where: str, *names: str) -> None:
+        """Raises FaroutError for settings that are of no use and neither at their default nor as a preset has them.
+
+        where: they are of no use, and what would change that, in words.
+        """
+        for name in names:
+            given, default = self.config[name], _default(type(self), name)
+            if given not in (default, *(preset.get(name, default) for preset in self.presets.values())):
+                raise FaroutError(
+                    f"{name} is {given!r}, which has no use {where}, or leave {name} out (its default is {default!r})"
+                )
+
     @classmethod
     def from_preset(cls, name: str, **arguments: Any) -> Self:
         """One with the settings of a preset; `arguments` override them. Raises FaroutError for an unknown preset."""
@@ -67,6 +79,12 @@ class Configured:
         made = cls(**{**cls.presets[name], **arguments})
         made.provenance["preset"] = name
         return made
+
+
+def _default(kind: type, name: str) -> Any:
+    """Of an argument of the constructor, or of one that its `**arguments` go on to."""
+    known = (inspect.signature(vars(each)["__init__"]).parameters for each in kind.__mro__ if "__init__" in vars(each))
+    return next(parameters[name].default for parameters in known if name in parameters)
 
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -14,36 +15,26 @@ from farout.errors import FaroutError, meant
 __all__ = ["COMMANDS", "main", "named_command"]
 
 COMMANDS = {
-    "train diffusion": "train_diffusion",
-    "train classifier": "train_classifier",
-    "fit": "fit",
-    "score": "score",
-    "calibrate": "calibrate",
-    "evaluate": "evaluate",
-    "bench": "bench",
-    "sample": "sample",
-    "synthesize": "synthesize",
-    "reconstruct": "reconstruct",
-    "fid": "fid",
-    "interpolate": "interpolate",
-    "chain": "chain",
-    "features extract": "extract_features",
-    "features list": "list_features",
-    "features clear": "clear_features",
-    "list": "list_",
-    "demo": "demo",
+    "train diffusion": "diffusion.train:train_diffusion",
+    "train classifier": "classifiers.train:train_classifier",
+    "fit": "cli.commands:fit",
+    "score": "cli.commands:score",
+    "calibrate": "cli.commands:calibrate",
+    "evaluate": "cli.commands:evaluate",
+    "bench": "cli.bench:bench",
+    "sample": "cli.generation:sample",
+    "synthesize": "cli.generation:synthesize",
+    "reconstruct": "cli.generation:reconstruct",
+    "fid": "cli.generation:fid",
+    "interpolate": "cli.generation:interpolate",
+    "chain": "cli.chain:chain",
+    "features extract": "cli.commands:extract_features",
+    "features list": "cli.commands:list_features",
+    "features clear": "cli.commands:clear_features",
+    "list": "cli.lists:show_list",
+    "demo": "cli.commands:demo",
 }
-"""What is typed, and the function in one of `_FILES` behind it."""
-
-_FILES = (
-    "cli/commands.py",
-    "cli/bench.py",
-    "cli/generation.py",
-    "cli/lists.py",
-    "cli/chain.py",
-    "diffusion/train.py",
-    "classifiers/train.py",
-)
+"""What is typed, and the module and the function behind it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +77,7 @@ def _run(name: str, words: list[str]) -> int:
     from farout.cli import output, parsers
 
     output.quiet_libraries()
-    call = parsers.parse(name, COMMANDS[name], words)
+    call = parsers.parse(name, words)
     if name == "chain":  # whose steps show what they do themselves
         call()
         return 0
@@ -109,16 +100,19 @@ def _overview(words: Sequence[str]) -> int:
         return 0
     if words and words[0] not in ("-h", "--help"):
         return _failed(f"there is no command {' '.join(words[:2])!r}; {meant(words[0], COMMANDS)}", 2)
-    lines = [f"  {name:<18}{text}" for name, text in _descriptions().items()]
+    lines = [f"  {name:<18}{_described(place)}" for name, place in COMMANDS.items()]
     print("usage: farout COMMAND …, and `farout COMMAND --help` for its settings\n", *lines, sep="\n")
     return 0
 
 
-def _descriptions() -> dict[str, str]:
-    """First docstring lines of the commands, read without importing them: importing torch takes seconds."""
-    found: dict[str | None, str] = {}
-    for file in _FILES:
-        tree = ast.parse((Path(__file__).parents[1] / file).read_text(encoding="utf-8"))
-        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-        found |= {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions}
-    return {name: found.get(function, found["show_list"]) for name, function in COMMANDS.items()}
+def _described(place: str) -> str:
+    """The first docstring line of a command's function."""
+    module, _, function = place.partition(":")
+    return next((ast.get_docstring(each) or "").partition("\n")[0] for each in _read(module) if each.name == function)
+
+
+@functools.cache
+def _read(module: str) -> list[ast.FunctionDef]:
+    """The functions of a module, which is not imported: importing torch takes seconds."""
+    file = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
+    return [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -194,14 +195,18 @@ def evaluate(
 
 
 def what_is_rated(
-    detector: str | None, id: str | None, ood: Sequence[str], scores: Sequence[str], out: str | None
+    detector: str | None, id: str | None, ood: Sequence[str], scores: Sequence[str], out: str | None, **others: Any
 ) -> tuple[str, str, str] | None:
     """Detector, in-distribution images and folder of the results, or None where tables are rated; raises FaroutError
-    for a mixture of both, and where something is missing.
+    for a mixture of both, others of `evaluate`'s settings beside tables, and where something is missing.
     """
     if scores:
         if detector is not None or id is not None or ood:
             raise FaroutError("--scores rates tables; leave out the detector, --id and --ood")
+        known = inspect.signature(evaluate).parameters
+        idle = [*others.pop("runtime", ()), *(name for name in others if others[name] != known[name].default)]
+        if idle:
+            raise FaroutError(f"--scores rates tables, for which {', '.join(idle)} has no use; leave it out")
         return None
     if detector is None or id is None or not ood or out is None:
         raise FaroutError("evaluate wants DETECTOR --id SOURCE --ood SOURCE... --out DIR, or --scores FILE FILE...")

@@ -192,6 +192,17 @@ class Parser(jsonargparse.ArgumentParser):
         except argparse.ArgumentError as error:
             raise UsageError(f"{self._explained(str(error))} (see `{self.prog} --help`)") from error
 
+    def glance(self, words: Sequence[str]) -> jsonargparse.Namespace:
+        """As `read`, for settings that others depend on: nothing is printed, and what must be given may be missing."""
+        must = [action for action in self._actions if action.required]
+        for action in must:
+            action.required = False
+        try:
+            return self.read([word for word in words if not word.replace("_", "-").startswith("--print-config")])
+        finally:
+            for action in must:
+                action.required = True
+
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """Flags with dashes; the command's own parameters under a plain heading."""
         text = super().format_help(formatter).replace(f"\n{self.heading.removesuffix('.')}:\n", "\narguments:\n")

@@ -15,7 +15,7 @@ from farout.evaluation.fid import FeatureName, SetDistance, set_distance
 from farout.evaluation.interpolate import InterpolatedFolder, write_interpolations
 from farout.evaluation.outlier_page import write_outlier_page
 from farout.evaluation.outlier_quality import is_made_of_images, rate_outliers, write_quality
-from farout.images.sources import open_source
+from farout.images.sources import ImageSource, open_source
 from farout.outliers.base import OutlierFolder, Synthesiser
 from farout.outliers.reconstruct import ReconstructedFolder
 from farout.outliers.reconstruct import reconstruct as _reconstruct
@@ -126,15 +126,19 @@ def synthesize(
         policy=policy,
         runtime=runtime,
     )
-    if not first_process():
-        return found
+    if first_process():
+        _write_page(found, images, classifier, runtime)
+    return found
+
+
+def _write_page(found: OutlierFolder, images: ImageSource, classifier: str | None, runtime: Runtime) -> None:
+    """The page, with what a classifier says of outliers that were made of images."""
     rated = None
     if classifier is not None and is_made_of_images(found):
         judge = Classifier.load(classifier).to(resolve_device(runtime.device))
         rated = rate_outliers(found, images, judge, runtime)
         write_quality(rated, found)
     write_outlier_page(found, images, rated)
-    return found
 
 
 def reconstruct(
@@ -152,11 +156,7 @@ def reconstruct(
     resume: bool = False,
     limit: int | None = None,
     policy: Literal["raise", "skip"] = "raise",
-    device: str = "auto",
-    precision: Precisions = "auto",
-    rows: int | Literal["auto"] = 32,
-    batch_size: int | Literal["auto"] = "auto",
-    workers: int = 2,
+    runtime: Runtime,
 ) -> ReconstructedFolder:
     """Make images again with a diffusion model: part of the way to noise, and back.
 
@@ -176,11 +176,7 @@ def reconstruct(
         resume: go on where an earlier run in the folder stopped.
         limit: a seeded sample of this many images of the source.
         policy: what becomes of an unreadable image: raise, or skip.
-        device: auto, cpu, cuda, cuda:1, …
-        precision: precision of the network; auto is bf16 where the device computes in it natively, else fp32.
-        rows: rows of one network call.
-        batch_size: images made together; auto goes by a memory budget.
-        workers: threads that decode images.
+        runtime: how networks are run.
     """
     return _reconstruct(
         source,
@@ -196,7 +192,7 @@ def reconstruct(
         resume=resume,
         limit=limit,
         policy=policy,
-        runtime=Runtime(device, precision, rows, batch_size, workers),
+        runtime=runtime,
     )
 
 

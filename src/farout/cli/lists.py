@@ -9,6 +9,7 @@ from typing import Any
 from farout import registry
 from farout.cli.tables import new_table, print_table
 from farout.cli.usage import UsageError
+from farout.cli.words import flags
 from farout.errors import meant
 from farout.evaluation.bench.presets import about, preset_names
 from farout.images import catalog
@@ -77,23 +78,17 @@ def presets() -> list[dict[str, str]]:
     ]
 
 
-def _flags(settings: dict[str, Any], prefix: str = "") -> str:
+def _flags(settings: dict[str, Any]) -> str:
     """Settings as flags; of settings of settings those that differ from their class's defaults."""
-    parts = []
-    for name, value in settings.items():
-        flag = prefix + name.replace("_", "-")
-        if is_dataclass(value) and not isinstance(value, type):
-            plain = type(value)()
-            changed = {f.name: getattr(value, f.name) for f in fields(value)}
-            value = {key: each for key, each in changed.items() if each != getattr(plain, key)}
-        if isinstance(value, dict):
-            parts.append(_flags(value, f"{flag}."))
-        else:
-            if isinstance(value, bool):
-                value = str(value).lower()
-            shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else "null" if value is None else value
-            parts.append(f"--{flag} {shown}")
-    return " ".join(parts)
+    return " ".join(word for name, value in settings.items() for word in flags(name, _changed(value)))
+
+
+def _changed(value: Any) -> Any:
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    plain = type(value)()
+    named = {field.name: getattr(value, field.name) for field in fields(value)}
+    return {name: each for name, each in named.items() if each != getattr(plain, name)}
 
 
 def _print(rows: list[dict[str, str]], what: str) -> None:

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import re
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
-from farout import classifiers, diffusion, registry
+from farout import registry
 from farout.classifiers.exposure import Exposure
 from farout.classifiers.train import PRESETS as CLASSIFIERS
 from farout.classifiers.train import ClassifierConfig, train_classifier
-from farout.cli import bench, commands, generation
+from farout.cli import COMMANDS, commands, generation
 from farout.cli.flags import Parser
 from farout.cli.usage import UsageError
 from farout.configuration import flat
 from farout.detectors._fitting import FitSettings
-from farout.detectors.base import Runtime
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
 from farout.errors import meant
+from farout.runtime import Runtime
 from farout.training_config import TrainingConfig
 
 __all__ = ["function_of", "parse", "parser_of", "positional"]
 
-_ROOMS = (commands, bench, generation, diffusion.train, classifiers.train)
-"""Where the functions behind the commands are."""
 _TRAININGS: dict[Callable[..., Any], tuple[dict[str, type], Mapping[str, Any]]] = {
     train_diffusion: ({"model": DiffusionConfig}, PRESETS),
     train_classifier: ({"model": ClassifierConfig, "exposure": Exposure}, CLASSIFIERS),
@@ -39,29 +39,34 @@ _COMPOSED = {"runtime", "settings", "arguments", "model", "training", "exposure"
 """Keyword parameters of commands that are made of several flags."""
 _NOT_FLAGS = ("network", "training", "runtime")
 """Fields of FitSettings that are flags of their own."""
+_TRAINED = {
+    "diffusion": ("network_preset", "model", "training"),
+    "classifier": ("classifier_preset", "classifier_steps"),
+}
+"""Networks that `fit` trains where they are not given, and the flags that say how."""
 _USAGE = {
     "evaluate": "farout evaluate DETECTOR --id SOURCE --ood SOURCE... --out DIR [settings]\n"
     "       farout evaluate --scores FILE FILE... [--out DIR]"
 }
 
 
-def parse(name: str, function: str, words: Sequence[str]) -> functools.partial[Any]:
-    """The call that the words ask for; what its settings alone forbid is refused here, before anything is loaded.
+def parse(name: str, words: Sequence[str]) -> functools.partial[Any]:
+    """The call that the words after a command's name ask for; what its settings alone forbid is refused here, before
+    anything is loaded.
 
     Raises UsageError for wrong usage, FaroutError for settings out of range; exits with status 0 after --help.
     """
     if name in _METHODS:
         member = _chosen(name, words)
         return _METHODS[name].parse(member, member.load(), words[1:])
-    call = function_of(function)
+    call = function_of(name)
     return _train(name, call, words) if call in _TRAININGS else _bind(name, call, words)
 
 
-def function_of(function: str) -> Callable[..., Any]:
-    """The function of that name behind a command."""
-    from farout.cli import chain  # whose steps are read by these parsers
-
-    found: Callable[..., Any] = next(getattr(room, function) for room in (*_ROOMS, chain) if hasattr(room, function))
+def function_of(name: str) -> Callable[..., Any]:
+    """The function behind a command."""
+    module, _, function = COMMANDS[name].partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"farout.{module}"), function)
     return found
 
 
@@ -75,15 +80,17 @@ def _bind(name: str, call: Callable[..., Any], words: Sequence[str]) -> functool
     """A function with the parameters that the words give it."""
     parser = _parser_for(name, call)
     values = _values(parser, parser.read(words))
-    composed = "runtime" in inspect.signature(call).parameters
-    runtime = {key: values.pop(key) for key in _RUNTIME} if composed else {}
-    changes = {"runtime": {key: value for key, value in runtime.items() if value is not None}} if composed else {}
+    kind = _runtime_of(call)
+    if kind is not None:
+        runtime = {key: values.pop(key) for key in _RUNTIME if key in values}
+        given = {key: value for key, value in runtime.items() if value is not None}
+        values["runtime"] = Runtime(**given) if kind is Runtime else given
     if call is commands.evaluate:
-        commands.what_is_rated(**{key: values[key] for key in ("detector", "id", "ood", "scores", "out")})
-    return functools.partial(call, **values, **changes)
+        commands.what_is_rated(**values)
+    return functools.partial(call, **values)
 
 
-def parser_of(name: str, function: str, method: str | None = None) -> Parser:
+def parser_of(name: str, method: str | None = None) -> Parser:
     """The parser of a command; of one whose first word is a METHOD, that of the method's words after it.
 
     Raises FaroutError for an unknown method.
@@ -91,7 +98,7 @@ def parser_of(name: str, function: str, method: str | None = None) -> Parser:
     if name in _METHODS:
         member = registry.find(_METHODS[name].room, method or "")
         return _METHODS[name].parser(member, member.load())
-    return _parser_for(name, function_of(function))
+    return _parser_for(name, function_of(name))
 
 
 def _parser_for(name: str, call: Callable[..., Any]) -> Parser:
@@ -99,16 +106,23 @@ def _parser_for(name: str, call: Callable[..., Any]) -> Parser:
     if call in _TRAININGS:
         return _train_parser(name, call)
     parser = _parser(name, call)
-    if "runtime" in inspect.signature(call).parameters:
+    kind = _runtime_of(call)
+    if kind is Runtime:
         _add_runtime(parser)
+    elif kind is not None:  # empty unless given: a detector scores with the settings it was fitted with
+        parser.take(Runtime)
+        parser.set_defaults(dict.fromkeys(_RUNTIME))
     return parser
+
+
+def _runtime_of(call: Callable[..., Any]) -> Any:
+    """How a command takes the runtime: whole, or what was given of it; None: it takes none."""
+    return typing.get_type_hints(call).get("runtime")
 
 
 def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about: str = "") -> Parser:
     """A parser with the parameters of a command."""
-    parameters = [p for p in inspect.signature(call).parameters.values() if p.name not in {*skip, *_composed(call)}]
-    plain = [p for p in positional(call) if p.name not in skip]
-    must = [p for p in parameters if p not in plain and p.default is p.empty]
+    plain, must = [p for p in positional(call) if p.name not in skip], _must(call)
     shown = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in plain]
     usage = _USAGE.get(name, " ".join(["farout", name, *shown, *(f"--{p.name} DIR" for p in must), "[settings]"]))
     heading = _first_line(call)
@@ -121,6 +135,12 @@ def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about
         parser.add_argument(each.name, type=str, help=_argument(call, each.name), **count)
     parser.take(call, skip=[*skip, *(p.name for p in [*plain, *must]), *_composed(call)])
     return parser
+
+
+def _must(call: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a command whose flags must be given."""
+    typed = {*_composed(call), *(p.name for p in positional(call))}
+    return [p for p in inspect.signature(call).parameters.values() if p.default is p.empty and p.name not in typed]
 
 
 def _composed(call: Callable[..., Any]) -> list[str]:
@@ -139,9 +159,8 @@ def _argument(call: Callable[..., Any], name: str) -> str:
 
 
 def _add_runtime(parser: Parser) -> None:
-    """The runtime's flags, empty unless given: a detector scores with the settings it was fitted with."""
-    parser.take(Runtime)
-    parser.set_defaults(dict.fromkeys(_RUNTIME))
+    """The runtime's flags for what makes images; features, which are cached, are for detectors."""
+    parser.take(Runtime, skip=["cache"])
 
 
 def _values(parser: Parser, parsed: Any) -> dict[str, Any]:
@@ -181,8 +200,7 @@ def _train(name: str, call: Callable[..., Any], words: Sequence[str]) -> functoo
     parser = _train_parser(name, call)
     short = _short(configs)
     words = [_long(word, short) for word in words]
-    # the first reading is for the preset's name
-    parser.set_defaults(_training_preset(parser.read(words).preset, presets))
+    parser.set_defaults(_training_preset(parser.glance(words).preset, presets))
     if "exposure" in configs:
         _drop_idle(parser, words)
     values = _values(parser, parser.read(words))
@@ -208,7 +226,7 @@ def _short(configs: Mapping[str, type]) -> dict[str, str]:
 
 def _drop_idle(parser: Parser, words: Sequence[str]) -> None:
     """Another loss than the preset's makes nothing of the preset's settings of that; what the words say stays."""
-    read = _values(parser, parser.read(words))
+    read = _values(parser, parser.glance(words))
     idle = read["exposure"].idle(read["outliers"] is not None, read["reconstructions"] is not None)
     parser.set_defaults({f"exposure.{name}": default for name, default in idle.items()})
 
@@ -226,7 +244,6 @@ class _Methods:
 
     room: str
     call: Callable[..., Any]
-    needed: str
     parser: Callable[[registry.Member, Any], Parser]
     parse: Callable[[registry.Member, Any, Sequence[str]], functools.partial[Any]]
 
@@ -237,24 +254,34 @@ def _chosen(name: str, words: Sequence[str]) -> registry.Member:
     known = registry.members(command.room)
     if words and not words[0].startswith("-"):
         return registry.find(command.room, words[0])
+    wanted = " ".join(["METHOD SOURCE", *(f"--{p.name} DIR" for p in _must(command.call))])
     if {"-h", "--help"} & set(words):
-        usage = f"usage: farout {name} METHOD SOURCE {command.needed} [settings]"
-        print(f"{usage}\n\n{_first_line(command.call)}\n\nmethods:")
+        print(f"usage: farout {name} {wanted} [settings]\n\n{_first_line(command.call)}\n\nmethods:")
         print(*(f"  {each:<18}{member.description}" for each, member in known.items()), sep="\n")
         print(f"\n`farout {name} METHOD --help` shows the settings.")
         raise SystemExit(0)
-    wanted = f"METHOD SOURCE {command.needed}"
     raise UsageError(f"{name} wants {wanted}, the method first; methods: {', '.join(known)}")
 
 
 def _fit(member: registry.Member, method: Any, words: Sequence[str]) -> functools.partial[Any]:
     parser = _fit_parser(member, method)
-    chosen = parser.read(words)
+    chosen = parser.glance(words)
+    _refuse_idle(chosen, parser.glance([]))
     network = _training_preset(chosen.network_preset) if _trains_on_images(method) else {}
     parser.set_defaults({**network, **_method_preset(method, chosen.preset)})
     values = _values(parser, parser.read(words))
     method(**{key: values[key] for key in method().config})  # refuses what is out of range
     return functools.partial(_call_fit, member.name, method, values)
+
+
+def _refuse_idle(chosen: Any, plain: Any) -> None:
+    """Raises UsageError for settings of a training, other than the plain ones, where the network is given."""
+    given, defaults = vars(chosen.as_flat()), vars(plain.as_flat())
+    for network, parts in _TRAINED.items():
+        idle = [n for n in given if n.partition(".")[0] in parts and given[n] != defaults[n]]
+        if given[network] is not None and idle:
+            flag = idle[0].replace("_", "-")
+            raise UsageError(f"--{flag} has no use beside --{network}: what is given is not trained; leave one out")
 
 
 def _fit_parser(member: registry.Member, method: Any) -> Parser:
@@ -304,13 +331,13 @@ def _call_fit(name: str, method: Any, values: dict[str, Any]) -> Any:
 def _synthesize_parser(member: registry.Member, method: Any) -> Parser:
     skip = ["stage"] if len(method.stages) == 1 else []
     parser = _method_parser(f"synthesize {member.name}", generation.synthesize, member, method, skip)
-    parser.take(Runtime, skip=["cache"])
+    _add_runtime(parser)
     return parser
 
 
 def _synthesize(member: registry.Member, method: Any, words: Sequence[str]) -> functools.partial[Any]:
     parser = _synthesize_parser(member, method)
-    parser.set_defaults(_method_preset(method, parser.read(words).preset))
+    parser.set_defaults(_method_preset(method, parser.glance(words).preset))
     values = _values(parser, parser.read(words))
     arguments = {key: values.pop(key) for key in method().config}
     method(**arguments)  # refuses what is out of range
@@ -319,8 +346,6 @@ def _synthesize(member: registry.Member, method: Any, words: Sequence[str]) -> f
 
 
 _METHODS = {
-    "fit": _Methods("detectors", commands.fit, "--out DIR", _fit_parser, _fit),
-    "synthesize": _Methods(
-        "outliers", generation.synthesize, "--diffusion DIR --out DIR", _synthesize_parser, _synthesize
-    ),
+    "fit": _Methods("detectors", commands.fit, _fit_parser, _fit),
+    "synthesize": _Methods("outliers", generation.synthesize, _synthesize_parser, _synthesize),
 }

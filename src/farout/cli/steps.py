@@ -80,7 +80,7 @@ class Step:
     def call(self, folder: Path | None = None, *more: str) -> functools.partial[Any]:
         """Its command, parsed, with `more` words; see `words`. Raises FaroutError as typing it would."""
         words = self.words(folder)[len(self.command.split()) :]
-        return parsers.parse(self.command, COMMANDS[self.command], [*words, *more])
+        return parsers.parse(self.command, [*words, *more])
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -168,12 +168,12 @@ def _command(name: str, title: str) -> str:
 
 
 def _parameters(command: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(parsers.function_of(COMMANDS[command])).parameters
+    return inspect.signature(parsers.function_of(command)).parameters
 
 
 def _typed(command: str) -> list[inspect.Parameter]:
     """What is typed without a flag; the method is part of the step's name."""
-    return [p for p in parsers.positional(parsers.function_of(COMMANDS[command])) if p.name != "method"]
+    return [p for p in parsers.positional(parsers.function_of(command)) if p.name != "method"]
 
 
 def _check_body(title: str, body: Mapping[str, Any], typed: Sequence[inspect.Parameter]) -> None:

@@ -20,7 +20,7 @@ def flags(name: str, value: Any) -> list[str]:
     if isinstance(value, Mapping):
         return [word for key, each in value.items() for word in flags(f"{name}.{key}", each)]
     flag = f"--{name.replace('_', '-')}"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         items = [text(each) for each in value]
         alike = {isinstance(each, str) for each in value} in ({True}, {False})
         if alike and not any(item.startswith(("-", "[", "{")) for item in items):

@@ -42,7 +42,7 @@ class MSMA(Detector):
     Bayesian information criterion, and no more than the statistics images allow.
 
     Args:
-        levels: the levels t; None: `count` levels, evenly spaced in log sigma.
+        levels: the levels t, instead of the next three; None: `count` levels, evenly spaced in log sigma.
         count: levels at most; ones that fall on the same t count once.
         lowest, highest: the ends of those levels, sigma for pixels in [0, 1] (for latents as it is); what the schedule
             does not reach is cut off.
@@ -77,6 +77,8 @@ class MSMA(Detector):
             raise FaroutError(f"lowest and highest want 0 < lowest < highest, got {lowest:g} and {highest:g}")
         if score not in _SCORES:
             raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(_SCORES)}")
+        if levels is not None:
+            self._refuse_idle("beside levels; leave levels out", "count", "lowest", "highest")
         self.levels: tuple[int, ...] = ()
         self.sigmas = torch.zeros(0)
         self.mixture: GaussianMixture | None = None

@@ -86,7 +86,7 @@ class Deformation(Synthesiser):
         k_max: the most; without it N - 1.
         clip: keep values within those of images at every step, for models without autoencoder.
         reject: draw an outlier anew that the classifier takes for its image's class with more than this probability.
-        attempts: draws at most; of those that are all rejected the least probable one is kept.
+        attempts: draws at most, with reject; of those that are all rejected the least probable one is kept.
         reconstructions: also make again, once, each image that an outlier is made of, as one of its class:
             OUT/reconstructions, a folder as `farout reconstruct` writes it, for the training of a classifier beside the
             outliers.
@@ -117,6 +117,8 @@ class Deformation(Synthesiser):
         self.wording.check_beside(targets, self.target_classes)
         self.k_min, self.k_max = k_min, max(1, steps - 1) if k_max is None else k_max
         self.clip, self.reject, self.attempts, self.reconstructions = clip, reject, attempts, reconstructions
+        if reject is None:
+            self._refuse_idle("where nothing is rejected; give reject, a probability", "attempts")
         if not 1 <= self.k_min <= self.k_max <= steps:
             raise FaroutError(
                 f"images go k_min to k_max of the steps, 1 <= k_min <= k_max <= steps; got {k_min}, {self.k_max} and "

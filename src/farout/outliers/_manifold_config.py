@@ -30,7 +30,7 @@ class ManifoldConfig:
         scale: divide all coordinates by one number, the root of their mean variance: the order of densities stays.
         pca_variance: p, percent of a class's variance left to invariant coordinates.
         steps: batches, each of two updates: of the invariants, then of the reconstruction.
-        epochs: passes over the training vectors, instead of `steps`.
+        epochs: passes over the training vectors, instead of `steps`, which then stay at their default.
         batch_size: vectors of a batch.
         learning_rate: of Adam, at the first batch.
         final_factor: the rate of the last batch divided by that of the first; linear in between.
@@ -45,7 +45,7 @@ class ManifoldConfig:
             of the vectors; `held_out`: (1 - a) S + a tr(S) / D I, with the a, one for all classes, under which
             held-out vectors are the most likely; `auto`: `held_out` where a class has no more vectors to fit to than
             there are dimensions and some are held out, else `relative`. A manifold's folder says which it was.
-        reg_weight: w above; unused with `held_out`.
+        reg_weight: w above; with `held_out`, which has none, it stays at its default, or the preset's.
         draws: vectors of a class drawn in a round; as many rounds are made as the vectors asked for take.
         kept: of these, how many of the lowest density are kept; the paper's 10 of 3,330 are its 0.3 %.
         temperature: factor on the deviations of what is drawn; 1 in the paper.
@@ -116,7 +116,9 @@ class ManifoldConfig:
         """
         if self.regularization != "auto":
             return self
-        return replace(self, regularization="held_out" if fewest <= dim and held_out else "relative")
+        if fewest > dim or not held_out:
+            return replace(self, regularization="relative")
+        return replace(self, regularization="held_out", reg_weight=ManifoldConfig.reg_weight)
 
     def total_steps(self, count: int) -> int:
         """Batches of the whole training with `count` vectors; the last batch of an epoch may be smaller."""
@@ -125,9 +127,11 @@ class ManifoldConfig:
 
 def _rules(c: ManifoldConfig) -> list[tuple[str, bool, str]]:
     counts = ("layers", "steps", "batch_size", "validations", "draws", "kept")
+    weights = (ManifoldConfig.reg_weight, ManifoldConfig.presets["paper"]["reg_weight"])
     return [
         *((name, getattr(c, name) >= 1, "1 or more") for name in counts),
         ("epochs", c.epochs is None or c.epochs >= 1, "None, or 1 or more"),
+        ("steps", c.epochs is None or c.steps == ManifoldConfig.steps, f"none beside epochs {c.epochs}: leave one out"),
         ("map", c.map in ("volume_preserving", "linear"), "volume_preserving or linear"),
         ("orthogonal_map", c.orthogonal_map in ("matrix_exp", "cayley"), "matrix_exp or cayley"),
         ("pca_variance", 0 < c.pca_variance < 100, "a number between 0 and 100 (percent)"),
@@ -139,5 +143,6 @@ def _rules(c: ManifoldConfig) -> list[tuple[str, bool, str]]:
         ("regularization", c.regularization in get_args(Regularization), ", ".join(get_args(Regularization))),
         ("held_out", c.held_out > 0 or c.regularization != "held_out", "a part to choose a shrinkage by, such as 0.1"),
         ("reg_weight", 0 <= c.reg_weight < math.inf, "0 or more"),
+        ("reg_weight", c.regularization != "held_out" or c.reg_weight in weights, "none with held_out: leave one out"),
         ("kept", c.kept <= c.draws, f"at most draws ({c.draws})"),
     ]

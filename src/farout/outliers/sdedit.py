@@ -30,6 +30,8 @@ class SDEdit(Deformation):
         super().__init__(**deformation)
         if guidance < 0:
             raise FaroutError(f"guidance wants 0 or more, got {guidance}")
+        if self.targets == "none":
+            self._refuse_idle("without a target; give other targets than none", "guidance")
         self.guidance = guidance
 
     @classmethod

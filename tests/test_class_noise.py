@@ -92,7 +92,8 @@ def test_only_classes_with_images_get_outliers(images: Path, tmp_path: Path) -> 
     for path in (images / "b").iterdir():
         path.unlink()
     (images / "b").rmdir()
-    made = ClassNoise(steps=2).synthesize(images, tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU)
+    with pytest.warns(TrapWarning, match=r"knows 1 class \(b\)"):
+        made = ClassNoise(steps=2).synthesize(images, tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU)
     assert made.manifest()["class_name"].tolist() == ["a", "c", "a", "c"]
     assert made.manifest()["label"].tolist() == [0, 2, 0, 2], "numbers are the generator's"
 
@@ -198,6 +199,7 @@ def test_a_generator_is_judged_once(images: Path, tmp_path: Path, monkeypatch: p
     assert asked == [classifier().content_hash, second.content_hash]
 
 
+@pytest.mark.filterwarnings("ignore:the classifier recognises:farout.errors.TrapWarning")
 def test_a_run_builds_its_sampler_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Sampler] = []
     original = Sampler.__post_init__

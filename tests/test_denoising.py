@@ -23,6 +23,8 @@ from farout.images.sources import Batch
 from farout.training_config import TrainingConfig
 from small import classifier, conditional, model, pictures
 
+pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,7 +1,6 @@
 """What every detector keeps, written once: a new detector passes these without a line written for it."""
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,10 @@ from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, NaNScoresWarning, ShortfallWarning, SourceError, StoreError, TrapWarning
 from farout.images.sources import Batch
 from small import classifier, conditional, model, pictures
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:it is not known which images:farout.errors.TrapWarning", "ignore::farout.errors.ShortfallWarning"
+)
 
 NAMES = sorted(registry.members("detectors"))
 
@@ -45,9 +48,7 @@ def fitted(name: str, folder: Path, **settings: object) -> Detector:
 
 @pytest.fixture(scope="module", params=NAMES)
 def detector(request: pytest.FixtureRequest, folder: Path) -> Detector:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ShortfallWarning)
-        return fitted(request.param, folder)
+    return fitted(request.param, folder)
 
 
 def test_there_are_detectors() -> None:

@@ -16,6 +16,8 @@ from farout.images.preprocessing import Preprocessing
 from farout.images.sources import Batch
 from small import conditional, model, tiny_unet
 
+pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+
 SIZE = 64
 SPREAD = torch.linspace(0.1, 0.4, SIZE, dtype=torch.float64)
 """Standard deviations of the pixels in [-1, 1], independent; their mean in the model is 0."""

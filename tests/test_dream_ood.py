@@ -26,6 +26,11 @@ from farout.outliers._boundary_folder import extend_drawn, read_drawn
 from farout.runtime import Runtime
 from small import conditional, pictures
 
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:the diffusion model knows 1 class \(b\):farout.errors.TrapWarning",
+    "ignore:only .* lie nearest to their own class's vector:farout.errors.TrapWarning",
+)
+
 CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
 MODEL = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
 SHORT = Alignment(steps=4, batch_size=8, warmup=0)

@@ -16,6 +16,8 @@ from farout.images.preprocessing import Preprocessing
 from farout.images.sources import Batch
 from small import conditional, model, tiny_unet
 
+pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+
 SIZE = 64
 RANDOM = torch.Generator().manual_seed(0)
 BASIS = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=RANDOM, dtype=torch.float64))[0]

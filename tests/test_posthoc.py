@@ -304,6 +304,7 @@ def test_without_a_classifier_one_is_trained_on_labels(
     assert not made.network.trained_on & (made.statistics_hashes | made.calibration_hashes)
 
 
+@pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
 def test_the_random_control_has_a_fresh_classifier(made: Posthoc, good: Path, tmp_path: Path) -> None:
     from farout.evaluation.beside import Beside, rated_beside
 

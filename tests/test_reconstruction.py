@@ -21,6 +21,8 @@ from farout.images.preprocessing import Preprocessing
 from farout.images.sources import Batch
 from small import model
 
+pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+
 SCHEDULE = NoiseSchedule()
 
 

@@ -26,6 +26,10 @@ from farout.runtime import Runtime
 from farout.training import TrainingConfig
 from small import classifier, conditional, pictures, two_classes
 
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:the (diffusion model|classifier) knows 3 classes \(c, d, e\):farout.errors.TrapWarning"
+)
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -13,6 +13,8 @@ from farout.evaluation.beside import Beside
 from farout.evaluation.evaluate import evaluate_detector
 from small import model, pictures
 
+pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -77,6 +79,7 @@ def test_recalibration_says_what_cannot_work(fitted: Reconstruction, tmp_path: P
         recalibrate(load(tmp_path / "d"), few, alpha=2.0)
 
 
+@pytest.mark.filterwarnings("ignore:.* lies below one half:farout.errors.TrapWarning")
 def test_seen_images_and_unknown_pasts_are_named(folder: Path, fitted: Reconstruction, tmp_path: Path) -> None:
     far = pictures(tmp_path / "far", 10, low=0, spread=255, seed=2)
     with pytest.warns(TrapWarning, match="too good"):

@@ -13,7 +13,7 @@ from farout.detectors.base import Measurements, Runtime
 from farout.detectors.semantic import Semantic, sampling
 from farout.detectors.semantic.indicators import Scorer, metric_names, names
 from farout.diffusion.denoiser import GaussianDenoiser
-from farout.errors import FaroutError, ShortfallWarning, StoreError
+from farout.errors import ConstantScoresWarning, FaroutError, ShortfallWarning, StoreError
 from farout.features.diffusion import FeatureDiffusion, paper_schedule
 from farout.features.encoding import FeatureEncoding
 from farout.images.sources import Batch, open_source
@@ -248,7 +248,8 @@ def test_constant_features_are_no_numbers_trouble(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(Semantic, "_compute", lambda self, images: torch.ones(len(images), 512))
     for standardise in ("image", "channel"):
         detector = fitted(folder, standardise=standardise, runtime=Runtime(cache=False))
-        assert np.isfinite(detector.score(folder).score).all()
+        with pytest.warns(ConstantScoresWarning):
+            assert np.isfinite(detector.score(folder).score).all()
 
 
 def test_too_few_images_for_training_say_so(tmp_path: Path) -> None:

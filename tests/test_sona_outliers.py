@@ -25,6 +25,8 @@ from farout.outliers.base import OutlierFolder, Synthesiser
 from farout.runtime import Runtime
 from small import classifier, conditional, pictures, two_classes
 
+pytestmark = pytest.mark.filterwarnings("ignore:the diffusion model knows [23] classes:farout.errors.TrapWarning")
+
 CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
 
 

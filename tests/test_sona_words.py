@@ -25,7 +25,9 @@ from farout.runtime import Runtime
 from small import conditional, pictures, stable_diffusion
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore:.*native size:farout.errors.TrapWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*native size:farout.errors.TrapWarning", "ignore:.* sampled images are grey:farout.errors.TrapWarning"
+)
 
 CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
 NAMES = ("cat", "dog", "the_kite")
@@ -94,6 +96,7 @@ def told(folder: Path, **settings: Any) -> DiffusionModel:
 # -- the chain --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:3 of the 7 words:farout.errors.TrapWarning")
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_words_are_put_in_whatever_the_network_predicts(
     folders: dict[str, Path], images: Path, words: str, tmp_path: Path, prediction: str

@@ -22,6 +22,7 @@ from farout.runtime import Runtime
 from small import conditional, pictures, stable_diffusion
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
 
 CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
 SMALL = ManifoldConfig(layers=2, steps=4, validations=1, draws=20, kept=2)

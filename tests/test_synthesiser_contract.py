@@ -17,6 +17,11 @@ from farout.images.sources import open_source
 from farout.outliers.base import Made, OutlierFolder, Runtime, Synthesiser, Work, read_outliers
 from small import classifier, conditional, model, pictures
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::farout.errors.ShortfallWarning",
+    "ignore:only .* lie nearest to their own class's vector:farout.errors.TrapWarning",
+)
+
 NAMES = sorted(registry.members("outliers"))
 COUNT = 7
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from image_files import pixels, write_parquet
+
 torch.set_num_threads(1)
 
 
@@ -29,3 +31,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def data() -> Path:
     """The folder of real image sets."""
     return Path(os.environ["FAROUT_DATA"])
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose `data` is FAROUT_DATA, with one set of 20 images in four classes."""
+    monkeypatch.setenv("FAROUT_DATA", str(tmp_path / "data"))
+    labels, names = [i % 4 for i in range(20)], ["shirt", "bag", "boot", "hat"]
+    write_parquet(tmp_path / "data" / "fashion_mnist" / "train.parquet", pixels(20), labels, names)
+    write_parquet(tmp_path / "data" / "fashion_mnist" / "test.parquet", pixels(4, seed=1), labels[:4], names)
+    return tmp_path

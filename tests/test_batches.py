@@ -13,13 +13,7 @@ import torch
 from farout.errors import SourceError, UnreadableImageError
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import PreparedImages, batches, open_source
-from image_files import make_house, pixels, write_folder, write_parquet
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch) -> Path:
-    """A FAROUT_DATA folder with one set of 20 images in four classes."""
-    return make_house(tmp_path, monkeypatch)
+from image_files import pixels, write_folder, write_parquet
 
 
 @pytest.fixture

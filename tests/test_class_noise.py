@@ -10,17 +10,13 @@ import torch
 
 from farout import ClassNoise, read_outliers
 from farout.cli import main
-from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.conditioning import Condition
-from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sampling import Sampler
 from farout.errors import FaroutError, StoreError, TrapWarning
 from farout.outliers._decoding import decode, vector_scale
 from farout.outliers._recognised import recognised
 from farout.runtime import Runtime
-from small import by_tokens, classifier, conditional, model, pictures, tiny_unet
-
-CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
+from small import CPU, by_tokens, classifier, conditional, model, pictures, without_null
 
 
 @pytest.fixture
@@ -28,12 +24,6 @@ def images(tmp_path: Path) -> Path:
     for name in "abc":
         pictures(tmp_path / "labelled" / name, 2, seed=ord(name))
     return tmp_path / "labelled"
-
-
-def without_null() -> DiffusionModel:
-    unet, plain = tiny_unet(classes=3), model()
-    table = ClassVectors(unet, ("a", "b", "c"), has_null=False)
-    return DiffusionModel(unet, plain.schedule, plain.preprocessing, conditioning=table)
 
 
 @pytest.mark.parametrize("fresh", [conditional, by_tokens])

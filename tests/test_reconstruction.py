@@ -19,7 +19,7 @@ from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import Batch
-from small import model
+from small import latent, model
 
 pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
 
@@ -244,22 +244,7 @@ def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> 
 
 
 def test_it_works_on_latents() -> None:
-    import diffusers
-
-    from small import tiny_unet
-
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    sizes = {
-        "in_channels": 1,
-        "out_channels": 1,
-        "latent_channels": 3,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-    }
-    preprocessing = Preprocessing(size=(16, 16), channels=1, native=(16, 16))
-    autoencoder = diffusers.AutoencoderKL(**sizes, **blocks)
-    latent = DiffusionModel(tiny_unet(3), SCHEDULE, preprocessing, autoencoder=autoencoder)
-    made = Reconstruction(levels=(50, 100), draws=2).fit(images(40).images, diffusion=latent, statistics=10)
+    made = Reconstruction(levels=(50, 100), draws=2).fit(images(40).images, diffusion=latent(), statistics=10)
     assert np.isfinite(made.score(images(5, seed=3).images).score).all()
 
 

@@ -20,18 +20,11 @@ from farout.diffusion.sample_folder import write_samples
 from farout.diffusion.sampling import Sampler, choose_classes, sample
 from farout.errors import FaroutError, StoreError
 from farout.images.sources import open_source
-from small import conditional, model, tiny_unet
+from small import conditional, model, tiny_unet, without_null
 
 
 def made(found: object) -> Tensor:
     return torch.cat(list(found))
-
-
-def without_null() -> DiffusionModel:
-    unet = tiny_unet(classes=3)
-    plain = model()
-    table = ClassVectors(unet, ("a", "b", "c"), has_null=False)
-    return DiffusionModel(unet, plain.schedule, plain.preprocessing, conditioning=table)
 
 
 # -- images ---------------------------------------------------------------------------------------------------------

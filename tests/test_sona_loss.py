@@ -21,15 +21,13 @@ from farout.cli import main
 from farout.errors import FaroutError, SourceError, TrapWarning
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import open_source
-from farout.runtime import Runtime
 from farout.training import TrainingConfig
-from small import conditional, pictures
+from small import CPU, conditional, pictures
 
 CONFIG = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
 FEW = TrainingConfig(
     steps=3, batch_size=8, optimizer="sgd", learning_rate=0.1, warmup=0, ema=None, device="cpu", precision="fp32"
 )
-CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
 
 
 @pytest.fixture(scope="module")

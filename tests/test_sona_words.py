@@ -21,15 +21,13 @@ from farout.outliers._targets import draw_targets
 from farout.outliers._wording import PHOTO, Wording
 from farout.outliers._words import listed, screened
 from farout.outliers.base import OutlierFolder, Synthesiser
-from farout.runtime import Runtime
-from small import conditional, pictures, stable_diffusion
+from small import CPU, conditional, in_order, pictures, stable_diffusion
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*native size:farout.errors.TrapWarning", "ignore:.* sampled images are grey:farout.errors.TrapWarning"
 )
 
-CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
 NAMES = ("cat", "dog", "the_kite")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -82,10 +80,7 @@ def files(folder: OutlierFolder) -> dict[str, bytes]:
 
 
 def pixels(folder: OutlierFolder) -> Tensor:
-    """In the order of their numbers."""
-    source = folder.source()
-    places = {key: place for place, key in enumerate(source.keys)}
-    return torch.stack([source[places[key]] for key in folder.manifest()["key"]]).float() / 255
+    return in_order(folder).float() / 255
 
 
 def told(folder: Path, **settings: Any) -> DiffusionModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +15,7 @@ from farout.errors import FaroutError, MissingExtraError, SourceError
 from farout.images import tables
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import batches, open_source
-from image_files import encode, make_house, picture, pixels, write_folder, write_parquet
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch) -> Path:
-    """A FAROUT_DATA folder with one set of 20 images in four classes."""
-    return make_house(tmp_path, monkeypatch)
+from image_files import encode, picture, pixels, write_folder, write_parquet
 
 
 def test_classes_whose_names_no_folder_can_have(tmp_path):

@@ -113,11 +113,9 @@ def test_two_runs_are_the_same_and_seeds_differ(
     assert not torch.equal(one, two)
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_batches_change_nothing(
-    whole: OutlierFolder, method: type[Synthesiser], images: Path, tmp_path: Path, size: int
-) -> None:
-    parts = made(method, images, tmp_path / "s", batch_size=size)
+def test_batches_change_nothing(whole: OutlierFolder, method: type[Synthesiser], images: Path, tmp_path: Path) -> None:
+    """Of one image each; batches that do not divide the count come with the interrupted run below."""
+    parts = made(method, images, tmp_path / "s", batch_size=1)
     assert files(parts.folder) == files(whole.folder)
 
 

@@ -65,7 +65,7 @@ def test_a_file_that_vanished_is_unreadable_not_a_crash(tmp_path):
     assert "No such file" in source.unreadable["a.png"]
 
 
-def test_unknown_policy_is_refused(tmp_path):
+def test_unknown_policy_is_refused():
     with pytest.raises(SourceError, match="raise, skip, nan"):
         open_source(pixels(1), policy="ignore")
 

@@ -49,7 +49,7 @@ def test_the_noise_has_the_scale_of_the_class_table(images: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("fresh", [conditional, by_tokens])
-def test_another_size(fresh: Any, images: Path, tmp_path: Path) -> None:
+def test_outliers_may_be_of_another_size_than_the_generators(fresh: Any, images: Path, tmp_path: Path) -> None:
     """On disk too; of the generator's own, the same images as without."""
     given: dict[str, Any] = {"count": 4, "diffusion": fresh(), "runtime": CPU}
     plain, own, large = (

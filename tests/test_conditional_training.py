@@ -306,7 +306,7 @@ def test_variances_are_dropped() -> None:
     assert denoiser.predict(torch.zeros(1, 3, 8, 8), torch.ones(1)).shape == (1, 3, 8, 8)
 
 
-def test_the_presets_with_classes_are_the_card_s(tmp_path: Path) -> None:
+def test_the_presets_with_classes_are_the_card_s() -> None:
     config, training = DiffusionConfig(**PRESETS["cifar"]["model"]), TrainingConfig(**PRESETS["cifar"]["training"])
     assert config.objective == Objective("antithetic", "square", "sum", 0.1, True)
     assert (config.schedule, config.beta_start, config.beta_end) == ("linear", 1e-4, 0.02)

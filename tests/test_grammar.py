@@ -38,7 +38,7 @@ SETS = frozenset({"fashion_mnist", "mnist", "cifar10"})
         ("hf://me/set/config", ("hub", "me/set/config", "train", None, None, ())),
     ],
 )
-def test_grammar(text, expected):
+def test_a_source_string_has_one_meaning(text, expected):
     spec = parse_spec(text, SETS)
     assert (spec.kind, spec.location, spec.split, spec.variant, spec.strength, spec.classes) == expected
 

@@ -395,7 +395,7 @@ def test_reconstructions_count_as_seen(tree: Path, outliers: Path, tmp_path: Pat
     assert more.provenance["exposure"]["loss"] == "cross_entropy"
 
 
-def test_fewer_outliers_than_a_batch_and_validation(tree: Path, outliers: Path, tmp_path: Path) -> None:
+def test_fewer_outliers_than_a_batch_serve_training_and_validation(tree: Path, outliers: Path) -> None:
     few = open_source(outliers).subset([0, 1])
     training = replace(FEW, validate_every=2, accumulate=2)
     made = train_on(open_source(tree), CONFIG, training, outliers=few, exposure=Exposure(start=0.5))

@@ -115,7 +115,7 @@ def test_the_further_the_less_is_left(images: Path) -> None:
     assert lost == sorted(lost)
 
 
-def test_levels_are_drawn_by_seed_and_key(images: Path) -> None:
+def test_levels_are_drawn_by_seed_and_key() -> None:
     keys = [f"{number}" for number in range(400)]
     levels = torch.tensor(RoundTrip(model(), 0.2, 0.6).levels(keys))
     assert 0.2 <= float(levels.min()) < 0.21

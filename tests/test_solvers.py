@@ -73,8 +73,7 @@ def test_rows_that_stand_still_cost_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddim", "heun", "dpm_solver_2m", "plms"])
-def test_there_and_back(name: str) -> None:
-    """A rising path inverts a falling one."""
+def test_a_rising_path_inverts_a_falling_one(name: str) -> None:
     denoiser = oracle()
     x = oracle().mean.float().repeat(2, 1) + 0.3
     up = torch.logspace(-1, 0.3, 300).repeat(2, 1)

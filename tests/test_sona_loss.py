@@ -158,7 +158,7 @@ def test_negative_features_are_named() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training(tree: Path, outliers: Path, precision: Any) -> None:
+def test_training_repeats_exactly_in_any_precision(tree: Path, outliers: Path, precision: Any) -> None:
     training = TrainingConfig(**{**vars(FEW), "precision": precision})
     source, outer = open_source(tree), open_outliers(str(outliers))
     made = [train_on(source, CONFIG, training, exposure=Exposure(loss="sona"), outliers=outer) for _ in range(2)]

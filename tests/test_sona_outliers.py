@@ -156,7 +156,7 @@ def test_values_are_kept_within_those_of_images(images: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm_solver_2m", "unipc"])
-def test_solvers(images: Path, tmp_path: Path, solver: str) -> None:
+def test_every_solver_that_can_be_guided_makes_outliers(images: Path, tmp_path: Path, solver: str) -> None:
     assert made(images, tmp_path / "o", SONA(steps=6, solver=solver), count=4).made == 4
 
 
@@ -337,7 +337,7 @@ def test_regions_are_pictures_of_guided_steps(images: Path, tmp_path: Path) -> N
     assert not (found.folder / "regions" / "000003.png").exists()
 
 
-def test_presets(images: Path, tmp_path: Path) -> None:
+def test_the_papers_preset_has_the_papers_steps() -> None:
     paper = SONA.from_preset("paper")
     assert (paper.steps, paper.k_min, paper.k_max) == (50, 1, 49)
     assert paper.guidance == SonaConfig().for_steps(50)

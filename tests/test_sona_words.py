@@ -154,7 +154,7 @@ def test_classes_and_words_stand_in_one_template(folder: Path, few: str) -> None
     assert seen == set(templates)
 
 
-def test_words_change_images(folder: Path, images: Path, root: Path, tmp_path: Path) -> None:
+def test_words_change_images(folder: Path, images: Path, tmp_path: Path) -> None:
     """The draws are the same: what differs is what is put in, and how it is said."""
     for name in ("bird", "snow leopard"):
         (tmp_path / f"{name}.txt").write_text(name)

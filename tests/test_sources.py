@@ -102,7 +102,7 @@ def test_csv_mistakes_are_named(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("layout", ["NHW", "NCHW", "NHWC", "float"])
-def test_npz(tmp_path, layout):
+def test_arrays_of_every_layout_give_the_same_images(tmp_path, layout):
     images = pixels(4, 3 if layout in ("NCHW", "NHWC") else 1)
     stored = {
         "NHW": images[:, 0],
@@ -175,7 +175,7 @@ def test_tensors_and_arrays():
         open_source(3)
 
 
-def test_pictures():
+def test_lists_of_pictures_are_sources():
     images = pixels(2, 3)
     source = open_source([picture(image) for image in images])
     assert torch.equal(source[1], images[1])

@@ -250,7 +250,7 @@ def test_probability_flow_gets_better_with_its_tolerance() -> None:
     assert errors[1] < errors[0] / 20
 
 
-def test_vp_time() -> None:
+def test_times_levels_and_rates_are_those_of_the_schedule() -> None:
     """Entries of the table are whole levels, 0 is -1, and the rate is the betas'."""
     for schedule in SCHEDULES.values():
         time, levels = VPTime(schedule), torch.arange(0, 990, 7)

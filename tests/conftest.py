@@ -1,16 +1,28 @@
-"""Shared fixtures: one thread, so that numbers do not depend on the machine's core count."""
+"""Shared fixtures: one thread and fp32, so that numbers do not depend on the machine's processor."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy is imported, here and in what tests start
 
 import pytest
 import torch
 
+from farout import devices
 from image_files import pixels, write_parquet
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def full_precision() -> Iterator[None]:
+    """`auto` means fp32, also where the processor computes in bf16 natively."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "_native_bf16", lambda device: False)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,14 +1,28 @@
-"""Shared fixtures: one thread, so that numbers do not depend on the machine's core count."""
+"""Shared fixtures: one thread and fp32, so that numbers do not depend on the machine's processor."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy is imported, here and in what tests start
 
 import pytest
 import torch
 
+from farout import devices
+from image_files import pixels, write_parquet
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def full_precision() -> Iterator[None]:
+    """`auto` means fp32, also where the processor computes in bf16 natively."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "_native_bf16", lambda device: False)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,3 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def data() -> Path:
     """The folder of real image sets."""
     return Path(os.environ["FAROUT_DATA"])
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose `data` is FAROUT_DATA, with one set of 20 images in four classes."""
+    monkeypatch.setenv("FAROUT_DATA", str(tmp_path / "data"))
+    labels, names = [i % 4 for i in range(20)], ["shirt", "bag", "boot", "hat"]
+    write_parquet(tmp_path / "data" / "fashion_mnist" / "train.parquet", pixels(20), labels, names)
+    write_parquet(tmp_path / "data" / "fashion_mnist" / "test.parquet", pixels(4, seed=1), labels[:4], names)
+    return tmp_path

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 import torch
 from PIL import Image
 
@@ -48,12 +47,3 @@ def write_parquet(path: Path, images: torch.Tensor, labels=None, names=None, row
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=row_group)
     return path
-
-
-def make_house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A FAROUT_DATA folder with one set of 20 images in four classes."""
-    monkeypatch.setenv("FAROUT_DATA", str(tmp_path / "data"))
-    labels, names = [i % 4 for i in range(20)], ["shirt", "bag", "boot", "hat"]
-    write_parquet(tmp_path / "data" / "fashion_mnist" / "train.parquet", pixels(20), labels, names)
-    write_parquet(tmp_path / "data" / "fashion_mnist" / "test.parquet", pixels(4, seed=1), labels[:4], names)
-    return tmp_path

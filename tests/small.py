@@ -7,6 +7,7 @@ from pathlib import Path
 import diffusers
 import torch
 from PIL import Image
+from torch import Tensor
 
 from farout.classifiers.model import Classifier
 from farout.classifiers.networks import NetworkSpec
@@ -15,6 +16,11 @@ from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
 from farout.images.preprocessing import Preprocessing
+from farout.outliers.base import OutlierFolder
+from farout.outliers.reconstruct import ReconstructedFolder
+from farout.runtime import Runtime
+
+CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
 
 
 def tiny_unet(channels: int = 1, size: int = 8, classes: int | None = None) -> diffusers.UNet2DModel:
@@ -60,6 +66,29 @@ def conditional(
     unet = tiny_unet(channels, classes=classes)
     conditioning = ClassVectors(unet, string.ascii_lowercase[:classes], has_null=True)
     return DiffusionModel(unet, NoiseSchedule(), preprocessing, conditioning=conditioning, **settings)
+
+
+def without_null() -> DiffusionModel:
+    """As `conditional`, of a network that was never trained without a class."""
+    unet, plain = tiny_unet(classes=3), model()
+    conditioning = ClassVectors(unet, ("a", "b", "c"), has_null=False)
+    return DiffusionModel(unet, plain.schedule, plain.preprocessing, conditioning=conditioning)
+
+
+def autoencoder(latent: int = 3, halvings: int = 1) -> diffusers.AutoencoderKL:
+    """Of grey pictures, untrained: `latent` channels of sides that are halved so often."""
+    torch.manual_seed(0)
+    stages = halvings + 1
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * stages, "up_block_types": ("UpDecoderBlock2D",) * stages}
+    sizes = {"in_channels": 1, "out_channels": 1, "latent_channels": latent, "block_out_channels": (8,) * stages}
+    return diffusers.AutoencoderKL(**sizes, **blocks, norm_num_groups=4)
+
+
+def latent(size: tuple[int, int] = (16, 16), halvings: int = 1, **settings: object) -> DiffusionModel:
+    """As `model`, of grey pictures' latents."""
+    preprocessing = Preprocessing(size=size, channels=1, native=size)
+    inner = autoencoder(halvings=halvings)
+    return DiffusionModel(tiny_unet(3), NoiseSchedule(), preprocessing, autoencoder=inner, **settings)
 
 
 def attending(channels: int = 1, width: int = 6) -> diffusers.UNet2DConditionModel:
@@ -117,6 +146,13 @@ def stable_diffusion(folder: Path, prediction: str = "epsilon", length: int = 32
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     diffusers.PNDMScheduler(**betas, prediction_type=prediction).save_pretrained(folder / "scheduler")
     return folder
+
+
+def in_order(folder: OutlierFolder | ReconstructedFolder) -> Tensor:
+    """Images (B, C, H, W) that were made into a folder, uint8, in the order of their numbers."""
+    source = folder.source()
+    places = {key: place for place, key in enumerate(source.keys)}
+    return torch.stack([source[places[key]] for key in folder.manifest()["key"]])
 
 
 def pictures(folder: Path, count: int = 40, *, low: int = 100, spread: int = 80, seed: int = 0) -> Path:

@@ -13,13 +13,7 @@ import torch
 from farout.errors import SourceError, UnreadableImageError
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import PreparedImages, batches, open_source
-from image_files import make_house, pixels, write_folder, write_parquet
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch) -> Path:
-    """A FAROUT_DATA folder with one set of 20 images in four classes."""
-    return make_house(tmp_path, monkeypatch)
+from image_files import pixels, write_folder, write_parquet
 
 
 @pytest.fixture
@@ -71,7 +65,7 @@ def test_a_file_that_vanished_is_unreadable_not_a_crash(tmp_path):
     assert "No such file" in source.unreadable["a.png"]
 
 
-def test_unknown_policy_is_refused(tmp_path):
+def test_unknown_policy_is_refused():
     with pytest.raises(SourceError, match="raise, skip, nan"):
         open_source(pixels(1), policy="ignore")
 

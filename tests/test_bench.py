@@ -78,7 +78,7 @@ def small(**changes: Any) -> dict[str, Any]:
         ({"networks__generator__outliers": "noise"}, ["networks.generator", "for classifiers"]),
         ({"networks__generator__folder": "/nowhere"}, ["networks.generator", "/nowhere"]),
         ({"networks__classifier__outliers": "nois"}, ["networks.classifier", "'nois'", "did you mean noise?"]),
-        ({"networks__exposed__outliers": None}, ["networks.exposed", "energy", "outliers"][:2]),
+        ({"networks__exposed__outliers": None}, ["networks.exposed", "energy"]),
         ({"networks__a|b": {"kind": "diffusion"}}, ["'a|b'", "letters"]),
         ({"outliers__noise__method": "ncsi"}, ["outliers.noise", "did you mean ncis"]),
         ({"outliers__noise__diffusion": "classifier"}, ["outliers.noise", "classifier", "a diffusion model"]),

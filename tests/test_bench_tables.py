@@ -124,7 +124,7 @@ def test_one_seed_has_its_interval() -> None:
     assert sets.rows[0][1].text == "0.600 (0.500 to 0.700)"
 
 
-def test_markdown_is_a_table(tmp_path: Path) -> None:
+def test_markdown_is_a_table() -> None:
     tables = boards(plan(), ROWS, group_means(plan(), ROWS))
     text = markdown(plan(), ROWS, tables, "a machine")
     lines = [line for line in text.splitlines() if line.startswith("|")]

@@ -66,7 +66,7 @@ def test_groups_name_sets_of_the_table():
         ("fashion_mnist:test", "fashion_mnist:test@vflip", ""),
     ],
 )
-def test_group(inlier, outlier, expected):
+def test_near_and_far_are_the_fields_own_groups(inlier, outlier, expected):
     assert catalog.group(inlier, outlier) == expected
 
 

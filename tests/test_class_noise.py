@@ -10,17 +10,13 @@ import torch
 
 from farout import ClassNoise, read_outliers
 from farout.cli import main
-from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.conditioning import Condition
-from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sampling import Sampler
 from farout.errors import FaroutError, StoreError, TrapWarning
 from farout.outliers._decoding import decode, vector_scale
 from farout.outliers._recognised import recognised
 from farout.runtime import Runtime
-from small import by_tokens, classifier, conditional, model, pictures, tiny_unet
-
-CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
+from small import CPU, by_tokens, classifier, conditional, model, pictures, without_null
 
 
 @pytest.fixture
@@ -28,12 +24,6 @@ def images(tmp_path: Path) -> Path:
     for name in "abc":
         pictures(tmp_path / "labelled" / name, 2, seed=ord(name))
     return tmp_path / "labelled"
-
-
-def without_null() -> DiffusionModel:
-    unet, plain = tiny_unet(classes=3), model()
-    table = ClassVectors(unet, ("a", "b", "c"), has_null=False)
-    return DiffusionModel(unet, plain.schedule, plain.preprocessing, conditioning=table)
 
 
 @pytest.mark.parametrize("fresh", [conditional, by_tokens])
@@ -59,7 +49,7 @@ def test_the_noise_has_the_scale_of_the_class_table(images: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("fresh", [conditional, by_tokens])
-def test_another_size(fresh: Any, images: Path, tmp_path: Path) -> None:
+def test_outliers_may_be_of_another_size_than_the_generators(fresh: Any, images: Path, tmp_path: Path) -> None:
     """On disk too; of the generator's own, the same images as without."""
     given: dict[str, Any] = {"count": 4, "diffusion": fresh(), "runtime": CPU}
     plain, own, large = (
@@ -92,7 +82,8 @@ def test_only_classes_with_images_get_outliers(images: Path, tmp_path: Path) -> 
     for path in (images / "b").iterdir():
         path.unlink()
     (images / "b").rmdir()
-    made = ClassNoise(steps=2).synthesize(images, tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU)
+    with pytest.warns(TrapWarning, match=r"knows 1 class \(b\)"):
+        made = ClassNoise(steps=2).synthesize(images, tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU)
     assert made.manifest()["class_name"].tolist() == ["a", "c", "a", "c"]
     assert made.manifest()["label"].tolist() == [0, 2, 0, 2], "numbers are the generator's"
 
@@ -198,6 +189,7 @@ def test_a_generator_is_judged_once(images: Path, tmp_path: Path, monkeypatch: p
     assert asked == [classifier().content_hash, second.content_hash]
 
 
+@pytest.mark.filterwarnings("ignore:the classifier recognises:farout.errors.TrapWarning")
 def test_a_run_builds_its_sampler_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Sampler] = []
     original = Sampler.__post_init__

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from farout.images.sources import ImageSource, open_source
 from farout.images.splits import split
 from farout.training import TrainingConfig
 from farout.training_config import learning_rate
+from launch import in_two_processes
 from small import pictures
 
 CONFIG = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
@@ -191,11 +189,7 @@ t.trained({tree!r}, {out!r}, training=training)
 def test_two_processes_reach_the_floor_and_write_one_folder(tree: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), tree=str(tree), out=str(tmp_path / "c")))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launcher, str(script)], env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(script, 180)
     learnt = Classifier.load(tmp_path / "c")
     assert "held_out_accuracy" in learnt.provenance
     state = (tmp_path / "c.training" / "checkpoints" / "step_00000004" / "state.json").read_text()

@@ -239,7 +239,7 @@ def test_lists_are_written_either_way(levels: list[str]) -> None:
     assert values["source"] == "images"
 
 
-def test_numbers_end_where_a_word_comes(tmp_path: Path) -> None:
+def test_numbers_end_where_a_word_comes() -> None:
     """`--levels 50 200 images/` is natural to type; the folder is no level."""
     call = parse("fit", ["reconstruction", "--levels", "50", "200", "images", "--out", "o"])
     assert call.args[-1]["levels"] == (50, 200)

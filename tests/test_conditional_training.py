@@ -19,7 +19,7 @@ from farout.errors import FaroutError, SourceError, StoreError
 from farout.images.classes import class_names_of, class_numbers
 from farout.images.sources import ImageSource, open_source
 from farout.training_config import TrainingConfig
-from small import by_tokens, conditional, model, pictures
+from small import autoencoder, by_tokens, conditional, model, pictures
 
 QUICK = {"batch_size": 8, "warmup": 1, "device": "cpu", "precision": "fp32"}
 
@@ -161,11 +161,8 @@ def test_what_cannot_be_trained_is_refused_before_any_work(
     elif case == "levels":
         config, message = DiffusionConfig(levels="log"), "levels"  # type: ignore[arg-type]
     else:
-        import diffusers
-
         inner = tmp_path / "vae"
-        blocks = {"block_out_channels": (8,), "norm_num_groups": 4}
-        diffusers.AutoencoderKL(in_channels=1, out_channels=1, **blocks).save_pretrained(inner)
+        autoencoder(halvings=0).save_pretrained(inner)
         config, message = DiffusionConfig(flip=True), "latents"
     with pytest.raises(FaroutError, match=message):
         train_diffusion(source, tmp_path / "m", model=config, autoencoder=inner and str(inner))
@@ -243,11 +240,7 @@ def test_training_with_classes_resumes_exactly(tmp_path: Path, network: str, mon
 
 
 def test_latents_with_classes(tmp_path: Path) -> None:
-    import diffusers
-
-    diffusers.AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4).save_pretrained(
-        tmp_path / "vae"
-    )
+    autoencoder(halvings=0).save_pretrained(tmp_path / "vae")
     trained = train_diffusion(
         two_classes(tmp_path / "images", 12),
         tmp_path / "m",
@@ -313,7 +306,7 @@ def test_variances_are_dropped() -> None:
     assert denoiser.predict(torch.zeros(1, 3, 8, 8), torch.ones(1)).shape == (1, 3, 8, 8)
 
 
-def test_the_presets_with_classes_are_the_card_s(tmp_path: Path) -> None:
+def test_the_presets_with_classes_are_the_card_s() -> None:
     config, training = DiffusionConfig(**PRESETS["cifar"]["model"]), TrainingConfig(**PRESETS["cifar"]["training"])
     assert config.objective == Objective("antithetic", "square", "sum", 0.1, True)
     assert (config.schedule, config.beta_start, config.beta_end) == ("linear", 1e-4, 0.02)

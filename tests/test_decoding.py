@@ -106,7 +106,7 @@ def test_one_bit_becomes_black_and_white():
     assert decode(encode(image, "PNG"), "k").tolist() == [[[0, 255]]]
 
 
-def test_first_frame_of_an_animation(colours):
+def test_first_frame_of_an_animation():
     frames = [Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode(data, "k")[:, 0, 0].tolist() == [255, 0, 0]

@@ -23,6 +23,8 @@ from farout.images.sources import Batch
 from farout.training_config import TrainingConfig
 from small import classifier, conditional, model, pictures
 
+pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -74,7 +76,7 @@ def test_post_hoc_scores_are_higher_further_out() -> None:
 def test_without_noise_nothing_moves_and_more_noise_moves_more(good: Path) -> None:
     """The card's second check: S is as good as 0 at t = 0 (sigma .04 here) and grows with t on the average."""
     made = Denoising(levels=(0, 100, 300, 600), draws=2, grid=50, solver="ddim")
-    made.fit(good, conditional(), classifier(), alpha=0.1, statistics=30)
+    made.fit(good, conditional(), classifier(), alpha=0.1, statistics=2, limit=12)
     found = column(made.measure(batch(16)).values, "pixel_global_l1").mean((0, 2))
     assert (found.diff() > 0).all()
     assert found[0] < 0.2 * found[-1]
@@ -96,10 +98,11 @@ def test_measured_by_hand(fitted: Denoising) -> None:
 
 
 def test_evaluations_are_as_in_the_cards_table(good: Path) -> None:
-    paper = Denoising.from_preset("paper").fit(good, conditional(), classifier(), alpha=0.1, statistics=30)
-    fast = Denoising().fit(good, conditional(), classifier(), alpha=0.1, statistics=30)
-    released = Denoising.from_preset("released").fit(good, conditional(), classifier(), alpha=0.1, statistics=30)
-    assert (paper.cost().nfe, fast.cost().nfe, released.cost().nfe) == (120, 48, 288)
+    counted = [
+        made.fit(good, conditional(), classifier(), alpha=0.1, statistics=2, limit=12).cost().nfe
+        for made in (Denoising.from_preset("paper"), Denoising(), Denoising.from_preset("released"))
+    ]
+    assert counted == [120, 48, 288]
 
 
 def test_indicators_and_either(fitted: Denoising, good: Path) -> None:
@@ -112,7 +115,7 @@ def test_indicators_and_either(fitted: Denoising, good: Path) -> None:
     np.testing.assert_allclose(pair.score, np.maximum(energy, change))
 
 
-def test_other_distances_need_no_network(fitted: Denoising, good: Path) -> None:
+def test_other_distances_need_no_network(fitted: Denoising) -> None:
     again = fitted.reconfigured(distance="l2")
     assert again.calibration_scores["logit"].mean() < fitted.calibration_scores["logit"].mean()
     with pytest.raises(FaroutError, match="draws"):

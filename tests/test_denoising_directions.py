@@ -20,6 +20,8 @@ from farout.diffusion.schedule import NoiseSchedule
 from farout.evaluation.metrics import auroc
 from farout.images.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+
 CLASSES, PIXELS, SPREAD = 10, 64, 0.3
 BASIS = torch.linalg.qr(torch.randn(PIXELS, PIXELS, generator=torch.Generator().manual_seed(0)))[0]
 CENTRES = 1.5 * torch.eye(CLASSES, PIXELS)

@@ -24,9 +24,13 @@ from farout.outliers._alignment import Alignment, check_directions, read_aligned
 from farout.outliers._boundary import BoundarySampling, ClassBoundary, choose, kth_distance
 from farout.outliers._boundary_folder import extend_drawn, read_drawn
 from farout.runtime import Runtime
-from small import conditional, pictures
+from small import CPU, conditional, pictures
 
-CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:the diffusion model knows 1 class \(b\):farout.errors.TrapWarning",
+    "ignore:only .* lie nearest to their own class's vector:farout.errors.TrapWarning",
+)
+
 MODEL = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
 SHORT = Alignment(steps=4, batch_size=8, warmup=0)
 FEW = BoundarySampling(select=3, points=2, candidates=20, kept=2)

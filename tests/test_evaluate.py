@@ -195,6 +195,7 @@ def test_controls_are_fitted_on_the_recorded_source(place: Path, monkeypatch: py
     assert seen == [(str(place / "good"), 55), (str(place / "test"), 1000)]
 
 
+@pytest.mark.filterwarnings("ignore:Brightness, :farout.errors.FaroutWarning", "ignore::farout.errors.ShortfallWarning")
 def test_missing_control_images_warn_and_cost_no_result(place: Path) -> None:
     detector = brightness(place)
     detector.provenance["source"] = "/nowhere/at/all"
@@ -236,6 +237,7 @@ def test_unreadable_images_on_both_sides_are_no_shared_images(place: Path, tmp_p
     pd.testing.assert_frame_equal(before[columns], after[columns])
 
 
+@pytest.mark.filterwarnings("ignore:Brightness, constant:farout.errors.ConstantScoresWarning")
 def test_sources_without_a_name_are_not_confused(place: Path, tmp_path: Path) -> None:
     """Two tensors of as many images have the same keys; the second must not be given the scores of the first."""
     generator = torch.Generator().manual_seed(0)
@@ -310,6 +312,8 @@ def test_constant_scores_warn_and_are_worth_one_half(tmp_path: Path) -> None:
     assert frame["auroc"].item() == 0.5
 
 
+@pytest.mark.filterwarnings("ignore:Brightness, mean:farout.errors.FaroutWarning")
+@pytest.mark.filterwarnings("ignore:.* are not numbers:farout.errors.NaNScoresWarning")
 def test_a_constant_indicator_is_worth_one_half_and_is_named(place: Path) -> None:
     with pytest.warns(ConstantScoresWarning, match="constant, .*far: all scores are equal"):
         frame = evaluate_detector(

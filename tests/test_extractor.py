@@ -232,7 +232,7 @@ def test_objects_in_weights_are_never_run(how: str, tmp_path: Path) -> None:
     """Weights from a stranger must not be able to run code."""
     content = {"conv1.weight": torch.zeros(1), "args": _Trap(tmp_path / "victim")}
     file = tmp_path / "evil.pth"
-    torch.save(content, file) if how == "torch" else file.write_bytes(pickle.dumps(content))
+    torch.save(content, file) if how == "torch" else file.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(StoreError, match="state_dict"):
         FeatureExtractor.create("test_resnet", weights=str(file))
     assert not (tmp_path / "victim").exists()

@@ -11,15 +11,9 @@ from farout.errors import SourceError
 from farout.images import catalog
 from farout.images.sources import ImageSource, open_source
 from farout.images.spec import parse_spec
-from image_files import make_house, pixels, write_folder, write_parquet
+from image_files import pixels, write_folder, write_parquet
 
 SETS = frozenset({"fashion_mnist", "mnist", "cifar10"})
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch) -> Path:
-    """A FAROUT_DATA folder with one set of 20 images in four classes."""
-    return make_house(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +38,7 @@ def house(tmp_path, monkeypatch) -> Path:
         ("hf://me/set/config", ("hub", "me/set/config", "train", None, None, ())),
     ],
 )
-def test_grammar(text, expected):
+def test_a_source_string_has_one_meaning(text, expected):
     spec = parse_spec(text, SETS)
     assert (spec.kind, spec.location, spec.split, spec.variant, spec.strength, spec.classes) == expected
 

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from farout.cli import main
-from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.denoiser import GaussianDenoiser
 from farout.diffusion.interpolation import Interpolator, slerp
 from farout.diffusion.model import DiffusionModel
@@ -20,7 +19,7 @@ from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError, SourceError, StoreError
 from farout.evaluation.interpolate import write_interpolations
 from farout.images.sources import open_source
-from small import conditional, model, pictures, tiny_unet
+from small import conditional, model, pictures, without_null
 
 
 def gaussian_model() -> DiffusionModel:
@@ -154,11 +153,9 @@ def test_all_pairs_fill_the_calls_of_the_network(tmp_path: Path, monkeypatch: py
 
 
 def test_what_cannot_be_interpolated() -> None:
-    plain, unet = model(), tiny_unet(classes=2)
-    table = ClassVectors(unet, ("a", "b"), has_null=False)
-    no_null = DiffusionModel(unet, plain.schedule, plain.preprocessing, conditioning=table)
+    plain = model()
     with pytest.raises(FaroutError, match="no null condition"):
-        Interpolator(no_null)
+        Interpolator(without_null())
     with pytest.raises(FaroutError, match=r"9 stations on 10 steps leave 1 step .*pndm4 warms up"):
         Interpolator(plain, "pndm4", steps=10, stations=9)
     with pytest.raises(FaroutError, match="10 stations do not fit between the ends of 10 steps; give 11"):

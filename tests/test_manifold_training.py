@@ -301,7 +301,7 @@ def test_options_out_of_range(wrong: dict) -> None:
         ManifoldConfig(**wrong)
 
 
-def test_presets() -> None:
+def test_the_papers_preset_has_the_papers_numbers() -> None:
     paper = ManifoldConfig.from_preset("paper", kept=5)
     assert (paper.learning_rate, paper.batch_size, paper.reg_weight, paper.kept) == (1e-4, 64, 1e-5, 5)
     assert ManifoldConfig.from_preset("fast") == ManifoldConfig()

@@ -95,7 +95,7 @@ def test_images_that_share_a_source_are_resampled_together() -> None:
     assert without.auroc_high - without.auroc_low > 0.1
 
 
-def test_paired_difference() -> None:
+def test_a_difference_is_decided_on_the_same_images_only() -> None:
     base = pair(1.0, 400, 400, None)
     noise = [RNG.normal(0, 1.0, size=len(side)) for side in base]
     worse = tuple(side + extra for side, extra in zip(base, noise, strict=True))
@@ -135,7 +135,7 @@ def test_an_area_below_one_half_warns() -> None:
         evaluate(*pair(-1.0), draws=50)
 
 
-def test_rates() -> None:
+def test_rates_leave_out_images_without_a_p_value() -> None:
     assert false_alarm([0.01, 0.05, 0.5, np.nan], 0.05) == pytest.approx(2 / 3)
     assert detection([0.01, 0.9], 0.05) == 0.5
     assert np.isnan(detection([], 0.05))

@@ -16,10 +16,13 @@ from farout.images.sources import open_source
 from farout.outliers import _flattening
 from farout.outliers._embedding import Inversion, read_embeddings
 from farout.outliers._manifold import Manifold, ManifoldConfig
-from farout.runtime import Runtime
-from small import conditional, pictures
+from small import CPU, conditional, pictures
 
-CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:the diffusion model knows 1 class \(b\):farout.errors.TrapWarning",
+    "ignore::farout.errors.ShortfallWarning",
+)
+
 SMALL = ManifoldConfig(layers=2, steps=4, validations=1, draws=20, kept=2)
 
 

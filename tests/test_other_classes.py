@@ -11,10 +11,7 @@ from farout import ClassNoise, open_source
 from farout.classifiers.networks import OUTLIER
 from farout.errors import TrapWarning
 from farout.outliers._other_classes import warn_of_other_classes
-from farout.runtime import Runtime
-from small import classifier, conditional, model, pictures
-
-CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
+from small import CPU, classifier, conditional, model, pictures
 
 
 @pytest.fixture

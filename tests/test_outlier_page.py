@@ -12,11 +12,9 @@ from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.model import DiffusionModel
 from farout.evaluation.outlier_page import write_outlier_page
 from farout.outliers.base import Made, Synthesiser, Work
-from farout.runtime import Runtime
-from small import model, pictures, tiny_unet
+from small import CPU, model, pictures, tiny_unet
 from test_page import Tags
 
-CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
 NAMES = ("T-shirt/top", "..", "Größe 3.5 μ 犬", '<b onload="x">&', "007")
 """Names that no folder can have, that HTML would read, and that a table would take for a number."""
 

@@ -287,12 +287,12 @@ def test_flagged_and_selected_images_are_listed(detector: Detector, images: Path
     rows = [[html.unescape(cell) for cell in row] for row in re.findall(r"<tr>" + 4 * "<td>(.*?)</td>", table[1])]
     scored = frame[frame["status"] == "ok"].sort_values("score", ascending=False)
     chosen = benjamini_hochberg(scored["p_value"], fdr or detector.alpha)
-    assert chosen.tolist() == (scored["selected"].tolist() if fdr else chosen.tolist())
     some = scored.assign(chosen=chosen)[(scored["is_ood"].astype(str) == "True") | chosen]
     assert [row[0] for row in rows] == some["key"].tolist()
     assert [row[3] for row in rows] == ["yes" if one else "no" for one in some["chosen"]]
     assert page.count("; selected") == int(chosen.sum())
     if fdr:
+        assert chosen.tolist() == scored["selected"].tolist()
         assert chosen.any(), "a test without selected images would say nothing"
 
 

@@ -44,15 +44,6 @@ def test_altered_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     backbones._lite0_weights.cache_clear()
 
 
-@pytest.mark.data
-def test_the_packages_weights_are_timms(data) -> None:
-    from safetensors.torch import load_file
-
-    theirs = load_file(data.parent / "weights" / "tf_efficientnet_lite0.safetensors")
-    for name, value in backbones.lite0().state_dict().items():
-        assert torch.equal(value, theirs[name])
-
-
 def test_lpips_without_weights_names_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing package or weight file is an error, never another distance in its place."""
     monkeypatch.setitem(__import__("sys").modules, "lpips", None)

@@ -203,10 +203,9 @@ def test_the_neighbour_suits_the_number_of_images() -> None:
 # the detector
 
 
-@pytest.mark.parametrize("size", [1, 7, 64])
-def test_batches_change_nothing(made: Posthoc, good: Path, size: int) -> None:
+def test_batches_change_nothing(made: Posthoc, good: Path) -> None:
     whole, kept = made.score(good), made.runtime
-    made.runtime = replace(kept, batch_size=size)
+    made.runtime = replace(kept, batch_size=7)
     try:
         parts = made.score(made.open(good).subset(list(range(59, -1, -1))))
     finally:
@@ -289,9 +288,7 @@ def test_a_classifier_is_wanted(good: Path) -> None:
         Posthoc().fit(good, alpha=0.1)
 
 
-def test_without_a_classifier_one_is_trained_on_labels(
-    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_classifier_one_is_trained_on_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from farout.classifiers.train import PRESETS
 
     short = {**PRESETS["tiny"]["training"], "steps": 4, "batch_size": 8, "warmup": 0}
@@ -317,6 +314,7 @@ def test_what_cannot_work_is_refused_before_a_classifier_is_trained(
         Posthoc(score="extra").fit(tmp_path / "tree", alpha=0.1, statistics=15)
 
 
+@pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
 def test_the_random_control_has_a_fresh_classifier(made: Posthoc, good: Path, tmp_path: Path) -> None:
     from farout.evaluation.beside import Beside, rated_beside
 

@@ -19,7 +19,9 @@ from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import Batch
-from small import model
+from small import latent, model
+
+pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
 
 SCHEDULE = NoiseSchedule()
 
@@ -67,7 +69,7 @@ LEVELS = (50, 170, 330)
 
 def test_oneshot_errors_are_those_of_the_posterior_mean() -> None:
     """E (x0hat - x0)^2 = s^2 sigma^2 / (s^2 + sigma^2); E (eps_hat - eps)^2 = s^2 / (s^2 + sigma^2)."""
-    measured = detector(levels=LEVELS, noise="image").measure(images())
+    measured = detector(levels=LEVELS, noise="image").measure(images(100))
     for row, t in enumerate(LEVELS):
         sigma2 = float(SCHEDULE.sigma[t]) ** 2
         expected = SPREAD**2 * sigma2 / (SPREAD**2 + sigma2)
@@ -89,7 +91,7 @@ def test_exact_follows_the_flow_and_keeps_the_last_noise() -> None:
     is not far above its floor 1 - abar_0 = .0015.
     """
     levels = (11, 161, 321)
-    measured = detector(mode="exact", levels=levels, draws=1, noise="image").measure(images(100))
+    measured = detector(mode="exact", levels=levels, draws=1, noise="image").measure(images(50))
     for row, t in enumerate(levels):
         mean = float(metric(measured, "mse")[:, row].mean())
         assert mean == pytest.approx(flow_error(t, float(SCHEDULE.sigma[0])), rel=0.12)
@@ -100,7 +102,7 @@ def test_fast_lies_between_the_posterior_mean_and_the_flow() -> None:
     """Few steps fall short of a sample: its error is above the mean's and below the flow's, and rises with steps."""
     levels = (170, 330)
     errors = [
-        metric(detector(mode="fast", levels=levels, steps=steps, draws=1).measure(images(100)), "mse").mean((0, 2))
+        metric(detector(mode="fast", levels=levels, steps=steps, draws=1).measure(images(50)), "mse").mean((0, 2))
         for steps in (1, 3, 8)
     ]
     for row, t in enumerate(levels):
@@ -110,9 +112,9 @@ def test_fast_lies_between_the_posterior_mean_and_the_flow() -> None:
         assert few[0] < few[1] < few[2] < flow_error(t, 0.0)
 
 
-@pytest.mark.parametrize(("skip", "count"), [(4, 1250), (8, 650), (16, 350), (32, 200), (64, 68)])
+@pytest.mark.parametrize(("skip", "count"), [(16, 350), (64, 68)])
 def test_evaluations_per_image(skip: int, count: int) -> None:
-    """Start k of the paper's grid costs k + 2."""
+    """Start k of the paper's grid costs k + 2; the other grids are the solver's test."""
     assert detector(mode="exact", skip=skip, draws=1).cost().nfe == count
 
 
@@ -151,11 +153,11 @@ def test_noise_per_image_follows_the_key() -> None:
 @pytest.fixture(scope="module")
 def scored() -> Reconstruction:
     made = detector(levels=LEVELS)
-    with_maps = made.measure(images(300), maps=True)
+    with_maps = made.measure(images(150), maps=True)
     made.watch(with_maps)
     made.statistics = replace(with_maps, maps=None, pictures={})
     made.fit_statistics(made.statistics)
-    made.set_calibration(made.measure(images(300, seed=1)))
+    made.set_calibration(made.measure(images(150, seed=1)))
     return made
 
 
@@ -246,22 +248,7 @@ def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> 
 
 
 def test_it_works_on_latents() -> None:
-    import diffusers
-
-    from small import tiny_unet
-
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    sizes = {
-        "in_channels": 1,
-        "out_channels": 1,
-        "latent_channels": 3,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-    }
-    preprocessing = Preprocessing(size=(16, 16), channels=1, native=(16, 16))
-    autoencoder = diffusers.AutoencoderKL(**sizes, **blocks)
-    latent = DiffusionModel(tiny_unet(3), SCHEDULE, preprocessing, autoencoder=autoencoder)
-    made = Reconstruction(levels=(50, 100), draws=2).fit(images(40).images, diffusion=latent, statistics=10)
+    made = Reconstruction(levels=(50, 100), draws=2).fit(images(40).images, diffusion=latent(), statistics=10)
     assert np.isfinite(made.score(images(5, seed=3).images).score).all()
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pandas as pd
 import pytest
 import torch
@@ -21,33 +20,16 @@ from farout.diffusion.methods import SOLVERS
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
 from farout.diffusion.round_trip import RoundTrip
-from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError, SourceError, StoreError, UnreadableImageError
 from farout.evaluation.evaluate import evaluate_detector
-from farout.images.preprocessing import Preprocessing
 from farout.outliers.reconstruct import ReconstructedFolder
 from farout.runtime import Runtime
 from farout.training import TrainingConfig
-from small import conditional, model, pictures, tiny_unet
+from small import conditional, latent, model, pictures, tiny_unet
 
 CPU = Runtime(device="cpu", precision="fp32", rows=4, workers=0)
 NAMES = ("T-shirt/top", "..", "Größe 3.5 μ")
 """None of them can be a folder's name everywhere."""
-
-
-def latent() -> DiffusionModel:
-    """Latents of a quarter of the size, in an autoencoder that nobody trained."""
-    torch.manual_seed(0)
-    blocks: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "block_out_channels": (4, 4, 4),
-        "norm_num_groups": 2,
-    }
-    autoencoder = diffusers.AutoencoderKL(in_channels=1, out_channels=1, latent_channels=3, **blocks)
-    return DiffusionModel(
-        tiny_unet(3), NoiseSchedule(), Preprocessing((8, 8), 1, (8, 8)), autoencoder=autoencoder, data_range=(0.0, 1.0)
-    )
 
 
 def named() -> DiffusionModel:
@@ -133,7 +115,7 @@ def test_the_further_the_less_is_left(images: Path) -> None:
     assert lost == sorted(lost)
 
 
-def test_levels_are_drawn_by_seed_and_key(images: Path) -> None:
+def test_levels_are_drawn_by_seed_and_key() -> None:
     keys = [f"{number}" for number in range(400)]
     levels = torch.tensor(RoundTrip(model(), 0.2, 0.6).levels(keys))
     assert 0.2 <= float(levels.min()) < 0.21
@@ -157,7 +139,8 @@ def test_images_go_under_their_own_class_without_guidance() -> None:
 
 
 def test_level_zero_is_the_autoencoder_alone() -> None:
-    network, pixels = latent(), torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = latent((8, 8), halvings=2, data_range=(0.0, 1.0))
+    pixels = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     again = RoundTrip(network, 0.0)(pixels, "vwxyz")
     torch.testing.assert_close(again, network.decode(network.encode(pixels)), atol=1e-5, rtol=0)
     assert not torch.allclose(again, pixels, atol=0.01)

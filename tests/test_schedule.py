@@ -31,7 +31,7 @@ def test_abar_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=lambda s: f"{s.kind}-{s.snr_shift}")
-def test_same_as_diffusers(schedule: NoiseSchedule) -> None:
+def test_the_schedule_is_diffusers(schedule: NoiseSchedule) -> None:
     config = schedule.to_config()
     theirs = diffusers.DDPMScheduler.from_config(config).alphas_cumprod.double()
     torch.testing.assert_close(theirs, schedule.abar, rtol=3e-4, atol=1e-8)
@@ -40,7 +40,7 @@ def test_same_as_diffusers(schedule: NoiseSchedule) -> None:
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=lambda s: f"{s.kind}-{s.snr_shift}")
-def test_round_trips(schedule: NoiseSchedule) -> None:
+def test_levels_convert_there_and_back_without_loss(schedule: NoiseSchedule) -> None:
     assert NoiseSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
     t = torch.arange(schedule.steps)
     sigma = schedule.sigma_of(t)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from farout import load, store
+from farout.calibration import benjamini_hochberg
 from farout.detectors.base import Detector, Runtime
 from farout.detectors.reconstruction import Reconstruction
 from farout.errors import FaroutError, NaNScoresWarning, StoreError
@@ -197,7 +198,7 @@ def test_other_runs_are_refused_and_kept(
     assert contents(out) == whole
 
 
-def test_new_images_under_old_names_are_not_given_old_scores(place: Path, detector: Detector, tmp_path: Path) -> None:
+def test_new_images_under_old_names_are_not_given_old_scores(detector: Detector, tmp_path: Path) -> None:
     """A folder that is refilled every day with 000.png, 001.png, … must not come back with yesterday's scores."""
     incoming = pictures(tmp_path / "incoming", 10, seed=1)
     score_folder(detector, incoming, tmp_path / "r")
@@ -207,7 +208,7 @@ def test_new_images_under_old_names_are_not_given_old_scores(place: Path, detect
         score_folder(detector, incoming, tmp_path / "r")
 
 
-def test_a_resumed_part_is_checked_too(place: Path, detector: Detector, tmp_path: Path) -> None:
+def test_a_resumed_part_is_checked_too(detector: Detector, tmp_path: Path) -> None:
     incoming = pictures(tmp_path / "incoming", 10, seed=1)
     store_parts(detector, incoming, tmp_path / "r")
     shutil.rmtree(incoming)
@@ -369,11 +370,9 @@ def real_write_json(path: Path, content: dict) -> None:
         file.write(json.dumps(content, indent=2) + "\n")
 
 
+@pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
 def test_selection_at_a_false_discovery_rate(tmp_path: Path) -> None:
     """`selected` is Benjamini-Hochberg's choice among the table's p-values; an image without one is never chosen."""
-    from farout.calibration import benjamini_hochberg
-    from farout.detectors.reconstruction import Reconstruction
-
     good = pictures(tmp_path / "good", 60)
     fitted = Reconstruction(levels=(50,), draws=1).fit(good, diffusion=model(), alpha=0.05, statistics=30)
     some = pictures(tmp_path / "some", 8, low=0, spread=255, seed=1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from exact import exact_flow, oracle
 from farout.diffusion import paths
 from farout.diffusion.conditioning import Condition
 from farout.diffusion.denoiser import GaussianDenoiser, Guided
@@ -23,18 +24,6 @@ EVERY = {
     "ab1": adams_bashforth(1),
 }
 SCHEDULE = NoiseSchedule("scaled_linear", 0.0015, 0.0195)
-
-
-def oracle(dimension: int = 6) -> GaussianDenoiser:
-    generator = torch.Generator().manual_seed(0)
-    root = torch.randn(dimension, dimension, generator=generator) / 3
-    return GaussianDenoiser(torch.linspace(-1, 1, dimension), root @ root.T + 0.05 * torch.eye(dimension))
-
-
-def exact_flow(denoiser: GaussianDenoiser, x: Tensor, start: float, end: float) -> Tensor:
-    """The probability flow of Gaussian data: each eigendirection scales by sqrt((l + end^2) / (l + start^2))."""
-    gain = ((denoiser.eigenvalues + end**2) / (denoiser.eigenvalues + start**2)).sqrt()
-    return (denoiser.mean + (gain * ((x.double() - denoiser.mean) @ denoiser.basis)) @ denoiser.basis.T).float()
 
 
 def error(solver: Solver, steps: int, start: float = 2.0, end: float = 0.1) -> float:
@@ -84,8 +73,7 @@ def test_rows_that_stand_still_cost_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddim", "heun", "dpm_solver_2m", "plms"])
-def test_there_and_back(name: str) -> None:
-    """A rising path inverts a falling one."""
+def test_a_rising_path_inverts_a_falling_one(name: str) -> None:
     denoiser = oracle()
     x = oracle().mean.float().repeat(2, 1) + 0.3
     up = torch.logspace(-1, 0.3, 300).repeat(2, 1)

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,9 +22,9 @@ from farout.outliers._starts import by_turns
 from farout.outliers._words import nearest, screened
 from farout.outliers.base import OutlierFolder, Synthesiser
 from farout.runtime import Runtime
-from small import classifier, conditional, pictures, two_classes
+from small import CPU, autoencoder, classifier, conditional, in_order, pictures, two_classes
 
-CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
+pytestmark = pytest.mark.filterwarnings("ignore:the diffusion model knows [23] classes:farout.errors.TrapWarning")
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +48,7 @@ def made(images: Any, out: Path, method: Synthesiser | None = None, **settings: 
 
 
 def pixels(folder: OutlierFolder) -> torch.Tensor:
-    """In the order of their numbers."""
-    source = folder.source()
-    places = {key: place for place, key in enumerate(source.keys)}
-    return torch.stack([source[places[key]] for key in folder.manifest()["key"]]).float() / 255
+    return in_order(folder).float() / 255
 
 
 # draws
@@ -140,17 +136,9 @@ def test_named_targets_and_what_auto_means(images: Path, tmp_path: Path) -> None
 # models
 
 
-def latent() -> DiffusionModel:
-    """Pictures of 10 x 10 as latents of 5 x 5, which the network wants padded to 6 x 6."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"in_channels": 1, "out_channels": 1, "latent_channels": 1, "norm_num_groups": 4}
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    autoencoder = diffusers.AutoencoderKL(block_out_channels=(8, 8), **sizes, **blocks)
-    return generator(size=(10, 10), autoencoder=autoencoder)
-
-
 def test_latents_are_sampled_for_each_image_alone(images: Path, tmp_path: Path) -> None:
-    model = latent()
+    """Pictures of 10 x 10 as latents of 5 x 5, which the network wants padded to 6 x 6."""
+    model = generator(size=(10, 10), autoencoder=autoencoder(latent=1))
     assert (model.latent_shape, model.shape) == ((1, 5, 5), (1, 6, 6))
     with pytest.warns(TrapWarning, match="native size"):
         whole = made(images, tmp_path / "o", diffusion=model)
@@ -168,7 +156,7 @@ def test_values_are_kept_within_those_of_images(images: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm_solver_2m", "unipc"])
-def test_solvers(images: Path, tmp_path: Path, solver: str) -> None:
+def test_every_solver_that_can_be_guided_makes_outliers(images: Path, tmp_path: Path, solver: str) -> None:
     assert made(images, tmp_path / "o", SONA(steps=6, solver=solver), count=4).made == 4
 
 
@@ -359,7 +347,7 @@ def test_regions_are_pictures_of_guided_steps(images: Path, tmp_path: Path) -> N
     assert not (found.folder / "regions" / "000003.png").exists()
 
 
-def test_presets(images: Path, tmp_path: Path) -> None:
+def test_the_papers_preset_has_the_papers_steps() -> None:
     paper = SONA.from_preset("paper")
     assert (paper.steps, paper.k_min, paper.k_max) == (50, 1, 49)
     assert paper.guidance == SonaConfig().for_steps(50)

@@ -21,13 +21,13 @@ from farout.outliers._targets import draw_targets
 from farout.outliers._wording import PHOTO, Wording
 from farout.outliers._words import listed, screened
 from farout.outliers.base import OutlierFolder, Synthesiser
-from farout.runtime import Runtime
-from small import conditional, pictures, stable_diffusion
+from small import CPU, conditional, in_order, pictures, stable_diffusion
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore:.*native size:farout.errors.TrapWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*native size:farout.errors.TrapWarning", "ignore:.* sampled images are grey:farout.errors.TrapWarning"
+)
 
-CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
 NAMES = ("cat", "dog", "the_kite")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -80,10 +80,7 @@ def files(folder: OutlierFolder) -> dict[str, bytes]:
 
 
 def pixels(folder: OutlierFolder) -> Tensor:
-    """In the order of their numbers."""
-    source = folder.source()
-    places = {key: place for place, key in enumerate(source.keys)}
-    return torch.stack([source[places[key]] for key in folder.manifest()["key"]]).float() / 255
+    return in_order(folder).float() / 255
 
 
 def told(folder: Path, **settings: Any) -> DiffusionModel:
@@ -94,6 +91,7 @@ def told(folder: Path, **settings: Any) -> DiffusionModel:
 # -- the chain --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:3 of the 7 words:farout.errors.TrapWarning")
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_words_are_put_in_whatever_the_network_predicts(
     folders: dict[str, Path], images: Path, words: str, tmp_path: Path, prediction: str
@@ -156,7 +154,7 @@ def test_classes_and_words_stand_in_one_template(folder: Path, few: str) -> None
     assert seen == set(templates)
 
 
-def test_words_change_images(folder: Path, images: Path, root: Path, tmp_path: Path) -> None:
+def test_words_change_images(folder: Path, images: Path, tmp_path: Path) -> None:
     """The draws are the same: what differs is what is put in, and how it is said."""
     for name in ("bird", "snow leopard"):
         (tmp_path / f"{name}.txt").write_text(name)

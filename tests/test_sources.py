@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +16,7 @@ from farout.errors import FaroutError, MissingExtraError, SourceError
 from farout.images import tables
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import batches, open_source
-from image_files import encode, make_house, picture, pixels, write_folder, write_parquet
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch) -> Path:
-    """A FAROUT_DATA folder with one set of 20 images in four classes."""
-    return make_house(tmp_path, monkeypatch)
+from image_files import encode, picture, pixels, write_folder, write_parquet
 
 
 def test_classes_whose_names_no_folder_can_have(tmp_path):
@@ -111,7 +104,7 @@ def test_csv_mistakes_are_named(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("layout", ["NHW", "NCHW", "NHWC", "float"])
-def test_npz(tmp_path, layout):
+def test_arrays_of_every_layout_give_the_same_images(tmp_path, layout):
     images = pixels(4, 3 if layout in ("NCHW", "NHWC") else 1)
     stored = {
         "NHW": images[:, 0],
@@ -184,7 +177,7 @@ def test_tensors_and_arrays():
         open_source(3)
 
 
-def test_pictures():
+def test_lists_of_pictures_are_sources():
     images = pixels(2, 3)
     source = open_source([picture(image) for image in images])
     assert torch.equal(source[1], images[1])

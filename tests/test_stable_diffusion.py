@@ -18,12 +18,11 @@ from farout.errors import FaroutError
 from farout.outliers._decoding import decode
 from farout.outliers._embedding import Inversion, Inverter, read_embeddings
 from farout.outliers._manifold_config import ManifoldConfig
-from farout.runtime import Runtime
-from small import conditional, pictures, stable_diffusion
+from small import CPU, conditional, pictures, stable_diffusion
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
 
-CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
 SMALL = ManifoldConfig(layers=2, steps=4, validations=1, draws=20, kept=2)
 FEW = Inversion(steps=2, draws=4, lr_scale=0.7)
 LABELS = torch.tensor([2, 0, 1, 0])

@@ -18,6 +18,11 @@ from farout.outliers.base import Made, OutlierFolder, Synthesiser, Work, read_ou
 from farout.runtime import Runtime
 from small import classifier, conditional, model, pictures
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::farout.errors.ShortfallWarning",
+    "ignore:only .* lie nearest to their own class's vector:farout.errors.TrapWarning",
+)
+
 NAMES = sorted(registry.members("outliers"))
 COUNT = 7
 
@@ -109,11 +114,9 @@ def test_two_runs_are_the_same_and_seeds_differ(
     assert not torch.equal(one, two)
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_batches_change_nothing(
-    whole: OutlierFolder, method: type[Synthesiser], images: Path, tmp_path: Path, size: int
-) -> None:
-    parts = made(method, images, tmp_path / "s", batch_size=size)
+def test_batches_change_nothing(whole: OutlierFolder, method: type[Synthesiser], images: Path, tmp_path: Path) -> None:
+    """Of one image each; batches that do not divide the count come with the interrupted run below."""
+    parts = made(method, images, tmp_path / "s", batch_size=1)
     assert files(parts.folder) == files(whole.folder)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from farout import devices
 from farout.devices import autocast, resolve_device, resolve_precision
 from farout.errors import FaroutError, MissingExtraError
 from farout.training import TrainingConfig, train
@@ -86,10 +87,12 @@ def test_empty_data_frozen_networks_and_steps_without_loss_are_refused() -> None
 # devices, precision, TensorBoard
 
 
-def test_devices_and_precisions_are_resolved() -> None:
+def test_devices_and_precisions_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = resolve_device("cpu")
     assert (cpu.type, resolve_precision("fp32", cpu), resolve_precision("bf16", cpu)) == ("cpu", "fp32", "bf16")
-    assert resolve_precision("auto", cpu) in ("fp32", "bf16")
+    for native, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(devices, "_native_bf16", lambda device, native=native: native)
+        assert resolve_precision("auto", cpu) == precision
     with pytest.raises(FaroutError, match="precision is 'fp8'"):
         resolve_precision("fp8", cpu)
     if not torch.cuda.is_available():

@@ -74,7 +74,7 @@ def test_the_published_number_of_parameters() -> None:
 
 
 @pytest.mark.parametrize("orthogonal_map", MAPS)
-def test_the_start(orthogonal_map: str) -> None:
+def test_layers_start_as_rotations_each_drawn_apart(orthogonal_map: str) -> None:
     torch.manual_seed(0)
     layers = OrthogonalLayers(3, 24, orthogonal_map)
     weight = layers.weight.detach().double()

@@ -9,9 +9,9 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from exact import exact_flow, oracle
 from farout.diffusion import paths
 from farout.diffusion.conditioning import Condition
-from farout.diffusion.denoiser import GaussianDenoiser
 from farout.diffusion.methods import SOLVERS, solver_by_name, solver_path
 from farout.diffusion.probability_flow import probability_flow
 from farout.diffusion.schedule import NoiseSchedule
@@ -33,17 +33,6 @@ def even_schedule() -> NoiseSchedule:
     abar = 1 / (1 + (0.1 + 0.02 * torch.arange(201, dtype=torch.float64)) ** 2)
     betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
     return NoiseSchedule("trained", steps=201, betas=tuple(betas.tolist()))
-
-
-def oracle(dimension: int = 6) -> GaussianDenoiser:
-    root = torch.randn(dimension, dimension, generator=torch.Generator().manual_seed(0)) / 3
-    return GaussianDenoiser(torch.linspace(-1, 1, dimension), root @ root.T + 0.05 * torch.eye(dimension))
-
-
-def exact_flow(denoiser: GaussianDenoiser, x: Tensor, start: float, end: float) -> Tensor:
-    """The probability flow of Gaussian data: each eigendirection scales by sqrt((l + end^2) / (l + start^2))."""
-    gain = ((denoiser.eigenvalues + end**2) / (denoiser.eigenvalues + start**2)).sqrt()
-    return (denoiser.mean + (gain * ((x.double() - denoiser.mean) @ denoiser.basis)) @ denoiser.basis.T).float()
 
 
 def error(name: str, schedule: NoiseSchedule, levels: Tensor) -> float:
@@ -261,7 +250,7 @@ def test_probability_flow_gets_better_with_its_tolerance() -> None:
     assert errors[1] < errors[0] / 20
 
 
-def test_vp_time() -> None:
+def test_times_levels_and_rates_are_those_of_the_schedule() -> None:
     """Entries of the table are whole levels, 0 is -1, and the rate is the betas'."""
     for schedule in SCHEDULES.values():
         time, levels = VPTime(schedule), torch.arange(0, 990, 7)

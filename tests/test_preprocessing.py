@@ -212,3 +212,8 @@ def test_traps_are_named_with_counts():
     (grey,) = check_against(open_source(mixed[:1]), Preprocessing((16, 16), 3, (16, 16)))
     assert "replicated" in grey
     assert check_against(open_source(mixed[:1]), fitted) == []
+    rgb = Preprocessing((16, 16), 3, (16, 16))
+    assert check_against(open_source(mixed[:1]), rgb, fitted_grey=True) == []
+    (colour,) = check_against(open_source(mixed[:2]), rgb, fitted_grey=True)
+    assert "1 of 2" in colour
+    assert "fitted ones were all grey" in colour

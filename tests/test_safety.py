@@ -1,18 +1,22 @@
 """What a user would lose: files in the way, models that are not the ones they seem, images already seen."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from farout import load
 from farout.cli import main
 from farout.detectors._fitting import recalibrate, source_spec
+from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
 from farout.errors import FaroutError, MissingExtraError, ShortfallWarning, StoreError, TrapWarning
 from farout.evaluation.beside import Beside
 from farout.evaluation.controls import TrivialControls
 from farout.evaluation.evaluate import evaluate_detector
+from farout.evaluation.scoring import score_folder
 from farout.images.sources import open_source
 from small import latent, model, pictures
 
@@ -118,6 +122,20 @@ def test_sources_are_remembered_from_any_folder(tmp_path: Path, monkeypatch: pyt
     assert source_spec("cifar10:test@vflip") == "cifar10:test@vflip"
     assert source_spec("hf://someone/something:train") == "hf://someone/something:train"
     assert source_spec(["pictures"]) is None
+
+
+def test_colour_is_told_by_what_was_fitted(folder: Path, tmp_path: Path) -> None:
+    """A network that wants RGB, and grey images on both sides: nothing to warn of."""
+    detector = Mahalanobis(size=32).fit(folder, alpha=0.1, statistics=30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrapWarning)
+        score_folder(detector, folder, tmp_path / "grey")
+    (tmp_path / "rgb").mkdir()
+    for number, path in enumerate(sorted(folder.glob("*.png"))[:3]):
+        with Image.open(path) as picture:
+            picture.convert("RGB").save(tmp_path / "rgb" / f"{number}.png")
+    with pytest.warns(TrapWarning, match="3 of 3 sampled images are RGB, and the fitted ones were all grey"):
+        score_folder(detector, tmp_path / "rgb", tmp_path / "coloured")
 
 
 def test_another_value_range_is_named(folder: Path) -> None:

@@ -21,7 +21,7 @@ from farout.diffusion.train import PRESETS, DiffusionConfig, train_model
 from farout.errors import FaroutError, ShortfallWarning, TrapWarning
 from farout.features.diffusion import FeatureDiffusion
 from farout.images.classes import class_names_of
-from farout.images.preprocessing import Preprocessing, Protocol
+from farout.images.preprocessing import Preprocessing, Protocol, all_grey
 from farout.images.sources import ImageSource, open_source
 from farout.images.spec import parse_spec
 from farout.images.splits import Split, calibration_size, seen_hint, split
@@ -276,6 +276,7 @@ def _provenance(images: Any, source: ImageSource, parts: Split, settings: FitSet
         "source": source_spec(images),
         "limit": settings.limit,
         "data_fingerprint": source.fingerprint(),
+        "grey": all_grey(source),
         "images": {
             "training": len(parts.training),
             "statistics": len(parts.statistics),

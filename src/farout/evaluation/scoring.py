@@ -82,7 +82,7 @@ def score_folder(
         given = f"furthest is {furthest}, fdr is {fdr}"
         raise FaroutError(f"{given}; expected 0 images or more, and a rate between 0 and 1")
     source = detector.open(images, limit=limit, policy=policy)
-    for trap in check_against(source, detector.preprocessing):
+    for trap in check_against(source, detector.preprocessing, fitted_grey=detector.provenance.get("grey", False)):
         warnings.warn(trap, TrapWarning, stacklevel=2)
     out = Path(out)
     _begin(out, _plan(detector, source, fdr))

@@ -58,7 +58,7 @@ def _labels(source: ImageSource) -> tuple[int, ...]:
     if source.labels is None:
         raise SourceError(
             f"{source.name} has no labels, and classes are learnt from them; give a class-per-folder tree or a table "
-            "with labels, or train without classes"
+            "with labels (a diffusion model can also be trained without classes)"
         )
     return source.labels
 

@@ -24,7 +24,7 @@ from farout.images.decoding import to_pil
 if TYPE_CHECKING:
     from farout.images.sources import ImageSource
 
-__all__ = ["Kernel", "Preprocessing", "Protocol", "ValueRange", "check_against"]
+__all__ = ["Kernel", "Preprocessing", "Protocol", "ValueRange", "all_grey", "check_against"]
 
 Protocol = Literal["native", "direct", "common"]
 ValueRange = Literal["fixed", "minmax"]
@@ -216,15 +216,18 @@ def _min_max(pixels: Tensor) -> Tensor:
     return (pixels.float() - low) / (high - low).clamp(min=1)
 
 
-def check_against(source: ImageSource, preprocessing: Preprocessing, sample: int = 64) -> list[str]:
+def check_against(
+    source: ImageSource, preprocessing: Preprocessing, sample: int = 64, *, fitted_grey: bool = False
+) -> list[str]:
     """Traps of scoring `source` with a model of this preprocessing, as sentences with counts; empty when there is none.
 
     Looks at up to `sample` images, evenly spaced, before the variant: another native size than the fitted one, grey
-    images for an RGB model and RGB images for a grey one.
+    images for an RGB model and RGB images for a grey one. `fitted_grey`: an RGB model was fitted with grey images
+    alone, so that RGB images are the unlike ones.
     """
     shapes = source.shapes(sample)
     total = sum(shapes.values())
-    found = (_size_trap(shapes, preprocessing), _channel_trap(shapes, preprocessing.channels))
+    found = (_size_trap(shapes, preprocessing), _channel_trap(shapes, preprocessing.channels, fitted_grey))
     return [f"{source.name}: {count} of {total} sampled images {what}" for count, what in found if count]
 
 
@@ -247,8 +250,16 @@ def _size_trap(shapes: Counter[tuple[int, int, int]], preprocessing: Preprocessi
     return sizes.total(), text
 
 
-def _channel_trap(shapes: Counter[tuple[int, int, int]], channels: int) -> tuple[int, str]:
-    other = sum(count for shape, count in shapes.items() if shape[0] != channels)
+def all_grey(source: ImageSource, sample: int = 64) -> bool:
+    """Whether up to `sample` images, evenly spaced, have one channel each."""
+    return all(shape[0] == 1 for shape in source.shapes(sample))
+
+
+def _channel_trap(shapes: Counter[tuple[int, int, int]], channels: int, fitted_grey: bool) -> tuple[int, str]:
+    expected = 1 if fitted_grey else channels
+    other = sum(count for shape, count in shapes.items() if shape[0] != expected)
+    if channels == 3 and fitted_grey:
+        return other, "are RGB, and the fitted ones were all grey: colour can set them apart"
     if channels == 3:
         return other, "are grey and are replicated to RGB for this RGB model"
     return other, "are RGB and become luminance for this grey model: their colour is not seen"

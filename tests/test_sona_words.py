@@ -158,15 +158,15 @@ def test_words_change_images(folder: Path, images: Path, tmp_path: Path) -> None
     """The draws are the same: what differs is what is put in, and how it is said."""
     for name in ("bird", "snow leopard"):
         (tmp_path / f"{name}.txt").write_text(name)
-    settings: dict[str, Any] = {"steps": 6, "k_min": 5, "guidance": 30.0}
-    variants = (
-        {"words": str(tmp_path / "bird.txt")},
-        {"words": str(tmp_path / "snow leopard.txt")},
-        {"words": str(tmp_path / "bird.txt"), "templates": ("{}",)},
+    strong, bird = {"guidance": 30.0}, {"words": str(tmp_path / "bird.txt")}
+    variants: tuple[dict[str, Any], ...] = (
+        {**bird, **strong},
+        {"words": str(tmp_path / "snow leopard.txt"), **strong},
+        {**bird, "templates": ("{}",), **strong},
         {"targets": "none"},
     )
     found = [
-        pixels(made(images, tmp_path / f"o{number}", SDEdit(**settings, **variant), folder, count=3))
+        pixels(made(images, tmp_path / f"o{number}", SDEdit(steps=6, k_min=5, **variant), folder, count=3))
         for number, variant in enumerate(variants)
     ]
     for number, one in enumerate(found):

@@ -96,6 +96,25 @@ def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
             assert not text.strip().startswith("(default"), line
 
 
+@pytest.mark.parametrize("words", [["train"], ["train", "--help"], ["features", "-h"]])
+def test_a_first_word_alone_lists_its_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(listed) > 1
+    assert set(listed) == {words[0]}
+
+
+def test_a_reader_that_stops_reading_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`farout | head -1`."""
+
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", gone)
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    assert main([]) == 0
+
+
 def test_version_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("farout ")

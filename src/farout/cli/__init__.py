@@ -35,6 +35,7 @@ COMMANDS = {
     "demo": "cli.commands:demo",
 }
 """What is typed, and the module and the function behind it."""
+_HELP = {"-h", "--help"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,10 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     name = named_command(words)
-    if name is None:
-        return _overview(words)
     try:
-        return _run(name, words[len(name.split()) :])
+        return _overview(words) if name is None else _run(name, words[len(name.split()) :])
     except SystemExit as done:  # after --help and --print-config
         return done.code if isinstance(done.code, int) else 0
     except UsageError as error:
@@ -92,15 +91,17 @@ def _failed(message: str, status: int) -> int:
 
 
 def _overview(words: Sequence[str]) -> int:
-    """The list of commands; an unknown one is wrong usage."""
+    """The list of commands, or of those that begin with a word; an unknown one is wrong usage."""
     if words[:1] == ["--version"]:
         from farout import __version__
 
         print(f"farout {__version__}")
         return 0
-    if words and words[0] not in ("-h", "--help"):
-        return _failed(f"there is no command {' '.join(words[:2])!r}; {meant(words[0], COMMANDS)}", 2)
-    lines = [f"  {name:<18}{_described(place)}" for name, place in COMMANDS.items()]
+    first, *rest = words or ["--help"]
+    family = [name for name in COMMANDS if name.startswith(f"{first} ")]
+    if first not in _HELP and not (family and set(rest) <= _HELP):
+        return _failed(f"there is no command {' '.join(words[:2])!r}; {meant(first, COMMANDS)}", 2)
+    lines = [f"  {name:<18}{_described(COMMANDS[name])}" for name in family or COMMANDS]
     print("usage: farout COMMAND …, and `farout COMMAND --help` for its settings\n", *lines, sep="\n")
     return 0
 

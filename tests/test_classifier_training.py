@@ -51,6 +51,18 @@ def test_a_few_steps_learn_what_is_easy(tree: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "c.training").exists()
 
 
+@pytest.mark.parametrize("spelling", ["c/", "."])
+def test_any_spelling_of_a_folder_will_do(
+    tree: Path, tmp_path: Path, spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints lie beside it, not inside, where they would be in the way of the model."""
+    (tmp_path / "c").mkdir()
+    monkeypatch.chdir(tmp_path / "c" if spelling == "." else tmp_path)
+    learnt = trained(tree, spelling)  # type: ignore[arg-type]
+    assert Classifier.load(tmp_path / "c").content_hash == learnt.content_hash
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
 def test_the_held_out_part_is_that_of_every_training_command(tree: Path, tmp_path: Path) -> None:
     learnt = trained(tree, tmp_path / "c")
     source = open_source(tree)

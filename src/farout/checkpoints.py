@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -36,12 +37,19 @@ __all__ = [
     "read_optimizer",
     "read_state",
     "step_folder",
+    "training_folder",
     "write_checkpoint",
 ]
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8,})")
+
+
+def training_folder(out: str | Path) -> Path:
+    """The training folder of what is to be saved at `out`: beside it, so that `out` appears when it is whole."""
+    path = Path(os.path.abspath(out))
+    return path.with_name(f"{path.name}.training")
 
 
 def step_folder(out: str | Path, step: int) -> Path:

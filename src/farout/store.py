@@ -86,7 +86,7 @@ def atomic_folder(path: str | Path, kind: str | None) -> Iterator[Path]:
     Raises StoreError where something else than an older folder of the same kind stands at `path`; None: whatever
     stands there is the caller's own to replace.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # `.` has a name, too
     if kind is not None:
         check_replaceable(path, kind)
     path.parent.mkdir(parents=True, exist_ok=True)

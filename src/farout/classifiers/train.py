@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from farout import store
-from farout.checkpoints import discard_checkpoints
+from farout.checkpoints import discard_checkpoints, training_folder
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.exposure import Exposed, Exposure, Outside, known_classes
 from farout.classifiers.model import KIND, Classifier
@@ -206,7 +206,7 @@ def train_classifier(
     names = class_names_of(images)
     parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
     settings = replace(training, seed=seed)
-    folder = Path(f"{out}.training")
+    folder = training_folder(out)
     learning = images.subset(parts.training)
     held = images.subset(sorted([*parts.statistics, *parts.calibration]))
     if keep_weights:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from farout import store
+from farout.checkpoints import training_folder
 from farout.cli import output
 from farout.cli.steps import Step, read_steps
 from farout.devices import launched
@@ -121,7 +122,7 @@ class _Record:
     def _there(self, step: Step) -> list[Path]:
         """What a step has made so far: its folder, and that of a training's checkpoints."""
         place = self.folder / step.out
-        return [path for path in (place, Path(f"{place}.training")) if path.exists()]
+        return [path for path in (place, training_folder(place)) if path.exists()]
 
     def _stale(self, step: Step, anew: set[str]) -> str:
         """Why what a step has made is not what it makes now; empty where it is."""

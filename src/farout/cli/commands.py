@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from farout import registry, store
-from farout.checkpoints import discard_checkpoints
+from farout.checkpoints import discard_checkpoints, training_folder
 from farout.detectors._fitting import FitSettings, recalibrate
 from farout.detectors.base import Detector, load
 from farout.devices import launched
@@ -73,7 +73,7 @@ def fit(
     store.check_replaceable(out, "detector")
     detector: Detector = registry.find("detectors", method).load()(**arguments)
     detector.provenance["preset"] = preset or ""
-    checkpoints = settings.checkpoints or Path(f"{out}.training")
+    checkpoints = settings.checkpoints or training_folder(out)
     started = time.perf_counter()
     detector.fit(source, diffusion, classifier, **vars(replace(settings, checkpoints=checkpoints)))
     detector.provenance["fit_s"] = round(time.perf_counter() - started, 1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from farout import store
-from farout.checkpoints import discard_checkpoints
+from farout.checkpoints import discard_checkpoints, training_folder
 from farout.devices import first_process, resolve_device
 from farout.diffusion import folders
 from farout.diffusion.conditioning import Condition, Conditioning
@@ -381,7 +381,7 @@ def train_diffusion(
     _check_objective(fresh, model.objective)
     parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
     settings = replace(training, seed=seed)
-    folder = Path(f"{out}.training")
+    folder = training_folder(out)
     trained = train_model(
         images.subset(parts.training), fresh, settings, objective=model.objective, out=folder, resume=resume
     )

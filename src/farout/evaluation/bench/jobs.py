@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from farout import store
-from farout.checkpoints import discard_checkpoints
+from farout.checkpoints import discard_checkpoints, training_folder
 from farout.classifiers.train import train_classifier
 from farout.detectors._fitting import FitSettings, training_of
 from farout.detectors.base import Detector, load
@@ -152,7 +152,7 @@ class Jobs:
         networks: Any,
         link: Path | None = None,
     ) -> None:
-        checkpoints = Path(f"{job.folder}.training")
+        checkpoints = training_folder(job.folder)
         about = {"statistics": entry.statistics, "checkpoints": checkpoints, "resume": True, **self._settings(job.seed)}
         started = time.perf_counter()
         made.fit(self.spec.train, *networks, limit=limit, **about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,6 +255,14 @@ def test_wrong_input_is_refused_before_any_work(tree: Path, tmp_path: Path, monk
     with pytest.raises(StoreError, match="not replaced"):
         trained(tree, tree)
     assert not (tmp_path / "c").exists()
+
+
+def test_an_image_beside_the_class_folders_is_named(tree: Path, tmp_path: Path) -> None:
+    """One stray picture takes all labels away."""
+    shutil.copytree(tree, tmp_path / "t")
+    (tmp_path / "t" / "cat" / "003.png").rename(tmp_path / "t" / "stray.png")
+    with pytest.raises(FaroutError, match=r"1 images in none of them \(first: stray\.png\)"):
+        trained(tmp_path / "t", tmp_path / "c")
 
 
 def test_a_class_without_images_to_train_on_is_named(tree: Path, tmp_path: Path) -> None:

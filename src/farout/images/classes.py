@@ -56,6 +56,12 @@ def check_no_class_is_empty(numbers: Tensor, names: Sequence[str]) -> None:
 
 def _labels(source: ImageSource) -> tuple[int, ...]:
     if source.labels is None:
+        stray = [key for key in source.keys if "/" not in key]
+        if 0 < len(stray) < len(source.keys):
+            raise SourceError(
+                f"{source.name} has class folders, and {len(stray)} images in none of them (first: {stray[0]}); move "
+                "them into the folders of their classes"
+            )
         raise SourceError(
             f"{source.name} has no labels, and classes are learnt from them; give a class-per-folder tree or a table "
             "with labels (a diffusion model can also be trained without classes)"

@@ -106,6 +106,20 @@ def test_an_interruption_saves_the_last_completed_step(tmp_path: Path) -> None:
     assert set(checkpoint_folders(tmp_path)) == {5}
 
 
+def test_a_crash_costs_no_more_than_the_time_between_two_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, resumed = _network(), _network()
+    expected = train(whole, _step, _data(), BASE)
+    monkeypatch.setattr("farout.training._LOSS_S", 0.0)
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(_network(), _StopAt(5, RuntimeError), _data(), BASE, out=tmp_path)
+    assert set(checkpoint_folders(tmp_path)) == {5}
+    assert train(resumed, _StopAt(BASE.steps - 5, RuntimeError), _data(), BASE, out=tmp_path, resume=True) == expected
+    assert _same(resumed, whole)
+    assert set(checkpoint_folders(tmp_path)) == {BASE.steps}
+
+
 def test_a_finished_run_resumes_to_its_result(tmp_path: Path) -> None:
     first, second = _network(), _network()
     result = train(first, _step, _data(), BASE, out=tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 _FREE_ON_RESUME = ("device", "workers", "tensorboard")
 _LOG_POINTS = 200
+_LOSS_S = 600.0
+"""Seconds of training that a crash may cost: then a checkpoint is written, which the next one replaces."""
 
 
 def train(
@@ -63,8 +66,8 @@ def train(
         data: items by index, or by `at(position, index)` where it has that, collated into batches by torch's rules.
         config: how.
         out: where checkpoints go (see `farout.checkpoints`): after each multiple of `checkpoint_every` and the steps in
-            `keep` (kept), after the best validation so far, after the step that `checkpoint` names, at an interruption
-            and at the end; of the others only the newest stays. None: nothing is written.
+            `keep` (kept), after the best validation so far, after the step that `checkpoint` names, every ten minutes,
+            at an interruption and at the end; of the others only the newest stays. None: nothing is written.
         validation: held-out items; the mean of the step's losses with the averaged weights, the same noise each time.
         resume: go on from the newest whole checkpoint of `out`, exactly as if never interrupted (with the same number
             of processes, device and libraries); without any, start anew. An `out` with checkpoints is refused
@@ -148,6 +151,7 @@ class _Run:
         self.optimizer = make_optimizer(self.trained, config)
         self.scaler = torch.amp.GradScaler(self.team.device.type, enabled=self.precision == "fp16")
         self.done, self.saved, self.validated = 0, 0, 0
+        self.saved_at = time.monotonic()
         self.best: dict[str, float] = {}
         self.chosen: dict[str, Tensor] | None = None
         self.log = TrainingLog(max(1, config.steps // _LOG_POINTS))
@@ -281,9 +285,13 @@ class _Run:
         if self.config.checkpoint != "last" and self._chosen_step() == self.done:
             self.chosen = {name: value.cpu().clone() for name, value in self._current().state_dict().items()}
         marked = self.done in (self._best_step(), self.config.chosen_number, *self.config.keep)
-        if self.out is not None and (marked or self._due(self.config.checkpoint_every)) and self.saved != self.done:
+        if self.out is None or self.saved == self.done:
+            return
+        if marked or self._due(self.config.checkpoint_every):
             self._save(self.out)
             self.team.gather(None)  # nobody goes on before the checkpoint stands
+        elif self.team.index == 0 and time.monotonic() - self.saved_at >= _LOSS_S:
+            self._save(self.out)  # by one process's clock: the others wait for it at their next average
 
     def _due(self, every: int) -> bool:
         return self.done == self.config.steps or (every > 0 and self.done % every == 0)
@@ -334,7 +342,7 @@ class _Run:
         }
 
     def _save(self, out: Path) -> None:
-        self.saved = self.done
+        self.saved, self.saved_at = self.done, time.monotonic()
         if self.team.index == 0:
             ema = None if self.average is None else self.average.state_dict()
             folder = step_folder(out, self.done)

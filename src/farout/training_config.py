@@ -47,7 +47,8 @@ class TrainingConfig:
         seed: of the order of the data and all other randomness.
         workers: loading processes; 0 loads in the training process. Results do not depend on it.
         validate_every: updates between validations; 0: once, at the end (where validation data is given).
-        checkpoint_every: checkpoints of these multiples are written and never removed; 0: none of them.
+        checkpoint_every: checkpoints of these multiples are written and never removed; 0: none of them. One that is
+            replaced by the next is written every ten minutes in any case.
         keep: steps whose checkpoints are written and never removed.
         checkpoint: the weights that training returns: last, best (lowest validation loss), or a step number.
         device: auto (cuda, else cpu), cpu, cuda, cuda:1, mps.

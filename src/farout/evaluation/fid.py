@@ -22,6 +22,7 @@ from farout.devices import Precision, resolve_device, resolve_precision
 from farout.errors import FaroutError, MissingExtraError, StoreError, TrapWarning
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
+from farout.images.decoding import quantised
 from farout.images.preprocessing import Preprocessing, check_against
 from farout.images.sources import Images, ImageSource, batches, open_source
 
@@ -226,7 +227,7 @@ def _inception(reference: ImageSource, device: torch.device, precision: Precisio
 
     def features(source: ImageSource) -> Iterator[Tensor]:
         for batch in batches(source, native, rows, workers=workers):
-            pixels = (batch.images * 255).round().to(device, torch.uint8)
+            pixels = quantised(batch.images).to(device)
             yield network(pixels).reshape(len(pixels), -1).float().cpu()
 
     return lambda source: _read(source, native, features(source))

@@ -6,15 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from farout import store
 from farout.detectors._tables import Scores
 from farout.detectors.base import Detector
 from farout.evaluation.bench.page_data import Side, read_sides
 from farout.evaluation.heat import MapScale
 from farout.evaluation.overlays import FOLDER, overlay, overlay_name
-from farout.images.decoding import to_pil
+from farout.images.decoding import save_png, to_pil
 
 __all__ = ["MOST", "pictures_of", "write_pictures", "wrong"]
 
@@ -54,17 +52,10 @@ def write_pictures(detector: Detector, folder: Path, inside: str) -> None:
             for row, index in enumerate(batch.indices):
                 name = overlay_name(some.keys[index])
                 heat = overlay(some[index], measured.maps[row], detector.preprocessing.crop, scale)
-                _save(heat, side.folder / FOLDER / name)
+                save_png(heat, side.folder / FOLDER / name)
                 for kind, made in measured.pictures.items():
                     if not kind.startswith("_") and kind not in detector.map_pictures:
-                        picture = (made[row].clamp(0, 1) * 255).round().byte()
-                        _save(to_pil(picture), side.folder / _PICTURES / kind / name)
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with store.atomic_file(path) as temporary:
-        picture.save(temporary, format="PNG")
+                        save_png(to_pil(made[row]), side.folder / _PICTURES / kind / name)
 
 
 def pictures_of(side: Side, key: str) -> Iterator[tuple[str, Path]]:

@@ -11,6 +11,7 @@ from farout.cli.tables import new_table, print_table
 from farout.devices import launched
 from farout.errors import FaroutError
 from farout.evaluation.bench.estimate import RULE
+from farout.evaluation.bench.layout import COSTS
 from farout.evaluation.bench.plan import Job, Plan, make_plan
 from farout.evaluation.bench.reading import read_spec
 from farout.evaluation.bench.run import Done, Preview, Report, preview, report, run_bench
@@ -112,7 +113,8 @@ def _report(done: Report) -> None:
     for board in done.boards:
         table = new_table(board.caption)
         for head in board.heads:
-            table.add_column(head.replace(" ", "\n"), overflow="fold")
+            short = head in COSTS.values()
+            table.add_column(head if short else head.replace(" ", "\n"), overflow="fold", no_wrap=short)
         for row in board.rows:
             table.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in row))
         print_table(table)

@@ -260,6 +260,9 @@ def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path) -> None:
     late = {"method": "reconstruction", "diffusion": "generator", "arguments": {"levels": [5000]}}
     with pytest.raises(FaroutError, match="levels"):
         list(run_bench(make_plan(parse_spec({**wrong, "detectors": [late]}), tmp_path / "out")))
+    again = {"again": {"diffusion": "generator", "level": 2}}
+    with pytest.raises(FaroutError, match="levels are shares"):
+        list(run_bench(make_plan(parse_spec({**wrong, "reconstructions": again}), tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 

@@ -290,6 +290,11 @@ def test_no_sources_is_an_error(place: Path, tmp_path: Path) -> None:
             evaluate_detector(brightness(place), place / "test", wrong, tmp_path / "o")
 
 
+def test_controls_want_images() -> None:
+    with pytest.raises(FaroutError, match="control_limit wants at least 1 image, got 0"):
+        Beside(control_limit=0)
+
+
 # -- anyone's scores ----------------------------------------------------------------------------------------------
 
 

@@ -159,6 +159,8 @@ def set_distance(
         MissingExtraError: for `inception` without the extra `farout[fid]`.
         StoreError: where the weights of Inception cannot be fetched.
     """
+    if rows < 1 or workers < 0:
+        raise FaroutError(f"rows want 1, workers 0 or more, got {rows} and {workers}")
     if features not in _NAMES:
         raise FaroutError(f"features are {' or '.join(_NAMES)}, got {features!r}")
     sources = [open_source(each, limit=limit, seed=seed) for each in (generated, reference)]

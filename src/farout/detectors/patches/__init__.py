@@ -116,6 +116,7 @@ class Patches(FeatureDetector):
         counts = {name: self.config[name] for name in names}
         if min(counts.values()) < 1 or most < 2 or not 0 < share <= 1:
             raise FaroutError(f"expected 1 or more of each of {counts}, most {most} >= 2 and 0 < share {share} <= 1")
+        self._training(1)  # refuses what is out of range
         self.levels = checked_levels(levels, paper_schedule().steps)
         self.bank: Tensor | None = None
         self.bank_of: FeatureDiffusion | None = None

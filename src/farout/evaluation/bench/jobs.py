@@ -110,7 +110,6 @@ class Jobs:
 
     def _reconstructions(self, job: Job) -> None:
         entry = self.spec.reconstructions[job.name]
-        names = ("level", "highest", "classes", "solver", "steps", "spacing")
         reconstruct(
             entry.source or self.spec.train,
             str(self._path("networks", entry.diffusion, job.seed)),
@@ -119,7 +118,7 @@ class Jobs:
             seed=job.seed,
             resume=True,
             runtime=self.spec.runtime,
-            **{name: getattr(entry, name) for name in names},
+            **entry.trip,
         )
 
     # -- detectors -----------------------------------------------------------------------------------------------

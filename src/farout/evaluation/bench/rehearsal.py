@@ -17,6 +17,7 @@ from farout.detectors._cost import Cost
 from farout.detectors._features import FeatureDetector
 from farout.diffusion import folders
 from farout.diffusion.model import DiffusionModel
+from farout.diffusion.round_trip import RoundTrip
 from farout.diffusion.train import DiffusionConfig
 from farout.evaluation.bench.sets import Sets
 from farout.evaluation.bench.spec import DetectorSpec, NetworkSpec, OutlierSpec, Spec
@@ -69,9 +70,13 @@ class Rehearsal:
         return DiffusionModel.load(local, class_names=names)
 
     def check(self) -> None:
-        """Lets every detector and synthesiser refuse networks and images that cannot work; raises FaroutError."""
+        """Lets methods and reconstructions refuse networks, images and settings that cannot work; raises FaroutError."""
         for outliers in self.spec.outliers.values():
             self._check_outliers(outliers)
+        for again in self.spec.reconstructions.values():
+            model = self.network(again.diffusion)
+            assert isinstance(model, DiffusionModel)
+            RoundTrip(model, **again.trip)  # refuses what is out of range
         for entry in self.spec.detectors.values():
             diffusion, classifier = self._given(entry)
             made = entry.made()

@@ -19,7 +19,7 @@ from farout.cli import COMMANDS, commands, generation
 from farout.cli.flags import Parser
 from farout.cli.usage import UsageError
 from farout.configuration import flat
-from farout.detectors._fitting import FitSettings
+from farout.detectors.fitting import FitSettings
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
 from farout.errors import meant

@@ -14,8 +14,8 @@ import torch
 from farout import store
 from farout.checkpoints import discard_checkpoints, training_folder
 from farout.classifiers.train import train_classifier
-from farout.detectors._fitting import FitSettings, training_of
 from farout.detectors.base import Detector, load
+from farout.detectors.fitting import FitSettings, training_of
 from farout.diffusion.train import DiffusionConfig, train_diffusion
 from farout.errors import ConstantScoresWarning, TrapWarning
 from farout.evaluation.bench.pictures import write_pictures

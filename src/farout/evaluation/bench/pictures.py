@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from farout.detectors._tables import Scores
-from farout.detectors.base import Detector
+from farout.detectors.base import Detector, Scores
 from farout.evaluation.bench.page_data import Side, read_sides
 from farout.evaluation.heat import MapScale
 from farout.evaluation.overlays import FOLDER, overlay, overlay_name

@@ -70,7 +70,7 @@ class Rehearsal:
         return DiffusionModel.load(local, class_names=names)
 
     def check(self) -> None:
-        """Lets methods and reconstructions refuse networks, images and settings that cannot work; raises FaroutError."""
+        """Lets methods and reconstructions refuse networks, images and settings; raises FaroutError."""
         for outliers in self.spec.outliers.values():
             self._check_outliers(outliers)
         for again in self.spec.reconstructions.values():

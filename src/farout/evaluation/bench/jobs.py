@@ -186,7 +186,7 @@ class Jobs:
             warnings.filterwarnings("ignore", ".*lies below one half", TrapWarning)
             table = evaluate_detector(detector, inside, outside, job.folder, beside=_ALONE, **told)
         if detector.makes_maps and job.name in self.spec.detectors:
-            write_pictures(detector, job.folder / "scores", inside)
+            write_pictures(detector, job.folder / "scores", job.sources)
         speed = job.record.get("images_per_s")
         if speed is None:
             speed = round(_images_per_s(detector, detector.open(inside, limit=_SPEED_IMAGES)), 2)

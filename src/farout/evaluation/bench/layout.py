@@ -11,7 +11,7 @@ from farout.evaluation.bench.plan import Plan
 from farout.evaluation.bench.table import MARKERS, words_of
 from farout.evaluation.sides import OWN
 
-__all__ = ["COSTS", "Board", "boards", "latex", "markdown"]
+__all__ = ["COSTS", "Board", "boards", "latex", "markdown", "untested"]
 
 COSTS = {"nfe": "NFE", "gmacs": "GMACs", "images_per_s": "img/s", "fit_s": "fit, s"}
 """Columns of cost, and their heads."""
@@ -128,7 +128,13 @@ def _notes(plan: Plan, metrics: pd.DataFrame) -> list[str]:
     used = _words(metrics[metrics["indicator"] == OWN])
     signs = {"backbone": "*", "constant": _CONSTANT, "below half": _BELOW, "size": "size:", "overlap": "overlap:"}
     notes = [f"{sign} {MARKERS[word]}" for word, sign in signs.items() if word in used]
-    return notes + [f"untested ({plan.spec.group(source)}): {why}" for source, why in plan.untested.items()]
+    return notes + untested(plan)
+
+
+def untested(plan: Plan) -> list[str]:
+    """Which sets are not scored, and why, in words."""
+    told = {source: why if source in why else f"{source}: {why}" for source, why in plan.untested.items()}
+    return [f"untested ({plan.spec.group(source)}): {why}" for source, why in told.items()]
 
 
 def _about(plan: Plan, metrics: pd.DataFrame, machine: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,18 +30,19 @@ def wrong(scores: Scores, inside: bool) -> np.ndarray:
     return order
 
 
-def write_pictures(detector: Detector, folder: Path, inside: str) -> None:
+def write_pictures(detector: Detector, folder: Path, sources: Sequence[str]) -> None:
     """Beside the scores in `folder/*/`, of the images that `wrong` puts first: `maps/<key>.png`, the map laid over the
     image, and `pictures/<name>/<key>.png` for every picture that the method makes, such as reconstructions.
 
     Args:
         detector: a fitted detector that makes maps.
         folder: of score folders, one a source.
-        inside: the in-distribution source, by the name that its score folder knows.
+        sources: by the names that their score folders know, the in-distribution one first; others that an earlier run
+            has scored may not be here any more.
     """
     scale = MapScale.of(detector)
-    for side in read_sides(folder):
-        places = [int(place) for place in wrong(side.scores, side.source == inside)[:MOST]]
+    for side in (side for side in read_sides(folder) if side.source in sources):
+        places = [int(place) for place in wrong(side.scores, side.source == sources[0])[:MOST]]
         source = detector.open(side.source, policy=side.policy)
         rows = {key: row for row, key in enumerate(source.keys)}
         some = source.subset([rows[side.scores.keys[place]] for place in places])

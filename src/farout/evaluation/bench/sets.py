@@ -74,7 +74,7 @@ class Sets:
 
     def __init__(self, spec: Spec) -> None:
         self.spec, self.seed = spec, spec.seeds[0]
-        self._opened: dict[tuple[str, Policy, int | None, int], ImageSource] = {}
+        self._opened: dict[str, ImageSource] = {}
 
     def images(self, source: str | None = None, limit: int | None = None) -> ImageSource:
         """Images that something is trained on or made of; None: as the benchmark has it."""
@@ -85,10 +85,10 @@ class Sets:
         return self._open(source, "nan", self.spec.limit, seed)
 
     def _open(self, source: str, policy: Policy, limit: int | None, seed: int) -> ImageSource:
-        key = (source, policy, limit, seed)
-        if key not in self._opened:
-            self._opened[key] = open_source(source, policy=policy, limit=limit, seed=seed)
-        return self._opened[key]
+        """A view of a source, which is opened where it is new."""
+        if source not in self._opened:
+            self._opened[source] = open_source(source)
+        return open_source(self._opened[source].with_policy(policy), limit=limit, seed=seed)
 
     @property
     def id(self) -> ImageSource:
@@ -100,7 +100,7 @@ class Sets:
         used = self.images() if source == self.spec.train else self.scored(source, self.seed)
         marked = () if source in (self.spec.train, self.spec.id) else self._markers(used)
         sizes = {f"{height}x{width}": count for (height, width), count in used.native_sizes().items()}
-        return SetFacts(len(open_source(source)), len(used), used.fingerprint(), sizes, marked)
+        return SetFacts(len(self._opened[source]), len(used), used.fingerprint(), sizes, marked)
 
     def _markers(self, ood: ImageSource) -> tuple[str, ...]:
         found = {"size": _other_sizes(self.id, ood), "overlap": self._overlaps(ood)}

@@ -75,6 +75,7 @@ class Sets:
     def __init__(self, spec: Spec) -> None:
         self.spec, self.seed = spec, spec.seeds[0]
         self._opened: dict[str, ImageSource] = {}
+        self._views: dict[tuple[str, Policy, int | None, int], ImageSource] = {}
 
     def images(self, source: str | None = None, limit: int | None = None) -> ImageSource:
         """Images that something is trained on or made of; None: as the benchmark has it."""
@@ -86,9 +87,12 @@ class Sets:
 
     def _open(self, source: str, policy: Policy, limit: int | None, seed: int) -> ImageSource:
         """A view of a source, which is opened where it is new."""
+        key = (source, policy, limit, seed)
         if source not in self._opened:
             self._opened[source] = open_source(source)
-        return open_source(self._opened[source].with_policy(policy), limit=limit, seed=seed)
+        if key not in self._views:
+            self._views[key] = open_source(self._opened[source].with_policy(policy), limit=limit, seed=seed)
+        return self._views[key]
 
     @property
     def id(self) -> ImageSource:

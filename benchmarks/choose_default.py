@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from common import VARIANTS, fresh_images, machine, table
 
-from farout.detectors._tables import Measurements
-from farout.detectors.base import Runtime
+from farout.detectors.base import Measurements, Runtime
 from farout.detectors.reconstruction import Reconstruction
 from farout.detectors.reconstruction.comparison import METRICS
 from farout.detectors.reconstruction.indicators import Scorer

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from common import VARIANTS, fresh_images, interval, machine, table
 
-from farout.detectors._tables import Measurements
-from farout.detectors.base import Detector, Runtime
+from farout.detectors.base import Detector, Measurements, Runtime
 from farout.detectors.diffpath import DiffPath
 from farout.detectors.msma import MSMA
 from farout.detectors.reconstruction import Reconstruction

@@ -1,5 +1,6 @@
 """What a benchmark shows of images that a detector gets wrong: the map, and the image as the network makes it again."""
 
+import shutil
 import warnings
 from pathlib import Path
 
@@ -23,10 +24,12 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Path, st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         detector = Reconstruction(levels=(50, 200), draws=1).fit(good, model(), alpha=0.4, statistics=30)
-        for name, low in (("inside", 100), ("other", 101)):
+        for name, low in (("inside", 100), ("other", 101), ("gone", 101)):
             score_folder(detector, pictures(root / name, 60, low=low, seed=5), root / "scores" / name)
     (root / "other" / "000.png").write_text("not a picture")
-    write_pictures(detector, root / "scores", str(root / "inside"))
+    shutil.rmtree(root / "gone")
+    write_pictures(detector, root / "scores", [str(root / "inside"), str(root / "other")])
+    shutil.rmtree(root / "scores" / "gone")
     return detector, root / "scores", str(root / "inside")
 
 

@@ -14,13 +14,16 @@ import yaml
 from farout import load
 from farout.cli import main
 from farout.detectors.base import Detector
+from farout.diffusion.train import DiffusionConfig
 from farout.errors import FaroutError
+from farout.evaluation.bench import sets
 from farout.evaluation.bench.jobs import Jobs
 from farout.evaluation.bench.plan import make_plan
 from farout.evaluation.bench.reading import parse_spec, read_spec
 from farout.evaluation.bench.rehearsal import Rehearsal
 from farout.evaluation.bench.run import Done, Report, preview, report, run_bench
 from farout.evaluation.evaluate import COLUMNS
+from farout.images.sources import open_source
 from farout.store import read_json
 from small import classifier, pictures
 
@@ -184,8 +187,16 @@ def test_a_plan_is_shown_before_anything_is_done(
     assert "untested (far): svhn:test" in text
 
 
-def test_estimates_count_what_is_done(out: Path) -> None:
+def test_estimates_count_what_is_done(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def opening(source: Any, **settings: Any) -> Any:
+        opened.extend([source] if isinstance(source, str) else [])
+        return open_source(source, **settings)
+
+    monkeypatch.setattr(sets, "open_source", opening)
     seen = preview(plan_of(out))
+    assert len(opened) == len(set(opened)) == 3, "training images and both scored sources, once each"
     jobs = {job.id: seen.estimates[job.id] for job in seen.plan.jobs}
     assert jobs["networks/plain-0"].rows == 3 * 2 * 8
     assert jobs["networks/exposed-0"].rows == 2 * jobs["networks/plain-0"].rows, "as many outliers as images"
@@ -249,11 +260,15 @@ def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path) -> None:
     late = {"method": "reconstruction", "diffusion": "generator", "arguments": {"levels": [5000]}}
     with pytest.raises(FaroutError, match="levels"):
         list(run_bench(make_plan(parse_spec({**wrong, "detectors": [late]}), tmp_path / "out")))
+    again = {"again": {"diffusion": "generator", "level": 2}}
+    with pytest.raises(FaroutError, match="levels are shares"):
+        list(run_bench(make_plan(parse_spec({**wrong, "reconstructions": again}), tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_large_network_is_counted_by_a_small_one_in_its_place() -> None:
-    detectors = [{"method": "reconstruction", "diffusion": "generator", "arguments": {"levels": [50, 200]}}]
+def test_a_large_network_is_counted_by_a_small_one_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {"method": "reconstruction", "diffusion": "generator", "arguments": {"levels": [50, 200]}}
+    detectors = [one, {**one, "name": "more", "arguments": {"levels": [50, 100, 200]}}]
     networks = {"generator": {"kind": "diffusion", "preset": "small", "training": {"steps": 1}}}
     spec = parse_spec({**CONTENT, "name": "large", "networks": networks, "outliers": {}, "detectors": detectors})
     rehearsal = Rehearsal(spec)
@@ -264,3 +279,5 @@ def test_a_large_network_is_counted_by_a_small_one_in_its_place() -> None:
     expected, found = whole.cost(), rehearsal.cost("reconstruction")
     assert found.nfe == expected.nfe == 4, "two levels, two draws"
     assert found.gmacs == pytest.approx(expected.gmacs)
+    monkeypatch.setattr(DiffusionConfig, "build", lambda *_, **__: pytest.fail("built for each detector anew"))
+    assert rehearsal.cost("more").nfe == 6

@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from farout.cli.bench import show_bench
 from farout.detectors._tables import Scores
 from farout.evaluation.bench.layout import boards, latex, markdown
 from farout.evaluation.bench.plan import Job, Plan, make_plan
 from farout.evaluation.bench.reading import parse_spec
+from farout.evaluation.bench.run import Report
 from farout.evaluation.bench.table import behind, group_means, leads, marked
 from farout.evaluation.sides import Side
 from farout.images.sources import open_source
@@ -134,6 +136,17 @@ def test_markdown_is_a_table() -> None:
     assert "untested (far): svhn:test is not on this machine" in text
     assert "seeds 0, 1" in text
     assert "all scores are equal" not in text, "signs that do not occur are not explained"
+
+
+def test_a_narrow_console_breaks_no_head_of_a_cost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("farout.cli.tables._LOG", 80)
+    groups = group_means(plan(), ROWS)
+    show_bench(iter([Report(plan(), ROWS, groups, tuple(boards(plan(), ROWS, groups)), (), ())]))
+    text = capsys.readouterr().out
+    assert re.search(r"NFE +GMACs +img/s +fit, s", text)
+    assert not re.search(r"fit,\s*$", text, re.MULTILINE)
 
 
 def test_latex_has_balanced_tables() -> None:

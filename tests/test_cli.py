@@ -156,6 +156,15 @@ def test_version_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
         (["fit", "reconstruction", "a", "--out", "b", "--network-preset", "big"], 2, ["big", "tiny, small, paper"]),
         (["fit", "reconstruction", "a", "--out", "b", "--training.steps", "0"], 1, ["steps", "1 or more"]),
         (["fit", "reconstruction", "a", "--out", "b", "--link"], 1, ["--link wants --diffusion"]),
+        (["score", "a", "b", "--out", "c", "--fdr", "nan"], 2, ["--fdr wants a number"]),
+        (["score", "a", "b", "--out", "c", "--fdr", ".nan"], 2, ["--fdr wants a number"]),
+        (["fit", "knn", "a", "--out", "b", "--seed=-1"], 2, ["--seed wants 0 or more", "-1"]),
+        (["fit", "semantic", "a", "--out", "b", "--learning-rate", "0"], 1, ["learning_rate", "positive"]),
+        (["train", "diffusion", "a", "--out", "b", "--model.b-scale", "0"], 1, ["b_scale", "positive"]),
+        (["reconstruct", "a", "--diffusion", "b", "--out", "c", "--rows", "0"], 1, ["rows", "at least 1"]),
+        (["fid", "a", "b", "--workers=-1"], 1, ["workers 0 or more"]),
+        (["demo", "--out", "nowhere/demo", "--limit", "0"], 1, ["limit wants at least 1"]),
+        (["demo", "--out", "nowhere/demo", "--steps", "0"], 1, ["steps is 0"]),
         (["evaluate", "a", "--id", "b"], 1, ["DETECTOR --id SOURCE --ood"]),
         (["evaluate", "a", "--scores", "b", "c"], 1, ["--scores"]),
         (["evaluate", "--scores", "b", "c", "--limit", "5"], 1, ["limit has no use"]),
@@ -192,6 +201,8 @@ def test_mistakes_in_the_input_get_one_line(place: Path, tmp_path: Path, capsys:
     assert "too few" in refused(capsys, [*fit, few], 1)
     train = ["train", "diffusion", few, "--out", out, "--model.size", "0"]
     assert "expected positive pixels" in refused(capsys, train, 1)
+    for rate in ("0", "2"):
+        assert "between 0 and 1" in refused(capsys, [*train[:-2], "--alpha", rate], 1)
     lost = ["fit", "reconstruction", place / "good", "--diffusion", tmp_path / "lost", "--out", out, *FIT]
     assert "no folder" in refused(capsys, lost, 1)
     score = ["score", place / "model", place / "near", "--out", out]

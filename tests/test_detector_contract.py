@@ -12,8 +12,8 @@ import torch
 
 from farout import load, registry, store
 from farout.detectors import base
-from farout.detectors._fitting import recalibrate
 from farout.detectors.base import Detector, Scores
+from farout.detectors.fitting import recalibrate
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, NaNScoresWarning, ShortfallWarning, SourceError, StoreError, TrapWarning
 from farout.images.sources import Batch

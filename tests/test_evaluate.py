@@ -270,10 +270,29 @@ def _only_probe(original: Any, probes: list) -> Any:
     return measure
 
 
+def test_tables_of_an_earlier_run_do_not_stay(place: Path, tmp_path: Path) -> None:
+    made, optional = brightness(place), {"paired.csv", "draws.csv"}
+
+    def there() -> set[str]:
+        return {path.name for path in (tmp_path / "o").iterdir()} & optional
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluate_detector(made, place / "test", [place / "far"], tmp_path / "o", ood_draws=2)
+        assert there() == optional
+        evaluate_detector(made, place / "test", [place / "far"], tmp_path / "o", beside=Beside(trivial=False))
+    assert not there()
+
+
 def test_no_sources_is_an_error(place: Path, tmp_path: Path) -> None:
     for wrong in ([], "sample_digits:test"):
         with pytest.raises(FaroutError, match="list of at least one"):
             evaluate_detector(brightness(place), place / "test", wrong, tmp_path / "o")
+
+
+def test_controls_want_images() -> None:
+    with pytest.raises(FaroutError, match="control_limit wants at least 1 image, got 0"):
+        Beside(control_limit=0)
 
 
 # -- anyone's scores ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from PIL import Image
 
 from farout import load
 from farout.cli import main
-from farout.detectors._fitting import recalibrate, source_spec
+from farout.detectors.fitting import recalibrate, source_spec
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
 from farout.errors import FaroutError, MissingExtraError, ShortfallWarning, StoreError, TrapWarning
@@ -155,7 +155,7 @@ def test_a_distance_that_is_not_installed_is_said_before_training(
         raise AssertionError("something was trained")
 
     monkeypatch.setattr("farout.detectors.reconstruction.perceptual_distance", missing)
-    monkeypatch.setattr("farout.detectors._fitting.train_model", never)
+    monkeypatch.setattr("farout.detectors.fitting.train_model", never)
     with pytest.raises(MissingExtraError, match="no lpips"):
         Reconstruction().fit(folder, alpha=0.1, statistics=30)
 

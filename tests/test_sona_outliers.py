@@ -16,7 +16,7 @@ from farout.cli import main
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sona import SonaConfig
 from farout.errors import FaroutError, StoreError, TrapWarning, UnreadableImageError
-from farout.evaluation.outlier_quality import colour_similarity, rate_outliers, summed_up
+from farout.evaluation.outlier_quality import colour_similarity, rate_outliers, summed_up, write_quality
 from farout.images.sources import open_source
 from farout.outliers._starts import by_turns
 from farout.outliers._words import nearest, screened
@@ -309,6 +309,10 @@ def test_quality_is_of_each_outlier_and_its_own_image(images: Path, tmp_path: Pa
     assert parts[0]["outliers"] == sum(part["outliers"] for part in parts[1:]) == 20
     assert parts[0]["is_source"] == pytest.approx(rated["is_source"].mean())
     assert len(source) == 8
+    write_quality(rated.reset_index(), found)
+    assert len(pd.read_csv(found.folder / "quality.csv")) == 20
+    write_quality(None, found)
+    assert not (found.folder / "quality.csv").exists(), "that of an earlier run"
 
 
 # the command and its page

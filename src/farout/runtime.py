@@ -18,6 +18,7 @@ _MEMORY = 256 * 2**20
 @dataclass(frozen=True)
 class Runtime:
     """How networks are run. Results are bit-equal for one device, precision and `rows`; the rest never matters.
+    Raises FaroutError for sizes out of range.
 
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
@@ -35,15 +36,19 @@ class Runtime:
     workers: int = 2
     cache: bool = True
 
+    def __post_init__(self) -> None:
+        sizes = [size for size in (self.rows, self.batch_size) if size != "auto"]
+        if min(sizes, default=1) < 1 or self.workers < 0:
+            given = f"{self.rows}, {self.batch_size} and {self.workers}"
+            raise FaroutError(f"rows and batch_size want at least 1, workers 0 or more, got {given}")
+
     def resolved(self) -> Runtime:
         """With every `auto` but the batch size replaced by what it means here.
 
-        Raises FaroutError for a device that is not there, a precision that it lacks, and sizes below 1.
+        Raises FaroutError for a device that is not there, and a precision that it lacks.
         """
         device = resolve_device(self.device)
         rows = self.rows if self.rows != "auto" else (32 if device.type == "cpu" else 256)
-        if rows < 1 or (self.batch_size != "auto" and self.batch_size < 1):
-            raise FaroutError(f"rows and batch_size want at least 1, got {self.rows} and {self.batch_size}")
         return replace(self, device=str(device), precision=resolve_precision(self.precision, device), rows=rows)
 
     def images_at_once(self, shape: Sequence[int], rows_per_image: int = 1) -> int:

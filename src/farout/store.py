@@ -50,19 +50,28 @@ def _mode(folder: bool) -> int:
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` and renames it to `path` at the end; after an error nothing is left."""
+def atomic_file(path: str | Path, working: Path | None = None) -> Iterator[Path]:
+    """Yields a temporary path beside `path` and renames it to `path` at the end; after an error nothing is left.
+
+    working: that path instead, which is always the same: killed runs leave one file at most, and it is found again.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _temporary(path) if working is None else working
     try:
         yield temporary
-        temporary.chmod(_mode(folder=False))
+        if working is None:
+            temporary.chmod(_mode(folder=False))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A new file beside `path`, for its owner's eyes only."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    return Path(name)
 
 
 def check_replaceable(path: str | Path, kind: str) -> None:

@@ -11,7 +11,8 @@ from farout.cli.tables import new_table, print_table
 from farout.devices import launched
 from farout.errors import FaroutError
 from farout.evaluation.bench.estimate import RULE
-from farout.evaluation.bench.plan import Job, Plan, make_plan
+from farout.evaluation.bench.layout import COSTS, untested
+from farout.evaluation.bench.plan import Job, make_plan
 from farout.evaluation.bench.reading import read_spec
 from farout.evaluation.bench.run import Done, Preview, Report, preview, report, run_bench
 from farout.evaluation.bench.sets import absent_sets
@@ -81,7 +82,8 @@ def _plan(seen: Preview) -> None:
         print(f"{rows:,.0f} network evaluations, about {_duration(seconds)}; {RULE}")
     for name in seen.plan.unused:
         print(f"not used: {name}")
-    _untested(seen.plan)
+    for line in untested(seen.plan):
+        print(line)
     if seen.obstacle:
         print(seen.obstacle)
 
@@ -103,20 +105,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.1f} days"
 
 
-def _untested(plan: Plan) -> None:
-    for source, why in plan.untested.items():
-        print(f"untested ({plan.spec.group(source)}): {why if source in why else f'{source}: {why}'}")
-
-
 def _report(done: Report) -> None:
     for board in done.boards:
         table = new_table(board.caption)
         for head in board.heads:
-            table.add_column(head.replace(" ", "\n"), overflow="fold")
+            short = head in COSTS.values()
+            table.add_column(head if short else head.replace(" ", "\n"), overflow="fold", no_wrap=short)
         for row in board.rows:
             table.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in row))
         print_table(table)
-    _untested(done.plan)
+    for line in untested(done.plan):
+        print(line)
     if done.missing:
         print(f"{len(done.missing)} jobs are not done yet")
     for path in done.paths:

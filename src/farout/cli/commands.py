@@ -13,8 +13,8 @@ import pandas as pd
 
 from farout import registry, store
 from farout.checkpoints import discard_checkpoints, training_folder
-from farout.detectors._fitting import FitSettings, recalibrate
 from farout.detectors.base import Detector, load
+from farout.detectors.fitting import FitSettings, recalibrate
 from farout.devices import launched
 from farout.errors import FaroutError
 from farout.evaluation.beside import Beside

@@ -137,7 +137,7 @@ def _write_page(found: OutlierFolder, images: ImageSource, classifier: str | Non
     if classifier is not None and is_made_of_images(found):
         judge = Classifier.load(classifier).to(resolve_device(runtime.device))
         rated = rate_outliers(found, images, judge, runtime)
-        write_quality(rated, found)
+    write_quality(rated, found)
     write_outlier_page(found, images, rated)
 
 

@@ -26,6 +26,7 @@ from farout.errors import FaroutWarning
 from farout.evaluation.fid import SetDistance
 from farout.evaluation.interpolate import InterpolatedFolder
 from farout.evaluation.scoring import ScoredFolder
+from farout.evaluation.sides import OWN
 from farout.features.cache import CachedKind, cache_folder
 from farout.features.extraction import Extraction
 from farout.outliers.base import MadeFolder
@@ -228,7 +229,7 @@ def _metrics(frame: pd.DataFrame) -> None:
     """The detectors' own scores: AUROC with its interval, FPR95, share of in-distribution and of out-of-distribution
     images flagged (alarms, found).
     """
-    own = frame[frame["indicator"] == "score"]
+    own = frame[frame["indicator"] == OWN]
     kept = [column for column in _SHORT if own[column].notna().any()]
     table = new_table()
     table.add_column("detector", no_wrap=True)

@@ -19,7 +19,7 @@ from farout.cli import COMMANDS, commands, generation
 from farout.cli.flags import Parser
 from farout.cli.usage import UsageError
 from farout.configuration import flat
-from farout.detectors._fitting import FitSettings
+from farout.detectors.fitting import FitSettings
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
 from farout.errors import meant
@@ -165,7 +165,18 @@ def _add_runtime(parser: Parser) -> None:
 
 def _values(parser: Parser, parsed: Any) -> dict[str, Any]:
     parsed.pop("config", None)
+    _refuse_nonsense(vars(parsed.as_flat()))
     return dict(parser.instantiate_classes(parsed))
+
+
+def _refuse_nonsense(settings: Mapping[str, Any]) -> None:
+    """Raises UsageError for what is no number, which is neither below nor above a bound, and for a seed below 0."""
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if any(each != each for each in (value if isinstance(value, list | tuple) else [value])):
+            raise UsageError(f"{flag} wants a number, got {value}")
+        if name == "seed" and value < 0:
+            raise UsageError(f"{flag} wants 0 or more, got {value}")
 
 
 def _training_preset(name: str, presets: Mapping[str, Any] = PRESETS) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from farout.runtime import Runtime
 
 if TYPE_CHECKING:
     from farout.classifiers.model import Classifier
-    from farout.detectors._fitting import FitSettings
+    from farout.detectors.fitting import FitSettings
     from farout.diffusion.train import DiffusionConfig
 
 __all__ = ["Cost", "Detector", "Measurements", "Runtime", "Scores", "load"]
@@ -133,7 +133,7 @@ class Detector(Configured, ABC):
 
     def train(self, images: ImageSource, settings: FitSettings) -> DiffusionModel | FeatureDiffusion:
         """The diffusion model that a method needs and was not given, trained on `images`."""
-        from farout.detectors._fitting import train_on_images
+        from farout.detectors.fitting import train_on_images
 
         return train_on_images(self, images, settings)
 
@@ -187,12 +187,12 @@ class Detector(Configured, ABC):
             diffusion: a `DiffusionModel` or its folder; None: one is trained where the method needs it.
             classifier: a `Classifier` or its folder; None: one is trained where the method needs it and the images
                 have labels.
-            **settings: see `FitSettings` in `farout.detectors._fitting`.
+            **settings: see `FitSettings` in `farout.detectors.fitting`.
 
         Raises:
             FaroutError: for images or models that do not go together.
         """
-        from farout.detectors._fitting import FitSettings, fit
+        from farout.detectors.fitting import FitSettings, fit
 
         return fit(self, images, diffusion, classifier, FitSettings(**settings))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from farout import progress, store
 from farout.diffusion.sampling import Sampler
 from farout.errors import FaroutError
-from farout.images.decoding import to_pil
+from farout.images.decoding import save_png
 from farout.images.readers import CLASSES_FILE
 
-__all__ = ["KIND", "SampledFolder", "contact_sheet", "folder_names", "save_png", "write_class_names", "write_samples"]
+__all__ = ["KIND", "SampledFolder", "contact_sheet", "folder_names", "write_class_names", "write_samples"]
 
 KIND = "samples"
 _MANIFEST = "manifest.jsonl"
@@ -182,20 +179,6 @@ def write_class_names(folder: Path, names: Sequence[str]) -> None:
     told = {plain: name for plain, name in zip(folder_names(names), names, strict=True) if plain != name}
     if told:
         store.write_json(folder / CLASSES_FILE, told)
-
-
-def save_png(image: Tensor, path: Path, working: Path) -> None:
-    """Writes an image (C, H, W) in [0, 1], under the name `working` first: what stands at `path` is whole, and after an
-    error nothing else is left. Raises FaroutError for values that are not numbers, which would become black.
-    """
-    if not bool(torch.isfinite(image).all()):
-        raise FaroutError(f"the image {path} would hold values that are not numbers; use precision fp32")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        to_pil((image.clamp(0, 1) * 255).round().to(torch.uint8)).save(working, format="PNG")
-        os.replace(working, path)
-    finally:
-        working.unlink(missing_ok=True)
 
 
 def contact_sheet(rows: Sequence[Sequence[Path]]) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """What is trained.
+    """What is trained. Raises FaroutError for a scale that is not positive.
 
     Args:
         network: see `farout.diffusion.networks`: `tiny` (1.1 M parameters), `small` (17.7 M), `paper` (171 M), `cifar`
@@ -82,6 +83,10 @@ class DiffusionConfig:
     channels: int | None = None
     crop: int | None = None
     protocol: Literal["native", "direct", "common"] = "native"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.b_scale < math.inf:
+            raise FaroutError(f"b_scale wants a positive number, got {self.b_scale}")
 
     def preprocess(self, source: ImageSource) -> Preprocessing:
         """The preprocessing that suits `source`."""

@@ -24,7 +24,7 @@ class Beside:
 
     companions: the methods that it names; trivial: controls that need no model; random: the same detector with random
     weights (see `random_twin`); reference: source that they are fitted on, None: the one that the detector was fitted
-    on; control_limit: images of it that the controls are fitted on (companions see all).
+    on; control_limit: images of it that the controls are fitted on (companions see all), 1 or more.
     """
 
     companions: bool = True
@@ -32,6 +32,10 @@ class Beside:
     random: bool = False
     reference: Any = None
     control_limit: int | None = 1000
+
+    def __post_init__(self) -> None:
+        if self.control_limit is not None and self.control_limit < 1:
+            raise FaroutError(f"control_limit wants at least 1 image, got {self.control_limit}")
 
 
 @dataclass

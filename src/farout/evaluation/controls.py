@@ -82,7 +82,7 @@ def _table(measurements: Measurements) -> np.ndarray:
 
 def _png_size(image: Tensor) -> float:
     buffer = io.BytesIO()
-    to_pil((image * 255).round().to(torch.uint8)).save(buffer, "PNG")
+    to_pil(image).save(buffer, "PNG")
     return len(buffer.getvalue()) / image[0].numel()
 
 

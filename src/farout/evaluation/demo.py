@@ -13,6 +13,7 @@ from farout.detectors.base import Detector
 from farout.detectors.reconstruction import Reconstruction
 from farout.detectors.semantic import Semantic
 from farout.diffusion.train import PRESETS
+from farout.errors import FaroutError
 from farout.evaluation.evaluate import evaluate_detector
 from farout.training_config import TrainingConfig
 
@@ -36,11 +37,13 @@ def demo(out: str | Path, *, steps: int, limit: int, images: int | None, seed: i
         images: images of the sample that the detectors are fitted to; None: 1,000.
         seed: seed of everything.
     """
+    if limit < 1:
+        raise FaroutError(f"limit wants at least 1 image, got {limit}")
+    training = replace(TrainingConfig(**PRESETS["tiny"]["training"]), steps=steps, batch_size=32)
     few = 1000 if images is None else images
     fewer = {"limit": few, "seed": seed, "statistics": min(200, few // 4)}
     semantic = Semantic(updates=200).fit(TRAIN, **fewer)
     yield _rated(semantic, Path(out) / "semantic", limit)
-    training = replace(TrainingConfig(**PRESETS["tiny"]["training"]), steps=steps, batch_size=32)
     reconstruction = Reconstruction().fit(TRAIN, training=training, **fewer)
     yield _rated(reconstruction, Path(out) / "reconstruction", limit)
 

@@ -102,7 +102,7 @@ def evaluate_detector(
     rated += rated_beside(detector, beside or Beside(), out)
     sides = [[_score(each, source) for source in (inside, *outside)] for each in rated]
     rows = [row for each, (inner, *outer) in zip(rated, sides) for row in _rows(each, inner, outer)]
-    table = written(pd.DataFrame(rows, columns=COLUMNS), out / "metrics.csv")
+    table = _metrics_into(out, pd.DataFrame(rows, columns=COLUMNS))
     (first, *others), (own, *theirs) = [each.name for each in rated], sides
     leads = [paired((first, own), pair, detector.seed) for pair in zip(others, theirs, strict=True)]
     differences = pd.DataFrame([row for lead in leads for row in lead], columns=PAIRED)
@@ -132,6 +132,15 @@ def written(table: pd.DataFrame, path: Path) -> pd.DataFrame:
         table.to_csv(temporary, index=False, lineterminator="\n")
     table.attrs["paths"] = [str(path)]
     return table
+
+
+def _metrics_into(out: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Writes `metrics.csv`; with that of an earlier run go its tables that this one may not write."""
+    path = out / "metrics.csv"
+    if path.is_file():
+        for name in ("paired.csv", "draws.csv"):
+            (out / name).unlink(missing_ok=True)
+    return written(table, path)
 
 
 def _rows(rated: Rated, inside: Side, others: Sequence[Side]) -> Iterator[dict[str, Any]]:
@@ -234,4 +243,4 @@ def evaluate_scores(files: Sequence[str | Path], out: str | Path | None = None) 
             common = {"detector": "given", "indicator": name, "id": str(files[0]), "ood": str(file)}
             rows.append({**common, **asdict(rate(inside[name], outside[name], name=f"{name}, {file}"))})
     table = pd.DataFrame(rows).reindex(columns=COLUMNS)
-    return table if out is None else written(table, Path(out) / "metrics.csv")
+    return table if out is None else _metrics_into(Path(out), table)

@@ -22,6 +22,7 @@ from farout.devices import Precision, resolve_device, resolve_precision
 from farout.errors import FaroutError, MissingExtraError, StoreError, TrapWarning
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
+from farout.images.decoding import quantised
 from farout.images.preprocessing import Preprocessing, check_against
 from farout.images.sources import Images, ImageSource, batches, open_source
 
@@ -158,6 +159,8 @@ def set_distance(
         MissingExtraError: for `inception` without the extra `farout[fid]`.
         StoreError: where the weights of Inception cannot be fetched.
     """
+    if rows < 1 or workers < 0:
+        raise FaroutError(f"rows want 1, workers 0 or more, got {rows} and {workers}")
     if features not in _NAMES:
         raise FaroutError(f"features are {' or '.join(_NAMES)}, got {features!r}")
     sources = [open_source(each, limit=limit, seed=seed) for each in (generated, reference)]
@@ -226,7 +229,7 @@ def _inception(reference: ImageSource, device: torch.device, precision: Precisio
 
     def features(source: ImageSource) -> Iterator[Tensor]:
         for batch in batches(source, native, rows, workers=workers):
-            pixels = (batch.images * 255).round().to(device, torch.uint8)
+            pixels = quantised(batch.images).to(device)
             yield network(pixels).reshape(len(pixels), -1).float().cpu()
 
     return lambda source: _read(source, native, features(source))

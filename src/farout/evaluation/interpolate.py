@@ -14,9 +14,9 @@ from farout.devices import Precision
 from farout.diffusion.interpolation import Interpolations, Interpolator
 from farout.diffusion.methods import is_adaptive
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.sample_folder import save_png
 from farout.errors import FaroutError, SourceError
 from farout.evaluation.rendering import png_address, render
+from farout.images.decoding import save_png
 from farout.images.sources import Images, ImageSource, batches, open_source
 
 __all__ = ["KIND", "InterpolatedFolder", "write_interpolations"]

@@ -98,7 +98,7 @@ def _some(source: ImageSource, places: list[int], count: int) -> list[str]:
         if len(found) == count:
             break
         with suppress(UnreadableImageError):
-            found.append(png_address(source[place].float() / 255))
+            found.append(png_address(source[place]))
     return found
 
 

@@ -85,9 +85,13 @@ def rate_outliers(
     return pd.DataFrame(rows)
 
 
-def write_quality(rated: pd.DataFrame, outliers: OutlierFolder) -> None:
-    """Writes `quality.csv` into the folder."""
-    with store.atomic_file(outliers.folder / "quality.csv") as temporary:
+def write_quality(rated: pd.DataFrame | None, outliers: OutlierFolder) -> None:
+    """Writes `quality.csv` into the folder; None: there is none, and that of an earlier run goes."""
+    path = outliers.folder / "quality.csv"
+    if rated is None:
+        path.unlink(missing_ok=True)
+        return
+    with store.atomic_file(path) as temporary:
         rated.to_csv(temporary, index=False)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from farout.detectors.base import Detector
 from farout.errors import FaroutError
 from farout.evaluation.heat import MapScale
-from farout.images.decoding import to_pil
+from farout.images.decoding import save_png, to_pil
 from farout.images.sources import Policy, batches
 from farout.progress import task
 
@@ -77,18 +76,10 @@ def write_overlays(
             for place, index in enumerate(batch.indices):
                 assert maps is not None
                 picture = overlay(some[index], maps[place], detector.preprocessing.crop, scale)
-                _save(picture, out / overlay_name(some.keys[index]), out)
+                save_png(picture, out / overlay_name(some.keys[index]), out / ".working")
                 count += 1
             bar.advance(len(batch.keys))
     return count
-
-
-def _save(picture: Image.Image, path: Path, out: Path) -> None:
-    """Under another name first, always the same one: a killed run leaves no half picture and at most one file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    working = out / ".working"
-    picture.save(working, format="PNG")
-    os.replace(working, path)
 
 
 def overlay_name(key: str) -> str:

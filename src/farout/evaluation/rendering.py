@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 import jinja2
-import torch
 from torch import Tensor
 
 from farout.images.decoding import to_pil
@@ -37,7 +36,7 @@ def data_address(data: bytes, kind: str = "png") -> str:
 
 
 def png_address(image: Tensor) -> str:
-    """The data address of an image (C, H, W) in [0, 1]; values beyond are clipped."""
+    """The data address of an image as `to_pil` takes it."""
     buffer = io.BytesIO()
-    to_pil((image.clamp(0, 1) * 255).round().to(torch.uint8)).save(buffer, "PNG")
+    to_pil(image).save(buffer, "PNG")
     return data_address(buffer.getvalue())

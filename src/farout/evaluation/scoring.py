@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 
 from farout import store
 from farout.calibration import benjamini_hochberg, check_scores
-from farout.detectors._tables import Measurements, Scores
-from farout.detectors.base import Detector
+from farout.detectors.base import Detector, Measurements, Scores
 from farout.errors import FaroutError, StoreError, TrapWarning, UnreadableImageError
 from farout.evaluation.page import write_page
 from farout.images.preprocessing import check_against

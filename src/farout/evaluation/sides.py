@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from farout.detectors._tables import Scores
+from farout.detectors.base import Scores
 from farout.evaluation.intervals import paired_difference
 from farout.images import catalog
 from farout.images.sources import ImageSource

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from farout.errors import UnreadableImageError
+from farout.errors import SourceError, UnreadableImageError
 from farout.images.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def batches(
     decoded ahead by `workers` threads (0: none), which never changes the result.
     """
     if size < 1 or start < 0 or workers < 0:
-        raise ValueError(f"size {size}, start {start}, workers {workers}: expected size >= 1 and the others >= 0")
+        raise SourceError(f"size {size}, start {start}, workers {workers}: expected size >= 1 and the others >= 0")
     edges = sorted({start, *range(start - start % size + size, len(source), size), len(source)})
     spans = [range(a, b) for a, b in pairwise(edges) if a >= start]
     loads: list[Callable[[], Batch]] = [_loader(source, preprocessing, span) for span in spans]

@@ -21,15 +21,17 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from farout.errors import SourceError, UnreadableImageError
+from farout import store
+from farout.errors import FaroutError, SourceError, UnreadableImageError
 
-__all__ = ["content_hash", "decode", "from_pil", "reading", "to_pil", "to_uint8"]
+__all__ = ["content_hash", "decode", "from_pil", "quantised", "reading", "save_png", "to_pil", "to_uint8"]
 
 _BROKEN = (
     OSError,  # also PIL's UnidentifiedImageError and truncated files
@@ -111,10 +113,27 @@ def _grey_to_8_bits(values: np.ndarray) -> np.ndarray:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Converts uint8 `(C, H, W)`, C in {1, 3}, to a PIL image of mode L or RGB."""
+    """Converts `(C, H, W)`, C in {1, 3}, uint8 or floats as `quantised` takes them, to a PIL image of mode L or RGB."""
+    if image.is_floating_point():
+        image = quantised(image)
     if image.shape[0] == 1:
         return Image.fromarray(image[0].numpy())
     return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+
+
+def save_png(picture: Image.Image | Tensor, path: Path, working: Path | None = None) -> None:
+    """Writes a picture, or an image as `to_pil` takes it, so that what stands at `path` is whole; `working` as in
+    `store.atomic_file`. Raises FaroutError for a tensor of values that are not numbers, which would become black.
+    """
+    if isinstance(picture, Tensor) and not bool(torch.isfinite(picture).all()):
+        raise FaroutError(f"the image {path} would hold values that are not numbers; use precision fp32")
+    with store.atomic_file(path, working) as temporary:
+        (to_pil(picture) if isinstance(picture, Tensor) else picture).save(temporary, format="PNG")
+
+
+def quantised(images: Tensor) -> Tensor:
+    """Floats in [0, 1] as uint8, round(255 * value); values beyond are clipped."""
+    return (images * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def to_uint8(images: Tensor, what: str = "images") -> Tensor:
@@ -132,7 +151,7 @@ def to_uint8(images: Tensor, what: str = "images") -> Tensor:
         raise SourceError(f"{what} have type {images.dtype}, expected uint8 or floats in [0, 1]")
     if images.numel():
         _check_range(images, what)
-    return (images.float() * 255).round_().clamp_(0, 255).to(torch.uint8)
+    return quantised(images.float())
 
 
 def _check_range(images: Tensor, what: str) -> None:

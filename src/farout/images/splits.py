@@ -39,7 +39,7 @@ class Split:
 def calibration_size(count: int, alpha: float) -> int:
     """Wanted calibration images among `count`: max(20 %, ceil(1 / alpha) - 1), the least for a p-value of `alpha`."""
     if not 0 < alpha < 1:
-        raise ValueError(f"alpha is {alpha}; expected a false-alarm rate between 0 and 1")
+        raise SourceError(f"alpha is {alpha}; expected a false-alarm rate between 0 and 1")
     return max(math.ceil(count / 5), math.ceil(round(1 / alpha, 9)) - 1)
 
 
@@ -72,6 +72,8 @@ def split(
     A part below its wish (one image for training) warns with ShortfallWarning and all three counts. Raises SourceError
     when no calibration or no statistics image would remain.
     """
+    if statistics < 0:
+        raise SourceError(f"statistics want 0 images or more, got {statistics}")
     hashes = {i: content for i, content in enumerate(source.content_hashes()) if content is not None}
     blocks = _blocks(hashes, _group_names(source, groups))
     excluded = frozenset(exclude)

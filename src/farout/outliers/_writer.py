@@ -16,8 +16,9 @@ from torch import Tensor
 
 from farout import store
 from farout.devices import Team
-from farout.diffusion.sample_folder import folder_names, save_png, write_class_names
+from farout.diffusion.sample_folder import folder_names, write_class_names
 from farout.errors import StoreError
+from farout.images.decoding import save_png
 from farout.outliers._folder import IMAGES, MANIFEST, Rows, read_rows
 
 __all__ = ["ImageWriter"]

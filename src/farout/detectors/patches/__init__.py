@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from farout.densities import ZScore, pack, unpack
 from farout.detectors._features import FeatureDetector
-from farout.detectors._fitting import FitSettings, training_of
 from farout.detectors._settings import checked_levels
 from farout.detectors.base import Detector, Measurements
+from farout.detectors.fitting import FitSettings, training_of
 from farout.detectors.patches.positions import Deviations, drawn, equal_layers, flat, nearest, rank, top
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import LevelSampling
@@ -116,6 +116,7 @@ class Patches(FeatureDetector):
         counts = {name: self.config[name] for name in names}
         if min(counts.values()) < 1 or most < 2 or not 0 < share <= 1:
             raise FaroutError(f"expected 1 or more of each of {counts}, most {most} >= 2 and 0 < share {share} <= 1")
+        self._training(1)  # refuses what is out of range
         self.levels = checked_levels(levels, paper_schedule().steps)
         self.bank: Tensor | None = None
         self.bank_of: FeatureDiffusion | None = None

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from farout.densities import Mahalanobis
 from farout.detectors._features import FeatureDetector
-from farout.detectors._fitting import FitSettings, training_of
 from farout.detectors.base import Measurements
+from farout.detectors.fitting import FitSettings, training_of
 from farout.detectors.semantic import indicators, sampling
 from farout.diffusion.denoiser import NetworkDenoiser, in_chunks
 from farout.diffusion.losses import LevelSampling
@@ -147,6 +147,7 @@ class Semantic(FeatureDetector):
         if min(draws, updates, batch, epochs or 1) < 1 or lr_sign not in (1, -1):
             given = f"{draws}, {updates}, {batch}, {epochs} and {lr_sign}"
             raise FaroutError(f"draws, updates, batch and epochs want at least 1, lr_sign 1 or -1; got {given}")
+        self._training(1)  # refuses what is out of range
         sampling.check_sampler(sampler, levels, steps, paper_schedule())
         self.levels, self.draws, self.regret = tuple(sorted(levels)), draws, regret
         self.scorer: indicators.Scorer | None = None

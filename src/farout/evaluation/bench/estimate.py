@@ -122,5 +122,5 @@ class _Counter:
         trained = [self.spec.networks[name] for name in (entry.diffusion, entry.classifier) if name is not None]
         if not any(network.folder is None for network in trained):
             return 1.0
-        whole = len(self.rehearsal.sets.train)
+        whole = len(self.rehearsal.images(None, None))
         return min(1.0, (calibration_size(whole, self.spec.alpha) + self.spec.statistics) / whole)

@@ -14,8 +14,8 @@ import torch
 from farout import store
 from farout.checkpoints import discard_checkpoints, training_folder
 from farout.classifiers.train import train_classifier
-from farout.detectors._fitting import FitSettings, training_of
 from farout.detectors.base import Detector, load
+from farout.detectors.fitting import FitSettings, training_of
 from farout.diffusion.train import DiffusionConfig, train_diffusion
 from farout.errors import ConstantScoresWarning, TrapWarning
 from farout.evaluation.bench.pictures import write_pictures
@@ -110,7 +110,6 @@ class Jobs:
 
     def _reconstructions(self, job: Job) -> None:
         entry = self.spec.reconstructions[job.name]
-        names = ("level", "highest", "classes", "solver", "steps", "spacing")
         reconstruct(
             entry.source or self.spec.train,
             str(self._path("networks", entry.diffusion, job.seed)),
@@ -119,7 +118,7 @@ class Jobs:
             seed=job.seed,
             resume=True,
             runtime=self.spec.runtime,
-            **{name: getattr(entry, name) for name in names},
+            **entry.trip,
         )
 
     # -- detectors -----------------------------------------------------------------------------------------------
@@ -187,7 +186,7 @@ class Jobs:
             warnings.filterwarnings("ignore", ".*lies below one half", TrapWarning)
             table = evaluate_detector(detector, inside, outside, job.folder, beside=_ALONE, **told)
         if detector.makes_maps and job.name in self.spec.detectors:
-            write_pictures(detector, job.folder / "scores", inside)
+            write_pictures(detector, job.folder / "scores", job.sources)
         speed = job.record.get("images_per_s")
         if speed is None:
             speed = round(_images_per_s(detector, detector.open(inside, limit=_SPEED_IMAGES)), 2)

@@ -11,10 +11,11 @@ from farout.evaluation.bench.plan import Plan
 from farout.evaluation.bench.table import MARKERS, words_of
 from farout.evaluation.sides import OWN
 
-__all__ = ["Board", "boards", "latex", "markdown"]
+__all__ = ["COSTS", "Board", "boards", "latex", "markdown", "untested"]
 
+COSTS = {"nfe": "NFE", "gmacs": "GMACs", "images_per_s": "img/s", "fit_s": "fit, s"}
+"""Columns of cost, and their heads."""
 _BELOW, _CONSTANT = "†", "‡"
-_COSTS = {"nfe": "NFE", "gmacs": "GMACs", "images_per_s": "img/s", "fit_s": "fit, s"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _means(
     kept = [group for group in plan.spec.ood if (groups["group"] == group).any()]
     heads = [f"{group} {metric}" for group in kept for metric in ("AUROC", "FPR95")]
     table = groups.set_index(["detector", "group"])
-    costs = own.groupby("detector")[list(_COSTS)].mean()
+    costs = own.groupby("detector")[list(COSTS)].mean()
     rows = []
     for name in names:
         cells = [_named(own, name)]
@@ -75,9 +76,9 @@ def _means(
                 Cell("" if found is None else _spread(found[metric], found[f"{metric}_std"]))
                 for metric in ("auroc", "fpr95")
             ]
-        cells += [Cell(_number(costs.loc[name, column])) for column in _COSTS]
+        cells += [Cell(_number(costs.loc[name, column])) for column in COSTS]
         rows.append(tuple(cells))
-    return ("detector", *heads, *_COSTS.values()), tuple(rows)
+    return ("detector", *heads, *COSTS.values()), tuple(rows)
 
 
 def _spread(value: float, deviation: float) -> str:
@@ -127,7 +128,13 @@ def _notes(plan: Plan, metrics: pd.DataFrame) -> list[str]:
     used = _words(metrics[metrics["indicator"] == OWN])
     signs = {"backbone": "*", "constant": _CONSTANT, "below half": _BELOW, "size": "size:", "overlap": "overlap:"}
     notes = [f"{sign} {MARKERS[word]}" for word, sign in signs.items() if word in used]
-    return notes + [f"untested ({plan.spec.group(source)}): {why}" for source, why in plan.untested.items()]
+    return notes + untested(plan)
+
+
+def untested(plan: Plan) -> list[str]:
+    """Which sets are not scored, and why, in words."""
+    told = {source: why if source in why else f"{source}: {why}" for source, why in plan.untested.items()}
+    return [f"untested ({plan.spec.group(source)}): {why}" for source, why in told.items()]
 
 
 def _about(plan: Plan, metrics: pd.DataFrame, machine: str) -> str:

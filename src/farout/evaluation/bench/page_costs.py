@@ -14,9 +14,9 @@ import pandas as pd
 from farout.evaluation.bench.page_data import Bench
 from farout.evaluation.sides import OWN
 
-__all__ = ["AREA", "COSTS", "Plot", "cost_table", "front", "plots"]
+__all__ = ["AREA", "Plot", "cost_table", "front", "plots"]
 
-COSTS = {"gmacs": ("GMACs per image", False), "images_per_s": ("images per second", True)}
+_COSTS = {"gmacs": ("GMACs per image", False), "images_per_s": ("images per second", True)}
 """Columns that are plotted: how they are called, and whether more is better."""
 _FIGURES = ("nfe", "gmacs", "images_per_s", "peak_mib", "fit_s", "false_alarm")
 _WIDTH, _HEIGHT = 460, 300
@@ -59,7 +59,7 @@ def plots(bench: Bench) -> list[Plot]:
     found = []
     for group, part in own.groupby("group", sort=False):
         area = part.groupby("detector", sort=False)["auroc"].mean()
-        for column, (axis, more) in COSTS.items():
+        for column, (axis, more) in _COSTS.items():
             if column in costs and costs[column].notna().any():
                 found.append(_plot(bench, f"{group or 'other'} sets", area, costs[column], axis, more))
     return found

@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 
 from farout import store
-from farout.detectors._tables import Scores
+from farout.detectors.base import Scores
 from farout.errors import StoreError
 from farout.evaluation.bench.table import words_of
 from farout.evaluation.scoring import read_scores

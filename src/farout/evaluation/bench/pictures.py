@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from farout import store
-from farout.detectors._tables import Scores
-from farout.detectors.base import Detector
+from farout.detectors.base import Detector, Scores
 from farout.evaluation.bench.page_data import Side, read_sides
 from farout.evaluation.heat import MapScale
 from farout.evaluation.overlays import FOLDER, overlay, overlay_name
-from farout.images.decoding import to_pil
+from farout.images.decoding import save_png, to_pil
 
 __all__ = ["MOST", "pictures_of", "write_pictures", "wrong"]
 
@@ -33,18 +30,19 @@ def wrong(scores: Scores, inside: bool) -> np.ndarray:
     return order
 
 
-def write_pictures(detector: Detector, folder: Path, inside: str) -> None:
+def write_pictures(detector: Detector, folder: Path, sources: Sequence[str]) -> None:
     """Beside the scores in `folder/*/`, of the images that `wrong` puts first: `maps/<key>.png`, the map laid over the
     image, and `pictures/<name>/<key>.png` for every picture that the method makes, such as reconstructions.
 
     Args:
         detector: a fitted detector that makes maps.
         folder: of score folders, one a source.
-        inside: the in-distribution source, by the name that its score folder knows.
+        sources: by the names that their score folders know, the in-distribution one first; others that an earlier run
+            has scored may not be here any more.
     """
     scale = MapScale.of(detector)
-    for side in read_sides(folder):
-        places = [int(place) for place in wrong(side.scores, side.source == inside)[:MOST]]
+    for side in (side for side in read_sides(folder) if side.source in sources):
+        places = [int(place) for place in wrong(side.scores, side.source == sources[0])[:MOST]]
         source = detector.open(side.source, policy=side.policy)
         rows = {key: row for row, key in enumerate(source.keys)}
         some = source.subset([rows[side.scores.keys[place]] for place in places])
@@ -54,17 +52,10 @@ def write_pictures(detector: Detector, folder: Path, inside: str) -> None:
             for row, index in enumerate(batch.indices):
                 name = overlay_name(some.keys[index])
                 heat = overlay(some[index], measured.maps[row], detector.preprocessing.crop, scale)
-                _save(heat, side.folder / FOLDER / name)
+                save_png(heat, side.folder / FOLDER / name)
                 for kind, made in measured.pictures.items():
                     if not kind.startswith("_") and kind not in detector.map_pictures:
-                        picture = (made[row].clamp(0, 1) * 255).round().byte()
-                        _save(to_pil(picture), side.folder / _PICTURES / kind / name)
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with store.atomic_file(path) as temporary:
-        picture.save(temporary, format="PNG")
+                        save_png(to_pil(made[row]), side.folder / _PICTURES / kind / name)
 
 
 def pictures_of(side: Side, key: str) -> Iterator[tuple[str, Path]]:

@@ -144,6 +144,9 @@ def _check_limits(spec: Spec) -> None:
         for name, entry in getattr(spec, section).items():
             if entry.limit is not None and entry.limit < 1:
                 raise FaroutError(f"{section}.{name}: limit wants at least 1 image, got {entry.limit}")
+    for name, detector in spec.detectors.items():
+        if detector.statistics is not None and detector.statistics < 2:
+            raise FaroutError(f"detectors.{name}: statistics want at least 2 images, got {detector.statistics}")
 
 
 def _check_head(spec: Spec) -> None:
@@ -151,8 +154,8 @@ def _check_head(spec: Spec) -> None:
     twice = sorted({source for source in every if every.count(source) > 1})
     if twice or not spec.sources:
         raise FaroutError(f"id and ood name {', '.join(twice) or 'no out-of-distribution source'}; want each set once")
-    if not spec.seeds or len(set(spec.seeds)) < len(spec.seeds):
-        raise FaroutError(f"seeds want different whole numbers, got {list(spec.seeds)}")
+    if not spec.seeds or len(set(spec.seeds)) < len(spec.seeds) or min(spec.seeds) < 0:
+        raise FaroutError(f"seeds want different whole numbers from 0, got {list(spec.seeds)}")
     if not 0 < spec.alpha < 1:
         raise FaroutError(f"alpha is a false-alarm rate between 0 and 1, got {spec.alpha}")
     for name in ("limit", "train_limit", "control_limit", "statistics"):

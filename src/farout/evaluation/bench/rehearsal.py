@@ -17,11 +17,12 @@ from farout.detectors._cost import Cost
 from farout.detectors._features import FeatureDetector
 from farout.diffusion import folders
 from farout.diffusion.model import DiffusionModel
+from farout.diffusion.round_trip import RoundTrip
 from farout.diffusion.train import DiffusionConfig
 from farout.evaluation.bench.sets import Sets
 from farout.evaluation.bench.spec import DetectorSpec, NetworkSpec, OutlierSpec, Spec
 from farout.images.classes import class_names_of
-from farout.images.sources import ImageSource, open_source
+from farout.images.sources import ImageSource
 from farout.outliers.base import Work
 
 __all__ = ["Rehearsal"]
@@ -38,6 +39,7 @@ class Rehearsal:
     def __init__(self, spec: Spec) -> None:
         self.spec, self.sets = spec, Sets(spec)
         self.networks: dict[str, DiffusionModel | Classifier] = {}
+        self._small: dict[str, DiffusionModel] = {}
         self._gmacs: dict[str, float] = {}
         self._costs: dict[str, Cost] = {}
         self._speeds: dict[str, float] = {}
@@ -45,10 +47,7 @@ class Rehearsal:
 
     def images(self, source: str | None, limit: int | None) -> ImageSource:
         """Images that something is trained on or made of, as the first seed samples them."""
-        if source is None and limit is None:
-            return self.sets.train
-        given = source or self.spec.train
-        return open_source(given, limit=limit or self.spec.train_limit, seed=self.spec.seeds[0])
+        return self.sets.images(source, limit)
 
     def network(self, name: str) -> DiffusionModel | Classifier:
         """One of the networks, untrained, or as its folder has it."""
@@ -71,9 +70,13 @@ class Rehearsal:
         return DiffusionModel.load(local, class_names=names)
 
     def check(self) -> None:
-        """Lets every detector and synthesiser refuse networks and images that cannot work; raises FaroutError."""
+        """Lets methods and reconstructions refuse networks, images and settings; raises FaroutError."""
         for outliers in self.spec.outliers.values():
             self._check_outliers(outliers)
+        for again in self.spec.reconstructions.values():
+            model = self.network(again.diffusion)
+            assert isinstance(model, DiffusionModel)
+            RoundTrip(model, **again.trip)  # refuses what is out of range
         for entry in self.spec.detectors.values():
             diffusion, classifier = self._given(entry)
             made = entry.made()
@@ -129,6 +132,11 @@ class Rehearsal:
 
     def _stand_in(self, name: str) -> DiffusionModel:
         """A small network in place of a large one: both are evaluated as often."""
+        if name not in self._small:
+            self._small[name] = self._build_small(name)
+        return self._small[name]
+
+    def _build_small(self, name: str) -> DiffusionModel:
         entry = self.spec.networks[name]
         assert isinstance(entry.model, DiffusionConfig)
         if entry.folder is not None or entry.model.network in _SMALL:

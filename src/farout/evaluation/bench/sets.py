@@ -11,7 +11,7 @@ from statistics import median
 from farout.errors import FaroutError
 from farout.evaluation.bench.spec import Spec
 from farout.images import catalog
-from farout.images.sources import ImageSource, open_source
+from farout.images.sources import ImageSource, Policy, open_source
 from farout.images.spec import parse_spec
 
 __all__ = ["SetFacts", "Sets", "absent_sets", "check_present", "why_absent"]
@@ -74,27 +74,37 @@ class Sets:
 
     def __init__(self, spec: Spec) -> None:
         self.spec, self.seed = spec, spec.seeds[0]
+        self._opened: dict[str, ImageSource] = {}
+        self._views: dict[tuple[str, Policy, int | None, int], ImageSource] = {}
 
-    @cached_property
-    def train(self) -> ImageSource:
-        """The training images."""
-        return open_source(self.spec.train, limit=self.spec.train_limit, seed=self.seed)
+    def images(self, source: str | None = None, limit: int | None = None) -> ImageSource:
+        """Images that something is trained on or made of; None: as the benchmark has it."""
+        return self._open(source or self.spec.train, "raise", limit or self.spec.train_limit, self.seed)
 
-    @cached_property
+    def scored(self, source: str, seed: int) -> ImageSource:
+        """A source as detectors of this seed see it."""
+        return self._open(source, "nan", self.spec.limit, seed)
+
+    def _open(self, source: str, policy: Policy, limit: int | None, seed: int) -> ImageSource:
+        """A view of a source, which is opened where it is new."""
+        key = (source, policy, limit, seed)
+        if source not in self._opened:
+            self._opened[source] = open_source(source)
+        if key not in self._views:
+            self._views[key] = open_source(self._opened[source].with_policy(policy), limit=limit, seed=seed)
+        return self._views[key]
+
+    @property
     def id(self) -> ImageSource:
         """The in-distribution images that are scored."""
         return self.scored(self.spec.id, self.seed)
 
-    def scored(self, source: str, seed: int) -> ImageSource:
-        """A source as detectors of this seed see it."""
-        return open_source(source, policy="nan", limit=self.spec.limit, seed=seed)
-
     def facts(self, source: str) -> SetFacts:
         """What is known of a source that is here; all images of the sample are read."""
-        used = self.train if source == self.spec.train else self.scored(source, self.seed)
+        used = self.images() if source == self.spec.train else self.scored(source, self.seed)
         marked = () if source in (self.spec.train, self.spec.id) else self._markers(used)
         sizes = {f"{height}x{width}": count for (height, width), count in used.native_sizes().items()}
-        return SetFacts(len(open_source(source)), len(used), used.fingerprint(), sizes, marked)
+        return SetFacts(len(self._opened[source]), len(used), used.fingerprint(), sizes, marked)
 
     def _markers(self, ood: ImageSource) -> tuple[str, ...]:
         found = {"size": _other_sizes(self.id, ood), "overlap": self._overlaps(ood)}
@@ -109,7 +119,7 @@ class Sets:
 
     @cached_property
     def _training_hashes(self) -> tuple[str | None, ...]:
-        return self.train.content_hashes()
+        return self.images().content_hashes()
 
 
 def _classes(source: ImageSource) -> set[str]:

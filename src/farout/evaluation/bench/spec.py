@@ -117,6 +117,12 @@ class ReconstructionSpec:
         """Section and name of what has to be there before."""
         yield from _networks(self.diffusion)
 
+    @property
+    def trip(self) -> dict[str, Any]:
+        """The settings that `farout reconstruct` has too."""
+        names = ("level", "highest", "classes", "solver", "steps", "spacing")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class DetectorSpec:

@@ -167,8 +167,8 @@ class _Plan:
 
 
 def folder_names(names: Sequence[str]) -> list[str]:
-    """A folder name per class, safe on every file system; `T-shirt/top` is `T-shirt_top`. None is `images`, beside which
-    nothing is read in a folder that farout made.
+    """A folder name per class, safe on every file system; `T-shirt/top` is `T-shirt_top`. None is `images`, since
+    nothing beside that is read in a folder that farout made.
     """
     plain = [re.sub(r"[^\w +.-]", "_", name).strip(" .")[:80] for name in names]
     lowered = ["", "images", *(name.lower() for name in plain)]

@@ -26,7 +26,7 @@ from farout.diffusion.noise import seeded
 from farout.diffusion.solvers import ddim
 from farout.diffusion.sona import BRANCHES, SonaConfig, SonaGuide
 from farout.images.sources import open_source
-from farout.outliers._decoding import class_space
+from farout.outliers.decoding import class_space
 
 STEPS = 50
 

@@ -13,8 +13,8 @@ from farout.cli import main
 from farout.diffusion.conditioning import Condition
 from farout.diffusion.sampling import Sampler
 from farout.errors import FaroutError, StoreError, TrapWarning
-from farout.outliers._decoding import decode, vector_scale
 from farout.outliers._recognised import recognised
+from farout.outliers.decoding import decode, vector_scale
 from farout.runtime import Runtime
 from small import CPU, by_tokens, classifier, conditional, model, pictures, without_null
 

@@ -263,6 +263,8 @@ def test_an_image_beside_the_class_folders_is_named(tree: Path, tmp_path: Path) 
     (tmp_path / "t" / "cat" / "003.png").rename(tmp_path / "t" / "stray.png")
     with pytest.raises(FaroutError, match=r"1 images in none of them \(first: stray\.png\)"):
         trained(tmp_path / "t", tmp_path / "c")
+    with pytest.raises(FaroutError, match="has no labels"):  # a glob has none, wherever its images lie
+        trained(f"{tmp_path / 't'}/**/*.png", tmp_path / "c")
 
 
 def test_a_class_without_images_to_train_on_is_named(tree: Path, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from sklearn.neighbors import NearestNeighbors
 
 from farout import load
 from farout.densities import Mahalanobis as Gaussian
-from farout.detectors._features import VectorDetector
 from farout.detectors.autoencoder import AutoEncoder
 from farout.detectors.base import Measurements
+from farout.detectors.features import VectorDetector
 from farout.detectors.gmm import GMM
 from farout.detectors.knn import KNN
 from farout.detectors.mahalanobis import Mahalanobis

@@ -3,10 +3,12 @@
 import ast
 import functools
 import importlib
+import pkgutil
 import re
 import runpy
 import shlex
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -17,7 +19,9 @@ import farout
 from farout import registry
 from farout.cli import COMMANDS
 from farout.cli.parsers import parse
+from farout.cli.steps import read_steps
 from farout.errors import ShortfallWarning
+from farout.evaluation.bench.reading import read_spec
 from farout.runtime import Runtime
 from small import pictures
 
@@ -52,6 +56,13 @@ def test_examples_name_what_there_is(name: str) -> None:
             assert all(hasattr(importlib.import_module(str(node.module)), each.name) for each in node.names)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "farout":
             assert hasattr(farout, node.attr), f"{name}: there is no farout.{node.attr}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_in_the_text_are_there_and_public(name: str) -> None:
+    for named in re.findall(r"`(farout(?:\.\w+)+)[`(]", (ROOT / name).read_text(encoding="utf-8")):
+        assert "._" not in named, f"{name}: {named} is private"
+        pkgutil.resolve_name(named)
 
 
 @pytest.fixture
@@ -141,6 +152,18 @@ def understand(words: tuple[str, ...]) -> None:
 def test_commands_are_known_with_their_flags(name: str) -> None:
     for words in commands(ROOT / name):
         understand(tuple(words))
+
+
+def test_the_yaml_of_the_page_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (DOCS / "chains-and-benchmarks.md").read_text(encoding="utf-8")
+    code = [textwrap.dedent(block) for block in re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE)]
+    monkeypatch.chdir(tmp_path)
+    for name, start in (("chain.yaml", "source:"), ("bench.yaml", "name:")):
+        Path(name).write_text(next(block for block in code if block.startswith(start)), encoding="utf-8")
+    for folder in ("labelled/cat", "judge", "test", "others"):
+        pictures(Path(folder), 2)
+    assert [step.command for step in read_steps("chain.yaml")][-1] == "evaluate"
+    assert len(read_spec("bench.yaml").detectors) == 4
 
 
 def test_the_pages_have_commands() -> None:

@@ -14,8 +14,8 @@ from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, StoreError
 from farout.images.sources import open_source
 from farout.outliers import _embedding
-from farout.outliers._decoding import vector_scale
 from farout.outliers._embedding import Inversion, Inverter, embed, read_embeddings
+from farout.outliers.decoding import vector_scale
 from farout.runtime import Runtime
 from small import by_tokens, conditional, model, pictures
 

@@ -135,4 +135,4 @@ def test_wrong_settings_of_an_extraction_are_named() -> None:
     with pytest.raises(FaroutError, match="rows"):
         extract(torch.rand(2, 3, 8, 8), rows=0)
     with pytest.raises(FaroutError, match="native"):
-        extract(torch.rand(2, 3, 8, 8), native=[8])
+        extract(torch.rand(2, 3, 8, 8), native=(8,))  # type: ignore[arg-type]

@@ -267,16 +267,16 @@ def test_another_configuration_does_not_mix_in(tmp_path: Path) -> None:
 
 
 def test_class_names_that_are_no_folder_names(tmp_path: Path) -> None:
-    unet, plain = tiny_unet(classes=4), model()
-    names = ("T-shirt/top", "..", "a b", "A B")
+    unet, plain = tiny_unet(classes=5), model()
+    names = ("T-shirt/top", "..", "a b", "A B", "images")
     network = DiffusionModel(
         unet, plain.schedule, plain.preprocessing, conditioning=ClassVectors(unet, names, has_null=True)
     )
-    write_samples(Sampler(network, steps=3), tmp_path / "s", 4)
+    write_samples(Sampler(network, steps=3), tmp_path / "s", 5)
     folders = sorted(path.name for path in (tmp_path / "s").iterdir() if path.is_dir())
-    assert folders == ["1-", "2-a b", "3-A B", "T-shirt_top"]
+    assert folders == ["1-", "2-a b", "3-A B", "4-images", "T-shirt_top"]
     source = open_source(tmp_path / "s")
-    assert len(source) == 4
+    assert len(source) == 5
     assert set(source.class_names or ()) == set(names), "the classes come back as they were"
 
 

@@ -15,9 +15,9 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.prompts import Prompts
 from farout.diffusion.sampling import Sampler
 from farout.errors import FaroutError
-from farout.outliers._decoding import decode
 from farout.outliers._embedding import Inversion, Inverter, read_embeddings
 from farout.outliers._manifold_config import ManifoldConfig
+from farout.outliers.decoding import decode
 from small import CPU, conditional, pictures, stable_diffusion
 
 pytest.importorskip("transformers")

@@ -23,8 +23,6 @@ from farout.evaluation.evaluate import evaluate_detector, evaluate_scores
 from farout.evaluation.overlays import FOLDER, check_makes_maps, write_overlays
 from farout.evaluation.scoring import ScoredFolder, score_folder
 from farout.features.cache import CachedKind, cached_kinds, clear
-from farout.features.extraction import Extraction, extract
-from farout.images.preprocessing import Protocol
 from farout.images.sources import Policy
 from farout.training_config import TrainingConfig
 
@@ -33,7 +31,6 @@ __all__ = [
     "clear_features",
     "demo",
     "evaluate",
-    "extract_features",
     "fit",
     "list_features",
     "score",
@@ -211,59 +208,6 @@ def what_is_rated(
     if detector is None or id is None or not ood or out is None:
         raise FaroutError("evaluate wants DETECTOR --id SOURCE --ood SOURCE... --out DIR, or --scores FILE FILE...")
     return detector, id, out
-
-
-def extract_features(
-    source: str,
-    *,
-    backbone: str = "lite0",
-    weights: str | None = None,
-    layers: tuple[int, ...] | None = None,
-    size: int | None = None,
-    protocol: Protocol = "native",
-    native: tuple[int, int] | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    policy: Literal["raise", "skip"] = "skip",
-    device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    rows: int = 32,
-    workers: int = 2,
-) -> Extraction:
-    """Compute features of images once, for all detectors that will ask for them.
-
-    Args:
-        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
-        backbone: lite0, b4, resnet50, dinov2, or any network of timm's by name.
-        weights: a file of weights, or random; without it the backbone's own.
-        layers: feature levels, as timm numbers them; without it the backbone's own, or all.
-        size: side of the backbone's input in pixels; without it the backbone's own.
-        protocol: how images are brought to size.
-        native: height and width of the images a detector was fitted on; without it the source's own.
-        limit: a seeded sample of this many images.
-        seed: seed of the sample.
-        policy: what becomes of an unreadable image: raise, or skip.
-        device: auto, cpu, cuda, cuda:1, …
-        precision: precision of the backbone; auto is bf16 where the device computes in it natively, else fp32.
-        rows: rows of one network call, as the detector will have it.
-        workers: threads that decode images.
-    """
-    return extract(
-        source,
-        backbone=backbone,
-        weights=weights,
-        layers=layers,
-        size=size,
-        protocol=protocol,
-        native=native,
-        limit=limit,
-        seed=seed,
-        policy=policy,
-        device=device,
-        precision=precision,
-        rows=rows,
-        workers=workers,
-    )
 
 
 def list_features() -> list[CachedKind]:

@@ -1,4 +1,4 @@
-"""Commands that make images with a diffusion model, and compare them: signatures are the flags."""
+"""Commands that make images with a diffusion model: signatures are the flags."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.round_trip import BackSpacing
 from farout.diffusion.sample_folder import SampledFolder, write_samples
 from farout.diffusion.sampling import Sampler, Spacing, choose_classes
-from farout.evaluation.fid import FeatureName, SetDistance, set_distance
-from farout.evaluation.interpolate import InterpolatedFolder, write_interpolations
 from farout.evaluation.outlier_page import write_outlier_page
 from farout.evaluation.outlier_quality import is_made_of_images, rate_outliers, write_quality
 from farout.images.sources import ImageSource, open_source
@@ -21,9 +19,7 @@ from farout.outliers.reconstruct import ReconstructedFolder
 from farout.outliers.reconstruct import reconstruct as _reconstruct
 from farout.runtime import Runtime
 
-__all__ = ["fid", "interpolate", "reconstruct", "sample", "synthesize"]
-
-Precisions = Literal["auto", "fp32", "bf16", "fp16"]
+__all__ = ["reconstruct", "sample", "synthesize"]
 
 
 def sample(
@@ -41,7 +37,7 @@ def sample(
     batch: int = 64,
     rows: int = 32,
     device: str = "auto",
-    precision: Precisions = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     clamp: bool = True,
 ) -> SampledFolder:
     """Make images with a diffusion model.
@@ -193,94 +189,4 @@ def reconstruct(
         limit=limit,
         policy=policy,
         runtime=runtime,
-    )
-
-
-def fid(
-    generated: str,
-    source: str,
-    *,
-    features: FeatureName = "lite0",
-    limit: int | None = None,
-    seed: int = 0,
-    out: str | None = None,
-    device: str = "auto",
-    precision: Precisions = "fp32",
-    rows: int = 32,
-    workers: int = 2,
-) -> SetDistance:
-    """Tell how far generated images are from real ones: FID and KID, or their kin on the built-in backbone.
-
-    Args:
-        generated: images: a folder of samples, or any source.
-        source: real images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
-        features: lite0 (FD-lite0 and KD-lite0, no download) or inception (FID and KID; weights from the web).
-        limit: a seeded sample of this many images of each.
-        seed: seed of samples and of KID's subsets.
-        out: a JSON file for the numbers.
-        device: auto, cpu, cuda, cuda:1, …
-        precision: precision of lite0; figures that are compared want the same. inception computes in fp32.
-        rows: rows of one network call.
-        workers: threads that decode images.
-    """
-    return set_distance(
-        generated,
-        source,
-        features=features,
-        limit=limit,
-        seed=seed,
-        out=out,
-        device=device,
-        precision=precision,
-        rows=rows,
-        workers=workers,
-    )
-
-
-def interpolate(
-    model: str,
-    source: str,
-    *,
-    out: str,
-    pairs: int = 8,
-    solver: str = "pndm4",
-    steps: int = 50,
-    stations: int = 9,
-    seed: int = 0,
-    rows: int = 32,
-    device: str = "auto",
-    precision: Precisions = "fp32",
-    workers: int = 2,
-) -> InterpolatedFolder:
-    """Interpolate between images, two by two: pictures and a page.
-
-    Args:
-        model: folder of a diffusion model, or hf://owner/name; a class-conditional one is used without classes.
-        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
-        out: folder of the pictures and the page.
-        pairs: number of pairs of images, drawn from the source.
-        solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
-        steps: steps of the inversion, and of the way back.
-        stations: pictures between the two ends.
-        seed: seed of the drawn images.
-        rows: rows of one network call.
-        device: auto, cpu, cuda, cuda:1, …
-        precision: precision of the network; the inversion wants an exact one.
-        workers: threads that decode images.
-    """
-    where = resolve_device(device)
-    network = DiffusionModel.load(model).to(where)
-    exact = resolve_precision(precision, where)
-    return write_interpolations(
-        network,
-        source,
-        out,
-        pairs=pairs,
-        solver=solver,
-        steps=steps,
-        stations=stations,
-        seed=seed,
-        rows=rows,
-        precision=exact,
-        workers=workers,
     )

@@ -14,8 +14,8 @@ from sklearn.neural_network import MLPRegressor
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from farout.detectors._features import VectorDetector
 from farout.detectors.base import Measurements
+from farout.detectors.features import VectorDetector
 from farout.errors import FaroutError
 
 __all__ = ["AutoEncoder"]

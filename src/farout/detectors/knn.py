@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farout.detectors._features import VectorDetector
 from farout.detectors.base import Measurements
+from farout.detectors.features import VectorDetector
 from farout.errors import FaroutError
 
 __all__ = ["KNN"]

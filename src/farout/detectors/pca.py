@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from farout.densities import Principal
-from farout.detectors._features import VectorDetector
 from farout.detectors.base import Measurements
+from farout.detectors.features import VectorDetector
 from farout.errors import FaroutError
 
 __all__ = ["PCA"]

@@ -164,12 +164,12 @@ class _Plan:
 
 
 def folder_names(names: Sequence[str]) -> list[str]:
-    """A folder name per class, safe on every file system; `T-shirt/top` is `T-shirt_top`."""
+    """A folder name per class, safe on every file system; `T-shirt/top` is `T-shirt_top`. None is `images`, since
+    nothing beside that is read in a folder that farout made.
+    """
     plain = [re.sub(r"[^\w +.-]", "_", name).strip(" .")[:80] for name in names]
-    lowered = [name.lower() for name in plain]
-    return [
-        name if name and lowered.count(name.lower()) == 1 else f"{number}-{name}" for number, name in enumerate(plain)
-    ]
+    lowered = ["", "images", *(name.lower() for name in plain)]
+    return [name if lowered.count(name.lower()) == 1 else f"{number}-{name}" for number, name in enumerate(plain)]
 
 
 def write_class_names(folder: Path, names: Sequence[str]) -> None:

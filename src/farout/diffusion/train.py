@@ -238,7 +238,7 @@ def train_model(
     """
     _check_objective(model, objective)
     model.to(resolve_device(training.device))  # training moves the network alone
-    data = _prepare(source, model, objective, validate=training.validate_every > 0)
+    data = _prepare(source, model, validate=training.validate_every > 0)
     trained = model.network if model.conditioning is None else model.conditioning.trainable(model.network)
     result = train(
         trained,
@@ -309,7 +309,7 @@ def _told(conditioning: Conditioning, labels: Tensor, objective: Objective, gene
     return Condition({"class_labels": labels})
 
 
-def _prepare(source: ImageSource, model: DiffusionModel, objective: Objective, *, validate: bool) -> _Data:
+def _prepare(source: ImageSource, model: DiffusionModel, *, validate: bool) -> _Data:
     names = None if model.conditioning is None else model.conditioning.class_names
     numbers = None if names is None else class_numbers(source, names)  # first: it may refuse the source
     if numbers is not None:
@@ -323,13 +323,13 @@ def _prepare(source: ImageSource, model: DiffusionModel, objective: Objective, *
     training, validation = learnt_and_validating(prepared, hashes, validate=validate)
     fingerprint = source.fingerprint()
     if numbers is not None:
-        fingerprint = _labelled(fingerprint, names or (), numbers, objective)
+        fingerprint = _labelled(fingerprint, names or (), numbers)
     return _Data(training, validation, fingerprint, hashes)
 
 
-def _labelled(fingerprint: str, names: Sequence[str], numbers: Tensor, objective: Objective) -> str:
-    """The identity of images, their labels and what is made of these: a run resumes with the same only."""
-    text = repr((fingerprint, tuple(names), numbers.tolist(), objective))
+def _labelled(fingerprint: str, names: Sequence[str], numbers: Tensor) -> str:
+    """The identity of images and their labels."""
+    text = repr((fingerprint, tuple(names), numbers.tolist()))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -128,7 +128,7 @@ def _check(first: np.ndarray, second: np.ndarray) -> None:
 
 def set_distance(
     generated: Images,
-    reference: Images,
+    source: Images,
     *,
     features: FeatureName = "lite0",
     limit: int | None = None,
@@ -139,18 +139,20 @@ def set_distance(
     rows: int = 32,
     workers: int = 2,
 ) -> SetDistance:
-    """Fréchet and kernel distance of `generated` from `reference`; every image is brought to the reference's native
-    size first.
+    """Tell how far generated images are from real ones: FID and KID, or their kin on the built-in backbone.
+
+    Every image is brought to the native size of the real ones first, which are best images that the generator was not
+    trained on.
 
     Args:
-        generated: any image source.
-        reference: any image source, usually images that the generator was not trained on.
-        features: `lite0`, the built-in backbone; or `inception`, whose weights come from the web.
+        generated: images: a folder of samples, or any source.
+        source: real images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
+        features: lite0 (FD-lite0 and KD-lite0, no download) or inception (FID and KID; weights from the web).
         limit: a seeded sample of this many images of each.
-        seed: seed of samples and subsets.
-        out: a JSON file to write the numbers to.
-        device: where features are computed.
-        precision: of lite0; figures that are compared want the same. Inception computes in fp32.
+        seed: seed of samples and of KID's subsets.
+        out: a JSON file for the numbers.
+        device: auto, cpu, cuda, cuda:1, …
+        precision: precision of lite0; figures that are compared want the same. inception computes in fp32.
         rows: rows of one network call.
         workers: threads that decode images.
 
@@ -163,7 +165,7 @@ def set_distance(
         raise FaroutError(f"rows want 1, workers 0 or more, got {rows} and {workers}")
     if features not in _NAMES:
         raise FaroutError(f"features are {' or '.join(_NAMES)}, got {features!r}")
-    sources = [open_source(each, limit=limit, seed=seed) for each in (generated, reference)]
+    sources = [open_source(each, limit=limit, seed=seed) for each in (generated, source)]
     where = resolve_device(device)
     exact = resolve_precision(_precision(features, precision), where)
     read = (_lite0 if features == "lite0" else _inception)(sources[1], where, exact, rows, workers)

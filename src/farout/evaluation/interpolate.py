@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from farout import progress, store
-from farout.devices import Precision
+from farout.devices import resolve_device, resolve_precision
 from farout.diffusion.interpolation import Interpolations, Interpolator
 from farout.diffusion.methods import is_adaptive
 from farout.diffusion.model import DiffusionModel
@@ -38,7 +38,7 @@ class InterpolatedFolder:
 
 
 def write_interpolations(
-    model: DiffusionModel,
+    model: DiffusionModel | str | Path,
     source: Images,
     out: str | Path,
     *,
@@ -48,20 +48,28 @@ def write_interpolations(
     stations: int = 9,
     seed: int = 0,
     rows: int = 32,
-    precision: Precision = "fp32",
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
     workers: int = 2,
 ) -> InterpolatedFolder:
-    """Interpolates between images of a source, two by two, into `out`: `asymmetric_1/`, `asymmetric_2/` and
-    `symmetric/` with `PPP-SS.png` (pair, station; ends left out), `config.json`, and `page.html`, one file without
-    outside requests.
+    """Interpolate between images, two by two: pictures and a page.
+
+    Writes `asymmetric_1/`, `asymmetric_2/` and `symmetric/` with `PPP-SS.png` (pair, station; ends left out),
+    `config.json`, and `page.html`, one file without outside requests; see `Interpolator`. An older folder of
+    interpolations is replaced when all is done.
 
     Args:
-        model: the diffusion model; a class-conditional one answers by its null condition.
-        source: any image source; 2 `pairs` images are drawn from it.
-        out: the folder; an older one of interpolations is replaced when all is done.
-        pairs: number of pairs.
-        solver, steps, stations, rows, precision: see `Interpolator`.
+        model: folder of a diffusion model, or hf://owner/name; a class-conditional one is used without classes.
+        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
+        out: folder of the pictures and the page.
+        pairs: number of pairs of images, drawn from the source.
+        solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
+        steps: steps of the inversion, and of the way back.
+        stations: pictures between the two ends.
         seed: seed of the drawn images.
+        rows: rows of one network call.
+        device: auto, cpu, cuda, cuda:1, …
+        precision: precision of the network; the inversion wants an exact one.
         workers: threads that decode images.
 
     Raises:
@@ -72,7 +80,10 @@ def write_interpolations(
     if pairs < 1:
         raise FaroutError(f"pairs want 1 or more, got {pairs}")
     store.check_replaceable(out, KIND)
-    interpolator = Interpolator(model, solver, steps, stations, rows, precision)
+    where = resolve_device(device)
+    network = (DiffusionModel.load(model) if isinstance(model, str | Path) else model).to(where)
+    exact = resolve_precision(precision, where)
+    interpolator = Interpolator(network, solver, steps, stations, rows, exact)
     opened = open_source(source, limit=2 * pairs, seed=seed)
     if len(opened) < 2 * pairs:
         raise SourceError(f"{opened.name} has {len(opened)} images, {pairs} pairs want {2 * pairs}")
@@ -84,13 +95,13 @@ def write_interpolations(
         about = {
             "source": opened.name,
             "pairs": [list(pair) for pair in keys],
-            "model": model.content_hash,
+            "model": network.content_hash,
             "solver": solver,
             "steps": None if is_adaptive(solver) else steps,
             "levels": list(interpolator.levels),
             "seed": seed,
             "rows": rows,
-            "precision": precision,
+            "precision": exact,
             "round_trip": error,
         }
         store.write_config(folder, KIND, about)

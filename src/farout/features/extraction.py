@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -86,26 +86,39 @@ class Extraction:
 
 
 def extract(
-    images: Images,
+    source: Images,
     *,
     backbone: str = "lite0",
     weights: str | None = None,
-    layers: Sequence[int] | None = None,
+    layers: tuple[int, ...] | None = None,
     size: int | None = None,
     protocol: Protocol = "native",
-    native: Sequence[int] | None = None,
+    native: tuple[int, int] | None = None,
     limit: int | None = None,
     seed: int = 0,
-    policy: Literal["raise", "skip"] = "raise",
+    policy: Literal["raise", "skip"] = "skip",
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     rows: int = 32,
     workers: int = 2,
 ) -> Extraction:
-    """Fills the cache with the features of a source, as a detector of the same settings will look for them.
+    """Compute features of images once, for all detectors that will ask for them.
 
-    `native` is (height, width) of the in-distribution images, for sources that will be scored by a detector which was
-    fitted on others; None: the source's own. The rest as in `FeatureExtractor.create`, `open_source` and `Runtime`.
+    Args:
+        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
+        backbone: lite0, b4, resnet50, dinov2, or any network of timm's by name.
+        weights: a file of weights, or random; without it the backbone's own.
+        layers: feature levels, as timm numbers them; without it the backbone's own, or all.
+        size: side of the backbone's input in pixels; without it the backbone's own.
+        protocol: how images are brought to size.
+        native: height and width of the images a detector was fitted on; without it the source's own.
+        limit: a seeded sample of this many images.
+        seed: seed of the sample.
+        policy: what becomes of an unreadable image: raise, or skip.
+        device: auto, cpu, cuda, cuda:1, …
+        precision: precision of the backbone; auto is bf16 where the device computes in it natively, else fp32.
+        rows: rows of one network call, as the detector will have it.
+        workers: threads that decode images.
 
     Raises:
         FaroutError: for settings, sources or weights that do not go together.
@@ -113,20 +126,20 @@ def extract(
     """
     if rows < 1 or workers < 0 or (native is not None and (len(native) != 2 or min(native) < 1)):
         raise FaroutError(f"rows want 1, workers 0 or more, native two sides; got {rows}, {workers} and {native}")
-    source = open_source(images, limit=limit, seed=seed, policy=policy)
+    images = open_source(source, limit=limit, seed=seed, policy=policy)
     where = resolve_device(device)
     extractor = FeatureExtractor.create(backbone, weights, layers, size).to(where)
-    preprocessing = Preprocessing.for_source(source, size=extractor.size, channels=3, protocol=protocol)
+    preprocessing = Preprocessing.for_source(images, size=extractor.size, channels=3, protocol=protocol)
     if native is not None:
-        preprocessing = replace(preprocessing, native=(native[0], native[1]))
+        preprocessing = replace(preprocessing, native=native)
     reader = CachedFeatures(extractor, preprocessing, rows, resolve_precision(precision, where))
     reader.cache.claim()
     started, count = time.perf_counter(), 0
-    with progress.task(f"features of {source.name}", len(source)) as bar:
-        for batch in reader.batches(source, _BATCH, workers):
+    with progress.task(f"features of {images.name}", len(images)) as bar:
+        for batch in reader.batches(images, _BATCH, workers):
             count += len(batch.keys)
             bar.advance(len(batch.keys))
             if reader.cache.failure:
                 raise StoreError(f"{reader.cache.failure}; set FAROUT_CACHE to another folder")
     found, seconds = reader.cache.hits, time.perf_counter() - started
-    return Extraction(source.name, reader.cache.folder, count - found, found, source.unreadable, seconds)
+    return Extraction(images.name, reader.cache.folder, count - found, found, images.unreadable, seconds)

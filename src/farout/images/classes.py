@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def check_no_class_is_empty(numbers: Tensor, names: Sequence[str]) -> None:
 def _labels(source: ImageSource) -> tuple[int, ...]:
     if source.labels is None:
         stray = [key for key in source.keys if "/" not in key]
-        if 0 < len(stray) < len(source.keys):
+        if 0 < len(stray) < len(source.keys) and Path(source.name).is_dir():
             raise SourceError(
                 f"{source.name} has class folders, and {len(stray)} images in none of them (first: {stray[0]}); move "
                 "them into the folders of their classes"

@@ -25,8 +25,8 @@ from farout.diffusion.noise import seeded
 from farout.errors import FaroutError, StoreError, TrapWarning
 from farout.images.places import readable
 from farout.images.sources import Batch, batches
-from farout.outliers._decoding import class_space
 from farout.outliers.base import Work
+from farout.outliers.decoding import class_space
 from farout.progress import task
 from farout.runtime import Runtime
 from farout.training import TrainingConfig

@@ -20,12 +20,12 @@ from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, TrapWarning
 from farout.images.preprocessing import check_against
 from farout.images.sources import ImageSource
-from farout.outliers._decoding import class_space
 from farout.outliers._remade import rehearse_remaking, remade
 from farout.outliers._starts import Draw, Plan, Start
 from farout.outliers._targets import TargetKind
 from farout.outliers._wording import PHOTO, Wording
 from farout.outliers.base import Made, Synthesiser, Work
+from farout.outliers.decoding import class_space
 
 __all__ = ["REGIONS", "Deformation", "Denoised"]
 

@@ -30,8 +30,8 @@ from farout.diffusion.paths import leading_levels
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError, StoreError
 from farout.images.sources import ImageSource, batches
-from farout.outliers._decoding import class_space, vector_scale
 from farout.outliers.base import identity
+from farout.outliers.decoding import class_space, vector_scale
 from farout.progress import task
 from farout.runtime import Runtime
 

@@ -20,10 +20,10 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
 from farout.errors import FaroutError
 from farout.images.places import some_readable
-from farout.outliers._decoding import class_space
 from farout.outliers._recognised import class_places
 from farout.outliers._targets import DrawTarget, Target, draw_targets
 from farout.outliers.base import Work
+from farout.outliers.decoding import class_space
 
 if TYPE_CHECKING:
     from farout.outliers._deformation import Deformation

@@ -16,9 +16,9 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.prompt_contexts import PromptContexts
 from farout.diffusion.sampling import choose_classes
 from farout.errors import FaroutError, TrapWarning
-from farout.outliers._decoding import class_space
 from farout.outliers._wording import Phrases, Wording
 from farout.outliers._words import screened
+from farout.outliers.decoding import class_space
 
 __all__ = ["DrawTarget", "Target", "TargetKind", "draw_targets"]
 

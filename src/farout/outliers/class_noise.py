@@ -9,8 +9,8 @@ import torch
 
 from farout.diffusion.noise import seeded
 from farout.errors import FaroutError
-from farout.outliers._decoding import ClassPoints, VectorSynthesiser, class_space, vector_scale
 from farout.outliers.base import Work
+from farout.outliers.decoding import ClassPoints, VectorSynthesiser, class_space, vector_scale
 
 __all__ = ["ClassNoise"]
 

@@ -15,8 +15,8 @@ from farout.images.places import readable
 from farout.outliers._alignment import Alignment, align, check_directions, read_aligned
 from farout.outliers._boundary import BoundarySampling, ClassBoundary
 from farout.outliers._boundary_folder import COLUMNS, extend_drawn, read_drawn
-from farout.outliers._decoding import PUBLISHED, ClassPoints, VectorSynthesiser, class_space
 from farout.outliers.base import Work
+from farout.outliers.decoding import PUBLISHED, ClassPoints, VectorSynthesiser, class_space
 from farout.progress import task
 
 __all__ = ["DreamOOD"]

@@ -13,11 +13,11 @@ from torch import Tensor
 from farout import store
 from farout.errors import FaroutError
 from farout.images.places import readable
-from farout.outliers._decoding import PUBLISHED, ClassPoints, VectorSynthesiser
 from farout.outliers._embedding import Inversion, embed, read_embeddings
 from farout.outliers._labelled_vectors import check_counts, split
 from farout.outliers._manifold import Manifold, ManifoldConfig, fit_manifold
 from farout.outliers.base import Work
+from farout.outliers.decoding import PUBLISHED, ClassPoints, VectorSynthesiser
 
 __all__ = ["NCIS"]
 

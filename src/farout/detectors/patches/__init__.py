@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from farout.densities import ZScore, pack, unpack
-from farout.detectors._features import FeatureDetector
 from farout.detectors._settings import checked_levels
 from farout.detectors.base import Detector, Measurements
+from farout.detectors.features import FeatureDetector
 from farout.detectors.fitting import FitSettings, training_of
 from farout.detectors.patches.positions import Deviations, drawn, equal_layers, flat, nearest, rank, top
 from farout.diffusion.denoiser import NetworkDenoiser

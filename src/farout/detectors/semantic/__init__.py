@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from farout.densities import Mahalanobis
-from farout.detectors._features import FeatureDetector
 from farout.detectors.base import Measurements
+from farout.detectors.features import FeatureDetector
 from farout.detectors.fitting import FitSettings, training_of
 from farout.detectors.semantic import indicators, sampling
 from farout.diffusion.denoiser import NetworkDenoiser, in_chunks

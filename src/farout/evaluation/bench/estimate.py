@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from farout.detectors._features import FeatureDetector
+from farout.detectors.features import FeatureDetector
 from farout.diffusion import round_trip, sampling
 from farout.evaluation.bench.plan import Job, Plan
 from farout.evaluation.bench.rehearsal import Rehearsal

@@ -293,7 +293,7 @@ class Denoising(Detector):
         moved = {name: value.reshape(count, *grid, -1) for name, value in views(restored, again).items()}
         changed = changes({name: value[:, None] for name, value in clean.items()}, moved)
         beside = post_hoc(outputs.logits)[:, None, None].expand(-1, *grid, -1)
-        measured = Measurements(batch.keys, torch.cat([changed, beside], dim=-1).float().cpu(), levels, names)
+        measured = Measurements(batch.keys, torch.cat([changed.cpu(), beside.cpu()], dim=-1).float(), levels, names)
         return (
             self._with_maps(measured, images, restored.reshape(count, *grid, *images.shape[1:])) if maps else measured
         )

@@ -306,6 +306,14 @@ def test_an_unfitted_detector_says_so(folder: Path) -> None:
             detector.score(folder)
 
 
+def test_presets_can_be_had() -> None:
+    """None has a setting that its others leave without use."""
+    for name in NAMES:
+        kind = registry.find("detectors", name).load()
+        for preset in kind.presets:
+            assert kind.from_preset(preset).provenance["preset"] == preset
+
+
 def test_too_few_images_warn_with_counts(detector: Detector, folder: Path) -> None:
     # a method that trains a network may then have too few images for it, and says so after the warning
     with pytest.warns(ShortfallWarning, match="statistics"), contextlib.suppress(FaroutError):

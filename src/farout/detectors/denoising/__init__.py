@@ -129,6 +129,10 @@ class Denoising(Detector):
         if use_draws is not None and not 1 <= use_draws <= draws:
             raise FaroutError(f"use_draws want 1 to {draws}, got {use_draws}")
         self._check_score(score, levels, cascade)
+        if condition == "none":
+            self._refuse_idle("without a condition; give condition class", "guidance", "labels")
+        if grid is not None:
+            self._refuse_idle("beside grid; leave grid out", "steps")
         self.levels = tuple(sorted(levels))
         self.neighbours: Neighbours | None = None
         self.standard: dict[str, ZScore] = {}

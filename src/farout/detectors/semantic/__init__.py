@@ -149,6 +149,10 @@ class Semantic(FeatureDetector):
             given = f"{draws}, {updates}, {batch}, {epochs} and {lr_sign}"
             raise FaroutError(f"draws, updates, batch and epochs want at least 1, lr_sign 1 or -1; got {given}")
         sampling.check_sampler(sampler, levels, steps, paper_schedule())
+        if sampler != "ddim":
+            self._refuse_idle(f"with the sampler {sampler}; give sampler ddim", "steps", "eta")
+        if epochs is not None:
+            self._refuse_idle("beside epochs; leave epochs out", "updates")
         self.levels, self.draws, self.regret = tuple(sorted(levels)), draws, regret
         self.scorer: indicators.Scorer | None = None
         self.denoisers: list[NetworkDenoiser] = []

@@ -15,7 +15,7 @@ from farout import registry, store
 from farout.checkpoints import discard_checkpoints, training_folder
 from farout.detectors._fitting import FitSettings, recalibrate
 from farout.detectors.base import Detector, load
-from farout.devices import launched
+from farout.devices import PrecisionChoice, launched
 from farout.errors import FaroutError
 from farout.evaluation.beside import Beside
 from farout.evaluation.demo import demo as _demo
@@ -226,7 +226,7 @@ def extract_features(
     seed: int = 0,
     policy: Literal["raise", "skip"] = "skip",
     device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    precision: PrecisionChoice = "auto",
     rows: int = 32,
     workers: int = 2,
 ) -> Extraction:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from farout import registry
 from farout.classifiers.model import Classifier
-from farout.devices import first_process, resolve_device, resolve_precision
+from farout.devices import PrecisionChoice, first_process, resolve_device, resolve_precision
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.round_trip import BackSpacing
 from farout.diffusion.sample_folder import SampledFolder, write_samples
@@ -22,8 +22,6 @@ from farout.outliers.reconstruct import reconstruct as _reconstruct
 from farout.runtime import Runtime
 
 __all__ = ["fid", "interpolate", "reconstruct", "sample", "synthesize"]
-
-Precisions = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def sample(
@@ -41,7 +39,7 @@ def sample(
     batch: int = 64,
     rows: int = 32,
     device: str = "auto",
-    precision: Precisions = "auto",
+    precision: PrecisionChoice = "auto",
     clamp: bool = True,
 ) -> SampledFolder:
     """Make images with a diffusion model.
@@ -205,7 +203,7 @@ def fid(
     seed: int = 0,
     out: str | None = None,
     device: str = "auto",
-    precision: Precisions = "fp32",
+    precision: PrecisionChoice = "fp32",
     rows: int = 32,
     workers: int = 2,
 ) -> SetDistance:
@@ -249,7 +247,7 @@ def interpolate(
     seed: int = 0,
     rows: int = 32,
     device: str = "auto",
-    precision: Precisions = "fp32",
+    precision: PrecisionChoice = "fp32",
     workers: int = 2,
 ) -> InterpolatedFolder:
     """Interpolate between images, two by two: pictures and a page.

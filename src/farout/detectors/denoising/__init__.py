@@ -16,16 +16,7 @@ from farout.classifiers.model import Classifier
 from farout.densities import ZScore, pack, unpack
 from farout.detectors._settings import check_words, checked_levels
 from farout.detectors.base import Detector, Measurements
-from farout.detectors.denoising.changes import (
-    METRICS,
-    POST_HOC,
-    SPACES,
-    Distance,
-    PostHoc,
-    changes,
-    post_hoc,
-    views,
-)
+from farout.detectors.denoising.changes import METRICS, POST_HOC, SPACES, Distance, PostHoc, changes, post_hoc, views
 from farout.detectors.denoising.starts import Neighbours, descriptors, inverted
 from farout.diffusion import paths
 from farout.diffusion.conditioning import Condition

@@ -221,7 +221,7 @@ def test_no_float64_is_wanted_of_the_device(name: str) -> None:
 
     expected = solve(standard, x, path)
     with narrow_device() as device:
-        with pytest.raises(TypeError, match="no float64"):
+        with pytest.raises(TypeError, match="float64"):
             x.to(device).double()
         found = solve(standard, x.to(device), path.to(device)).cpu()
     torch.testing.assert_close(found, expected)

@@ -115,7 +115,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 def in_float64(values: Tensor) -> Tensor:
     """`values` in float64: where they are, or on the CPU where their device has none (Apple's MPS)."""
-    # first moved, then widened: MPS widens on its own side when asked for both at once
+    # first moved, then widened: asked for both at once, torch may widen on the side it comes from
     return (values.cpu() if values.device.type in _NO_FLOAT64 else values).double()
 
 

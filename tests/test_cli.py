@@ -81,6 +81,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     for clutter in ("Literal", "Union", "null", "required", "type:", "--groups+", "{true,false}"):
         assert clutter not in text, clutter
     assert "--config" in text
+    assert ("--precision" in text) == ("precision {auto,fp32,bf16,fp16}" in text)
 
 
 def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from farout.detectors.fitting import recalibrate
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, NaNScoresWarning, ShortfallWarning, SourceError, StoreError, TrapWarning
 from farout.images.sources import Batch
+from narrow import narrow_device
 from small import classifier, conditional, model, pictures
 
 pytestmark = pytest.mark.filterwarnings(
@@ -131,6 +132,19 @@ def test_other_rows_agree_closely(detector: Detector, whole: Scores, folder: Pat
     assert other.measurements is not None
     for one, two in zip(tensors(other.measurements), tensors(whole.measurements), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_no_float64_is_wanted_of_the_device(whole: Scores, saved: Path, folder: Path) -> None:
+    """Apple's has none; what is to be exact is computed on the CPU there."""
+    loaded = load(saved, cache=False)
+    with narrow_device() as name:
+        loaded.use(loaded.diffusion, base.replace(loaded.runtime, device=name))
+        other = loaded.score(loaded.open(folder).subset(range(8)))
+    assert whole.measurements is not None
+    assert other.measurements is not None
+    assert other.keys == whole.keys[:8]
+    for one, two in zip(tensors(other.measurements), tensors(whole.measurements), strict=True):
+        torch.testing.assert_close(one, two[:8], rtol=1e-4, atol=1e-5 * float(two.abs().max()))
 
 
 def tensors(measurements: base.Measurements) -> list[torch.Tensor]:
@@ -290,6 +304,14 @@ def test_an_unfitted_detector_says_so(folder: Path) -> None:
         detector = registry.find("detectors", name).load()()
         with pytest.raises(FaroutError, match="not been fitted"):
             detector.score(folder)
+
+
+def test_presets_can_be_had() -> None:
+    """None has a setting that its others leave without use."""
+    for name in NAMES:
+        kind = registry.find("detectors", name).load()
+        for preset in kind.presets:
+            assert kind.from_preset(preset).provenance["preset"] == preset
 
 
 def test_too_few_images_warn_with_counts(detector: Detector, folder: Path) -> None:

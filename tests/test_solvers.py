@@ -10,10 +10,12 @@ from torch import Tensor
 from exact import exact_flow, oracle
 from farout.diffusion import paths
 from farout.diffusion.conditioning import Condition
-from farout.diffusion.denoiser import GaussianDenoiser, Guided
+from farout.diffusion.denoiser import GaussianDenoiser, Guided, spread
+from farout.diffusion.methods import SOLVERS, solver_by_name, solver_path
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers import Evaluation, Solver, adams_bashforth, ddim, dpm_solver_2m, heun, plms
 from farout.errors import FaroutError
+from narrow import narrow_device
 
 EVERY = {
     "ddim": ddim,
@@ -206,6 +208,23 @@ def test_a_guide_can_do_what_guidance_does() -> None:
     assert steps == [[1, 1, 1], [2, 2]]
     with pytest.raises(FaroutError, match="more than once"):
         heun(_TwoClasses(), x, sigmas, {"on": wanted, "null": null}, guide=guide)
+
+
+@pytest.mark.parametrize("name", sorted(SOLVERS))
+def test_no_float64_is_wanted_of_the_device(name: str) -> None:
+    """Apple's has none."""
+    path = torch.stack([solver_path(name, paths.from_noise(SCHEDULE, 6))] * 2)
+    x, solve = path[:, :1] * torch.randn(2, 5), solver_by_name(name, SCHEDULE)
+
+    def standard(x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
+        return x / (1 + spread(sigma, x) ** 2)
+
+    expected = solve(standard, x, path)
+    with narrow_device() as device:
+        with pytest.raises(TypeError, match="float64"):
+            x.to(device).double()
+        found = solve(standard, x.to(device), path.to(device)).cpu()
+    torch.testing.assert_close(found, expected)
 
 
 def test_bad_paths_are_named() -> None:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from accelerate import PartialState
@@ -18,10 +18,12 @@ from farout.errors import FaroutError
 
 __all__ = [
     "Precision",
+    "PrecisionChoice",
     "Team",
     "alone",
     "autocast",
     "first_process",
+    "in_float64",
     "join",
     "launched",
     "resolve_device",
@@ -29,10 +31,14 @@ __all__ = [
 ]
 
 Precision = Literal["fp32", "bf16", "fp16"]
+PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
+"""As users name it; see `resolve_precision`."""
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
 """How long processes wait for each other; the launcher ends them all where one is gone."""
+_NO_FLOAT64 = frozenset({"mps"})
+"""Types of devices that cannot hold float64."""
 _alone: ContextVar[bool] = ContextVar("farout_alone", default=False)
 
 
@@ -88,7 +94,7 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
         return "bf16" if _native_bf16(device) else "fp32"
     if precision == "fp16" and device.type == "cpu":
         raise FaroutError("precision fp16 wants a GPU, but the device is the CPU; use fp32 (or auto)")
-    if precision not in ("fp32", "bf16", "fp16"):
+    if precision not in get_args(Precision):
         raise FaroutError(f"the precision is {precision!r}; expected auto, fp32, bf16 or fp16")
     return precision  # type: ignore[return-value]
 
@@ -105,6 +111,12 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """`values` in float64: where they are, or on the CPU where their device has none (Apple's MPS)."""
+    # first moved, then widened: asked for both at once, torch may widen on the side it comes from
+    return (values.cpu() if values.device.type in _NO_FLOAT64 else values).double()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ __all__ = [
     "StoreError",
     "TrapWarning",
     "UnreadableImageError",
+    "check_options",
     "meant",
 ]
 
@@ -58,6 +59,16 @@ class ShortfallWarning(FaroutWarning):
 
 class TrapWarning(FaroutWarning):
     """A known trap of evaluation: native size, value range, precision, AUROC below one half."""
+
+
+def check_options(options: object, word: str, rules: Iterable[tuple[str, bool, str]]) -> None:
+    """Raises FaroutError for the first of the rules that does not hold; `word` says what kind of options these are.
+
+    A rule: the option's name, whether it holds, what is expected.
+    """
+    for name, holds, expected in rules:
+        if not holds:
+            raise FaroutError(f"the {word} {name} is {getattr(options, name)!r}; expected {expected}")
 
 
 def meant(word: str, known: Iterable[str]) -> str:

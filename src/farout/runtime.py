@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from farout.devices import resolve_device, resolve_precision
+from farout.devices import PrecisionChoice, resolve_device, resolve_precision
 from farout.errors import FaroutError
 
 __all__ = ["Runtime"]
@@ -30,7 +30,7 @@ class Runtime:
     """
 
     device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: PrecisionChoice = "auto"
     rows: int | Literal["auto"] = 32
     batch_size: int | Literal["auto"] = "auto"
     workers: int = 2

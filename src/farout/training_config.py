@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from farout.errors import FaroutError
+from farout.devices import PrecisionChoice
+from farout.errors import FaroutError, check_options
 
 __all__ = ["Step", "TrainingConfig", "TrainingResult", "learning_rate", "make_optimizer"]
 
@@ -69,7 +70,7 @@ class TrainingConfig:
     ema: float | None = 0.999
     clip: float | None = 1.0
     accumulate: int = 1
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: PrecisionChoice = "auto"
     channels_last: bool = True
     seed: int = 0
     workers: int = 0
@@ -81,9 +82,7 @@ class TrainingConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name, holds, expected in _rules(self):
-            if not holds:
-                raise FaroutError(f"the training option {name} is {getattr(self, name)!r}; expected {expected}")
+        check_options(self, "training option", _rules(self))
 
     @property
     def chosen_number(self) -> int | None:
@@ -105,7 +104,7 @@ def _rules(c: TrainingConfig) -> list[tuple[str, bool, str]]:
         ("decay", c.decay in ("constant", "cosine", "linear"), "constant, cosine or linear"),
         ("ema", c.ema is None or 0 <= c.ema < 1, "None or a number in [0, 1)"),
         ("clip", c.clip is None or c.clip > 0, "None or a positive number"),
-        ("precision", c.precision in ("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
+        ("precision", c.precision in get_args(PrecisionChoice), "auto, fp32, bf16 or fp16"),
         ("checkpoint", c.checkpoint in ("last", "best") or number is not None, "last, best or a step number"),
         ("keep", all(1 <= step <= c.steps for step in c.keep), f"steps from 1 to steps ({c.steps})"),
         ("checkpoint", number is None or 1 <= number <= c.steps, f"a step from 1 to steps ({c.steps})"),

@@ -25,7 +25,7 @@ from farout.classifiers.outliers import (
 )
 from farout.classifiers.virtual import VirtualOutliers
 from farout.data_order import seed_of
-from farout.errors import FaroutError, ShortfallWarning
+from farout.errors import FaroutError, ShortfallWarning, check_options
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import ImageSource
 from farout.training_config import TrainingConfig
@@ -104,9 +104,7 @@ class Exposure:
     select: int = 1
 
     def __post_init__(self) -> None:
-        for name, holds, expected in self._rules():
-            if not holds:
-                raise FaroutError(f"the exposure option {name} is {getattr(self, name)!r}; expected {expected}")
+        check_options(self, "exposure option", self._rules())
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         return [

@@ -19,7 +19,7 @@ from farout.classifiers.model import KIND, Classifier
 from farout.classifiers.origin import FRESH, Origin, start_from
 from farout.classifiers.outliers import open_outliers, originals, read_made_of
 from farout.classifiers.presets import PRESETS
-from farout.devices import first_process, resolve_precision
+from farout.devices import Precision, first_process, resolve_precision
 from farout.errors import FaroutError
 from farout.images.classes import LabelledImages, check_no_class_is_empty, class_names_of, class_numbers
 from farout.images.sources import ImageSource, PreparedImages, batches, open_source
@@ -123,9 +123,7 @@ def _start(
     return classifier, FRESH if weights is None else start_from(classifier.module, weights, config.network)
 
 
-def accuracy_on(
-    classifier: Classifier, source: ImageSource, precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-) -> float:
+def accuracy_on(classifier: Classifier, source: ImageSource, precision: Precision = "fp32") -> float:
     """The share of a source's readable images whose class the classifier tells; raises FaroutError where there are no
     labels, other classes than the classifier's, or no image that can be read.
     """
@@ -271,7 +269,7 @@ def _check_keeping(weights: str | None, model: ClassifierConfig, exposure: Expos
         )
 
 
-def _rate(classifier: Classifier, held: ImageSource, precision: Literal["fp32", "bf16", "fp16"]) -> None:
+def _rate(classifier: Classifier, held: ImageSource, precision: Precision) -> None:
     """Puts the accuracy on images that training left out into the provenance, under a name that says whether the
     weights had seen them before.
     """

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from farout import registry
 from farout.classifiers.model import Classifier
-from farout.devices import first_process, resolve_device, resolve_precision
+from farout.devices import PrecisionChoice, first_process, resolve_device, resolve_precision
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.round_trip import BackSpacing
 from farout.diffusion.sample_folder import SampledFolder, write_samples
@@ -37,7 +37,7 @@ def sample(
     batch: int = 64,
     rows: int = 32,
     device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    precision: PrecisionChoice = "auto",
     clamp: bool = True,
 ) -> SampledFolder:
     """Make images with a diffusion model.

@@ -12,6 +12,7 @@ from farout.classifiers.model import Classifier
 from farout.densities import GaussianMixture, KernelDensity, pack, unpack
 from farout.detectors._settings import check_words
 from farout.detectors.base import Detector, Measurements
+from farout.devices import in_float64
 from farout.diffusion.denoiser import NetworkDenoiser, spread
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.solvers import Evaluation, ddim
@@ -162,5 +163,5 @@ class DiffPath(Detector):
 
 def _powers(values: Tensor) -> Tensor:
     """(B, …) -> the means of the first, second and third powers of each row, (B, 3) float64 on the CPU."""
-    flat = values.double().flatten(1)
+    flat = in_float64(values).flatten(1)
     return torch.stack([flat.mean(1), flat.square().mean(1), flat.pow(3).mean(1)], dim=1).cpu()

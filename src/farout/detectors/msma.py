@@ -10,8 +10,9 @@ from torch import Tensor
 
 from farout.classifiers.model import Classifier
 from farout.densities import GaussianMixture, Mahalanobis, Nearest, pack, unpack
-from farout.detectors._settings import checked_levels
+from farout.detectors._settings import check_words, checked_levels
 from farout.detectors.base import Detector, Measurements
+from farout.devices import in_float64
 from farout.diffusion.denoiser import NetworkDenoiser, spread
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError
@@ -70,13 +71,12 @@ class MSMA(Detector):
         neighbours: int = 5,
         score: Literal["mixture", "mahalanobis", "nearest"] = "mixture",
     ) -> None:
+        check_words(self)
         if min(count, components, neighbours) < 1:
             given = f"{count}, {components} and {neighbours}"
             raise FaroutError(f"count, components and neighbours want at least 1, got {given}")
         if not 0 < lowest < highest:
             raise FaroutError(f"lowest and highest want 0 < lowest < highest, got {lowest:g} and {highest:g}")
-        if score not in _SCORES:
-            raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(_SCORES)}")
         if levels is not None:
             self._refuse_idle("beside levels; leave levels out", "count", "lowest", "highest")
         self.levels: tuple[int, ...] = ()
@@ -137,7 +137,7 @@ class MSMA(Detector):
         clean = self.diffusion.encode(batch.images).repeat_interleave(len(self.levels), 0)
         sigmas = self.sigmas.to(clean.device).repeat(len(batch.keys))
         noise = (clean - self.denoiser(clean, sigmas)) / spread(sigmas, clean)
-        norms = noise.double().square().flatten(1).sum(1).sqrt().float().cpu()
+        norms = in_float64(noise).square().flatten(1).sum(1).sqrt().float().cpu()
         values = norms.reshape(len(batch.keys), len(self.levels), 1, 1)
         return Measurements(batch.keys, values, tuple(float(t) for t in self.levels), ("norm",))
 

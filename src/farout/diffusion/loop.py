@@ -187,7 +187,7 @@ def make_solver(
             raise FaroutError(f"{name} evaluates more than once a step, a stateful guide cannot go with it; use ddim")
         if sigmas.ndim != 2 or len(sigmas) != len(x) or sigmas.shape[1] < 2:
             raise FaroutError(f"sigmas want shape (B, steps + 1) with B = {len(x)}, got {tuple(sigmas.shape)}")
-        table = sigmas.detach().to(device="cpu", dtype=torch.float64)
+        table = sigmas.detach().cpu().double()
         _check_departures(table)
         if check is not None:
             check(table)

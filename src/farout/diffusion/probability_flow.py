@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farout.devices import in_float64
 from farout.diffusion.denoiser import spread
 from farout.diffusion.loop import Predictor, Solver, State, make_solver
 from farout.diffusion.schedule import NoiseSchedule
@@ -54,7 +55,7 @@ def probability_flow(schedule: NoiseSchedule, tolerance: float = 7e-4) -> Solver
 
     def step(predict: Predictor, x: Tensor, sigma: Tensor, then: Tensor, state: State) -> tuple[Tensor, State]:
         low = float(schedule.sigma[0])
-        start, end = (time.t_of(each.double().cpu().clamp(min=low)) for each in (sigma, then))
+        start, end = (time.t_of(each.cpu().double().clamp(min=low)) for each in (sigma, then))
         flow = _Flow(time, predict, tolerance, start, end, x / (1 + spread(sigma, x) ** 2).sqrt())
         flow.run()
         moved = flow.y * (1 + spread(then, x) ** 2).sqrt()
@@ -96,7 +97,7 @@ class _Flow:
 
     def _size(self, values: Tensor, scale: Tensor) -> Tensor:
         """Root mean square over each row, (B,) float64 on the CPU; raises FaroutError where it is not finite."""
-        size = (values / scale).double().flatten(1).square().mean(1).sqrt().cpu()
+        size = in_float64(values / scale).flatten(1).square().mean(1).sqrt().cpu()
         if not bool(torch.isfinite(size).all()):
             raise FaroutError(
                 "the probability flow left the finite numbers: the network's answers are NaN or too large"

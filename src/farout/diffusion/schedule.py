@@ -118,7 +118,7 @@ class NoiseSchedule:
         """t (float64) at `sigma` of any shape: exact where sigma is an entry of the table (float32 rounding included),
         linear in log sigma between entries, clamped to the table's ends outside it.
         """
-        wanted = sigma.detach().to(device="cpu", dtype=torch.float64).clamp(min=1e-30).log()
+        wanted = sigma.detach().cpu().double().clamp(min=1e-30).log()
         log = self.sigma.log()
         above = torch.searchsorted(log, wanted.contiguous()).clamp(1, self.steps - 1)
         low, high = log[above - 1], log[above]

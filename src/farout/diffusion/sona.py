@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farout.diffusion.denoiser import spread
 from farout.diffusion.loop import State
-from farout.errors import FaroutError
+from farout.errors import FaroutError, check_options
 
 __all__ = ["BRANCHES", "Regions", "SonaConfig", "SonaGuide", "Watch", "sona_guidance", "sona_regions"]
 
@@ -73,9 +73,7 @@ class SonaConfig:
     skip: Literal["exact", "early"] = "exact"
 
     def __post_init__(self) -> None:
-        for name, holds, expected in self._rules():
-            if not holds:
-                raise FaroutError(f"the guidance option {name} is {getattr(self, name)!r}; expected {expected}")
+        check_options(self, "guidance option", self._rules())
         if not self.nuisance_quantile < self.class_quantile:
             raise FaroutError(
                 f"nuisance_quantile {self.nuisance_quantile} wants to lie below class_quantile {self.class_quantile}: "

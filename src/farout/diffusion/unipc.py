@@ -12,7 +12,7 @@ __all__ = ["unipc"]
 
 
 def _log_ratio(sigma: Tensor, then: Tensor) -> Tensor:
-    """How far log SNR / 2 rises from one sigma to the other, float64."""
+    """How far log SNR / 2 rises from one sigma to the other, both on the CPU; float64."""
     return sigma.double().log() - then.double().log()
 
 
@@ -29,11 +29,13 @@ def _corrector_weights(back: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 def _corrected(x: Tensor, x0: Tensor, state: State, sigma: Tensor) -> Tensor:
     """x at sigma by the corrector, from x0 of the predicted x; rows without a past step keep what was predicted."""
-    ran = state["count"] > 0
-    past_sigma = torch.where(ran, state["sigma"], 2 * sigma)  # any number: those rows are not taken
+    # numbers of rows are computed in float64, which not every device has
+    sigma, count, past, before = (each.cpu() for each in (sigma, state["count"], state["sigma"], state["before"]))
+    ran = count > 0
+    past_sigma = torch.where(ran, past, 2 * sigma)  # any number: those rows are not taken
     h = _log_ratio(past_sigma, sigma)
-    second = state["count"] > 1
-    back = torch.where(second, _log_ratio(past_sigma, torch.where(second, state["before"], 2 * past_sigma)), -h)
+    second = count > 1
+    back = torch.where(second, _log_ratio(past_sigma, torch.where(second, before, 2 * past_sigma)), -h)
     past, new = _corrector_weights(back, h)
     past, new = torch.where(second, past, 0.0), torch.where(second, new, 0.5)
     old = state["x0"]
@@ -51,12 +53,13 @@ def _step(predict: Predictor, x: Tensor, sigma: Tensor, then: Tensor, state: Sta
         state |= {"x": x, "x0": x0, "x0_before": x0, "sigma": sigma, "before": sigma}
     x = _corrected(x, x0, state, sigma)
     mixed = x0
-    second = (state["count"] > 0) & (then > 0)  # a last step to sigma = 0 has infinite length: first order
+    now, then, count, past = (each.cpu() for each in (sigma, then, state["count"], state["sigma"]))
+    second = (count > 0) & (then > 0)  # a last step to sigma = 0 has infinite length: first order
     if bool(second.any()):
-        h = _log_ratio(sigma, torch.where(then > 0, then, sigma / 2))
-        back = _log_ratio(sigma, torch.where(second, state["sigma"], 2 * sigma))
+        h = _log_ratio(now, torch.where(then > 0, then, now / 2))
+        back = _log_ratio(now, torch.where(second, past, 2 * now))
         mixed = x0 + spread(torch.where(second, 0.5 * h / back, 0.0), x) * (state["x0"] - x0)
-    ratio = spread(then / sigma, x)
+    ratio = spread(then / now, x)
     kept = {"count": state["count"] + 1, "x": x, "x0": x0, "sigma": sigma}
     return ratio * x + (1 - ratio) * mixed, {**kept, "x0_before": state["x0"], "before": state["sigma"]}
 

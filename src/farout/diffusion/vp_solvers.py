@@ -49,7 +49,7 @@ def vp_drift(time: VPTime, x_vp: Tensor, sigma: Tensor, x0: Tensor) -> Tensor:
     std = sqrt(1 - abar) and eps / std = (x_vp - sqrt(abar) x0) / (1 - abar).
     """
     half = time.beta(time.t_of(sigma)) / 2
-    sigma = sigma.double().cpu()
+    sigma = sigma.cpu().double()
     square = 1 + sigma**2
     # (x_vp - sqrt(abar) x0) / (1 - abar) - x_vp, with 1 / (1 - abar) = (1 + sigma^2) / sigma^2
     return spread(half / sigma**2, x_vp) * x_vp - spread(half * square.sqrt() / sigma**2, x_vp) * x0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from farout import progress, store
-from farout.devices import Precision, resolve_device, resolve_precision
+from farout.devices import Precision, PrecisionChoice, resolve_device, resolve_precision
 from farout.errors import FaroutError, MissingExtraError, StoreError, TrapWarning
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
@@ -29,7 +29,6 @@ from farout.images.sources import Images, ImageSource, batches, open_source
 __all__ = ["FeatureName", "SetDistance", "frechet_distance", "kernel_distance", "set_distance"]
 
 FeatureName = Literal["lite0", "inception"]
-PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 _NAMES = {"lite0": ("FD-lite0", "KD-lite0"), "inception": ("FID", "KID")}
 _BATCH = 64
 _SUBSETS, _SUBSET = 100, 1000
@@ -135,7 +134,7 @@ def set_distance(
     seed: int = 0,
     out: str | Path | None = None,
     device: str = "auto",
-    precision: PrecisionName = "fp32",
+    precision: PrecisionChoice = "fp32",
     rows: int = 32,
     workers: int = 2,
 ) -> SetDistance:
@@ -183,7 +182,7 @@ def set_distance(
     return found
 
 
-def _precision(features: FeatureName, precision: PrecisionName) -> PrecisionName:
+def _precision(features: FeatureName, precision: PrecisionChoice) -> PrecisionChoice:
     """The precision that features are computed in."""
     if features == "lite0":
         return precision

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from farout import progress, store
-from farout.devices import resolve_device, resolve_precision
+from farout.devices import PrecisionChoice, resolve_device, resolve_precision
 from farout.diffusion.interpolation import Interpolations, Interpolator
 from farout.diffusion.methods import is_adaptive
 from farout.diffusion.model import DiffusionModel
@@ -49,7 +49,7 @@ def write_interpolations(
     seed: int = 0,
     rows: int = 32,
     device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
+    precision: PrecisionChoice = "fp32",
     workers: int = 2,
 ) -> InterpolatedFolder:
     """Interpolate between images, two by two: pictures and a page.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from farout import progress
-from farout.devices import Precision, resolve_device, resolve_precision
+from farout.devices import Precision, PrecisionChoice, resolve_device, resolve_precision
 from farout.errors import FaroutError, StoreError
 from farout.features.cache import FeatureCache
 from farout.features.extractor import FeatureExtractor
@@ -98,7 +98,7 @@ def extract(
     seed: int = 0,
     policy: Literal["raise", "skip"] = "skip",
     device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    precision: PrecisionChoice = "auto",
     rows: int = 32,
     workers: int = 2,
 ) -> Extraction:

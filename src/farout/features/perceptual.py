@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from farout.devices import in_float64
 from farout.diffusion.denoiser import in_chunks
 from farout.errors import FaroutError, MissingExtraError
 from farout.features.backbones import lite0
@@ -82,11 +83,11 @@ class _FeatureDistance:
     def distance(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
         """Distances (B,) in float64 between two lists of unit-normalised feature maps."""
         # float64: the order of a float32 sum, and so its last bits, would depend on the batch
-        total = torch.zeros(len(one[0]), dtype=torch.float64, device=one[0].device)
+        total = in_float64(one[0].new_zeros(len(one[0])))
         for depth, (f, g) in enumerate(zip(one, other, strict=True)):
-            difference = (f - g).square().double()
+            difference = in_float64((f - g).square())
             if self.weights is not None:
-                difference = difference * self.weights[depth]
+                difference = difference * self.weights[depth].to(difference.device)
             total = total + difference.sum(1).mean((1, 2))
         return total
 

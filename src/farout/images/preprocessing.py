@@ -258,8 +258,8 @@ def all_grey(source: ImageSource, sample: int = 64) -> bool:
 def _channel_trap(shapes: Counter[tuple[int, int, int]], channels: int, fitted_grey: bool) -> tuple[int, str]:
     expected = 1 if fitted_grey else channels
     other = sum(count for shape, count in shapes.items() if shape[0] != expected)
-    if channels == 3 and fitted_grey:
+    if channels == 1:
+        return other, "are RGB and become luminance for this grey model: their colour is not seen"
+    if fitted_grey:
         return other, "are RGB, and the fitted ones were all grey: colour can set them apart"
-    if channels == 3:
-        return other, "are grey and are replicated to RGB for this RGB model"
-    return other, "are RGB and become luminance for this grey model: their colour is not seen"
+    return other, "are grey and are replicated to RGB for this RGB model"

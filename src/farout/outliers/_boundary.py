@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from farout.diffusion.noise import seeded
-from farout.errors import FaroutError, ShortfallWarning
+from farout.errors import FaroutError, ShortfallWarning, check_options
 
 __all__ = ["BoundarySampling", "ClassBoundary", "Drawn", "Filter", "Side", "choose", "kth_distance"]
 
@@ -62,9 +62,7 @@ class BoundarySampling:
     filter: Filter = "mended"
 
     def __post_init__(self) -> None:
-        for name, holds, expected in self._rules():
-            if not holds:
-                raise FaroutError(f"the boundary's option {name} is {getattr(self, name)!r}; expected {expected}")
+        check_options(self, "boundary's option", self._rules())
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         return [

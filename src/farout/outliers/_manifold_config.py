@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
-from farout.errors import FaroutError
+from farout.errors import FaroutError, check_options
 from farout.outliers.volume_preserving import OrthogonalMap
 
 __all__ = ["ManifoldConfig"]
@@ -91,9 +91,7 @@ class ManifoldConfig:
     }
 
     def __post_init__(self) -> None:
-        for name, holds, expected in _rules(self):
-            if not holds:
-                raise FaroutError(f"the manifold's option {name} is {getattr(self, name)!r}; expected {expected}")
+        check_options(self, "manifold's option", _rules(self))
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> ManifoldConfig:

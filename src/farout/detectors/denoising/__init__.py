@@ -16,16 +16,7 @@ from farout.classifiers.model import Classifier
 from farout.densities import ZScore, pack, unpack
 from farout.detectors._settings import check_words, checked_levels
 from farout.detectors.base import Detector, Measurements
-from farout.detectors.denoising.changes import (
-    METRICS,
-    POST_HOC,
-    SPACES,
-    Distance,
-    PostHoc,
-    changes,
-    post_hoc,
-    views,
-)
+from farout.detectors.denoising.changes import METRICS, POST_HOC, SPACES, Distance, PostHoc, changes, post_hoc, views
 from farout.detectors.denoising.starts import Neighbours, descriptors, inverted
 from farout.diffusion import paths
 from farout.diffusion.conditioning import Condition
@@ -129,6 +120,10 @@ class Denoising(Detector):
         if use_draws is not None and not 1 <= use_draws <= draws:
             raise FaroutError(f"use_draws want 1 to {draws}, got {use_draws}")
         self._check_score(score, levels, cascade)
+        if condition == "none":
+            self._refuse_idle("without a condition; give condition class", "guidance", "labels")
+        if grid is not None:
+            self._refuse_idle("beside grid; leave grid out", "steps")
         self.levels = tuple(sorted(levels))
         self.neighbours: Neighbours | None = None
         self.standard: dict[str, ZScore] = {}
@@ -293,7 +288,7 @@ class Denoising(Detector):
         moved = {name: value.reshape(count, *grid, -1) for name, value in views(restored, again).items()}
         changed = changes({name: value[:, None] for name, value in clean.items()}, moved)
         beside = post_hoc(outputs.logits)[:, None, None].expand(-1, *grid, -1)
-        measured = Measurements(batch.keys, torch.cat([changed, beside], dim=-1).float().cpu(), levels, names)
+        measured = Measurements(batch.keys, torch.cat([changed.cpu(), beside.cpu()], dim=-1).float(), levels, names)
         return (
             self._with_maps(measured, images, restored.reshape(count, *grid, *images.shape[1:])) if maps else measured
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from farout.classifiers.model import Outputs
+from farout.devices import in_float64
 
 __all__ = ["METRICS", "POST_HOC", "SPACES", "Distance", "PostHoc", "changes", "post_hoc", "views"]
 
@@ -51,7 +52,7 @@ def post_hoc(logits: Tensor) -> Tensor:
     """Scores (B, 3) of the clean image that need no diffusion, higher = further out: -logsumexp l (the energy), -max l,
     and log(1 - max softmax l), in which confident images differ where 1 - max softmax l has no digits left.
     """
-    logits = logits.double()
+    logits = in_float64(logits)
     others = logits.scatter(1, logits.argmax(1, keepdim=True), -torch.inf)
     whole = logits.logsumexp(1)
     return torch.stack([-whole, -logits.amax(1), others.logsumexp(1) - whole], dim=1)

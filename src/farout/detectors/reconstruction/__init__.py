@@ -109,6 +109,10 @@ class Reconstruction(Detector):
             raise FaroutError(f"draws, steps, skip and t_skip want at least 1, got {draws}, {steps}, {skip}, {t_skip}")
         if score not in indicators.names():
             raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(indicators.names())}")
+        if mode != "exact" or levels is not None:
+            self._refuse_idle("but on the paper's grid; give mode exact without levels", "skip", "grid")
+        if mode != "fast":
+            self._refuse_idle(f"in the mode {mode}; give mode fast", "steps", "solver")
         self.perceptual, self.draws = perceptual, draws
         self.scorer = indicators.Scorer(metrics, density_metrics, min_t, max_t, t_skip)
         self.plan: Plan | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from farout.devices import in_float64
 from farout.features.perceptual import PerceptualName, perceptual_distance, ssim
 
 __all__ = ["METRICS", "Comparison"]
@@ -31,7 +32,7 @@ class Comparison:
         columns = [
             _mean((restored - originals).square()),
             self._perceptual(images, restored, times),
-            1 - ssim(restored.double(), originals.double()),
+            1 - ssim(in_float64(restored), in_float64(originals)),
             _mean((predicted - noise).square()),
             _mean(predicted.square()),
         ]
@@ -52,4 +53,4 @@ class Comparison:
 
 
 def _mean(values: Tensor) -> Tensor:
-    return values.double().flatten(1).mean(1)
+    return in_float64(values).flatten(1).mean(1)

@@ -15,6 +15,7 @@ from farout.detectors.base import Measurements
 from farout.detectors.features import FeatureDetector
 from farout.detectors.fitting import FitSettings, training_of
 from farout.detectors.semantic import indicators, sampling
+from farout.devices import in_float64
 from farout.diffusion.denoiser import NetworkDenoiser, in_chunks
 from farout.diffusion.losses import LevelSampling
 from farout.diffusion.noise import NoiseKind, noise_table
@@ -149,6 +150,10 @@ class Semantic(FeatureDetector):
             raise FaroutError(f"draws, updates, batch and epochs want at least 1, lr_sign 1 or -1; got {given}")
         self._training(1)  # refuses what is out of range
         sampling.check_sampler(sampler, levels, steps, paper_schedule())
+        if sampler != "ddim":
+            self._refuse_idle(f"with the sampler {sampler}; give sampler ddim", "steps", "eta")
+        if epochs is not None:
+            self._refuse_idle("beside epochs; leave epochs out", "updates")
         self.levels, self.draws, self.regret = tuple(sorted(levels)), draws, regret
         self.scorer: indicators.Scorer | None = None
         self.denoisers: list[NetworkDenoiser] = []
@@ -184,7 +189,7 @@ class Semantic(FeatureDetector):
             resume=settings.resume,
             fingerprint=images.fingerprint(),
         )
-        model.gaussian = Mahalanobis.fit(model.encode(features).double().cpu().numpy())
+        model.gaussian = Mahalanobis.fit(model.encode(features).cpu().double().numpy())
         return model
 
     def _check_regret(self, there: bool) -> None:
@@ -273,9 +278,9 @@ class Semantic(FeatureDetector):
         """(B, level, draw, metrics but the last), in the order of `metric_names`."""
         assert self.diffusion is not None
         groups = list(self.diffusion.encoding.groups)
-        clean = x0[:, None, None].double().split(groups, dim=-1)
+        clean = in_float64(x0[:, None, None]).split(groups, dim=-1)
         # float64: the order of a float32 sum, and so its last bits, would depend on the batch
-        back = [whole.double().split(groups, dim=-1) for whole in restored]
+        back = [in_float64(whole).split(groups, dim=-1) for whole in restored]
         errors = [[(a - b).square().mean(-1) for a, b in zip(clean, parts)] for parts in back]
         angles = [1 - functional.cosine_similarity(a, b, dim=-1) for a, b in zip(clean, back[0])]
         return torch.stack([*errors[0], *angles, *(errors[1] if len(errors) > 1 else [])], dim=-1).float()

@@ -322,6 +322,16 @@ def test_training_goes_on_from_given_weights(tree: Path, tmp_path: Path) -> None
     torch.testing.assert_close(near.head.weight, first.head.weight, atol=1e-5, rtol=0)
 
 
+def test_a_training_goes_on_with_the_same_labels_only(tree: Path, tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    rows = [f"{tree / name / picture.name},{name}" for name in ("cat", "dog") for picture in (tree / name).iterdir()]
+    table.write_text("\n".join(["path,label", *rows]))
+    train_on(open_source(table), CONFIG, replace(FEW, checkpoint_every=2), out=tmp_path / "run")
+    table.write_text("\n".join(["path,label", rows[0].replace(",cat", ",dog"), *rows[1:]]))
+    with pytest.raises(StoreError, match="fingerprint"):
+        train_on(open_source(table), CONFIG, replace(FEW, checkpoint_every=2), out=tmp_path / "run", resume=True)
+
+
 def test_what_start_weights_have_seen_counts_as_seen(tree: Path, tmp_path: Path) -> None:
     """A fit must not rest its p-values on images that the weights knew before they were trained further."""
     whole = open_source(tree)

@@ -21,7 +21,13 @@ from farout.classifiers.outliers import open_outliers, originals, read_made_of
 from farout.classifiers.presets import PRESETS
 from farout.devices import Precision, first_process, resolve_precision
 from farout.errors import FaroutError
-from farout.images.classes import LabelledImages, check_no_class_is_empty, class_names_of, class_numbers
+from farout.images.classes import (
+    LabelledImages,
+    check_no_class_is_empty,
+    class_names_of,
+    class_numbers,
+    labelled_fingerprint,
+)
 from farout.images.sources import ImageSource, PreparedImages, batches, open_source
 from farout.images.splits import learnt_and_validating, split
 from farout.progress import task
@@ -72,7 +78,7 @@ def train_on(
     labelled = LabelledImages(PreparedImages(source, classifier.preprocessing), numbers)
     learning, validation = learnt_and_validating(labelled, hashes, validate=training.validate_every > 0)
     keys = [source.keys[i] for i in (learning.indices if isinstance(learning, Subset) else range(len(source)))]
-    fingerprint, told = source.fingerprint(), outside.told()
+    told = outside.told()
     begun = "" if origin == FRESH else f" {origin.weights} {origin.classifier}"
     fixed = "" if directions is None else f" {store.hash_tensors({'directions': directions})}"
     result = train(
@@ -83,11 +89,17 @@ def train_on(
         out=out,
         validation=validation,
         resume=resume,
-        fingerprint=f"{fingerprint} {tuple(names)} {asdict(config)}{begun}{fixed}" + (f" {told}" if told else ""),
+        fingerprint=f"{labelled_fingerprint(source, names, numbers)} {asdict(config)}{begun}{fixed}"
+        + (f" {told}" if told else ""),
     )
     classifier.trained_on = origin.seen.union(hashes, outside.seen())
     classifier.provenance = {
-        **{"source": source.name, "data_fingerprint": fingerprint, "images": len(hashes), "steps": result.steps},
+        **{
+            "source": source.name,
+            "data_fingerprint": source.fingerprint(),
+            "images": len(hashes),
+            "steps": result.steps,
+        },
         **{"training_accuracy": result.losses.get("accuracy"), "seed": training.seed, **origin.told(), **told},
         **{"model": asdict(config), "training": asdict(training)},
     }

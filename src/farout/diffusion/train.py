@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +23,13 @@ from farout.diffusion.model import KIND, DiffusionModel
 from farout.diffusion.networks import NetworkName, build_network, fresh_conditioning
 from farout.diffusion.schedule import NoiseSchedule, ScheduleKind
 from farout.errors import FaroutError
-from farout.images.classes import LabelledImages, check_no_class_is_empty, class_names_of, class_numbers
+from farout.images.classes import (
+    LabelledImages,
+    check_no_class_is_empty,
+    class_names_of,
+    class_numbers,
+    labelled_fingerprint,
+)
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import ImageSource, PreparedImages, open_source
 from farout.images.splits import learnt_and_validating, split
@@ -321,16 +326,8 @@ def _prepare(source: ImageSource, model: DiffusionModel, *, validate: bool) -> _
         latents = _latents(images, len(source), model)
         prepared = TensorDataset(latents) if numbers is None else TensorDataset(latents, numbers)
     training, validation = learnt_and_validating(prepared, hashes, validate=validate)
-    fingerprint = source.fingerprint()
-    if numbers is not None:
-        fingerprint = _labelled(fingerprint, names or (), numbers)
+    fingerprint = source.fingerprint() if numbers is None else labelled_fingerprint(source, names or (), numbers)
     return _Data(training, validation, fingerprint, hashes)
-
-
-def _labelled(fingerprint: str, names: Sequence[str], numbers: Tensor) -> str:
-    """The identity of images and their labels."""
-    text = repr((fingerprint, tuple(names), numbers.tolist()))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _latents(images: Dataset, count: int, model: DiffusionModel) -> Tensor:

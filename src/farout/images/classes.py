@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,15 @@ from farout.errors import FaroutError, SourceError
 from farout.images.batching import PreparedImages
 from farout.images.sources import ImageSource
 
-__all__ = ["LabelledImages", "check_no_class_is_empty", "class_name", "class_names_of", "class_numbers", "names_of"]
+__all__ = [
+    "LabelledImages",
+    "check_no_class_is_empty",
+    "class_name",
+    "class_names_of",
+    "class_numbers",
+    "labelled_fingerprint",
+    "names_of",
+]
 
 
 def names_of(source: ImageSource) -> tuple[str, ...]:
@@ -46,6 +55,12 @@ def class_numbers(source: ImageSource, names: Sequence[str]) -> Tensor:
             "(@classes=…)"
         )
     return torch.tensor([place[name] for name in found], dtype=torch.int64)
+
+
+def labelled_fingerprint(source: ImageSource, names: Sequence[str], numbers: Tensor) -> str:
+    """The identity of images and of their labels, from `class_numbers`: a training resumes with the same only."""
+    text = repr((source.fingerprint(), tuple(names), numbers.tolist()))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def check_no_class_is_empty(numbers: Tensor, names: Sequence[str]) -> None:

@@ -295,7 +295,7 @@ def test_a_preset_lies_under_yaml_and_yaml_under_flags(place: Path, tmp_path: Pa
 def test_a_preset_named_in_yaml_is_applied(tmp_path: Path) -> None:
     """It would be bitter if `preset: fast` in a file were read and passed over."""
     yaml = tmp_path / "settings.yaml"
-    yaml.write_text("preset: fast\nlevels: [50, 200]\nsteps: 1\n")
+    yaml.write_text("preset: fast\nlevels: [50, 200]\ndraws: 3\n")
     assert resolved("--config", yaml)["mode"] == "fast"
     assert resolved("--config", yaml, "--preset", "exact")["mode"] == "exact"
 

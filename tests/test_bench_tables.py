@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from farout.cli.bench import show_bench
-from farout.detectors._tables import Scores
+from farout.detectors.base import Scores
 from farout.evaluation.bench.layout import boards, latex, markdown
 from farout.evaluation.bench.plan import Job, Plan, make_plan
 from farout.evaluation.bench.reading import parse_spec

@@ -146,7 +146,8 @@ def test_labels_are_matched_by_name(fitted: Denoising, tmp_path: Path) -> None:
 
 
 def test_an_unconditional_model(good: Path) -> None:
-    made = Denoising(condition="none", draws=2, steps=2).fit(good, model(), classifier(), alpha=0.1, statistics=30)
+    made = Denoising(condition="none", guidance=1.0, draws=2, steps=2)
+    made.fit(good, model(), classifier(), alpha=0.1, statistics=30)
     assert made.cost().nfe == 4
     assert np.isfinite(made.score(good).score).all()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from farout.checkpoints import checkpoint_folders, checkpoint_weights, read_state, step_folder
+from farout.checkpoints import checkpoint_folders, checkpoint_weights, read_state, step_folder, write_checkpoint
 from farout.data_order import DataOrder
 from farout.errors import FaroutError, StoreError
 from farout.training import TrainingConfig, train
@@ -118,6 +118,23 @@ def test_a_crash_costs_no_more_than_the_time_between_two_checkpoints(
     assert train(resumed, _StopAt(BASE.steps - 5, RuntimeError), _data(), BASE, out=tmp_path, resume=True) == expected
     assert _same(resumed, whole)
     assert set(checkpoint_folders(tmp_path)) == {BASE.steps}
+
+
+def test_an_interruption_of_a_write_writes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints" / ".step_00000002.killed").mkdir(parents=True)
+    calls = 0
+
+    def write(*given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise KeyboardInterrupt
+        write_checkpoint(*given)
+
+    monkeypatch.setattr("farout.training.write_checkpoint", write)
+    with pytest.raises(KeyboardInterrupt):
+        train(_network(), _step, _data(), replace(BASE, checkpoint_every=3), out=tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
 
 
 def test_a_finished_run_resumes_to_its_result(tmp_path: Path) -> None:
@@ -368,7 +385,9 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_training as t
 from dataclasses import replace
+import farout.training
 torch.set_num_threads(1)
+farout.training._LOSS_S = 0.0  # the first process writes a checkpoint after every step, by its own clock
 out, rank, seen = Path({out!r}), os.environ["RANK"], []
 
 def step(network, batch, generator):

@@ -138,7 +138,11 @@ def write_checkpoint(
 
 
 def prune_checkpoints(out: str | Path, keep: Collection[int | None], every: int) -> None:
-    """Removes the checkpoints of `out` other than the steps in `keep` and, where `every` > 0, its multiples."""
+    """Removes the checkpoints of `out` other than the steps in `keep` and, where `every` > 0, its multiples, and what a
+    run that was killed has left half-written.
+    """
+    for torn in (Path(out) / "checkpoints").glob(".step_*"):
+        shutil.rmtree(torn, ignore_errors=True)
     for step, folder in _candidates(out).items():
         if step not in keep and not (every and step % every == 0):
             shutil.rmtree(folder)

@@ -101,7 +101,7 @@ def _check_request(
         raise FaroutError("resume, tensorboard, checkpoint_every and keep want a folder, but out is None; give one")
     if out is not None and not resume and any(step_folder(out, 0).parent.glob("step_*")):
         raise FaroutError(
-            f"{out} holds checkpoints of an earlier run; give resume=True or another folder, or remove them"
+            f"{out} holds checkpoints of an earlier run; give --resume (resume=True) or another folder, or remove them"
         )
 
 
@@ -342,13 +342,13 @@ class _Run:
         }
 
     def _save(self, out: Path) -> None:
-        self.saved, self.saved_at = self.done, time.monotonic()
         if self.team.index == 0:
             ema = None if self.average is None else self.average.state_dict()
             folder = step_folder(out, self.done)
             write_checkpoint(folder, self.network.state_dict(), ema, self.optimizer.state_dict(), self._state())
             keep = [self.done, self._best_step(), self.config.chosen_number, *self.config.keep]
             prune_checkpoints(out, keep, self.config.checkpoint_every)
+        self.saved, self.saved_at = self.done, time.monotonic()  # only now: an interruption above saves again
 
     def _save_interrupted(self) -> None:
         """Saves the last completed step; the processes do not wait for each other, as some may be gone."""

@@ -56,7 +56,7 @@ def write_interpolations(
 
     Writes `asymmetric_1/`, `asymmetric_2/` and `symmetric/` with `PPP-SS.png` (pair, station; ends left out),
     `config.json`, and `page.html`, one file without outside requests; see `Interpolator`. An older folder of
-    interpolations is replaced when all is done.
+    interpolations is replaced when all is done. A model, given in place of its folder, is used where it lies.
 
     Args:
         model: folder of a diffusion model, or hf://owner/name; a class-conditional one is used without classes.
@@ -68,7 +68,7 @@ def write_interpolations(
         stations: pictures between the two ends.
         seed: seed of the drawn images.
         rows: rows of one network call.
-        device: auto, cpu, cuda, cuda:1, …
+        device: auto, cpu, cuda, cuda:1, ….
         precision: precision of the network; the inversion wants an exact one.
         workers: threads that decode images.
 
@@ -80,9 +80,8 @@ def write_interpolations(
     if pairs < 1:
         raise FaroutError(f"pairs want 1 or more, got {pairs}")
     store.check_replaceable(out, KIND)
-    where = resolve_device(device)
-    network = (DiffusionModel.load(model) if isinstance(model, str | Path) else model).to(where)
-    exact = resolve_precision(precision, where)
+    network = model if isinstance(model, DiffusionModel) else DiffusionModel.load(model).to(resolve_device(device))
+    exact = resolve_precision(precision, network.device)
     interpolator = Interpolator(network, solver, steps, stations, rows, exact)
     opened = open_source(source, limit=2 * pairs, seed=seed)
     if len(opened) < 2 * pairs:

@@ -131,7 +131,7 @@ def extract(
     extractor = FeatureExtractor.create(backbone, weights, layers, size).to(where)
     preprocessing = Preprocessing.for_source(images, size=extractor.size, channels=3, protocol=protocol)
     if native is not None:
-        preprocessing = replace(preprocessing, native=native)
+        preprocessing = replace(preprocessing, native=(native[0], native[1]))
     reader = CachedFeatures(extractor, preprocessing, rows, resolve_precision(precision, where))
     reader.cache.claim()
     started, count = time.perf_counter(), 0

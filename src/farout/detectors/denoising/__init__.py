@@ -121,7 +121,9 @@ class Denoising(Detector):
             raise FaroutError(f"use_draws want 1 to {draws}, got {use_draws}")
         self._check_score(score, levels, cascade)
         if condition == "none":
-            self._refuse_idle("without a condition; give condition class", "guidance", "labels")
+            self._refuse_idle(
+                "without a condition; give condition class", *(("guidance",) if guidance != 1 else ()), "labels"
+            )
         if grid is not None:
             self._refuse_idle("beside grid; leave grid out", "steps")
         self.levels = tuple(sorted(levels))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.model import Classifier
-from farout.detectors._cost import Cost
+from farout.detectors.base import Cost
 from farout.detectors.features import FeatureDetector
 from farout.diffusion import folders
 from farout.diffusion.model import DiffusionModel

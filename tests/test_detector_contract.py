@@ -227,6 +227,18 @@ def test_a_device_that_is_not_here_gives_way(detector: Detector, tmp_path: Path,
     assert load(tmp_path / "d").runtime.device not in (elsewhere, "auto")
 
 
+@pytest.mark.parametrize("refused", [{"score": "guesswork"}, {"of_a_later_version": 1}])
+def test_a_folder_with_settings_that_are_refused_is_named(
+    saved: Path, tmp_path: Path, refused: dict[str, object]
+) -> None:
+    shutil.copytree(saved, tmp_path / "d")
+    config = store.read_json(tmp_path / "d" / "config.json")
+    config["config"] |= refused
+    store.write_json(tmp_path / "d" / "config.json", config)
+    with pytest.raises(StoreError, match=r"d has settings that this version refuses; fit it anew: .*(score|later)"):
+        load(tmp_path / "d")
+
+
 def damage(monkeypatch: pytest.MonkeyPatch, kind: type[Detector], wanted: Callable[[str], bool]) -> None:
     """Makes the measurements of the wanted keys not numbers."""
     original = kind.measure

@@ -81,7 +81,7 @@ def _inside(network: FeatureExtractor | Classifier | None, folder: Path) -> str 
 def load(folder: Path, changes: dict[str, Any]) -> Detector:
     """See `farout.detectors.base.load`."""
     config = store.read_config(folder, KIND)
-    detector: Detector = registry.find("detectors", config["method"]).load()(**_tuples(config["config"]))
+    detector = _unfitted(folder, config)
     detector.alpha, detector.seed = config["alpha"], config["seed"]
     detector.preprocessing = Preprocessing.from_dict(config["preprocessing"])
     detector.provenance = config["provenance"]
@@ -95,6 +95,15 @@ def load(folder: Path, changes: dict[str, Any]) -> Detector:
     detector.restore({name: t.numpy() for name, t in store.load_tensors(folder / "fitted.safetensors").items()})
     detector.statistics = Measurements.read(folder / "statistics.parquet")
     detector.set_calibration(Measurements.read(folder / "calibration.parquet"))
+    return detector
+
+
+def _unfitted(folder: Path, config: dict[str, Any]) -> Detector:
+    method = registry.find("detectors", config["method"]).load()
+    try:
+        detector: Detector = method(**_tuples(config["config"]))
+    except (FaroutError, TypeError) as error:
+        raise StoreError(f"{folder} has settings that this version refuses; fit it anew: {error}") from error
     return detector
 
 

@@ -130,6 +130,17 @@ def test_one_seed_shows_its_intervals(sets: tuple[str, str, str], tmp_path: Path
     assert "Where detectors disagree" not in text, "one alone agrees with itself"
 
 
+def test_figures_are_rounded_once(sets: tuple[str, str, str], tmp_path: Path) -> None:
+    """Rounded to four digits first, 0.715478 would be 0.716."""
+    folder = write_bench(tmp_path / "b", sets[0], sets[1:2], skills={"knn": (1.0, 0.4)})
+    metrics = pd.read_csv(folder / "metrics.csv")
+    metrics.loc[metrics["indicator"] == "score", "auroc"] = 0.715478
+    metrics.to_csv(folder / "metrics.csv", index=False)
+    text = text_of(folder)
+    assert "<b>0.715</b>" in text
+    assert "<b>0.716</b>" not in text
+
+
 def test_curves_tell_the_truth(page: Path, made: Path) -> None:
     curves = data_of(page.read_text())["curves"]
     assert [len(run) for run in curves] == [2] * len(SKILLS)

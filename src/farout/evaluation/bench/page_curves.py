@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from farout.evaluation.bench.page_data import Bench, Pair, Run
+from farout.evaluation.bench.page_data import DIGITS, Bench, Pair, Run
 from farout.evaluation.histogram import Histogram
 from farout.evaluation.metrics import auroc, fpr95
 
@@ -37,8 +37,8 @@ def _curve(run: Run, pair: Pair) -> dict[str, Any] | None:
         "mark": bars.mark if bars.mark is not None and 0 <= bars.mark <= 100 else None,
         "low": bars.ends[0],
         "high": bars.ends[1] + (" and above" if bars.above else ""),
-        "auroc": round(auroc(inside, outside), 4),
-        "fpr95": round(fpr95(inside, outside), 4),
+        "auroc": round(auroc(inside, outside), DIGITS),
+        "fpr95": round(fpr95(inside, outside), DIGITS),
         "counts": [len(inside), len(outside)],
     }
 

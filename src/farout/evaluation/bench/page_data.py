@@ -16,8 +16,10 @@ from farout.errors import StoreError
 from farout.evaluation.bench.table import words_of
 from farout.evaluation.scoring import read_scores
 
-__all__ = ["Bench", "Pair", "Run", "Side", "of_figures", "read_bench", "read_sides"]
+__all__ = ["DIGITS", "Bench", "Pair", "Run", "Side", "of_figures", "read_bench", "read_sides"]
 
+DIGITS = 6
+"""Of figures in the page's data. It shows three: a figure rounded to four first would differ from the tables."""
 _METRICS = ("detector", "indicator", "id", "ood", "seed", "marker", "auroc", "fpr95", "aupr_in", "aupr_out")
 _NAMES = ("bench", "detector", "indicator", "id", "ood", "group", "role", "marker")
 _GROUPS = ("detector", "indicator", "group", "auroc")

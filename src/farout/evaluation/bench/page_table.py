@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from farout.evaluation.bench.page_data import Bench, Pair, of_figures
+from farout.evaluation.bench.page_data import DIGITS, Bench, Pair, of_figures
 from farout.evaluation.bench.table import words_of
 from farout.evaluation.sides import OWN
 
@@ -142,7 +142,7 @@ def _cell(columns: dict[str, np.ndarray], metric: str) -> tuple[float, str] | No
         words = f"± {beside['std']:.3f}"
     else:
         words = "–".join(f"{beside[name]:.3f}" for name in ("low", "high") if np.isfinite(beside[name]))
-    return round(float(known.mean()), 4), words
+    return round(float(known.mean()), DIGITS), words
 
 
 def marker_notes(bench: Bench) -> dict[str, str]:

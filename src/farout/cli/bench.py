@@ -19,6 +19,9 @@ from farout.evaluation.bench.sets import absent_sets
 
 __all__ = ["bench", "show_bench"]
 
+_WIDEST = 40
+"""Characters of a column; the names of sets with many classes are longer."""
+
 
 def bench(
     preset: str,
@@ -110,7 +113,7 @@ def _report(done: Report) -> None:
         table = new_table(board.caption)
         for head in board.heads:
             short = head in COSTS.values()
-            table.add_column(head if short else head.replace(" ", "\n"), overflow="fold", no_wrap=short)
+            table.add_column(head if short else head.replace(" ", "\n"), overflow="fold", no_wrap=short, max_width=_WIDEST)
         for row in board.rows:
             table.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in row))
         print_table(table)

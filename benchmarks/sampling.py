@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--clamp", action="store_true", help="keep estimates of the clean image in range")
+    parser.add_argument("--clamp", action=argparse.BooleanOptionalAction, default=True, help="as in farout sample")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     model = DiffusionModel.load(given.model)

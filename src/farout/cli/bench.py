@@ -113,7 +113,8 @@ def _report(done: Report) -> None:
         table = new_table(board.caption)
         for head in board.heads:
             short = head in COSTS.values()
-            table.add_column(head if short else head.replace(" ", "\n"), overflow="fold", no_wrap=short, max_width=_WIDEST)
+            told = head if short else head.replace(" ", "\n")
+            table.add_column(told, overflow="fold", no_wrap=short, max_width=_WIDEST)
         for row in board.rows:
             table.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in row))
         print_table(table)

@@ -123,6 +123,8 @@ def test_the_folders_are_those_of_the_contract(out: Path) -> None:
     assert len(scores) == 2
     pairs = table(out / "rated" / "posthoc-0" / "paired.csv")
     assert set(pairs["first"]) == {"posthoc"}
+    groups = table(out / "metrics.csv")[["ood", "group"]].drop_duplicates()
+    assert pairs[["ood", "group"]].drop_duplicates().to_numpy().tolist() == groups.to_numpy().tolist()
     assert set(pairs["second"]) == (NAMES | CONTROLS) - {"posthoc"}
     back = table(out / "rated" / "exposed-0" / "paired.csv").set_index("second")
     there = pairs.set_index("second").loc["exposed"]

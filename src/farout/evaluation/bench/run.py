@@ -135,7 +135,7 @@ def report(plan: Plan) -> Report:
     paths = _write_tables(plan, metrics, groups, tables)
     for job in rated:
         own = ahead[(ahead["first"] == job.name) & (ahead["seed"] == job.seed)]
-        written(own[PAIRED], job.folder / "paired.csv")
+        written(own.assign(group=own["ood"].map(plan.spec.group))[PAIRED], job.folder / "paired.csv")
     missing = tuple(job for job in plan.jobs if not job.done)
     return Report(plan, metrics, groups, tuple(tables), missing, (*paths, write_bench_page(plan.out)))
 

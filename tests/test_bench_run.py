@@ -30,7 +30,7 @@ from small import classifier, pictures
 CONTENT: dict[str, Any] = {
     "train": "sample_fashion:train@classes=0,1",
     "id": "sample_fashion:test@classes=0,1",
-    "ood": {"near": ["sample_fashion:test@classes=2"], "far": ["svhn:test"]},
+    "ood": {"held out": ["sample_fashion:test@classes=2"], "far": ["svhn:test"]},
     "limit": 10,
     "train_limit": 100,
     "control_limit": 60,
@@ -100,7 +100,7 @@ def test_every_detector_and_control_stands_in_one_table(out: Path) -> None:
     assert list(metrics.columns) == [*COLUMNS, "bench", "marker"]
     assert set(metrics["detector"]) == NAMES | CONTROLS
     own = metrics[metrics["indicator"] == "score"].set_index("detector")
-    assert set(own["group"]) == {"near"}, "the benchmark's own groups"
+    assert set(own["group"]) == {"held out"}, "the benchmark's own groups"
     assert set(own["ood"]) == {"sample_fashion:test@classes=2"}, "sets that are not here have no rows"
     assert set(own["bench"]) == {"tiny"}
     assert (own["images_per_s"] > 0).all()

@@ -94,14 +94,9 @@ def train_on(
     )
     classifier.trained_on = origin.seen.union(hashes, outside.seen())
     classifier.provenance = {
-        **{
-            "source": source.name,
-            "data_fingerprint": source.fingerprint(),
-            "images": len(hashes),
-            "steps": result.steps,
-        },
-        **{"training_accuracy": result.losses.get("accuracy"), "seed": training.seed, **origin.told(), **told},
-        **{"model": asdict(config), "training": asdict(training)},
+        **{"source": source.name, "data_fingerprint": source.fingerprint(), "images": len(hashes)},
+        **{"steps": result.steps, "training_accuracy": result.losses.get("accuracy"), "seed": training.seed},
+        **{**origin.told(), **told, "model": asdict(config), "training": asdict(training)},
     }
     return classifier
 

@@ -68,7 +68,7 @@ def write_interpolations(
         stations: pictures between the two ends.
         seed: seed of the drawn images.
         rows: rows of one network call.
-        device: auto, cpu, cuda, cuda:1, ….
+        device: auto, cpu, cuda, cuda:1, …
         precision: precision of the network; the inversion wants an exact one.
         workers: threads that decode images.
 

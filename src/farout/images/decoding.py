@@ -125,10 +125,12 @@ def save_png(picture: Image.Image | Tensor, path: Path, working: Path | None = N
     """Writes a picture, or an image as `to_pil` takes it, so that what stands at `path` is whole; `working` as in
     `store.atomic_file`. Raises FaroutError for a tensor of values that are not numbers, which would become black.
     """
-    if isinstance(picture, Tensor) and not bool(torch.isfinite(picture).all()):
-        raise FaroutError(f"the image {path} would hold values that are not numbers; use precision fp32")
+    if isinstance(picture, Tensor):
+        if not bool(torch.isfinite(picture).all()):
+            raise FaroutError(f"the image {path} would hold values that are not numbers; use precision fp32")
+        picture = to_pil(picture)
     with store.atomic_file(path, working) as temporary:
-        (to_pil(picture) if isinstance(picture, Tensor) else picture).save(temporary, format="PNG")
+        picture.save(temporary, format="PNG")
 
 
 def quantised(images: Tensor) -> Tensor:

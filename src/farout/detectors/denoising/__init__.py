@@ -121,9 +121,8 @@ class Denoising(Detector):
             raise FaroutError(f"use_draws want 1 to {draws}, got {use_draws}")
         self._check_score(score, levels, cascade)
         if condition == "none":
-            self._refuse_idle(
-                "without a condition; give condition class", *(("guidance",) if guidance != 1 else ()), "labels"
-            )
+            idle = ("labels",) if guidance == 1 else ("guidance", "labels")  # a guidance of 1 is none
+            self._refuse_idle("without a condition; give condition class", *idle)
         if grid is not None:
             self._refuse_idle("beside grid; leave grid out", "steps")
         self.levels = tuple(sorted(levels))

@@ -128,6 +128,7 @@ def report(plan: Plan) -> Report:
     opened = {seed: [sets.scored(each, seed) for each in (plan.spec.id, *plan.present)] for seed in plan.spec.seeds}
     sides = [(job, rated_sides(job, opened[job.seed])) for job in rated]
     ahead = leads(sides)
+    ahead["group"] = ahead["ood"].map(plan.spec.group)
     metrics = marked(plan, sides, facts, ahead)
     groups = group_means(plan, metrics)
     _write_provenance(plan, facts)
@@ -135,7 +136,7 @@ def report(plan: Plan) -> Report:
     paths = _write_tables(plan, metrics, groups, tables)
     for job in rated:
         own = ahead[(ahead["first"] == job.name) & (ahead["seed"] == job.seed)]
-        written(own.assign(group=own["ood"].map(plan.spec.group))[PAIRED], job.folder / "paired.csv")
+        written(own[PAIRED], job.folder / "paired.csv")
     missing = tuple(job for job in plan.jobs if not job.done)
     return Report(plan, metrics, groups, tuple(tables), missing, (*paths, write_bench_page(plan.out)))
 

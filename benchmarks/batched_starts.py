@@ -41,7 +41,7 @@ def compare(model: DiffusionModel, plan: Plan, count: int) -> list[object]:
     """Times both layouts; rows=None: every call has the size that its layout gives it."""
     x0 = torch.rand(count, 1, *model.shape, generator=torch.Generator().manual_seed(0)).flatten(0, 1) * 2 - 1
     noise = torch.randn(len(plan.levels), *model.shape, generator=torch.Generator().manual_seed(1))
-    denoiser = model.denoiser(rows=None)
+    denoiser = model.denoiser()
     denoiser(x0[:1], torch.ones(1))
     together, fast = timed(lambda: batched(denoiser, plan, x0, noise))
     apart, slow = timed(lambda: sequential(denoiser, plan, x0, noise))

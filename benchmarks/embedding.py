@@ -47,7 +47,7 @@ class Trial:
         self.start = model.conditioning.vectors()[self.labels]
 
     def inverter(self, inversion: Inversion, rows: int, seed: int = 0) -> Inverter:
-        return Inverter(self.model, inversion, seed, Runtime(rows=rows, precision="fp32").resolved())
+        return Inverter(self.model, inversion, seed, Runtime(precision="fp32").resolved())
 
     def together(self, inversion: Inversion) -> tuple[Tensor, float]:
         """Vectors, and seconds an image: many in an optimiser, calls of 32 rows or K."""

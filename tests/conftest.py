@@ -39,6 +39,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="FAROUT_DATA is not set"))
 
 
+@pytest.fixture(scope="module")
+def cheap_perceptual() -> Iterator[None]:
+    """The reconstruction detector without its perceptual network, where a test is about something else."""
+    from farout.detectors.reconstruction.comparison import Comparison
+
+    def absolute(self: Comparison, images: torch.Tensor, restored: torch.Tensor, times: int) -> torch.Tensor:
+        return (restored - images.repeat_interleave(times, 0)).abs().flatten(1).mean(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Comparison, "_perceptual", absolute)
+        yield
+
+
 @pytest.fixture
 def data() -> Path:
     """The folder of real image sets."""

@@ -20,7 +20,7 @@ from farout.outliers.base import OutlierFolder
 from farout.outliers.reconstruct import ReconstructedFolder
 from farout.runtime import Runtime
 
-CPU = Runtime(device="cpu", precision="fp32", rows=8, workers=0)
+CPU = Runtime(device="cpu", precision="fp32", workers=0)
 
 
 def tiny_unet(channels: int = 1, size: int = 8, classes: int | None = None) -> diffusers.UNet2DModel:

@@ -108,6 +108,7 @@ def test_mistakes_are_named_before_any_work(changes: dict[str, Any], parts: list
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_every_setting_is_filled_in_and_read_back() -> None:
     """`bench.yaml` says all that decides a result, so that a later version's defaults change nothing."""
     spec = parse_spec(small())
@@ -127,8 +128,8 @@ def test_files_and_flags(tmp_path: Path) -> None:
     content = {name: value for name, value in small().items() if name != "name"}
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(content))
-    spec = read_spec(path, limit=7, seeds=(3, 4), runtime={"rows": 8})
-    assert (spec.name, spec.limit, spec.seeds, spec.runtime.rows) == ("mine", 7, (3, 4), 8)
+    spec = read_spec(path, limit=7, seeds=(3, 4), runtime={"batch_size": 8})
+    assert (spec.name, spec.limit, spec.seeds, spec.runtime.batch_size) == ("mine", 7, (3, 4), 8)
     with pytest.raises(FaroutError, match="did you mean sample"):
         read_spec("sampl")
     with pytest.raises(FaroutError, match="no file"):
@@ -141,10 +142,12 @@ def test_files_and_flags(tmp_path: Path) -> None:
         read_spec(path)
     path.write_text(yaml.safe_dump({**content, "runtime": "cpu"}))
     with pytest.raises(FaroutError, match="runtime wants settings by name, got 'cpu'"):
-        read_spec(path, runtime={"rows": 8})
+        read_spec(path, runtime={"batch_size": 8})
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize(
+    "name", [name if name == "sample" else pytest.param(name, marks=pytest.mark.slow) for name in preset_names()]
+)
 def test_presets_can_be_planned(name: str) -> None:
     spec = read_spec(name)
     plan = make_plan(spec, "out", absent_sets(spec))
@@ -180,6 +183,7 @@ def test_what_is_shared_is_made_once_a_seed_and_before_it_is_needed() -> None:
     assert plan.untested == {"svhn:test": "why"}
 
 
+@pytest.mark.slow
 def test_controls_that_would_be_the_same_are_one() -> None:
     """Fresh weights know nothing of the outliers that a classifier has learnt from."""
     plan = make_plan(parse_spec(small()), "out")
@@ -214,12 +218,14 @@ def changed(**changes: Any) -> list[str]:
     return list(differences(old, new))
 
 
+@pytest.mark.slow
 def test_a_benchmark_may_grow_but_not_change() -> None:
     more = [*SMALL["detectors"], "mahalanobis"]
     assert not changed(seeds=[0, 1], detectors=more, about="new", runtime={"workers": 1})
     assert not changed(ood={**SMALL["ood"], "other": ["mnist:test"]})
     assert changed(limit=5) == ["limit: None there, 5 now"]
-    assert changed(runtime={"rows": 8}) == ["runtime.rows: 32 there, 8 now"]
+    assert not changed(runtime={"batch_size": 8})
+    assert changed(runtime={"precision": "bf16"}) == ["runtime.precision: auto there, bf16 now"]
     assert changed(seeds=[1]) == ["seeds: 0 there, not now"]
     assert changed(detectors=SMALL["detectors"][:-1]) == ["detectors: knn there, not now"]
     assert changed(ood={"near": ["mnist:test"]})[0].startswith("ood.near: sample_fashion:test@classes=8,9 there")
@@ -255,6 +261,7 @@ def test_sets_that_are_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert absent_sets(parse_spec(small())).keys() == {"svhn:test"}
 
 
+@pytest.mark.slow
 def test_traits_of_a_set_that_give_it_away(tmp_path: Path) -> None:
     for name, seed in (("train", 1), ("id", 2), ("other", 3)):
         pictures(tmp_path / name, 6, seed=seed)

@@ -15,6 +15,8 @@ from farout.evaluation.bench.pictures import MOST, pictures_of, write_pictures, 
 from farout.evaluation.scoring import score_folder
 from small import model, pictures
 
+pytestmark = pytest.mark.usefixtures("cheap_perceptual")
+
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Path, str]:

@@ -177,6 +177,7 @@ def test_an_interrupted_benchmark_goes_on(out: Path, tmp_path: Path, monkeypatch
     pd.testing.assert_frame_equal(table(twin / "metrics.csv"), before)
 
 
+@pytest.mark.slow
 def test_a_plan_is_shown_before_anything_is_done(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +190,7 @@ def test_a_plan_is_shown_before_anything_is_done(
     assert "untested (far): svhn:test" in text
 
 
+@pytest.mark.slow
 def test_estimates_count_what_is_done(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 
@@ -228,6 +230,7 @@ def test_images_that_are_not_here_stop_it_before_any_work(tmp_path: Path, capsys
     assert "untested (far): places365:test" in text
 
 
+@pytest.mark.slow
 def test_existing_networks_are_taken_as_they_are(tmp_path: Path) -> None:
     """Nothing is trained, and the table says that what they have seen is not known."""
     classifier().save(tmp_path / "given")
@@ -268,6 +271,7 @@ def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_large_network_is_counted_by_a_small_one_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     one = {"method": "reconstruction", "diffusion": "generator", "arguments": {"levels": [50, 200]}}
     detectors = [one, {**one, "name": "more", "arguments": {"levels": [50, 100, 200]}}]

@@ -29,7 +29,7 @@ def images(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("fresh", [conditional, by_tokens])
 def test_without_noise_they_are_samples_of_the_classes(fresh: Any, images: Path, tmp_path: Path) -> None:
     made = ClassNoise(scale=0, steps=4).synthesize(images, tmp_path / "o", count=5, diffusion=fresh(), runtime=CPU)
-    samples = Sampler(fresh(), steps=4, guidance=2.0, rows=8).images(range(5), [0, 1, 2, 0, 1])
+    samples = Sampler(fresh(), steps=4, guidance=2.0).images(range(5), [0, 1, 2, 0, 1])
     source = made.source()
     for index, key in enumerate(made.manifest()["key"]):
         pixels = source[source.keys.index(key)]
@@ -117,7 +117,7 @@ def test_settings_that_cannot_work_are_refused(images: Path, tmp_path: Path) -> 
 
 
 def test_decoding_refuses_what_are_no_vectors_of_the_model() -> None:
-    sampler = Sampler(conditional(), steps=2, rows=8)
+    sampler = Sampler(conditional(), steps=2)
     space = conditional().conditioning
     assert space is not None
     with pytest.raises(FaroutError, match="unconditional"):
@@ -194,7 +194,7 @@ def test_a_run_builds_its_sampler_once(images: Path, tmp_path: Path, monkeypatch
     built: list[Sampler] = []
     original = Sampler.__post_init__
     monkeypatch.setattr(Sampler, "__post_init__", lambda self: built.append(self) or original(self))
-    few = Runtime(device="cpu", precision="fp32", rows=8, batch_size=1, workers=0)
+    few = Runtime(device="cpu", precision="fp32", batch_size=1, workers=0)
     method = ClassNoise(steps=2)
     method.synthesize(images, tmp_path / "o", count=4, diffusion=conditional(), classifier=classifier(), runtime=few)
     assert len(built) == 1
@@ -204,7 +204,7 @@ def test_a_run_builds_its_sampler_once(images: Path, tmp_path: Path, monkeypatch
 
 def test_recognition_is_the_share_of_hits() -> None:
     """Classes that a classifier without names has in the same order; one that lacks a class is refused."""
-    sampler = Sampler(conditional(), steps=2, rows=8)
+    sampler = Sampler(conditional(), steps=2)
     judge, names = classifier(), ("a", "b", "c")
     told = judge.outputs(sampler.images(range(10), [i % 3 for i in range(10)])).logits.argmax(1).tolist()
     wanted = sum(place == number % 3 for number, place in enumerate(told)) / 10

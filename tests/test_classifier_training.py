@@ -359,6 +359,7 @@ def test_what_start_weights_have_seen_counts_as_seen(tree: Path, tmp_path: Path)
     assert resumed.trained_on == first.trained_on
 
 
+@pytest.mark.slow
 def test_an_accuracy_on_images_that_may_have_been_seen_says_so(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

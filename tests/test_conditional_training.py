@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from farout.diffusion.class_vectors import ClassVectors
 from farout.diffusion.denoiser import Guided, NetworkDenoiser
@@ -102,6 +103,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list:
     return seen
 
 
+@pytest.mark.slow
 def test_training_flips_half_of_the_images_and_drops_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures whose left side is dark: what is dark on the right was mirrored."""
     pixels = torch.zeros(64, 1, 8, 8)
@@ -188,7 +190,7 @@ def test_label_dropout_wants_a_null_row() -> None:
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [conditional, by_tokens])
+@pytest.mark.parametrize("build", [conditional, pytest.param(by_tokens, marks=pytest.mark.slow)])
 def test_a_network_learns_two_classes_apart(tmp_path: Path, build: Callable[..., DiffusionModel]) -> None:
     """Samples of the light class are light, those of the dark one dark, also under guidance, with either adapter."""
     two_classes(tmp_path / "images", names=("a", "b"))
@@ -210,7 +212,7 @@ def test_a_network_learns_two_classes_apart(tmp_path: Path, build: Callable[...,
         assert float(samples[8:].mean()) == pytest.approx(215 / 255, abs=0.15)
 
 
-@pytest.mark.parametrize("network", ["tiny", "tokens"])
+@pytest.mark.parametrize("network", [pytest.param(name, marks=pytest.mark.slow) for name in ("tiny", "tokens")])
 def test_training_with_classes_resumes_exactly(tmp_path: Path, network: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import farout.diffusion.train as module
 
@@ -285,18 +287,30 @@ def test_the_networks_have_the_published_sizes() -> None:
     assert round(millions("tokens", 10), 1) == 1.4
 
 
+@pytest.mark.slow
 def test_the_network_of_the_card_costs_what_the_card_says() -> None:
-    """6.22 billion multiply-accumulates for one image of 32 x 32 pixels."""
+    """6.22 billion multiply-accumulates for one image of 32 x 32 pixels, those of attention's products included."""
     from farout.images.preprocessing import Preprocessing
 
     network = build_network("cifar", 3, 32, classes=10)
+    counted = []
+
+    def count(module: nn.Module, _inputs: object, output: Tensor) -> None:
+        counted.append(output.numel() * module.weight[0].numel())
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    assert sum(counted) / 1e9 == pytest.approx(6.05, abs=0.05), "convolutions and linear layers"
     conditioning = ClassVectors(network, [str(n) for n in range(10)], has_null=True)
     preprocessing = Preprocessing(size=(32, 32), channels=3, native=(32, 32))
-    assert DiffusionModel(network, NoiseSchedule(), preprocessing, conditioning=conditioning).gmacs == pytest.approx(
-        6.22, abs=0.15
-    )
+    whole = DiffusionModel(network, NoiseSchedule(), preprocessing, conditioning=conditioning).gmacs
+    assert 6.0 < whole < 6.4, "torch counts attention or not, by its version and kernel"
 
 
+@pytest.mark.slow
 def test_variances_are_dropped() -> None:
     with torch.device("meta"):
         network = build_network("iddpm", 3, 32, classes=10)

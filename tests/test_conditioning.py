@@ -91,13 +91,13 @@ def test_guidance_calls_the_network_once_with_both_branches() -> None:
     calls = []
     given.network.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     x, sigma, condition = torch.randn(3, 1, 8, 8), torch.ones(3), given.conditioning(torch.tensor([0, 1, 2]))
-    denoiser = given.denoiser(rows=6)
+    denoiser = given.denoiser(batch_size=6)
     with torch.no_grad():
         plain = denoiser(x, sigma, condition)
         without = denoiser(x, sigma)
         calls.clear()
         assert torch.equal(Guided(denoiser, 1, given.conditioning.null)(x, sigma, condition), plain)
-        assert calls == [6], "three rows, padded"
+        assert calls == [3]
         calls.clear()
         guided = Guided(denoiser, 3, given.conditioning.null)(x, sigma, condition)
     assert calls == [6]
@@ -141,10 +141,10 @@ def test_class_tokens_keep_the_same_contract(tmp_path: Path) -> None:
     assert (conditioning.classes, conditioning.dim, conditioning.vectors().shape) == (3, 12, (3, 12))
     x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.3, 1.0, 5.0])
     with torch.no_grad():
-        wanted = given.denoiser(rows=4)(x, sigma, conditioning(labels))
-        assert torch.equal(given.denoiser(rows=4)(x, sigma, conditioning(conditioning.vectors()[labels])), wanted)
-        null = given.denoiser(rows=4)(x, sigma)
-        guided = Guided(given.denoiser(rows=6), 3, conditioning.null)(x, sigma, conditioning(labels))
+        wanted = given.denoiser()(x, sigma, conditioning(labels))
+        assert torch.equal(given.denoiser()(x, sigma, conditioning(conditioning.vectors()[labels])), wanted)
+        null = given.denoiser()(x, sigma)
+        guided = Guided(given.denoiser(), 3, conditioning.null)(x, sigma, conditioning(labels))
     torch.testing.assert_close(guided, null + 3 * (wanted - null), rtol=1e-4, atol=1e-4)
     vectors = conditioning.vectors().requires_grad_()
     given.denoiser()(x, sigma, conditioning(vectors)).sum().backward()
@@ -153,7 +153,7 @@ def test_class_tokens_keep_the_same_contract(tmp_path: Path) -> None:
     loaded = DiffusionModel.load(tmp_path / "m")
     assert loaded.content_hash == given.content_hash
     with torch.no_grad():
-        assert torch.equal(loaded.denoiser(rows=4)(x, sigma, loaded.conditioning(labels)), wanted)
+        assert torch.equal(loaded.denoiser()(x, sigma, loaded.conditioning(labels)), wanted)
     diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "m" / "unet")
     assert given.gmacs > 0
     control = given.randomised(1)

@@ -19,12 +19,19 @@ from farout.errors import FaroutError, NaNScoresWarning, ShortfallWarning, Sourc
 from farout.images.sources import Batch
 from narrow import narrow_device
 from small import classifier, conditional, model, pictures
+from tolerances import assert_same_scores
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:it is not known which images:farout.errors.TrapWarning", "ignore::farout.errors.ShortfallWarning"
 )
 
 NAMES = sorted(registry.members("detectors"))
+
+
+def quick_for(*names: str) -> pytest.MarkDecorator:
+    """Runs the test for every detector, and in the quick tests for these alone: it is mostly about shared code."""
+    values = [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+    return pytest.mark.parametrize("detector", values, indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -104,36 +111,28 @@ def test_an_unreadable_image_is_listed_and_never_normal(detector: Detector, othe
         detector.score(others, policy="raise")
 
 
-@pytest.mark.parametrize("size", [1, 7])
-def test_batches_and_order_change_nothing(detector: Detector, whole: Scores, folder: Path, size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "threads"),
+    [(7, 1), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(1, 1), (64, 1), (1, 2), (7, 2), (64, 2)])],
+)
+def test_batch_order_and_threads_do_not_matter(
+    detector: Detector, whole: Scores, folder: Path, size: int, threads: int
+) -> None:
+    """Batches of other sizes, in another order, decoded by other threads and computed by another number of them."""
     source = detector.open(folder)
     order = np.random.default_rng(size).permutation(60)
     kept = detector.runtime
-    detector.runtime = base.replace(kept, batch_size=size, workers=1 + size % 3)
+    torch.set_num_threads(threads)
     try:
-        parts = detector.score(source.subset(order.tolist()))
-    finally:
-        detector.runtime = kept
-    rows = [parts.keys.index(key) for key in whole.keys]
-    assert np.array_equal(parts.score[rows], whole.score)
-    for name, value in whole.indicators.items():
-        assert np.array_equal(parts.indicators[name][rows], value), name
-
-
-def test_other_rows_agree_closely(detector: Detector, whole: Scores, folder: Path) -> None:
-    """Another size of network calls changes last bits only."""
-    kept = detector.runtime
-    detector.use(detector.diffusion, base.replace(kept, rows=5))
-    try:
-        other = detector.score(folder)
+        detector.use(detector.diffusion, base.replace(kept, batch_size=size, workers=1 + size % 3, cache=False))
+        scores = detector.score(source.subset(order.tolist()))
     finally:
         detector.use(detector.diffusion, kept)
-    assert whole.measurements is not None
-    assert other.measurements is not None
-    for one, two in zip(tensors(other.measurements), tensors(whole.measurements), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+        torch.set_num_threads(1)
+    assert_same_scores(scores, whole, detector)
 
 
+@quick_for("denoising", "knn")
 def test_no_float64_is_wanted_of_the_device(whole: Scores, saved: Path, folder: Path) -> None:
     """Apple's has none; what is to be exact is computed on the CPU there."""
     loaded = load(saved, cache=False)
@@ -151,6 +150,7 @@ def tensors(measurements: base.Measurements) -> list[torch.Tensor]:
     return [v for v in (measurements.values, *measurements.vectors.values()) if v is not None]
 
 
+@quick_for("autoencoder", "denoising")
 def test_two_fits_are_the_same(detector: Detector, folder: Path) -> None:
     again = fitted(_name(detector), folder)
     assert again.fingerprint == detector.fingerprint
@@ -167,6 +167,7 @@ def test_save_and_load_score_the_same(detector: Detector, saved: Path, others: P
     assert np.array_equal(again.score, before.score[~np.isnan(before.score)])
 
 
+@quick_for("denoising")
 def test_broken_folders_are_refused(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "d")
     for file in ("calibration.parquet", "statistics.parquet", "fitted.safetensors", "config.json"):
@@ -182,6 +183,7 @@ def test_broken_folders_are_refused(saved: Path, tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
 
 
+@quick_for("denoising")
 def test_another_model_is_refused(detector: Detector, tmp_path: Path) -> None:
     if not isinstance(detector.diffusion, DiffusionModel):
         pytest.skip("this method has no diffusion model of images")
@@ -194,6 +196,7 @@ def test_another_model_is_refused(detector: Detector, tmp_path: Path) -> None:
         load(tmp_path / "d")
 
 
+@quick_for("denoising")
 def test_a_linked_model_moves_with_its_detector(detector: Detector, tmp_path: Path) -> None:
     """A benchmark's folder can be put elsewhere, whether or not something else stands where it was."""
     if not isinstance(detector.diffusion, DiffusionModel):
@@ -213,11 +216,13 @@ def test_a_linked_model_moves_with_its_detector(detector: Detector, tmp_path: Pa
         load(tmp_path / "moved" / "detectors" / "d")
 
 
+@quick_for("denoising")
 def test_another_precision_warns(saved: Path) -> None:
     with pytest.warns(TrapWarning, match="precision"):
         load(saved, precision="bf16")
 
 
+@quick_for("denoising")
 @pytest.mark.parametrize("elsewhere", ["cuda:7", "mps"])
 def test_a_device_that_is_not_here_gives_way(detector: Detector, tmp_path: Path, elsewhere: str) -> None:
     detector.save(tmp_path / "d")
@@ -227,6 +232,7 @@ def test_a_device_that_is_not_here_gives_way(detector: Detector, tmp_path: Path,
     assert load(tmp_path / "d").runtime.device not in (elsewhere, "auto")
 
 
+@quick_for("denoising")
 @pytest.mark.parametrize("refused", [{"score": "guesswork"}, {"of_a_later_version": 1}])
 def test_a_folder_with_settings_that_are_refused_is_named(
     saved: Path, tmp_path: Path, refused: dict[str, object]
@@ -263,6 +269,7 @@ def test_what_is_not_a_number_is_never_normal(
     assert np.isfinite(np.delete(scores.score, row)).all()
 
 
+@quick_for("denoising", "pca")
 def test_a_fit_refuses_what_is_not_a_number(detector: Detector, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damage(monkeypatch, type(detector), lambda key: True)
     with pytest.raises(FaroutError, match="numbers"):
@@ -286,6 +293,7 @@ def test_other_shapes_are_brought_to_the_models(detector: Detector) -> None:
     assert np.isfinite(detector.score(colour).score).all()
 
 
+@quick_for("denoising", "pca")
 def test_recalibration_takes_fresh_images_only(detector: Detector, saved: Path, folder: Path, tmp_path: Path) -> None:
     fresh = pictures(tmp_path / "fresh", 25, seed=9)
     moved = recalibrate(load(saved), fresh, alpha=0.2)
@@ -326,6 +334,7 @@ def test_presets_can_be_had() -> None:
             assert kind.from_preset(preset).provenance["preset"] == preset
 
 
+@quick_for("denoising", "pca")
 def test_too_few_images_warn_with_counts(detector: Detector, folder: Path) -> None:
     # a method that trains a network may then have too few images for it, and says so after the warning
     with pytest.warns(ShortfallWarning, match="statistics"), contextlib.suppress(FaroutError):

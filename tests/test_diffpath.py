@@ -32,7 +32,7 @@ def detector(**arguments: object) -> DiffPath:
     made = DiffPath(**{"clamp": False, **arguments})
     untrained = model()
     made.preprocessing = untrained.preprocessing
-    made.use(untrained, Runtime(rows=32))
+    made.use(untrained, Runtime())
     exact = GaussianDenoiser(torch.zeros(SIZE), torch.diag(SPREAD**2))
     made.denoiser = untrained.in_range(exact) if made.config["clamp"] else exact
     return made
@@ -66,7 +66,7 @@ def test_ten_evaluations_one_a_step() -> None:
     for arguments, count in (({}, 10), ({"steps": 5}, 5), ({"clamp": False}, 10)):
         made = DiffPath(**arguments)
         made.preprocessing = model().preprocessing
-        made.use(model(), Runtime(rows=32))
+        made.use(model(), Runtime())
         assert made.cost().nfe == count
 
 

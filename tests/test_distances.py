@@ -23,6 +23,7 @@ from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.pca import PCA
 from farout.errors import FaroutError
 from small import pictures
+from tolerances import SCORE_TOLERANCE
 
 pytestmark = pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
 
@@ -62,7 +63,7 @@ def learnt(
 
 
 def scored(detector: VectorDetector, table: np.ndarray) -> dict[str, np.ndarray]:
-    return detector._combine_rows(measured(table))
+    return {name: value.double().numpy() for name, value in detector.combine(measured(table)).items()}
 
 
 def test_the_distance_is_that_of_the_known_covariance() -> None:
@@ -272,6 +273,7 @@ def test_the_network_gives_back_what_it_knows() -> None:
     assert np.allclose(detector._similarity(clean, -clean), -1)
 
 
+@pytest.mark.slow
 def test_the_networks_seed_is_the_fits_and_choices_do_not_train() -> None:
     table = gaussian(50)
     one, two, other = (bare(AutoEncoder) for _ in range(3))
@@ -325,7 +327,7 @@ def test_one_image_scores_as_among_many(kind: type[VectorDetector]) -> None:
     for row in (0, 63, 69):
         alone = scored(detector, probes[row : row + 1])
         for name, value in whole.items():
-            assert alone[name][0] == value[row], name
+            assert abs(alone[name][0] - value[row]) <= SCORE_TOLERANCE * value.std(), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

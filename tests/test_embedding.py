@@ -24,8 +24,8 @@ LABELS = torch.tensor([0, 2, 1, 1, 0])
 KEYS = [f"image {number}" for number in range(5)]
 
 
-def runtime(rows: int = 8, batch_size: int = 64) -> Runtime:
-    return Runtime(device="cpu", precision="fp32", rows=rows, batch_size=batch_size, workers=0)
+def runtime(batch_size: int = 64) -> Runtime:
+    return Runtime(device="cpu", precision="fp32", batch_size=batch_size, workers=0)
 
 
 def x0() -> Tensor:
@@ -33,9 +33,9 @@ def x0() -> Tensor:
 
 
 def inverted(
-    network: DiffusionModel, inversion: Inversion = FEW, rows: int = 8, seed: int = 0
+    network: DiffusionModel, inversion: Inversion = FEW, batch_size: int = 64, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    return Inverter(network, inversion, seed, runtime(rows))(x0(), LABELS, KEYS)
+    return Inverter(network, inversion, seed, runtime(batch_size))(x0(), LABELS, KEYS)
 
 
 # -- the method -----------------------------------------------------------------------------------------------------
@@ -83,19 +83,16 @@ def test_a_batch_goes_the_way_of_each_image_alone(fresh: Callable[..., Diffusion
         assert float(near.float().mean()) > 0.97
 
 
-@pytest.mark.parametrize("rows", [4, 8, 32])
-def test_company_changes_no_bit(rows: int) -> None:
-    inverter = Inverter(conditional(), FEW, 0, runtime(rows))
-    whole, losses = inverter(x0(), LABELS, KEYS)
+@pytest.mark.parametrize("batch_size", [2, 4, 32])
+def test_the_batch_hardly_matters(batch_size: int) -> None:
+    """Adam's first step is as long for a gradient near zero, whose sign is a matter of rounding: few numbers differ."""
+    inverter = Inverter(conditional(), FEW, 0, runtime(batch_size))
+    whole, losses = inverted(conditional())
+    near = 1e-3 * vector_scale(inverter.space)
     for some in ([0], [1, 2], [4, 0, 3]):
         vectors, loss = inverter(x0()[some], LABELS[some], [KEYS[place] for place in some])
-        assert torch.equal(vectors, whole[some])
-        assert torch.equal(loss, losses[some])
-
-
-def test_rows_agree_closely_and_draws_may_exceed_them() -> None:
-    one, two = (inverted(conditional(), FEW, rows) for rows in (2, 16))
-    torch.testing.assert_close(one[1], two[1], rtol=1e-4, atol=1e-6)
+        assert float(((vectors - whole[some]).abs() < near).float().mean()) > 0.97
+        torch.testing.assert_close(loss, losses[some], rtol=1e-4, atol=1e-6)
 
 
 def test_only_the_vectors_change() -> None:
@@ -180,9 +177,9 @@ def numbers(source: Any) -> Tensor:
     return torch.tensor(source.labels)
 
 
-def test_a_resumed_run_is_the_whole(images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_has_the_same_bytes(images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, labels = conditional(), numbers(images)
-    whole = embed(images, labels, network, tmp_path / "w", FEW, runtime=runtime(batch_size=5))
+    whole = embed(images, labels, network, tmp_path / "w", FEW, runtime=runtime(batch_size=3))
     assert whole.index.tolist() == list(range(12))
     assert torch.equal(whole.labels, labels)
     assert whole.vectors.shape == (12, network.conditioning.dim)
@@ -201,7 +198,7 @@ def test_a_resumed_run_is_the_whole(images: Any, tmp_path: Path, monkeypatch: py
             embed(images, labels, network, tmp_path / "p", FEW, runtime=runtime(batch_size=3))
     assert len(read_embeddings(tmp_path / "p")) == 6
     (tmp_path / "p" / "00000000.safetensors").unlink()
-    parts = embed(images, labels, network, tmp_path / "p", FEW, runtime=runtime(batch_size=4))
+    parts = embed(images, labels, network, tmp_path / "p", FEW, runtime=runtime(batch_size=3))
     for name in ("index", "labels", "vectors", "losses"):
         assert torch.equal(getattr(parts, name), getattr(whole, name)), name
     monkeypatch.setattr(Inverter, "__call__", None)

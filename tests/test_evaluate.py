@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from farout.detectors.base import Detector, Measurements, Runtime
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
 from farout.errors import ConstantScoresWarning, FaroutError, StoreError, TrapWarning
+from farout.evaluation import metrics
 from farout.evaluation.beside import Beside, random_twin
 from farout.evaluation.controls import CONTROLS, TrivialControls
 from farout.evaluation.evaluate import COLUMNS, evaluate_detector, evaluate_scores
@@ -24,6 +26,8 @@ from farout.evaluation.scoring import read_scores
 from farout.images.preprocessing import Preprocessing
 from farout.images.sources import Batch
 from small import model, pictures
+
+pytestmark = pytest.mark.usefixtures("cheap_perceptual", "few_draws")
 
 NOTHING = Beside(companions=False, trivial=False)
 
@@ -55,6 +59,14 @@ class Brightness(Detector):
     def combine(self, measurements: Measurements) -> dict[str, Tensor]:
         values = measurements.values[:, 0, 0, 0].double()
         return {"mean": values, "constant": torch.zeros_like(values)}
+
+
+@pytest.fixture(scope="module")
+def few_draws() -> Iterator[None]:
+    """Bootstraps of 100 draws: these tests are about what is resampled, not about how closely."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(metrics.evaluate.__kwdefaults__, "draws", 100)
+        yield
 
 
 @pytest.fixture(scope="module")

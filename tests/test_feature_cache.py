@@ -180,6 +180,35 @@ def test_an_interruption_keeps_what_was_computed(error: type, source: ImageSourc
     assert computed(source, tmp_path) == 8
 
 
+def test_a_killed_run_goes_on_with_the_same_calls(tmp_path: Path) -> None:
+    """Rounding depends on the batch: what is computed after a kill must not be grouped in another way than before."""
+
+    class Recording(Counting):
+        def __init__(self, stop: int = 100) -> None:
+            super().__init__()
+            self.stop, self.groups = stop, list[list[float]]()
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            if self.calls == self.stop:
+                raise KeyboardInterrupt
+            self.groups.append(images.mean((1, 2, 3)).tolist())
+            return super().__call__(images)
+
+    images = pixels(20)
+    images[13] = images[2]  # equal images are computed once
+    source = open_source(write_parquet(tmp_path / "twins.parquet", images, [0] * 20))
+    whole = Recording()
+    expected = features(read(source, tmp_path / "whole", whole)[0])
+    killed = Recording(stop=3)
+    with pytest.raises(KeyboardInterrupt):
+        read(source, tmp_path / "killed", killed)
+    resumed = Recording()
+    again = features(read(source, tmp_path / "killed", resumed)[0])
+    assert killed.groups + resumed.groups == whole.groups
+    assert torch.equal(again, expected)
+    assert sum(map(len, whole.groups)) == 19
+
+
 def test_a_reader_that_leaves_early_keeps_what_was_computed(source: ImageSource, tmp_path: Path) -> None:
     cache, compute = FeatureCache(WIDTH, {"kind": "test"}, tmp_path), Counting()
     for _ in cache.batches(source, PLAIN, 8, 2, compute, 4):

@@ -267,7 +267,7 @@ def model(first: bool = True) -> FeatureDiffusion:
 
 def answers(made: FeatureDiffusion) -> list[torch.Tensor]:
     x0 = made.encode(vectors())
-    return [denoiser(x0, torch.full((8,), 0.1)) for denoiser in made.denoisers(rows=3)]
+    return [denoiser(x0, torch.full((8,), 0.1)) for denoiser in made.denoisers()]
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -82,6 +82,7 @@ def test_kernel_distance_is_torchmetrics() -> None:
     assert std == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_kernel_distance_is_unbiased() -> None:
     """Small subsets give the same mean as large ones; a biased estimate would grow."""
     first, second = drawn(3000), drawn(3000, seed=1, shift=0.5)

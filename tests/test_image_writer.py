@@ -25,7 +25,7 @@ from farout.outliers.sona import SONA
 from farout.runtime import Runtime
 from small import conditional, pictures
 
-CPU = Runtime(device="cpu", precision="fp32", rows=4, batch_size=3, workers=0)
+CPU = Runtime(device="cpu", precision="fp32", batch_size=3, workers=0)
 
 
 @pytest.fixture

@@ -218,6 +218,7 @@ def test_knobs_of_drawing(either: Manifold) -> None:
             either.draw(**{"per_class": 4, **wrong})
 
 
+@pytest.mark.slow
 def test_every_setting_decides_what_is_drawn() -> None:
     """But the device, and when a training so short is looked at."""
     other = {

@@ -26,7 +26,7 @@ def either(request: pytest.FixtureRequest) -> Manifold:
 # -- training -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley"])
+@pytest.mark.parametrize("orthogonal_map", [pytest.param("matrix_exp", marks=pytest.mark.slow), "cayley"])
 def test_training_flattens_curves_better_than_rotations_do(orthogonal_map: str) -> None:
     """A curve has one direction, but no straight line holds it. On vectors that neither map has seen; reconstruction
     improves too, but so short a training does not always beat the rotations there, which are the best of their kind.
@@ -71,7 +71,12 @@ def test_seeds_decide_everything() -> None:
 
 
 @pytest.mark.parametrize(
-    ("orthogonal_map", "checkpoint", "at"), [("cayley", "best", 21), ("matrix_exp", "last", 16), ("cayley", "best", 1)]
+    ("orthogonal_map", "checkpoint", "at"),
+    [
+        pytest.param("cayley", "best", 21, marks=pytest.mark.slow),
+        ("matrix_exp", "last", 16),
+        pytest.param("cayley", "best", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_training_goes_on_to_the_same_bits(
     orthogonal_map: str, checkpoint: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -34,7 +34,7 @@ def detector(**arguments: object) -> MSMA:
     made = MSMA(**arguments)
     untrained = model(data_range=(0.0, 1.0))
     made.preprocessing = untrained.preprocessing
-    made.use(untrained, Runtime(rows=32))
+    made.use(untrained, Runtime())
     made.denoiser = GaussianDenoiser(torch.full((SIZE,), 0.5), BASIS @ torch.diag(SPREAD**2) @ BASIS.T)
     return made
 
@@ -61,7 +61,7 @@ def test_levels_are_even_in_log_sigma_between_the_ends() -> None:
     sigmas = schedule.sigma[list(detector(lowest=0.1, highest=1.0, count=4).levels)]
     torch.testing.assert_close(sigmas, 10 ** torch.linspace(-1, 0, 4, dtype=torch.float64), rtol=0.05, atol=0)
     wide = MSMA(lowest=0.1, highest=1.0, count=4)
-    wide.use(model(data_range=(-1.0, 1.0)), Runtime(rows=32))
+    wide.use(model(data_range=(-1.0, 1.0)), Runtime())
     torch.testing.assert_close(schedule.sigma[list(wide.levels)], 2 * sigmas, rtol=0.05, atol=0)
     whole = detector(lowest=1e-9, highest=1e9, count=7)
     assert (whole.levels[0], whole.levels[-1], len(whole.levels)) == (0, 999, 7)
@@ -72,7 +72,7 @@ def test_levels_are_even_in_log_sigma_between_the_ends() -> None:
 def test_ten_evaluations_and_no_noise() -> None:
     made = MSMA.from_preset("paper")
     made.preprocessing = model().preprocessing
-    made.use(model(), Runtime(rows=32))
+    made.use(model(), Runtime())
     assert made.cost().nfe == made.rows_per_image == 10
     assert torch.equal(norms(made, images(3)), norms(made, images(3)))
 

@@ -249,6 +249,7 @@ def test_a_folder_that_a_synthesiser_made(outliers: Path, tmp_path: Path) -> Non
     assert len(open_source(made)) == 12, "of another program"
 
 
+@pytest.mark.slow
 def test_the_energy_of_a_classifier_that_learnt_outliers_tells_them_apart(tree: Path, tmp_path: Path) -> None:
     """The whole chain, on outliers that training has not seen."""
     new, seen = ordered(tmp_path / "new", 60, seed=9), str(ordered(tmp_path / "seen", 60, seed=8))
@@ -341,8 +342,12 @@ def test_wrong_input_is_refused_before_any_work(
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize(
+    "preset",
+    [name if name == "ncis_imagenet100" else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS],
+)
 def test_a_preset_with_another_loss(
-    tree: Path, outliers: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    preset: str, tree: Path, outliers: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the preset says of its own loss is left aside, what the words say of it is refused."""
     seen: list[Exposure] = []
@@ -354,12 +359,11 @@ def test_a_preset_with_another_loss(
     monkeypatch.setattr(rooms, "train_on", stops)
     words = ["train", "classifier", str(tree), "--alpha", "0.1", "--statistics", "10", "--out", "never"]
     outer = ["--outliers", str(outliers)]
-    for preset in PRESETS:
-        for loss, more in [("oe", outer), ("k+1", outer), ("sona", outer), ("vos", []), ("cross_entropy", [])]:
-            main([*words, "--preset", preset, "--loss", loss, *more])
-            assert "stopped" in capsys.readouterr().err
-            assert seen[-1].loss == loss
-            assert seen[-1].hidden == (512 if (preset, loss) == ("ncis_imagenet100", "vos") else 0)
+    for loss, more in [("oe", outer), ("k+1", outer), ("sona", outer), ("vos", []), ("cross_entropy", [])]:
+        main([*words, "--preset", preset, "--loss", loss, *more])
+        assert "stopped" in capsys.readouterr().err
+        assert seen[-1].loss == loss
+        assert seen[-1].hidden == (512 if (preset, loss) == ("ncis_imagenet100", "vos") else 0)
     main([*words, *outer, "--preset", "ncis_cifar100", "--loss", "oe"])
     assert seen[-1].limit == 6400, "which oe looks at too"
     assert main([*words, *outer, "--preset", "ncis_imagenet100", "--loss", "oe", "--exposure.hidden", "512"]) == 1
@@ -428,12 +432,12 @@ def test_a_fit_cannot_train_a_classifier_that_wants_outliers(tree: Path) -> None
 def test_metrics_over_draws_are_means_of_the_metrics_of_each_draw() -> None:
     generator = np.random.default_rng(0)
     inside, outside = generator.normal(0, 1, 50), np.r_[generator.normal(1, 1, 40), np.nan]
-    found = over_draws(inside, outside, 300, seed=3)
-    assert (found["n_id"], found["n_ood"], found["draws"]) == (50, 10, 300)
+    found = over_draws(inside, outside, 60, seed=3)
+    assert (found["n_id"], found["n_ood"], found["draws"]) == (50, 10, 60)
     assert found["auroc"] == pytest.approx(auroc(inside, outside[:-1]), abs=0.02)
     assert 0 < found["auroc_std"] < 0.1
-    assert over_draws(inside, outside, 300, seed=3) == found
-    assert over_draws(inside, outside, 300, seed=4) != found
+    assert over_draws(inside, outside, 60, seed=3) == found
+    assert over_draws(inside, outside, 60, seed=4) != found
     # where there are fewer, every draw is of all
     few = over_draws(inside, outside[:6], 2)
     assert (few["n_ood"], few["fpr95_std"]) == (6, 0)
@@ -443,6 +447,7 @@ def test_metrics_over_draws_are_means_of_the_metrics_of_each_draw() -> None:
         over_draws(inside, outside, 0)
 
 
+@pytest.mark.slow
 def test_evaluate_writes_draws(tree: Path, outliers: Path, tmp_path: Path) -> None:
     trained(tree, tmp_path / "c", outliers=str(outliers))
     detector = Posthoc().fit(str(tree), None, tmp_path / "c", alpha=0.1, statistics=10)

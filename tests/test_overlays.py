@@ -127,6 +127,7 @@ def test_an_unfitted_detector_is_refused(place: Path, tmp_path: Path) -> None:
 # -- resumption ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_repeats_nothing(
     place: Path, detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "farout"
 
 FLOORS = {
-    **dict.fromkeys(["errors", "progress", "store", "devices", "registry", "configuration", "runtime"], 0),
+    **dict.fromkeys(["core", "errors", "progress", "store", "devices", "registry", "configuration", "runtime"], 0),
     **dict.fromkeys(["training", "training_config", "training_log", "checkpoints", "data_order"], 0),
     "images": 1,
     "diffusion": 2,

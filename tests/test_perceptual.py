@@ -30,9 +30,9 @@ def test_distance_rises_with_damage(channels: int) -> None:
 
 def test_features_do_not_depend_on_the_batch() -> None:
     distance, images = perceptual_distance("lite0"), pictures(5)
-    whole = distance.features(images, rows=4)
+    whole = distance.features(images)
     for index in range(5):
-        alone = distance.features(images[index : index + 1], rows=4)
+        alone = distance.features(images[index : index + 1])
         assert all(torch.equal(a, b[index : index + 1]) for a, b in zip(alone, whole, strict=True))
 
 

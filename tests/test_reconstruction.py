@@ -48,7 +48,7 @@ def detector(**arguments: object) -> Reconstruction:
     exact = DiffusionModel(Gaussian(MEAN, SPREAD), SCHEDULE, preprocessing, data_range=(0.0, 1.0))
     made = Reconstruction(**arguments)
     made.preprocessing = preprocessing
-    made.use(exact, Runtime(rows=64))
+    made.use(exact, Runtime())
     return made
 
 
@@ -98,6 +98,7 @@ def test_exact_follows_the_flow_and_keeps_the_last_noise() -> None:
     assert float(metric(measured, "mse")[:, 0].mean()) > 0.0015
 
 
+@pytest.mark.slow
 def test_fast_lies_between_the_posterior_mean_and_the_flow() -> None:
     """Few steps fall short of a sample: its error is above the mean's and below the flow's, and rises with steps."""
     levels = (170, 330)
@@ -112,7 +113,7 @@ def test_fast_lies_between_the_posterior_mean_and_the_flow() -> None:
         assert few[0] < few[1] < few[2] < flow_error(t, 0.0)
 
 
-@pytest.mark.parametrize(("skip", "count"), [(16, 350), (64, 68)])
+@pytest.mark.parametrize(("skip", "count"), [pytest.param(16, 350, marks=pytest.mark.slow), (64, 68)])
 def test_evaluations_per_image(skip: int, count: int) -> None:
     """Start k of the paper's grid costs k + 2; the other grids are the solver's test."""
     assert detector(mode="exact", skip=skip, draws=1).cost().nfe == count
@@ -121,6 +122,10 @@ def test_evaluations_per_image(skip: int, count: int) -> None:
 def test_evaluations_of_the_other_modes() -> None:
     assert detector(mode="fast", draws=1).cost().nfe <= 20
     assert detector(mode="oneshot").cost().nfe <= 16
+
+
+@pytest.mark.slow
+def test_evaluations_of_the_released_grid() -> None:
     assert detector(mode="exact", skip=16, draws=1, grid="released").cost().nfe == 350
 
 
@@ -178,6 +183,7 @@ def test_the_papers_score_by_hand(scored: Reconstruction) -> None:
     torch.testing.assert_close(combined["mean_z_mse"], mse.mean(1))
 
 
+@pytest.mark.slow
 def test_complexity_bias_and_its_cure(scored: Reconstruction) -> None:
     """Low-contrast images score as nearer one-sidedly; two-sided densities find them."""
     low = scored.combine(scored.measure(images(200, spread=0.8 * SPREAD, seed=2)))

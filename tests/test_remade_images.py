@@ -39,7 +39,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(
     images: Any, out: Path, method: Deformation | None = None, *, size: int = 64, **settings: Any
 ) -> OutlierFolder:
-    runtime = Runtime(device="cpu", precision="fp32", rows=8, batch_size=size, workers=0)
+    runtime = Runtime(device="cpu", precision="fp32", batch_size=size, workers=0)
     given = {"count": 20, "diffusion": conditional(classes=5), "runtime": runtime, **settings}
     return (method or SONA(steps=6, reconstructions=True)).synthesize(images, out, **given)
 

@@ -20,7 +20,10 @@ from farout.evaluation.scoring import score_folder
 from farout.images.sources import open_source
 from small import latent, model, pictures
 
-pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning"),
+    pytest.mark.usefixtures("cheap_perceptual"),
+]
 
 
 @pytest.fixture(scope="module")

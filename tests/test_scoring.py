@@ -26,7 +26,7 @@ from farout.images.sources import Batch
 from small import model, pictures
 
 RESULTS = ("scores.csv", "measurements.parquet", "manifest.json", "page.html", "plan.json")
-COUNT = 45
+COUNT = 29
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,7 @@ main(["score", sys.argv[1], sys.argv[2], "--out", sys.argv[3], "--furthest", "4"
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(
     place: Path, detector: Detector, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +128,9 @@ def test_a_killed_run_goes_on_where_it_stopped(
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("name", ["scores.csv", "page.html", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["scores.csv", *(pytest.param(name, marks=pytest.mark.slow) for name in ("page.html", "manifest.json"))]
+)
 def test_a_stop_while_results_are_written_loses_nothing(
     name: str, place: Path, detector: Detector, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +300,7 @@ def test_nothing_readable_is_said(detector: Detector, tmp_path: Path) -> None:
     assert skipped.counts == {}
 
 
+@pytest.mark.slow
 def test_scores_that_are_not_numbers_warn(
     place: Path, detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,7 +318,10 @@ def test_scores_that_are_not_numbers_warn(
     assert done.counts == {"not a number": 1, "ok": COUNT - 2, "unreadable": 1}
 
 
-@pytest.mark.parametrize("place_of_failure", ["part", "measurements.parquet", "page.html"])
+@pytest.mark.parametrize(
+    "place_of_failure",
+    ["part", *(pytest.param(name, marks=pytest.mark.slow) for name in ("measurements.parquet", "page.html"))],
+)
 def test_a_full_disk_leaves_no_half_written_file(
     place_of_failure: str,
     place: Path,

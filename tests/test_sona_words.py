@@ -22,6 +22,7 @@ from farout.outliers._wording import PHOTO, Wording
 from farout.outliers._words import listed, screened
 from farout.outliers.base import OutlierFolder, Synthesiser
 from small import CPU, conditional, in_order, pictures, stable_diffusion
+from tolerances import assert_same_images, assert_same_manifests
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings(
@@ -92,11 +93,13 @@ def told(folder: Path, **settings: Any) -> DiffusionModel:
 
 
 @pytest.mark.filterwarnings("ignore:3 of the 7 words:farout.errors.TrapWarning")
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(
+    "prediction",
+    ["epsilon", *(pytest.param(name, marks=pytest.mark.slow) for name in PREDICTIONS if name != "epsilon")],
+)
 def test_words_are_put_in_whatever_the_network_predicts(
     folders: dict[str, Path], images: Path, words: str, tmp_path: Path, prediction: str
 ) -> None:
-    """And the same images come of any batches."""
     method = SONA(steps=5, k_min=3, words=words)
     with pytest.warns(TrapWarning, match=r"3 of the 7 words of .* \(bird, Cat, kite\): they come twice, or are called"):
         whole = made(images, tmp_path / "o", method, folders[prediction])
@@ -107,7 +110,8 @@ def test_words_are_put_in_whatever_the_network_predicts(
     assert manifest["class_name"].tolist() == [*NAMES, "cat"]
     assert tuple(whole.source()[0].shape) == (3, 16, 16)
     parts = made(images, tmp_path / "parts", method, folders[prediction], runtime=replace(CPU, batch_size=3))
-    assert files(parts) == files(whole)
+    assert_same_images(parts.folder, whole.folder)
+    assert_same_manifests(parts.folder, whole.folder)
 
 
 def test_the_control_is_given_the_same_words(folder: Path, images: Path, few: str, tmp_path: Path) -> None:
@@ -189,6 +193,7 @@ class Converted(nn.Module):
         return {"epsilon": eps, "v_prediction": v, "sample": clean}[self.prediction]
 
 
+@pytest.mark.slow
 def test_what_the_network_predicts_makes_no_difference(folder: Path, images: Path, few: str, tmp_path: Path) -> None:
     """One network that answers in eps, v and x0: the same outliers, but for rounding."""
     found = []
@@ -339,6 +344,7 @@ def test_other_generators_have_no_use_for_words(folder: Path, few: str, tmp_path
 # -- folders and the command ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_saved_of_the_generator_can_be_told_words_too(
     folder: Path, images: Path, few: str, tmp_path: Path
 ) -> None:

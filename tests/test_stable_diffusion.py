@@ -19,6 +19,7 @@ from farout.outliers._embedding import Inversion, Inverter, read_embeddings
 from farout.outliers._manifold_config import ManifoldConfig
 from farout.outliers.decoding import decode
 from small import CPU, conditional, pictures, stable_diffusion
+from tolerances import assert_same_images, assert_same_manifests
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
@@ -96,7 +97,7 @@ def test_company_and_parts_of_the_draws_change_next_to_nothing(folders: dict[str
         vectors, loss = inverter(x0[some], LABELS[some], [keys[place] for place in some])
         assert torch.equal(vectors, whole[some])
         assert torch.equal(loss, losses[some])
-    parts = Inverter(network, replace(FEW, pull=2.0), 0, replace(CPU, rows=3))
+    parts = Inverter(network, replace(FEW, pull=2.0), 0, replace(CPU, batch_size=3))
     one = Inverter(network, replace(FEW, pull=2.0), 0, CPU)
     start = network.conditioning.vectors()[LABELS]
     for found, wanted in zip(
@@ -126,13 +127,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {**found, "manifest.csv": (folder / "manifest.csv").read_bytes()}
 
 
+@pytest.mark.slow
 def test_the_command_takes_the_original_folder(
     folders: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All four stages one by one, in batches of another size, and resumed: the same as in one go."""
+    """All four stages one by one, in batches of another size, and resumed, agree with one run."""
     (tmp_path / "words.csv").write_text("class,word,suffix\nthe kite,kite,bird\n")
     words = ["synthesize", "ncis", str(images), "--diffusion", str(folders["epsilon"]), "--device", "cpu"]
-    words += ["--precision", "fp32", "--rows", "8", "--prompts.words", str(tmp_path / "words.csv")]
+    words += ["--precision", "fp32", "--prompts.words", str(tmp_path / "words.csv")]
     words += ["--prompts.template", "a {}", "--prompts.generation", "the {}", "--inversion.draws", "4"]
     words += ["--inversion.steps", "1", "--manifold.layers", "2", "--manifold.steps", "4", "--steps", "2"]
     words += ["--guidance", "7.5"]
@@ -144,7 +146,8 @@ def test_the_command_takes_the_original_folder(
     for count, size in (("4", "1"), ("7", "2")):
         done = [*words, "--out", str(parts), "--count", count, "--batch-size", size, "--resume"]
         assert main(done) == 0, capsys.readouterr().err
-    assert files(parts) == files(one)
+    assert_same_images(parts, one)
+    assert_same_manifests(parts, one)
     made = read_outliers(one)
     assert made.images == 7
     assert read_embeddings(one / "embeddings").vectors.shape == (12, 6)
@@ -234,7 +237,7 @@ def test_a_class_s_own_vector_gives_its_samples(folders: dict[str, Path], images
     given: dict[str, Any] = {"count": 4, "runtime": CPU}
     method = ClassNoise(scale=0, steps=2, prompts=Prompts(words=WORDS))
     made = method.synthesize(images, tmp_path / "o", diffusion=folders["epsilon"], **given)
-    sampler = Sampler(network, steps=2, guidance=2.0, rows=8)
+    sampler = Sampler(network, steps=2, guidance=2.0)
     labels, indices = [0, 1, 2, 0], range(4)
     samples = sampler.images(indices, labels)
     assert torch.equal(decode(sampler, network.conditioning.vectors()[labels], indices, labels), samples)
@@ -273,7 +276,6 @@ def test_images_are_made_again_under_prompts_of_their_classes(
 ) -> None:
     """From the original folder, as from a model that was told the classes beforehand; or under the empty prompt."""
     words = ["--diffusion", str(folders["epsilon"]), "--steps", "2", "--device", "cpu", "--precision", "fp32"]
-    words += ["--rows", "8"]
     assert main(["reconstruct", str(images), *words, "--out", str(tmp_path / "o")]) == 0, capsys.readouterr().err
     network = DiffusionModel.load(folders["epsilon"], class_names=NAMES)
     reconstruct(images, network, tmp_path / "told", steps=2, runtime=CPU)

@@ -22,7 +22,7 @@ from farout.runtime import Runtime
 from launch import in_two_processes
 from small import conditional, pictures
 
-CPU = Runtime(device="cpu", precision="fp32", rows=4, batch_size=2, workers=0)
+CPU = Runtime(device="cpu", precision="fp32", batch_size=2, workers=0)
 
 
 def make_all(root: Path, out: Path, **settings: Any) -> dict[str, tuple[int, int]]:
@@ -39,7 +39,7 @@ def make_all(root: Path, out: Path, **settings: Any) -> dict[str, tuple[int, int
 
 def command(root: Path, out: Path) -> list[str]:
     words = ["synthesize", "class_noise", str(root), "--diffusion", str(root.parent / "model"), "--out", str(out)]
-    return [*words, "--steps", "2", "--count", "5", "--device", "cpu", "--rows", "4"]
+    return [*words, "--steps", "2", "--count", "5", "--device", "cpu"]
 
 
 def files(folder: Path) -> dict[str, bytes]:

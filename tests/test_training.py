@@ -403,6 +403,7 @@ torch.save({{"weights": network.state_dict(), "seen": seen, "history": result.hi
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_data_and_agree_with_one(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path)))

@@ -71,7 +71,9 @@ def test_unipc_is_of_second_order_and_beats_2m() -> None:
     assert fine < error("dpm_solver_2m", LINEAR, levels[1])
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "shifted" else pytest.param(kind, marks=pytest.mark.slow) for kind in SCHEDULES]
+)
 def test_methods_in_vp_time_know_every_schedule(kind: str) -> None:
     """The card's NDM and PF are wrong for other than linear betas; here the drift comes from the schedule."""
     schedule, levels = SCHEDULES[kind], torch.arange(899, 98, -10)

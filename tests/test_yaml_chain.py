@@ -143,6 +143,7 @@ def test_what_is_done_is_not_done_again(copied: Path, place: Path, capsys: pytes
     assert stamps(copied) == before
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_or_made_anew(
     copied: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -355,6 +356,7 @@ def test_built_in_chains_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in printed for name in chains())
 
 
+@pytest.mark.slow
 def test_settings_of_every_method_can_be_kept() -> None:
     for command, room, more in (("fit", "detectors", []), ("synthesize", "outliers", ["--diffusion", "m"])):
         for name in registry.members(room):

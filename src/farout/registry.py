@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def members(room: str) -> dict[str, Member]:
     return {member.name: member for member in [*outside, *found] if member is not None}
 
 
+@cache  # a command looks members up several times, and parsing every file costs more than the rest of the look-up
 def _read(path: Path, room: str) -> Member | None:
     source = path if path.suffix == ".py" else path / "__init__.py"
     tree = ast.parse(source.read_text(encoding="utf-8"))

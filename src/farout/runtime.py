@@ -5,58 +5,59 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from farout.core.chunking import BatchSize, check_batch_size
 from farout.devices import PrecisionChoice, resolve_device, resolve_precision
 from farout.errors import FaroutError
 
 __all__ = ["Runtime"]
 
-_MEMORY = 256 * 2**20
+_CPU_MEMORY, _ACCELERATOR_MEMORY = 256 * 2**20, 2 * 2**30
+_CPU_IMAGES, _ACCELERATOR_IMAGES = 64, 256
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How networks are run. Results are bit-equal for one device, precision and `rows`; the rest never matters.
-    Raises FaroutError for sizes out of range.
+    """How networks are run. Raises FaroutError for sizes out of range.
+
+    Only `device` and `precision` change results by more than rounding; `batch_size`, `workers` and `cache` change
+    speed and memory.
 
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         precision: `fp32`, `bf16`, `fp16`, or `auto`: bf16 where the device computes in it natively, else fp32.
-        rows: rows of one network call; `auto`: 32 on a CPU, 256 on an accelerator.
-        batch_size: images measured or made together; `auto`: by a memory budget.
+        batch_size: the most images processed together, and the most rows of one network call; `auto`: by memory.
         workers: threads that decode images.
         cache: keep features on disk and read those that are there (see `farout features list`).
     """
 
     device: str = "auto"
     precision: PrecisionChoice = "auto"
-    rows: int | Literal["auto"] = 32
-    batch_size: int | Literal["auto"] = "auto"
+    batch_size: BatchSize = "auto"
     workers: int = 2
     cache: bool = True
 
     def __post_init__(self) -> None:
-        sizes = [size for size in (self.rows, self.batch_size) if size != "auto"]
-        if min(sizes, default=1) < 1 or self.workers < 0:
-            given = f"{self.rows}, {self.batch_size} and {self.workers}"
-            raise FaroutError(f"rows and batch_size want at least 1, workers 0 or more, got {given}")
+        check_batch_size(self.batch_size)
+        if self.workers < 0:
+            raise FaroutError(f"workers is {self.workers}; expected 0 or more threads")
 
     def resolved(self) -> Runtime:
-        """With every `auto` but the batch size replaced by what it means here.
+        """With `device` and `precision` replaced by what `auto` means on this machine.
 
         Raises FaroutError for a device that is not there, and a precision that it lacks.
         """
         device = resolve_device(self.device)
-        rows = self.rows if self.rows != "auto" else (32 if device.type == "cpu" else 256)
-        return replace(self, device=str(device), precision=resolve_precision(self.precision, device), rows=rows)
+        return replace(self, device=str(device), precision=resolve_precision(self.precision, device))
 
-    def images_at_once(self, shape: Sequence[int], rows_per_image: int = 1) -> int:
-        """Images of `shape` (C, H, W) in one batch: as set, or what a budget of 256 MiB holds, at most 64; but as many
-        as fill a network call, which is padded to its rows.
+    def images_per_batch(self, shape: Sequence[int], rows_per_image: int = 1) -> int:
+        """The number of images of `shape` (C, H, W) to process together: `batch_size`, or by memory.
+
+        `auto` allows for about ten float32 arrays of the size of a solver's input, `rows_per_image` rows an image, in
+        256 MiB and 64 images on a CPU, 2 GiB and 256 images on an accelerator.
         """
         if self.batch_size != "auto":
             return self.batch_size
-        filling = 1 if self.rows == "auto" else math.ceil(self.rows / rows_per_image)
-        # a solver holds about ten arrays of the size of its input
-        return max(min(_MEMORY // (10 * 4 * math.prod(shape) * rows_per_image), 64), min(filling, 64))
+        on_cpu = self.device.partition(":")[0] in ("cpu", "auto")
+        memory, most = (_CPU_MEMORY, _CPU_IMAGES) if on_cpu else (_ACCELERATOR_MEMORY, _ACCELERATOR_IMAGES)
+        return max(1, min(memory // (10 * 4 * math.prod(shape) * rows_per_image), most))

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,7 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of farout and of the libraries that decide its numbers."""
-    return {
-        name: metadata.version(name)
-        for name in ("farout", "torch", "diffusers", "timm", "pytorch-ood", "numpy", "pillow")
-    }
+    return {name: _version(name) for name in ("farout", "torch", "diffusers", "timm", "pytorch-ood", "numpy", "pillow")}
+
+
+_version = cache(metadata.version)  # reads the package's metadata from disk

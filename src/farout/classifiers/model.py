@@ -16,8 +16,8 @@ from torch.nn import functional
 from farout import store
 from farout.classifiers.networks import RESNETS, NetworkSpec, Stem, find_head, find_pool, watched
 from farout.classifiers.weights import HOW, fit_names, load_weights, misfits, model_card
+from farout.core.chunking import BatchSize, call_in_chunks
 from farout.devices import Precision, autocast
-from farout.diffusion.denoiser import in_chunks
 from farout.diffusion.folders import local
 from farout.errors import FaroutError, StoreError
 from farout.features.backbones import read_weights
@@ -166,13 +166,13 @@ class Classifier:
 
     @torch.no_grad()
     def outputs(
-        self, images: Tensor, rows: int | None = None, precision: Precision = "fp32", maps: bool = False
+        self, images: Tensor, batch_size: BatchSize = "auto", precision: Precision = "fp32", maps: bool = False
     ) -> Outputs:
         """Logits, features and maps of images (B, C, H, W) in [0, 1], from one pass, on the classifier's device.
 
         Args:
             images: of any size; they are resized to the preprocessing's.
-            rows: rows of one network call, padded (see `in_chunks`): results do not depend on the batch; None: any.
+            batch_size: the most rows of one network call; `auto`: by memory.
             precision: of the network; what comes out is float32.
             maps: also give the maps.
 
@@ -194,7 +194,8 @@ class Classifier:
                     shapes[:] = [part.shape[1:] for part in parts]
                     return torch.cat([part.float().flatten(1) for part in parts], dim=1)
 
-                together = in_chunks(call, rows, self.normalise(images.to(self.device, torch.float32)))
+                ready = self.normalise(images.to(self.device, torch.float32))
+                together = call_in_chunks(self.module, call, ready, batch_size=batch_size)
         finally:
             self.module.train(mode)
         parts = together.split([shape.numel() for shape in shapes], dim=1)

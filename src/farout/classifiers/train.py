@@ -31,11 +31,10 @@ from farout.images.classes import (
 from farout.images.sources import ImageSource, PreparedImages, batches, open_source
 from farout.images.splits import learnt_and_validating, split
 from farout.progress import task
+from farout.runtime import Runtime
 from farout.training import Step, TrainingConfig, train
 
 __all__ = ["PRESETS", "ClassifierConfig", "accuracy_on", "train_classifier", "train_on"]
-
-_ROWS = 64
 
 
 def train_on(
@@ -136,9 +135,11 @@ def accuracy_on(classifier: Classifier, source: ImageSource, precision: Precisio
     """
     numbers, hits = class_numbers(source, classifier.class_names[: known_classes(classifier)]), list[bool]()
     with task(f"accuracy on images of {source.name}", len(source)) as bar:
-        for batch in batches(source, classifier.preprocessing, _ROWS):
+        prepared = classifier.preprocessing
+        size = Runtime(str(classifier.device)).images_per_batch((prepared.channels, *prepared.size))
+        for batch in batches(source, prepared, size):
             if batch.keys:
-                told = classifier.outputs(batch.images, _ROWS, precision).logits.argmax(1).cpu()
+                told = classifier.outputs(batch.images, precision=precision).logits.argmax(1).cpu()
                 hits += (told == numbers[list(batch.indices)]).tolist()
             bar.advance(len(batch.keys))
     if not hits:

@@ -203,9 +203,13 @@ class Parser(jsonargparse.ArgumentParser):
             for action in must:
                 action.required = True
 
-    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+    def format_help(self, *arguments: Any, **settings: Any) -> str:  # a formatter, in newer versions
         """Flags with dashes; the command's own parameters under a plain heading."""
-        text = super().format_help(formatter).replace(f"\n{self.heading.removesuffix('.')}:\n", "\narguments:\n")
+        text = (
+            super()
+            .format_help(*arguments, **settings)
+            .replace(f"\n{self.heading.removesuffix('.')}:\n", "\narguments:\n")
+        )
         return _dashed(text)
 
     def sections(self) -> dict[str, list[Flag]]:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from farout import registry
 from farout.classifiers.model import Classifier
+from farout.core.chunking import BatchSize
 from farout.devices import PrecisionChoice, first_process, resolve_device, resolve_precision
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.round_trip import BackSpacing
@@ -34,8 +35,7 @@ def sample(
     spacing: Spacing = "grid",
     seed: int = 0,
     grid: bool = False,
-    batch: int = 64,
-    rows: int = 32,
+    batch_size: BatchSize = "auto",
     device: str = "auto",
     precision: PrecisionChoice = "auto",
     clamp: bool = True,
@@ -54,8 +54,7 @@ def sample(
             up, as Stable Diffusion is used: 981, ..., 21, 1).
         seed: every image is made from the seed and its own number.
         grid: also write OUT-grid.png, a picture of some of the images.
-        batch: images made at once.
-        rows: rows of one network call.
+        batch_size: the most images sampled together, and rows of one network call; auto: by memory.
         device: auto, cpu, cuda, cuda:1, …
         precision: precision of the network; auto is bf16 where the device computes in it natively, else fp32.
         clamp: keep every estimate of the clean image within what images can be, where the model works on pixels.
@@ -64,8 +63,8 @@ def sample(
     network = DiffusionModel.load(model).to(where)
     chosen = choose_classes(network, classes) if classes else None
     exact = resolve_precision(precision, where)
-    sampler = Sampler(network, solver, steps, spacing, guidance, seed, rows, exact, clamp)
-    return write_samples(sampler, out, count, classes=chosen, batch=batch, grid=grid)
+    sampler = Sampler(network, solver, steps, spacing, guidance, seed, batch_size, exact, clamp)
+    return write_samples(sampler, out, count, classes=chosen, grid=grid)
 
 
 def synthesize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,18 +28,11 @@ class Cost:
 
 @torch.no_grad()
 def cost_of(detector: Detector) -> Cost:
-    """Counted on one grey image, one row a call, so that no padding counts."""
+    """Counted on one grey image."""
     images = torch.full((1, detector.preprocessing.channels, *detector.preprocessing.size), 0.5)
     probe = Batch(("probe",), images, None, (0,))
-    kept, detector.runtime = detector.runtime, replace(detector.runtime, rows=1)
-    detector.prepare()
-    try:
-        if detector.features is not None:
-            detector.measure(probe)  # a first call folds the backbone, which is no cost of an image
-        before = detector.evaluations
-        with FlopCounterMode(display=False) as counter:
-            detector.measure(probe)
-        return Cost(detector.evaluations - before, counter.get_total_flops() / 2e9)
-    finally:
-        detector.runtime = kept
-        detector.prepare()
+    detector.measure(probe)  # first calls measure memory and fold the backbone, which are no costs of an image
+    before = detector.evaluations
+    with FlopCounterMode(display=False) as counter:
+        detector.measure(probe)
+    return Cost(detector.evaluations - before, counter.get_total_flops() / 2e9)

@@ -143,12 +143,9 @@ def _read_model(
 def _runtime(fitted: Runtime, changes: dict[str, Any]) -> Runtime:
     """The fitted settings with the caller's changes; a device that is not here gives way to `auto`."""
     runtime = replace(fitted, **{"device": _device(fitted.device), **changes}).resolved()
-    for name in ("precision", "rows"):
-        if getattr(runtime, name) != getattr(fitted, name):
-            message = (
-                f"fitted with {name} {getattr(fitted, name)}, now {getattr(runtime, name)}: scores will differ a little"
-            )
-            warnings.warn(message, TrapWarning, stacklevel=4)
+    if runtime.precision != fitted.precision:
+        message = f"fitted with precision {fitted.precision}, now {runtime.precision}: scores will differ a little"
+        warnings.warn(message, TrapWarning, stacklevel=4)
     return runtime
 
 

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Cost", "Detector", "Measurements", "Runtime", "Scores", "load"]
 
-_COMBINED = 64
-
 
 class Detector(Configured, ABC):
     """A method that says how far out an image is. The constructor's arguments are the configuration.
@@ -213,20 +211,15 @@ class Detector(Configured, ABC):
         return frozenset[str]().union(*(network.trained_on for network in networks))
 
     @property
-    def rows(self) -> int:
-        """Rows of one network call."""
-        return int(self.runtime.rows)
-
-    @property
     def precision(self) -> Precision:
         """What networks compute in; `use` has resolved it."""
         return cast("Precision", self.runtime.precision)
 
     @property
     def batch_size(self) -> int:
-        """Images measured together: as set, or what a budget of 256 MiB holds, between 1 and 64."""
+        """Images measured together: as set, or by memory."""
         shape = (self.preprocessing.channels, *self.preprocessing.size)
-        return self.runtime.images_at_once(shape, self.rows_per_image)
+        return self.runtime.images_per_batch(shape, self.rows_per_image)
 
     def batches(self, source: ImageSource) -> Iterator[Batch]:
         """What `measure` is given, `batch_size` positions of the source at a time."""
@@ -246,24 +239,13 @@ class Detector(Configured, ABC):
 
     def set_calibration(self, measurements: Measurements) -> None:
         """Rests the p-values on these measurements; raises FaroutError when a score of them is not a number."""
-        scores = self._combine_rows(measurements)
+        scores = {name: value.double().numpy() for name, value in self.combine(measurements).items()}
         bad = sorted(name for name, value in scores.items() if not np.isfinite(value).all())
         if bad:
             raise FaroutError(f"calibration scores are not numbers for {', '.join(bad)}; look for damaged images")
         self.calibration = measurements
         self.calibration_rows = scores
         self.calibration_scores = {name: np.sort(value) for name, value in scores.items()}
-
-    def _combine_rows(self, measurements: Measurements) -> dict[str, np.ndarray]:
-        """`combine`, always on the same number of rows: sums and products round by the shape of their arrays, and a
-        score must not depend on the images beside it.
-        """
-        chunks: list[dict[str, Tensor]] = []
-        for start in range(0, len(measurements), _COMBINED):
-            rows = list(range(start, min(start + _COMBINED, len(measurements))))
-            padded = measurements.select(rows + rows[:1] * (_COMBINED - len(rows)))
-            chunks.append({name: value[: len(rows)] for name, value in self.combine(padded).items()})
-        return {name: torch.cat([chunk[name] for chunk in chunks]).double().numpy() for name in chunks[0]}
 
     def reconfigured(self, **choices: Any) -> Self:
         """A fitted detector with other choices (score, levels to use, …), refitted and recalibrated from the stored
@@ -324,7 +306,7 @@ class Detector(Configured, ABC):
         """Scores from stored measurements; no network runs."""
         self.check_fitted()
         finite = measurements.finite().numpy()
-        combined = self._combine_rows(measurements)
+        combined = {name: value.double().numpy() for name, value in self.combine(measurements).items()}
         indicators = {name: np.where(finite & np.isfinite(v), v, np.nan) for name, v in combined.items()}
         score = indicators[self.score_name]
         p = p_values(score, self.calibration_scores[self.score_name])
@@ -389,7 +371,7 @@ _FITTED = (
 
 
 def load(folder: str | Path, **runtime: Any) -> Detector:
-    """Loads a fitted detector; `runtime` overrides device, precision, rows, batch_size, workers or cache.
+    """Loads a fitted detector; `runtime` overrides device, precision, batch_size, workers or cache.
 
     Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
     """

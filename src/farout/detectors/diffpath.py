@@ -101,7 +101,7 @@ class DiffPath(Detector):
         if self.diffusion is None:
             raise FaroutError("DiffPath wants a diffusion model")
         self.path = self._path(self.diffusion)
-        self.network: NetworkDenoiser = self.diffusion.denoiser(self.rows, self.precision)
+        self.network: NetworkDenoiser = self.diffusion.denoiser(self.runtime.batch_size, self.precision)
         self.denoiser = self.diffusion.in_range(self.network) if self.config["clamp"] else self.network
 
     @property

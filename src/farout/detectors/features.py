@@ -78,20 +78,20 @@ class FeatureDetector(Detector):
 
     @property
     def batch_size(self) -> int:
-        """As set, else 64, on an accelerator what one call takes."""
-        return max(64, self.rows) if self.runtime.batch_size == "auto" else self.runtime.batch_size
+        """As set, else 64, on an accelerator 256: vectors need little memory, and the backbone's calls are split."""
+        return self.runtime.images_per_batch((1,))
 
     def batches(self, source: ImageSource) -> Iterator[Batch]:
         """Features in place of the images, from the cache where it has them; the images where there is no cache."""
         if not self.runtime.cache:
             yield from super().batches(source)
             return
-        reader = CachedFeatures(self.backbone, self.preprocessing, self.rows, self.precision)
+        reader = CachedFeatures(self.backbone, self.preprocessing, self.runtime.batch_size, self.precision)
         yield from reader.batches(source, self.batch_size, self.runtime.workers)
         self.cache_hits += reader.cache.hits
 
     def _compute(self, images: Tensor) -> Tensor:
-        return self.backbone.pooled(images, self.rows, self.precision)
+        return self.backbone.pooled(images, self.runtime.batch_size, self.precision)
 
     def features_of(self, batch: Batch) -> Tensor:
         """Features (B, width) float32 on the CPU."""

@@ -118,7 +118,7 @@ class MSMA(Detector):
             raise FaroutError("MSMA wants a diffusion model")
         self.levels = self._levels(self.diffusion)
         self.sigmas = self.diffusion.schedule.sigma_of(torch.tensor(self.levels)).float()
-        self.denoiser: NetworkDenoiser = self.diffusion.denoiser(self.rows, self.precision)
+        self.denoiser: NetworkDenoiser = self.diffusion.denoiser(self.runtime.batch_size, self.precision)
 
     @property
     def rows_per_image(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from farout.core.chunking import BatchSize, call_in_chunks, check_batch_size
 from farout.devices import Precision, autocast
 from farout.diffusion.conditioning import Condition
 from farout.diffusion.schedule import NoiseSchedule
@@ -25,7 +26,6 @@ __all__ = [
     "NetworkDenoiser",
     "Prediction",
     "check_prediction",
-    "in_chunks",
     "spread",
 ]
 
@@ -52,24 +52,6 @@ def spread(values: Tensor, like: Tensor) -> Tensor:
     return values.to(device=like.device, dtype=torch.float32).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def in_chunks(call: Callable[..., Tensor], rows: int | None, *inputs: Tensor) -> Tensor:
-    """`call(*inputs)` in chunks of exactly `rows` rows, the last one padded with copies of its first row.
-
-    Kernels choose their order of summation by the batch size; one fixed size makes every row's result the same,
-    whatever batch it came in, and so does one layout in memory. `rows=None`: one call, nothing padded.
-    """
-    count = len(inputs[0])
-    if rows is None or count == 0:
-        return call(*inputs)
-    parts = []
-    for start in range(0, count, rows):
-        chunk = [tensor[start : start + rows].contiguous() for tensor in inputs]
-        missing = rows - len(chunk[0])
-        padded = [torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) if missing else t for t in chunk]
-        parts.append(call(*padded)[: rows - missing])
-    return torch.cat(parts)
-
-
 class NetworkDenoiser:
     """Adapter of a discrete-time, variance-preserving network (diffusers' call) to the contract.
 
@@ -80,14 +62,14 @@ class NetworkDenoiser:
         network: called as `network(x_vp, t, **condition).sample`; learned variances (twice the channels) are dropped.
         schedule: the schedule that the network was trained with.
         prediction: what the network predicts.
-        rows: rows of one network call (see `in_chunks`); None: any.
+        batch_size: the most rows of one network call; `auto`: by memory (see `call_in_chunks`).
         precision: fp32, bf16 or fp16; outputs become float32 before x0 is formed.
         null: gives the condition of a number of rows where none is given; None: the network gets none.
 
     Raises FaroutError for an unknown prediction.
 
     Attributes:
-        evaluations: rows evaluated so far, guidance branches included, padding not.
+        evaluations: rows evaluated so far, guidance branches included.
     """
 
     def __init__(
@@ -95,12 +77,12 @@ class NetworkDenoiser:
         network: nn.Module,
         schedule: NoiseSchedule,
         prediction: Prediction = "epsilon",
-        rows: int | None = None,
+        batch_size: BatchSize = "auto",
         precision: Precision = "fp32",
         null: Callable[[int], Condition] | None = None,
     ) -> None:
         self.network, self.schedule, self.prediction = network, schedule, check_prediction(prediction)
-        self.rows, self.precision, self.null = rows, precision, null
+        self.batch_size, self.precision, self.null = check_batch_size(batch_size), precision, null
         self.evaluations = 0
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
@@ -119,7 +101,7 @@ class NetworkDenoiser:
         def call(scaled: Tensor, t: Tensor, *values: Tensor) -> Tensor:
             return self._network(scaled, t, dict(zip(tensors, values, strict=True)))
 
-        return in_chunks(call, self.rows, scaled, t, *tensors.values())
+        return call_in_chunks(self.network, call, scaled, t, *tensors.values(), batch_size=self.batch_size)
 
     def _network(self, scaled: Tensor, t: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         with autocast(scaled.device, self.precision):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farout.core.chunking import BatchSize
 from farout.devices import Precision
 from farout.diffusion import paths
 from farout.diffusion.conditioning import no_null
@@ -61,7 +62,7 @@ class Interpolator:
         steps: steps from the largest level to the smallest, whose levels are the stations' too; a solver that finds its
             own steps uses them for that alone.
         stations: levels between the two ends that images are noised to.
-        rows: rows of one network call.
+        batch_size: the most rows of one network call; `auto`: by memory.
         precision: of the network.
 
     Attributes:
@@ -78,15 +79,15 @@ class Interpolator:
         solver: str = "pndm4",
         steps: int = 50,
         stations: int = 9,
-        rows: int = 32,
+        batch_size: BatchSize = "auto",
         precision: Precision = "fp32",
     ) -> None:
         if model.conditioning is not None and not model.conditioning.has_null:
             raise no_null()
         self.ladder = sorted({0, *paths.even_levels(model.schedule, steps)})
         top = len(self.ladder) - 1
-        if stations < 1 or rows < 1:
-            raise FaroutError(f"stations and rows want 1 or more, got {stations} and {rows}")
+        if stations < 1:
+            raise FaroutError(f"stations is {stations}; expected at least 1")
         if stations >= top:
             raise FaroutError(
                 f"{stations} stations do not fit between the ends of {top} steps; give {stations + 1} steps or more, "
@@ -94,7 +95,7 @@ class Interpolator:
             )
         self.model, self.name = model, solver
         self._solve = solver_by_name(solver, model.schedule)
-        self._denoiser = model.denoiser(rows, precision)
+        self._denoiser = model.denoiser(batch_size, precision)
         self._places = [round(top * number / (stations + 1)) for number in range(stations + 2)]
         self.levels = tuple(self.ladder[place] for place in self._places)
         rehearse(self._solve, self._up(1))

@@ -16,10 +16,11 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from farout import store
+from farout.core.chunking import BatchSize, call_in_chunks
 from farout.devices import Precision
 from farout.diffusion import folders
 from farout.diffusion.conditioning import Conditioning
-from farout.diffusion.denoiser import Clamped, Denoiser, NetworkDenoiser, Prediction, check_prediction, in_chunks
+from farout.diffusion.denoiser import Clamped, Denoiser, NetworkDenoiser, Prediction, check_prediction
 from farout.diffusion.prompts import Prompts
 from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError, StoreError
@@ -86,8 +87,8 @@ class DiffusionModel:
             self.autoencoder.to(device)
         return self
 
-    def denoiser(self, rows: int | None = None, precision: Precision = "fp32") -> NetworkDenoiser:
-        """The network behind the `Denoiser` contract, in network calls of `rows` rows.
+    def denoiser(self, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> NetworkDenoiser:
+        """The network behind the `Denoiser` contract, in network calls of at most `batch_size` rows.
 
         A class-conditional network that is given no condition gets the null condition, and so answers
         unconditionally; it raises FaroutError where it has none.
@@ -95,7 +96,7 @@ class DiffusionModel:
         # kernels follow the weights' layout; one layout, whether trained just now or loaded, gives one result
         self.network.to(memory_format=torch.channels_last)
         null = None if self.conditioning is None else self.conditioning.null
-        return NetworkDenoiser(self.network, self.schedule, self.prediction, rows, precision, null)
+        return NetworkDenoiser(self.network, self.schedule, self.prediction, batch_size, precision, null)
 
     def in_range(self, denoiser: Denoiser) -> Denoiser:
         """A denoiser of this model whose answers are clamped to what images can be; as it is for latents, which have no
@@ -374,18 +375,12 @@ def _latents(autoencoder: nn.Module, x: Tensor, noise: Tensor | None) -> Tensor:
         return (posterior.mean + posterior.std * noise[0] if noise else posterior.mode()) * scale
 
     given = [x] if noise is None else [x, noise.to(x.device)]
-    return in_chunks(call, _together(x.shape[-2], x.shape[-1]), *given)
+    return call_in_chunks(autoencoder, call, *given)
 
 
 def _pixels(autoencoder: nn.Module, latents: Tensor) -> Tensor:
-    scale, factor = float(getattr(autoencoder.config, "scaling_factor", 1.0)), _downsampling(autoencoder)
-    rows = _together(latents.shape[-2] * factor, latents.shape[-1] * factor)
-    return in_chunks(lambda some: autoencoder.decode(some / scale).sample, rows, latents)
-
-
-def _together(height: int, width: int) -> int:
-    """Images of one call of an autoencoder: by their size alone, so that no bit depends on a batch; 1 of 512 x 512."""
-    return min(max(512 * 512 // (height * width), 1), 8)
+    scale = float(getattr(autoencoder.config, "scaling_factor", 1.0))
+    return call_in_chunks(autoencoder, lambda some: autoencoder.decode(some / scale).sample, latents)
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from farout.core.chunking import BatchSize, check_batch_size
 from farout.devices import Precision
 from farout.diffusion import paths
 from farout.diffusion.conditioning import Condition, no_null
@@ -52,7 +53,7 @@ class RoundTrip:
         steps: steps back; None: 10, or the method's own. On the grid a low level has as many as there are levels.
         spacing: of the levels on the way back: `grid` (evenly in t) or `geometric` (evenly in log sigma).
         seed: level and noise of an image follow from (seed, its key) alone; the noise is the same for any level.
-        rows: rows of one network call; with the same, an image's bits do not depend on its company.
+        batch_size: the most rows of one network call; `auto`: by memory.
         precision: of the network.
 
     Raises:
@@ -68,7 +69,7 @@ class RoundTrip:
     steps: int | None = None
     spacing: BackSpacing = "grid"
     seed: int = 0
-    rows: int = 32
+    batch_size: BatchSize = "auto"
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
@@ -81,9 +82,10 @@ class RoundTrip:
                 "this model has no autoencoder, so an image comes back from level 0 as it went; give a level above 0, "
                 "such as 0.5"
             )
-        if self.rows < 1 or self.spacing not in get_args(BackSpacing) or (self.steps is not None and self.steps < 1):
-            given = f"{self.rows}, {self.steps} and {self.spacing!r}"
-            raise FaroutError(f"rows and steps want 1 or more, spacing grid or geometric; got {given}")
+        check_batch_size(self.batch_size)
+        if self.spacing not in get_args(BackSpacing) or (self.steps is not None and self.steps < 1):
+            given = f"steps is {self.steps}, spacing is {self.spacing!r}"
+            raise FaroutError(f"{given}; expected at least 1 step, and a spacing of grid or geometric")
         if is_adaptive(self.solver) and self.steps is not None:
             raise FaroutError(f"{self.solver} finds its own steps; leave out steps={self.steps}")
         conditioning = self.model.conditioning
@@ -98,7 +100,7 @@ class RoundTrip:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the images beside model, seed, rows and precision."""
+        """What decides the images, in addition to model, seed and precision."""
         adaptive = is_adaptive(self.solver)
         return {
             "level": self.level,
@@ -158,7 +160,7 @@ class RoundTrip:
         numbers, noise = zip(*map(self._drawn, keys), strict=True)
         sigmas = paths.pad([self._path(number) for number in numbers]).to(x0.device)
         x = x0 + spread(sigmas[:, 0], x0) * torch.stack(noise).to(x0.device)
-        back = self._solve(model.in_range(model.denoiser(self.rows, self.precision)), x, sigmas, condition)
+        back = self._solve(model.in_range(model.denoiser(self.batch_size, self.precision)), x, sigmas, condition)
         return model.decode(back).cpu()
 
     def _condition(self, labels: Sequence[int] | None) -> Condition | None:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from farout import progress, store
+from farout.core.chunking import blocks_with
 from farout.diffusion.sampling import Sampler
 from farout.errors import FaroutError
 from farout.images.decoding import save_png
@@ -45,7 +46,6 @@ def write_samples(
     count: int,
     *,
     classes: Sequence[int] | None = None,
-    batch: int = 64,
     grid: bool = False,
 ) -> SampledFolder:
     """Makes images 0 to count - 1 into `out`, those that are there already not again.
@@ -60,16 +60,15 @@ def write_samples(
         out: the folder.
         count: number of images, all classes together.
         classes: labels of the classes to make; None: all of a conditional model.
-        batch: images made at once.
         grid: also write `<out>-grid.png`, beside the folder: some images of every class, a row a class.
 
     Raises:
-        FaroutError: for a count or batch below 1, classes that are empty or do not go with the model, and images that
+        FaroutError: for a count below 1, classes that are empty or do not go with the model, and images that
             are not numbers.
         StoreError: where `out` holds something else, or images that were made in another way.
     """
-    if count < 1 or batch < 1:
-        raise FaroutError(f"count and batch want at least 1, got {count} and {batch}")
+    if count < 1:
+        raise FaroutError(f"count is {count}; expected at least 1")
     if classes is not None and not classes:
         raise FaroutError("classes are empty; name at least one, or give None for all of the model's")
     conditioning = sampler.model.conditioning
@@ -80,11 +79,11 @@ def write_samples(
     plan.begin()
     missing = [index for index in range(count) if not plan.path(index).is_file()]
     with progress.task(f"images into {out}", len(missing)) as bar:
-        for start in range(0, len(missing), batch):
-            indices = missing[start : start + batch]
+        for indices in blocks_with(missing, sampler.images_per_batch, count):
             for index, image in zip(indices, sampler.images(indices, plan.labels(indices)), strict=True):
-                save_png(image, plan.path(index), plan.out / _WORKING)
-            bar.advance(len(indices))
+                if not plan.path(index).is_file():
+                    save_png(image, plan.path(index), plan.out / _WORKING)
+                    bar.advance()
     there = plan.write_manifest()
     return SampledFolder(plan.out, there, count, len(missing), plan.write_grid(count) if grid else None)
 
@@ -119,7 +118,6 @@ class _Plan:
             "classes": None if self.classes is None else [self.names[label] for label in self.classes],
             **sampler.settings,
             "seed": sampler.seed,
-            "rows": sampler.rows,
             "precision": sampler.precision,
             "device": sampler.model.device.type,
         }

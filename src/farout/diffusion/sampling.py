@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from farout.core.chunking import BatchSize, check_batch_size
 from farout.devices import Precision
 from farout.diffusion import paths
 from farout.diffusion.conditioning import Condition, no_null
@@ -19,6 +20,7 @@ from farout.diffusion.methods import is_adaptive, rehearse, solver_by_name, solv
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import image_noise
 from farout.errors import FaroutError
+from farout.runtime import Runtime
 
 __all__ = ["STEPS", "Sampler", "Spacing", "choose_classes", "sample"]
 
@@ -67,7 +69,7 @@ class Sampler:
             (evenly in log sigma) or `leading` (evenly in t from 1 up: 981, …, 21, 1; Stable Diffusion's own).
         guidance: scale s of null + s (conditional - null); 1 is conditional; the paper's omega is s - 1.
         seed: image i is made from (seed, i) alone.
-        rows: rows of one network call; with the same, an image's bits do not depend on its company.
+        batch_size: the most rows of one network call; `auto`: by memory.
         precision: of the network.
         clamp: keep every estimate of the clean image within what images can be, where the model works on pixels.
 
@@ -82,15 +84,15 @@ class Sampler:
     spacing: Spacing = "grid"
     guidance: float = 1.0
     seed: int = 0
-    rows: int = 32
+    batch_size: BatchSize = "auto"
     precision: Precision = "fp32"
     clamp: bool = True
 
     def __post_init__(self) -> None:
         conditioning = self.model.conditioning
-        if self.rows < 1 or self.spacing not in get_args(Spacing):
-            known = ", ".join(get_args(Spacing))
-            raise FaroutError(f"rows want 1 or more, spacing one of {known}; got {self.rows} and {self.spacing!r}")
+        check_batch_size(self.batch_size)
+        if self.spacing not in get_args(Spacing):
+            raise FaroutError(f"spacing is {self.spacing!r}; expected one of {', '.join(get_args(Spacing))}")
         if self.guidance != 1 and conditioning is None:
             raise FaroutError(f"guidance {self.guidance:g} wants a class-conditional model; this one is unconditional")
         if self.guidance != 1 and conditioning is not None and not conditioning.has_null:
@@ -101,7 +103,7 @@ class Sampler:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the images beside model, labels, seed, rows and precision."""
+        """What decides the images, in addition to model, labels, seed and precision."""
         return {
             "solver": self.solver,
             "steps": None if is_adaptive(self.solver) else self._steps,
@@ -128,6 +130,11 @@ class Sampler:
         if steps < 1:
             raise FaroutError(f"steps want 1 or more, got {steps}")
         return solver_path(self.solver, paths.geometric(schedule, schedule.steps - 1, steps))
+
+    @property
+    def images_per_batch(self) -> int:
+        """The number of images to sample together."""
+        return Runtime(str(self.model.device), batch_size=self.batch_size).images_per_batch(self.model.shape)
 
     def condition(self, labels: Sequence[int] | None) -> Condition | None:
         """The condition of the labels; raises FaroutError where they and the model do not go together."""
@@ -159,7 +166,7 @@ class Sampler:
         return model.decode(self._solve(self._denoiser(), x, sigmas, condition)).cpu()
 
     def _denoiser(self) -> Denoiser:
-        denoiser: Denoiser = self.model.denoiser(self.rows, self.precision)
+        denoiser: Denoiser = self.model.denoiser(self.batch_size, self.precision)
         if self.guidance != 1 and self.model.conditioning is not None:
             denoiser = Guided(denoiser, self.guidance, self.model.conditioning.null)
         return self.model.in_range(denoiser) if self.clamp else denoiser
@@ -175,12 +182,11 @@ def sample(
     spacing: Spacing = "grid",
     guidance: float = 1.0,
     seed: int = 0,
-    batch: int = 64,
-    rows: int = 32,
+    batch_size: BatchSize = "auto",
     precision: Precision = "fp32",
     clamp: bool = True,
 ) -> Iterator[Tensor]:
-    """Makes images from noise: an iterator of (B, C, H, W) float32 in [0, 1], `batch` at a time.
+    """Makes images from noise: an iterator of (B, C, H, W) float32 in [0, 1], `batch_size` at a time.
 
     Image i depends on (seed, i) and its label alone: a longer run begins with the images of a shorter one.
 
@@ -188,23 +194,23 @@ def sample(
         model: the diffusion model.
         count: number of images; those of a conditional model take its classes in turn.
         labels: instead of a count, the label of each image (conditional models).
-        solver, steps, spacing, guidance, seed, rows, precision, clamp: see `Sampler`.
-        batch: images made at once.
+        solver, steps, spacing, guidance, seed, precision, clamp: see `Sampler`.
+        batch_size: the most images sampled together, and rows of one network call; `auto`: by memory.
 
     Raises:
         FaroutError: at the call, for settings, counts and labels that do not go together.
     """
-    sampler = Sampler(model, solver, steps, spacing, guidance, seed, rows, precision, clamp)
-    if (count is None) == (labels is None) or batch < 1 or (count is not None and count < 1):
-        raise FaroutError(f"give count or labels, and at least 1 as count and batch; got {count}, {labels}, {batch}")
+    sampler = Sampler(model, solver, steps, spacing, guidance, seed, batch_size, precision, clamp)
+    if (count is None) == (labels is None) or (count is not None and count < 1):
+        raise FaroutError(f"give either a count of at least 1 or labels; got {count} and {labels}")
     if labels is None and model.conditioning is not None:
         labels = [index % model.conditioning.classes for index in range(count or 0)]
     sampler.condition(labels)
     total = len(labels) if labels is not None else count or 0
 
     def batches() -> Iterator[Tensor]:
-        for start in range(0, total, batch):
-            indices = range(start, min(start + batch, total))
+        for start in range(0, total, sampler.images_per_batch):
+            indices = range(start, min(start + sampler.images_per_batch, total))
             yield sampler.images(indices, None if labels is None else [labels[index] for index in indices])
 
     return batches()

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from farout import store
-from farout.diffusion.denoiser import in_chunks
+from farout.core.chunking import call_in_chunks
 from farout.errors import FaroutError, MissingExtraError, StoreError
 
 __all__ = ["TextEncoder", "has_text"]
-
-_ROWS = 8
-"""Prompts of one call: the same number always, so that a context does not depend on its company."""
 
 
 def has_text(folder: Path) -> bool:
@@ -119,7 +116,7 @@ class TextEncoder:
                 return self.module(numbers).last_hidden_state
 
         given = () if exchanged is None else (exchanged[0].float(), exchanged[1])
-        return in_chunks(call, _ROWS, *(tensor.to(self.device) for tensor in (numbers, *given)))
+        return call_in_chunks(self.module, call, *(tensor.to(self.device) for tensor in (numbers, *given)))
 
     @torch.no_grad()
     def summaries(self, prompts: Sequence[str]) -> Tensor:
@@ -127,11 +124,7 @@ class TextEncoder:
         that has seen all of it (Radford et al. 2021, section 2.4; their projection is not part of Stable Diffusion).
         """
         ends = torch.tensor([len(self.tokens(text)) + 1 for text in prompts])
-
-        def call(numbers: Tensor, ends: Tensor) -> Tensor:
-            return self.contexts(numbers).cpu()[torch.arange(len(ends)), ends]
-
-        return in_chunks(call, _ROWS, self.numbers(prompts), ends)
+        return self.contexts(self.numbers(prompts)).cpu()[torch.arange(len(ends)), ends]
 
     def null(self, count: int) -> Tensor:
         """The context of the empty prompt, `count` times; it is computed once."""

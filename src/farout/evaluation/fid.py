@@ -18,19 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from farout import progress, store
-from farout.devices import Precision, PrecisionChoice, resolve_device, resolve_precision
+from farout.core.chunking import BatchSize
+from farout.devices import PrecisionChoice
 from farout.errors import FaroutError, MissingExtraError, StoreError, TrapWarning
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
 from farout.images.decoding import quantised
 from farout.images.preprocessing import Preprocessing, check_against
 from farout.images.sources import Images, ImageSource, batches, open_source
+from farout.runtime import Runtime
 
 __all__ = ["FeatureName", "SetDistance", "frechet_distance", "kernel_distance", "set_distance"]
 
 FeatureName = Literal["lite0", "inception"]
 _NAMES = {"lite0": ("FD-lite0", "KD-lite0"), "inception": ("FID", "KID")}
-_BATCH = 64
+_INCEPTION_SIDE = 299
 _SUBSETS, _SUBSET = 100, 1000
 
 
@@ -135,7 +137,7 @@ def set_distance(
     out: str | Path | None = None,
     device: str = "auto",
     precision: PrecisionChoice = "fp32",
-    rows: int = 32,
+    batch_size: BatchSize = "auto",
     workers: int = 2,
 ) -> SetDistance:
     """Tell how far generated images are from real ones: FID and KID, or their kin on the built-in backbone.
@@ -152,7 +154,7 @@ def set_distance(
         out: a JSON file for the numbers.
         device: auto, cpu, cuda, cuda:1, …
         precision: precision of lite0; figures that are compared want the same. inception computes in fp32.
-        rows: rows of one network call.
+        batch_size: the most images processed together; auto: by memory.
         workers: threads that decode images.
 
     Raises:
@@ -160,14 +162,11 @@ def set_distance(
         MissingExtraError: for `inception` without the extra `farout[fid]`.
         StoreError: where the weights of Inception cannot be fetched.
     """
-    if rows < 1 or workers < 0:
-        raise FaroutError(f"rows want 1, workers 0 or more, got {rows} and {workers}")
     if features not in _NAMES:
         raise FaroutError(f"features are {' or '.join(_NAMES)}, got {features!r}")
+    runtime = Runtime(device, _precision(features, precision), batch_size, workers).resolved()
     sources = [open_source(each, limit=limit, seed=seed) for each in (generated, source)]
-    where = resolve_device(device)
-    exact = resolve_precision(_precision(features, precision), where)
-    read = (_lite0 if features == "lite0" else _inception)(sources[1], where, exact, rows, workers)
+    read = (_lite0 if features == "lite0" else _inception)(sources[1], runtime)
     first, second = (read(source) for source in sources)
     _check(first, second)
     _warn_of_few(_NAMES[features][0], len(first), len(second), first.shape[1])
@@ -177,7 +176,7 @@ def set_distance(
     found = SetDistance(*_NAMES[features], frechet_distance(first, second), kernel, spread, *counts)
     if out is not None:
         about: dict[str, Any] = {"sources": [source.name for source in sources], "limit": limit, "seed": seed}
-        about |= {"features": features, "precision": exact, "versions": store.versions()}
+        about |= {"features": features, "precision": runtime.precision, "versions": store.versions()}
         store.write_json(out, {**asdict(found), **about})
     return found
 
@@ -209,28 +208,29 @@ Reader = Callable[[ImageSource], np.ndarray]
 """From images to features (N, D)."""
 
 
-def _lite0(reference: ImageSource, device: torch.device, precision: Precision, rows: int, workers: int) -> Reader:
+def _lite0(reference: ImageSource, runtime: Runtime) -> Reader:
     """Reads features of the built-in backbone, through the cache."""
-    extractor = FeatureExtractor.create("lite0").to(device)
+    extractor = FeatureExtractor.create("lite0").to(runtime.device)
     preprocessing = Preprocessing.for_source(reference, size=extractor.size, channels=3)
-    reader = CachedFeatures(extractor, preprocessing, rows, precision)
+    reader = CachedFeatures(extractor, preprocessing, runtime.batch_size, runtime.precision)  # type: ignore[arg-type]
 
     def features(source: ImageSource) -> Iterator[Tensor]:
-        for batch in reader.batches(source, _BATCH, workers):
+        for batch in reader.batches(source, runtime.images_per_batch((1,)), runtime.workers):
             assert batch.features is not None
             yield batch.features
 
     return lambda source: _read(source, preprocessing, features(source))
 
 
-def _inception(reference: ImageSource, device: torch.device, precision: Precision, rows: int, workers: int) -> Reader:
+def _inception(reference: ImageSource, runtime: Runtime) -> Reader:
     """Reads the 2048 pooled features of Inception v3 as torchmetrics has them; they stay in float32."""
-    network = _inception_network().to(device)
+    network = _inception_network().to(runtime.device)
     native = Preprocessing.for_source(reference, channels=3, largest=10**6)
 
     def features(source: ImageSource) -> Iterator[Tensor]:
-        for batch in batches(source, native, rows, workers=workers):
-            pixels = quantised(batch.images).to(device)
+        size = runtime.images_per_batch((3, _INCEPTION_SIDE, _INCEPTION_SIDE))
+        for batch in batches(source, native, size, workers=runtime.workers):
+            pixels = quantised(batch.images).to(runtime.device)
             yield network(pixels).reshape(len(pixels), -1).float().cpu()
 
     return lambda source: _read(source, native, features(source))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from farout import progress, store
+from farout.core.chunking import BatchSize
 from farout.devices import PrecisionChoice, resolve_device, resolve_precision
 from farout.diffusion.interpolation import Interpolations, Interpolator
 from farout.diffusion.methods import is_adaptive
@@ -18,6 +19,7 @@ from farout.errors import FaroutError, SourceError
 from farout.evaluation.rendering import png_address, render
 from farout.images.decoding import save_png
 from farout.images.sources import Images, ImageSource, batches, open_source
+from farout.runtime import Runtime
 
 __all__ = ["KIND", "InterpolatedFolder", "write_interpolations"]
 
@@ -47,7 +49,7 @@ def write_interpolations(
     steps: int = 50,
     stations: int = 9,
     seed: int = 0,
-    rows: int = 32,
+    batch_size: BatchSize = "auto",
     device: str = "auto",
     precision: PrecisionChoice = "fp32",
     workers: int = 2,
@@ -67,7 +69,7 @@ def write_interpolations(
         steps: steps of the inversion, and of the way back.
         stations: pictures between the two ends.
         seed: seed of the drawn images.
-        rows: rows of one network call.
+        batch_size: the most images processed together, and rows of one network call; auto: by memory.
         device: auto, cpu, cuda, cuda:1, …
         precision: precision of the network; the inversion wants an exact one.
         workers: threads that decode images.
@@ -82,13 +84,14 @@ def write_interpolations(
     store.check_replaceable(out, KIND)
     network = model if isinstance(model, DiffusionModel) else DiffusionModel.load(model).to(resolve_device(device))
     exact = resolve_precision(precision, network.device)
-    interpolator = Interpolator(network, solver, steps, stations, rows, exact)
+    interpolator = Interpolator(network, solver, steps, stations, batch_size, exact)
     opened = open_source(source, limit=2 * pairs, seed=seed)
     if len(opened) < 2 * pairs:
         raise SourceError(f"{opened.name} has {len(opened)} images, {pairs} pairs want {2 * pairs}")
     drawn = opened.subset([place for pair in range(pairs) for place in (pair, pair + pairs)])
     with store.atomic_folder(out, KIND) as folder:
-        found = _interpolated(interpolator, drawn, folder, rows, workers)
+        runtime = Runtime(str(network.device), exact, batch_size, workers)
+        found = _interpolated(interpolator, drawn, folder, runtime)
         keys = list(zip(drawn.keys[::2], drawn.keys[1::2], strict=True))
         error = _round_trip(found)
         about = {
@@ -99,7 +102,6 @@ def write_interpolations(
             "steps": None if is_adaptive(solver) else steps,
             "levels": list(interpolator.levels),
             "seed": seed,
-            "rows": rows,
             "precision": exact,
             "round_trip": error,
         }
@@ -109,13 +111,14 @@ def write_interpolations(
 
 
 def _interpolated(
-    interpolator: Interpolator, drawn: ImageSource, folder: Path, rows: int, workers: int
+    interpolator: Interpolator, drawn: ImageSource, folder: Path, runtime: Runtime
 ) -> list[Interpolations]:
     """Interpolations of every two images that follow one another, saved as they are made."""
     found: list[Interpolations] = []
-    together = max(1, rows // 4)  # pairs: their stations fill most calls of the network
+    prepared, stations = interpolator.model.preprocessing, len(interpolator.levels)
+    pairs = max(1, runtime.images_per_batch((prepared.channels, *prepared.size), stations) // 2)
     with progress.task("interpolating", len(drawn) // 2) as bar:
-        for batch in batches(drawn, interpolator.model.preprocessing, 2 * together, workers=workers):
+        for batch in batches(drawn, prepared, 2 * pairs, workers=runtime.workers):
             for images in _one_by_one(interpolator(batch.images[::2], batch.images[1::2])):
                 _save(folder, len(found), images)
                 found.append(images)

@@ -66,9 +66,10 @@ def rate_outliers(
     places, prepare = {key: place for place, key in enumerate(source.keys)}, classifier.preprocessing
     rows: list[dict[str, Any]] = []
     with task("rating outliers", outliers.images) as bar:
-        for batch in batches(outliers.source(), prepare, int(runtime.rows), workers=runtime.workers):
+        size = runtime.images_per_batch((prepare.channels, *prepare.size))
+        for batch in batches(outliers.source(), prepare, size, workers=runtime.workers):
             found = manifest.loc[list(batch.keys)]
-            chances = classifier.outputs(batch.images, int(runtime.rows)).logits.softmax(1).cpu()
+            chances = classifier.outputs(batch.images, runtime.batch_size).logits.softmax(1).cpu()
             own = torch.tensor([columns[name] for name in found["class_name"]])
             originals = torch.stack([prepare(source[places[key]]) for key in found["source"]])
             told = {

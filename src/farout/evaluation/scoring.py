@@ -137,7 +137,7 @@ def _plan(detector: Detector, source: ImageSource, fdr: float | None) -> dict[st
         "images": len(source),
         "part": _PART,
         "keys": hashlib.sha256("\0".join(source.keys).encode()).hexdigest(),
-        "runtime": {"device": runtime.device, "precision": runtime.precision, "rows": runtime.rows},
+        "runtime": {"device": runtime.device.partition(":")[0], "precision": runtime.precision},
     }
 
 

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, islice
@@ -68,7 +68,7 @@ class _Piece:
     """Some neighbours of a source: who they are (None: unreadable), and the prepared images of those not cached."""
 
     names: list[bytes | None]
-    lacking: list[tuple[int, bytes, Tensor]]
+    lacking: list[tuple[bytes, Tensor]]
 
 
 class FeatureCache:
@@ -98,7 +98,7 @@ class FeatureCache:
         self.settings, self.hits, self.failure = {**whole, "about": about or {}}, 0, ""
         self._index: dict[bytes, tuple[np.ndarray, int]] = {}
         self._seen: set[str] = set()
-        self._new: list[tuple[bytes, np.ndarray]] = []
+        self._new: dict[bytes, np.ndarray] = {}
 
     def _refresh(self) -> None:
         """Learns of files written since; one that is damaged or of another layout is passed over."""
@@ -124,30 +124,33 @@ class FeatureCache:
         self._index |= {name: (rows, place) for place, name in enumerate(rows["image"].tolist())}
 
     def batches(
-        self, source: ImageSource, preprocessing: Preprocessing, size: int, workers: int, compute: Compute, rows: int
+        self, source: ImageSource, preprocessing: Preprocessing, size: int, workers: int, compute: Compute, chunk: int
     ) -> Iterator[Batch]:
         """As `farout.images.batches`, with `features` in place of the images, which stay empty; what the cache lacks is
-        computed, `rows` images a call, while `workers` threads read and prepare the next ones.
+        computed, `chunk` images a call, while `workers` threads read and prepare the next ones.
+
+        An image that occurs twice is computed once. Calls follow the order of the source, so that a run that was
+        killed, and finds the features of its first calls on disk, makes the same calls for the rest.
         """
         self._refresh()
         parts = [range(i, min(i + size, len(source))) for i in range(0, len(source), size)]
-        spans = [part[i : i + rows] for part in parts for i in range(0, len(part), rows)]
+        spans = [part[i : i + chunk] for part in parts for i in range(0, len(part), chunk)]
         pieces = ahead([partial(self._look_up, source, preprocessing, span) for span in spans], workers)
         try:
             for part in parts:
-                names, fresh = self._computed(islice(pieces, -(-len(part) // rows)), compute, rows)
+                names, fresh = self._computed(islice(pieces, -(-len(part) // chunk)), compute, chunk)
                 yield self._assembled(source, part, names, fresh, preprocessing)
         finally:
             self.flush()
 
     def _look_up(self, source: ImageSource, preprocessing: Preprocessing, span: range) -> _Piece:
         names: list[bytes | None] = []
-        lacking: list[tuple[int, bytes, Tensor]] = []
+        lacking: list[tuple[bytes, Tensor]] = []
         for index in span:
             try:
                 name, pixels = _identified(source, index)
                 if name not in self._index:
-                    lacking.append((index, name, preprocessing(source[index] if pixels is None else pixels)))
+                    lacking.append((name, preprocessing(source[index] if pixels is None else pixels)))
                 names.append(name)
             except UnreadableImageError:
                 if source.policy == "raise":
@@ -156,21 +159,24 @@ class FeatureCache:
         return _Piece(names, lacking)
 
     def _computed(
-        self, pieces: Iterator[_Piece], compute: Compute, rows: int
-    ) -> tuple[list[bytes | None], dict[int, np.ndarray]]:
-        """Names of all, and rows of those that were lacking by their index; what is computed is kept at once."""
+        self, pieces: Iterator[_Piece], compute: Compute, chunk: int
+    ) -> tuple[list[bytes | None], dict[bytes, np.ndarray]]:
+        """Names of all images, and the features computed here by name, which are kept at once."""
         names: list[bytes | None] = []
-        fresh: dict[int, np.ndarray] = {}
-        waiting: list[tuple[int, bytes, Tensor]] = []
+        fresh: dict[bytes, np.ndarray] = {}
+        waiting: dict[bytes, Tensor] = {}
 
         for piece in chain(pieces, [None]):
+            for name, image in piece.lacking if piece else []:
+                # looked up again here: the threads may have looked before an equal image was computed
+                if name not in self._index and name not in self._new and name not in fresh:
+                    waiting.setdefault(name, image)
             names += piece.names if piece else []
-            waiting += piece.lacking if piece else []
-            while len(waiting) >= rows or (waiting and piece is None):
-                chunk, waiting = waiting[:rows], waiting[rows:]
-                found = compute(torch.stack([image for *_, image in chunk])).cpu().numpy()
-                fresh |= {index: row for (index, *_), row in zip(chunk, found, strict=True)}
-                self._keep([(name, row) for (_, name, _), row in zip(chunk, found, strict=True)])
+            while len(waiting) >= chunk or (waiting and piece is None):
+                some = list(waiting)[:chunk]
+                found = compute(torch.stack([waiting.pop(name) for name in some])).cpu().numpy()
+                fresh |= dict(zip(some, found, strict=True))
+                self._keep(dict(zip(some, found, strict=True)))
         return names, fresh
 
     def _assembled(
@@ -178,11 +184,11 @@ class FeatureCache:
         source: ImageSource,
         part: range,
         names: list[bytes | None],
-        fresh: dict[int, np.ndarray],
+        fresh: dict[bytes, np.ndarray],
         preprocessing: Preprocessing,
     ) -> Batch:
         named = [(index, name) for index, name in zip(part, names, strict=True) if name is not None]
-        rows = [fresh[index] if index in fresh else self._read(name) for index, name in named]
+        rows = [fresh[name] if name in fresh else self._read(name) for _, name in named]
         features = torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *self.type["features"].shape)
         readable = tuple(index for index, _ in named)
         labels = None if source.labels is None else torch.tensor([source.labels[i] for i in readable]).long()
@@ -190,13 +196,15 @@ class FeatureCache:
         return Batch(tuple(source.keys[i] for i in readable), empty, labels, readable, features)
 
     def _read(self, name: bytes) -> np.ndarray:
-        rows, place = self._index[name]
         self.hits += 1
+        if name in self._new:
+            return self._new[name]
+        rows, place = self._index[name]
         return np.array(rows[place]["features"])
 
-    def _keep(self, rows: Sequence[tuple[bytes, np.ndarray]]) -> None:
+    def _keep(self, rows: dict[bytes, np.ndarray]) -> None:
         # what is not a number is not worth keeping
-        self._new += [(name, row) for name, row in rows if np.isfinite(row).all()]
+        self._new |= {name: row for name, row in rows.items() if np.isfinite(row).all()}
         if len(self._new) >= _BLOCK:
             self.flush()
 
@@ -210,7 +218,7 @@ class FeatureCache:
 
     def flush(self) -> None:
         """Writes the rows that are not on disk yet; see `failure`."""
-        rows, self._new = self._new, []
+        rows, self._new = list(self._new.items()), {}
         if not rows or self.failure:
             return
         try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from farout import store
+from farout.core.chunking import BatchSize
 from farout.densities import Mahalanobis
 from farout.devices import Precision
 from farout.diffusion.denoiser import NetworkDenoiser
@@ -78,9 +79,9 @@ class FeatureDiffusion:
     def _networks(self) -> dict[str, FeatureDenoiser]:
         return {"network": self.network} if self.first is None else {"network": self.network, "first": self.first}
 
-    def denoisers(self, rows: int | None = None, precision: Precision = "fp32") -> list[NetworkDenoiser]:
+    def denoisers(self, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> list[NetworkDenoiser]:
         """The trained network behind the `Denoiser` contract, and then the early one where there is one."""
-        return [NetworkDenoiser(n, self.schedule, "sample", rows, precision) for n in self._networks().values()]
+        return [NetworkDenoiser(n, self.schedule, "sample", batch_size, precision) for n in self._networks().values()]
 
     def encode(self, features: Tensor) -> Tensor:
         """Features (B, sum of channels) -> x0 (B, width) on the networks' device."""

@@ -11,18 +11,19 @@ from typing import Any, Literal
 from torch import Tensor
 
 from farout import progress
-from farout.devices import Precision, PrecisionChoice, resolve_device, resolve_precision
+from farout.core.chunking import BatchSize
+from farout.devices import Precision, PrecisionChoice
 from farout.errors import FaroutError, StoreError
 from farout.features.cache import FeatureCache
 from farout.features.extractor import FeatureExtractor
 from farout.images.preprocessing import Preprocessing, Protocol
 from farout.images.sources import Batch, Images, ImageSource, open_source
+from farout.runtime import Runtime
 
 __all__ = ["CachedFeatures", "Extraction", "extract"]
 
-_ROWS = 16
+_CPU_CHUNK, _ACCELERATOR_CHUNK = 16, 128
 """Images prepared and computed at a time; calls of the backbone may be smaller."""
-_BATCH = 64
 
 
 class CachedFeatures:
@@ -31,7 +32,7 @@ class CachedFeatures:
     Args:
         extractor: the backbone, on its device.
         preprocessing: how images are brought to it.
-        rows: rows of one call, see `FeatureExtractor.rows`.
+        batch_size: the most rows of one call of the backbone; `auto`: by memory.
         precision: of the backbone.
         root: folder of the cache; None: the user's.
     """
@@ -40,11 +41,12 @@ class CachedFeatures:
         self,
         extractor: FeatureExtractor,
         preprocessing: Preprocessing,
-        rows: int,
+        batch_size: BatchSize,
         precision: Precision,
         root: Path | None = None,
     ) -> None:
-        self.extractor, self.preprocessing, self.rows, self.precision = extractor, preprocessing, rows, precision
+        self.extractor, self.preprocessing = extractor, preprocessing
+        self.batch_size, self.precision = batch_size, precision
         self.cache = FeatureCache(extractor.width, self._settings(), root, extractor.describe())
 
     def _settings(self) -> dict[str, Any]:
@@ -53,17 +55,16 @@ class CachedFeatures:
             "content_hash": self.extractor.content_hash,
             "preprocessing": _deciding(self.preprocessing),
             "precision": self.precision,
-            "rows": self.extractor.rows(self.rows),
             "device": self.extractor.device.type,
         }
 
     def batches(self, source: ImageSource, size: int, workers: int) -> Iterator[Batch]:
         """Batches of `size` positions of the source, features in place of the images; see `FeatureCache.batches`."""
-        rows = max(_ROWS, self.extractor.rows(self.rows))
-        return self.cache.batches(source, self.preprocessing, size, workers, self._compute, rows)
+        chunk = _CPU_CHUNK if self.extractor.device.type == "cpu" else _ACCELERATOR_CHUNK
+        return self.cache.batches(source, self.preprocessing, size, workers, self._compute, chunk)
 
     def _compute(self, images: Tensor) -> Tensor:
-        return self.extractor.pooled(images, self.rows, self.precision)
+        return self.extractor.pooled(images, self.batch_size, self.precision)
 
 
 def _deciding(preprocessing: Preprocessing) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def extract(
     policy: Literal["raise", "skip"] = "skip",
     device: str = "auto",
     precision: PrecisionChoice = "auto",
-    rows: int = 32,
+    batch_size: BatchSize = "auto",
     workers: int = 2,
 ) -> Extraction:
     """Compute features of images once, for all detectors that will ask for them.
@@ -117,26 +118,26 @@ def extract(
         policy: what becomes of an unreadable image: raise, or skip.
         device: auto, cpu, cuda, cuda:1, …
         precision: precision of the backbone; auto is bf16 where the device computes in it natively, else fp32.
-        rows: rows of one network call, as the detector will have it.
+        batch_size: the most images of one network call; auto: by memory.
         workers: threads that decode images.
 
     Raises:
         FaroutError: for settings, sources or weights that do not go together.
         StoreError: where the cache cannot be written.
     """
-    if rows < 1 or workers < 0 or (native is not None and (len(native) != 2 or min(native) < 1)):
-        raise FaroutError(f"rows want 1, workers 0 or more, native two sides; got {rows}, {workers} and {native}")
+    runtime = Runtime(device, precision, batch_size, workers).resolved()
+    if native is not None and (len(native) != 2 or min(native) < 1):
+        raise FaroutError(f"native is {native}; expected a height and a width in pixels")
     images = open_source(source, limit=limit, seed=seed, policy=policy)
-    where = resolve_device(device)
-    extractor = FeatureExtractor.create(backbone, weights, layers, size).to(where)
+    extractor = FeatureExtractor.create(backbone, weights, layers, size).to(runtime.device)
     preprocessing = Preprocessing.for_source(images, size=extractor.size, channels=3, protocol=protocol)
     if native is not None:
         preprocessing = replace(preprocessing, native=(native[0], native[1]))
-    reader = CachedFeatures(extractor, preprocessing, rows, resolve_precision(precision, where))
+    reader = CachedFeatures(extractor, preprocessing, batch_size, runtime.precision)  # type: ignore[arg-type]  # resolved
     reader.cache.claim()
     started, count = time.perf_counter(), 0
     with progress.task(f"features of {images.name}", len(images)) as bar:
-        for batch in reader.batches(images, _BATCH, workers):
+        for batch in reader.batches(images, runtime.images_per_batch((1,)), workers):
             count += len(batch.keys)
             bar.advance(len(batch.keys))
             if reader.cache.failure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from farout import store
+from farout.core.chunking import BatchSize, call_in_chunks
 from farout.devices import Precision, autocast
-from farout.diffusion.denoiser import in_chunks
 from farout.errors import FaroutError, StoreError
 from farout.features import backbones
 from farout.features.folding import folded
@@ -22,8 +22,6 @@ from farout.features.folding import folded
 __all__ = ["KIND", "FeatureExtractor"]
 
 KIND = "feature extractor"
-_CPU_ROWS = 8
-"""On a CPU, more rows at 224 pixels fall out of the caches: 8 take half as long per image as 32."""
 
 
 class FeatureExtractor:
@@ -95,19 +93,15 @@ class FeatureExtractor:
         """What is run; `network` keeps the weights as they came."""
         return folded(self.network, self.size)
 
-    def rows(self, rows: int) -> int:
-        """Rows of one call of the backbone: `rows`, on a CPU at most 8."""
-        return min(rows, _CPU_ROWS) if self.device.type == "cpu" else rows
-
-    def pooled(self, images: Tensor, rows: int | None = None, precision: Precision = "fp32") -> Tensor:
+    def pooled(self, images: Tensor, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> Tensor:
         """Images (B, 3, size, size) in [0, 1] -> features (B, width) float32: means over positions, layer by layer."""
 
         def call(chunk: Tensor) -> Tensor:
             return torch.cat([level.float().mean((2, 3)) for level in self._levels(chunk, precision)], dim=1)
 
-        return self._run(call, images, rows)
+        return self._run(call, images, batch_size)
 
-    def grid(self, images: Tensor, side: int, rows: int | None = None, precision: Precision = "fp32") -> Tensor:
+    def grid(self, images: Tensor, side: int, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> Tensor:
         """Images (B, 3, size, size) in [0, 1] -> features (B, width, side, side) float32: every layer averaged, or
         enlarged bilinearly, to one grid.
         """
@@ -115,14 +109,14 @@ class FeatureExtractor:
         def call(chunk: Tensor) -> Tensor:
             return torch.cat([_to_grid(level.float(), side) for level in self._levels(chunk, precision)], dim=1)
 
-        return self._run(call, images, rows)
+        return self._run(call, images, batch_size)
 
-    def _run(self, call: Any, images: Tensor, rows: int | None) -> Tensor:
+    def _run(self, call: Callable[..., Tensor], images: Tensor, batch_size: BatchSize) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
             raise FaroutError(f"the backbone takes images (B, 3, H, W), got {tuple(images.shape)}")
         with torch.no_grad():
             ready = images.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
-            return in_chunks(call, None if rows is None else self.rows(rows), ready)
+            return call_in_chunks(self._fast, call, ready, batch_size=batch_size)
 
     def _levels(self, images: Tensor, precision: Precision) -> list[Tensor]:
         mean, std = (torch.tensor(v, device=images.device).reshape(1, 3, 1, 1) for v in (self.mean, self.std))

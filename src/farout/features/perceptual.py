@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from farout.core.chunking import BatchSize, call_in_chunks
 from farout.devices import in_float64
-from farout.diffusion.denoiser import in_chunks
 from farout.errors import FaroutError, MissingExtraError
 from farout.features.backbones import lite0
 
@@ -22,7 +22,7 @@ PerceptualName = Literal["lite0", "lpips"]
 class PerceptualDistance(Protocol):
     """Features of images once, then distances between features."""
 
-    def features(self, images: Tensor, rows: int | None = None) -> list[Tensor]:
+    def features(self, images: Tensor, batch_size: BatchSize = "auto") -> list[Tensor]:
         """Feature maps of images (B, C, H, W) in [0, 1], one tensor (B, c, h, w) per depth."""
 
     def distance(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
@@ -56,7 +56,7 @@ class _FeatureDistance:
         self.weights = None if self.weights is None else [weight.to(device) for weight in self.weights]
         return self
 
-    def features(self, images: Tensor, rows: int | None = None) -> list[Tensor]:
+    def features(self, images: Tensor, batch_size: BatchSize = "auto") -> list[Tensor]:
         """Unit-normalised feature maps; grey is repeated to three channels, small images are fitted to the network."""
         ready = (self._fit(images.expand(-1, 3, -1, -1)) - self.mean) / self.std
         ready = ready.contiguous(memory_format=torch.channels_last)
@@ -68,7 +68,7 @@ class _FeatureDistance:
             return torch.cat([feature.flatten(1) for feature in maps], dim=1)
 
         with torch.no_grad():
-            flat = in_chunks(call, rows, ready)
+            flat = call_in_chunks(self.network, call, ready, batch_size=batch_size)
         parts = flat.split([shape.numel() for shape in shapes], dim=1)
         return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
 

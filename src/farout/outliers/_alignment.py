@@ -173,12 +173,12 @@ def _trained(
 def _features(classifier: Classifier, work: Work, varied: ClassifierConfig | None) -> tuple[Tensor, Tensor]:
     """Directions (N, D) of the readable images, varied by the config where one is given, and their places (N,)."""
     prepared, parts, index = classifier.preprocessing, list[Tensor](), list[int]()
-    size = work.runtime.images_at_once((prepared.channels, *prepared.size))
+    size = work.runtime.images_per_batch((prepared.channels, *prepared.size))
     with task(f"directions of {work.source.name}", len(work.source)) as bar:
         for batch in batches(work.source, prepared, size, workers=work.runtime.workers):
             if batch.keys:
                 images = batch.images if varied is None else _varied(batch, varied, work.seed)
-                outputs = classifier.outputs(images, int(work.runtime.rows), work.runtime.precision)
+                outputs = classifier.outputs(images, work.runtime.batch_size, work.runtime.precision)
                 parts.append(functional.normalize(outputs.features.cpu(), dim=1))
             index += batch.indices
             bar.advance(len(batch.keys))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from farout import store
+from farout.core.chunking import blocks_with
 from farout.diffusion.conditioning import Conditioning, check_labels
 from farout.diffusion.denoiser import NetworkDenoiser, spread
 from farout.diffusion.model import DiffusionModel
@@ -111,7 +112,7 @@ class Inverter:
         model: a class-conditional diffusion model; images are inverted where it is.
         inversion: how.
         seed: of the draws.
-        runtime: rows of a network call and precision, resolved.
+        runtime: batch size and precision, resolved.
 
     Raises:
         FaroutError: for an unconditional model.
@@ -119,9 +120,10 @@ class Inverter:
 
     def __init__(self, model: DiffusionModel, inversion: Inversion, seed: int, runtime: Runtime) -> None:
         self.model, self.inversion, self.seed = model, inversion, seed
-        self.rows = int(runtime.rows)
         self.space = class_space(model)
-        self.denoiser: NetworkDenoiser = model.denoiser(self.rows, runtime.precision)  # type: ignore[arg-type]
+        self.denoiser: NetworkDenoiser = model.denoiser(precision=runtime.precision)  # type: ignore[arg-type]
+        # the gradient keeps all activations of a call
+        self.rows = 32 if runtime.batch_size == "auto" else runtime.batch_size
         self.sigmas = model.schedule.sigma_of(inversion.grid(model.schedule)).float()
 
     def __call__(self, x0: Tensor, labels: Tensor, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -150,8 +152,7 @@ class Inverter:
         """Each image's loss (B,) and its gradient (B, D), with the draws of `step`.
 
         A network call holds the draws of as many whole images as go into its rows, or a part of one image's, and its
-        graph is let go before the next: memory grows neither with the batch nor with the draws, and an image's bits do
-        not depend on its company.
+        graph is let go before the next: memory grows neither with the batch nor with the draws.
 
         Args:
             x0, keys: as for the call.
@@ -273,13 +274,15 @@ def embed(
     there = set(read_embeddings(folder).index.tolist())
     missing = [index for index in range(len(source)) if index not in there]
     # by the images, which an autoencoder encodes all at once; the network's calls have their own size
-    size = runtime.images_at_once((model.preprocessing.channels, *model.preprocessing.size))
-    with task(f"embedding {source.name}", len(missing)) as bar:
-        for batch in batches(source.subset(missing), model.preprocessing, size, workers=runtime.workers):
-            if batch.keys:
-                index = torch.tensor([missing[place] for place in batch.indices])
+    size = runtime.images_per_batch((model.preprocessing.channels, *model.preprocessing.size))
+    planned = [index for block in blocks_with(missing, size, len(source)) for index in block]
+    with task(f"embedding {source.name}", len(planned)) as bar:
+        for batch in batches(source.subset(planned), model.preprocessing, size, workers=runtime.workers):
+            index = torch.tensor([planned[place] for place in batch.indices])
+            new = torch.tensor([place not in there for place in index.tolist()])
+            if new.any():
                 vectors, losses = inverter(model.encode(batch.images), labels[index], batch.keys)
-                _write(folder, Embeddings(index, labels[index], vectors, losses))
+                _write(folder, Embeddings(index[new], labels[index][new], vectors[new], losses[new]))
             bar.advance(len(batch.keys))
     return read_embeddings(folder)
 

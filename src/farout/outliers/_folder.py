@@ -72,7 +72,7 @@ class MadeFolder:
             raise StoreError(f"{path} is missing: no image has been made yet, or the folder is incomplete")
         found = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str), keep_default_na=False, encoding="utf-8")
         settings = self.settings()
-        names = ("method", "diffusion", "classifier", "rows", "precision")
+        names = ("method", "diffusion", "classifier", "precision")
         about = {name: settings[name] for name in names if name in settings}
         fixed = {name: value for name, value in {**settings["config"], **about}.items() if name not in found}
         return found.assign(**{name: [value] * len(found) for name, value in fixed.items()})

@@ -70,12 +70,12 @@ class Judge:
         channels = classifier.preprocessing.channels
         if channels != work.shape[0]:
             raise FaroutError(f"outliers have {work.shape[0]} channels, the classifier that judges them {channels}")
-        self.classifier, self.rows = classifier, int(work.runtime.rows)
+        self.classifier, self.batch_size = classifier, work.runtime.batch_size
         self.places = dict(zip(work.classes, class_places(classifier, work.present), strict=True))
 
     def __call__(self, images: Tensor, labels: Sequence[int]) -> list[float]:
         """images (B, C, H, W) in [0, 1] of the classes `labels`."""
-        chances = self.classifier.outputs(images, self.rows).logits.softmax(1).cpu()
+        chances = self.classifier.outputs(images, self.batch_size).logits.softmax(1).cpu()
         return [float(row[self.places[label]]) for row, label in zip(chances, labels, strict=True)]
 
 
@@ -126,7 +126,7 @@ class Plan:
     def denoiser(self) -> NetworkDenoiser:
         """The network."""
         runtime = self.work.runtime
-        return self.model.denoiser(int(runtime.rows), runtime.precision)  # type: ignore[arg-type]  # resolved
+        return self.model.denoiser(runtime.batch_size, runtime.precision)  # type: ignore[arg-type]  # resolved
 
     def level(self, k: int) -> float:
         """The share of the schedule that K steps start from."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from farout import registry, store
 from farout.classifiers.model import Classifier
 from farout.configuration import Configured, flat
+from farout.core.chunking import blocks_with
 from farout.devices import Team, join
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError, SourceError
@@ -323,11 +324,10 @@ class Synthesiser(Configured, ABC):
 
     def _write(self, work: Work, writer: ImageWriter, again: ImageWriter) -> int:
         wanted, lost = writer.missing(work.count), again.missing(min(work.count, self.remakes(work)))
-        missing = writer.team.part(sorted({*wanted, *lost}))
-        size = work.runtime.images_at_once(self.shape(work))
-        with writer, again, task(f"outliers into {work.folder}", len(missing)) as bar:
-            for start in range(0, len(missing), size):
-                indices = missing[start : start + size]
+        blocks = blocks_with({*wanted, *lost}, work.runtime.images_per_batch(self.shape(work)), work.count)
+        mine = writer.team.part(blocks)
+        with writer, again, task(f"outliers into {work.folder}", sum(map(len, mine))) as bar:
+            for indices in mine:
                 labels = [self.label(work, index) for index in indices]
                 made = self.make(work, indices, labels)
                 _write_batch(made, indices, labels, writer, again)
@@ -357,7 +357,6 @@ def identity(source: ImageSource, labels: Tensor, diffusion: DiffusionModel | No
         "data": source.fingerprint(),
         "labels": store.hash_tensors({"labels": labels}),
         "diffusion": None if diffusion is None else diffusion.content_hash,
-        "rows": runtime.rows,
         "precision": runtime.precision,
         "device": runtime.device.partition(":")[0],
     }

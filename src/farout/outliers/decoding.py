@@ -181,7 +181,7 @@ class VectorSynthesiser(Synthesiser):
         if self.prompts.generation is not None and isinstance(model.conditioning, PromptTokens):
             model = model.conditioned(model.conditioning.in_template(self.prompts.generation))
         precision: Any = runtime.precision  # resolved, so not `auto`
-        return Sampler(model, **self._decoding, seed=seed, rows=int(runtime.rows), precision=precision)
+        return Sampler(model, **self._decoding, seed=seed, batch_size=runtime.batch_size, precision=precision)
 
     def check(self, work: Work) -> None:
         """Refuses guidance without a null condition, solvers, steps or sizes that do not go, and a classifier that

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from farout.core.chunking import blocks_with
 from farout.devices import join
 from farout.diffusion import folders
 from farout.diffusion.model import DiffusionModel
@@ -76,9 +77,9 @@ def reconstruct(
     resolved = (runtime or Runtime()).resolved()
     team = join(resolved.device)
     source = open_source(images, policy=policy, limit=limit, seed=seed)
-    model, rows = _loaded(diffusion, source).to(resolved.device), int(resolved.rows)
+    model = _loaded(diffusion, source).to(resolved.device)
     precision: Any = resolved.precision  # resolved, so not `auto`
-    trip = RoundTrip(model, level, highest, classes, solver, steps, spacing, seed, rows, precision)
+    trip = RoundTrip(model, level, highest, classes, solver, steps, spacing, seed, resolved.batch_size, precision)
     names, labels = _classes(source, trip)
     writer = ImageWriter(out, names, seed, ReconstructedFolder.kind, team)
     about = {"source": source.name, "images": len(source), "class_names": list(names)}
@@ -119,13 +120,14 @@ def _settings(source: ImageSource, labels: Tensor | None, trip: RoundTrip, runti
 
 
 def _write(source: ImageSource, labels: Tensor | None, trip: RoundTrip, writer: ImageWriter, runtime: Runtime) -> int:
-    missing = writer.team.part(writer.missing(len(source)))
     prepared, made = trip.model.preprocessing, 0
-    size = runtime.images_at_once((prepared.channels, *prepared.size))
-    with writer, task(f"reconstructions into {writer.folder}", len(missing)) as bar:
-        for batch in batches(source.subset(missing), prepared, size, workers=runtime.workers):
-            if batch.keys:
-                places = [missing[place] for place in batch.indices]
+    size = runtime.images_per_batch((prepared.channels, *prepared.size))
+    missing = set(writer.missing(len(source)))
+    planned = [place for block in writer.team.part(blocks_with(missing, size, len(source))) for place in block]
+    with writer, task(f"reconstructions into {writer.folder}", len(planned)) as bar:
+        for batch in batches(source.subset(planned), prepared, size, workers=runtime.workers):
+            places = [planned[place] for place in batch.indices]
+            if missing.intersection(places):
                 numbers = None if labels is None else labels[places].tolist()
                 again = trip(batch.images, batch.keys, numbers)
                 if not bool(torch.isfinite(again).all()):
@@ -133,7 +135,7 @@ def _write(source: ImageSource, labels: Tensor | None, trip: RoundTrip, writer: 
                 hashes = [source.content_hash(place) for place in places]
                 columns: dict[str, Sequence[Any]] = {"level": trip.levels(batch.keys), "source_hash": hashes}
                 writer.write(places, numbers, again, batch.keys, columns)
-                made += len(places)
+                made += len(missing.intersection(places))
             bar.advance(len(batch.keys))
         writer.finish()
     return sum(writer.team.gather(made))

@@ -152,7 +152,7 @@ class Denoising(Detector):
         model = self.diffusion
         if model is None or self.classifier is None:
             return
-        self.denoiser = model.denoiser(self.rows, self.precision)
+        self.denoiser = model.denoiser(self.runtime.batch_size, self.precision)
         self.solve = solver_by_name(self.config["solver"], model.schedule)
         self.paths = self._all_paths(model.schedule).to(model.device)
         self.shared = None
@@ -282,10 +282,10 @@ class Denoising(Detector):
         if not count:
             return Measurements((), torch.empty(0, *grid, len(names)), levels, names)
         images = batch.images.to(model.device)
-        outputs = classifier.outputs(images, self.rows, self.precision)
+        outputs = classifier.outputs(images, self.runtime.batch_size, self.precision)
         clean = views(images, outputs)
         restored = self._denoised(batch, images, self._classes(batch, outputs.logits))
-        again = classifier.outputs(restored, self.rows, self.precision)
+        again = classifier.outputs(restored, self.runtime.batch_size, self.precision)
         moved = {name: value.reshape(count, *grid, -1) for name, value in views(restored, again).items()}
         changed = changes({name: value[:, None] for name, value in clean.items()}, moved)
         beside = post_hoc(outputs.logits)[:, None, None].expand(-1, *grid, -1)

@@ -141,7 +141,7 @@ class Patches(FeatureDetector):
 
     def _positions(self, batch: Batch) -> Tensor:
         """Features (B, positions, c)."""
-        return flat(self.backbone.grid(batch.images, self.config["side"], self.rows, self.precision))
+        return flat(self.backbone.grid(batch.images, self.config["side"], self.runtime.batch_size, self.precision))
 
     # -- training ------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from farout.classifiers.exposure import known_classes
 from farout.classifiers.model import Classifier
+from farout.core.chunking import call_in_chunks
 from farout.detectors._settings import check_words
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.posthoc.scores import (
@@ -25,7 +26,6 @@ from farout.detectors.posthoc.scores import (
     tempered,
 )
 from farout.devices import autocast
-from farout.diffusion.denoiser import in_chunks
 from farout.diffusion.model import DiffusionModel
 from farout.errors import FaroutError
 from farout.images.sources import Batch, ImageSource
@@ -181,7 +181,7 @@ class Posthoc(Detector):
         (B, K), the logits of the changed images. A class of outliers stands last in `logits`.
         """
         on_maps = self.config["shaping"] == "maps"
-        given = self.network.outputs(batch.images, self.rows, self.precision, maps=on_maps)
+        given = self.network.outputs(batch.images, self.runtime.batch_size, self.precision, maps=on_maps)
         self._rows_seen += len(batch.keys)
         found = {"logits": given.logits, "features": given.features}
         if given.maps is not None:
@@ -205,7 +205,8 @@ class Posthoc(Detector):
             step, temperature = self.config["odin_step"], self.config["odin_temperature"]
             return logits(odin_preprocessing(logits, x, eps=step, temperature=temperature, norm_std=network.std))
 
-        return in_chunks(changed, self.rows, network.normalise(images.to(network.device)))
+        ready = network.normalise(images.to(network.device))
+        return call_in_chunks(network.module, changed, ready, batch_size=self.runtime.batch_size)
 
     def fit_statistics(self, measurements: Measurements) -> None:
         """Learns the means, covariances, thresholds, spaces and neighbours; raises FaroutError where they do not exist,

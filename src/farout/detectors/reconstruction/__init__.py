@@ -156,8 +156,8 @@ class Reconstruction(Detector):
             raise FaroutError("Reconstruction wants a diffusion model")
         self.plan = self._make_plan(model)
         self.scorer.check_levels(self.plan.levels)
-        self.denoiser: NetworkDenoiser = model.denoiser(self.rows, self.precision)
-        self.comparison = Comparison(self.perceptual, self.rows, model.device)
+        self.denoiser: NetworkDenoiser = model.denoiser(self.runtime.batch_size, self.precision)
+        self.comparison = Comparison(self.perceptual, self.runtime.batch_size, model.device)
         self.shared: Tensor | None = None
 
     def _noise(self, keys: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:

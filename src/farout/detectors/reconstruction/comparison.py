@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from farout.core.chunking import BatchSize
 from farout.devices import in_float64
 from farout.features.perceptual import PerceptualName, perceptual_distance, ssim
 
@@ -21,9 +22,9 @@ _HELD = 256
 class Comparison:
     """Compares images (B, C, H, W) with reconstructions (B * n, C, H, W), n in a row per image."""
 
-    def __init__(self, perceptual: PerceptualName, rows: int, device: torch.device) -> None:
+    def __init__(self, perceptual: PerceptualName, batch_size: BatchSize, device: torch.device) -> None:
         self.distance = perceptual_distance(perceptual).to(device)
-        self.rows = rows
+        self.batch_size = batch_size
 
     def __call__(self, images: Tensor, restored: Tensor, predicted: Tensor, noise: Tensor) -> Tensor:
         """(B * n, metrics), in the order of METRICS; float64 sums of float32 values, stored as float32."""
@@ -48,8 +49,9 @@ class Comparison:
         return torch.cat(parts)
 
     def _group(self, images: Tensor, restored: Tensor, times: int) -> Tensor:
-        originals = [feature.repeat_interleave(times, 0) for feature in self.distance.features(images, self.rows)]
-        return self.distance.distance(originals, self.distance.features(restored, self.rows))
+        known = self.distance.features(images, self.batch_size)
+        originals = [feature.repeat_interleave(times, 0) for feature in known]
+        return self.distance.distance(originals, self.distance.features(restored, self.batch_size))
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from farout.detectors.features import FeatureDetector
 from farout.detectors.fitting import FitSettings, training_of
 from farout.detectors.semantic import indicators, sampling
 from farout.devices import in_float64
-from farout.diffusion.denoiser import NetworkDenoiser, in_chunks
+from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import LevelSampling
 from farout.diffusion.noise import NoiseKind, noise_table
 from farout.errors import FaroutError
@@ -27,9 +27,6 @@ from farout.images.sources import Batch, ImageSource
 from farout.training_config import TrainingConfig
 
 __all__ = ["Semantic"]
-
-_VECTORS = 4
-"""Feature vectors are small: so many times the rows of images go in one call."""
 
 
 class Semantic(FeatureDetector):
@@ -218,9 +215,7 @@ class Semantic(FeatureDetector):
         sampling.check_sampler(self.config["sampler"], self.levels, self.config["steps"], model.schedule)
         regret = self.regret and model.first is not None
         self._check_regret(regret)
-        # costs are counted at one row a call, where nothing is padded
-        rows = 1 if self.rows == 1 else _VECTORS * self.rows
-        self.denoisers = model.denoisers(rows, self.precision)[: 2 if regret else 1]
+        self.denoisers = model.denoisers(self.runtime.batch_size, self.precision)[: 2 if regret else 1]
         learnt = self.state()
         self.scorer = indicators.Scorer(model.encoding.groups, regret, self.config["lr_sign"])
         self.restore(learnt)
@@ -286,12 +281,12 @@ class Semantic(FeatureDetector):
         return torch.stack([*errors[0], *angles, *(errors[1] if len(errors) > 1 else [])], dim=-1).float()
 
     def _distances(self, x0: Tensor) -> Tensor:
-        """Squared Mahalanobis distances (B,) of encoded features, always on the same number of rows."""
+        """Squared Mahalanobis distances (B,) of encoded features."""
         assert self.diffusion is not None
         gaussian = self.diffusion.gaussian
         if gaussian is None:
             raise FaroutError("this feature diffusion model holds no mean and covariance of features; train it again")
-        return in_chunks(lambda rows: torch.from_numpy(gaussian.score(rows.double().numpy())), 64, x0.cpu()).float()
+        return torch.from_numpy(gaussian.score(x0.cpu().double().numpy())).float()
 
     # -- scoring -------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ __all__ = ["SPEC", "check_folder", "differences", "open_folder"]
 SPEC = "bench.yaml"
 _FREE = ("name", "about", "seeds")
 """Settings that may change, or be added to."""
-_DECIDING = ("device", "precision", "rows")
+_DECIDING = ("device", "precision")
 """Settings of the runtime that results depend on."""
 
 

@@ -187,11 +187,11 @@ def _evaluate(network: DiffusionModel | Classifier, rows: int) -> None:
     shape = (network.preprocessing.channels, *network.preprocessing.size)
     images = torch.full((rows, *shape), 0.5)
     if isinstance(network, Classifier):
-        network.outputs(images, rows)
+        network.outputs(images)
         return
     told = network.conditioning
     condition = None if told is None else told(torch.zeros(rows, dtype=torch.int64))
-    network.denoiser(rows)(network.encode(images.to(network.device)), torch.full((rows,), 1.0), condition)
+    network.denoiser()(network.encode(images.to(network.device)), torch.full((rows,), 1.0), condition)
 
 
 def _counted(call: Callable[[], Any]) -> float:

@@ -15,7 +15,7 @@ import torch
 from common import machine, table
 from torch import Tensor
 
-from farout.detectors.reconstruction.plan import Plan, make_plan
+from farout.detectors.reconstruction.noise_levels import Plan, make_plan
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.model import DiffusionModel
 

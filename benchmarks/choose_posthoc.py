@@ -17,9 +17,9 @@ import pandas as pd
 from common import VARIANTS, machine, table
 
 from farout.classifiers.model import Classifier
+from farout.data.sources import open_source
 from farout.detectors.posthoc import Posthoc
 from farout.evaluation.metrics import auroc
-from farout.images.sources import open_source
 
 
 def rows_of(folder: str, count: int) -> list[dict[str, object]]:

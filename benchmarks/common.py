@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
 from farout.diffusion.model import DiffusionModel
 from farout.evaluation.intervals import paired_difference
 from farout.evaluation.metrics import evaluate
-from farout.images.sources import ImageSource, open_source
 
 __all__ = ["VARIANTS", "auroc_cell", "compared", "decided", "fresh_images", "interval", "known", "machine", "table"]
 

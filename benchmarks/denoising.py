@@ -25,14 +25,15 @@ from common import auroc_cell, compared, interval, known, machine, table
 from farout.classifiers.model import Classifier
 from farout.classifiers.train import PRESETS as CLASSIFIERS
 from farout.classifiers.train import ClassifierConfig, accuracy_on, train_classifier
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
 from farout.detectors.base import Detector, Scores
 from farout.detectors.denoising import Denoising
 from farout.detectors.posthoc import Posthoc
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS as MODELS
 from farout.diffusion.train import DiffusionConfig, train_diffusion
-from farout.images.sources import ImageSource, open_source
-from farout.training import TrainingConfig
+from farout.training.loop import TrainingConfig
 
 SPLITS = ((1, 8), (0, 9), (2, 7), (3, 6), (4, 5))
 """The classes of FashionMNIST that are out; each class once."""

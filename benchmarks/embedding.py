@@ -19,11 +19,11 @@ from denoising import SPLITS, spec
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from farout.core.runtime import Runtime
+from farout.data.batching import batches
+from farout.data.classes import class_numbers
 from farout.diffusion.model import DiffusionModel
-from farout.images.classes import class_numbers
-from farout.images.sources import batches
-from farout.outliers._embedding import Inversion, Inverter
-from farout.runtime import Runtime
+from farout.synthesis.ncis.inversion import Inversion, Inverter
 
 REFERENCE = Inversion(steps=3, draws=128)
 CASES = {

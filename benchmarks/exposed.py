@@ -14,7 +14,8 @@ import torch
 from common import auroc_cell, compared, machine, table
 
 from farout.classifiers.model import Classifier
-from farout.images.sources import ImageSource, batches
+from farout.data.batching import batches
+from farout.data.image_source import ImageSource
 
 NONE = "none"
 PROBE = "round trip"

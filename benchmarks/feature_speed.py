@@ -15,11 +15,12 @@ from collections.abc import Callable
 import torch
 from common import machine, table
 
-from farout import registry
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
+from farout.detectors import DETECTORS
 from farout.detectors.base import Detector, Runtime
 from farout.detectors.semantic import Semantic
 from farout.evaluation.evaluate import peak_mib
-from farout.images.sources import ImageSource, open_source
 
 _REPEATS = 3
 
@@ -53,7 +54,7 @@ def score_speeds(fitted: list[tuple[str, Detector]], images: ImageSource) -> str
 
 
 def _from_features(detector: Detector, features: torch.Tensor) -> None:
-    from farout.images.sources import Batch
+    from farout.data.batching import Batch
 
     for start in range(0, len(features), 64):
         some = features[start : start + 64]
@@ -87,7 +88,7 @@ def main() -> None:
         source = open_source(given.source, limit=given.fit)
         print(fit_parts(source), flush=True)
         names = ("semantic", *Semantic.companions)
-        fitted = [(name, registry.find("detectors", name).load()().fit(source)) for name in names]
+        fitted = [(name, DETECTORS[name].load()().fit(source)) for name in names]
         print(score_speeds(fitted, open_source(given.images, limit=given.count)))
 
 

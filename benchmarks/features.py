@@ -23,11 +23,12 @@ import pandas as pd
 import torch
 from common import VARIANTS, auroc_cell, compared, decided, known, machine, table
 
-from farout import registry
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
+from farout.detectors import DETECTORS
 from farout.detectors.base import Detector, Scores
 from farout.detectors.semantic import Semantic
-from farout.evaluation.controls import TrivialControls
-from farout.images.sources import ImageSource, open_source
+from farout.evaluation.baselines import TrivialControls
 
 CIFAR_NAMES = (
     *("bullfrog", "black stork", "albatross", "chihuahua", "golden retriever", "german shepherd", "tabby"),
@@ -155,11 +156,11 @@ def detectors(task: Task, seed: int) -> Iterator[tuple[str, Detector, int | None
     yield "semantic", Semantic(regret=True), None
     for name in Semantic.companions:
         if name != "autoencoder" or seed == task.seeds[0]:
-            yield name, registry.find("detectors", name).load()(), None
+            yield name, DETECTORS[name].load()(), None
     yield "trivial_controls", TrivialControls(), 1000
     if task.random_backbone and seed == task.seeds[0]:
         for name in ("semantic", "mahalanobis"):
-            yield f"{name}, random backbone", registry.find("detectors", name).load()(weights="random"), 2000
+            yield f"{name}, random backbone", DETECTORS[name].load()(weights="random"), 2000
 
 
 def run(task: Task, out: Path) -> None:

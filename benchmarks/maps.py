@@ -27,15 +27,16 @@ from common import interval, machine, table
 from torch import Tensor
 from torch.nn import functional
 
+from farout.core.errors import FaroutWarning
+from farout.data.decoding import from_pil, to_pil
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
 from farout.detectors.base import Detector
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.patches import Patches
-from farout.errors import FaroutWarning
 from farout.evaluation.intervals import paired_difference
 from farout.evaluation.metrics import evaluate
-from farout.evaluation.overlays import overlay
-from farout.images.decoding import from_pil, to_pil
-from farout.images.sources import ImageSource, open_source
+from farout.report.overlays import overlay
 
 SPECS = ("textures:test@classes=banded", "textures:test@classes=bubbly", "tiny_imagenet:train@classes=monarch")
 SHARES = (0.02, 0.05, 0.10)

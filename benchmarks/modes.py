@@ -14,13 +14,14 @@ import time
 import numpy as np
 from common import fresh_images, interval, machine, table
 
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
 from farout.detectors.base import Runtime
 from farout.detectors.reconstruction import Reconstruction
 from farout.diffusion.model import DiffusionModel
 from farout.evaluation.evaluate import peak_mib
 from farout.evaluation.intervals import paired_difference
 from farout.evaluation.metrics import evaluate
-from farout.images.sources import ImageSource, open_source
 
 SCORES = ("mean_z", "mean_z_mse", "mean_z_perceptual", "two_sided", "mahalanobis", "mixture")
 MODES = ("exact", "fast", "oneshot")

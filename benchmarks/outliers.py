@@ -24,24 +24,25 @@ from common import known
 from denoising import Split, spec
 from exposed import NONE, PROBE, arguments, outward, rated, read, summary
 
-from farout.classifiers.exposure import Exposure, Loss
 from farout.classifiers.model import Classifier
+from farout.classifiers.outlier_exposure import Exposure, Loss
 from farout.classifiers.train import PRESETS, ClassifierConfig, accuracy_on, train_classifier
-from farout.images.sources import ImageSource, open_source
-from farout.outliers._manifold import ManifoldConfig
-from farout.outliers.base import Synthesiser, Work
-from farout.outliers.class_noise import ClassNoise
-from farout.outliers.dream_ood import DreamOOD
-from farout.outliers.ncis import NCIS
-from farout.outliers.reconstruct import reconstruct
-from farout.training import TrainingConfig
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
+from farout.synthesis.base import Synthesizer, Work
+from farout.synthesis.class_noise import ClassNoise
+from farout.synthesis.dream_ood import DreamOOD
+from farout.synthesis.ncis import NCIS
+from farout.synthesis.ncis.manifold import ManifoldConfig
+from farout.synthesis.reconstruct import reconstruct
+from farout.training.loop import TrainingConfig
 
 DECODING: dict[str, Any] = {"steps": 10}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a classifier learns from beside its images: outliers of a synthesiser, by folder; reconstructions."""
+    """What a classifier learns from beside its images: outliers of a synthesizer, by folder; reconstructions."""
 
     loss: Loss = "energy"
     outliers: str | None = None
@@ -79,7 +80,7 @@ def ncis(**manifold: Any) -> NCIS:
     return Variant(manifold=how, **DECODING)
 
 
-def synthesisers() -> dict[str, Synthesiser]:
+def synthesizers() -> dict[str, Synthesizer]:
     """By folder."""
     return {
         "ncis": ncis(),
@@ -92,7 +93,7 @@ def synthesisers() -> dict[str, Synthesiser]:
 
 def make(split: Split, work: Path, images: int, count: int, test: int) -> None:
     """The outliers of every method, and the reconstructions of training and of test images."""
-    for name, method in synthesisers().items():
+    for name, method in synthesizers().items():
         started = time.perf_counter()
         limit = images if isinstance(method, NCIS) else None
         done = method.synthesize(

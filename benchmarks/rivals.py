@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from common import VARIANTS, fresh_images, interval, machine, table
 
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
 from farout.detectors.base import Detector, Measurements, Runtime
 from farout.detectors.diffpath import DiffPath
 from farout.detectors.msma import MSMA
@@ -25,7 +27,6 @@ from farout.detectors.reconstruction import Reconstruction
 from farout.diffusion.model import DiffusionModel
 from farout.evaluation.intervals import paired_difference
 from farout.evaluation.metrics import auroc, evaluate
-from farout.images.sources import ImageSource, open_source
 
 RANGES = ((0.005, 1.0), (0.01, 1.0), (0.01, 10.0), (0.05, 5.0), (0.05, 80.0), (0.2, 20.0), (0.005, 80.0))
 """Lowest and highest sigma for pixels in [0, 1]."""

@@ -15,10 +15,10 @@ import warnings
 import torch
 from common import machine, table
 
-from farout.diffusion.methods import SOLVERS, is_adaptive
+from farout.core.errors import FaroutError
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sampling import Sampler
-from farout.errors import FaroutError
+from farout.diffusion.solvers.lookup import SOLVERS, is_adaptive
 from farout.evaluation.fid import set_distance
 
 

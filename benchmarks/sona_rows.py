@@ -19,14 +19,14 @@ import torch
 from common import machine, table
 from torch import Tensor
 
-from farout.diffusion import paths
-from farout.diffusion.conditioning import Condition
+from farout.data.sources import open_source
+from farout.diffusion import noise_levels as paths
+from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
-from farout.diffusion.solvers import ddim
-from farout.diffusion.sona import BRANCHES, SonaConfig, SonaGuide
-from farout.images.sources import open_source
-from farout.outliers.decoding import class_space
+from farout.diffusion.solvers.ddim_heun_dpm import ddim
+from farout.synthesis.class_space import class_space
+from farout.synthesis.editing.sona_guidance import BRANCHES, SonaConfig, SonaGuide
 
 STEPS = 50
 

@@ -27,19 +27,20 @@ from common import known
 from denoising import Split, spec
 from exposed import NONE, PROBE, arguments, outward, rated, read, summary
 
-from farout.classifiers.exposure import Exposure, Mutual
 from farout.classifiers.model import Classifier
+from farout.classifiers.outlier_exposure import Exposure, Mutual
 from farout.classifiers.train import PRESETS, ClassifierConfig, accuracy_on, train_classifier
-from farout.diffusion.sona import SonaConfig
-from farout.evaluation.outlier_quality import rate_outliers, summed_up
-from farout.images.sources import ImageSource, open_source
-from farout.outliers._manifold import ManifoldConfig
-from farout.outliers.base import OutlierFolder, Synthesiser
-from farout.outliers.ncis import NCIS
-from farout.outliers.reconstruct import reconstruct
-from farout.outliers.sdedit import SDEdit
-from farout.outliers.sona import SONA
-from farout.training import TrainingConfig
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
+from farout.synthesis.base import OutlierFolder, Synthesizer
+from farout.synthesis.editing.sdedit import SDEdit
+from farout.synthesis.editing.sona import SONA
+from farout.synthesis.editing.sona_guidance import SonaConfig
+from farout.synthesis.ncis import NCIS
+from farout.synthesis.ncis.manifold import ManifoldConfig
+from farout.synthesis.quality import rate_outliers, summed_up
+from farout.synthesis.reconstruct import reconstruct
+from farout.training.loop import TrainingConfig
 
 TARGETS = (3, 9)
 """Dress and Ankle boot: known to the generator, without images here."""
@@ -82,12 +83,12 @@ def sona(guidance: Mapping[str, Any] | None = None, **how: Any) -> SONA:
     return SONA(guidance=SonaConfig(**(guidance or {})), pictures=0, **how)
 
 
-SYNTHESISERS: dict[str, Synthesiser] = {
+SYNTHESISERS: dict[str, Synthesizer] = {
     "sona": sona(),
     "sdedit": SDEdit(),
     "ncis": NCIS(manifold=ManifoldConfig(regularization="held_out", held_out=0.2), steps=10),
 }
-VARIANTS: dict[str, Synthesiser] = {
+VARIANTS: dict[str, Synthesizer] = {
     "no-class": sona({"class_weight": 0.0}),
     "no-target": sona(targets="none"),
     "no-nuisance": sona({"nuisance_weight": 0.0}),
@@ -118,7 +119,7 @@ class ThreeWay:
         }
 
 
-def make(split: ThreeWay, work: Path, methods: dict[str, Synthesiser], count: int, test: int) -> None:
+def make(split: ThreeWay, work: Path, methods: dict[str, Synthesizer], count: int, test: int) -> None:
     """Outliers of each method, one of each of `count` images, and reconstructions of these and of test images."""
     source = open_source(split.train, limit=count)
     for name, method in methods.items():

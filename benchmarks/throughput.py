@@ -13,19 +13,20 @@ import warnings
 
 import torch
 
-from farout import registry
+from farout.core.devices import PrecisionChoice
+from farout.core.runtime import Runtime
+from farout.data.batching import Batch
+from farout.data.sources import open_source
+from farout.detectors import DETECTORS
 from farout.detectors.base import Detector
-from farout.devices import PrecisionChoice
-from farout.images.sources import Batch, open_source
-from farout.runtime import Runtime
-from farout.training_config import TrainingConfig
+from farout.training.config import TrainingConfig
 
 SETTINGS: dict[str, tuple[str, dict[str, object]]] = {"reconstruction-exact": ("reconstruction", {"mode": "exact"})}
 
 
 def fitted(method: str, images: str, precision: PrecisionChoice) -> Detector:
     name, settings = SETTINGS.get(method, (method, {}))
-    detector = registry.find("detectors", name).load()(**settings)
+    detector = DETECTORS[name].load()(**settings)
     training, runtime = TrainingConfig(steps=2, batch_size=8), Runtime(precision=precision, cache=False)
     return detector.fit(images, limit=100, statistics=20, alpha=0.1, training=training, runtime=runtime)
 

@@ -6,10 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from farout import registry
-from farout.cli import COMMANDS, parsers
+from farout.cli import parsers
+from farout.cli.command_table import COMMANDS
 from farout.cli.flags import Flag, Parser
 from farout.cli.lists import presets, show_list
+from farout.detectors import DETECTORS
+from farout.synthesis import SYNTHESIZERS
 
 PAGE = Path(__file__).with_name("commands.md")
 HEAD = """# Commands
@@ -18,14 +20,14 @@ Made from the signatures by `make docs`; do not edit it by hand. `farout COMMAND
 
 Every command but `list` takes `--config FILE` (settings from YAML; flags override them), `--print-config` (prints all
 settings as such a file, and exits) and `--help`. Lists are written `--levels 20 80` or `--levels [20,80]`; a flag
-`--[no-]x` is on unless `--no-x` is given. Where `--device`, `--precision`, `--rows`, `--batch-size`, `--workers` and
+`--[no-]x` is on unless `--no-x` is given. Where `--device`, `--precision`, `--batch-size`, `--workers` and
 `--cache` have no default, that of the fit or of the benchmark holds. What a setting is for, and when to change it, is
 told by the pages of the [methods](index.md).
 
 Exit status: 0; 1 for a mistake in the input; 2 for wrong usage; 130 when interrupted.
 """
-ROOMS = {"fit": "detectors", "synthesize": "outliers"}
-"""Commands whose first word is a METHOD, and the room that it is looked for in."""
+METHODS = {"fit": DETECTORS, "synthesize": SYNTHESIZERS}
+"""Commands whose first word is a METHOD, and the registry that it is looked up in."""
 NETWORK = ("network_preset", "model", "training")
 """Settings of a network that is trained where none is given."""
 TRAINED = (
@@ -42,8 +44,8 @@ def reference() -> str:
     parts = [HEAD, "\n".join(f"- [{name}](#{name.replace(' ', '-')})" for name in COMMANDS)]
     for name in COMMANDS:
         if name == "list":
-            parts.append(f"## list\n\n    farout list detectors | synthesisers | sets | presets\n\n{show_list.__doc__}")
-        elif name in ROOMS:
+            parts.append(f"## list\n\n    farout list detectors | synthesizers | sets | presets\n\n{show_list.__doc__}")
+        elif name in METHODS:
             parts += _of_methods(name, settings)
         else:
             parser = parsers.parser_of(name)
@@ -53,7 +55,7 @@ def reference() -> str:
 
 def _of_methods(name: str, settings: dict[tuple[str, str], str]) -> list[str]:
     """The sections of a command whose first word is a METHOD: what all methods share, then each one's own."""
-    members = registry.members(ROOMS[name])
+    members = METHODS[name]
     made = {method: parsers.parser_of(name, method) for method in members}
     own = {method: {*members[method].load()().config, *NETWORK, "preset"} for method in members}
     shared: Sections = {}

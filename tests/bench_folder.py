@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from farout.calibration import is_out, p_values
-from farout.detectors._tables import Scores
+from farout.data.sources import open_source
+from farout.detectors.calibration import is_out, p_values
+from farout.detectors.results import Scores
 from farout.evaluation.metrics import evaluate
-from farout.images.sources import open_source
 
 SKILLS = {"semantic": (1.8, 0.4), "knn": (1.4, 0.6), "reconstruction": (0.9, 3.0), "trivial_controls": (0.5, 0.0)}
 """How far each detector's scores of the other sets lie from those of good images, and its GMACs."""

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy is imported, he
 import pytest
 import torch
 
-from farout import devices
+from farout.core import devices
 from image_files import pixels, write_parquet
 
 torch.set_num_threads(1)

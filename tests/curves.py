@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from farout.outliers._manifold import Manifold, ManifoldConfig, fit_manifold
+from farout.synthesis.ncis.manifold import Manifold, ManifoldConfig, fit_manifold
 
 DIM = 6
 SHORT = ManifoldConfig(steps=12, batch_size=64, validations=3, draws=40, kept=4, device="cpu")

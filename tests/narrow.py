@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map
 
-from farout import devices, runtime
+from farout.core import devices, runtime
 
 HERE = "meta"
 _MOVES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}

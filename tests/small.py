@@ -11,14 +11,14 @@ from torch import Tensor
 
 from farout.classifiers.model import Classifier
 from farout.classifiers.networks import NetworkSpec
-from farout.diffusion.class_tokens import ClassTokens
-from farout.diffusion.class_vectors import ClassVectors
+from farout.core.runtime import Runtime
+from farout.data.preprocessing import Preprocessing
+from farout.diffusion.conditioning.class_embeddings import ClassVectors
+from farout.diffusion.conditioning.class_tokens import ClassTokens
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
-from farout.images.preprocessing import Preprocessing
-from farout.outliers.base import OutlierFolder
-from farout.outliers.reconstruct import ReconstructedFolder
-from farout.runtime import Runtime
+from farout.synthesis.base import OutlierFolder
+from farout.synthesis.reconstruct import ReconstructedFolder
 
 CPU = Runtime(device="cpu", precision="fp32", workers=0)
 

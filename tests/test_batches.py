@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from farout.errors import SourceError, UnreadableImageError
-from farout.images.preprocessing import Preprocessing
-from farout.images.sources import PreparedImages, batches, open_source
+from farout.core.errors import SourceError, UnreadableImageError
+from farout.data.batching import PreparedImages, batches
+from farout.data.preprocessing import Preprocessing
+from farout.data.sources import open_source
 from image_files import pixels, write_folder, write_parquet
 
 

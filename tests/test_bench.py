@@ -10,12 +10,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from farout.errors import FaroutError, SourceError, StoreError
-from farout.evaluation.bench.folder import differences, open_folder
-from farout.evaluation.bench.plan import make_plan
-from farout.evaluation.bench.presets import about, preset_names
-from farout.evaluation.bench.reading import as_yaml, parse_spec, read_spec
-from farout.evaluation.bench.sets import Sets, absent_sets, why_absent
+from farout.benchmark.folder import differences, open_folder
+from farout.benchmark.plan import make_plan
+from farout.benchmark.presets import about, preset_names
+from farout.benchmark.reading import as_yaml, parse_spec, read_spec
+from farout.benchmark.sets import Sets, absent_sets, why_absent
+from farout.core.errors import FaroutError, SourceError, StoreError
 from small import pictures
 
 SMALL: dict[str, Any] = {

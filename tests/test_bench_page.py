@@ -13,13 +13,13 @@ from PIL import Image
 
 from bench_folder import SKILLS, write_bench
 from chromium import asked, check_layout, needs_chromium
-from farout.errors import StoreError
-from farout.evaluation.bench.page import write_bench_page
-from farout.evaluation.bench.page_costs import front
-from farout.evaluation.bench.page_curves import roc_path
+from farout.benchmark.page import write_bench_page
+from farout.benchmark.page_costs import front
+from farout.benchmark.page_curves import roc_path
+from farout.core.errors import StoreError
 from farout.evaluation.metrics import auroc
-from farout.evaluation.overlays import FOLDER, overlay_name
-from farout.evaluation.thumbnails import Thumbnails
+from farout.report.overlays import FOLDER, overlay_name
+from farout.report.thumbnails import Thumbnails
 from small import pictures
 from test_page import Tags
 

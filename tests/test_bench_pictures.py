@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from farout.benchmark.page_data import Side, read_sides
+from farout.benchmark.pictures import MOST, pictures_of, write_pictures, wrong
 from farout.detectors.base import Detector
 from farout.detectors.reconstruction import Reconstruction
-from farout.evaluation.bench.page_data import Side, read_sides
-from farout.evaluation.bench.pictures import MOST, pictures_of, write_pictures, wrong
-from farout.evaluation.scoring import score_folder
+from farout.scoring.folder import score_folder
 from small import model, pictures
 
 pytestmark = pytest.mark.usefixtures("cheap_perceptual")

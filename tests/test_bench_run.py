@@ -12,19 +12,19 @@ import pytest
 import yaml
 
 from farout import load
+from farout.benchmark import sets
+from farout.benchmark.jobs import Jobs
+from farout.benchmark.plan import make_plan
+from farout.benchmark.reading import parse_spec, read_spec
+from farout.benchmark.rehearsal import Rehearsal
+from farout.benchmark.run import Done, Report, preview, report, run_bench
 from farout.cli import main
+from farout.core.errors import FaroutError
+from farout.core.store import read_json
+from farout.data.sources import open_source
 from farout.detectors.base import Detector
 from farout.diffusion.train import DiffusionConfig
-from farout.errors import FaroutError
-from farout.evaluation.bench import sets
-from farout.evaluation.bench.jobs import Jobs
-from farout.evaluation.bench.plan import make_plan
-from farout.evaluation.bench.reading import parse_spec, read_spec
-from farout.evaluation.bench.rehearsal import Rehearsal
-from farout.evaluation.bench.run import Done, Report, preview, report, run_bench
 from farout.evaluation.evaluate import COLUMNS
-from farout.images.sources import open_source
-from farout.store import read_json
 from small import classifier, pictures
 
 CONTENT: dict[str, Any] = {

@@ -10,15 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from farout.benchmark.layout import boards, latex, markdown
+from farout.benchmark.plan import Job, Plan, make_plan
+from farout.benchmark.reading import parse_spec
+from farout.benchmark.run import Report
+from farout.benchmark.table import behind, group_means, leads, marked
 from farout.cli.bench import show_bench
+from farout.data.sources import open_source
 from farout.detectors.base import Scores
-from farout.evaluation.bench.layout import boards, latex, markdown
-from farout.evaluation.bench.plan import Job, Plan, make_plan
-from farout.evaluation.bench.reading import parse_spec
-from farout.evaluation.bench.run import Report
-from farout.evaluation.bench.table import behind, group_means, leads, marked
-from farout.evaluation.sides import Side
-from farout.images.sources import open_source
+from farout.evaluation.scored_datasets import Side
 
 NEAR, ALSO, FAR = "sample_fashion:test@classes=8", "sample_fashion:test@classes=9", "sample_digits:test"
 

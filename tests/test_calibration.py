@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import stats
 
-from farout.calibration import benjamini_hochberg, check_scores, is_out, p_values, threshold
-from farout.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning
-from farout.images.sources import open_source
-from farout.images.splits import split
+from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning
+from farout.data.sources import open_source
+from farout.data.splits import split
+from farout.detectors.calibration import benjamini_hochberg, check_scores, is_out, p_values, threshold
 
 RNG = np.random.default_rng(0)
 

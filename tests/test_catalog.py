@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from farout.images import catalog
+from farout.data import catalog
 
 # fmt: off
 ASKED = [
@@ -20,7 +20,7 @@ ASKED = [
 
 
 def test_listing_sets_does_not_import_torch():
-    code = "import sys, farout.images.catalog as c; c.list_sets(); sys.exit('torch' in sys.modules)"
+    code = "import sys, farout.data.catalog as c; c.list_sets(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from farout.core import chunking
 from farout.core.chunking import blocks_with, call_in_chunks
-from farout.errors import FaroutError
-from farout.runtime import Runtime
+from farout.core.errors import FaroutError
+from farout.core.runtime import Runtime
 from tolerances import assert_close
 
 

@@ -10,12 +10,12 @@ import torch
 
 from farout import ClassNoise, read_outliers
 from farout.cli import main
-from farout.diffusion.conditioning import Condition
+from farout.core.errors import FaroutError, StoreError, TrapWarning
+from farout.core.runtime import Runtime
+from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.sampling import Sampler
-from farout.errors import FaroutError, StoreError, TrapWarning
-from farout.outliers._recognised import recognised
-from farout.outliers.decoding import decode, vector_scale
-from farout.runtime import Runtime
+from farout.synthesis.class_space import decode, vector_scale
+from farout.synthesis.generator_check import recognised
 from small import CPU, by_tokens, classifier, conditional, model, pictures, without_null
 
 
@@ -145,7 +145,7 @@ def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ([*words], 1, "give --resume"),
         ([*words, "--resume", "--seed", "1"], 1, "seed: 0 there, 1 now"),
         ([*words, "--preset", "paper"], 2, "no preset 'paper'"),
-        (["synthesize", "clas_noise", *words[2:]], 1, "no synthesiser 'clas_noise'; did you mean class_noise?"),
+        (["synthesize", "clas_noise", *words[2:]], 1, "no synthesizer 'clas_noise'; did you mean class_noise?"),
         (["synthesize", "--out", "o"], 2, "METHOD SOURCE --diffusion DIR --out DIR"),
         (["synthesize", "class_noise", str(images), "--out", "o"], 2, "missing --diffusion"),
     ]
@@ -173,7 +173,8 @@ def test_a_generator_is_judged_once(images: Path, tmp_path: Path, monkeypatch: p
     """In a folder: not for every call, and not where the call is refused; another judge judges anew."""
     asked: list[str] = []
     monkeypatch.setattr(
-        "farout.outliers._recognised.recognised", lambda sampler, judge, names: asked.append(judge.content_hash) or 0.5
+        "farout.synthesis.generator_check.recognised",
+        lambda sampler, judge, names: asked.append(judge.content_hash) or 0.5,
     )
     first, second = classifier(), classifier().randomised(1)
     settings: dict[str, Any] = {"count": 3, "diffusion": conditional(), "runtime": CPU}
@@ -189,7 +190,7 @@ def test_a_generator_is_judged_once(images: Path, tmp_path: Path, monkeypatch: p
     assert asked == [classifier().content_hash, second.content_hash]
 
 
-@pytest.mark.filterwarnings("ignore:the classifier recognises:farout.errors.TrapWarning")
+@pytest.mark.filterwarnings("ignore:the classifier recognises:farout.core.errors.TrapWarning")
 def test_a_run_builds_its_sampler_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Sampler] = []
     original = Sampler.__post_init__

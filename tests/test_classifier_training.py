@@ -15,11 +15,12 @@ from farout.classifiers.losses import CrossEntropy, accuracy
 from farout.classifiers.model import Classifier
 from farout.classifiers.train import PRESETS, ClassifierConfig, accuracy_on, train_classifier, train_on
 from farout.cli import main
-from farout.errors import FaroutError, StoreError
-from farout.images.sources import ImageSource, open_source
-from farout.images.splits import split
-from farout.training import TrainingConfig
-from farout.training_config import learning_rate
+from farout.core.errors import FaroutError, StoreError
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
+from farout.data.splits import split
+from farout.training.config import learning_rate
+from farout.training.loop import TrainingConfig
 from launch import in_two_processes
 from small import pictures
 
@@ -192,7 +193,7 @@ import torch
 torch.set_num_threads(1)
 import test_classifier_training as t
 from dataclasses import replace
-from farout.images.sources import open_source
+from farout.data.sources import open_source
 training = replace(t.FEW, final_learning_rate=1e-6, checkpoint_every=4)
 t.trained({tree!r}, {out!r}, training=training)
 """

@@ -15,8 +15,8 @@ from torch.nn import functional
 from farout.classifiers.augment import random_crop, random_flip, random_resized_crop
 from farout.classifiers.model import Classifier
 from farout.classifiers.networks import NetworkSpec
-from farout.errors import FaroutError, StoreError
-from farout.images.preprocessing import Preprocessing
+from farout.core.errors import FaroutError, StoreError
+from farout.data.preprocessing import Preprocessing
 from small import classifier, model
 from tolerances import assert_close
 

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from farout import load
-from farout.cli import COMMANDS, main
+from farout.cli import main
+from farout.cli.command_table import COMMANDS
 from farout.cli.parsers import parse
-from farout.evaluation.scoring import read_scores
+from farout.scoring.folder import read_scores
 from small import model, pictures
 from tolerances import assert_same_scores
 
@@ -125,7 +126,7 @@ def test_version_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
         "detectors": "reconstruction",
         "sets": "fashion_mnist",
         "presets": "--mode exact",
-        "synthesisers": "class_noise",
+        "synthesizers": "class_noise",
     }
     for what, text in wanted.items():
         assert main(["list", what]) == 0

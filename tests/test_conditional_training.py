@@ -7,19 +7,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from farout.diffusion.class_vectors import ClassVectors
+from farout.core.errors import FaroutError, SourceError, StoreError
+from farout.data.classes import class_names_of, class_numbers
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
+from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.denoiser import Guided, NetworkDenoiser
 from farout.diffusion.losses import Objective, denoising_loss, drop_labels, sample_levels
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.networks import build_network
-from farout.diffusion.paths import geometric, pad
+from farout.diffusion.noise_levels import geometric, pad
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.solvers import ddim
+from farout.diffusion.solvers.ddim_heun_dpm import ddim
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion, train_model
-from farout.errors import FaroutError, SourceError, StoreError
-from farout.images.classes import class_names_of, class_numbers
-from farout.images.sources import ImageSource, open_source
-from farout.training_config import TrainingConfig
+from farout.diffusion.unets import build_network
+from farout.training.config import TrainingConfig
 from small import autoencoder, by_tokens, conditional, model, pictures
 
 QUICK = {"batch_size": 8, "warmup": 1, "device": "cpu", "precision": "fp32"}
@@ -290,7 +291,7 @@ def test_the_networks_have_the_published_sizes() -> None:
 @pytest.mark.slow
 def test_the_network_of_the_card_costs_what_the_card_says() -> None:
     """6.22 billion multiply-accumulates for one image of 32 x 32 pixels, those of attention's products included."""
-    from farout.images.preprocessing import Preprocessing
+    from farout.data.preprocessing import Preprocessing
 
     network = build_network("cifar", 3, 32, classes=10)
     counted = []

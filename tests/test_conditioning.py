@@ -7,13 +7,13 @@ import diffusers
 import pytest
 import torch
 
-from farout.diffusion.class_tokens import ClassTokens
-from farout.diffusion.class_vectors import ClassVectors
-from farout.diffusion.conditioning import Condition
+from farout.core.errors import FaroutError, MissingExtraError, StoreError
+from farout.diffusion.conditioning.base import Condition
+from farout.diffusion.conditioning.class_embeddings import ClassVectors
+from farout.diffusion.conditioning.class_tokens import ClassTokens
+from farout.diffusion.conditioning.prompts import Prompts
 from farout.diffusion.denoiser import Guided
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.prompts import Prompts
-from farout.errors import FaroutError, MissingExtraError, StoreError
 from small import by_tokens, conditional, model, stable_diffusion, tiny_unet
 
 

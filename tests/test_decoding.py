@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from farout.errors import SourceError, UnreadableImageError
-from farout.images.decoding import content_hash, decode, from_pil, to_pil, to_uint8
+from farout.core.errors import SourceError, UnreadableImageError
+from farout.data.decoding import content_hash, decode, from_pil, to_pil, to_uint8
 from image_files import encode
 
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from farout.diffusion.conditioning import Condition
+from farout.core.errors import FaroutError
+from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.denoiser import Clamped, GaussianDenoiser, Guided, NetworkDenoiser, spread
 from farout.diffusion.losses import denoising_loss, sample_levels
-from farout.diffusion.networks import build_network
 from farout.diffusion.noise import image_noise, shared_noise
 from farout.diffusion.schedule import NoiseSchedule
-from farout.errors import FaroutError
+from farout.diffusion.unets import build_network
 from tolerances import assert_close
 
 SCHEDULE = NoiseSchedule()

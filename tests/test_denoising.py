@@ -11,19 +11,19 @@ from torch import Tensor
 
 from farout import load
 from farout.classifiers.model import Outputs
+from farout.core.errors import FaroutError
+from farout.data.batching import Batch
 from farout.detectors.denoising import Denoising
-from farout.detectors.denoising.changes import METRICS, changes, post_hoc, views
-from farout.detectors.denoising.starts import Neighbours, descriptors, inverted
+from farout.detectors.denoising.differences import METRICS, changes, post_hoc, views
+from farout.detectors.denoising.initial_noise import Neighbours, descriptors, inverted
 from farout.diffusion.denoiser import GaussianDenoiser, Guided
 from farout.diffusion.noise import shared_noise
-from farout.diffusion.solvers import dpm_solver_2m
+from farout.diffusion.solvers.ddim_heun_dpm import dpm_solver_2m
 from farout.diffusion.train import DiffusionConfig
-from farout.errors import FaroutError
-from farout.images.sources import Batch
-from farout.training_config import TrainingConfig
+from farout.training.config import TrainingConfig
 from small import CPU, classifier, conditional, model, pictures
 
-pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning")
 
 
 @pytest.fixture(scope="module")

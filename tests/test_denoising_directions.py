@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from farout.classifiers.model import Classifier
+from farout.data.preprocessing import Preprocessing
 from farout.detectors.denoising import Denoising
-from farout.diffusion.class_vectors import ClassVectors
+from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
 from farout.evaluation.metrics import auroc
-from farout.images.preprocessing import Preprocessing
 
-pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning")
 
 CLASSES, PIXELS, SPREAD = 10, 64, 0.3
 BASIS = torch.linalg.qr(torch.randn(PIXELS, PIXELS, generator=torch.Generator().manual_seed(0)))[0]

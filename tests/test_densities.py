@@ -6,7 +6,8 @@ from scipy import stats
 from sklearn.mixture import GaussianMixture as Reference
 from sklearn.neighbors import NearestNeighbors
 
-from farout.densities import (
+from farout.core.errors import FaroutError, StoreError
+from farout.features.densities import (
     ClassMahalanobis,
     GaussianMixture,
     KernelDensity,
@@ -17,7 +18,6 @@ from farout.densities import (
     pack,
     unpack,
 )
-from farout.errors import FaroutError, StoreError
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(400, 4)) @ RNG.normal(size=(4, 4)) + 3

@@ -10,22 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from farout import load, registry, store
-from farout.detectors import base
+from farout import load
+from farout.core import store
+from farout.core.errors import FaroutError, NaNScoresWarning, ShortfallWarning, SourceError, StoreError, TrapWarning
+from farout.data.batching import Batch
+from farout.detectors import DETECTORS, base
 from farout.detectors.base import Detector, Scores
 from farout.detectors.fitting import recalibrate
 from farout.diffusion.model import DiffusionModel
-from farout.errors import FaroutError, NaNScoresWarning, ShortfallWarning, SourceError, StoreError, TrapWarning
-from farout.images.sources import Batch
 from narrow import narrow_device
 from small import classifier, conditional, model, pictures
 from tolerances import assert_same_scores
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:it is not known which images:farout.errors.TrapWarning", "ignore::farout.errors.ShortfallWarning"
+    "ignore:it is not known which images:farout.core.errors.TrapWarning", "ignore::farout.core.errors.ShortfallWarning"
 )
 
-NAMES = sorted(registry.members("detectors"))
+NAMES = sorted(DETECTORS)
 
 
 def quick_for(*names: str) -> pytest.MarkDecorator:
@@ -48,7 +49,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fitted(name: str, folder: Path, **settings: object) -> Detector:
-    detector = registry.find("detectors", name).load().tiny(SimpleNamespace(diffusion=model(), classifier=classifier()))
+    detector = DETECTORS[name].load().tiny(SimpleNamespace(diffusion=model(), classifier=classifier()))
     given: dict[str, object] = {"classifier": classifier()} if "classifier" in detector.needs else {}
     if "diffusion" in detector.needs and detector.diffusion_kind is DiffusionModel:
         given["diffusion"] = conditional() if "classes" in detector.needs else model()
@@ -321,7 +322,7 @@ def test_choices_need_no_network(detector: Detector, monkeypatch: pytest.MonkeyP
 
 def test_an_unfitted_detector_says_so(folder: Path) -> None:
     for name in NAMES:
-        detector = registry.find("detectors", name).load()()
+        detector = DETECTORS[name].load()()
         with pytest.raises(FaroutError, match="not been fitted"):
             detector.score(folder)
 
@@ -329,7 +330,7 @@ def test_an_unfitted_detector_says_so(folder: Path) -> None:
 def test_presets_can_be_had() -> None:
     """None has a setting that its others leave without use."""
     for name in NAMES:
-        kind = registry.find("detectors", name).load()
+        kind = DETECTORS[name].load()
         for preset in kind.presets:
             assert kind.from_preset(preset).provenance["preset"] == preset
 

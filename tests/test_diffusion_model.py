@@ -9,14 +9,14 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
+from farout.core.errors import FaroutError, StoreError
+from farout.data.preprocessing import Preprocessing
 from farout.diffusion import train
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.networks import build_network
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
-from farout.errors import FaroutError, StoreError
-from farout.images.preprocessing import Preprocessing
-from farout.training_config import TrainingConfig
+from farout.diffusion.unets import build_network
+from farout.training.config import TrainingConfig
 from small import model, pictures, tiny_unet
 
 
@@ -242,7 +242,7 @@ def test_a_folder_is_replaced_where_none_can_be_put_over_another(
             raise PermissionError(5, "Access is denied")
         replace(source, target)
 
-    monkeypatch.setattr("farout.store.os.replace", strict)
+    monkeypatch.setattr("farout.core.store.os.replace", strict)
     for scale in (1.0, 2.0):
         model(b_scale=scale).save(tmp_path / "m")
         assert DiffusionModel.load(tmp_path / "m").b_scale == scale

@@ -13,19 +13,19 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 from farout import load
-from farout.densities import Mahalanobis as Gaussian
+from farout.core.errors import FaroutError
 from farout.detectors.autoencoder import AutoEncoder
 from farout.detectors.base import Measurements
-from farout.detectors.features import VectorDetector
+from farout.detectors.feature_detector import VectorDetector
 from farout.detectors.gmm import GMM
 from farout.detectors.knn import KNN
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.pca import PCA
-from farout.errors import FaroutError
+from farout.features.densities import Mahalanobis as Gaussian
 from small import pictures
 from tolerances import SCORE_TOLERANCE
 
-pytestmark = pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
 
 CHANNELS = (3, 5, 8)
 WIDTH = sum(CHANNELS)

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 import farout
-from farout import registry
-from farout.cli import COMMANDS
+from farout.benchmark.reading import read_spec
+from farout.cli.command_table import COMMANDS
 from farout.cli.parsers import parse
 from farout.cli.steps import read_steps
-from farout.errors import ShortfallWarning
-from farout.evaluation.bench.reading import read_spec
-from farout.runtime import Runtime
+from farout.core.errors import ShortfallWarning
+from farout.core.runtime import Runtime
+from farout.detectors import DETECTORS
+from farout.synthesis import SYNTHESIZERS
 from small import pictures
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,7 @@ def test_names_in_the_text_are_there_and_public(name: str) -> None:
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The examples of add-a-detector.md as a package from elsewhere, with entry points as its page says."""
-    written = {"spectrum": "farout.detectors", "quarters": "farout.outliers"}
+    written = {"spectrum": "farout.detectors", "quarters": "farout.synthesizers"}
     for name, code in zip(written, blocks("docs/add-a-detector.md"), strict=True):
         (tmp_path / f"docs_example_{name}.py").write_text(code, encoding="utf-8")
         monkeypatch.delitem(sys.modules, f"docs_example_{name}", raising=False)
@@ -82,7 +83,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_detector_of_the_page_is_listed_fitted_and_loaded_again(package: Path, tmp_path: Path) -> None:
-    detector = registry.find("detectors", "spectrum").load().from_preset("fine", rings=3)
+    detector = DETECTORS["spectrum"].load().from_preset("fine", rings=3)
     good = pictures(tmp_path / "good", 60)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ShortfallWarning)
@@ -96,10 +97,10 @@ def test_the_detector_of_the_page_is_listed_fitted_and_loaded_again(package: Pat
     assert np.array_equal(detector.reconfigured(score="two_sided").score(good).score, again.indicators["two_sided"])
 
 
-def test_the_synthesiser_of_the_page_makes_the_same_images_for_any_batch(package: Path, tmp_path: Path) -> None:
+def test_the_synthesizer_of_the_page_makes_the_same_images_for_any_batch(package: Path, tmp_path: Path) -> None:
     for number, name in enumerate("ab"):
         pictures(tmp_path / "labelled" / name, 6, low=60 * number, seed=number)
-    made = registry.find("outliers", "quarters").load()().synthesize
+    made = SYNTHESIZERS["quarters"].load()().synthesize
     folders = [
         made(tmp_path / "labelled", tmp_path / str(size), count=5, runtime=Runtime(batch_size=size)) for size in (1, 5)
     ]
@@ -143,7 +144,7 @@ def understand(words: tuple[str, ...]) -> None:
     assert command is not None, f"there is no command {' '.join(words)}"
     rest = words[len(command.split()) :]
     if command == "list":
-        assert rest[0] in ("detectors", "synthesisers", "sets", "presets")
+        assert rest[0] in ("detectors", "synthesizers", "sets", "presets")
     else:
         parse(command, rest)
 

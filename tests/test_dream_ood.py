@@ -10,26 +10,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from farout import DreamOOD, registry, store
+from farout import DreamOOD
 from farout.classifiers import train as rooms
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.model import Classifier
 from farout.classifiers.networks import NetworkSpec
 from farout.cli import main
 from farout.cli.parsers import parse
+from farout.core import store
+from farout.core.errors import FaroutError, ShortfallWarning, StoreError, TrapWarning
+from farout.core.runtime import Runtime
 from farout.diffusion.model import DiffusionModel
-from farout.errors import FaroutError, ShortfallWarning, StoreError, TrapWarning
-from farout.outliers import _boundary, dream_ood
-from farout.outliers._alignment import Alignment, check_directions, read_aligned
-from farout.outliers._boundary import BoundarySampling, ClassBoundary, choose, kth_distance
-from farout.outliers._boundary_folder import extend_drawn, read_drawn
-from farout.runtime import Runtime
+from farout.synthesis import SYNTHESIZERS, dream_ood
+from farout.synthesis.dream_ood import boundary as _boundary
+from farout.synthesis.dream_ood.alignment import Alignment, check_directions, read_aligned
+from farout.synthesis.dream_ood.boundary import BoundarySampling, ClassBoundary, choose, kth_distance
+from farout.synthesis.dream_ood.boundary_folder import extend_drawn, read_drawn
 from small import CPU, conditional, pictures
 from tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings(
-    r"ignore:the diffusion model knows 1 class \(b\):farout.errors.TrapWarning",
-    "ignore:only .* lie nearest to their own class's vector:farout.errors.TrapWarning",
+    r"ignore:the diffusion model knows 1 class \(b\):farout.core.errors.TrapWarning",
+    "ignore:only .* lie nearest to their own class's vector:farout.core.errors.TrapWarning",
 )
 
 MODEL = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
@@ -356,7 +358,7 @@ def test_a_longer_run_draws_on_where_it_stopped(images: Path, tmp_path: Path, mo
 def test_the_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     monkeypatch.setattr(
-        "farout.outliers.decoding.decode",
+        "farout.synthesis.class_space.decode",
         lambda sampler, vectors, *_: seen.append(vectors) or torch.zeros(len(vectors), 1, 8, 8),
     )
     made(images, tmp_path / "o", count=4)
@@ -407,9 +409,9 @@ def test_other_settings_are_refused_with_the_difference(images: Path, tmp_path: 
             made(images, tmp_path / "o", method(**settings), resume=True)
 
 
-@pytest.mark.parametrize("name", sorted(registry.members("outliers")))
+@pytest.mark.parametrize("name", sorted(SYNTHESIZERS))
 def test_flags_have_the_defaults_of_the_method(name: str) -> None:
-    kind = registry.find("outliers", name).load()
+    kind = SYNTHESIZERS[name].load()
     words = [name, "images", "--diffusion", "model", "--out", "out"]
     for preset in (None, *kind.presets):
         wanted = kind() if preset is None else kind.from_preset(preset)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from farout.core.errors import FaroutError, StoreError
+from farout.core.runtime import Runtime
+from farout.data.sources import open_source
 from farout.diffusion.model import DiffusionModel
-from farout.errors import FaroutError, StoreError
-from farout.images.sources import open_source
-from farout.outliers import _embedding
-from farout.outliers._embedding import Inversion, Inverter, embed, read_embeddings
-from farout.outliers.decoding import vector_scale
-from farout.runtime import Runtime
+from farout.synthesis.class_space import vector_scale
+from farout.synthesis.ncis import inversion as _embedding
+from farout.synthesis.ncis.inversion import Inversion, Inverter, embed, read_embeddings
 from small import by_tokens, conditional, model, pictures
 
 FEW = Inversion(steps=3, draws=4, stratified=False)

@@ -13,18 +13,18 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from farout.core.errors import ConstantScoresWarning, FaroutError, StoreError, TrapWarning
+from farout.data.batching import Batch
+from farout.data.preprocessing import Preprocessing
 from farout.detectors.base import Detector, Measurements, Runtime
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
-from farout.errors import ConstantScoresWarning, FaroutError, StoreError, TrapWarning
 from farout.evaluation import metrics
-from farout.evaluation.beside import Beside, random_twin
-from farout.evaluation.controls import CONTROLS, TrivialControls
+from farout.evaluation.baselines import CONTROLS, TrivialControls
+from farout.evaluation.comparison import Beside, random_twin
 from farout.evaluation.evaluate import COLUMNS, evaluate_detector, evaluate_scores
 from farout.evaluation.metrics import auroc
-from farout.evaluation.scoring import read_scores
-from farout.images.preprocessing import Preprocessing
-from farout.images.sources import Batch
+from farout.scoring.folder import read_scores
 from small import model, pictures
 
 pytestmark = pytest.mark.usefixtures("cheap_perceptual", "few_draws")
@@ -207,7 +207,9 @@ def test_controls_are_fitted_on_the_recorded_source(place: Path, monkeypatch: py
     assert seen == [(str(place / "good"), 55), (str(place / "test"), 1000)]
 
 
-@pytest.mark.filterwarnings("ignore:Brightness, :farout.errors.FaroutWarning", "ignore::farout.errors.ShortfallWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Brightness, :farout.core.errors.FaroutWarning", "ignore::farout.core.errors.ShortfallWarning"
+)
 def test_missing_control_images_warn_and_cost_no_result(place: Path) -> None:
     detector = brightness(place)
     detector.provenance["source"] = "/nowhere/at/all"
@@ -249,7 +251,7 @@ def test_unreadable_images_on_both_sides_are_no_shared_images(place: Path, tmp_p
     pd.testing.assert_frame_equal(before[columns], after[columns])
 
 
-@pytest.mark.filterwarnings("ignore:Brightness, constant:farout.errors.ConstantScoresWarning")
+@pytest.mark.filterwarnings("ignore:Brightness, constant:farout.core.errors.ConstantScoresWarning")
 def test_sources_without_a_name_are_not_confused(place: Path, tmp_path: Path) -> None:
     """Two tensors of as many images have the same keys; the second must not be given the scores of the first."""
     generator = torch.Generator().manual_seed(0)
@@ -343,8 +345,8 @@ def test_constant_scores_warn_and_are_worth_one_half(tmp_path: Path) -> None:
     assert frame["auroc"].item() == 0.5
 
 
-@pytest.mark.filterwarnings("ignore:Brightness, mean:farout.errors.FaroutWarning")
-@pytest.mark.filterwarnings("ignore:.* are not numbers:farout.errors.NaNScoresWarning")
+@pytest.mark.filterwarnings("ignore:Brightness, mean:farout.core.errors.FaroutWarning")
+@pytest.mark.filterwarnings("ignore:.* are not numbers:farout.core.errors.NaNScoresWarning")
 def test_a_constant_indicator_is_worth_one_half_and_is_named(place: Path) -> None:
     with pytest.warns(ConstantScoresWarning, match="constant, .*far: all scores are equal"):
         frame = evaluate_detector(

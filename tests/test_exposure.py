@@ -11,10 +11,10 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional
 
-from farout.classifiers.exposure import Exposed, Exposure
 from farout.classifiers.losses import CrossEntropy, EnergyHead, free_energy, uniform_cross_entropy
-from farout.classifiers.virtual import VirtualOutliers, largest_radii
-from farout.errors import FaroutError, ShortfallWarning
+from farout.classifiers.outlier_exposure import Exposed, Exposure
+from farout.classifiers.virtual_outliers import VirtualOutliers, largest_radii
+from farout.core.errors import FaroutError, ShortfallWarning
 
 # losses
 

@@ -8,13 +8,15 @@ import torch
 
 from farout.cli import main
 from farout.core.chunking import BatchSize
+from farout.core.errors import FaroutError
+from farout.data.batching import batches
+from farout.data.image_source import ImageSource
+from farout.data.preprocessing import Preprocessing
+from farout.data.sources import open_source
 from farout.detectors.mahalanobis import Mahalanobis
-from farout.errors import FaroutError
 from farout.features.cache import cached_kinds
 from farout.features.extraction import CachedFeatures, extract
 from farout.features.extractor import FeatureExtractor
-from farout.images.preprocessing import Preprocessing
-from farout.images.sources import ImageSource, batches, open_source
 from image_files import pixels
 from small import pictures
 from tolerances import assert_close

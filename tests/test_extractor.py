@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from farout.errors import FaroutError, StoreError
+from farout.core.errors import FaroutError, StoreError
 from farout.features import backbones
 from farout.features.extractor import FeatureExtractor
 from tolerances import assert_close

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from farout.errors import StoreError, UnreadableImageError
+from farout.core.errors import StoreError, UnreadableImageError
+from farout.data.batching import Batch, batches
+from farout.data.image_source import ImageSource
+from farout.data.preprocessing import Preprocessing
+from farout.data.sources import open_source
 from farout.features import cache as module
 from farout.features.cache import FeatureCache, cache_folder, cached_kinds, clear
-from farout.images.preprocessing import Preprocessing
-from farout.images.sources import Batch, ImageSource, batches, open_source
 from image_files import pixels, write_folder, write_parquet
 
 PLAIN = Preprocessing(size=(8, 8), channels=1, native=(8, 8))

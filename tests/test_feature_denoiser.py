@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from farout.densities import Mahalanobis
+from farout.core.errors import FaroutError, StoreError
 from farout.diffusion.denoiser import NetworkDenoiser
-from farout.diffusion.feature_denoiser import FeatureDenoiser
 from farout.diffusion.losses import denoising_loss
-from farout.errors import FaroutError, StoreError
-from farout.features.diffusion import FeatureDiffusion, paper_schedule
+from farout.features.densities import Mahalanobis
 from farout.features.encoding import FeatureEncoding
+from farout.features.feature_denoiser import FeatureDenoiser
+from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
 
 B4 = (24, 32, 56, 160, 448)
 GROUPS = (4, 6)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from farout.cli import main
-from farout.errors import FaroutError, MissingExtraError, StoreError, TrapWarning
+from farout.core.errors import FaroutError, MissingExtraError, StoreError, TrapWarning
 from farout.evaluation import fid
 from farout.evaluation.fid import frechet_distance, kernel_distance, set_distance
 from small import pictures

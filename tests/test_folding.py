@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from farout.features.batch_norm_folding import folded
 from farout.features.extractor import FeatureExtractor
-from farout.features.folding import folded
 
 
 def shaken(network: nn.Module) -> nn.Module:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from farout.errors import SourceError
-from farout.images import catalog
-from farout.images.sources import ImageSource, open_source
-from farout.images.spec import parse_spec
+from farout.core.errors import SourceError
+from farout.data import catalog
+from farout.data.image_source import ImageSource
+from farout.data.source_spec import parse_spec
+from farout.data.sources import open_source
 from image_files import pixels, write_folder, write_parquet
 
 SETS = frozenset({"fashion_mnist", "mnist", "cifar10"})

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from farout import reconstruct
-from farout.errors import StoreError
-from farout.outliers import _writer
-from farout.outliers._folder import read_rows
-from farout.outliers._writer import ImageWriter
-from farout.outliers.class_noise import ClassNoise
-from farout.outliers.sona import SONA
-from farout.runtime import Runtime
+from farout.core.errors import StoreError
+from farout.core.runtime import Runtime
+from farout.synthesis import writer as _writer
+from farout.synthesis.class_noise import ClassNoise
+from farout.synthesis.editing.sona import SONA
+from farout.synthesis.outlier_folder import read_rows
+from farout.synthesis.writer import ImageWriter
 from small import conditional, pictures
 
 CPU = Runtime(device="cpu", precision="fp32", batch_size=3, workers=0)

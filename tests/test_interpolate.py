@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from farout.cli import main
+from farout.core.errors import FaroutError, SourceError, StoreError
+from farout.data.sources import open_source
 from farout.diffusion.denoiser import GaussianDenoiser
 from farout.diffusion.interpolation import Interpolator, slerp
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
-from farout.errors import FaroutError, SourceError, StoreError
-from farout.evaluation.interpolate import write_interpolations
-from farout.images.sources import open_source
+from farout.report.interpolation import write_interpolations
 from small import conditional, model, pictures, without_null
 from tolerances import assert_close, assert_same_images
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from curves import DIM, LABELS, SHORT, VECTORS, linear, short
-from farout.errors import FaroutError
-from farout.outliers import _flattening
-from farout.outliers._class_gaussians import ClassGaussians, draw_round
-from farout.outliers._manifold import Drawn, Manifold, ManifoldConfig, fit_manifold
-from farout.outliers.volume_preserving import VolumePreservingNetwork
+from farout.core.errors import FaroutError
+from farout.synthesis.ncis import linear_map as _flattening
+from farout.synthesis.ncis.class_gaussians import ClassGaussians, draw_round
+from farout.synthesis.ncis.manifold import Drawn, Manifold, ManifoldConfig, fit_manifold
+from farout.synthesis.ncis.volume_preserving import VolumePreservingNetwork
 
 
 @pytest.fixture(params=[short, linear])

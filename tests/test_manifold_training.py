@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from curves import DIM, LABELS, SHORT, VECTORS, curved, linear, short
-from farout import progress
-from farout.errors import FaroutError, FaroutWarning, ShortfallWarning, StoreError
-from farout.outliers import _flattening
-from farout.outliers._manifold import Manifold, ManifoldConfig, fit_manifold
+from farout.core import progress
+from farout.core.errors import FaroutError, FaroutWarning, ShortfallWarning, StoreError
+from farout.synthesis.ncis import linear_map as _flattening
+from farout.synthesis.ncis.manifold import Manifold, ManifoldConfig, fit_manifold
 
 
 @pytest.fixture(params=[short, linear])
@@ -211,7 +211,7 @@ def test_fewer_vectors_than_dimensions() -> None:
         fit_manifold(*tiny, replace(SHORT, regularization="held_out"), 2)
 
 
-@pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
+@pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
 def test_few_vectors_in_many_dimensions_lie_no_further_out_than_draws(tmp_path: Path) -> None:
     """Those that were not fitted to; by the weight that suits many vectors they lie far beyond all draws."""
     generator = torch.Generator().manual_seed(0)

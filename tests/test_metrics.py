@@ -8,7 +8,7 @@ import torch
 import torchmetrics.functional.classification as torchmetrics
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from farout.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, TrapWarning
+from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, TrapWarning
 from farout.evaluation.intervals import bootstrap, delong, interval_of_auroc, paired_difference
 from farout.evaluation.metrics import aupr_in, aupr_out, auroc, detection, evaluate, false_alarm, fpr95
 

@@ -5,15 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from farout.core.errors import FaroutError
+from farout.data.batching import Batch
 from farout.detectors.base import Runtime
 from farout.detectors.msma import MSMA
 from farout.diffusion.denoiser import GaussianDenoiser
 from farout.diffusion.schedule import NoiseSchedule
-from farout.errors import FaroutError
-from farout.images.sources import Batch
 from small import conditional, latent, model
 
-pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning")
 
 SIZE = 64
 RANDOM = torch.Generator().manual_seed(0)

@@ -10,17 +10,17 @@ from safetensors.torch import load_file
 
 from farout import NCIS, read_outliers
 from farout.cli import main
-from farout.errors import FaroutError, StoreError
-from farout.evaluation.outlier_page import write_outlier_page
-from farout.images.sources import open_source
-from farout.outliers import _flattening
-from farout.outliers._embedding import Inversion, read_embeddings
-from farout.outliers._manifold import Manifold, ManifoldConfig
+from farout.core.errors import FaroutError, StoreError
+from farout.data.sources import open_source
+from farout.report.outlier_page import write_outlier_page
+from farout.synthesis.ncis import linear_map as _flattening
+from farout.synthesis.ncis.inversion import Inversion, read_embeddings
+from farout.synthesis.ncis.manifold import Manifold, ManifoldConfig
 from small import CPU, conditional, pictures
 
 pytestmark = pytest.mark.filterwarnings(
-    r"ignore:the diffusion model knows 1 class \(b\):farout.errors.TrapWarning",
-    "ignore::farout.errors.ShortfallWarning",
+    r"ignore:the diffusion model knows 1 class \(b\):farout.core.errors.TrapWarning",
+    "ignore::farout.core.errors.ShortfallWarning",
 )
 
 SMALL = ManifoldConfig(layers=2, steps=4, validations=1, draws=20, kept=2)
@@ -62,7 +62,7 @@ def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
 def test_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.Tensor, list[int], list[int]]] = []
     monkeypatch.setattr(
-        "farout.outliers.decoding.decode",
+        "farout.synthesis.class_space.decode",
         lambda sampler, vectors, noises, labels, change: (
             seen.append((vectors, list(noises), list(labels))) or torch.zeros(len(vectors), 1, 8, 8)
         ),

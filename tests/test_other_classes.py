@@ -9,8 +9,8 @@ import torch
 
 from farout import ClassNoise, open_source
 from farout.classifiers.networks import OUTLIER
-from farout.errors import TrapWarning
-from farout.outliers._other_classes import warn_of_other_classes
+from farout.core.errors import TrapWarning
+from farout.synthesis.leakage import warn_of_other_classes
 from small import CPU, classifier, conditional, model, pictures
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from farout import ClassNoise, OutlierFolder, open_source
-from farout.diffusion.class_vectors import ClassVectors
+from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.model import DiffusionModel
-from farout.evaluation.outlier_page import write_outlier_page
-from farout.outliers.base import Made, Synthesiser, Work
+from farout.report.outlier_page import write_outlier_page
+from farout.synthesis.base import Made, Synthesizer, Work
 from small import CPU, model, pictures, tiny_unet
 from test_page import Tags
 
@@ -19,14 +19,14 @@ NAMES = ("T-shirt/top", "..", "Größe 3.5 μ 犬", '<b onload="x">&', "007")
 """Names that no folder can have, that HTML would read, and that a table would take for a number."""
 
 
-class Plain(Synthesiser):
+class Plain(Synthesizer):
     """Grey images, of which there is nothing to tell."""
 
     def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
         return Made(torch.full((len(indices), 1, 8, 8), 0.5), [""] * len(indices))
 
     @classmethod
-    def tiny(cls, resources: Any) -> Synthesiser:
+    def tiny(cls, resources: Any) -> Synthesizer:
         return cls()
 
 
@@ -67,7 +67,7 @@ def shown(tags: Tags) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("method", [ClassNoise(steps=2), Plain()])
-def test_classes_of_any_name(method: Synthesiser, table: Path, tmp_path: Path) -> None:
+def test_classes_of_any_name(method: Synthesizer, table: Path, tmp_path: Path) -> None:
     given = {"diffusion": generator()} if isinstance(method, ClassNoise) else {}
     done = method.synthesize(table, tmp_path / "o", count=12, runtime=CPU, **given)
     assert ("distance" in done.manifest().columns) == isinstance(method, ClassNoise)

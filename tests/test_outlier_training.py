@@ -15,22 +15,23 @@ from PIL import Image
 
 from farout.classifiers import train as rooms
 from farout.classifiers.config import ClassifierConfig
-from farout.classifiers.exposure import Exposed, Exposure, Outside, known_classes
 from farout.classifiers.model import Classifier
 from farout.classifiers.networks import OUTLIER
-from farout.classifiers.outliers import ExposedImages, OutlierImages, check_outliers, open_outliers
+from farout.classifiers.outlier_exposure import Exposed, Exposure, Outside, known_classes
+from farout.classifiers.outlier_images import ExposedImages, OutlierImages, check_outliers, open_outliers
 from farout.classifiers.presets import PRESETS
 from farout.classifiers.train import train_classifier, train_on
 from farout.cli import main
+from farout.core.errors import FaroutError, SourceError, TrapWarning
+from farout.data.batching import PreparedImages
+from farout.data.preprocessing import Preprocessing
+from farout.data.sources import open_source
 from farout.detectors.denoising import Denoising
 from farout.detectors.posthoc import Posthoc
-from farout.errors import FaroutError, SourceError, TrapWarning
-from farout.evaluation.draws import over_draws
 from farout.evaluation.metrics import auroc, fpr95
-from farout.images.preprocessing import Preprocessing
-from farout.images.sources import PreparedImages, open_source
-from farout.outliers._recognised import class_places
-from farout.training import TrainingConfig
+from farout.evaluation.ood_draws import over_draws
+from farout.synthesis.generator_check import class_places
+from farout.training.loop import TrainingConfig
 from small import conditional, pictures
 
 CONFIG = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
@@ -110,7 +111,7 @@ def test_what_does_not_fit_into_memory_is_prepared_when_asked_for(monkeypatch: p
     large = open_source((torch.rand(3, 1, 16, 16) * 255).byte())
     how = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
     kept = OutlierImages(large, how)
-    monkeypatch.setattr("farout.classifiers.outliers._BUDGET", 0)
+    monkeypatch.setattr("farout.classifiers.outlier_images._BUDGET", 0)
     fresh = OutlierImages(large, how)
     for index in range(3):
         torch.manual_seed(index)
@@ -237,7 +238,7 @@ def test_fewer_outliers_than_a_batch_serve_training_and_validation(tree: Path, o
     assert made.provenance["outliers"]["images"] == 2
 
 
-def test_a_folder_that_a_synthesiser_made(outliers: Path, tmp_path: Path) -> None:
+def test_a_folder_that_a_synthesizer_made(outliers: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     (made / "images").mkdir(parents=True)
     (made / "config.json").write_text(json.dumps({"farout": {"kind": "outliers"}}))

@@ -12,14 +12,14 @@ from PIL import Image
 
 from farout import load
 from farout.cli import main
+from farout.core.errors import FaroutError
+from farout.data.batching import Batch
+from farout.data.decoding import from_pil
 from farout.detectors.base import Detector
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
-from farout.errors import FaroutError
-from farout.evaluation.heat import MapScale
-from farout.evaluation.overlays import overlay, overlay_name, write_overlays
-from farout.images.decoding import from_pil
-from farout.images.sources import Batch
+from farout.report.heat_colors import MapScale
+from farout.report.overlays import overlay, overlay_name, write_overlays
 from small import model, pictures
 
 COUNT = 11

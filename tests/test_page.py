@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 
 from chromium import check_layout, needs_chromium
-from farout.calibration import benjamini_hochberg
+from farout.data.batching import Batch
 from farout.detectors.base import Detector, Measurements
+from farout.detectors.calibration import benjamini_hochberg
 from farout.detectors.reconstruction import Reconstruction
-from farout.evaluation.controls import TrivialControls
-from farout.evaluation.heat import MapScale
-from farout.evaluation.page import _heat
-from farout.evaluation.rendering import png_address
-from farout.evaluation.scoring import score_folder
-from farout.images.sources import Batch
+from farout.evaluation.baselines import TrivialControls
+from farout.report.heat_colors import MapScale
+from farout.report.rendering import png_address
+from farout.report.score_page import _heat
+from farout.scoring.folder import score_folder
 from small import model, pictures
 
 HOSTILE = '<script>alert(1)<script> & "quoted" it\'s.png'
@@ -263,7 +263,7 @@ def test_images_that_have_changed_since_the_fit_are_not_shown(
 def test_a_hub_is_not_asked_for_good_images(
     placed: tuple[Detector, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("farout.images.sources.list_hub", lambda *given: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("farout.data.sources.list_hub", lambda *given: pytest.fail("the hub was asked"))
     detector, _ = placed
     detector.provenance["source"] = "hf://someone/something:train"
     score_folder(detector, images, tmp_path / "r")

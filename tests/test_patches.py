@@ -9,16 +9,17 @@ import torch
 from PIL import Image
 
 from farout import load
+from farout.core.errors import FaroutError
+from farout.data.batching import Batch
+from farout.data.sources import open_source
 from farout.detectors.patches import Patches
 from farout.detectors.patches.positions import Deviations, drawn, equal_layers, flat, nearest, rank, top
 from farout.detectors.semantic import Semantic
-from farout.errors import FaroutError
-from farout.images.sources import Batch, open_source
-from farout.training import _Run
+from farout.training.loop import _Run
 from small import pictures
 from tolerances import assert_close
 
-pytestmark = pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
 
 SMALL = {"size": 64, "side": 8, "hidden": 64, "embedding": 16, "positions": 1500, "epochs": 12, "batch": 64}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from farout.errors import MissingExtraError, StoreError
+from farout.core.errors import MissingExtraError, StoreError
 from farout.features import backbones
 from farout.features.perceptual import perceptual_distance, ssim
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from farout import load
 from farout.classifiers.model import Classifier
+from farout.core.errors import FaroutError, TrapWarning
+from farout.data.batching import Batch
 from farout.detectors.posthoc import Posthoc
 from farout.detectors.posthoc.scores import Fitted, Head, Settings, logit_scores, neighbour
-from farout.errors import FaroutError, TrapWarning
-from farout.images.sources import Batch
 from small import classifier, pictures
 from tolerances import assert_same_scores
 
@@ -314,9 +314,9 @@ def test_what_cannot_work_is_refused_before_a_classifier_is_trained(
         Posthoc(score="extra").fit(tmp_path / "tree", alpha=0.1, statistics=15)
 
 
-@pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
+@pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
 def test_the_random_control_has_a_fresh_classifier(made: Posthoc, good: Path, tmp_path: Path) -> None:
-    from farout.evaluation.beside import Beside, rated_beside
+    from farout.evaluation.comparison import Beside, rated_beside
 
     given = Beside(companions=False, trivial=False, random=True, reference=str(good))
     (rated,) = rated_beside(made, given, tmp_path)

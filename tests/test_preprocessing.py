@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from farout.errors import FaroutError, SourceError, TrapWarning
-from farout.images import preprocessing as module
-from farout.images.preprocessing import Preprocessing, check_against
-from farout.images.sources import open_source
+from farout.core.errors import FaroutError, SourceError, TrapWarning
+from farout.data import preprocessing as module
+from farout.data.preprocessing import Preprocessing, check_against
+from farout.data.sources import open_source
 
 
 def image(channels: int = 3, height: int = 16, width: int = 16, seed: int = 0) -> torch.Tensor:

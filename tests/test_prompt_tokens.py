@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from farout.core.errors import FaroutError, StoreError
+from farout.diffusion.conditioning.prompt_tokens import PromptTokens
+from farout.diffusion.conditioning.prompts import Prompts, Word, class_words, read_words
+from farout.diffusion.conditioning.text_encoder import TextEncoder
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.prompt_tokens import PromptTokens
-from farout.diffusion.prompts import Prompts, Word, class_words, read_words
-from farout.diffusion.text import TextEncoder
-from farout.errors import FaroutError, StoreError
 from small import stable_diffusion
 
 pytest.importorskip("transformers")

@@ -8,20 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from farout.detectors._tables import Measurements
+from farout.core.errors import FaroutError
+from farout.data.batching import Batch
+from farout.data.preprocessing import Preprocessing
 from farout.detectors.base import Runtime
 from farout.detectors.reconstruction import Reconstruction
 from farout.detectors.reconstruction.comparison import METRICS
 from farout.detectors.reconstruction.indicators import Scorer
-from farout.detectors.reconstruction.plan import make_plan, paper_grid
+from farout.detectors.reconstruction.noise_levels import make_plan, paper_grid
+from farout.detectors.results import Measurements
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
-from farout.errors import FaroutError
-from farout.images.preprocessing import Preprocessing
-from farout.images.sources import Batch
 from small import latent, model
 
-pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning")
 
 SCHEDULE = NoiseSchedule()
 

@@ -14,19 +14,18 @@ from farout import SONA, SDEdit, open_source
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.train import train_classifier
 from farout.cli import main
+from farout.core.errors import FaroutError, StoreError
+from farout.core.runtime import Runtime
 from farout.diffusion.denoiser import Clamped
 from farout.diffusion.model import DiffusionModel
-from farout.errors import FaroutError, StoreError
-from farout.outliers._deformation import Deformation, Denoised
-from farout.outliers._starts import Plan, Start
-from farout.outliers.base import OutlierFolder
-from farout.outliers.reconstruct import ReconstructedFolder
-from farout.runtime import Runtime
-from farout.training import TrainingConfig
+from farout.synthesis.base import OutlierFolder
+from farout.synthesis.editing.base import Deformation, Denoised, Plan, Start
+from farout.synthesis.reconstruct import ReconstructedFolder
+from farout.training.loop import TrainingConfig
 from small import autoencoder, classifier, conditional, in_order, pictures, two_classes
 
 pytestmark = pytest.mark.filterwarnings(
-    r"ignore:the (diffusion model|classifier) knows 3 classes \(c, d, e\):farout.errors.TrapWarning"
+    r"ignore:the (diffusion model|classifier) knows 3 classes \(c, d, e\):farout.core.errors.TrapWarning"
 )
 
 

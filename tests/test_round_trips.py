@@ -14,17 +14,17 @@ from farout import Classifier, Posthoc, open_source, reconstruct
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.train import train_classifier
 from farout.cli import main
-from farout.diffusion.class_vectors import ClassVectors
+from farout.core.errors import FaroutError, SourceError, StoreError, UnreadableImageError
+from farout.core.runtime import Runtime
+from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.denoiser import GaussianDenoiser
-from farout.diffusion.methods import SOLVERS
+from farout.diffusion.image_to_image import RoundTrip
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
-from farout.diffusion.round_trip import RoundTrip
-from farout.errors import FaroutError, SourceError, StoreError, UnreadableImageError
+from farout.diffusion.solvers.lookup import SOLVERS
 from farout.evaluation.evaluate import evaluate_detector
-from farout.outliers.reconstruct import ReconstructedFolder
-from farout.runtime import Runtime
-from farout.training import TrainingConfig
+from farout.synthesis.reconstruct import ReconstructedFolder
+from farout.training.loop import TrainingConfig
 from small import conditional, latent, model, pictures, tiny_unet
 from tolerances import assert_close
 

@@ -9,19 +9,19 @@ from PIL import Image
 
 from farout import load
 from farout.cli import main
+from farout.core.errors import FaroutError, MissingExtraError, ShortfallWarning, StoreError, TrapWarning
+from farout.data.sources import open_source
 from farout.detectors.fitting import recalibrate, source_spec
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
-from farout.errors import FaroutError, MissingExtraError, ShortfallWarning, StoreError, TrapWarning
-from farout.evaluation.beside import Beside
-from farout.evaluation.controls import TrivialControls
+from farout.evaluation.baselines import TrivialControls
+from farout.evaluation.comparison import Beside
 from farout.evaluation.evaluate import evaluate_detector
-from farout.evaluation.scoring import score_folder
-from farout.images.sources import open_source
+from farout.scoring.folder import score_folder
 from small import latent, model, pictures
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning"),
+    pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning"),
     pytest.mark.usefixtures("cheap_perceptual"),
 ]
 
@@ -163,7 +163,7 @@ def test_a_distance_that_is_not_installed_is_said_before_training(
         Reconstruction().fit(folder, alpha=0.1, statistics=30)
 
 
-@pytest.mark.filterwarnings("ignore:.* lies below one half:farout.errors.TrapWarning")
+@pytest.mark.filterwarnings("ignore:.* lies below one half:farout.core.errors.TrapWarning")
 def test_seen_images_and_unknown_pasts_are_named(folder: Path, fitted: Reconstruction, tmp_path: Path) -> None:
     far = pictures(tmp_path / "far", 10, low=0, spread=255, seed=2)
     with pytest.warns(TrapWarning, match="too good"):

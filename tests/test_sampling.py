@@ -12,14 +12,14 @@ from torch import Tensor
 
 from farout import NCIS, DreamOOD
 from farout.cli import main
-from farout.diffusion.class_vectors import ClassVectors
-from farout.diffusion.methods import SOLVERS
+from farout.core.errors import FaroutError, StoreError
+from farout.data.sources import open_source
+from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import image_noise
 from farout.diffusion.sample_folder import write_samples
 from farout.diffusion.sampling import Sampler, choose_classes, sample
-from farout.errors import FaroutError, StoreError
-from farout.images.sources import open_source
+from farout.diffusion.solvers.lookup import SOLVERS
 from small import conditional, model, tiny_unet, without_null
 from tolerances import assert_close
 

@@ -6,8 +6,8 @@ import diffusers
 import pytest
 import torch
 
+from farout.core.errors import FaroutError
 from farout.diffusion.schedule import NoiseSchedule
-from farout.errors import FaroutError
 
 ALL = [
     NoiseSchedule("scaled_linear"),

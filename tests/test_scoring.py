@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from farout import load, store
-from farout.calibration import benjamini_hochberg
+from farout import load
+from farout.core import store
+from farout.core.errors import FaroutError, NaNScoresWarning, StoreError
+from farout.data.batching import Batch
 from farout.detectors.base import Detector, Runtime
+from farout.detectors.calibration import benjamini_hochberg
 from farout.detectors.reconstruction import Reconstruction
-from farout.errors import FaroutError, NaNScoresWarning, StoreError
-from farout.evaluation import scoring
-from farout.evaluation.scoring import ScoredFolder, read_scores
-from farout.images.sources import Batch
+from farout.scoring import folder as scoring
+from farout.scoring.folder import ScoredFolder, read_scores
 from small import model, pictures
 
 RESULTS = ("scores.csv", "measurements.parquet", "manifest.json", "page.html", "plan.json")
@@ -92,7 +93,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
 KILLED = """
 import os, signal, sys, torch
 import pyarrow.parquet as pq
-from farout.evaluation import scoring
+from farout.scoring import folder as scoring
 from farout.cli import main
 torch.set_num_threads(1)
 scoring._PART = 8
@@ -377,7 +378,7 @@ def real_write_json(path: Path, content: dict) -> None:
         file.write(json.dumps(content, indent=2) + "\n")
 
 
-@pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+@pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning")
 def test_selection_at_a_false_discovery_rate(tmp_path: Path) -> None:
     """`selected` is Benjamini-Hochberg's choice among the table's p-values; an image without one is never chosen."""
     good = pictures(tmp_path / "good", 60)

@@ -7,20 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from farout import load, registry
-from farout.densities import Mahalanobis
+from farout import load
+from farout.core.errors import ConstantScoresWarning, FaroutError, ShortfallWarning, StoreError
+from farout.data.batching import Batch
+from farout.data.sources import open_source
+from farout.detectors import DETECTORS
 from farout.detectors.base import Measurements, Runtime
 from farout.detectors.semantic import Semantic, sampling
 from farout.detectors.semantic.indicators import Scorer, metric_names, names
 from farout.diffusion.denoiser import GaussianDenoiser
-from farout.errors import ConstantScoresWarning, FaroutError, ShortfallWarning, StoreError
-from farout.features.diffusion import FeatureDiffusion, paper_schedule
+from farout.features.densities import Mahalanobis
 from farout.features.encoding import FeatureEncoding
-from farout.images.sources import Batch, open_source
+from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
 from small import pictures
 from tolerances import assert_close, assert_same_scores
 
-pytestmark = pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
 
 
 class Constant:
@@ -209,7 +211,7 @@ def test_another_backbone_is_refused(plain: Semantic, folder: Path, tmp_path: Pa
     with pytest.raises(FaroutError, match="FeatureDiffusion"):
         Semantic(size=32).fit(folder, diffusion=torch.nn.Identity(), alpha=0.1)
     plain.save(tmp_path / "d")
-    other = registry.find("detectors", "mahalanobis").load()(weights="random", size=32).fit(folder, alpha=0.1)
+    other = DETECTORS["mahalanobis"].load()(weights="random", size=32).fit(folder, alpha=0.1)
     other.save(tmp_path / "other")
     for file in (tmp_path / "other" / "features").iterdir():
         (tmp_path / "d" / "features" / file.name).write_bytes(file.read_bytes())

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from exact import exact_flow, oracle
-from farout.diffusion import paths
-from farout.diffusion.conditioning import Condition
+from farout.core.errors import FaroutError
+from farout.diffusion import noise_levels as paths
+from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.denoiser import GaussianDenoiser, Guided, spread
-from farout.diffusion.methods import SOLVERS, solver_by_name, solver_path
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.solvers import Evaluation, Solver, adams_bashforth, ddim, dpm_solver_2m, heun, plms
-from farout.errors import FaroutError
+from farout.diffusion.solvers.ddim_heun_dpm import Evaluation, Solver, adams_bashforth, ddim, dpm_solver_2m, heun, plms
+from farout.diffusion.solvers.lookup import SOLVERS, solver_by_name, solver_path
 from narrow import narrow_device
 
 EVERY = {

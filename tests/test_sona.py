@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from farout.diffusion import paths
-from farout.diffusion.conditioning import Condition
+from farout.core.errors import FaroutError
+from farout.diffusion import noise_levels as paths
+from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.denoiser import Clamped, NetworkDenoiser, Prediction
-from farout.diffusion.loop import Solver
-from farout.diffusion.methods import SOLVERS, rehearse, solver_by_name
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.solvers import ddim, dpm_solver_2m
-from farout.diffusion.sona import SonaConfig, SonaGuide, sona_guidance, sona_regions
-from farout.errors import FaroutError
+from farout.diffusion.solvers.base import Solver
+from farout.diffusion.solvers.ddim_heun_dpm import ddim, dpm_solver_2m
+from farout.diffusion.solvers.lookup import SOLVERS, rehearse, solver_by_name
+from farout.synthesis.editing.sona_guidance import SonaConfig, SonaGuide, sona_guidance, sona_regions
 
 SCHEDULE = NoiseSchedule("scaled_linear", 0.00085, 0.012)
 N = 50

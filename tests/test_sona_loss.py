@@ -11,17 +11,17 @@ from torch.utils.data import TensorDataset
 
 from farout import SONA
 from farout.classifiers.config import ClassifierConfig
-from farout.classifiers.exposure import Exposed, Exposure, Outside
 from farout.classifiers.losses import CrossEntropy, mutual_information
 from farout.classifiers.model import Classifier
-from farout.classifiers.outliers import open_outliers, partners_of, read_made_of
+from farout.classifiers.outlier_exposure import Exposed, Exposure, Outside
+from farout.classifiers.outlier_images import open_outliers, partners_of, read_made_of
 from farout.classifiers.presets import PRESETS
 from farout.classifiers.train import train_classifier, train_on
 from farout.cli import main
-from farout.errors import FaroutError, SourceError, TrapWarning
-from farout.images.preprocessing import Preprocessing
-from farout.images.sources import open_source
-from farout.training import TrainingConfig
+from farout.core.errors import FaroutError, SourceError, TrapWarning
+from farout.data.preprocessing import Preprocessing
+from farout.data.sources import open_source
+from farout.training.loop import TrainingConfig
 from small import CPU, conditional, pictures
 
 CONFIG = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)

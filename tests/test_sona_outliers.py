@@ -13,19 +13,19 @@ from PIL import Image
 from farout import SONA, SDEdit
 from farout.classifiers.model import Classifier
 from farout.cli import main
+from farout.core.errors import FaroutError, StoreError, TrapWarning, UnreadableImageError
+from farout.core.runtime import Runtime
+from farout.data.sources import open_source
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.sona import SonaConfig
-from farout.errors import FaroutError, StoreError, TrapWarning, UnreadableImageError
-from farout.evaluation.outlier_quality import colour_similarity, rate_outliers, summed_up, write_quality
-from farout.images.sources import open_source
-from farout.outliers._starts import by_turns
-from farout.outliers._words import nearest, screened
-from farout.outliers.base import OutlierFolder, Synthesiser
-from farout.runtime import Runtime
+from farout.synthesis.base import OutlierFolder, Synthesizer
+from farout.synthesis.editing.base import by_turns
+from farout.synthesis.editing.sona_guidance import SonaConfig
+from farout.synthesis.editing.word_screening import nearest, screened
+from farout.synthesis.quality import colour_similarity, rate_outliers, summed_up, write_quality
 from small import CPU, autoencoder, classifier, conditional, in_order, pictures, two_classes
 from tolerances import assert_same_images
 
-pytestmark = pytest.mark.filterwarnings("ignore:the diffusion model knows [23] classes:farout.errors.TrapWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:the diffusion model knows [23] classes:farout.core.errors.TrapWarning")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def judge(names: str = "ab") -> Classifier:
     return Classifier(made.module, made.mean, made.std, made.preprocessing, class_names=names, network=made.network)
 
 
-def made(images: Any, out: Path, method: Synthesiser | None = None, **settings: Any) -> OutlierFolder:
+def made(images: Any, out: Path, method: Synthesizer | None = None, **settings: Any) -> OutlierFolder:
     given = {"count": 20, "diffusion": generator(), "runtime": CPU, **settings}
     return (method or SONA(steps=6)).synthesize(images, out, **given)
 

@@ -11,22 +11,23 @@ from torch import Tensor, nn
 
 from farout import SONA, SDEdit
 from farout.cli import main
+from farout.core.errors import FaroutError, StoreError, TrapWarning
+from farout.diffusion.conditioning.prompt_contexts import PromptContexts
+from farout.diffusion.conditioning.prompts import Prompts
+from farout.diffusion.conditioning.text_encoder import TextEncoder
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.prompt_contexts import PromptContexts
-from farout.diffusion.prompts import Prompts
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.text import TextEncoder
-from farout.errors import FaroutError, StoreError, TrapWarning
-from farout.outliers._targets import draw_targets
-from farout.outliers._wording import PHOTO, Wording
-from farout.outliers._words import listed, screened
-from farout.outliers.base import OutlierFolder, Synthesiser
+from farout.synthesis.base import OutlierFolder, Synthesizer
+from farout.synthesis.editing.prompt_targets import PHOTO, Wording
+from farout.synthesis.editing.targets import draw_targets
+from farout.synthesis.editing.word_screening import listed, screened
 from small import CPU, conditional, in_order, pictures, stable_diffusion
 from tolerances import assert_same_images, assert_same_manifests
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*native size:farout.errors.TrapWarning", "ignore:.* sampled images are grey:farout.errors.TrapWarning"
+    "ignore:.*native size:farout.core.errors.TrapWarning",
+    "ignore:.* sampled images are grey:farout.core.errors.TrapWarning",
 )
 
 NAMES = ("cat", "dog", "the_kite")
@@ -71,7 +72,7 @@ def few(root: Path) -> str:
     return str(root / "few.txt")
 
 
-def made(images: Any, out: Path, method: Synthesiser, diffusion: Any, **settings: Any) -> OutlierFolder:
+def made(images: Any, out: Path, method: Synthesizer, diffusion: Any, **settings: Any) -> OutlierFolder:
     return method.synthesize(images, out, diffusion=diffusion, **{"count": 4, "runtime": CPU, **settings})
 
 
@@ -92,7 +93,7 @@ def told(folder: Path, **settings: Any) -> DiffusionModel:
 # -- the chain --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:3 of the 7 words:farout.errors.TrapWarning")
+@pytest.mark.filterwarnings("ignore:3 of the 7 words:farout.core.errors.TrapWarning")
 @pytest.mark.parametrize(
     "prediction",
     ["epsilon", *(pytest.param(name, marks=pytest.mark.slow) for name in PREDICTIONS if name != "epsilon")],

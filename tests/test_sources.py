@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from farout.errors import FaroutError, MissingExtraError, SourceError
-from farout.images import tables
-from farout.images.preprocessing import Preprocessing
-from farout.images.sources import batches, open_source
+from farout.core.errors import FaroutError, MissingExtraError, SourceError
+from farout.data import tables
+from farout.data.batching import batches
+from farout.data.preprocessing import Preprocessing
+from farout.data.sources import open_source
 from image_files import encode, picture, pixels, write_folder, write_parquet
 
 

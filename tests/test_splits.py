@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from farout.core.errors import FaroutError, ShortfallWarning, SourceError, UnreadableImageError
+from farout.data.sources import open_source
+from farout.data.splits import Split, calibration_size, split
 from farout.detectors.reconstruction import Reconstruction
-from farout.errors import FaroutError, ShortfallWarning, SourceError, UnreadableImageError
-from farout.images.sources import open_source
-from farout.images.splits import Split, calibration_size, split
 from small import model, pictures
 
 
@@ -146,7 +146,7 @@ def test_a_shortfall_says_what_is_left_of_images_that_a_network_has_seen():
         split(source, statistics=64, train=False)
 
 
-@pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
+@pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
 @pytest.mark.parametrize("seen", [18, 20])
 def test_a_fit_whose_model_has_seen_nearly_all_images_says_how_to_train_it(tmp_path, seen):
     source = open_source(pictures(tmp_path / "good", 20))

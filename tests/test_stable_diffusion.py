@@ -11,18 +11,18 @@ from safetensors.torch import load_file
 
 from farout import NCIS, ClassNoise, read_outliers, reconstruct
 from farout.cli import main
+from farout.core.errors import FaroutError
+from farout.diffusion.conditioning.prompts import Prompts
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.prompts import Prompts
 from farout.diffusion.sampling import Sampler
-from farout.errors import FaroutError
-from farout.outliers._embedding import Inversion, Inverter, read_embeddings
-from farout.outliers._manifold_config import ManifoldConfig
-from farout.outliers.decoding import decode
+from farout.synthesis.class_space import decode
+from farout.synthesis.ncis.inversion import Inversion, Inverter, read_embeddings
+from farout.synthesis.ncis.manifold_config import ManifoldConfig
 from small import CPU, conditional, pictures, stable_diffusion
 from tolerances import assert_same_images, assert_same_manifests
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
 
 SMALL = ManifoldConfig(layers=2, steps=4, validations=1, draws=20, kept=2)
 FEW = Inversion(steps=2, draws=4, lr_scale=0.7)

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from farout import reconstruct
-from farout.classifiers.outliers import open_outliers, originals
+from farout.classifiers.outlier_images import open_outliers, originals
 from farout.cli import main
-from farout.devices import Team
-from farout.errors import FaroutError
-from farout.outliers._folder import read_rows
-from farout.outliers._writer import ImageWriter
-from farout.outliers.ncis import NCIS
-from farout.outliers.sona import SONA
-from farout.runtime import Runtime
+from farout.core.devices import Team
+from farout.core.errors import FaroutError
+from farout.core.runtime import Runtime
+from farout.synthesis.editing.sona import SONA
+from farout.synthesis.ncis import NCIS
+from farout.synthesis.outlier_folder import read_rows
+from farout.synthesis.writer import ImageWriter
 from launch import in_two_processes
 from small import conditional, pictures
 

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from farout.detectors._tables import Measurements, Scores
-from farout.errors import FaroutError, StoreError
+from farout.core.errors import FaroutError, StoreError
+from farout.detectors.results import Measurements, Scores
 
 
 def test_grids_and_vectors_round_trip() -> None:

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from farout.checkpoints import checkpoint_folders, checkpoint_weights, read_state, step_folder, write_checkpoint
-from farout.data_order import DataOrder
-from farout.errors import FaroutError, StoreError
-from farout.training import TrainingConfig, train
+from farout.core.errors import FaroutError, StoreError
+from farout.training.checkpoints import (
+    checkpoint_folders,
+    checkpoint_weights,
+    read_state,
+    step_folder,
+    write_checkpoint,
+)
+from farout.training.data_order import DataOrder
+from farout.training.loop import TrainingConfig, train
 from launch import in_two_processes
 
 BASE = TrainingConfig(
@@ -111,7 +117,7 @@ def test_a_crash_costs_no_more_than_the_time_between_two_checkpoints(
 ) -> None:
     whole, resumed = _network(), _network()
     expected = train(whole, _step, _data(), BASE)
-    monkeypatch.setattr("farout.training._LOSS_S", 0.0)
+    monkeypatch.setattr("farout.training.loop._LOSS_S", 0.0)
     with pytest.raises(RuntimeError, match="stopped"):
         train(_network(), _StopAt(5, RuntimeError), _data(), BASE, out=tmp_path)
     assert set(checkpoint_folders(tmp_path)) == {5}
@@ -131,7 +137,7 @@ def test_an_interruption_of_a_write_writes_again(tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
         write_checkpoint(*given)
 
-    monkeypatch.setattr("farout.training.write_checkpoint", write)
+    monkeypatch.setattr("farout.training.loop.write_checkpoint", write)
     with pytest.raises(KeyboardInterrupt):
         train(_network(), _step, _data(), replace(BASE, checkpoint_every=3), out=tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
@@ -385,9 +391,9 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_training as t
 from dataclasses import replace
-import farout.training
+import farout.training.loop
 torch.set_num_threads(1)
-farout.training._LOSS_S = 0.0  # the first process writes a checkpoint after every step, by its own clock
+farout.training.loop._LOSS_S = 0.0  # the first process writes a checkpoint after every step, by its own clock
 out, rank, seen = Path({out!r}), os.environ["RANK"], []
 
 def step(network, batch, generator):

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from farout import devices
-from farout.devices import autocast, resolve_device, resolve_precision
-from farout.errors import FaroutError, MissingExtraError
-from farout.training import TrainingConfig, train
-from farout.training_config import learning_rate
+from farout.core import devices
+from farout.core.devices import autocast, resolve_device, resolve_precision
+from farout.core.errors import FaroutError, MissingExtraError
+from farout.training.config import learning_rate
+from farout.training.loop import TrainingConfig, train
 from test_training import BASE, _data, _linear, _network, _plain_step, _step
 
 

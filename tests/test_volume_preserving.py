@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from farout import registry
-from farout.errors import FaroutError
-from farout.outliers.volume_preserving import ClassRotations, OrthogonalLayers, VolumePreservingNetwork
+from farout.core.errors import FaroutError
+from farout.synthesis import SYNTHESIZERS
+from farout.synthesis.ncis.volume_preserving import ClassRotations, OrthogonalLayers, VolumePreservingNetwork
 
 MAPS = ["matrix_exp", "cayley"]
 
@@ -136,4 +136,4 @@ def test_what_cannot_be() -> None:
 
 
 def test_the_room_lists_no_network_as_a_method() -> None:
-    assert not {"volume_preserving", "_manifold"} & set(registry.members("outliers"))
+    assert not {"volume_preserving", "_manifold"} & set(SYNTHESIZERS)

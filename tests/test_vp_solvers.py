@@ -10,14 +10,14 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from exact import exact_flow, oracle
-from farout.diffusion import paths
-from farout.diffusion.conditioning import Condition
-from farout.diffusion.methods import SOLVERS, solver_by_name, solver_path
-from farout.diffusion.probability_flow import probability_flow
+from farout.core.errors import FaroutError
+from farout.diffusion import noise_levels as paths
+from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.unipc import unipc
-from farout.diffusion.vp_time import VPTime
-from farout.errors import FaroutError
+from farout.diffusion.solvers.lookup import SOLVERS, solver_by_name, solver_path
+from farout.diffusion.solvers.probability_flow import probability_flow
+from farout.diffusion.solvers.unipc import unipc
+from farout.diffusion.solvers.vp_time import VPTime
 
 LINEAR = NoiseSchedule("linear", 1e-4, 0.02)
 SCHEDULES = {

@@ -13,15 +13,18 @@ import pandas as pd
 import pytest
 import yaml
 
-from farout import load, registry
+from farout import load
 from farout.classifiers.model import Classifier
-from farout.cli import COMMANDS, main, parsers
+from farout.cli import main
 from farout.cli.chain import RECORD
+from farout.cli.command_table import COMMANDS, parsers
 from farout.cli.steps import NAMING, chains, read_steps
 from farout.cli.words import flags, settings_of
+from farout.detectors import DETECTORS
 from farout.diffusion.model import DiffusionModel
-from farout.outliers._writer import ImageWriter
-from farout.training import _Run
+from farout.synthesis import SYNTHESIZERS
+from farout.synthesis.writer import ImageWriter
+from farout.training.loop import _Run
 from small import conditional, pictures
 
 FEW = {"statistics": 20, "alpha": 0.1}
@@ -358,8 +361,8 @@ def test_built_in_chains_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_settings_of_every_method_can_be_kept() -> None:
-    for command, room, more in (("fit", "detectors", []), ("synthesize", "outliers", ["--diffusion", "m"])):
-        for name in registry.members(room):
+    for command, registry, more in (("fit", DETECTORS, []), ("synthesize", SYNTHESIZERS, ["--diffusion", "m"])):
+        for name in registry:
             kept = settings_of(parsers.parse(command, [name, "images", "--out", "o", *more]))
             assert json.loads(json.dumps(kept, allow_nan=False)) == kept
             assert kept["source"] == "images"

@@ -12,9 +12,10 @@ from farout.classifiers.augment import random_crop, random_flip, random_resized_
 from farout.classifiers.losses import ClassifierLoss, CrossEntropy
 from farout.classifiers.model import Classifier
 from farout.classifiers.networks import NetworkSpec, Stem
-from farout.errors import FaroutError
-from farout.images.preprocessing import Preprocessing, Protocol
-from farout.images.sources import ImageSource, PreparedImages
+from farout.core.errors import FaroutError
+from farout.data.batching import PreparedImages
+from farout.data.image_source import ImageSource
+from farout.data.preprocessing import Preprocessing, Protocol
 
 __all__ = ["ClassifierConfig"]
 

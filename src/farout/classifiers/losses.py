@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from farout.errors import FaroutError
+from farout.core.errors import FaroutError
 
 __all__ = [
     "ClassifierLoss",

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from farout import store
 from farout.classifiers.networks import RESNETS, NetworkSpec, Stem, find_head, find_pool, watched
 from farout.classifiers.weights import HOW, fit_names, load_weights, misfits, model_card
+from farout.core import store
 from farout.core.chunking import BatchSize, call_in_chunks
-from farout.devices import Precision, autocast
-from farout.diffusion.folders import local
-from farout.errors import FaroutError, StoreError
+from farout.core.devices import Precision, autocast
+from farout.core.errors import FaroutError, StoreError
+from farout.data.preprocessing import Preprocessing
+from farout.diffusion.diffusers_folders import local
 from farout.features.backbones import read_weights
-from farout.images.preprocessing import Preprocessing
 
 __all__ = ["KIND", "Classifier", "Outputs"]
 

@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
-from farout.errors import FaroutError
+from farout.core.errors import FaroutError
 from farout.features.backbones import input_config
 
 __all__ = [

@@ -11,28 +11,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from farout import store
-from farout.checkpoints import discard_checkpoints, training_folder
 from farout.classifiers.config import ClassifierConfig
-from farout.classifiers.exposure import Exposed, Exposure, Outside, known_classes
+from farout.classifiers.initial_weights import FRESH, Origin, start_from
 from farout.classifiers.model import KIND, Classifier
-from farout.classifiers.origin import FRESH, Origin, start_from
-from farout.classifiers.outliers import open_outliers, originals, read_made_of
+from farout.classifiers.outlier_exposure import Exposed, Exposure, Outside, known_classes
+from farout.classifiers.outlier_images import open_outliers, originals, read_made_of
 from farout.classifiers.presets import PRESETS
-from farout.devices import Precision, first_process, resolve_precision
-from farout.errors import FaroutError
-from farout.images.classes import (
+from farout.core import store
+from farout.core.devices import Precision, first_process, resolve_precision
+from farout.core.errors import FaroutError
+from farout.core.progress import task
+from farout.core.runtime import Runtime
+from farout.data.batching import PreparedImages, batches
+from farout.data.classes import (
     LabelledImages,
     check_no_class_is_empty,
     class_names_of,
     class_numbers,
     labelled_fingerprint,
 )
-from farout.images.sources import ImageSource, PreparedImages, batches, open_source
-from farout.images.splits import learnt_and_validating, split
-from farout.progress import task
-from farout.runtime import Runtime
-from farout.training import Step, TrainingConfig, train
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
+from farout.data.splits import learnt_and_validating, split
+from farout.training.checkpoints import discard_checkpoints, training_folder
+from farout.training.loop import Step, TrainingConfig, train
 
 __all__ = ["PRESETS", "ClassifierConfig", "accuracy_on", "train_classifier", "train_on"]
 

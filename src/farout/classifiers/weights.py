@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from farout.classifiers.networks import OUTLIER, find_head
-from farout.errors import StoreError
+from farout.core.errors import StoreError
 
 __all__ = ["HOW", "fit_names", "load_weights", "misfits", "model_card"]
 

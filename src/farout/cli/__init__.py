@@ -9,32 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from farout.cli.command_table import COMMANDS
 from farout.cli.usage import UsageError
-from farout.errors import FaroutError, meant
+from farout.core.errors import FaroutError, suggest_names
 
-__all__ = ["COMMANDS", "main", "named_command"]
+__all__ = ["main", "named_command"]
 
-COMMANDS = {
-    "train diffusion": "diffusion.train:train_diffusion",
-    "train classifier": "classifiers.train:train_classifier",
-    "fit": "cli.commands:fit",
-    "score": "cli.commands:score",
-    "calibrate": "cli.commands:calibrate",
-    "evaluate": "cli.commands:evaluate",
-    "bench": "cli.bench:bench",
-    "sample": "cli.generation:sample",
-    "synthesize": "cli.generation:synthesize",
-    "reconstruct": "cli.generation:reconstruct",
-    "fid": "evaluation.fid:set_distance",
-    "interpolate": "evaluation.interpolate:write_interpolations",
-    "chain": "cli.chain:chain",
-    "features extract": "features.extraction:extract",
-    "features list": "cli.commands:list_features",
-    "features clear": "cli.commands:clear_features",
-    "list": "cli.lists:show_list",
-    "demo": "cli.commands:demo",
-}
-"""What is typed, and the module and the function behind it."""
 _HELP = {"-h", "--help"}
 
 
@@ -100,7 +80,7 @@ def _overview(words: Sequence[str]) -> int:
     first, *rest = words or ["--help"]
     family = [name for name in COMMANDS if name.startswith(f"{first} ")]
     if first not in _HELP and not (family and set(rest) <= _HELP):
-        return _failed(f"there is no command {' '.join(words[:2])!r}; {meant(first, COMMANDS)}", 2)
+        return _failed(f"there is no command {' '.join(words[:2])!r}; {suggest_names(first, COMMANDS)}", 2)
     lines = [f"  {name:<18}{_described(COMMANDS[name])}" for name in family or COMMANDS]
     print("usage: farout COMMAND …, and `farout COMMAND --help` for its settings\n", *lines, sep="\n")
     return 0

@@ -7,15 +7,15 @@ from typing import Any
 
 from rich.text import Text
 
+from farout.benchmark.estimate import RULE
+from farout.benchmark.layout import COSTS, untested
+from farout.benchmark.plan import Job, make_plan
+from farout.benchmark.reading import read_spec
+from farout.benchmark.run import Done, Preview, Report, preview, report, run_bench
+from farout.benchmark.sets import absent_sets
 from farout.cli.tables import new_table, print_table
-from farout.devices import launched
-from farout.errors import FaroutError
-from farout.evaluation.bench.estimate import RULE
-from farout.evaluation.bench.layout import COSTS, untested
-from farout.evaluation.bench.plan import Job, make_plan
-from farout.evaluation.bench.reading import read_spec
-from farout.evaluation.bench.run import Done, Preview, Report, preview, report, run_bench
-from farout.evaluation.bench.sets import absent_sets
+from farout.core.devices import launched
+from farout.core.errors import FaroutError
 
 __all__ = ["bench", "show_bench"]
 

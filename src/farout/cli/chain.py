@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from farout import store
-from farout.checkpoints import training_folder
 from farout.cli import output
 from farout.cli.steps import Step, read_steps
-from farout.devices import launched
-from farout.errors import FaroutError, StoreError
+from farout.core import store
+from farout.core.devices import launched
+from farout.core.errors import FaroutError, StoreError
+from farout.training.checkpoints import training_folder
 
 __all__ = ["RECORD", "chain"]
 

@@ -11,20 +11,21 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from farout import registry, store
-from farout.checkpoints import discard_checkpoints, training_folder
+from farout.benchmark.demo import demo as _demo
+from farout.core import store
+from farout.core.devices import launched
+from farout.core.errors import FaroutError
+from farout.data.image_source import Policy
+from farout.detectors import DETECTORS
 from farout.detectors.base import Detector, load
 from farout.detectors.fitting import FitSettings, recalibrate
-from farout.devices import launched
-from farout.errors import FaroutError
-from farout.evaluation.beside import Beside
-from farout.evaluation.demo import demo as _demo
+from farout.evaluation.comparison import Beside
 from farout.evaluation.evaluate import evaluate_detector, evaluate_scores
-from farout.evaluation.overlays import FOLDER, check_makes_maps, write_overlays
-from farout.evaluation.scoring import ScoredFolder, score_folder
 from farout.features.cache import CachedKind, cached_kinds, clear
-from farout.images.sources import Policy
-from farout.training_config import TrainingConfig
+from farout.report.overlays import FOLDER, check_makes_maps, write_overlays
+from farout.scoring.folder import ScoredFolder, score_folder
+from farout.training.checkpoints import discard_checkpoints, training_folder
+from farout.training.config import TrainingConfig
 
 __all__ = [
     "calibrate",
@@ -68,7 +69,7 @@ def fit(
     if launched() > 1:
         raise FaroutError("fit runs in one process; train the model in several with `farout train diffusion`")
     store.check_replaceable(out, "detector")
-    detector: Detector = registry.find("detectors", method).load()(**arguments)
+    detector: Detector = DETECTORS[method].load()(**arguments)
     detector.provenance["preset"] = preset or ""
     checkpoints = settings.checkpoints or training_folder(out)
     started = time.perf_counter()

@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn
 import jsonargparse
 
 from farout.cli.usage import UsageError
-from farout.errors import meant
+from farout.core.errors import suggest_names
 
 __all__ = ["Flag", "Parser"]
 
@@ -277,7 +277,7 @@ class Parser(jsonargparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: --(\w+)", message)
         if unknown:
             word, known = unknown[1].replace("_", "-"), [name.replace("_", "-") for name in self.hints]
-            return f"there is no flag --{word}; {meant(word, known)}"
+            return f"there is no flag --{word}; {suggest_names(word, known)}"
         if found is None or hint is None:
             return " ".join(message.split())
         given = re.findall(r"(?:Got value|Given value): (.*)", message)

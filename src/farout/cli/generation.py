@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from farout import registry
 from farout.classifiers.model import Classifier
 from farout.core.chunking import BatchSize
-from farout.devices import PrecisionChoice, first_process, resolve_device, resolve_precision
+from farout.core.devices import PrecisionChoice, first_process, resolve_device, resolve_precision
+from farout.core.runtime import Runtime
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
+from farout.diffusion.image_to_image import BackSpacing
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.round_trip import BackSpacing
 from farout.diffusion.sample_folder import SampledFolder, write_samples
 from farout.diffusion.sampling import Sampler, Spacing, choose_classes
-from farout.evaluation.outlier_page import write_outlier_page
-from farout.evaluation.outlier_quality import is_made_of_images, rate_outliers, write_quality
-from farout.images.sources import ImageSource, open_source
-from farout.outliers.base import OutlierFolder, Synthesiser
-from farout.outliers.reconstruct import ReconstructedFolder
-from farout.outliers.reconstruct import reconstruct as _reconstruct
-from farout.runtime import Runtime
+from farout.report.outlier_page import write_outlier_page
+from farout.synthesis import SYNTHESIZERS
+from farout.synthesis.base import OutlierFolder, Synthesizer
+from farout.synthesis.quality import is_made_of_images, rate_outliers, write_quality
+from farout.synthesis.reconstruct import ReconstructedFolder
+from farout.synthesis.reconstruct import reconstruct as _reconstruct
 
 __all__ = ["reconstruct", "sample", "synthesize"]
 
@@ -89,7 +90,7 @@ def synthesize(
     `accelerate launch -m farout synthesize …` shares the images among several processes, one device each.
 
     Args:
-        method: the synthesiser's name, see `farout list synthesisers`.
+        method: the synthesizer's name, see `farout list synthesizers`.
         source: labelled images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
         diffusion: folder of a class-conditional diffusion model, an original Stable Diffusion folder, or
             hf://owner/name.
@@ -106,7 +107,7 @@ def synthesize(
         runtime: how networks are run.
         arguments: the method's own settings.
     """
-    made: Synthesiser = registry.find("outliers", method).load()(**arguments)
+    made: Synthesizer = SYNTHESIZERS[method].load()(**arguments)
     made.provenance["preset"] = preset or ""
     images = open_source(source, limit=limit, seed=seed, policy=policy)
     found = made.synthesize(

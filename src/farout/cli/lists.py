@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from farout import registry
+from farout.benchmark.presets import about, preset_names
 from farout.cli.tables import new_table, print_table
 from farout.cli.usage import UsageError
 from farout.cli.words import flags
-from farout.errors import meant
-from farout.evaluation.bench.presets import about, preset_names
-from farout.images import catalog
+from farout.core.errors import suggest_names
+from farout.core.registry import Registry
+from farout.data import catalog
+from farout.detectors import DETECTORS
+from farout.synthesis import SYNTHESIZERS
 
 __all__ = ["presets", "show_list"]
 
-_WHAT = ("detectors", "synthesisers", "sets", "presets")
+_WHAT = ("detectors", "synthesizers", "sets", "presets")
 
 
 def show_list(words: Sequence[str]) -> int:
-    """List detectors, synthesisers, sets (and which are on this machine) or presets."""
+    """List detectors, synthesizers, sets (and which are on this machine) or presets."""
     if not words or set(words) & {"-h", "--help"}:
         print(f"usage: farout list {{{','.join(_WHAT)}}}\n\n{show_list.__doc__}")
         return 0
     what = words[0]
     if what not in _WHAT or len(words) > 1:
-        raise UsageError(f"there is no list {' '.join(words)!r}; {meant(what, _WHAT)}")
-    rows = {"sets": _sets, "presets": presets}
-    _print(rows[what]() if what in rows else _members({"synthesisers": "outliers"}.get(what, what)), what)
+        raise UsageError(f"there is no list {' '.join(words)!r}; {suggest_names(what, _WHAT)}")
+    listings: dict[str, Callable[[], list[dict[str, str]]]] = {
+        "detectors": lambda: _methods(DETECTORS),
+        "synthesizers": lambda: _methods(SYNTHESIZERS),
+        "sets": _sets,
+        "presets": presets,
+    }
+    _print(listings[what](), what)
     return 0
 
 
@@ -51,21 +58,21 @@ def _where(row: dict[str, str]) -> str:
     return f"hub: {row['hub']}" if row["hub"] != "-" else row["by_hand"]
 
 
-def _members(room: str) -> list[dict[str, str]]:
-    return [{"name": member.name, "what": member.description} for member in registry.members(room).values()]
+def _methods(registry: Registry) -> list[dict[str, str]]:
+    return [{"name": method.name, "what": method.description} for method in registry.values()]
 
 
 def presets() -> list[dict[str, str]]:
-    """Presets of every detector, every synthesiser and of training, which are read from the classes themselves;
+    """Presets of every detector, every synthesizer and of training, which are read from the classes themselves;
     benchmarks and chains.
     """
     from farout.classifiers.train import PRESETS as CLASSIFIERS
     from farout.cli.steps import chains, step_names
     from farout.diffusion.train import PRESETS
 
-    owners = {f"fit {name}": member.load().presets for name, member in registry.members("detectors").items()}
-    synthesisers = registry.members("outliers").items()
-    owners |= {f"synthesize {name}": member.load().presets for name, member in synthesisers}
+    owners = {f"fit {name}": member.load().presets for name, member in DETECTORS.items()}
+    synthesizers = SYNTHESIZERS.items()
+    owners |= {f"synthesize {name}": member.load().presets for name, member in synthesizers}
     owners |= {"train diffusion": PRESETS, "train classifier": CLASSIFIERS}
     rows = [
         {"command": owner, "preset": name, "settings": _flags(settings)}

@@ -14,22 +14,22 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from farout import progress as work
-from farout.classifiers.exposure import counted_classes
 from farout.classifiers.model import Classifier
+from farout.classifiers.outlier_exposure import counted_classes
 from farout.cli.bench import show_bench
 from farout.cli.tables import new_table, print_table
+from farout.core import progress as work
+from farout.core.devices import first_process
+from farout.core.errors import FaroutWarning
 from farout.detectors.base import Detector
-from farout.devices import first_process
 from farout.diffusion.sample_folder import SampledFolder
-from farout.errors import FaroutWarning
 from farout.evaluation.fid import SetDistance
-from farout.evaluation.interpolate import InterpolatedFolder
-from farout.evaluation.scoring import ScoredFolder
-from farout.evaluation.sides import OWN
+from farout.evaluation.scored_datasets import OWN
 from farout.features.cache import CachedKind, cache_folder
 from farout.features.extraction import Extraction
-from farout.outliers.base import MadeFolder
+from farout.report.interpolation import InterpolatedFolder
+from farout.scoring.folder import ScoredFolder
+from farout.synthesis.base import MadeFolder
 
 __all__ = ["progress", "quiet_libraries", "show"]
 

@@ -11,20 +11,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
-from farout import registry
-from farout.classifiers.exposure import Exposure
+from farout.classifiers.outlier_exposure import Exposure
 from farout.classifiers.train import PRESETS as CLASSIFIERS
 from farout.classifiers.train import ClassifierConfig, train_classifier
-from farout.cli import COMMANDS, commands, generation
+from farout.cli import commands, generation
+from farout.cli.command_table import COMMANDS
 from farout.cli.flags import Parser
 from farout.cli.usage import UsageError
-from farout.configuration import flat
+from farout.core.config import flat
+from farout.core.errors import suggest_names
+from farout.core.registry import RegisteredMethod, Registry
+from farout.core.runtime import Runtime
+from farout.detectors import DETECTORS
 from farout.detectors.fitting import FitSettings
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
-from farout.errors import meant
-from farout.runtime import Runtime
-from farout.training_config import TrainingConfig
+from farout.synthesis import SYNTHESIZERS
+from farout.training.config import TrainingConfig
 
 __all__ = ["function_of", "parse", "parser_of", "positional"]
 
@@ -96,7 +99,7 @@ def parser_of(name: str, method: str | None = None) -> Parser:
     Raises FaroutError for an unknown method.
     """
     if name in _METHODS:
-        member = registry.find(_METHODS[name].room, method or "")
+        member = _METHODS[name].registry[method or ""]
         return _METHODS[name].parser(member, member.load())
     return _parser_for(name, function_of(name))
 
@@ -182,7 +185,7 @@ def _refuse_nonsense(settings: Mapping[str, Any]) -> None:
 def _training_preset(name: str, presets: Mapping[str, Any] = PRESETS) -> dict[str, Any]:
     """Flags of a training preset."""
     if name not in presets:
-        raise UsageError(f"there is no training preset {name!r}; {meant(name, presets)}")
+        raise UsageError(f"there is no training preset {name!r}; {suggest_names(name, presets)}")
     return {f"{part}.{key}": value for part, values in presets[name].items() for key, value in values.items()}
 
 
@@ -191,7 +194,7 @@ def _method_preset(method: Any, name: str | None) -> dict[str, Any]:
     if name is None:
         return {}
     if name not in method.presets:
-        raise UsageError(f"{method.__name__} has no preset {name!r}; {meant(name, method.presets)}")
+        raise UsageError(f"{method.__name__} has no preset {name!r}; {suggest_names(name, method.presets)}")
     return flat(method.from_preset(name).config)
 
 
@@ -253,18 +256,18 @@ def _long(word: str, short: Mapping[str, str]) -> str:
 class _Methods:
     """A command whose first word is a METHOD: the constructor's arguments are flags beside the command's own."""
 
-    room: str
+    registry: Registry
     call: Callable[..., Any]
-    parser: Callable[[registry.Member, Any], Parser]
-    parse: Callable[[registry.Member, Any, Sequence[str]], functools.partial[Any]]
+    parser: Callable[[RegisteredMethod, Any], Parser]
+    parse: Callable[[RegisteredMethod, Any, Sequence[str]], functools.partial[Any]]
 
 
-def _chosen(name: str, words: Sequence[str]) -> registry.Member:
+def _chosen(name: str, words: Sequence[str]) -> RegisteredMethod:
     """The METHOD that comes first; exits after --help with the list of methods."""
     command = _METHODS[name]
-    known = registry.members(command.room)
+    known = command.registry
     if words and not words[0].startswith("-"):
-        return registry.find(command.room, words[0])
+        return known[words[0]]
     wanted = " ".join(["METHOD SOURCE", *(f"--{p.name} DIR" for p in _must(command.call))])
     if {"-h", "--help"} & set(words):
         print(f"usage: farout {name} {wanted} [settings]\n\n{_first_line(command.call)}\n\nmethods:")
@@ -274,7 +277,7 @@ def _chosen(name: str, words: Sequence[str]) -> registry.Member:
     raise UsageError(f"{name} wants {wanted}, the method first; methods: {', '.join(known)}")
 
 
-def _fit(member: registry.Member, method: Any, words: Sequence[str]) -> functools.partial[Any]:
+def _fit(member: RegisteredMethod, method: Any, words: Sequence[str]) -> functools.partial[Any]:
     parser = _fit_parser(member, method)
     chosen = parser.glance(words)
     _refuse_idle(chosen, parser.glance([]))
@@ -295,7 +298,7 @@ def _refuse_idle(chosen: Any, plain: Any) -> None:
             raise UsageError(f"--{flag} has no use beside --{network}: what is given is not trained; leave one out")
 
 
-def _fit_parser(member: registry.Member, method: Any) -> Parser:
+def _fit_parser(member: RegisteredMethod, method: Any) -> Parser:
     parser = _method_parser(f"fit {member.name}", commands.fit, member, method)
     parser.take(FitSettings, skip=_not_flags(method))
     parser.take(Runtime)
@@ -305,7 +308,7 @@ def _fit_parser(member: registry.Member, method: Any) -> Parser:
 
 
 def _method_parser(
-    name: str, call: Callable[..., Any], member: registry.Member, method: Any, skip: Sequence[str] = ()
+    name: str, call: Callable[..., Any], member: RegisteredMethod, method: Any, skip: Sequence[str] = ()
 ) -> Parser:
     parser = _parser(name, call, ["method", "preset", *skip], about=member.description)
     parser.add_argument("--preset", type=str, help=f"settings to start from: {', '.join(method.presets) or 'none'}")
@@ -339,14 +342,14 @@ def _call_fit(name: str, method: Any, values: dict[str, Any]) -> Any:
     return commands.fit(name, source, **rest, settings=chosen, arguments=arguments)
 
 
-def _synthesize_parser(member: registry.Member, method: Any) -> Parser:
+def _synthesize_parser(member: RegisteredMethod, method: Any) -> Parser:
     skip = ["stage"] if len(method.stages) == 1 else []
     parser = _method_parser(f"synthesize {member.name}", generation.synthesize, member, method, skip)
     _add_runtime(parser)
     return parser
 
 
-def _synthesize(member: registry.Member, method: Any, words: Sequence[str]) -> functools.partial[Any]:
+def _synthesize(member: RegisteredMethod, method: Any, words: Sequence[str]) -> functools.partial[Any]:
     parser = _synthesize_parser(member, method)
     parser.set_defaults(_method_preset(method, parser.glance(words).preset))
     values = _values(parser, parser.read(words))
@@ -357,6 +360,6 @@ def _synthesize(member: registry.Member, method: Any, words: Sequence[str]) -> f
 
 
 _METHODS = {
-    "fit": _Methods("detectors", commands.fit, _fit_parser, _fit),
-    "synthesize": _Methods("outliers", generation.synthesize, _synthesize_parser, _synthesize),
+    "fit": _Methods(DETECTORS, commands.fit, _fit_parser, _fit),
+    "synthesize": _Methods(SYNTHESIZERS, generation.synthesize, _synthesize_parser, _synthesize),
 }

@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 
-from farout.cli import COMMANDS, named_command, parsers
+from farout.cli import named_command, parsers
+from farout.cli.command_table import COMMANDS
 from farout.cli.words import flags, settings_of, text
-from farout.errors import FaroutError, meant
-from farout.images import catalog
-from farout.images.sources import open_source
+from farout.core.errors import FaroutError, suggest_names
+from farout.data import catalog
+from farout.data.sources import open_source
 
 __all__ = ["NAMING", "Step", "chains", "read_steps", "step_names"]
 
@@ -120,7 +121,7 @@ def read_steps(given: str) -> list[Step]:
 def _content(given: str) -> dict[str, Any]:
     path = chains().get(given, Path(given))
     if not path.is_file():
-        raise FaroutError(f"{given!r} is no file and no built-in chain; {meant(given, chains())}")
+        raise FaroutError(f"{given!r} is no file and no built-in chain; {suggest_names(given, chains())}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -158,7 +159,7 @@ def _command(name: str, title: str) -> str:
     found = named_command(name.split())
     able = [each for each in COMMANDS if each not in ("list", "chain") and "out" in _parameters(each)]
     if found is None:
-        raise FaroutError(f"{title}: there is no command {name!r}; {meant(name, able)}")
+        raise FaroutError(f"{title}: there is no command {name!r}; {suggest_names(name, able)}")
     if found not in able:
         raise FaroutError(f"{title}: {found} has no out, so it is no step; steps are {', '.join(able)}")
     method = "method" in _parameters(found)

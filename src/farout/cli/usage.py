@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from farout.errors import FaroutError
+from farout.core.errors import FaroutError
 
 __all__ = ["UsageError"]
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from farout.errors import FaroutError
+from farout.core.errors import FaroutError
 
 __all__ = ["BatchSize", "blocks_with", "call_in_chunks", "check_batch_size"]
 

@@ -14,9 +14,9 @@ from sklearn.neural_network import MLPRegressor
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from farout.core.errors import FaroutError
 from farout.detectors.base import Measurements
-from farout.detectors.features import VectorDetector
-from farout.errors import FaroutError
+from farout.detectors.feature_detector import VectorDetector
 
 __all__ = ["AutoEncoder"]
 

@@ -14,20 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farout import store
-from farout.calibration import check_scores, is_out, p_values
-from farout.configuration import Configured
-from farout.detectors._cost import Cost, cost_of
-from farout.detectors._tables import Measurements, Scores
-from farout.devices import Precision
+from farout.core import store
+from farout.core.config import Configured
+from farout.core.devices import Precision
+from farout.core.errors import FaroutError
+from farout.core.progress import task
+from farout.core.runtime import Runtime
+from farout.data.batching import Batch, batches
+from farout.data.image_source import ImageSource, Policy
+from farout.data.preprocessing import Preprocessing, Protocol
+from farout.data.sources import open_source
+from farout.detectors.calibration import check_scores, is_out, p_values
+from farout.detectors.cost import Cost, cost_of
+from farout.detectors.results import Measurements, Scores
 from farout.diffusion.model import DiffusionModel
-from farout.errors import FaroutError
-from farout.features.diffusion import FeatureDiffusion
 from farout.features.extractor import FeatureExtractor
-from farout.images.preprocessing import Preprocessing, Protocol
-from farout.images.sources import Batch, ImageSource, Policy, batches, open_source
-from farout.progress import task
-from farout.runtime import Runtime
+from farout.features.feature_diffusion import FeatureDiffusion
 
 if TYPE_CHECKING:
     from farout.classifiers.model import Classifier
@@ -340,7 +342,7 @@ class Detector(Configured, ABC):
         `link`: a folder that holds the diffusion model already; its path and hash are written instead of a copy, and
         the way to it, so that both can be moved together.
         """
-        from farout.detectors._folder import save
+        from farout.detectors.saving import save
 
         save(self, Path(folder), link or self.link)
 
@@ -375,6 +377,6 @@ def load(folder: str | Path, **runtime: Any) -> Detector:
 
     Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
     """
-    from farout.detectors._folder import load as read
+    from farout.detectors.saving import load as read
 
     return read(Path(folder), runtime)

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from farout.classifiers.model import Classifier
-from farout.densities import GaussianMixture, KernelDensity, pack, unpack
-from farout.detectors._settings import check_words
+from farout.core.devices import in_float64
+from farout.core.errors import FaroutError
+from farout.data.batching import Batch
+from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector, Measurements
-from farout.devices import in_float64
+from farout.detectors.settings import check_words
 from farout.diffusion.denoiser import NetworkDenoiser, spread
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.solvers import Evaluation, ddim
-from farout.errors import FaroutError
-from farout.images.sources import Batch, ImageSource
+from farout.diffusion.solvers.ddim_heun_dpm import Evaluation, ddim
+from farout.features.densities import GaussianMixture, KernelDensity, pack, unpack
 
 __all__ = ["DiffPath"]
 

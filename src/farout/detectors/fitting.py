@@ -11,21 +11,22 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from farout.classifiers.exposure import Exposure, Outside
 from farout.classifiers.model import Classifier
+from farout.classifiers.outlier_exposure import Exposure, Outside
 from farout.classifiers.train import PRESETS as CLASSIFIERS
 from farout.classifiers.train import ClassifierConfig, train_on
+from farout.core.errors import FaroutError, ShortfallWarning, TrapWarning
+from farout.data.classes import class_names_of
+from farout.data.image_source import ImageSource
+from farout.data.preprocessing import Preprocessing, Protocol, all_grey
+from farout.data.source_spec import parse_spec
+from farout.data.sources import open_source
+from farout.data.splits import Split, calibration_size, seen_hint, split
 from farout.detectors.base import Detector, Runtime
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_model
-from farout.errors import FaroutError, ShortfallWarning, TrapWarning
-from farout.features.diffusion import FeatureDiffusion
-from farout.images.classes import class_names_of
-from farout.images.preprocessing import Preprocessing, Protocol, all_grey
-from farout.images.sources import ImageSource, open_source
-from farout.images.spec import parse_spec
-from farout.images.splits import Split, calibration_size, seen_hint, split
-from farout.training import TrainingConfig
+from farout.features.feature_diffusion import FeatureDiffusion
+from farout.training.loop import TrainingConfig
 
 __all__ = ["FitSettings", "fit", "recalibrate", "source_spec", "train_on_images", "training_of"]
 

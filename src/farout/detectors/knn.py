@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from farout.core.errors import FaroutError
 from farout.detectors.base import Measurements
-from farout.detectors.features import VectorDetector
-from farout.errors import FaroutError
+from farout.detectors.feature_detector import VectorDetector
 
 __all__ = ["KNN"]
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farout import densities
+from farout.core.errors import FaroutError
+from farout.data.batching import Batch
 from farout.detectors.base import Measurements
-from farout.detectors.features import VectorDetector
-from farout.errors import FaroutError
-from farout.images.sources import Batch
+from farout.detectors.feature_detector import VectorDetector
+from farout.features import densities
 
 __all__ = ["Mahalanobis"]
 

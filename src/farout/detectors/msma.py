@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from farout.classifiers.model import Classifier
-from farout.densities import GaussianMixture, Mahalanobis, Nearest, pack, unpack
-from farout.detectors._settings import check_words, checked_levels
+from farout.core.devices import in_float64
+from farout.core.errors import FaroutError
+from farout.data.batching import Batch
+from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector, Measurements
-from farout.devices import in_float64
+from farout.detectors.settings import check_words, checked_levels
 from farout.diffusion.denoiser import NetworkDenoiser, spread
 from farout.diffusion.model import DiffusionModel
-from farout.errors import FaroutError
-from farout.images.sources import Batch, ImageSource
+from farout.features.densities import GaussianMixture, Mahalanobis, Nearest, pack, unpack
 
 __all__ = ["MSMA"]
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farout.densities import Principal
+from farout.core.errors import FaroutError
 from farout.detectors.base import Measurements
-from farout.detectors.features import VectorDetector
-from farout.errors import FaroutError
+from farout.detectors.feature_detector import VectorDetector
+from farout.features.densities import Principal
 
 __all__ = ["PCA"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from farout.core.chunking import BatchSize, call_in_chunks, check_batch_size
-from farout.devices import Precision, autocast
-from farout.diffusion.conditioning import Condition
+from farout.core.devices import Precision, autocast
+from farout.core.errors import FaroutError
+from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.schedule import NoiseSchedule
-from farout.errors import FaroutError
 
 __all__ = [
     "Clamped",

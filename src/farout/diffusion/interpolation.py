@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from farout.core.chunking import BatchSize
-from farout.devices import Precision
-from farout.diffusion import paths
-from farout.diffusion.conditioning import no_null
-from farout.diffusion.methods import rehearse, solver_by_name, solver_path
+from farout.core.devices import Precision
+from farout.core.errors import FaroutError
+from farout.diffusion import noise_levels as paths
+from farout.diffusion.conditioning.base import no_null
 from farout.diffusion.model import DiffusionModel
-from farout.errors import FaroutError
+from farout.diffusion.solvers.lookup import rehearse, solver_by_name, solver_path
 
 __all__ = ["Interpolations", "Interpolator", "slerp"]
 
@@ -58,7 +58,7 @@ class Interpolator:
 
     Args:
         model: an unconditional model, or a class-conditional one, which answers by its null condition.
-        solver: a name of `farout.diffusion.methods.SOLVERS`.
+        solver: a name of `farout.diffusion.solvers.lookup.SOLVERS`.
         steps: steps from the largest level to the smallest, whose levels are the stations' too; a solver that finds its
             own steps uses them for that alone.
         stations: levels between the two ends that images are noised to.

@@ -8,9 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from farout.diffusion.conditioning import Condition
+from farout.core.errors import FaroutError
+from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.denoiser import NetworkDenoiser, spread
-from farout.errors import FaroutError
 
 __all__ = ["ErrorKind", "LevelSampling", "Objective", "Reduction", "denoising_loss", "drop_labels", "sample_levels"]
 

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from farout import store
+from farout.core import store
 from farout.core.chunking import BatchSize, call_in_chunks
-from farout.devices import Precision
-from farout.diffusion import folders
-from farout.diffusion.conditioning import Conditioning
+from farout.core.devices import Precision
+from farout.core.errors import FaroutError, StoreError
+from farout.data.preprocessing import Preprocessing
+from farout.diffusion import diffusers_folders as folders
+from farout.diffusion.conditioning.base import Conditioning
+from farout.diffusion.conditioning.prompts import Prompts
 from farout.diffusion.denoiser import Clamped, Denoiser, NetworkDenoiser, Prediction, check_prediction
-from farout.diffusion.prompts import Prompts
 from farout.diffusion.schedule import NoiseSchedule
-from farout.errors import FaroutError, StoreError
-from farout.images.preprocessing import Preprocessing
 
 __all__ = ["KIND", "DiffusionModel"]
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from farout.errors import FaroutError
+from farout.core.errors import FaroutError
 
 __all__ = ["NoiseKind", "image_noise", "noise_table", "seeded", "shared_noise"]
 

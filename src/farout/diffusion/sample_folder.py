@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from farout import progress, store
+from farout.core import progress, store
 from farout.core.chunking import blocks_with
+from farout.core.errors import FaroutError
+from farout.data.decoding import save_png
+from farout.data.readers import CLASSES_FILE
 from farout.diffusion.sampling import Sampler
-from farout.errors import FaroutError
-from farout.images.decoding import save_png
-from farout.images.readers import CLASSES_FILE
 
 __all__ = ["KIND", "SampledFolder", "contact_sheet", "folder_names", "write_class_names", "write_samples"]
 

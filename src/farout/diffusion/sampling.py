@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from farout.core.chunking import BatchSize, check_batch_size
-from farout.devices import Precision
-from farout.diffusion import paths
-from farout.diffusion.conditioning import Condition, no_null
+from farout.core.devices import Precision
+from farout.core.errors import FaroutError
+from farout.core.runtime import Runtime
+from farout.diffusion import noise_levels as paths
+from farout.diffusion.conditioning.base import Condition, no_null
 from farout.diffusion.denoiser import Denoiser, Guided, spread
-from farout.diffusion.loop import Solver
-from farout.diffusion.methods import is_adaptive, rehearse, solver_by_name, solver_path
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import image_noise
-from farout.errors import FaroutError
-from farout.runtime import Runtime
+from farout.diffusion.solvers.base import Solver
+from farout.diffusion.solvers.lookup import is_adaptive, rehearse, solver_by_name, solver_path
 
 __all__ = ["STEPS", "Sampler", "Spacing", "choose_classes", "sample"]
 
@@ -63,7 +63,7 @@ class Sampler:
 
     Args:
         model: the diffusion model; images are made where it is.
-        solver: a name of `farout.diffusion.methods.SOLVERS`.
+        solver: a name of `farout.diffusion.solvers.lookup.SOLVERS`.
         steps: steps from the largest noise level to none; None: 20, or the method's own.
         spacing: of the levels on the path: `grid` (evenly in t; of 1000 in 50 steps 999, 979, …, 19), `geometric`
             (evenly in log sigma) or `leading` (evenly in t from 1 up: 981, …, 21, 1; Stable Diffusion's own).

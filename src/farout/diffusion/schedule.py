@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from farout.errors import FaroutError
+from farout.core.errors import FaroutError
 
 __all__ = ["NoiseSchedule", "ScheduleKind"]
 

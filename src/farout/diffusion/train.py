@@ -12,28 +12,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from farout import store
-from farout.checkpoints import discard_checkpoints, training_folder
-from farout.devices import first_process, resolve_device
-from farout.diffusion import folders
-from farout.diffusion.conditioning import Condition, Conditioning
-from farout.diffusion.denoiser import NetworkDenoiser, Prediction
-from farout.diffusion.losses import ErrorKind, LevelSampling, Objective, Reduction, denoising_loss, drop_labels
-from farout.diffusion.model import KIND, DiffusionModel
-from farout.diffusion.networks import NetworkName, build_network, fresh_conditioning
-from farout.diffusion.schedule import NoiseSchedule, ScheduleKind
-from farout.errors import FaroutError
-from farout.images.classes import (
+from farout.core import store
+from farout.core.devices import first_process, resolve_device
+from farout.core.errors import FaroutError
+from farout.data.batching import PreparedImages
+from farout.data.classes import (
     LabelledImages,
     check_no_class_is_empty,
     class_names_of,
     class_numbers,
     labelled_fingerprint,
 )
-from farout.images.preprocessing import Preprocessing
-from farout.images.sources import ImageSource, PreparedImages, open_source
-from farout.images.splits import learnt_and_validating, split
-from farout.training import Step, TrainingConfig, train
+from farout.data.image_source import ImageSource
+from farout.data.preprocessing import Preprocessing
+from farout.data.sources import open_source
+from farout.data.splits import learnt_and_validating, split
+from farout.diffusion import diffusers_folders as folders
+from farout.diffusion.conditioning.base import Condition, Conditioning
+from farout.diffusion.denoiser import NetworkDenoiser, Prediction
+from farout.diffusion.losses import ErrorKind, LevelSampling, Objective, Reduction, denoising_loss, drop_labels
+from farout.diffusion.model import KIND, DiffusionModel
+from farout.diffusion.schedule import NoiseSchedule, ScheduleKind
+from farout.diffusion.unets import NetworkName, build_network, fresh_conditioning
+from farout.training.checkpoints import discard_checkpoints, training_folder
+from farout.training.loop import Step, TrainingConfig, train
 
 __all__ = [
     "PRESETS",
@@ -48,7 +50,7 @@ class DiffusionConfig:
     """What is trained. Raises FaroutError for a scale that is not positive.
 
     Args:
-        network: see `farout.diffusion.networks`: `tiny` (1.1 M parameters), `small` (17.7 M), `paper` (171 M), `cifar`
+        network: see `farout.diffusion.unets`: `tiny` (1.1 M parameters), `small` (17.7 M), `paper` (171 M), `cifar`
             (35.75 M), `iddpm` (52.5 M); `tokens` (1.4 M) is told its classes by cross-attention.
         classes: train on the source's labels; the model can then be told a class.
         label_dropout: share of labels left out in training, which guidance needs; with classes only.
@@ -294,7 +296,7 @@ def _step(model: DiffusionModel, objective: Objective) -> Step:
     conditioning = model.conditioning
 
     def step(network: nn.Module, batch: Tensor | list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """The loss of a batch; see `farout.training.Step`."""
+        """The loss of a batch; see `farout.training.loop.Step`."""
         rows = batch if isinstance(batch, Tensor) else batch[0]
         if objective.flip:
             mirrored = torch.rand(len(rows), generator=generator).to(rows.device) < 0.5

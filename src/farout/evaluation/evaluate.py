@@ -12,17 +12,17 @@ from typing import Any
 import pandas as pd
 import torch
 
-from farout import store
-from farout.calibration import p_values
+from farout.core import store
+from farout.core.errors import FaroutError, TrapWarning
+from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector
-from farout.errors import FaroutError, TrapWarning
-from farout.evaluation.beside import Beside, Rated, name_of, rated_beside
-from farout.evaluation.draws import over_draws
+from farout.detectors.calibration import p_values
+from farout.evaluation.comparison import Beside, Rated, name_of, rated_beside
 from farout.evaluation.metrics import detection, false_alarm
 from farout.evaluation.metrics import evaluate as rate
-from farout.evaluation.scoring import read_scores, score_folder
-from farout.evaluation.sides import OWN, PAIRED, Side, by_indicator, names, paired, shared_images, slug
-from farout.images.sources import ImageSource
+from farout.evaluation.ood_draws import over_draws
+from farout.evaluation.scored_datasets import OWN, PAIRED, Side, by_indicator, names, paired, shared_images, slug
+from farout.scoring.folder import read_scores, score_folder
 
 __all__ = ["COLUMNS", "evaluate_detector", "evaluate_scores", "peak_mib", "written"]
 

@@ -17,16 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from farout import progress, store
+from farout.core import progress, store
 from farout.core.chunking import BatchSize
-from farout.devices import PrecisionChoice
-from farout.errors import FaroutError, MissingExtraError, StoreError, TrapWarning
+from farout.core.devices import PrecisionChoice
+from farout.core.errors import FaroutError, MissingExtraError, StoreError, TrapWarning
+from farout.core.runtime import Runtime
+from farout.data.batching import batches
+from farout.data.decoding import quantised
+from farout.data.image_source import ImageSource
+from farout.data.preprocessing import Preprocessing, check_against
+from farout.data.sources import Images, open_source
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
-from farout.images.decoding import quantised
-from farout.images.preprocessing import Preprocessing, check_against
-from farout.images.sources import Images, ImageSource, batches, open_source
-from farout.runtime import Runtime
 
 __all__ = ["FeatureName", "SetDistance", "frechet_distance", "kernel_distance", "set_distance"]
 

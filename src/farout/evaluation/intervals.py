@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from farout.errors import FaroutError
+from farout.core.errors import FaroutError
 
 __all__ = [
     "Difference",

@@ -14,8 +14,8 @@ import numpy as np
 from scipy import stats
 from sklearn.metrics import average_precision_score
 
-from farout.calibration import is_out
-from farout.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, TrapWarning
+from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, TrapWarning
+from farout.detectors.calibration import is_out
 from farout.evaluation.intervals import (
     area_of_ranks,
     bootstrap,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from farout.errors import FaroutError, StoreError
+from farout.core.errors import FaroutError, StoreError
 
 __all__ = [
     "BACKBONES",

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farout import store
-from farout.errors import StoreError, UnreadableImageError
-from farout.images.batching import ahead
-from farout.images.decoding import content_hash
-from farout.images.preprocessing import Preprocessing
-from farout.images.sources import Batch, ImageSource
+from farout.core import store
+from farout.core.errors import StoreError, UnreadableImageError
+from farout.data.batching import Batch, ahead
+from farout.data.decoding import content_hash
+from farout.data.image_source import ImageSource
+from farout.data.preprocessing import Preprocessing
 
 __all__ = ["CachedKind", "FeatureCache", "cache_folder", "cached_kinds", "clear"]
 
@@ -126,7 +126,7 @@ class FeatureCache:
     def batches(
         self, source: ImageSource, preprocessing: Preprocessing, size: int, workers: int, compute: Compute, chunk: int
     ) -> Iterator[Batch]:
-        """As `farout.images.batches`, with `features` in place of the images, which stay empty; what the cache lacks is
+        """As `farout.data.batches`, with `features` in place of the images, which stay empty; what the cache lacks is
         computed, `chunk` images a call, while `workers` threads read and prepare the next ones.
 
         An image that occurs twice is computed once. Calls follow the order of the source, so that a run that was

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from farout.errors import FaroutError
+from farout.core.errors import FaroutError
 
 __all__ = ["FeatureEncoding", "Standardise"]
 

@@ -10,15 +10,17 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from farout import progress
+from farout.core import progress
 from farout.core.chunking import BatchSize
-from farout.devices import Precision, PrecisionChoice
-from farout.errors import FaroutError, StoreError
+from farout.core.devices import Precision, PrecisionChoice
+from farout.core.errors import FaroutError, StoreError
+from farout.core.runtime import Runtime
+from farout.data.batching import Batch
+from farout.data.image_source import ImageSource
+from farout.data.preprocessing import Preprocessing, Protocol
+from farout.data.sources import Images, open_source
 from farout.features.cache import FeatureCache
 from farout.features.extractor import FeatureExtractor
-from farout.images.preprocessing import Preprocessing, Protocol
-from farout.images.sources import Batch, Images, ImageSource, open_source
-from farout.runtime import Runtime
 
 __all__ = ["CachedFeatures", "Extraction", "extract"]
 

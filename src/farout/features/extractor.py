@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from farout import store
+from farout.core import store
 from farout.core.chunking import BatchSize, call_in_chunks
-from farout.devices import Precision, autocast
-from farout.errors import FaroutError, StoreError
+from farout.core.devices import Precision, autocast
+from farout.core.errors import FaroutError, StoreError
 from farout.features import backbones
-from farout.features.folding import folded
+from farout.features.batch_norm_folding import folded
 
 __all__ = ["KIND", "FeatureExtractor"]
 

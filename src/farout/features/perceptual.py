@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from farout.core.chunking import BatchSize, call_in_chunks
-from farout.devices import in_float64
-from farout.errors import FaroutError, MissingExtraError
+from farout.core.devices import in_float64
+from farout.core.errors import FaroutError, MissingExtraError
 from farout.features.backbones import lite0
 
 __all__ = ["PerceptualDistance", "PerceptualName", "perceptual_distance", "ssim"]

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from farout.checkpoints import checkpoint_weights, step_folder
+from farout.core.errors import FaroutError
 from farout.diffusion.denoiser import NetworkDenoiser
-from farout.diffusion.feature_denoiser import FeatureDenoiser
 from farout.diffusion.losses import LevelSampling, Objective, denoising_loss
 from farout.diffusion.schedule import NoiseSchedule
-from farout.errors import FaroutError
-from farout.features.diffusion import FeatureDiffusion, paper_schedule
 from farout.features.encoding import FeatureEncoding
-from farout.training import Step, TrainingConfig, train
+from farout.features.feature_denoiser import FeatureDenoiser
+from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
+from farout.training.checkpoints import checkpoint_weights, step_folder
+from farout.training.loop import Step, TrainingConfig, train
 
 __all__ = ["train_features"]
 

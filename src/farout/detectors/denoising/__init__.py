@@ -11,25 +11,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farout.classifiers.exposure import counted_classes, known_classes
 from farout.classifiers.model import Classifier
-from farout.densities import ZScore, pack, unpack
-from farout.detectors._settings import check_words, checked_levels
+from farout.classifiers.outlier_exposure import counted_classes, known_classes
+from farout.core.errors import FaroutError
+from farout.core.progress import task
+from farout.data.batching import Batch
+from farout.data.classes import class_name
+from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector, Measurements
-from farout.detectors.denoising.changes import METRICS, POST_HOC, SPACES, Distance, PostHoc, changes, post_hoc, views
-from farout.detectors.denoising.starts import Neighbours, descriptors, inverted
-from farout.diffusion import paths
-from farout.diffusion.conditioning import Condition
+from farout.detectors.denoising.differences import (
+    METRICS,
+    POST_HOC,
+    SPACES,
+    Distance,
+    PostHoc,
+    changes,
+    post_hoc,
+    views,
+)
+from farout.detectors.denoising.initial_noise import Neighbours, descriptors, inverted
+from farout.detectors.settings import check_words, checked_levels
+from farout.diffusion import noise_levels as paths
+from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.denoiser import Denoiser, Guided, NetworkDenoiser
-from farout.diffusion.methods import SOLVERS, rehearse, solver_by_name, solver_path
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
 from farout.diffusion.schedule import NoiseSchedule
+from farout.diffusion.solvers.lookup import SOLVERS, rehearse, solver_by_name, solver_path
 from farout.diffusion.train import DiffusionConfig
-from farout.errors import FaroutError
-from farout.images.classes import class_name
-from farout.images.sources import Batch, ImageSource
-from farout.progress import task
+from farout.features.densities import ZScore, pack, unpack
 
 __all__ = ["Denoising"]
 
@@ -61,7 +71,7 @@ class Denoising(Detector):
         labels: `predicted` by the classifier, or `true` (an ablation: of images whose label the model does not know a
             random class).
         guidance: s above; 1: no guidance; the paper's omega is s - 1.
-        solver: a name of `farout.diffusion.methods.SOLVERS`: `dpm_solver_2m`, `ddim`, `pndm2`, `unipc`, …
+        solver: a name of `farout.diffusion.solvers.lookup.SOLVERS`: `dpm_solver_2m`, `ddim`, `pndm2`, `unipc`, …
         steps: steps from t down, even in log sigma.
         grid: steps of this many levels instead, ending at level 0, as published; None: `steps` are taken.
         score: the method's own: `logit`, `feature` or `pixel` (S_global), these with `_local`, `either`, or one of the

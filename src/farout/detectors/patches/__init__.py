@@ -11,24 +11,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from farout.densities import ZScore, pack, unpack
-from farout.detectors._settings import checked_levels
+from farout.core.errors import FaroutError
+from farout.core.progress import task
+from farout.data.batching import Batch
+from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector, Measurements
-from farout.detectors.features import FeatureDetector
+from farout.detectors.feature_detector import FeatureDetector
 from farout.detectors.fitting import FitSettings, training_of
 from farout.detectors.patches.positions import Deviations, drawn, equal_layers, flat, nearest, rank, top
+from farout.detectors.settings import checked_levels
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import LevelSampling
 from farout.diffusion.noise import noise_table
-from farout.errors import FaroutError
 from farout.features import backbones
-from farout.features.diffusion import FeatureDiffusion, paper_schedule
+from farout.features.densities import ZScore, pack, unpack
 from farout.features.encoding import FeatureEncoding
 from farout.features.extractor import FeatureExtractor
+from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
 from farout.features.train import train_features
-from farout.images.sources import Batch, ImageSource
-from farout.progress import task
-from farout.training_config import TrainingConfig
+from farout.training.config import TrainingConfig
 
 __all__ = ["Patches"]
 

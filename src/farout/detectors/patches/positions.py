@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farout.densities import ZScore
-from farout.errors import FaroutError
+from farout.core.errors import FaroutError
+from farout.features.densities import ZScore
 
 __all__ = ["Deviations", "drawn", "equal_layers", "flat", "nearest", "rank", "top"]
 

@@ -9,10 +9,13 @@ import torch
 from pytorch_ood.detector import odin_preprocessing
 from torch import Tensor
 
-from farout.classifiers.exposure import known_classes
 from farout.classifiers.model import Classifier
+from farout.classifiers.outlier_exposure import known_classes
 from farout.core.chunking import call_in_chunks
-from farout.detectors._settings import check_words
+from farout.core.devices import autocast
+from farout.core.errors import FaroutError
+from farout.data.batching import Batch
+from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.posthoc.scores import (
     Covariance,
@@ -25,10 +28,8 @@ from farout.detectors.posthoc.scores import (
     shaped_scores,
     tempered,
 )
-from farout.devices import autocast
+from farout.detectors.settings import check_words
 from farout.diffusion.model import DiffusionModel
-from farout.errors import FaroutError
-from farout.images.sources import Batch, ImageSource
 
 __all__ = ["Posthoc"]
 

@@ -13,7 +13,7 @@ from sklearn.covariance import LedoitWolf
 from torch import Tensor
 from torch.nn import functional
 
-from farout.errors import FaroutError
+from farout.core.errors import FaroutError
 
 __all__ = ["Covariance", "Fitted", "Head", "Settings", "logit_scores", "shaped", "shaped_scores", "tempered"]
 

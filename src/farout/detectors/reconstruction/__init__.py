@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from farout.classifiers.model import Classifier
-from farout.detectors._settings import check_words
+from farout.core.errors import FaroutError, TrapWarning
+from farout.data.batching import Batch
+from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.reconstruction import indicators
 from farout.detectors.reconstruction.comparison import METRICS, Comparison
-from farout.detectors.reconstruction.plan import Plan, make_plan
+from farout.detectors.reconstruction.noise_levels import Plan, make_plan
+from farout.detectors.settings import check_words
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
-from farout.diffusion.solvers import Evaluation
+from farout.diffusion.solvers.ddim_heun_dpm import Evaluation
 from farout.diffusion.train import DiffusionConfig
-from farout.errors import FaroutError, TrapWarning
 from farout.features.perceptual import PerceptualName, perceptual_distance
-from farout.images.sources import Batch, ImageSource
 
 __all__ = ["Reconstruction"]
 

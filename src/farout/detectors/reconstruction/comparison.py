@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from farout.core.chunking import BatchSize
-from farout.devices import in_float64
+from farout.core.devices import in_float64
 from farout.features.perceptual import PerceptualName, perceptual_distance, ssim
 
 __all__ = ["METRICS", "Comparison"]

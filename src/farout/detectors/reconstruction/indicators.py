@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farout.densities import GaussianMixture, Mahalanobis, ZScore, pack, unpack
+from farout.core.errors import FaroutError
 from farout.detectors.base import Measurements
 from farout.detectors.reconstruction.comparison import METRICS
-from farout.errors import FaroutError
+from farout.features.densities import GaussianMixture, Mahalanobis, ZScore, pack, unpack
 
 __all__ = ["Scorer", "names"]
 

@@ -10,21 +10,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from farout.densities import Mahalanobis
+from farout.core.devices import in_float64
+from farout.core.errors import FaroutError
+from farout.data.batching import Batch
+from farout.data.image_source import ImageSource
 from farout.detectors.base import Measurements
-from farout.detectors.features import FeatureDetector
+from farout.detectors.feature_detector import FeatureDetector
 from farout.detectors.fitting import FitSettings, training_of
 from farout.detectors.semantic import indicators, sampling
-from farout.devices import in_float64
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import LevelSampling
 from farout.diffusion.noise import NoiseKind, noise_table
-from farout.errors import FaroutError
-from farout.features.diffusion import FeatureDiffusion, paper_schedule
+from farout.features.densities import Mahalanobis
 from farout.features.encoding import FeatureEncoding, Standardise
+from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
 from farout.features.train import train_features
-from farout.images.sources import Batch, ImageSource
-from farout.training_config import TrainingConfig
+from farout.training.config import TrainingConfig
 
 __all__ = ["Semantic"]
 

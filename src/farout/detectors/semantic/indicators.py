@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farout.densities import ZScore, pack, unpack
 from farout.detectors.base import Measurements
+from farout.features.densities import ZScore, pack, unpack
 
 __all__ = ["Scorer", "metric_names", "names"]
 

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from farout.detectors._settings import checked_levels
+from farout.core.errors import FaroutError
+from farout.detectors.settings import checked_levels
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.noise import shared_noise
 from farout.diffusion.schedule import NoiseSchedule
-from farout.errors import FaroutError
 
 __all__ = ["Sampler", "check_sampler", "fresh_noise", "reconstruct"]
 

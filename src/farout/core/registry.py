@@ -1,0 +1,73 @@
+"""Registered methods: detectors and synthesizers by name, imported when one is used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from farout.core.errors import FaroutError, suggest_names
+
+__all__ = ["RegisteredMethod", "Registry"]
+
+
+@dataclass(frozen=True)
+class RegisteredMethod:
+    """A method by name: the module and the class that implement it, and one line that describes it."""
+
+    name: str
+    module: str
+    class_name: str
+    description: str
+
+    def load(self) -> Any:
+        """Imports the module and returns the class."""
+        return getattr(importlib.import_module(self.module), self.class_name)
+
+
+class Registry(Mapping[str, RegisteredMethod]):
+    """The registered methods of one kind, those of other packages included.
+
+    Args:
+        kind: what error messages call a method, such as "detector".
+        group: the group of entry points by which other packages register methods: `name = "package.module:Class"`.
+        methods: name -> ("module:Class", one line that describes it).
+    """
+
+    def __init__(self, kind: str, group: str, methods: Mapping[str, tuple[str, str]]) -> None:
+        self.kind, self.group = kind, group
+        self._own = {name: _parse(name, target, about) for name, (target, about) in methods.items()}
+
+    def _methods(self) -> dict[str, RegisteredMethod]:
+        others = (_parse(each.name, each.value, f"from {each.module}") for each in entry_points(group=self.group))
+        return {**{method.name: method for method in others}, **self._own}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._methods())
+
+    def __len__(self) -> int:
+        return len(self._methods())
+
+    def __getitem__(self, name: str) -> RegisteredMethod:
+        """The method of this name; raises FaroutError that suggests similar names."""
+        methods = self._methods()
+        if name not in methods:
+            raise FaroutError(f"there is no {self.kind} {name!r}; {suggest_names(name, methods)}")
+        return methods[name]
+
+    def name_of(self, kind: type) -> str:
+        """The name that a class is registered under; raises FaroutError for a class that is not registered."""
+        for method in self.values():
+            if method.class_name == kind.__name__ and (method.module == kind.__module__ or method.load() is kind):
+                return method.name
+        raise FaroutError(
+            f"{kind.__name__} is not registered as a {self.kind}: it can be used, but not saved and loaded; add it to "
+            f"the package's table, or register an entry point of the group {self.group}"
+        )
+
+
+def _parse(name: str, target: str, description: str) -> RegisteredMethod:
+    module, _, class_name = target.partition(":")
+    return RegisteredMethod(name, module, class_name, description)

@@ -1,0 +1,63 @@
+"""How the networks of a detector or a synthesizer are run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from farout.core.chunking import BatchSize, check_batch_size
+from farout.core.devices import PrecisionChoice, resolve_device, resolve_precision
+from farout.core.errors import FaroutError
+
+__all__ = ["Runtime"]
+
+_CPU_MEMORY, _ACCELERATOR_MEMORY = 256 * 2**20, 2 * 2**30
+_CPU_IMAGES, _ACCELERATOR_IMAGES = 64, 256
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How networks are run. Raises FaroutError for sizes out of range.
+
+    Only `device` and `precision` change results by more than rounding; `batch_size`, `workers` and `cache` change
+    speed and memory.
+
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
+        precision: `fp32`, `bf16`, `fp16`, or `auto`: bf16 where the device computes in it natively, else fp32.
+        batch_size: the most images processed together, and the most rows of one network call; `auto`: by memory.
+        workers: threads that decode images.
+        cache: keep features on disk and read those that are there (see `farout features list`).
+    """
+
+    device: str = "auto"
+    precision: PrecisionChoice = "auto"
+    batch_size: BatchSize = "auto"
+    workers: int = 2
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        check_batch_size(self.batch_size)
+        if self.workers < 0:
+            raise FaroutError(f"workers is {self.workers}; expected 0 or more threads")
+
+    def resolved(self) -> Runtime:
+        """With `device` and `precision` replaced by what `auto` means on this machine.
+
+        Raises FaroutError for a device that is not there, and a precision that it lacks.
+        """
+        device = resolve_device(self.device)
+        return replace(self, device=str(device), precision=resolve_precision(self.precision, device))
+
+    def images_per_batch(self, shape: Sequence[int], rows_per_image: int = 1) -> int:
+        """The number of images of `shape` (C, H, W) to process together: `batch_size`, or by memory.
+
+        `auto` allows for about ten float32 arrays of the size of a solver's input, `rows_per_image` rows an image, in
+        256 MiB and 64 images on a CPU, 2 GiB and 256 images on an accelerator.
+        """
+        if self.batch_size != "auto":
+            return self.batch_size
+        on_cpu = self.device.partition(":")[0] in ("cpu", "auto")
+        memory, most = (_CPU_MEMORY, _CPU_IMAGES) if on_cpu else (_ACCELERATOR_MEMORY, _ACCELERATOR_IMAGES)
+        return max(1, min(memory // (10 * 4 * math.prod(shape) * rows_per_image), most))

@@ -1,0 +1,307 @@
+"""The named sets, as a table: where they come from, how they look, and what they may be used for.
+
+Hub ids were written down from public references and have not been tried: their status is `untested`. Near and far
+groups are those of OpenOOD v1.5 (Zhang et al., 2023). This module imports neither torch nor any image reader.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from farout.data.source_spec import Spec, parse_spec
+
+__all__ = [
+    "FAR",
+    "NEAR",
+    "SetEntry",
+    "entry",
+    "find_local",
+    "group",
+    "list_sets",
+    "local_splits",
+    "names",
+    "on_a_hub",
+    "on_this_machine",
+    "role",
+]
+
+SAMPLE = Path(__file__).parent.parent / "sample"
+"""Where the sets that come with the package lie, as `<name>/<split>.parquet`."""
+
+_TRAIN_TEST = {"train": "train", "test": "test"}
+
+
+@dataclass(frozen=True)
+class SetEntry:
+    """One named set. `splits` maps a split's name here to its name on the hub; sizes are height x width in pixels."""
+
+    name: str
+    title: str
+    licence: str
+    size: str
+    channels: int
+    coding: Literal["lossless", "jpeg"]
+    hub: str | None = None
+    image_column: str = "image"
+    label_column: str | None = "label"
+    splits: Mapping[str, str] = field(default_factory=lambda: dict(_TRAIN_TEST))
+    by_hand: str = "get it from its authors' page"
+    built_in: bool = False
+
+
+_OPENOOD = "get it with the download script of OpenOOD v1.5"
+_ODIN = "get it from the data links in the README of the ODIN code (facebookresearch/odin)"
+_TEST = {"test": "test"}
+_VALIDATION = {"train": "train", "test": "validation"}
+_IMAGENET = "ImageNet terms (non-commercial research)"
+
+_ENTRIES = (
+    SetEntry("sample_fashion", "FashionMNIST sample", "MIT", "28x28", 1, "lossless", built_in=True),
+    SetEntry(
+        "sample_digits",
+        "MNIST sample",
+        "CC BY-SA 3.0",
+        "28x28",
+        1,
+        "lossless",
+        splits=_TEST,
+        built_in=True,
+    ),
+    SetEntry("fashion_mnist", "FashionMNIST", "MIT", "28x28", 1, "lossless", "zalando-datasets/fashion_mnist"),
+    SetEntry("mnist", "MNIST", "CC BY-SA 3.0", "28x28", 1, "lossless", "ylecun/mnist"),
+    SetEntry("kmnist", "Kuzushiji-MNIST", "CC BY-SA 4.0", "28x28", 1, "lossless", "tanganke/kmnist"),
+    SetEntry("cifar10", "CIFAR-10", "unclear", "32x32", 3, "lossless", "uoft-cs/cifar10", "img"),
+    SetEntry("cifar100", "CIFAR-100", "unclear", "32x32", 3, "lossless", "uoft-cs/cifar100", "img", "fine_label"),
+    SetEntry(
+        "svhn",
+        "Street View House Numbers (cropped digits)",
+        "non-commercial use",
+        "32x32",
+        3,
+        "lossless",
+        "ufldl-stanford/svhn/cropped_digits",
+        splits={**_TRAIN_TEST, "extra": "extra"},
+    ),
+    SetEntry(
+        "celeba",
+        "CelebA (aligned)",
+        "non-commercial research",
+        "218x178",
+        3,
+        "jpeg",
+        "flwrlabs/celeba",
+        label_column=None,
+        splits={"train": "train", "validation": "valid", "test": "test"},
+    ),
+    SetEntry(
+        "tiny_imagenet",
+        "Tiny-ImageNet",
+        _IMAGENET,
+        "64x64",
+        3,
+        "jpeg",
+        "zh-plus/tiny-imagenet",
+        splits={"train": "train", "test": "valid"},
+    ),
+    SetEntry("imagenet_1k", "ImageNet-1k", _IMAGENET, "varies", 3, "jpeg", "ILSVRC/imagenet-1k", splits=_VALIDATION),
+    SetEntry("imagenet_200", "ImageNet-200 (OpenOOD)", _IMAGENET, "varies", 3, "jpeg", by_hand=_OPENOOD),
+    SetEntry("imagenet_100", "ImageNet-100", _IMAGENET, "varies", 3, "jpeg", "clane9/imagenet-100", splits=_VALIDATION),
+    SetEntry(
+        "imagenet_o",
+        "ImageNet-O",
+        "MIT (images: unclear)",
+        "varies",
+        3,
+        "jpeg",
+        splits=_TEST,
+        by_hand="get it from the natural adversarial examples repository (hendrycks/natural-adv-examples)",
+    ),
+    SetEntry(
+        "imagenet_v2",
+        "ImageNet-V2",
+        "MIT (images: unclear)",
+        "varies",
+        3,
+        "jpeg",
+        splits=_TEST,
+        by_hand="get imagenetv2-matched-frequency from its authors (modestyachts/ImageNetV2)",
+    ),
+    SetEntry(
+        "imagenet_c",
+        "ImageNet-C",
+        "CC BY 4.0 (images: ImageNet terms)",
+        "224x224",
+        3,
+        "jpeg",
+        splits=_TEST,
+        by_hand="get it from its authors (hendrycks/robustness)",
+    ),
+    SetEntry(
+        "imagenet_r",
+        "ImageNet-R",
+        "MIT (images: unclear)",
+        "varies",
+        3,
+        "jpeg",
+        "axiong/imagenet-r",
+        "image",
+        "wnid",
+        _TEST,
+    ),
+    SetEntry("textures", "Describable Textures (DTD)", "research only", "varies", 3, "jpeg", "tanganke/dtd"),
+    SetEntry("places365", "Places365", "non-commercial research", "varies", 3, "jpeg", splits=_TEST, by_hand=_OPENOOD),
+    SetEntry("lsun_crop", "LSUN (crop)", "unclear", "32x32", 3, "lossless", splits=_TEST, by_hand=_ODIN),
+    SetEntry("lsun_resize", "LSUN (resize)", "unclear", "32x32", 3, "lossless", splits=_TEST, by_hand=_ODIN),
+    SetEntry("isun", "iSUN", "unclear", "32x32", 3, "lossless", splits=_TEST, by_hand=_ODIN),
+    SetEntry("inaturalist", "iNaturalist (OOD subset)", "unclear", "varies", 3, "jpeg", splits=_TEST, by_hand=_OPENOOD),
+    SetEntry(
+        "sun",
+        "SUN (OOD subset)",
+        "unclear",
+        "varies",
+        3,
+        "jpeg",
+        splits=_TEST,
+        by_hand="get the subset of Huang and Li (2021) from their code (deeplearning-wisc/large_scale_ood)",
+    ),
+    SetEntry("ssb_hard", "SSB-hard", _IMAGENET, "varies", 3, "jpeg", splits=_TEST, by_hand=_OPENOOD),
+    SetEntry("ninco", "NINCO", "MIT (images: several)", "varies", 3, "jpeg", splits=_TEST, by_hand=_OPENOOD),
+    SetEntry("openimage_o", "OpenImage-O", "CC BY 2.0 (images)", "varies", 3, "jpeg", splits=_TEST, by_hand=_OPENOOD),
+    SetEntry("species", "Species", "unclear", "varies", 3, "jpeg", splits=_TEST, by_hand=_OPENOOD),
+    SetEntry(
+        "medmnist",
+        "MedMNIST v2",
+        "CC BY 4.0 (DermaMNIST: CC BY-NC 4.0)",
+        "28x28",
+        3,
+        "lossless",
+        by_hand="get one of its .npz files from its authors (pip install medmnist), and give that file as a path",
+    ),
+)
+
+_TABLE: Mapping[str, SetEntry] = {row.name: row for row in _ENTRIES}
+
+_CIFAR_FAR = ("mnist", "svhn", "textures", "places365")
+_IMAGENET_NEAR = ("ssb_hard", "ninco")
+_IMAGENET_FAR = ("inaturalist", "textures", "openimage_o")
+
+NEAR: Mapping[str, tuple[str, ...]] = {
+    "cifar10": ("cifar100", "tiny_imagenet"),
+    "cifar100": ("cifar10", "tiny_imagenet"),
+    "imagenet_200": _IMAGENET_NEAR,
+    "imagenet_1k": _IMAGENET_NEAR,
+}
+"""Near-OOD sets of OpenOOD v1.5, per in-distribution set."""
+
+FAR: Mapping[str, tuple[str, ...]] = {
+    "cifar10": _CIFAR_FAR,
+    "cifar100": _CIFAR_FAR,
+    "imagenet_200": _IMAGENET_FAR,
+    "imagenet_1k": _IMAGENET_FAR,
+}
+"""Far-OOD sets of OpenOOD v1.5, per in-distribution set."""
+
+_DEV_VARIANTS = frozenset({"rot90", "rot180", "rot270", "blur", "contrast", "noise", "patch"})
+
+
+def names() -> frozenset[str]:
+    """Names of all sets in the table."""
+    return frozenset(_TABLE)
+
+
+def entry(name: str) -> SetEntry | None:
+    """The row of a set, or None."""
+    return _TABLE.get(name)
+
+
+def role(id_name: str, ood_spec: str) -> Literal["dev", "test"]:
+    """Whether choices may be made on an OOD source: `dev`, or `test` for reporting only.
+
+    Rotations, blur, contrast, noise and pasted patches of the in-distribution TRAINING images are dev; flips (papers
+    report them), held-out classes, the same corruptions of test images, and all other sets are test.
+    """
+    inlier, outlier = parse_spec(id_name, names()), parse_spec(ood_spec, names())
+    same = (inlier.kind, inlier.location) == (outlier.kind, outlier.location)
+    training = outlier.kind == "path" or outlier.split == "train"
+    return "dev" if same and training and outlier.variant in _DEV_VARIANTS and _within(inlier, outlier) else "test"
+
+
+def _within(inlier: Spec, outlier: Spec) -> bool:
+    """False where the outliers are of other classes than the training images: held-out classes are for tests."""
+    return not inlier.classes or inlier.classes == outlier.classes
+
+
+def group(id_name: str, ood_name: str) -> Literal["near", "far", ""]:
+    """OpenOOD's group of an OOD set (names or specs); `near` for other classes of the same set; "" for no group."""
+    inlier, outlier = parse_spec(id_name, names()), parse_spec(ood_name, names())
+    if inlier.location == outlier.location:
+        return "near" if outlier.variant is None and outlier.classes and outlier.classes != inlier.classes else ""
+    if outlier.location in NEAR.get(inlier.location, ()):
+        return "near"
+    return "far" if outlier.location in FAR.get(inlier.location, ()) else ""
+
+
+def _folders(name: str) -> list[Path]:
+    """Folders of a set on this machine: the user's data first, then the package's sample."""
+    data = os.environ.get("FAROUT_DATA")
+    bases = ([Path(data)] if data else []) + ([SAMPLE] if name in _TABLE and _TABLE[name].built_in else [])
+    return [base / name for base in bases if (base / name).is_dir()]
+
+
+def find_local(name: str, split: str) -> Path | None:
+    """The parquet file of a set's split on this machine, or None."""
+    files = (folder / f"{split}.parquet" for folder in _folders(name))
+    return next((file for file in files if file.is_file()), None)
+
+
+def on_this_machine(source: str) -> bool:
+    """Whether a source is a path, or a named set that lies here: no hub is asked for it."""
+    spec = parse_spec(source, names())
+    return spec.kind == "path" or (spec.kind == "named" and find_local(spec.location, spec.split) is not None)
+
+
+def on_a_hub(source: str) -> bool:
+    """Whether a hub is to be asked for a source: it is not here, and the hub's own or a split that the hub has."""
+    spec = parse_spec(source, names())
+    known = entry(spec.location) if spec.kind == "named" and not on_this_machine(source) else None
+    return spec.kind == "hub" or (known is not None and known.hub is not None and spec.split in known.splits)
+
+
+def local_splits(name: str) -> list[str]:
+    """Splits of a set on this machine, sorted."""
+    return sorted({file.stem for folder in _folders(name) for file in folder.glob("*.parquet")})
+
+
+def list_sets() -> list[dict[str, str]]:
+    """One row of texts a set, in the table's order.
+
+    `where` is the folder on this machine, `built in`, or `-`; `splits` are those found there, else those of the hub.
+    """
+    return [_row(item) for item in _ENTRIES]
+
+
+def _row(item: SetEntry) -> dict[str, str]:
+    return {
+        "name": item.name,
+        "title": item.title,
+        "where": _where(item.name),
+        "splits": " ".join(local_splits(item.name) or item.splits),
+        "size": item.size,
+        "channels": str(item.channels),
+        "coding": item.coding,
+        "licence": item.licence,
+        "hub": item.hub or "-",
+        "hub_status": "untested" if item.hub else "-",
+        "by_hand": "" if item.hub or item.built_in else item.by_hand,
+    }
+
+
+def _where(name: str) -> str:
+    folders = [folder for folder in _folders(name) if any(folder.glob("*.parquet"))]
+    if not folders:
+        return "-"
+    return "built in" if folders[0].parent == SAMPLE else str(folders[0])

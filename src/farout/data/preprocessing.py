@@ -1,0 +1,263 @@
+"""How an image is brought to a network: crop, native size, JPEG, network size, channels, value range.
+
+A preprocessing is stored with every model. All steps up to the last run on 8-bit pixels in Pillow, whose resampling is
+integer arithmetic: the result does not depend on threads or batches.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from farout.core.errors import FaroutError, SourceError, TrapWarning
+from farout.data.decoding import to_pil
+from farout.data.image_source import ImageSource
+
+__all__ = ["Kernel", "Preprocessing", "Protocol", "ValueRange", "all_grey", "check_against"]
+
+Protocol = Literal["native", "direct", "common"]
+ValueRange = Literal["fixed", "minmax"]
+Kernel = Literal["bicubic", "bilinear", "nearest"]
+"""How pixels are made of others; bicubic and bilinear are antialiased."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Turns uint8 `(C, H, W)` of any size into float32 `(channels, *size)` in [0, 1].
+
+    The steps, in order: central crop of `crop` x `crop` pixels (a shorter side is kept whole); resize to `native`, the
+    in-distribution native size (protocols `native` and `common`); one JPEG encoding of `jpeg_quality`, 4:2:0
+    (protocol `common`); resize to `size`; grey is replicated to RGB, RGB becomes luminance (ITU-R 601); then
+    division by 255 (`fixed`), or per-image min-max over all channels (`minmax`: a constant image becomes zeros).
+
+    The protocol `native` makes foreign images pass through the same size as in-distribution ones, so that blur alone
+    cannot tell them apart; `direct` omits this, as some papers do. Sizes are (height, width) in pixels; resizing is
+    by `kernel` with antialiasing and does not keep the aspect ratio. With `fill` the first resize keeps it: the image
+    fills the target, and what stands out is cut off on both sides. Raises FaroutError for values out of range.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    native: tuple[int, int]
+    protocol: Protocol = "native"
+    crop: int | None = None
+    value_range: ValueRange = "fixed"
+    jpeg_quality: int = 90
+    kernel: Kernel = "bicubic"
+    fill: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (*self.size, *self.native, self.crop if self.crop is not None else 1)
+        if len(self.size) != 2 or len(self.native) != 2 or min(sizes) < 1:
+            raise FaroutError(f"size {self.size}, native {self.native}, crop {self.crop}: expected positive pixels")
+        if self.channels not in (1, 3) or not 1 <= self.jpeg_quality <= 100:
+            raise FaroutError(
+                f"channels {self.channels} (expected 1 or 3), jpeg_quality {self.jpeg_quality} (1 to 100)"
+            )
+        if self.protocol not in get_args(Protocol) or self.value_range not in get_args(ValueRange):
+            choices = f"{', '.join(get_args(Protocol))} and {', '.join(get_args(ValueRange))}"
+            raise FaroutError(f"protocol {self.protocol!r}, value_range {self.value_range!r}: expected {choices}")
+        if self.kernel not in get_args(Kernel):
+            raise FaroutError(f"kernel {self.kernel!r}: expected {', '.join(get_args(Kernel))}")
+
+    def __call__(self, image: Tensor, shrink: Kernel | None = None) -> Tensor:
+        """Prepares one image; raises ValueError for anything but uint8 `(C, H, W)` with C in {1, 3}.
+
+        `shrink` is the kernel of the first resize of an image that is larger than its target; None: `kernel`.
+        """
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
+            raise ValueError(f"got {image.dtype} of shape {tuple(image.shape)}, expected uint8 (1 or 3, H, W)")
+        pixels = image if self._is_identity(image) else self._through_pillow(image, shrink)
+        return _min_max(pixels) if self.value_range == "minmax" else pixels.float() / 255
+
+    def _is_identity(self, image: Tensor) -> bool:
+        """Whether no step changes the pixels, so that Pillow can be left out."""
+        channels, *size = image.shape
+        whole = self.crop is None or max(size) <= self.crop
+        same = tuple(size) == self.size and (self.protocol == "direct" or tuple(size) == self.native)
+        return whole and same and channels == self.channels and self.protocol != "common"
+
+    def _through_pillow(self, image: Tensor, shrink: Kernel | None) -> Tensor:
+        picture = _crop(to_pil(image), self.crop)
+        first = self.size if self.protocol == "direct" else self.native
+        larger = picture.width > first[1] or picture.height > first[0]
+        kernel = shrink if shrink is not None and larger else self.kernel
+        picture = _filled(picture, first, kernel) if self.fill else _resize(picture, first, kernel)
+        if self.protocol == "common":
+            picture = _through_jpeg(picture, self.jpeg_quality)
+        picture = _resize(picture, self.size, self.kernel).convert("L" if self.channels == 1 else "RGB")
+        pixels = torch.from_numpy(np.array(picture))
+        return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `config.json`; settings that came later only where they are not at their defaults, so that
+        what was stored before keeps its identity.
+        """
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        late = {"kernel": "bicubic", "fill": False}
+        return {name: value for name, value in plain.items() if name not in late or value != late[name]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`; raises FaroutError for unknown or missing entries, and for values out of range."""
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        try:
+            return cls(**plain)
+        except TypeError as error:
+            raise FaroutError(f"not a preprocessing: {dict(values)} ({error})") from error
+
+    @classmethod
+    def for_source(
+        cls,
+        source: ImageSource,
+        *,
+        size: int | None = None,
+        channels: int | None = None,
+        protocol: Protocol = "native",
+        crop: int | None = None,
+        value_range: ValueRange = "fixed",
+        largest: int = 64,
+    ) -> Preprocessing:
+        """Chooses sizes from a sample of 64 images: the preprocessing of a model that is fitted to `source`.
+
+        `native` is the most common native size (after the crop; between equals, the larger area). A given `size` is
+        the side of a square. Without it, the network's size is the native one, and where its longer side is above
+        `largest` pixels, that side becomes `largest`, aspect kept, with a TrapWarning that names the factor. Channels
+        are 3 when any sampled image is RGB. Raises SourceError when no sampled image is readable.
+        """
+        shapes = source.shapes()
+        if not shapes:
+            raise SourceError(f"none of the sampled images of {source.name} is readable: {_first_reason(source)}")
+        native = _common_size(shapes, crop)
+        network = (size, size) if size is not None else _at_most(native, largest, source.name)
+        return cls(
+            size=network,
+            channels=channels if channels is not None else max(shape[0] for shape in shapes),
+            native=native,
+            protocol=protocol,
+            crop=crop,
+            value_range=value_range,
+        )
+
+
+def _first_reason(source: ImageSource) -> str:
+    return next((f"{key}: {reason}" for key, reason in source.unreadable.items()), "it holds no images")
+
+
+def _common_size(shapes: Counter[tuple[int, int, int]], crop: int | None) -> tuple[int, int]:
+    sizes: Counter[tuple[int, int]] = Counter()
+    for (_, height, width), count in shapes.items():
+        sizes[(min(height, crop or height), min(width, crop or width))] += count
+    return max(sizes, key=lambda s: (sizes[s], s[0] * s[1], s))
+
+
+def _at_most(native: tuple[int, int], largest: int, name: str) -> tuple[int, int]:
+    longer = max(native)
+    if longer <= largest:
+        return native
+    height, width = (max(1, round(side * largest / longer)) for side in native)
+    warnings.warn(
+        f"images of {name} are {native[0]}x{native[1]} pixels and are shrunk {longer / largest:.3g} times to "
+        f"{height}x{width}: finer detail is lost; give a size to keep more",
+        TrapWarning,
+        stacklevel=3,
+    )
+    return height, width
+
+
+def _crop(picture: Image.Image, crop: int | None) -> Image.Image:
+    if crop is None:
+        return picture
+    width, height = min(crop, picture.width), min(crop, picture.height)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def _resize(picture: Image.Image, size: tuple[int, int], kernel: Kernel) -> Image.Image:
+    height, width = size
+    if picture.size == (width, height):
+        return picture
+    return picture.resize((width, height), Image.Resampling[kernel.upper()])
+
+
+def _filled(picture: Image.Image, size: tuple[int, int], kernel: Kernel) -> Image.Image:
+    """Resized until it covers `size` (height, width), its centre cut out."""
+    height, width = size
+    if height * picture.width >= width * picture.height:
+        whole = (height, height * picture.width // picture.height)
+    else:
+        whole = (width * picture.height // picture.width, width)
+    picture = _resize(picture, whole, kernel)
+    left, top = round((whole[1] - width) / 2), round((whole[0] - height) / 2)
+    return picture.crop((left, top, left + width, top + height))
+
+
+def _through_jpeg(picture: Image.Image, quality: int) -> Image.Image:
+    encoded = io.BytesIO()
+    picture.save(encoded, format="JPEG", quality=quality, subsampling="4:2:0")
+    with Image.open(encoded) as decoded:
+        decoded.load()
+        return decoded
+
+
+def _min_max(pixels: Tensor) -> Tensor:
+    low, high = pixels.min().float(), pixels.max().float()
+    return (pixels.float() - low) / (high - low).clamp(min=1)
+
+
+def check_against(
+    source: ImageSource, preprocessing: Preprocessing, sample: int = 64, *, fitted_grey: bool = False
+) -> list[str]:
+    """Traps of scoring `source` with a model of this preprocessing, as sentences with counts; empty when there is none.
+
+    Looks at up to `sample` images, evenly spaced, before the variant: another native size than the fitted one, grey
+    images for an RGB model and RGB images for a grey one. `fitted_grey`: an RGB model was fitted with grey images
+    alone, so that RGB images are the unlike ones.
+    """
+    shapes = source.shapes(sample)
+    total = sum(shapes.values())
+    found = (_size_trap(shapes, preprocessing), _channel_trap(shapes, preprocessing.channels, fitted_grey))
+    return [f"{source.name}: {count} of {total} sampled images {what}" for count, what in found if count]
+
+
+def _size_trap(shapes: Counter[tuple[int, int, int]], preprocessing: Preprocessing) -> tuple[int, str]:
+    fitted = preprocessing.native
+    sizes: Counter[tuple[int, int]] = Counter()
+    for shape, count in shapes.items():
+        size = _common_size(Counter({shape: 1}), preprocessing.crop)
+        if size != fitted:
+            sizes[size] += count
+    if not sizes:
+        return 0, ""
+    common = sizes.most_common(1)[0][0]
+    effect = {
+        "native": "they are resized to it first",
+        "common": "they are resized to it first",
+        "direct": "resizing alone can set them apart (protocol direct)",
+    }[preprocessing.protocol]
+    text = f"are not of the fitted native size {fitted[0]}x{fitted[1]} (most often {common[0]}x{common[1]}); {effect}"
+    return sizes.total(), text
+
+
+def all_grey(source: ImageSource, sample: int = 64) -> bool:
+    """Whether up to `sample` images, evenly spaced, have one channel each."""
+    return all(shape[0] == 1 for shape in source.shapes(sample))
+
+
+def _channel_trap(shapes: Counter[tuple[int, int, int]], channels: int, fitted_grey: bool) -> tuple[int, str]:
+    expected = 1 if fitted_grey else channels
+    other = sum(count for shape, count in shapes.items() if shape[0] != expected)
+    if channels == 1:
+        return other, "are RGB and become luminance for this grey model: their colour is not seen"
+    if fitted_grey:
+        return other, "are RGB, and the fitted ones were all grey: colour can set them apart"
+    return other, "are grey and are replicated to RGB for this RGB model"

@@ -1,0 +1,217 @@
+"""Readers of files: folders, globs, csv lists and npz arrays. Encoded bytes are read when an image is asked for."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import os
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farout.core.errors import SourceError, UnreadableImageError
+from farout.core.store import kind_of, read_json
+from farout.data.decoding import decode, to_uint8
+from farout.data.file_listing import Listing, check_keys, encode_groups, encode_labels, index_keys
+from farout.data.tables import list_parquet
+
+__all__ = ["CLASSES_FILE", "SUFFIXES", "list_array", "list_path"]
+
+SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)
+"""File endings, in any case, that count as images in folders and globs."""
+
+CLASSES_FILE = "farout-classes.json"
+"""Beside the folders of classes: an object, folder -> class, for classes whose names no folder can have."""
+
+
+def list_path(location: str) -> Listing:
+    """Lists a folder, a glob, a .parquet/.csv/.npz file or one image; raises SourceError when there is nothing."""
+    path = Path(location).expanduser()
+    if path.is_dir():
+        return _list_folder(path)
+    if path.is_file():
+        return _list_file(path)
+    if re.search(r"[*?\[]", location):
+        return _list_glob(str(path))
+    raise SourceError(f"there is no file or folder {location}; give a path that exists, a glob, or a named set")
+
+
+def _list_file(path: Path) -> Listing:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return list_parquet(path)
+    if suffix == ".csv":
+        return _list_csv(path)
+    if suffix == ".npz":
+        return _list_npz(path)
+    if suffix in SUFFIXES:
+        return Listing((path.name,), _Files((path.name,), (path,)), groups=(".",))
+    raise SourceError(f"{path} is no image source; expected a folder, .parquet, .csv, .npz, or an image file")
+
+
+class _Files:
+    """Reads image files by position."""
+
+    def __init__(self, keys: Sequence[str], paths: Sequence[Path]) -> None:
+        self._keys, self._paths = tuple(keys), tuple(paths)
+
+    def __call__(self, index: int) -> Tensor:
+        key = self._keys[index]
+        try:
+            data = self._paths[index].read_bytes()
+        except OSError as error:
+            raise UnreadableImageError(f"{key}: {error.strerror or error} ({type(error).__name__})") from error
+        return decode(data, key)
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _list_folder(root: Path) -> Listing:
+    """Images below `root`, hidden files and folders left out, symbolic links to folders not followed; of a folder that
+    farout made, those in its `images/`.
+    """
+    found: list[str] = []
+    # a folder of made images keeps pictures of other kinds beside them
+    root = root / "images" if (root / "images").is_dir() and kind_of(root) is not None else root
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if _is_image(name)]
+    if not found:
+        raise SourceError(f"the folder {root} holds no images (looked for {', '.join(sorted(SUFFIXES))}, recursively)")
+    keys = tuple(sorted(found))
+    labels, names = _class_folders(keys)
+    return Listing(keys, _Files(keys, [root / key for key in keys]), labels, _told_names(root, names), _parents(keys))
+
+
+def _parents(keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(key.rpartition("/")[0] or "." for key in keys)
+
+
+def _class_folders(keys: Sequence[str]) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
+    """Labels from a class-per-folder tree: only where every image lies directly in a first-level subfolder."""
+    if any(key.count("/") != 1 for key in keys):
+        return None, None
+    parents = _parents(keys)
+    names = tuple(sorted(set(parents)))
+    place = {name: i for i, name in enumerate(names)}
+    return tuple(place[parent] for parent in parents), names
+
+
+def _told_names(root: Path, folders: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The classes of folders: as `CLASSES_FILE` says, the others as the folders are called."""
+    path = root / CLASSES_FILE
+    if folders is None or not path.is_file():
+        return folders
+    told = read_json(path)
+    if not all(isinstance(name, str) for name in told.values()):
+        raise SourceError(f"{path} wants a class name, a text, for each folder; mend or remove it")
+    return tuple(told.get(folder, folder) for folder in folders)
+
+
+def _list_glob(pattern: str) -> Listing:
+    # a pattern with several ** finds a path several times
+    matches = sorted({Path(match) for match in glob.glob(pattern, recursive=True)})
+    paths = [path for path in matches if path.is_file() and _is_image(path.name)]
+    if not paths:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise SourceError(f"the glob {pattern} matches {len(matches)} paths and no images (looked for {kinds})")
+    root = _fixed_part(pattern)
+    pairs = sorted((path.relative_to(root).as_posix(), path) for path in paths)
+    keys = tuple(key for key, _ in pairs)
+    return Listing(keys, _Files(keys, [path for _, path in pairs]), groups=_parents(keys))
+
+
+def _fixed_part(pattern: str) -> Path:
+    parts = Path(pattern).parts
+    fixed = next(i for i, part in enumerate(parts) if re.search(r"[*?\[]", part))
+    return Path(*parts[:fixed])
+
+
+def _list_csv(path: Path) -> Listing:
+    """A table with a header: `path` (or `image`, `file`, `filename`, `key`), and `label` and `group` where present."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SourceError(f"{path} cannot be read as csv ({error}); expected UTF-8 text with a header line") from error
+    if not rows:
+        raise SourceError(f"{path} lists no images; expected a header line and one line an image")
+    column = next((name for name in ("path", "image", "file", "filename", "key") if name in rows[0]), None)
+    if column is None:
+        raise SourceError(f"{path} has columns {', '.join(map(str, rows[0]))}; expected one named path")
+    keys = check_keys([cell.replace("\\", "/") for cell in _column(rows, column, path)], str(path))
+    labels, names = encode_labels([row["label"] for row in rows], str(path)) if "label" in rows[0] else (None, None)
+    groups = encode_groups([row["group"] for row in rows], str(path)) if "group" in rows[0] else None
+    return Listing(keys, _Files(keys, [path.parent / key for key in keys]), labels, names, groups)
+
+
+def _column(rows: Sequence[Mapping[str, str | None]], name: str, path: Path) -> tuple[str, ...]:
+    cells = tuple(row[name] or "" for row in rows)
+    if "" in cells:
+        raise SourceError(f"{path}: the column {name} is empty in row {cells.index('') + 1}; fill it in")
+    return cells
+
+
+def _list_npz(path: Path) -> Listing:
+    """Array `images` (or the first of three or four axes) and `labels`, or `x_labels` beside `x_images`."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            name = _image_array(arrays, path)
+            images = arrays[name]
+            beside = next((n for n in ("labels", name.replace("images", "labels")) if n != name and n in arrays), None)
+            labels = arrays[beside].reshape(-1).tolist() if beside else None
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(f"{path} cannot be read as npz without pickle ({error})") from error
+    return list_array(_channels_first(images, path), labels, str(path))
+
+
+def _image_array(arrays: Mapping[str, np.ndarray], path: Path) -> str:
+    if "images" in arrays:
+        return "images"
+    name = next((name for name in arrays if arrays[name].ndim in (3, 4)), None)
+    if name is None:
+        raise SourceError(f"{path} has arrays {', '.join(arrays) or 'none'}; expected images of shape (N, H, W[, C])")
+    return name
+
+
+def _channels_first(images: np.ndarray, path: Path) -> np.ndarray:
+    """(N, H, W), (N, C, H, W) and (N, H, W, C) become (N, C, H, W); where both readings fit, channels are first."""
+    if images.ndim == 3:
+        return images[:, None]
+    if images.ndim == 4 and images.shape[1] in (1, 3):
+        return images
+    if images.ndim == 4 and images.shape[3] in (1, 3):
+        return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    raise SourceError(f"{path} holds images of shape {images.shape}; expected (N, H, W), (N, C, H, W) or (N, H, W, C)")
+
+
+def list_array(images: np.ndarray | Tensor, labels: Sequence[object] | None = None, where: str = "images") -> Listing:
+    """Lists `(B, C, H, W)` pixels held in memory: uint8, or floats in [0, 1] (quantised to 8 bits)."""
+    tensor = images.detach().cpu() if isinstance(images, Tensor) else _from_numpy(images, where)
+    if tensor.ndim != 4:
+        hint = "; add the channel: images[:, None]" if tensor.ndim == 3 else ""
+        raise SourceError(f"{where} have shape {tuple(tensor.shape)}, expected (B, C, H, W){hint}")
+    if not len(tensor):
+        raise SourceError(f"{where} are empty: shape {tuple(tensor.shape)}; give at least one image")
+    pixels = to_uint8(tensor, where)
+    if labels is not None and len(labels) != len(pixels):
+        raise SourceError(f"{where} hold {len(pixels)} images and {len(labels)} labels; expected one label an image")
+    codes, names = (None, None) if labels is None else encode_labels(labels, where)
+    return Listing(index_keys(len(pixels)), pixels.__getitem__, codes, names, in_memory=True)
+
+
+def _from_numpy(images: np.ndarray, where: str) -> Tensor:
+    if images.dtype.kind != "f" and images.dtype != np.uint8:
+        raise SourceError(f"{where} have type {images.dtype}, expected uint8 or floats in [0, 1]; convert them first")
+    return torch.from_numpy(np.ascontiguousarray(images))

@@ -1,0 +1,154 @@
+"""One grammar for images: a spec string, a Dataset, PIL images or a tensor becomes an ordered set with keys and labels.
+
+`farout.data.source_spec` parses the grammar, `farout.data.decoding` converts file formats. A named set is looked up as
+`$FAROUT_DATA/<name>/<split>.parquet`, then among the samples in the package, then on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from farout.core.errors import SourceError
+from farout.data import catalog
+from farout.data.file_listing import Listing
+from farout.data.image_source import ImageSource, Policy, check_policy
+from farout.data.in_memory import list_dataset, list_pictures
+from farout.data.readers import list_array, list_path
+from farout.data.source_spec import Spec, parse_spec
+from farout.data.tables import list_hub, list_parquet
+
+__all__ = ["Images", "open_source", "spec_of"]
+
+Images: TypeAlias = str | Path | ImageSource | Dataset[Any] | Sequence[Image.Image] | Tensor | np.ndarray
+"""Everything that `open_source` takes."""
+
+
+def open_source(
+    images: Images, *, policy: Policy = "raise", limit: int | None = None, seed: int = 0, memory_mib: int = 1024
+) -> ImageSource:
+    """Opens images as an ordered set with keys and labels.
+
+    `images`: a spec string or Path; an ImageSource (returned as it is, with its own policy); a torch Dataset of
+    tensors or PIL images, or of (image, label); a list of PIL images; or a tensor or array `(B, C, H, W)`, uint8 or
+    floats in [0, 1], which are quantised to 8 bits. `limit` keeps a random sample drawn with `seed`, in source order.
+    Decoded images are held up to `memory_mib` in total; those beyond are decoded at every access.
+
+    Raises SourceError when there are no images or the spec is wrong, MissingExtraError for a hub set without the
+    `hub` extra.
+    """
+    check_policy(policy)
+    if isinstance(images, ImageSource):
+        source = images
+    elif isinstance(images, str | Path):
+        source = _open_spec(images, policy, memory_mib)
+    else:
+        source = ImageSource("images", _list_objects(images), policy=policy, memory_mib=memory_mib)
+    return _limited(source, limit, seed)
+
+
+def _limited(source: ImageSource, limit: int | None, seed: int) -> ImageSource:
+    if limit is None:
+        return source
+    if limit < 1:
+        raise SourceError(f"limit is {limit}; expected at least 1, or None for all images")
+    if limit >= len(source):
+        return source
+    chosen = np.random.default_rng(seed).permutation(len(source))[:limit]
+    return source.subset(sorted(chosen.tolist()))
+
+
+def _list_objects(images: object) -> Listing:
+    if isinstance(images, Tensor | np.ndarray):
+        return list_array(images)
+    if isinstance(images, Dataset):
+        return list_dataset(images)
+    if isinstance(images, list | tuple):
+        return list_pictures(images)
+    expected = "a spec string, a Path, a Dataset, a list of PIL images, or a tensor (B, C, H, W)"
+    raise SourceError(f"cannot read images from a {type(images).__name__}; expected {expected}")
+
+
+def spec_of(text: str | Path) -> Spec:
+    """What `open_source` reads in a text; `Path("x")` means the path, also where a named set is called x."""
+    if isinstance(text, Path):
+        return parse_spec(text.as_posix() if "/" in text.as_posix() else f"./{text}")
+    return parse_spec(text, catalog.names())
+
+
+def _open_spec(text: str | Path, policy: Policy, memory_mib: int) -> ImageSource:
+    spec = spec_of(text)
+    listing = _list_spec(spec)
+    source = ImageSource(
+        str(text), listing, policy=policy, variant=spec.variant, strength=spec.strength, memory_mib=memory_mib
+    )
+    return source.subset(_of_classes(listing, spec)) if spec.classes else source
+
+
+def _list_spec(spec: Spec) -> Listing:
+    if spec.kind == "path":
+        return list_path(spec.location)
+    if spec.kind == "hub":
+        return list_hub(spec.location, spec.split)
+    local = catalog.find_local(spec.location, spec.split)
+    if local is not None:
+        return list_parquet(local)
+    known = catalog.entry(spec.location)
+    if known is None:
+        raise SourceError(_unknown_set(spec))
+    if known.hub is None or spec.split not in known.splits:
+        raise SourceError(_absent_set(spec, known))
+    return list_hub(known.hub, known.splits[spec.split], known.image_column, known.label_column)
+
+
+def _unknown_set(spec: Spec) -> str:
+    near = difflib.get_close_matches(spec.location, sorted(catalog.names()), n=4, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}" if near else "see farout list sets"
+    splits = catalog.local_splits(spec.location)
+    if splits:
+        return f"the set {spec.location} has no split {spec.split!r} here; expected one of {', '.join(splits)}"
+    return f"{spec.text!r} is neither a path that exists nor a known set; {hint}? A folder is written ./{spec.location}"
+
+
+def _absent_set(spec: Spec, known: catalog.SetEntry) -> str:
+    here = catalog.local_splits(spec.location)
+    if here or (known.hub and spec.split not in known.splits):
+        splits = ", ".join(dict.fromkeys((*here, *(known.splits if known.hub else ()))))
+        return f"{known.title} has no split {spec.split!r}; expected one of {splits}"
+    return (
+        f"{known.title} is not on this machine and has no hub id; {known.by_hand}, then save it as "
+        f"$FAROUT_DATA/{spec.location}/{spec.split}.parquet, or give its folder as a path"
+    )
+
+
+def _of_classes(listing: Listing, spec: Spec) -> list[int]:
+    """Places of the images whose class the filter names: by class name first, then by label number."""
+    if listing.labels is None:
+        raise SourceError(f"{spec.text!r} filters classes, but {spec.location} has no labels")
+    wanted = {label for token in spec.classes for label in _class_labels(token, listing, spec)}
+    chosen = [i for i, label in enumerate(listing.labels) if label in wanted]
+    if not chosen:
+        raise SourceError(f"{spec.text!r} leaves no images: no image is of class {', '.join(spec.classes)}")
+    return chosen
+
+
+def _class_labels(token: str, listing: Listing, spec: Spec) -> list[int]:
+    names = listing.class_names or ()
+    first, dash, last = token.partition("-")
+    if token not in names and dash and first.isdigit() and last.isdigit():
+        return [label for n in range(int(first), int(last) + 1) for label in _class_labels(str(n), listing, spec)]
+    if token in names:
+        return [names.index(token)]
+    known = range(len(names)) if names else sorted(set(listing.labels or ()))
+    if token.isdigit() and int(token) in known:
+        return [int(token)]
+    near = difflib.get_close_matches(token, names, n=3)
+    expected = f"did you mean {', '.join(near)}?" if near else f"labels are {min(known)}..{max(known)}"
+    raise SourceError(f"unknown class {token!r} in {spec.text!r}; {expected}")

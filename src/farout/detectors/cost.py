@@ -1,0 +1,38 @@
+"""What scoring an image costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from farout.data.batching import Batch
+
+if TYPE_CHECKING:
+    from farout.detectors.base import Detector
+
+__all__ = ["Cost", "cost_of"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image costs: rows that the diffusion model, or without one the classifier, evaluates, and billions of
+    multiply-accumulates of all networks together.
+    """
+
+    nfe: float
+    gmacs: float
+
+
+@torch.no_grad()
+def cost_of(detector: Detector) -> Cost:
+    """Counted on one grey image."""
+    images = torch.full((1, detector.preprocessing.channels, *detector.preprocessing.size), 0.5)
+    probe = Batch(("probe",), images, None, (0,))
+    detector.measure(probe)  # first calls measure memory and fold the backbone, which are no costs of an image
+    before = detector.evaluations
+    with FlopCounterMode(display=False) as counter:
+        detector.measure(probe)
+    return Cost(detector.evaluations - before, counter.get_total_flops() / 2e9)

@@ -1,0 +1,146 @@
+"""What detectors on pooled features share: the frozen backbone, and features that are computed once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farout.core.errors import FaroutError
+from farout.core.progress import task
+from farout.data.batching import Batch
+from farout.data.image_source import ImageSource
+from farout.data.preprocessing import Preprocessing, Protocol
+from farout.detectors.base import Detector, Measurements
+from farout.detectors.settings import check_words
+from farout.features.encoding import FeatureEncoding
+from farout.features.extraction import CachedFeatures
+from farout.features.extractor import FeatureExtractor
+from farout.features.feature_diffusion import FeatureDiffusion
+
+__all__ = ["FeatureDetector", "VectorDetector"]
+
+
+class FeatureDetector(Detector):
+    """A detector that sees images through a frozen backbone.
+
+    Args:
+        backbone: `lite0` (its weights are installed with farout), `b4` (the semantic paper's), `resnet50`, `dinov2`, or
+            any network of timm's by name.
+        weights: a file of weights, or `random` (a control that has learnt nothing); without it the preset's own.
+        layers: feature levels, as timm numbers them; without it the preset's, or all.
+        size: side of the backbone's input in pixels; without it the preset's.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+
+    def __init__(
+        self,
+        *,
+        backbone: str = "lite0",
+        weights: str | None = None,
+        layers: tuple[int, ...] | None = None,
+        size: int | None = None,
+    ) -> None:
+        check_words(self)
+        if layers is not None and (not layers or len(set(layers)) < len(layers) or min(layers) < 0):
+            raise FaroutError(f"layers want different numbers from 0, got {list(layers)}")
+
+    def build_features(self) -> FeatureExtractor:
+        """The backbone that the configuration names."""
+        names = ("backbone", "weights", "layers", "size")
+        return FeatureExtractor.create(**{name: self.config[name] for name in names})
+
+    def build_preprocessing(self, source: ImageSource, protocol: Protocol | None) -> Preprocessing:
+        """RGB at the backbone's size."""
+        return Preprocessing.for_source(source, size=self.backbone.size, channels=3, protocol=protocol or "native")
+
+    def companion(self, kind: type[Detector]) -> Detector:
+        """Another method on the same backbone, which is shared."""
+        seen: dict[str, Any] = {name: self.config[name] for name in ("backbone", "weights", "size")}
+        twin = kind(**{**seen, "layers": self.backbone.layers})
+        twin.features = self.features
+        return twin
+
+    @property
+    def backbone(self) -> FeatureExtractor:
+        """The backbone, once it is there."""
+        assert self.features is not None
+        return self.features
+
+    def check_backbone(self, model: FeatureDiffusion) -> None:
+        """Raises FaroutError for a diffusion model of another backbone's features."""
+        if model.backbone != self.backbone.content_hash:
+            hint = f"{self.backbone.name} (hash {self.backbone.content_hash[:8]}, the model wants {model.backbone[:8]})"
+            raise FaroutError(f"this model was trained on features of another backbone than {hint}; fit again")
+
+    @property
+    def batch_size(self) -> int:
+        """As set, else 64, on an accelerator 256: vectors need little memory, and the backbone's calls are split."""
+        return self.runtime.images_per_batch((1,))
+
+    def batches(self, source: ImageSource) -> Iterator[Batch]:
+        """Features in place of the images, from the cache where it has them; the images where there is no cache."""
+        if not self.runtime.cache:
+            yield from super().batches(source)
+            return
+        reader = CachedFeatures(self.backbone, self.preprocessing, self.runtime.batch_size, self.precision)
+        yield from reader.batches(source, self.batch_size, self.runtime.workers)
+        self.cache_hits += reader.cache.hits
+
+    def _compute(self, images: Tensor) -> Tensor:
+        return self.backbone.pooled(images, self.runtime.batch_size, self.precision)
+
+    def features_of(self, batch: Batch) -> Tensor:
+        """Features (B, width) float32 on the CPU."""
+        if batch.features is not None:
+            return batch.features
+        return self._compute(batch.images).cpu() if batch.keys else torch.empty(0, self.backbone.width)
+
+    def all_features(self, source: ImageSource) -> Tensor:
+        """Features (n, width) of all readable images of a source."""
+        parts = []
+        with task("features of training images", len(source)) as bar:
+            for batch in self.batches(source):
+                parts.append(self.features_of(batch))
+                bar.advance(len(batch.keys))
+        return torch.cat(parts)
+
+
+class VectorDetector(FeatureDetector):
+    """A detector whose measurements are the features themselves: a statistic on them is all that it learns.
+
+    Args:
+        standardise: `image`: each layer's features of each image are brought to mean 0 and deviation 1 first, as in the
+            `semantic` detector (ahead on dev sources); `none`: they stay as they are.
+    """
+
+    def __init__(self, *, standardise: Literal["image", "none"] = "image", **features: Any) -> None:
+        super().__init__(**features)
+
+    def measure(self, batch: Batch, maps: bool = False) -> Measurements:
+        """Vectors `features` (B, width)."""
+        return Measurements(batch.keys, vectors={"features": self.features_of(batch)})
+
+    def table(self, measurements: Measurements) -> np.ndarray:
+        """The features (n, width) in float64, standardised as configured."""
+        features = measurements.vectors["features"]
+        if self.config["standardise"] == "image":
+            features = FeatureEncoding(self.backbone.channels)(features)
+        return features.double().numpy()
+
+    def embedding(self, measurements: Measurements) -> np.ndarray | None:
+        """The features, as `table` gives them."""
+        return self.table(measurements)
+
+    def by_layer(self, table: np.ndarray) -> list[np.ndarray]:
+        """Features (n, width) as one table (n, channels) per layer of the backbone."""
+        return np.split(table, np.cumsum(self.backbone.channels)[:-1], axis=1)
+
+    @classmethod
+    def tiny(cls, resources: Any) -> VectorDetector:
+        """Small images through the built-in backbone."""
+        return cls(size=32)

@@ -1,0 +1,1 @@
+"""What a denoiser is conditioned on: classes and text prompts."""

@@ -1,0 +1,116 @@
+"""Classes as tokens that the network attends to: the adapters of a `UNet2DConditionModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from farout.core.errors import FaroutError
+from farout.diffusion.conditioning.base import TableConditioning, check_table
+
+__all__ = ["ClassTokens", "TextTokens"]
+
+
+class _Tokens(nn.Module):
+    """The table: L tokens of d numbers for each class and, in the last row, for none."""
+
+    def __init__(self, table: Tensor, *, learnt: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(table.detach().clone().float(), requires_grad=learnt)
+
+
+class _TokenNetwork(nn.Module):
+    """Network and table as the one module that training trains."""
+
+    def __init__(self, network: nn.Module, tokens: _Tokens) -> None:
+        super().__init__()
+        self.network, self.tokens = network, tokens
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Any:
+        """x (B, C, H, W), t (B,), numbers of rows of the table (B,) -> what the network answers."""
+        return self.network(x, t, encoder_hidden_states=self.tokens.weight[class_labels])
+
+
+class ClassTokens(TableConditioning):
+    """Learnt tokens of each class, which a `UNet2DConditionModel` attends to (Rombach et al. 2022, section 3.3).
+
+    A class vector is the class's L tokens of d numbers in a row: `dim` = L d. The table is saved beside the network,
+    and trained with it.
+
+    Args:
+        table: the tokens (K + 1, L, d), or (K, L, d) where there is no null row; copied.
+        class_names: names of the K classes, in the order of the table's rows.
+        has_null: whether the last row was trained to stand for no class.
+
+    Raises FaroutError for a table of another shape.
+    """
+
+    kind, keyword = "class_tokens", "encoder_hidden_states"
+    _learnt = True
+
+    def __init__(self, table: Tensor, class_names: Sequence[str], *, has_null: bool) -> None:
+        if table.ndim != 3:
+            raise FaroutError(f"a table of class tokens wants the shape (K + 1, L, d), got {tuple(table.shape)}")
+        self.class_names = check_table(len(table), class_names, has_null)
+        self.has_null, self.dim = has_null, table.shape[1] * table.shape[2]
+        self._tokens = _Tokens(table, learnt=self._learnt)
+
+    @classmethod
+    def fresh(cls, class_names: Sequence[str], length: int, width: int, *, has_null: bool) -> Self:
+        """Random tokens, standard normal as the rows of torch's embeddings: L = `length`, d = `width`."""
+        return cls(torch.randn(len(class_names) + 1, length, width), class_names, has_null=has_null)
+
+    @property
+    def _weight(self) -> Tensor:
+        return self._tokens.weight
+
+    def trainable(self, network: nn.Module) -> nn.Module:
+        """Network and table as one module."""
+        return _TokenNetwork(network, self._tokens)
+
+    def twin(self, network: nn.Module) -> Self:
+        """The same conditioning with an own table."""
+        return self._with(self._tokens.weight)
+
+    def _with(self, table: Tensor) -> Self:
+        copied = type(self)(table, self.class_names, has_null=self.has_null)
+        return copied.to(table.device)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The table, where it is learnt."""
+        return [self._tokens.weight] if self._learnt else []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The table."""
+        return {"tokens": self._tokens.weight.detach()}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the table."""
+        self._tokens.to(device)
+        return self
+
+
+class TextTokens(ClassTokens):
+    """What a frozen text encoder says of each class, computed once; the null row is the empty prompt's.
+
+    A class vector is the whole context: 77 tokens of d numbers in Stable Diffusion. The prompts are made from
+    `template`; see `farout.diffusion.conditioning.prompts`.
+    """
+
+    kind = "text_tokens"
+    _learnt = False
+
+    def __init__(self, table: Tensor, class_names: Sequence[str], *, has_null: bool, template: str) -> None:
+        super().__init__(table, class_names, has_null=has_null)
+        self.template = template
+
+    def _with(self, table: Tensor) -> Self:
+        copied = type(self)(table, self.class_names, has_null=self.has_null, template=self.template)
+        return copied.to(table.device)
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, class names, whether there is a null row, template."""
+        return {**super().describe(), "template": self.template}

@@ -1,0 +1,117 @@
+"""Classes as whole prompts of a text encoder that stays at hand: it can be asked for other prompts too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from farout.core.errors import FaroutError
+from farout.diffusion.conditioning.base import Condition, Conditioning, check_labels, check_table, check_vectors
+from farout.diffusion.conditioning.class_tokens import TextTokens
+from farout.diffusion.conditioning.prompts import TEMPLATE, Word, check_template, class_words
+from farout.diffusion.conditioning.text_encoder import TextEncoder
+
+__all__ = ["PromptContexts"]
+
+
+class PromptContexts(Conditioning):
+    """Stable Diffusion's classes as what its text encoder answers to their prompts, which may hold any names.
+
+    A class vector is a whole context: L tokens of d numbers in a row. It is what `TextTokens` are, whose table is made
+    once and needs no text encoder any more. The null condition is the empty prompt.
+
+    Args:
+        encoder: the text encoder, which is shared, not copied.
+        class_names: names of the K classes.
+        words: what each is called in its prompt; None: by its name.
+        template: the prompt; {} stands for the word and its suffix.
+
+    Raises FaroutError for prompts that are too long, and words and classes of different number.
+    """
+
+    kind, has_null = "prompt_contexts", True
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        class_names: Sequence[str],
+        words: Sequence[Sequence[str]] | None = None,
+        template: str = TEMPLATE,
+    ) -> None:
+        check_template(template)
+        self.class_names = check_table(len(class_names), class_names, has_null=False)
+        self.encoder, self.template, self.dim = encoder, template, encoder.length * encoder.width
+        self.words = class_words(self.class_names) if words is None else tuple(Word(*word) for word in words)
+        if len(self.words) != self.classes:
+            raise FaroutError(f"{self.classes} classes want a word each, got {len(self.words)}")
+        self.prompts = tuple(word.prompt(template) for word in self.words)
+        self._numbers = encoder.numbers(self.prompts)
+
+    @property
+    def classes(self) -> int:
+        """K, the number of classes."""
+        return len(self.class_names)
+
+    def vectors(self) -> Tensor:
+        """The contexts of the classes (K, L d)."""
+        return self.encoder(self.prompts).flatten(1)
+
+    def __call__(self, given: Tensor, labels: Tensor | None = None) -> Condition:
+        """The contexts of labels (B,), or of vectors (B, L d), which are contexts."""
+        if given.is_floating_point():
+            vectors = check_vectors(given, self.dim).to(self.encoder.device)
+            return Condition({"encoder_hidden_states": vectors.reshape(-1, self.encoder.length, self.encoder.width)})
+        with torch.no_grad():
+            return self._contexts(check_labels(given, self.classes).cpu())
+
+    def _contexts(self, rows: Tensor) -> Condition:
+        return Condition({"encoder_hidden_states": self.encoder.contexts(self._numbers[rows])})
+
+    def said(self, prompts: Sequence[str]) -> Condition:
+        """The condition of any prompts, a row for each."""
+        return Condition({"encoder_hidden_states": self.encoder(prompts)})
+
+    def null(self, count: int) -> Condition:
+        """The context of the empty prompt, `count` times."""
+        return Condition({"encoder_hidden_states": self.encoder.null(count)})
+
+    def fixed(self) -> TextTokens:
+        """The same classes with whole contexts as class vectors, which need no text encoder."""
+        contexts = self(torch.arange(self.classes)).tensors["encoder_hidden_states"]
+        table = torch.cat([contexts, self.encoder.null(1)])
+        return TextTokens(table, self.class_names, has_null=True, template=self.template).to(table.device)
+
+    def trainable(self, network: nn.Module) -> nn.Module:
+        """The network with the contexts as they are: the text encoder is not trained."""
+        return self.fixed().trainable(network)
+
+    def twin(self, network: nn.Module) -> Self:
+        """The same conditioning: nothing of it is the network's own."""
+        return copy.copy(self)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """None: the text encoder is frozen."""
+        return []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The text encoder's weights, and the prompts as its tokenizer writes them."""
+        return {**self.encoder.tensors(), "prompts": self._numbers}
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, class names, their words, template."""
+        return {
+            "kind": self.kind,
+            "class_names": list(self.class_names),
+            "has_null": True,
+            "words": [list(word) for word in self.words],
+            "template": self.template,
+        }
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the text encoder."""
+        self.encoder.to(device)
+        return self

@@ -1,0 +1,184 @@
+"""The text encoder of a Stable Diffusion folder in diffusers' format: prompts in, contexts out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from farout.core import store
+from farout.core.chunking import call_in_chunks
+from farout.core.errors import FaroutError, MissingExtraError, StoreError
+
+__all__ = ["TextEncoder", "has_text"]
+
+
+def has_text(folder: Path) -> bool:
+    """Whether a diffusers folder has a text encoder."""
+    return (folder / "text_encoder").is_dir()
+
+
+class TextEncoder:
+    """A frozen CLIP text encoder and its tokenizer, in float32 whatever the precision around it.
+
+    A context is the last hidden state of a prompt after the final layer norm, padded to L tokens, as Stable Diffusion
+    takes it (Rombach et al. 2022): float32 (L, d). That of the empty prompt stands for no class.
+
+    Args:
+        tokenizer: a `CLIPTokenizer`.
+        module: a `CLIPTextModel`; its weights are frozen, and made float32.
+
+    Attributes:
+        length: L, tokens of a prompt, start, end and padding included.
+        width: d, numbers of an input embedding, and of a token of a context.
+    """
+
+    def __init__(self, tokenizer: Any, module: nn.Module) -> None:
+        self.tokenizer, self.module = tokenizer, module.eval().requires_grad_(False).float()
+        config: Any = module.config
+        self.length = min(int(tokenizer.model_max_length), int(config.max_position_embeddings))
+        self.width = int(config.hidden_size)
+        self._null: Tensor | None = None
+
+    # -- folders -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def read(cls, folder: Path) -> TextEncoder:
+        """Reads `text_encoder/` and `tokenizer/` of a folder.
+
+        Raises StoreError for parts that are missing or of another class, and for folders with two text encoders;
+        MissingExtraError without transformers.
+        """
+        return cls(*_read(folder))
+
+    def write(self, folder: Path) -> None:
+        """Writes `text_encoder/` and `tokenizer/`, as diffusers' pipelines do."""
+        self.module.save_pretrained(folder / "text_encoder")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The encoder's weights, under names that do not depend on the version of transformers."""
+        return {name.removeprefix("text_model."): value for name, value in self.module.state_dict().items()}
+
+    # -- tokens --------------------------------------------------------------------------------------------------
+
+    def tokens(self, text: str) -> list[int]:
+        """The numbers of a text's tokens, without start, end and padding."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """What tokens stand for, as the tokenizer writes it."""
+        return list(self.tokenizer.convert_ids_to_tokens(list(tokens)))
+
+    def is_known(self, token: int) -> bool:
+        """Whether a token stands for text: not for start, end or what the tokenizer does not know."""
+        return token not in self.tokenizer.all_special_ids
+
+    def numbers(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts as tokens with start, end and padding, int64 (B, L); raises FaroutError for one that is too long."""
+        rows = [self.tokenizer(text, padding="max_length", max_length=self.length).input_ids for text in prompts]
+        for text, row in zip(prompts, rows, strict=True):
+            if len(row) > self.length:
+                raise FaroutError(
+                    f"the prompt {text!r} has {len(row)} tokens, the text encoder takes {self.length}; give a shorter "
+                    "template or name"
+                )
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
+
+    def embeddings(self, tokens: Tensor) -> Tensor:
+        """The input embeddings of tokens of any shape, float32 (…, d) on the CPU, before positions are added."""
+        table = self._embedding.weight.detach()
+        return table[tokens.to(table.device)].float().cpu()
+
+    # -- contexts ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """The contexts of prompts, (B, L, d)."""
+        return self.contexts(self.numbers(prompts))
+
+    def contexts(self, numbers: Tensor, exchanged: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The contexts (B, L, d) of tokenised prompts (B, L).
+
+        Args:
+            numbers: from `numbers`.
+            exchanged: vectors (B, d), put in the place of one input embedding of each prompt, in which contexts are
+                differentiable; and which token that is, int64 (B,), the start being number 0.
+        """
+
+        def call(numbers: Tensor, *given: Tensor) -> Tensor:
+            # positions, mask and the last norm are the encoder's own; only what it looks up is exchanged
+            with torch.autocast(numbers.device.type, enabled=False), self._exchanged(*given):
+                return self.module(numbers).last_hidden_state
+
+        given = () if exchanged is None else (exchanged[0].float(), exchanged[1])
+        return call_in_chunks(self.module, call, *(tensor.to(self.device) for tensor in (numbers, *given)))
+
+    @torch.no_grad()
+    def summaries(self, prompts: Sequence[str]) -> Tensor:
+        """One vector for each prompt, float32 (B, d) on the CPU: its context's token that ends the text, the only one
+        that has seen all of it (Radford et al. 2021, section 2.4; their projection is not part of Stable Diffusion).
+        """
+        ends = torch.tensor([len(self.tokens(text)) + 1 for text in prompts])
+        return self.contexts(self.numbers(prompts)).cpu()[torch.arange(len(ends)), ends]
+
+    def null(self, count: int) -> Tensor:
+        """The context of the empty prompt, `count` times; it is computed once."""
+        if self._null is None:
+            self._null = self([""])
+        return self._null.expand(count, -1, -1)
+
+    @contextmanager
+    def _exchanged(self, *given: Tensor) -> Iterator[None]:
+        """Inside it, the input embeddings are exchanged as `contexts` says; given nothing, they stay."""
+        if not given:
+            yield
+            return
+        vectors, places = given
+        rows = torch.arange(len(places), device=places.device)
+        handle = self._embedding.register_forward_hook(
+            lambda _module, _inputs, output: output.index_put((rows, places), vectors)
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        module: Any = self.module
+        return module.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder is."""
+        return self._embedding.weight.device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the encoder."""
+        self.module.to(device)
+        self._null = None
+        return self
+
+
+def _read(folder: Path) -> tuple[Any, nn.Module]:
+    try:
+        from transformers import CLIPTextModel, CLIPTokenizer
+    except ImportError as error:
+        raise MissingExtraError('text-conditional models want `pip install "farout[text]"`') from error
+    if (folder / "text_encoder_2").is_dir():
+        raise StoreError(f"{folder} has two text encoders; farout reads the one of Stable Diffusion 1.x and 2.x")
+    architectures = store.read_json(folder / "text_encoder" / "config.json").get("architectures") or []
+    if architectures != ["CLIPTextModel"]:
+        raise StoreError(f"{folder / 'text_encoder'} holds {architectures}; farout reads a CLIPTextModel")
+    try:
+        # named classes and no remote code: nothing from the folder is run
+        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise StoreError(f"the text encoder or tokenizer of {folder} cannot be read ({error})") from error
+    return tokenizer, encoder

@@ -1,0 +1,85 @@
+"""Paths of noise levels for the solvers: (B, steps + 1) tables of sigmas, one row per start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from farout.core.errors import FaroutError
+from farout.diffusion.schedule import NoiseSchedule
+
+__all__ = ["even_levels", "falling", "from_noise", "geometric", "grid", "leading", "leading_levels", "pad"]
+
+
+def pad(paths: Sequence[Tensor]) -> Tensor:
+    """One table from paths of any lengths, float32; shorter ones repeat their last sigma, which ends them.
+
+    One step at least, so that a path of one sigma stays where it is.
+    """
+    longest = max(2, *(len(path) for path in paths))
+    rows = [torch.cat([path, path[-1:].expand(longest - len(path))]) for path in paths]
+    return torch.stack(rows).to(torch.float32)
+
+
+def grid(schedule: NoiseSchedule, start: int, spacing: int) -> Tensor:
+    """sigmas at the levels start, start - spacing, … above 0, then at level 0: (steps + 1,)."""
+    levels = [*range(start, 0, -spacing), 0]
+    return schedule.sigma_of(torch.tensor(levels)).to(torch.float32)
+
+
+def geometric(schedule: NoiseSchedule, start: int | float, steps: int) -> Tensor:
+    """`steps` sigmas evenly spaced in log sigma (so in log SNR) from level `start` towards the schedule's smallest,
+    which is left out, then 0: (steps + 1,). One step is the one-shot estimate.
+    """
+    first = schedule.sigma_of(start).log()
+    ramp = torch.arange(steps, dtype=torch.float64) / steps
+    levels = (first + ramp * (schedule.sigma[0].log() - first)).exp()
+    return torch.cat([levels, levels.new_zeros(1)]).to(torch.float32)
+
+
+def falling(schedule: NoiseSchedule, levels: Sequence[int]) -> Tensor:
+    """sigmas of rising levels, the largest first, then 0: (levels + 1,)."""
+    sigmas = schedule.sigma_of(torch.tensor(levels[::-1]))
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).to(torch.float32)
+
+
+def even_levels(schedule: NoiseSchedule, steps: int, start: int | None = None) -> list[int]:
+    """`steps` levels, evenly spaced and rising to `start`: stride - 1, 2 stride - 1, …, start with stride
+    (start + 1) / steps (rounded). None: the largest level, T - 1; the 50-step grid of 1000 levels is 19, 39, …, 999.
+
+    Raises FaroutError unless 1 <= steps <= start + 1.
+    """
+    count = schedule.steps if start is None else start + 1
+    if not 1 <= steps <= count:
+        raise FaroutError(f"steps want 1 to {count}, the levels that there are, got {steps}")
+    return [round(count * (number + 1) / steps) - 1 for number in range(steps)]
+
+
+def from_noise(schedule: NoiseSchedule, steps: int, start: int | None = None) -> Tensor:
+    """sigmas of the levels of `even_levels`, the largest first, then 0: (steps + 1,)."""
+    return falling(schedule, even_levels(schedule, steps, start))
+
+
+def leading_levels(schedule: NoiseSchedule, steps: int) -> list[int]:
+    """`steps` levels, evenly spaced and rising from 1: T u / steps + 1 for u = 0, 1, …; the 50-step grid of 1000 levels
+    is 1, 21, …, 981. Stable Diffusion's own grid ("leading" in diffusers); from 0 where that leaves no room.
+
+    Raises FaroutError unless 1 <= steps <= T.
+    """
+    if not 1 <= steps <= schedule.steps:
+        raise FaroutError(f"steps want 1 to {schedule.steps}, the schedule's levels, got {steps}")
+    first = int(steps <= schedule.steps // 2)
+    return [schedule.steps * number // steps + first for number in range(steps)]
+
+
+def leading(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """sigmas of the levels of `leading_levels`, the largest first, then of level 0: (steps + 1,). The path of Stable
+    Diffusion's own sampler, which stops there; where level 0 is among the levels, it ends at sigma 0.
+
+    Raises FaroutError unless 1 <= steps <= T.
+    """
+    levels = leading_levels(schedule, steps)[::-1]
+    sigmas = schedule.sigma_of(torch.tensor([*levels, 0]))
+    return torch.cat([sigmas[:-1], sigmas[-1:] * (levels[-1] > 0)]).to(torch.float32)

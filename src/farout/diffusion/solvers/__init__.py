@@ -1,0 +1,1 @@
+"""Numerical methods that integrate from noise to image, and back."""

@@ -1,0 +1,188 @@
+"""A diffusion model of feature vectors: encoding, denoiser, schedule; and an early state of the denoiser beside it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from farout.core import store
+from farout.core.chunking import BatchSize
+from farout.core.devices import Precision
+from farout.core.errors import StoreError
+from farout.diffusion.denoiser import NetworkDenoiser
+from farout.diffusion.diffusers_folders import local
+from farout.diffusion.schedule import NoiseSchedule
+from farout.features.densities import Mahalanobis
+from farout.features.encoding import FeatureEncoding
+from farout.features.feature_denoiser import FeatureDenoiser
+
+__all__ = ["KIND", "FeatureDiffusion", "paper_schedule"]
+
+KIND = "feature diffusion model"
+
+
+def paper_schedule() -> NoiseSchedule:
+    """100 levels, betas linear in their square root from .0015 to .0195 (Yang et al. 2024): even the last level keeps
+    abar = .41, for reconstruction looks at the first ones only.
+    """
+    return NoiseSchedule("scaled_linear", 0.0015, 0.0195, steps=100)
+
+
+class FeatureDiffusion:
+    """Encodes features and denoises them there; the network predicts x0.
+
+    Args:
+        network: the trained denoiser.
+        encoding: from features to the denoiser's space.
+        schedule: the one it was trained with.
+        backbone: content hash of the feature extractor whose features it knows.
+        first: the denoiser after the first pass over the images, for the likelihood-regret score; None: without.
+        gaussian: mean and covariance of the encoded features that it was trained on; None: not known.
+        trained_on: content hashes of the images that the weights have seen.
+        provenance: seed, data fingerprint, training and the like.
+    """
+
+    def __init__(
+        self,
+        network: FeatureDenoiser,
+        encoding: FeatureEncoding,
+        schedule: NoiseSchedule,
+        backbone: str,
+        *,
+        first: FeatureDenoiser | None = None,
+        gaussian: Mahalanobis | None = None,
+        trained_on: Collection[str] = (),
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        self.network, self.encoding, self.schedule, self.backbone = network.eval(), encoding, schedule, backbone
+        self.first, self.gaussian = None if first is None else first.eval(), gaussian
+        self.trained_on = frozenset(trained_on)
+        self.provenance = dict(provenance or {})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the networks."""
+        for network in self._networks().values():
+            network.to(device)
+        return self
+
+    def _networks(self) -> dict[str, FeatureDenoiser]:
+        return {"network": self.network} if self.first is None else {"network": self.network, "first": self.first}
+
+    def denoisers(self, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> list[NetworkDenoiser]:
+        """The trained network behind the `Denoiser` contract, and then the early one where there is one."""
+        return [NetworkDenoiser(n, self.schedule, "sample", batch_size, precision) for n in self._networks().values()]
+
+    def encode(self, features: Tensor) -> Tensor:
+        """Features (B, sum of channels) -> x0 (B, width) on the networks' device."""
+        return self.encoding(features.to(self.device, torch.float32))
+
+    @property
+    def parameters(self) -> int:
+        """Number of the denoiser's parameters."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the weights and of everything that decides what they compute."""
+        tensors = {f"{n}.{key}": v for n, net in self._networks().items() for key, v in net.state_dict().items()}
+        tensors |= {"sigma": self.schedule.sigma, **self._statistics()}
+        tensors[json.dumps([self._plain(), self.backbone], sort_keys=True)] = torch.zeros(1)
+        return store.hash_tensors(tensors)
+
+    def _statistics(self) -> dict[str, Tensor]:
+        arrays = {} if self.gaussian is None else self.gaussian.to_arrays()
+        gaussian = {f"gaussian.{name}": torch.from_numpy(array) for name, array in arrays.items()}
+        return {"shift": self.encoding.shift, "scale": self.encoding.scale, **gaussian}
+
+    def _plain(self) -> dict[str, Any]:
+        """Configuration of network and encoding, as JSON knows it."""
+        network = {name: value for name, value in dict(self.network.config).items() if not name.startswith("_")}
+        encoding = {
+            "channels": list(self.encoding.channels),
+            "standardise": self.encoding.standardise,
+            "summaries": self.encoding.summaries,
+        }
+        return {"network": network, "encoding": encoding}
+
+    def randomised(self, seed: int = 0) -> FeatureDiffusion:
+        """The same model whose networks have random weights, each tensor drawn with its own mean and deviation."""
+        generator = torch.Generator().manual_seed(seed)
+        twin = copy.copy(self)
+        twin.network, twin.first = copy.deepcopy(self.network), copy.deepcopy(self.first)
+        # the images stay: encoding and covariance have seen them
+        twin.provenance = {"random_weights": seed}
+        with torch.no_grad():
+            for parameter in [p for network in twin._networks().values() for p in network.parameters()]:
+                drawn = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                parameter.copy_(parameter.mean() + parameter.std(correction=0) * drawn)
+        return twin
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder: `network/` and `first/` in diffusers' layout, the features' statistics, `config.json`."""
+        with store.atomic_folder(folder, KIND) as temporary:
+            for name, network in self._networks().items():
+                network.save_pretrained(temporary / name)
+            store.save_tensors(temporary / "statistics.safetensors", self._statistics())
+            content = {
+                **self._plain(),
+                "schedule": self.schedule.to_dict(),
+                "backbone": self.backbone,
+                "content_hash": self.content_hash,
+                "provenance": self.provenance,
+            }
+            store.write_config(temporary, KIND, content)
+            store.write_hashes(temporary / "trained_on.txt", self.trained_on)
+            (temporary / "README.md").write_text(self._card(), encoding="utf-8")
+
+    def _card(self) -> str:
+        lines = [
+            "# A farout diffusion model of features",
+            "",
+            f"- network: {self.parameters:,} parameters, predicts x0",
+        ]
+        lines += [f"- schedule: {self.schedule.kind}, {self.schedule.steps} levels", f"- backbone: {self.backbone}"]
+        lines += [f"- {name}: {value}" for name, value in self.provenance.items()]
+        return "\n".join([*lines, "", "Load it with `farout.FeatureDiffusion.load(folder)`.", ""])
+
+    @classmethod
+    def load(cls, folder: str | Path) -> FeatureDiffusion:
+        """Loads a folder, or `hf://owner/name`.
+
+        Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
+        """
+        path = local(folder)
+        config = store.read_config(path, KIND)
+        statistics = store.load_tensors(path / "statistics.safetensors")
+        gaussian = {n.removeprefix("gaussian."): t.numpy() for n, t in statistics.items() if n.startswith("gaussian.")}
+        plain = {**config["encoding"], "channels": tuple(config["encoding"]["channels"])}
+        model = cls(
+            _read(path / "network"),
+            FeatureEncoding(**plain, shift=statistics["shift"], scale=statistics["scale"]),
+            NoiseSchedule.from_dict(config["schedule"]),
+            config["backbone"],
+            first=_read(path / "first") if (path / "first").is_dir() else None,
+            gaussian=Mahalanobis.from_arrays(gaussian) if gaussian else None,
+            trained_on=store.read_hashes(path / "trained_on.txt"),
+            provenance=config["provenance"],
+        )
+        if model.content_hash != config["content_hash"]:
+            raise StoreError(f"{path}: the weights are not those that were saved (their hash differs)")
+        return model
+
+
+def _read(folder: Path) -> FeatureDenoiser:
+    try:
+        return FeatureDenoiser.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StoreError(f"the weights in {folder} cannot be read ({error})") from error

@@ -1,1 +1,0 @@
-"""Synthesisers of outliers: `base.py` is the contract; every other public file that names one class is one method."""

@@ -1,0 +1,216 @@
+"""Images as directions of a generator's class space: a classifier whose classes are the generator's own class vectors.
+
+A network gives every image x of class y a vector z of the class space, trained by the cross-entropy of the logits
+cos(z, e_k) / T, with the class vectors e_k fixed (Du, Sun, Zhu and Li, "Dream the impossible: outlier imagination with
+diffusion models", NeurIPS 2023, arXiv 2309.13415, section 3.1). What is kept of an image is u = z / |z|.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from farout.classifiers.config import ClassifierConfig
+from farout.classifiers.model import Classifier
+from farout.classifiers.train import train_on
+from farout.core import store
+from farout.core.errors import FaroutError, StoreError, TrapWarning
+from farout.core.progress import task
+from farout.core.runtime import Runtime
+from farout.data.batching import Batch, batches
+from farout.data.indices import readable
+from farout.diffusion.noise import seeded
+from farout.synthesis.base import Work
+from farout.synthesis.class_space import class_space
+from farout.training.loop import TrainingConfig
+
+__all__ = ["Aligned", "Alignment", "align", "check_directions", "has_aligned", "read_aligned"]
+
+_CLASSIFIER, _TRAINING, _FEATURES = "classifier", "training", "features.safetensors"
+_SAME = 1e-5
+_LEAST = 0.8
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How a classifier is trained towards class vectors: SGD with Nesterov momentum 0.9, cosine decay to 1e-6.
+
+    Args:
+        temperature: T, which divides the cosines; 0.1 is published.
+        steps: updates.
+        batch_size: images of one update.
+        learning_rate: its peak.
+        weight_decay: of all weights.
+        warmup: updates of linear warm-up.
+        augmented: keep the features of images varied once at random as in training, as the released code does, instead
+            of those of the plain images.
+        workers: loading processes of the training; 0: its own.
+    """
+
+    temperature: float = 0.1
+    steps: int = 600
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4
+    warmup: int = 60
+    augmented: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise FaroutError(f"the temperature of cosines wants to be a positive number, got {self.temperature}")
+        self.training(0, Runtime(device="cpu", precision="fp32"))
+
+    def training(self, seed: int, runtime: Runtime) -> TrainingConfig:
+        """For the loop of the house; ten checkpoints, so that little is lost where a run is killed."""
+        return TrainingConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            optimizer="sgd",
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            final_learning_rate=min(1e-6, self.learning_rate),
+            ema=None,
+            clip=None,
+            precision=runtime.precision,
+            seed=seed,
+            workers=self.workers,
+            checkpoint_every=max(1, self.steps // 10),
+            device=runtime.device,
+        )
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Images as directions, in the order of their places in the source.
+
+    Attributes:
+        index: places in the source, int64 (N,).
+        labels: classes, int64 (N,).
+        features: of length 1, float32 (N, D).
+        told: whether the nearest class vector is that of the image's class, bool (N,).
+    """
+
+    index: Tensor
+    labels: Tensor
+    features: Tensor
+    told: Tensor
+
+
+def check_directions(vectors: Tensor, names: Sequence[str]) -> Tensor:
+    """Class vectors (K, D) at length 1; raises FaroutError where they point nowhere, or two of them the same way."""
+    if vectors.ndim != 2 or len(vectors) != len(names):
+        raise FaroutError(f"{len(names)} classes want a vector each, got the shape {tuple(vectors.shape)}")
+    if len(names) < 2:
+        raise FaroutError(
+            f"all images are of one class ({', '.join(names)}), and a classifier learns to tell classes apart: give "
+            "images of two or more"
+        )
+    lengths = vectors.norm(dim=1)
+    empty = [name for name, length in zip(names, lengths.tolist(), strict=True) if not 0 < length < float("inf")]
+    if empty:
+        raise FaroutError(f"the class vector of {empty[0]!r} has no direction (its length is 0 or no number)")
+    directions = vectors / lengths[:, None]
+    alike = (torch.cdist(directions, directions, compute_mode="donot_use_mm_for_euclid_dist") < _SAME).triu(1).nonzero()
+    if len(alike):
+        one, two = (names[int(place)] for place in alike[0])
+        raise FaroutError(
+            f"the class vectors of {one!r} and {two!r} point the same way, so the generator hardly tells these classes "
+            "apart: train it for longer, or leave one of them out"
+        )
+    return directions
+
+
+def align(work: Work, folder: Path, model: ClassifierConfig, alignment: Alignment) -> Aligned:
+    """Trains a classifier towards the generator's class vectors, and keeps the directions that it gives the images.
+
+    Goes on from what is in `folder`: `training/` holds checkpoints until the training is done, `classifier/` is its
+    result, `features.safetensors` are index, label, feature and told. Warns where few images lie nearest to their own
+    class's vector.
+
+    Args:
+        work: images, labels, generator, seed and runtime, always the same ones for one folder.
+        folder: where all is kept.
+        model: the network, and how images are varied.
+        alignment: how it is trained.
+
+    Raises FaroutError for class vectors that no classifier can be trained towards, and where training diverges.
+    """
+    if not has_aligned(folder):
+        classes = list(work.classes)
+        directions = check_directions(class_space(work.generator).vectors()[classes].cpu(), work.present)
+        classifier = _trained(work, directions / alignment.temperature, work.present, folder, model, alignment)
+        features, index = _features(classifier, work, model if alignment.augmented else None)
+        told = torch.tensor(classes)[(features @ directions.mT).argmax(1)] == work.labels[index]
+        found = {"index": index, "label": work.labels[index], "feature": features, "told": told}
+        store.save_tensors(folder / _FEATURES, found)
+    aligned = read_aligned(folder)
+    _warn_of_poor_alignment(float(aligned.told.float().mean()))
+    return aligned
+
+
+def _trained(
+    work: Work, directions: Tensor, names: Sequence[str], folder: Path, model: ClassifierConfig, alignment: Alignment
+) -> Classifier:
+    """The classifier of the folder, trained first where it is not there."""
+    if not (folder / _CLASSIFIER).is_dir():
+        source, training = work.source.subset(readable(work.source)), alignment.training(work.seed, work.runtime)
+        out = folder / _TRAINING
+        made = train_on(source, model, training, out=out, resume=True, class_names=names, directions=directions)
+        made.save(folder / _CLASSIFIER)
+    shutil.rmtree(folder / _TRAINING, ignore_errors=True)
+    return Classifier.load(folder / _CLASSIFIER).to(work.runtime.device)
+
+
+def _features(classifier: Classifier, work: Work, varied: ClassifierConfig | None) -> tuple[Tensor, Tensor]:
+    """Directions (N, D) of the readable images, varied by the config where one is given, and their places (N,)."""
+    prepared, parts, index = classifier.preprocessing, list[Tensor](), list[int]()
+    size = work.runtime.images_per_batch((prepared.channels, *prepared.size))
+    with task(f"directions of {work.source.name}", len(work.source)) as bar:
+        for batch in batches(work.source, prepared, size, workers=work.runtime.workers):
+            if batch.keys:
+                images = batch.images if varied is None else _varied(batch, varied, work.seed)
+                outputs = classifier.outputs(images, work.runtime.batch_size, work.runtime.precision)
+                parts.append(functional.normalize(outputs.features.cpu(), dim=1))
+            index += batch.indices
+            bar.advance(len(batch.keys))
+    return torch.cat(parts), torch.tensor(index)
+
+
+def _varied(batch: Batch, config: ClassifierConfig, seed: int) -> Tensor:
+    """Each image varied by a draw of its own, whatever else is in the batch."""
+    pairs = zip(batch.images.split(1), batch.keys, strict=True)
+    return torch.cat([config.augment(image, seeded(seed, "varied", key)) for image, key in pairs])
+
+
+def _warn_of_poor_alignment(share: float) -> None:
+    if share < _LEAST:
+        warnings.warn(
+            f"only {share:.0%} of the images lie nearest to their own class's vector, expected at least {_LEAST:.0%}: "
+            "the boundaries are not those of the classes; train the alignment for longer (--alignment.steps), or a "
+            "larger network (--model.network)",
+            TrapWarning,
+            stacklevel=3,
+        )
+
+
+def has_aligned(folder: str | Path) -> bool:
+    """Whether `align` is done there."""
+    return (Path(folder) / _FEATURES).is_file()
+
+
+def read_aligned(folder: str | Path) -> Aligned:
+    """What `align` has left; raises StoreError where that is missing, cut short or something else."""
+    found = store.load_tensors(Path(folder) / _FEATURES)
+    if set(found) != {"index", "label", "feature", "told"}:
+        raise StoreError(f"{folder} holds no features of images; remove it and align them again")
+    # where a file's numbers lie in memory changes the last bits of what is computed with them
+    return Aligned(*(found[name].clone() for name in ("index", "label", "feature", "told")))

@@ -1,0 +1,1 @@
+"""Synthetic outliers that are edited from in-distribution images."""

@@ -1,0 +1,160 @@
+"""What a training run is given and what it reports: the step's contract, the options, the learning rate, the result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from farout.core.devices import PrecisionChoice
+from farout.core.errors import FaroutError, check_options
+
+__all__ = ["Step", "TrainingConfig", "TrainingResult", "learning_rate", "make_optimizer"]
+
+Step = Callable[[nn.Module, Any, torch.Generator], dict[str, Tensor]]
+"""step(network, batch, generator) -> {"loss": scalar, ...other scalars to log, of the same names every time}.
+
+The loss is a mean over the batch. `generator` is a CPU one, seeded from (seed, step, process): all noise comes from it.
+"""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a network is trained. Raises FaroutError for a value out of range.
+
+    Args:
+        steps: optimiser updates; training length is counted in them, never in time.
+        batch_size: items of one update, over all processes and accumulated parts, which must divide it. The items
+            form an endless stream of permutations, so a batch may be larger than the data set, and repeat items.
+        optimizer: the update rule.
+        learning_rate: its peak.
+        weight_decay: of all trainable parameters; decoupled in adamw.
+        momentum: of sgd; the first beta of adam and adamw.
+        nesterov: sgd only, where momentum > 0.
+        beta2: the second beta of adam and adamw.
+        warmup: updates of linear warm-up; at most the first half of `steps`.
+        decay: the path from the peak to `final_learning_rate` after the warm-up.
+        final_learning_rate: reached exactly at the last update, for any number of processes.
+        ema: decay of the moving average of the weights, min(ema, (1 + n) / (10 + n)) at update n = 0, 1, ...;
+            None: no average.
+        clip: largest norm of the gradient; None: no clipping.
+        accumulate: parts into which a process splits its share of a batch, to save memory.
+        precision: auto: bf16 on devices that compute in it natively, else fp32.
+        channels_last: keep the weights of convolutions channels-last, which is faster on most devices.
+        seed: of the order of the data and all other randomness.
+        workers: loading processes; 0 loads in the training process. Results do not depend on it.
+        validate_every: updates between validations; 0: once, at the end (where validation data is given).
+        checkpoint_every: checkpoints of these multiples are written and never removed; 0: none of them. One that is
+            replaced by the next is written every ten minutes in any case.
+        keep: steps whose checkpoints are written and never removed.
+        checkpoint: the weights that training returns: last, best (lowest validation loss), or a step number.
+        device: auto (cuda, else cpu), cpu, cuda, cuda:1, mps.
+        tensorboard: also write `out/tensorboard`.
+    """
+
+    steps: int = 2000
+    batch_size: int = 64
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    nesterov: bool = True
+    beta2: float = 0.999
+    warmup: int = 100
+    decay: Literal["constant", "cosine", "linear"] = "cosine"
+    final_learning_rate: float = 0.0
+    ema: float | None = 0.999
+    clip: float | None = 1.0
+    accumulate: int = 1
+    precision: PrecisionChoice = "auto"
+    channels_last: bool = True
+    seed: int = 0
+    workers: int = 0
+    validate_every: int = 0
+    checkpoint_every: int = 0
+    keep: tuple[int, ...] = ()
+    checkpoint: str = "last"
+    device: str = "auto"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        check_options(self, "training option", _rules(self))
+
+    @property
+    def chosen_number(self) -> int | None:
+        """The step that `checkpoint` names, or None for last and best."""
+        return int(self.checkpoint) if self.checkpoint.isdecimal() else None
+
+
+def _rules(c: TrainingConfig) -> list[tuple[str, bool, str]]:
+    number = c.chosen_number
+    return [
+        *((name, getattr(c, name) >= 1, "1 or more") for name in ("steps", "batch_size", "accumulate")),
+        *((n, getattr(c, n) >= 0, "0 or more") for n in ("warmup", "workers", "validate_every", "checkpoint_every")),
+        ("batch_size", c.batch_size % max(1, c.accumulate) == 0, f"a multiple of accumulate ({c.accumulate})"),
+        ("optimizer", c.optimizer in ("adamw", "adam", "sgd"), "adamw, adam or sgd"),
+        ("learning_rate", 0 < c.learning_rate < math.inf, "a positive number"),
+        ("final_learning_rate", 0 <= c.final_learning_rate <= c.learning_rate, "0 to learning_rate"),
+        ("weight_decay", 0 <= c.weight_decay < math.inf, "0 or more"),
+        *((name, 0 <= getattr(c, name) < 1, "a number in [0, 1)") for name in ("momentum", "beta2")),
+        ("decay", c.decay in ("constant", "cosine", "linear"), "constant, cosine or linear"),
+        ("ema", c.ema is None or 0 <= c.ema < 1, "None or a number in [0, 1)"),
+        ("clip", c.clip is None or c.clip > 0, "None or a positive number"),
+        ("precision", c.precision in get_args(PrecisionChoice), "auto, fp32, bf16 or fp16"),
+        ("checkpoint", c.checkpoint in ("last", "best") or number is not None, "last, best or a step number"),
+        ("keep", all(1 <= step <= c.steps for step in c.keep), f"steps from 1 to steps ({c.steps})"),
+        ("checkpoint", number is None or 1 <= number <= c.steps, f"a step from 1 to steps ({c.steps})"),
+    ]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training run did.
+
+    Attributes:
+        steps: updates made, those before a resume included.
+        images: items seen: steps x batch_size.
+        chosen_step: the step whose weights the network now holds.
+        best_step: the step of the lowest validation loss, `best_loss`; None without validation.
+        losses: the last entry of `history` that has a `loss`.
+        history: one dict per log interval (about 200 a run): `step`, means since the one before of everything that the
+            step returned, `grad_norm` (before clipping), `learning_rate`; and one per validation: `step`,
+            `validation_loss`, ...
+    """
+
+    steps: int
+    images: int
+    chosen_step: int
+    best_step: int | None
+    best_loss: float | None
+    losses: dict[str, float]
+    history: list[dict[str, float]] = field(repr=False)
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """The rate of update `step` (0 to steps - 1): linear warm-up to the peak, then the decay to exactly the floor.
+
+    A run of one step is made at the peak.
+    """
+    warmup = min(config.warmup, (config.steps - 1) // 2)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    passed = (step - warmup) / max(1, config.steps - 1 - warmup)
+    left = {"constant": 1.0, "linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2}[config.decay]
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left
+
+
+def make_optimizer(parameters: list[nn.Parameter], c: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimiser that the options name; raises FaroutError where there is nothing to train."""
+    if not parameters:
+        raise FaroutError("the network has no parameter with requires_grad=True; expected some to train")
+    common: dict[str, Any] = {"lr": c.learning_rate, "weight_decay": c.weight_decay}
+    if c.optimizer == "sgd":
+        nesterov = c.nesterov and c.momentum > 0
+        return torch.optim.SGD(parameters, momentum=c.momentum, nesterov=nesterov, **common)
+    kind = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, betas=(c.momentum, c.beta2), **common)

@@ -1,0 +1,287 @@
+"""What every synthesizer keeps, written once: a new one passes these without a line written for it."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from farout import ClassNoise
+from farout.core.config import flat
+from farout.core.errors import FaroutError, SourceError, StoreError
+from farout.core.runtime import Runtime
+from farout.data.sources import open_source
+from farout.synthesis import SYNTHESIZERS
+from farout.synthesis.base import Made, OutlierFolder, Synthesizer, Work, read_outliers
+from small import classifier, conditional, model, pictures
+from tolerances import assert_same_images, assert_same_manifests
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::farout.core.errors.ShortfallWarning",
+    "ignore:only .* lie nearest to their own class's vector:farout.core.errors.TrapWarning",
+)
+
+NAMES = sorted(SYNTHESIZERS)
+COUNT = 7
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labelled images of the classes that `conditional()` knows, brighter from class to class."""
+    root = tmp_path_factory.mktemp("images") / "labelled"
+    for number, name in enumerate("abc"):
+        pictures(root / name, 12, low=20 + 60 * number, seed=number)
+    return root
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def method(request: pytest.FixtureRequest) -> type[Synthesizer]:
+    return SYNTHESIZERS[request.param].load()
+
+
+@pytest.fixture(scope="module")
+def whole(method: type[Synthesizer], images: Path, tmp_path_factory: pytest.TempPathFactory) -> OutlierFolder:
+    """Seven outliers, made in one go."""
+    return made(method, images, tmp_path_factory.mktemp("outliers") / "whole")
+
+
+def made(method: type[Synthesizer], images: Any, out: Path, *, batch_size: int = 64, **settings: Any) -> OutlierFolder:
+    judge = classifier() if "classifier" in method.needs else None
+    given: dict[str, Any] = {"diffusion": conditional(), "classifier": judge, "count": COUNT}
+    runtime = Runtime(device="cpu", precision="fp32", batch_size=batch_size, workers=0)
+    tiny = method.tiny(SimpleNamespace(diffusion=conditional(), classifier=classifier()))
+    return tiny.synthesize(images, out, **{**given, "runtime": runtime, **settings})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All that a user takes from it: images and manifest."""
+    found = {path.name: path.read_bytes() for path in (folder / "images").rglob("*") if path.is_file()}
+    return {**found, "manifest.csv": (folder / "manifest.csv").read_bytes()}
+
+
+def test_there_are_synthesizers() -> None:
+    assert "class_noise" in NAMES
+
+
+def test_a_folder_of_outliers_is_a_source_with_a_manifest(whole: OutlierFolder, images: Path) -> None:
+    assert (whole.images, whole.asked, whole.made) == (COUNT, COUNT, COUNT)
+    source = open_source(whole.folder / "images")
+    manifest = whole.manifest()
+    assert manifest.columns[:6].tolist() == ["key", "source", "label", "class_name", "seed", "index"]
+    assert sorted(manifest["key"]) == sorted(source.keys)
+    assert manifest["index"].tolist() == list(range(COUNT))
+    assert (manifest["seed"] == 0).all()
+    classes = dict(zip(source.keys, [source.class_names[label] for label in source.labels]))
+    names = dict(zip(manifest["key"], manifest["class_name"]))
+    assert names == classes, "the folder's name is the class's"
+    assert ["abc"[label] for label in manifest["label"]] == manifest["class_name"].tolist()
+    assert set(manifest["source"]) <= {"", *open_source(images).keys}
+    assert not manifest.isna().to_numpy()[:, :6].any()
+
+
+def test_every_parameter_is_told(whole: OutlierFolder, method: type[Synthesizer]) -> None:
+    tiny = method.tiny(SimpleNamespace(diffusion=conditional(), classifier=classifier()))
+    settings = whole.settings()
+    assert settings["method"] in NAMES
+    assert set(settings["config"]) == set(flat(tiny.config))
+    assert settings["seed"] == 0
+    assert settings["diffusion"] in (None, conditional().content_hash)
+    assert set(flat(tiny.config)) <= set(whole.manifest().columns)
+    assert read_outliers(whole.folder).images == COUNT
+
+
+def test_outliers_are_images_that_differ(whole: OutlierFolder) -> None:
+    pixels = torch.stack(list(whole.source())).float()
+    assert pixels.shape == (COUNT, 1, 8, 8)
+    assert float(pixels.flatten(1).std(1).min()) > 1, "a flat image is none"
+    assert len(pixels.flatten(1).unique(dim=0)) == COUNT
+
+
+def test_all_classes_take_part(whole: OutlierFolder) -> None:
+    assert set(whole.manifest()["class_name"]) == set("abc")
+
+
+def test_two_runs_are_the_same_and_seeds_differ(
+    whole: OutlierFolder, method: type[Synthesizer], images: Path, tmp_path: Path
+) -> None:
+    again, other = made(method, images, tmp_path / "a"), made(method, images, tmp_path / "b", seed=1)
+    assert files(again.folder) == files(whole.folder)
+    one, two = (torch.stack(list(folder.source())) for folder in (whole, other))
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 5])
+def test_the_batch_does_not_matter(
+    whole: OutlierFolder, method: type[Synthesizer], images: Path, tmp_path: Path, batch_size: int
+) -> None:
+    parts = made(method, images, tmp_path / "s", batch_size=batch_size)
+    assert_same_images(parts.folder, whole.folder)
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, method: type[Synthesizer], at: int) -> None:
+    """The run stops before it makes image number `at`."""
+    original = method.make
+
+    def stops(self: Synthesizer, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
+        if at in indices:
+            raise KeyboardInterrupt
+        return original(self, work, indices, labels)
+
+    monkeypatch.setattr(method, "make", stops)
+
+
+def test_an_interrupted_run_goes_on(method: type[Synthesizer], images: Path, tmp_path: Path) -> None:
+    """The bytes are those of a run without interruption: batches have fixed boundaries, and are computed whole."""
+    whole = made(method, images, tmp_path / "whole", batch_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        stopping(patch, method, 4)
+        with pytest.raises(KeyboardInterrupt):
+            made(method, images, tmp_path / "s", batch_size=2)
+    assert len(read_outliers(tmp_path / "s").manifest()) == 4
+    # an image is lost, and the manifest's last line is cut short
+    manifest = tmp_path / "s" / "manifest.csv"
+    manifest.write_bytes(manifest.read_bytes()[:-3])
+    next((tmp_path / "s" / "images" / "b").glob("*.png")).unlink()
+    done = made(method, images, tmp_path / "s", batch_size=2, resume=True)
+    assert (done.images, done.made) == (COUNT, COUNT - 2)
+    assert files(done.folder) == files(whole.folder)
+    assert made(method, images, tmp_path / "s", resume=True).made == 0
+
+
+@pytest.mark.slow
+def test_a_longer_run_adds_images(
+    whole: OutlierFolder, method: type[Synthesizer], images: Path, tmp_path: Path
+) -> None:
+    made(method, images, tmp_path / "s", count=3)
+    done = made(method, images, tmp_path / "s", resume=True)
+    assert done.made == COUNT - 3
+    assert_same_images(done.folder, whole.folder)
+    assert_same_manifests(done.folder, whole.folder)
+    fewer = made(method, images, tmp_path / "s", count=2, resume=True)
+    assert (fewer.images, fewer.asked, fewer.made) == (COUNT, 2, 0)
+
+
+@pytest.mark.slow
+def test_stages_one_by_one_are_the_whole(
+    whole: OutlierFolder, method: type[Synthesizer], images: Path, tmp_path: Path
+) -> None:
+    for number, stage in enumerate(method.stages):
+        done = made(method, images, tmp_path / "s", stage=stage, resume=number > 0)
+        assert done.images == (COUNT if stage == method.stages[-1] else 0)
+    assert files(tmp_path / "s") == files(whole.folder)
+    with pytest.raises(FaroutError, match="no stage 'x'; it has"):
+        made(method, images, tmp_path / "t", stage="x")
+
+
+class Unfinished(ClassNoise):
+    """Names a stage and does not say what is done in it."""
+
+    stages = ("think", "images")
+
+
+def test_a_stage_that_nothing_does_is_told(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(FaroutError, match="Unfinished names the stage 'think' and has no `prepare`"):
+        made(Unfinished, images, tmp_path / "s")
+
+
+@pytest.mark.slow
+def test_other_settings_do_not_mix_in(
+    whole: OutlierFolder, method: type[Synthesizer], images: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(whole.folder, tmp_path / "s")
+    before = files(out)
+    with pytest.raises(StoreError, match="holds outliers already; give --resume"):
+        made(method, images, out)
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("seed: 0 there, 1 now", {"seed": 1}),
+        ("precision: fp32 there, bf16 now", {"runtime": Runtime(device="cpu", precision="bf16", workers=0)}),
+        ("data: .* there", {"limit": 30}),
+    ]
+    if "diffusion" in method.needs:
+        wrong.append(("diffusion: .* there", {"diffusion": conditional(b_scale=2.0)}))
+    for message, settings in wrong:
+        with pytest.raises(StoreError, match=f"made otherwise.*{message}"):
+            made(method, images, out, resume=True, **settings)
+    assert files(out) == before
+
+
+@pytest.mark.slow
+def test_other_labels_do_not_mix_in(
+    whole: OutlierFolder, method: type[Synthesizer], images: Path, tmp_path: Path
+) -> None:
+    """The same pixels under the same keys, but of other classes."""
+    pixels = torch.stack(list(open_source(images)))
+    out = tmp_path / "s"
+    for number, labels in enumerate(([0, 1, 2] * 12, [2, 1, 0] * 12)):
+        source = torch.utils.data.TensorDataset(pixels, torch.tensor(labels))
+        settings: dict[str, Any] = {"diffusion": numbered()}
+        if number == 0:
+            made(method, source, out, count=1, **settings)
+        else:
+            with pytest.raises(StoreError, match=r"labels: .* there"):
+                made(method, source, out, count=1, resume=True, **settings)
+
+
+def numbered() -> Any:
+    """The classes of a set without class names are their numbers."""
+    network = conditional()
+    assert network.conditioning is not None
+    network.conditioning.class_names = ("0", "1", "2")
+    return network
+
+
+def test_nothing_of_others_is_touched(method: type[Synthesizer], images: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.txt").write_text("a")
+    for resume in (False, True):
+        with pytest.raises(StoreError, match="not replaced"):
+            made(method, images, tmp_path / "mine", resume=resume)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["a.txt"]
+
+
+def test_bad_input_is_refused_before_anything_is_written(
+    method: type[Synthesizer], images: Path, tmp_path: Path
+) -> None:
+    strange = shutil.copytree(images, tmp_path / "strange")
+    (strange / "c").rename(strange / "zebra")
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        (images / "a", {}, "no labels"),
+        (tmp_path / "nowhere", {}, "nowhere"),
+        (strange, {}, "images of zebra"),
+        (images, {"count": 0}, "count wants at least 1"),
+    ]
+    if "diffusion" in method.needs:
+        wrong.append((images, {"diffusion": None}, "needs a diffusion model"))
+        wrong.append((images, {"diffusion": tmp_path / "nowhere"}, "nowhere"))
+    if "classes" in method.needs:
+        wrong.append((images, {"diffusion": model()}, "unconditional"))
+    for source, settings, message in wrong:
+        with pytest.raises((FaroutError, SourceError), match=message):
+            made(method, source, tmp_path / "s", **settings)
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_unreadable_image_raises_or_is_left_out(method: type[Synthesizer], images: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(images, tmp_path / "damaged")
+    (damaged / "a" / "003.png").write_text("not a picture")
+    with pytest.raises(FaroutError, match="003"):
+        made(method, damaged, tmp_path / "s")
+    assert made(method, damaged, tmp_path / "s", policy="skip").made == COUNT
+
+
+def test_what_is_not_a_number_is_no_image(
+    method: type[Synthesizer], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = method.make
+
+    def damaged(self: Synthesizer, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
+        found = original(self, work, indices, labels)
+        return Made(found.images * float("nan"), found.sources, found.columns)
+
+    monkeypatch.setattr(method, "make", damaged)
+    with pytest.raises(FaroutError, match="not numbers"):
+        made(method, images, tmp_path / "s")
+    assert not list((tmp_path / "s").rglob("*.png"))

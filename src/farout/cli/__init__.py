@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from farout.cli.command_table import COMMANDS
+from farout.cli.command_table import COMMANDS, named_command
 from farout.cli.usage import UsageError
 from farout.core.errors import FaroutError, suggest_names
 
-__all__ = ["main", "named_command"]
+__all__ = ["main"]
 
 _HELP = {"-h", "--help"}
 
@@ -41,11 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         how = "" if name in ("chain", "bench") else " where it can (training: with --resume)"
         return _failed(f"interrupted; the same command goes on from here{how}", 130)
-
-
-def named_command(words: Sequence[str]) -> str | None:
-    """The command that the words begin with."""
-    return next((known for known in COMMANDS if list(words[: len(known.split())]) == known.split()), None)
 
 
 def _run(name: str, words: list[str]) -> int:

@@ -1,6 +1,8 @@
 """What is typed on the command line, and the function behind it."""
 
-__all__ = ["COMMANDS"]
+from collections.abc import Sequence
+
+__all__ = ["COMMANDS", "named_command"]
 
 COMMANDS = {
     "train diffusion": "diffusion.train:train_diffusion",
@@ -23,3 +25,8 @@ COMMANDS = {
     "demo": "cli.commands:demo",
 }
 """Command -> "module:function" within farout; the module is imported when the command is used."""
+
+
+def named_command(words: Sequence[str]) -> str | None:
+    """The command that the words begin with."""
+    return next((known for known in COMMANDS if list(words[: len(known.split())]) == known.split()), None)

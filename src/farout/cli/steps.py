@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from farout.cli import named_command, parsers
-from farout.cli.command_table import COMMANDS
+from farout.cli import parsers
+from farout.cli.command_table import COMMANDS, named_command
 from farout.cli.words import flags, settings_of, text
 from farout.core.errors import FaroutError, suggest_names
 from farout.data import catalog

@@ -132,7 +132,7 @@ def measured(detector: Patches, pooled: Detector, images: list[Tensor]) -> Found
         parts.append(detector.measure(batch, maps=True))
     for name in MAPS:
         found.maps[name] = torch.cat([part.pictures[name][:, 0] for part in parts])
-        found.scores[name] = torch.cat([detector.combine(part)[f"{name}_top"] for part in parts]).numpy()
+        found.scores[name] = torch.cat([detector.compute_scores(part)[f"{name}_top"] for part in parts]).numpy()
     found.scores["mahalanobis"] = pooled.score(source).score
     return found
 

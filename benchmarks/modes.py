@@ -75,7 +75,10 @@ def prepared(mode: str, model: DiffusionModel, statistics: ImageSource, seed: in
 
 def run(detector: Reconstruction, source: ImageSource) -> dict[str, np.ndarray]:
     """Every score of every image."""
-    return {name: value.numpy() for name, value in detector.combine(detector.measure_all(source, source.name)).items()}
+    return {
+        name: value.numpy()
+        for name, value in detector.compute_scores(detector.measure_all(source, source.name)).items()
+    }
 
 
 def shared(inside: ImageSource, outside: ImageSource) -> Groups:

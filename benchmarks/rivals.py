@@ -95,7 +95,8 @@ def scores(detector: Detector, sets: dict[str, ImageSource]) -> tuple[dict[str, 
     measured = {spec: detector.measure_all(source, spec) for spec, source in sets.items()}
     speed = sum(map(len, sets.values())) / (time.process_time() - started)
     found = {
-        spec: {name: value.numpy() for name, value in detector.combine(each).items()} for spec, each in measured.items()
+        spec: {name: value.numpy() for name, value in detector.compute_scores(each).items()}
+        for spec, each in measured.items()
     }
     return found, speed
 
@@ -154,7 +155,7 @@ def between(measured: Measurements, model: DiffusionModel, low: float, high: flo
 def judge(name: str, detector: Detector, measured: dict[str, Measurements]) -> list[list[object]]:
     """A row for every score, fitted to the statistics images."""
     detector.fit_statistics(measured["statistics"])
-    found = {key: detector.combine(each) for key, each in measured.items()}
+    found = {key: detector.compute_scores(each) for key, each in measured.items()}
     rows: list[list[object]] = []
     for score in found["inside"]:
         areas = [auroc(found["inside"][score].numpy(), found[variant][score].numpy()) for variant in VARIANTS]

@@ -8,6 +8,7 @@ from torch import Tensor
 from farout.core.errors import FaroutError
 from farout.data.batching import Batch
 from farout.detectors.base import Runtime
+from farout.detectors.calibration import calibrate
 from farout.detectors.diffpath import DiffPath
 from farout.diffusion.denoiser import GaussianDenoiser
 from farout.diffusion.schedule import NoiseSchedule
@@ -76,13 +77,13 @@ def scored() -> DiffPath:
     made = detector()
     made.statistics = made.measure(images(300, mean=0.1))
     made.fit_statistics(made.statistics)
-    made.set_calibration(made.measure(images(200, mean=0.1, seed=1)))
+    calibrate(made, made.measure(images(200, mean=0.1, seed=1)))
     return made
 
 
 def share_above(made: DiffPath, batch: Batch, name: str) -> float:
     """How often an image of the batch scores above a calibration image: the AUROC."""
-    far, own = made.combine(made.measure(batch))[name], made.combine(made.calibration)[name]
+    far, own = made.compute_scores(made.measure(batch))[name], made.compute_scores(made.calibration)[name]
     return float((far[:, None] > own[None]).double().mean())
 
 

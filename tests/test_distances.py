@@ -63,7 +63,7 @@ def learnt(
 
 
 def scored(detector: VectorDetector, table: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: value.double().numpy() for name, value in detector.combine(measured(table)).items()}
+    return {name: value.double().numpy() for name, value in detector.compute_scores(measured(table)).items()}
 
 
 def test_the_distance_is_that_of_the_known_covariance() -> None:
@@ -380,3 +380,32 @@ def test_layers_are_standardised_image_by_image(kind: type[VectorDetector]) -> N
         assert np.allclose(value, found[1][name], rtol=2e-2, atol=1e-3), name
     with pytest.raises(FaroutError, match="standardise"):
         kind(standardise="nonsense")
+
+
+# -- plain arrays ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_features_are_fitted_and_scored(kind: type[VectorDetector], tmp_path: Path) -> None:
+    """For users with features of their own: `KNN().fit_features(x).score_features(y)`, as in pytorch-ood."""
+    generator = np.random.default_rng(0)
+    # another direction from the origin: some methods compare directions only
+    inside, outside = np.repeat([6.0, 0.0], 6), np.repeat([0.0, 6.0], 6)
+    normal, test = (generator.normal(size=(count, 12)) + inside for count in (300, 100))
+    far = generator.normal(size=(50, 12)) + outside
+    detector = kind(standardise="none").fit_features(normal, alpha=0.1)
+    scores = detector.score_features(torch.from_numpy(far))
+    assert scores.is_ood.all()
+    assert scores.keys == tuple(map(str, range(50)))
+    assert np.mean(detector.score_features(test).is_ood) < 0.25
+    assert len(detector.calibration) == 60
+    assert kind(standardise="none").fit_features(normal, alpha=0.1).fit_features(normal, alpha=0.1).alpha == 0.1
+    for wrong in (normal[0], normal[:0], normal * np.nan):
+        with pytest.raises(FaroutError, match="expected finite features"):
+            kind().fit_features(wrong)
+    with pytest.raises(FaroutError, match=r"expected features \(n, 12\)"):
+        detector.score_features(normal[:, :5])
+    with pytest.raises(FaroutError, match="too few"):
+        kind().fit_features(normal[:10], alpha=0.1)
+    with pytest.raises(FaroutError, match="cannot be saved"):
+        detector.save(tmp_path / "d")

@@ -56,7 +56,7 @@ class Brightness(Detector):
     def fit_statistics(self, measurements: Measurements) -> None:
         self.centre = float(measurements.values.mean())
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         values = measurements.values[:, 0, 0, 0].double()
         return {"mean": values, "constant": torch.zeros_like(values)}
 

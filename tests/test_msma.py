@@ -8,6 +8,7 @@ from torch import Tensor
 from farout.core.errors import FaroutError
 from farout.data.batching import Batch
 from farout.detectors.base import Runtime
+from farout.detectors.calibration import calibrate
 from farout.detectors.msma import MSMA
 from farout.diffusion.denoiser import GaussianDenoiser
 from farout.diffusion.schedule import NoiseSchedule
@@ -82,21 +83,21 @@ def scored() -> MSMA:
     made = detector()
     made.statistics = made.measure(images(300))
     made.fit_statistics(made.statistics)
-    made.set_calibration(made.measure(images(200, seed=1)))
+    calibrate(made, made.measure(images(200, seed=1)))
     return made
 
 
 @pytest.mark.parametrize("name", ["mixture", "mahalanobis", "nearest"])
 def test_too_small_and_too_large_norms_are_both_far(scored: MSMA, name: str) -> None:
-    own = scored.combine(scored.calibration)[name]
+    own = scored.compute_scores(scored.calibration)[name]
     for factor in (0.5, 2.0):
-        far = scored.combine(scored.measure(images(100, factor, seed=2)))[name]
+        far = scored.compute_scores(scored.measure(images(100, factor, seed=2)))[name]
         assert float((far[:, None] > own[None]).double().mean()) > 0.95
 
 
 def test_choices_are_refitted_without_a_network(scored: MSMA) -> None:
-    found = scored.reconfigured(neighbours=1, components=1).combine(scored.calibration)
-    assert bool((found["nearest"] < scored.combine(scored.calibration)["nearest"]).all())
+    found = scored.reconfigured(neighbours=1, components=1).compute_scores(scored.calibration)
+    assert bool((found["nearest"] < scored.compute_scores(scored.calibration)["nearest"]).all())
     assert scored.mixture is not None
     with pytest.raises(FaroutError, match="after the fact"):
         scored.reconfigured(count=3)

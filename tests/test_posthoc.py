@@ -129,7 +129,7 @@ def test_shaped_scores_are_the_librarys(good: Path, shaping: Any) -> None:
     made = fitted(good, shaping=shaping, pruned=0.8)
     network = made.network
     measured = made.measure(batch())
-    found = made.combine(measured)
+    found = made.compute_scores(measured)
     given = network.outputs(batch().images, maps=True)
     maps = given.maps if shaping == "maps" else given.features[:, :, None, None]
     assert maps is not None
@@ -144,7 +144,7 @@ def test_features_that_are_all_zero_have_scores(made: Posthoc) -> None:
     """An image that switches every feature off is unusual, not unreadable."""
     measured = made.measure(batch())
     nothing = {**measured.vectors, "features": torch.zeros_like(measured.vectors["features"])}
-    found = made.combine(replace(measured, vectors=nothing))
+    found = made.compute_scores(replace(measured, vectors=nothing))
     assert all(bool(value.isfinite().all()) for value in found.values())
 
 
@@ -152,7 +152,7 @@ def test_odin_is_the_librarys(made: Posthoc) -> None:
     network = made.network
     own = theirs.ODIN(network.module, eps=0.0014, temperature=1000, norm_std=network.std)
     expected = own.predict(network.normalise(batch().images))
-    found = made.combine(made.measure(batch()))["odin"]
+    found = made.compute_scores(made.measure(batch()))["odin"]
     torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-7)
     assert all(parameter.grad is None for parameter in network.module.parameters())
 

@@ -12,6 +12,7 @@ from farout.core.errors import FaroutError
 from farout.data.batching import Batch
 from farout.data.preprocessing import Preprocessing
 from farout.detectors.base import Runtime
+from farout.detectors.calibration import calibrate
 from farout.detectors.reconstruction import Reconstruction
 from farout.detectors.reconstruction.comparison import METRICS
 from farout.detectors.reconstruction.indicators import Scorer
@@ -162,7 +163,7 @@ def scored() -> Reconstruction:
     made.watch(with_maps)
     made.statistics = replace(with_maps, maps=None, pictures={})
     made.fit_statistics(made.statistics)
-    made.set_calibration(made.measure(images(150, seed=1)))
+    calibrate(made, made.measure(images(150, seed=1)))
     return made
 
 
@@ -177,7 +178,7 @@ def test_the_papers_score_by_hand(scored: Reconstruction) -> None:
     """mean over levels of z_mse + z_perceptual; mean |z|; one metric alone."""
     z = scored.curves(scored.calibration)
     mse, perceptual = z[..., METRICS.index("mse")], z[..., METRICS.index("perceptual")]
-    combined = scored.combine(scored.calibration)
+    combined = scored.compute_scores(scored.calibration)
     torch.testing.assert_close(combined["mean_z"], (mse + perceptual).mean(1))
     torch.testing.assert_close(combined["two_sided"], torch.stack([mse, perceptual], -1).abs().mean((1, 2)))
     torch.testing.assert_close(combined["mean_z_mse"], mse.mean(1))
@@ -186,8 +187,8 @@ def test_the_papers_score_by_hand(scored: Reconstruction) -> None:
 @pytest.mark.slow
 def test_complexity_bias_and_its_cure(scored: Reconstruction) -> None:
     """Low-contrast images score as nearer one-sidedly; two-sided densities find them."""
-    low = scored.combine(scored.measure(images(200, spread=0.8 * SPREAD, seed=2)))
-    own = scored.combine(scored.calibration)
+    low = scored.compute_scores(scored.measure(images(200, spread=0.8 * SPREAD, seed=2)))
+    own = scored.compute_scores(scored.calibration)
 
     def share_above(name: str) -> float:
         return float((low[name][:, None] > own[name][None]).double().mean())
@@ -201,7 +202,7 @@ def test_choices_of_levels_after_the_fact(scored: Reconstruction) -> None:
     some = scored.reconfigured(min_t=100, t_skip=1, score="mean_z")
     z = scored.curves(scored.calibration)[:, 1:]
     expected = (z[..., METRICS.index("mse")] + z[..., METRICS.index("perceptual")]).mean(1)
-    torch.testing.assert_close(some.combine(scored.calibration)["mean_z"], expected)
+    torch.testing.assert_close(some.compute_scores(scored.calibration)["mean_z"], expected)
     assert some.curves(scored.calibration).shape[1] == 2
     assert scored.reconfigured(t_skip=2).curves(scored.calibration).shape[1] == 2
     with pytest.raises(FaroutError, match="leave none"):

@@ -15,8 +15,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from farout.core.errors import FaroutError
-from farout.detectors.base import Measurements
 from farout.detectors.feature_detector import VectorDetector
+from farout.detectors.results import Measurements
 
 __all__ = ["AutoEncoder"]
 
@@ -99,7 +99,7 @@ class AutoEncoder(VectorDetector):
             encoded = np.maximum(encoded @ weight + bias, 0)
         return encoded @ last[0] + last[1]
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`mfsim` and `mse`."""
         clean = self.table(measurements)
         back = self._restored(clean)

@@ -10,8 +10,27 @@ import numpy as np
 from scipy import stats
 
 from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning
+from farout.detectors.interface import DetectorInterface
+from farout.detectors.results import Measurements
 
-__all__ = ["benjamini_hochberg", "check_scores", "is_out", "p_values", "threshold"]
+__all__ = ["benjamini_hochberg", "calibrate", "check_alpha", "check_scores", "is_out", "p_values", "threshold"]
+
+
+def calibrate(detector: DetectorInterface, measurements: Measurements) -> None:
+    """Uses these measurements for the p-values; raises FaroutError where a score of them is not a number."""
+    scores = {name: value.double().numpy() for name, value in detector.compute_scores(measurements).items()}
+    bad = sorted(name for name, value in scores.items() if not np.isfinite(value).all())
+    if bad:
+        raise FaroutError(f"calibration scores are not numbers for {', '.join(bad)}; look for damaged images")
+    detector.calibration = measurements
+    detector.calibration_rows = scores
+    detector.calibration_scores = {name: np.sort(value) for name, value in scores.items()}
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises FaroutError unless alpha is between 0 and 1."""
+    if not 0 < alpha < 1:
+        raise FaroutError(f"alpha is a false-alarm rate between 0 and 1, got {alpha}")
 
 
 def p_values(scores: Any, calibration: Any) -> np.ndarray:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from farout.data.batching import Batch
+from farout.detectors.interface import DetectorInterface
 
-if TYPE_CHECKING:
-    from farout.detectors.base import Detector
-
-__all__ = ["Cost", "cost_of"]
+__all__ = ["Cost", "measure_cost"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Cost:
 
 
 @torch.no_grad()
-def cost_of(detector: Detector) -> Cost:
+def measure_cost(detector: DetectorInterface) -> Cost:
     """Counted on one grey image."""
     images = torch.full((1, detector.preprocessing.channels, *detector.preprocessing.size), 0.5)
     probe = Batch(("probe",), images, None, (0,))

@@ -145,7 +145,7 @@ class DiffPath(Detector):
         self.mixture = GaussianMixture.fit(self._six(measurements), seed=self.seed, most=self.config["components"])
         self.kernels = {name: KernelDensity.fit(self._norm(measurements, name)) for name in ("curvature", "rate")}
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`six`, `curvature` and `rate`."""
         assert self.mixture is not None
         found = {"six": self.mixture.score(self._six(measurements))}

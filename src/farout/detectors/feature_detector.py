@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -14,7 +14,10 @@ from farout.core.progress import task
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing, Protocol
-from farout.detectors.base import Detector, Measurements
+from farout.data.splits import calibration_size
+from farout.detectors.base import Detector
+from farout.detectors.calibration import calibrate, check_alpha
+from farout.detectors.results import Measurements, Scores
 from farout.detectors.settings import check_words
 from farout.features.encoding import FeatureEncoding
 from farout.features.extraction import CachedFeatures
@@ -58,7 +61,7 @@ class FeatureDetector(Detector):
         """RGB at the backbone's size."""
         return Preprocessing.for_source(source, size=self.backbone.size, channels=3, protocol=protocol or "native")
 
-    def companion(self, kind: type[Detector]) -> Detector:
+    def companion(self, kind: type[Any]) -> Any:
         """Another method on the same backbone, which is shared."""
         seen: dict[str, Any] = {name: self.config[name] for name in ("backbone", "weights", "size")}
         twin = kind(**{**seen, "layers": self.backbone.layers})
@@ -118,6 +121,8 @@ class VectorDetector(FeatureDetector):
             `semantic` detector (ahead on dev sources); `none`: they stay as they are.
     """
 
+    _width = 0
+
     def __init__(self, *, standardise: Literal["image", "none"] = "image", **features: Any) -> None:
         super().__init__(**features)
 
@@ -129,7 +134,7 @@ class VectorDetector(FeatureDetector):
         """The features (n, width) in float64, standardised as configured."""
         features = measurements.vectors["features"]
         if self.config["standardise"] == "image":
-            features = FeatureEncoding(self.backbone.channels)(features)
+            features = FeatureEncoding(self.channels)(features)
         return features.double().numpy()
 
     def embedding(self, measurements: Measurements) -> np.ndarray | None:
@@ -138,7 +143,60 @@ class VectorDetector(FeatureDetector):
 
     def by_layer(self, table: np.ndarray) -> list[np.ndarray]:
         """Features (n, width) as one table (n, channels) per layer of the backbone."""
-        return np.split(table, np.cumsum(self.backbone.channels)[:-1], axis=1)
+        return np.split(table, np.cumsum(self.channels)[:-1], axis=1)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Features of each layer of the backbone; of plain arrays one layer with all of them."""
+        return self.backbone.channels if self.features is not None else (self._width,)
+
+    # -- plain arrays of features --------------------------------------------------------------------------------
+
+    def fit_features(self, features: np.ndarray | Tensor, *, alpha: float = 0.05, seed: int = 0) -> Self:
+        """Fits to features of normal images that were computed elsewhere; no backbone is used.
+
+        A seeded sample of max(20 %, ceil(1/alpha) - 1) rows is the calibration, the rest are the statistics.
+
+        Args:
+            features: (n, d), one row per image.
+            alpha: false-alarm rate of `is_ood`.
+            seed: of the sample.
+
+        Raises:
+            FaroutError: for another shape, values that are not finite, or too few rows.
+        """
+        table = self._checked(features)
+        check_alpha(alpha)
+        held_out = calibration_size(len(table), alpha)
+        if len(table) - held_out < 2:
+            raise FaroutError(f"{len(table)} rows are too few at alpha {alpha}: the calibration takes {held_out}")
+        self.begin()
+        self.features, self._width = None, table.shape[1]
+        self.alpha, self.seed = alpha, seed
+        order = np.random.default_rng(seed).permutation(len(table))
+        self.statistics = self._measured(table, np.sort(order[held_out:]))
+        self.fit_statistics(self.statistics)
+        calibrate(self, self._measured(table, np.sort(order[:held_out])))
+        return self
+
+    def score_features(self, features: np.ndarray | Tensor) -> Scores:
+        """Scores of features (n, d), with the row numbers as keys; see `fit_features`."""
+        self.check_fitted()
+        table = self._checked(features)
+        if table.shape[1] != sum(self.channels):
+            raise FaroutError(f"expected features (n, {sum(self.channels)}), got {tuple(table.shape)}")
+        return self.rescore(self._measured(table, np.arange(len(table))))
+
+    @staticmethod
+    def _checked(features: np.ndarray | Tensor) -> Tensor:
+        table = torch.as_tensor(features).detach().cpu().float()
+        if table.ndim != 2 or not len(table) or not bool(torch.isfinite(table).all()):
+            raise FaroutError(f"expected finite features (n, d) with n >= 1, got shape {tuple(table.shape)}")
+        return table
+
+    @staticmethod
+    def _measured(table: Tensor, rows: np.ndarray) -> Measurements:
+        return Measurements(tuple(map(str, rows.tolist())), vectors={"features": table[torch.from_numpy(rows)]})
 
     @classmethod
     def tiny(cls, resources: Any) -> VectorDetector:

@@ -16,13 +16,15 @@ from farout.classifiers.outlier_exposure import Exposure, Outside
 from farout.classifiers.train import PRESETS as CLASSIFIERS
 from farout.classifiers.train import ClassifierConfig, train_on
 from farout.core.errors import FaroutError, ShortfallWarning, TrapWarning
+from farout.core.runtime import Runtime
 from farout.data.classes import class_names_of
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing, Protocol, all_grey
 from farout.data.source_spec import parse_spec
 from farout.data.sources import open_source
 from farout.data.splits import Split, calibration_size, seen_hint, split
-from farout.detectors.base import Detector, Runtime
+from farout.detectors.calibration import calibrate, check_alpha
+from farout.detectors.interface import DetectorInterface
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_model
 from farout.features.feature_diffusion import FeatureDiffusion
@@ -31,7 +33,7 @@ from farout.training.loop import TrainingConfig
 __all__ = ["FitSettings", "fit", "recalibrate", "source_spec", "train_on_images", "training_of"]
 
 _log = logging.getLogger(__name__)
-D = TypeVar("D", bound=Detector)
+D = TypeVar("D", bound=DetectorInterface)
 _ANY = 1 << 20
 
 
@@ -74,7 +76,7 @@ class FitSettings:
 
 def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: FitSettings) -> D:
     """See `Detector.fit`."""
-    _check_alpha(settings.alpha)
+    check_alpha(settings.alpha)
     if settings.statistics is not None and settings.statistics < 2:
         raise FaroutError(f"statistics want at least 2 images, got {settings.statistics}")
     source = open_source(images, limit=settings.limit, seed=settings.seed, policy=settings.policy)
@@ -110,19 +112,14 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
     detector.statistics_hashes = frozenset(source.content_hash(i) for i in parts.statistics)
     detector.fit_statistics(measured)
     calibration = detector.measure_all(source.subset(parts.calibration), "measuring calibration images")
-    detector.set_calibration(calibration)
+    calibrate(detector, calibration)
     detector.calibration_hashes = frozenset(source.content_hash(i) for i in parts.calibration)
     preset = detector.provenance.get("preset", "")
     detector.provenance = {"preset": preset, **_provenance(images, source, parts, settings)}
     return detector
 
 
-def _check_alpha(alpha: float) -> None:
-    if not 0 < alpha < 1:
-        raise FaroutError(f"alpha is a false-alarm rate between 0 and 1, got {alpha}")
-
-
-def _given(detector: Detector, diffusion: Any) -> DiffusionModel | FeatureDiffusion | None:
+def _given(detector: DetectorInterface, diffusion: Any) -> DiffusionModel | FeatureDiffusion | None:
     if diffusion is None:
         return None
     kind, name = detector.diffusion_kind, type(detector).__name__
@@ -137,7 +134,7 @@ def _given(detector: Detector, diffusion: Any) -> DiffusionModel | FeatureDiffus
     return model
 
 
-def _given_classifier(detector: Detector, classifier: Any, source: ImageSource) -> Classifier | None:
+def _given_classifier(detector: DetectorInterface, classifier: Any, source: ImageSource) -> Classifier | None:
     name = type(detector).__name__
     if classifier is None:
         if "classifier" in detector.needs and source.labels is None:
@@ -157,7 +154,10 @@ def _given_classifier(detector: Detector, classifier: Any, source: ImageSource) 
 
 
 def _split(
-    detector: Detector, source: ImageSource, given: DiffusionModel | FeatureDiffusion | None, settings: FitSettings
+    detector: DetectorInterface,
+    source: ImageSource,
+    given: DiffusionModel | FeatureDiffusion | None,
+    settings: FitSettings,
 ) -> Split:
     lacking = {"diffusion": given, "classifier": detector.classifier}
     train = any(name in detector.needs and network is None for name, network in lacking.items())
@@ -180,7 +180,7 @@ def _split(
     return _trimmed(parts, source, wanted, settings.alpha) if detector.statistics_suffice else parts
 
 
-def _wanted(detector: Detector, count: int, alpha: float, *, train: bool) -> int:
+def _wanted(detector: DetectorInterface, count: int, alpha: float, *, train: bool) -> int:
     """Images for the statistics: what the method wants, but where a network is trained no more than half of what the
     calibration leaves.
     """
@@ -197,14 +197,14 @@ def _trimmed(parts: Split, source: ImageSource, wanted: int, alpha: float) -> Sp
     return replace(parts, statistics=tuple(sorted(order[:wanted])), calibration=tuple(calibration))
 
 
-def _network_config(detector: Detector, settings: FitSettings) -> DiffusionConfig:
+def _network_config(detector: DetectorInterface, settings: FitSettings) -> DiffusionConfig:
     config = settings.network or DiffusionConfig(**PRESETS[detector.network_preset]["model"])
     if settings.protocol is not None:
         config = replace(config, protocol=settings.protocol)
     return detector.network_config(config)
 
 
-def _classifier_config(detector: Detector, settings: FitSettings) -> ClassifierConfig:
+def _classifier_config(detector: DetectorInterface, settings: FitSettings) -> ClassifierConfig:
     """The preset's, with images prepared as those of a diffusion model that is trained with it."""
     if settings.classifier_preset not in CLASSIFIERS:
         known = ", ".join(CLASSIFIERS)
@@ -222,7 +222,7 @@ def _exposure(settings: FitSettings) -> Exposure:
     return Exposure(**CLASSIFIERS[settings.classifier_preset].get("exposure", {}))
 
 
-def _check(detector: Detector, images: ImageSource, given: Any, settings: FitSettings) -> None:
+def _check(detector: DetectorInterface, images: ImageSource, given: Any, settings: FitSettings) -> None:
     """Lets the detector refuse what cannot work before anything is trained."""
     if detector.diffusion_kind is not DiffusionModel:
         return
@@ -235,7 +235,7 @@ def _check(detector: Detector, images: ImageSource, given: Any, settings: FitSet
     detector.check(images, diffusion, classifier)
 
 
-def train_on_images(detector: Detector, images: ImageSource, settings: FitSettings) -> DiffusionModel:
+def train_on_images(detector: DetectorInterface, images: ImageSource, settings: FitSettings) -> DiffusionModel:
     """Trains a diffusion model of images as the settings say."""
     config = _network_config(detector, settings)
     torch.manual_seed(settings.seed)
@@ -247,7 +247,7 @@ def train_on_images(detector: Detector, images: ImageSource, settings: FitSettin
     )
 
 
-def _train_classifier(detector: Detector, images: ImageSource, settings: FitSettings) -> Classifier:
+def _train_classifier(detector: DetectorInterface, images: ImageSource, settings: FitSettings) -> Classifier:
     """Trains a classifier by a preset; other settings come from `farout train classifier`."""
     training = TrainingConfig(**CLASSIFIERS[settings.classifier_preset]["training"])
     if settings.classifier_steps is not None:
@@ -312,7 +312,7 @@ def recalibrate(
     """
     detector.check_fitted()
     wanted = detector.alpha if alpha is None else alpha
-    _check_alpha(wanted)
+    check_alpha(wanted)
     source = open_source(images, limit=limit, seed=detector.seed, policy=policy)
     seen = detector.statistics_hashes | detector.trained_on
     hashes = {i: name for i, name in enumerate(source.content_hashes()) if name is not None}
@@ -327,7 +327,7 @@ def recalibrate(
     if len(fresh) < least:
         message = f"{len(fresh)} calibration images cannot flag anything at alpha {wanted}; that takes {least}"
         warnings.warn(message, ShortfallWarning, stacklevel=2)
-    detector.set_calibration(detector.measure_all(source.subset(fresh), "measuring calibration images"))
+    calibrate(detector, detector.measure_all(source.subset(fresh), "measuring calibration images"))
     detector.alpha = wanted
     detector.calibration_hashes = frozenset(hashes[i] for i in fresh)
     # a new one: a `reconfigured` twin has the old one too

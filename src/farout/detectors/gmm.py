@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError
-from farout.detectors.base import Measurements
 from farout.detectors.feature_detector import VectorDetector
+from farout.detectors.results import Measurements
 from farout.features.densities import GaussianMixture, Principal, pack, unpack
 
 __all__ = ["GMM"]
@@ -60,7 +60,7 @@ class GMM(VectorDetector):
         # columns have variance 1: below a millionth, nothing is left
         self.noise = max(1e-6, float(np.square(outside).sum(1).mean()) / left)
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`density` and `inside`."""
         assert self.reduced is not None
         assert self.mixture is not None

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError
-from farout.detectors.base import Measurements
 from farout.detectors.feature_detector import VectorDetector
+from farout.detectors.results import Measurements
 
 __all__ = ["KNN"]
 
@@ -70,7 +70,7 @@ class KNN(VectorDetector):
         """Vectors of length 1; one of length 0 stays."""
         return table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`distance` and `mean`."""
         unit = self._unit(self.table(measurements))
         gaps = self.squares - 2 * unit @ self.bank.T

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from farout.core.errors import FaroutError
 from farout.data.batching import Batch
-from farout.detectors.base import Measurements
 from farout.detectors.feature_detector import VectorDetector
+from farout.detectors.results import Measurements
 from farout.features import densities
 
 __all__ = ["Mahalanobis"]
@@ -88,7 +88,7 @@ class Mahalanobis(VectorDetector):
         distances = [layer.score(part) for layer, part in zip(self.layers, self.by_layer(table), strict=True)]
         return np.log(np.maximum(np.stack(distances, axis=1), 1e-12))
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`distance` and `layers`, with classes `conditional` and `relative`."""
         assert self.whole is not None
         assert self.scale is not None
@@ -107,7 +107,7 @@ class Mahalanobis(VectorDetector):
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Puts `state` back."""
-        names = [f"layer{number}" for number in range(len(self.backbone.channels))]
+        names = [f"layer{number}" for number in range(len(self.channels))]
         self.whole = densities.Mahalanobis.from_arrays(densities.unpack(state, "whole"))
         self.layers = [densities.Mahalanobis.from_arrays(densities.unpack(state, name)) for name in names]
         self.scale = densities.ZScore.from_arrays(densities.unpack(state, "scale"))

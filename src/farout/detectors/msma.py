@@ -155,7 +155,7 @@ class MSMA(Detector):
         self.gaussian = Mahalanobis.fit(table)
         self.nearest = Nearest.fit(table, k=self.config["neighbours"])
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`mixture`, `mahalanobis` and `nearest`."""
         assert self.mixture is not None
         assert self.gaussian is not None

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError
-from farout.detectors.base import Measurements
 from farout.detectors.feature_detector import VectorDetector
+from farout.detectors.results import Measurements
 from farout.features.densities import Principal
 
 __all__ = ["PCA"]
@@ -46,7 +46,7 @@ class PCA(VectorDetector):
         """The components."""
         self.components = Principal.fit(self.table(measurements), share=self.config["variance"])
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`residual` and `fraction`."""
         assert self.components is not None
         inside, outside = self.components.project(self.table(measurements))

@@ -14,9 +14,12 @@ from farout.classifiers.model import Classifier
 from farout.core import store
 from farout.core.devices import resolve_device
 from farout.core.errors import FaroutError, StoreError, TrapWarning
+from farout.core.runtime import Runtime
 from farout.data.preprocessing import Preprocessing
 from farout.detectors import DETECTORS
-from farout.detectors.base import Detector, Measurements, Runtime
+from farout.detectors.calibration import calibrate
+from farout.detectors.interface import DetectorInterface
+from farout.detectors.results import Measurements
 from farout.diffusion.model import DiffusionModel
 from farout.features.extractor import FeatureExtractor
 from farout.features.feature_diffusion import FeatureDiffusion
@@ -27,9 +30,11 @@ KIND = "detector"
 N = TypeVar("N", FeatureExtractor, Classifier)
 
 
-def save(detector: Detector, folder: Path, link: Path | None) -> None:
+def save(detector: DetectorInterface, folder: Path, link: Path | None) -> None:
     """See `Detector.save`."""
     detector.check_fitted()
+    if not hasattr(detector, "preprocessing"):
+        raise FaroutError("a detector fitted to plain features cannot be saved: it has no preprocessing of images")
     with store.atomic_folder(folder, KIND) as temporary:
         detector.statistics.write(temporary / "statistics.parquet")
         detector.calibration.write(temporary / "calibration.parquet")
@@ -43,7 +48,7 @@ def save(detector: Detector, folder: Path, link: Path | None) -> None:
         (temporary / "README.md").write_text(_card(detector), encoding="utf-8")
 
 
-def _content(detector: Detector) -> dict[str, Any]:
+def _content(detector: DetectorInterface) -> dict[str, Any]:
     return {
         "method": DETECTORS.name_of(type(detector)),
         "config": detector.config,
@@ -55,7 +60,7 @@ def _content(detector: Detector) -> dict[str, Any]:
     }
 
 
-def _model(detector: Detector, folder: Path, link: Path | None) -> dict[str, str] | None:
+def _model(detector: DetectorInterface, folder: Path, link: Path | None) -> dict[str, str] | None:
     if detector.diffusion is None:
         return None
     if link is None:
@@ -79,7 +84,7 @@ def _inside(network: FeatureExtractor | Classifier | None, folder: Path) -> str 
     return network.content_hash
 
 
-def load(folder: Path, changes: dict[str, Any]) -> Detector:
+def load(folder: Path, changes: dict[str, Any]) -> Any:
     """See `farout.detectors.base.load`."""
     config = store.read_config(folder, KIND)
     detector = _unfitted(folder, config)
@@ -95,14 +100,14 @@ def load(folder: Path, changes: dict[str, Any]) -> Detector:
     detector.use(diffusion, _runtime(Runtime(**config["runtime"]), changes))
     detector.restore({name: t.numpy() for name, t in store.load_tensors(folder / "fitted.safetensors").items()})
     detector.statistics = Measurements.read(folder / "statistics.parquet")
-    detector.set_calibration(Measurements.read(folder / "calibration.parquet"))
+    calibrate(detector, Measurements.read(folder / "calibration.parquet"))
     return detector
 
 
-def _unfitted(folder: Path, config: dict[str, Any]) -> Detector:
+def _unfitted(folder: Path, config: dict[str, Any]) -> Any:
     method = DETECTORS[config["method"]].load()
     try:
-        detector: Detector = method(**_tuples(config["config"]))
+        detector: DetectorInterface = method(**_tuples(config["config"]))
     except (FaroutError, TypeError) as error:
         raise StoreError(f"{folder} has settings that this version refuses; fit it anew: {error}") from error
     return detector
@@ -158,7 +163,7 @@ def _device(fitted: str) -> str:
     return fitted
 
 
-def _card(detector: Detector) -> str:
+def _card(detector: DetectorInterface) -> str:
     about = detector.describe()
     lines = [f"# A farout detector: {about.pop('method')}", ""]
     lines += [f"- {name}: {value}" for name, value in {**about, **detector.provenance}.items()]

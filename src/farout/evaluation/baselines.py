@@ -58,7 +58,7 @@ class TrivialControls(Detector):
         values = _table(measurements)
         self.z, self.mahalanobis = ZScore.fit(values), Mahalanobis.fit(values)
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`all`, and |z| of each control by its name."""
         assert self.z is not None
         assert self.mahalanobis is not None

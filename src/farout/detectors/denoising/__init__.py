@@ -370,7 +370,7 @@ class Denoising(Detector):
         rows = [place for place, level in enumerate(measurements.levels) if level in used]
         return measurements.values[:, rows, : self.config["use_draws"], column].double().mean((1, 2))
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """S_global and, with several levels, S_local in the three spaces; the three post-hoc scores; `either`."""
         found = {space: self._mean(measurements, space, "global") for space in SPACES}
         if len(self.levels) > 1:

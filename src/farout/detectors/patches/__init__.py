@@ -322,7 +322,7 @@ class Patches(FeatureDetector):
     def fit_statistics(self, measurements: Measurements) -> None:
         """Nothing: the deviations were learnt at positions, before anything was measured."""
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`diffusion_top`, `diffusion_mean`, `knn_top` and `knn_mean`."""
         assert measurements.values is not None
         return {name: measurements.values[:, 0, 0, column].double() for column, name in enumerate(_SCORES)}

@@ -217,7 +217,7 @@ class Posthoc(Detector):
             raise FaroutError("odin was not measured in this detector's fit; fit again with odin=True")
         self.fitted_scores = Fitted.fit(measurements.vectors["features"], self.head, self.settings)
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """All scores by name; `odin` where it is measured, `extra` where there is a class of outliers."""
         assert self.fitted_scores is not None
         vectors, config = measurements.vectors, self.config

@@ -254,7 +254,7 @@ class Reconstruction(Detector):
         """z statistics of every (level, metric) and densities of log-metrics."""
         self.scorer.fit(measurements, self.seed)
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`mean_z`, `two_sided`, `mahalanobis`, `mixture`, and `mean_z_<metric>` for every metric measured."""
         return self.scorer(measurements)
 

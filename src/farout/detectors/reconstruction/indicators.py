@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError
-from farout.detectors.base import Measurements
 from farout.detectors.reconstruction.comparison import METRICS
+from farout.detectors.results import Measurements
 from farout.features.densities import GaussianMixture, Mahalanobis, ZScore, pack, unpack
 
 __all__ = ["Scorer", "names"]

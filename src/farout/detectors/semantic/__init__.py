@@ -14,9 +14,9 @@ from farout.core.devices import in_float64
 from farout.core.errors import FaroutError
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
-from farout.detectors.base import Measurements
 from farout.detectors.feature_detector import FeatureDetector
 from farout.detectors.fitting import FitSettings, training_of
+from farout.detectors.results import Measurements
 from farout.detectors.semantic import indicators, sampling
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import LevelSampling
@@ -296,7 +296,7 @@ class Semantic(FeatureDetector):
         assert self.scorer is not None
         self.scorer.fit(measurements)
 
-    def combine(self, measurements: Measurements) -> dict[str, Tensor]:
+    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """Every score by name; see `farout.detectors.semantic.indicators.Scorer`."""
         assert self.scorer is not None
         return self.scorer(measurements)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farout.detectors.base import Measurements
+from farout.detectors.results import Measurements
 from farout.features.densities import ZScore, pack, unpack
 
 __all__ = ["Scorer", "metric_names", "names"]

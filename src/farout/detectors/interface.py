@@ -123,7 +123,7 @@ class DetectorInterface(Configured, ABC):
         """The preprocessing where neither a diffusion model of images nor a classifier defines it."""
         return Preprocessing.for_source(source, protocol=protocol or "native")
 
-    def companion(self, kind: type[DetectorInterface]) -> DetectorInterface:
+    def companion(self, kind: type[Any]) -> Any:
         """An unfitted detector of another class that shares this one's backbone settings."""
         return kind()
 

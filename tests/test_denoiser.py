@@ -13,6 +13,8 @@ from farout.diffusion.schedule import NoiseSchedule
 from farout.errors import FaroutError
 from tolerances import assert_close
 
+pytestmark = pytest.mark.numerics
+
 SCHEDULE = NoiseSchedule()
 
 

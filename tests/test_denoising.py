@@ -23,7 +23,10 @@ from farout.images.sources import Batch
 from farout.training_config import TrainingConfig
 from small import CPU, classifier, conditional, model, pictures
 
-pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+pytestmark = [
+    pytest.mark.numerics,
+    pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from farout.images.preprocessing import Preprocessing
 from farout.images.sources import Batch, ImageSource, batches, open_source
 from image_files import pixels, write_folder, write_parquet
 
+pytestmark = pytest.mark.numerics
+
 PLAIN = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
 WIDTH = 3
 

@@ -15,6 +15,8 @@ from farout.errors import FaroutError, StoreError
 from farout.features.diffusion import FeatureDiffusion, paper_schedule
 from farout.features.encoding import FeatureEncoding
 
+pytestmark = pytest.mark.numerics
+
 B4 = (24, 32, 56, 160, 448)
 GROUPS = (4, 6)
 

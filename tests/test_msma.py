@@ -13,7 +13,10 @@ from farout.errors import FaroutError
 from farout.images.sources import Batch
 from small import conditional, latent, model
 
-pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning")
+pytestmark = [
+    pytest.mark.numerics,
+    pytest.mark.filterwarnings("ignore:it is not known which images:farout.errors.TrapWarning"),
+]
 
 SIZE = 64
 RANDOM = torch.Generator().manual_seed(0)

@@ -18,10 +18,13 @@ from farout.outliers._embedding import Inversion, read_embeddings
 from farout.outliers._manifold import Manifold, ManifoldConfig
 from small import CPU, conditional, pictures
 
-pytestmark = pytest.mark.filterwarnings(
-    r"ignore:the diffusion model knows 1 class \(b\):farout.errors.TrapWarning",
-    "ignore::farout.errors.ShortfallWarning",
-)
+pytestmark = [
+    pytest.mark.numerics,
+    pytest.mark.filterwarnings(
+        r"ignore:the diffusion model knows 1 class \(b\):farout.errors.TrapWarning",
+        "ignore::farout.errors.ShortfallWarning",
+    ),
+]
 
 SMALL = ManifoldConfig(layers=2, steps=4, validations=1, draws=20, kept=2)
 

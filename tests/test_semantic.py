@@ -20,7 +20,7 @@ from farout.images.sources import Batch, open_source
 from small import pictures
 from tolerances import assert_close, assert_same_scores
 
-pytestmark = pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.errors.ShortfallWarning")]
 
 
 class Constant:

@@ -9,6 +9,8 @@ from farout import registry
 from farout.errors import FaroutError
 from farout.outliers.volume_preserving import ClassRotations, OrthogonalLayers, VolumePreservingNetwork
 
+pytestmark = pytest.mark.numerics
+
 MAPS = ["matrix_exp", "cayley"]
 
 

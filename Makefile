@@ -2,14 +2,29 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST ?= .venv-oldest
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-slow test-avx2 test-oldest check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/farout demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# Matrix libraries choose kernels by the processor's instruction set: with these, any x86 machine computes as an older one.
+test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
+test-avx2: export ATEN_CPU_CAPABILITY = avx2
+test-avx2: export MKL_ENABLE_INSTRUCTIONS = AVX2
+test-avx2: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "numerics and not slow" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# The lowest versions that pyproject.toml allows, on the lowest Python; `test` has the newest.
+test-oldest: $(OLDEST)/.installed-dev
+	$(OLDEST)/env/bin/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -31,5 +46,13 @@ $(VENV)/.installed-dev: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
+# pip cannot choose the lowest versions; uv can. It downloads Python 3.11 where there is none.
+$(OLDEST)/.installed-dev: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)/uv
+	$(OLDEST)/uv/bin/python -m pip install --quiet "uv>=0.8"
+	$(OLDEST)/uv/bin/uv venv --quiet --clear --python 3.11 $(OLDEST)/env
+	$(OLDEST)/uv/bin/uv pip install --quiet --python $(OLDEST)/env --resolution lowest-direct -e ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache farout-demo
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache farout-demo

@@ -10,6 +10,8 @@ from farout.core.errors import FaroutError
 from farout.core.runtime import Runtime
 from tolerances import assert_close
 
+pytestmark = pytest.mark.numerics
+
 
 class Widening(nn.Module):
     """4 values a row in and out, 4,000 in between; remembers the rows of its calls."""

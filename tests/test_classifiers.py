@@ -20,6 +20,8 @@ from farout.data.preprocessing import Preprocessing
 from small import classifier, model
 from tolerances import assert_close
 
+pytestmark = pytest.mark.numerics
+
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 

@@ -16,6 +16,8 @@ from farout.diffusion.denoiser import Guided
 from farout.diffusion.model import DiffusionModel
 from small import by_tokens, conditional, model, stable_diffusion, tiny_unet
 
+pytestmark = pytest.mark.numerics
+
 
 def test_a_label_means_its_vector() -> None:
     given = conditional()

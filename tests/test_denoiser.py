@@ -13,6 +13,8 @@ from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.unets import build_network
 from tolerances import assert_close
 
+pytestmark = pytest.mark.numerics
+
 SCHEDULE = NoiseSchedule()
 
 

@@ -23,7 +23,10 @@ from farout.diffusion.train import DiffusionConfig
 from farout.training.config import TrainingConfig
 from small import CPU, classifier, conditional, model, pictures
 
-pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning")
+pytestmark = [
+    pytest.mark.numerics,
+    pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from farout.features.densities import (
     unpack,
 )
 
+pytestmark = pytest.mark.numerics
+
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(400, 4)) @ RNG.normal(size=(4, 4)) + 3
 KINDS = [ZScore, Mahalanobis, GaussianMixture, KernelDensity, Nearest]

@@ -14,7 +14,10 @@ from farout.diffusion.denoiser import GaussianDenoiser
 from farout.diffusion.schedule import NoiseSchedule
 from small import conditional, latent, model
 
-pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning")
+pytestmark = [
+    pytest.mark.numerics,
+    pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning"),
+]
 
 SIZE = 64
 SPREAD = torch.linspace(0.1, 0.4, SIZE, dtype=torch.float64)

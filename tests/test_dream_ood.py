@@ -29,10 +29,13 @@ from farout.synthesis.dream_ood.boundary_folder import extend_drawn, read_drawn
 from small import CPU, conditional, pictures
 from tolerances import assert_close
 
-pytestmark = pytest.mark.filterwarnings(
-    r"ignore:the diffusion model knows 1 class \(b\):farout.core.errors.TrapWarning",
-    "ignore:only .* lie nearest to their own class's vector:farout.core.errors.TrapWarning",
-)
+pytestmark = [
+    pytest.mark.numerics,
+    pytest.mark.filterwarnings(
+        r"ignore:the diffusion model knows 1 class \(b\):farout.core.errors.TrapWarning",
+        "ignore:only .* lie nearest to their own class's vector:farout.core.errors.TrapWarning",
+    ),
+]
 
 MODEL = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
 SHORT = Alignment(steps=4, batch_size=8, warmup=0)

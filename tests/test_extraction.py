@@ -21,6 +21,8 @@ from image_files import pixels
 from small import pictures
 from tolerances import assert_close
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.fixture(scope="module")
 def extractor() -> FeatureExtractor:

@@ -15,6 +15,8 @@ from farout.features import backbones
 from farout.features.extractor import FeatureExtractor
 from tolerances import assert_close
 
+pytestmark = pytest.mark.numerics
+
 
 def pictures(count: int = 3, size: int = 64) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -18,6 +18,8 @@ from farout.features import cache as module
 from farout.features.cache import FeatureCache, cache_folder, cached_kinds, clear
 from image_files import pixels, write_folder, write_parquet
 
+pytestmark = pytest.mark.numerics
+
 PLAIN = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
 WIDTH = 3
 

@@ -15,6 +15,8 @@ from farout.features.encoding import FeatureEncoding
 from farout.features.feature_denoiser import FeatureDenoiser
 from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
 
+pytestmark = pytest.mark.numerics
+
 B4 = (24, 32, 56, 160, 448)
 GROUPS = (4, 6)
 

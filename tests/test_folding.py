@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from farout.features.batch_norm_folding import folded
 from farout.features.extractor import FeatureExtractor
 
+pytestmark = pytest.mark.numerics
+
 
 def shaken(network: nn.Module) -> nn.Module:
     """Statistics that a fresh normalisation does not have."""

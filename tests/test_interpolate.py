@@ -20,6 +20,8 @@ from farout.report.interpolation import write_interpolations
 from small import conditional, model, pictures, without_null
 from tolerances import assert_close, assert_same_images
 
+pytestmark = pytest.mark.numerics
+
 
 def gaussian_model() -> DiffusionModel:
     """Gaussian images of 8 x 8 pixels around grey, whose exact denoiser is known."""
@@ -46,7 +48,7 @@ def test_slerp_has_an_angle_for_every_row() -> None:
     shares = torch.tensor([0.2, 0.5, 0.8])
     together = slerp(first, second, shares)
     alone = torch.cat([slerp(first[i : i + 1], second[i : i + 1], shares[i : i + 1]) for i in range(3)])
-    assert torch.equal(together, alone)
+    assert_close(together, alone)
 
 
 def test_slerp_stays_on_the_sphere() -> None:
@@ -125,8 +127,9 @@ def test_a_pair_does_not_depend_on_its_company() -> None:
     interpolator = Interpolator(model(), "pndm2", steps=6, stations=2)
     both = interpolator(images(2), images(2, seed=1))
     alone = interpolator(images(2)[1:], images(2, seed=1)[1:])
-    assert_close(both.first[1:], alone.first)
-    assert_close(both.symmetric[1:], alone.symmetric)
+    # an inversion and what is decoded of it amplify rounding; a quarter of a grey level
+    torch.testing.assert_close(both.first[1:], alone.first, atol=1e-3, rtol=0)
+    torch.testing.assert_close(both.symmetric[1:], alone.symmetric, atol=1e-3, rtol=0)
 
 
 def test_pairs_are_interpolated_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,9 @@ from farout.synthesis.ncis import linear_map as _flattening
 from farout.synthesis.ncis.class_gaussians import ClassGaussians, draw_round
 from farout.synthesis.ncis.manifold import Drawn, Manifold, ManifoldConfig, fit_manifold
 from farout.synthesis.ncis.volume_preserving import VolumePreservingNetwork
+from tolerances import assert_close
+
+pytestmark = pytest.mark.numerics
 
 
 @pytest.fixture(params=[short, linear])
@@ -202,10 +205,10 @@ def test_the_published_tail_is_the_published_share() -> None:
 
 def test_more_draws_leave_the_first_ones_as_they_were(either: Manifold) -> None:
     few, many = either.draw(6, seed=1), either.draw(11, seed=1)
-    assert torch.equal(few.vectors[:6], many.vectors[:6])
-    assert torch.equal(few.vectors[6:], many.vectors[11:17])
-    assert not torch.equal(many.vectors[4:8], many.vectors[:4]), "each round is another"
-    assert not torch.equal(either.draw(6, seed=2).vectors, few.vectors)
+    assert_close(few.vectors[:6], many.vectors[:6])
+    assert_close(few.vectors[6:], many.vectors[11:17])
+    assert not torch.allclose(many.vectors[4:8], many.vectors[:4], atol=1e-3), "each round is another"
+    assert not torch.allclose(either.draw(6, seed=2).vectors, few.vectors, atol=1e-3)
 
 
 def test_knobs_of_drawing(either: Manifold) -> None:

@@ -18,10 +18,13 @@ from farout.synthesis.ncis.inversion import Inversion, read_embeddings
 from farout.synthesis.ncis.manifold import Manifold, ManifoldConfig
 from small import CPU, conditional, pictures
 
-pytestmark = pytest.mark.filterwarnings(
-    r"ignore:the diffusion model knows 1 class \(b\):farout.core.errors.TrapWarning",
-    "ignore::farout.core.errors.ShortfallWarning",
-)
+pytestmark = [
+    pytest.mark.numerics,
+    pytest.mark.filterwarnings(
+        r"ignore:the diffusion model knows 1 class \(b\):farout.core.errors.TrapWarning",
+        "ignore::farout.core.errors.ShortfallWarning",
+    ),
+]
 
 SMALL = ManifoldConfig(layers=2, steps=4, validations=1, draws=20, kept=2)
 

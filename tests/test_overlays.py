@@ -128,7 +128,7 @@ def test_an_unfitted_detector_is_refused(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_and_repeats_nothing(
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
     place: Path, detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert write_overlays(detector, place / "new", tmp_path / "whole") == COUNT
@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(
     assert len([name for name in there if name.endswith(".png")]) == 5
     keys = measured(monkeypatch)
     assert write_overlays(detector, place / "new", tmp_path / "part") == COUNT - 5
-    assert len(keys) == COUNT - 5
+    assert COUNT - 5 <= len(keys) < COUNT - 5 + 3, "at most one batch is measured again"
     assert contents(tmp_path / "part") == contents(tmp_path / "whole")
     keys.clear()
     assert write_overlays(detector, place / "new", tmp_path / "part") == 0

@@ -23,6 +23,8 @@ from farout.detectors.posthoc.scores import Fitted, Head, Settings, logit_scores
 from small import classifier, pictures
 from tolerances import assert_same_scores
 
+pytestmark = pytest.mark.numerics
+
 SETTINGS = Settings(neighbour=50, dimensions=None, clip=0.9, sparsity=0.9, covariance="shrunk")
 NAMES = {
     "msp", "max_logit", "energy", "gen", "react", "dice", "ash", "scale", "vim", "knn", "she", "mahalanobis", "rmds"

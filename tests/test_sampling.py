@@ -21,7 +21,9 @@ from farout.diffusion.sample_folder import write_samples
 from farout.diffusion.sampling import Sampler, choose_classes, sample
 from farout.diffusion.solvers.lookup import SOLVERS
 from small import conditional, model, tiny_unet, without_null
-from tolerances import assert_close
+from tolerances import assert_close, assert_same_pixels
+
+pytestmark = pytest.mark.numerics
 
 
 def made(found: object) -> Tensor:
@@ -60,7 +62,7 @@ def test_seeds_and_classes_make_a_difference() -> None:
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first, made(sample(network, labels=[0, 0, 1], steps=5, seed=1)))
     assert_close(made(sample(network, labels=[0, 0], steps=5)), first[:2])
-    assert not torch.equal(first[1], made(sample(network, labels=[0, 1], steps=5))[1])
+    assert not torch.allclose(first[1], made(sample(network, labels=[0, 1], steps=5))[1], atol=1e-3)
 
 
 def test_guidance_is_the_papers_mixture() -> None:
@@ -178,7 +180,7 @@ def test_a_folder_of_samples_is_a_source_with_labels(tmp_path: Path) -> None:
     assert len(source) == 7
     expected = made(sample(conditional(), 7, steps=4))
     index = source.keys.index("b/000004.png")
-    assert torch.equal(source[index], (expected[4] * 255).round().to(torch.uint8))
+    assert_same_pixels(source[index][None], (expected[4:5] * 255).round().to(torch.uint8))
     lines = [json.loads(line) for line in (tmp_path / "s" / "manifest.jsonl").read_text().splitlines()]
     assert [line["label"] for line in lines] == [0, 1, 2, 0, 1, 2, 0]
     assert lines[4] == {

@@ -1,4 +1,4 @@
-"""Scored folders: the same bytes however they were reached, nothing measured twice, nothing overwritten."""
+"""Scored folders: the same bytes also after interruptions, nothing measured twice, nothing overwritten."""
 
 import json
 import shutil
@@ -25,6 +25,9 @@ from farout.detectors.reconstruction import Reconstruction
 from farout.scoring import folder as scoring
 from farout.scoring.folder import ScoredFolder, read_scores
 from small import model, pictures
+from tolerances import assert_same_scores
+
+pytestmark = pytest.mark.numerics
 
 RESULTS = ("scores.csv", "measurements.parquet", "manifest.json", "page.html", "plan.json")
 COUNT = 29
@@ -280,13 +283,27 @@ def test_unreadable_images_are_listed_and_never_normal(place: Path, whole: dict[
     assert set(rows) == set(frame.index) - {"017-broken.png"}
 
 
-def test_the_folder_reads_back_to_the_last_bit(place: Path, detector: Detector, whole: dict[str, bytes]) -> None:
+def test_the_folder_holds_the_scores_that_the_detector_gives(
+    place: Path, detector: Detector, whole: dict[str, bytes]
+) -> None:
+    """Up to rounding: a folder is measured in parts, so its batches are others."""
     direct, read = detector.score(place / "new"), read_scores(place / "whole")
+    assert read.keys == direct.keys
+    assert_same_scores(read, direct, detector)
+    assert read.status == direct.status
+
+
+def test_the_tables_read_back_to_the_last_bit(
+    place: Path, detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All images in one part are measured in the batches in which the detector measures them by itself."""
+    monkeypatch.setattr(scoring, "_PART", 1000)
+    score_folder(detector, place / "new", tmp_path / "r")
+    direct, read = detector.score(place / "new"), read_scores(tmp_path / "r")
     assert read.keys == direct.keys
     assert np.array_equal(read.score, direct.score, equal_nan=True)
     assert np.array_equal(read.p_value, direct.p_value, equal_nan=True)
     assert np.array_equal(read.is_ood, direct.is_ood)
-    assert read.status == direct.status
 
 
 def test_nothing_readable_is_said(detector: Detector, tmp_path: Path) -> None:

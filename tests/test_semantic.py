@@ -22,7 +22,7 @@ from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
 from small import pictures
 from tolerances import assert_close, assert_same_scores
 
-pytestmark = pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")]
 
 
 class Constant:

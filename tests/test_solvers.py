@@ -16,6 +16,9 @@ from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.ddim_heun_dpm import Evaluation, Solver, adams_bashforth, ddim, dpm_solver_2m, heun, plms
 from farout.diffusion.solvers.lookup import SOLVERS, solver_by_name, solver_path
 from narrow import narrow_device
+from tolerances import assert_close
+
+pytestmark = pytest.mark.numerics
 
 EVERY = {
     "ddim": ddim,
@@ -60,7 +63,7 @@ def test_a_row_in_company_is_the_row_alone(name: str) -> None:
     starts = [paths.grid(SCHEDULE, start, 10) for start in (30, 200, 10, 90)]
     together = EVERY[name](denoiser, x, paths.pad(starts))
     alone = torch.cat([EVERY[name](denoiser, x[i : i + 1], starts[i][None]) for i in range(4)])
-    assert torch.equal(together, alone)
+    assert_close(together, alone)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -70,7 +73,7 @@ def test_rows_that_stand_still_cost_nothing(name: str) -> None:
     sigmas = paths.pad([torch.tensor([1.0, 0.5, 0.2]), torch.tensor([1.0, 0.5]), torch.tensor([1.0])])
     moved = EVERY[name](denoiser, x, sigmas)
     assert torch.equal(moved[2], x[2])
-    assert not torch.equal(moved[1], x[1])
+    assert not torch.allclose(moved[1], x[1], atol=1e-3)
     assert denoiser.evaluations == {"heun": 6, "plms": 5}.get(name, 3)
 
 

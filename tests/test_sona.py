@@ -17,6 +17,9 @@ from farout.diffusion.solvers.base import Solver
 from farout.diffusion.solvers.ddim_heun_dpm import ddim, dpm_solver_2m
 from farout.diffusion.solvers.lookup import SOLVERS, rehearse, solver_by_name
 from farout.synthesis.editing.sona_guidance import SonaConfig, SonaGuide, sona_guidance, sona_regions
+from tolerances import assert_close
+
+pytestmark = pytest.mark.numerics
 
 SCHEDULE = NoiseSchedule("scaled_linear", 0.00085, 0.012)
 N = 50
@@ -83,7 +86,7 @@ def test_the_guidance_is_the_cards(start: int) -> None:
         then = sigma[LEVELS[start - 2 - i]] if i < start - 1 else 0.0
         x = x + (then - sigma[t]) * (e0 + added)
     expected = by_hand(z0, noise, start)
-    assert float((x - expected).abs().max()) <= (1e-13 if start < 30 else 1e-12)
+    torch.testing.assert_close(x, expected, atol=1e-10, rtol=1e-10)
 
 
 class Toy:
@@ -157,7 +160,7 @@ def test_what_is_not_asked_for_could_not_have_mattered(solver: Solver) -> None:
     some, every = (
         walked(starts, guide, solver, toy) for guide, toy in ((SonaGuide(PAPER), spared), (Unsparing(PAPER), whole))
     )
-    assert torch.equal(some, every)
+    assert_close(some, every)
     assert whole.evaluations == 3 * sum(starts)
     # without guidance; the same; one step of three; ten; all
     assert spared.evaluations == 3 + 10 + (10 + 3) + (10 + 30) + 63 + 105
@@ -195,21 +198,22 @@ def test_up_to_the_first_warm_up_it_is_unconditional_denoising(limits: tuple[flo
     sigmas = paths.pad([path(start) for start in starts])
     toy = Toy() if limits is None else Clamped(Toy(), *limits)
     plain = ddim(toy, z0 + sigmas[:, 0, None, None, None] * noise, sigmas, shifts(3)["null"])
-    assert torch.equal(guided, plain)
-    assert not torch.equal(walked([11], SonaGuide(PAPER)), walked([11], SonaGuide(replace(PAPER, scale=0.0))))
+    assert_close(guided, plain)
+    without = walked([11], SonaGuide(replace(PAPER, scale=0.0)))
+    assert not torch.allclose(walked([11], SonaGuide(PAPER)), without, atol=1e-3)
 
 
 def test_one_image_is_the_same_alone_and_among_others() -> None:
     starts = [30, 12, 49]
     together = walked(starts, SonaGuide(PAPER))
-    assert torch.equal(together[:1], walked(starts[:1], SonaGuide(PAPER)))
+    assert_close(together[:1], walked(starts[:1], SonaGuide(PAPER)))
 
 
 def test_without_a_target_two_rows_are_evaluated() -> None:
     removing = replace(PAPER, target_weight=0.0)
     alone, beside = Toy(), Toy()
     without = walked([30], SonaGuide(removing), denoiser=alone, names=("null", "class"))
-    assert torch.equal(without, walked([30], SonaGuide(removing), denoiser=beside))
+    assert_close(without, walked([30], SonaGuide(removing), denoiser=beside))
     assert alone.evaluations == beside.evaluations == 60
 
 

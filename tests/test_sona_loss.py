@@ -24,6 +24,8 @@ from farout.data.sources import open_source
 from farout.training.loop import TrainingConfig
 from small import CPU, conditional, pictures
 
+pytestmark = pytest.mark.numerics
+
 CONFIG = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
 FEW = TrainingConfig(
     steps=3, batch_size=8, optimizer="sgd", learning_rate=0.1, warmup=0, ema=None, device="cpu", precision="fp32"

@@ -15,14 +15,14 @@ from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.prompts import Prompts
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sampling import Sampler
-from farout.synthesis.class_space import decode
+from farout.synthesis.class_space import decode, vector_scale
 from farout.synthesis.ncis.inversion import Inversion, Inverter, read_embeddings
 from farout.synthesis.ncis.manifold_config import ManifoldConfig
-from small import CPU, conditional, pictures, stable_diffusion
-from tolerances import assert_same_images, assert_same_manifests
+from small import CPU, conditional, in_order, pictures, stable_diffusion
+from tolerances import GREY_LEVELS, assert_close, assert_same_images, assert_same_manifests, assert_same_pixels
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")]
 
 SMALL = ManifoldConfig(layers=2, steps=4, validations=1, draws=20, kept=2)
 FEW = Inversion(steps=2, draws=4, lr_scale=0.7)
@@ -95,8 +95,10 @@ def test_company_and_parts_of_the_draws_change_next_to_nothing(folders: dict[str
     whole, losses = inverter(x0, LABELS, keys)
     for some in ([1], [3, 0]):
         vectors, loss = inverter(x0[some], LABELS[some], [keys[place] for place in some])
-        assert torch.equal(vectors, whole[some])
-        assert torch.equal(loss, losses[some])
+        # Adam's first step is as long for a gradient near zero, whose sign is a matter of rounding
+        near = (vectors - whole[some]).abs() < 1e-3 * vector_scale(network.conditioning)
+        assert float(near.float().mean()) > 0.97
+        assert_close(loss, losses[some])
     parts = Inverter(network, replace(FEW, pull=2.0), 0, replace(CPU, batch_size=3))
     one = Inverter(network, replace(FEW, pull=2.0), 0, CPU)
     start = network.conditioning.vectors()[LABELS]
@@ -240,10 +242,8 @@ def test_a_class_s_own_vector_gives_its_samples(folders: dict[str, Path], images
     sampler = Sampler(network, steps=2, guidance=2.0)
     labels, indices = [0, 1, 2, 0], range(4)
     samples = sampler.images(indices, labels)
-    assert torch.equal(decode(sampler, network.conditioning.vectors()[labels], indices, labels), samples)
-    source = made.source()
-    for index, key in enumerate(made.manifest()["key"]):
-        assert torch.equal(source[source.keys.index(key)], (samples[index] * 255).round().to(torch.uint8))
+    assert_close(decode(sampler, network.conditioning.vectors()[labels], indices, labels), samples)
+    assert_same_pixels(in_order(made), (samples * 255).round().to(torch.uint8))
 
 
 def test_another_size_of_the_autoencoders_steps(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
@@ -260,15 +260,15 @@ def test_another_size_of_the_autoencoders_steps(folders: dict[str, Path], images
 
 def test_noise_on_contexts_is_the_images_own(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
 
-    def made(name: str, noise: float, count: int, size: int) -> dict[str, bytes]:
+    def made(name: str, noise: float, count: int, size: int) -> torch.Tensor:
         method = ClassNoise(scale=0, steps=2, prompts=Prompts(words=WORDS, context_noise=noise))
         runtime = replace(CPU, batch_size=size)
-        method.synthesize(images, tmp_path / name, diffusion=folders["epsilon"], count=count, runtime=runtime)
-        return files(tmp_path / name)
+        given: dict[str, Any] = {"diffusion": folders["epsilon"], "count": count, "runtime": runtime}
+        return in_order(method.synthesize(images, tmp_path / name, **given))
 
     without, some, more = made("a", 0, 4, 4), made("b", 0.5, 2, 2), made("c", 0.5, 4, 3)
-    for name in ("000000.png", "000001.png"):
-        assert some[name] == more[name] != without[name]
+    assert_same_pixels(some, more[:2])
+    assert int((some.int() - without[:2].int()).abs().max()) > GREY_LEVELS
 
 
 def test_images_are_made_again_under_prompts_of_their_classes(
@@ -279,7 +279,8 @@ def test_images_are_made_again_under_prompts_of_their_classes(
     assert main(["reconstruct", str(images), *words, "--out", str(tmp_path / "o")]) == 0, capsys.readouterr().err
     network = DiffusionModel.load(folders["epsilon"], class_names=NAMES)
     reconstruct(images, network, tmp_path / "told", steps=2, runtime=CPU)
-    assert files(tmp_path / "o") == files(tmp_path / "told")
+    assert_same_images(tmp_path / "o", tmp_path / "told")
+    assert_same_manifests(tmp_path / "o", tmp_path / "told")
     assert len(files(tmp_path / "o")) == 12 + 1
     for name, source in (("null", images), ("bare", images / "cat")):
         done = ["reconstruct", str(source), *words, "--no-classes", "--out", str(tmp_path / name)]

@@ -9,6 +9,8 @@ from farout.core.errors import FaroutError
 from farout.synthesis import SYNTHESIZERS
 from farout.synthesis.ncis.volume_preserving import ClassRotations, OrthogonalLayers, VolumePreservingNetwork
 
+pytestmark = pytest.mark.numerics
+
 MAPS = ["matrix_exp", "cayley"]
 
 

@@ -11,15 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from farout.benchmark.presets import preset_file, preset_names
-from farout.benchmark.spec import (
-    HEAD,
-    SECTIONS,
-    DetectorSpec,
-    NetworkSpec,
-    OutlierSpec,
-    ReconstructionSpec,
-    Spec,
-)
+from farout.benchmark.spec import HEAD, SECTIONS, DetectorSpec, NetworkSpec, OutlierSpec, ReconstructionSpec, Spec
 from farout.benchmark.typed import build, known_only, plain
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.outlier_exposure import Exposure

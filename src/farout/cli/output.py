@@ -75,13 +75,14 @@ class _Bars:
 @contextmanager
 def progress() -> Iterator[None]:
     """Bars with the time left for the work inside the block, on the error stream."""
+    console = Console(stderr=True)
+    if not console.is_terminal or not first_process():  # in a log, bars would be blank lines between the messages
+        yield
+        return
     left = TimeRemainingColumn(elapsed_when_finished=False)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left]
-    console = Console(stderr=True)
     note = TextColumn("{task.fields[note]}")
-    # in a log, bars would be blank lines between the messages
-    hidden = not console.is_terminal or not first_process()
-    with Progress(*columns, note, console=console, disable=hidden) as bars, work.show(_Bars(bars)):
+    with Progress(*columns, note, console=console) as bars, work.show(_Bars(bars)):
         yield
 
 

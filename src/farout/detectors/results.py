@@ -124,7 +124,8 @@ class Measurements:
         if not path.is_file():
             raise StoreError(f"{path} is missing; the folder is incomplete")
         try:
-            return cls.from_table(pq.read_table(path))
+            # by default, older versions add a column for each folder of the path that is named like `seed=0`
+            return cls.from_table(pq.read_table(path, partitioning=None))
         except (pa.ArrowInvalid, OSError) as error:
             raise StoreError(f"{path} cannot be read as parquet ({error})") from error
 
@@ -179,7 +180,7 @@ class Scores:
         score = frame["score"].to_numpy(dtype=np.float64)
         known = {"key", "score", "p_value", "is_ood", "selected", "status"}
         p_value = frame["p_value"].to_numpy(dtype=np.float64) if "p_value" in frame else np.full(len(frame), np.nan)
-        is_ood = frame["is_ood"].map({"True": True, True: True}).fillna(False) if "is_ood" in frame else False
+        is_ood = frame["is_ood"].isin([True, "True"]) if "is_ood" in frame else False
         status = frame["status"] if "status" in frame else np.where(np.isnan(score), "not a number", "ok")
         others = [name for name in frame.columns if name not in known and pd.api.types.is_numeric_dtype(frame[name])]
         indicators = {name: frame[name].to_numpy(dtype=np.float64) for name in others}

@@ -44,7 +44,7 @@ def nearest_good(
     """
     if not keys or not measured.is_file() or detector.embedding(detector.statistics.select([0])) is None:
         return {}
-    table = pq.read_table(measured, filters=[("key", "in", list(keys))])
+    table = pq.read_table(measured, partitioning=None, filters=[("key", "in", list(keys))])
     given = Measurements.from_table(table)
     places, distances = _nearest(_unit(detector, given), detector, count)
     known, hashes = detector.statistics.keys, detector.statistics_hashes

@@ -12,9 +12,9 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
+from farout.core.chunking import blocks_with
 from farout.core.errors import FaroutError
 from farout.core.progress import task
-from farout.data.batching import batches
 from farout.data.decoding import save_png, to_pil
 from farout.data.image_source import Policy
 from farout.detectors.base import Detector
@@ -50,7 +50,8 @@ def write_overlays(
     """Writes `out/<key>.png` for every readable image; returns how many were written now.
 
     One batch at a time is in memory. What is there already stays: an interrupted run goes on, so `out` must be of the
-    same detector and images (`score_folder` refuses others in its folder).
+    same detector and images (`score_folder` refuses others in its folder). A batch of which some images are missing is
+    measured as a whole, so that maps have the bytes of a run without interruption.
 
     Args:
         detector: a fitted detector that makes maps.
@@ -69,16 +70,21 @@ def write_overlays(
     scale = MapScale.of(detector)
     (out / "README.txt").write_text(_NOTE.format(unit=scale.unit, brightest=scale.brightest), encoding="utf-8")
     paths = {index: out / overlay_name(key) for index, key in enumerate(source.keys)}
-    some = source.subset([index for index, path in paths.items() if not path.is_file()])
+    missing = {index for index, path in paths.items() if not path.is_file()}
+    blocks = blocks_with(missing, detector.batch_size, len(source))
+    planned = [index for block in blocks for index in block]
     count = 0
-    with task(f"maps of {source.name}", len(some)) as bar:
-        for batch in batches(some, detector.preprocessing, detector.batch_size, workers=detector.runtime.workers):
-            maps = detector.measure(batch, maps=True).maps if batch.keys else None
-            for place, index in enumerate(batch.indices):
+    with task(f"maps of {source.name}", len(planned)) as bar:
+        for batch in detector.batches(source.subset(planned)):
+            indices = [planned[place] for place in batch.indices]
+            if missing.intersection(indices):
+                maps = detector.measure(batch, maps=True).maps
                 assert maps is not None
-                picture = overlay(some[index], maps[place], detector.preprocessing.crop, scale)
-                save_png(picture, out / overlay_name(some.keys[index]), out / ".working")
-                count += 1
+                for index, heat in zip(indices, maps, strict=True):
+                    if index in missing:
+                        picture = overlay(source[index], heat, detector.preprocessing.crop, scale)
+                        save_png(picture, paths[index], out / ".working")
+                        count += 1
             bar.advance(len(batch.keys))
     return count
 

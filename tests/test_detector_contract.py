@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,7 +130,7 @@ def test_batch_order_and_threads_do_not_matter(
     kept = detector.runtime
     torch.set_num_threads(threads)
     try:
-        detector.use(detector.diffusion, base.replace(kept, batch_size=size, workers=1 + size % 3, cache=False))
+        detector.use(detector.diffusion, replace(kept, batch_size=size, workers=1 + size % 3, cache=False))
         scores = detector.score(source.subset(order.tolist()))
     finally:
         detector.use(detector.diffusion, kept)
@@ -142,7 +143,7 @@ def test_no_float64_is_wanted_of_the_device(whole: Scores, saved: Path, folder: 
     """Apple's has none; what is to be exact is computed on the CPU there."""
     loaded = load(saved, cache=False)
     with narrow_device() as name:
-        loaded.use(loaded.diffusion, base.replace(loaded.runtime, device=name))
+        loaded.use(loaded.diffusion, replace(loaded.runtime, device=name))
         other = loaded.score(loaded.open(folder).subset(range(8)))
     assert whole.measurements is not None
     assert other.measurements is not None

@@ -15,9 +15,9 @@ import yaml
 
 from farout import load
 from farout.classifiers.model import Classifier
-from farout.cli import main
+from farout.cli import main, parsers
 from farout.cli.chain import RECORD
-from farout.cli.command_table import COMMANDS, parsers
+from farout.cli.command_table import COMMANDS
 from farout.cli.steps import NAMING, chains, read_steps
 from farout.cli.words import flags, settings_of
 from farout.detectors import DETECTORS

@@ -1,4 +1,4 @@
-"""farout tells which images lie outside what a model has seen, with diffusion models."""
+"""Out-of-distribution detection on images with diffusion models."""
 
 from __future__ import annotations
 
@@ -7,38 +7,53 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
+    "AutoEncoder": "farout.detectors.autoencoder",
     "ClassNoise": "farout.synthesis.class_noise",
     "Classifier": "farout.classifiers.model",
+    "ClassifierConfig": "farout.classifiers.config",
     "Denoising": "farout.detectors.denoising",
+    "DiffPath": "farout.detectors.diffpath",
+    "DiffusionConfig": "farout.diffusion.train",
     "DiffusionModel": "farout.diffusion.model",
     "DreamOOD": "farout.synthesis.dream_ood",
     "FeatureDiffusion": "farout.features.feature_diffusion",
     "FeatureExtractor": "farout.features.extractor",
+    "FitSettings": "farout.detectors.fitting",
+    "GMM": "farout.detectors.gmm",
+    "ImageSource": "farout.data.image_source",
+    "KNN": "farout.detectors.knn",
+    "MSMA": "farout.detectors.msma",
+    "Mahalanobis": "farout.detectors.mahalanobis",
     "NCIS": "farout.synthesis.ncis",
     "NoiseSchedule": "farout.diffusion.schedule",
-    "OutlierFolder": "farout.synthesis.base",
+    "OutlierFolder": "farout.synthesis.outlier_folder",
+    "PCA": "farout.detectors.pca",
     "Patches": "farout.detectors.patches",
     "Posthoc": "farout.detectors.posthoc",
     "Preprocessing": "farout.data.preprocessing",
     "Prompts": "farout.diffusion.conditioning.prompts",
     "Reconstruction": "farout.detectors.reconstruction",
+    "Runtime": "farout.core.runtime",
     "SDEdit": "farout.synthesis.editing.sdedit",
     "SONA": "farout.synthesis.editing.sona",
-    "Scores": "farout.detectors.base",
+    "Scores": "farout.detectors.results",
     "Semantic": "farout.detectors.semantic",
+    "TrainingConfig": "farout.training.config",
+    "evaluate_detector": "farout.evaluation.evaluate",
     "load": "farout.detectors.base",
     "open_source": "farout.data.sources",
-    "read_outliers": "farout.synthesis.base",
+    "read_outliers": "farout.synthesis.outlier_folder",
     "reconstruct": "farout.synthesis.reconstruct",
+    "score_folder": "farout.scoring.folder",
     "train_classifier": "farout.classifiers.train",
     "train_diffusion": "farout.diffusion.train",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported from their rooms on first use, so that `import farout` stays fast."""
-    if name not in _HOMES:
+    """Imports a public name from its module on first use, so that `import farout` stays fast."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'farout' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from farout.core.chunking import BatchSize, call_in_chunks
-from farout.core.devices import in_float64
 from farout.core.errors import FaroutError, MissingExtraError
 from farout.features.backbones import lite0
 
@@ -26,7 +25,7 @@ class PerceptualDistance(Protocol):
         """Feature maps of images (B, C, H, W) in [0, 1], one tensor (B, c, h, w) per depth."""
 
     def distance(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-        """Distances (B,), float64, between two lists of feature maps; 0 for equal images."""
+        """Distances (B,), float32, between two lists of feature maps; 0 for equal images."""
 
     def to(self, device: torch.device | str) -> PerceptualDistance:
         """Moves the network."""
@@ -81,11 +80,10 @@ class _FeatureDistance:
         return functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
     def distance(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-        """Distances (B,) in float64 between two lists of unit-normalised feature maps."""
-        # float64: the order of a float32 sum, and so its last bits, would depend on the batch
-        total = in_float64(one[0].new_zeros(len(one[0])))
+        """Distances (B,), float32, between two lists of unit-normalised feature maps."""
+        total = one[0].new_zeros(len(one[0]))
         for depth, (f, g) in enumerate(zip(one, other, strict=True)):
-            difference = in_float64((f - g).square())
+            difference = (f - g).square()
             if self.weights is not None:
                 difference = difference * self.weights[depth].to(difference.device)
             total = total + difference.sum(1).mean((1, 2))

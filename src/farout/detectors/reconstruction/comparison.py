@@ -27,12 +27,13 @@ class Comparison:
         self.batch_size = batch_size
 
     def __call__(self, images: Tensor, restored: Tensor, predicted: Tensor, noise: Tensor) -> Tensor:
-        """(B * n, metrics), in the order of METRICS; float64 sums of float32 values, stored as float32."""
+        """(B * n, metrics), float32, in the order of METRICS."""
         times = len(restored) // len(images)
         originals = images.repeat_interleave(times, 0)
         columns = [
             _mean((restored - originals).square()),
             self._perceptual(images, restored, times),
+            # variances as differences of squares lose digits in float32
             1 - ssim(in_float64(restored), in_float64(originals)),
             _mean((predicted - noise).square()),
             _mean(predicted.square()),
@@ -55,4 +56,4 @@ class Comparison:
 
 
 def _mean(values: Tensor) -> Tensor:
-    return in_float64(values).flatten(1).mean(1)
+    return values.flatten(1).mean(1)

@@ -274,8 +274,8 @@ class Semantic(FeatureDetector):
         """(B, level, draw, metrics but the last), in the order of `metric_names`."""
         assert self.diffusion is not None
         groups = list(self.diffusion.encoding.groups)
+        # 1 - cos of nearly parallel vectors loses digits in float32
         clean = in_float64(x0[:, None, None]).split(groups, dim=-1)
-        # float64: the order of a float32 sum, and so its last bits, would depend on the batch
         back = [in_float64(whole).split(groups, dim=-1) for whole in restored]
         errors = [[(a - b).square().mean(-1) for a, b in zip(clean, parts)] for parts in back]
         angles = [1 - functional.cosine_similarity(a, b, dim=-1) for a, b in zip(clean, back[0])]

@@ -24,7 +24,7 @@ from farout.diffusion import noise_levels as paths
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
-from farout.diffusion.solvers.ddim_heun_dpm import ddim
+from farout.diffusion.solvers.ddim import ddim
 from farout.synthesis.class_space import class_space
 from farout.synthesis.editing.sona_guidance import BRANCHES, SonaConfig, SonaGuide
 

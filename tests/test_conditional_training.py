@@ -17,7 +17,7 @@ from farout.diffusion.losses import Objective, denoising_loss, drop_labels, samp
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise_levels import geometric, pad
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.solvers.ddim_heun_dpm import ddim
+from farout.diffusion.solvers.ddim import ddim
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion, train_model
 from farout.diffusion.unets import build_network
 from farout.training.config import TrainingConfig

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.base import Condition
-from farout.diffusion.denoiser import Clamped, GaussianDenoiser, Guided, NetworkDenoiser, spread
+from farout.diffusion.denoiser import Clamped, GaussianDenoiser, Guided, NetworkDenoiser, expand_dims
 from farout.diffusion.losses import denoising_loss, sample_levels
 from farout.diffusion.noise import image_noise, shared_noise
 from farout.diffusion.schedule import NoiseSchedule
@@ -44,7 +44,9 @@ def test_every_adapter_is_the_oracle(prediction: str, extra: bool) -> None:
     oracle = GaussianDenoiser(torch.zeros(12), 0.25 * torch.eye(12))
     t = torch.tensor([3, 250, 600])
     sigma = SCHEDULE.sigma_of(t).float()
-    x = torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * spread(sigma, torch.zeros(3, 3, 2, 2))
+    x = torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * expand_dims(
+        sigma, torch.zeros(3, 3, 2, 2)
+    )
     torch.testing.assert_close(adapter(x, sigma), oracle(x, sigma), atol=2e-4, rtol=1e-3)
     assert torch.equal(network.times[-1], t.float()), "a sigma of the table must reach the network as its exact t"
     assert adapter.evaluations == 3

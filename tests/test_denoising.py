@@ -18,7 +18,7 @@ from farout.detectors.denoising.differences import METRICS, changes, post_hoc, v
 from farout.detectors.denoising.initial_noise import Neighbours, descriptors, inverted
 from farout.diffusion.denoiser import GaussianDenoiser, Guided
 from farout.diffusion.noise import shared_noise
-from farout.diffusion.solvers.ddim_heun_dpm import dpm_solver_2m
+from farout.diffusion.solvers.dpm_solver import dpm_solver_2m
 from farout.diffusion.train import DiffusionConfig
 from farout.training.config import TrainingConfig
 from small import CPU, classifier, conditional, model, pictures

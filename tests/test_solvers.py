@@ -11,10 +11,15 @@ from exact import exact_flow, oracle
 from farout.core.errors import FaroutError
 from farout.diffusion import noise_levels as paths
 from farout.diffusion.conditioning.base import Condition
-from farout.diffusion.denoiser import GaussianDenoiser, Guided, spread
+from farout.diffusion.denoiser import GaussianDenoiser, Guided, expand_dims
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.solvers.ddim_heun_dpm import Evaluation, Solver, adams_bashforth, ddim, dpm_solver_2m, heun, plms
+from farout.diffusion.solvers.adams_bashforth import adams_bashforth
+from farout.diffusion.solvers.base import Evaluation, Solver
+from farout.diffusion.solvers.ddim import ddim
+from farout.diffusion.solvers.dpm_solver import dpm_solver_2m
+from farout.diffusion.solvers.heun import heun
 from farout.diffusion.solvers.lookup import SOLVERS, solver_by_name, solver_path
+from farout.diffusion.solvers.plms import plms
 from narrow import narrow_device
 from tolerances import assert_close
 
@@ -220,7 +225,7 @@ def test_no_float64_is_wanted_of_the_device(name: str) -> None:
     x, solve = path[:, :1] * torch.randn(2, 5), solver_by_name(name, SCHEDULE)
 
     def standard(x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
-        return x / (1 + spread(sigma, x) ** 2)
+        return x / (1 + expand_dims(sigma, x) ** 2)
 
     expected = solve(standard, x, path)
     with narrow_device() as device:

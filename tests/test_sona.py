@@ -14,7 +14,8 @@ from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.denoiser import Clamped, NetworkDenoiser, Prediction
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.base import Solver
-from farout.diffusion.solvers.ddim_heun_dpm import ddim, dpm_solver_2m
+from farout.diffusion.solvers.ddim import ddim
+from farout.diffusion.solvers.dpm_solver import dpm_solver_2m
 from farout.diffusion.solvers.lookup import SOLVERS, rehearse, solver_by_name
 from farout.synthesis.editing.sona_guidance import SonaConfig, SonaGuide, sona_guidance, sona_regions
 from tolerances import assert_close

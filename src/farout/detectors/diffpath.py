@@ -15,9 +15,10 @@ from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.settings import check_words
-from farout.diffusion.denoiser import NetworkDenoiser, spread
+from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.solvers.ddim_heun_dpm import Evaluation, ddim
+from farout.diffusion.solvers.base import Evaluation
+from farout.diffusion.solvers.ddim import ddim
 from farout.features.densities import GaussianMixture, KernelDensity, pack, unpack
 
 __all__ = ["DiffPath"]
@@ -121,7 +122,7 @@ class DiffPath(Detector):
         last: list[Tensor] = []
 
         def add(evaluation: Evaluation) -> None:
-            eps = (evaluation.x - evaluation.x0) / spread(evaluation.sigma, evaluation.x)
+            eps = (evaluation.x - evaluation.x0) / expand_dims(evaluation.sigma, evaluation.x)
             means["rate"] += _powers(eps) / steps
             if last:
                 means["curvature"] += _powers(steps * (eps - last.pop())) / (steps - 1)

@@ -15,7 +15,7 @@ from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.settings import check_words, checked_levels
-from farout.diffusion.denoiser import NetworkDenoiser, spread
+from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.features.densities import GaussianMixture, Mahalanobis, Nearest, pack, unpack
 
@@ -137,7 +137,7 @@ class MSMA(Detector):
         assert self.diffusion is not None
         clean = self.diffusion.encode(batch.images).repeat_interleave(len(self.levels), 0)
         sigmas = self.sigmas.to(clean.device).repeat(len(batch.keys))
-        noise = (clean - self.denoiser(clean, sigmas)) / spread(sigmas, clean)
+        noise = (clean - self.denoiser(clean, sigmas)) / expand_dims(sigmas, clean)
         norms = in_float64(noise).square().flatten(1).sum(1).sqrt().float().cpu()
         values = norms.reshape(len(batch.keys), len(self.levels), 1, 1)
         return Measurements(batch.keys, values, tuple(float(t) for t in self.levels), ("norm",))

@@ -26,7 +26,7 @@ __all__ = [
     "NetworkDenoiser",
     "Prediction",
     "check_prediction",
-    "spread",
+    "expand_dims",
 ]
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
@@ -47,7 +47,7 @@ class Denoiser(Protocol):
         """x (B, …) float32, sigma (B,) -> x0 (B, …) float32."""
 
 
-def spread(values: Tensor, like: Tensor) -> Tensor:
+def expand_dims(values: Tensor, like: Tensor) -> Tensor:
     """values (B,) reshaped to (B, 1, …) on the device of `like`, in float32, to multiply a batch row by row."""
     return values.to(device=like.device, dtype=torch.float32).reshape(-1, *[1] * (like.ndim - 1))
 
@@ -93,7 +93,7 @@ class NetworkDenoiser:
         _check_sigma(sigma)
         self.evaluations += len(x)
         t = self.schedule.t_of(sigma).to(device=x.device, dtype=torch.float32)
-        scaled = x / (1 + spread(sigma, x) ** 2).sqrt()
+        scaled = x / (1 + expand_dims(sigma, x) ** 2).sqrt()
         if condition is None and self.null is not None:
             condition = self.null(len(x))
         tensors = dict(condition.tensors) if condition is not None else {}
@@ -115,7 +115,7 @@ class NetworkDenoiser:
 
     def clean(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
         """x0 from the native answer at (x, sigma): x - sigma eps; x / (1 + sigma^2) - sigma v / sqrt(1 + sigma^2)."""
-        wide = spread(sigma, x)
+        wide = expand_dims(sigma, x)
         if self.prediction == "epsilon":
             return x - wide * predicted
         if self.prediction == "v_prediction":
@@ -127,7 +127,7 @@ class NetworkDenoiser:
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "v_prediction":
-            wide = spread(sigma, x0)
+            wide = expand_dims(sigma, x0)
             return (noise - wide * x0) / (1 + wide**2).sqrt()
         return x0
 

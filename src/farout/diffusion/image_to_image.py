@@ -15,7 +15,7 @@ from farout.core.devices import Precision
 from farout.core.errors import FaroutError
 from farout.diffusion import noise_levels as paths
 from farout.diffusion.conditioning.base import Condition, no_null
-from farout.diffusion.denoiser import spread
+from farout.diffusion.denoiser import expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
 from farout.diffusion.solvers.base import Solver
@@ -159,7 +159,7 @@ class RoundTrip:
         x0 = model.encode(images)
         numbers, noise = zip(*map(self._drawn, keys), strict=True)
         sigmas = paths.pad([self._path(number) for number in numbers]).to(x0.device)
-        x = x0 + spread(sigmas[:, 0], x0) * torch.stack(noise).to(x0.device)
+        x = x0 + expand_dims(sigmas[:, 0], x0) * torch.stack(noise).to(x0.device)
         back = self._solve(model.in_range(model.denoiser(self.batch_size, self.precision)), x, sigmas, condition)
         return model.decode(back).cpu()
 

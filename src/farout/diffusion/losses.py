@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.base import Condition
-from farout.diffusion.denoiser import NetworkDenoiser, spread
+from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
 
 __all__ = ["ErrorKind", "LevelSampling", "Objective", "Reduction", "denoising_loss", "drop_labels", "sample_levels"]
 
@@ -87,7 +87,7 @@ def denoising_loss(
     t = sample_levels(len(x0), denoiser.schedule.steps, objective.levels, generator)
     sigma = denoiser.schedule.sigma_of(t).to(torch.float32)
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-    x = x0 + spread(sigma, x0) * noise
+    x = x0 + expand_dims(sigma, x0) * noise
     predicted = denoiser.predict(x, sigma.to(x0.device), condition)
     difference = predicted - denoiser.target(x0, noise, sigma)
     error = difference.square() if objective.error == "square" else difference.abs()

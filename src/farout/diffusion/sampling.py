@@ -16,7 +16,7 @@ from farout.core.errors import FaroutError
 from farout.core.runtime import Runtime
 from farout.diffusion import noise_levels as paths
 from farout.diffusion.conditioning.base import Condition, no_null
-from farout.diffusion.denoiser import Denoiser, Guided, spread
+from farout.diffusion.denoiser import Denoiser, Guided, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import image_noise
 from farout.diffusion.solvers.base import Solver
@@ -162,7 +162,7 @@ class Sampler:
         noise = image_noise(keys, model.shape, self.seed, model.schedule.steps - 1, 0).to(model.device)
         sigmas = self.path.to(model.device).repeat(len(keys), 1)
         # at the first level a variance-preserving sample is the noise itself: x = x_vp / sqrt(abar)
-        x = noise * spread((1 + sigmas[:, 0] ** 2).sqrt(), noise)
+        x = noise * expand_dims((1 + sigmas[:, 0] ** 2).sqrt(), noise)
         return model.decode(self._solve(self._denoiser(), x, sigmas, condition)).cpu()
 
     def _denoiser(self) -> Denoiser:

@@ -13,7 +13,7 @@ from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.denoiser import Denoiser
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.solvers.ddim_heun_dpm import ddim
+from farout.diffusion.solvers.ddim import ddim
 
 __all__ = ["Neighbours", "descriptors", "inverted"]
 

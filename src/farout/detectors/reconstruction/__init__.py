@@ -22,7 +22,7 @@ from farout.detectors.settings import check_words
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
-from farout.diffusion.solvers.ddim_heun_dpm import Evaluation
+from farout.diffusion.solvers.base import Evaluation
 from farout.diffusion.train import DiffusionConfig
 from farout.features.perceptual import PerceptualName, perceptual_distance
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from farout.detectors.settings import checked_levels
 from farout.diffusion import noise_levels as paths
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.solvers.ddim_heun_dpm import Solver, plms
+from farout.diffusion.solvers.base import Solver
 from farout.diffusion.solvers.lookup import solver_by_name
+from farout.diffusion.solvers.plms import plms
 
 __all__ = ["Plan", "make_plan", "paper_grid"]
 

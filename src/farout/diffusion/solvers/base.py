@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.base import Condition
-from farout.diffusion.denoiser import Denoiser
+from farout.diffusion.denoiser import Denoiser, expand_dims
 
 __all__ = [
     "Callback",
@@ -29,6 +29,7 @@ __all__ = [
     "Step",
     "check_warm_up",
     "make_solver",
+    "predict_eps",
 ]
 
 State = dict[str, Tensor]
@@ -158,6 +159,11 @@ Predictor = Callable[..., Tensor]
 """(x, sigma, rows=None) -> x0 of the rows that move, or of some of them."""
 Step = Callable[[Predictor, Tensor, Tensor, Tensor, State], tuple[Tensor, State]]
 """(predict, x, sigma, sigma_next, state) -> (x, state), for the rows that move."""
+
+
+def predict_eps(predict: Predictor, x: Tensor, sigma: Tensor, rows: Tensor | None = None) -> Tensor:
+    """eps = (x - x0) / sigma, the slope dx/dsigma of the probability flow."""
+    return (x - predict(x, sigma, rows)) / expand_dims(sigma, x)
 
 
 def make_solver(

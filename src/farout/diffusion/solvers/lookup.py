@@ -12,8 +12,12 @@ from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.base import Solver
-from farout.diffusion.solvers.ddim_heun_dpm import ddim, dpm_solver_2m, heun, plms, pndm2
-from farout.diffusion.solvers.plms_pndm import ndm1, ndm4, pndm4
+from farout.diffusion.solvers.ddim import ddim
+from farout.diffusion.solvers.dpm_solver import dpm_solver_2m
+from farout.diffusion.solvers.heun import heun
+from farout.diffusion.solvers.ndm import ndm1, ndm4
+from farout.diffusion.solvers.plms import plms
+from farout.diffusion.solvers.pndm import pndm2, pndm4
 from farout.diffusion.solvers.probability_flow import probability_flow
 from farout.diffusion.solvers.unipc import unipc
 

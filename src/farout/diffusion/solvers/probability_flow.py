@@ -9,10 +9,10 @@ from torch import Tensor
 
 from farout.core.devices import in_float64
 from farout.core.errors import FaroutError
-from farout.diffusion.denoiser import spread
+from farout.diffusion.denoiser import expand_dims
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.base import Predictor, Solver, State, make_solver
-from farout.diffusion.solvers.plms_pndm import vp_drift
+from farout.diffusion.solvers.ndm import vp_drift
 from farout.diffusion.solvers.vp_time import VPTime
 
 __all__ = ["probability_flow"]
@@ -56,10 +56,10 @@ def probability_flow(schedule: NoiseSchedule, tolerance: float = 7e-4) -> Solver
     def step(predict: Predictor, x: Tensor, sigma: Tensor, then: Tensor, state: State) -> tuple[Tensor, State]:
         low = float(schedule.sigma[0])
         start, end = (time.t_of(each.cpu().double().clamp(min=low)) for each in (sigma, then))
-        flow = _Flow(time, predict, tolerance, start, end, x / (1 + spread(sigma, x) ** 2).sqrt())
+        flow = _Flow(time, predict, tolerance, start, end, x / (1 + expand_dims(sigma, x) ** 2).sqrt())
         flow.run()
-        moved = flow.y * (1 + spread(then, x) ** 2).sqrt()
-        return torch.where(spread(then, x) > 0, moved, flow.x0), state
+        moved = flow.y * (1 + expand_dims(then, x) ** 2).sqrt()
+        return torch.where(expand_dims(then, x) > 0, moved, flow.x0), state
 
     return make_solver(step, "probability_flow", probability_flow.__doc__ or "", once=False, check=check)
 
@@ -92,7 +92,9 @@ class _Flow:
     def _drift(self, y: Tensor, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Slope and x0 of some rows."""
         sigma = self.time.sigma_of(t)
-        x0 = self.predict(y * (1 + spread(sigma, y) ** 2).sqrt(), sigma.to(y.device, torch.float32), rows.to(y.device))
+        x0 = self.predict(
+            y * (1 + expand_dims(sigma, y) ** 2).sqrt(), sigma.to(y.device, torch.float32), rows.to(y.device)
+        )
         return vp_drift(self.time, y, sigma, x0), x0
 
     def _size(self, values: Tensor, scale: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ class _Flow:
         way, scale = self.end[rows] - t, self._scale(y)
         size, speed = self._size(y, scale), self._size(slope, scale)
         trial = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed).minimum(way.abs())
-        there, _ = self._drift(y + spread(trial * way.sign(), y) * slope, t + trial * way.sign(), rows)
+        there, _ = self._drift(y + expand_dims(trial * way.sign(), y) * slope, t + trial * way.sign(), rows)
         bend = self._size(there - slope, scale) / trial
         most = speed.maximum(bend)
         length = torch.where(most <= 1e-15, (1e-3 * trial).clamp(min=1e-6), (0.01 / most).pow(1 / 5))
@@ -128,7 +130,7 @@ class _Flow:
         last = length >= way.abs()
         then = torch.where(last, self.end[rows], t + length * way.sign())
         new, slopes, x0 = self._stages(rows, y, t, then - t)
-        wrong = spread(then - t, y) * _mix(_ERROR, slopes)
+        wrong = expand_dims(then - t, y) * _mix(_ERROR, slopes)
         error = self._size(wrong, self._scale(y, new))
         accepted = error < 1
         factor = (_SAFETY * error.clamp(min=1e-30).pow(-1 / 5)).clamp(_LEAST, _MOST)
@@ -142,7 +144,7 @@ class _Flow:
         """y after a step of order 5, the seven slopes, and x0 at the new y."""
         slopes, new, x0 = [self.slope[rows.to(y.device)]], y, y
         for node, weights in zip(_NODES, _STAGES, strict=True):
-            new = y + spread(step, y) * _mix(weights, slopes)
+            new = y + expand_dims(step, y) * _mix(weights, slopes)
             slope, x0 = self._drift(new, t + node * step, rows)
             slopes.append(slope)
         return new, slopes, x0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from farout.diffusion.denoiser import spread
+from farout.diffusion.denoiser import expand_dims
 from farout.diffusion.solvers.base import Predictor, State, make_solver
 
 __all__ = ["unipc"]
@@ -40,10 +40,10 @@ def _corrected(x: Tensor, x0: Tensor, state: State, sigma: Tensor) -> Tensor:
     past, new = torch.where(second, past, 0.0), torch.where(second, new, 0.5)
     old = state["x0"]
     # differences are divided by where they lie in units of h, as the paper's are
-    difference = spread(past * h / back, x) * (state["x0_before"] - old) + spread(new, x) * (x0 - old)
-    ratio = spread(sigma / past_sigma, x)
+    difference = expand_dims(past * h / back, x) * (state["x0_before"] - old) + expand_dims(new, x) * (x0 - old)
+    ratio = expand_dims(sigma / past_sigma, x)
     corrected = ratio * state["x"] + (1 - ratio) * (old + difference)
-    return torch.where(spread(ran.float(), x) > 0, corrected, x)
+    return torch.where(expand_dims(ran.float(), x) > 0, corrected, x)
 
 
 def _step(predict: Predictor, x: Tensor, sigma: Tensor, then: Tensor, state: State) -> tuple[Tensor, State]:
@@ -58,8 +58,8 @@ def _step(predict: Predictor, x: Tensor, sigma: Tensor, then: Tensor, state: Sta
     if bool(second.any()):
         h = _log_ratio(now, torch.where(then > 0, then, now / 2))
         back = _log_ratio(now, torch.where(second, past, 2 * now))
-        mixed = x0 + spread(torch.where(second, 0.5 * h / back, 0.0), x) * (state["x0"] - x0)
-    ratio = spread(then / now, x)
+        mixed = x0 + expand_dims(torch.where(second, 0.5 * h / back, 0.0), x) * (state["x0"] - x0)
+    ratio = expand_dims(then / now, x)
     kept = {"count": state["count"] + 1, "x": x, "x0": x0, "sigma": sigma}
     return ratio * x + (1 - ratio) * mixed, {**kept, "x0_before": state["x0"], "before": state["sigma"]}
 

@@ -20,7 +20,7 @@ from farout.data.indices import some_readable
 from farout.data.preprocessing import check_against
 from farout.diffusion import noise_levels as paths
 from farout.diffusion.conditioning.base import Condition, Conditioning, no_null
-from farout.diffusion.denoiser import Clamped, Denoiser, NetworkDenoiser, spread
+from farout.diffusion.denoiser import Clamped, Denoiser, NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
 from farout.diffusion.solvers.base import Solver
@@ -168,7 +168,7 @@ class Plan:
         latents = [draw.latent for draw in draws if draw.latent is not None]
         x0 = self.model.encode(torch.stack(images), torch.stack(latents) if latents else None)
         sigmas = paths.pad([self.path(draw.k) for draw in draws]).to(x0.device)
-        x = x0 + spread(sigmas[:, 0], x0) * torch.stack([draw.noise for draw in draws]).to(x0.device)
+        x = x0 + expand_dims(sigmas[:, 0], x0) * torch.stack([draw.noise for draw in draws]).to(x0.device)
         own = Condition.join([draw.target.own for draw in draws])
         put = [draw.target.condition for draw in draws if draw.target.condition is not None]
         return Start(draws, x0, x, sigmas, own, Condition.join(put) if put else None)
@@ -224,7 +224,7 @@ def _there_and_back(plan: Plan, draws: Sequence[Draw], clean: Tensor, own: Condi
     denoiser: Denoiser = plan.denoiser
     if plan.limits is not None:
         denoiser = Clamped(denoiser, *plan.limits)
-    return plan.solve(denoiser, clean + spread(sigmas[:, 0], clean) * noise, sigmas, own)
+    return plan.solve(denoiser, clean + expand_dims(sigmas[:, 0], clean) * noise, sigmas, own)
 
 
 REGIONS = "regions"

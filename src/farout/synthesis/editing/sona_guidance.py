@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError, check_options
-from farout.diffusion.denoiser import spread
+from farout.diffusion.denoiser import expand_dims
 from farout.diffusion.solvers.base import State
 
 __all__ = ["BRANCHES", "Regions", "SonaConfig", "SonaGuide", "Watch", "sona_guidance", "sona_regions"]
@@ -264,7 +264,7 @@ class SonaGuide:
         """x0 of `BRANCHES` (R, …) -> the guided x0; raises FaroutError where null or class are missing."""
         if not {"null", "class"} <= set(predictions):
             raise FaroutError(f"this guide wants predictions called {', '.join(BRANCHES)}, got {list(predictions)}")
-        null, wide = predictions["null"], spread(sigma, predictions["null"])
+        null, wide = predictions["null"], expand_dims(sigma, predictions["null"])
         # eps is (x - x0) / sigma; that of the null branch is taken as 0, for only differences count
         own, target = ((null - predictions.get(name, null)) / wide for name in BRANCHES[1:])
         added, after, found = sona_guidance(torch.zeros_like(null), own, target, state, self.config)

@@ -29,7 +29,7 @@ from farout.core.runtime import Runtime
 from farout.data.batching import batches
 from farout.data.image_source import ImageSource
 from farout.diffusion.conditioning.base import Conditioning, check_labels
-from farout.diffusion.denoiser import NetworkDenoiser, spread
+from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import NoiseKind, seeded
 from farout.diffusion.noise_levels import leading_levels
@@ -199,7 +199,7 @@ class Inverter:
         draws = sigma.shape[1]
         clean, noise, sigma = x0.repeat_interleave(draws, 0), noise.flatten(0, 1).to(x0.device), sigma.flatten().to(x0)
         told = self.space(vectors, labels).repeat(draws)
-        answer = self.denoiser.predict(clean + spread(sigma, clean) * noise, sigma, told)
+        answer = self.denoiser.predict(clean + expand_dims(sigma, clean) * noise, sigma, told)
         error = (answer - self.denoiser.target(clean, noise, sigma)).square().flatten(1).mean(1)
         return error.reshape(-1, draws).sum(1)
 

@@ -157,3 +157,17 @@ def test_sources_reach_worker_processes(house):
         again = pickle.loads(pickle.dumps(source))  # noqa: S301 - what a DataLoader does
         assert all(torch.equal(again[i], source[i]) for i in range(20))
         assert again.fingerprint() == source.fingerprint()
+
+
+def test_random_numbers_follow_the_content_of_an_image(tmp_path: Path) -> None:
+    """Not its name: a file that is renamed or moved gets the same noise, and so the same score."""
+    images = pixels(3)
+    write_folder(tmp_path / "a", images[:2], ["x.png", "y.png"])
+    write_folder(tmp_path / "b", images[1:], ["deep/renamed.png", "other.png"])
+    ready = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
+    found = [next(iter(batches(open_source(tmp_path / name), ready, 8))) for name in ("a", "b")]
+    named = [dict(zip(batch.keys, batch.identities, strict=True)) for batch in found]
+    assert named[0]["y.png"] == named[1]["deep/renamed.png"]
+    assert len({*named[0].values(), *named[1].values()}) == 3
+    flipped = next(iter(batches(open_source(f"{tmp_path / 'a'}@vflip"), ready, 8)))
+    assert set(flipped.identities).isdisjoint(found[0].identities), "a variant is another image"

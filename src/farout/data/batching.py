@@ -34,6 +34,12 @@ class Batch:
     labels: Tensor | None  # int64 (B,)
     indices: tuple[int, ...]
     features: Tensor | None = None
+    hashes: tuple[str, ...] = ()
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """What names the random numbers of each image: its content hash, or its key where no hashes were given."""
+        return self.hashes or self.keys
 
 
 def batches(
@@ -79,9 +85,12 @@ def ahead(loads: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
 
 def _load(source: ImageSource, preprocessing: Preprocessing, span: range) -> Batch:
     found: list[tuple[int, Tensor]] = []
+    hashes: list[str] = []
     for index in span:
         try:
-            found.append((index, preprocessing(source[index])))
+            identity, pixels = source.identity(index)
+            found.append((index, preprocessing(source[index] if pixels is None else pixels)))
+            hashes.append(identity)
         except UnreadableImageError:
             if source.policy == "raise":
                 raise
@@ -90,7 +99,7 @@ def _load(source: ImageSource, preprocessing: Preprocessing, span: range) -> Bat
     empty = torch.zeros(0, preprocessing.channels, *preprocessing.size)
     images = torch.stack([image for _, image in found]) if found else empty
     labels = None if source.labels is None else torch.tensor([source.labels[i] for i in indices], dtype=torch.int64)
-    return Batch(tuple(source.keys[i] for i in indices), images, labels, indices)
+    return Batch(tuple(source.keys[i] for i in indices), images, labels, indices, hashes=tuple(hashes))
 
 
 class PreparedImages(Dataset[Tensor]):

@@ -208,6 +208,15 @@ class ImageSource(Dataset[Tensor]):
         """Hex blake2b (16 bytes) of shape and native pixels before the variant; raises UnreadableImageError."""
         return self._store.hash(self._places[index])
 
+    def identity(self, index: int) -> tuple[str, Tensor | None]:
+        """The content hash of the pixels with the variant applied, which names the random numbers of the image, and
+        these pixels where they were needed for it. Raises UnreadableImageError.
+        """
+        if self._variant is None:
+            return self.content_hash(index), None
+        pixels = self[index]
+        return content_hash(pixels), pixels
+
     def content_hashes(self) -> tuple[str | None, ...]:
         """All content hashes in order; None for an unreadable image, which raises where the policy is `raise`."""
         hashes: list[str | None] = []

@@ -52,7 +52,7 @@ class RoundTrip:
         solver: a name of `farout.diffusion.solvers.lookup.SOLVERS`.
         steps: steps back; None: 10, or the method's own. On the grid a low level has as many as there are levels.
         spacing: of the levels on the way back: `grid` (evenly in t) or `geometric` (evenly in log sigma).
-        seed: level and noise of an image follow from (seed, its key) alone; the noise is the same for any level.
+        seed: level and noise of an image follow from (seed, its content) alone; the noise is the same for any level.
         batch_size: the most rows of one network call; `auto`: by memory.
         precision: of the network.
 
@@ -150,7 +150,7 @@ class RoundTrip:
 
         Args:
             images: in [0, 1].
-            keys: their keys, which name their draws.
+            keys: their content hashes (`Batch.identities`), which seed their draws.
             labels: their classes, where `told_classes`.
 
         Raises FaroutError where labels are wanted and missing, or the model does not know one.

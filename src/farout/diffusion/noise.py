@@ -33,7 +33,9 @@ def shared_noise(shape: Sequence[int], seed: int, level: int | float, repeat: in
 
 
 def image_noise(keys: Sequence[str], shape: Sequence[int], seed: int, level: int | float, repeat: int) -> Tensor:
-    """float32 noise (B, *shape), row i from (seed, keys[i], level, repeat) alone."""
+    """float32 noise (B, *shape), row i from (seed, keys[i], level, repeat) alone; for images of a source the keys are
+    their content hashes (`Batch.identities`).
+    """
     rows = [_normal(shape, seed, "image", key, float(level), repeat) for key in keys]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 

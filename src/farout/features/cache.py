@@ -28,7 +28,6 @@ from torch import Tensor
 from farout.core import store
 from farout.core.errors import StoreError, UnreadableImageError
 from farout.data.batching import Batch, ahead
-from farout.data.decoding import content_hash
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 
@@ -148,7 +147,8 @@ class FeatureCache:
         lacking: list[tuple[bytes, Tensor]] = []
         for index in span:
             try:
-                name, pixels = _identified(source, index)
+                identity, pixels = source.identity(index)
+                name = identity.encode()
                 if name not in self._index:
                     lacking.append((name, preprocessing(source[index] if pixels is None else pixels)))
                 names.append(name)
@@ -193,7 +193,8 @@ class FeatureCache:
         readable = tuple(index for index, _ in named)
         labels = None if source.labels is None else torch.tensor([source.labels[i] for i in readable]).long()
         empty = torch.empty(0, preprocessing.channels, *preprocessing.size)
-        return Batch(tuple(source.keys[i] for i in readable), empty, labels, readable, features)
+        identities = tuple(name.decode() for _, name in named)
+        return Batch(tuple(source.keys[i] for i in readable), empty, labels, readable, features, identities)
 
     def _read(self, name: bytes) -> np.ndarray:
         self.hits += 1
@@ -240,17 +241,6 @@ class FeatureCache:
         with store.atomic_file(path) as temporary, temporary.open("wb") as file:
             np.save(file, rows, allow_pickle=False)
         return path
-
-
-def _identified(source: ImageSource, index: int) -> tuple[bytes, Tensor | None]:
-    """Content hash of the pixels that are preprocessed, the variant applied, and these where they were needed for it.
-
-    Raises UnreadableImageError.
-    """
-    if source.variant is None:  # the source remembers the hash
-        return source.content_hash(index).encode(), None
-    pixels = source[index]
-    return content_hash(pixels).encode(), pixels
 
 
 @dataclass(frozen=True)

@@ -131,11 +131,11 @@ def _write(source: ImageSource, labels: Tensor | None, trip: RoundTrip, writer: 
             places = [planned[place] for place in batch.indices]
             if missing.intersection(places):
                 numbers = None if labels is None else labels[places].tolist()
-                again = trip(batch.images, batch.keys, numbers)
+                again = trip(batch.images, batch.identities, numbers)
                 if not bool(torch.isfinite(again).all()):
                     raise FaroutError("some reconstructions are not numbers; use precision fp32, or a lower level")
                 hashes = [source.content_hash(place) for place in places]
-                columns: dict[str, Sequence[Any]] = {"level": trip.levels(batch.keys), "source_hash": hashes}
+                columns: dict[str, Sequence[Any]] = {"level": trip.levels(batch.identities), "source_hash": hashes}
                 writer.write(places, numbers, again, batch.keys, columns)
                 made += len(missing.intersection(places))
             bar.advance(len(batch.keys))

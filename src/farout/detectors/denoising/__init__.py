@@ -247,7 +247,7 @@ class Denoising(Detector):
         if self.config["labels"] == "predicted":
             return predicted
         given = batch.labels if batch.labels is not None else torch.full((len(predicted),), -1)
-        drawn = [_number(f"{self.seed} {key}") % logits.shape[1] for key in batch.keys]
+        drawn = [_number(f"{self.seed} {key}") % logits.shape[1] for key in batch.identities]
         return torch.where(given >= 0, given, torch.tensor(drawn)).to(logits.device)
 
     # -- measuring -----------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ class Denoising(Detector):
                 raise FaroutError("neighbours' noise wants a fit with noise='neighbour'; fit again")
             table = self.neighbours.nearest(images, draws)[:, None]
         elif kind == "image":
-            table = noise_table("image", batch.keys, shape, self.seed, (0,), draws)
+            table = noise_table("image", batch.identities, shape, self.seed, (0,), draws)
         else:
             if self.shared is None:
                 self.shared = noise_table("shared", ("",), shape, self.seed, (0,), draws)

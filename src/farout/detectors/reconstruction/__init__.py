@@ -197,7 +197,7 @@ class Reconstruction(Detector):
         if not count:
             empty = torch.empty(*shape, len(METRICS))
             return Measurements((), empty, tuple(float(t) for t in self.plan.levels), METRICS)
-        noise = self._noise(batch.keys, self.diffusion.shape).flatten(0, 2).to(images.device)
+        noise = self._noise(batch.identities, self.diffusion.shape).flatten(0, 2).to(images.device)
         restored, predicted = self._restore(images, noise)
         flat = self.comparison(images, restored, predicted, noise)
         measured = Measurements(

@@ -247,7 +247,7 @@ class Semantic(FeatureDetector):
         values = torch.empty(*shape, len(names))
         if batch.keys:
             x0 = model.encode(features)
-            restored = [self._restored(denoiser, x0, batch.keys) for denoiser in self.denoisers]
+            restored = [self._restored(denoiser, x0, batch.identities) for denoiser in self.denoisers]
             values[..., :-1] = self._compared(x0, restored).cpu()
             values[..., -1] = self._distances(x0)[:, None, None]
         return Measurements(batch.keys, values, tuple(float(t) for t in self.levels), names)

@@ -187,7 +187,7 @@ def _features(classifier: Classifier, work: Work, varied: ClassifierConfig | Non
 
 def _varied(batch: Batch, config: ClassifierConfig, seed: int) -> Tensor:
     """Each image varied by a draw of its own, whatever else is in the batch."""
-    pairs = zip(batch.images.split(1), batch.keys, strict=True)
+    pairs = zip(batch.images.split(1), batch.identities, strict=True)
     return torch.cat([config.augment(image, seeded(seed, "varied", key)) for image, key in pairs])
 
 

@@ -47,7 +47,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Draw:
-    """What is drawn for one outlier, from (seed, key of its image, repeat, attempt) alone.
+    """What is drawn for one outlier, from (seed, content of its image, repeat, attempt) alone.
 
     place: of its image in the source; label: its class; k: steps to go; latent: noise of the autoencoder's sample, None
     without one; noise: of the start.
@@ -155,7 +155,7 @@ class Plan:
         repeat, number = divmod(index, len(self.order))
         place = self.order[number]
         label = int(self.work.labels[place])
-        names = (self.work.source.keys[place], repeat, *([attempt] if attempt else []))
+        names = (self.work.source.identity(place)[0], repeat, *([attempt] if attempt else []))
         generator = seeded(self.work.seed, "deformation", *names)
         k = int(torch.randint(self.method.k_min, self.method.k_max + 1, (), generator=generator))
         target = self.targets(label, generator)

@@ -133,7 +133,7 @@ class Inverter:
         Args:
             x0: the encoded images (B, …).
             labels: their classes (B,).
-            keys: their keys, which name their draws.
+            keys: their content hashes (`Batch.identities`), which seed their draws.
         """
         labels = check_labels(labels, self.space.classes).cpu()
         start = self.space.vectors().cpu()[labels].to(x0.device)
@@ -282,7 +282,7 @@ def embed(
             index = torch.tensor([planned[place] for place in batch.indices])
             new = torch.tensor([place not in there for place in index.tolist()])
             if new.any():
-                vectors, losses = inverter(model.encode(batch.images), labels[index], batch.keys)
+                vectors, losses = inverter(model.encode(batch.images), labels[index], batch.identities)
                 _write(folder, Embeddings(index[new], labels[index][new], vectors[new], losses[new]))
             bar.advance(len(batch.keys))
     return read_embeddings(folder)

@@ -16,23 +16,23 @@ from farout.synthesis import SYNTHESIZERS
 PAGE = Path(__file__).with_name("commands.md")
 HEAD = """# Commands
 
-Made from the signatures by `make docs`; do not edit it by hand. `farout COMMAND --help` shows the same.
+Generated from the code by `make docs`; do not edit by hand. `farout COMMAND --help` shows the same texts.
 
 Every command but `list` takes `--config FILE` (settings from YAML; flags override them), `--print-config` (prints all
-settings as such a file, and exits) and `--help`. Lists are written `--levels 20 80` or `--levels [20,80]`; a flag
+settings as such a file and exits) and `--help`. Lists are written `--levels 20 80` or `--levels [20,80]`; a flag
 `--[no-]x` is on unless `--no-x` is given. Where `--device`, `--precision`, `--batch-size`, `--workers` and
-`--cache` have no default, that of the fit or of the benchmark holds. What a setting is for, and when to change it, is
-told by the pages of the [methods](index.md).
+`--cache` have no default, the setting of the fit or of the benchmark is used. The pages of the [methods](index.md)
+explain when to change a setting.
 
-Exit status: 0; 1 for a mistake in the input; 2 for wrong usage; 130 when interrupted.
+Exit status: 0: success; 1: error in the input; 2: wrong usage; 130: interrupted.
 """
 METHODS = {"fit": DETECTORS, "synthesize": SYNTHESIZERS}
 """Commands whose first word is a METHOD, and the registry that it is looked up in."""
 NETWORK = ("network_preset", "model", "training")
 """Settings of a network that is trained where none is given."""
 TRAINED = (
-    "Without `--diffusion` a diffusion model is trained: from `--network-preset` (default: {default}), and with\n"
-    "`--model.…` and `--training.…` as in [train diffusion](#train-diffusion)."
+    "Without `--diffusion`, a diffusion model is trained with the settings of `--network-preset` (default:\n"
+    "{default}), which `--model.…` and `--training.…` override as in [train diffusion](#train-diffusion)."
 )
 EVERYWHERE = ("help", "config", "print_config")
 Sections = dict[str, list[Flag]]
@@ -64,7 +64,7 @@ def _of_methods(name: str, settings: dict[tuple[str, str], str]) -> list[str]:
             there = shared.setdefault(title, [])
             there += [flag for flag in flags if flag.name not in {each.name for each in there}]
     usage = next(iter(made.values())).usage.replace(f" {next(iter(made))} ", " METHOD ")
-    told = f"METHOD: {', '.join(f'[{m}](#{name}-{m})' for m in made)}. What methods share:"
+    told = f"METHOD: {', '.join(f'[{m}](#{name}-{m})' for m in made)}. Settings of all methods:"
     parts = [f"## {name}\n\n    {usage}\n\n{_wrapped(told)}\n\n{_tables(shared)}"]
     for method, parser in made.items():
         flags = _chosen(_shown(parser), own[method] - {*NETWORK, "preset"}, inside=True)

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
+PARALLEL = -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow test-avx2 test-oldest check docs clean
 
@@ -10,21 +11,21 @@ demo: $(VENV)/.installed
 	$(BIN)/farout demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m slow $(PARALLEL) $(PYTEST_ARGS)
 
 # Matrix libraries choose kernels by the processor's instruction set: with these, any x86 machine computes as an older one.
 test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
 test-avx2: export ATEN_CPU_CAPABILITY = avx2
 test-avx2: export MKL_ENABLE_INSTRUCTIONS = AVX2
 test-avx2: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "numerics and not slow" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "numerics and not slow" $(PARALLEL)
 
 # The lowest versions that pyproject.toml allows, on the lowest Python; `test` has the newest.
 test-oldest: $(OLDEST)/.installed-dev
-	$(OLDEST)/env/bin/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(OLDEST)/env/bin/python -m pytest -m "not slow" $(PARALLEL)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

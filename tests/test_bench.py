@@ -61,7 +61,7 @@ def small(**changes: Any) -> dict[str, Any]:
     [
         ({"limits": 3}, ["limits", "did you mean limit?"]),
         ({"limit": "many"}, ["limit", "int", "many"]),
-        ({"limit": 0}, ["limit wants at least 1"]),
+        ({"limit": 0}, ["limit must be at least 1"]),
         ({"seeds": [1, 1]}, ["seeds", "different"]),
         ({"seeds": [-1]}, ["seeds", "from 0"]),
         ({"alpha": 2}, ["alpha", "between 0 and 1"]),
@@ -84,7 +84,7 @@ def small(**changes: Any) -> dict[str, Any]:
         ({"networks__a|b": {"kind": "diffusion"}}, ["'a|b'", "letters"]),
         ({"outliers__noise__method": "ncsi"}, ["outliers.noise", "did you mean ncis"]),
         ({"outliers__noise__diffusion": "classifier"}, ["outliers.noise", "classifier", "a diffusion model"]),
-        ({"outliers__noise__diffusion": None}, ["outliers.noise", "wants a diffusion model"]),
+        ({"outliers__noise__diffusion": None}, ["outliers.noise", "requires a diffusion model"]),
         ({"outliers__noise__count": 0}, ["outliers.noise", "count"]),
         ({"networks__generator__preset": "tiny"}, ["classes"]),
         ({"reconstructions__again__levl": 0.5}, ["reconstructions.again", "did you mean level"]),
@@ -93,7 +93,7 @@ def small(**changes: Any) -> dict[str, Any]:
         ({"detectors__0__arguments": {"levls": [3]}}, ["detectors.reconstruction.arguments", "did you mean levels"]),
         ({"detectors__0__arguments": {"mode": "fst"}}, ["detectors.reconstruction.arguments", "mode", "fst"]),
         ({"detectors__0__preset": "papr"}, ["detectors.reconstruction", "papr", "did you mean paper"]),
-        ({"detectors__0__diffusion": None}, ["detectors.reconstruction", "wants a diffusion model"]),
+        ({"detectors__0__diffusion": None}, ["detectors.reconstruction", "requires a diffusion model"]),
         ({"detectors__1__classifier": "generator"}, ["detectors.denoising", "generator", "expected a classifier"]),
         ({"detectors__5": {"method": "knn", "diffusion": "generator"}}, ["detectors.knn", "takes no diffusion model"]),
         ({"detectors__4": "knn"}, ["two detectors are called knn"]),
@@ -135,13 +135,13 @@ def test_files_and_flags(tmp_path: Path) -> None:
     with pytest.raises(FaroutError, match="no file"):
         read_spec(tmp_path / "other.yaml")
     path.write_text("a: [")
-    with pytest.raises(FaroutError, match="no YAML"):
+    with pytest.raises(FaroutError, match="is not a YAML file"):
         read_spec(path)
     path.write_text("# nothing yet\n")
     with pytest.raises(FaroutError, match="lacks train, id, ood, detectors"):
         read_spec(path)
     path.write_text(yaml.safe_dump({**content, "runtime": "cpu"}))
-    with pytest.raises(FaroutError, match="runtime wants settings by name, got 'cpu'"):
+    with pytest.raises(FaroutError, match="runtime requires settings by name, got 'cpu'"):
         read_spec(path, runtime={"batch_size": 8})
 
 
@@ -223,25 +223,25 @@ def test_a_benchmark_may_grow_but_not_change() -> None:
     more = [*SMALL["detectors"], "mahalanobis"]
     assert not changed(seeds=[0, 1], detectors=more, about="new", runtime={"workers": 1})
     assert not changed(ood={**SMALL["ood"], "other": ["mnist:test"]})
-    assert changed(limit=5) == ["limit: None there, 5 now"]
+    assert changed(limit=5) == ["limit: None before, 5 now"]
     assert not changed(runtime={"batch_size": 8})
-    assert changed(runtime={"precision": "bf16"}) == ["runtime.precision: auto there, bf16 now"]
-    assert changed(seeds=[1]) == ["seeds: 0 there, not now"]
-    assert changed(detectors=SMALL["detectors"][:-1]) == ["detectors: knn there, not now"]
+    assert changed(runtime={"precision": "bf16"}) == ["runtime.precision: auto before, bf16 now"]
+    assert changed(seeds=[1]) == ["seeds: 0 before, not now"]
+    assert changed(detectors=SMALL["detectors"][:-1]) == ["detectors: knn before, not now"]
     assert changed(ood={"near": ["mnist:test"]})[0].startswith("ood.near: sample_fashion:test@classes=8,9 there")
     steps = changed(networks__generator__training={"steps": 4})
-    assert "networks.generator.training.steps: 3 there, 4 now" in steps
+    assert "networks.generator.training.steps: 3 before, 4 now" in steps
 
 
 def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
     open_folder(tmp_path / "out", parse_spec(small()))
     before = (tmp_path / "out" / "bench.yaml").read_text()
-    with pytest.raises(StoreError, match="limit: None there, 9 now"):
+    with pytest.raises(StoreError, match="limit: None before, 9 now"):
         open_folder(tmp_path / "out", parse_spec(small(limit=9)))
     assert (tmp_path / "out" / "bench.yaml").read_text() == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(StoreError, match="no benchmark's folder"):
+    with pytest.raises(StoreError, match="not the folder of a benchmark"):
         open_folder(tmp_path / "mine", parse_spec(small()))
 
 

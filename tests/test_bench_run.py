@@ -213,11 +213,11 @@ def test_estimates_count_what_is_done(out: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_other_settings_are_refused(out: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(file, "--out", out, "--limit", 11) == 1
-    assert "limit: 10 there, 11 now" in capsys.readouterr().err
+    assert "limit: 10 before, 11 now" in capsys.readouterr().err
     assert bench(file, "--out", out, "--dry-run", "--report-only") == 1
     assert "give one of them" in capsys.readouterr().err
     assert bench(file, "--out", file.parent / "new", "--report-only") == 1
-    assert "nothing is rated" in capsys.readouterr().err
+    assert "nothing is evaluated" in capsys.readouterr().err
 
 
 def test_images_that_are_not_here_stop_it_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from farout.benchmark.demo import demo
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:.* sampled images are grey:farout.core.errors.TrapWarning",
-    "ignore:.* lies below one half:farout.core.errors.TrapWarning",
+    "ignore:.* is below one half:farout.core.errors.TrapWarning",
 )
 def test_a_short_demo_tells_digits_from_clothes(tmp_path: Path) -> None:
     frames = dict(zip(["semantic", "reconstruction"], demo(tmp_path, steps=40, limit=40, images=500, seed=0)))

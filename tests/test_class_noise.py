@@ -90,7 +90,9 @@ def test_only_classes_with_images_get_outliers(images: Path, tmp_path: Path) -> 
 def test_other_arguments_do_not_mix_in(images: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"diffusion": conditional(), "runtime": CPU, "count": 2}
     ClassNoise(steps=2).synthesize(images, tmp_path / "o", **given)
-    with pytest.raises(StoreError, match=r"made otherwise \(scale: 1.0 there, 2.0 now; guidance: 2.0 there, 1.0 now\)"):
+    with pytest.raises(
+        StoreError, match=r"made with other settings \(scale: 1.0 before, 2.0 now; guidance: 2.0 before, 1.0 now\)"
+    ):
         ClassNoise(scale=2.0, guidance=1.0, steps=2).synthesize(images, tmp_path / "o", resume=True, **given)
 
 
@@ -103,7 +105,7 @@ def test_guidance_wants_a_null_condition(images: Path, tmp_path: Path) -> None:
 
 
 def test_settings_that_cannot_work_are_refused(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(FaroutError, match="scale wants 0 or more"):
+    with pytest.raises(FaroutError, match="scale must be 0 or more"):
         ClassNoise(scale=-1)
     for method, message in (
         (ClassNoise(solver="euler"), "no solver 'euler'"),
@@ -134,15 +136,15 @@ def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     words = ["synthesize", "class_noise", str(images), "--diffusion", str(tmp_path / "m"), "--out", str(tmp_path / "o")]
     words += ["--steps", "2", "--device", "cpu", "--precision", "fp32", "--scale", "0.5"]
     assert main([*words, "--count", "3"]) == 0
-    assert "3 outliers, 3 made now" in capsys.readouterr().out
+    assert "3 outliers, 3 new" in capsys.readouterr().out
     assert main([*words, "--count", "4", "--resume"]) == 0
-    assert "4 outliers, 1 made now" in capsys.readouterr().out
+    assert "4 outliers, 1 new" in capsys.readouterr().out
     folder = read_outliers(tmp_path / "o")
     assert (folder.images, folder.settings()["config"]["scale"]) == (4, 0.5)
     assert json.loads((tmp_path / "o" / "config.json").read_text())["farout"]["kind"] == "outliers"
     wrong: list[tuple[list[str], int, str]] = [
         ([*words], 1, "give --resume"),
-        ([*words, "--resume", "--seed", "1"], 1, "seed: 0 there, 1 now"),
+        ([*words, "--resume", "--seed", "1"], 1, "seed: 0 before, 1 now"),
         ([*words, "--preset", "paper"], 2, "no preset 'paper'"),
         (["synthesize", "clas_noise", *words[2:]], 1, "no synthesizer 'clas_noise'; did you mean class_noise?"),
         (["synthesize", "--out", "o"], 2, "METHOD SOURCE --diffusion DIR --out DIR"),

@@ -391,7 +391,7 @@ def test_weights_of_another_class_count_are_refused(tree: Path, tmp_path: Path) 
     (tmp_path / "words.pt").write_text("words")
     (tmp_path / "words.txt").write_text("e words")
     for name in ("words.pt", "words.txt"):
-        with pytest.raises(StoreError, match=f"{name} is not loaded: it is no whole file of tensors"):
+        with pytest.raises(StoreError, match=f"{name} is not loaded: it is not a complete file of tensors"):
             trained(tree, tmp_path / "c", weights=str(tmp_path / name))
     with pytest.raises(StoreError, match=r"no weights file .* or the folder of a farout classifier"):
         trained(tree, tmp_path / "c", weights=str(tmp_path / "none.pt"))

@@ -237,7 +237,7 @@ def test_a_residual_network_of_timms_can_be_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": "body"}, "no linear layer.*answer"),
+        ({"features": "body"}, "not a linear layer.*answer"),
         ({"features": "unused"}, "not what its layer 'unused' gives"),
         ({}, "not what its layer 'unused' gives"),  # the last one registered
         ({"features": "answer", "class_names": "abc"}, "3 class names for a network of 4"),

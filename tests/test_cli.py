@@ -159,29 +159,29 @@ def test_version_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
         (["fit", "reconstruction", "a", "--out", "b", "--preset", "papr"], 2, ["papr", "did you mean paper"]),
         (["fit", "reconstruction", "a", "--out", "b", "--network-preset", "big"], 2, ["big", "tiny, small, paper"]),
         (["fit", "reconstruction", "a", "--out", "b", "--training.steps", "0"], 1, ["steps", "1 or more"]),
-        (["fit", "reconstruction", "a", "--out", "b", "--link"], 1, ["--link wants --diffusion"]),
-        (["score", "a", "b", "--out", "c", "--fdr", "nan"], 2, ["--fdr wants a number"]),
-        (["score", "a", "b", "--out", "c", "--fdr", ".nan"], 2, ["--fdr wants a number"]),
-        (["fit", "knn", "a", "--out", "b", "--seed=-1"], 2, ["--seed wants 0 or more", "-1"]),
+        (["fit", "reconstruction", "a", "--out", "b", "--link"], 1, ["--link requires --diffusion"]),
+        (["score", "a", "b", "--out", "c", "--fdr", "nan"], 2, ["--fdr must be a number"]),
+        (["score", "a", "b", "--out", "c", "--fdr", ".nan"], 2, ["--fdr must be a number"]),
+        (["fit", "knn", "a", "--out", "b", "--seed=-1"], 2, ["--seed must be 0 or more", "-1"]),
         (["fit", "semantic", "a", "--out", "b", "--learning-rate", "0"], 1, ["learning_rate", "positive"]),
         (["train", "diffusion", "a", "--out", "b", "--model.b-scale", "0"], 1, ["b_scale", "positive"]),
         (["reconstruct", "a", "--diffusion", "b", "--out", "c", "--batch-size", "0"], 1, ["batch_size", "at least 1"]),
         (["fid", "a", "b", "--workers=-1"], 1, ["workers is -1", "0 or more"]),
-        (["demo", "--out", "nowhere/demo", "--limit", "0"], 1, ["limit wants at least 1"]),
+        (["demo", "--out", "nowhere/demo", "--limit", "0"], 1, ["limit must be at least 1"]),
         (["demo", "--out", "nowhere/demo", "--steps", "0"], 1, ["steps is 0"]),
         (["evaluate", "a", "--id", "b"], 1, ["DETECTOR --id SOURCE --ood"]),
         (["evaluate", "a", "--scores", "b", "c"], 1, ["--scores"]),
-        (["evaluate", "--scores", "b", "c", "--limit", "5"], 1, ["limit has no use"]),
-        (["evaluate", "--scores", "b", "c", "--batch-size", "5"], 1, ["batch_size has no use"]),
+        (["evaluate", "--scores", "b", "c", "--limit", "5"], 1, ["limit has no effect"]),
+        (["evaluate", "--scores", "b", "c", "--batch-size", "5"], 1, ["batch_size has no effect"]),
         (
             ["fit", "reconstruction", "a", "--out", "b", "--diffusion", "c", "--training.batch-size", "5"],
             2,
-            ["--training.batch-size has no use beside --diffusion"],
+            ["--training.batch-size has no effect with --diffusion"],
         ),
         (
             ["fit", "posthoc", "a", "--out", "b", "--classifier", "c", "--classifier-preset", "small"],
             2,
-            ["--classifier-preset has no use beside --classifier"],
+            ["--classifier-preset has no effect with --classifier"],
         ),
     ],
 )
@@ -361,11 +361,11 @@ def test_score_then_score_again(place: Path, tmp_path: Path, capsys: pytest.Capt
     assert run(words) == 0
     first = capsys.readouterr().out
     assert "10 ok" in first
-    assert "10 scored now" in first
+    assert "10 newly scored" in first
     for file in ("scores.csv", "measurements.parquet", "manifest.json", "page.html"):
         assert str(tmp_path / "r" / file) in first.replace("\n", "")
     assert run(words) == 0
-    assert "0 scored now" in capsys.readouterr().out
+    assert "0 newly scored" in capsys.readouterr().out
     other = [*words[:2], place / "near", *words[3:]]
     assert "another run" in refused(capsys, other, 1)
     foreign = pictures(tmp_path / "mine", 2)
@@ -431,4 +431,4 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "_demo", interrupted)
-    assert "the same command goes on" in refused(capsys, ["demo"], 130)
+    assert "run the same command again" in refused(capsys, ["demo"], 130)

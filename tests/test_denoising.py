@@ -238,9 +238,9 @@ def test_guidance_wants_a_null_condition(good: Path) -> None:
         ({"noise": "shard"}, "neighbour"),
         ({"condition": "classes"}, "none"),
         ({"use_levels": (300, 5)}, "use_levels"),
-        ({"condition": "none", "guidance": 2.0}, "guidance is 2.0, which has no use without a condition"),
-        ({"condition": "none", "labels": "true"}, "labels is 'true', which has no use"),
-        ({"grid": 20, "steps": 3}, "steps is 3, which has no use beside grid"),
+        ({"condition": "none", "guidance": 2.0}, "guidance is 2.0, which has no effect without a condition"),
+        ({"condition": "none", "labels": "true"}, "labels is 'true', which has no effect"),
+        ({"grid": 20, "steps": 3}, "steps is 3, which has no effect with grid"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict, words: str) -> None:

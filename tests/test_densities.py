@@ -94,7 +94,7 @@ def test_other_columns_are_refused_and_nan_stays_nan(kind: type) -> None:
         with pytest.raises(FaroutError, match="columns fitted on"):
             fitted.score(np.zeros(shape))
     assert np.isnan(fitted.score(np.r_[TABLE[:1], np.full((1, 4), np.nan)])).tolist() == [False, True]
-    with pytest.raises(StoreError, match="wants the arrays"):
+    with pytest.raises(StoreError, match="requires the arrays"):
         kind.from_arrays({"mean": np.zeros(4)})
 
 

@@ -247,7 +247,7 @@ def test_a_folder_with_settings_that_are_refused_is_named(
     config = store.read_json(tmp_path / "d" / "config.json")
     config["config"] |= refused
     store.write_json(tmp_path / "d" / "config.json", config)
-    with pytest.raises(StoreError, match=r"d has settings that this version refuses; fit it anew: .*(score|later)"):
+    with pytest.raises(StoreError, match=r"d has settings that this version rejects; fit it again: .*(score|later)"):
         load(tmp_path / "d")
 
 

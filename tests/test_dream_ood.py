@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.numerics,
     pytest.mark.filterwarnings(
         r"ignore:the diffusion model knows 1 class \(b\):farout.core.errors.TrapWarning",
-        "ignore:only .* lie nearest to their own class's vector:farout.core.errors.TrapWarning",
+        "ignore:only .* are nearest to their own class's vector:farout.core.errors.TrapWarning",
     ),
 ]
 
@@ -219,7 +219,7 @@ def test_directions_of_classes_are_checked() -> None:
     wrong = {
         "'a' and 'c' point the same way": torch.tensor([[1.0, 2, 0], [0, 1, 0], [2, 4, 0]]),
         "'b' has no direction": torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 1]]),
-        "3 classes want a vector each": torch.eye(2),
+        "3 classes require a vector each": torch.eye(2),
     }
     for message, given in wrong.items():
         with pytest.raises(FaroutError, match=message):
@@ -264,7 +264,7 @@ def test_alignment_brings_images_to_their_classes(images: Path, tmp_path: Path) 
 
 
 def test_a_poor_alignment_is_told(images: Path, tmp_path: Path) -> None:
-    with pytest.warns(TrapWarning, match="lie nearest to their own class's vector"):
+    with pytest.warns(TrapWarning, match="are nearest to their own class's vector"):
         made(images, tmp_path / "o", method(alignment=Alignment(steps=1, batch_size=4, warmup=0)), stage="align")
 
 

@@ -212,14 +212,14 @@ def test_other_settings_do_not_mix_in(images: Any, tmp_path: Path) -> None:
     labels, out = numbers(images), tmp_path / "e"
     embed(images, labels, conditional(), out, FEW, runtime=runtime())
     wrong: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
-        ("steps: 3 there, 4 now", (images, labels, conditional(), out, replace(FEW, steps=4)), {}),
-        ("seed: 0 there, 1 now", (images, labels, conditional(), out, FEW), {"seed": 1}),
+        ("steps: 3 before, 4 now", (images, labels, conditional(), out, replace(FEW, steps=4)), {}),
+        ("seed: 0 before, 1 now", (images, labels, conditional(), out, FEW), {"seed": 1}),
         ("labels: ", (images, labels.flip(0), conditional(), out, FEW), {}),
         ("diffusion: ", (images, labels, conditional(b_scale=2.0), out, FEW), {}),
         ("data: ", (images.subset(range(6)), labels[:6], conditional(), out, FEW), {}),
     ]
     for message, given, settings in wrong:
-        with pytest.raises(StoreError, match=f"made otherwise .*{message}"):
+        with pytest.raises(StoreError, match=f"made with other settings .*{message}"):
             embed(*given, **{"runtime": runtime(), **settings})
 
 
@@ -241,7 +241,7 @@ def test_what_cannot_work_is_refused(images: Any, tmp_path: Path, monkeypatch: p
     ):
         with pytest.raises(FaroutError, match=message):
             Inversion(**settings)
-    with pytest.raises(FaroutError, match="steps want 1 to 1000"):
+    with pytest.raises(FaroutError, match="steps must be 1 to 1000"):
         Inverter(conditional(), Inversion(levels=2000), 0, runtime())
     nothing = (torch.full((12, 32), float("nan")), torch.zeros(12, 3))
     monkeypatch.setattr(_embedding.Inverter, "__call__", lambda *given: nothing)

@@ -305,7 +305,7 @@ def test_no_sources_is_an_error(place: Path, tmp_path: Path) -> None:
 
 
 def test_controls_want_images() -> None:
-    with pytest.raises(FaroutError, match="control_limit wants at least 1 image, got 0"):
+    with pytest.raises(FaroutError, match="control_limit must be at least 1, got 0"):
         Beside(control_limit=0)
 
 

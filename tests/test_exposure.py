@@ -180,7 +180,7 @@ def test_virtual_outliers_wait_for_full_queues_and_teach_the_last_layer_alone() 
 
 def test_virtual_outliers_that_never_come_are_warned_of() -> None:
     numbers = torch.tensor([0] * 9 + [1])
-    with pytest.warns(ShortfallWarning, match="seen some 100 times"):
+    with pytest.warns(ShortfallWarning, match="seen about 100 times"):
         Exposure(loss="vos", queue=101).warn_of_short(numbers, 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -73,11 +73,11 @@ def test_a_fit_reads_what_the_command_line_extracted(
     settings = ["--backbone", "test_resnet", "--weights", "random", "--layers", "1", "2", "--size", "32"]
     assert main(["features", "extract", str(folder), *settings]) == 0
     printed = capsys.readouterr().out
-    assert "60 computed, 0 were there" in printed
+    assert "60 computed, 0 already stored" in printed
     assert "images/s" in printed
     assert str(tmp_path / "cache") in printed
     assert main(["features", "extract", str(folder), *settings, "--limit", "20"]) == 0
-    assert "0 computed, 20 were there" in capsys.readouterr().out
+    assert "0 computed, 20 already stored" in capsys.readouterr().out
     assert main(["features", "extract", str(far), *settings, "--native", "8", "8"]) == 0
 
     def refuse(*_: object, **__: object) -> None:
@@ -98,7 +98,7 @@ def test_the_command_line_lists_and_clears(
     monkeypatch.setenv("FAROUT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["features", "list"]) == 0
-    assert "holds no features" in capsys.readouterr().out
+    assert "no features are stored" in capsys.readouterr().out
     folder = pictures(tmp_path / "good", 6)
     (folder / "bad.png").write_text("no picture")
     words = ["features", "extract", str(folder), "--backbone", "test_resnet", "--weights", "random"]
@@ -119,7 +119,7 @@ def test_the_command_line_lists_and_clears(
     assert settings["about"]["weights"] == "random (seed 0)"
     assert main(["features", "clear", "nonsense"]) == 1
     assert main(["features", "clear", name]) == 0
-    assert "of 6 images" in capsys.readouterr().out
+    assert "(6 images" in capsys.readouterr().out
     assert cached_kinds() == [kind for kind in cached_kinds() if kind.folder.name != name]
 
 

@@ -153,7 +153,7 @@ def test_dropout_is_for_training_only() -> None:
 
 def test_odd_widths_are_refused() -> None:
     for settings in ({"width": 0}, {"width": 6, "hidden": 7}, {"width": 6, "blocks": 0}):
-        with pytest.raises(FaroutError, match="want at least 1"):
+        with pytest.raises(FaroutError, match="must be at least 1"):
             FeatureDenoiser(**settings)
 
 

@@ -188,11 +188,11 @@ def test_a_folder_of_interpolations(tmp_path: Path) -> None:
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     source = pictures(tmp_path / "images", 4)
     settings = {"solver": "ddim", "steps": 4, "stations": 1}
-    with pytest.raises(SourceError, match="4 images, 3 pairs want 6"):
+    with pytest.raises(SourceError, match="4 images, 3 pairs require 6"):
         write_interpolations(model(), source, tmp_path / "out", pairs=3, **settings)
     with pytest.raises(StoreError, match="not replaced"):
         write_interpolations(model(), source, source, pairs=1, **settings)
-    with pytest.raises(FaroutError, match="pairs want 1"):
+    with pytest.raises(FaroutError, match="pairs must be 1"):
         write_interpolations(model(), source, tmp_path / "out", pairs=0, **settings)
     for _ in range(2):
         write_interpolations(model(), source, tmp_path / "out", pairs=1, **settings)

@@ -115,7 +115,7 @@ def test_another_training_does_not_go_on(tmp_path: Path) -> None:
         (VECTORS, SHORT, 1, "seed: 0 in the checkpoint, 1 now"),
     ]
     for vectors, config, seed, message in wrong:
-        with pytest.raises(StoreError, match=f"cannot go on from .*{message}.*remove"):
+        with pytest.raises(StoreError, match=f"cannot continue from .*{message}.*remove"):
             fit_manifold(vectors, LABELS, config, 2, seed, tmp_path)
 
 
@@ -173,7 +173,7 @@ def test_folders_that_are_not_whole(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="hash differs"):
         Manifold.load(folder)
     save_file({"means": tensors["means"]}, folder / "manifold.safetensors")
-    with pytest.raises(StoreError, match="no whole manifold"):
+    with pytest.raises(StoreError, match="not a complete manifold"):
         Manifold.load(folder)
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, "farout": {"kind": "detector", "format": 1}}))
@@ -233,7 +233,7 @@ def test_few_vectors_in_many_dimensions_lie_no_further_out_than_draws(tmp_path: 
 def test_classes_too_small_for_a_gaussian() -> None:
     labels = LABELS.clone()
     labels[5] = 2
-    with pytest.raises(FaroutError, match="class 'c' has 1 vector; a Gaussian wants 2"):
+    with pytest.raises(FaroutError, match="class 'c' has 1 vector; a Gaussian requires 2"):
         fit_manifold(VECTORS, labels, SHORT, ["a", "b", "c"])
     with pytest.raises(FaroutError, match="class '2' has 0 vectors"):
         fit_manifold(VECTORS, LABELS, SHORT, 3)

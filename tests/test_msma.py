@@ -118,7 +118,7 @@ def test_it_works_on_latents_and_with_a_null_condition() -> None:
         ({"count": 0}, "at least 1"),
         ({"lowest": 1.0, "highest": 0.5}, "lowest < highest"),
         ({"score": "best"}, "best"),
-        ({"levels": (50, 100), "count": 2}, "count is 2, which has no use beside levels"),
+        ({"levels": (50, 100), "count": 2}, "count is 2, which has no effect with levels"),
         ({"levels": (50, 100), "highest": 2.0}, "highest is 2.0"),
         ({"levels": (50, 2000)}, "999"),
         ({"levels": (50, 50)}, "different"),

@@ -329,11 +329,11 @@ def test_wrong_input_is_refused_before_any_work(
     (tmp_path / "empty").mkdir()
     cases: list[tuple[dict[str, object], str]] = [
         ({"exposure": Exposure(loss="energy")}, "give some .* --outliers FOLDER"),
-        ({"exposure": VOS, "outliers": str(outliers)}, "vos does not look at outliers"),
-        ({"exposure": Exposure(loss="cross_entropy"), "outliers": str(outliers)}, "does not look at outliers"),
+        ({"exposure": VOS, "outliers": str(outliers)}, "vos does not use outliers"),
+        ({"exposure": Exposure(loss="cross_entropy"), "outliers": str(outliers)}, "does not use outliers"),
         ({"outliers": str(tmp_path / "missing")}, "missing"),
         ({"outliers": str(tmp_path / "empty")}, "empty"),
-        ({"outliers": str(tree)}, "images of .* are among the images"),
+        ({"outliers": str(tree)}, "images of .* are among the training images"),
         ({"outliers": str(outliers), "reconstructions": str(outliers)}, "labels|images of"),
         ({"outliers": str(outliers), "weights": "x.pt", "keep_weights": True}, "kept weights are not trained"),
     ]
@@ -368,7 +368,7 @@ def test_a_preset_with_another_loss(
     main([*words, *outer, "--preset", "ncis_cifar100", "--loss", "oe"])
     assert seen[-1].limit == 6400, "which oe looks at too"
     assert main([*words, *outer, "--preset", "ncis_imagenet100", "--loss", "oe", "--exposure.hidden", "512"]) == 1
-    assert "hidden is 512, and the loss oe does not look at it" in capsys.readouterr().err
+    assert "hidden is 512, and the loss oe does not use it" in capsys.readouterr().err
 
 
 def test_unreadable_outliers_follow_the_policy(outliers: Path, tmp_path: Path) -> None:
@@ -414,16 +414,16 @@ def test_the_command(tree: Path, outliers: Path, tmp_path: Path, capsys: pytest.
         assert main([*words, *more, "--out", str(tmp_path / name)]) == 0
         assert Classifier.load(tmp_path / name).provenance["exposure"]["loss"] == loss
         told = capsys.readouterr().out
-        assert (f"11 outliers of {outliers}, loss {loss}" in told) == (loss != "vos")
+        assert (f"11 outliers from {outliers}, loss {loss}" in told) == (loss != "vos")
         assert f", 2 classes{' and one of outliers' * (loss == 'k+1')}, " in told
     assert main([*words, "--loss", "energy", "--out", str(tmp_path / "x")]) == 1
     assert "--outliers FOLDER" in capsys.readouterr().err
     assert main([*words, "--loss", "enrgy", "--out", str(tmp_path / "x")]) == 2
-    assert "--exposure.loss wants energy or oe or k+1 or vos" in capsys.readouterr().err
+    assert "--exposure.loss must be energy or oe or k+1 or vos" in capsys.readouterr().err
 
 
 def test_a_fit_cannot_train_a_classifier_that_wants_outliers(tree: Path) -> None:
-    with pytest.raises(FaroutError, match="learns from images that lie outside"):
+    with pytest.raises(FaroutError, match="requires outlier images"):
         Posthoc().fit(str(tree), None, None, alpha=0.1, statistics=10, classifier_preset="ncis_tiny")
 
 

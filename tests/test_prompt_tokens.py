@@ -141,15 +141,15 @@ def test_a_text_encoder_stored_in_half_precision_computes_in_float32(folder: Pat
 def test_vectors_want_the_labels_of_their_prompts(encoder: TextEncoder) -> None:
     space = tokens(encoder)
     vectors = space.vectors()
-    with pytest.raises(FaroutError, match="give labels beside vectors"):
+    with pytest.raises(FaroutError, match="give labels with the vectors"):
         space(vectors)
-    with pytest.raises(FaroutError, match="3 class vectors want a label each, got 4"):
+    with pytest.raises(FaroutError, match="3 class vectors require a label each, got 4"):
         space(vectors, LABELS)
     with pytest.raises(FaroutError, match="0 to 2"):
         space(vectors, torch.tensor([0, 1, 3]))
     with pytest.raises(FaroutError, match=r"\(B, 6\)"):
         space(vectors[:, :4], torch.arange(3))
-    with pytest.raises(FaroutError, match="3 classes want a word each, got 1"):
+    with pytest.raises(FaroutError, match="3 classes require a word each, got 1"):
         PromptTokens(encoder, NAMES, [("cat", "")])
     apart = context(space(vectors[[2, 2]], torch.tensor([0, 2])))
     assert not torch.equal(*apart), "one vector in two prompts"
@@ -161,9 +161,9 @@ def test_vectors_want_the_labels_of_their_prompts(encoder: TextEncoder) -> None:
 @pytest.mark.parametrize(
     ("names", "words", "template", "message"),
     [
-        (["cat", "big dog"], None, "a {}", r"'big dog' wants .* are 3 tokens \(bi, g</w>, dog</w>\); give a table"),
-        (["cat", "x dog"], {"x dog": "dogs kite"}, "a {}", r"'x dog' wants .* 'dogs' are 3 tokens"),
-        (["cat", "?"], None, "a {}", r"'\?' wants .* '\?' the tokenizer lacks"),
+        (["cat", "big dog"], None, "a {}", r"'big dog' requires .* are 3 tokens \(bi, g</w>, dog</w>\); give a table"),
+        (["cat", "x dog"], {"x dog": "dogs kite"}, "a {}", r"'x dog' requires .* 'dogs' are 3 tokens"),
+        (["cat", "?"], None, "a {}", r"'\?' requires .* '\?' the tokenizer lacks"),
         (["dog", "cat"], None, "an image of a{}", r"class 'dog' \(dog</w>\) is not where .* prompt 'an image of adog'"),
         (["dog", "cat"], None, "{}s", r"class 'dog' .* prompt 'dogs'.*put spaces"),
         (["dog", "cat"], None, "a {} and a {}", r"holds one \{\}"),
@@ -191,7 +191,7 @@ def test_the_first_piece_of_a_split_word(folder: Path, encoder: TextEncoder, tmp
     given.save(tmp_path / "m")
     assert DiffusionModel.load(tmp_path / "m").content_hash == given.content_hash
     for name in ("big dog", "big_dog", "big-dog"):
-        with pytest.raises(FaroutError, match=f"'{name}' wants a name of one token"):
+        with pytest.raises(FaroutError, match=f"'{name}' requires a name of one token"):
             PromptTokens(encoder, [name, "cat"], pieces="first")
 
 
@@ -212,12 +212,12 @@ def test_tables_of_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("t.csv", "name,word\na,b\n", "wants the columns class, word"),
+        ("t.csv", "name,word\na,b\n", "requires the columns class, word"),
         ("t.csv", "class,word\na,b c\n", "one word for each class"),
         ("t.csv", "class,word\ncat\n", "one word for each class"),
         ("t.yaml", "- a\n- b\n", "got a list"),
         ("t.yaml", "a: [\n", "not valid YAML"),
-        ("t.yaml", "cat: 3\n", "wants a word for a class, got 'cat': 3"),
+        ("t.yaml", "cat: 3\n", "requires a word for a class, got 'cat': 3"),
         ("t.yaml", "big cat: a\nbig_cat: b\n", "'big_cat' twice"),
         ("t.yaml", "zebra: zebra\n", "has none of the classes cat, dog"),
         ("t.yaml", "cat: pet\ndog: Pet\n", "'cat' and 'dog' are both 'Pet'"),

@@ -253,9 +253,9 @@ def test_paper_preset_is_the_papers() -> None:
         ({"levels": ()}, "different"),
         ({"perceptual": "alex"}, "lpips"),
         ({"grid": "papers"}, "released"),
-        ({"skip": 8}, "skip is 8, which has no use"),
+        ({"skip": 8}, "skip is 8, which has no effect"),
         ({"mode": "exact", "levels": (50,), "grid": "released"}, "mode exact without levels"),
-        ({"steps": 3}, "steps is 3, which has no use in the mode oneshot"),
+        ({"steps": 3}, "steps is 3, which has no effect in the mode oneshot"),
         ({"mode": "exact", "solver": "ddim"}, "give mode fast"),
     ],
 )

@@ -209,6 +209,6 @@ def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert str(tmp_path / "o" / "reconstructions") in capsys.readouterr().out
     assert len(list((tmp_path / "o" / "reconstructions" / "images").rglob("*.png"))) == 4
     assert main([*words, "--resume"]) == 1
-    assert "reconstructions: True there, False now" in capsys.readouterr().err
-    with pytest.raises(StoreError, match="reconstructions: True there"):
+    assert "reconstructions: True before, False now" in capsys.readouterr().err
+    with pytest.raises(StoreError, match="reconstructions: True before"):
         made(images, tmp_path / "o", SDEdit(steps=3), count=4, resume=True)

@@ -137,7 +137,7 @@ def test_images_go_under_their_own_class_without_guidance() -> None:
     assert not torch.allclose(own[1], other[1], atol=1e-3)
     none = RoundTrip(network, 0.5, classes=False, steps=3)
     assert not torch.allclose(none(pixels, "xyz"), own, atol=1e-3)
-    with pytest.raises(FaroutError, match="want a label each, 0 to 2"):
+    with pytest.raises(FaroutError, match="require a label each, 0 to 2"):
         trip(pixels, "xyz")
 
 
@@ -227,15 +227,15 @@ def test_an_interrupted_run_has_the_same_bytes_and_any_batch_the_same_images(ima
 def test_other_settings_do_not_mix_in(images: Path, tmp_path: Path) -> None:
     made(images, tmp_path / "o")
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"level": 0.4}, "level: 0.5 there, 0.4 now"),
-        ({"steps": None}, "steps: 3 there, 10 now"),
-        ({"classes": False}, "classes: True there, False now"),
-        ({"seed": 1}, "seed: 0 there, 1 now"),
+        ({"level": 0.4}, "level: 0.5 before, 0.4 now"),
+        ({"steps": None}, "steps: 3 before, 10 now"),
+        ({"classes": False}, "classes: True before, False now"),
+        ({"seed": 1}, "seed: 0 before, 1 now"),
         ({"limit": 5}, "data: "),
         ({"network": conditional(b_scale=2.0)}, "diffusion: "),
     ]
     for settings, message in wrong:
-        with pytest.raises(StoreError, match=f"made otherwise.*{message}"):
+        with pytest.raises(StoreError, match=f"made with other settings.*{message}"):
             made(images, tmp_path / "o", resume=True, **settings)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.txt").write_text("a")
@@ -329,7 +329,7 @@ def test_what_came_of_images_that_are_held_out_is_not_learnt(tmp_path: Path) -> 
     assert set(open_source(test).content_hashes()) <= other.trained_on
     held = [i for i, content in enumerate(open_source(good).content_hashes()) if content not in learnt]
     few = made(open_source(good).subset(held), tmp_path / "held", named())
-    with pytest.raises(FaroutError, match=r"images of .* were made of images that are held out"):
+    with pytest.raises(FaroutError, match=r"images of .* were made from held-out images"):
         trained(good, tmp_path / "e", reconstructions=str(few.folder))
 
 
@@ -339,14 +339,14 @@ def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     words += ["--steps", "2", "--device", "cpu", "--level", "0.2", "--highest", "0.4"]
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert "12 reconstructions, 12 made now" in printed
+    assert "12 reconstructions, 12 new" in printed
     assert "manifest.csv" in printed
     assert main([*words, "--resume"]) == 0
-    assert "0 made now" in capsys.readouterr().out
+    assert "0 new" in capsys.readouterr().out
     assert pd.read_csv(tmp_path / "o" / "manifest.csv")["level"].between(0.2, 0.4).all()
     assert main(words) == 1
     assert "give --resume" in capsys.readouterr().err
     assert main([*words, "--no-classes", "--resume"]) == 1
-    assert "classes: True there, False now" in capsys.readouterr().err
+    assert "classes: True before, False now" in capsys.readouterr().err
     assert main(["reconstruct", str(images), "--out", "o"]) == 2
     assert "missing --diffusion" in capsys.readouterr().err

@@ -163,7 +163,7 @@ def test_a_distance_that_is_not_installed_is_said_before_training(
         Reconstruction().fit(folder, alpha=0.1, statistics=30)
 
 
-@pytest.mark.filterwarnings("ignore:.* lies below one half:farout.core.errors.TrapWarning")
+@pytest.mark.filterwarnings("ignore:.* is below one half:farout.core.errors.TrapWarning")
 def test_seen_images_and_unknown_pasts_are_named(folder: Path, fitted: Reconstruction, tmp_path: Path) -> None:
     far = pictures(tmp_path / "far", 10, low=0, spread=255, seed=2)
     with pytest.warns(TrapWarning, match="too good"):

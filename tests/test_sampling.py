@@ -136,16 +136,16 @@ def test_the_papers_presets_walk_stable_diffusions_levels() -> None:
 @pytest.mark.parametrize(
     ("network", "settings", "message"),
     [
-        (model, {"guidance": 3.0}, "wants a class-conditional model"),
+        (model, {"guidance": 3.0}, "requires a class-conditional model"),
         (model, {"labels": [0]}, "unconditional"),
         (conditional, {"labels": [0, 3]}, "labels 0 to 2, got 3"),
         (without_null, {"guidance": 2.0}, "no null condition"),
         (model, {"solver": "euler"}, "no solver 'euler'; expected one of ddim"),
         (model, {"solver": "pndm4", "steps": 3}, "pndm4 warms up over 3 steps.*at least 4"),
         (model, {"solver": "probability_flow", "steps": 3}, "finds its own steps"),
-        (model, {"steps": 0}, "steps want 1 to 1000"),
-        (model, {"steps": 0, "spacing": "geometric"}, "steps want 1 or more"),
-        (model, {"steps": 1001, "spacing": "leading"}, "steps want 1 to 1000"),
+        (model, {"steps": 0}, "steps must be 1 to 1000"),
+        (model, {"steps": 0, "spacing": "geometric"}, "steps must be 1 or more"),
+        (model, {"steps": 1001, "spacing": "leading"}, "steps must be 1 to 1000"),
         (model, {"spacing": "trailing"}, "spacing is 'trailing'; expected one of grid, geometric, leading"),
         (model, {"batch_size": 0}, "batch_size is 0; expected auto, or at least 1"),
         (model, {"count": 0}, "at least 1"),
@@ -261,7 +261,7 @@ def test_another_configuration_does_not_mix_in(tmp_path: Path) -> None:
         (Sampler(conditional(), steps=4), [0, 1]),
         (Sampler(conditional(b_scale=2.0), steps=4), None),
     ):
-        with pytest.raises(StoreError, match="made otherwise"):
+        with pytest.raises(StoreError, match="made with other settings"):
             write_samples(other, tmp_path / "s", 3, classes=classes)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.txt").write_text("a")
@@ -302,7 +302,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--classes", "d"], "no class 'd'"),
         (["--solver", "euler"], "solver"),
         (["--solver", "pndm4", "--steps", "2"], "warms up"),
-        ([], "made otherwise"),
+        ([], "made with other settings"),
     ]
     for more, message in wrong:
         assert main([*words, *more]) in (1, 2)

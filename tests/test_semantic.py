@@ -244,7 +244,7 @@ def test_wrong_settings_are_named() -> None:
     with pytest.raises(FaroutError, match="lr_sign"):
         Semantic(lr_sign=0)
     for idle in ({"steps": 2}, {"sampler": "released", "eta": 0.0}, {"epochs": 3, "updates": 5}):
-        with pytest.raises(FaroutError, match="has no use"):
+        with pytest.raises(FaroutError, match="has no effect"):
             Semantic(**idle)  # type: ignore[arg-type]
     with pytest.raises(FaroutError, match="layers"):
         Semantic(layers=(1, 1))

@@ -213,12 +213,12 @@ def test_each_image_is_seen_with_outliers_that_were_made_of_it(tree: Path, outli
 
 def test_pairs_that_cannot_be_made(tree: Path, outliers: Path, tmp_path: Path) -> None:
     outer = open_outliers(str(outliers))
-    with pytest.raises(FaroutError, match="made of 1 of the 2 images, such as a/x"):
+    with pytest.raises(FaroutError, match="edited from 1 of the 2 images, such as a/x"):
         partners_of([open_source(tree).keys[0], "a/x.png"], outer, read_made_of(outliers))
-    with pytest.raises(SourceError, match="does not tell which image"):
+    with pytest.raises(SourceError, match="does not say which image"):
         read_made_of(tree)
     given: dict[str, Any] = {"model": CONFIG, "training": FEW, "alpha": 0.1, "statistics": 10}
-    with pytest.raises(SourceError, match="does not tell which image"):
+    with pytest.raises(SourceError, match="does not say which image"):
         train_classifier(tree, tmp_path / "c", outliers=str(tree), exposure=Exposure(loss="oe", paired=True), **given)
     with pytest.raises(FaroutError, match="there are none; give some"):
         train_classifier(tree, tmp_path / "c", exposure=Exposure(paired=True), **given)

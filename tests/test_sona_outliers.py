@@ -170,13 +170,13 @@ def test_every_solver_that_can_be_guided_makes_outliers(images: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": "mixtures"}, "wants three with images, there are 2"),
-        ({"target_classes": ("a", "d")}, "a has images and so is in the distribution"),
+        ({"targets": "mixtures"}, "requires three with images, there are 2"),
+        ({"target_classes": ("a", "d")}, "a has images and so is in-distribution"),
         ({"target_classes": ("x",)}, "there is no class 'x'"),
         ({"target_classes": ("d",), "targets": "others"}, "do not go together"),
         ({"solver": "plms"}, "plms evaluates more than once a step"),
         ({"solver": "euler"}, "there is no solver 'euler'"),
-        ({"steps": 2000}, "steps want 1 to 1000"),
+        ({"steps": 2000}, "steps must be 1 to 1000"),
         ({"reject": 0.5}, "SONA needs a classifier model"),
     ],
 )
@@ -216,7 +216,7 @@ def test_settings_out_of_range(settings: dict[str, Any]) -> None:
 def test_settings_without_use_are_refused_and_presets_stay() -> None:
     given: dict[str, Any]
     for given in ({"attempts": 6}, {"targets": "none", "guidance": 3.0}):
-        with pytest.raises(FaroutError, match=f"{list(given)[-1]} is .*, which has no use .*its default is"):
+        with pytest.raises(FaroutError, match=f"{list(given)[-1]} is .*, which has no effect .*its default is"):
             SDEdit(**given)
     SDEdit(reject=0.5, attempts=6)
     SDEdit(targets="none", guidance=2.0)
@@ -228,7 +228,7 @@ def test_names_like_those_of_known_classes_are_no_targets(tmp_path: Path) -> Non
         pictures(tmp_path / "i" / name, 3)
     model = generator()
     model.conditioning.class_names = ("assault rifle", "newt", "Rifle", "smooth_newt", "cat")  # type: ignore[union-attr]
-    with pytest.warns(TrapWarning, match="Rifle, smooth_newt are no targets"):
+    with pytest.warns(TrapWarning, match="Rifle, smooth_newt are not used as targets"):
         found = made(tmp_path / "i", tmp_path / "o", diffusion=model)
     assert set(found.manifest()["target"]) == {"cat"}
     wished = made(tmp_path / "i", tmp_path / "p", SONA(steps=5, target_classes=("Rifle",)), diffusion=model)

@@ -105,7 +105,9 @@ def test_words_are_put_in_whatever_the_network_predicts(
     folders: dict[str, Path], images: Path, words: str, tmp_path: Path, prediction: str
 ) -> None:
     method = SONA(steps=5, k_min=3, words=words)
-    with pytest.warns(TrapWarning, match=r"3 of the 7 words of .* \(bird, Cat, kite\): they come twice, or are called"):
+    with pytest.warns(
+        TrapWarning, match=r"3 of the 7 words of .* \(bird, Cat, kite\): they occur twice, or have names"
+    ):
         whole = made(images, tmp_path / "o", method, folders[prediction])
     manifest = whole.manifest()
     assert set(manifest["target"]) <= {"bird", "snow leopard", "tin", "lion"}
@@ -221,7 +223,7 @@ def test_an_interrupted_run_wants_the_same_words(folder: Path, images: Path, tmp
     assert_same_images(done.folder, whole.folder)
     assert_same_manifests(done.folder, whole.folder)
     path.write_text("bird\ntin")
-    with pytest.raises(StoreError, match=r"word_list: .* there"):
+    with pytest.raises(StoreError, match=r"word_list: .* before"):
         made(images, tmp_path / "o", method, folder, resume=True)
 
 
@@ -265,7 +267,7 @@ def test_the_nearest_words(folder: Path, words: str) -> None:
 
     order = (ends(NAMES) @ ends(said).T).argsort(1, descending=True)
     wording = Wording(words, ("my {}", PHOTO), nearest=2)
-    with pytest.warns(TrapWarning, match="no targets"):
+    with pytest.warns(TrapWarning, match="not used as targets"):
         draw = draw_targets(model, range(3), wording=wording)
     generator = torch.Generator().manual_seed(0)
     for label in range(3):
@@ -287,12 +289,12 @@ def test_a_class_is_known_by_its_name_and_by_what_it_is_called(folder: Path, ima
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": "words"}, "targets 'words' wants words; give words=FILE"),
+        ({"targets": "words"}, "targets 'words' requires words; give words=FILE"),
         ({"targets": "others", "words": "w.txt"}, "'others' and words 'w.txt' do not go together"),
         ({"target_classes": ("c",), "words": "w.txt"}, "target_classes c and words 'w.txt' do not go together"),
         ({"nearest": 3}, "nearest chooses among words"),
-        ({"nearest": 0, "words": "w.txt"}, "nearest wants 1 or more, got 0"),
-        ({"templates": ()}, "templates wants at least one"),
+        ({"nearest": 0, "words": "w.txt"}, "nearest must be 1 or more, got 0"),
+        ({"templates": ()}, "templates requires at least one"),
         ({"templates": ("a photo",)}, r"holds one \{\}"),
     ],
 )
@@ -312,7 +314,7 @@ def test_what_cannot_be_said_is_refused_before_anything_is_written(
         ({"words": str(tmp_path / "known.txt")}, r"all of the 3 words .* \(cat, DOG, kite\).*\(cat, dog, the_kite\)"),
         ({"words": str(tmp_path / "long.txt")}, "the text encoder takes 32"),
         ({"words": few, "templates": ("x" * 40 + " {}",)}, "the text encoder takes 32"),
-        ({"words": few, "nearest": 3}, "nearest wants 1 to 2"),
+        ({"words": few, "nearest": 3}, "nearest must be 1 to 2"),
         ({"words": few, "class_words": {"zebra": "zebra"}}, "has none of the classes cat, dog"),
         ({"words": few, "class_words": {"dog": "cat"}}, "'cat' and 'dog' are both 'cat'"),
     ]

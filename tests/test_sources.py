@@ -26,7 +26,7 @@ def test_classes_whose_names_no_folder_can_have(tmp_path):
     told.write_text('{"T-shirt_top": "T-shirt/top", "gone": "Größe"}', encoding="utf-8")
     assert open_source(tmp_path).class_names == ("T-shirt/top", "bag")
     assert open_source(f"{tmp_path}@classes=bag").keys == ("bag/x.png", "bag/y.png")
-    for content, message in (('{"bag": 3}', "wants a class name"), ("{", "not valid JSON")):
+    for content, message in (('{"bag": 3}', "requires a class name"), ("{", "not valid JSON")):
         told.write_text(content)
         with pytest.raises(FaroutError, match=message):
             open_source(tmp_path)

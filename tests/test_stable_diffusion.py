@@ -158,7 +158,7 @@ def test_the_command_takes_the_original_folder(
     assert made.manifest()["class_name"].tolist() == ["cat", "dog", "the kite"] * 2 + ["cat"]
     assert made.settings()["config"]["prompts.generation"] == "the {}"
     assert main([*words, "--out", str(one), "--count", "8", "--resume", "--prompts.generation", "a {}"]) == 1
-    assert "prompts.generation: the {} there, a {} now" in capsys.readouterr().err
+    assert "prompts.generation: the {} before, a {} now" in capsys.readouterr().err
 
 
 def test_a_folder_that_predicts_v(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_names_that_are_no_words_are_refused_before_anything_is_written(
     words = ["synthesize", "ncis", str(images), "--diffusion", str(folders["epsilon"]), "--out", str(tmp_path / "o")]
     assert main(words) == 1
     told = capsys.readouterr().err
-    assert "'the kite' wants a name of one token" in told
+    assert "'the kite' requires a name of one token" in told
     assert "--prompts.words FILE" in told
     assert main([*words, "--prompts.generation", "a{}", "--prompts.words", '{"the kite": "kite"}']) == 1
     assert "prompt 'acat'" in capsys.readouterr().err

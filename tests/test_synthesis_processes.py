@@ -90,9 +90,9 @@ def test_two_processes_make_the_folder_of_one(images: Path, tmp_path: Path) -> N
         alone = make_all(images, single)
     assert alone == {"sona": (15, 15), "ncis": (5, 5), "again": (12, 12)}
     assert main(command(images, single / "command")) == 0
-    refusal = f"{shared / 'sona'} holds outliers already; give --resume (resume=True) to go on, or another folder"
+    refusal = f"{shared / 'sona'} holds outliers already; give --resume (resume=True) to continue, or another folder"
     assert [(shared / f"{rank}.txt").read_text() for rank in (0, 1)] == [f"{alone} {refusal}"] * 2
-    assert done.stdout.count("5 outliers, 5 made now") == 1
+    assert done.stdout.count("5 outliers, 5 new") == 1
     for name in (*alone, "command"):
         assert sorted(files(shared / name)) == sorted(files(single / name)), name
         assert_same_images(shared / name, single / name, SONA_SHARE if name == "sona" else 1)

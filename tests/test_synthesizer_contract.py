@@ -204,14 +204,14 @@ def test_other_settings_do_not_mix_in(
     with pytest.raises(StoreError, match="holds outliers already; give --resume"):
         made(method, images, out)
     wrong: list[tuple[str, dict[str, Any]]] = [
-        ("seed: 0 there, 1 now", {"seed": 1}),
-        ("precision: fp32 there, bf16 now", {"runtime": Runtime(device="cpu", precision="bf16", workers=0)}),
+        ("seed: 0 before, 1 now", {"seed": 1}),
+        ("precision: fp32 before, bf16 now", {"runtime": Runtime(device="cpu", precision="bf16", workers=0)}),
         ("data: .* there", {"limit": 30}),
     ]
     if "diffusion" in method.needs:
         wrong.append(("diffusion: .* there", {"diffusion": conditional(b_scale=2.0)}))
     for message, settings in wrong:
-        with pytest.raises(StoreError, match=f"made otherwise.*{message}"):
+        with pytest.raises(StoreError, match=f"made with other settings.*{message}"):
             made(method, images, out, resume=True, **settings)
     assert files(out) == before
 
@@ -259,7 +259,7 @@ def test_bad_input_is_refused_before_anything_is_written(
         (images / "a", {}, "no labels"),
         (tmp_path / "nowhere", {}, "nowhere"),
         (strange, {}, "images of zebra"),
-        (images, {"count": 0}, "count wants at least 1"),
+        (images, {"count": 0}, "count must be at least 1"),
     ]
     if "diffusion" in method.needs:
         wrong.append((images, {"diffusion": None}, "needs a diffusion model"))

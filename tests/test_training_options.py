@@ -62,7 +62,7 @@ def test_bad_options_are_named(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"precision": "fp16"}, "fp16 wants a GPU"),
+        ({"precision": "fp16"}, "fp16 requires a GPU"),
         ({"validate_every": 2}, "no validation data"),
         ({"checkpoint": "best"}, "validate_every is 0"),
         ({"checkpoint_every": 2}, "out is None"),

@@ -141,7 +141,7 @@ def test_what_is_done_is_not_done_again(copied: Path, place: Path, capsys: pytes
     capsys.readouterr()
     assert run(place / "chain.yaml", "--out", copied) == 0
     printed = capsys.readouterr().out
-    assert printed.count("done before") == 6
+    assert printed.count("already done") == 6
     assert printed.splitlines()[-1] == f"  {copied / 'rated'}  (evaluate)"
     assert stamps(copied) == before
 
@@ -153,13 +153,13 @@ def test_other_settings_are_refused_or_made_anew(
     other = changed(place, tmp_path / "other.yaml", 3, seed=1, training={**SHORT, "batch_size": 8, "workers": 1})
     before = stamps(copied)
     line = refused(capsys, other, "--out", copied)
-    assert line.startswith("step 4 (train classifier) was made otherwise (seed: 0 there, 1 now)")
+    assert line.startswith("step 4 (train classifier) was run with other settings (seed: 0 before, 1 now)")
     assert "knows, detector, rated" in line
     assert "--redo" in line
     assert stamps(copied) == before
     assert run(other, "--out", copied, "--redo") == 0
     printed = capsys.readouterr().out
-    assert printed.count("done before") == 3, "what does not depend on it stays"
+    assert printed.count("already done") == 3, "what does not depend on it stays"
     now = stamps(copied)
     assert {name: stamp for name, stamp in now.items() if name.split("/")[0] in ("classes", "outliers", "again")} == {
         name: stamp for name, stamp in before.items() if name.split("/")[0] in ("classes", "outliers", "again")
@@ -174,13 +174,13 @@ def test_what_goes_on_from_a_lost_folder_is_not_kept_in_silence(
     shutil.rmtree(copied / "again")
     line = refused(capsys, place / "chain.yaml", "--out", copied)
     assert "step 4 (train classifier)" in line
-    assert "again is made anew" in line
+    assert "again is run again" in line
     assert "knows, detector, rated" in line
 
 
 def test_what_no_chain_has_made_is_left_alone(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = pictures(tmp_path / "run" / "knows", 1)
-    assert "no chain has made it" in refused(capsys, place / "chain.yaml", "--out", tmp_path / "run", "--redo")
+    assert "was not written by a chain" in refused(capsys, place / "chain.yaml", "--out", tmp_path / "run", "--redo")
     assert list(mine.iterdir()) == [mine / "000.png"]
     assert not (tmp_path / "run" / RECORD).exists()
 
@@ -199,7 +199,7 @@ def test_an_interrupted_training_goes_on(
 
     monkeypatch.setattr(_Run, "_update", interrupted)
     assert run(file, "--out", tmp_path / "run") == 130
-    assert "goes on from here\n" in capsys.readouterr().err
+    assert "again to continue\n" in capsys.readouterr().err
     assert run(file, "--out", tmp_path / "run") == 0
     assert calls == [0, 1, 1], "the first update is not made again"
     assert (
@@ -225,10 +225,10 @@ def test_interrupted_outliers_go_on(
         patched.setattr(ImageWriter, "write", interrupted)
         assert run(file, "--out", tmp_path / "run") == 130
     written(file, {**content, "steps": [{"synthesize class_noise": {**step, "seed": 1}}]})
-    assert "seed: 0 there, 1 now" in refused(capsys, file, "--out", tmp_path / "run")
+    assert "seed: 0 before, 1 now" in refused(capsys, file, "--out", tmp_path / "run")
     written(file, {**content, "steps": [{"synthesize class_noise": {**step, "batch_size": 2}}]})
     assert run(file, "--out", tmp_path / "run") == 0
-    assert "6 outliers, 3 made now" in capsys.readouterr().out
+    assert "6 outliers, 3 new" in capsys.readouterr().out
 
 
 def test_a_step_that_fails_is_named_and_mended_without_redo(
@@ -250,7 +250,7 @@ FIT = "- fit posthoc: {source: sample_fashion:test, out: d}"
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("steps: [", ["no YAML"]),
+        ("steps: [", ["not valid YAML"]),
         ("- fit", ["no steps"]),
         ("steps: []", ["no steps"]),
         (f"sources: x\nsteps:\n {FIT}", ["sources"]),
@@ -258,13 +258,13 @@ FIT = "- fit posthoc: {source: sample_fashion:test, out: d}"
         ("steps: [{fitt posthoc: {out: d}}]", ["step 1 (fitt posthoc)", "no command"]),
         ("steps: [{fit: {out: d, source: x}}]", ["step 1 (fit)", "fit METHOD"]),
         ("steps: [{evaluate posthoc: {out: d}}]", ["no command 'evaluate posthoc'"]),
-        ("steps: [{features list: {out: d}}]", ["features list", "no step"]),
-        ("steps: [{chain: {out: d}}]", ["chain", "no step"]),
+        ("steps: [{features list: {out: d}}]", ["features list", "cannot be a step"]),
+        ("steps: [{chain: {out: d}}]", ["chain", "cannot be a step"]),
         ("steps: [{fit posthoc: }]", ["settings"]),
         ("steps: [{fit posthoc: {source: sample_fashion:test}}]", ["step 1 (fit posthoc)", "lacks out"]),
         ("steps: [{fit posthoc: {out: d}}]", ["lacks source"]),
         ("steps: [{score: {source: sample_fashion:test, out: d}}]", ["lacks detector"]),
-        ("steps: [{fit posthoc: {source: [a, b], out: d}}]", ["source", "one text"]),
+        ("steps: [{fit posthoc: {source: [a, b], out: d}}]", ["source", "single string"]),
         ("steps: [{fit posthoc: {source: sample_fashion:test, out: ../d}}]", ["out '../d'", "plain name"]),
         ("steps: [{fit posthoc: {source: sample_fashion:test, out: d, help: true}}]", ["help"]),
         (f"steps:\n {FIT}\n {FIT.replace('out: d', 'out: D')}", ["step 2", "'D'", "step 1 (fit posthoc)"]),
@@ -370,4 +370,4 @@ def test_settings_of_every_method_can_be_kept() -> None:
 
 def test_a_record_that_is_none_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written(tmp_path / RECORD, '{"steps": []}')
-    assert "no record of a chain" in refused(capsys, place / "chain.yaml", "--out", tmp_path)
+    assert "not the record of a chain" in refused(capsys, place / "chain.yaml", "--out", tmp_path)

@@ -38,7 +38,7 @@ def demo(out: str | Path, *, steps: int, limit: int, images: int | None, seed: i
         seed: seed of everything.
     """
     if limit < 1:
-        raise FaroutError(f"limit wants at least 1 image, got {limit}")
+        raise FaroutError(f"limit must be at least 1, got {limit}")
     training = replace(TrainingConfig(**PRESETS["tiny"]["training"]), steps=steps, batch_size=32)
     few = 1000 if images is None else images
     fewer = {"limit": few, "seed": seed, "statistics": min(200, few // 4)}

@@ -17,8 +17,9 @@ from farout.evaluation.baselines import TRIVIAL
 __all__ = ["RULE", "Estimate", "estimates"]
 
 RULE = (
-    "a rough estimate: network evaluations (in training three an image) times the multiply-accumulates of one, divided "
-    "by the speed of each untrained network just now; decoding, intervals and what a fit trains by itself come on top"
+    "a rough estimate: network evaluations (three per image in training) times the multiply-accumulates of one, "
+    "divided "
+    "by the measured speed of each network; excludes decoding, intervals and networks that a fit trains itself"
 )
 _BACKWARD = 3
 """A training step costs as much as so many evaluations of its images."""

@@ -37,7 +37,7 @@ def check_folder(out: Path, spec: Spec) -> None:
     """
     path = out / SPEC
     if out.exists() and not path.is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise StoreError(f"{out} exists and is no benchmark's folder; give another one")
+        raise StoreError(f"{out} exists and is not the folder of a benchmark; give another one")
     now = yaml.safe_load(as_yaml(spec))
     if path.is_file():
         known = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -65,13 +65,13 @@ def differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):
-            yield f"{name}: {old.get(name)} there, {new.get(name)} now"
+            yield f"{name}: {old.get(name)} before, {new.get(name)} now"
 
 
 def _removed(what: str, old: Any, new: Any) -> Iterator[str]:
     gone = [str(each) for each in old if each not in new]
     if gone:
-        yield f"{what}: {', '.join(gone)} there, not now"
+        yield f"{what}: {', '.join(gone)} before, not now"
 
 
 def _entries(content: Mapping[str, Any], section: str) -> dict[str, Any]:

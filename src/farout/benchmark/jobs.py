@@ -184,7 +184,7 @@ class Jobs:
         told: dict[str, Any] = {"limit": self.spec.limit, "name": job.name}
         with warnings.catch_warnings():  # the column `marker` says these
             warnings.simplefilter("ignore", ConstantScoresWarning)
-            warnings.filterwarnings("ignore", ".*lies below one half", TrapWarning)
+            warnings.filterwarnings("ignore", ".*is below one half", TrapWarning)
             table = evaluate_detector(detector, inside, outside, job.folder, beside=_ALONE, **told)
         if detector.makes_maps and job.name in self.spec.detectors:
             write_pictures(detector, job.folder / "scores", job.sources)

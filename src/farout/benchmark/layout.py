@@ -51,7 +51,7 @@ def boards(plan: Plan, metrics: pd.DataFrame, groups: pd.DataFrame) -> list[Boar
 
 def _caption(plan: Plan) -> str:
     spread = "mean and deviation over seeds" if len(plan.spec.seeds) > 1 else "with its 95 % interval"
-    return f"AUROC, {spread}; bold: no method is ahead by a paired 95 % interval in any seed."
+    return f"AUROC, {spread}; bold: no method is significantly higher (paired 95 % interval) in any seed."
 
 
 def _named(own: pd.DataFrame, name: str) -> Cell:

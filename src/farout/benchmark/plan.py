@@ -147,7 +147,7 @@ class _Walk:
         """What an entry of the specification asks for, after all that it needs; its id."""
         if f"{section}.{name}" in self.open:
             circle = " -> ".join([*self.open[self.open.index(f"{section}.{name}") :], f"{section}.{name}"])
-            raise FaroutError(f"these need each other: {circle}; make one of them of something else")
+            raise FaroutError(f"these depend on each other: {circle}; remove one of these dependencies")
         self.open.append(f"{section}.{name}")
         needs = tuple(self.named(*needed) for needed in self.spec.section(section)[name].needs())
         self.open.pop()

@@ -68,7 +68,7 @@ def read_spec(given: str | Path, **changes: Any) -> Spec:
         known = ", ".join(preset_names())
         raise FaroutError(f"there is no file {path}; give a YAML file, or a preset: {known}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FaroutError(f"{path} is no YAML file ({' '.join(str(error).split())})") from error
+        raise FaroutError(f"{path} is not a YAML file ({' '.join(str(error).split())})") from error
     found = known_only(content, (f.name for f in fields(Spec)), str(path))
     runtime = known_only(found.get("runtime"), (f.name for f in fields(Runtime)), "runtime")
     runtime |= changes.pop("runtime", {})
@@ -124,12 +124,12 @@ def _without_none(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _groups(given: Any) -> dict[str, tuple[str, ...]]:
     if not isinstance(given, Mapping):
-        raise FaroutError(f"ood wants lists of sources by group, such as near and far, got {given!r}")
+        raise FaroutError(f"ood requires lists of sources by group, such as near and far, got {given!r}")
     found = {}
     for name, sources in given.items():
         listed = [sources] if isinstance(sources, str) else sources
         if not isinstance(listed, list | tuple) or not all(isinstance(each, str) and each for each in listed):
-            raise FaroutError(f"ood.{name} wants a list of sources, got {sources!r}")
+            raise FaroutError(f"ood.{name} requires a list of sources, got {sources!r}")
         found[str(name)] = tuple(listed)
     return found
 
@@ -138,30 +138,30 @@ def _check_limits(spec: Spec) -> None:
     for section in SECTIONS:
         for name, entry in getattr(spec, section).items():
             if entry.limit is not None and entry.limit < 1:
-                raise FaroutError(f"{section}.{name}: limit wants at least 1 image, got {entry.limit}")
+                raise FaroutError(f"{section}.{name}: limit must be at least 1, got {entry.limit}")
     for name, detector in spec.detectors.items():
         if detector.statistics is not None and detector.statistics < 2:
-            raise FaroutError(f"detectors.{name}: statistics want at least 2 images, got {detector.statistics}")
+            raise FaroutError(f"detectors.{name}: statistics require at least 2 images, got {detector.statistics}")
 
 
 def _check_head(spec: Spec) -> None:
     every = [spec.id, *spec.sources]
     twice = sorted({source for source in every if every.count(source) > 1})
     if twice or not spec.sources:
-        raise FaroutError(f"id and ood name {', '.join(twice) or 'no out-of-distribution source'}; want each set once")
+        raise FaroutError(f"id and ood name {', '.join(twice) or 'no out-of-distribution source'}; give each set once")
     if not spec.seeds or len(set(spec.seeds)) < len(spec.seeds) or min(spec.seeds) < 0:
-        raise FaroutError(f"seeds want different whole numbers from 0, got {list(spec.seeds)}")
+        raise FaroutError(f"seeds must be different whole numbers from 0, got {list(spec.seeds)}")
     if not 0 < spec.alpha < 1:
         raise FaroutError(f"alpha is a false-alarm rate between 0 and 1, got {spec.alpha}")
     for name in ("limit", "train_limit", "control_limit", "statistics"):
         if getattr(spec, name) is not None and getattr(spec, name) < 1:
-            raise FaroutError(f"{name} wants at least 1 image, got {getattr(spec, name)}")
+            raise FaroutError(f"{name} must be at least 1, got {getattr(spec, name)}")
 
 
 def _entries(values: Mapping[str, Any], section: str) -> dict[str, Any]:
     found = values.get(section) or {}
     if not isinstance(found, Mapping):
-        raise FaroutError(f"{section} wants entries by name, got {found!r}")
+        raise FaroutError(f"{section} requires entries by name, got {found!r}")
     for name in found:
         _check_name(name, section)
     return dict(found)
@@ -179,7 +179,7 @@ def _check_name(name: Any, section: str) -> None:
 def _listed(given: Any) -> dict[str, dict[str, Any]]:
     """Detectors by name; one without is called as its method."""
     if not isinstance(given, list):
-        raise FaroutError(f"detectors want a list of entries with a method, got {given!r}")
+        raise FaroutError(f"detectors must be a list of entries with a method, got {given!r}")
     found: dict[str, dict[str, Any]] = {}
     for number, entry in enumerate(given):
         values = {"method": entry} if isinstance(entry, str) else entry
@@ -250,7 +250,7 @@ def _outliers(entry: Any, where: str) -> OutlierSpec:
     values = known_only(entry, (f.name for f in fields(OutlierSpec)), where)
     found = _of_method(OutlierSpec, SYNTHESIZERS, values, where)
     if found.count < 1:
-        raise FaroutError(f"{where}: count wants at least 1, got {found.count}")
+        raise FaroutError(f"{where}: count must be at least 1, got {found.count}")
     return found
 
 
@@ -304,7 +304,7 @@ def _check_wanted(wanted: Mapping[str, bool], entry: Any, where: str) -> None:
         named = getattr(entry, kind)
         if is_wanted and named is None:
             raise FaroutError(
-                f"{where}: {entry.method} wants a {_CALLED[kind]}; name one of the networks ({kind}: NAME)"
+                f"{where}: {entry.method} requires a {_CALLED[kind]}; name one of the networks ({kind}: NAME)"
             )
         if named is not None and not is_wanted:
             raise FaroutError(f"{where}: {entry.method} takes no {_CALLED[kind]}; leave it out")
@@ -331,5 +331,5 @@ def _check_outliers(spec: Spec, entry: OutlierSpec, where: str) -> None:
     told = network is None or network.folder is not None or getattr(network.model, "classes", False)
     if "classes" in made.needs and not told:
         raise FaroutError(
-            f"{where}: {entry.method} wants a diffusion model of classes; give {entry.diffusion} model.classes"
+            f"{where}: {entry.method} requires a diffusion model of classes; give {entry.diffusion} model.classes"
         )

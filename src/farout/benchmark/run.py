@@ -121,7 +121,7 @@ def report(plan: Plan) -> Report:
     """
     rated = [job for job in plan.rated if job.done]
     if not rated:
-        raise FaroutError(f"nothing is rated in {plan.out} yet; run the benchmark first")
+        raise FaroutError(f"nothing is evaluated in {plan.out} yet; run the benchmark first")
     open_folder(plan.out, plan.spec)
     sets = Sets(plan.spec)
     facts = _facts(plan, sets)

@@ -21,13 +21,13 @@ from farout.scoring.folder import read_scores
 __all__ = ["GROUPS", "MARKERS", "behind", "group_means", "leads", "marked", "rated_sides", "words_of"]
 
 MARKERS = {
-    "control": "a control: it has learnt nothing, or sees only trivial traits of an image",
-    "size": "the set's native size is another than that of the in-distribution images: resizing alone may tell it",
+    "control": "a trivial or random-weights baseline",
+    "size": "the set's native size differs from that of the in-distribution images: resizing alone may distinguish it",
     "overlap": "images or classes of the set are among the in-distribution ones",
-    "backbone": "a network in it was trained on other images before, maybe on such as stand on either side",
+    "backbone": "it uses a network pretrained on other images, which may resemble either side",
     "constant": "all scores are equal",
-    "below half": "AUROC below one half: the set's images score as nearer than the in-distribution ones",
-    "unbeaten": "no other method's AUROC is ahead by a paired 95 % interval, in any seed",
+    "below half": "AUROC below one half: the set's images have lower scores than the in-distribution ones",
+    "unbeaten": "no other method's AUROC is significantly higher (paired 95 % interval) in any seed",
 }
 """Words of the column `marker`, and what they mean; `untested` sets have no rows."""
 GROUPS = [
@@ -68,7 +68,7 @@ def marked(
         about = {"group": table["ood"].map(plan.spec.group), "bench": plan.spec.name}
         tables.append(table.assign(**about, marker=[_joined(each) for each in words]))
     if not tables:
-        raise FaroutError(f"nothing of the benchmark {plan.spec.name} is rated yet")
+        raise FaroutError(f"nothing of the benchmark {plan.spec.name} is evaluated yet")
     return pd.concat(tables, ignore_index=True)[[*COLUMNS, "bench", "marker"]]
 
 

@@ -21,7 +21,7 @@ T = TypeVar("T")
 def known_only(values: Any, known: Iterable[str], where: str) -> dict[str, Any]:
     """A mapping that has known names only; None is an empty one. Raises FaroutError for anything else."""
     if not isinstance(values, Mapping | None) or not all(isinstance(name, str) for name in values or {}):
-        raise FaroutError(f"{where} wants settings by name, got {values!r}")
+        raise FaroutError(f"{where} requires settings by name, got {values!r}")
     known = list(known)
     for name in values or {}:
         if name not in known:

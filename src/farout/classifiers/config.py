@@ -24,21 +24,23 @@ _SAMPLE = 2000
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What is trained, and on which variations of the images.
+    """The classifier and its data augmentation.
 
     Args:
-        network: `resnet18`, `resnet34`, `resnet50`, `wrn40_2`, `wrn16_2`, `wrn16_1` (for CPUs), or a name of timm's.
-        stem: of ResNets: `small` (3x3, stride 1, no max-pooling) or `imagenet`; None: `small`.
-        crop_padding: images get a border of this many zeros and are cropped back at random; 0: none.
-        flip: mirror images left to right at random.
-        resized_crop: enlarge a random rectangle of the image, instead of the crop with a border.
-        label_smoothing: share of the target that goes to all classes alike.
-        size: side in pixels; None: the images' own up to 64.
-        channels: 1 or 3; None: the images' own.
-        crop: side of a central crop before anything else.
-        protocol: see `Preprocessing`.
-        mean: of each channel, for images in [0, 1]; None: that of the training images.
-        std: likewise.
+        network: `resnet18`, `resnet34`, `resnet50`, `wrn40_2`, `wrn16_2`, `wrn16_1` (for CPUs), or the name of a timm
+            model.
+        stem: first layers of a ResNet: `small` (3x3, stride 1, no max-pooling) or `imagenet`; default: `small`.
+        crop_padding: augmentation: pad images by this many pixels of zeros and crop them at random; 0: off.
+        flip: augmentation: flip images horizontally at random.
+        resized_crop: augmentation: random resized crops, instead of padding and cropping.
+        label_smoothing: share of the target that is spread over all classes.
+        size: side of the network's input in pixels; default: that of the training images, at most 64.
+        channels: 1 (grey) or 3 (RGB); default: as the training images.
+        crop: crop the central square of this many pixels first; default: no crop.
+        protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to
+            the network's size) or `common` (native size, then one JPEG encoding).
+        mean: mean of each channel for normalisation, for images in [0, 1]; default: computed on the training images.
+        std: standard deviation of each channel for normalisation; default: computed on the training images.
     """
 
     network: str = "resnet18"
@@ -99,7 +101,7 @@ class ClassifierConfig:
 def _space(directions: Tensor, class_names: Sequence[str]) -> int:
     if directions.ndim != 2 or len(directions) != len(class_names):
         raise FaroutError(
-            f"directions want the shape (classes, D), one for each of {len(class_names)} classes, got "
+            f"directions must have the shape (classes, D), one for each of {len(class_names)} classes, got "
             f"{tuple(directions.shape)}"
         )
     return directions.shape[1]

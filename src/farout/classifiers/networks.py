@@ -76,7 +76,7 @@ class NetworkSpec:
         if self.classes < 2 or self.channels not in (1, 3):
             raise FaroutError(f"classes {self.classes} (expected 2 or more), channels {self.channels} (1 or 3)")
         if self.space is not None and self.space < 2:
-            raise FaroutError(f"classes as directions want a space of 2 or more dimensions, got {self.space}")
+            raise FaroutError(f"classes as directions require a space of 2 or more dimensions, got {self.space}")
         if self.stem is not None and (self.name not in RESNETS or self.stem not in get_args(Stem)):
             known = f"stems are {' and '.join(get_args(Stem))}, and only {', '.join(RESNETS)} have a choice"
             raise FaroutError(f"{self.name} has no stem {self.stem!r}; {known}")
@@ -196,7 +196,7 @@ def find_head(module: nn.Module, name: str | None = None) -> str:
     linear = [found for found, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     if name is not None:
         if name not in linear:
-            raise FaroutError(f"{name!r} is no linear layer of the network; it has {', '.join(linear) or 'none'}")
+            raise FaroutError(f"{name!r} is not a linear layer of the network; it has {', '.join(linear) or 'none'}")
         return name
     known = module.get_classifier() if hasattr(module, "get_classifier") else None
     same = [found for found in linear if module.get_submodule(found) is known]

@@ -57,7 +57,7 @@ _OF_RECONSTRUCTIONS = ("resize", "reconstructed")
 
 @dataclass(frozen=True)
 class Exposure:
-    """What is learnt of what lies outside the distribution.
+    """Outlier exposure.
 
     A setting that the chosen loss does not look at stays at its default: another value is refused (see `resolved`).
 
@@ -65,27 +65,25 @@ class Exposure:
     network as one batch, so that batch normalisation sees both.
 
     Args:
-        loss: `energy`: the energy regulariser (see `EnergyHead`; NCIS and Dream-OOD); `oe`: outliers are taught the
-            uniform distribution (Hendrycks et al. 2019); `k+1`: outliers are one class more, whose logit the classifier
-            keeps; `sona`: as `oe`, with a penalty on what features of images and outliers have in common (see
-            `mutual_information`); `vos`: the energy regulariser on virtual outliers (see `VirtualOutliers`), without
-            images of any; `cross_entropy`: nothing. None: `energy` where there are outliers, else `cross_entropy`.
-        weight: of the loss outside; None: 1 for energy and k+1, 0.5 for oe and sona, 0.1 for vos.
-        start: share of the training before it counts; None: 0.4 for vos, else 0.
-        temperature: T of the energies, of energy and vos.
-        hidden: units in the head of energy and vos; 0: it is linear.
-        limit: use a seeded sample of this many outliers.
-        resize: kernel for outliers and reconstructions larger than the images: `both` (nearest or bilinear, drawn for
-            each sample), `bilinear`, `nearest`, or `bicubic` as images are.
-        reconstructed: share of the images whose place reconstructions take, where there are any.
-        mutual: the penalty of sona: `reference`, as published; `normalised`, a mutual information that does not change
-            with the features' scale; `off`: none.
-        mutual_weight: its weight.
-        paired: each image is seen with outliers that were made of it, as the manifest of their folder tells; without,
-            with any. A reconstruction in an image's place is of any image.
-        queue: features kept of each class, of vos.
-        draws: samples of each class that vos takes the least likely of.
-        select: how many of them.
+        loss: loss on outliers: `energy` (energy regulariser of NCIS and Dream-OOD), `oe` (uniform distribution on
+            outliers), `k+1` (outliers as an additional class), `sona` (`oe` and a mutual-information penalty), `vos`
+            (energy regulariser on virtual outliers, without outlier images) or `cross_entropy` (no outliers); default:
+            `energy` with outliers, else `cross_entropy`.
+        weight: weight of the loss on outliers; default: 1 for energy and k+1, 0.5 for oe and sona, 0.1 for vos.
+        start: share of the training before the loss on outliers is added; default: 0.4 for vos, else 0.
+        temperature: temperature of the energy (energy, vos).
+        hidden: hidden units of the head that maps energies to logits (energy, vos); 0: linear.
+        limit: use a seeded random sample of this many outliers; default: all.
+        resize: interpolation for outliers and reconstructions larger than the images: `both` (`nearest` or `bilinear`,
+            drawn per sample), `bilinear`, `nearest`, or `bicubic` as for images.
+        reconstructed: share of the images replaced by reconstructions, if there are any.
+        mutual: penalty of the loss sona: `reference` (as published), `normalised` (independent of the scale of the
+            features) or `off`.
+        mutual_weight: weight of the penalty of the loss sona.
+        paired: pair each image with outliers edited from it, as the manifest says; default: with any outliers.
+        queue: features kept per class (vos).
+        draws: samples drawn per class, of which the least likely are virtual outliers (vos).
+        select: virtual outliers per class and step (vos).
     """
 
     loss: Loss | None = None
@@ -135,7 +133,8 @@ class Exposure:
         expected = images * float(numbers.bincount().min()) / len(numbers)
         if expected < self.queue:
             warnings.warn(
-                f"the rarest class will be seen some {expected:.0f} times and vos draws no virtual outliers before its "
+                f"the rarest class will be seen about {expected:.0f} times, and vos draws no virtual outliers before "
+                "its "
                 f"queue of {self.queue} features is full; train for longer, or give a shorter one (--exposure.queue)",
                 ShortfallWarning,
                 stacklevel=3,
@@ -159,7 +158,7 @@ class Exposure:
                 users = ", ".join(_LOOKED_AT[name])
                 others = "reconstructions" * (name in _OF_RECONSTRUCTIONS)
                 raise FaroutError(
-                    f"the exposure option {name} is {getattr(self, name)!r}, and the loss {loss} does not look at it "
+                    f"the exposure option {name} is {getattr(self, name)!r}, and the loss {loss} does not use it "
                     f"({' and '.join(filter(None, [users, others]))} do); leave it out (its default is {default!r})"
                 )
 
@@ -177,14 +176,14 @@ class Exposure:
         wanted = loss in _WITH_OUTLIERS
         if wanted and not outliers:
             raise FaroutError(
-                f"the loss {loss} learns from images that lie outside the distribution; give some (farout train "
+                f"the loss {loss} requires outlier images; give some (farout train "
                 "classifier SOURCE --outliers FOLDER), or --loss vos, which needs none"
             )
         if outliers and not wanted:
-            raise FaroutError(f"the loss {loss} does not look at outliers; leave them out, or give --loss energy")
+            raise FaroutError(f"the loss {loss} does not use outliers; leave them out, or give --loss energy")
         if self.paired and not outliers:
             raise FaroutError(
-                "paired images are seen with outliers that were made of them, and there are none; give some"
+                "paired requires outliers that were edited from the images, and there are none; give some"
             )
         self._check_idle(outliers, reconstructions)
         weight, start = _OWN[loss]
@@ -263,7 +262,7 @@ class Exposed(nn.Module):
     ) -> dict[str, Tensor]:
         if bool((inner < 0).any()):
             raise FaroutError(
-                "the penalty of the loss sona wants features that are not negative, and this network's are; give "
+                "the penalty of the loss sona requires features that are not negative, and this network's are; give "
                 "--exposure.mutual off, or a network whose features come from a ReLU"
             )
         mutual = mutual_information(inner, outer, normalised=self.exposure.mutual == "normalised")

@@ -79,7 +79,7 @@ def _check_kind(images: str | Path, kind: Kind) -> None:
     if found not in (None, kind):
         raise SourceError(f"{images} holds {found}, and {kind} are wanted; have the two been exchanged?")
     if folder is not None and not (folder / "images").is_dir():
-        raise SourceError(f"{images} holds no image yet; make them by the same command with --resume")
+        raise SourceError(f"{images} holds no image yet; run the same command with --resume to generate them")
 
 
 def _rows(folder: Path) -> list[dict[str, str]]:
@@ -109,13 +109,14 @@ def read_made_of(images: str | Path) -> dict[str, str]:
     rows = _rows(folder) if folder is not None else []
     if not rows:
         raise SourceError(
-            f"{images} does not tell which image an outlier was made of; give a folder that `farout synthesize` wrote, "
+            f"{images} does not say which image an outlier was edited from; give a folder that `farout synthesize` "
+            "wrote, "
             "or leave the pairing out"
         )
     found = {row["key"]: row["source"] for row in rows}
     if not all(found.values()):
         raise SourceError(
-            f"the outliers of {images} were made of no single image (see its manifest); leave the pairing out"
+            f"the outliers of {images} were not edited from single images (see its manifest); leave the pairing out"
         )
     return found
 
@@ -132,8 +133,9 @@ def partners_of(keys: Sequence[str], outliers: ImageSource, made_of: Mapping[str
     alone = [key for key, places in found.items() if not places]
     if alone:
         raise FaroutError(
-            f"no outlier of {outliers.name} was made of {len(alone)} of the {len(keys)} images, such as {alone[0]}; "
-            "make more of them of the same source (--count, --resume), or leave the pairing out"
+            f"no outlier of {outliers.name} was edited from {len(alone)} of the {len(keys)} images, such as "
+            f"{alone[0]}; "
+            "generate more from the same source (--count, --resume), or leave the pairing out"
         )
     return [found[key] for key in keys]
 
@@ -145,7 +147,7 @@ def check_outliers(outliers: ImageSource, hashes: Collection[str], preprocessing
     same = frozenset(hashes).intersection(outliers.content_hashes())
     if same:
         raise FaroutError(
-            f"{len(same)} images of {outliers.name} are among the images to be learnt, which cannot be in and out of "
+            f"{len(same)} images of {outliers.name} are among the training images, which cannot be in and out of "
             "the distribution; give other outliers"
         )
     shapes = outliers.shapes()
@@ -160,7 +162,7 @@ def check_outliers(outliers: ImageSource, hashes: Collection[str], preprocessing
     if preprocessing.channels == 3 and grey:
         warnings.warn(
             f"{grey} of {shapes.total()} sampled outliers of {outliers.name} are grey and become RGB: where the images "
-            "have colour, that alone tells them apart",
+            "have colour, that alone distinguishes them",
             TrapWarning,
             stacklevel=3,
         )

@@ -168,7 +168,7 @@ def train_classifier(
     seed: int = 0,
     resume: bool = False,
 ) -> Classifier:
-    """Trains a classifier on labelled images and writes its folder.
+    """Train a classifier on labelled images.
 
     A part of the images is held out, by content hash, just as `train_diffusion` does: a later `farout fit` with this
     classifier and the same source and seed rests its statistics and p-values on them. The accuracy on them is measured
@@ -176,30 +176,28 @@ def train_classifier(
     `possibly_seen_accuracy`.
 
     Args:
-        source: any image source with labels: a set's name, a folder of one folder per class, a table, or
-            hf://owner/name:split.
-        out: folder of the classifier; `OUT.training/` beside it holds the checkpoints while training runs, and after
-            it where `training.checkpoint_every`, `training.keep` or `training.tensorboard` is set.
-        model: what is trained.
-        training: how it is trained.
-        exposure: how it learns what lies outside the distribution.
-        outliers: images that lie outside the distribution, to be told apart from the others: a folder that `farout
-            synthesize` made, or any image source; labels are not looked at.
-        reconstructions: images of the classes that a generator has made again, with labels: a folder that `farout
-            reconstruct` made, or `farout synthesize … --reconstructions`, or any image source. A part of the images is
-            taken from them, so that being generated is not what tells outliers apart. Those of images that are held out
-            are left out.
-        weights: weights to start from: a file, an OpenOOD checkpoint for instance, or the folder of a classifier, whose
-            training images then count as seen; None: fresh ones.
-        keep_weights: train nothing: the given weights become a classifier of the source's classes, as they are. It
-            wants model.mean and model.std, those that the weights were trained with.
-        limit: use a seeded sample of this many images.
-        alpha: the false-alarm rate that a later calibration wants images for.
-        statistics: images that a later fit's statistics want.
-        groups: keep images of one folder together in one part.
-        policy: what becomes of an unreadable image: `raise`, or `skip`.
-        seed: seed of sample, split, weights and augmentation.
-        resume: go on from the last checkpoint.
+        source: labelled images: a named set, a folder with one folder per class, a table, or hf://owner/name:split.
+        out: folder of the classifier; checkpoints are in OUT.training while training runs, and stay there with
+            `training.checkpoint_every`, `training.keep` or `training.tensorboard`.
+        model: settings of the classifier.
+        training: settings of the training.
+        exposure: settings of outlier exposure.
+        outliers: images for outlier exposure: a folder written by `farout synthesize`, or any image source; labels are
+            ignored.
+        reconstructions: labelled reconstructions of the training images, which replace part of them so that generator
+            artifacts do not mark outliers: a folder written by `farout reconstruct` or by `farout synthesize …
+            --reconstructions`, or any image source. Those of held-out images are left out.
+        weights: initial weights: a file (such as an OpenOOD checkpoint) or the folder of a classifier, whose training
+            images then count as seen; default: random.
+        keep_weights: do not train: save the given weights as a classifier of the source's classes; requires model.mean
+            and model.std of their training.
+        limit: use a seeded random sample of this many images; default: all.
+        alpha: hold out enough images for a later calibration at this false-alarm rate.
+        statistics: number of images to hold out for the statistics of a later fit.
+        groups: `folder`: keep images of one folder in the same part of the split.
+        policy: what to do with an unreadable image: `raise` an error, or `skip` it.
+        seed: seed of the sample, split, weights and augmentation.
+        resume: continue training from the last checkpoint.
 
     Raises FaroutError where there are no labels, one class, or a class of which no image is left to train on, for
     kept weights without mean and std, and where loss, its settings and outliers do not go together; StoreError for
@@ -259,7 +257,7 @@ def _not_of(
     kept = [place for place, original in enumerate(known) if original is None or original not in apart]
     if not kept:
         raise FaroutError(
-            f"all {len(made)} images of {made.name} were made of images that are held out; make some of others"
+            f"all {len(made)} images of {made.name} were made from held-out images; generate some from other images"
         )
     return made.subset(kept), frozenset(filter(None, (known[place] for place in kept)))
 
@@ -268,13 +266,14 @@ def _check_keeping(weights: str | None, model: ClassifierConfig, exposure: Expos
     if outside is not None or exposure.loss not in (None, "cross_entropy"):
         given = outside or f"the loss {exposure.loss}"
         raise FaroutError(
-            f"kept weights are not trained, so {given} has no use; leave it out, or leave out keep_weights"
+            f"kept weights are not trained, so {given} has no effect; leave it out, or leave out keep_weights"
         )
     if weights is None:
-        raise FaroutError("keep_weights wants weights to keep; give a file of weights")
+        raise FaroutError("keep_weights requires weights to keep; give a file of weights")
     if model.mean is None:  # and so std, they go together
         raise FaroutError(
-            "kept weights want the mean and std that they were trained with, which the images do not tell; give "
+            "kept weights require the mean and std that they were trained with, which the images do not determine; "
+            "give "
             "model.mean and model.std (--model.mean 0.49 0.48 0.45 --model.std 0.25 0.24 0.26, one number a channel)"
         )
 

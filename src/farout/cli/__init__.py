@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _failed(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except KeyboardInterrupt:
-        how = "" if name in ("chain", "bench") else " where it can (training: with --resume)"
-        return _failed(f"interrupted; the same command goes on from here{how}", 130)
+        how = "" if name in ("chain", "bench") else ", where possible (training: with --resume)"
+        return _failed(f"interrupted; run the same command again to continue{how}", 130)
 
 
 def _run(name: str, words: list[str]) -> int:
@@ -77,7 +77,7 @@ def _overview(words: Sequence[str]) -> int:
     if first not in _HELP and not (family and set(rest) <= _HELP):
         return _failed(f"there is no command {' '.join(words[:2])!r}; {suggest_names(first, COMMANDS)}", 2)
     lines = [f"  {name:<18}{_described(COMMANDS[name])}" for name in family or COMMANDS]
-    print("usage: farout COMMAND …, and `farout COMMAND --help` for its settings\n", *lines, sep="\n")
+    print("usage: farout COMMAND [settings]    (`farout COMMAND --help` describes the settings)\n", *lines, sep="\n")
     return 0
 
 

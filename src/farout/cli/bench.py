@@ -34,22 +34,22 @@ def bench(
     hub: bool = False,
     runtime: dict[str, Any],
 ) -> Preview | Iterator[Done | Report]:
-    """Fit, score and compare many detectors on the same data and networks.
+    """Fit, score and compare several detectors on the same data and networks.
 
     Args:
-        preset: a benchmark's name, see `farout list presets`, or a YAML file.
-        out: folder of everything; the same command goes on where it was interrupted.
-        dry_run: print what would be done, and about how long it would take, and stop.
-        report_only: write the tables of what is rated so far; nothing is trained or scored.
-        limit: a seeded sample of this many images of each scored set, instead of the benchmark's.
-        seeds: everything is done once for each, instead of the benchmark's.
-        hub: fetch sets that are not on this machine from the Hugging Face hub.
-        runtime: settings that differ from the benchmark's.
+        preset: name of a benchmark, see `farout list presets`, or a YAML file.
+        out: folder of all models and results; the same command continues an interrupted run.
+        dry_run: print the jobs and their estimated time, and exit.
+        report_only: write the tables of the finished evaluations, without training or scoring.
+        limit: use a seeded random sample of this many images of each scored set; default: the benchmark's number.
+        seeds: seeds; everything is run once per seed; default: the benchmark's.
+        hub: download sets that are not on this machine from the Hugging Face hub.
+        runtime: settings that override those of the benchmark.
     """
     if launched() > 1:
-        raise FaroutError("bench runs in one process; train large networks apart and give them by folder")
+        raise FaroutError("bench runs in one process; train large networks separately and give their folders")
     if dry_run and report_only:
-        raise FaroutError("--dry-run writes nothing and --report-only writes tables; give one of them")
+        raise FaroutError("--dry-run and --report-only exclude each other; give one of them")
     spec = read_spec(preset, limit=limit, seeds=seeds, runtime=runtime)
     plan = make_plan(spec, out, absent_sets(spec, hub=hub))
     if dry_run:
@@ -64,7 +64,7 @@ def show_bench(result: Preview | Iterator[Done | Report]) -> None:
         return
     for step in result:
         if isinstance(step, Done):
-            told = "there already" if step.seconds is None else f"{step.seconds:.1f} s"
+            told = "already done" if step.seconds is None else f"{step.seconds:.1f} s"
             print(f"[{step.number}/{step.total}] {step.job.id}: {told}", flush=True)
         else:
             _report(step)
@@ -73,7 +73,7 @@ def show_bench(result: Preview | Iterator[Done | Report]) -> None:
 def _plan(seen: Preview) -> None:
     table = new_table()
     table.add_column("job", overflow="fold")
-    for head in ("evaluations", "GMACs", "about"):
+    for head in ("network evaluations", "GMACs", "estimated time"):
         table.add_column(head, no_wrap=True, justify="right")
     for job in seen.plan.jobs:
         table.add_row(job.id, *_estimate(seen, job))
@@ -84,7 +84,7 @@ def _plan(seen: Preview) -> None:
         rows, seconds = sum(seen.estimates[job.id].rows for job in left), sum(map(seen.seconds, left))
         print(f"{rows:,.0f} network evaluations, about {_duration(seconds)}; {RULE}")
     for name in seen.plan.unused:
-        print(f"not used: {name}")
+        print(f"unused: {name}")
     for line in untested(seen.plan):
         print(line)
     if seen.obstacle:

@@ -27,7 +27,7 @@ _TOLD = 4
 
 
 def chain(yaml: str, *, out: str, redo: bool = False, dry_run: bool = False) -> None:
-    """Run several commands one after the other, as a YAML file says.
+    """Run several commands from one YAML file.
 
     The file has a list of `steps`, each a command with its settings as in a file for its `--config`, and may have a
     `source` for all steps that name none. The `out` of a step is the name of its folder within the chain's; later steps
@@ -37,12 +37,12 @@ def chain(yaml: str, *, out: str, redo: bool = False, dry_run: bool = False) -> 
     one goes on where its command can. Images and models that are not the chain's own are not compared for this.
 
     Args:
-        yaml: a file with `steps:`, a list of commands with their settings, such as `- fit semantic: {source: good/,
+        yaml: YAML file with `steps:`, a list of commands with their settings, such as `- fit semantic: {source: good/,
             out: detector}`; or the name of a built-in chain, see `farout list presets`.
-        out: folder of the chain; each step has its own folder there.
-        redo: make anew the steps whose settings have changed, and those that go on from them; what they made before is
-            removed.
-        dry_run: print the steps as commands that one could type, and do nothing.
+        out: folder of the chain; each step writes to a folder of its own in it.
+        redo: delete the results of steps whose settings have changed, and of steps that depend on them, and run these
+            again.
+        dry_run: print the steps as commands, and exit.
 
     Raises FaroutError that names the step: see `read_steps`, and for a step that was made with other settings.
     """
@@ -51,17 +51,17 @@ def chain(yaml: str, *, out: str, redo: bool = False, dry_run: bool = False) -> 
         print(*(shlex.join(["farout", *step.words(folder)]) for step in steps), sep="\n")
         return
     if launched() > 1:
-        raise FaroutError("a chain runs in one process; to train in several, type the commands that --dry-run shows")
+        raise FaroutError("a chain runs in one process; to train in several, run the commands that --dry-run prints")
     record = _Record(folder)
     plan = record.plan(steps)
     if plan.stale and not redo:
         raise FaroutError(
-            f"{plan.stale[0]} was made otherwise ({plan.why[0]}); give --redo to remove what is in {folder} of "
-            f"{', '.join(step.out for step in plan.stale)} and make it anew, or another --out"
+            f"{plan.stale[0]} was run with other settings ({plan.why[0]}); give --redo to delete "
+            f"{', '.join(step.out for step in plan.stale)} in {folder} and run these steps again, or another --out"
         )
     record.forget(plan.stale)
     for step in steps:
-        done = ": done before," if step.out in plan.done else ", into"
+        done = ": already done in" if step.out in plan.done else ": writing"
         print(f"[{step.number}/{len(steps)}] {step.name}{done} {folder / step.out}", flush=True)
         if step.out not in plan.done:
             _run(step, record)
@@ -101,7 +101,7 @@ class _Record:
         if self.path.is_file():
             self.steps = store.read_json(self.path).get("steps", {})
             if not isinstance(self.steps, dict):
-                raise StoreError(f"{self.path} is no record of a chain; give another --out")
+                raise StoreError(f"{self.path} is not the record of a chain; give another --out")
 
     def plan(self, steps: Sequence[Step]) -> _Plan:
         """What is done and what is not. Raises FaroutError where something stands that no chain has made."""
@@ -109,7 +109,7 @@ class _Record:
         for step in steps:
             there, known = self._there(step), self.steps.get(step.out)
             if there and known is None:
-                raise FaroutError(f"{step}: {there[0]} is there, and no chain has made it; give another --out")
+                raise FaroutError(f"{step}: {there[0]} exists and was not written by a chain; give another --out")
             if known is not None and known["done"] and self.folder / step.out in there and not self._stale(step, anew):
                 plan.done.add(step.out)
                 continue
@@ -128,7 +128,7 @@ class _Record:
         """Why what a step has made is not what it makes now; empty where it is."""
         differing = list(_differences(self.steps[step.out], step))
         more = f"; and {len(differing) - _TOLD} more" if len(differing) > _TOLD else ""
-        from_anew = [f"{name} is made anew" for name in sorted(step.uses & anew)]
+        from_anew = [f"{name} is run again" for name in sorted(step.uses & anew)]
         return "; ".join(differing[:_TOLD]) + more if differing else "; ".join(from_anew)
 
     def forget(self, steps: Sequence[Step]) -> None:
@@ -152,9 +152,9 @@ class _Record:
 def _differences(known: Mapping[str, Any], step: Step) -> Iterator[str]:
     """The settings that are others than those that a step was made with."""
     if known["step"] != step.name:
-        yield f"{known['step']} there, {step.name} now"
+        yield f"{known['step']} before, {step.name} now"
         return
     before, now = known["settings"], step.settings
     for name in [*now, *(name for name in before if name not in now)]:
         if name not in _FREE and before.get(name) != now.get(name):
-            yield f"{name}: {before.get(name)} there, {now.get(name)} now"
+            yield f"{name}: {before.get(name)} before, {now.get(name)} now"

@@ -51,23 +51,23 @@ def fit(
     settings: FitSettings,
     arguments: dict[str, Any],
 ) -> Detector:
-    """Fit a detector to good images.
+    """Fit a detector to normal images.
 
     Args:
-        method: the detector's name, see `farout list detectors`.
-        source: good images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
+        method: name of the detector, see `farout list detectors`.
+        source: normal images: a named set, folder, glob, file, or hf://owner/name:split.
         out: folder of the detector.
-        diffusion: folder of a diffusion model, or hf://owner/name, for methods that use one; without it one is trained.
-        classifier: folder of a classifier, for methods that need one; without it one is trained on images with labels.
-        link: keep a path to the diffusion model instead of a copy.
-        preset: the method's preset that `arguments` started from.
-        settings: how the fit is done.
-        arguments: the method's own settings.
+        diffusion: folder of a diffusion model, or hf://owner/name, for methods that use one; default: train one.
+        classifier: folder of a classifier, for methods that use one; default: train one, on images with labels.
+        link: store the path of the diffusion model instead of a copy.
+        preset: preset that `arguments` started from.
+        settings: settings of the fit.
+        arguments: settings of the method.
     """
     if link and (diffusion is None or diffusion.startswith("hf://")):
-        raise FaroutError("--link wants --diffusion FOLDER: there is no model folder to link to")
+        raise FaroutError("--link requires --diffusion FOLDER: there is no model folder to link to")
     if launched() > 1:
-        raise FaroutError("fit runs in one process; train the model in several with `farout train diffusion`")
+        raise FaroutError("fit runs in one process; to train in several, use `farout train diffusion` first")
     store.check_replaceable(out, "detector")
     detector: Detector = DETECTORS[method].load()(**arguments)
     detector.provenance["preset"] = preset or ""
@@ -92,19 +92,18 @@ def score(
     maps: bool = False,
     runtime: dict[str, Any],
 ) -> ScoredFolder:
-    """Score images: a table, raw measurements and a page.
+    """Score images with a detector: table, measurements and HTML report.
 
     Args:
         detector: folder of a fitted detector.
-        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
-        out: folder of the results; an interrupted run goes on there.
-        limit: a seeded sample of this many images.
-        policy: what becomes of an unreadable image: nan (listed, without score), skip or raise.
-        furthest: images shown on the page.
-        fdr: adds a column of images selected by Benjamini-Hochberg at this false discovery rate.
-        maps: also write OUT/maps: every image with its heat map, for methods that say where (patches, reconstruction,
-            denoising).
-        runtime: settings that differ from the fitted ones.
+        source: images: a named set, folder, glob, file, or hf://owner/name:split.
+        out: folder of the results; an interrupted run continues there.
+        limit: use a seeded random sample of this many images; default: all.
+        policy: what to do with an unreadable image: `nan` (list it without a score), `skip` it, or `raise` an error.
+        furthest: number of images with the highest scores in the report.
+        fdr: add a table column that selects images by Benjamini-Hochberg at this false discovery rate.
+        maps: also write a heat map of every image to OUT/maps (patches, reconstruction and denoising only).
+        runtime: settings that override those of the fit.
     """
     fitted = load(detector, **runtime)
     if maps:
@@ -125,16 +124,17 @@ def calibrate(
     policy: Literal["raise", "skip"] = "raise",
     runtime: dict[str, Any],
 ) -> Detector:
-    """Rest a detector's p-values on other good images; nothing is trained.
+    """Recompute a detector's p-values from other normal images, without training.
 
     Args:
         detector: folder of a fitted detector.
-        source: good images that the detector was not fitted with.
-        out: folder of the recalibrated detector; without it the given folder is replaced.
-        limit: a seeded sample of this many images.
-        alpha: another false-alarm rate.
-        policy: what becomes of an unreadable image: raise, or skip.
-        runtime: settings that differ from the fitted ones.
+        source: normal images: a named set, folder, glob, file, or hf://owner/name:split; images used in the fit are
+            left out.
+        out: folder of the recalibrated detector; default: replace the given one.
+        limit: use a seeded random sample of this many images; default: all.
+        alpha: new false-alarm rate; default: that of the fit.
+        policy: what to do with an unreadable image: `raise` an error, or `skip` it.
+        runtime: settings that override those of the fit.
     """
     if out is not None:
         store.check_replaceable(out, "detector")
@@ -159,23 +159,24 @@ def evaluate(
     ood_draws: int = 0,
     runtime: dict[str, Any],
 ) -> pd.DataFrame:
-    """Rate a detector, or anyone's scores, against out-of-distribution images.
+    """Evaluate a detector, or given scores, on out-of-distribution images.
 
     Args:
         detector: folder of a fitted detector.
-        id: in-distribution images that the detector has not seen.
-        ood: out-of-distribution sources.
-        scores: rate score tables instead: the in-distribution one first, then out-of-distribution ones.
+        id: in-distribution images that were not used in the fit.
+        ood: one or more sources of out-of-distribution images.
+        scores: evaluate score tables instead of a detector: the in-distribution file first, then the
+            out-of-distribution files.
         out: folder of the results.
-        limit: a seeded sample of this many images of each source.
-        companions: rate the methods that the detector names beside it.
-        controls: rate trivial controls beside the detector.
-        random_control: rate the same detector with random weights.
-        reference: images that controls are fitted on; without it those that the detector was fitted on.
-        control_limit: how many of them.
-        ood_draws: also write OUT/draws.csv, metrics over this many random draws of a fifth as many out-of-distribution
-            images as in-distribution ones, the protocol of many papers.
-        runtime: settings that differ from the fitted ones.
+        limit: use a seeded random sample of this many images of each source; default: all.
+        companions: also evaluate the detector's standard baselines.
+        controls: also evaluate trivial baselines (color, PNG size, edges, JPEG blocks).
+        random_control: also evaluate the same detector with random weights.
+        reference: images to fit the trivial baselines on; default: those of the detector's fit.
+        control_limit: maximum number of images to fit the trivial baselines on.
+        ood_draws: also write OUT/draws.csv: metrics over this many random draws with one out-of-distribution image per
+            five in-distribution images, as in many papers; 0: off.
+        runtime: settings that override those of the fit.
     """
     rated = what_is_rated(detector, id, ood, scores, out)
     if rated is None:
@@ -200,27 +201,27 @@ def what_is_rated(
     """
     if scores:
         if detector is not None or id is not None or ood:
-            raise FaroutError("--scores rates tables; leave out the detector, --id and --ood")
+            raise FaroutError("--scores evaluates score tables; leave out the detector, --id and --ood")
         known = inspect.signature(evaluate).parameters
         idle = [*others.pop("runtime", ()), *(name for name in others if others[name] != known[name].default)]
         if idle:
-            raise FaroutError(f"--scores rates tables, for which {', '.join(idle)} has no use; leave it out")
+            raise FaroutError(f"with --scores, {', '.join(idle)} has no effect; leave it out")
         return None
     if detector is None or id is None or not ood or out is None:
-        raise FaroutError("evaluate wants DETECTOR --id SOURCE --ood SOURCE... --out DIR, or --scores FILE FILE...")
+        raise FaroutError("evaluate requires DETECTOR --id SOURCE --ood SOURCE... --out DIR, or --scores FILE FILE...")
     return detector, id, out
 
 
 def list_features() -> list[CachedKind]:
-    """Show the features that are kept on disk."""
+    """List the stored features."""
     return cached_kinds()
 
 
 def clear_features(name: str | None = None) -> list[CachedKind]:
-    """Remove kept features, all or those of one folder.
+    """Delete stored features.
 
     Args:
-        name: the folder, as `farout features list` shows it; without it all.
+        name: folder to delete, as `farout features list` shows it; default: all.
     """
     return clear(name)
 
@@ -228,13 +229,13 @@ def clear_features(name: str | None = None) -> list[CachedKind]:
 def demo(
     *, out: str = "farout-demo", steps: int = 100, limit: int = 100, images: int | None = None, seed: int = 0
 ) -> Iterator[pd.DataFrame]:
-    """Run the main job on the built-in sample, in minutes.
+    """Fit and evaluate two detectors on the built-in sample, in a few minutes.
 
     Args:
         out: folder of the demo's models and results.
-        steps: training steps of the diffusion model.
-        limit: images scored of each set.
-        images: images of the sample that the detector is fitted to; without it 1,000.
-        seed: seed of everything.
+        steps: number of training steps of the diffusion model.
+        limit: number of images scored per set.
+        images: number of sample images to fit the detector on; default: 1,000.
+        seed: seed of all samples, weights and noise.
     """
     return _demo(out, steps=steps, limit=limit, images=images, seed=seed)

@@ -24,7 +24,7 @@ __all__ = ["Flag", "Parser"]
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 _METAVARS = {int: "N", float: "X"}
 _LISTS = (tuple, list, abc.Sequence)
-_PRINT = "print all settings as YAML, ready for --config, and exit"
+_PRINT = "print all settings as a YAML file for --config, and exit"
 
 
 def _hints(what: Callable[..., Any]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class _Help(jsonargparse.DefaultHelpFormatter):
 def _shown(default: Any) -> str:
     """A default as it would be written; empty for none."""
     if isinstance(default, bool):
-        return "true" if default else ""
+        return "on" if default else ""
     if default is None or default == () or default == argparse.SUPPRESS:
         return ""
     return " ".join(map(str, default)) if isinstance(default, tuple | list) else str(default)
@@ -164,6 +164,8 @@ class Parser(jsonargparse.ArgumentParser):
         """Adds the parameters of a function (those without default are positional) or of a class."""
         if isinstance(what, type):
             self.add_class_arguments(what, prefix, skip=set(skip))
+            for action in (each for each in self._actions if prefix and each.dest == prefix):
+                action.help = "YAML file of the settings below"
         else:
             self.add_function_arguments(what, as_positional=True, skip=set(skip), fail_untyped=False)
         start = f"{prefix}." if prefix else ""
@@ -180,7 +182,7 @@ class Parser(jsonargparse.ArgumentParser):
 
     def add_config(self) -> None:
         """`--config` and `--print-config`."""
-        self.add_argument("--config", action="config", help="a YAML file of settings; flags override it")
+        self.add_argument("--config", action="config", help="YAML file of settings; flags override it")
         for action in self._actions:
             if "--print_config" in action.option_strings:
                 action.help, action.metavar = _PRINT, ""
@@ -282,7 +284,7 @@ class Parser(jsonargparse.ArgumentParser):
             return " ".join(message.split())
         given = re.findall(r"(?:Got value|Given value): (.*)", message)
         flag = found[1].replace("_", "-")
-        return f"--{flag} wants {_wanted(hint)}{f', got {given[-1]}' if given else ''}"
+        return f"--{flag} must be {_wanted(hint)}{f', got {given[-1]}' if given else ''}"
 
 
 def _taken(words: list[str], *, numbers: bool) -> list[str]:

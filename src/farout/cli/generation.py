@@ -41,24 +41,26 @@ def sample(
     precision: PrecisionChoice = "auto",
     clamp: bool = True,
 ) -> SampledFolder:
-    """Make images with a diffusion model.
+    """Generate images with a diffusion model.
 
     Args:
         model: folder of a diffusion model, or hf://owner/name.
-        out: folder of the images, class by class; an interrupted run goes on there.
-        count: number of images, all classes together.
-        classes: names or numbers of classes, such as a,b, or all; for class-conditional models.
-        guidance: weight of the class: 0 is none, 1 conditional, 3 the paper's omega of 2.
-        solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
-        steps: steps from noise to image; without it 20, or as many as probability_flow finds.
-        spacing: where the steps lie: grid (evenly in t), geometric (evenly in log sigma) or leading (evenly in t from 1
-            up, as Stable Diffusion is used: 981, ..., 21, 1).
-        seed: every image is made from the seed and its own number.
-        grid: also write OUT-grid.png, a picture of some of the images.
-        batch_size: the most images sampled together, and rows of one network call; auto: by memory.
-        device: auto, cpu, cuda, cuda:1, …
-        precision: precision of the network; auto is bf16 where the device computes in it natively, else fp32.
-        clamp: keep every estimate of the clean image within what images can be, where the model works on pixels.
+        out: folder of the images, one folder per class; an interrupted run continues there.
+        count: number of images, over all classes.
+        classes: names or numbers of classes, such as a,b, or `all`; for class-conditional models only.
+        guidance: scale of classifier-free guidance; 0: unconditional, 1: conditional, 3: the paper's omega of 2.
+        solver: one of `ddim`, `heun`, `dpm_solver_2m`, `unipc`, `plms`, `pndm2`, `pndm4`, `ndm1`, `ndm4` or
+            `probability_flow`.
+        steps: number of solver steps from noise to image; default: 20 (probability_flow chooses its own).
+        spacing: spacing of the steps: `grid` (even in t), `geometric` (even in log sigma) or `leading` (even in t from
+            1 up, as for Stable Diffusion: 981, …, 21, 1).
+        seed: seed of the noise; an image depends only on it and on its own number.
+        grid: also write OUT-grid.png, a grid of some of the images.
+        batch_size: maximum number of images processed together and of rows per network call; `auto`: set by memory.
+        device: device of the network: `auto` (CUDA if present, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
+        precision: precision of the network: `fp32`, `bf16`, `fp16`, or `auto` (bf16 if the device supports it natively,
+            else fp32).
+        clamp: clamp the estimated clean image to the valid pixel range at every step (not for latents).
     """
     where = resolve_device(device)
     network = DiffusionModel.load(model).to(where)
@@ -85,27 +87,27 @@ def synthesize(
     runtime: Runtime,
     arguments: dict[str, Any],
 ) -> OutlierFolder:
-    """Make outliers from labelled images, with a diffusion model.
+    """Generate synthetic outliers from labelled images with a diffusion model.
 
     `accelerate launch -m farout synthesize …` shares the images among several processes, one device each.
 
     Args:
-        method: the synthesizer's name, see `farout list synthesizers`.
-        source: labelled images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
-        diffusion: folder of a class-conditional diffusion model, an original Stable Diffusion folder, or
-            hf://owner/name.
+        method: name of the synthesizer, see `farout list synthesizers`.
+        source: labelled images: a named set, folder, glob, file, or hf://owner/name:split.
+        diffusion: folder of a class-conditional diffusion model or of Stable Diffusion, or hf://owner/name.
         out: folder of the outliers.
-        classifier: folder of a classifier trained apart: says whether the generator's own samples are of their classes,
-            and of outliers made of images whether they still are.
-        count: number of outliers, all classes together.
-        seed: seed of everything.
-        resume: go on where an earlier run in the folder stopped; a larger count adds outliers.
-        stage: the last stage to do; without it all.
-        limit: a seeded sample of this many images of the source.
-        policy: what becomes of an unreadable image: raise, or skip.
-        preset: the method's preset that `arguments` started from.
+        classifier: folder of a separately trained classifier, to check the classes of the generator's samples and of
+            outliers edited from images.
+        count: number of outliers, over all classes.
+        seed: seed of all random choices.
+        resume: continue an interrupted run in the folder; a larger count adds outliers.
+        stage: last stage to run: `embed`, `manifold`, `draw` or `decode` (ncis); `align`, `draw` or `decode`
+            (dream_ood); default: all.
+        limit: use a seeded random sample of this many images; default: all.
+        policy: what to do with an unreadable image: `raise` an error, or `skip` it.
+        preset: preset that `arguments` started from.
         runtime: how networks are run.
-        arguments: the method's own settings.
+        arguments: settings of the method.
     """
     made: Synthesizer = SYNTHESIZERS[method].load()(**arguments)
     made.provenance["preset"] = preset or ""
@@ -154,24 +156,25 @@ def reconstruct(
     policy: Literal["raise", "skip"] = "raise",
     runtime: Runtime,
 ) -> ReconstructedFolder:
-    """Make images again with a diffusion model: part of the way to noise, and back.
+    """Reconstruct images by image-to-image: add noise and denoise.
 
     `accelerate launch -m farout reconstruct …` shares the images among several processes, one device each.
 
     Args:
-        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split; labels are kept.
-        diffusion: folder of a diffusion model, an original Stable Diffusion folder, or hf://owner/name.
-        out: folder of the images, class by class.
-        level: how far images go, as a share of the way to noise; 0 is an autoencoder's round trip alone.
-        highest: draws a level for each image, between level and this one.
-        classes: denoise each image under its class, where the model is told classes.
-        solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
-        steps: steps back; without it 10, or as many as probability_flow finds.
-        spacing: where the steps lie: grid (evenly in t) or geometric (evenly in log sigma).
-        seed: level and noise of an image are drawn from the seed and its key.
-        resume: go on where an earlier run in the folder stopped.
-        limit: a seeded sample of this many images of the source.
-        policy: what becomes of an unreadable image: raise, or skip.
+        source: images: a named set, folder, glob, file, or hf://owner/name:split; labels are kept.
+        diffusion: folder of a diffusion model or of Stable Diffusion, or hf://owner/name.
+        out: folder of the images, one folder per class.
+        level: noise level as a share of the schedule, 0 to 1; 0: the autoencoder's reconstruction only.
+        highest: draw a noise level per image, between `level` and this one; default: always `level`.
+        classes: denoise each image under its class, if the model is class-conditional.
+        solver: one of `ddim`, `heun`, `dpm_solver_2m`, `unipc`, `plms`, `pndm2`, `pndm4`, `ndm1`, `ndm4` or
+            `probability_flow`.
+        steps: number of denoising steps; default: 10 (probability_flow chooses its own).
+        spacing: spacing of the steps: `grid` (even in t) or `geometric` (even in log sigma).
+        seed: seed of the level and noise of each image, together with its key.
+        resume: continue an interrupted run in the folder.
+        limit: use a seeded random sample of this many images; default: all.
+        policy: what to do with an unreadable image: `raise` an error, or `skip` it.
         runtime: how networks are run.
     """
     return _reconstruct(

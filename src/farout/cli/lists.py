@@ -22,7 +22,7 @@ _WHAT = ("detectors", "synthesizers", "sets", "presets")
 
 
 def show_list(words: Sequence[str]) -> int:
-    """List detectors, synthesizers, sets (and which are on this machine) or presets."""
+    """List detectors, synthesizers, named sets (and which are on this machine) or presets."""
     if not words or set(words) & {"-h", "--help"}:
         print(f"usage: farout list {{{','.join(_WHAT)}}}\n\n{show_list.__doc__}")
         return 0
@@ -44,9 +44,9 @@ def _sets() -> list[dict[str, str]]:
     return [
         {
             "name": row["name"],
-            "what": f"{row['title']}, {row['size']}, {row['licence']}",
+            "description": f"{row['title']}, {row['size']}, {row['licence']}",
             "splits": row["splits"],
-            "where": _where(row),
+            "location": _where(row),
         }
         for row in catalog.list_sets()
     ]
@@ -59,7 +59,7 @@ def _where(row: dict[str, str]) -> str:
 
 
 def _methods(registry: Registry) -> list[dict[str, str]]:
-    return [{"name": method.name, "what": method.description} for method in registry.values()]
+    return [{"name": method.name, "description": method.description} for method in registry.values()]
 
 
 def presets() -> list[dict[str, str]]:

@@ -33,7 +33,7 @@ from farout.synthesis.base import MadeFolder
 
 __all__ = ["progress", "quiet_libraries", "show"]
 
-_SHORT = {"fpr95": "FPR95", "false_alarm": "alarms", "detection": "found", "images_per_s": "img/s"}
+_SHORT = {"fpr95": "FPR95", "false_alarm": "false alarms", "detection": "detected", "images_per_s": "img/s"}
 """Columns shown beside detector, set and AUROC, with short heads; all columns are in metrics.csv."""
 
 _MADE = ("images", "reconstructions", "manifest.csv", "quality.csv", "page.html")
@@ -115,16 +115,16 @@ def show(name: str, result: Any) -> None:
 
 def _classifier(classifier: Classifier) -> None:
     about = classifier.provenance
-    seen = f"trained on {about['images']} images" if "images" in about else "weights kept as given"
+    seen = f"trained on {about['images']} images" if "images" in about else "given weights used without training"
     print(f"{seen}, {counted_classes(classifier)}, {classifier.parameters:,} parameters")
     for kind in ("outliers", "reconstructions"):
         if kind in about:
-            print(f"{about[kind]['images']} {kind} of {about[kind]['source']}, loss {about['exposure']['loss']}")
+            print(f"{about[kind]['images']} {kind} from {about[kind]['source']}, loss {about['exposure']['loss']}")
     # only the first of several processes measures it
     if "held_out_accuracy" in about:
         print(f"accuracy {about['held_out_accuracy']:.3f} on {about['held_out_images']} held-out images")
     elif "possibly_seen_accuracy" in about:
-        images = f"{about['possibly_seen_images']} images (which the weights may have seen)"
+        images = f"{about['possibly_seen_images']} images (which the given weights may have seen)"
         print(f"accuracy {about['possibly_seen_accuracy']:.3f} on {images}")
 
 
@@ -136,22 +136,22 @@ def _detector(detector: Detector) -> None:
 
 def _scored(done: ScoredFolder) -> None:
     counts = ", ".join(f"{count} {status}" for status, count in done.counts.items())
-    print(f"{counts}; {done.flagged} flagged; {done.scored_now} scored now")
+    print(f"{counts}; {done.flagged} flagged; {done.scored_now} newly scored")
     for file in ("scores.csv", "measurements.parquet", "manifest.json", "page.html"):
         if (done.folder / file).is_file():
             print(f"  {done.folder / file}")
 
 
 def _sampled(done: SampledFolder) -> None:
-    more = f", {done.asked} asked for: the folder has images of an earlier, longer run" * (done.images > done.asked)
-    print(f"{done.images} images, {done.made} made now{more}")
+    more = f", {done.asked} requested: the folder has more images from an earlier run" * (done.images > done.asked)
+    print(f"{done.images} images, {done.made} new{more}")
     for path in filter(None, (done.folder, done.grid)):
         print(f"  {path}")
 
 
 def _made(done: MadeFolder, what: str) -> None:
-    more = f", {done.asked} asked for" * (done.images != done.asked)
-    print(f"{done.images} {what}, {done.made} made now{more}")
+    more = f", {done.asked} requested" * (done.images != done.asked)
+    print(f"{done.images} {what}, {done.made} new{more}")
     for path in (done.folder / each for each in _MADE):
         if path.exists():
             print(f"  {path}")
@@ -160,7 +160,7 @@ def _made(done: MadeFolder, what: str) -> None:
 def _distance(found: SetDistance) -> None:
     """A row a number."""
     table = new_table()
-    for head in ("distance", "value", "of"):
+    for head in ("metric", "value", "computed on"):
         table.add_column(head, no_wrap=True)
     sets = f"{found.generated} generated and {found.reference} real images, {found.dimension} features"
     table.add_row(found.frechet_name, f"{found.frechet:.4g}", sets)
@@ -170,16 +170,14 @@ def _distance(found: SetDistance) -> None:
 
 
 def _interpolated(done: InterpolatedFolder) -> None:
-    print(
-        f"{done.pairs} pairs, {done.images} pictures; image and decoded inversion differ by {done.round_trip:.4f} (RMS)"
-    )
+    print(f"{done.pairs} pairs, {done.images} images; RMS error of the decoded inversions {done.round_trip:.4f}")
     for path in (done.folder, done.folder / "page.html"):
         print(f"  {path}")
 
 
 def _extracted(done: Extraction) -> None:
     bad = f", {len(done.unreadable)} unreadable" if done.unreadable else ""
-    print(f"{done.source}: {done.computed} computed, {done.found} were there{bad}")
+    print(f"{done.source}: {done.computed} computed, {done.found} already stored{bad}")
     for reason in [f"{key}: {why}" for key, why in done.unreadable.items()][:5]:
         print(f"  {reason}")
     print(f"  {done.folder}")
@@ -190,7 +188,7 @@ def _kinds(kinds: list[CachedKind]) -> None:
     """One row per kind of features."""
     folder = cache_folder() / "features"
     if not kinds:
-        print(f"{folder} holds no features; `farout features extract SOURCE` computes some")
+        print(f"no features are stored in {folder}; `farout features extract SOURCE` computes them")
         return
     table = new_table()
     table.add_column("name", no_wrap=True)
@@ -217,7 +215,7 @@ def _kind(settings: dict[str, Any]) -> list[str]:
 
 def _cleared(kinds: list[CachedKind]) -> None:
     images, mib = sum(kind.images for kind in kinds), sum(kind.mib for kind in kinds)
-    print(f"removed {len(kinds)} kinds of features, of {images} images, {mib:.1f} MiB, from {cache_folder()}")
+    print(f"deleted {len(kinds)} feature folders ({images} images, {mib:.1f} MiB) from {cache_folder()}")
 
 
 def _demonstrated(tables: Iterator[pd.DataFrame]) -> None:
@@ -228,7 +226,7 @@ def _demonstrated(tables: Iterator[pd.DataFrame]) -> None:
 
 def _metrics(frame: pd.DataFrame) -> None:
     """The detectors' own scores: AUROC with its interval, FPR95, share of in-distribution and of out-of-distribution
-    images flagged (alarms, found).
+    images flagged (false alarms, detected).
     """
     own = frame[frame["indicator"] == OWN]
     kept = [column for column in _SHORT if own[column].notna().any()]
@@ -245,6 +243,6 @@ def _metrics(frame: pd.DataFrame) -> None:
     for pair in frame.attrs.get("paired", []):
         if pair["difference"] == pair["difference"]:
             interval = f"{pair['difference']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})"
-            print(f"{pair['first']} minus {pair['second']}, {pair['ood']}: {interval}")
+            print(f"AUROC difference {pair['first']} - {pair['second']}, {pair['ood']}: {interval}")
     for path in frame.attrs.get("paths", []):
         print(path)

@@ -115,6 +115,9 @@ def _parser_for(name: str, call: Callable[..., Any]) -> Parser:
     elif kind is not None:  # empty unless given: a detector scores with the settings it was fitted with
         parser.take(Runtime)
         parser.set_defaults(dict.fromkeys(_RUNTIME))
+        owner = "the benchmark" if name == "bench" else "the detector"
+        for action in (each for each in parser._actions if each.dest in _RUNTIME):
+            action.help = f"{(action.help or '').removesuffix('.')}; default: {owner}'s"
     return parser
 
 
@@ -177,9 +180,9 @@ def _refuse_nonsense(settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
         if any(each != each for each in (value if isinstance(value, list | tuple) else [value])):
-            raise UsageError(f"{flag} wants a number, got {value}")
+            raise UsageError(f"{flag} must be a number, got {value}")
         if name == "seed" and value < 0:
-            raise UsageError(f"{flag} wants 0 or more, got {value}")
+            raise UsageError(f"{flag} must be 0 or more, got {value}")
 
 
 def _training_preset(name: str, presets: Mapping[str, Any] = PRESETS) -> dict[str, Any]:
@@ -201,7 +204,9 @@ def _method_preset(method: Any, name: str | None) -> dict[str, Any]:
 def _add_training(
     parser: Parser, flag: str, preset: str, configs: Mapping[str, type], presets: Mapping[str, Any] = PRESETS
 ) -> None:
-    parser.add_argument(f"--{flag}", type=str, default=preset, help=f"settings to start from: {', '.join(presets)}")
+    what = "settings to start from" if flag == "preset" else "settings of the diffusion model, if one is trained"
+    text = f"{what}: {', '.join(presets)}; other flags override them"
+    parser.add_argument(f"--{flag}", type=str, default=preset, help=text)
     for part, config in configs.items():
         parser.take(config, part)
     parser.take(TrainingConfig, "training", skip=["seed"])  # --seed is the command's own
@@ -228,7 +233,7 @@ def _train_parser(name: str, command: Callable[..., Any]) -> Parser:
     configs, presets = _TRAININGS[command]
     short = _short(configs).items()
     told = [f"--{flag.replace('_', '-')} for --{part}.{flag.replace('_', '-')}" for flag, part in short]
-    parser = _parser(name, command, about=f"{_first_line(command)} You may write {', '.join(told)}.")
+    parser = _parser(name, command, about=f"{_first_line(command)} Short forms: {', '.join(told)}.")
     _add_training(parser, "preset", "tiny", configs, presets)
     return parser
 
@@ -274,7 +279,7 @@ def _chosen(name: str, words: Sequence[str]) -> RegisteredMethod:
         print(*(f"  {each:<18}{member.description}" for each, member in known.items()), sep="\n")
         print(f"\n`farout {name} METHOD --help` shows the settings.")
         raise SystemExit(0)
-    raise UsageError(f"{name} wants {wanted}, the method first; methods: {', '.join(known)}")
+    raise UsageError(f"expected `farout {name} {wanted}`; methods: {', '.join(known)}")
 
 
 def _fit(member: RegisteredMethod, method: Any, words: Sequence[str]) -> functools.partial[Any]:
@@ -295,7 +300,7 @@ def _refuse_idle(chosen: Any, plain: Any) -> None:
         idle = [n for n in given if n.partition(".")[0] in parts and given[n] != defaults[n]]
         if given[network] is not None and idle:
             flag = idle[0].replace("_", "-")
-            raise UsageError(f"--{flag} has no use beside --{network}: what is given is not trained; leave one out")
+            raise UsageError(f"--{flag} has no effect with --{network}, which is not trained; leave one out")
 
 
 def _fit_parser(member: RegisteredMethod, method: Any) -> Parser:
@@ -311,7 +316,8 @@ def _method_parser(
     name: str, call: Callable[..., Any], member: RegisteredMethod, method: Any, skip: Sequence[str] = ()
 ) -> Parser:
     parser = _parser(name, call, ["method", "preset", *skip], about=member.description)
-    parser.add_argument("--preset", type=str, help=f"settings to start from: {', '.join(method.presets) or 'none'}")
+    known = ", ".join(method.presets) or "none"
+    parser.add_argument("--preset", type=str, help=f"settings to start from: {known}; other flags override them")
     nested = {key: value for key, value in method().config.items() if is_dataclass(value)}
     parser.take(method, skip=list(nested))
     for key, settings in nested.items():

@@ -121,11 +121,11 @@ def read_steps(given: str) -> list[Step]:
 def _content(given: str) -> dict[str, Any]:
     path = chains().get(given, Path(given))
     if not path.is_file():
-        raise FaroutError(f"{given!r} is no file and no built-in chain; {suggest_names(given, chains())}")
+        raise FaroutError(f"{given!r} is neither a file nor a built-in chain; {suggest_names(given, chains())}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FaroutError(f"{given} is no YAML: {error}") from error
+        raise FaroutError(f"{given} is not valid YAML: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("steps"), list) or not content["steps"]:
         raise FaroutError(f"{given} has no steps; expected YAML with `steps:`, and in that list e.g. {_EXAMPLE}")
     unknown = [key for key in content if key not in ("source", "steps")]
@@ -150,7 +150,7 @@ def _step(number: int, item: Any, source: Any, before: Sequence[Step]) -> Step:
     _check_body(title, body, typed)
     for step in before:
         if step.out.casefold() == str(body["out"]).casefold():
-            raise FaroutError(f"{title} has the out {body['out']!r}, as {step} has; give each step its own")
+            raise FaroutError(f"{title} has the same out {body['out']!r} as {step}; give each step its own")
     return Step(number, name, command, body, tuple(step.out for step in before))
 
 
@@ -161,7 +161,7 @@ def _command(name: str, title: str) -> str:
     if found is None:
         raise FaroutError(f"{title}: there is no command {name!r}; {suggest_names(name, able)}")
     if found not in able:
-        raise FaroutError(f"{title}: {found} has no out, so it is no step; steps are {', '.join(able)}")
+        raise FaroutError(f"{title}: {found} has no out and cannot be a step; possible steps: {', '.join(able)}")
     method = "method" in _parameters(found)
     if len(name.split()) != len(found.split()) + method:
         raise FaroutError(f"{title}: there is no command {name!r}; expected {found}{' METHOD' * method}")
@@ -180,14 +180,14 @@ def _typed(command: str) -> list[inspect.Parameter]:
 def _check_body(title: str, body: Mapping[str, Any], typed: Sequence[inspect.Parameter]) -> None:
     for name in _NO_SETTINGS:
         if name in body:
-            raise FaroutError(f"{title}: {name} is no setting of a step; leave it out")
+            raise FaroutError(f"{title}: {name} is not a setting of a step; leave it out")
     wanted = [*(p.name for p in typed if p.default is p.empty), "out"]
     missing = [name for name in wanted if body.get(name) is None]
     if missing:
-        raise FaroutError(f"{title} lacks {' and '.join(missing)}; it wants {', '.join(wanted)}")
+        raise FaroutError(f"{title} lacks {' and '.join(missing)}; it requires {', '.join(wanted)}")
     for name in (p.name for p in typed):
         if isinstance(body.get(name), list | dict):
-            raise FaroutError(f"{title}: {name} is {body[name]!r}; expected one text")
+            raise FaroutError(f"{title}: {name} is {body[name]!r}; expected a single string")
     if not re.fullmatch(r"\w[\w.+ -]*", str(body["out"])):
         raise FaroutError(f"{title} has the out {body['out']!r}; expected a plain name, such as detector")
 
@@ -197,7 +197,7 @@ def _check(step: Step, outs: Sequence[str]) -> None:
     for key, given in _naming(step.body):
         name = _parted(given, outs[step.number - 1 :])[0]
         if name is not None:
-            later = f"step {outs.index(name) + 1}, which is not done before"
+            later = f"step {outs.index(name) + 1}, which runs later"
             raise FaroutError(f"{step}: {key} names {name!r}, the out of {later}; for a path write ./{given}")
     try:
         _ = step.settings
@@ -211,7 +211,7 @@ def _check(step: Step, outs: Sequence[str]) -> None:
 def _look_for(key: str, given: str) -> None:
     """Raises FaroutError for what is not on this machine; what a hub may have is left to the step."""
     if key in _FILES and not given.startswith("hf://") and not Path(given).exists():
-        raise FaroutError(f"{key} is {given!r}, which is neither there nor the out of an earlier step")
+        raise FaroutError(f"{key} is {given!r}, which neither exists nor is the out of an earlier step")
     if key in _IMAGES and not catalog.on_a_hub(given):
         open_source(given)
 

@@ -68,7 +68,8 @@ class Configured:
             given, default = self.config[name], _default(type(self), name)
             if given not in (default, *(preset.get(name, default) for preset in self.presets.values())):
                 raise FaroutError(
-                    f"{name} is {given!r}, which has no use {where}, or leave {name} out (its default is {default!r})"
+                    f"{name} is {given!r}, which has no effect {where}, or leave {name} out (its default is "
+                    f"{default!r})"
                 )
 
     @classmethod

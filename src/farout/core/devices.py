@@ -93,7 +93,7 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
     if precision == "auto":
         return "bf16" if _native_bf16(device) else "fp32"
     if precision == "fp16" and device.type == "cpu":
-        raise FaroutError("precision fp16 wants a GPU, but the device is the CPU; use fp32 (or auto)")
+        raise FaroutError("precision fp16 requires a GPU, but the device is the CPU; use fp32 (or auto)")
     if precision not in get_args(Precision):
         raise FaroutError(f"the precision is {precision!r}; expected auto, fp32, bf16 or fp16")
     return precision  # type: ignore[return-value]
@@ -188,7 +188,7 @@ def join(name: str) -> Team:
     if state.num_processes != world or not same:
         raise FaroutError(
             f"the launcher started {world} processes, and accelerate set up {state.num_processes} on {state.device}, "
-            f"but the device asked for is {name!r} ({device}); begin before any other accelerate object, and "
+            f"but the requested device is {name!r} ({device}); begin before any other accelerate object, and "
             "give device=auto, cuda or cpu"
         )
     return Team(device, world, state.process_index)

@@ -24,11 +24,12 @@ class Runtime:
     speed and memory.
 
     Args:
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
-        precision: `fp32`, `bf16`, `fp16`, or `auto`: bf16 where the device computes in it natively, else fp32.
-        batch_size: the most images processed together, and the most rows of one network call; `auto`: by memory.
-        workers: threads that decode images.
-        cache: keep features on disk and read those that are there (see `farout features list`).
+        device: device of the networks: `auto` (CUDA if present, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
+        precision: precision of the networks: `fp32`, `bf16`, `fp16`, or `auto` (bf16 if the device supports it
+            natively, else fp32).
+        batch_size: maximum number of images processed together and of rows per network call; `auto`: set by memory.
+        workers: number of threads that decode images.
+        cache: store features on disk and reuse stored ones (see `farout features list`).
     """
 
     device: str = "auto"

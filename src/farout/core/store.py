@@ -86,7 +86,9 @@ def check_replaceable(path: str | Path, kind: str) -> None:
     try:
         read_config(path, kind)
     except StoreError as error:
-        raise StoreError(f"{path} exists, is no farout {kind}, and is not replaced; give another folder") from error
+        raise StoreError(
+            f"{path} exists and is not a farout {kind}, so it is not replaced; give another folder"
+        ) from error
 
 
 @contextmanager
@@ -211,10 +213,12 @@ def resume_config(folder: str | Path, kind: str, settings: Mapping[str, Any], ab
         write_config(folder, kind, {**settings, **about})
     now, known = _flat(json.loads(json.dumps(settings))), _flat(read_config(folder, kind))
     differing = [
-        f"{name}: {known.get(name)} there, {value} now" for name, value in now.items() if known.get(name) != value
+        f"{name}: {known.get(name)} before, {value} now" for name, value in now.items() if known.get(name) != value
     ]
     if differing:
-        raise StoreError(f"{folder} holds {kind} made otherwise ({'; '.join(differing)}); give another folder")
+        raise StoreError(
+            f"{folder} holds {kind} made with other settings ({'; '.join(differing)}); give another folder"
+        )
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

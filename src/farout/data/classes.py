@@ -36,7 +36,7 @@ def class_names_of(source: ImageSource) -> tuple[str, ...]:
     names = names_of(source)
     if len(names) < 2:
         raise SourceError(
-            f"all images of {source.name} are of one class ({', '.join(names)}); classes want two or more"
+            f"all images of {source.name} are of one class ({', '.join(names)}); classes require two or more"
         )
     return names
 
@@ -79,7 +79,7 @@ def _labels(source: ImageSource) -> tuple[int, ...]:
                 "them into the folders of their classes"
             )
         raise SourceError(
-            f"{source.name} has no labels, and classes are learnt from them; give a class-per-folder tree or a table "
+            f"{source.name} has no labels, which training classes requires; give a class-per-folder tree or a table "
             "with labels (a diffusion model can also be trained without classes)"
         )
     return source.labels

@@ -231,7 +231,7 @@ class ImageSource(Dataset[Tensor]):
             return self.content_hash(index)
         except UnreadableImageError as error:
             if self.policy == "raise":
-                hint = "mend or remove it, or leave such images out with the policy skip (--policy skip)"
+                hint = "repair or remove it, or leave such images out with the policy skip (--policy skip)"
                 raise UnreadableImageError(f"{error}; {hint}") from error
             return None
 

@@ -242,7 +242,7 @@ def _size_trap(shapes: Counter[tuple[int, int, int]], preprocessing: Preprocessi
     effect = {
         "native": "they are resized to it first",
         "common": "they are resized to it first",
-        "direct": "resizing alone can set them apart (protocol direct)",
+        "direct": "resizing alone can distinguish them (protocol direct)",
     }[preprocessing.protocol]
     text = f"are not of the fitted native size {fitted[0]}x{fitted[1]} (most often {common[0]}x{common[1]}); {effect}"
     return sizes.total(), text
@@ -259,5 +259,5 @@ def _channel_trap(shapes: Counter[tuple[int, int, int]], channels: int, fitted_g
     if channels == 1:
         return other, "are RGB and become luminance for this grey model: their colour is not seen"
     if fitted_grey:
-        return other, "are RGB, and the fitted ones were all grey: colour can set them apart"
+        return other, "are RGB, and the fitted ones were all grey: colour can distinguish them"
     return other, "are grey and are replicated to RGB for this RGB model"

@@ -53,7 +53,7 @@ def _list_file(path: Path) -> Listing:
         return _list_npz(path)
     if suffix in SUFFIXES:
         return Listing((path.name,), _Files((path.name,), (path,)), groups=(".",))
-    raise SourceError(f"{path} is no image source; expected a folder, .parquet, .csv, .npz, or an image file")
+    raise SourceError(f"{path} is not an image source; expected a folder, .parquet, .csv, .npz, or an image file")
 
 
 class _Files:
@@ -113,7 +113,7 @@ def _told_names(root: Path, folders: tuple[str, ...] | None) -> tuple[str, ...] 
         return folders
     told = read_json(path)
     if not all(isinstance(name, str) for name in told.values()):
-        raise SourceError(f"{path} wants a class name, a text, for each folder; mend or remove it")
+        raise SourceError(f"{path} requires a class name, a text, for each folder; correct or remove it")
     return tuple(told.get(folder, folder) for folder in folders)
 
 

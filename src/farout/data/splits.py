@@ -71,7 +71,7 @@ def split(
     when no calibration or no statistics image would remain.
     """
     if statistics < 0:
-        raise SourceError(f"statistics want 0 images or more, got {statistics}")
+        raise SourceError(f"statistics must be 0 images or more, got {statistics}")
     hashes = {i: content for i, content in enumerate(source.content_hashes()) if content is not None}
     blocks = _blocks(hashes, _group_names(source, groups))
     excluded = frozenset(exclude)
@@ -96,7 +96,7 @@ def learnt_and_validating(data: Dataset, hashes: Sequence[str], *, validate: boo
         return data, None
     held = len(hashes) // 20
     if not held:
-        raise SourceError(f"validation wants at least 20 training images, there are {len(hashes)}")
+        raise SourceError(f"validation requires at least 20 training images, there are {len(hashes)}")
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
     return Subset(data, sorted(order[held:])), Subset(data, sorted(order[:held]))
 

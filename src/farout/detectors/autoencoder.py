@@ -25,7 +25,7 @@ _BATCH, _VALIDATION = 128, 500
 
 
 class AutoEncoder(VectorDetector):
-    """How far an image's features are from what a bottleneck network makes of them.
+    """Reconstruction error of an image's features by a bottleneck network.
 
     With z the features, each layer of each image standardised as in the `semantic` detector: a network f with the
     widths hidden, bottleneck, hidden (ReLU) learns to give back those of good images. mse = ||z - f(z)||^2 / c, mfsim =
@@ -34,10 +34,10 @@ class AutoEncoder(VectorDetector):
     when to stop; with fewer all are learnt from, for as many updates as are allowed.
 
     Args:
-        hidden: width of the outer layers.
+        hidden: width of the outer hidden layers.
         bottleneck: width of the middle layer.
-        updates: updates of 128 images each, at most.
-        score: the method's own score.
+        updates: maximum number of updates, 128 images each.
+        score: indicator used as score: `mfsim` (negative mean cosine similarity of the layers) or `mse`.
     """
 
     choices: ClassVar[frozenset[str]] = frozenset({"score"})
@@ -54,7 +54,7 @@ class AutoEncoder(VectorDetector):
         super().__init__(**features)
         if min(hidden, bottleneck, updates) < 1:
             raise FaroutError(
-                f"hidden, bottleneck and updates want at least 1, got {hidden}, {bottleneck} and {updates}"
+                f"hidden, bottleneck and updates must be at least 1, got {hidden}, {bottleneck} and {updates}"
             )
         self.weights: list[np.ndarray] = []
         self.biases: list[np.ndarray] = []

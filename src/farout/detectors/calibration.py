@@ -48,7 +48,7 @@ def _sorted(calibration: Any) -> np.ndarray:
     values = np.asarray(calibration, dtype=np.float64).ravel()
     if not len(values) or np.isnan(values).any():
         bad = int(np.isnan(values).sum())
-        raise FaroutError(f"calibration wants scores that are numbers, got {len(values)} of which {bad} are not")
+        raise FaroutError(f"calibration requires scores that are numbers, got {len(values)} of which {bad} are not")
     return np.sort(values)
 
 
@@ -89,5 +89,5 @@ def check_scores(scores: Any, name: str) -> None:
         warnings.warn(message, NaNScoresWarning, stacklevel=3)
     good = scores[np.isfinite(scores)]
     if good.size > 1 and good.min() == good.max():
-        message = f"{name}: all {good.size} scores are {good[0]:g}; they tell nothing apart"
+        message = f"{name}: all {good.size} scores are {good[0]:g}; they distinguish nothing"
         warnings.warn(message, ConstantScoresWarning, stacklevel=3)

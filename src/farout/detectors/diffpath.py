@@ -25,7 +25,7 @@ __all__ = ["DiffPath"]
 
 
 class DiffPath(Detector):
-    """How unusual the rate and the curvature of the path are on which a diffusion model carries an image to noise.
+    """Density of the rate and curvature of an image's deterministic path to noise.
 
     Heng, Thiery and Soh, "Out-of-distribution detection with a single unconditional diffusion model" (NeurIPS 2024,
     arXiv 2405.11881), section 3. DDIM is run upwards from the image, x' = x + (sigma' - sigma) eps(x, sigma); with
@@ -49,10 +49,10 @@ class DiffPath(Detector):
     `components` by the Bayesian information criterion, and no more than the statistics images allow (60 rows each).
 
     Args:
-        steps: steps n of the path, an evaluation each.
-        clamp: clamp the denoised image to the range of images (none for latents).
-        components: Gaussians of the mixture, at most.
-        score: the method's own: `six`, `curvature` or `rate`.
+        steps: number of steps n of the path, one network evaluation each.
+        clamp: clamp the denoised image to the valid pixel range (not for latents).
+        components: maximum number of Gaussians of the mixture.
+        score: indicator used as score: `six` (mixture of six statistics), or `curvature` or `rate` alone.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"diffusion"})
@@ -75,7 +75,7 @@ class DiffPath(Detector):
     ) -> None:
         check_words(self)
         if steps < 2 or components < 1:
-            raise FaroutError(f"steps want at least 2, components at least 1, got {steps} and {components}")
+            raise FaroutError(f"steps must be at least 2, components at least 1, got {steps} and {components}")
         self.path = torch.zeros(0)
         self.mixture: GaussianMixture | None = None
         self.kernels: dict[str, KernelDensity] = {}
@@ -94,14 +94,14 @@ class DiffPath(Detector):
         """sigmas (steps + 1,); the last one, the schedule's largest, is where the last step ends, unevaluated."""
         count, steps = model.schedule.steps, int(self.config["steps"])
         if steps >= count:
-            raise FaroutError(f"steps want 2 to {count - 1}, the levels of the schedule less one, got {steps}")
+            raise FaroutError(f"steps must be 2 to {count - 1}, the levels of the schedule less one, got {steps}")
         levels = [*(count * number // steps for number in range(steps)), count - 1]
         return model.schedule.sigma_of(torch.tensor(levels)).float()
 
     def prepare(self) -> None:
         """Builds the path and the denoiser."""
         if self.diffusion is None:
-            raise FaroutError("DiffPath wants a diffusion model")
+            raise FaroutError("DiffPath requires a diffusion model")
         self.path = self._path(self.diffusion)
         self.network: NetworkDenoiser = self.diffusion.denoiser(self.runtime.batch_size, self.precision)
         self.denoiser = self.diffusion.in_range(self.network) if self.config["clamp"] else self.network

@@ -31,11 +31,11 @@ class FeatureDetector(Detector):
     """A detector that sees images through a frozen backbone.
 
     Args:
-        backbone: `lite0` (its weights are installed with farout), `b4` (the semantic paper's), `resnet50`, `dinov2`, or
-            any network of timm's by name.
-        weights: a file of weights, or `random` (a control that has learnt nothing); without it the preset's own.
-        layers: feature levels, as timm numbers them; without it the preset's, or all.
-        size: side of the backbone's input in pixels; without it the preset's.
+        backbone: feature network: `lite0` (weights installed with farout), `b4` (the semantic paper's), `resnet50`,
+            `dinov2`, or the name of a timm model.
+        weights: file of backbone weights, or `random` (untrained, as a baseline); default: pretrained weights.
+        layers: feature levels, numbered as in timm; default: those of the backbone's preset, or all.
+        size: side of the backbone's input in pixels; default: that of the backbone's preset.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"features"})
@@ -50,7 +50,7 @@ class FeatureDetector(Detector):
     ) -> None:
         check_words(self)
         if layers is not None and (not layers or len(set(layers)) < len(layers) or min(layers) < 0):
-            raise FaroutError(f"layers want different numbers from 0, got {list(layers)}")
+            raise FaroutError(f"layers must be different numbers from 0, got {list(layers)}")
 
     def build_features(self) -> FeatureExtractor:
         """The backbone that the configuration names."""
@@ -77,7 +77,9 @@ class FeatureDetector(Detector):
     def check_backbone(self, model: FeatureDiffusion) -> None:
         """Raises FaroutError for a diffusion model of another backbone's features."""
         if model.backbone != self.backbone.content_hash:
-            hint = f"{self.backbone.name} (hash {self.backbone.content_hash[:8]}, the model wants {model.backbone[:8]})"
+            hint = (
+                f"{self.backbone.name} (hash {self.backbone.content_hash[:8]}, the model requires {model.backbone[:8]})"
+            )
             raise FaroutError(f"this model was trained on features of another backbone than {hint}; fit again")
 
     @property
@@ -117,8 +119,8 @@ class VectorDetector(FeatureDetector):
     """A detector whose measurements are the features themselves: a statistic on them is all that it learns.
 
     Args:
-        standardise: `image`: each layer's features of each image are brought to mean 0 and deviation 1 first, as in the
-            `semantic` detector (ahead on dev sources); `none`: they stay as they are.
+        standardise: `image`: scale the features of each layer of each image to mean 0 and standard deviation 1 (higher
+            AUROC on dev sources); `none`: do not scale.
     """
 
     _width = 0

@@ -39,22 +39,26 @@ _ANY = 1 << 20
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a fit is done.
+    """Settings of a fit.
 
     Args:
-        limit: use a seeded sample of this many images.
-        alpha: false-alarm rate of `is_ood`; calibration gets max(20 %, ceil(1/alpha) - 1) images.
-        seed: seed of sample, split, weights and noise.
-        groups: keep images of one folder together in one part, or a group name per image.
-        policy: what becomes of an unreadable image: `raise`, or `skip`.
-        statistics: images for the statistics; None: what the method wants.
-        protocol: how images are brought to size; None: `native`, or as a given diffusion model has it.
-        network: what is trained where a diffusion model of images is lacking; None: as suits the method.
-        training: how it is trained; None: as suits the method.
-        classifier_preset: how a classifier is trained where one is lacking.
-        classifier_steps: updates of its training; None: the preset's.
-        checkpoints: folder of the training's checkpoints; None: none are kept.
-        resume: go on from the last checkpoint there.
+        limit: use a seeded random sample of this many images; default: all.
+        alpha: false-alarm rate: images with p-value <= alpha are flagged; calibration gets max(20 %, ceil(1/alpha) - 1)
+            images.
+        seed: seed of the sample, split, weights and noise.
+        groups: `folder`: keep images of one folder in the same part of the split; in Python also a group name per
+            image.
+        policy: what to do with an unreadable image: `raise` an error, or `skip` it.
+        statistics: number of images for the statistics; default: the method's own number.
+        protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to
+            the network's size) or `common` (native size, then one JPEG encoding); default: as the given diffusion
+            model, else `native`.
+        network: settings of the diffusion model that is trained if none is given; None: the method's preset.
+        training: settings of that training; None: the method's preset.
+        classifier_preset: preset of `farout train classifier` used if no classifier is given.
+        classifier_steps: number of training steps of that classifier; default: the preset's.
+        checkpoints: folder of the training checkpoints; default: OUT.training (in Python: no checkpoints).
+        resume: continue training from the last checkpoint.
         runtime: how networks are run.
     """
 
@@ -78,7 +82,7 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
     """See `Detector.fit`."""
     check_alpha(settings.alpha)
     if settings.statistics is not None and settings.statistics < 2:
-        raise FaroutError(f"statistics want at least 2 images, got {settings.statistics}")
+        raise FaroutError(f"statistics require at least 2 images, got {settings.statistics}")
     source = open_source(images, limit=settings.limit, seed=settings.seed, policy=settings.policy)
     given = _given(detector, diffusion)
     detector.classifier = _given_classifier(detector, classifier, source)
@@ -139,7 +143,7 @@ def _given_classifier(detector: DetectorInterface, classifier: Any, source: Imag
     if classifier is None:
         if "classifier" in detector.needs and source.labels is None:
             hint = "give a classifier (--classifier FOLDER), or images in one folder per class to train one on"
-            raise FaroutError(f"{name} wants a classifier, and {source.name} has no labels; {hint}")
+            raise FaroutError(f"{name} requires a classifier, and {source.name} has no labels; {hint}")
         return None
     if "classifier" not in detector.needs:
         raise FaroutError(f"{name} uses no classifier; leave it out")

@@ -17,7 +17,7 @@ __all__ = ["GMM"]
 
 
 class GMM(VectorDetector):
-    """-log density of an image's features under a mixture of Gaussians fitted to good images.
+    """Negative log density of an image's features under a Gaussian mixture of normal images.
 
     Good images often lie in several clumps, and between two clumps one Gaussian sees nothing amiss. With z the
     features, each channel standardised, P z their leading principal components and r = z - P z: inside = -log sum_c w_c
@@ -27,9 +27,9 @@ class GMM(VectorDetector):
     dimensions (one for every 10) and components (one for every 20), so that any number from 2 on will do.
 
     Args:
-        dimensions: leading principal components, at most.
-        components: Gaussians, at most; 1, 2, 4, … are tried, and the Bayesian information criterion chooses.
-        score: the method's own score.
+        dimensions: maximum number of principal components.
+        components: maximum number of Gaussians; 1, 2, 4, … are tried and the Bayesian information criterion chooses.
+        score: indicator used as score: `density` (all dimensions) or `inside` (principal components only).
     """
 
     choices: ClassVar[frozenset[str]] = frozenset({"dimensions", "components", "score"})
@@ -44,7 +44,7 @@ class GMM(VectorDetector):
     ) -> None:
         super().__init__(**features)
         if dimensions < 1 or components < 1:
-            raise FaroutError(f"dimensions and components want at least 1, got {dimensions} and {components}")
+            raise FaroutError(f"dimensions and components must be at least 1, got {dimensions} and {components}")
         self.reduced: Principal | None = None
         self.mixture: GaussianMixture | None = None
         self.noise = 1.0

@@ -16,18 +16,17 @@ __all__ = ["KNN"]
 
 
 class KNN(VectorDetector):
-    """Distance of an image's features to its k-th nearest good image.
+    """Distance of an image's features to its k-th nearest normal image.
 
     Features are brought to length 1; distance = ||u - u_(k)||, u_(k) the k-th nearest of the good images kept, mean =
     the mean of the distances to the k nearest. Sun, Ming, Zhu and Li, "Out-of-distribution detection with deep nearest
     neighbors" (ICML 2022). Brute force: exact, and a good image weighs the same wherever it stands.
 
     Args:
-        k: the neighbour; at most a hundredth of the images kept (at least 1). The paper takes the 50th of 50,000; on
-            dev sources of 3,000 to 5,000 images the nearest is ahead of the 10th, and that of the 46th.
-            `describe()` gives the one used.
-        bank: good images kept, a sample with the fit's seed; more take longer to search.
-        score: the method's own score.
+        k: rank of the neighbour; at most 1 % of the stored images. The paper uses 50 of 50,000; on dev sources 1 is
+            better than 10, and 10 better than 46.
+        bank: maximum number of normal images stored, a random sample of more; more take longer to search.
+        score: indicator used as score: `distance` to the k-th neighbour, or `mean` distance to the k nearest.
     """
 
     choices: ClassVar[frozenset[str]] = frozenset({"k", "bank", "score"})
@@ -42,7 +41,7 @@ class KNN(VectorDetector):
     ) -> None:
         super().__init__(**features)
         if k < 1 or bank < 1:
-            raise FaroutError(f"k and bank want at least 1, got {k} and {bank}")
+            raise FaroutError(f"k and bank must be at least 1, got {k} and {bank}")
         self.bank = self.squares = np.zeros(0)
 
     @property

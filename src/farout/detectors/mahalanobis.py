@@ -18,7 +18,7 @@ __all__ = ["Mahalanobis"]
 
 
 class Mahalanobis(VectorDetector):
-    """Distance of pooled features to good images, in units of how good images spread.
+    """Mahalanobis distance of pooled features to the normal images.
 
     distance = (x - m)^T C^-1 (x - m) / d. layers = mean over the backbone's layers l of z(log distance_l), z by the
     statistics images: a layer of few channels counts as much as one of many. With labels, conditional = min over
@@ -30,8 +30,9 @@ class Mahalanobis(VectorDetector):
     one image, if some class has two.
 
     Args:
-        classes: learn the classes too; wants images with labels, for scoring they need none.
-        score: the method's own score; without it `conditional` with classes, else `distance`.
+        classes: also fit class-conditional statistics; requires labels for the fit, not for scoring.
+        score: indicator used as score: `distance`, `layers` (mean over layers), `conditional` or `relative` (both with
+            classes only); default: `conditional` with classes, else `distance`.
     """
 
     choices: ClassVar[frozenset[str]] = frozenset({"classes", "score"})
@@ -45,7 +46,7 @@ class Mahalanobis(VectorDetector):
     ) -> None:
         super().__init__(**features)
         if score in ("conditional", "relative") and not classes:
-            raise FaroutError(f"the score {score!r} wants classes=True and images with labels")
+            raise FaroutError(f"the score {score!r} requires classes=True and images with labels")
         self.whole: densities.Mahalanobis | None = None
         self.layers: list[densities.Mahalanobis] = []
         self.scale: densities.ZScore | None = None
@@ -71,7 +72,7 @@ class Mahalanobis(VectorDetector):
     def _labels(measurements: Measurements) -> np.ndarray:
         if "label" not in measurements.vectors:
             hint = "give a tree of one folder per class or a table with a column label, or leave classes out"
-            raise FaroutError(f"class-conditional distances want images with labels, and these have none; {hint}")
+            raise FaroutError(f"class-conditional distances require images with labels, and these have none; {hint}")
         return measurements.vectors["label"][:, 0].numpy()
 
     def fit_statistics(self, measurements: Measurements) -> None:

@@ -25,7 +25,7 @@ _SCORES = ("mixture", "mahalanobis", "nearest")
 
 
 class MSMA(Detector):
-    """How unusual the steepness of the model's log density around an image is, seen at many noise levels.
+    """Density of the norms of the model's score function at many noise levels.
 
     Mahmood, Oliva and Styner, "Multiscale score matching for out-of-distribution detection" (ICLR 2021, arXiv
     2010.13132). With D(x, sigma) the denoised image and s(x, sigma) = (D(x, sigma) - x) / sigma^2 the score of the
@@ -44,13 +44,14 @@ class MSMA(Detector):
     Bayesian information criterion, and no more than the statistics images allow.
 
     Args:
-        levels: the levels t, instead of the next three; None: `count` levels, evenly spaced in log sigma.
-        count: levels at most; ones that fall on the same t count once.
-        lowest, highest: the ends of those levels, sigma for pixels in [0, 1] (for latents as it is); what the schedule
-            does not reach is cut off.
-        components: Gaussians of the mixture, at most.
-        neighbours: `nearest` is the distance to the so-many-th nearest good image.
-        score: the method's own: `mixture` or `mahalanobis` (-log density), or `nearest`.
+        levels: noise levels t; default: `count` levels from `lowest` to `highest`, evenly spaced in log sigma.
+        count: maximum number of levels; levels with the same t count once.
+        lowest: smallest sigma of those levels, for pixels in [0, 1] (for latents: in their own units), at least the
+            schedule's.
+        highest: largest sigma of those levels, in the same units, at most the schedule's.
+        components: maximum number of Gaussians of the mixture.
+        neighbours: rank of the neighbour whose distance is the indicator `nearest`.
+        score: indicator used as score: `mixture` or `mahalanobis` (negative log density), or `nearest`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"diffusion"})
@@ -75,11 +76,11 @@ class MSMA(Detector):
         check_words(self)
         if min(count, components, neighbours) < 1:
             given = f"{count}, {components} and {neighbours}"
-            raise FaroutError(f"count, components and neighbours want at least 1, got {given}")
+            raise FaroutError(f"count, components and neighbours must be at least 1, got {given}")
         if not 0 < lowest < highest:
-            raise FaroutError(f"lowest and highest want 0 < lowest < highest, got {lowest:g} and {highest:g}")
+            raise FaroutError(f"lowest and highest must satisfy 0 < lowest < highest, got {lowest:g} and {highest:g}")
         if levels is not None:
-            self._refuse_idle("beside levels; leave levels out", "count", "lowest", "highest")
+            self._refuse_idle("with levels; leave levels out", "count", "lowest", "highest")
         self.levels: tuple[int, ...] = ()
         self.sigmas = torch.zeros(0)
         self.mixture: GaussianMixture | None = None
@@ -106,7 +107,7 @@ class MSMA(Detector):
         ends = wanted.clamp(schedule.sigma[0], schedule.sigma[-1])
         if not ends[0] < ends[1]:
             raise FaroutError(
-                f"sigma from {wanted[0]:g} to {wanted[1]:g} in the network's space lies outside the schedule's "
+                f"sigma from {wanted[0]:g} to {wanted[1]:g} in the network's space is outside the schedule's "
                 f"{schedule.sigma[0]:g} to {schedule.sigma[-1]:g}; change lowest and highest, or give levels"
             )
         ramp = torch.linspace(0, 1, self.config["count"], dtype=torch.float64)
@@ -116,7 +117,7 @@ class MSMA(Detector):
     def prepare(self) -> None:
         """Finds the levels and builds the denoiser."""
         if self.diffusion is None:
-            raise FaroutError("MSMA wants a diffusion model")
+            raise FaroutError("MSMA requires a diffusion model")
         self.levels = self._levels(self.diffusion)
         self.sigmas = self.diffusion.schedule.sigma_of(torch.tensor(self.levels)).float()
         self.denoiser: NetworkDenoiser = self.diffusion.denoiser(self.runtime.batch_size, self.precision)

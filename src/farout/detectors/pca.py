@@ -17,7 +17,7 @@ __all__ = ["PCA"]
 
 
 class PCA(VectorDetector):
-    """Energy of an image's features outside the leading principal components of good images.
+    """Norm of an image's features outside the leading principal components of normal images.
 
     With z the features, each channel standardised over good images, and P the projection on the leading components:
     residual = ||z - P z||^2 / d (the residual of Wang, Li, Feng and Zhang, "ViM: out-of-distribution with virtual-logit
@@ -28,8 +28,9 @@ class PCA(VectorDetector):
     calibration accounts for.
 
     Args:
-        variance: share of the variance of good images that the leading components explain.
-        score: the method's own score.
+        variance: share of the variance of normal images that the leading components explain.
+        score: indicator used as score: `residual` (squared norm outside the components) or `fraction` (relative to the
+            whole squared norm).
     """
 
     choices: ClassVar[frozenset[str]] = frozenset({"variance", "score"})

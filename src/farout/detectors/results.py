@@ -109,7 +109,7 @@ class Measurements:
     @classmethod
     def _from_vectors(cls, table: pa.Table) -> Measurements:
         if "key" not in table.column_names:
-            raise StoreError(f"measurements want a column 'key', this table has {table.column_names}")
+            raise StoreError(f"measurements require a column 'key', this table has {table.column_names}")
         keys = tuple(table["key"].to_pylist())
         vectors = {name: _matrix(table[name], len(keys)) for name in table.column_names if name != "key"}
         return cls(keys, vectors=vectors)
@@ -176,7 +176,7 @@ class Scores:
     def from_frame(cls, frame: pd.DataFrame) -> Scores:
         """Reads `to_frame`, or any table with columns `key` and `score`; what is missing is filled in as unknown."""
         if not {"key", "score"} <= set(frame.columns):
-            raise FaroutError(f"a score table wants columns key and score, this one has {list(frame.columns)}")
+            raise FaroutError(f"a score table requires columns key and score, this one has {list(frame.columns)}")
         score = frame["score"].to_numpy(dtype=np.float64)
         known = {"key", "score", "p_value", "is_ood", "selected", "status"}
         p_value = frame["p_value"].to_numpy(dtype=np.float64) if "p_value" in frame else np.full(len(frame), np.nan)

@@ -109,7 +109,7 @@ def _unfitted(folder: Path, config: dict[str, Any]) -> Any:
     try:
         detector: DetectorInterface = method(**_tuples(config["config"]))
     except (FaroutError, TypeError) as error:
-        raise StoreError(f"{folder} has settings that this version refuses; fit it anew: {error}") from error
+        raise StoreError(f"{folder} has settings that this version rejects; fit it again: {error}") from error
     return detector
 
 
@@ -138,7 +138,7 @@ def _read_model(
     places = [folder / entry[name] for name in ("path", "beside") if name in entry]
     there = [place for place in places if place.is_dir()]
     if not there:
-        raise StoreError(f"{folder} wants the diffusion model in {places[0]}, and there is none")
+        raise StoreError(f"{folder} requires the diffusion model in {places[0]}, and there is none")
     for place in there:
         model = kind.load(place)
         if model.content_hash == entry["hash"]:

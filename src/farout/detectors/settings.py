@@ -32,5 +32,5 @@ def _words(hint: Any) -> tuple[Any, ...]:
 def checked_levels(levels: Sequence[int], steps: int, lowest: int = 0) -> tuple[int, ...]:
     """The levels, rising; raises FaroutError unless they are different ones of a schedule of `steps`, from `lowest`."""
     if not levels or len(set(levels)) < len(levels) or min(levels) < lowest or max(levels) >= steps:
-        raise FaroutError(f"levels want different values from {lowest} to {steps - 1}, got {list(levels)}")
+        raise FaroutError(f"levels must be different values from {lowest} to {steps - 1}, got {list(levels)}")
     return tuple(sorted(levels))

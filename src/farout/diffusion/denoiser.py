@@ -134,7 +134,7 @@ class NetworkDenoiser:
 
 def _check_sigma(sigma: Tensor) -> None:
     if sigma.numel() and not bool(((sigma > 0) & torch.isfinite(sigma)).all()):
-        raise FaroutError(f"a denoiser wants positive, finite sigmas, got {sigma.min():g} to {sigma.max():g}")
+        raise FaroutError(f"a denoiser requires positive, finite sigmas, got {sigma.min():g} to {sigma.max():g}")
 
 
 class Clamped:
@@ -163,7 +163,7 @@ class Guided:
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
         """Guided x0; raises FaroutError without a condition to guide by."""
         if condition is None:
-            raise FaroutError("guidance wants a condition; call the inner denoiser for an unconditional answer")
+            raise FaroutError("guidance requires a condition; call the inner denoiser for an unconditional answer")
         if self.scale == 1:
             return self.denoiser(x, sigma, condition)
         both = Condition.join([condition, self.null(len(x))])

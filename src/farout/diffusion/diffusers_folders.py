@@ -55,7 +55,7 @@ def local(folder: str | Path) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise MissingExtraError('models from the hub want `pip install "farout[hub]"`') from error
+        raise MissingExtraError('models from the hub require `pip install "farout[hub]"`') from error
     name = str(folder).removeprefix("hf://")
     wanted = ["*.json", "*.safetensors", "*.bin", "tokenizer/*.txt", "trained_on.txt"]
     try:
@@ -160,7 +160,7 @@ def text_conditioning(folder: Path, class_names: Sequence[str] | None, prompts: 
     """
     if not has_text(folder):
         if prompts is not None:
-            raise FaroutError(f"{folder} has no text encoder, so prompts have no use; leave them out")
+            raise FaroutError(f"{folder} has no text encoder, so prompts have no effect; leave them out")
         return None
     if not class_names:
         raise FaroutError(
@@ -181,7 +181,7 @@ def foreign_conditioning(folder: Path, network: nn.Module, class_names: Sequence
         names = [str(row) for row in range(table.num_embeddings)] if class_names is None else class_names
         return ClassVectors(network, names, has_null=False)
     if class_names is not None:
-        raise FaroutError(f"{folder} is an unconditional model, so class_names have no use; leave them out")
+        raise FaroutError(f"{folder} is an unconditional model, so class_names have no effect; leave them out")
     return None
 
 

@@ -169,7 +169,8 @@ class RoundTrip:
             return None
         if labels is None:
             raise FaroutError(
-                f"images are denoised under their classes, which want a label each, 0 to {conditioning.classes - 1}; "
-                "or leave classes aside"
+                "images are denoised under their classes, which require a label each, 0 to "
+                f"{conditioning.classes - 1}; "
+                "or turn classes off"
             )
         return conditioning(torch.tensor(list(labels), dtype=torch.int64, device=self.model.device))

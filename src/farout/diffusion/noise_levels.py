@@ -53,7 +53,7 @@ def even_levels(schedule: NoiseSchedule, steps: int, start: int | None = None) -
     """
     count = schedule.steps if start is None else start + 1
     if not 1 <= steps <= count:
-        raise FaroutError(f"steps want 1 to {count}, the levels that there are, got {steps}")
+        raise FaroutError(f"steps must be 1 to {count}, the levels that there are, got {steps}")
     return [round(count * (number + 1) / steps) - 1 for number in range(steps)]
 
 
@@ -69,7 +69,7 @@ def leading_levels(schedule: NoiseSchedule, steps: int) -> list[int]:
     Raises FaroutError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= schedule.steps:
-        raise FaroutError(f"steps want 1 to {schedule.steps}, the schedule's levels, got {steps}")
+        raise FaroutError(f"steps must be 1 to {schedule.steps}, the schedule's levels, got {steps}")
     first = int(steps <= schedule.steps // 2)
     return [schedule.steps * number // steps + first for number in range(steps)]
 

@@ -94,7 +94,9 @@ class Sampler:
         if self.spacing not in get_args(Spacing):
             raise FaroutError(f"spacing is {self.spacing!r}; expected one of {', '.join(get_args(Spacing))}")
         if self.guidance != 1 and conditioning is None:
-            raise FaroutError(f"guidance {self.guidance:g} wants a class-conditional model; this one is unconditional")
+            raise FaroutError(
+                f"guidance {self.guidance:g} requires a class-conditional model; this one is unconditional"
+            )
         if self.guidance != 1 and conditioning is not None and not conditioning.has_null:
             raise no_null()
         if is_adaptive(self.solver) and self.steps is not None:
@@ -128,7 +130,7 @@ class Sampler:
             falling = paths.from_noise if self.spacing == "grid" else paths.leading
             return solver_path(self.solver, falling(schedule, steps))
         if steps < 1:
-            raise FaroutError(f"steps want 1 or more, got {steps}")
+            raise FaroutError(f"steps must be 1 or more, got {steps}")
         return solver_path(self.solver, paths.geometric(schedule, schedule.steps - 1, steps))
 
     @property
@@ -141,10 +143,10 @@ class Sampler:
         conditioning = self.model.conditioning
         if conditioning is None:
             if labels is not None:
-                raise FaroutError("this diffusion model is unconditional: it makes no images of given labels")
+                raise FaroutError("this diffusion model is unconditional and cannot generate images of given labels")
             return None
         if labels is None:
-            raise FaroutError(f"this model wants a label per image, 0 to {conditioning.classes - 1}")
+            raise FaroutError(f"this model requires a label per image, 0 to {conditioning.classes - 1}")
         return conditioning(torch.tensor(list(labels), dtype=torch.int64, device=self.model.device))
 
     def images(self, indices: Sequence[int], labels: Sequence[int] | None = None) -> Tensor:

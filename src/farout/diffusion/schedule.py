@@ -60,14 +60,16 @@ class NoiseSchedule:
                 f"there is no schedule {self.kind!r}; expected one of {', '.join(get_args(ScheduleKind))}"
             )
         if self.steps < 2 or self.snr_shift <= 0:
-            raise FaroutError(f"a schedule wants steps >= 2 and snr_shift > 0, got {self.steps} and {self.snr_shift}")
+            raise FaroutError(
+                f"a schedule requires steps >= 2 and snr_shift > 0, got {self.steps} and {self.snr_shift}"
+            )
         if (self.kind == "trained") != (self.betas is not None):
             raise FaroutError(f"schedule kind {self.kind!r} and betas={self.betas is not None} do not go together")
         if self.betas is not None and len(self.betas) != self.steps:
             raise FaroutError(f"{len(self.betas)} betas were given for {self.steps} steps")
         betas = self.betas or (self.beta_start, self.beta_end)
         if not all(0 < beta <= 1 for beta in betas):
-            raise FaroutError(f"betas want to lie above 0 and at most 1, got {min(betas):g} to {max(betas):g}")
+            raise FaroutError(f"betas must be above 0 and at most 1, got {min(betas):g} to {max(betas):g}")
         if not bool(torch.isfinite(self.sigma).all()):
             raise FaroutError("this schedule ends in abar = 0 (infinite sigma); give sigma_max, e.g. sigma_max=150")
 

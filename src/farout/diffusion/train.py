@@ -47,27 +47,32 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """What is trained. Raises FaroutError for a scale that is not positive.
+    """The diffusion model. Raises FaroutError for a scale that is not positive.
 
     Args:
-        network: see `farout.diffusion.unets`: `tiny` (1.1 M parameters), `small` (17.7 M), `paper` (171 M), `cifar`
-            (35.75 M), `iddpm` (52.5 M); `tokens` (1.4 M) is told its classes by cross-attention.
-        classes: train on the source's labels; the model can then be told a class.
-        label_dropout: share of labels left out in training, which guidance needs; with classes only.
-        dropout: of the network's activations; None: the network's own.
-        prediction: what the network predicts.
-        schedule, beta_start, beta_end, snr_shift: see `NoiseSchedule`; the defaults are the reconstruction paper's.
-        levels: how training samples levels: `uniform`, `low_noise`, or `antithetic` (half of them mirrored).
-        error: what is minimised: the `square` or the `absolute` value of the error.
-        reduction: `mean` or `sum` over channels and pixels.
-        flip: mirror images left to right with probability one half.
-        b_scale: factor on the data before noising.
-        data_range: `symmetric` maps images to [-1, 1], `unit` leaves them in [0, 1] (the paper's).
-        value_range: `fixed`, or `minmax` per image (the paper's).
-        size: side in pixels; None: the images' own up to 64.
-        channels: 1 or 3; None: the images' own.
-        crop: side of a central crop before anything else.
-        protocol: see `Preprocessing`.
+        network: U-Net: `tiny` (1.1 M parameters), `small` (17.7 M), `paper` (171 M), `cifar` (35.75 M), `iddpm` (52.5
+            M), or `tokens` (1.4 M, classes by cross-attention).
+        classes: train a class-conditional model on the source's labels.
+        label_dropout: probability of dropping a label in training, which guidance needs; class-conditional models only.
+        dropout: dropout rate of the network; default: the network's own.
+        prediction: what the network predicts: `epsilon` (the noise), `v_prediction`, or `sample` (the clean image).
+        schedule: noise schedule; `scaled_linear` is the reconstruction paper's.
+        beta_start: first beta of the noise schedule (not used by `cosine`).
+        beta_end: last beta of the noise schedule (not used by `cosine`).
+        snr_shift: factor on the signal-to-noise ratio of every level of the schedule.
+        levels: distribution of t in training: `uniform`, `low_noise` (more low t) or `antithetic` (mirrored pairs).
+        error: loss: `square` or `absolute` error.
+        reduction: `mean` or `sum` of the loss over channels and pixels.
+        flip: flip images horizontally with probability 0.5 in training.
+        b_scale: factor on the images before noise is added.
+        data_range: `symmetric`: images in [-1, 1]; `unit`: images in [0, 1] (the reconstruction paper).
+        value_range: `fixed`, or `minmax`: scale each image to [0, 1] by its own minimum and maximum (the reconstruction
+            paper).
+        size: side of the network's input in pixels; default: that of the training images, at most 64.
+        channels: 1 (grey) or 3 (RGB); default: as the training images.
+        crop: crop the central square of this many pixels first; default: no crop.
+        protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to
+            the network's size) or `common` (native size, then one JPEG encoding).
     """
 
     network: NetworkName = "tiny"
@@ -93,7 +98,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.b_scale < math.inf:
-            raise FaroutError(f"b_scale wants a positive number, got {self.b_scale}")
+            raise FaroutError(f"b_scale must be a positive number, got {self.b_scale}")
 
     def preprocess(self, source: ImageSource) -> Preprocessing:
         """The preprocessing that suits `source`."""
@@ -286,9 +291,9 @@ def _check_objective(model: DiffusionModel, objective: Objective) -> None:
     if objective.flip and model.autoencoder is not None:
         raise FaroutError("latents are computed once, so images cannot be mirrored at each step; leave flip out")
     if objective.label_dropout and model.conditioning is None:
-        raise FaroutError("label_dropout wants a model with classes; this one is unconditional")
+        raise FaroutError("label_dropout requires a model with classes; this one is unconditional")
     if objective.label_dropout and model.conditioning is not None and not model.conditioning.has_null:
-        raise FaroutError("label_dropout wants a model with a null condition; this one has none")
+        raise FaroutError("label_dropout requires a model with a null condition; this one has none")
 
 
 def _step(model: DiffusionModel, objective: Objective) -> Step:
@@ -352,25 +357,26 @@ def train_diffusion(
     seed: int = 0,
     resume: bool = False,
 ) -> DiffusionModel:
-    """Trains a diffusion model on images and writes its folder.
+    """Train a diffusion model on images.
 
     A part of the images is held out, by content hash: a later `farout fit` with this model and the same source and
     seed rests its statistics and p-values on them.
 
     Args:
-        source: any image source: a set's name, a folder, a glob, a file, or hf://owner/name:split.
-        out: folder of the model; `OUT.training/` beside it holds the checkpoints while training runs, and after it
-            where `training.checkpoint_every`, `training.keep` or `training.tensorboard` is set.
-        model: what is trained.
-        training: how it is trained.
-        autoencoder: folder of a diffusers `AutoencoderKL` or `VQModel`; the model then works on its latents.
-        limit: use a seeded sample of this many images.
-        alpha: the false-alarm rate that a later calibration wants images for.
-        statistics: images that a later fit's statistics want.
-        groups: keep images of one folder together in one part.
-        policy: what becomes of an unreadable image: `raise`, or `skip`.
-        seed: seed of sample, split, weights and noise.
-        resume: go on from the last checkpoint.
+        source: images: a named set, folder, glob, file, or hf://owner/name:split.
+        out: folder of the model; checkpoints are in OUT.training while training runs, and stay there with
+            `training.checkpoint_every`, `training.keep` or `training.tensorboard`.
+        model: settings of the model.
+        training: settings of the training.
+        autoencoder: folder of a diffusers `AutoencoderKL` or `VQModel`, to train a model of its latents; default: a
+            model of pixels.
+        limit: use a seeded random sample of this many images; default: all.
+        alpha: hold out enough images for a later calibration at this false-alarm rate.
+        statistics: number of images to hold out for the statistics of a later fit.
+        groups: `folder`: keep images of one folder in the same part of the split.
+        policy: what to do with an unreadable image: `raise` an error, or `skip` it.
+        seed: seed of the sample, split, weights and noise.
+        resume: continue training from the last checkpoint.
 
     Raises:
         FaroutError: for settings that do not go together, and a training that cannot go on; see `train_model`.

@@ -36,7 +36,7 @@ class Beside:
 
     def __post_init__(self) -> None:
         if self.control_limit is not None and self.control_limit < 1:
-            raise FaroutError(f"control_limit wants at least 1 image, got {self.control_limit}")
+            raise FaroutError(f"control_limit must be at least 1, got {self.control_limit}")
 
 
 @dataclass
@@ -70,7 +70,7 @@ def rated_beside(detector: Detector, wanted: Beside, out: Path) -> Iterator[Rate
         try:
             yield make(images)
         except FaroutError as error:
-            message = f"no {name} beside it: it cannot be fitted on {source!r} ({error})"
+            message = f"{name} is left out: it cannot be fitted on {source!r} ({error})"
             warnings.warn(message, TrapWarning, stacklevel=3)
 
 

@@ -123,7 +123,7 @@ def _check_unseen(detector: Detector, source: ImageSource) -> None:
     count = sum(name in seen for name in source.content_hashes())
     if count:
         message = f"{count} of {len(source)} images of {source.name} were used to train, fit or calibrate the detector"
-        warnings.warn(f"{message}: its figures are too good; rate it on others", TrapWarning, stacklevel=3)
+        warnings.warn(f"{message}: its results are too good; evaluate it on other images", TrapWarning, stacklevel=3)
 
 
 def written(table: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -233,7 +233,7 @@ def evaluate_scores(files: Sequence[str | Path], out: str | Path | None = None) 
     """
     if len(files) < 2:
         raise FaroutError(
-            "scores want at least two files: the in-distribution one first, then out-of-distribution ones"
+            "scores require at least two files: the in-distribution one first, then out-of-distribution ones"
         )
     inside = by_indicator(read_scores(files[0]))
     rows = []

@@ -124,9 +124,11 @@ def _discrepancy(first: np.ndarray, second: np.ndarray) -> float:
 
 def _check(first: np.ndarray, second: np.ndarray) -> None:
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise FaroutError(f"features want the shapes (N, D) and (M, D), got {first.shape} and {second.shape}")
+        raise FaroutError(f"features must have the shapes (N, D) and (M, D), got {first.shape} and {second.shape}")
     if min(len(first), len(second)) < 2:
-        raise FaroutError(f"a distance of sets wants two images of each at least, got {len(first)} and {len(second)}")
+        raise FaroutError(
+            f"a distance of sets requires two images of each at least, got {len(first)} and {len(second)}"
+        )
 
 
 def set_distance(
@@ -142,22 +144,22 @@ def set_distance(
     batch_size: BatchSize = "auto",
     workers: int = 2,
 ) -> SetDistance:
-    """Tell how far generated images are from real ones: FID and KID, or their kin on the built-in backbone.
+    """Compute FID and KID of generated images, or the same distances on the built-in backbone.
 
     Every image is brought to the native size of the real ones first, which are best images that the generator was not
     trained on.
 
     Args:
-        generated: images: a folder of samples, or any source.
-        source: real images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
-        features: lite0 (FD-lite0 and KD-lite0, no download) or inception (FID and KID; weights from the web).
-        limit: a seeded sample of this many images of each.
-        seed: seed of samples and of KID's subsets.
-        out: a JSON file for the numbers.
-        device: auto, cpu, cuda, cuda:1, …
-        precision: precision of lite0; figures that are compared want the same. inception computes in fp32.
-        batch_size: the most images processed together; auto: by memory.
-        workers: threads that decode images.
+        generated: generated images: a folder, or any other image source.
+        source: real images: a named set, folder, glob, file, or hf://owner/name:split.
+        features: `lite0` (FD-lite0 and KD-lite0, no download) or `inception` (FID and KID; downloads weights).
+        limit: use a seeded random sample of this many images of each source; default: all.
+        seed: seed of the samples and of KID's subsets.
+        out: JSON file of the results; default: print them only.
+        device: device of the feature network: `auto` (CUDA if present, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
+        precision: precision of lite0; compare only results of the same precision. inception always runs in fp32.
+        batch_size: maximum number of images processed together; `auto`: set by memory.
+        workers: number of threads that decode images.
 
     Raises:
         FaroutError: for an unknown network, fewer than two images, or Inception in another precision than fp32.
@@ -198,8 +200,9 @@ def _precision(features: FeatureName, precision: PrecisionChoice) -> PrecisionCh
 def _warn_of_few(name: str, generated: int, reference: int, dimension: int) -> None:
     if min(generated, reference) <= dimension:
         warnings.warn(
-            f"{name} of {generated} and {reference} images in {dimension} dimensions is biased upwards, for fewer "
-            "images than dimensions do not make a covariance: compare it with sets of the same size only, or look at "
+            f"{name} of {generated} and {reference} images in {dimension} dimensions is biased upwards, because fewer "
+            "images than dimensions do not determine a covariance: compare it with sets of the same size only, or "
+            "look at "
             "the kernel distance, which has no such bias",
             TrapWarning,
             stacklevel=3,
@@ -257,7 +260,9 @@ def _inception_network() -> nn.Module:
         import torch_fidelity  # noqa: F401
         from torchmetrics.image.fid import NoTrainInceptionV3
     except ImportError as error:
-        hint = 'FID wants torchmetrics and torch-fidelity: pip install "farout[fid]"; or use features=lite0 (FD-lite0)'
+        hint = (
+            'FID requires torchmetrics and torch-fidelity: pip install "farout[fid]"; or use features=lite0 (FD-lite0)'
+        )
         raise MissingExtraError(hint) from error
     try:
         built: Any = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])

@@ -174,9 +174,11 @@ def paired_difference(
     """
     sides = [tuple(np.asarray(side, dtype=np.float64) for side in pair) for pair in (first, second)]
     if [len(side) for side in sides[0]] != [len(side) for side in sides[1]]:
-        raise FaroutError("a paired difference wants scores of the same images, the two detectors have other counts")
+        raise FaroutError("a paired difference requires scores of the same images, the two detectors have other counts")
     if any(np.isnan(side).any() for pair in sides for side in pair):
-        raise FaroutError("a paired difference wants scores that are numbers; leave out images without a score in both")
+        raise FaroutError(
+            "a paired difference requires scores that are numbers; leave out images without a score in both"
+        )
     if metric is None and groups is None:
         return _delong_difference(sides[0], sides[1])
     of = metric or area_of_ranks

@@ -158,7 +158,7 @@ def evaluate(
         drawn = bootstrap(area_of_ranks, *dense_ranks(inside, outside), groups=kept, draws=draws, seed=seed)
         low, high = _widened(area, drawn, min(independent(kept, inside, outside)))
     if high < 0.5:
-        message = f"AUROC {area:.3f} lies below one half: the OOD images score as nearer than the in-distribution ones"
+        message = f"AUROC {area:.3f} is below one half: the OOD images have lower scores than the in-distribution ones"
         warnings.warn(start + message, TrapWarning, stacklevel=2)
     pair = (inside, outside)
     return DetectionMetrics(area, low, high, aupr_in(*pair), aupr_out(*pair), rate, *spread, len(inside), len(outside))
@@ -177,7 +177,7 @@ def _drop(groups: tuple[np.ndarray, np.ndarray] | None, *sides: Any) -> tuple[np
         return None
     if [len(ids) for ids in groups] != [np.size(scores) for scores in sides]:
         given = [len(ids) for ids in groups], [np.size(scores) for scores in sides]
-        raise FaroutError(f"groups want one id per score, got {given[0]} ids for {given[1]} scores")
+        raise FaroutError(f"groups require one id per score, got {given[0]} ids for {given[1]} scores")
     first, second = (
         np.asarray(ids)[~np.isnan(np.asarray(scores, dtype=np.float64))]
         for ids, scores in zip(groups, sides, strict=True)

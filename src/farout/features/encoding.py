@@ -41,7 +41,7 @@ class FeatureEncoding:
         if self.standardise not in ("image", "channel"):
             raise FaroutError(f"features are standardised by 'image' or 'channel', got {self.standardise!r}")
         if min(self.channels, default=0) < 2:
-            raise FaroutError(f"every layer wants two channels or more for a deviation, got {list(self.channels)}")
+            raise FaroutError(f"every layer requires two channels or more for a deviation, got {list(self.channels)}")
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ class FeatureEncoding:
         if features.ndim != 2 or features.shape[1] != sum(self.channels):
             raise FaroutError(f"expected features (B, {sum(self.channels)}), got {tuple(features.shape)}")
         if not len(self.shift) and (self.summaries or self.standardise == "channel"):
-            raise FaroutError("this encoding rests on good images; call fitted(features) first")
+            raise FaroutError("this encoding is not fitted; call fitted(features) first")
         count = sum(self.channels)
         shift, scale = self.shift.to(features.device), self.scale.to(features.device)
         if self.standardise == "image":

@@ -105,23 +105,26 @@ def extract(
     batch_size: BatchSize = "auto",
     workers: int = 2,
 ) -> Extraction:
-    """Compute features of images once, for all detectors that will ask for them.
+    """Compute features of images once, for all later fits and scores.
 
     Args:
-        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
-        backbone: lite0, b4, resnet50, dinov2, or any network of timm's by name.
-        weights: a file of weights, or random; without it the backbone's own.
-        layers: feature levels, as timm numbers them; without it the backbone's own, or all.
-        size: side of the backbone's input in pixels; without it the backbone's own.
-        protocol: how images are brought to size.
-        native: height and width of the images a detector was fitted on; without it the source's own.
-        limit: a seeded sample of this many images.
+        source: images: a named set, folder, glob, file, or hf://owner/name:split.
+        backbone: feature network: `lite0`, `b4`, `resnet50`, `dinov2`, or the name of a timm model.
+        weights: file of backbone weights, or `random`; default: pretrained weights.
+        layers: feature levels, numbered as in timm; default: those of the backbone's preset, or all.
+        size: side of the backbone's input in pixels; default: that of the backbone's preset.
+        protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to
+            the network's size) or `common` (native size, then one JPEG encoding).
+        native: height and width of the images that the detector was fitted on, in pixels; default: those of this
+            source.
+        limit: use a seeded random sample of this many images; default: all.
         seed: seed of the sample.
-        policy: what becomes of an unreadable image: raise, or skip.
-        device: auto, cpu, cuda, cuda:1, …
-        precision: precision of the backbone; auto is bf16 where the device computes in it natively, else fp32.
-        batch_size: the most images of one network call; auto: by memory.
-        workers: threads that decode images.
+        policy: what to do with an unreadable image: `raise` an error, or `skip` it.
+        device: device of the backbone: `auto` (CUDA if present, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
+        precision: precision of the backbone: `fp32`, `bf16`, `fp16`, or `auto` (bf16 if the device supports it
+            natively, else fp32).
+        batch_size: maximum number of images per network call; `auto`: set by memory.
+        workers: number of threads that decode images.
 
     Raises:
         FaroutError: for settings, sources or weights that do not go together.

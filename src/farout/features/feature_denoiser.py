@@ -48,7 +48,9 @@ class FeatureDenoiser(ModelMixin, ConfigMixin):
         inner, narrow, time = hidden or 2 * width, bottleneck or 2 * width, embedding or width
         given = [n for n in (width, hidden, bottleneck, embedding, blocks) if n is not None]
         if min(given) < 1 or inner % 2:
-            raise FaroutError(f"widths and blocks want at least 1 and hidden an even number, got {dict(self.config)}")
+            raise FaroutError(
+                f"widths and blocks must be at least 1 and hidden an even number, got {dict(self.config)}"
+            )
         self.half = inner // 2
         self.enter = nn.Linear(width, inner)
         self.time = nn.Sequential(nn.Linear(inner, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU())

@@ -121,7 +121,7 @@ def _lpips() -> PerceptualDistance:
     try:
         import lpips
     except ImportError as error:
-        hint = 'LPIPS wants `pip install "farout[lpips]"`; the built-in distance is perceptual="lite0"'
+        hint = 'LPIPS requires `pip install "farout[lpips]"`; the built-in distance is perceptual="lite0"'
         raise MissingExtraError(hint) from error
     try:
         whole = lpips.LPIPS(net="alex", verbose=False)

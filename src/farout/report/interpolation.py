@@ -56,7 +56,7 @@ def write_interpolations(
     precision: PrecisionChoice = "fp32",
     workers: int = 2,
 ) -> InterpolatedFolder:
-    """Interpolate between images, two by two: pictures and a page.
+    """Interpolate between pairs of images with a diffusion model: images and an HTML page.
 
     Writes `asymmetric_1/`, `asymmetric_2/` and `symmetric/` with `PPP-SS.png` (pair, station; ends left out),
     `config.json`, and `page.html`, one file without outside requests; see `Interpolator`. An older folder of
@@ -64,17 +64,18 @@ def write_interpolations(
 
     Args:
         model: folder of a diffusion model, or hf://owner/name; a class-conditional one is used without classes.
-        source: images: a set's name, a folder, a glob, a file, or hf://owner/name:split.
-        out: folder of the pictures and the page.
-        pairs: number of pairs of images, drawn from the source.
-        solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
-        steps: steps of the inversion, and of the way back.
-        stations: pictures between the two ends.
-        seed: seed of the drawn images.
-        batch_size: the most images processed together, and rows of one network call; auto: by memory.
-        device: auto, cpu, cuda, cuda:1, …
-        precision: precision of the network; the inversion wants an exact one.
-        workers: threads that decode images.
+        source: images: a named set, folder, glob, file, or hf://owner/name:split.
+        out: folder of the images and the page.
+        pairs: number of pairs, drawn at random from the source.
+        solver: one of `ddim`, `heun`, `dpm_solver_2m`, `unipc`, `plms`, `pndm2`, `pndm4`, `ndm1`, `ndm4` or
+            `probability_flow`.
+        steps: number of steps of the inversion, and of the denoising.
+        stations: number of images between the two ends.
+        seed: seed of the choice of images.
+        batch_size: maximum number of images processed together and of rows per network call; `auto`: set by memory.
+        device: device of the network: `auto` (CUDA if present, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
+        precision: precision of the network; fp32 is recommended, since inversion is sensitive to rounding.
+        workers: number of threads that decode images.
 
     Raises:
         FaroutError: for settings that do not go together.
@@ -82,14 +83,14 @@ def write_interpolations(
         StoreError: where `out` holds something else.
     """
     if pairs < 1:
-        raise FaroutError(f"pairs want 1 or more, got {pairs}")
+        raise FaroutError(f"pairs must be 1 or more, got {pairs}")
     store.check_replaceable(out, KIND)
     network = model if isinstance(model, DiffusionModel) else DiffusionModel.load(model).to(resolve_device(device))
     exact = resolve_precision(precision, network.device)
     interpolator = Interpolator(network, solver, steps, stations, batch_size, exact)
     opened = open_source(source, limit=2 * pairs, seed=seed)
     if len(opened) < 2 * pairs:
-        raise SourceError(f"{opened.name} has {len(opened)} images, {pairs} pairs want {2 * pairs}")
+        raise SourceError(f"{opened.name} has {len(opened)} images, {pairs} pairs require {2 * pairs}")
     drawn = opened.subset([place for pair in range(pairs) for place in (pair, pair + pairs)])
     with store.atomic_folder(out, KIND) as folder:
         runtime = Runtime(str(network.device), exact, batch_size, workers)

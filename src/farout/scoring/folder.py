@@ -153,7 +153,7 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
         store.write_json(out / _PLAN, plan)
     known = store.read_json(out / _PLAN)
     differing = [
-        f"{name}: {known.get(name)} there, {value} now" for name, value in plan.items() if known.get(name) != value
+        f"{name}: {known.get(name)} before, {value} now" for name, value in plan.items() if known.get(name) != value
     ]
     if differing:
         raise StoreError(f"{out} holds another run ({'; '.join(differing)}); give a new folder or remove it")

@@ -253,7 +253,7 @@ class Synthesizer(Configured, ABC):
                 with other settings, which are listed.
         """
         if count < 1:
-            raise FaroutError(f"count wants at least 1, got {count}")
+            raise FaroutError(f"count must be at least 1, got {count}")
         doing = self._stages(stage)
         source = open_source(images, policy=policy, limit=limit, seed=seed)
         resolved = (runtime or Runtime()).resolved()
@@ -297,7 +297,7 @@ class Synthesizer(Configured, ABC):
                 raise FaroutError(f"{type(self).__name__} needs a {name} model; give {name}=FOLDER")
         if "classes" in self.needs and model is not None and model.conditioning is None:
             raise FaroutError(
-                f"{type(self).__name__} needs a diffusion model that is told classes, and this one is unconditional; "
+                f"{type(self).__name__} needs a class-conditional diffusion model, and this one is unconditional; "
                 "train one with `farout train diffusion SOURCE --preset classes`"
             )
         used = model if "diffusion" in self.needs else None
@@ -367,6 +367,7 @@ def identity(source: ImageSource, labels: Tensor, diffusion: DiffusionModel | No
 def _check_labelled(source: ImageSource) -> None:
     if source.labels is None:
         raise SourceError(
-            f"{source.name} has no labels, and outliers are made class by class; give a class-per-folder tree or a "
+            f"{source.name} has no labels, and outliers are generated class by class; give a class-per-folder tree or "
+            "a "
             "table with labels"
         )

@@ -16,20 +16,20 @@ __all__ = ["ClassNoise"]
 
 
 class ClassNoise(VectorSynthesizer):
-    """Outliers without a method: class vectors with Gaussian noise, decoded.
+    """Synthetic outliers from class embeddings with Gaussian noise.
 
     The image of v = e_y + scale s n, where e_y is the vector of class y, s the standard deviation of all entries of the
     class table, n standard normal noise of (seed, number of the outlier). Of the images only the classes matter. The
     manifest's `distance` is ||v - e_y||.
 
     Args:
-        scale: of the noise, in standard deviations of the class table's entries; 0 gives images of the classes.
+        scale: standard deviation of the noise, relative to that of the class embeddings; 0 gives images of the classes.
     """
 
     def __init__(self, *, scale: float = 1.0, **decoding: Any) -> None:
         super().__init__(**decoding)
         if scale < 0:
-            raise FaroutError(f"scale wants 0 or more, got {scale}")
+            raise FaroutError(f"scale must be 0 or more, got {scale}")
         self.scale = scale
 
     @classmethod

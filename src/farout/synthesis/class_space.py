@@ -55,7 +55,7 @@ def vector_scale(conditioning: Conditioning) -> float:
     """
     scale = float(conditioning.vectors().std(correction=0))
     if not scale > 0:
-        raise FaroutError("all numbers of this model's class table are the same: it tells no classes apart")
+        raise FaroutError("all numbers of this model's class table are the same: it does not distinguish classes")
     return scale
 
 
@@ -121,16 +121,16 @@ class VectorSynthesizer(Synthesizer):
     A method implements `points`.
 
     Args:
-        solver: ddim, heun, dpm_solver_2m, unipc, plms, pndm2, pndm4, ndm1, ndm4 or probability_flow.
-        steps: steps from noise to image; without it 20, or as many as probability_flow finds.
-        spacing: where the steps lie: grid (evenly in t), geometric (evenly in log sigma) or leading (evenly in t from 1
-            up, as Stable Diffusion is used: 981, …, 21, 1).
-        guidance: weight of the class: 1 is conditional, all that a model without label dropout can do. 2 suits small
-            models, Stable Diffusion is used with 7.5.
-        size: side of the images in pixels, which they keep on disk; without it the generator's own. A multiple of what
-            its autoencoder shrinks by (8 in Stable Diffusion), or of what its network halves images to. A generator
-            makes the best images at the size that it was trained with.
-        prompts: how a Stable Diffusion folder is told the classes of the images; other generators have their own.
+        solver: one of `ddim`, `heun`, `dpm_solver_2m`, `unipc`, `plms`, `pndm2`, `pndm4`, `ndm1`, `ndm4` or
+            `probability_flow`.
+        steps: number of solver steps from noise to image; default: 20 (probability_flow chooses its own).
+        spacing: spacing of the steps: `grid` (even in t), `geometric` (even in log sigma) or `leading` (even in t from
+            1 up, as for Stable Diffusion: 981, …, 21, 1).
+        guidance: scale of classifier-free guidance; 1: none, as models without label dropout need; 2 suits small
+            models, 7.5 Stable Diffusion.
+        size: side of the generated images in pixels, a multiple of the network's downsampling factor (8 for Stable
+            Diffusion); default: the generator's training size, which gives the best images.
+        prompts: prompts of the classes for a Stable Diffusion folder; other generators know their classes.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"diffusion", "classes", "labels"})

@@ -74,7 +74,7 @@ def warn_of_poor_samples(sampler: Sampler, classifier: Classifier, names: Sequen
     if share < _SHARE:
         warnings.warn(
             f"the classifier recognises {share:.0%} of the generator's own samples, expected at least {_SHARE:.0%}: "
-            "what is made by it is strange for other reasons than the method's; train the diffusion model for longer",
+            "its outliers are anomalous for reasons other than the method; train the diffusion model for longer",
             TrapWarning,
             stacklevel=4,
         )

@@ -48,7 +48,7 @@ def _warn(
     if parts:
         warnings.warn(
             f"the {what} {' and '.join(parts)}, of which {source.name} has no images: if they are held out for an "
-            "evaluation, outliers made with it are not honest, and neither are figures of what learns from them; take "
+            "evaluation, outliers generated with it leak those classes, and results that use them are too good; use "
             "one that was trained on the other classes alone",
             TrapWarning,
             stacklevel=4,

@@ -70,7 +70,7 @@ class MadeFolder:
         """
         path = self.folder / MANIFEST
         if not path.is_file():
-            raise StoreError(f"{path} is missing: no image has been made yet, or the folder is incomplete")
+            raise StoreError(f"{path} is missing: no image has been generated yet, or the folder is incomplete")
         found = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str), keep_default_na=False, encoding="utf-8")
         settings = self.settings()
         names = ("method", "diffusion", "classifier", "precision")
@@ -108,6 +108,6 @@ def read_rows(folder: Path, name: str = MANIFEST) -> Rows:
     reader = csv.DictReader(io.StringIO(whole, newline=""))
     columns = tuple(reader.fieldnames or ())
     if columns and columns[: len(_HEAD)] != _HEAD:
-        raise StoreError(f"{path} is no manifest of made images: it begins with {', '.join(columns[:6])}")
+        raise StoreError(f"{path} is not a manifest of generated images: it begins with {', '.join(columns[:6])}")
     rows = [row for row in reader if None not in row and None not in row.values()]
     return columns, {int(row["index"]): row for row in rows if (folder / IMAGES / row["key"]).is_file()}

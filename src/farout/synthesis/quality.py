@@ -66,7 +66,7 @@ def rate_outliers(
     columns = dict(zip(names, class_places(classifier, names), strict=True))
     places, prepare = {key: place for place, key in enumerate(source.keys)}, classifier.preprocessing
     rows: list[dict[str, Any]] = []
-    with task("rating outliers", outliers.images) as bar:
+    with task("evaluating outliers", outliers.images) as bar:
         size = runtime.images_per_batch((prepare.channels, *prepare.size))
         for batch in batches(outliers.source(), prepare, size, workers=runtime.workers):
             found = manifest.loc[list(batch.keys)]

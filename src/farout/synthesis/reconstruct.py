@@ -106,7 +106,7 @@ def _classes(source: ImageSource, trip: RoundTrip) -> tuple[tuple[str, ...], Ten
         if source.labels is None:
             raise SourceError(
                 f"{source.name} has no labels, and each image is denoised under its class; give a class-per-folder "
-                "tree or a table with labels, or leave classes aside (--no-classes, classes=False)"
+                "tree or a table with labels, or turn classes off (--no-classes, classes=False)"
             )
         names = tuple(conditioning.class_names)
     else:

@@ -84,7 +84,7 @@ class ImageWriter:
         store.check_replaceable(self.folder, self.kind)
         if (self.folder / "config.json").is_file() and not resume:
             raise StoreError(
-                f"{self.folder} holds {self.kind} already; give --resume (resume=True) to go on, or another folder"
+                f"{self.folder} holds {self.kind} already; give --resume (resume=True) to continue, or another folder"
             )
         store.resume_config(self.folder, self.kind, settings, about)
         write_class_names(self.folder / IMAGES, self.class_names)
@@ -170,7 +170,7 @@ class ImageWriter:
             known = f"at least {self.images}" if self.team.count > 1 else self.images
             raise StoreError(
                 f"{self.folder} cannot be written to: {error.strerror or error}; {known} images are complete, "
-                "and the same command with --resume (resume=True) goes on from there"
+                "and the same command with --resume (resume=True) continues from there"
             ) from error
 
     def _append(self, rows: Sequence[dict[str, Any]]) -> None:

@@ -24,36 +24,35 @@ The loss is a mean over the batch. `generator` is a CPU one, seeded from (seed, 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a network is trained. Raises FaroutError for a value out of range.
+    """Training settings. Raises FaroutError for a value out of range.
 
     Args:
-        steps: optimiser updates; training length is counted in them, never in time.
-        batch_size: items of one update, over all processes and accumulated parts, which must divide it. The items
-            form an endless stream of permutations, so a batch may be larger than the data set, and repeat items.
-        optimizer: the update rule.
-        learning_rate: its peak.
-        weight_decay: of all trainable parameters; decoupled in adamw.
-        momentum: of sgd; the first beta of adam and adamw.
-        nesterov: sgd only, where momentum > 0.
-        beta2: the second beta of adam and adamw.
-        warmup: updates of linear warm-up; at most the first half of `steps`.
-        decay: the path from the peak to `final_learning_rate` after the warm-up.
-        final_learning_rate: reached exactly at the last update, for any number of processes.
-        ema: decay of the moving average of the weights, min(ema, (1 + n) / (10 + n)) at update n = 0, 1, ...;
-            None: no average.
-        clip: largest norm of the gradient; None: no clipping.
-        accumulate: parts into which a process splits its share of a batch, to save memory.
-        precision: auto: bf16 on devices that compute in it natively, else fp32.
-        channels_last: keep the weights of convolutions channels-last, which is faster on most devices.
-        seed: of the order of the data and all other randomness.
-        workers: loading processes; 0 loads in the training process. Results do not depend on it.
-        validate_every: updates between validations; 0: once, at the end (where validation data is given).
-        checkpoint_every: checkpoints of these multiples are written and never removed; 0: none of them. One that is
-            replaced by the next is written every ten minutes in any case.
-        keep: steps whose checkpoints are written and never removed.
-        checkpoint: the weights that training returns: last, best (lowest validation loss), or a step number.
-        device: auto (cuda, else cpu), cpu, cuda, cuda:1, mps.
-        tensorboard: also write `out/tensorboard`.
+        steps: number of optimizer updates.
+        batch_size: items per update, over all processes; divisible by processes x `accumulate`. Items repeat if it
+            exceeds the data set.
+        optimizer: optimization algorithm.
+        learning_rate: peak learning rate.
+        weight_decay: weight decay of all trainable parameters; decoupled in adamw.
+        momentum: momentum of sgd; first beta of adam and adamw.
+        nesterov: Nesterov momentum (sgd with momentum > 0 only).
+        beta2: second beta of adam and adamw.
+        warmup: updates of linear learning-rate warm-up, at most the first half of `steps`.
+        decay: learning-rate schedule from the peak to `final_learning_rate`, after the warm-up.
+        final_learning_rate: learning rate of the last update.
+        ema: decay of the moving average of the weights, min(ema, (1 + n) / (10 + n)) at update n; None: no average.
+        clip: maximum norm of the gradient; None: no clipping.
+        accumulate: gradient accumulation: parts in which each process computes its share of a batch, to save memory.
+        precision: `fp32`, `bf16`, `fp16`, or `auto` (bf16 if the device supports it natively, else fp32).
+        channels_last: store convolution weights in channels-last format, which is faster on most devices.
+        seed: seed of the data order and of all noise.
+        workers: number of data loading processes; 0: load in the training process. Does not change results.
+        validate_every: updates between validations; 0: once at the end (if there is validation data).
+        checkpoint_every: keep a checkpoint every this many updates; 0: none. A temporary one is written every ten
+            minutes anyway.
+        keep: numbers of updates after which a checkpoint is kept; default: none.
+        checkpoint: weights to return: `last`, `best` (lowest validation loss), or the number of an update.
+        device: training device: `auto` (CUDA if present, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
+        tensorboard: write TensorBoard logs to `tensorboard/` in the checkpoint folder.
     """
 
     steps: int = 2000

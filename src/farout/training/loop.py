@@ -83,7 +83,7 @@ def train(
     if folder is not None:
         run.load(folder)
     elif resume:
-        logger.info("no checkpoint in %s to resume from; training starts anew", out)
+        logger.info("no checkpoint in %s to resume from; training starts from the beginning", out)
     return run.run()
 
 
@@ -98,7 +98,7 @@ def _check_request(
     if config.checkpoint == "best" and not config.validate_every:
         raise FaroutError("checkpoint is 'best', but validate_every is 0; give validation data and an interval")
     if out is None and (resume or config.tensorboard or config.checkpoint_every or config.keep):
-        raise FaroutError("resume, tensorboard, checkpoint_every and keep want a folder, but out is None; give one")
+        raise FaroutError("resume, tensorboard, checkpoint_every and keep require a folder, but out is None; give one")
     if out is not None and not resume and any(step_folder(out, 0).parent.glob("step_*")):
         raise FaroutError(
             f"{out} holds checkpoints of an earlier run; give --resume (resume=True) or another folder, or remove them"
@@ -368,7 +368,7 @@ class _Run:
         if changed:
             raise StoreError(
                 f"training cannot resume from {folder}, which differs:\n  " + "\n  ".join(changed) + "\n"
-                "use the same options and data, or train anew in another folder"
+                "use the same options and data, or start again in another folder"
             )
         _load_weights(self.network, folder, average=False)
         if self.average is not None:

@@ -47,7 +47,7 @@ _SCORES = (*SPACES, *(f"{space}_local" for space in SPACES), *POST_HOC, "either"
 
 
 class Denoising(Detector):
-    """How far a classifier's output moves when the image is noised and denoised.
+    """Change of a classifier's output when the image is noised and denoised.
 
     Liu, Ren, Cheng, Huang, Li and Zhao, "Diffusion denoising process for perceptron bias in out-of-distribution
     detection", arXiv 2211.11255. An image x of predicted class y is noised to level t and denoised under y by a
@@ -62,25 +62,25 @@ class Denoising(Detector):
     is told the level it is at (the released code is off by one).
 
     Args:
-        levels: levels t, of the model's steps, to which images are noised.
-        draws: noises per image, the same ones at every level.
-        noise: `shared`: the same noises for all images; `image`: drawn per image; `neighbour`: the inverted noise of
-            the nearest statistics images, one a draw (the paper's for unconditional models).
-        condition: `class`: denoised under the image's class; `none`: under none (an unconditional model, or the null
-            condition).
-        labels: `predicted` by the classifier, or `true` (an ablation: of images whose label the model does not know a
-            random class).
-        guidance: s above; 1: no guidance; the paper's omega is s - 1.
-        solver: a name of `farout.diffusion.solvers.lookup.SOLVERS`: `dpm_solver_2m`, `ddim`, `pndm2`, `unipc`, …
-        steps: steps from t down, even in log sigma.
-        grid: steps of this many levels instead, ending at level 0, as published; None: `steps` are taken.
-        score: the method's own: `logit`, `feature` or `pixel` (S_global), these with `_local`, `either`, or one of the
-            clean image alone: `energy`, `max_logit` or `msp`.
-        use_levels: levels whose changes count; None: all.
-        use_draws: the first so many draws count; None: all.
-        distance: `l1`, `l2`, or `argmax`: the change of the component that is largest in the clean image.
-        cascade: a score of the clean image's logits that joins in `either`, the larger of the two after each is
-            standardised by the statistics images; None: there is no `either`.
+        levels: noise levels t to which images are noised.
+        draws: noise samples per image, the same at every level.
+        noise: `shared`: the same noise for all images; `image`: noise per image; `neighbour`: inverted noise of the
+            nearest statistics images, one per draw (the paper, for unconditional models).
+        condition: `class`: denoise under the image's class; `none`: without condition.
+        labels: class of an image: `predicted` by the classifier, or `true`, its label (for ablations; a random class if
+            the label is unknown).
+        guidance: scale s of classifier-free guidance; 1: no guidance; the paper's omega is s - 1.
+        solver: one of `ddim`, `heun`, `dpm_solver_2m`, `unipc`, `plms`, `pndm2`, `pndm4`, `ndm1`, `ndm4` or
+            `probability_flow`.
+        steps: number of steps from level t to the clean image, evenly spaced in log sigma.
+        grid: use steps of this many levels instead, down to level 0, as published; default: use `steps`.
+        score: indicator used as score: `logit`, `feature` or `pixel` (change from the clean image), `…_local` (change
+            between levels), `either` (with `cascade`), or `energy`, `max_logit`, `msp` of the clean image alone.
+        use_levels: noise levels that count in the score; default: all.
+        use_draws: number of draws that count in the score; default: all.
+        distance: distance of outputs: `l1`, `l2`, or `argmax` (change of the largest component of the clean image).
+        cascade: score of the clean image's logits for the indicator `either`, the larger of the two standardised
+            scores; default: no `either`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"diffusion", "classes", "classifier"})
@@ -120,21 +120,21 @@ class Denoising(Detector):
     ) -> None:
         check_words(self)
         if not levels or len(set(levels)) < len(levels) or min(levels) < 0:
-            raise FaroutError(f"levels want different numbers from 0, got {list(levels)}")
+            raise FaroutError(f"levels must be different numbers from 0, got {list(levels)}")
         if min(draws, steps, 1 if grid is None else grid) < 1:
-            raise FaroutError(f"draws, steps and grid want at least 1, got {draws}, {steps} and {grid}")
+            raise FaroutError(f"draws, steps and grid must be at least 1, got {draws}, {steps} and {grid}")
         if solver not in SOLVERS:
             raise FaroutError(f"there is no solver {solver!r}; expected one of {', '.join(SOLVERS)}")
         if use_levels is not None and not (use_levels and set(use_levels) <= set(levels)):
-            raise FaroutError(f"use_levels want some of the levels {list(levels)}, got {list(use_levels)}")
+            raise FaroutError(f"use_levels must be some of the levels {list(levels)}, got {list(use_levels)}")
         if use_draws is not None and not 1 <= use_draws <= draws:
-            raise FaroutError(f"use_draws want 1 to {draws}, got {use_draws}")
+            raise FaroutError(f"use_draws must be 1 to {draws}, got {use_draws}")
         self._check_score(score, levels, cascade)
         if condition == "none":
             idle = ("labels",) if guidance == 1 else ("guidance", "labels")  # a guidance of 1 is none
             self._refuse_idle("without a condition; give condition class", *idle)
         if grid is not None:
-            self._refuse_idle("beside grid; leave grid out", "steps")
+            self._refuse_idle("with grid; leave grid out", "steps")
         self.levels = tuple(sorted(levels))
         self.neighbours: Neighbours | None = None
         self.standard: dict[str, ZScore] = {}
@@ -148,7 +148,7 @@ class Denoising(Detector):
         if score.endswith("_local") and len(levels) < 2:
             raise FaroutError(f"with one level {score} is {score.removesuffix('_local')}; give several levels")
         if score == "either" and cascade is None:
-            raise FaroutError(f"the score either wants a cascade: one of {', '.join(POST_HOC)}")
+            raise FaroutError(f"the score either requires a cascade: one of {', '.join(POST_HOC)}")
 
     @classmethod
     def tiny(cls, resources: Any) -> Denoising:
@@ -170,7 +170,7 @@ class Denoising(Detector):
     def network_config(self, config: DiffusionConfig) -> DiffusionConfig:
         """As given; refused where it knows no classes and they are wanted."""
         if self.config["condition"] == "class" and not config.classes:
-            raise FaroutError("denoising under a class wants a model of classes; leave out --no-model.classes")
+            raise FaroutError("denoising under a class requires a model of classes; leave out --no-model.classes")
         return config
 
     def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
@@ -182,7 +182,7 @@ class Denoising(Detector):
         rehearse(solver_by_name(self.config["solver"], diffusion.schedule), self._all_paths(diffusion.schedule))
         if self.config["labels"] == "true" and not set(_names(source)) & set(classifier.class_names):
             known = ", ".join(classifier.class_names[: known_classes(classifier)])
-            raise FaroutError(f"labels=true wants images of the classes {known}; {source.name} has none of them")
+            raise FaroutError(f"labels=true requires images of the classes {known}; {source.name} has none of them")
 
     def _all_paths(self, schedule: NoiseSchedule) -> Tensor:
         return paths.pad([self._path(schedule, level) for level in self.levels])
@@ -286,7 +286,7 @@ class Denoising(Detector):
         """
         model, classifier, count = self.diffusion, self.classifier, len(batch.keys)
         if model is None or classifier is None:
-            raise FaroutError("Denoising wants a fit before it measures: call fit(images) or farout.load(folder)")
+            raise FaroutError("Denoising requires a fit before it measures: call fit(images) or farout.load(folder)")
         grid = (len(self.levels), int(self.config["draws"]))
         names, levels = (*METRICS, *POST_HOC), tuple(float(t) for t in self.levels)
         if not count:
@@ -336,7 +336,7 @@ class Denoising(Detector):
         draws, kind, shape = int(self.config["draws"]), self.config["noise"], self.diffusion.shape
         if kind == "neighbour":
             if self.neighbours is None:
-                raise FaroutError("neighbours' noise wants a fit with noise='neighbour'; fit again")
+                raise FaroutError("neighbours' noise requires a fit with noise='neighbour'; fit again")
             table = self.neighbours.nearest(images, draws)[:, None]
         elif kind == "image":
             table = noise_table("image", batch.identities, shape, self.seed, (0,), draws)

@@ -49,7 +49,7 @@ class Neighbours:
     def nearest(self, images: Tensor, count: int) -> Tensor:
         """The noise (B, count, C, H, W) of the `count` nearest good images of each, itself left out."""
         if count >= len(self.images):
-            raise FaroutError(f"{count} neighbours want more than {count} statistics images, got {len(self.images)}")
+            raise FaroutError(f"{count} neighbours require more than {count} statistics images, got {len(self.images)}")
         # image by image: the same arithmetic whatever images are beside it
         rows = []
         for one in descriptors(images.cpu()):

@@ -39,7 +39,7 @@ _PARTS = ("errors", "mean", "distances")
 
 
 class Patches(FeatureDetector):
-    """How far the features at each position of an image are from those at positions of good images.
+    """Distance of the features at each position to those of normal images.
 
     Features of the backbone's middle layers are brought to one grid and standardised channel by channel. At every
     position, whose neighbours are not seen,
@@ -58,24 +58,26 @@ class Patches(FeatureDetector):
     2022, section 3), without its coreset, its averaging over neighbours and its reweighting.
 
     Args:
-        side: positions along one side of the grid.
-        levels: the levels t, of 100, to which features are noised.
-        draws: noise draws per level; every second one is the negative of the one before (antithetic).
-        score: the method's own score, whose map is given: `diffusion_top` or `knn_top`, of the highest positions;
-            `diffusion_mean` or `knn_mean`, over all.
-        share: the share of positions that are the highest ones, at least one.
-        bank: good positions that distances are measured to, a sample with the fit's seed.
-        positions: good positions that the denoiser learns, about as many of each training image, a sample with the
-            fit's seed; no more than the images have.
-        most: training images looked at; of more, a sample with the fit's seed.
-        hidden, embedding: widths of the denoiser and of its time embedding.
-        blocks: its residual blocks.
-        input_activation: SiLU on the noisy features, as in the semantic method's released code.
-        time_sampling: how training samples t: `uniform` or `low_noise`.
+        side: number of grid positions along one side.
+        levels: noise levels t, 0 to 99, to which features are noised.
+        draws: noise samples per level; every second one is the negative of the one before (antithetic).
+        score: indicator used as score and for heat maps: by reconstruction (`diffusion_…`) or nearest neighbor
+            (`knn_…`), mean of the highest positions (`…_top`) or of all (`…_mean`).
+        share: share of the positions that `…_top` scores average, at least one position.
+        bank: number of normal positions stored for nearest neighbors, a random sample.
+        positions: number of normal positions to train the denoiser on, a random sample spread evenly over the training
+            images.
+        most: maximum number of training images used, a random sample of more.
+        hidden: width of the denoiser.
+        embedding: width of the denoiser's time embedding.
+        blocks: number of residual blocks of the denoiser.
+        input_activation: apply SiLU to the noisy features, as in the released code of `semantic`.
+        time_sampling: distribution of t in training: `uniform`, `low_noise` (more low t) or `antithetic` (mirrored
+            pairs).
         epochs: passes over the training positions.
-        updates: updates at most, however many positions there are.
-        batch: positions of one update.
-        learning_rate: of AdamW.
+        updates: maximum number of updates.
+        batch: positions per update.
+        learning_rate: learning rate of AdamW.
         ema: decay of the moving average of the weights.
     """
 
@@ -254,7 +256,7 @@ class Patches(FeatureDetector):
             self._keep(self.diffusion, self._sample(source.subset(range(0, len(source), 2)), self.seed), self.seed)
             rest = source.subset(range(1, len(source), 2))
         errors, distances = [], []
-        with task("deviations of good images", len(rest)) as bar:
+        with task("deviations of normal images", len(rest)) as bar:
             for batch in self.batches(rest):
                 for one, other in self._raw(batch):
                     errors.append(one.numpy())
@@ -292,7 +294,7 @@ class Patches(FeatureDetector):
         """
         deviations = self.deviations
         if self.diffusion is None or deviations is None:
-            raise FaroutError("Patches wants a fit before it measures: call fit(images) or farout.load(folder)")
+            raise FaroutError("Patches requires a fit before it measures: call fit(images) or farout.load(folder)")
         raw = list(self._raw(batch))
         places = int(self.config["side"]) ** 2
         empty = torch.zeros(0, places, dtype=torch.float64)

@@ -68,22 +68,22 @@ class Posthoc(Detector):
     was not trained on, where the papers take its training images.
 
     Args:
-        score: the method's own score (the default is ahead on dev sources); all others are shown beside it.
-        odin: also measure ODIN; implied by score=odin.
-        odin_step: its step, in units of images in [0, 1].
-        odin_temperature: its T.
-        shaping: where ash and scale act: on `pooled` features, as in OpenOOD, or on the feature `maps` before the
-            global average, as in pytorch-ood's examples; `maps` wants a network that pools by a layer.
-        pruned: share of values that ash and scale leave out.
-        clip: share of values below react's threshold.
-        sparsity: share of weights that dice leaves out.
-        dimensions: of vim's principal space; None: the paper's 1000 from 2,048 features on, 512 from 768 on, else
-            half of the features. At most half the number of statistics images.
-        k: knn's neighbour; at most a hundredth of the statistics images (at least 1).
-        gamma: gen's exponent.
-        top: how many of the largest probabilities gen takes.
-        covariance: `shrunk` (Ledoit and Wolf 2004), which exists for fewer images than features, or `empirical`,
-            pytorch-ood's own fit, which wants more.
+        score: indicator used as score (vim has the highest AUROC on dev sources); the others are written too.
+        odin: also compute ODIN, which needs two more passes and a gradient; implied by score=odin.
+        odin_step: step size of ODIN's perturbation, for images in [0, 1].
+        odin_temperature: temperature of ODIN.
+        shaping: where ash and scale act: on `pooled` features, as in OpenOOD, or on feature `maps` before pooling, as
+            in pytorch-ood's examples (requires a network with a pooling layer).
+        pruned: share of activations that ash and scale prune.
+        clip: quantile at which react clips activations.
+        sparsity: share of weights that dice sets to zero.
+        dimensions: dimension of vim's principal space, at most half the number of statistics images; default: 1000 from
+            2,048 features on (the paper), 512 from 768 on, else half the number of features.
+        k: rank of knn's neighbour; at most 1 % of the statistics images.
+        gamma: exponent of gen.
+        top: number of largest probabilities that gen uses.
+        covariance: covariance of mahalanobis and rmds: `shrunk` (Ledoit and Wolf 2004), or `empirical` (pytorch-ood),
+            which requires more statistics images than features.
 
     Raises FaroutError for values out of range.
     """
@@ -117,7 +117,8 @@ class Posthoc(Detector):
         least = {"k": k, "top": top, "dimensions": 1 if dimensions is None else dimensions}
         if min(least.values()) < 1 or min(odin_temperature, gamma) <= 0 or odin_step < 0:
             raise FaroutError(
-                "k, top and dimensions want at least 1, gamma and odin_temperature more than 0, odin_step at least 0; "
+                "k, top and dimensions must be at least 1, gamma and odin_temperature more than 0, odin_step at "
+                "least 0; "
                 f"got {k}, {top}, {dimensions}, {gamma:g}, {odin_temperature:g} and {odin_step:g}"
             )
         self.with_odin = odin or score == "odin"
@@ -128,7 +129,7 @@ class Posthoc(Detector):
     def network(self) -> Classifier:
         """The classifier, once it is there."""
         if self.classifier is None:
-            raise FaroutError("post-hoc scores want a classifier; give one, or images with labels to train one on")
+            raise FaroutError("post-hoc scores require a classifier; give one, or images with labels to train one on")
         return self.classifier
 
     @property

@@ -191,7 +191,7 @@ def _empirical(features: Tensor, classes: Tensor) -> dict[str, Tensor]:
     count, width = features.shape
     if count <= width + len(classes.unique()):
         raise FaroutError(
-            f"an empirical covariance of {width} features wants more than {count} statistics images; "
+            f"an empirical covariance of {width} features requires more than {count} statistics images; "
             "use covariance='shrunk', or give more images"
         )
     place = classes.unique(return_inverse=True)[1]

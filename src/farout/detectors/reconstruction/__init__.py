@@ -30,7 +30,7 @@ __all__ = ["Reconstruction"]
 
 
 class Reconstruction(Detector):
-    """How far an image is from what a diffusion model makes of it after noising.
+    """Error between an image and its reconstructions by diffusion.
 
     Each image is noised to several levels t and denoised; every reconstruction is compared with the image. With the
     statistics images' mean and deviation of every (level, metric), `mean_z` is the mean over levels of
@@ -38,26 +38,27 @@ class Reconstruction(Detector):
     models for out-of-distribution detection" (CVPRW 2023, arXiv 2211.07740), section 3.
 
     Args:
-        mode: `oneshot`: the expected clean image, one evaluation per level and draw; `fast`: a few-step solver per
-            level; `exact`: the paper's PLMS on its grid of labels 10 apart, down to the schedule's lowest level, whose
-            noise stays in the reconstruction.
-        levels: the levels t; None: the mode's own (`exact`: the paper's grid with `skip`).
-        skip: use every skip-th start of the paper's grid of 100 (`exact` without `levels`).
-        grid: start labels of that grid: `paper` 1, 11, …, 991; `released` 10, 20, …, 990, as the released code has it.
-        draws: noise draws per level; in `oneshot` every second one is the negative of the one before (antithetic).
-        noise: `shared`: one noise per (level, draw) for all images; `image`: drawn per image, as in the paper.
-        steps: solver steps per level in `fast` (the lowest levels take fewer: one per 40 labels, at least 1).
-        solver: `dpm_solver_2m`, `ddim` or `heun`, in `fast`.
-        perceptual: `lite0` (built in) or `lpips` (the paper's).
-        metrics: metrics of the z scores, among mse, perceptual, ssim (1 - SSIM), eps_error (of the predicted noise)
-            and score_norm (mean square of the predicted noise).
-        density_metrics: metrics whose logarithms the densities see.
-        score: the method's own score: `mean_z` (the paper's), `two_sided` (mean of |z|), `mahalanobis` or `mixture`
+        mode: `oneshot`: one evaluation per level and draw; `fast`: a solver with few steps; `exact`: PLMS as in the
+            paper, down to the schedule's lowest level.
+        levels: noise levels t; default: those of the mode (`exact`: the paper's grid with `skip`).
+        skip: use every skip-th start level of the paper's grid of 100 (`exact` without `levels`).
+        grid: start levels of that grid: `paper` (1, 11, …, 991) or `released` (10, 20, …, 990, as in the released
+            code).
+        draws: noise samples per level; in `oneshot` every second one is the negative of the one before (antithetic).
+        noise: `shared`: the same noise for all images; `image`: noise per image, as in the paper.
+        steps: number of solver steps per level in mode `fast`; low levels use fewer (one per 40 levels, at least 1).
+        solver: solver of mode `fast`.
+        perceptual: perceptual distance: `lite0` (built in) or `lpips` (the paper's).
+        metrics: metrics whose z-scores are averaged: mse, perceptual, ssim (1 - SSIM), eps_error (error of the
+            predicted noise), score_norm (mean square of the predicted noise).
+        density_metrics: metrics whose logarithms `mahalanobis` and `mixture` use.
+        score: indicator used as score: `mean_z` (the paper's), `two_sided` (mean of |z|), `mahalanobis` or `mixture`
             (of log-metrics), or `mean_z_<metric>`.
-        min_t, max_t: use levels strictly between them.
-        t_skip: use every t_skip-th of those.
-        normalisation: how a network that is trained for this detector sees images: `fixed` in [-1, 1], or `minmax`
-            per image in [0, 1] (the paper's).
+        min_t: use only levels above this t.
+        max_t: use only levels below this t.
+        t_skip: use every t_skip-th of the remaining levels.
+        normalisation: value range of a network trained in this fit: `fixed` (images in [-1, 1]) or `minmax` (each image
+            in [0, 1], the paper).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"diffusion"})
@@ -107,7 +108,9 @@ class Reconstruction(Detector):
         if unknown or not metrics or not density_metrics:
             raise FaroutError(f"metrics are chosen among {', '.join(METRICS)}; got {unknown or 'none'}")
         if draws < 1 or steps < 1 or skip < 1 or t_skip < 1:
-            raise FaroutError(f"draws, steps, skip and t_skip want at least 1, got {draws}, {steps}, {skip}, {t_skip}")
+            raise FaroutError(
+                f"draws, steps, skip and t_skip must be at least 1, got {draws}, {steps}, {skip}, {t_skip}"
+            )
         if score not in indicators.names():
             raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(indicators.names())}")
         if mode != "exact" or levels is not None:
@@ -143,7 +146,7 @@ class Reconstruction(Detector):
         perceptual_distance(self.perceptual)
         wanted, own = self.config["normalisation"], diffusion.preprocessing.value_range
         if wanted != own:
-            message = f"the method wants value range {wanted!r}, the diffusion model has {own!r}; its own is used"
+            message = f"the method requires value range {wanted!r}, the diffusion model has {own!r}; its own is used"
             warnings.warn(message, TrapWarning, stacklevel=5)
 
     def _make_plan(self, model: DiffusionModel) -> Plan:
@@ -154,7 +157,7 @@ class Reconstruction(Detector):
         """Builds the paths of all levels, the denoiser, the noise and the metrics' network."""
         model = self.diffusion
         if model is None:
-            raise FaroutError("Reconstruction wants a diffusion model")
+            raise FaroutError("Reconstruction requires a diffusion model")
         self.plan = self._make_plan(model)
         self.scorer.check_levels(self.plan.levels)
         self.denoiser: NetworkDenoiser = model.denoiser(self.runtime.batch_size, self.precision)

@@ -31,7 +31,7 @@ __all__ = ["Semantic"]
 
 
 class Semantic(FeatureDetector):
-    """How far an image's features are from what a diffusion model of good images' features makes of them.
+    """Error between an image's features and their reconstructions by diffusion.
 
     Pooled features of several layers of a frozen backbone, standardised layer by layer, are noised a little and
     denoised by a small residual network that predicts the clean vector; features like those of good images come back.
@@ -39,34 +39,37 @@ class Semantic(FeatureDetector):
     unsupervised out-of-distribution detection" (NeurIPS 2024, arXiv 2411.10701).
 
     Args:
-        levels: the levels t, of 100, to which features are noised; several are measured in one batch.
-        draws: noise draws per level; every second one is the negative of the one before (antithetic).
-        noise: `shared`: one noise per (level, draw) for all images; `image`: drawn per image, as published. Noise that
-            a sampler adds on its way is always shared.
-        sampler: `oneshot`: one evaluation; `ddim`: `steps` steps; `released`: the released code's arithmetic, with the
-            level as its K.
-        steps: steps of `ddim`.
-        eta: fresh noise of `ddim`: 0 none, 1 as published.
-        score: the method's own score: `mfsim_released` (without the first layer; ahead on dev sources), `mfsim` or
-            `mse` (the paper's), `lr`, `calibrated_mse`, `calibrated_mfsim`, `distance` (no diffusion) or `fused`.
-        lr_sign: 1: a large fall of the error in training counts as far out, as released (in a linear denoiser what
-            lies off the data is learnt late); -1: as the paper argues. Dev sources speak for -1, other sets for 1:
-            with so short a first pass, no score to rely on.
-        regret: keep the denoiser of the first pass over the images too, for `lr`, as the presets do; doubles the
-            evaluations, and no other score uses it.
-        standardise: `image`: each layer of each image to mean 0 and deviation 1 over its channels (the paper's);
-            `channel`: each channel by its mean and deviation over good images.
-        summaries: append the layers' means and log deviations, which `image` would lose.
-        hidden, bottleneck, embedding: widths of the denoiser; without them 2 c, 2 c and c for c features, the paper's.
-        blocks: its residual blocks, 16 in the paper.
-        input_activation: SiLU on the noisy features, as released.
-        scale_shift: time scales and shifts inside the blocks, instead of shifting only.
-        time_sampling: how training samples t: `uniform` (the paper's) or `low_noise`.
-        updates: of the weights, in training; few images are seen the more often.
-        epochs: passes over the training images, instead of `updates`.
-        batch: images of one update.
-        learning_rate, weight_decay: of AdamW.
-        decay: `constant` (the paper's) or `cosine`.
+        levels: noise levels t, 0 to 99, to which features are noised; several are measured in one batch.
+        draws: noise samples per level; every second one is the negative of the one before (antithetic).
+        noise: `shared`: the same noise for all images; `image`: noise per image, as published. Noise that a sampler
+            adds is always shared.
+        sampler: `oneshot` (one evaluation), `ddim` (several steps) or `released` (the arithmetic of the released code,
+            with the level as its K).
+        steps: number of steps of `ddim`.
+        eta: share of fresh noise in the steps of `ddim`: 0 is deterministic, 1 as published.
+        score: indicator used as score: `mfsim_released` (without the first layer; highest AUROC on dev sources),
+            `mfsim` or `mse` (the paper's), `lr`, `calibrated_mse`, `calibrated_mfsim`, `distance` (no diffusion) or
+            `fused`.
+        lr_sign: sign of the indicator `lr`: 1: errors that fall more in training score higher, as released; -1: they
+            score lower, as in the paper. Neither is reliable.
+        regret: keep the denoiser of the first training epoch too, for the indicator `lr` only; doubles the evaluations.
+        standardise: `image`: scale each layer of each image to mean 0 and standard deviation 1 over channels (the
+            paper); `channel`: scale each channel over normal images.
+        summaries: append the mean and log standard deviation of each layer, which `image` scaling removes.
+        hidden: width of the denoiser's hidden layers; None: twice the number of features, as in the paper.
+        bottleneck: width of the denoiser's bottleneck; None: twice the number of features, as in the paper.
+        embedding: width of the denoiser's time embedding; None: the number of features, as in the paper.
+        blocks: number of residual blocks of the denoiser (16 in the paper).
+        input_activation: apply SiLU to the noisy features, as in the released code.
+        scale_shift: let the time embedding scale the features of each block, in addition to shifting them.
+        time_sampling: distribution of t in training: `uniform` (the paper), `low_noise` (more low t) or `antithetic`
+            (mirrored pairs).
+        updates: number of training updates.
+        epochs: passes over the training images, instead of `updates`; default: use `updates`.
+        batch: images per update.
+        learning_rate: learning rate of AdamW.
+        weight_decay: weight decay of AdamW.
+        decay: learning-rate schedule: `constant` (the paper) or `cosine`.
         ema: decay of the moving average of the weights.
     """
 
@@ -145,13 +148,13 @@ class Semantic(FeatureDetector):
             )
         if min(draws, updates, batch, epochs or 1) < 1 or lr_sign not in (1, -1):
             given = f"{draws}, {updates}, {batch}, {epochs} and {lr_sign}"
-            raise FaroutError(f"draws, updates, batch and epochs want at least 1, lr_sign 1 or -1; got {given}")
+            raise FaroutError(f"draws, updates, batch and epochs must be at least 1, lr_sign 1 or -1; got {given}")
         self._training(1)  # refuses what is out of range
         sampling.check_sampler(sampler, levels, steps, paper_schedule())
         if sampler != "ddim":
             self._refuse_idle(f"with the sampler {sampler}; give sampler ddim", "steps", "eta")
         if epochs is not None:
-            self._refuse_idle("beside epochs; leave epochs out", "updates")
+            self._refuse_idle("with epochs; leave epochs out", "updates")
         self.levels, self.draws, self.regret = tuple(sorted(levels)), draws, regret
         self.scorer: indicators.Scorer | None = None
         self.denoisers: list[NetworkDenoiser] = []
@@ -192,7 +195,7 @@ class Semantic(FeatureDetector):
 
     def _check_regret(self, there: bool) -> None:
         if self.config["score"] == "lr" and not there:
-            raise FaroutError("the score lr wants the denoiser after the first of several passes; train for longer")
+            raise FaroutError("the score lr requires the denoiser after the first of several passes; train for longer")
 
     def _training(self, count: int) -> TrainingConfig:
         names = ("learning_rate", "weight_decay", "decay", "ema")

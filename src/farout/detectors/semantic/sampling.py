@@ -25,7 +25,7 @@ def check_sampler(sampler: str, levels: tuple[int, ...], steps: int, schedule: N
     """Raises FaroutError for levels outside the schedule, or repeated, and for no steps."""
     checked_levels(levels, schedule.steps, lowest=1 if sampler == "released" else 0)
     if steps < 1:
-        raise FaroutError(f"steps want at least 1, got {steps}")
+        raise FaroutError(f"steps must be at least 1, got {steps}")
 
 
 def reconstruct(

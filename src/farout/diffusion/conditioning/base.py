@@ -28,7 +28,7 @@ class Condition:
     def __post_init__(self) -> None:
         lengths = {name: len(tensor) for name, tensor in self.tensors.items()}
         if len(set(lengths.values())) > 1:
-            raise FaroutError(f"the tensors of a condition want one leading dimension, got {lengths}")
+            raise FaroutError(f"the tensors of a condition require one leading dimension, got {lengths}")
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values()))) if self.tensors else 0
@@ -151,7 +151,7 @@ def check_table(rows: int, class_names: Sequence[str], has_null: bool) -> tuple[
     names = tuple(str(name) for name in class_names)
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise FaroutError(f"class names want to be different, {', '.join(repeated)} comes more than once")
+        raise FaroutError(f"class names must be different, {', '.join(repeated)} comes more than once")
     if rows not in ({len(names) + 1} if has_null else {len(names), len(names) + 1}) or not names:
         null = " and a null row" if has_null else ""
         raise FaroutError(f"a class table of {rows} rows does not go with {len(names)} class names{null}")
@@ -161,7 +161,7 @@ def check_table(rows: int, class_names: Sequence[str], has_null: bool) -> tuple[
 def check_labels(labels: Tensor, classes: int) -> Tensor:
     """The labels as int64 (B,); raises FaroutError for another shape or a label outside the table."""
     if labels.ndim != 1:
-        raise FaroutError(f"labels want the shape (B,), got {tuple(labels.shape)}")
+        raise FaroutError(f"labels must have the shape (B,), got {tuple(labels.shape)}")
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):
         raise FaroutError(f"the model knows the labels 0 to {classes - 1}, got {int(outside[0])}")
@@ -171,13 +171,13 @@ def check_labels(labels: Tensor, classes: int) -> Tensor:
 def check_vectors(vectors: Tensor, dim: int) -> Tensor:
     """The vectors as they are; raises FaroutError for another shape than (B, dim)."""
     if vectors.ndim != 2 or vectors.shape[1] != dim:
-        raise FaroutError(f"class vectors of this model want the shape (B, {dim}), got {tuple(vectors.shape)}")
+        raise FaroutError(f"class vectors of this model must have the shape (B, {dim}), got {tuple(vectors.shape)}")
     return vectors
 
 
 def no_null() -> FaroutError:
     """The error of a model without a null condition."""
     return FaroutError(
-        "this model has no null condition: it was not trained with label dropout (or nothing says so); use guidance "
+        "this model has no null condition: it was not trained with label dropout (or does not say so); use guidance "
         "scale 1 with a class, or train one with label_dropout=0.1"
     )

@@ -53,7 +53,7 @@ class ClassTokens(TableConditioning):
 
     def __init__(self, table: Tensor, class_names: Sequence[str], *, has_null: bool) -> None:
         if table.ndim != 3:
-            raise FaroutError(f"a table of class tokens wants the shape (K + 1, L, d), got {tuple(table.shape)}")
+            raise FaroutError(f"a table of class tokens must have the shape (K + 1, L, d), got {tuple(table.shape)}")
         self.class_names = check_table(len(table), class_names, has_null)
         self.has_null, self.dim = has_null, table.shape[1] * table.shape[2]
         self._tokens = _Tokens(table, learnt=self._learnt)

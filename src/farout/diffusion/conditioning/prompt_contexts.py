@@ -47,7 +47,7 @@ class PromptContexts(Conditioning):
         self.encoder, self.template, self.dim = encoder, template, encoder.length * encoder.width
         self.words = class_words(self.class_names) if words is None else tuple(Word(*word) for word in words)
         if len(self.words) != self.classes:
-            raise FaroutError(f"{self.classes} classes want a word each, got {len(self.words)}")
+            raise FaroutError(f"{self.classes} classes require a word each, got {len(self.words)}")
         self.prompts = tuple(word.prompt(template) for word in self.words)
         self._numbers = encoder.numbers(self.prompts)
 

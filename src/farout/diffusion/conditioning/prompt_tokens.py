@@ -63,10 +63,10 @@ class PromptTokens(PromptContexts):
         if not given.is_floating_point():
             return super().__call__(given)
         if labels is None:
-            raise FaroutError("a vector of this model stands in the prompt of its class; give labels beside vectors")
+            raise FaroutError("a vector of this model is used in the prompt of its class; give labels with the vectors")
         rows = check_labels(labels, self.classes).cpu()
         if len(rows) != len(given):
-            raise FaroutError(f"{len(given)} class vectors want a label each, got {len(rows)}")
+            raise FaroutError(f"{len(given)} class vectors require a label each, got {len(rows)}")
         exchanged = (check_vectors(given, self.dim), self._places[rows])
         found = self.encoder.contexts(self._numbers[rows], exchanged)
         return Condition({"encoder_hidden_states": found})
@@ -91,7 +91,8 @@ def _place(encoder: TextEncoder, template: str, name: str, word: Word, pieces: P
     if not (len(own) == 1 or split) or not all(encoder.is_known(token) for token in own):
         what = f"are {len(own)} tokens ({', '.join(encoder.pieces(own))})" if len(own) != 1 else "the tokenizer lacks"
         raise FaroutError(
-            f"the class {name!r} wants a name of one token in prompts, and {word.word!r} {what}; give a table of words "
+            f"the class {name!r} requires a name of one token in prompts, and {word.word!r} {what}; give a table of "
+            "words "
             "(words=FILE, --prompts.words FILE: .csv with columns class and word, or .yaml), pieces='first' for a word "
             "that is split, as published, or vector='context', which takes any name"
         )

@@ -53,19 +53,19 @@ class Word(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompts:
-    """How a Stable Diffusion folder is told classes. Raises FaroutError for values out of range.
+    """Prompts for a Stable Diffusion folder. Raises FaroutError for values out of range.
 
     Args:
-        template: prompt of a class; {} stands for its name.
-        generation: the template where images are made, such as the published A high-quality image of the {}; without
-            it the other one.
-        vector: what is a class vector: token (the input embedding of the name, one token within the prompt, as
-            published), or context (all that the text encoder answers to the prompt).
-        words: what classes are called in prompts, for names of several tokens: a table .csv (columns class, word and,
-            where wanted, suffix) or .yaml (class: word suffix), or cifar100.
-        pieces: what becomes of a single word that the tokenizer splits (skyscraper: sky, scra, per): refuse, or first
-            (its first piece is the class vector and the others stay, as published).
-        context_noise: standard deviation of Gaussian noise that is added to the contexts of which images are made.
+        template: prompt of a class; {} is replaced by its name.
+        generation: template used for generation, such as the published A high-quality image of the {}; default: same as
+            `template`.
+        vector: class vector: `token` (input embedding of the name, as published) or `context` (output of the text
+            encoder for the whole prompt).
+        words: words for classes whose names have several tokens: a .csv file (columns class, word and optionally
+            suffix), a .yaml file (class: word suffix), or `cifar100`; default: the names.
+        pieces: what to do with a word that the tokenizer splits: `refuse` it, or use its `first` token as class vector
+            (as published).
+        context_noise: standard deviation of Gaussian noise added to the output of the text encoder in generation.
     """
 
     template: str = TEMPLATE
@@ -86,10 +86,10 @@ class Prompts:
         if self.vector == "context" and self.generation is not None:
             raise FaroutError(
                 f"a context is made of the whole prompt {self.template!r}, so that a template of generation "
-                f"({self.generation!r}) has no use; leave it out (None), or give vector='token'"
+                f"({self.generation!r}) has no effect; leave it out (None), or give vector='token'"
             )
         if not 0 <= self.context_noise < math.inf:
-            raise FaroutError(f"context_noise wants 0 or more, got {self.context_noise}")
+            raise FaroutError(f"context_noise must be 0 or more, got {self.context_noise}")
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -141,7 +141,9 @@ def read_words(table: Mapping[str, str] | str) -> dict[str, Word]:
     for name, text in entries:
         plain = _plain(str(name))
         if not isinstance(name, str | int) or not isinstance(text, str) or not text.split():
-            raise FaroutError(f"the table of words {_called(table)} wants a word for a class, got {name!r}: {text!r}")
+            raise FaroutError(
+                f"the table of words {_called(table)} requires a word for a class, got {name!r}: {text!r}"
+            )
         if plain in words:
             raise FaroutError(f"the table of words {_called(table)} has the class {name!r} twice")
         word, _, suffix = text.strip().partition(" ")
@@ -154,7 +156,7 @@ def _entries(table: str) -> list[tuple[Any, Any]]:
     if kind not in (".csv", ".yaml", ".yml"):
         if table in TABLES:
             return list(TABLES[table].items())
-        raise FaroutError(f"words wants a table .csv or .yaml, or one of {', '.join(TABLES)}; got {table!r}")
+        raise FaroutError(f"words requires a table .csv or .yaml, or one of {', '.join(TABLES)}; got {table!r}")
     try:
         text = Path(table).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -166,11 +168,13 @@ def _csv(table: str, text: str) -> list[tuple[Any, Any]]:
     reader = csv.DictReader(text.splitlines())
     columns = set(reader.fieldnames or ())
     if not {"class", "word"} <= columns <= {"class", "word", "suffix"}:
-        raise FaroutError(f"{table} wants the columns class, word and perhaps suffix, got {', '.join(sorted(columns))}")
+        raise FaroutError(
+            f"{table} requires the columns class, word and perhaps suffix, got {', '.join(sorted(columns))}"
+        )
     rows = list(reader)
     for row in rows:
         if None in row or not row["class"] or len((row["word"] or "").split()) != 1:
-            raise FaroutError(f"{table} wants one word for each class, got {list(row.values())}")
+            raise FaroutError(f"{table} requires one word for each class, got {list(row.values())}")
     return [(row["class"], f"{row['word']} {row.get('suffix') or ''}") for row in rows]
 
 
@@ -180,7 +184,7 @@ def _yaml(table: str, text: str) -> list[tuple[Any, Any]]:
     except yaml.YAMLError as error:
         raise FaroutError(f"{table} is not valid YAML ({error})") from error
     if not isinstance(content, dict):
-        raise FaroutError(f"{table} wants lines `class: word`, got a {type(content).__name__}")
+        raise FaroutError(f"{table} requires lines `class: word`, got a {type(content).__name__}")
     return list(content.items())
 
 

@@ -169,7 +169,7 @@ def _read(folder: Path) -> tuple[Any, nn.Module]:
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError as error:
-        raise MissingExtraError('text-conditional models want `pip install "farout[text]"`') from error
+        raise MissingExtraError('text-conditional models require `pip install "farout[text]"`') from error
     if (folder / "text_encoder_2").is_dir():
         raise StoreError(f"{folder} has two text encoders; farout reads the one of Stable Diffusion 1.x and 2.x")
     architectures = store.read_json(folder / "text_encoder" / "config.json").get("architectures") or []

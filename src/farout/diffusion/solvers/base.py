@@ -118,7 +118,7 @@ class _Run:
         """x0 (R, …) of the rows `active` (R,) of the batch, guided where there is a guide."""
         if self.guide is None:
             if isinstance(self.condition, Mapping):
-                raise FaroutError("named branches of a condition want a guide that joins their predictions")
+                raise FaroutError("named branches of a condition require a guide that joins their predictions")
             return self.denoiser(x, sigma, None if self.condition is None else self.condition.rows(active))
         state = self.guided.take(active)
         wanted = self.guide.wanted(state) if isinstance(self.guide, SparingGuide) else {}
@@ -129,7 +129,7 @@ class _Run:
     def _branches(self, x: Tensor, sigma: Tensor, active: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """x0 of every branch, all in one call of the denoiser."""
         if not isinstance(self.condition, Mapping) or not self.condition:
-            raise FaroutError("a guide wants a mapping of named conditions, one per branch")
+            raise FaroutError("a guide requires a mapping of named conditions, one per branch")
         every = torch.ones(len(x), dtype=torch.bool, device=x.device)
         rows = [wanted.get(name, every).nonzero().squeeze(1) for name in self.condition]
         rows[0] = every.nonzero().squeeze(1)
@@ -192,7 +192,7 @@ def make_solver(
         if guide is not None and not once:
             raise FaroutError(f"{name} evaluates more than once a step, a stateful guide cannot go with it; use ddim")
         if sigmas.ndim != 2 or len(sigmas) != len(x) or sigmas.shape[1] < 2:
-            raise FaroutError(f"sigmas want shape (B, steps + 1) with B = {len(x)}, got {tuple(sigmas.shape)}")
+            raise FaroutError(f"sigmas must have shape (B, steps + 1) with B = {len(x)}, got {tuple(sigmas.shape)}")
         table = sigmas.detach().cpu().double()
         _check_departures(table)
         if check is not None:
@@ -213,7 +213,8 @@ def _moves(sigmas: Tensor) -> Tensor:
 def _check_departures(sigmas: Tensor) -> None:
     if bool((_moves(sigmas) & ~(sigmas[:, :-1] > 0)).any()):
         raise FaroutError(
-            "a path leaves sigma 0 (or below), where no network can be asked; let rising paths start at the schedule's "
+            "a path leaves sigma 0 (or below), where no network can be evaluated; let rising paths start at the "
+            "schedule's "
             "smallest sigma"
         )
 

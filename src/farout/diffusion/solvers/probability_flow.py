@@ -51,7 +51,9 @@ def probability_flow(schedule: NoiseSchedule, tolerance: float = 7e-4) -> Solver
         time.check(sigmas, "probability_flow")
         if sigmas.shape[1] != 2:
             shape = tuple(sigmas.shape)
-            raise FaroutError(f"probability_flow finds its own steps: sigmas want (B, 2), start and end, got {shape}")
+            raise FaroutError(
+                f"probability_flow finds its own steps: sigmas must have shape (B, 2), start and end, got {shape}"
+            )
 
     def step(predict: Predictor, x: Tensor, sigma: Tensor, then: Tensor, state: State) -> tuple[Tensor, State]:
         low = float(schedule.sigma[0])

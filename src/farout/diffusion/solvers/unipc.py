@@ -69,6 +69,6 @@ unipc = make_solver(
     "unipc",
     "UniPC of order 2 in log sigma, B2(h) (Zhao et al. 2023, data prediction): one evaluation a "
     "step; the first step, and one that ends in sigma 0, are of first order. Its weights grow with the factor by which "
-    "sigma rises: inversions want short steps in log sigma, or another method.",
+    "sigma rises: inversions require short steps in log sigma, or another method.",
     once=True,
 )

@@ -25,7 +25,7 @@ _ALIGN, _DRAWN = "align", "drawn"
 
 
 class DreamOOD(VectorSynthesizer):
-    """Outliers from beyond the boundaries of classes, among directions of the generator's class space.
+    """Synthetic outliers from beyond the class boundaries in the generator's class space.
 
     Du, Sun, Zhu and Li, "Dream the impossible: outlier imagination with diffusion models", NeurIPS 2023,
     arXiv 2309.13415. Three stages, each with files of its own in the folder of outliers:
@@ -46,9 +46,9 @@ class DreamOOD(VectorSynthesizer):
     `prompts=Prompts()` beside them.
 
     Args:
-        model: the classifier's network, and how images are varied.
+        model: network and data augmentation of the classifier.
         alignment: how it is trained.
-        boundary: how directions are drawn.
+        boundary: how directions are sampled.
     """
 
     stages: ClassVar[tuple[str, ...]] = ("align", "draw", "decode")

@@ -40,18 +40,17 @@ _LEAST = 0.8
 
 @dataclass(frozen=True)
 class Alignment:
-    """How a classifier is trained towards class vectors: SGD with Nesterov momentum 0.9, cosine decay to 1e-6.
+    """Training of the classifier on class vectors: SGD, Nesterov momentum 0.9, cosine decay to 1e-6.
 
     Args:
-        temperature: T, which divides the cosines; 0.1 is published.
-        steps: updates.
-        batch_size: images of one update.
-        learning_rate: its peak.
-        weight_decay: of all weights.
-        warmup: updates of linear warm-up.
-        augmented: keep the features of images varied once at random as in training, as the released code does, instead
-            of those of the plain images.
-        workers: loading processes of the training; 0: its own.
+        temperature: temperature that divides the cosines; published: 0.1.
+        steps: number of training updates.
+        batch_size: images per update.
+        learning_rate: peak learning rate.
+        weight_decay: weight decay of all weights.
+        warmup: updates of linear learning-rate warm-up.
+        augmented: use features of augmented images, as the released code does; default: of the plain images.
+        workers: number of data loading processes; 0: load in the training process.
     """
 
     temperature: float = 0.1
@@ -65,7 +64,7 @@ class Alignment:
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
-            raise FaroutError(f"the temperature of cosines wants to be a positive number, got {self.temperature}")
+            raise FaroutError(f"the temperature of cosines must be a positive number, got {self.temperature}")
         self.training(0, Runtime(device="cpu", precision="fp32"))
 
     def training(self, seed: int, runtime: Runtime) -> TrainingConfig:
@@ -108,10 +107,10 @@ class Aligned:
 def check_directions(vectors: Tensor, names: Sequence[str]) -> Tensor:
     """Class vectors (K, D) at length 1; raises FaroutError where they point nowhere, or two of them the same way."""
     if vectors.ndim != 2 or len(vectors) != len(names):
-        raise FaroutError(f"{len(names)} classes want a vector each, got the shape {tuple(vectors.shape)}")
+        raise FaroutError(f"{len(names)} classes require a vector each, got the shape {tuple(vectors.shape)}")
     if len(names) < 2:
         raise FaroutError(
-            f"all images are of one class ({', '.join(names)}), and a classifier learns to tell classes apart: give "
+            f"all images are of one class ({', '.join(names)}), and a classifier requires more than one: give "
             "images of two or more"
         )
     lengths = vectors.norm(dim=1)
@@ -123,8 +122,8 @@ def check_directions(vectors: Tensor, names: Sequence[str]) -> Tensor:
     if len(alike):
         one, two = (names[int(place)] for place in alike[0])
         raise FaroutError(
-            f"the class vectors of {one!r} and {two!r} point the same way, so the generator hardly tells these classes "
-            "apart: train it for longer, or leave one of them out"
+            f"the class vectors of {one!r} and {two!r} point the same way, so the generator hardly distinguishes these "
+            "classes: train it for longer, or leave one of them out"
         )
     return directions
 
@@ -194,7 +193,7 @@ def _varied(batch: Batch, config: ClassifierConfig, seed: int) -> Tensor:
 def _warn_of_poor_alignment(share: float) -> None:
     if share < _LEAST:
         warnings.warn(
-            f"only {share:.0%} of the images lie nearest to their own class's vector, expected at least {_LEAST:.0%}: "
+            f"only {share:.0%} of the images are nearest to their own class's vector, expected at least {_LEAST:.0%}: "
             "the boundaries are not those of the classes; train the alignment for longer (--alignment.steps), or a "
             "larger network (--model.network)",
             TrapWarning,

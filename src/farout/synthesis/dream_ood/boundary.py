@@ -32,24 +32,22 @@ _AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class BoundarySampling:
-    """How points beyond the boundary of a class are drawn. Raises FaroutError for values out of range.
+    """Sampling beyond the class boundaries. Raises FaroutError for values out of range.
 
     Args:
-        side: `outliers`: noise around the vectors farthest from their class, and of the candidates the farthest;
-            `inliers`: around the nearest, and the nearest, for more images of the class.
-        k: the neighbour whose distance counts; an image is not its own neighbour. At most three fifths of the class's
-            images, as the published 300 are of CIFAR-100's 500 (ImageNet: 300 of 1,000). None: three fifths.
-        select: boundary vectors of a class, at most all of its images; published are 50 of 500 (ImageNet: 200 of 1,000,
-            inliers: all). None: a tenth of the class's images.
-        points: how many of these, chosen at random, a round draws around; 50 are published.
-        noise: expected length of the noise that is added to a vector of length 1, sigma sqrt(D): candidates lie at an
-            angle of about atan(noise) from it, whatever D is. The published sigma with D = 768 is .07 for CIFAR-100
-            (1.94, or 63 degrees), .03 for ImageNet (.83, 40 degrees), .01 for inliers (.28, 15 degrees). In the class
-            space of a small generator 1.94 leaves little of the class: `cosine` is then about that of any direction.
-        candidates: drawn around each point in a round; 1,500 are published.
-        kept: of each point's candidates; 2 are published, 1 for inliers.
-        filter: which candidates are kept: `mended`: the farthest of each point, as the paper has it; `published`: what
-            the released code keeps, which reads its table of distances in the wrong order: nearly arbitrary ones.
+        side: `outliers`: sample around the vectors farthest from their class and keep the farthest samples; `inliers`:
+            around the nearest, and keep the nearest, for more images of the class.
+        k: rank of the neighbour within the class that defines the distance, at most 60 % of the class's images;
+            published: 300 of 500 (CIFAR-100) or of 1,000 (ImageNet); default: 60 %.
+        select: boundary vectors per class; published: 50 of 500 (CIFAR-100), 200 of 1,000 (ImageNet), all for inliers;
+            default: a tenth of the class's images.
+        points: boundary vectors sampled around per round, chosen at random; published: 50.
+        noise: expected length of the noise added to a unit vector, which turns it by about atan(noise); published: 1.94
+            for CIFAR-100, 0.83 for ImageNet, 0.28 for inliers. In small generators 1.94 leaves little of the class.
+        candidates: samples per boundary vector and round; published: 1,500.
+        kept: samples kept per boundary vector; published: 2, for inliers 1.
+        filter: samples kept: `mended` (the farthest of each boundary vector, as the paper says) or `published` (as the
+            released code, whose wrong indexing keeps nearly arbitrary ones).
     """
 
     side: Side = "outliers"
@@ -125,7 +123,7 @@ def kth_distance(points: Tensor, bank: Tensor, k: int) -> Tensor:
     """
     if points.ndim != 2 or bank.ndim != 2 or points.shape[1] != bank.shape[1]:
         raise FaroutError(
-            f"points and bank want the shapes (M, D) and (N, D), got {tuple(points.shape)} and {tuple(bank.shape)}"
+            f"points and bank must have the shapes (M, D) and (N, D), got {tuple(points.shape)} and {tuple(bank.shape)}"
         )
     if not 1 <= k <= len(bank):
         raise FaroutError(f"there is no neighbour number {k} among {len(bank)} vectors")
@@ -182,7 +180,7 @@ class ClassBoundary:
 
     def __init__(self, features: Tensor, sampling: BoundarySampling, seed: int, label: int) -> None:
         if len(features) < 2:
-            raise FaroutError(f"a class wants two or more vectors to have neighbours, got {len(features)}")
+            raise FaroutError(f"a class requires two or more vectors to have neighbours, got {len(features)}")
         self.features, self.sampling, self.seed, self.label = features, sampling, seed, label
         self.k = sampling.neighbour(len(features))
         # the nearest of all is the vector itself

@@ -267,27 +267,26 @@ class Deformation(Synthesizer):
     A method implements `denoise`.
 
     Args:
-        targets: what outliers are to show: words (one drawn for each image), unseen (classes of the generator that have
-            no images), others (any other class), mixtures (of two classes that have images), none (nothing in
-            particular), or auto: target_classes or words where they are given, else unseen where there are any, else
-            mixtures, which Stable Diffusion wants to be asked for.
-        target_classes: names or numbers of the classes that outliers are to show.
-        words: for Stable Diffusion, what outliers are to show: a text file with one word a line, a table .csv or .yaml
-            like that of class_words, or imagenet, the names of its 1000 classes.
-        templates: for Stable Diffusion, prompts of classes and words; of several, one is drawn for each image.
-        nearest: of the words, only this many that are nearest to the class of the image, as the text encoder has it.
-        class_words: what classes are called in prompts of Stable Diffusion: a table .csv (columns class, word and,
-            where wanted, suffix) or .yaml (class: word suffix), or cifar100; without it by their names.
-        solver: ddim, dpm_solver_2m, unipc or ndm1.
-        steps: N, steps from noise to image, of which an image goes a part.
-        k_min: the fewest steps; few leave the image much as it was.
-        k_max: the most; without it N - 1.
-        clip: keep values within those of images at every step, for models without autoencoder.
-        reject: draw an outlier anew that the classifier takes for its image's class with more than this probability.
-        attempts: draws at most, with reject; of those that are all rejected the least probable one is kept.
-        reconstructions: also make again, once, each image that an outlier is made of, as one of its class:
-            OUT/reconstructions, a folder as `farout reconstruct` writes it, for the training of a classifier beside the
-            outliers.
+        targets: what outliers show: `words`, `unseen` (classes of the generator without images), `others` (any other
+            class), `mixtures` (of two other classes), `none` (denoise without target) or `auto` (`target_classes` or
+            `words` if given, else `unseen` if any, else `mixtures`, but not for Stable Diffusion).
+        target_classes: names or numbers of the generator's classes that outliers show.
+        words: words that outliers show, for Stable Diffusion: a text file with one word per line, a .csv or .yaml file
+            like `class_words`, or `imagenet` (the names of its 1000 classes).
+        templates: prompt templates for classes and words, for Stable Diffusion; one of several is drawn for each image.
+        nearest: use only this many `words` nearest to the image's class in the text encoder; default: all.
+        class_words: words for classes in prompts, for Stable Diffusion: a .csv file (columns class, word and optionally
+            suffix), a .yaml file (class: word suffix), or `cifar100`; default: their names.
+        solver: one of `ddim`, `dpm_solver_2m`, `unipc` or `ndm1`.
+        steps: number N of steps from noise to image; each image is noised to step K and denoised from there.
+        k_min: smallest K; small values hardly change the image.
+        k_max: largest K; default: N - 1.
+        clip: clamp the estimate to the valid pixel range at every step (not for latents).
+        reject: generate an outlier again if the classifier gives its image's class more than this probability; default:
+            never.
+        attempts: maximum number of attempts with `reject`; if all are rejected, the least probable is kept.
+        reconstructions: also reconstruct each source image once under its own class, to OUT/reconstructions, for the
+            training of a classifier with these outliers.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"diffusion", "classes", "labels"})
@@ -323,7 +322,7 @@ class Deformation(Synthesizer):
                 f"{steps}"
             )
         if attempts < 1 or (reject is not None and not 0 <= reject < 1):
-            raise FaroutError(f"reject wants a probability below 1, attempts 1 or more; got {reject} and {attempts}")
+            raise FaroutError(f"reject must be a probability below 1, attempts 1 or more; got {reject} and {attempts}")
 
     @property
     def wanted(self) -> frozenset[str]:

@@ -47,18 +47,18 @@ class Wording:
 
     def __post_init__(self) -> None:
         if not self.templates:
-            raise FaroutError(f"templates wants at least one, such as {PHOTO!r}")
+            raise FaroutError(f"templates requires at least one, such as {PHOTO!r}")
         for template in self.templates:
             check_template(template)
         if self.nearest is not None and not self.words:
             raise FaroutError("nearest chooses among words; give words=FILE, or leave nearest out")
         if self.nearest is not None and self.nearest < 1:
-            raise FaroutError(f"nearest wants 1 or more, got {self.nearest}")
+            raise FaroutError(f"nearest must be 1 or more, got {self.nearest}")
 
     def check_beside(self, targets: str, target_classes: Sequence[str]) -> None:
         """Raises FaroutError for words beside other targets, and targets `words` without any."""
         if targets == "words" and not self.words:
-            raise FaroutError("targets 'words' wants words; give words=FILE, or words=imagenet")
+            raise FaroutError("targets 'words' requires words; give words=FILE, or words=imagenet")
         if self.words and targets not in ("auto", "words"):
             raise FaroutError(f"targets {targets!r} and words {self.words!r} do not go together; leave one out")
         if self.words and target_classes:
@@ -137,8 +137,9 @@ class Wording:
             )
         if left:
             warnings.warn(
-                f"{len(left)} of the {len(given)} words of {self.words} are no targets ({_some(left)}): they come "
-                "twice, or are called like classes that have images",
+                f"{len(left)} of the {len(given)} words of {self.words} are not used as targets ({_some(left)}): they "
+                "occur "
+                "twice, or have names like classes with images",
                 TrapWarning,
                 stacklevel=4,
             )

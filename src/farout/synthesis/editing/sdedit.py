@@ -13,14 +13,15 @@ __all__ = ["SDEdit"]
 
 
 class SDEdit(Deformation):
-    """Outliers by plain editing: what SONA does without its regions.
+    """Synthetic outliers by image-to-image towards another class, without SONA's regions.
 
     Meng, He, Song, Song, Wu, Zhu and Ermon, "SDEdit: guided image synthesis and editing with stochastic differential
     equations", ICLR 2022. Images, targets, levels and noise are those of `sona` under the same seed; from there each is
     denoised under its target with ordinary guidance (Ho & Salimans 2022). Targets none: without condition.
 
     Args:
-        guidance: weight of the target: 1 is conditional; 2 suits small models, Stable Diffusion is used with 7.5.
+        guidance: scale of classifier-free guidance towards the target; 1: none; 2 suits small models, 7.5 Stable
+            Diffusion.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"steps": 50, "guidance": 7.5}}
@@ -28,7 +29,7 @@ class SDEdit(Deformation):
     def __init__(self, *, guidance: float = 2.0, **deformation: Any) -> None:
         super().__init__(**deformation)
         if guidance < 0:
-            raise FaroutError(f"guidance wants 0 or more, got {guidance}")
+            raise FaroutError(f"guidance must be 0 or more, got {guidance}")
         if self.targets == "none":
             self._refuse_idle("without a target; give other targets than none", "guidance")
         self.guidance = guidance

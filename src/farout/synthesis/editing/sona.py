@@ -21,7 +21,7 @@ _SHOWN = 4
 
 
 class SONA(Deformation):
-    """Outliers that keep an image's surroundings and show something else in them.
+    """Synthetic outliers that keep an image's background and show another class in it.
 
     SONA, semantic outlier generation via nuisance awareness (Yoon et al., AAAI 2025, arXiv 2408.14841). An image is
     noised part of the way and denoised by the unconditional prediction and three terms, each in a region of its own
@@ -32,9 +32,9 @@ class SONA(Deformation):
     five. `--k-min` leaves them out. There is no ordinary guidance on top.
 
     Args:
-        guidance: the constants of the guidance.
-        pictures: of this many outliers, the first ones, regions are kept as pictures, OUT/regions/NUMBER.png: four
-            steps side by side; red is taken out, green put in, blue kept.
+        guidance: constants of the guidance.
+        pictures: number of outliers whose edited regions are saved as OUT/regions/NUMBER.png: four steps side by side;
+            red: class removed, green: target added, blue: kept.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -53,7 +53,7 @@ class SONA(Deformation):
     ) -> None:
         super().__init__(**deformation)
         if pictures < 0:
-            raise FaroutError(f"pictures wants 0 or more, got {pictures}")
+            raise FaroutError(f"pictures must be 0 or more, got {pictures}")
         self.guidance, self.pictures = guidance, pictures
 
     @classmethod

@@ -27,32 +27,31 @@ _SOFT = ("none", "linear", "sigmoid")
 
 @dataclass(frozen=True)
 class SonaConfig:
-    """The constants of the guidance; the defaults are the published ones. Raises FaroutError for values out of range.
+    """Guidance constants; the defaults are the published ones. Raises FaroutError for values out of range.
 
     A warm-up is a number of steps, counted from where an image starts, or below 1 a share of all steps: 0.4, 0.2 and
     0.2 are the paper's 20, 10 and 10 of 50. Before any warm-up is over nothing is guided; once some are, the terms that
     are warm are averaged; once all are, they are added up, with momentum.
 
     Args:
-        scale: s, of all three terms.
-        nuisance_quantile: the share of each channel where the class says least, which is kept.
-        class_quantile: above this quantile the class says most, and is taken out.
-        target_quantile: above this quantile the target says most, and is put in.
-        nuisance_weight: weight of keeping; 0 leaves the term out.
-        class_weight: weight of taking out.
-        target_weight: weight of putting in.
-        nuisance_warmup: steps before the nuisance is kept.
-        class_warmup: steps before the class is taken out.
-        target_warmup: steps before the target is put in.
-        momentum_scale: mu, weight of the momentum.
-        momentum_decay: beta, share of the momentum that stays from step to step.
-        granularity: quantiles and masks for each `channel`; with `joint` quantiles over all channels; with `spatial`
-            one mask for all channels, by the mean of their magnitudes.
-        soft: what is kept is weighted: `none` by 1, `linear` by 1 - |a| / q, `sigmoid` by 1 - sigmoid(10 |a| / q).
-        exclude: the target is not put in where the nuisance is kept.
-        skip: what the network is not asked: `exact`, classes and targets where they cannot change the image; `early`,
-            also in the steps before the first warm-up is over, whose momentum then is missing (3.7 % of it are left
-            where it counts first).
+        scale: guidance scale s of all three terms.
+        nuisance_quantile: share of each channel, where the class has least influence, that is kept (nuisance region).
+        class_quantile: quantile above which the class has most influence and is removed.
+        target_quantile: quantile above which the target has most influence and is added.
+        nuisance_weight: weight of the term that keeps the nuisance; 0: off.
+        class_weight: weight of the term that removes the class; 0: off.
+        target_weight: weight of the term that adds the target; 0: off.
+        nuisance_warmup: steps before the nuisance term starts; below 1: share of all steps.
+        class_warmup: steps before the class term starts; below 1: share of all steps.
+        target_warmup: steps before the target term starts; below 1: share of all steps.
+        momentum_scale: weight mu of the momentum.
+        momentum_decay: decay beta of the momentum per step.
+        granularity: quantiles and masks: per `channel`; `joint`: quantiles over all channels; `spatial`: one mask for
+            all channels, by mean magnitude.
+        soft: weight of the kept region: `none` (1), `linear` (1 - |a| / q) or `sigmoid` (1 - sigmoid(10 |a| / q)).
+        exclude: do not add the target where the nuisance is kept.
+        skip: network calls to skip: `exact` (only those that cannot change the image) or `early` (also those before the
+            first warm-up ends, without their share of the momentum).
     """
 
     scale: float = 10.0
@@ -76,7 +75,7 @@ class SonaConfig:
         check_options(self, "guidance option", self._rules())
         if not self.nuisance_quantile < self.class_quantile:
             raise FaroutError(
-                f"nuisance_quantile {self.nuisance_quantile} wants to lie below class_quantile {self.class_quantile}: "
+                f"nuisance_quantile {self.nuisance_quantile} must be below class_quantile {self.class_quantile}: "
                 "what is kept is not taken out"
             )
 
@@ -263,7 +262,7 @@ class SonaGuide:
     def __call__(self, predictions: Mapping[str, Tensor], sigma: Tensor, state: State) -> tuple[Tensor, State]:
         """x0 of `BRANCHES` (R, …) -> the guided x0; raises FaroutError where null or class are missing."""
         if not {"null", "class"} <= set(predictions):
-            raise FaroutError(f"this guide wants predictions called {', '.join(BRANCHES)}, got {list(predictions)}")
+            raise FaroutError(f"this guide requires predictions called {', '.join(BRANCHES)}, got {list(predictions)}")
         null, wide = predictions["null"], expand_dims(sigma, predictions["null"])
         # eps is (x - x0) / sigma; that of the null branch is taken as 0, for only differences count
         own, target = ((null - predictions.get(name, null)) / wide for name in BRANCHES[1:])

@@ -117,7 +117,7 @@ def _class_choice(model: DiffusionModel, known: Sequence[int], kind: TargetKind,
         return _other(range(len(names)), known, names)
     if kind == "auto" and not unseen and isinstance(space, PromptContexts):
         raise FaroutError(
-            "no targets are there: this generator is told by prompts and knows no class without images; give words "
+            "there are no targets: this generator uses prompts and knows no class without images; give words "
             "(words=FILE, --words FILE: one a line; or --words imagenet), or targets mixtures, others or none"
         )
     if kind == "mixtures" or (kind == "auto" and not unseen):
@@ -132,7 +132,7 @@ def _named(model: DiffusionModel, known: Sequence[int], kind: TargetKind, named:
     inside = [class_space(model).class_names[label] for label in chosen if label in set(known)]
     if inside:
         raise FaroutError(
-            f"{', '.join(inside)} has images and so is in the distribution, which makes no outliers; give other "
+            f"{', '.join(inside)} has images and so is in-distribution; give other "
             "target_classes, or leave these images out (@classes=…)"
         )
     return chosen
@@ -144,7 +144,7 @@ def _far(unseen: Sequence[int], known: Sequence[int], names: Sequence[str]) -> l
     near = [names[label] for label in unseen if names[label] not in left]
     if near:
         warnings.warn(
-            f"the classes {', '.join(near)} are no targets: they are called like classes that have images; where they "
+            f"the classes {', '.join(near)} are not used as targets: they have names like classes with images; if they "
             "are something else, give them as target_classes",
             TrapWarning,
             stacklevel=4,
@@ -181,7 +181,8 @@ class _Mixture:
         self.known, self.names = tuple(known), names
         if len(self.known) < 3:
             raise FaroutError(
-                f"no targets are left: a mixture of two classes beside the image's own wants three with images, there "
+                "no targets are left: a mixture of two classes other than the image's own requires three with "
+                "images, there "
                 f"are {len(self.known)}; give target_classes, targets others or none, or a generator that knows more "
                 "classes"
             )

@@ -34,7 +34,7 @@ def listed(words: str) -> tuple[str, ...]:
         found = _lines(words)
     kept = tuple(word for word in map(spoken, found) if word)
     if not kept:
-        raise FaroutError(f"the list of words {words} is empty; it wants a word on each line")
+        raise FaroutError(f"the list of words {words} is empty; it requires a word on each line")
     return kept
 
 
@@ -49,7 +49,8 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise FaroutError(
-            f"words wants a text file with one word a line, a table .csv or .yaml, or imagenet; {path} cannot be read "
+            f"words requires a text file with one word a line, a table .csv or .yaml, or imagenet; {path} cannot be "
+            "read "
             f"({error})"
         ) from error
 
@@ -97,6 +98,6 @@ def nearest(words: Tensor, known: Tensor, count: int) -> Tensor:
     Raises FaroutError unless 1 <= count <= W.
     """
     if not 1 <= count <= len(words):
-        raise FaroutError(f"nearest wants 1 to {len(words)}, the words that there are, got {count}")
+        raise FaroutError(f"nearest must be 1 to {len(words)}, the words that there are, got {count}")
     cosines = functional.normalize(known.float(), dim=1) @ functional.normalize(words.float(), dim=1).T
     return cosines.argsort(dim=1, descending=True, stable=True)[:, :count]

@@ -25,7 +25,7 @@ _EMBEDDINGS, _MANIFOLD, _TRAINING, _DRAWN = "embeddings", "manifold", "manifold.
 
 
 class NCIS(VectorSynthesizer):
-    """Outliers from the thin outskirts of classes in the generator's own class space.
+    """Synthetic outliers from low-density regions of the generator's class space.
 
     Doorenbos, Sznitman and Marquez-Neila, "Non-linear outlier synthesis for out-of-distribution detection",
     arXiv 2411.13619. Four stages, each with files of its own in the folder of outliers:
@@ -43,10 +43,10 @@ class NCIS(VectorSynthesizer):
     with a model that has a table of classes, give `prompts=Prompts()` beside it.
 
     Args:
-        inversion: how images become vectors.
-        manifold: how vectors become a density, and how it is drawn from.
-        images_per_vector: outliers that share a vector and differ in their noise alone; the published code has 8.
-        fixed_noise: all vectors start from the same noise, and images that share one from as many noises.
+        inversion: how images become class vectors.
+        manifold: density of class vectors, and sampling from it.
+        images_per_vector: outliers generated from the same class vector with different noise; 8 in the published code.
+        fixed_noise: start all class vectors from the same noise; with several images per vector, from the same few.
     """
 
     stages: ClassVar[tuple[str, ...]] = ("embed", "manifold", "draw", "decode")
@@ -71,7 +71,7 @@ class NCIS(VectorSynthesizer):
     ) -> None:
         super().__init__(**decoding)
         if images_per_vector < 1:
-            raise FaroutError(f"images_per_vector wants 1 or more, got {images_per_vector}")
+            raise FaroutError(f"images_per_vector must be 1 or more, got {images_per_vector}")
         self.inversion, self.manifold = inversion, manifold
         self.images_per_vector, self.fixed_noise = images_per_vector, fixed_noise
 

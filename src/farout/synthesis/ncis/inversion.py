@@ -45,20 +45,19 @@ KIND = "embeddings"
 
 @dataclass(frozen=True)
 class Inversion:
-    """How images are inverted. Raises FaroutError for values out of range.
+    """Inversion of images into class vectors. Raises FaroutError for values out of range.
 
     Args:
-        steps: of Adam, with a fresh state for every image; published are 3 with 32 draws, not stratified. Ten with 8
-            stratified ones lower the loss further, and take less time.
-        lr_scale: learning rate in standard deviations of the class table's entries; a coordinate's first step is of
-            that length. Where the table began as standard normal noise, as in our small models, more than 0.05 raises
-            the loss; the published rate is 0.7 of them for Stable Diffusion's class tokens.
-        lr: absolute learning rate, instead of `lr_scale`; 0.01 is the published one.
-        draws: K, draws of (t, noise) per image and step; 32 are published.
-        levels: number of the evenly spaced levels t that are drawn from.
-        stratified: one draw of t from each of K equal parts of the levels, instead of K from all.
-        pull: R, weight of the squared distance from the class's vector; the paper has the term, its code 0.
-        noise: drawn per `image`, or one set `shared` by all.
+        steps: number of Adam steps per image; published: 3 with 32 draws, not stratified. 10 with 8 stratified draws
+            reach a lower loss in less time.
+        lr_scale: learning rate, relative to the standard deviation of the class embeddings; for small models, values
+            above 0.05 increase the loss.
+        lr: absolute learning rate, instead of `lr_scale`; published: 0.01; default: use `lr_scale`.
+        draws: samples of (t, noise) per image and step; published: 32.
+        levels: number of evenly spaced noise levels t to sample from.
+        stratified: sample t from equal parts of the levels, one per draw; off: all from the whole range.
+        pull: weight of the squared distance to the class's vector; used in the paper, 0 in its code.
+        noise: `image`: noise per image; `shared`: the same noise for all images.
     """
 
     steps: int = 10
@@ -72,10 +71,12 @@ class Inversion:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.draws, self.levels) < 1:
-            raise FaroutError(f"steps, draws and levels want 1 or more, got {self.steps}, {self.draws}, {self.levels}")
+            raise FaroutError(
+                f"steps, draws and levels must be 1 or more, got {self.steps}, {self.draws}, {self.levels}"
+            )
         if min(self.lr_scale, self.lr if self.lr is not None else 1.0) <= 0 or self.pull < 0:
             raise FaroutError(
-                "learning rates want to be above 0 and pull at least 0, got "
+                "learning rates must be above 0 and pull at least 0, got "
                 f"lr_scale {self.lr_scale}, lr {self.lr} and pull {self.pull}"
             )
         if self.lr is not None and self.lr_scale != Inversion.lr_scale:
@@ -266,7 +267,7 @@ def embed(
         StoreError: where `out` holds something else, or embeddings that were made otherwise.
     """
     if len(labels) != len(source):
-        raise FaroutError(f"{len(source)} images want a label each, got {len(labels)}")
+        raise FaroutError(f"{len(source)} images require a label each, got {len(labels)}")
     folder, runtime = Path(out), (runtime or Runtime()).resolved()
     inverter = Inverter(model.to(runtime.device), inversion, seed, runtime)
     check_labels(labels, inverter.space.classes)
@@ -308,7 +309,7 @@ def read_embeddings(folder: str | Path) -> Embeddings:
         none = torch.empty(0, dtype=torch.int64)
         return Embeddings(none, none, torch.empty(0, 0), torch.empty(0, 0))
     if any(set(shard) != {"index", "label", "embedding", "loss"} for shard in shards):
-        raise StoreError(f"{folder} holds files that are no shards of embeddings; give another folder")
+        raise StoreError(f"{folder} holds files that are not shards of embeddings; give another folder")
     whole = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
     index, order = whole["index"].sort()
     if len(index.unique()) < len(index):

@@ -21,7 +21,7 @@ def class_names(classes: int | Sequence[str] | None, labels: Tensor) -> tuple[st
         classes = int(labels.max()) + 1 if labels.numel() else 0
     names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
     if not names:
-        raise FaroutError("a manifold wants at least one class, got none")
+        raise FaroutError("a manifold requires at least one class, got none")
     return names
 
 
@@ -30,10 +30,10 @@ def checked(vectors: Tensor, labels: Tensor, names: Sequence[str], dim: int | No
     vectors, labels = vectors.detach().cpu().float(), labels.detach().cpu()
     if vectors.ndim != 2 or vectors.shape[1] < 2 or (dim is not None and vectors.shape[1] != dim):
         wanted = "at least 2" if dim is None else str(dim)
-        raise FaroutError(f"vectors want the shape (N, D) with D {wanted}, got {tuple(vectors.shape)}")
+        raise FaroutError(f"vectors must have the shape (N, D) with D {wanted}, got {tuple(vectors.shape)}")
     if labels.shape != (len(vectors),) or labels.is_floating_point() or labels.is_complex():
         given = f"{tuple(labels.shape)} of {labels.dtype}"
-        raise FaroutError(f"labels want one whole number for each of {len(vectors)} vectors, got {given}")
+        raise FaroutError(f"labels require one whole number for each of {len(vectors)} vectors, got {given}")
     if not torch.isfinite(vectors).all():
         bad = int((~torch.isfinite(vectors)).any(1).sum())
         raise FaroutError(f"{bad} of {len(vectors)} vectors hold values that are not finite numbers; leave them out")
@@ -50,7 +50,7 @@ def check_counts(labels: Tensor, names: Sequence[str]) -> None:
         if count < 2:
             given = f"{count} vector{'s' * (count != 1)}"
             raise FaroutError(
-                f"the class {names[label]!r} has {given}; a Gaussian wants 2 or more: embed more of its images"
+                f"the class {names[label]!r} has {given}; a Gaussian requires 2 or more: embed more of its images"
             )
 
 
@@ -59,7 +59,7 @@ def check_spread(vectors: Tensor, labels: Tensor, names: Sequence[str]) -> None:
     for label, name in enumerate(names):
         rows = vectors[labels == label]
         if bool((rows == rows[0]).all()):
-            hint = "they want one of each image, after at least one step of embedding"
+            hint = "they require one of each image, after at least one step of embedding"
             raise FaroutError(f"all {len(rows)} vectors of the class {name!r} are equal; {hint}")
 
 
@@ -78,7 +78,7 @@ def split(labels: Tensor, classes: int, config: ManifoldConfig, seed: int) -> tu
     if config.held_out and not len(found[1]):
         if config.regularization == "held_out":
             raise FaroutError("classes are too small to hold vectors out; give more, or regularization='relative'")
-        warnings.warn("classes are too small to hold vectors out; nothing is", ShortfallWarning, stacklevel=3)
+        warnings.warn("classes are too small to hold vectors out; none are held out", ShortfallWarning, stacklevel=3)
     return found
 
 

@@ -248,7 +248,7 @@ class Manifold:
         try:
             manifold = cls._restored(content, tensors)
         except (KeyError, TypeError, RuntimeError) as error:
-            raise StoreError(f"{path} is no whole manifold ({error}); fit it again") from error
+            raise StoreError(f"{path} is not a complete manifold ({error}); fit it again") from error
         if manifold.content_hash != content["content_hash"]:
             raise StoreError(f"{path}: the numbers are not those that were saved (their hash differs)")
         return manifold

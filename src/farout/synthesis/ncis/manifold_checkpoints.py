@@ -75,8 +75,8 @@ class Checkpoints:
         changed = differences(state["settings"], self.settings)
         if changed:
             raise StoreError(
-                f"the manifold's training cannot go on from {found}, which differs ({'; '.join(changed)}); remove "
-                f"{self.folder} to train anew"
+                f"the manifold's training cannot continue from {found}, which differs ({'; '.join(changed)}); remove "
+                f"{self.folder} to start again"
             )
         tensors = checkpoint_weights(found)
         net.load_state_dict(_of(tensors, _NET))

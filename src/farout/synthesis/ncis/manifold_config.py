@@ -16,40 +16,36 @@ Regularization = Literal["auto", "relative", "absolute", "held_out"]
 
 @dataclass(frozen=True)
 class ManifoldConfig:
-    """How a `Manifold` is fitted and drawn from. Raises FaroutError for a value out of range.
+    """Manifold of class vectors. Raises FaroutError for a value out of range.
 
     The preset `paper` holds the published values (Doorenbos et al., arXiv 2411.13619, for 50,000 vectors of 768
     coordinates); the defaults are for some thousand vectors of up to some hundred coordinates on a CPU.
 
     Args:
-        map: `volume_preserving`: the trained network; `linear`: a rotation per class, for comparison, which is what
-            Gaussians fitted to the vectors themselves amount to; training options then do nothing.
-        layers: couplings of the network.
-        orthogonal_map: see `farout.synthesis.ncis.volume_preserving.OrthogonalLayers`.
-        center: subtract the mean of all training vectors; added back to what is drawn (the released code forgets to).
-        scale: divide all coordinates by one number, the root of their mean variance: the order of densities stays.
-        pca_variance: p, percent of a class's variance left to invariant coordinates.
-        steps: batches, each of two updates: of the invariants, then of the reconstruction.
-        epochs: passes over the training vectors, instead of `steps`, which then stay at their default.
-        batch_size: vectors of a batch.
-        learning_rate: of Adam, at the first batch.
-        final_factor: the rate of the last batch divided by that of the first; linear in between.
-        train_fraction: random part of each class's training vectors that is used for fitting, of everything.
-        held_out: part of each class's vectors that is not fitted to: it validates, chooses a shrinkage, and shows how
-            far vectors of a class lie that the fit has not seen. At least two of a class stay; 0: none is held out.
-        validations: times that training validates, evenly spaced; the last is at its end.
-        checkpoint: the weights that are kept: `best` (lowest sum of squared invariants of held-out vectors, or without
-            any of 1,000 evenly strided training vectors, the paper's measure), or `last`.
-        regularization: of a class's unbiased covariance S in the flat space: `relative`: S + w v I, v the variance of a
-            coordinate around its class's mean, averaged over coordinates and classes; `absolute`: S + w I, w in units
-            of the vectors; `held_out`: (1 - a) S + a tr(S) / D I, with the a, one for all classes, under which
-            held-out vectors are the most likely; `auto`: `held_out` where a class has no more vectors to fit to than
-            there are dimensions and some are held out, else `relative`. A manifold's folder says which it was.
-        reg_weight: w above; with `held_out`, which has none, it stays at its default, or the preset's.
-        draws: vectors of a class drawn in a round; as many rounds are made as the vectors asked for take.
-        kept: of these, how many of the lowest density are kept; the paper's 10 of 3,330 are its 0.3 %.
-        temperature: factor on the deviations of what is drawn; 1 in the paper.
-        device: where the network trains and computes: auto (cuda, else cpu), cpu, cuda, cuda:1, mps.
+        map: `volume_preserving`: the trained network; `linear`: a rotation per class, a baseline without training
+            (Gaussians of the vectors themselves).
+        layers: number of coupling layers.
+        orthogonal_map: parametrization of the orthogonal layers: `matrix_exp` (the paper) or `cayley` (faster).
+        center: subtract the mean of all training vectors, and add it to the drawn vectors.
+        scale: divide all coordinates by the root of their mean variance.
+        pca_variance: percentage of each class's variance assigned to invariant coordinates.
+        steps: number of training batches, with two updates each: invariants, then reconstruction.
+        epochs: passes over the training vectors, instead of `steps`; default: use `steps`.
+        batch_size: vectors per batch.
+        learning_rate: learning rate of Adam at the first batch.
+        final_factor: learning rate of the last batch, relative to the first; linear in between.
+        train_fraction: share of each class's training vectors used for fitting, a random sample.
+        held_out: share of each class's vectors held out for validation and for the choice of the shrinkage; 0: none.
+        validations: number of evenly spaced validations, the last at the end of training.
+        checkpoint: weights to keep: `best` (lowest validation loss) or `last`.
+        regularization: regularization of each class's covariance S: `relative` (S + w v I, v the mean variance of a
+            coordinate), `absolute` (S + w I), `held_out` (shrinkage chosen by the likelihood of held-out vectors) or
+            `auto` (`held_out` if a class has no more vectors than dimensions and some are held out, else `relative`).
+        reg_weight: w in `regularization`; not used by `held_out`.
+        draws: vectors drawn per class and round.
+        kept: vectors of lowest density kept per class and round; the paper keeps 10 of 3,330 (0.3 %).
+        temperature: factor on the standard deviation of drawn vectors; 1 in the paper.
+        device: device of the manifold's network: `auto` (CUDA if present, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
     """
 
     map: Literal["volume_preserving", "linear"] = "volume_preserving"
@@ -129,7 +125,11 @@ def _rules(c: ManifoldConfig) -> list[tuple[str, bool, str]]:
     return [
         *((name, getattr(c, name) >= 1, "1 or more") for name in counts),
         ("epochs", c.epochs is None or c.epochs >= 1, "None, or 1 or more"),
-        ("steps", c.epochs is None or c.steps == ManifoldConfig.steps, f"none beside epochs {c.epochs}: leave one out"),
+        (
+            "steps",
+            c.epochs is None or c.steps == ManifoldConfig.steps,
+            f"no steps with epochs {c.epochs}: leave one out",
+        ),
         ("map", c.map in ("volume_preserving", "linear"), "volume_preserving or linear"),
         ("orthogonal_map", c.orthogonal_map in ("matrix_exp", "cayley"), "matrix_exp or cayley"),
         ("pca_variance", 0 < c.pca_variance < 100, "a number between 0 and 100 (percent)"),

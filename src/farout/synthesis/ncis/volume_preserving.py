@@ -94,7 +94,8 @@ class VolumePreservingNetwork(nn.Module):
         super().__init__()
         if dim < 2 or min(classes, layers) < 1:
             raise FaroutError(
-                f"a volume-preserving network wants at least 2 dimensions, 1 class and 1 layer, got {dim}, {classes} "
+                f"a volume-preserving network requires at least 2 dimensions, 1 class and 1 layer, got {dim}, "
+                f"{classes} "
                 f"and {layers}"
             )
         if orthogonal_map not in ("matrix_exp", "cayley"):

@@ -149,7 +149,8 @@ def test_a_full_disk_leaves_whole_images_and_the_way_on(kind: str, images: Path,
     assert {name: whole[name] for name in there if name.endswith(".png")} == {
         name: content for name, content in there.items() if name.endswith(".png")
     }
-    assert f"; {len(read_rows(out)[1])} images are complete" in str(told.value)
+    full = out / "reconstructions" if "reconstructions cannot be written" in str(told.value) else out
+    assert f"; {len(read_rows(full)[1])} images are complete" in str(told.value)
     assert not list(out.glob(".*"))
     done = make(kind, images, out, resume=True)
     assert (done.images, done.folder) == (12, out)

@@ -28,7 +28,7 @@ def fitted(method: str, images: str, precision: PrecisionChoice) -> Detector:
     name, settings = SETTINGS.get(method, (method, {}))
     detector = DETECTORS[name].load()(**settings)
     training, runtime = TrainingConfig(steps=2, batch_size=8), Runtime(precision=precision, cache=False)
-    return detector.fit(images, limit=100, statistics=20, alpha=0.1, training=training, runtime=runtime)
+    return detector.fit(images, limit=40, statistics=10, alpha=0.1, training=training, runtime=runtime)
 
 
 def images_per_second(detector: Detector, images: torch.Tensor, batch: int, seconds: float) -> float:

@@ -228,7 +228,7 @@ def test_a_benchmark_may_grow_but_not_change() -> None:
     assert changed(runtime={"precision": "bf16"}) == ["runtime.precision: auto before, bf16 now"]
     assert changed(seeds=[1]) == ["seeds: 0 before, not now"]
     assert changed(detectors=SMALL["detectors"][:-1]) == ["detectors: knn before, not now"]
-    assert changed(ood={"near": ["mnist:test"]})[0].startswith("ood.near: sample_fashion:test@classes=8,9 there")
+    assert changed(ood={"near": ["mnist:test"]})[0].startswith("ood.near: sample_fashion:test@classes=8,9 before")
     steps = changed(networks__generator__training={"steps": 4})
     assert "networks.generator.training.steps: 3 before, 4 now" in steps
 

@@ -276,7 +276,7 @@ def test_what_the_classifier_takes_for_its_class_is_drawn_anew(images: Path, tmp
     assert_same_images(again.folder, found.folder, SONA_SHARE)
     other = judge()
     torch.nn.init.ones_(other.head.bias)
-    with pytest.raises(StoreError, match=r"classifier: .* there"):
+    with pytest.raises(StoreError, match=r"classifier: .* before"):
         made(images, tmp_path / "b", picky, classifier=other, resume=True)
 
 

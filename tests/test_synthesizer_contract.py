@@ -206,10 +206,10 @@ def test_other_settings_do_not_mix_in(
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("seed: 0 before, 1 now", {"seed": 1}),
         ("precision: fp32 before, bf16 now", {"runtime": Runtime(device="cpu", precision="bf16", workers=0)}),
-        ("data: .* there", {"limit": 30}),
+        ("data: .* before", {"limit": 30}),
     ]
     if "diffusion" in method.needs:
-        wrong.append(("diffusion: .* there", {"diffusion": conditional(b_scale=2.0)}))
+        wrong.append(("diffusion: .* before", {"diffusion": conditional(b_scale=2.0)}))
     for message, settings in wrong:
         with pytest.raises(StoreError, match=f"made with other settings.*{message}"):
             made(method, images, out, resume=True, **settings)
@@ -229,7 +229,7 @@ def test_other_labels_do_not_mix_in(
         if number == 0:
             made(method, source, out, count=1, **settings)
         else:
-            with pytest.raises(StoreError, match=r"labels: .* there"):
+            with pytest.raises(StoreError, match=r"labels: .* before"):
                 made(method, source, out, count=1, resume=True, **settings)
 
 

@@ -34,11 +34,11 @@ class Comparison:
             _mean((restored - originals).square()),
             self._perceptual(images, restored, times),
             # variances as differences of squares lose digits in float32
-            1 - ssim(in_float64(restored), in_float64(originals)),
+            (1 - ssim(in_float64(restored), in_float64(originals))).float().to(restored.device),
             _mean((predicted - noise).square()),
             _mean(predicted.square()),
         ]
-        return torch.stack([column.float() for column in columns], dim=1)
+        return torch.stack(columns, dim=1)
 
     def _perceptual(self, images: Tensor, restored: Tensor, times: int) -> Tensor:
         """The originals' features are computed once per image; some hundred feature maps are held at once."""

@@ -192,8 +192,11 @@ class VectorDetector(FeatureDetector):
     @staticmethod
     def _checked(features: np.ndarray | Tensor) -> Tensor:
         table = torch.as_tensor(features).detach().cpu().float()
-        if table.ndim != 2 or not len(table) or not bool(torch.isfinite(table).all()):
+        if table.ndim != 2 or not len(table):
             raise FaroutError(f"expected finite features (n, d) with n >= 1, got shape {tuple(table.shape)}")
+        bad = int((~torch.isfinite(table)).any(1).sum())
+        if bad:
+            raise FaroutError(f"expected finite features (n, d), got {bad} of {len(table)} rows with NaN or infinity")
         return table
 
     @staticmethod

@@ -150,7 +150,10 @@ def _runtime(fitted: Runtime, changes: dict[str, Any]) -> Runtime:
     """The fitted settings with the caller's changes; a device that is not here gives way to `auto`."""
     runtime = replace(fitted, **{"device": _device(fitted.device), **changes}).resolved()
     if runtime.precision != fitted.precision:
-        message = f"fitted with precision {fitted.precision}, now {runtime.precision}: scores will differ a little"
+        message = (
+            f"fitted with precision {fitted.precision}, now {runtime.precision}: p-values and flags are not reliable; "
+            f"use precision {fitted.precision}, or fit again"
+        )
         warnings.warn(message, TrapWarning, stacklevel=4)
     return runtime
 

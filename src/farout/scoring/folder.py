@@ -1,4 +1,4 @@
-"""Scoring a source into a folder: streamed, in bounded memory, resumable, the same bytes however it was reached."""
+"""Scoring a source into a folder: streamed, in bounded memory, resumable, and after an interruption the same bytes."""
 
 from __future__ import annotations
 

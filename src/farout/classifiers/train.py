@@ -141,8 +141,8 @@ def accuracy_on(classifier: Classifier, source: ImageSource, precision: Precisio
         size = Runtime(str(classifier.device)).images_per_batch((prepared.channels, *prepared.size))
         for batch in batches(source, prepared, size):
             if batch.keys:
-                told = classifier.outputs(batch.images, precision=precision).logits.argmax(1).cpu()
-                hits += (told == numbers[list(batch.indices)]).tolist()
+                predicted = classifier.outputs(batch.images, precision=precision).logits.argmax(1).cpu()
+                hits += (predicted == numbers[list(batch.indices)]).tolist()
             bar.advance(len(batch.keys))
     if not hits:
         raise FaroutError(f"{source.name} has no readable image to measure the accuracy on")

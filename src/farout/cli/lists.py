@@ -71,8 +71,7 @@ def presets() -> list[dict[str, str]]:
     from farout.diffusion.train import PRESETS
 
     owners = {f"fit {name}": member.load().presets for name, member in DETECTORS.items()}
-    synthesizers = SYNTHESIZERS.items()
-    owners |= {f"synthesize {name}": member.load().presets for name, member in synthesizers}
+    owners |= {f"synthesize {name}": member.load().presets for name, member in SYNTHESIZERS.items()}
     owners |= {"train diffusion": PRESETS, "train classifier": CLASSIFIERS}
     rows = [
         {"command": owner, "preset": name, "settings": _flags(settings)}

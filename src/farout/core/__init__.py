@@ -1,1 +1,1 @@
-"""What every other package builds on: splitting work by memory, and later errors, devices and storage."""
+"""What every other package builds on: errors, configuration, registry, devices, storage, chunking."""

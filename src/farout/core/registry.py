@@ -52,6 +52,8 @@ class Registry(Mapping[str, RegisteredMethod]):
 
     def __getitem__(self, name: str) -> RegisteredMethod:
         """The method of this name; raises FaroutError that suggests similar names."""
+        if name in self._own:  # reading the entry points of all installed packages takes time
+            return self._own[name]
         methods = self._methods()
         if name not in methods:
             raise FaroutError(f"there is no {self.kind} {name!r}; {suggest_names(name, methods)}")

@@ -88,9 +88,9 @@ def _load(source: ImageSource, preprocessing: Preprocessing, span: range) -> Bat
     hashes: list[str] = []
     for index in span:
         try:
-            identity, pixels = source.identity(index)
-            found.append((index, preprocessing(source[index] if pixels is None else pixels)))
-            hashes.append(identity)
+            pixels = source[index]
+            found.append((index, preprocessing(pixels)))
+            hashes.append(source.identity(index, pixels))
         except UnreadableImageError:
             if source.policy == "raise":
                 raise

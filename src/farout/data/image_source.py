@@ -98,10 +98,10 @@ class _Store:
                 self._pixels[index] = self._shelf.put(image)
                 self.held += size
 
-    def hash(self, index: int) -> str:
-        """Content hash of the native pixels, computed once."""
+    def hash(self, index: int, pixels: Tensor | None = None) -> str:
+        """Content hash of the native pixels, computed once; `pixels`: these where they are at hand."""
         if index not in self._hashes:
-            self._hashes[index] = content_hash(self.pixels(index))
+            self._hashes[index] = content_hash(self.pixels(index) if pixels is None else pixels)
         return self._hashes[index]
 
     def donor(self, index: int, draw: int) -> Tensor:
@@ -208,14 +208,15 @@ class ImageSource(Dataset[Tensor]):
         """Hex blake2b (16 bytes) of shape and native pixels before the variant; raises UnreadableImageError."""
         return self._store.hash(self._places[index])
 
-    def identity(self, index: int) -> tuple[str, Tensor | None]:
-        """The content hash of the pixels with the variant applied, which names the random numbers of the image, and
-        these pixels where they were needed for it. Raises UnreadableImageError.
+    def identity(self, index: int, pixels: Tensor | None = None) -> str:
+        """The content hash of the pixels with the variant applied, which names the random numbers of the image.
+
+        `pixels`: `source[index]` where it is at hand, so that the image is not decoded again. Raises
+        UnreadableImageError.
         """
         if self._variant is None:
-            return self.content_hash(index), None
-        pixels = self[index]
-        return content_hash(pixels), pixels
+            return self._store.hash(self._places[index], pixels)
+        return content_hash(self[index] if pixels is None else pixels)
 
     def content_hashes(self) -> tuple[str | None, ...]:
         """All content hashes in order; None for an unreadable image, which raises where the policy is `raise`."""

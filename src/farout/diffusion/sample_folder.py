@@ -77,11 +77,11 @@ def write_samples(
     sampler.condition(None if classes is None else list(classes))
     plan = _Plan(sampler, Path(out), None if classes is None else tuple(classes))
     plan.begin()
-    missing = [index for index in range(count) if not plan.path(index).is_file()]
+    missing = {index for index in range(count) if not plan.path(index).is_file()}
     with progress.task(f"images into {out}", len(missing)) as bar:
         for indices in blocks_with(missing, sampler.images_per_batch, count):
             for index, image in zip(indices, sampler.images(indices, plan.labels(indices)), strict=True):
-                if not plan.path(index).is_file():
+                if index in missing:
                     save_png(image, plan.path(index), plan.out / _WORKING)
                     bar.advance()
     there = plan.write_manifest()

@@ -211,8 +211,9 @@ def sample(
     total = len(labels) if labels is not None else count or 0
 
     def batches() -> Iterator[Tensor]:
-        for start in range(0, total, sampler.images_per_batch):
-            indices = range(start, min(start + sampler.images_per_batch, total))
+        size = sampler.images_per_batch
+        for start in range(0, total, size):
+            indices = range(start, min(start + size, total))
             yield sampler.images(indices, None if labels is None else [labels[index] for index in indices])
 
     return batches()

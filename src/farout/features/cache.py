@@ -147,8 +147,8 @@ class FeatureCache:
         lacking: list[tuple[bytes, Tensor]] = []
         for index in span:
             try:
-                identity, pixels = source.identity(index)
-                name = identity.encode()
+                pixels = None if source.variant is None else source[index]
+                name = source.identity(index, pixels).encode()
                 if name not in self._index:
                     lacking.append((name, preprocessing(source[index] if pixels is None else pixels)))
                 names.append(name)

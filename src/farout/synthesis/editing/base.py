@@ -155,7 +155,7 @@ class Plan:
         repeat, number = divmod(index, len(self.order))
         place = self.order[number]
         label = int(self.work.labels[place])
-        names = (self.work.source.identity(place)[0], repeat, *([attempt] if attempt else []))
+        names = (self.work.source.identity(place), repeat, *([attempt] if attempt else []))
         generator = seeded(self.work.seed, "deformation", *names)
         k = int(torch.randint(self.method.k_min, self.method.k_max + 1, (), generator=generator))
         target = self.targets(label, generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -183,7 +184,11 @@ def join(name: str) -> Team:
     world = launched()
     if world == 1 or _alone.get():
         return Team(device)
+    is_first_call = not distributed.is_initialized()
     state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+    if is_first_call:
+        # A process that exits with an open group may abort: C++ then destroys threads of gloo that still run.
+        atexit.register(_close_process_group)
     same = state.device.type == device.type and (device.type != "cuda" or state.device.index == device.index)
     if state.num_processes != world or not same:
         raise FaroutError(
@@ -192,3 +197,8 @@ def join(name: str) -> Team:
             "give device=auto, cuda or cpu"
         )
     return Team(device, world, state.process_index)
+
+
+def _close_process_group() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -26,7 +26,7 @@ from farout.synthesis import SYNTHESIZERS
 from small import pictures
 from tolerances import assert_same_scores
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]

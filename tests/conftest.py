@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 def full_precision() -> Iterator[None]:
     """`auto` means fp32, also where the processor computes in bf16 natively."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "_native_bf16", lambda device: False)
+        patch.setattr(devices, "_has_native_bf16", lambda device: False)
         yield
 
 

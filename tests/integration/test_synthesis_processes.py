@@ -12,7 +12,7 @@ import torch
 from farout import reconstruct
 from farout.classifiers.outlier_images import open_outliers, originals
 from farout.cli import main
-from farout.core.devices import Team
+from farout.core.devices import ProcessGroup
 from farout.core.errors import FaroutError
 from farout.core.runtime import Runtime
 from farout.synthesis.editing.sona import SONA
@@ -104,8 +104,10 @@ def test_two_processes_make_the_folder_of_one(images: Path, tmp_path: Path) -> N
 # what one of them leaves when all are stopped
 
 
-def add(folder: Path, team: Team, indices: Sequence[int], *, finish: bool = False, resume: bool = True) -> None:
-    writer = ImageWriter(folder, ("a",), 0, "reconstructions", team)
+def add(
+    folder: Path, processes: ProcessGroup, indices: Sequence[int], *, finish: bool = False, resume: bool = True
+) -> None:
+    writer = ImageWriter(folder, ("a",), 0, "reconstructions", processes)
     writer.begin({"config": {}}, {}, resume=resume)
     columns = {"source_hash": [f"hash {index}" for index in indices]}
     with writer:
@@ -117,12 +119,12 @@ def add(folder: Path, team: Team, indices: Sequence[int], *, finish: bool = Fals
 
 def test_manifests_of_stopped_processes_become_one(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    add(tmp_path / "whole", Team(cpu), range(6), finish=True)
+    add(tmp_path / "whole", ProcessGroup(cpu), range(6), finish=True)
     out = tmp_path / "o"
-    add(out, Team(cpu), [0, 2])
+    add(out, ProcessGroup(cpu), [0, 2])
     shutil.copytree(out, tmp_path / "two")
-    # the second process of two, which the first one tells of what is there
-    add(tmp_path / "two", Team(cpu), [1, 3])
+    # as the second of two processes, which learns from the first one what is in the folder
+    add(tmp_path / "two", ProcessGroup(cpu), [1, 3])
     lines = (tmp_path / "two" / "manifest.csv").read_text().splitlines(keepends=True)
     (out / "manifest.1.csv").write_text("".join([lines[0], *lines[3:]])[:-4])
     shutil.copytree(tmp_path / "two" / "images", out / "images", dirs_exist_ok=True)
@@ -133,20 +135,20 @@ def test_manifests_of_stopped_processes_become_one(tmp_path: Path) -> None:
     writer.begin({"config": {}}, {}, resume=True)
     assert writer.missing(6) == [3, 4, 5]
     assert not (out / "manifest.1.csv").exists()
-    add(out, Team(cpu), [4, 3])
-    add(out, Team(cpu), [5], finish=True)
+    add(out, ProcessGroup(cpu), [4, 3])
+    add(out, ProcessGroup(cpu), [5], finish=True)
     assert files(out) == files(tmp_path / "whole")
     assert list(read_rows(out)[1]) == list(range(6))
 
 
-def test_slices_are_disjoint_and_the_first_process_leads() -> None:
+def test_processes_get_disjoint_shares_and_the_main_process_runs_a_function() -> None:
     cpu = torch.device("cpu")
-    parts = [Team(cpu, 3, index).part(range(8)) for index in range(3)]
+    parts = [ProcessGroup(cpu, 3, index).split_between_processes(range(8)) for index in range(3)]
     assert sorted(item for part in parts for item in part) == list(range(8))
-    assert Team(cpu).lead(lambda: 5) == 5
+    assert ProcessGroup(cpu).run_on_main_process(lambda: 5) == 5
 
     def fails() -> None:
         raise FaroutError("no way")
 
     with pytest.raises(FaroutError, match="no way"):
-        Team(cpu).lead(fails)
+        ProcessGroup(cpu).run_on_main_process(fails)

@@ -91,7 +91,7 @@ def test_devices_and_precisions_are_resolved(monkeypatch: pytest.MonkeyPatch) ->
     cpu = resolve_device("cpu")
     assert (cpu.type, resolve_precision("fp32", cpu), resolve_precision("bf16", cpu)) == ("cpu", "fp32", "bf16")
     for native, precision in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(devices, "_native_bf16", lambda device, native=native: native)
+        monkeypatch.setattr(devices, "_has_native_bf16", lambda device, native=native: native)
         assert resolve_precision("auto", cpu) == precision
     with pytest.raises(FaroutError, match="precision is 'fp8'"):
         resolve_precision("fp8", cpu)

@@ -18,7 +18,7 @@ from farout.classifiers.outlier_exposure import Exposed, Exposure, Outside, know
 from farout.classifiers.outlier_images import open_outliers, originals, read_made_of
 from farout.classifiers.presets import PRESETS
 from farout.core import store
-from farout.core.devices import Precision, first_process, resolve_precision
+from farout.core.devices import Precision, is_main_process, resolve_precision
 from farout.core.errors import FaroutError
 from farout.core.progress import task
 from farout.core.runtime import Runtime
@@ -226,7 +226,7 @@ def train_classifier(
             learning, model, settings, out=folder, resume=resume, class_names=names, weights=weights, outside=outside
         )
         trained.trained_on |= behind | before
-    if first_process():
+    if is_main_process():
         _rate(trained, held, resolve_precision(training.precision, trained.device))
         trained.save(out)
         discard_checkpoints(folder, settings)

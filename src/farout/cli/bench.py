@@ -14,7 +14,7 @@ from farout.benchmark.reading import read_spec
 from farout.benchmark.run import Done, Preview, Report, preview, report, run_bench
 from farout.benchmark.sets import absent_sets
 from farout.cli.tables import new_table, print_table
-from farout.core.devices import launched
+from farout.core.devices import num_processes
 from farout.core.errors import FaroutError
 
 __all__ = ["bench", "show_bench"]
@@ -46,7 +46,7 @@ def bench(
         hub: download sets that are not on this machine from the Hugging Face hub.
         runtime: settings that override those of the benchmark.
     """
-    if launched() > 1:
+    if num_processes() > 1:
         raise FaroutError("bench runs in one process; train large networks separately and give their folders")
     if dry_run and report_only:
         raise FaroutError("--dry-run and --report-only exclude each other; give one of them")

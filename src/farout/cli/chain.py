@@ -12,7 +12,7 @@ from typing import Any
 from farout.cli import output
 from farout.cli.steps import Step, read_steps
 from farout.core import store
-from farout.core.devices import launched
+from farout.core.devices import num_processes
 from farout.core.errors import FaroutError, StoreError
 from farout.training.checkpoints import training_folder
 
@@ -50,7 +50,7 @@ def chain(yaml: str, *, out: str, redo: bool = False, dry_run: bool = False) -> 
     if dry_run:
         print(*(shlex.join(["farout", *step.words(folder)]) for step in steps), sep="\n")
         return
-    if launched() > 1:
+    if num_processes() > 1:
         raise FaroutError("a chain runs in one process; to train in several, run the commands that --dry-run prints")
     record = _Record(folder)
     plan = record.plan(steps)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from farout.benchmark.demo import demo as _demo
 from farout.core import store
-from farout.core.devices import launched
+from farout.core.devices import num_processes
 from farout.core.errors import FaroutError
 from farout.data.image_source import Policy
 from farout.detectors import DETECTORS
@@ -66,7 +66,7 @@ def fit(
     """
     if link and (diffusion is None or diffusion.startswith("hf://")):
         raise FaroutError("--link requires --diffusion FOLDER: there is no model folder to link to")
-    if launched() > 1:
+    if num_processes() > 1:
         raise FaroutError("fit runs in one process; to train in several, use `farout train diffusion` first")
     store.check_replaceable(out, "detector")
     detector: Detector = DETECTORS[method].load()(**arguments)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from farout.classifiers.model import Classifier
 from farout.core.chunking import BatchSize
-from farout.core.devices import PrecisionChoice, first_process, resolve_device, resolve_precision
+from farout.core.devices import PrecisionChoice, is_main_process, resolve_device, resolve_precision
 from farout.core.runtime import Runtime
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
@@ -124,7 +124,7 @@ def synthesize(
         policy=policy,
         runtime=runtime,
     )
-    if first_process():
+    if is_main_process():
         _write_page(found, images, classifier, runtime)
     return found
 

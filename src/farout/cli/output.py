@@ -19,7 +19,7 @@ from farout.classifiers.outlier_exposure import counted_classes
 from farout.cli.bench import show_bench
 from farout.cli.tables import new_table, print_table
 from farout.core import progress as work
-from farout.core.devices import first_process
+from farout.core.devices import is_main_process
 from farout.core.errors import FaroutWarning
 from farout.detectors.base import Detector
 from farout.diffusion.sample_folder import SampledFolder
@@ -47,7 +47,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
     def one_line(message: Any, category: type, *place: Any, **more: Any) -> None:
-        if issubclass(category, FaroutWarning) and first_process():
+        if issubclass(category, FaroutWarning) and is_main_process():
             print(f"warning: {message}", file=sys.stderr)
 
     warnings.showwarning = one_line
@@ -76,7 +76,7 @@ class _Bars:
 def progress() -> Iterator[None]:
     """Bars with the time left for the work inside the block, on the error stream."""
     console = Console(stderr=True)
-    if not console.is_terminal or not first_process():  # in a log, bars would be blank lines between the messages
+    if not console.is_terminal or not is_main_process():  # in a log, bars would be blank lines between the messages
         yield
         return
     left = TimeRemainingColumn(elapsed_when_finished=False)
@@ -88,7 +88,7 @@ def progress() -> Iterator[None]:
 
 def show(name: str, result: Any) -> None:
     """Prints what a command gave; of several processes the first one does."""
-    if not first_process():
+    if not is_main_process():
         return
     printers: dict[str, Callable[[Any], None]] = {
         "train diffusion": lambda model: print(

@@ -1,4 +1,4 @@
-"""Devices, precision, and the processes that work together."""
+"""Devices, precision, and groups of processes that work together."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce, wait_for_everyone
 from torch import Tensor, distributed
 
 from farout.core.errors import FaroutError
@@ -20,87 +21,91 @@ from farout.core.errors import FaroutError
 __all__ = [
     "Precision",
     "PrecisionChoice",
-    "Team",
-    "alone",
+    "ProcessGroup",
     "autocast",
-    "first_process",
     "in_float64",
-    "join",
-    "launched",
+    "is_main_process",
+    "join_processes",
+    "num_processes",
     "resolve_device",
     "resolve_precision",
+    "single_process",
 ]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
-"""As users name it; see `resolve_precision`."""
+"""A precision as users name it; see `resolve_precision`."""
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=7)
-"""How long processes wait for each other; the launcher ends them all where one is gone."""
-_NO_FLOAT64 = frozenset({"mps"})
-"""Types of devices that cannot hold float64."""
-_alone: ContextVar[bool] = ContextVar("farout_alone", default=False)
+# Processes wait for each other without a limit of their own: the launcher ends all of them when one fails.
+_TIMEOUT = timedelta(days=7)
+_DEVICES_WITHOUT_FLOAT64 = frozenset({"mps"})
+_is_single_process: ContextVar[bool] = ContextVar("farout_is_single_process", default=False)
 
 
-def first_process() -> bool:
-    """Whether this process writes what all processes made: the only one, or the first of several."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank() == 0
-    return launched() == 1 or os.environ.get("RANK", "0") == "0"
-
-
-def launched() -> int:
-    """How many processes `accelerate launch` or `torchrun` has started; 1 without them."""
+def num_processes() -> int:
+    """The number of processes that `accelerate launch` or `torchrun` started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main_process() -> bool:
+    """Whether this process writes the results: it is the only one, or the first of several."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    return num_processes() == 1 or os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
-def alone() -> Iterator[None]:
-    """What begins inside is this process's own work: `join` answers with a team of one."""
-    token = _alone.set(True)
+def single_process() -> Iterator[None]:
+    """Inside this context, `join_processes` returns a group of this process only."""
+    token = _is_single_process.set(True)
     try:
         yield
     finally:
-        _alone.reset(token)
+        _is_single_process.reset(token)
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that "auto" (cuda, else cpu), "cpu", "cuda", "cuda:1" or "mps" names here.
+    """The device that a name stands for: "auto" (CUDA if present, else CPU), "cpu", "cuda", "cuda:1" or "mps".
 
-    "cuda" is the current device, or under a launcher the one of this process. Raises FaroutError for a name that is
-    unknown and for a device that is not there.
+    "cuda" is the current device, or under a launcher the device of this process.
+
+    Raises:
+        FaroutError: for an unknown name, and for a device that this machine does not have.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    is_available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     try:
-        found = torch.device(device if device != "auto" else "cuda" if there["cuda"] else "cpu")
+        resolved = torch.device(device if device != "auto" else "cuda" if is_available["cuda"] else "cpu")
     except RuntimeError as error:
         raise FaroutError(f"there is no device named {device!r}; expected auto, cpu, cuda, cuda:1 or mps") from error
-    if not there.get(found.type, False) or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
-        names = ", ".join(name for name, here in there.items() if here)
+    is_missing_gpu = resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count()
+    if not is_available.get(resolved.type, False) or is_missing_gpu:
+        names = ", ".join(name for name, available in is_available.items() if available)
         raise FaroutError(f"the device {device!r} is not available; this machine has {names} (or use auto)")
-    if found.type == "cuda" and found.index is None:
-        local = os.environ.get("LOCAL_RANK")
-        index = torch.cuda.current_device() if local is None else int(local) % torch.cuda.device_count()
-        return torch.device("cuda", index)
-    return found
+    if resolved.type == "cuda" and resolved.index is None:
+        local_rank = os.environ.get("LOCAL_RANK")
+        if local_rank is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cuda", int(local_rank) % torch.cuda.device_count())
+    return resolved
 
 
 def resolve_precision(precision: str, device: torch.device) -> Precision:
-    """fp32, bf16 or fp16; "auto" is bf16 where the device computes in it natively, else fp32.
+    """fp32, bf16 or fp16; "auto" is bf16 if the device computes in it natively, else fp32.
 
-    Raises FaroutError for another word, and for fp16 on a CPU, where it is neither fast nor stable.
+    Raises:
+        FaroutError: for an unknown precision, and for fp16 on a CPU, where it is neither fast nor stable.
     """
     if precision == "auto":
-        return "bf16" if _native_bf16(device) else "fp32"
+        return "bf16" if _has_native_bf16(device) else "fp32"
     if precision == "fp16" and device.type == "cpu":
         raise FaroutError("precision fp16 requires a GPU, but the device is the CPU; use fp32 (or auto)")
     if precision not in get_args(Precision):
         raise FaroutError(f"the precision is {precision!r}; expected auto, fp32, bf16 or fp16")
-    return precision  # type: ignore[return-value]
+    return cast("Precision", precision)
 
 
-def _native_bf16(device: torch.device) -> bool:
+def _has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # An emulated bf16 is slower than fp32, so support by the compiler is not enough.
@@ -108,95 +113,122 @@ def _native_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Inside it, networks compute in `precision`; fp32 changes nothing, so an outer block stays in force."""
+    """A context in which networks compute in `precision`; fp32 changes nothing, so an outer context stays in force."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 def in_float64(values: Tensor) -> Tensor:
-    """`values` in float64: where they are, or on the CPU where their device has none (Apple's MPS)."""
-    # first moved, then widened: asked for both at once, torch may widen on the side it comes from
-    return (values.cpu() if values.device.type in _NO_FLOAT64 else values).double()
+    """`values` in float64, on their device, or on the CPU if their device does not support it (Apple's MPS)."""
+    # The move comes first: in one call, torch may convert on the device that does not support float64.
+    return (values.cpu() if values.device.type in _DEVICES_WITHOUT_FLOAT64 else values).double()
 
 
 @dataclass(frozen=True)
-class Team:
-    """The processes that work together, and what they exchange."""
+class ProcessGroup:
+    """The processes of one command, and what they exchange; by default this process only.
+
+    The names are those of accelerate, which does the communication. Its functions act on all processes of the
+    launcher, so a group of one process does not call them.
+    """
 
     device: torch.device
-    count: int = 1
-    index: int = 0
+    num_processes: int = 1
+    process_index: int = 0
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is the first process, which writes files."""
+        return self.process_index == 0
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces each tensor by its mean over the processes, in one message per dtype."""
-        for dtype in {tensor.dtype for tensor in tensors} if self.count > 1 else ():
-            group = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            distributed.all_reduce(flat)
-            parts = (flat / self.count).split([tensor.numel() for tensor in group])
-            for tensor, part in zip(group, parts, strict=True):
-                tensor.copy_(part.view_as(tensor))
+        """Replace each tensor by its mean over the processes."""
+        if self.num_processes == 1:
+            return
+        # One message for all gradients is much faster than one message per parameter.
+        means = reduce(torch.cat([tensor.flatten() for tensor in tensors]), "mean")
+        for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
-        """Gives every process the tensors of the first one."""
-        for tensor in tensors if self.count > 1 else ():
-            message = tensor.detach().contiguous()
-            distributed.broadcast(message, 0)
-            tensor.detach().copy_(message)
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the tensors of the main process."""
+        if self.num_processes == 1:
+            return
+        for tensor in tensors:
+            # Backends send contiguous memory only, and weights may be channels-last.
+            tensor.detach().copy_(broadcast(tensor.detach().contiguous()))
 
-    def gather(self, item: Any) -> list[Any]:
-        """The items of all processes."""
-        items = [item] * self.count
-        if self.count > 1:
-            distributed.all_gather_object(items, item)
-        return items
+    def gather_objects(self, item: T) -> list[T]:
+        """The items of all processes, in the order of the processes."""
+        return [item] if self.num_processes == 1 else cast("list[T]", gather_object([item]))
 
-    def part(self, items: Sequence[T]) -> list[T]:
-        """Of items that all processes have, those of this one: disjoint slices."""
-        return list(items[self.index :: self.count])
+    def split_between_processes(self, items: Sequence[T]) -> list[T]:
+        """This process's share of items that all processes have.
 
-    def lead(self, work: Callable[[], T]) -> T:
-        """What `work` gives in the first process, which does it by itself; the others wait for it, and get the same.
-
-        Where it raises a FaroutError or OSError there, all do.
+        accelerate's function of this name gives contiguous parts, and in older versions the last item to every
+        process that has none. With every n-th item, all processes work near the front of the list, so that an
+        interrupted run has completed its first items.
         """
-        done: tuple[Any, FaroutError | OSError | None] = (None, None)
-        if self.index == 0:
+        return list(items[self.process_index :: self.num_processes])
+
+    def wait_for_everyone(self) -> None:
+        """Block until all processes have reached this point."""
+        if self.num_processes > 1:
+            wait_for_everyone()
+
+    def run_on_main_process(self, function: Callable[[], T]) -> T:
+        """Call `function` in the main process while the others wait, and return its result in all of them.
+
+        Raises:
+            FaroutError, OSError: raised by `function`; in the other processes a FaroutError with the same message.
+        """
+        result: T | None = None
+        error: FaroutError | OSError | None = None
+        if self.is_main_process:
             try:
-                with alone():
-                    done = (work(), None)
-            except (FaroutError, OSError) as error:
-                done = (None, error)
-        value, failed = self.gather((done[0], None if done[1] is None else str(done[1])))[0]
-        if failed is not None:
-            raise done[1] or FaroutError(failed)
-        return value
+                with single_process():
+                    result = function()
+            except (FaroutError, OSError) as raised:
+                error = raised
+        if self.num_processes > 1:
+            message = None if error is None else str(error)
+            result, message = broadcast_object_list([result, message])
+            if message is not None and not self.is_main_process:
+                raise FaroutError(message)
+        if error is not None:
+            raise error
+        return cast("T", result)
 
 
-def join(name: str) -> Team:
-    """Joins the processes of the launcher; alone without one.
+def join_processes(device: str) -> ProcessGroup:
+    """Connect the processes that a launcher started; without a launcher, the group is this process.
 
-    accelerate's Accelerator is not used: its mixed precision is fixed for the whole process by whoever builds the
-    first one, and the wrapper of torch hides a network's attributes and every call but `forward` from the step.
+    accelerate's `Accelerator` is not used: the first one built fixes the mixed precision of the whole process, and it
+    wraps the network in `DistributedDataParallel`, which hides the network's attributes and all methods but `forward`
+    from the training step.
+
+    Raises:
+        FaroutError: if accelerate was set up before with another device or number of processes.
     """
-    device = resolve_device(name)
-    world = launched()
-    if world == 1 or _alone.get():
-        return Team(device)
+    resolved = resolve_device(device)
+    if num_processes() == 1 or _is_single_process.get():
+        return ProcessGroup(resolved)
     is_first_call = not distributed.is_initialized()
-    state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+    state = PartialState(cpu=resolved.type == "cpu", timeout=_TIMEOUT)
     if is_first_call:
         # A process that exits with an open group may abort: C++ then destroys threads of gloo that still run.
         atexit.register(_close_process_group)
-    same = state.device.type == device.type and (device.type != "cuda" or state.device.index == device.index)
-    if state.num_processes != world or not same:
+    is_same_device = state.device.type == resolved.type and (
+        resolved.type != "cuda" or state.device.index == resolved.index
+    )
+    if state.num_processes != num_processes() or not is_same_device:
         raise FaroutError(
-            f"the launcher started {world} processes, and accelerate set up {state.num_processes} on {state.device}, "
-            f"but the requested device is {name!r} ({device}); begin before any other accelerate object, and "
-            "give device=auto, cuda or cpu"
+            f"the launcher started {num_processes()} processes, and accelerate set up {state.num_processes} on "
+            f"{state.device}, but the requested device is {device!r} ({resolved}); begin before any other accelerate "
+            "object, and give device=auto, cuda or cpu"
         )
-    return Team(device, world, state.process_index)
+    return ProcessGroup(resolved, state.num_processes, state.process_index)
 
 
 def _close_process_group() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from farout.core import store
-from farout.core.devices import first_process, resolve_device
+from farout.core.devices import is_main_process, resolve_device
 from farout.core.errors import FaroutError
 from farout.data.batching import PreparedImages
 from farout.data.classes import (
@@ -395,7 +395,7 @@ def train_diffusion(
     trained = train_model(
         images.subset(parts.training), fresh, settings, objective=model.objective, out=folder, resume=resume
     )
-    if first_process():
+    if is_main_process():
         trained.save(out)
         discard_checkpoints(folder, settings)
     return trained

@@ -16,7 +16,7 @@ from farout.classifiers.model import Classifier
 from farout.core import store
 from farout.core.chunking import blocks_with
 from farout.core.config import Configured, flat
-from farout.core.devices import Team, join
+from farout.core.devices import ProcessGroup, join_processes
 from farout.core.errors import FaroutError, SourceError
 from farout.core.progress import task
 from farout.core.runtime import Runtime
@@ -257,18 +257,18 @@ class Synthesizer(Configured, ABC):
         doing = self._stages(stage)
         source = open_source(images, policy=policy, limit=limit, seed=seed)
         resolved = (runtime or Runtime()).resolved()
-        team = join(resolved.device)
+        processes = join_processes(resolved.device)
         _check_labelled(source)
         model = None if diffusion is None else self.load_diffusion(diffusion, source)
         networks = self._networks(model, classifier, resolved.device)
         work = Work.of(source, Path(out), count, seed, resolved, *networks)
         self.check(work)
         warn_of_other_classes(source, work.diffusion, work.classifier)
-        writer, again = self._writers(work, team)
+        writer, again = self._writers(work, processes)
         about = {"source": source.name, "images": len(source), "class_names": list(work.class_names)}
         for each in (writer, again) if self.remakes(work) else (writer,):
             each.begin(self._settings(work), {**about, "provenance": self.provenance}, resume=resume)
-        team.lead(lambda: self._before(work, doing))
+        processes.run_on_main_process(lambda: self._before(work, doing))
         made = self._write(work, writer, again) if doing == self.stages else 0
         return OutlierFolder(Path(out), writer.images, count, made)
 
@@ -318,16 +318,16 @@ class Synthesizer(Configured, ABC):
             "classifier": work.classifier.content_hash if work.classifier and "classifier" in self.wanted else None,
         }
 
-    def _writers(self, work: Work, team: Team) -> tuple[ImageWriter, ImageWriter]:
+    def _writers(self, work: Work, processes: ProcessGroup) -> tuple[ImageWriter, ImageWriter]:
         """Of outliers, and of the images that they were made of."""
         out, names = work.folder, work.class_names
-        again = ImageWriter(out / RECONSTRUCTIONS, names, work.seed, ReconstructedFolder.kind, team)
-        return ImageWriter(out, names, work.seed, OutlierFolder.kind, team), again
+        again = ImageWriter(out / RECONSTRUCTIONS, names, work.seed, ReconstructedFolder.kind, processes)
+        return ImageWriter(out, names, work.seed, OutlierFolder.kind, processes), again
 
     def _write(self, work: Work, writer: ImageWriter, again: ImageWriter) -> int:
         wanted, lost = writer.missing(work.count), again.missing(min(work.count, self.remakes(work)))
         blocks = blocks_with({*wanted, *lost}, work.runtime.images_per_batch(self.shape(work)), work.count)
-        mine = writer.team.part(blocks)
+        mine = writer.processes.split_between_processes(blocks)
         with writer, again, task(f"outliers into {work.folder}", sum(map(len, mine))) as bar:
             for indices in mine:
                 labels = [self.label(work, index) for index in indices]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from farout.core.chunking import blocks_with
-from farout.core.devices import join
+from farout.core.devices import join_processes
 from farout.core.errors import FaroutError, SourceError
 from farout.core.progress import task
 from farout.core.runtime import Runtime
@@ -77,13 +77,13 @@ def reconstruct(
             were made with other settings, which are listed.
     """
     resolved = (runtime or Runtime()).resolved()
-    team = join(resolved.device)
+    processes = join_processes(resolved.device)
     source = open_source(images, policy=policy, limit=limit, seed=seed)
     model = _loaded(diffusion, source).to(resolved.device)
     precision: Any = resolved.precision  # resolved, so not `auto`
     trip = RoundTrip(model, level, highest, classes, solver, steps, spacing, seed, resolved.batch_size, precision)
     names, labels = _classes(source, trip)
-    writer = ImageWriter(out, names, seed, ReconstructedFolder.kind, team)
+    writer = ImageWriter(out, names, seed, ReconstructedFolder.kind, processes)
     about = {"source": source.name, "images": len(source), "class_names": list(names)}
     writer.begin(_settings(source, labels, trip, resolved), about, resume=resume)
     made = _write(source, labels, trip, writer, resolved)
@@ -125,7 +125,11 @@ def _write(source: ImageSource, labels: Tensor | None, trip: RoundTrip, writer: 
     prepared, made = trip.model.preprocessing, 0
     size = runtime.images_per_batch((prepared.channels, *prepared.size))
     missing = set(writer.missing(len(source)))
-    planned = [place for block in writer.team.part(blocks_with(missing, size, len(source))) for place in block]
+    planned = [
+        place
+        for block in writer.processes.split_between_processes(blocks_with(missing, size, len(source)))
+        for place in block
+    ]
     with writer, task(f"reconstructions into {writer.folder}", len(planned)) as bar:
         for batch in batches(source.subset(planned), prepared, size, workers=runtime.workers):
             places = [planned[place] for place in batch.indices]
@@ -140,4 +144,4 @@ def _write(source: ImageSource, labels: Tensor | None, trip: RoundTrip, writer: 
                 made += len(missing.intersection(places))
             bar.advance(len(batch.keys))
         writer.finish()
-    return sum(writer.team.gather(made))
+    return sum(writer.processes.gather_objects(made))

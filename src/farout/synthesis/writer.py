@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from farout.core import store
-from farout.core.devices import Team
+from farout.core.devices import ProcessGroup
 from farout.core.errors import StoreError
 from farout.data.decoding import save_png
 from farout.diffusion.sample_folder import folder_names, write_class_names
@@ -43,15 +43,22 @@ class ImageWriter:
         class_names: of all classes, in the order of their numbers; none: the images have no classes.
         seed: of the run.
         kind: of the folder.
-        team: the processes that fill it; None: this one.
+        processes: the processes that fill it; None: this one.
     """
 
     def __init__(
-        self, folder: str | Path, class_names: Sequence[str], seed: int, kind: str, team: Team | None = None
+        self,
+        folder: str | Path,
+        class_names: Sequence[str],
+        seed: int,
+        kind: str,
+        processes: ProcessGroup | None = None,
     ) -> None:
         self.folder, self.class_names, self.seed, self.kind = Path(folder), tuple(class_names), seed, kind
-        self.team = Team(torch.device("cpu")) if team is None else team
-        self._manifest = self.folder / (MANIFEST if self.team.index == 0 else _PART.format(self.team.index))
+        self.processes = ProcessGroup(torch.device("cpu")) if processes is None else processes
+        self._manifest = self.folder / (
+            MANIFEST if self.processes.is_main_process else _PART.format(self.processes.process_index)
+        )
         self._folders = folder_names(self.class_names)
         self._columns: tuple[str, ...] = ()
         self._rows: dict[int, dict[str, str]] = {}
@@ -78,7 +85,7 @@ class ImageWriter:
         Raises StoreError where something else is in the folder, such images are in it already and `resume` is not set,
         or these were made otherwise.
         """
-        self._columns, self._rows = self.team.lead(lambda: self._open(settings, about, resume))
+        self._columns, self._rows = self.processes.run_on_main_process(lambda: self._open(settings, about, resume))
 
     def _open(self, settings: Mapping[str, Any], about: Mapping[str, Any], resume: bool) -> Rows:
         store.check_replaceable(self.folder, self.kind)
@@ -167,7 +174,7 @@ class ImageWriter:
         try:
             yield
         except OSError as error:
-            known = f"at least {self.images}" if self.team.count > 1 else self.images
+            known = f"at least {self.images}" if self.processes.num_processes > 1 else self.images
             raise StoreError(
                 f"{self.folder} cannot be written to: {error.strerror or error}; {known} images are complete, "
                 "and the same command with --resume (resume=True) continues from there"
@@ -188,8 +195,8 @@ class ImageWriter:
     def finish(self) -> None:
         """Waits for the last images, of all processes, and writes one manifest in the order of their numbers."""
         self._settle()
-        self.team.gather(None)
-        self._columns, self._rows = self.team.lead(self._join)
+        self.processes.wait_for_everyone()
+        self._columns, self._rows = self.processes.run_on_main_process(self._join)
 
     def _join(self) -> Rows:
         """One manifest of those of all processes."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from farout.core import progress
-from farout.core.devices import autocast, join, resolve_precision
+from farout.core.devices import autocast, join_processes, resolve_precision
 from farout.core.errors import FaroutError, StoreError
 from farout.training.checkpoints import (
     checkpoint_weights,
@@ -139,17 +139,17 @@ class _Run:
     ) -> None:
         self.step, self.data, self.config, self.validation = step, data, config, validation
         self.out, self.fingerprint = out, fingerprint
-        self.team = join(config.device)
-        self.precision = resolve_precision(config.precision, self.team.device)
+        self.processes = join_processes(config.device)
+        self.precision = resolve_precision(config.precision, self.processes.device)
         self.part = self._share_of_batch()
-        self.network = network.to(self.team.device)
+        self.network = network.to(self.processes.device)
         if config.channels_last:
             _channels_last(network)
-        self.team.share([*network.parameters(), *network.buffers()])
+        self.processes.broadcast([*network.parameters(), *network.buffers()])
         self.average = copy.deepcopy(network).eval().requires_grad_(False) if config.ema is not None else None
         self.trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.trained, config)
-        self.scaler = torch.amp.GradScaler(self.team.device.type, enabled=self.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=self.precision == "fp16")
         self.done, self.saved, self.validated = 0, 0, 0
         self.saved_at = time.monotonic()
         self.best: dict[str, float] = {}
@@ -159,20 +159,20 @@ class _Run:
 
     def _share_of_batch(self) -> int:
         """Items of one forward pass of one process."""
-        size, parts = self.config.batch_size, self.config.accumulate * self.team.count
+        size, parts = self.config.batch_size, self.config.accumulate * self.processes.num_processes
         if size % parts:
             raise FaroutError(
-                f"batch_size {size} is the items of one update over all {self.team.count} processes with "
+                f"batch_size {size} is the items of one update over all {self.processes.num_processes} processes with "
                 f"{self.config.accumulate} parts each; expected a multiple of {parts}"
             )
         return size // parts
 
     def run(self) -> TrainingResult:
         """Trains to the end and leaves the chosen weights in the network."""
-        cuda = [self.team.device] if self.team.device.type == "cuda" else []
+        cuda = [self.processes.device] if self.processes.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), progress.task("training", self.config.steps) as bar:
             self.network.train()
-            if self.config.tensorboard and self.out is not None and self.team.index == 0:
+            if self.config.tensorboard and self.out is not None and self.processes.is_main_process:
                 self.log.open(self.out / "tensorboard", self.done)
             bar.advance(self.done)
             try:
@@ -190,20 +190,22 @@ class _Run:
         return self._finish()
 
     def _batches(self) -> Iterator[Any]:
-        pin = self.team.device.type == "cuda"
+        pin = self.processes.device.type == "cuda"
         return iter(loader(self.data, self._places(), (self.config.seed, "item"), self.config.workers, pin))
 
     def _places(self) -> Iterator[list[tuple[int, int]]]:
         """Positions and items of this process: disjoint slices of the stream."""
         order = DataOrder(len(self.data), self.config.seed)
-        parts = self.config.accumulate * self.team.count
-        for number in range(self.done * parts + self.team.index, self.config.steps * parts, self.team.count):
+        parts = self.config.accumulate * self.processes.num_processes
+        for number in range(
+            self.done * parts + self.processes.process_index, self.config.steps * parts, self.processes.num_processes
+        ):
             yield [(place, order[place]) for place in range(number * self.part, (number + 1) * self.part)]
 
     def _update(self, batches: Iterator[Any]) -> None:
         totals: dict[str, Tensor] = {}
         for part in range(self.config.accumulate):
-            losses = self._losses(self.network, next(batches), self.done, self.team.index, part)
+            losses = self._losses(self.network, next(batches), self.done, self.processes.process_index, part)
             self.scaler.scale(losses["loss"] / self.config.accumulate).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach().float() / self.config.accumulate
@@ -217,8 +219,8 @@ class _Run:
         """What the step answers; its generator and torch's own both follow from the seed."""
         torch.manual_seed(seed_of(self.config.seed, "global", *seed))
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, "step", *seed))
-        with autocast(self.team.device, self.precision):
-            losses = self.step(network, send_to_device(batch, self.team.device, non_blocking=True), generator)
+        with autocast(self.processes.device, self.precision):
+            losses = self.step(network, send_to_device(batch, self.processes.device, non_blocking=True), generator)
         scalars = isinstance(losses, dict) and all(isinstance(v, Tensor) and v.numel() == 1 for v in losses.values())
         if not scalars or "loss" not in losses:
             raise FaroutError(f"the step returned {losses!r:.200}; expected a dict of scalar tensors with a 'loss'")
@@ -230,11 +232,11 @@ class _Run:
             if parameter.grad is None:  # unused in this step, perhaps in this process only
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self.trained]
-        self.team.average(gradients)
+        self.processes.average(gradients)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained, self.config.clip or math.inf)
         values = torch.stack([totals[name].reshape(()) for name in sorted(totals)])
-        self.team.average([values])
+        self.processes.average([values])
         numbers = torch.cat([values, norm.float().reshape(1)]).tolist()  # one wait for the device per update
         return dict(zip([*sorted(totals), "grad_norm"], numbers, strict=True))
 
@@ -260,7 +262,7 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.team.share(self.network.buffers())
+        self.processes.broadcast(self.network.buffers())
         self._follow()
         self.buffers = [buffer.clone() for buffer in self.network.buffers()]
         self.done += 1
@@ -289,8 +291,8 @@ class _Run:
             return
         if marked or self._due(self.config.checkpoint_every):
             self._save(self.out)
-            self.team.gather(None)  # nobody goes on before the checkpoint stands
-        elif self.team.index == 0 and time.monotonic() - self.saved_at >= _LOSS_S:
+            self.processes.wait_for_everyone()  # until the checkpoint is written
+        elif self.processes.is_main_process and time.monotonic() - self.saved_at >= _LOSS_S:
             self._save(self.out)  # by one process's clock: the others wait for it at their next average
 
     def _due(self, every: int) -> bool:
@@ -308,7 +310,7 @@ class _Run:
     def _validate(self, data: Dataset) -> None:
         """Mean losses over `data`, weighted by items; each batch has its own seed, whoever computes it."""
         count, means = len(data), Means()
-        starts = range(self.team.index * self.part, count, self.team.count * self.part)
+        starts = range(self.processes.process_index * self.part, count, self.processes.num_processes * self.part)
         places = [[(i, i) for i in range(start, min(start + self.part, count))] for start in starts]
         batches = loader(data, places, (self.config.seed, "validation"), self.config.workers, False)
         network = self._current().eval()
@@ -317,7 +319,7 @@ class _Run:
                 losses = self._losses(network, batch, "validation", place[0][0])
             means.add({f"validation_{name}": float(value) for name, value in losses.items()}, len(place))
         self.network.train()
-        values = Means.joined(self.team.gather(means.sums)).take()
+        values = Means.joined(self.processes.gather_objects(means.sums)).take()
         if "validation_loss" not in values:
             raise FaroutError(f"no validation loss is finite at training step {self.done}; try precision=fp32")
         if not self.best or values["validation_loss"] < self.best["loss"]:
@@ -331,7 +333,7 @@ class _Run:
             "step": self.done,
             "config": {**asdict(self.config), "precision": self.precision, "keep": list(self.config.keep)},
             "fingerprint": self.fingerprint,
-            "processes": self.team.count,
+            "processes": self.processes.num_processes,
             "data_size": len(self.data),
             "random_state": "derived from seed, step and process",
             "best": self.best,
@@ -342,7 +344,7 @@ class _Run:
         }
 
     def _save(self, out: Path) -> None:
-        if self.team.index == 0:
+        if self.processes.is_main_process:
             ema = None if self.average is None else self.average.state_dict()
             folder = step_folder(out, self.done)
             write_checkpoint(folder, self.network.state_dict(), ema, self.optimizer.state_dict(), self._state())

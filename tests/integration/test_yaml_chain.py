@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from farout import load
+from farout.benchmark.job_graph import RECORD_FILE
 from farout.classifiers.model import Classifier
 from farout.cli import main, parsers
-from farout.cli.chain import RECORD
 from farout.cli.command_table import COMMANDS
-from farout.cli.steps import NAMING, chains, read_steps
+from farout.cli.steps import INPUT_SETTINGS, builtin_chains, read_steps
 from farout.cli.words import flags, settings_of
 from farout.detectors import DETECTORS
 from farout.diffusion.model import DiffusionModel
@@ -180,9 +180,10 @@ def test_what_goes_on_from_a_lost_folder_is_not_kept_in_silence(
 
 def test_what_no_chain_has_made_is_left_alone(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = pictures(tmp_path / "run" / "knows", 1)
-    assert "was not written by a chain" in refused(capsys, place / "chain.yaml", "--out", tmp_path / "run", "--redo")
+    line = refused(capsys, place / "chain.yaml", "--out", tmp_path / "run", "--redo")
+    assert "was not written by this command" in line
     assert list(mine.iterdir()) == [mine / "000.png"]
-    assert not (tmp_path / "run" / RECORD).exists()
+    assert not (tmp_path / "run" / RECORD_FILE).exists()
 
 
 def test_an_interrupted_training_goes_on(
@@ -331,19 +332,19 @@ def test_names_stand_for_folders_only_where_folders_are_meant(place: Path, tmp_p
     }
     steps = read_steps(str(written(tmp_path / "c.yaml", content)))
     folder = Path("run")
-    assert steps[1].words(folder)[3:] == ["--preset", "classes", "--out", str(folder / "sample_fashion")]
-    assert steps[2].words(folder)[1:4] == [str(folder / "classes"), "--classes", "classes"]
-    assert steps[3].words(folder)[1:3] == [f"{folder / 'samples'}/a", "sample_fashion:test"]
-    assert [step.uses for step in steps] == [set(), set(), {"classes"}, {"samples"}]
+    assert steps[1].command_line(folder)[3:] == ["--preset", "classes", "--out", str(folder / "sample_fashion")]
+    assert steps[2].command_line(folder)[1:4] == [str(folder / "classes"), "--classes", "classes"]
+    assert steps[3].command_line(folder)[1:3] == [f"{folder / 'samples'}/a", "sample_fashion:test"]
+    assert [step.inputs for step in steps] == [(), (), ("classes",), ("samples",)]
 
 
 def test_every_place_that_takes_a_folder_takes_a_name() -> None:
     functions = [parsers.function_of(name) for name in COMMANDS if name not in ("list", "chain")]
     typed = {parameter.name for function in functions for parameter in parsers.positional(function)}
-    assert typed - {"method", "name", "preset"} <= NAMING
+    assert typed - {"method", "name", "preset"} <= INPUT_SETTINGS
 
 
-@pytest.mark.parametrize("name", list(chains()))
+@pytest.mark.parametrize("name", list(builtin_chains()))
 def test_built_in_chains_are_whole(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(name, "--out", tmp_path / "run", "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -356,7 +357,7 @@ def test_built_in_chains_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "presets"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "synthesize sona, reconstruct" in printed
-    assert all(name in printed for name in chains())
+    assert all(name in printed for name in builtin_chains())
 
 
 @pytest.mark.slow
@@ -369,5 +370,5 @@ def test_settings_of_every_method_can_be_kept() -> None:
 
 
 def test_a_record_that_is_none_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    written(tmp_path / RECORD, '{"steps": []}')
-    assert "not the record of a chain" in refused(capsys, place / "chain.yaml", "--out", tmp_path)
+    written(tmp_path / RECORD_FILE, '{"jobs": []}')
+    assert "not a record of jobs" in refused(capsys, place / "chain.yaml", "--out", tmp_path)

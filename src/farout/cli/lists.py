@@ -67,7 +67,7 @@ def presets() -> list[dict[str, str]]:
     benchmarks and chains.
     """
     from farout.classifiers.train import PRESETS as CLASSIFIERS
-    from farout.cli.steps import chains, step_names
+    from farout.cli.steps import builtin_chains, list_commands
     from farout.diffusion.train import PRESETS
 
     owners = {f"fit {name}": member.load().presets for name, member in DETECTORS.items()}
@@ -80,7 +80,8 @@ def presets() -> list[dict[str, str]]:
     ]
     rows += [{"command": "bench", "preset": name, "settings": about(name)} for name in preset_names()]
     return rows + [
-        {"command": "chain", "preset": name, "settings": "steps: " + ", ".join(step_names(name))} for name in chains()
+        {"command": "chain", "preset": name, "settings": "steps: " + ", ".join(list_commands(name))}
+        for name in builtin_chains()
     ]
 
 

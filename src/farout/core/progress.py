@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
-__all__ = ["Progress", "show", "task"]
+__all__ = ["Progress", "Task", "current", "show", "task"]
 
 
 class Progress(Protocol):
@@ -36,6 +36,11 @@ class Task:
 
 
 _front: ContextVar[Progress | None] = ContextVar("farout_progress", default=None)
+
+
+def current() -> Progress | None:
+    """The front end that progress is shown on; None: it is not shown."""
+    return _front.get()
 
 
 @contextmanager

@@ -1,0 +1,256 @@
+"""The job graph behind `farout chain` and `farout bench`: each job runs once, after the jobs whose results it reads."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from farout.core import progress, store
+from farout.core.errors import FaroutError, StoreError
+from farout.training.checkpoints import training_folder
+
+__all__ = ["RECORD_FILE", "FinishedJob", "Job", "JobGraph", "JobStates", "flatten_settings"]
+
+RECORD_FILE = "farout-jobs.json"
+"""In the folder of a job graph: the settings of every job that was started, and whether it is finished."""
+
+_SHOWN_DIFFERENCES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A piece of work whose result is a folder or a file.
+
+    Attributes:
+        name: unique within the graph.
+        kind: jobs of one kind take similar time.
+        output: the folder or file that the job writes.
+        settings: everything that decides the result, as JSON values; other settings make the result outdated.
+        inputs: names of the jobs whose results this job reads.
+        sources: image sets whose scores the job collects. Unlike settings they may change: the job is then run again
+            and keeps the scores that exist.
+        completed_by: the file in `output` that the job writes last; None: `output` appears only when it is complete,
+            or the command itself can resume.
+        title: the name in messages; default: `name`.
+    """
+
+    name: str
+    kind: str
+    output: Path
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    completed_by: str | None = None
+    title: str = ""
+
+    def __str__(self) -> str:
+        return self.title or self.name
+
+    @property
+    def written_paths(self) -> list[Path]:
+        """What the job has written so far: its output, and the checkpoints of an interrupted training."""
+        return [path for path in (self.output, training_folder(self.output)) if path.exists()]
+
+
+@dataclass(frozen=True)
+class JobStates:
+    """Which jobs of a graph are finished, and which have results that do not fit the present settings.
+
+    Attributes:
+        finished: names of jobs that need not be run.
+        outdated: name of the job -> reason. All other jobs are run for the first time, or resumed.
+    """
+
+    finished: frozenset[str]
+    outdated: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class FinishedJob:
+    """Job number `number` of `total` is finished.
+
+    Attributes:
+        seconds: duration; None: the job was finished by an earlier run.
+        seconds_left: estimated duration of the jobs after it, from the jobs finished so far; None: nothing is known.
+    """
+
+    job: Job
+    number: int
+    total: int
+    seconds: float | None
+    seconds_left: float | None
+
+
+class JobGraph:
+    """Jobs in an order in which each comes after its inputs, and the record of what has been run in a folder.
+
+    Args:
+        folder: contains the results of all jobs and the record.
+        jobs: each after its inputs.
+
+    Raises StoreError for a file of the record's name that is not a record.
+    """
+
+    def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
+        self.folder, self.jobs = folder, tuple(jobs)
+        self.records: dict[str, dict[str, Any]] = {}
+        path = folder / RECORD_FILE
+        if path.is_file():
+            self.records = store.read_json(path).get("jobs", {})
+            if not isinstance(self.records, dict):
+                raise StoreError(f"{path} is not a record of jobs; give another folder")
+
+    def states(self) -> JobStates:
+        """Compare the results in the folder with the jobs.
+
+        Raises FaroutError for a result that the record does not mention: it was written by something else.
+        """
+        finished: set[str] = set()
+        outdated: dict[str, str] = {}
+        for job in self.jobs:
+            record, written = self.records.get(job.name), job.written_paths
+            if record is None:
+                if written:
+                    raise FaroutError(
+                        f"{job}: {written[0]} exists and was not written by this command; give another --out"
+                    )
+                continue
+            rerun_inputs = [name for name in job.inputs if name not in finished]
+            differences = _describe_differences(record["settings"], job.settings)
+            reason = differences or "; ".join(f"{name} is run again" for name in rerun_inputs)
+            complete = job.output / job.completed_by if job.completed_by else job.output
+            if written and reason:
+                outdated[job.name] = reason
+            elif record["done"] and complete.exists() and record["sources"] == list(job.sources):
+                finished.add(job.name)
+        return JobStates(frozenset(finished), outdated)
+
+    def check(self) -> JobStates:
+        """As `states`; raises FaroutError that lists what differs where results are outdated."""
+        states = self.states()
+        if states.outdated:
+            first, reason = next(iter(states.outdated.items()))
+            titles = {job.name: str(job) for job in self.jobs}
+            raise FaroutError(
+                f"{titles[first]} was run with other settings ({reason}); give --redo to delete "
+                f"{', '.join(states.outdated)} in {self.folder} and run these jobs again, or another --out"
+            )
+        return states
+
+    def delete_outdated(self) -> None:
+        """Delete the results that do not fit the present settings, and those that were computed from them."""
+        outdated = self.states().outdated
+        for job in self.jobs:
+            if job.name in outdated:
+                for path in job.written_paths:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                del self.records[job.name]
+        if outdated:
+            self._write_records()
+
+    def run(
+        self, title: str, execute: Callable[[Job, Mapping[str, Any] | None], Mapping[str, Any] | None]
+    ) -> Iterator[FinishedJob]:
+        """Run every job that is not finished, in order; an interrupted run continues when it is called again.
+
+        Args:
+            title: of the progress bar.
+            execute: runs a job, given the record of an earlier, interrupted or outdated run of it (None: first run).
+                What it returns is added to the record.
+
+        Raises FaroutError for outdated results, see `check`, and what `execute` raises.
+        """
+        finished = self.check().finished
+        with progress.task(title, len(self.jobs)) as bar:
+            for number, job in enumerate(self.jobs, start=1):
+                seconds = None
+                if job.name not in finished:
+                    earlier, started = self.records.get(job.name), time.perf_counter()
+                    record = {"settings": dict(job.settings), "sources": list(job.sources), "kind": job.kind}
+                    self._record(job, {**(earlier or {}), **record, "done": False})
+                    waiting = [other for other in self.jobs[number:] if other.name not in finished]
+                    with progress.show(_TimeLeft(bar, progress.current(), self._estimate_seconds(waiting))):
+                        result = execute(job, earlier) or {}
+                    seconds = round(time.perf_counter() - started, 1)
+                    self._record(job, {**record, **result, "seconds": seconds, "done": True})
+                bar.advance(note=job.name)
+                waiting = [other for other in self.jobs[number:] if other.name not in finished]
+                yield FinishedJob(job, number, len(self.jobs), seconds, self._estimate_seconds(waiting))
+
+    def _record(self, job: Job, record: dict[str, Any]) -> None:
+        self.records[job.name] = record
+        self._write_records()
+
+    def _write_records(self) -> None:
+        store.write_json(self.folder / RECORD_FILE, {"versions": store.versions(), "jobs": self.records})
+
+    def _estimate_seconds(self, jobs: Sequence[Job]) -> float | None:
+        """Mean duration of finished jobs of the same kind, or of all kinds, summed over `jobs`."""
+        durations = [(each["kind"], each["seconds"]) for each in self.records.values() if each.get("seconds")]
+        if not durations:
+            return None if jobs else 0.0
+        overall = mean(seconds for _, seconds in durations)
+        by_kind = {kind: mean(each for other, each in durations if other == kind) for kind, _ in durations}
+        return sum(by_kind.get(job.kind, overall) for job in jobs)
+
+
+class _TimeLeft:
+    """Passes the progress of a running job on and notes on the graph's bar how much time is left.
+
+    The rest of the running job is extrapolated from the batches that are finished of its current task.
+    """
+
+    def __init__(self, bar: progress.Task, front: progress.Progress | None, seconds_after: float | None) -> None:
+        self.bar, self.front, self.seconds_after = bar, front, seconds_after
+        self.totals: dict[int, int | None] = {}
+        self.started: dict[int, float] = {}
+        self.done: dict[int, int] = {}
+
+    def open(self, description: str, total: int | None) -> int:
+        number = self.front.open(description, total) if self.front is not None else len(self.totals)
+        self.totals[number], self.started[number], self.done[number] = total, time.perf_counter(), 0
+        return number
+
+    def advance(self, number: int, units: int, note: str) -> None:
+        if self.front is not None:
+            self.front.advance(number, units, note)
+        self.done[number] += units
+        total, done = self.totals[number], self.done[number]
+        if total and done and self.seconds_after is not None:
+            rest = (time.perf_counter() - self.started[number]) / done * (total - done)
+            self.bar.advance(0, note=f"about {format_duration(rest + self.seconds_after)} left")
+
+    def close(self, number: int) -> None:
+        if self.front is not None:
+            self.front.close(number)
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in seconds, minutes, hours or days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.1f} days"
+
+
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with keys such as `training.steps`."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= (
+            flatten_settings(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        )
+    return flat
+
+
+def _describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    names = [name for name in dict.fromkeys([*now, *before]) if before.get(name) != now.get(name)]
+    listed = [f"{name}: {before.get(name)} before, {now.get(name)} now" for name in names[:_SHOWN_DIFFERENCES]]
+    more = len(names) - len(listed)
+    return "; ".join([*listed, *([f"and {more} more"] if more else [])])

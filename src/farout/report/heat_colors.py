@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from farout.detectors.base import Detector
 
-__all__ = ["MapScale"]
+__all__ = ["MapScale", "colorize"]
 
 
 @dataclass(frozen=True)
@@ -29,3 +30,10 @@ class MapScale:
         """0 (dark) to 1 (brightest), float32, shape of `values`; what is not a number is brightest."""
         # a value that cannot be computed is never that of a good image
         return (values.float().nan_to_num(nan=self.brightest) / self.brightest).clamp(0, 1)
+
+
+def colorize(values: np.ndarray, colormap: str) -> np.ndarray:
+    """Values in [0, 1], shape (H, W), as colors (H, W, 3) of one of matplotlib's color maps."""
+    from matplotlib import colormaps
+
+    return np.asarray(colormaps[colormap](values)[..., :3])

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from farout.core import store
 from farout.core.errors import UnreadableImageError
 from farout.data.classes import class_name
 from farout.data.image_source import ImageSource
+from farout.report.charts import distance_histogram
 from farout.report.rendering import data_address, png_address, render
 from farout.synthesis.base import OutlierFolder
 from farout.synthesis.dream_ood.alignment import has_aligned, read_aligned
@@ -129,8 +128,12 @@ def _distances(folder: Path) -> dict[str, Any] | None:
         sets, axis = _beyond_boundaries(folder), "distance to the k-th nearest image of the class"
     else:
         return None
-    medians = {name.replace("_", " "): float(np.median(values)) for name, values in sets.items()}
-    return {"medians": medians, "picture": _histogram(sets, axis), "drawn": "drawn" in sets}
+    sets = {name.replace("_", " "): values for name, values in sets.items()}
+    return {
+        "medians": {name: float(np.median(values)) for name, values in sets.items()},
+        "chart": distance_histogram(sets, axis, "Histogram of the distances of known and sampled vectors"),
+        "drawn": "drawn" in sets,
+    }
 
 
 def _on_manifold(folder: Path) -> dict[str, np.ndarray]:
@@ -143,18 +146,3 @@ def _beyond_boundaries(folder: Path) -> dict[str, np.ndarray]:
     classes = list(read_drawn(folder / "drawn").values())
     sides = {"training": "known", "drawn": "distance"}
     return {side: np.concatenate([each[name].numpy() for each in classes]) for side, name in sides.items()}
-
-
-def _histogram(sets: dict[str, np.ndarray], axis: str) -> str:
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
-    axes = figure.add_subplot()
-    everything = np.concatenate(list(sets.values()))
-    edges = np.geomspace(max(everything.min(), 1e-3), max(everything.max(), 2e-3), 41).tolist()
-    for name, values in sets.items():
-        shares = np.full(len(values), 1 / len(values))
-        axes.hist(values, edges, weights=shares, histtype="step", linewidth=1.6, label=name.replace("_", " "))
-    axes.set(xscale="log", xlabel=axis, ylabel="share")
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return data_address(buffer.getvalue())

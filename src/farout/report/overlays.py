@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from farout.core.progress import task
 from farout.data.decoding import save_png, to_pil
 from farout.data.image_source import Policy
 from farout.detectors.base import Detector
-from farout.report.heat_colors import MapScale
+from farout.report.heat_colors import MapScale, colorize
 
 __all__ = ["FOLDER", "check_makes_maps", "overlay", "overlay_name", "write_overlays"]
 
@@ -118,7 +117,7 @@ def overlay(image: Tensor, heat: Tensor, crop: int | None = None, scale: MapScal
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     picture = to_pil(image).convert("RGB").resize(size, Image.Resampling.BICUBIC)
     share = _placed(Image.fromarray(scale.share(heat).numpy()), (height, width), size, crop)
-    colours = colormaps["inferno"](share)[..., :3]
+    colours = colorize(share, "inferno")
     opacity = _OPACITY * np.sqrt(share)[..., None]
     mixed = (1 - opacity) * np.asarray(picture, dtype=np.float64) / 255 + opacity * colours
     return Image.fromarray((mixed * 255).round().astype(np.uint8))

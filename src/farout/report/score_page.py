@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib import colormaps
 from torch import Tensor
 
 from farout.core import store
@@ -16,8 +15,8 @@ from farout.data.batching import Batch, batches
 from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector
 from farout.detectors.calibration import benjamini_hochberg, threshold
-from farout.report.heat_colors import MapScale
-from farout.report.histogram import Histogram
+from farout.report.charts import score_histogram
+from farout.report.heat_colors import MapScale, colorize
 from farout.report.neighbors import highest_good, nearest_good
 from farout.report.rendering import png_address, render
 from farout.report.thumbnails import SourceImages
@@ -58,9 +57,16 @@ def write_page(
         about={**manifest["about"], "versions": manifest["versions"]},
         score_name=detector.score_name,
         scored=len(ranked),
-        limit=limit,
+        threshold=limit if np.isfinite(limit) else None,
         smallest=1 / (len(calibration) + 1),
-        histogram=_histogram(calibration, ranked["score"].to_numpy(dtype=float), limit),
+        chart=score_histogram(
+            {
+                f"{len(calibration)} calibration images": calibration,
+                f"{len(ranked)} scored images": ranked["score"].to_numpy(dtype=float),
+            },
+            limit,
+            "Histogram of the scores of calibration and scored images",
+        ),
         maps=MapScale.of(detector) if detector.makes_maps else None,
         flagged=_flagged(ranked, rate),
         cards=_cards(detector, source, shown),
@@ -83,12 +89,6 @@ def _flagged(ranked: pd.DataFrame, rate: float) -> dict[str, Any]:
         "rate": rate,
         "rows": rows.head(_LISTED).to_dict("records"),
     }
-
-
-def _histogram(calibration: np.ndarray, scores: np.ndarray, limit: float) -> Histogram:
-    """Calibration scores, all of them on the axis, and scores."""
-    high = max(np.quantile(np.concatenate([calibration, scores]), 0.98), calibration.max())
-    return Histogram.of(calibration, scores, limit, float(high))
 
 
 def _cards(detector: Detector, source: ImageSource, rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -123,4 +123,4 @@ def _pictures(detector: Detector, batch: Batch) -> list[dict[str, str]]:
 
 def _heat(values: Tensor, scale: MapScale) -> Tensor:
     """(H, W) -> (3, H, W)."""
-    return torch.from_numpy(colormaps["magma"](scale.share(values).numpy())[..., :3]).permute(2, 0, 1)
+    return torch.from_numpy(colorize(scale.share(values).numpy(), "magma")).permute(2, 0, 1)

@@ -29,7 +29,7 @@ from farout.classifiers.outlier_exposure import Exposure, Loss
 from farout.classifiers.train import PRESETS, ClassifierConfig, accuracy_on, train_classifier
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
-from farout.synthesis.base import Synthesizer, Work
+from farout.synthesis.base import SynthesisContext, Synthesizer
 from farout.synthesis.class_noise import ClassNoise
 from farout.synthesis.dream_ood import DreamOOD
 from farout.synthesis.ncis import NCIS
@@ -64,7 +64,7 @@ CASES = {
 class Variant(NCIS):
     """NCIS with the embeddings of a sibling folder, which all variants share."""
 
-    def _embed(self, work: Work) -> None:
+    def _embed(self, work: SynthesisContext) -> None:
         there, here = work.folder.parent / "embeddings", work.folder / "embeddings"
         if not there.is_dir():
             super()._embed(work)
@@ -101,7 +101,7 @@ def make(split: Split, work: Path, images: int, count: int, test: int) -> None:
         )
         told = accuracy_on(split.classifier, done.source())
         seconds = time.perf_counter() - started
-        print(f"{name}: {done.made} made in {seconds:.0f} s, {told:.2f} taken for their class", flush=True)
+        print(f"{name}: {done.generated} made in {seconds:.0f} s, {told:.2f} taken for their class", flush=True)
     for name, source in {"train": open_source(split.train, limit=count), "test": inside(split, test)}.items():
         again = reconstruct(source, split.diffusion, work / f"again-{name}", resume=True)
         told = accuracy_on(split.classifier, again.source())

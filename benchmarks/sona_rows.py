@@ -25,7 +25,7 @@ from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
 from farout.diffusion.solvers.ddim import ddim
-from farout.synthesis.class_space import class_space
+from farout.synthesis.class_space import class_conditioning
 from farout.synthesis.editing.sona_guidance import BRANCHES, SonaConfig, SonaGuide
 
 STEPS = 50
@@ -43,7 +43,7 @@ class Published:
 
 def conditions(model: DiffusionModel, labels: Tensor, twice: bool) -> dict[str, Condition]:
     """Of each image nothing, its class and the next class; the class `twice`, as published."""
-    space = class_space(model)
+    space = class_conditioning(model)
     targets = (labels + 1) % len(space.class_names)
     found = dict(zip(BRANCHES, (space.null(len(labels)), space(labels), space(targets)), strict=True))
     return {**found, "again": found["class"]} if twice else found
@@ -59,7 +59,7 @@ def main() -> None:
     levels = paths.leading_levels(model.schedule, STEPS)
     starts = list(range(1, STEPS)) * given.repeats
     source = open_source("fashion_mnist:test", limit=len(starts))
-    labels = torch.arange(len(starts)) % len(class_space(model).class_names)
+    labels = torch.arange(len(starts)) % len(class_conditioning(model).class_names)
     x0 = model.encode(torch.stack([model.preprocessing(source[place]) for place in range(len(starts))]))
     noise = torch.stack([torch.randn(model.shape, generator=seeded(0, "rows", place)) for place in range(len(starts))])
     sigmas = paths.pad([paths.falling(model.schedule, levels[:k]) for k in starts])

@@ -38,7 +38,7 @@ from farout.synthesis.editing.sona import SONA
 from farout.synthesis.editing.sona_guidance import SonaConfig
 from farout.synthesis.ncis import NCIS
 from farout.synthesis.ncis.manifold import ManifoldConfig
-from farout.synthesis.quality import rate_outliers, summed_up
+from farout.synthesis.quality import measure_quality, summarize_quality
 from farout.synthesis.reconstruct import reconstruct
 from farout.training.loop import TrainingConfig
 
@@ -126,7 +126,7 @@ def make(split: ThreeWay, work: Path, methods: dict[str, Synthesizer], count: in
         started = time.perf_counter()
         done = method.synthesize(source, work / name, count=count, diffusion=split.base.diffusion, resume=True)
         seconds = time.perf_counter() - started
-        print(f"{name}: {done.made} made in {seconds:.0f} s", flush=True)
+        print(f"{name}: {done.generated} made in {seconds:.0f} s", flush=True)
         if name != "ncis":
             print(quality(done, source, split.base.classifier), flush=True)
     for name, images in {"train": source, "test": open_source(spec("test", split.inside), limit=test)}.items():
@@ -137,9 +137,9 @@ def make(split: ThreeWay, work: Path, methods: dict[str, Synthesizer], count: in
 
 def quality(made: OutlierFolder, source: ImageSource, classifier: Classifier) -> str:
     """By quarters of the levels: the share still of its image's class, and how much of its colours are left."""
-    parts = summed_up(rate_outliers(made, source, classifier))
+    parts = summarize_quality(measure_quality(made, source, classifier))
     return "; ".join(
-        f"{part['levels']} ({part['outliers']}) {part['is_source']:.2f} {part['colour_similarity']:.2f}"
+        f"{part['levels']} ({part['outliers']}) {part['is_source_class']:.2f} {part['color_similarity']:.2f}"
         for part in parts
     )
 

@@ -15,7 +15,7 @@ from farout.core.errors import FaroutError, SourceError, StoreError
 from farout.core.runtime import Runtime
 from farout.data.sources import open_source
 from farout.synthesis import SYNTHESIZERS
-from farout.synthesis.base import Made, OutlierFolder, Synthesizer, Work, read_outliers
+from farout.synthesis.base import OutlierFolder, SynthesisContext, Synthesizer, SyntheticImages, read_outliers
 from small import classifier, conditional, model, pictures
 from tolerances import SONA_SHARE, assert_same_images, assert_same_manifests
 
@@ -75,7 +75,7 @@ def test_there_are_synthesizers() -> None:
 
 
 def test_a_folder_of_outliers_is_a_source_with_a_manifest(whole: OutlierFolder, images: Path) -> None:
-    assert (whole.images, whole.asked, whole.made) == (COUNT, COUNT, COUNT)
+    assert (whole.images, whole.requested, whole.generated) == (COUNT, COUNT, COUNT)
     source = open_source(whole.folder / "images")
     manifest = whole.manifest()
     assert manifest.columns[:6].tolist() == ["key", "source", "label", "class_name", "seed", "index"]
@@ -131,14 +131,16 @@ def test_the_batch_does_not_matter(
 
 def stopping(monkeypatch: pytest.MonkeyPatch, method: type[Synthesizer], at: int) -> None:
     """The run stops before it makes image number `at`."""
-    original = method.make
+    original = method.generate
 
-    def stops(self: Synthesizer, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
+    def stops(
+        self: Synthesizer, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]
+    ) -> SyntheticImages:
         if at in indices:
             raise KeyboardInterrupt
-        return original(self, work, indices, labels)
+        return original(self, context, indices, labels)
 
-    monkeypatch.setattr(method, "make", stops)
+    monkeypatch.setattr(method, "generate", stops)
 
 
 def test_an_interrupted_run_goes_on(method: type[Synthesizer], images: Path, tmp_path: Path) -> None:
@@ -154,9 +156,9 @@ def test_an_interrupted_run_goes_on(method: type[Synthesizer], images: Path, tmp
     manifest.write_bytes(manifest.read_bytes()[:-3])
     next((tmp_path / "s" / "images" / "b").glob("*.png")).unlink()
     done = made(method, images, tmp_path / "s", batch_size=2, resume=True)
-    assert (done.images, done.made) == (COUNT, COUNT - 2)
+    assert (done.images, done.generated) == (COUNT, COUNT - 2)
     assert files(done.folder) == files(whole.folder)
-    assert made(method, images, tmp_path / "s", resume=True).made == 0
+    assert made(method, images, tmp_path / "s", resume=True).generated == 0
 
 
 @pytest.mark.slow
@@ -165,11 +167,11 @@ def test_a_longer_run_adds_images(
 ) -> None:
     made(method, images, tmp_path / "s", count=3)
     done = made(method, images, tmp_path / "s", resume=True)
-    assert done.made == COUNT - 3
+    assert done.generated == COUNT - 3
     assert_same_images(done.folder, whole.folder, share_of(method))
     assert_same_manifests(done.folder, whole.folder)
     fewer = made(method, images, tmp_path / "s", count=2, resume=True)
-    assert (fewer.images, fewer.asked, fewer.made) == (COUNT, 2, 0)
+    assert (fewer.images, fewer.requested, fewer.generated) == (COUNT, 2, 0)
 
 
 @pytest.mark.slow
@@ -185,13 +187,13 @@ def test_stages_one_by_one_are_the_whole(
 
 
 class Unfinished(ClassNoise):
-    """Names a stage and does not say what is done in it."""
+    """Names a stage but does not say what is done in it."""
 
     stages = ("think", "images")
 
 
 def test_a_stage_that_nothing_does_is_told(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(FaroutError, match="Unfinished names the stage 'think' and has no `prepare`"):
+    with pytest.raises(FaroutError, match="Unfinished lists the stage 'think' but does not implement `run_stage`"):
         made(Unfinished, images, tmp_path / "s")
 
 
@@ -201,7 +203,7 @@ def test_other_settings_do_not_mix_in(
 ) -> None:
     out = shutil.copytree(whole.folder, tmp_path / "s")
     before = files(out)
-    with pytest.raises(StoreError, match="holds outliers already; give --resume"):
+    with pytest.raises(StoreError, match="already contains outliers; give --resume"):
         made(method, images, out)
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("seed: 0 before, 1 now", {"seed": 1}),
@@ -277,19 +279,21 @@ def test_an_unreadable_image_raises_or_is_left_out(method: type[Synthesizer], im
     (damaged / "a" / "003.png").write_text("not a picture")
     with pytest.raises(FaroutError, match="003"):
         made(method, damaged, tmp_path / "s")
-    assert made(method, damaged, tmp_path / "s", policy="skip").made == COUNT
+    assert made(method, damaged, tmp_path / "s", policy="skip").generated == COUNT
 
 
 def test_what_is_not_a_number_is_no_image(
     method: type[Synthesizer], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = method.make
+    original = method.generate
 
-    def damaged(self: Synthesizer, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
-        found = original(self, work, indices, labels)
-        return Made(found.images * float("nan"), found.sources, found.columns)
+    def damaged(
+        self: Synthesizer, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]
+    ) -> SyntheticImages:
+        found = original(self, context, indices, labels)
+        return SyntheticImages(found.images * float("nan"), found.sources, found.columns)
 
-    monkeypatch.setattr(method, "make", damaged)
+    monkeypatch.setattr(method, "generate", damaged)
     with pytest.raises(FaroutError, match="not numbers"):
         made(method, images, tmp_path / "s")
     assert not list((tmp_path / "s").rglob("*.png"))

@@ -10,7 +10,7 @@ import torch
 from farout import ClassNoise, open_source
 from farout.classifiers.networks import OUTLIER
 from farout.core.errors import TrapWarning
-from farout.synthesis.leakage import warn_of_other_classes
+from farout.synthesis.leakage import warn_about_extra_classes
 from small import CPU, classifier, conditional, model, pictures
 
 
@@ -24,7 +24,7 @@ def images(tmp_path: Path) -> Path:
 def told(*given: Any, **networks: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        warn_of_other_classes(*given, **networks)
+        warn_about_extra_classes(*given, **networks)
     assert all(each.category is TrapWarning for each in found)
     return [str(each.message) for each in found]
 

@@ -11,7 +11,7 @@ from farout import ClassNoise, OutlierFolder, open_source
 from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.model import DiffusionModel
 from farout.report.outlier_page import write_outlier_page
-from farout.synthesis.base import Made, Synthesizer, Work
+from farout.synthesis.base import SynthesisContext, Synthesizer, SyntheticImages
 from small import CPU, model, pictures, tiny_unet
 from test_page import Tags
 
@@ -22,8 +22,8 @@ NAMES = ("T-shirt/top", "..", "Größe 3.5 μ 犬", '<b onload="x">&', "007")
 class Plain(Synthesizer):
     """Grey images, of which there is nothing to tell."""
 
-    def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
-        return Made(torch.full((len(indices), 1, 8, 8), 0.5), [""] * len(indices))
+    def generate(self, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]) -> SyntheticImages:
+        return SyntheticImages(torch.full((len(indices), 1, 8, 8), 0.5), [""] * len(indices))
 
     @classmethod
     def tiny(cls, resources: Any) -> Synthesizer:
@@ -87,7 +87,7 @@ def test_outliers_come_back_with_their_classes(table: Path, tmp_path: Path) -> N
     assert {key: (source.class_names or ())[source.label(i)] for i, key in enumerate(source.keys)} == told
     assert set(told.values()) == set(NAMES)
     again = Plain().synthesize(table, tmp_path / "o", count=12, runtime=CPU, resume=True)
-    assert (again.images, again.made) == (12, 2)
+    assert (again.images, again.generated) == (12, 2)
 
 
 def test_a_page_without_outliers(table: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from farout.detectors.denoising import Denoising
 from farout.detectors.posthoc import Posthoc
 from farout.evaluation.metrics import auroc, fpr95
 from farout.evaluation.ood_draws import over_draws
-from farout.synthesis.generator_check import class_places
+from farout.synthesis.generator_check import classifier_indices
 from farout.training.loop import TrainingConfig
 from small import conditional, pictures
 
@@ -281,11 +281,11 @@ def test_one_class_more_is_kept_and_left_out_of_the_other_scores(tree: Path, out
     card = (tmp_path / "c" / "README.md").read_text()
     assert "- classes: dark, light; one more, the last, is of outliers\n" in card
     with pytest.raises(FaroutError, match=r"does not know grey; it knows dark, light$"):
-        class_places(loaded, ["grey"])
+        classifier_indices(loaded, ["grey"])
     with pytest.raises(FaroutError, match=r"2 classes, the classifier 2 classes and one of outliers"):
         Denoising().check(open_source(tree), conditional(classes=2), made)
     loaded.class_names = ("0", "1", OUTLIER)
-    assert class_places(loaded, ["dark", "light"]) == [0, 1], "bare numbers are in order"
+    assert classifier_indices(loaded, ["dark", "light"]) == [0, 1], "bare numbers are in order"
     images = torch.stack([PreparedImages(open_source(tree), made.preprocessing)[i] for i in range(3)])
     logits = loaded.outputs(images).logits.double()
     detector = Posthoc(score="energy", odin=True).fit(str(tree), None, tmp_path / "c", alpha=0.1, statistics=10)

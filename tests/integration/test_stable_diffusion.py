@@ -15,7 +15,7 @@ from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.prompts import Prompts
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sampling import Sampler
-from farout.synthesis.class_space import decode, vector_scale
+from farout.synthesis.class_space import class_table_std, decode_vectors
 from farout.synthesis.ncis.inversion import Inversion, Inverter, read_embeddings
 from farout.synthesis.ncis.manifold_config import ManifoldConfig
 from small import CPU, conditional, in_order, pictures, stable_diffusion
@@ -96,7 +96,7 @@ def test_company_and_parts_of_the_draws_change_next_to_nothing(folders: dict[str
     for some in ([1], [3, 0]):
         vectors, loss = inverter(x0[some], LABELS[some], [keys[place] for place in some])
         # Adam's first step is as long for a gradient near zero, whose sign is a matter of rounding
-        near = (vectors - whole[some]).abs() < 1e-3 * vector_scale(network.conditioning)
+        near = (vectors - whole[some]).abs() < 1e-3 * class_table_std(network.conditioning)
         assert float(near.float().mean()) > 0.97
         assert_close(loss, losses[some])
     parts = Inverter(network, replace(FEW, pull=2.0), 0, replace(CPU, batch_size=3))
@@ -242,7 +242,7 @@ def test_a_class_s_own_vector_gives_its_samples(folders: dict[str, Path], images
     sampler = Sampler(network, steps=2, guidance=2.0)
     labels, indices = [0, 1, 2, 0], range(4)
     samples = sampler.images(indices, labels)
-    assert_close(decode(sampler, network.conditioning.vectors()[labels], indices, labels), samples)
+    assert_close(decode_vectors(sampler, network.conditioning.vectors()[labels], indices, labels), samples)
     assert_same_pixels(in_order(made), (samples * 255).round().to(torch.uint8))
 
 

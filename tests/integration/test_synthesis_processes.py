@@ -16,8 +16,8 @@ from farout.core.devices import ProcessGroup
 from farout.core.errors import FaroutError
 from farout.core.runtime import Runtime
 from farout.synthesis.editing.sona import SONA
+from farout.synthesis.generated_folder import read_manifest_rows
 from farout.synthesis.ncis import NCIS
-from farout.synthesis.outlier_folder import read_rows
 from farout.synthesis.writer import ImageWriter
 from launch import in_two_processes
 from small import conditional, pictures
@@ -37,7 +37,7 @@ def make_all(root: Path, out: Path, **settings: Any) -> dict[str, tuple[int, int
         "ncis": NCIS.tiny(None).synthesize(root, out / "ncis", count=5, **given),
         "again": reconstruct(root, out=out / "again", steps=2, **given),
     }
-    return {name: (folder.images, folder.made) for name, folder in found.items()}
+    return {name: (folder.images, folder.generated) for name, folder in found.items()}
 
 
 def command(root: Path, out: Path) -> list[str]:
@@ -90,7 +90,7 @@ def test_two_processes_make_the_folder_of_one(images: Path, tmp_path: Path) -> N
         alone = make_all(images, single)
     assert alone == {"sona": (15, 15), "ncis": (5, 5), "again": (12, 12)}
     assert main(command(images, single / "command")) == 0
-    refusal = f"{shared / 'sona'} holds outliers already; give --resume (resume=True) to continue, or another folder"
+    refusal = f"{shared / 'sona'} already contains outliers; give --resume (resume=True) to continue, or another folder"
     assert [(shared / f"{rank}.txt").read_text() for rank in (0, 1)] == [f"{alone} {refusal}"] * 2
     assert done.stdout.count("5 outliers, 5 new") == 1
     for name in (*alone, "command"):
@@ -138,7 +138,7 @@ def test_manifests_of_stopped_processes_become_one(tmp_path: Path) -> None:
     add(out, ProcessGroup(cpu), [4, 3])
     add(out, ProcessGroup(cpu), [5], finish=True)
     assert files(out) == files(tmp_path / "whole")
-    assert list(read_rows(out)[1]) == list(range(6))
+    assert list(read_manifest_rows(out)[1]) == list(range(6))
 
 
 def test_processes_get_disjoint_shares_and_the_main_process_runs_a_function() -> None:

@@ -14,8 +14,8 @@ from farout.core.errors import FaroutError, StoreError, TrapWarning
 from farout.core.runtime import Runtime
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.sampling import Sampler
-from farout.synthesis.class_space import decode, vector_scale
-from farout.synthesis.generator_check import recognised
+from farout.synthesis.class_space import class_table_std, decode_vectors
+from farout.synthesis.generator_check import recognition_rate
 from small import CPU, by_tokens, classifier, conditional, in_order, model, pictures, without_null
 from tolerances import assert_same_images, assert_same_pixels
 
@@ -42,7 +42,7 @@ def test_the_noise_has_the_scale_of_the_class_table(images: Path, tmp_path: Path
     assert space is not None
     method = ClassNoise(scale=1.5, steps=2)
     made = method.synthesize(images, tmp_path / "o", count=60, diffusion=network, runtime=CPU)
-    expected = 1.5 * vector_scale(space) * space.dim**0.5
+    expected = 1.5 * class_table_std(space) * space.dim**0.5
     assert made.manifest()["distance"].mean() == pytest.approx(expected, rel=0.1)
     assert (made.manifest()["scale"] == 1.5).all()
     assert (made.manifest()["guidance"] == 2.0).all()
@@ -101,7 +101,7 @@ def test_guidance_wants_a_null_condition(images: Path, tmp_path: Path) -> None:
     with pytest.raises(FaroutError, match="no null condition"):
         ClassNoise(steps=2).synthesize(images, tmp_path / "o", **given)
     assert not (tmp_path / "o").exists()
-    assert ClassNoise(steps=2, guidance=1.0).synthesize(images, tmp_path / "o", **given).made == 2
+    assert ClassNoise(steps=2, guidance=1.0).synthesize(images, tmp_path / "o", **given).generated == 2
 
 
 def test_settings_that_cannot_work_are_refused(images: Path, tmp_path: Path) -> None:
@@ -122,11 +122,11 @@ def test_decoding_refuses_what_are_no_vectors_of_the_model() -> None:
     space = conditional().conditioning
     assert space is not None
     with pytest.raises(FaroutError, match="unconditional"):
-        decode(Sampler(model(), steps=2), torch.zeros(1, 4), [0])
+        decode_vectors(Sampler(model(), steps=2), torch.zeros(1, 4), [0])
     with pytest.raises(FaroutError, match="shape"):
-        decode(sampler, torch.zeros(1, space.dim + 1), [0])
+        decode_vectors(sampler, torch.zeros(1, space.dim + 1), [0])
     with pytest.raises(FaroutError, match="not finite"):
-        decode(sampler, torch.full((1, space.dim), float("inf")), [0])
+        decode_vectors(sampler, torch.full((1, space.dim), float("inf")), [0])
     assert isinstance(space(space.vectors()), Condition)
 
 
@@ -164,7 +164,7 @@ def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_generator_whose_samples_are_not_recognised_warns(images: Path, tmp_path: Path) -> None:
     """An untrained generator and an untrained classifier agree by chance only; the images are the same without it."""
     settings: dict[str, Any] = {"count": 3, "diffusion": conditional(), "runtime": CPU}
-    with pytest.warns(TrapWarning, match=r"recognises \d+% of the generator's own samples"):
+    with pytest.warns(TrapWarning, match=r"recognizes \d+% of the generator's own samples"):
         judged = ClassNoise(steps=2).synthesize(images, tmp_path / "judged", classifier=classifier(), **settings)
     plain = ClassNoise(steps=2).synthesize(images, tmp_path / "plain", **settings)
     assert judged.settings() == plain.settings()
@@ -174,13 +174,13 @@ def test_a_generator_is_judged_once(images: Path, tmp_path: Path, monkeypatch: p
     """In a folder: not for every call, and not where the call is refused; another judge judges anew."""
     asked: list[str] = []
     monkeypatch.setattr(
-        "farout.synthesis.generator_check.recognised",
+        "farout.synthesis.generator_check.recognition_rate",
         lambda sampler, judge, names: asked.append(judge.content_hash) or 0.5,
     )
     first, second = classifier(), classifier().randomised(1)
     settings: dict[str, Any] = {"count": 3, "diffusion": conditional(), "runtime": CPU}
     for judge, more in ((first, {}), (first, {"resume": True, "count": 5}), (second, {"resume": True})):
-        with pytest.warns(TrapWarning, match="recognises 50% of the generator's own samples"):
+        with pytest.warns(TrapWarning, match="recognizes 50% of the generator's own samples"):
             ClassNoise(steps=2).synthesize(images, tmp_path / "o", classifier=judge, **{**settings, **more})
     with pytest.raises(StoreError, match="give --resume"):
         ClassNoise(steps=2).synthesize(images, tmp_path / "o", classifier=first, **settings)
@@ -191,7 +191,7 @@ def test_a_generator_is_judged_once(images: Path, tmp_path: Path, monkeypatch: p
     assert asked == [classifier().content_hash, second.content_hash]
 
 
-@pytest.mark.filterwarnings("ignore:the classifier recognises:farout.core.errors.TrapWarning")
+@pytest.mark.filterwarnings("ignore:the classifier recognizes:farout.core.errors.TrapWarning")
 def test_a_run_builds_its_sampler_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Sampler] = []
     original = Sampler.__post_init__
@@ -210,7 +210,7 @@ def test_recognition_is_the_share_of_hits() -> None:
     judge, names = classifier(), ("a", "b", "c")
     told = judge.outputs(sampler.images(range(10), [i % 3 for i in range(10)])).logits.argmax(1).tolist()
     wanted = sum(place == number % 3 for number, place in enumerate(told)) / 10
-    assert recognised(sampler, judge, names, 10) == wanted
+    assert recognition_rate(sampler, judge, names, 10) == wanted
     judge.class_names = ("a", "b", "d")
     with pytest.raises(FaroutError, match="does not know c"):
-        recognised(sampler, judge, names)
+        recognition_rate(sampler, judge, names)

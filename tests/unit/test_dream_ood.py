@@ -361,7 +361,7 @@ def test_a_longer_run_draws_on_where_it_stopped(images: Path, tmp_path: Path, mo
 def test_the_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     monkeypatch.setattr(
-        "farout.synthesis.class_space.decode",
+        "farout.synthesis.class_space.decode_vectors",
         lambda sampler, vectors, *_: seen.append(vectors) or torch.zeros(len(vectors), 1, 8, 8),
     )
     made(images, tmp_path / "o", count=4)

@@ -14,7 +14,7 @@ from farout.core.errors import FaroutError, StoreError
 from farout.core.runtime import Runtime
 from farout.data.sources import open_source
 from farout.diffusion.model import DiffusionModel
-from farout.synthesis.class_space import vector_scale
+from farout.synthesis.class_space import class_table_std
 from farout.synthesis.ncis import inversion as _embedding
 from farout.synthesis.ncis.inversion import Inversion, Inverter, embed, read_embeddings
 from small import by_tokens, conditional, model, pictures
@@ -82,7 +82,7 @@ def test_a_batch_goes_the_way_of_each_image_alone(fresh: Callable[..., Diffusion
         vector, loss = alone(network, FEW, place)
         torch.testing.assert_close(losses[place], torch.tensor(loss), rtol=1e-4, atol=1e-6)
         # Adam's first step is as long for a gradient near zero, whose sign is a matter of rounding
-        near = (vectors[place] - vector).abs() < 1e-3 * vector_scale(network.conditioning)
+        near = (vectors[place] - vector).abs() < 1e-3 * class_table_std(network.conditioning)
         assert float(near.float().mean()) > 0.97
 
 
@@ -91,7 +91,7 @@ def test_the_batch_hardly_matters(batch_size: int) -> None:
     """Adam's first step is as long for a gradient near zero, whose sign is a matter of rounding: few numbers differ."""
     inverter = Inverter(conditional(), FEW, 0, runtime(batch_size))
     whole, losses = inverted(conditional())
-    near = 1e-3 * vector_scale(inverter.space)
+    near = 1e-3 * class_table_std(inverter.space)
     for some in ([0], [1, 2], [4, 0, 3]):
         vectors, loss = inverter(x0()[some], LABELS[some], [KEYS[place] for place in some])
         assert float(((vectors - whole[some]).abs() < near).float().mean()) > 0.97
@@ -126,7 +126,7 @@ def test_the_rate_follows_the_scale_of_the_class_table() -> None:
     network = conditional()
     space = network.conditioning
     assert space is not None
-    scale = vector_scale(space)
+    scale = class_table_std(space)
     assert scale == pytest.approx(float(space.vectors().numpy().std()))
     assert Inversion().learning_rate(space) == pytest.approx(0.05 * scale)
     assert Inversion(lr=0.01).learning_rate(space) == 0.01
@@ -257,7 +257,7 @@ def test_unreadable_images_are_left_out(images: Any, tmp_path: Path) -> None:
     whole = embed(images, numbers(images), conditional(), tmp_path / "w", FEW, runtime=runtime())
     kept = [place for place in range(12) if place != 5]
     assert found.index.tolist() == kept
-    near = 1e-3 * vector_scale(conditional().conditioning)
+    near = 1e-3 * class_table_std(conditional().conditioning)
     assert float(((found.vectors - whole.vectors[kept]).abs() < near).float().mean()) > 0.97
     assert_close(found.losses, whole.losses[kept])
 

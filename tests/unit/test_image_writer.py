@@ -21,7 +21,7 @@ from farout.core.runtime import Runtime
 from farout.synthesis import writer as _writer
 from farout.synthesis.class_noise import ClassNoise
 from farout.synthesis.editing.sona import SONA
-from farout.synthesis.outlier_folder import read_rows
+from farout.synthesis.generated_folder import read_manifest_rows
 from farout.synthesis.writer import ImageWriter
 from small import conditional, pictures
 
@@ -78,7 +78,7 @@ def test_the_next_images_are_made_while_images_are_written(tmp_path: Path, monke
         assert sorted(written)[:2] == ["000000", "000001"]
         writer.finish()
     assert sorted(written) == ["000000", "000001", "000002"]
-    assert list(read_rows(tmp_path / "o")[1]) == [0, 1, 2]
+    assert list(read_manifest_rows(tmp_path / "o")[1]) == [0, 1, 2]
     assert {path.name for path in (tmp_path / "o").iterdir()} == {"config.json", "images", "manifest.csv"}
 
 
@@ -150,7 +150,7 @@ def test_a_full_disk_leaves_whole_images_and_the_way_on(kind: str, images: Path,
         name: content for name, content in there.items() if name.endswith(".png")
     }
     full = out / "reconstructions" if "reconstructions cannot be written" in str(told.value) else out
-    assert f"; {len(read_rows(full)[1])} images are complete" in str(told.value)
+    assert f"; {len(read_manifest_rows(full)[1])} images are complete" in str(told.value)
     assert not list(out.glob(".*"))
     done = make(kind, images, out, resume=True)
     assert (done.images, done.folder) == (12, out)
@@ -174,4 +174,4 @@ def test_a_manifest_that_no_longer_fits_has_whole_rows(tmp_path: Path) -> None:
     again = opened(tmp_path / "o", resume=True)
     assert again.missing(12) == [9, 10, 11]
     fill(again, [(9, 10, 11)])
-    assert list(read_rows(tmp_path / "o")[1]) == list(range(12))
+    assert list(read_manifest_rows(tmp_path / "o")[1]) == list(range(12))

@@ -65,7 +65,7 @@ def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
 def test_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.Tensor, list[int], list[int]]] = []
     monkeypatch.setattr(
-        "farout.synthesis.class_space.decode",
+        "farout.synthesis.class_space.decode_vectors",
         lambda sampler, vectors, noises, labels, change: (
             seen.append((vectors, list(noises), list(labels))) or torch.zeros(len(vectors), 1, 8, 8)
         ),

@@ -137,7 +137,7 @@ def test_outliers_are_the_same_with_and_without(images: Path, tmp_path: Path, me
 
 def test_an_interruption_and_a_loss_change_no_bytes(images: Path, tmp_path: Path) -> None:
     whole = made(images, tmp_path / "whole", size=3)
-    calls, original = [], SONA.make
+    calls, original = [], SONA.generate
 
     def stops(self: SONA, *arguments: Any) -> Any:
         calls.append(arguments)
@@ -146,18 +146,18 @@ def test_an_interruption_and_a_loss_change_no_bytes(images: Path, tmp_path: Path
         return original(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SONA, "make", stops)
+        patch.setattr(SONA, "generate", stops)
         with pytest.raises(KeyboardInterrupt):
             made(images, tmp_path / "s", size=3)
     (tmp_path / "s" / "images" / "a" / "000000.png").unlink()
     (tmp_path / "s" / "reconstructions" / "images" / "b" / "000001.png").unlink()
     done = made(images, tmp_path / "s", size=3, resume=True, count=6)
-    assert (done.images, done.made) == (6, 1)
+    assert (done.images, done.generated) == (6, 1)
     (tmp_path / "s" / "reconstructions" / "images" / "b" / "000001.png").unlink()
     done = made(images, tmp_path / "s", size=3, resume=True)
-    assert (done.images, done.made) == (20, 14)
+    assert (done.images, done.generated) == (20, 14)
     assert files(done.folder) == files(whole.folder)
-    assert made(images, tmp_path / "s", resume=True).made == 0
+    assert made(images, tmp_path / "s", resume=True).generated == 0
 
 
 def test_any_batch_gives_the_same_images(images: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_any_batch_gives_the_same_images(images: Path, tmp_path: Path) -> None:
     whole = made(images, tmp_path / "whole")
     made(images, tmp_path / "s", size=7, count=9)
     done = made(images, tmp_path / "s", size=5, resume=True)
-    assert (done.images, done.made) == (20, 11)
+    assert (done.images, done.generated) == (20, 11)
     assert_same_images(again(done).folder, again(whole).folder)
     assert_same_images(done.folder, whole.folder, SONA_SHARE)
     for one, two in ((done.folder, whole.folder), (again(done).folder, again(whole).folder)):

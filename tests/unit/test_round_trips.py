@@ -181,7 +181,7 @@ def test_what_cannot_work_is_refused_at_once(settings: dict[str, Any], message: 
 def test_labels_and_keys_are_kept(images: Path, tmp_path: Path) -> None:
     done = made(images, tmp_path / "o", level=0.3, highest=0.5)
     source, manifest, before = done.source(), done.manifest(), open_source(images)
-    assert (done.images, done.asked, done.made) == (12, 12, 12)
+    assert (done.images, done.requested, done.generated) == (12, 12, 12)
     assert manifest["source"].tolist() == list(before.keys)
     assert manifest["source_hash"].tolist() == list(before.content_hashes())
     assert manifest["class_name"].tolist() == list("aaaabbbbcccc")
@@ -216,11 +216,11 @@ def test_an_interrupted_run_has_the_same_bytes_and_any_batch_the_same_images(ima
         patch.setattr(RoundTrip, "__call__", stops)
         with pytest.raises(KeyboardInterrupt):
             made(images, tmp_path / "s", runtime=few, **settings)
-    with pytest.raises(StoreError, match="holds reconstructions already; give --resume"):
+    with pytest.raises(StoreError, match="already contains reconstructions; give --resume"):
         made(images, tmp_path / "s", **settings)
     next((tmp_path / "s" / "images" / "a").glob("*.png")).unlink()
     done = made(images, tmp_path / "s", resume=True, runtime=few, **settings)
-    assert (done.images, done.made) == (12, 9)
+    assert (done.images, done.generated) == (12, 9)
     assert files(done.folder) == files(whole.folder)
 
 
@@ -248,7 +248,7 @@ def test_images_without_labels_lie_in_one_folder(images: Path, tmp_path: Path) -
     assert sorted(path.name for path in (tmp_path / "o" / "images").iterdir()) == [f"00000{i}.png" for i in range(4)]
     assert done.source().labels is None
     assert done.manifest()["label"].tolist() == [""] * 4
-    assert made(images / "a", tmp_path / "p", classes=False).made == 4
+    assert made(images / "a", tmp_path / "p", classes=False).generated == 4
     with pytest.raises(SourceError, match=r"no labels, and each image is denoised under its class.*--no-classes"):
         made(images / "a", tmp_path / "q")
 
@@ -268,7 +268,7 @@ def test_an_unreadable_image_raises_or_is_left_out(images: Path, tmp_path: Path)
     with pytest.raises(UnreadableImageError, match="001"):
         made(images, tmp_path / "o")
     done = made(images, tmp_path / "p", policy="skip")
-    assert (done.images, done.asked) == (11, 12)
+    assert (done.images, done.requested) == (11, 12)
     assert "a/001.png" not in done.manifest()["source"].tolist()
 
 

@@ -21,7 +21,7 @@ from farout.synthesis.base import OutlierFolder, Synthesizer
 from farout.synthesis.editing.base import by_turns
 from farout.synthesis.editing.sona_guidance import SonaConfig
 from farout.synthesis.editing.word_screening import nearest, screened
-from farout.synthesis.quality import colour_similarity, rate_outliers, summed_up, write_quality
+from farout.synthesis.quality import color_similarity, measure_quality, summarize_quality, write_quality
 from small import CPU, autoencoder, classifier, conditional, in_order, pictures, two_classes
 from tolerances import GREY_LEVELS, SONA_SHARE, assert_same_images, assert_same_manifests, assert_same_pixels
 
@@ -161,7 +161,7 @@ def test_values_are_kept_within_those_of_images(images: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm_solver_2m", "unipc"])
 def test_every_solver_that_can_be_guided_makes_outliers(images: Path, tmp_path: Path, solver: str) -> None:
-    assert made(images, tmp_path / "o", SONA(steps=6, solver=solver), count=4).made == 4
+    assert made(images, tmp_path / "o", SONA(steps=6, solver=solver), count=4).generated == 4
 
 
 # refusals
@@ -259,14 +259,14 @@ def test_unreadable_images_never_shift_the_others(images: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_what_the_classifier_takes_for_its_class_is_drawn_anew(images: Path, tmp_path: Path) -> None:
-    plain = rate_outliers(made(images, tmp_path / "a"), open_source(images), judge(), CPU)
-    limit = float(plain["source_probability"].median())
+    plain = measure_quality(made(images, tmp_path / "a"), open_source(images), judge(), CPU)
+    limit = float(plain["source_class_probability"].median())
     picky = SONA(steps=6, reject=limit, attempts=6)
     found = made(images, tmp_path / "b", picky, classifier=judge())
     manifest = found.manifest()
-    assert float(manifest["source_probability"].mean()) < float(plain["source_probability"].mean())
-    accepted = manifest["source_probability"] <= limit
-    assert accepted.mean() > (plain["source_probability"] <= limit).mean()
+    assert float(manifest["source_class_probability"].mean()) < float(plain["source_class_probability"].mean())
+    accepted = manifest["source_class_probability"] <= limit
+    assert accepted.mean() > (plain["source_class_probability"] <= limit).mean()
     assert manifest["attempt"].max() > 0
     kept, first = torch.tensor((manifest["attempt"] == 0).tolist()), made(images, tmp_path / "c")
     assert_same_pixels(in_order(found)[kept], in_order(first)[kept], SONA_SHARE)
@@ -288,15 +288,15 @@ def test_a_classifier_that_only_looks_changes_nothing(images: Path, tmp_path: Pa
 
 def test_colour_similarity() -> None:
     one = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(colour_similarity(one, one.flip(3)), torch.ones(2))
-    assert colour_similarity(torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)).item() == 0
+    torch.testing.assert_close(color_similarity(one, one.flip(3)), torch.ones(2))
+    assert color_similarity(torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)).item() == 0
     half = torch.cat([torch.zeros(1, 1, 4, 8), torch.ones(1, 1, 4, 8)], dim=2)
-    assert colour_similarity(half, torch.ones(1, 1, 8, 8)).item() == pytest.approx(0.5)
+    assert color_similarity(half, torch.ones(1, 1, 8, 8)).item() == pytest.approx(0.5)
 
 
 def test_quality_is_of_each_outlier_and_its_own_image(images: Path, tmp_path: Path) -> None:
     found = made(images, tmp_path / "o")
-    rated = rate_outliers(found, open_source(images), judge(), CPU).set_index("key")
+    rated = measure_quality(found, open_source(images), judge(), CPU).set_index("key")
     manifest = found.manifest().set_index("key")
     assert set(rated.index) == set(manifest.index)
     key = manifest.index[7]
@@ -307,12 +307,12 @@ def test_quality_is_of_each_outlier_and_its_own_image(images: Path, tmp_path: Pa
         for path in (found.folder / "images" / key, images / manifest["source"][key])
     )
     chances = judge().outputs(outlier).logits.softmax(1)[0]
-    assert rated["source_probability"][key] == pytest.approx(float(chances[own]), abs=1e-5)
-    assert rated["is_source"][key] == (int(chances.argmax()) == own)
-    assert rated["colour_similarity"][key] == pytest.approx(float(colour_similarity(outlier, original)))
-    parts = summed_up(rated)
+    assert rated["source_class_probability"][key] == pytest.approx(float(chances[own]), abs=1e-5)
+    assert rated["is_source_class"][key] == (int(chances.argmax()) == own)
+    assert rated["color_similarity"][key] == pytest.approx(float(color_similarity(outlier, original)))
+    parts = summarize_quality(rated)
     assert parts[0]["outliers"] == sum(part["outliers"] for part in parts[1:]) == 20
-    assert parts[0]["is_source"] == pytest.approx(rated["is_source"].mean())
+    assert parts[0]["is_source_class"] == pytest.approx(rated["is_source_class"].mean())
     assert len(source) == 8
     write_quality(rated.reset_index(), found)
     assert len(pd.read_csv(found.folder / "quality.csv")) == 20

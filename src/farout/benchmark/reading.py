@@ -326,7 +326,7 @@ def _check_detector(spec: Spec, entry: DetectorSpec, where: str) -> None:
 def _check_outliers(spec: Spec, entry: OutlierSpec, where: str) -> None:
     made = entry.made()
     diffusion = bool({"diffusion", "classes"} & made.needs)
-    _check_wanted({"diffusion": diffusion, "classifier": "classifier" in made.wanted}, entry, where)
+    _check_wanted({"diffusion": diffusion, "classifier": "classifier" in made.required_inputs}, entry, where)
     network = spec.networks.get(entry.diffusion or "")
     told = network is None or network.folder is not None or getattr(network.model, "classes", False)
     if "classes" in made.needs and not told:

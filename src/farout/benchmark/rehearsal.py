@@ -23,7 +23,7 @@ from farout.diffusion import diffusers_folders as folders
 from farout.diffusion.image_to_image import RoundTrip
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import DiffusionConfig
-from farout.synthesis.base import Work
+from farout.synthesis.base import SynthesisContext
 
 __all__ = ["Rehearsal"]
 
@@ -88,7 +88,9 @@ class Rehearsal:
         given, classifier = self._given(entry)
         diffusion = None if given is None else made.load_diffusion(given, images)
         runtime = self.spec.runtime.resolved()
-        made.check(Work.of(images, Path(), entry.count, self.spec.seeds[0], runtime, diffusion, classifier))
+        made.check(
+            SynthesisContext.create(images, Path(), entry.count, self.spec.seeds[0], runtime, diffusion, classifier)
+        )
 
     def _given(self, entry: DetectorSpec | OutlierSpec) -> tuple[Any, Any]:
         found = [None if name is None else self.network(name) for name in (entry.diffusion, entry.classifier)]

@@ -17,7 +17,7 @@ from farout.diffusion.sampling import Sampler, Spacing, choose_classes
 from farout.report.outlier_page import write_outlier_page
 from farout.synthesis import SYNTHESIZERS
 from farout.synthesis.base import OutlierFolder, Synthesizer
-from farout.synthesis.quality import is_made_of_images, rate_outliers, write_quality
+from farout.synthesis.quality import has_source_images, measure_quality, write_quality
 from farout.synthesis.reconstruct import ReconstructedFolder
 from farout.synthesis.reconstruct import reconstruct as _reconstruct
 
@@ -132,9 +132,9 @@ def synthesize(
 def _write_page(found: OutlierFolder, images: ImageSource, classifier: str | None, runtime: Runtime) -> None:
     """The page, with what a classifier says of outliers that were made of images."""
     rated = None
-    if classifier is not None and is_made_of_images(found):
+    if classifier is not None and has_source_images(found):
         judge = Classifier.load(classifier).to(resolve_device(runtime.device))
-        rated = rate_outliers(found, images, judge, runtime)
+        rated = measure_quality(found, images, judge, runtime)
     write_quality(rated, found)
     write_outlier_page(found, images, rated)
 

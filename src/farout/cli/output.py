@@ -29,7 +29,7 @@ from farout.features.cache import CachedKind, cache_folder
 from farout.features.extraction import Extraction
 from farout.report.interpolation import InterpolatedFolder
 from farout.scoring.folder import ScoredFolder
-from farout.synthesis.base import MadeFolder
+from farout.synthesis.base import GeneratedFolder
 
 __all__ = ["progress", "quiet_libraries", "show"]
 
@@ -149,9 +149,9 @@ def _sampled(done: SampledFolder) -> None:
         print(f"  {path}")
 
 
-def _made(done: MadeFolder, what: str) -> None:
-    more = f", {done.asked} requested" * (done.images != done.asked)
-    print(f"{done.images} {what}, {done.made} new{more}")
+def _made(done: GeneratedFolder, what: str) -> None:
+    more = f", {done.requested} requested" * (done.images != done.requested)
+    print(f"{done.images} {what}, {done.generated} new{more}")
     for path in (done.folder / each for each in _MADE):
         if path.exists():
             print(f"  {path}")

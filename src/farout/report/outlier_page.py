@@ -21,7 +21,7 @@ from farout.synthesis.dream_ood.boundary_folder import read_drawn
 from farout.synthesis.editing.base import REGIONS
 from farout.synthesis.ncis.inversion import read_embeddings
 from farout.synthesis.ncis.manifold import Manifold
-from farout.synthesis.quality import is_made_of_images, summed_up
+from farout.synthesis.quality import has_source_images, summarize_quality
 
 __all__ = ["write_outlier_page"]
 
@@ -34,7 +34,7 @@ def write_outlier_page(outliers: OutlierFolder, source: ImageSource, rated: pd.D
     Args:
         outliers: the folder, after any stage.
         source: the images that the outliers were made of.
-        rated: see `rate_outliers`.
+        rated: see `measure_quality`.
     """
     settings = outliers.settings()
     text = render(
@@ -45,8 +45,8 @@ def write_outlier_page(outliers: OutlierFolder, source: ImageSource, rated: pd.D
         embedding=_embedding(outliers.folder / "embeddings"),
         alignment=_alignment(outliers.folder / "align"),
         distances=_distances(outliers.folder),
-        quality=None if rated is None else summed_up(rated),
-        pairs=_pairs(outliers, source) if is_made_of_images(outliers) else [],
+        quality=None if rated is None else summarize_quality(rated),
+        pairs=_pairs(outliers, source) if has_source_images(outliers) else [],
         classes=_classes(outliers, source) if outliers.images else [],
         versions=store.versions(),
     )

@@ -1,4 +1,4 @@
-"""The contract of synthesizers: labelled images and a generator in, a folder of outliers out."""
+"""The interface of synthesizers: labelled images and a generator in, a folder of synthetic outliers out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from farout.classifiers.model import Classifier
 from farout.core import store
 from farout.core.chunking import blocks_with
 from farout.core.config import Configured, flat
-from farout.core.devices import ProcessGroup, join_processes
+from farout.core.devices import join_processes
 from farout.core.errors import FaroutError, SourceError
 from farout.core.progress import task
 from farout.core.runtime import Runtime
@@ -26,40 +26,42 @@ from farout.data.indices import some_readable
 from farout.data.sources import open_source
 from farout.diffusion.model import DiffusionModel
 from farout.synthesis import SYNTHESIZERS
-from farout.synthesis.leakage import warn_of_other_classes
-from farout.synthesis.outlier_folder import MadeFolder, OutlierFolder, ReconstructedFolder, read_outliers
+from farout.synthesis.generated_folder import GeneratedFolder, OutlierFolder, ReconstructedFolder, read_outliers
+from farout.synthesis.leakage import warn_about_extra_classes
 from farout.synthesis.writer import ImageWriter
 
 __all__ = [
-    "Made",
-    "MadeFolder",
+    "GeneratedFolder",
     "OutlierFolder",
-    "Remade",
+    "ReconstructedImages",
+    "SynthesisContext",
     "Synthesizer",
-    "Work",
-    "identity",
+    "SyntheticImages",
+    "describe_inputs",
     "read_outliers",
 ]
 
 RECONSTRUCTIONS = "reconstructions"
-"""The folder of images made again, within one of outliers that were made of them."""
+"""Sub-folder of a folder of outliers for the reconstructions of their source images."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a synthesizer works with.
+class SynthesisContext:
+    """The inputs of one call of `Synthesizer.synthesize`, passed to every hook.
 
     Attributes:
         source: the in-distribution images.
-        labels: the class of each as its position in `class_names`, int64 (N,).
-        class_names: of all classes that the generator knows.
-        folder: the folder of outliers; a stage keeps its files in a folder of its own within.
-        count: outliers asked for; number i depends on (seed, i), not on how many are asked for.
-        seed: of everything that is drawn.
-        runtime: how networks are run, resolved.
-        diffusion: the generator, where the method needs it.
-        classifier: as given.
-        built: what `once` has built, by name.
+        labels: the class of each image as an index into `class_names`, int64 (N,).
+        class_names: names of all classes that the generator knows.
+        folder: the output folder; each stage stores its files in a sub-folder of its own.
+        count: number of outliers; outlier `index` depends on (seed, index), not on `count`.
+        seed: seed of all random numbers.
+        runtime: device, precision and batch size, resolved.
+        diffusion: the generator, if the method needs one.
+        classifier: the classifier, if one is given.
+        cache: objects built by `cached`, by name.
     """
 
     source: ImageSource
@@ -71,10 +73,10 @@ class Work:
     runtime: Runtime
     diffusion: DiffusionModel | None = None
     classifier: Classifier | None = None
-    built: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(
+    def create(
         cls,
         source: ImageSource,
         folder: Path,
@@ -83,52 +85,57 @@ class Work:
         runtime: Runtime,
         diffusion: DiffusionModel | None = None,
         classifier: Classifier | None = None,
-    ) -> Work:
-        """With the classes that the generator is told, else those of the images.
+    ) -> SynthesisContext:
+        """Creates a context with the classes of the generator, or of the images without a class-conditional generator.
 
-        Raises SourceError for images without labels, or of a class that the generator does not know.
+        Raises SourceError for images without labels or of a class that the generator does not know.
         """
-        told = None if diffusion is None else diffusion.conditioning
-        names = names_of(source) if told is None else told.class_names
+        conditioning = None if diffusion is None else diffusion.conditioning
+        names = names_of(source) if conditioning is None else conditioning.class_names
         labels = class_numbers(source, names)
         return cls(source, labels, names, folder, count, seed, runtime, diffusion, classifier)
 
-    def once(self, name: str, build: Callable[[], Any]) -> Any:
-        """What a method builds once and uses again in this run."""
-        if name not in self.built:
-            self.built[name] = build()
-        return self.built[name]
+    def cached(self, name: str, build: Callable[[], T]) -> T:
+        """Return the object called `name`, which is built by `build` at the first call."""
+        if name not in self.cache:
+            self.cache[name] = build()
+        found: T = self.cache[name]
+        return found
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
-        """The classes that have images, rising."""
+        """The classes that have images, in increasing order."""
         return tuple(sorted(set(self.labels.tolist())))
 
     @property
-    def present(self) -> list[str]:
+    def present_names(self) -> list[str]:
         """Names of the classes that have images, in the order of `classes`."""
         return [self.class_names[label] for label in self.classes]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of the generator's images, or of the source's first readable one where there is none."""
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the generator's images; without a generator, of the first readable source image."""
         if self.diffusion is None:
             return tuple(self.source[some_readable(self.source)[0]].shape)
-        prepared = self.diffusion.preprocessing
-        return (prepared.channels, *prepared.size)
+        preprocessing = self.diffusion.preprocessing
+        return (preprocessing.channels, *preprocessing.size)
 
     @property
     def generator(self) -> DiffusionModel:
-        """The diffusion model; raises FaroutError where none was given."""
+        """The diffusion model; raises FaroutError if there is none."""
         if self.diffusion is None:
             raise FaroutError("this synthesizer needs a diffusion model; give diffusion=FOLDER (or a DiffusionModel)")
         return self.diffusion
 
 
 @dataclass(frozen=True)
-class Remade:
-    """Images that outliers were made of, made again: rows of their batch, images (R, C, H, W) in [0, 1], and what
-    varies by image, by name.
+class ReconstructedImages:
+    """Reconstructions of the source images of some outliers of a batch.
+
+    Attributes:
+        rows: the rows of the batch whose source images are reconstructed.
+        images: (R, C, H, W) in [0, 1].
+        columns: additional manifest columns, one value per reconstruction.
     """
 
     rows: Sequence[int]
@@ -137,77 +144,103 @@ class Remade:
 
 
 @dataclass(frozen=True)
-class Made:
-    """Outliers: images (B, C, H, W) in [0, 1]; the key of the image that each was made of, empty where it was made of
-    none; what else varies by image, by name; pictures (C, H, W) in [0, 1] that tell of some, by name of a folder; and
-    what some were made of, made again.
+class SyntheticImages:
+    """A batch of synthetic outliers.
+
+    Attributes:
+        images: (B, C, H, W) in [0, 1].
+        sources: key of the source image of each outlier; empty for an outlier that was not edited from an image.
+        columns: additional manifest columns, one value per outlier.
+        extra_images: additional images (C, H, W) in [0, 1] of some outliers, by the name of their sub-folder.
+        reconstructions: reconstructions of the source images, if requested.
     """
 
     images: Tensor
     sources: Sequence[str]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    pictures: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
-    remade: Remade | None = None
+    extra_images: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
+    reconstructions: ReconstructedImages | None = None
 
 
 class Synthesizer(Configured, ABC):
-    """A method that makes outliers. The constructor's arguments are the configuration.
+    """A method that generates synthetic outliers. The arguments of the constructor are its configuration.
 
-    A method implements `make` and `tiny`, and says what it `needs`; one that works in stages names them in `stages` and
-    implements `prepare` for all but the last.
+    A method implements `generate` and `tiny` and sets `needs`. A method that works in several stages lists them in
+    `stages` and implements `run_stage` for all stages but the last one, which generates the images.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"labels"})
-    """What it wants: `labels` (always), `diffusion`, `classes` (the diffusion model is told them), `classifier`."""
+    """Required inputs: `labels` (always), `diffusion`, `classes` (a class-conditional model), `classifier`."""
     stages: ClassVar[tuple[str, ...]] = ("images",)
-    """What is done one after the other; the last stage makes the images."""
+    """Names of the stages in their order; the last one generates the images."""
 
     @property
-    def wanted(self) -> frozenset[str]:
-        """What this configuration wants: `needs`, and what its settings want beside that."""
+    def required_inputs(self) -> frozenset[str]:
+        """The inputs that this configuration requires: `needs`, and those that its settings require."""
         return self.needs
 
     # -- what a method implements --------------------------------------------------------------------------------
 
     @abstractmethod
-    def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
-        """Outliers number `indices` of the classes `labels`; each depends on its number, its class and the seed alone,
-        not on the others.
+    def generate(self, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]) -> SyntheticImages:
+        """Generate the outliers `indices` of the classes `labels`.
+
+        Each outlier depends only on its index, its class and the seed, not on the other outliers of the batch.
         """
 
     @classmethod
     @abstractmethod
     def tiny(cls, resources: Any) -> Synthesizer:
-        """One that runs in seconds, for the shared tests; `resources.diffusion` is a tiny class-conditional model."""
+        """A configuration that runs in seconds, for the contract tests.
+
+        Args:
+            resources: `resources.diffusion` is a tiny class-conditional model, `resources.classifier` a classifier.
+        """
 
     def load_diffusion(self, given: DiffusionModel | str | Path, source: ImageSource) -> DiffusionModel:
-        """The diffusion model; a method may tell it something of the images, which have labels."""
+        """Load the diffusion model; a method may configure it with the class names of `source`."""
         return DiffusionModel.load(given) if isinstance(given, str | Path) else given
 
-    def check(self, work: Work) -> None:
-        """Called before anything is written: refuses what cannot work."""
+    def check(self, context: SynthesisContext) -> None:
+        """Raise FaroutError for inputs that cannot work; called before anything is written."""
 
-    def judge(self, work: Work) -> None:
-        """Called once, when the folder is open and before any stage: warns of what takes some work to find out."""
+    def check_generator(self, context: SynthesisContext) -> None:
+        """Warn about a poor generator; called once, after the folder is opened and before the first stage."""
 
-    def prepare(self, work: Work, stage: str) -> None:
-        """Does a stage before the last: leaves its files within `work.folder`, and goes on from those there."""
+    def run_stage(self, context: SynthesisContext, stage: str) -> None:
+        """Run a stage before the last one: continue from its files in `context.folder`, if there are any."""
         raise FaroutError(
-            f"{type(self).__name__} names the stage {stage!r} and has no `prepare` that does it; write one, or leave "
-            "the stage out of `stages`"
+            f"{type(self).__name__} lists the stage {stage!r} but does not implement `run_stage`; implement it, or "
+            "remove the stage from `stages`"
         )
 
-    def shape(self, work: Work) -> tuple[int, ...]:
-        """(C, H, W) of the images that are made."""
-        return work.shape
+    def image_shape(self, context: SynthesisContext) -> tuple[int, ...]:
+        """(C, H, W) of the generated images."""
+        return context.image_shape
 
-    def label(self, work: Work, index: int) -> int:
-        """The class of outlier number `index`: the classes that have images take turns."""
-        return work.classes[index % len(work.classes)]
+    def label_of(self, context: SynthesisContext, index: int) -> int:
+        """The class of outlier `index`; by default the classes that have images alternate."""
+        return context.classes[index % len(context.classes)]
 
-    def remakes(self, work: Work) -> int:
-        """With how many of the first outliers `make` gives the images that they were made of, made again."""
+    def count_reconstructions(self, context: SynthesisContext) -> int:
+        """The number of outliers, from the first one, whose source images `generate` also reconstructs."""
         return 0
+
+    def image_settings(self, context: SynthesisContext) -> dict[str, Any]:
+        """Everything that determines the images: a resumed run must have the same values."""
+        try:
+            name = SYNTHESIZERS.name_of(type(self))
+        except FaroutError:  # a class that is not registered
+            name = type(self).__name__
+        # a classifier that only checks the generator does not change the images
+        uses_classifier = context.classifier is not None and "classifier" in self.required_inputs
+        return {
+            "method": name,
+            "config": flat(self.config),
+            "seed": context.seed,
+            **describe_inputs(context.source, context.labels, context.diffusion, context.runtime),
+            "classifier": context.classifier.content_hash if context.classifier and uses_classifier else None,
+        }
 
     # -- what every synthesizer does -----------------------------------------------------------------------------
 
@@ -226,135 +259,141 @@ class Synthesizer(Configured, ABC):
         policy: Literal["raise", "skip"] = "raise",
         runtime: Runtime | None = None,
     ) -> OutlierFolder:
-        """Makes outliers number 0 to count - 1 into `out`, the same for any batch size and number of processes.
+        """Generate the outliers 0 to count - 1 into `out`, the same for any batch size and number of processes.
 
-        Started under `accelerate launch` or `torchrun`, several processes, one device each, share the images of the
-        last stage; the first one does the stages before by itself.
+        Under `accelerate launch` or `torchrun`, several processes with one device each share the images of the last
+        stage; the first process runs the earlier stages alone.
 
         Args:
             images: labelled in-distribution images, any source.
-            out: the folder; see `OutlierFolder`.
-            count: number of outliers, all classes together.
-            diffusion: a `DiffusionModel` or its folder, for methods that need one; those that tell it classes take
-                original Stable Diffusion folders too.
-            classifier: a `Classifier` or its folder, trained apart from the diffusion model: for methods that need one,
-                and to say whether the generator's own samples are of their classes.
-            seed: of everything that is drawn.
-            resume: go on where an earlier run in `out` stopped; a larger count adds images.
-            stage: the last of the method's `stages` to do; None: all.
-            limit: a seeded sample of this many images of the source.
-            policy: what becomes of an unreadable image: raise, or skip.
-            runtime: how networks are run; None: `Runtime()`.
+            out: the output folder; see `OutlierFolder`.
+            count: number of outliers over all classes.
+            diffusion: a `DiffusionModel` or its folder, for methods that need one. Methods that need classes also
+                accept original Stable Diffusion folders.
+            classifier: a `Classifier` or its folder, trained independently of the diffusion model. Some methods require
+                it; otherwise it checks whether the generator's own samples show their classes.
+            seed: seed of all random numbers.
+            resume: continue an earlier run in `out`; a larger count adds images.
+            stage: the last of the method's `stages` to run; None: all.
+            limit: use a seeded sample of this many images of the source.
+            policy: treatment of unreadable images: raise an error, or skip them.
+            runtime: device, precision and batch size; None: `Runtime()`.
 
         Raises:
-            FaroutError: for images, networks and settings that do not go together.
-            SourceError: for images without labels, or of a class that the generator does not know.
-            StoreError: where `out` holds something else, outliers and `resume` is not set, or outliers that were made
-                with other settings, which are listed.
+            FaroutError: for images, networks and settings that do not fit together.
+            SourceError: for images without labels or of a class that the generator does not know.
+            StoreError: if `out` contains other files, contains outliers and `resume` is not set, or contains outliers
+                that were generated with other settings, which the message lists.
         """
         if count < 1:
             raise FaroutError(f"count must be at least 1, got {count}")
-        doing = self._stages(stage)
+        if stage is not None and stage not in self.stages:
+            raise FaroutError(f"{type(self).__name__} has no stage {stage!r}; it has {', '.join(self.stages)}")
+        stages = self.stages if stage is None else self.stages[: self.stages.index(stage) + 1]
         source = open_source(images, policy=policy, limit=limit, seed=seed)
-        resolved = (runtime or Runtime()).resolved()
-        processes = join_processes(resolved.device)
-        _check_labelled(source)
+        runtime = (runtime or Runtime()).resolved()
+        processes = join_processes(runtime.device)
+        if source.labels is None:
+            raise SourceError(
+                f"{source.name} has no labels, and outliers are generated class by class; give a class-per-folder tree "
+                "or a table with labels"
+            )
         model = None if diffusion is None else self.load_diffusion(diffusion, source)
-        networks = self._networks(model, classifier, resolved.device)
-        work = Work.of(source, Path(out), count, seed, resolved, *networks)
-        self.check(work)
-        warn_of_other_classes(source, work.diffusion, work.classifier)
-        writer, again = self._writers(work, processes)
-        about = {"source": source.name, "images": len(source), "class_names": list(work.class_names)}
-        for each in (writer, again) if self.remakes(work) else (writer,):
-            each.begin(self._settings(work), {**about, "provenance": self.provenance}, resume=resume)
-        processes.run_on_main_process(lambda: self._before(work, doing))
-        made = self._write(work, writer, again) if doing == self.stages else 0
-        return OutlierFolder(Path(out), writer.images, count, made)
+        networks = self._check_networks(model, classifier, runtime.device)
+        context = SynthesisContext.create(source, Path(out), count, seed, runtime, *networks)
+        self.check(context)
+        warn_about_extra_classes(source, context.diffusion, context.classifier)
 
-    def _before(self, work: Work, doing: Sequence[str]) -> None:
-        """What comes before the last stage."""
-        if self.stages[-1] in doing:
-            self.judge(work)
-        for name in doing:
-            if name != self.stages[-1]:
-                self.prepare(work, name)
+        writer = ImageWriter(out, context.class_names, seed, OutlierFolder.kind, processes)
+        reconstruction_writer = ImageWriter(
+            Path(out) / RECONSTRUCTIONS, context.class_names, seed, ReconstructedFolder.kind, processes
+        )
+        about = {
+            "source": source.name,
+            "images": len(source),
+            "class_names": list(context.class_names),
+            "provenance": self.provenance,
+        }
+        writer.begin(self.image_settings(context), about, resume=resume)
+        if self.count_reconstructions(context):
+            reconstruction_writer.begin(self.image_settings(context), about, resume=resume)
 
-    def _stages(self, last: str | None) -> tuple[str, ...]:
-        if last is None:
-            return self.stages
-        if last not in self.stages:
-            raise FaroutError(f"{type(self).__name__} has no stage {last!r}; it has {', '.join(self.stages)}")
-        return self.stages[: self.stages.index(last) + 1]
+        def run_early_stages() -> None:
+            if stages == self.stages:
+                self.check_generator(context)
+            for name in stages:
+                if name != self.stages[-1]:
+                    self.run_stage(context, name)
 
-    def _networks(
-        self, model: DiffusionModel | None, classifier: Classifier | str | Path | None, device: str
+        processes.run_on_main_process(run_early_stages)
+        generated = 0
+        if stages == self.stages:
+            generated = self._generate_missing(context, writer, reconstruction_writer)
+        return OutlierFolder(Path(out), writer.images, count, generated)
+
+    def _check_networks(
+        self, diffusion: DiffusionModel | None, classifier: Classifier | str | Path | None, device: str
     ) -> tuple[DiffusionModel | None, Classifier | None]:
-        """The networks, loaded; a diffusion model that the method does not need is left aside."""
-        judge = Classifier.load(classifier) if isinstance(classifier, str | Path) else classifier
-        for name, given in (("diffusion", model), ("classifier", judge)):
-            if name in self.wanted and given is None:
+        """Load the classifier and check that the required networks are given; both on `device`."""
+        if isinstance(classifier, str | Path):
+            classifier = Classifier.load(classifier)
+        for name, network in (("diffusion", diffusion), ("classifier", classifier)):
+            if name in self.required_inputs and network is None:
                 raise FaroutError(f"{type(self).__name__} needs a {name} model; give {name}=FOLDER")
-        if "classes" in self.needs and model is not None and model.conditioning is None:
+        if "classes" in self.needs and diffusion is not None and diffusion.conditioning is None:
             raise FaroutError(
                 f"{type(self).__name__} needs a class-conditional diffusion model, and this one is unconditional; "
                 "train one with `farout train diffusion SOURCE --preset classes`"
             )
-        used = model if "diffusion" in self.needs else None
-        return used and used.to(device), judge and judge.to(device)
+        used = diffusion if "diffusion" in self.needs else None
+        return used and used.to(device), classifier and classifier.to(device)
 
-    def _settings(self, work: Work) -> dict[str, Any]:
-        """All that decides the images."""
-        try:
-            name = SYNTHESIZERS.name_of(type(self))
-        except FaroutError:  # a class of the caller's own, which no name leads to
-            name = type(self).__name__
-        return {
-            "method": name,
-            "config": flat(self.config),
-            "seed": work.seed,
-            **identity(work.source, work.labels, work.diffusion, work.runtime),
-            # one that only judges the generator decides nothing
-            "classifier": work.classifier.content_hash if work.classifier and "classifier" in self.wanted else None,
-        }
-
-    def _writers(self, work: Work, processes: ProcessGroup) -> tuple[ImageWriter, ImageWriter]:
-        """Of outliers, and of the images that they were made of."""
-        out, names = work.folder, work.class_names
-        again = ImageWriter(out / RECONSTRUCTIONS, names, work.seed, ReconstructedFolder.kind, processes)
-        return ImageWriter(out, names, work.seed, OutlierFolder.kind, processes), again
-
-    def _write(self, work: Work, writer: ImageWriter, again: ImageWriter) -> int:
-        wanted, lost = writer.missing(work.count), again.missing(min(work.count, self.remakes(work)))
-        blocks = blocks_with({*wanted, *lost}, work.runtime.images_per_batch(self.shape(work)), work.count)
-        mine = writer.processes.split_between_processes(blocks)
-        with writer, again, task(f"outliers into {work.folder}", sum(map(len, mine))) as bar:
-            for indices in mine:
-                labels = [self.label(work, index) for index in indices]
-                made = self.make(work, indices, labels)
-                _write_batch(made, indices, labels, writer, again)
+    def _generate_missing(
+        self, context: SynthesisContext, writer: ImageWriter, reconstruction_writer: ImageWriter
+    ) -> int:
+        """Generate and write the images that the folders lack; return the number of new outliers of all processes."""
+        missing = writer.missing(context.count)
+        to_reconstruct = reconstruction_writer.missing(min(context.count, self.count_reconstructions(context)))
+        batch_size = context.runtime.images_per_batch(self.image_shape(context))
+        # batches with fixed boundaries are computed whole, so that a resumed run writes the same bytes
+        batches = writer.processes.split_between_processes(
+            blocks_with({*missing, *to_reconstruct}, batch_size, context.count)
+        )
+        with (
+            writer,
+            reconstruction_writer,
+            task(f"outliers into {context.folder}", sum(map(len, batches))) as bar,
+        ):
+            for indices in batches:
+                labels = [self.label_of(context, index) for index in indices]
+                batch = self.generate(context, indices, labels)
+                reconstructed = batch.reconstructions
+                tensors = [batch.images] if reconstructed is None else [batch.images, reconstructed.images]
+                if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+                    raise FaroutError(
+                        "some outliers are not numbers; use precision fp32, or settings closer to the classes"
+                    )
+                # reconstructions first: if an outlier exists after an interruption, so does its reconstruction
+                if reconstructed is not None:
+                    rows = reconstructed.rows
+                    reconstruction_writer.write(
+                        [indices[row] for row in rows],
+                        [labels[row] for row in rows],
+                        reconstructed.images,
+                        [batch.sources[row] for row in rows],
+                        reconstructed.columns,
+                    )
+                writer.write(indices, labels, batch.images, batch.sources, batch.columns, batch.extra_images)
                 bar.advance(len(indices))
-            again.finish()
+            reconstruction_writer.finish()
             writer.finish()
-        return len(wanted)
+        return len(missing)
 
 
-def _write_batch(
-    made: Made, indices: Sequence[int], labels: Sequence[int], writer: ImageWriter, again: ImageWriter
-) -> None:
-    """What outliers were made of goes first: where an outlier stands, it does."""
-    parts = [made.images] if made.remade is None else [made.images, made.remade.images]
-    if not all(bool(torch.isfinite(part).all()) for part in parts):
-        raise FaroutError("some outliers are not numbers; use precision fp32, or settings less far out")
-    if made.remade is not None:
-        rows = made.remade.rows
-        numbers, classes = ([each[row] for row in rows] for each in (indices, labels))
-        again.write(numbers, classes, made.remade.images, [made.sources[row] for row in rows], made.remade.columns)
-    writer.write(indices, labels, made.images, made.sources, made.columns, made.pictures)
-
-
-def identity(source: ImageSource, labels: Tensor, diffusion: DiffusionModel | None, runtime: Runtime) -> dict[str, Any]:
-    """What images, labels, generator and kernels are: work that goes on must have the same."""
+def describe_inputs(
+    source: ImageSource, labels: Tensor, diffusion: DiffusionModel | None, runtime: Runtime
+) -> dict[str, Any]:
+    """Hashes of images, labels and generator, and the numerical environment: a resumed run must have the same."""
     return {
         "data": source.fingerprint(),
         "labels": store.hash_tensors({"labels": labels}),
@@ -362,12 +401,3 @@ def identity(source: ImageSource, labels: Tensor, diffusion: DiffusionModel | No
         "precision": runtime.precision,
         "device": runtime.device.partition(":")[0],
     }
-
-
-def _check_labelled(source: ImageSource) -> None:
-    if source.labels is None:
-        raise SourceError(
-            f"{source.name} has no labels, and outliers are generated class by class; give a class-per-folder tree or "
-            "a "
-            "table with labels"
-        )

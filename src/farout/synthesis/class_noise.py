@@ -1,4 +1,4 @@
-"""A class vector with Gaussian noise, decoded: the control that a method must beat."""
+"""Images of class embeddings with Gaussian noise: the baseline of every synthesizer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from farout.core.errors import FaroutError
 from farout.diffusion.noise import seeded
-from farout.synthesis.base import Work
-from farout.synthesis.class_space import ClassPoints, VectorSynthesizer, class_space, vector_scale
+from farout.synthesis.base import SynthesisContext
+from farout.synthesis.class_space import ClassVectors, VectorSynthesizer, class_conditioning, class_table_std
 
 __all__ = ["ClassNoise"]
 
@@ -18,9 +18,9 @@ __all__ = ["ClassNoise"]
 class ClassNoise(VectorSynthesizer):
     """Synthetic outliers from class embeddings with Gaussian noise.
 
-    The image of v = e_y + scale s n, where e_y is the vector of class y, s the standard deviation of all entries of the
-    class table, n standard normal noise of (seed, number of the outlier). Of the images only the classes matter. The
-    manifest's `distance` is ||v - e_y||.
+    Decodes v = e_y + scale s n, where e_y is the embedding of class y, s the standard deviation of all entries of the
+    class table, and n standard normal noise that depends on (seed, index of the outlier). Only the classes of the
+    images are used. The manifest's `distance` is ||v - e_y||.
 
     Args:
         scale: standard deviation of the noise, relative to that of the class embeddings; 0 gives images of the classes.
@@ -34,14 +34,15 @@ class ClassNoise(VectorSynthesizer):
 
     @classmethod
     def tiny(cls, resources: Any) -> ClassNoise:
-        """Three steps."""
+        """Three solver steps."""
         return cls(steps=3)
 
-    def points(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> ClassPoints:
-        """Class vectors with noise."""
-        space = class_space(work.generator)
-        draws = [torch.randn(space.dim, generator=seeded(work.seed, "class noise", index)) for index in indices]
-        offsets = self.scale * vector_scale(space) * torch.stack(draws)
-        distances = [float(offset.norm()) for offset in offsets]
-        vectors = space.vectors().cpu()[list(labels)] + offsets
-        return ClassPoints(vectors, [""] * len(indices), {"distance": distances})
+    def find_vectors(self, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]) -> ClassVectors:
+        """Class embeddings with noise."""
+        conditioning = class_conditioning(context.generator)
+        noise = torch.stack(
+            [torch.randn(conditioning.dim, generator=seeded(context.seed, "class noise", index)) for index in indices]
+        )
+        offsets = self.scale * class_table_std(conditioning) * noise
+        vectors = conditioning.vectors().cpu()[list(labels)] + offsets
+        return ClassVectors(vectors, {"distance": offsets.norm(dim=1).tolist()})

@@ -1,4 +1,4 @@
-"""From vectors of a generator's class space to images."""
+"""The class-embedding space of a generator: decoding vectors of it to images, and the synthesizers that work in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError
-from farout.core.runtime import Runtime
 from farout.data.classes import names_of
 from farout.data.image_source import ImageSource
 from farout.diffusion import diffusers_folders as folders
@@ -23,22 +22,30 @@ from farout.diffusion.conditioning.prompts import Prompts
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
 from farout.diffusion.sampling import Sampler, Spacing
-from farout.synthesis.base import Made, Synthesizer, Work
-from farout.synthesis.generator_check import class_places, warn_of_poor_samples
+from farout.synthesis.base import SynthesisContext, Synthesizer, SyntheticImages
+from farout.synthesis.generator_check import classifier_indices, warn_about_poor_samples
 
-__all__ = ["PUBLISHED", "ClassPoints", "VectorSynthesizer", "class_space", "decode", "noised", "vector_scale"]
+__all__ = [
+    "PAPER_DECODING",
+    "ClassVectors",
+    "VectorSynthesizer",
+    "add_condition_noise",
+    "class_conditioning",
+    "class_table_std",
+    "decode_vectors",
+]
 
-PUBLISHED: dict[str, Any] = {
+PAPER_DECODING: dict[str, Any] = {
     "solver": "plms",
     "steps": 50,
     "spacing": "leading",
     "guidance": 7.5,
     "prompts": Prompts(generation="A high-quality image of the {}", pieces="first"),
 }
-"""How NCIS and Dream-OOD decode with Stable Diffusion 1.4: a part of the presets of their papers."""
+"""How NCIS and Dream-OOD decode with Stable Diffusion 1.4; part of the presets of both papers."""
 
 
-def class_space(model: DiffusionModel) -> Conditioning:
+def class_conditioning(model: DiffusionModel) -> Conditioning:
     """The conditioning of a class-conditional model; raises FaroutError for an unconditional one."""
     if model.conditioning is None:
         raise FaroutError(
@@ -48,77 +55,74 @@ def class_space(model: DiffusionModel) -> Conditioning:
     return model.conditioning
 
 
-def vector_scale(conditioning: Conditioning) -> float:
-    """Standard deviation of all entries of the class table: the unit of distances in it, whatever the generator.
+def class_table_std(conditioning: Conditioning) -> float:
+    """Standard deviation of all entries of the class table: a unit of distance that suits any generator.
 
-    Raises FaroutError for a table whose entries are all the same.
+    Raises FaroutError for a table whose entries are all equal.
     """
-    scale = float(conditioning.vectors().std(correction=0))
-    if not scale > 0:
+    std = float(conditioning.vectors().std(correction=0))
+    if not std > 0:
         raise FaroutError("all numbers of this model's class table are the same: it does not distinguish classes")
-    return scale
+    return std
 
 
-def decode(
+def decode_vectors(
     sampler: Sampler,
     vectors: Tensor,
     indices: Sequence[int],
     labels: Sequence[int] | None = None,
-    change: Callable[[Condition], Condition] | None = None,
+    transform: Callable[[Condition], Condition] | None = None,
 ) -> Tensor:
-    """Images (B, C, H, W) float32 in [0, 1] of class vectors (B, D), on the CPU.
+    """Decode class vectors (B, D) to images (B, C, H, W) float32 in [0, 1], on the CPU.
 
-    Image i starts from the noise of (the sampler's seed, indices[i]), whatever else is in the batch; the class's own
-    vector gives the image that `Sampler.images` gives of that class under that number.
+    Image i starts from the noise of (the sampler's seed, indices[i]), whatever else is in the batch. A class's own
+    vector gives the image that `Sampler.images` gives for that class and index.
 
     Args:
-        sampler: of a class-conditional model.
-        vectors: to be decoded.
-        indices: numbers of the noises.
-        labels: the classes that the vectors belong to, for models whose vectors stand in prompts of their classes.
-        change: done to the condition that the vectors make.
+        sampler: samples of a class-conditional model.
+        vectors: the class vectors.
+        indices: indices of the noise.
+        labels: classes of the vectors, for models whose class vector is one token in the prompt of its class.
+        transform: applied to the condition that the vectors give.
 
-    Raises FaroutError for an unconditional model, vectors of another shape or without labels that they need, and those
-    that are not numbers.
+    Raises FaroutError for an unconditional model, vectors of another shape or without the labels they need, and
+    vectors that are not finite.
     """
-    conditioning = class_space(sampler.model)
+    conditioning = class_conditioning(sampler.model)
     if not bool(torch.isfinite(vectors).all()):
         raise FaroutError("some class vectors to decode are not finite numbers")
-    told = None if labels is None else torch.tensor(list(labels), dtype=torch.int64)
-    condition = conditioning(vectors.float(), told)
-    return sampler.images_under(condition if change is None else change(condition), indices)
+    label_tensor = None if labels is None else torch.tensor(list(labels), dtype=torch.int64)
+    condition = conditioning(vectors.float(), label_tensor)
+    return sampler.images_under(condition if transform is None else transform(condition), indices)
 
 
-def noised(condition: Condition, scale: float, seed: int, indices: Sequence[int]) -> Condition:
-    """A condition with Gaussian noise of standard deviation `scale` on its numbers, row i from (seed, indices[i])."""
-
-    def row(values: Tensor, name: str, index: int) -> Tensor:
-        drawn = torch.randn(values.shape, generator=seeded(seed, "condition noise", name, index))
-        return values + scale * drawn.to(values.device)
-
-    return Condition(
-        {
-            name: torch.stack([row(values, name, index) for values, index in zip(tensor, indices, strict=True)])
-            for name, tensor in condition.tensors.items()
-        }
-    )
+def add_condition_noise(condition: Condition, scale: float, seed: int, indices: Sequence[int]) -> Condition:
+    """Add Gaussian noise of standard deviation `scale` to a condition; row i depends on (seed, indices[i])."""
+    noisy = {}
+    for name, tensor in condition.tensors.items():
+        generators = [seeded(seed, "condition noise", name, index) for index in indices]
+        noise = torch.stack([torch.randn(tensor.shape[1:], generator=generator) for generator in generators])
+        noisy[name] = tensor + scale * noise.to(tensor.device)
+    return Condition(noisy)
 
 
 @dataclass(frozen=True)
-class ClassPoints:
-    """Points of a class space: vectors float32 (B, D); the key of the image that each was made of, or empty; and what
-    else varies by point, by name.
+class ClassVectors:
+    """Vectors of a class-embedding space.
+
+    Attributes:
+        vectors: float32 (B, D).
+        columns: additional manifest columns, one value per vector.
     """
 
     vectors: Tensor
-    sources: Sequence[str]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 class VectorSynthesizer(Synthesizer):
-    """A synthesizer that finds points of the generator's class space, each of which becomes an image of its own.
+    """A synthesizer that finds vectors in the generator's class-embedding space and decodes each to an image.
 
-    A method implements `points`.
+    A method implements `find_vectors`.
 
     Args:
         solver: one of `ddim`, `heun`, `dpm_solver_2m`, `unipc`, `plms`, `pndm2`, `pndm4`, `ndm1`, `ndm4` or
@@ -146,7 +150,7 @@ class VectorSynthesizer(Synthesizer):
         prompts: Prompts = Prompts(),  # noqa: B008
     ) -> None:
         self.prompts, self.size = prompts, size
-        self._decoding: dict[str, Any] = {
+        self._sampler_settings: dict[str, Any] = {
             "solver": solver,
             "steps": steps,
             "spacing": spacing,
@@ -154,13 +158,13 @@ class VectorSynthesizer(Synthesizer):
         }
 
     @abstractmethod
-    def points(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> ClassPoints:
-        """The points of outliers number `indices` of the classes `labels`; see `Synthesizer.make`."""
+    def find_vectors(self, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]) -> ClassVectors:
+        """The class vectors of the outliers `indices` of the classes `labels`; see `Synthesizer.generate`."""
 
     def load_diffusion(self, given: DiffusionModel | str | Path, source: ImageSource) -> DiffusionModel:
-        """The generator; a Stable Diffusion folder is told the classes of the images, as `prompts` says.
+        """Load the generator; a Stable Diffusion folder gets a prompt for each class of the images.
 
-        Raises FaroutError for names that do not become prompts, and for prompts that the generator has no use for.
+        Raises FaroutError for class names that do not become prompts, and for prompts that the generator cannot use.
         """
         if isinstance(given, str | Path):
             given = folders.local(given)
@@ -168,59 +172,69 @@ class VectorSynthesizer(Synthesizer):
                 return DiffusionModel.load(given, class_names=names_of(source), prompts=self.prompts)
         model = super().load_diffusion(given, source)
         if model.conditioning is not None:
-            _check_unused(self.prompts, model.conditioning)
+            usable = {"context_noise"}
+            if isinstance(model.conditioning, PromptTokens):
+                usable.add("generation")
+            unused = [
+                f"prompts.{name}={getattr(self.prompts, name)!r}" for name in self.prompts.changed if name not in usable
+            ]
+            if unused:
+                raise FaroutError(
+                    f"{', '.join(unused)} would have no effect: this generator has its own classes "
+                    f"({model.conditioning.kind}); leave prompts at their defaults (after --preset paper: "
+                    "--prompts.generation None --prompts.pieces refuse), or give an original Stable Diffusion folder"
+                )
         return model
 
-    def sampler(self, work: Work) -> Sampler:
-        """How points become images, built once a run; FaroutError for settings that the generator cannot follow."""
-        return work.once("sampler", lambda: self._built(work.generator, work.seed, work.runtime))
+    def sampler(self, context: SynthesisContext) -> Sampler:
+        """The sampler that decodes the vectors; raises FaroutError for settings that the generator cannot follow."""
 
-    def _built(self, model: DiffusionModel, seed: int, runtime: Runtime) -> Sampler:
-        if self.size is not None:
-            model = model.sized(self.size)
-        if self.prompts.generation is not None and isinstance(model.conditioning, PromptTokens):
-            model = model.conditioned(model.conditioning.in_template(self.prompts.generation))
-        precision: Any = runtime.precision  # resolved, so not `auto`
-        return Sampler(model, **self._decoding, seed=seed, batch_size=runtime.batch_size, precision=precision)
+        def build() -> Sampler:
+            model = context.generator
+            if self.size is not None:
+                model = model.sized(self.size)
+            if self.prompts.generation is not None and isinstance(model.conditioning, PromptTokens):
+                model = model.conditioned(model.conditioning.in_template(self.prompts.generation))
+            precision: Any = context.runtime.precision  # resolved, so not `auto`
+            return Sampler(
+                model,
+                **self._sampler_settings,
+                seed=context.seed,
+                batch_size=context.runtime.batch_size,
+                precision=precision,
+            )
 
-    def check(self, work: Work) -> None:
-        """Refuses guidance without a null condition, solvers, steps or sizes that do not go, and a classifier that
-        lacks a class of the generator.
+        return context.cached("sampler", build)
+
+    def check(self, context: SynthesisContext) -> None:
+        """Raise FaroutError for guidance without a null condition, for solvers, steps or sizes that the generator
+        cannot follow, and for a classifier that lacks a class of the generator.
         """
-        self.sampler(work)
-        if work.classifier is not None:
-            class_places(work.classifier, class_space(work.generator).class_names)
+        self.sampler(context)
+        if context.classifier is not None:
+            classifier_indices(context.classifier, class_conditioning(context.generator).class_names)
 
-    def judge(self, work: Work) -> None:
-        """With a classifier, warns of a generator whose own samples it recognises in fewer than 80 % of cases."""
-        if work.classifier is not None:
-            names = class_space(work.generator).class_names
-            warn_of_poor_samples(self.sampler(work), work.classifier, names, work.folder)
+    def check_generator(self, context: SynthesisContext) -> None:
+        """Warn if the given classifier recognizes fewer than 80 % of the generator's own samples."""
+        if context.classifier is not None:
+            names = class_conditioning(context.generator).class_names
+            warn_about_poor_samples(self.sampler(context), context.classifier, names, context.folder)
 
-    def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
-        """The decoded points."""
-        found, scale = self.points(work, indices, labels), self.prompts.context_noise
-        change = partial(noised, scale=scale, seed=work.seed, indices=indices) if scale else None
-        images = decode(self.sampler(work), found.vectors, self.noises(work, indices), labels, change)
-        return Made(images, found.sources, found.columns)
-
-    def shape(self, work: Work) -> tuple[int, ...]:
-        """Of the asked size."""
-        channels, *own = super().shape(work)
-        return (channels, *(own if self.size is None else (self.size, self.size)))
-
-    def noises(self, work: Work, indices: Sequence[int]) -> Sequence[int]:
-        """The numbers of the noises that outliers start from: their own."""
-        return indices
-
-
-def _check_unused(prompts: Prompts, space: Conditioning) -> None:
-    """Refuses settings of prompts for a generator that brings classes of its own."""
-    known = {"context_noise"} | ({"generation"} if isinstance(space, PromptTokens) else set())
-    unused = [f"prompts.{name}={getattr(prompts, name)!r}" for name in prompts.changed if name not in known]
-    if unused:
-        raise FaroutError(
-            f"{', '.join(unused)} would have no effect: this generator brings its classes by {space.kind}; leave "
-            "prompts at their defaults (after --preset paper: --prompts.generation None --prompts.pieces refuse), or "
-            "give an original Stable Diffusion folder"
+    def generate(self, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]) -> SyntheticImages:
+        """Find the vectors and decode them."""
+        found, noise_scale = self.find_vectors(context, indices, labels), self.prompts.context_noise
+        transform = (
+            partial(add_condition_noise, scale=noise_scale, seed=context.seed, indices=indices) if noise_scale else None
         )
+        noise_indices = self.noise_indices(context, indices)
+        images = decode_vectors(self.sampler(context), found.vectors, noise_indices, labels, transform)
+        return SyntheticImages(images, [""] * len(indices), found.columns)
+
+    def image_shape(self, context: SynthesisContext) -> tuple[int, ...]:
+        """(C, H, W), with the requested size."""
+        channels, *size = super().image_shape(context)
+        return (channels, *(size if self.size is None else (self.size, self.size)))
+
+    def noise_indices(self, context: SynthesisContext, indices: Sequence[int]) -> Sequence[int]:
+        """The indices of the initial noise of the outliers `indices`; by default their own."""
+        return indices

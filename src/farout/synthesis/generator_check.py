@@ -1,4 +1,7 @@
-"""Whether a classifier recognises a generator's classes: outliers of one that cannot make its classes mean little."""
+"""Checks whether a classifier recognizes a generator's own samples.
+
+Outliers of a generator that cannot generate its own classes are anomalous for reasons other than the method.
+"""
 
 from __future__ import annotations
 
@@ -13,67 +16,67 @@ from farout.core.errors import FaroutError, TrapWarning
 from farout.core.progress import task
 from farout.diffusion.sampling import Sampler
 
-__all__ = ["class_places", "recognised", "warn_of_poor_samples"]
+__all__ = ["classifier_indices", "recognition_rate", "warn_about_poor_samples"]
 
-_REMEMBERED = "recognised.json"
-_TOGETHER, _IMAGES, _IMAGES_OF_A_CLASS = 64, 100, 5
-_SHARE = 0.8
-"""Of the generator's own samples that a classifier is to recognise."""
+_RESULT_FILE = "generator_check.json"
+_BATCH_SIZE, _MIN_SAMPLES, _MIN_SAMPLES_PER_CLASS = 64, 100, 5
+_MIN_RATE = 0.8
 
 
-def recognised(sampler: Sampler, classifier: Classifier, names: Sequence[str], count: int | None = None) -> float:
-    """The share of a generator's own conditional samples whose class the classifier tells.
+def recognition_rate(sampler: Sampler, classifier: Classifier, names: Sequence[str], count: int | None = None) -> float:
+    """The share of a generator's class-conditional samples that the classifier assigns to their class.
 
     Args:
-        sampler: of a class-conditional model; image i is of class i mod K.
-        classifier: trained apart from the generator; one whose classes are bare numbers has them in the same order.
-        names: of the generator's classes, by number.
-        count: images; None: 100, and at least 5 of each class.
+        sampler: samples of a class-conditional model; sample i is of class i mod K.
+        classifier: trained independently of the generator; see `classifier_indices` for its class names.
+        names: class names of the generator, in the order of its labels.
+        count: number of samples; None: 100, and at least 5 of each class.
 
-    Raises FaroutError where the classifier lacks a class of the generator.
+    Raises FaroutError if the classifier lacks a class of the generator.
     """
-    places = class_places(classifier, names)
-    count = max(_IMAGES, _IMAGES_OF_A_CLASS * len(names)) if count is None else count
-    hits = 0
+    indices = classifier_indices(classifier, names)
+    count = max(_MIN_SAMPLES, _MIN_SAMPLES_PER_CLASS * len(names)) if count is None else count
+    correct = 0
     with task("the generator's own samples", count) as bar:
-        for start in range(0, count, _TOGETHER):
-            indices = range(start, min(start + _TOGETHER, count))
-            labels = [index % len(names) for index in indices]
-            told = classifier.outputs(sampler.images(indices, labels), _TOGETHER).logits.argmax(1).tolist()
-            hits += sum(place == places[label] for place, label in zip(told, labels, strict=True))
-            bar.advance(len(indices))
-    return hits / count
+        for start in range(0, count, _BATCH_SIZE):
+            numbers = range(start, min(start + _BATCH_SIZE, count))
+            labels = [number % len(names) for number in numbers]
+            logits = classifier.outputs(sampler.images(numbers, labels), _BATCH_SIZE).logits
+            predicted = logits.argmax(1).tolist()
+            correct += sum(index == indices[label] for index, label in zip(predicted, labels, strict=True))
+            bar.advance(len(numbers))
+    return correct / count
 
 
-def class_places(classifier: Classifier, names: Sequence[str]) -> list[int]:
-    """Where the classifier has each of these classes; raises FaroutError for one that it lacks.
+def classifier_indices(classifier: Classifier, names: Sequence[str]) -> list[int]:
+    """The classifier's index of each of these classes; raises FaroutError for a class that it lacks.
 
-    One whose classes are bare numbers, as many, has them in the same order.
+    A classifier whose class names are the numbers 0 to K - 1 is assumed to have the classes in the same order.
     """
     known = list(classifier.class_names[: known_classes(classifier)])
     if known == [str(number) for number in range(len(names))]:
         return list(range(len(names)))
-    lacking = [name for name in names if name not in known]
-    if lacking:
-        raise FaroutError(f"the classifier does not know {', '.join(lacking)}; it knows {', '.join(known)}")
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise FaroutError(f"the classifier does not know {', '.join(missing)}; it knows {', '.join(known)}")
     return [known.index(name) for name in names]
 
 
-def warn_of_poor_samples(sampler: Sampler, classifier: Classifier, names: Sequence[str], folder: Path) -> None:
-    """A TrapWarning where less than 80 % are `recognised`.
+def warn_about_poor_samples(sampler: Sampler, classifier: Classifier, names: Sequence[str], folder: Path) -> None:
+    """Warn (TrapWarning) if `recognition_rate` is below 80 %.
 
-    The share is kept in `folder`, a folder of outliers, whose generator and settings are always the same: stages that
-    are done one by one, and runs that go on, make no samples for it again.
+    The rate is stored in `folder`, a folder of outliers, whose generator and settings never change: later stages and
+    resumed runs do not generate the samples again.
     """
-    path, judge = folder / _REMEMBERED, classifier.content_hash
-    kept = store.read_json(path) if path.is_file() else {}
-    if kept.get("classifier") != judge:
-        kept = {"classifier": judge, "share": recognised(sampler, classifier, names)}
-        store.write_json(path, kept)
-    share = float(kept["share"])
-    if share < _SHARE:
+    path, classifier_hash = folder / _RESULT_FILE, classifier.content_hash
+    result = store.read_json(path) if path.is_file() else {}
+    if result.get("classifier") != classifier_hash:
+        result = {"classifier": classifier_hash, "recognition_rate": recognition_rate(sampler, classifier, names)}
+        store.write_json(path, result)
+    rate = float(result["recognition_rate"])
+    if rate < _MIN_RATE:
         warnings.warn(
-            f"the classifier recognises {share:.0%} of the generator's own samples, expected at least {_SHARE:.0%}: "
+            f"the classifier recognizes {rate:.0%} of the generator's own samples, expected at least {_MIN_RATE:.0%}: "
             "its outliers are anomalous for reasons other than the method; train the diffusion model for longer",
             TrapWarning,
             stacklevel=4,

@@ -1,4 +1,4 @@
-"""How far outliers are from the images that they were made of: what a classifier takes them for, and their colours."""
+"""Quality of outliers that were edited from images: do they still show their class, and do they keep its colors?"""
 
 from __future__ import annotations
 
@@ -15,103 +15,110 @@ from farout.core.runtime import Runtime
 from farout.data.batching import batches
 from farout.data.classes import class_name
 from farout.data.image_source import ImageSource
-from farout.synthesis.base import OutlierFolder
-from farout.synthesis.generator_check import class_places
+from farout.synthesis.generated_folder import OutlierFolder
+from farout.synthesis.generator_check import classifier_indices
 
-__all__ = ["colour_similarity", "is_made_of_images", "rate_outliers", "summed_up", "write_quality"]
+__all__ = ["color_similarity", "has_source_images", "measure_quality", "summarize_quality", "write_quality"]
 
-_BINS, _PARTS = 16, 4
+_BINS, _LEVEL_RANGES = 16, 4
 
 
-def is_made_of_images(outliers: OutlierFolder) -> bool:
-    """Whether the manifest names the image of every outlier."""
+def has_source_images(outliers: OutlierFolder) -> bool:
+    """Whether the manifest names the source image of every outlier."""
     return outliers.images > 0 and bool((outliers.manifest()["source"] != "").all())
 
 
-def colour_similarity(one: Tensor, two: Tensor) -> Tensor:
-    """The share of two images' pixels that fall into the same of 16 steps of value, wherever they are: the intersection
-    of their histograms, a mean over channels. 1 for the same colours, 0 for none in common.
+def color_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """Intersection of the two images' histograms of 16 bins per channel, averaged over the channels.
 
-    one, two: (B, C, H, W) in [0, 1], of the same size -> (B,).
+    1 for images with the same values in any arrangement, 0 for images without a common bin.
+
+    first, second: (B, C, H, W) in [0, 1], of the same size -> (B,).
     """
-    counts = []
-    for images in (one, two):
+    histograms = []
+    for images in (first, second):
         bins = (images.flatten(2) * _BINS).long().clamp(0, _BINS - 1)
-        counts.append(torch.zeros(*bins.shape[:2], _BINS).scatter_add_(2, bins, torch.ones(bins.shape)))
-    return torch.minimum(*counts).sum(2).mean(1) / one[0, 0].numel()
+        histograms.append(torch.zeros(*bins.shape[:2], _BINS).scatter_add_(2, bins, torch.ones(bins.shape)))
+    return torch.minimum(*histograms).sum(2).mean(1) / first[0, 0].numel()
 
 
-def rate_outliers(
+def measure_quality(
     outliers: OutlierFolder, source: ImageSource, classifier: Classifier, runtime: Runtime | None = None
 ) -> pd.DataFrame:
-    """A row per outlier: key, source, class_name, `level` where the manifest tells it, source_probability (that it is
-    of its image's class, as the classifier sees it), is_source (that this class is the most probable one) and
-    colour_similarity.
+    """Compare every outlier with its source image.
 
-    Good outliers have left their class and kept their colours: with more noise the first should fall soon, the second
-    late.
+    The table has the columns key, source, class_name, `level` if the manifest has it, source_class_probability (the
+    classifier's probability of the class of the source image), is_source_class (whether this class is the most
+    probable one) and color_similarity. A good outlier no longer shows the class and keeps the colors: as the noise
+    level increases, the first should decrease soon, the second late.
 
     Args:
-        outliers: a folder whose manifest names the image of each.
-        source: these images.
-        classifier: of their classes.
-        runtime: how it is run; None: `Runtime()`.
+        outliers: a folder whose manifest names the source image of each outlier.
+        source: the source images.
+        classifier: a classifier of their classes.
+        runtime: device, precision and batch size; None: `Runtime()`.
 
-    Raises FaroutError for a classifier that lacks a class.
+    Raises FaroutError if the classifier lacks a class.
     """
     runtime = (runtime or Runtime()).resolved()
     manifest = outliers.manifest().set_index("key")
-    there = {class_name(source, label) for label in set(source.labels or ())}
-    names = [name for name in outliers.settings()["class_names"] if name in there]
-    columns = dict(zip(names, class_places(classifier, names), strict=True))
-    places, prepare = {key: place for place, key in enumerate(source.keys)}, classifier.preprocessing
-    rows: list[dict[str, Any]] = []
+    present = {class_name(source, label) for label in set(source.labels or ())}
+    names = [name for name in outliers.settings()["class_names"] if name in present]
+    class_indices = dict(zip(names, classifier_indices(classifier, names), strict=True))
+    source_indices = {key: index for index, key in enumerate(source.keys)}
+    preprocessing = classifier.preprocessing
+    parts: list[pd.DataFrame] = []
     with task("evaluating outliers", outliers.images) as bar:
-        size = runtime.images_per_batch((prepare.channels, *prepare.size))
-        for batch in batches(outliers.source(), prepare, size, workers=runtime.workers):
-            found = manifest.loc[list(batch.keys)]
-            chances = classifier.outputs(batch.images, runtime.batch_size).logits.softmax(1).cpu()
-            own = torch.tensor([columns[name] for name in found["class_name"]])
-            originals = torch.stack([prepare(source[places[key]]) for key in found["source"]])
-            told = {
-                "key": batch.keys,
-                "source": found["source"],
-                "class_name": found["class_name"],
-                **({"level": found["level"]} if "level" in found else {}),
-                "source_probability": chances.gather(1, own[:, None])[:, 0].tolist(),
-                "is_source": (chances.argmax(1) == own).tolist(),
-                "colour_similarity": colour_similarity(batch.images, originals).tolist(),
+        size = runtime.images_per_batch((preprocessing.channels, *preprocessing.size))
+        for batch in batches(outliers.source(), preprocessing, size, workers=runtime.workers):
+            rows = manifest.loc[list(batch.keys)]
+            probabilities = classifier.outputs(batch.images, runtime.batch_size).logits.softmax(1).cpu()
+            own_class = torch.tensor([class_indices[name] for name in rows["class_name"]])
+            originals = torch.stack([preprocessing(source[source_indices[key]]) for key in rows["source"]])
+            columns: dict[str, Any] = {
+                "key": list(batch.keys),
+                "source": rows["source"].tolist(),
+                "class_name": rows["class_name"].tolist(),
+                **({"level": rows["level"].tolist()} if "level" in rows else {}),
+                "source_class_probability": probabilities.gather(1, own_class[:, None])[:, 0].tolist(),
+                "is_source_class": (probabilities.argmax(1) == own_class).tolist(),
+                "color_similarity": color_similarity(batch.images, originals).tolist(),
             }
-            rows += [dict(zip(told, values, strict=True)) for values in zip(*told.values(), strict=True)]
+            parts.append(pd.DataFrame(columns))
             bar.advance(len(batch.keys))
-    return pd.DataFrame(rows)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def write_quality(rated: pd.DataFrame | None, outliers: OutlierFolder) -> None:
-    """Writes `quality.csv` into the folder; None: there is none, and that of an earlier run goes."""
+def write_quality(quality: pd.DataFrame | None, outliers: OutlierFolder) -> None:
+    """Write `quality.csv` into the folder; None: remove that of an earlier run."""
     path = outliers.folder / "quality.csv"
-    if rated is None:
+    if quality is None:
         path.unlink(missing_ok=True)
         return
     with store.atomic_file(path) as temporary:
-        rated.to_csv(temporary, index=False)
+        quality.to_csv(temporary, index=False)
 
 
-def summed_up(rated: pd.DataFrame) -> list[dict[str, Any]]:
-    """Of all outliers and, where their levels are known, of each quarter of the levels: levels (text), outliers, the
-    share still of their image's class (`is_source`), the mean `colour_similarity`.
+def summarize_quality(quality: pd.DataFrame) -> list[dict[str, Any]]:
+    """Means over all outliers and, if the levels are known, over each quarter of the noise levels.
+
+    Each entry has `levels` (text), `outliers` (their number), and the means of `is_source_class` and
+    `color_similarity`.
     """
-    parts = [("all", rated)]
-    if "level" in rated:
-        quarter = (rated["level"].astype(float) * _PARTS).clip(upper=_PARTS - 1e-9).astype(int)
-        parts += [(f"{n / _PARTS:g} to {(n + 1) / _PARTS:g}", rated[quarter == n]) for n in range(_PARTS)]
+    groups = [("all", quality)]
+    if "level" in quality:
+        quarter = (quality["level"].astype(float) * _LEVEL_RANGES).clip(upper=_LEVEL_RANGES - 1e-9).astype(int)
+        groups += [
+            (f"{n / _LEVEL_RANGES:g} to {(n + 1) / _LEVEL_RANGES:g}", quality[quarter == n])
+            for n in range(_LEVEL_RANGES)
+        ]
     return [
         {
             "levels": levels,
-            "outliers": len(some),
-            "is_source": float(some["is_source"].mean()),
-            "colour_similarity": float(some["colour_similarity"].mean()),
+            "outliers": len(rows),
+            "is_source_class": float(rows["is_source_class"].mean()),
+            "color_similarity": float(rows["color_similarity"].mean()),
         }
-        for levels, some in parts
-        if len(some)
+        for levels, rows in groups
+        if len(rows)
     ]

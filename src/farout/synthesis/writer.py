@@ -1,4 +1,4 @@
-"""Fills a folder of made images while the next ones are made."""
+"""Writes generated images and their manifest in background threads while the next batch is computed."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ from farout.core.devices import ProcessGroup
 from farout.core.errors import StoreError
 from farout.data.decoding import save_png
 from farout.diffusion.sample_folder import folder_names, write_class_names
-from farout.synthesis.outlier_folder import IMAGES, MANIFEST, Rows, read_rows
+from farout.synthesis.generated_folder import IMAGES, MANIFEST, ManifestRows, read_manifest_rows
 
 __all__ = ["ImageWriter"]
 
-_WORKING, _PART = ".working", "manifest.{}.csv"
+_TEMPORARY_PREFIX = ".working"
+_PARTIAL_MANIFEST = "manifest.{}.csv"
 _THREADS = 4
 
 
 class ImageWriter:
-    """Fills a folder of made images; what is there already is not made again.
+    """Writes a folder of generated images; images that exist are not written again.
 
-    A few threads encode and write the images of a batch while the next batch is made: `write` waits for those of the
-    call before, so that two batches are held at most, and raises what went wrong with them. An image's row comes into
-    the manifest once the image stands; an image without row is made anew, as is a row without image. It is used in a
-    `with` block, which waits for what is being written, also after an error or an interruption.
+    `write` encodes and writes a batch in a few threads while the caller computes the next one. It first waits for the
+    previous batch, so that at most two batches are in memory, and raises the errors of that batch. A row is added to
+    the manifest after its image is on disk; an image without a row, or a row without an image, counts as missing. Use
+    the writer in a `with` block, which waits for pending images even after an error or an interruption.
 
-    Several processes fill one folder, each with images of its own. The rows of the others stand in `manifest.1.csv` and
-    so on until the first process makes one manifest of all: when they are done, and when work goes on.
+    Several processes can fill one folder, each with images of its own. Processes other than the first append to
+    `manifest.1.csv` and so on; the first process merges these files when all are done, and when a run is resumed.
 
     Args:
-        folder: the folder.
-        class_names: of all classes, in the order of their numbers; none: the images have no classes.
-        seed: of the run.
-        kind: of the folder.
-        processes: the processes that fill it; None: this one.
+        folder: the output folder.
+        class_names: names of all classes in the order of their labels; empty: images have no classes.
+        seed: seed of the run.
+        kind: kind of the folder.
+        processes: the processes that fill the folder; None: only this one.
     """
 
     def __init__(
@@ -57,9 +58,9 @@ class ImageWriter:
         self.folder, self.class_names, self.seed, self.kind = Path(folder), tuple(class_names), seed, kind
         self.processes = ProcessGroup(torch.device("cpu")) if processes is None else processes
         self._manifest = self.folder / (
-            MANIFEST if self.processes.is_main_process else _PART.format(self.processes.process_index)
+            MANIFEST if self.processes.is_main_process else _PARTIAL_MANIFEST.format(self.processes.process_index)
         )
-        self._folders = folder_names(self.class_names)
+        self._class_folders = folder_names(self.class_names)
         self._columns: tuple[str, ...] = ()
         self._rows: dict[int, dict[str, str]] = {}
         self._pool = ThreadPoolExecutor(_THREADS, "images")
@@ -70,46 +71,48 @@ class ImageWriter:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._settle()
+            self._finish_pending()
         finally:
             self._pool.shutdown()
 
     def begin(self, settings: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool) -> None:
-        """Opens the folder, for all processes.
+        """Open the folder, for all processes.
 
         Args:
-            settings: all that decides the images; a resumed run must have the same.
-            about: what else `config.json` says.
-            resume: go on where an earlier run stopped.
+            settings: everything that determines the images; a resumed run must have the same values.
+            about: further content of `config.json`.
+            resume: continue an earlier run.
 
-        Raises StoreError where something else is in the folder, such images are in it already and `resume` is not set,
-        or these were made otherwise.
+        Raises StoreError if the folder contains other files, contains such images and `resume` is not set, or contains
+        images that were generated with other settings.
         """
-        self._columns, self._rows = self.processes.run_on_main_process(lambda: self._open(settings, about, resume))
 
-    def _open(self, settings: Mapping[str, Any], about: Mapping[str, Any], resume: bool) -> Rows:
-        store.check_replaceable(self.folder, self.kind)
-        if (self.folder / "config.json").is_file() and not resume:
-            raise StoreError(
-                f"{self.folder} holds {self.kind} already; give --resume (resume=True) to continue, or another folder"
-            )
-        store.resume_config(self.folder, self.kind, settings, about)
-        write_class_names(self.folder / IMAGES, self.class_names)
-        for left in self.folder.glob(f"{_WORKING}*"):  # by a run that was killed
-            left.unlink()
-        return self._join()
+        def open_folder() -> ManifestRows:
+            store.check_replaceable(self.folder, self.kind)
+            if (self.folder / "config.json").is_file() and not resume:
+                raise StoreError(
+                    f"{self.folder} already contains {self.kind}; give --resume (resume=True) to continue, or another "
+                    "folder"
+                )
+            store.resume_config(self.folder, self.kind, settings, about)
+            write_class_names(self.folder / IMAGES, self.class_names)
+            for path in self.folder.glob(f"{_TEMPORARY_PREFIX}*"):  # temporary files of a killed run
+                path.unlink()
+            return self._merge_manifests()
+
+        self._columns, self._rows = self.processes.run_on_main_process(open_folder)
 
     def key(self, index: int, label: int | None) -> str:
-        """Where image number `index` lies within `images/`."""
-        return f"{index:06d}.png" if label is None else f"{self._folders[label]}/{index:06d}.png"
+        """Path of image `index` within `images/`."""
+        return f"{index:06d}.png" if label is None else f"{self._class_folders[label]}/{index:06d}.png"
 
     def missing(self, count: int) -> list[int]:
-        """The numbers below `count` that have no image yet; the same in all processes, when the folder is opened."""
+        """The indices below `count` without an image; the same in all processes after `begin`."""
         return [index for index in range(count) if index not in self._rows]
 
     @property
     def images(self) -> int:
-        """How many images are there."""
+        """The number of images in the folder."""
         return len(self._rows)
 
     def write(
@@ -119,120 +122,117 @@ class ImageWriter:
         images: Tensor,
         sources: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
-        pictures: Mapping[str, Sequence[Tensor | None]] | None = None,
+        extra_images: Mapping[str, Sequence[Tensor | None]] | None = None,
     ) -> None:
-        """Adds images (B, C, H, W) in [0, 1] with their rows; those that are there stay as they are.
+        """Add images and their rows; images that exist stay unchanged.
 
         Args:
-            indices: their numbers.
-            labels: their classes; None: they have none, and neither has the folder.
-            images: the images.
-            sources: the keys of those that they were made of.
-            columns: what else varies by image.
-            pictures: (C, H, W) in [0, 1] that tell of some of them: `<name>/<number>.png` within the folder.
+            indices: indices of the images.
+            labels: their classes; None for a folder without classes.
+            images: (B, C, H, W) in [0, 1].
+            sources: keys of their source images.
+            columns: additional columns, one value per image.
+            extra_images: additional images (C, H, W) in [0, 1], written to `<name>/<index>.png` within the folder.
 
-        Raises StoreError where the images of the call before could not be written.
+        Raises StoreError if the images of the previous call could not be written.
         """
-        self._settle()
-        classes = [None] * len(indices) if labels is None else labels
-        for place, (index, label, source) in enumerate(zip(indices, classes, sources, strict=True)):
-            if index not in self._rows:
-                row = {
-                    **{"key": self.key(index, label), "source": source, **self._told(label)},
-                    **{"seed": self.seed, "index": index},
-                    **{name: values[place] for name, values in columns.items()},
-                }
-                told = {name: several[place] for name, several in (pictures or {}).items()}
-                self._pending.append((row, self._pool.submit(self._save, row, images[place], told)))
+        self._finish_pending()
+        for position, (index, source) in enumerate(zip(indices, sources, strict=True)):
+            if index in self._rows:
+                continue
+            label = None if labels is None else labels[position]
+            row = {
+                "key": self.key(index, label),
+                "source": source,
+                "label": "" if label is None else label,
+                "class_name": "" if label is None else self.class_names[label],
+                "seed": self.seed,
+                "index": index,
+                **{name: values[position] for name, values in columns.items()},
+            }
+            extra = {name: tensors[position] for name, tensors in (extra_images or {}).items()}
+            self._pending.append((row, self._pool.submit(self._save_images, row, images[position], extra)))
 
-    def _told(self, label: int | None) -> dict[str, Any]:
-        if label is None:
-            return {"label": "", "class_name": ""}
-        return {"label": label, "class_name": self.class_names[label]}
-
-    def _save(self, row: Mapping[str, Any], image: Tensor, pictures: Mapping[str, Tensor | None]) -> None:
-        """In a thread: the image of a row, after the pictures that tell of it."""
+    def _save_images(self, row: Mapping[str, Any], image: Tensor, extra: Mapping[str, Tensor | None]) -> None:
+        """Write the image of a row after its extra images; runs in a thread."""
         number = f"{row['index']:06d}"
-        working = self.folder / f"{_WORKING}-{number}"
-        for name, picture in pictures.items():
-            if picture is not None:
-                save_png(picture, self.folder / name / f"{number}.png", working)
-        save_png(image, self.folder / IMAGES / row["key"], working)
+        temporary = self.folder / f"{_TEMPORARY_PREFIX}-{number}"
+        for name, extra_image in extra.items():
+            if extra_image is not None:
+                save_png(extra_image, self.folder / name / f"{number}.png", temporary)
+        save_png(image, self.folder / IMAGES / row["key"], temporary)
 
-    def _settle(self) -> None:
-        """Waits for the images that are being written, and adds the rows of those that stand."""
+    def _finish_pending(self) -> None:
+        """Wait for the pending images, add the rows of those that were written, and raise the first error."""
         wait([future for _, future in self._pending])
         pending, self._pending = self._pending, []
-        with self._explained():
-            self._append([row for row, future in pending if future.exception() is None])
+        with self._explain_disk_errors():
+            rows = [row for row, future in pending if future.exception() is None]
+            if rows:
+                self._set_columns(tuple(rows[0]))
+                _append_rows(self._manifest, self._columns, rows)
+                self._rows |= {int(row["index"]): {name: str(value) for name, value in row.items()} for row in rows}
             for _, future in pending:
                 future.result()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Says of a disk that is full, or cannot be written to, what is there and how to go on."""
+    def _explain_disk_errors(self) -> Iterator[None]:
+        """Convert an OSError, such as a full disk, to a StoreError that says how to continue."""
         try:
             yield
         except OSError as error:
-            known = f"at least {self.images}" if self.processes.num_processes > 1 else self.images
+            complete = f"at least {self.images}" if self.processes.num_processes > 1 else self.images
             raise StoreError(
-                f"{self.folder} cannot be written to: {error.strerror or error}; {known} images are complete, "
+                f"{self.folder} cannot be written to: {error.strerror or error}; {complete} images are complete, "
                 "and the same command with --resume (resume=True) continues from there"
             ) from error
 
-    def _append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Adds rows to this process's manifest: all, or none."""
-        if rows:
-            self._agree(tuple(rows[0]))
-            _add_to(self._manifest, self._columns, rows)
-            self._rows |= {int(row["index"]): {name: str(value) for name, value in row.items()} for row in rows}
-
-    def _agree(self, columns: tuple[str, ...]) -> None:
+    def _set_columns(self, columns: tuple[str, ...]) -> None:
         if self._columns and columns != self._columns:
             raise StoreError(f"{self.folder / MANIFEST} has the columns {self._columns}, expected {columns}")
         self._columns = columns
 
     def finish(self) -> None:
-        """Waits for the last images, of all processes, and writes one manifest in the order of their numbers."""
-        self._settle()
+        """Wait for the last images of all processes and write one manifest, sorted by index."""
+        self._finish_pending()
         self.processes.wait_for_everyone()
-        self._columns, self._rows = self.processes.run_on_main_process(self._join)
+        self._columns, self._rows = self.processes.run_on_main_process(self._merge_manifests)
 
-    def _join(self) -> Rows:
-        """One manifest of those of all processes."""
-        parts = sorted(self.folder.glob(_PART.format("*")))
+    def _merge_manifests(self) -> ManifestRows:
+        """Merge the manifests of all processes into one."""
+        parts = sorted(self.folder.glob(_PARTIAL_MANIFEST.format("*")))
         for name in [MANIFEST, *(part.name for part in parts)]:
-            columns, rows = read_rows(self.folder, name)
+            columns, rows = read_manifest_rows(self.folder, name)
             if columns:
-                self._agree(columns)
+                self._set_columns(columns)
                 self._rows |= rows
         if self._columns:
-            text = _table(self._columns, [self._rows[index] for index in sorted(self._rows)], head=True)
-            with self._explained(), store.atomic_file(self.folder / MANIFEST) as temporary:
+            text = _format_csv(self._columns, [self._rows[index] for index in sorted(self._rows)], header=True)
+            with self._explain_disk_errors(), store.atomic_file(self.folder / MANIFEST) as temporary:
                 temporary.write_text(text, encoding="utf-8", newline="")
         for part in parts:
             part.unlink()
         return self._columns, self._rows
 
 
-def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, head: bool) -> str:
+def _format_csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, header: bool) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
-    if head:
+    if header:
         writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def _add_to(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends rows to a file, which after an error is what it was."""
-    before = path.stat().st_size if path.is_file() else 0
+def _append_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows to a CSV file; after an error the file is unchanged."""
+    old_size = path.stat().st_size if path.is_file() else 0
     try:
         with path.open("a", newline="", encoding="utf-8") as file:
-            file.write(_table(columns, rows, head=not before))
+            file.write(_format_csv(columns, rows, header=not old_size))
     except OSError:
-        if before:
-            os.truncate(path, before)
+        if old_size:
+            os.truncate(path, old_size)
         else:
             path.unlink(missing_ok=True)
         raise

@@ -13,8 +13,8 @@ from farout.classifiers.config import ClassifierConfig
 from farout.core.errors import StoreError
 from farout.core.progress import task
 from farout.data.indices import readable
-from farout.synthesis.base import Work
-from farout.synthesis.class_space import PUBLISHED, ClassPoints, VectorSynthesizer, class_space
+from farout.synthesis.base import SynthesisContext
+from farout.synthesis.class_space import PAPER_DECODING, ClassVectors, VectorSynthesizer, class_conditioning
 from farout.synthesis.dream_ood.alignment import Alignment, align, check_directions, read_aligned
 from farout.synthesis.dream_ood.boundary import BoundarySampling, ClassBoundary
 from farout.synthesis.dream_ood.boundary_folder import COLUMNS, extend_drawn, read_drawn
@@ -57,7 +57,7 @@ class DreamOOD(VectorSynthesizer):
             "model": ClassifierConfig(network="resnet34", crop_padding=4, flip=True),
             "alignment": Alignment(steps=39200, batch_size=256, warmup=0, augmented=True),
             "boundary": BoundarySampling(k=300, select=50, noise=0.07 * math.sqrt(768), candidates=1500),
-            **PUBLISHED,
+            **PAPER_DECODING,
         },
         "paper_imagenet": {
             "model": ClassifierConfig(
@@ -65,7 +65,7 @@ class DreamOOD(VectorSynthesizer):
             ),
             "alignment": Alignment(steps=81300, batch_size=160, warmup=0, augmented=True),
             "boundary": BoundarySampling(k=300, select=200, noise=0.03 * math.sqrt(768), candidates=1500),
-            **PUBLISHED,
+            **PAPER_DECODING,
         },
         "inliers": {"boundary": BoundarySampling(side="inliers", select=1000, noise=0.01 * math.sqrt(768), kept=1)},
     }
@@ -93,50 +93,50 @@ class DreamOOD(VectorSynthesizer):
         boundary = BoundarySampling(points=2, candidates=8, kept=1)
         return cls(model=model, alignment=Alignment(steps=3, batch_size=8, warmup=0), boundary=boundary, steps=3)
 
-    def check(self, work: Work) -> None:
+    def check(self, context: SynthesisContext) -> None:
         """Refuses class vectors that are no directions, fewer than two classes, and a class of fewer than two images;
         see also `VectorSynthesizer.check`.
         """
-        classes = list(work.classes)
-        check_directions(class_space(work.generator).vectors()[classes], work.present)
-        counts = work.labels[readable(work.source)].bincount(minlength=len(work.class_names))
-        self.boundary.check(counts[classes].tolist(), work.present)
-        super().check(work)
+        classes = list(context.classes)
+        check_directions(class_conditioning(context.generator).vectors()[classes], context.present_names)
+        counts = context.labels[readable(context.source)].bincount(minlength=len(context.class_names))
+        self.boundary.check(counts[classes].tolist(), context.present_names)
+        super().check(context)
 
     # -- stages --------------------------------------------------------------------------------------------------
 
-    def prepare(self, work: Work, stage: str) -> None:
+    def run_stage(self, context: SynthesisContext, stage: str) -> None:
         """Does `align` or `draw`."""
-        {"align": self._align, "draw": self._draw}[stage](work)
+        {"align": self._align, "draw": self._draw}[stage](context)
 
-    def _align(self, work: Work) -> None:
-        align(work, work.folder / _ALIGN, self.model, self.alignment)
+    def _align(self, context: SynthesisContext) -> None:
+        align(context, context.folder / _ALIGN, self.model, self.alignment)
 
-    def _draw(self, work: Work) -> None:
+    def _draw(self, context: SynthesisContext) -> None:
         """As many as are wanted now; the first ones are the same, however many follow."""
-        aligned, space = read_aligned(work.folder / _ALIGN), class_space(work.generator)
+        aligned, space = read_aligned(context.folder / _ALIGN), class_conditioning(context.generator)
         if aligned.features.shape[1] != space.dim:
             raise StoreError(
-                f"{work.folder / _ALIGN} holds directions of {aligned.features.shape[1]} dimensions, the generator's "
-                f"class vectors have {space.dim}; remove it and align the images again"
+                f"{context.folder / _ALIGN} holds directions of {aligned.features.shape[1]} dimensions, the "
+                f"generator's class vectors have {space.dim}; remove it and align the images again"
             )
-        vectors, wanted = space.vectors().cpu(), self._place(work, work.count - 1) + 1
-        with task("drawing beyond the boundaries", len(work.classes)) as bar:
-            for label in work.classes:
+        vectors, wanted = space.vectors().cpu(), self._place(context, context.count - 1) + 1
+        with task("drawing beyond the boundaries", len(context.classes)) as bar:
+            for label in context.classes:
                 rows = aligned.labels == label
-                features = aligned.features[rows].to(work.runtime.device)
-                boundary = ClassBoundary(features, self.boundary, work.seed, label)
-                extend_drawn(work.folder / _DRAWN, boundary, aligned.index[rows], vectors[label], wanted)
+                features = aligned.features[rows].to(context.runtime.device)
+                boundary = ClassBoundary(features, self.boundary, context.seed, label)
+                extend_drawn(context.folder / _DRAWN, boundary, aligned.index[rows], vectors[label], wanted)
                 bar.advance(1)
 
-    def _place(self, work: Work, index: int) -> int:
+    def _place(self, context: SynthesisContext, index: int) -> int:
         """Which of its class's vectors outlier number `index` is made of."""
-        return index // len(work.classes)
+        return index // len(context.classes)
 
-    def points(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> ClassPoints:
+    def find_vectors(self, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]) -> ClassVectors:
         """The drawn vectors, and the images that they were drawn around."""
-        drawn: dict[int, dict[str, Tensor]] = work.once(_DRAWN, lambda: read_drawn(work.folder / _DRAWN))
-        rows = [(drawn[label], self._place(work, index)) for index, label in zip(indices, labels, strict=True)]
+        drawn: dict[int, dict[str, Tensor]] = context.cached(_DRAWN, lambda: read_drawn(context.folder / _DRAWN))
+        rows = [(drawn[label], self._place(context, index)) for index, label in zip(indices, labels, strict=True)]
         columns: dict[str, list[Any]] = {name: [float(known[name][row]) for known, row in rows] for name in COLUMNS}
-        columns["boundary_image"] = [work.source.keys[int(known["index"][row])] for known, row in rows]
-        return ClassPoints(torch.stack([known["vectors"][row] for known, row in rows]), [""] * len(rows), columns)
+        columns["boundary_image"] = [context.source.keys[int(known["index"][row])] for known, row in rows]
+        return ClassVectors(torch.stack([known["vectors"][row] for known, row in rows]), columns)

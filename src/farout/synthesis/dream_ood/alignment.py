@@ -27,8 +27,8 @@ from farout.core.runtime import Runtime
 from farout.data.batching import Batch, batches
 from farout.data.indices import readable
 from farout.diffusion.noise import seeded
-from farout.synthesis.base import Work
-from farout.synthesis.class_space import class_space
+from farout.synthesis.base import SynthesisContext
+from farout.synthesis.class_space import class_conditioning
 from farout.training.loop import TrainingConfig
 
 __all__ = ["Aligned", "Alignment", "align", "check_directions", "has_aligned", "read_aligned"]
@@ -128,7 +128,7 @@ def check_directions(vectors: Tensor, names: Sequence[str]) -> Tensor:
     return directions
 
 
-def align(work: Work, folder: Path, model: ClassifierConfig, alignment: Alignment) -> Aligned:
+def align(context: SynthesisContext, folder: Path, model: ClassifierConfig, alignment: Alignment) -> Aligned:
     """Trains a classifier towards the generator's class vectors, and keeps the directions that it gives the images.
 
     Goes on from what is in `folder`: `training/` holds checkpoints until the training is done, `classifier/` is its
@@ -136,7 +136,7 @@ def align(work: Work, folder: Path, model: ClassifierConfig, alignment: Alignmen
     class's vector.
 
     Args:
-        work: images, labels, generator, seed and runtime, always the same ones for one folder.
+        context: images, labels, generator, seed and runtime, always the same ones for one folder.
         folder: where all is kept.
         model: the network, and how images are varied.
         alignment: how it is trained.
@@ -144,12 +144,16 @@ def align(work: Work, folder: Path, model: ClassifierConfig, alignment: Alignmen
     Raises FaroutError for class vectors that no classifier can be trained towards, and where training diverges.
     """
     if not has_aligned(folder):
-        classes = list(work.classes)
-        directions = check_directions(class_space(work.generator).vectors()[classes].cpu(), work.present)
-        classifier = _trained(work, directions / alignment.temperature, work.present, folder, model, alignment)
-        features, index = _features(classifier, work, model if alignment.augmented else None)
-        told = torch.tensor(classes)[(features @ directions.mT).argmax(1)] == work.labels[index]
-        found = {"index": index, "label": work.labels[index], "feature": features, "told": told}
+        classes = list(context.classes)
+        directions = check_directions(
+            class_conditioning(context.generator).vectors()[classes].cpu(), context.present_names
+        )
+        classifier = _trained(
+            context, directions / alignment.temperature, context.present_names, folder, model, alignment
+        )
+        features, index = _features(classifier, context, model if alignment.augmented else None)
+        told = torch.tensor(classes)[(features @ directions.mT).argmax(1)] == context.labels[index]
+        found = {"index": index, "label": context.labels[index], "feature": features, "told": told}
         store.save_tensors(folder / _FEATURES, found)
     aligned = read_aligned(folder)
     _warn_of_poor_alignment(float(aligned.told.float().mean()))
@@ -157,27 +161,37 @@ def align(work: Work, folder: Path, model: ClassifierConfig, alignment: Alignmen
 
 
 def _trained(
-    work: Work, directions: Tensor, names: Sequence[str], folder: Path, model: ClassifierConfig, alignment: Alignment
+    context: SynthesisContext,
+    directions: Tensor,
+    names: Sequence[str],
+    folder: Path,
+    model: ClassifierConfig,
+    alignment: Alignment,
 ) -> Classifier:
     """The classifier of the folder, trained first where it is not there."""
     if not (folder / _CLASSIFIER).is_dir():
-        source, training = work.source.subset(readable(work.source)), alignment.training(work.seed, work.runtime)
+        source, training = (
+            context.source.subset(readable(context.source)),
+            alignment.training(context.seed, context.runtime),
+        )
         out = folder / _TRAINING
         made = train_on(source, model, training, out=out, resume=True, class_names=names, directions=directions)
         made.save(folder / _CLASSIFIER)
     shutil.rmtree(folder / _TRAINING, ignore_errors=True)
-    return Classifier.load(folder / _CLASSIFIER).to(work.runtime.device)
+    return Classifier.load(folder / _CLASSIFIER).to(context.runtime.device)
 
 
-def _features(classifier: Classifier, work: Work, varied: ClassifierConfig | None) -> tuple[Tensor, Tensor]:
+def _features(
+    classifier: Classifier, context: SynthesisContext, varied: ClassifierConfig | None
+) -> tuple[Tensor, Tensor]:
     """Directions (N, D) of the readable images, varied by the config where one is given, and their places (N,)."""
     prepared, parts, index = classifier.preprocessing, list[Tensor](), list[int]()
-    size = work.runtime.images_per_batch((prepared.channels, *prepared.size))
-    with task(f"directions of {work.source.name}", len(work.source)) as bar:
-        for batch in batches(work.source, prepared, size, workers=work.runtime.workers):
+    size = context.runtime.images_per_batch((prepared.channels, *prepared.size))
+    with task(f"directions of {context.source.name}", len(context.source)) as bar:
+        for batch in batches(context.source, prepared, size, workers=context.runtime.workers):
             if batch.keys:
-                images = batch.images if varied is None else _varied(batch, varied, work.seed)
-                outputs = classifier.outputs(images, work.runtime.batch_size, work.runtime.precision)
+                images = batch.images if varied is None else _varied(batch, varied, context.seed)
+                outputs = classifier.outputs(images, context.runtime.batch_size, context.runtime.precision)
                 parts.append(functional.normalize(outputs.features.cpu(), dim=1))
             index += batch.indices
             bar.advance(len(batch.keys))

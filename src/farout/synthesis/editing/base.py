@@ -25,11 +25,11 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
 from farout.diffusion.solvers.base import Solver
 from farout.diffusion.solvers.lookup import rehearse, solver_by_name, solver_path
-from farout.synthesis.base import Made, Remade, Synthesizer, Work
-from farout.synthesis.class_space import class_space
+from farout.synthesis.base import ReconstructedImages, SynthesisContext, Synthesizer, SyntheticImages
+from farout.synthesis.class_space import class_conditioning
 from farout.synthesis.editing.prompt_targets import PHOTO, Wording
 from farout.synthesis.editing.targets import DrawTarget, Target, TargetKind, draw_targets
-from farout.synthesis.generator_check import class_places
+from farout.synthesis.generator_check import classifier_indices
 
 __all__ = [
     "REGIONS",
@@ -80,12 +80,14 @@ class Start:
 class Judge:
     """The probability that a classifier gives to the class of each outlier's image."""
 
-    def __init__(self, classifier: Classifier, work: Work) -> None:
+    def __init__(self, classifier: Classifier, context: SynthesisContext) -> None:
         channels = classifier.preprocessing.channels
-        if channels != work.shape[0]:
-            raise FaroutError(f"outliers have {work.shape[0]} channels, the classifier that judges them {channels}")
-        self.classifier, self.batch_size = classifier, work.runtime.batch_size
-        self.places = dict(zip(work.classes, class_places(classifier, work.present), strict=True))
+        if channels != context.image_shape[0]:
+            raise FaroutError(
+                f"outliers have {context.image_shape[0]} channels, the classifier that judges them {channels}"
+            )
+        self.classifier, self.batch_size = classifier, context.runtime.batch_size
+        self.places = dict(zip(context.classes, classifier_indices(classifier, context.present_names), strict=True))
 
     def __call__(self, images: Tensor, labels: Sequence[int]) -> list[float]:
         """images (B, C, H, W) in [0, 1] of the classes `labels`."""
@@ -98,13 +100,13 @@ class Plan:
 
     Args:
         method: how.
-        work: of what.
+        context: of what.
     """
 
-    def __init__(self, method: Deformation, work: Work) -> None:
-        self.method, self.work = method, work
-        self.model: DiffusionModel = work.generator
-        self.space: Conditioning = class_space(self.model)
+    def __init__(self, method: Deformation, context: SynthesisContext) -> None:
+        self.method, self.context = method, context
+        self.model: DiffusionModel = context.generator
+        self.space: Conditioning = class_conditioning(self.model)
         self.solve: Solver = solver_by_name(method.solver, self.model.schedule)
         self.levels = paths.leading_levels(self.model.schedule, method.steps)
 
@@ -116,7 +118,7 @@ class Plan:
     @cached_property
     def order(self) -> list[int]:
         """Places of the readable images; raises UnreadableImageError where these are to be all."""
-        source, labels = self.work.source, self.work.labels.tolist()
+        source, labels = self.context.source, self.context.labels.tolist()
         places = some_readable(source)
         return [places[turn] for turn in by_turns([labels[place] for place in places])]
 
@@ -124,12 +126,12 @@ class Plan:
     def targets(self) -> DrawTarget:
         """The source of targets."""
         method = self.method
-        return draw_targets(self.model, self.work.classes, method.targets, method.target_classes, method.wording)
+        return draw_targets(self.model, self.context.classes, method.targets, method.target_classes, method.wording)
 
     @cached_property
     def judge(self) -> Judge | None:
         """Where there is a classifier."""
-        return None if self.work.classifier is None else Judge(self.work.classifier, self.work)
+        return None if self.context.classifier is None else Judge(self.context.classifier, self.context)
 
     @property
     def limits(self) -> tuple[float, float] | None:
@@ -139,7 +141,7 @@ class Plan:
     @property
     def denoiser(self) -> NetworkDenoiser:
         """The network."""
-        runtime = self.work.runtime
+        runtime = self.context.runtime
         return self.model.denoiser(runtime.batch_size, runtime.precision)  # type: ignore[arg-type]  # resolved
 
     def level(self, k: int) -> float:
@@ -154,9 +156,9 @@ class Plan:
         """The draw of outlier number `index`."""
         repeat, number = divmod(index, len(self.order))
         place = self.order[number]
-        label = int(self.work.labels[place])
-        names = (self.work.source.identity(place), repeat, *([attempt] if attempt else []))
-        generator = seeded(self.work.seed, "deformation", *names)
+        label = int(self.context.labels[place])
+        names = (self.context.source.identity(place), repeat, *([attempt] if attempt else []))
+        generator = seeded(self.context.seed, "deformation", *names)
         k = int(torch.randint(self.method.k_min, self.method.k_max + 1, (), generator=generator))
         target = self.targets(label, generator)
         latent = None if self.model.autoencoder is None else torch.randn(self.model.latent_shape, generator=generator)
@@ -164,7 +166,7 @@ class Plan:
 
     def start(self, draws: Sequence[Draw]) -> Start:
         """Their images, encoded and noised."""
-        images = [self.model.preprocessing(self.work.source[draw.place]) for draw in draws]
+        images = [self.model.preprocessing(self.context.source[draw.place]) for draw in draws]
         latents = [draw.latent for draw in draws if draw.latent is not None]
         x0 = self.model.encode(torch.stack(images), torch.stack(latents) if latents else None)
         sigmas = paths.pad([self.path(draw.k) for draw in draws]).to(x0.device)
@@ -192,7 +194,7 @@ def rehearse_remaking(plan: Plan) -> None:
 
 
 @torch.no_grad()
-def remade(plan: Plan, start: Start, indices: Sequence[int]) -> Remade | None:
+def remade(plan: Plan, start: Start, indices: Sequence[int]) -> ReconstructedImages | None:
     """The images of a start, made again, of those outliers number `indices` that are the first of their image; None
     where none is.
 
@@ -209,8 +211,8 @@ def remade(plan: Plan, start: Start, indices: Sequence[int]) -> Remade | None:
     if plan.model.autoencoder is None:
         x0 = _there_and_back(plan, draws, x0, start.own.rows(torch.tensor(rows, device=x0.device)))
         levels = [plan.level(_steps_back(plan, draw.k)) for draw in draws]
-    hashes = [plan.work.source.content_hash(draw.place) for draw in draws]
-    return Remade(rows, plan.model.decode(x0).cpu(), {"level": levels, "source_hash": hashes})
+    hashes = [plan.context.source.content_hash(draw.place) for draw in draws]
+    return ReconstructedImages(rows, plan.model.decode(x0).cpu(), {"level": levels, "source_hash": hashes})
 
 
 def _steps_back(plan: Plan, k: int) -> int:
@@ -325,7 +327,7 @@ class Deformation(Synthesizer):
             raise FaroutError(f"reject must be a probability below 1, attempts 1 or more; got {reject} and {attempts}")
 
     @property
-    def wanted(self) -> frozenset[str]:
+    def required_inputs(self) -> frozenset[str]:
         """A classifier too, where outliers can be rejected."""
         return self.needs | ({"classifier"} if self.reject is not None else set())
 
@@ -345,42 +347,42 @@ class Deformation(Synthesizer):
         """The generator; an original Stable Diffusion folder is told the classes of the images; see `Wording.load`."""
         return self.wording.load(given, source)
 
-    def _settings(self, work: Work) -> dict[str, Any]:
+    def image_settings(self, context: SynthesisContext) -> dict[str, Any]:
         """Beside the settings, which words the list holds."""
-        return {**super()._settings(work), **self.wording.settings()}
+        return {**super().image_settings(context), **self.wording.settings()}
 
-    def check(self, work: Work) -> None:
+    def check(self, context: SynthesisContext) -> None:
         """Refuses models without a null condition, paths, targets and classifiers that cannot be used, and images that
         cannot be read.
         """
-        if not class_space(work.generator).has_null:
+        if not class_conditioning(context.generator).has_null:
             raise no_null()
-        plan = self._planned(work)
+        plan = self._planned(context)
         self.rehearse(plan.solve, paths.pad([plan.path(k) for k in (self.k_min, self.k_max)]))
         if self.reconstructions:
             rehearse_remaking(plan)
         plan.prepare()
-        for trap in check_against(work.source, work.generator.preprocessing):
+        for trap in check_against(context.source, context.generator.preprocessing):
             warnings.warn(trap, TrapWarning, stacklevel=3)
 
-    def label(self, work: Work, index: int) -> int:
+    def label_of(self, context: SynthesisContext, index: int) -> int:
         """The class of the image that it is made of."""
-        order = self._planned(work).order
-        return int(work.labels[order[index % len(order)]])
+        order = self._planned(context).order
+        return int(context.labels[order[index % len(order)]])
 
-    def remakes(self, work: Work) -> int:
+    def count_reconstructions(self, context: SynthesisContext) -> int:
         """One for each image, where they are wanted."""
-        return len(self._planned(work).order) if self.reconstructions else 0
+        return len(self._planned(context).order) if self.reconstructions else 0
 
-    def _planned(self, work: Work) -> Plan:
-        return work.once("plan", lambda: Plan(self, work))
+    def _planned(self, context: SynthesisContext) -> Plan:
+        return context.cached("plan", lambda: Plan(self, context))
 
     @torch.no_grad()
-    def make(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> Made:
+    def generate(self, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]) -> SyntheticImages:
         """The denoised images; those that are rejected are drawn anew, each for itself. Images are made again by the
         first draw.
         """
-        plan = self._planned(work)
+        plan = self._planned(context)
         start = plan.start([plan.draw(index, 0) for index in indices])
         made = self._outliers(plan, start, indices, 0)
         for attempt in range(1, self.attempts if self.reject is not None else 1):
@@ -391,11 +393,11 @@ class Deformation(Synthesizer):
             fresh = plan.start([plan.draw(index, attempt) for index in numbers])
             for row, other in zip(again, self._outliers(plan, fresh, numbers, attempt), strict=True):
                 made[row] = min(made[row], other, key=lambda each: each.probability)
-        images, keys = [each.image for each in made], [work.source.keys[each.draw.place] for each in made]
+        images, keys = [each.image for each in made], [context.source.keys[each.draw.place] for each in made]
         regions = {REGIONS: [each.regions for each in made]}
         columns = self._columns(plan, indices, made)
         originals = remade(plan, start, indices) if self.reconstructions else None
-        return Made(torch.stack(images), keys, columns, regions, originals)
+        return SyntheticImages(torch.stack(images), keys, columns, regions, originals)
 
     def _outliers(self, plan: Plan, start: Start, indices: Sequence[int], attempt: int) -> list[_Outlier]:
         found = self.denoise(plan, start, indices)
@@ -413,12 +415,12 @@ class Deformation(Synthesizer):
             "k": [draw.k for draw in draws],
             "level": [plan.level(draw.k) for draw in draws],
             "repeat": [index // len(plan.order) for index in indices],
-            "source_hash": [plan.work.source.content_hash(draw.place) for draw in draws],
+            "source_hash": [plan.context.source.content_hash(draw.place) for draw in draws],
         }
         if any(draw.target.template for draw in draws):
             columns["template"] = [draw.target.template for draw in draws]
         if self.reject is None:
             return columns
-        columns["source_probability"] = [each.probability for each in made]
+        columns["source_class_probability"] = [each.probability for each in made]
         columns["attempt"] = [each.attempt for each in made]
         return columns

@@ -16,7 +16,7 @@ from farout.diffusion.conditioning.prompt_contexts import PromptContexts
 from farout.diffusion.interpolation import slerp
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sampling import choose_classes
-from farout.synthesis.class_space import class_space
+from farout.synthesis.class_space import class_conditioning
 from farout.synthesis.editing.prompt_targets import Phrases, Wording
 from farout.synthesis.editing.word_screening import screened
 
@@ -94,7 +94,7 @@ def draw_targets(
     Raises FaroutError where no target is left for a class, for one that is in the distribution or unknown, for names
     beside another kind, and for prompts that are too long.
     """
-    space = class_space(model)
+    space = class_conditioning(model)
     if not isinstance(space, PromptContexts):
         return _Targets(_class_choice(model, known, kind, named), [_Table(space, model.device)])
     words = wording.vocabulary(space, known)
@@ -106,7 +106,7 @@ def draw_targets(
 
 
 def _class_choice(model: DiffusionModel, known: Sequence[int], kind: TargetKind, named: Sequence[str]) -> _Choose:
-    space = class_space(model)
+    space = class_conditioning(model)
     names = space.class_names
     unseen = [label for label in range(len(names)) if label not in set(known)]
     if named:
@@ -129,7 +129,7 @@ def _named(model: DiffusionModel, known: Sequence[int], kind: TargetKind, named:
     if kind != "auto":
         raise FaroutError(f"targets {kind!r} and target_classes {', '.join(named)} do not go together; leave one out")
     chosen = choose_classes(model, named)
-    inside = [class_space(model).class_names[label] for label in chosen if label in set(known)]
+    inside = [class_conditioning(model).class_names[label] for label in chosen if label in set(known)]
     if inside:
         raise FaroutError(
             f"{', '.join(inside)} has images and so is in-distribution; give other "

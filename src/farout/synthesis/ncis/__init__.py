@@ -13,8 +13,8 @@ from torch import Tensor
 from farout.core import store
 from farout.core.errors import FaroutError
 from farout.data.indices import readable
-from farout.synthesis.base import Work
-from farout.synthesis.class_space import PUBLISHED, ClassPoints, VectorSynthesizer
+from farout.synthesis.base import SynthesisContext
+from farout.synthesis.class_space import PAPER_DECODING, ClassVectors, VectorSynthesizer
 from farout.synthesis.ncis.inversion import Inversion, embed, read_embeddings
 from farout.synthesis.ncis.labelled_vectors import check_counts, split
 from farout.synthesis.ncis.manifold import Manifold, ManifoldConfig, fit_manifold
@@ -55,7 +55,7 @@ class NCIS(VectorSynthesizer):
             "inversion": Inversion(steps=3, draws=32, stratified=False, lr=0.01),
             "manifold": ManifoldConfig.from_preset("paper"),
             "images_per_vector": 8,
-            **PUBLISHED,
+            **PAPER_DECODING,
         },
         "linear": {"manifold": ManifoldConfig(map="linear")},
     }
@@ -83,68 +83,78 @@ class NCIS(VectorSynthesizer):
 
     # -- stages --------------------------------------------------------------------------------------------------
 
-    def prepare(self, work: Work, stage: str) -> None:
+    def run_stage(self, context: SynthesisContext, stage: str) -> None:
         """Does `embed`, `manifold` or `draw`."""
-        {"embed": self._embed, "manifold": self._fit, "draw": self._draw}[stage](work)
+        {"embed": self._embed, "manifold": self._fit, "draw": self._draw}[stage](context)
 
-    def check(self, work: Work) -> None:
+    def check(self, context: SynthesisContext) -> None:
         """Refuses images that cannot be read, levels that the schedule lacks, and classes that are too small for a
         Gaussian, or to hold vectors out where these are to choose a shrinkage; see also `VectorSynthesizer.check`.
         """
-        self.inversion.grid(work.generator.schedule)
-        places = _numbered(work, work.labels[readable(work.source)])
-        check_counts(places, work.present)
+        self.inversion.grid(context.generator.schedule)
+        places = _numbered(context, context.labels[readable(context.source)])
+        check_counts(places, context.present_names)
         if self.manifold.regularization == "held_out":  # classes too small for it are refused before the embedding
-            split(places, len(work.classes), self.manifold, work.seed)
-        super().check(work)
+            split(places, len(context.classes), self.manifold, context.seed)
+        super().check(context)
 
-    def _embed(self, work: Work) -> None:
-        folder = work.folder / _EMBEDDINGS
-        embed(work.source, work.labels, work.generator, folder, self.inversion, seed=work.seed, runtime=work.runtime)
+    def _embed(self, context: SynthesisContext) -> None:
+        folder = context.folder / _EMBEDDINGS
+        embed(
+            context.source,
+            context.labels,
+            context.generator,
+            folder,
+            self.inversion,
+            seed=context.seed,
+            runtime=context.runtime,
+        )
 
-    def _fit(self, work: Work) -> None:
+    def _fit(self, context: SynthesisContext) -> None:
         """Once: embeddings and settings decide it, and a folder of outliers has only one of each. Checkpoints of the
         training stand in a folder beside until it is there.
         """
-        folder, training = work.folder / _MANIFOLD, work.folder / _TRAINING
+        folder, training = context.folder / _MANIFOLD, context.folder / _TRAINING
         if not folder.is_dir():
-            found = read_embeddings(work.folder / _EMBEDDINGS)
-            places = _numbered(work, found.labels)
-            device = work.runtime.device if self.manifold.device == "auto" else self.manifold.device
+            found = read_embeddings(context.folder / _EMBEDDINGS)
+            places = _numbered(context, found.labels)
+            device = context.runtime.device if self.manifold.device == "auto" else self.manifold.device
             config = replace(self.manifold, device=device)
-            fit_manifold(found.vectors, places, config, work.present, work.seed, training).save(folder)
+            fit_manifold(found.vectors, places, config, context.present_names, context.seed, training).save(folder)
         shutil.rmtree(training, ignore_errors=True)
 
-    def _draw(self, work: Work) -> None:
+    def _draw(self, context: SynthesisContext) -> None:
         """As many as are wanted now; the first ones are the same, however many follow."""
-        drawn = Manifold.load(work.folder / _MANIFOLD).draw(self._place(work, work.count - 1) + 1, work.seed)
+        drawn = Manifold.load(context.folder / _MANIFOLD).draw(
+            self._place(context, context.count - 1) + 1, context.seed
+        )
         tensors = {
             "vectors": drawn.vectors,
-            "labels": torch.tensor(work.classes)[drawn.labels],
+            "labels": torch.tensor(context.classes)[drawn.labels],
             "log_density": drawn.log_density,
             "distance": drawn.distance,
         }
-        store.save_tensors(work.folder / _DRAWN, tensors)
+        store.save_tensors(context.folder / _DRAWN, tensors)
 
-    def _place(self, work: Work, index: int) -> int:
+    def _place(self, context: SynthesisContext, index: int) -> int:
         """Which of its class's vectors outlier number `index` is made of."""
-        return index // len(work.classes) // self.images_per_vector
+        return index // len(context.classes) // self.images_per_vector
 
-    def points(self, work: Work, indices: Sequence[int], labels: Sequence[int]) -> ClassPoints:
+    def find_vectors(self, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]) -> ClassVectors:
         """The drawn vectors; nothing of the class's images is left in them but the density."""
-        drawn: dict[str, Tensor] = work.once(_DRAWN, lambda: store.load_tensors(work.folder / _DRAWN))
+        drawn: dict[str, Tensor] = context.cached(_DRAWN, lambda: store.load_tensors(context.folder / _DRAWN))
         starts = {label: int((drawn["labels"] == label).nonzero()[0]) for label in set(labels)}
-        rows = [starts[label] + self._place(work, index) for index, label in zip(indices, labels, strict=True)]
+        rows = [starts[label] + self._place(context, index) for index, label in zip(indices, labels, strict=True)]
         columns = {name: drawn[name][rows].tolist() for name in ("distance", "log_density")}
-        return ClassPoints(drawn["vectors"][rows], [""] * len(rows), columns)
+        return ClassVectors(drawn["vectors"][rows], columns)
 
-    def noises(self, work: Work, indices: Sequence[int]) -> Sequence[int]:
+    def noise_indices(self, context: SynthesisContext, indices: Sequence[int]) -> Sequence[int]:
         """Where it is fixed, the same for every vector: images that share one would be copies with one for all."""
         if not self.fixed_noise:
             return indices
-        return [index // len(work.classes) % self.images_per_vector for index in indices]
+        return [index // len(context.classes) % self.images_per_vector for index in indices]
 
 
-def _numbered(work: Work, labels: Tensor) -> Tensor:
+def _numbered(context: SynthesisContext, labels: Tensor) -> Tensor:
     """Labels as positions among the classes that have images."""
-    return torch.tensor([work.classes.index(label) for label in labels.tolist()], dtype=torch.int64)
+    return torch.tensor([context.classes.index(label) for label in labels.tolist()], dtype=torch.int64)

@@ -34,8 +34,8 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import NoiseKind, seeded
 from farout.diffusion.noise_levels import leading_levels
 from farout.diffusion.schedule import NoiseSchedule
-from farout.synthesis.base import identity
-from farout.synthesis.class_space import class_space, vector_scale
+from farout.synthesis.base import describe_inputs
+from farout.synthesis.class_space import class_conditioning, class_table_std
 
 __all__ = ["KIND", "Embeddings", "Inversion", "Inverter", "embed", "read_embeddings"]
 
@@ -88,7 +88,7 @@ class Inversion:
 
     def learning_rate(self, conditioning: Conditioning) -> float:
         """Adam's, absolute."""
-        return self.lr if self.lr is not None else self.lr_scale * vector_scale(conditioning)
+        return self.lr if self.lr is not None else self.lr_scale * class_table_std(conditioning)
 
     def grid(self, schedule: NoiseSchedule) -> Tensor:
         """The levels t that are drawn from, int64: T u / levels + 1 for u = 0, 1, …; of 1000 levels 1, 21, …, 981.
@@ -122,7 +122,7 @@ class Inverter:
 
     def __init__(self, model: DiffusionModel, inversion: Inversion, seed: int, runtime: Runtime) -> None:
         self.model, self.inversion, self.seed = model, inversion, seed
-        self.space = class_space(model)
+        self.space = class_conditioning(model)
         self.denoiser: NetworkDenoiser = model.denoiser(precision=runtime.precision)  # type: ignore[arg-type]
         # the gradient keeps all activations of a call
         self.rows = 32 if runtime.batch_size == "auto" else runtime.batch_size
@@ -271,7 +271,7 @@ def embed(
     folder, runtime = Path(out), (runtime or Runtime()).resolved()
     inverter = Inverter(model.to(runtime.device), inversion, seed, runtime)
     check_labels(labels, inverter.space.classes)
-    settings = {"config": asdict(inversion), "seed": seed, **identity(source, labels, model, runtime)}
+    settings = {"config": asdict(inversion), "seed": seed, **describe_inputs(source, labels, model, runtime)}
     store.resume_config(folder, KIND, settings, {"source": source.name})
     there = set(read_embeddings(folder).index.tolist())
     missing = [index for index in range(len(source)) if index not in there]

@@ -18,7 +18,7 @@ from common import machine, table
 from farout.core.errors import FaroutError
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sampling import Sampler
-from farout.diffusion.solvers.lookup import SOLVERS, is_adaptive
+from farout.diffusion.solvers.registry import SOLVERS, is_adaptive
 from farout.evaluation.fid import set_distance
 
 

@@ -24,7 +24,7 @@ from farout.diffusion import noise_levels as paths
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
-from farout.diffusion.solvers.ddim import ddim
+from farout.diffusion.solvers.ddim import DDIM
 from farout.synthesis.class_space import class_conditioning
 from farout.synthesis.editing.sona_guidance import BRANCHES, SonaConfig, SonaGuide
 
@@ -77,7 +77,7 @@ def main() -> None:
         denoiser = model.denoiser(32, "fp32")
         started = time.process_time()
         with torch.no_grad():
-            out = ddim(denoiser, x, sigmas, conditions(model, labels, twice=first is None), guide=guide)
+            out = DDIM()(denoiser, x, sigmas, conditions(model, labels, twice=first is None), guide=guide)
         seconds = time.process_time() - started
         first = out if first is None else first
         asked.append(denoiser.evaluations / len(starts))

@@ -90,6 +90,6 @@ def _check(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
 def narrow_device() -> Iterator[str]:
     """Inside it the device is there, under the name that it gives."""
     with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH), _Present(), _Literals():
-        patch.setattr(devices, "_NO_FLOAT64", {HERE})
+        patch.setattr(devices, "_DEVICES_WITHOUT_FLOAT64", {HERE})
         patch.setattr(runtime, "resolve_device", torch.device)
         yield HERE

@@ -17,7 +17,7 @@ from farout.diffusion.losses import Objective, denoising_loss, drop_labels, samp
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise_levels import geometric, pad
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.solvers.ddim import ddim
+from farout.diffusion.solvers.ddim import DDIM
 from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion, train_model
 from farout.diffusion.unets import build_network
 from farout.training.config import TrainingConfig
@@ -208,7 +208,7 @@ def test_a_network_learns_two_classes_apart(tmp_path: Path, build: Callable[...,
     for scale in (1, 2):
         denoiser = Guided(trained.denoiser(), scale, trained.conditioning.null)
         with torch.no_grad():
-            samples = trained.decode(ddim(denoiser, sigmas[:, :1, None, None] * noise, sigmas, condition))
+            samples = trained.decode(DDIM()(denoiser, sigmas[:, :1, None, None] * noise, sigmas, condition))
         assert float(samples[:8].mean()) == pytest.approx(35 / 255, abs=0.15)
         assert float(samples[8:].mean()) == pytest.approx(215 / 255, abs=0.15)
 

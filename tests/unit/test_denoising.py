@@ -18,7 +18,7 @@ from farout.detectors.denoising.differences import METRICS, changes, post_hoc, v
 from farout.detectors.denoising.initial_noise import Neighbours, descriptors, inverted
 from farout.diffusion.denoiser import GaussianDenoiser, Guided
 from farout.diffusion.noise import shared_noise
-from farout.diffusion.solvers.dpm_solver import dpm_solver_2m
+from farout.diffusion.solvers.dpm_solver import DPMSolver2M
 from farout.diffusion.train import DiffusionConfig
 from farout.training.config import TrainingConfig
 from small import CPU, classifier, conditional, model, pictures
@@ -94,7 +94,7 @@ def test_measured_by_hand(fitted: Denoising) -> None:
     path = fitted.paths[1:]
     x = diffusion.encode(one.images) + path[:, :1, None, None] * shared_noise(diffusion.shape, 0, 0, 1)
     guided = Guided(diffusion.denoiser(), 3.0, diffusion.conditioning.null)
-    back = diffusion.decode(dpm_solver_2m(guided, x, path, diffusion.conditioning(y)))
+    back = diffusion.decode(DPMSolver2M()(guided, x, path, diffusion.conditioning(y)))
     before, after = recognise.outputs(one.images).logits[0], recognise.outputs(back).logits[0]
     wanted = (before / before.norm() - after / after.norm()).abs().sum()
     torch.testing.assert_close(column(measured, "logit_global_l1")[0, 1, 1], wanted, rtol=1e-4, atol=1e-6)

@@ -21,7 +21,7 @@ from farout.diffusion.denoiser import GaussianDenoiser
 from farout.diffusion.image_to_image import RoundTrip
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
-from farout.diffusion.solvers.lookup import SOLVERS
+from farout.diffusion.solvers.registry import SOLVERS
 from farout.evaluation.evaluate import evaluate_detector
 from farout.synthesis.reconstruct import ReconstructedFolder
 from farout.training.loop import TrainingConfig
@@ -166,7 +166,7 @@ def test_level_zero_is_the_autoencoder_alone() -> None:
         ({"solver": "euler"}, "no solver 'euler'"),
         ({"solver": "pndm4", "steps": 2}, "warms up"),
         ({"solver": "pndm4", "level": 0.002, "highest": 0.5}, "warms up"),
-        ({"solver": "probability_flow", "steps": 3}, "finds its own steps"),
+        ({"solver": "probability_flow", "steps": 3}, "chooses its own steps"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(settings: dict[str, Any], message: str, images: Path) -> None:

@@ -19,7 +19,7 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import image_noise
 from farout.diffusion.sample_folder import write_samples
 from farout.diffusion.sampling import Sampler, choose_classes, sample
-from farout.diffusion.solvers.lookup import SOLVERS
+from farout.diffusion.solvers.registry import SOLVERS
 from small import conditional, model, tiny_unet, without_null
 from tolerances import assert_close, assert_same_pixels
 
@@ -142,7 +142,7 @@ def test_the_papers_presets_walk_stable_diffusions_levels() -> None:
         (without_null, {"guidance": 2.0}, "no null condition"),
         (model, {"solver": "euler"}, "no solver 'euler'; expected one of ddim"),
         (model, {"solver": "pndm4", "steps": 3}, "pndm4 warms up over 3 steps.*at least 4"),
-        (model, {"solver": "probability_flow", "steps": 3}, "finds its own steps"),
+        (model, {"solver": "probability_flow", "steps": 3}, "chooses its own steps"),
         (model, {"steps": 0}, "steps must be 1 to 1000"),
         (model, {"steps": 0, "spacing": "geometric"}, "steps must be 1 or more"),
         (model, {"steps": 1001, "spacing": "leading"}, "steps must be 1 to 1000"),

@@ -14,9 +14,9 @@ from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.denoiser import Clamped, NetworkDenoiser, Prediction
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.base import Solver
-from farout.diffusion.solvers.ddim import ddim
-from farout.diffusion.solvers.dpm_solver import dpm_solver_2m
-from farout.diffusion.solvers.lookup import SOLVERS, rehearse, solver_by_name
+from farout.diffusion.solvers.ddim import DDIM
+from farout.diffusion.solvers.dpm_solver import DPMSolver2M
+from farout.diffusion.solvers.registry import SOLVERS, create_solver
 from farout.synthesis.editing.sona_guidance import SonaConfig, SonaGuide, sona_guidance, sona_regions
 from tolerances import assert_close
 
@@ -121,18 +121,18 @@ def path(start: int) -> Tensor:
 def walked(
     starts: list[int],
     guide: Any,
-    solver: Solver = ddim,
+    solver: Solver | None = None,
     denoiser: Any = None,
     names: tuple[str, ...] = ("null", "class", "target"),
 ) -> Tensor:
     z0, noise = drawn(len(starts), torch.float32)
     sigmas = paths.pad([path(start) for start in starts])
     x = z0 + sigmas[:, 0, None, None, None] * noise
-    return solver(denoiser or Toy(), x, sigmas, shifts(len(starts), *names), guide=guide)
+    return (solver or DDIM())(denoiser or Toy(), x, sigmas, shifts(len(starts), *names), guide=guide)
 
 
 class Unsparing:
-    """The same guide, which asks for everything: it is no `SparingGuide`, so the loop knows nothing of its rows."""
+    """The same guide without `required_branches`: all branches are evaluated for all rows."""
 
     def __init__(self, config: SonaConfig) -> None:
         self.guide = SonaGuide(config)
@@ -154,7 +154,7 @@ def test_the_loop_is_the_cards_with_every_image_at_its_own_start() -> None:
         assert float((together[row] - expected[0]).abs().max()) < 1e-3 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("solver", [ddim, dpm_solver_2m], ids=["ddim", "2m"])
+@pytest.mark.parametrize("solver", [DDIM(), DPMSolver2M()], ids=["ddim", "2m"])
 def test_what_is_not_asked_for_could_not_have_mattered(solver: Solver) -> None:
     starts = [3, 10, 11, 20, 21, 35]
     spared, whole = Toy(), Toy()
@@ -198,7 +198,7 @@ def test_up_to_the_first_warm_up_it_is_unconditional_denoising(limits: tuple[flo
     z0, noise = drawn(3, torch.float32)
     sigmas = paths.pad([path(start) for start in starts])
     toy = Toy() if limits is None else Clamped(Toy(), *limits)
-    plain = ddim(toy, z0 + sigmas[:, 0, None, None, None] * noise, sigmas, shifts(3)["null"])
+    plain = DDIM()(toy, z0 + sigmas[:, 0, None, None, None] * noise, sigmas, shifts(3)["null"])
     assert_close(guided, plain)
     without = walked([11], SonaGuide(replace(PAPER, scale=0.0)))
     assert not torch.allclose(walked([11], SonaGuide(PAPER)), without, atol=1e-3)
@@ -360,12 +360,12 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_which_methods_can_be_guided(name: str) -> None:
-    solver = solver_by_name(name, SCHEDULE)
+    solver = create_solver(name, SCHEDULE)
     if name in ("ddim", "dpm_solver_2m", "unipc", "ndm1"):
-        rehearse(solver, path(30)[None], guided=True)
+        solver.check(path(30)[None], guided=True)
     else:
-        with pytest.raises(FaroutError, match="more than once a step"):
-            rehearse(solver, path(30)[None], guided=True)
+        with pytest.raises(FaroutError, match="more than once per step"):
+            solver.check(path(30)[None], guided=True)
 
 
 def test_a_guide_wants_its_branches() -> None:

@@ -174,7 +174,7 @@ def test_every_solver_that_can_be_guided_makes_outliers(images: Path, tmp_path: 
         ({"target_classes": ("a", "d")}, "a has images and so is in-distribution"),
         ({"target_classes": ("x",)}, "there is no class 'x'"),
         ({"target_classes": ("d",), "targets": "others"}, "do not go together"),
-        ({"solver": "plms"}, "plms evaluates more than once a step"),
+        ({"solver": "plms"}, "plms evaluates the network more than once per step"),
         ({"solver": "euler"}, "there is no solver 'euler'"),
         ({"steps": 2000}, "steps must be 1 to 1000"),
         ({"reject": 0.5}, "SONA needs a classifier model"),

@@ -14,9 +14,9 @@ from farout.core.errors import FaroutError
 from farout.diffusion import noise_levels as paths
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.solvers.lookup import SOLVERS, solver_by_name, solver_path
-from farout.diffusion.solvers.probability_flow import probability_flow
-from farout.diffusion.solvers.unipc import unipc
+from farout.diffusion.solvers.probability_flow import ProbabilityFlow
+from farout.diffusion.solvers.registry import SOLVERS, create_solver, solver_path
+from farout.diffusion.solvers.unipc import UniPC
 from farout.diffusion.solvers.vp_time import VPTime
 
 pytestmark = pytest.mark.numerics
@@ -43,7 +43,7 @@ def error(name: str, schedule: NoiseSchedule, levels: Tensor) -> float:
     # data at the path's start, whichever way it leads
     spread = math.sqrt(0.3 + start**2)
     x = spread * torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
-    found = solver_by_name(name, schedule)(denoiser, x, solver_path(name, path).repeat(5, 1))
+    found = create_solver(name, schedule)(denoiser, x, solver_path(name, path).repeat(5, 1))
     return float((found - exact_flow(denoiser, x, start, end)).abs().max()) / max(1.0, end)
 
 
@@ -103,7 +103,7 @@ def test_evaluations_of_the_cards_table(name: str, more: int, steps: int) -> Non
     path = LINEAR.sigma_of(torch.arange(20 * steps - 1, 0, -20)).float()
     path = torch.cat([path, torch.zeros(1)])
     denoiser = oracle()
-    solver_by_name(name, LINEAR)(denoiser, torch.randn(3, 6), path.repeat(3, 1))
+    create_solver(name, LINEAR)(denoiser, torch.randn(3, 6), path.repeat(3, 1))
     assert denoiser.evaluations == 3 * (steps + more)
 
 
@@ -112,29 +112,29 @@ def test_fewer_steps_than_a_warm_up_are_refused_before_any_evaluation() -> None:
         denoiser = oracle()
         good = torch.linspace(1, 0.1, 9)
         with pytest.raises(FaroutError, match=f"{name} warms up over .* a path of {len(too_few) - 1} step"):
-            solver_by_name(name, LINEAR)(denoiser, torch.ones(2, 6), paths.pad([good, torch.tensor(too_few)]))
+            create_solver(name, LINEAR)(denoiser, torch.ones(2, 6), paths.pad([good, torch.tensor(too_few)]))
         assert denoiser.evaluations == 0
     three = torch.tensor([[1.0, 0.6, 0.3, 0.1]])
     denoiser = oracle()
-    solver_by_name("pndm4", LINEAR)(denoiser, torch.ones(1, 6), three)
+    create_solver("pndm4", LINEAR)(denoiser, torch.ones(1, 6), three)
     assert denoiser.evaluations == 3 + 9
 
 
 def test_impossible_paths_are_named() -> None:
-    with pytest.raises(FaroutError, match="leaves sigma 0"):
-        solver_by_name("ddim", LINEAR)(oracle(), torch.ones(1, 6), torch.tensor([[0.0, 0.5]]))
+    with pytest.raises(FaroutError, match="starts at sigma 0"):
+        create_solver("ddim", LINEAR)(oracle(), torch.ones(1, 6), torch.tensor([[0.0, 0.5]]))
     for name in ("pndm4", "ndm1", "ndm4"):
-        with pytest.raises(FaroutError, match=f"{name} moves in the time of its schedule"):
-            solver_by_name(name, LINEAR)(oracle(), torch.ones(1, 6), torch.tensor([[300.0, 3.0, 2.0, 1.0, 0.5]]))
-    flow = probability_flow(LINEAR)
-    with pytest.raises(FaroutError, match="finds its own steps"):
+        with pytest.raises(FaroutError, match=f"{name} integrates in the time of its schedule"):
+            create_solver(name, LINEAR)(oracle(), torch.ones(1, 6), torch.tensor([[300.0, 3.0, 2.0, 1.0, 0.5]]))
+    flow = ProbabilityFlow(LINEAR)
+    with pytest.raises(FaroutError, match="chooses its own steps"):
         flow(oracle(), torch.ones(1, 6), torch.tensor([[3.0, 2.0, 1.0]]))
     with pytest.raises(FaroutError, match="NaN"):
         flow(lambda x, sigma, condition=None: x * torch.nan, torch.ones(1, 6), torch.tensor([[3.0, 1.0]]))
     with pytest.raises(FaroutError, match="above 0"):
-        probability_flow(LINEAR, tolerance=0.0)
+        ProbabilityFlow(LINEAR, tolerance=0.0)
     with pytest.raises(FaroutError, match="there is no solver 'euler'; expected one of ddim"):
-        solver_by_name("euler", LINEAR)
+        create_solver("euler", LINEAR)
 
 
 # -- rows -----------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def starts(name: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_row_in_company_is_the_row_alone(name: str) -> None:
-    solver = solver_by_name(name, LINEAR)
+    solver = create_solver(name, LINEAR)
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
     together = solver(oracle(), x, paths.pad(starts(name)))
     alone = [solver(oracle(), x[i : i + 1], paths.pad(starts(name)[i : i + 1])) for i in range(4)]
@@ -159,7 +159,7 @@ def test_a_row_in_company_is_the_row_alone(name: str) -> None:
 
 def test_rows_of_probability_flow_pay_for_themselves_alone() -> None:
     """A stiff row does not cost an easy one anything."""
-    flow, x = probability_flow(LINEAR), torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
+    flow, x = ProbabilityFlow(LINEAR), torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
     sigmas = torch.tensor([[100.0, 0.02], [1.0, 0.9]])
     both, one, other = oracle(), oracle(), oracle()
     flow(both, x, sigmas)
@@ -187,7 +187,7 @@ def test_conditions_go_with_their_rows(name: str) -> None:
     levels = [solver_path(name, paths.grid(LINEAR, start, 20)) for start in (999, 599, 799)]
     sigmas = paths.pad(levels)
     noise = torch.randn(3, 2, generator=torch.Generator().manual_seed(3))
-    found = solver_by_name(name, LINEAR)(_Classes(), sigmas[:, :1] * noise, sigmas, Condition({"mean": means}))
+    found = create_solver(name, LINEAR)(_Classes(), sigmas[:, :1] * noise, sigmas, Condition({"mean": means}))
     assert torch.cdist(found, means).argmin(1).tolist() == [0, 1, 2]
 
 
@@ -197,7 +197,7 @@ def test_a_row_that_starts_late_warms_up_on_its_own() -> None:
     late = torch.cat([path[:1].expand(2), path])
     early = torch.cat([path, path[-1:].expand(2)])
     x = torch.randn(1, 6).repeat(2, 1)
-    solver, denoiser = solver_by_name("pndm4", LINEAR), oracle()
+    solver, denoiser = create_solver("pndm4", LINEAR), oracle()
     found = solver(denoiser, x, torch.stack([early, late]))
     torch.testing.assert_close(found[0], found[1])
     assert denoiser.evaluations == 2 * (len(path) - 1 + 9)
@@ -214,7 +214,7 @@ def test_unipc_is_diffusers() -> None:
     scheduler.set_timesteps(10)
     x = 30 * torch.randn(2, 6, generator=torch.Generator().manual_seed(3))
     denoiser, levels = oracle(), scheduler.sigmas.float()
-    ours = unipc(denoiser, x, levels.repeat(2, 1))
+    ours = UniPC()(denoiser, x, levels.repeat(2, 1))
     assert denoiser.evaluations == 2 * 10
     sample = x.double() / (1 + levels[0].double() ** 2).sqrt()
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.double(), strict=False):
@@ -241,7 +241,7 @@ def test_probability_flow_is_scipys() -> None:
     first = (x[0].double() / (1 + sigmas[0, 0] ** 2).sqrt()).numpy()
     theirs = solve_ivp(drift, (start, end), first, method="RK45", rtol=7e-4, atol=7e-4)
     denoiser = oracle()
-    ours = probability_flow(LINEAR)(denoiser, x, sigmas.float())
+    ours = ProbabilityFlow(LINEAR)(denoiser, x, sigmas.float())
     assert denoiser.evaluations <= 1.5 * theirs.nfev
     expected = torch.from_numpy(theirs.y[:, -1]) * (1 + sigmas[0, 1] ** 2).sqrt()
     torch.testing.assert_close(ours[0].double(), expected, atol=1e-4, rtol=1e-4)
@@ -251,7 +251,7 @@ def test_probability_flow_gets_better_with_its_tolerance() -> None:
     x = 20 * torch.randn(3, 6, generator=torch.Generator().manual_seed(3))
     sigmas = LINEAR.sigma_of(torch.tensor([900, 50])).float().repeat(3, 1)
     truth = exact_flow(oracle(), x, float(sigmas[0, 0]), float(sigmas[0, 1]))
-    errors = [float((probability_flow(LINEAR, each)(oracle(), x, sigmas) - truth).abs().max()) for each in (1e-2, 1e-5)]
+    errors = [float((ProbabilityFlow(LINEAR, each)(oracle(), x, sigmas) - truth).abs().max()) for each in (1e-2, 1e-5)]
     assert errors[1] < errors[0] / 20
 
 

@@ -18,7 +18,7 @@ from farout.detectors.settings import check_words
 from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.solvers.base import Evaluation
-from farout.diffusion.solvers.ddim import ddim
+from farout.diffusion.solvers.ddim import DDIM
 from farout.features.densities import GaussianMixture, KernelDensity, pack, unpack
 
 __all__ = ["DiffPath"]
@@ -128,7 +128,7 @@ class DiffPath(Detector):
                 means["curvature"] += _powers(steps * (eps - last.pop())) / (steps - 1)
             last.append(eps)
 
-        ddim(self.denoiser, clean, self.path.expand(len(clean), -1), callback=add)
+        DDIM()(self.denoiser, clean, self.path.expand(len(clean), -1), callback=add)
         return Measurements(batch.keys, vectors={name: value.float() for name, value in means.items()})
 
     @staticmethod

@@ -19,7 +19,7 @@ from farout.diffusion.denoiser import expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
 from farout.diffusion.solvers.base import Solver
-from farout.diffusion.solvers.lookup import is_adaptive, rehearse, solver_by_name, solver_path
+from farout.diffusion.solvers.registry import create_solver, is_adaptive, solver_path
 
 __all__ = ["STEPS", "BackSpacing", "RoundTrip"]
 
@@ -49,7 +49,7 @@ class RoundTrip:
         level: where images turn round.
         highest: every image has a level of its own, drawn evenly from `level` to this one; None: all have `level`.
         classes: denoise each image under its class, where the model is told classes; False: under the null condition.
-        solver: a name of `farout.diffusion.solvers.lookup.SOLVERS`.
+        solver: a name of `farout.diffusion.solvers.registry.SOLVERS`.
         steps: steps back; None: 10, or the method's own. On the grid a low level has as many as there are levels.
         spacing: of the levels on the way back: `grid` (evenly in t) or `geometric` (evenly in log sigma).
         seed: level and noise of an image follow from (seed, its content) alone; the noise is the same for any level.
@@ -87,11 +87,11 @@ class RoundTrip:
             given = f"steps is {self.steps}, spacing is {self.spacing!r}"
             raise FaroutError(f"{given}; expected at least 1 step, and a spacing of grid or geometric")
         if is_adaptive(self.solver) and self.steps is not None:
-            raise FaroutError(f"{self.solver} finds its own steps; leave out steps={self.steps}")
+            raise FaroutError(f"{self.solver} chooses its own steps; leave out steps={self.steps}")
         conditioning = self.model.conditioning
         if conditioning is not None and not self.classes and not conditioning.has_null:
             raise no_null()
-        rehearse(self._solve, paths.pad([self._path(number) for number in {self._number(0.0), self._number(1.0)}]))
+        self._solve.check(paths.pad([self._path(number) for number in {self._number(0.0), self._number(1.0)}]))
 
     @property
     def told_classes(self) -> bool:
@@ -117,7 +117,7 @@ class RoundTrip:
 
     @cached_property
     def _solve(self) -> Solver:
-        return solver_by_name(self.solver, self.model.schedule)
+        return create_solver(self.solver, self.model.schedule)
 
     def _number(self, share: float) -> int:
         """Levels that an image is noised through, of T, at a share of the way from `level` to `highest`."""

@@ -14,7 +14,7 @@ from farout.core.errors import FaroutError
 from farout.diffusion import noise_levels as paths
 from farout.diffusion.conditioning.base import no_null
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.solvers.lookup import rehearse, solver_by_name, solver_path
+from farout.diffusion.solvers.registry import create_solver, solver_path
 
 __all__ = ["Interpolations", "Interpolator", "slerp"]
 
@@ -58,7 +58,7 @@ class Interpolator:
 
     Args:
         model: an unconditional model, or a class-conditional one, which answers by its null condition.
-        solver: a name of `farout.diffusion.solvers.lookup.SOLVERS`.
+        solver: a name of `farout.diffusion.solvers.registry.SOLVERS`.
         steps: steps from the largest level to the smallest, whose levels are the stations' too; a solver that finds its
             own steps uses them for that alone.
         stations: levels between the two ends that images are noised to.
@@ -94,16 +94,16 @@ class Interpolator:
                 "or fewer stations"
             )
         self.model, self.name = model, solver
-        self._solve = solver_by_name(solver, model.schedule)
+        self._solve = create_solver(solver, model.schedule)
         self._denoiser = model.denoiser(batch_size, precision)
         self._places = [round(top * number / (stations + 1)) for number in range(stations + 2)]
         self.levels = tuple(self.ladder[place] for place in self._places)
-        rehearse(self._solve, self._up(1))
+        self._solve.check(self._up(1))
         self._rehearse_down()
 
     def _rehearse_down(self) -> None:
         try:
-            rehearse(self._solve, self._down(self._places))
+            self._solve.check(self._down(self._places))
         except FaroutError as error:
             steps, stations, lowest = len(self.ladder) - 1, len(self._places) - 2, self._places[1]
             raise FaroutError(

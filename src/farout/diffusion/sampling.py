@@ -20,7 +20,7 @@ from farout.diffusion.denoiser import Denoiser, Guided, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import image_noise
 from farout.diffusion.solvers.base import Solver
-from farout.diffusion.solvers.lookup import is_adaptive, rehearse, solver_by_name, solver_path
+from farout.diffusion.solvers.registry import create_solver, is_adaptive, solver_path
 
 __all__ = ["STEPS", "Sampler", "Spacing", "choose_classes", "sample"]
 
@@ -63,7 +63,7 @@ class Sampler:
 
     Args:
         model: the diffusion model; images are made where it is.
-        solver: a name of `farout.diffusion.solvers.lookup.SOLVERS`.
+        solver: a name of `farout.diffusion.solvers.registry.SOLVERS`.
         steps: steps from the largest noise level to none; None: 20, or the method's own.
         spacing: of the levels on the path: `grid` (evenly in t; of 1000 in 50 steps 999, 979, …, 19), `geometric`
             (evenly in log sigma) or `leading` (evenly in t from 1 up: 981, …, 21, 1; Stable Diffusion's own).
@@ -100,8 +100,8 @@ class Sampler:
         if self.guidance != 1 and conditioning is not None and not conditioning.has_null:
             raise no_null()
         if is_adaptive(self.solver) and self.steps is not None:
-            raise FaroutError(f"{self.solver} finds its own steps; leave out steps={self.steps}")
-        rehearse(self._solve, self.path[None])
+            raise FaroutError(f"{self.solver} chooses its own steps; leave out steps={self.steps}")
+        self._solve.check(self.path[None])
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Sampler:
 
     @cached_property
     def _solve(self) -> Solver:
-        return solver_by_name(self.solver, self.model.schedule)
+        return create_solver(self.solver, self.model.schedule)
 
     @cached_property
     def path(self) -> Tensor:

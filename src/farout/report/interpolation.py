@@ -20,7 +20,7 @@ from farout.data.image_source import ImageSource
 from farout.data.sources import Images, open_source
 from farout.diffusion.interpolation import Interpolations, Interpolator
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.solvers.lookup import is_adaptive
+from farout.diffusion.solvers.registry import is_adaptive
 from farout.report.rendering import png_address, render
 
 __all__ = ["KIND", "InterpolatedFolder", "write_interpolations"]

@@ -37,7 +37,7 @@ from farout.diffusion.denoiser import Denoiser, Guided, NetworkDenoiser
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.solvers.lookup import SOLVERS, rehearse, solver_by_name, solver_path
+from farout.diffusion.solvers.registry import SOLVERS, create_solver, solver_path
 from farout.diffusion.train import DiffusionConfig
 from farout.features.densities import ZScore, pack, unpack
 
@@ -163,7 +163,7 @@ class Denoising(Detector):
         if model is None or self.classifier is None:
             return
         self.denoiser = model.denoiser(self.runtime.batch_size, self.precision)
-        self.solve = solver_by_name(self.config["solver"], model.schedule)
+        self.solve = create_solver(self.config["solver"], model.schedule)
         self.paths = self._all_paths(model.schedule).to(model.device)
         self.shared = None
 
@@ -179,7 +179,7 @@ class Denoising(Detector):
         assert classifier is not None
         self._check_models(diffusion, classifier)
         checked_levels(self.levels, diffusion.schedule.steps)
-        rehearse(solver_by_name(self.config["solver"], diffusion.schedule), self._all_paths(diffusion.schedule))
+        create_solver(self.config["solver"], diffusion.schedule).check(self._all_paths(diffusion.schedule))
         if self.config["labels"] == "true" and not set(_names(source)) & set(classifier.class_names):
             known = ", ".join(classifier.class_names[: known_classes(classifier)])
             raise FaroutError(f"labels=true requires images of the classes {known}; {source.name} has none of them")

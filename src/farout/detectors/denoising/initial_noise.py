@@ -13,7 +13,7 @@ from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.denoiser import Denoiser
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.solvers.ddim import ddim
+from farout.diffusion.solvers.ddim import DDIM
 
 __all__ = ["Neighbours", "descriptors", "inverted"]
 
@@ -35,7 +35,7 @@ def inverted(model: DiffusionModel, denoiser: Denoiser, images: Tensor, conditio
     last = model.schedule.steps - 1
     levels = [*range(0, last, _SPACING), last]
     path = model.schedule.sigma_of(torch.tensor(levels)).float().to(model.device)
-    end = ddim(denoiser, model.encode(images), path.expand(len(images), -1), condition)
+    end = DDIM()(denoiser, model.encode(images), path.expand(len(images), -1), condition)
     return end / (1 + path[-1] ** 2).sqrt()
 
 

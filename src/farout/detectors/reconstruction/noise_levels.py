@@ -11,8 +11,8 @@ from farout.detectors.settings import checked_levels
 from farout.diffusion import noise_levels as paths
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.base import Solver
-from farout.diffusion.solvers.lookup import solver_by_name
-from farout.diffusion.solvers.plms import plms
+from farout.diffusion.solvers.plms import PLMS
+from farout.diffusion.solvers.registry import create_solver
 
 __all__ = ["Plan", "make_plan", "paper_grid"]
 
@@ -59,10 +59,10 @@ def make_plan(
     chosen = checked_levels(wanted, schedule.steps, lowest=1 if mode == "exact" else 0)
     if mode == "exact":
         table = paths.pad([paths.grid(schedule, t, _SPACING) for t in chosen])
-        return Plan(chosen, table, plms, float(schedule.abar[0].sqrt()))
+        return Plan(chosen, table, PLMS(), float(schedule.abar[0].sqrt()))
     counts = [1 if mode == "oneshot" else min(steps, max(1, t // 40)) for t in chosen]
     table = paths.pad([paths.geometric(schedule, t, count) for t, count in zip(chosen, counts, strict=True)])
-    return Plan(chosen, table, solver_by_name("ddim" if mode == "oneshot" else solver, schedule), 1.0)
+    return Plan(chosen, table, create_solver("ddim" if mode == "oneshot" else solver, schedule), 1.0)
 
 
 def _default_levels(mode: str, skip: int, grid: Literal["paper", "released"]) -> tuple[int, ...]:

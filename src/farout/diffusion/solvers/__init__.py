@@ -1,1 +1,1 @@
-"""Numerical methods that integrate from noise to image, and back."""
+"""Numerical methods that integrate the probability flow ODE from one noise level to another."""

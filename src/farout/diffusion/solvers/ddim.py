@@ -1,23 +1,23 @@
-"""DDIM: Euler's rule for the probability flow dx/dsigma = eps, where x = x0 + sigma eps."""
+"""DDIM (Song, Meng & Ermon 2021, "Denoising diffusion implicit models")."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from farout.diffusion.denoiser import expand_dims
-from farout.diffusion.solvers.base import Predictor, State, make_solver, predict_eps
+from farout.diffusion.solvers.base import RowDenoiser, RowState, Solver
 
-__all__ = ["ddim"]
-
-
-def _step(predict: Predictor, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: State) -> tuple[Tensor, State]:
-    eps = predict_eps(predict, x, sigma)
-    return x + expand_dims(sigma_next - sigma, x) * eps, state
+__all__ = ["DDIM"]
 
 
-ddim = make_solver(
-    _step,
-    "ddim",
-    "DDIM with eta = 0 (Song et al. 2021, eq. 12): x' = x + (sigma' - sigma) eps. One evaluation a step.",
-    once=True,
-)
+class DDIM(Solver):
+    """DDIM with eta = 0 (Song, Meng & Ermon 2021, eq. 12): first order, one evaluation per step.
+
+    Divided by sqrt(abar), eq. 12 is Euler's method for the probability flow ODE dx / dsigma = eps (eq. 14).
+    """
+
+    name = "ddim"
+
+    def step(self, model: RowDenoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: RowState) -> Tensor:
+        """x' = x + (sigma' - sigma) eps."""
+        eps = (x - model(x, sigma)) / sigma
+        return x + (sigma_next - sigma) * eps

@@ -1,80 +1,59 @@
-"""Fourth-order multistep rules of Liu et al. 2022 (PNDM, ICLR): Adams-Bashforth after three Runge-Kutta steps.
-
-The paper separates a *gradient rule*, which mixes slopes, from a *transfer*, which moves by the mixture. PNDM's
-transfer is DDIM's and its slopes are eps; NDM's transfer is a straight line in the time of the variance-preserving
-process, and its slopes are the drift of the probability flow.
-"""
+"""The fourth-order linear multistep method of Liu et al. (2022), which PNDM and NDM share."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import abstractmethod
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from farout.diffusion.solvers.adams_bashforth import mix_slopes, update_history
-from farout.diffusion.solvers.base import Predictor, Solver, State, Step, check_warm_up, make_solver
-from farout.diffusion.solvers.vp_time import VPTime
+from farout.diffusion.solvers.adams_bashforth import combine_slopes, past_slopes
+from farout.diffusion.solvers.base import RowDenoiser, RowState, VPSolver, check_warm_up
 
-__all__ = ["Transfer", "fourth_order_solver"]
-
-_WARM_UP = 3
-"""Steps of each row that lack the three past slopes."""
+__all__ = ["FourthOrderSolver"]
 
 
-class Transfer(Protocol):
-    """How a slope at (x, sigma) follows from x0, and where it leads."""
+class FourthOrderSolver(VPSolver):
+    """Adams-Bashforth of order 4 after three steps of Runge-Kutta (Liu et al. 2022, "Pseudo numerical methods for
+    diffusion models on manifolds", algorithm 2); n + 9 evaluations for n steps.
 
+    The paper separates the *gradient part* of a method, which combines slopes, from its *transfer part* phi, which
+    moves x by a slope. The gradient part is in `step`; subclasses define the slope and the transfer part.
+    """
+
+    evaluates_once: ClassVar[bool] = False
+    warm_up_steps: ClassVar[int] = 3
+
+    @abstractmethod
     def slope(self, x: Tensor, sigma: Tensor, x0: Tensor) -> Tensor:
-        """x (B, …), sigma (B,), x0 (B, …) -> slope (B, …)."""
+        """The slope e at x (R, ...) and sigma (R, 1, ...), from the denoiser's x0 (R, ...)."""
 
-    def move(self, x: Tensor, slope: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        """x (B, …) at sigma -> x at `sigma_next`."""
+    @abstractmethod
+    def transfer(self, x: Tensor, e: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        """phi(x, e, sigma, sigma'): x (R, ...) at sigma moved by the slope e to sigma'."""
 
+    def step(self, model: RowDenoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: RowState) -> Tensor:
+        """x' = phi(x, e', sigma, sigma'), where e' combines the slopes."""
+        _, steps = past_slopes(x, state)
+        e_t = self.slope(x, sigma, model(x, sigma))
+        # gradient part, eq. 12: e' = (55 e_t - 59 e_(t-1) + 37 e_(t-2) - 9 e_(t-3)) / 24
+        e = combine_slopes(e_t, 4, state)
+        # eq. 13: the first three steps of a row by Runge-Kutta, with the middle in t
+        rows = (steps < self.warm_up_steps).nonzero().squeeze(1)
+        if len(rows) > 0:
+            start, s, s_next, e1 = x[rows], sigma[rows], sigma_next[rows], e_t[rows]
+            s_middle = self.time.midpoint(s, s_next).to(s)
+            x2 = self.transfer(start, e1, s, s_middle)
+            e2 = self.slope(x2, s_middle, model(x2, s_middle, rows))
+            x3 = self.transfer(start, e2, s, s_middle)
+            e3 = self.slope(x3, s_middle, model(x3, s_middle, rows))
+            x4 = self.transfer(start, e3, s, s_next)
+            e4 = self.slope(x4, s_next, model(x4, s_next, rows))
+            e[rows] = (e1 + 2 * e2 + 2 * e3 + e4) / 6
+        # transfer part
+        return self.transfer(x, e, sigma, sigma_next)
 
-def _runge_kutta_slope(
-    transfer: Transfer,
-    middle: Tensor,
-    predict: Predictor,
-    rows: Tensor,
-    x: Tensor,
-    sigma: Tensor,
-    sigma_next: Tensor,
-    first: Tensor,
-) -> Tensor:
-    """RK4's mixture for some rows, whose slope at (x, sigma) is `first`: three evaluations more."""
-    halfway = transfer.move(x, first, sigma, middle)
-    second = transfer.slope(halfway, middle, predict(halfway, middle, rows))
-    halfway = transfer.move(x, second, sigma, middle)
-    third = transfer.slope(halfway, middle, predict(halfway, middle, rows))
-    there = transfer.move(x, third, sigma, sigma_next)
-    fourth = transfer.slope(there, sigma_next, predict(there, sigma_next, rows))
-    return (first + 2 * second + 2 * third + fourth) / 6
-
-
-def _linear_multistep(transfer: Transfer, time: VPTime) -> Step:
-    def step(predict: Predictor, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: State) -> tuple[Tensor, State]:
-        """(55 e - 59 e' + 37 e'' - 9 e''') / 24; RK4 in each row's first three steps."""
-        slope = transfer.slope(x, sigma, predict(x, sigma))
-        count = state.get("count", torch.zeros(len(x), dtype=torch.long, device=x.device))
-        past = state.get("past", x.new_zeros(len(x), 3, *x.shape[1:]))
-        mixed = mix_slopes(slope, past, count, 4)
-        warm = (count < _WARM_UP).nonzero().squeeze(1)
-        if len(warm):
-            middle = time.between(sigma[warm], sigma_next[warm]).to(sigma)
-            mixed[warm] = _runge_kutta_slope(
-                transfer, middle, predict, warm, x[warm], sigma[warm], sigma_next[warm], slope[warm]
-            )
-        return transfer.move(x, mixed, sigma, sigma_next), update_history(slope, past, count)
-
-    return step
-
-
-def fourth_order_solver(name: str, doc: str, transfer: Transfer, time: VPTime) -> Solver:
-    """The solver that moves by `transfer`, in the time of a schedule."""
-
-    def check(sigmas: Tensor) -> None:
-        time.check(sigmas, name)
-        check_warm_up(sigmas, name, _WARM_UP)
-
-    return make_solver(_linear_multistep(transfer, time), name, doc, once=False, check=check)
+    def check_path(self, sigmas: Tensor) -> None:
+        """Raises FaroutError for a sigma outside the schedule, and for paths that are too short for the warm-up."""
+        super().check_path(sigmas)
+        check_warm_up(sigmas, self.name, self.warm_up_steps)

@@ -1,43 +1,49 @@
-"""PNDM (Liu et al. 2022, ICLR): multistep rules on eps with DDIM's transfer."""
+"""PNDM (Liu et al. 2022, "Pseudo numerical methods for diffusion models on manifolds")."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from farout.diffusion.denoiser import expand_dims
-from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.solvers.adams_bashforth import multistep
-from farout.diffusion.solvers.base import Solver, check_warm_up, make_solver
-from farout.diffusion.solvers.fourth_order import fourth_order_solver
-from farout.diffusion.solvers.vp_time import VPTime
+from farout.diffusion.solvers.adams_bashforth import AdamsBashforth
+from farout.diffusion.solvers.base import check_warm_up
+from farout.diffusion.solvers.fourth_order import FourthOrderSolver
 
-__all__ = ["pndm2", "pndm4"]
-
-pndm2 = make_solver(
-    multistep(2, heun_first=True),
-    "pndm2",
-    "PNDM of order 2, S-PNDM (Liu et al. 2022): (3 eps - past eps) / 2 after a first step of Heun's rule; "
-    "n + 1 evaluations. A row of one step to sigma 0 raises FaroutError: no level is left to warm up on.",
-    once=False,
-    check=lambda sigmas: check_warm_up(sigmas, "pndm2", 1),
-)
+__all__ = ["PNDM2", "PNDM4"]
 
 
-class DDIMTransfer:
-    """x' = x + (sigma' - sigma) eps: DDIM's transfer, divided by sqrt(abar')."""
+class PNDM2(AdamsBashforth):
+    """PNDM of order 2, the paper's S-PNDM: (3 e_t - e_(t-1)) / 2 after a Heun step; n + 1 evaluations for n steps.
+
+    A path of one step to sigma 0 raises FaroutError, because no level is left for the Heun step.
+    """
+
+    evaluates_once: ClassVar[bool] = False
+    heun_start: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.name = "pndm2"
+
+    def check_path(self, sigmas: Tensor) -> None:
+        """Raises FaroutError for paths that are too short for the Heun step."""
+        check_warm_up(sigmas, self.name, 1)
+
+
+class PNDM4(FourthOrderSolver):
+    """PNDM of order 4, the paper's F-PNDM: the slope is eps, the transfer part is that of DDIM.
+
+    The multistep coefficients are those of equal steps: order 4 on paths of evenly spaced sigmas, order 2 with a small
+    constant on evenly spaced levels t. Paths of fewer than three steps that end above sigma 0 raise FaroutError.
+    """
+
+    name = "pndm4"
 
     def slope(self, x: Tensor, sigma: Tensor, x0: Tensor) -> Tensor:
-        return (x - x0) / expand_dims(sigma, x)
+        """e = eps = (x - x0) / sigma."""
+        return (x - x0) / sigma
 
-    def move(self, x: Tensor, slope: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        return x + expand_dims(sigma_next - sigma, x) * slope
-
-
-def pndm4(schedule: NoiseSchedule) -> Solver:
-    """PNDM of order 4, F-PNDM (Liu et al. 2022): DDIM's transfer with Adams-Bashforth's four slopes after
-    three steps of RK4, whose middle lies halfway in t; n + 9 evaluations for n steps.
-
-    The coefficients are those of equal steps: order 4 where sigma falls evenly, order 2 (with a small constant) on a
-    grid of levels. Rows of fewer than three steps, or of three that end in sigma 0, raise FaroutError.
-    """
-    return fourth_order_solver("pndm4", pndm4.__doc__ or "", DDIMTransfer(), VPTime(schedule))
+    def transfer(self, x: Tensor, e: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        """Liu et al. 2022, eq. 11, divided by sqrt(abar'): x' = x + (sigma' - sigma) e."""
+        return x + (sigma_next - sigma) * e

@@ -1,8 +1,9 @@
-"""The probability flow by an adaptive Runge-Kutta method, with an error control of its own for every row."""
+"""The probability flow ODE by an adaptive Runge-Kutta method, with an error control of its own for every row."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,14 +12,13 @@ from farout.core.devices import in_float64
 from farout.core.errors import FaroutError
 from farout.diffusion.denoiser import expand_dims
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.solvers.base import Predictor, Solver, State, make_solver
+from farout.diffusion.solvers.base import RowDenoiser, RowState, VPSolver
 from farout.diffusion.solvers.ndm import vp_drift
-from farout.diffusion.solvers.vp_time import VPTime
 
-__all__ = ["probability_flow"]
+__all__ = ["ProbabilityFlow"]
 
-# Dormand & Prince 1980: stages of the order 5 rule, whose last slope is the next step's first, and its difference from
-# the embedded order 4 rule
+# Dormand & Prince 1980: nodes and stages of the method of order 5, whose last slope is the first of the next step, and
+# its difference from the embedded method of order 4
 _NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
     (1 / 5,),
@@ -29,131 +29,124 @@ _STAGES = (
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 _ERROR = (-71 / 57600, 0.0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40)
-_SAFETY, _LEAST, _MOST = 0.9, 0.2, 10.0
-"""Hairer, Nørsett & Wanner 1993, section II.4: the new step is the old one times 0.9 error^(-1/5), within limits."""
+_SAFETY, _MIN_FACTOR, _MAX_FACTOR = 0.9, 0.2, 10.0
+"""The new step is the old one times 0.9 error^(-1/5), within limits (Hairer, Nørsett & Wanner 1993, section II.4)."""
 
 
-def probability_flow(schedule: NoiseSchedule, tolerance: float = 7e-4) -> Solver:
-    """The probability flow by RK45 in the time of the schedule (Song et al. 2021, appendix D).
+class ProbabilityFlow(VPSolver):
+    """The probability flow ODE by RK45 in the time of the schedule (Song et al. 2021, appendix D.4).
 
-    It takes paths of two sigmas, (B, 2), rising or falling, and finds its own steps: each row's own error, in root mean
-    square over its values, stays below tolerance (1 + |x_vp|) per step. Six evaluations a tried step, and two at the
-    start. Towards sigma 0 it integrates to the schedule's smallest sigma and ends with the x0 it has there.
+    It takes paths of two sigmas, (B, 2), rising or falling, and chooses its own steps: the root mean square of each
+    row's local error stays below tolerance (1 + |x_vp|). Six evaluations per tried step, and two at the start. Towards
+    sigma 0 it integrates to the schedule's smallest sigma and returns the x0 there.
 
-    Raises FaroutError for a tolerance that is not positive; the solver, for paths of several steps, outside the
-    schedule, or where the network's answers are not finite.
+    Args:
+        schedule: the schedule of the network.
+        tolerance: absolute and relative tolerance of a step.
+
+    Raises FaroutError for a tolerance that is not positive, and when called for paths of several steps, for a sigma
+    outside the schedule, or where the network's predictions are not finite.
     """
-    if not tolerance > 0:
-        raise FaroutError(f"the tolerance of the probability flow is above 0, got {tolerance}")
-    time = VPTime(schedule)
 
-    def check(sigmas: Tensor) -> None:
-        time.check(sigmas, "probability_flow")
+    name = "probability_flow"
+    evaluates_once: ClassVar[bool] = False
+
+    def __init__(self, schedule: NoiseSchedule, tolerance: float = 7e-4) -> None:
+        if not tolerance > 0:
+            raise FaroutError(f"the tolerance of the probability flow must be above 0, got {tolerance}")
+        super().__init__(schedule)
+        self.tolerance = tolerance
+
+    def check_path(self, sigmas: Tensor) -> None:
+        """Raises FaroutError for a sigma outside the schedule, and for paths of several steps."""
+        super().check_path(sigmas)
         if sigmas.shape[1] != 2:
-            shape = tuple(sigmas.shape)
             raise FaroutError(
-                f"probability_flow finds its own steps: sigmas must have shape (B, 2), start and end, got {shape}"
+                "probability_flow chooses its own steps: sigmas must have shape (B, 2), start and end, got "
+                f"{tuple(sigmas.shape)}"
             )
 
-    def step(predict: Predictor, x: Tensor, sigma: Tensor, then: Tensor, state: State) -> tuple[Tensor, State]:
-        low = float(schedule.sigma[0])
-        start, end = (time.t_of(each.cpu().double().clamp(min=low)) for each in (sigma, then))
-        flow = _Flow(time, predict, tolerance, start, end, x / (1 + expand_dims(sigma, x) ** 2).sqrt())
-        flow.run()
-        moved = flow.y * (1 + expand_dims(then, x) ** 2).sqrt()
-        return torch.where(expand_dims(then, x) > 0, moved, flow.x0), state
+    def step(self, model: RowDenoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: RowState) -> Tensor:
+        """Integrates dy / dt = f(y, t) for y = x_vp, from the t of sigma to the t of sigma_next."""
+        smallest = float(self.time.schedule.sigma[0])
+        # times are float64 on the CPU, (R,); values are on the device
+        t, t_end = (self.time.t_of(s.flatten().cpu().double().clamp(min=smallest)) for s in (sigma, sigma_next))
+        y = x / (1 + sigma**2).sqrt()
+        f, x0 = self._drift(model, y, t, torch.arange(len(t)))
+        h = torch.zeros_like(t)
+        was_rejected = torch.zeros(len(t), dtype=torch.bool)
+        rows = (t != t_end).nonzero().squeeze(1)
+        if len(rows) > 0:
+            h[rows] = self._initial_step(model, y, f, t, t_end, rows)
 
-    return make_solver(step, "probability_flow", probability_flow.__doc__ or "", once=False, check=check)
+        while len(rows) > 0:
+            on_device = rows.to(y.device)
+            y_old, t_old, remaining = y[on_device], t[rows], t_end[rows] - t[rows]
+            length = h[rows].minimum(remaining.abs())
+            if bool((length <= 1e-12 * (1 + t_old.abs())).any()):
+                raise FaroutError("the steps of the probability flow became too short; raise its tolerance")
+            is_last = length >= remaining.abs()
+            t_new = torch.where(is_last, t_end[rows], t_old + length * remaining.sign())
+            step = t_new - t_old
 
+            # the stages; after the last one y_new is the solution of order 5
+            slopes, y_new, x0_new = [f[on_device]], y_old, y_old
+            for node, weights in zip(_NODES, _STAGES, strict=True):
+                y_new = y_old + expand_dims(step, y) * _weighted_sum(weights, slopes)
+                slope, x0_new = self._drift(model, y_new, t_old + node * step, rows)
+                slopes.append(slope)
 
-@dataclass
-class _Flow:
-    """The rows of one call: times t (B,) and ends, float64; values y = x_vp (B, …); slopes and x0 at y, and steps."""
+            # error control of each row
+            local_error = expand_dims(step, y) * _weighted_sum(_ERROR, slopes)
+            scale = self.tolerance * (1 + torch.maximum(y_old.abs(), y_new.abs()))
+            error = _root_mean_square(local_error / scale)
+            is_accepted = error < 1
+            factor = (_SAFETY * error.clamp(min=1e-30).pow(-1 / 5)).clamp(_MIN_FACTOR, _MAX_FACTOR)
+            # a step does not grow right after a rejected one
+            h[rows] = length * torch.where(was_rejected[rows] | ~is_accepted, factor.clamp(max=1.0), factor)
+            was_rejected[rows] = ~is_accepted
+            accepted, kept = rows[is_accepted], is_accepted.to(y.device)
+            t[accepted] = t_new[is_accepted]
+            for values, new in ((y, y_new), (f, slopes[-1]), (x0, x0_new)):
+                values[accepted.to(y.device)] = new[kept]
+            rows = rows[t[rows] != t_end[rows]]
 
-    time: VPTime
-    predict: Predictor
-    tolerance: float
-    t: Tensor
-    end: Tensor
-    y: Tensor
+        return torch.where(sigma_next > 0, y * (1 + sigma_next**2).sqrt(), x0)
 
-    def run(self) -> None:
-        """Moves every row to its end."""
-        everything = torch.arange(len(self.t))
-        self.slope, self.x0 = self._drift(self.y, self.t, everything)
-        self.step = torch.zeros_like(self.t)
-        running = (self.t != self.end).nonzero().squeeze(1)
-        if len(running):
-            self.step[running] = self._first_step(running)
-        held = torch.zeros(len(self.t), dtype=torch.bool)
-        while len(running):
-            accepted = self._try(running, held)
-            held[running] = ~accepted
-            running = running[self.t[running] != self.end[running]]
+    def _drift(self, model: RowDenoiser, y: Tensor, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """f(y, t) and x0 of some rows."""
+        sigma = expand_dims(self.time.sigma_of(t), y)
+        x0 = model(y * (1 + sigma**2).sqrt(), sigma, rows.to(y.device))
+        return vp_drift(self.time, y, self.time.sigma_of(t).reshape(sigma.shape), x0), x0
 
-    def _drift(self, y: Tensor, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Slope and x0 of some rows."""
-        sigma = self.time.sigma_of(t)
-        x0 = self.predict(
-            y * (1 + expand_dims(sigma, y) ** 2).sqrt(), sigma.to(y.device, torch.float32), rows.to(y.device)
-        )
-        return vp_drift(self.time, y, sigma, x0), x0
-
-    def _size(self, values: Tensor, scale: Tensor) -> Tensor:
-        """Root mean square over each row, (B,) float64 on the CPU; raises FaroutError where it is not finite."""
-        size = in_float64(values / scale).flatten(1).square().mean(1).sqrt().cpu()
-        if not bool(torch.isfinite(size).all()):
-            raise FaroutError(
-                "the probability flow left the finite numbers: the network's answers are NaN or too large"
-            )
-        return size
-
-    def _scale(self, *values: Tensor) -> Tensor:
-        return self.tolerance * (1 + torch.stack([value.abs() for value in values]).amax(0))
-
-    def _first_step(self, rows: Tensor) -> Tensor:
-        """A first length from the size of slope and curvature (Hairer, Nørsett & Wanner 1993, section II.4)."""
-        y, slope, t = self.y[rows], self.slope[rows], self.t[rows]
-        way, scale = self.end[rows] - t, self._scale(y)
-        size, speed = self._size(y, scale), self._size(slope, scale)
-        trial = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed).minimum(way.abs())
-        there, _ = self._drift(y + expand_dims(trial * way.sign(), y) * slope, t + trial * way.sign(), rows)
-        bend = self._size(there - slope, scale) / trial
-        most = speed.maximum(bend)
-        length = torch.where(most <= 1e-15, (1e-3 * trial).clamp(min=1e-6), (0.01 / most).pow(1 / 5))
-        return torch.minimum(length, 100 * trial).minimum(way.abs())
-
-    def _try(self, rows: Tensor, held: Tensor) -> Tensor:
-        """One step of the rows, (R,): those whose error is small enough move; says which, (R,)."""
-        t, y, way = self.t[rows], self.y[rows], self.end[rows] - self.t[rows]
-        length = self.step[rows].minimum(way.abs())
-        if bool((length <= 1e-12 * (1 + t.abs())).any()):
-            raise FaroutError("the probability flow's steps became too short; raise its tolerance")
-        last = length >= way.abs()
-        then = torch.where(last, self.end[rows], t + length * way.sign())
-        new, slopes, x0 = self._stages(rows, y, t, then - t)
-        wrong = expand_dims(then - t, y) * _mix(_ERROR, slopes)
-        error = self._size(wrong, self._scale(y, new))
-        accepted = error < 1
-        factor = (_SAFETY * error.clamp(min=1e-30).pow(-1 / 5)).clamp(_LEAST, _MOST)
-        self.step[rows] = length * torch.where(held[rows] | ~accepted, factor.clamp(max=1.0), factor)
-        moved, kept = rows[accepted], accepted.to(y.device)
-        self.t[moved], self.y[moved.to(y.device)] = then[accepted], new[kept]
-        self.slope[moved.to(y.device)], self.x0[moved.to(y.device)] = slopes[-1][kept], x0[kept]
-        return accepted
-
-    def _stages(self, rows: Tensor, y: Tensor, t: Tensor, step: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """y after a step of order 5, the seven slopes, and x0 at the new y."""
-        slopes, new, x0 = [self.slope[rows.to(y.device)]], y, y
-        for node, weights in zip(_NODES, _STAGES, strict=True):
-            new = y + expand_dims(step, y) * _mix(weights, slopes)
-            slope, x0 = self._drift(new, t + node * step, rows)
-            slopes.append(slope)
-        return new, slopes, x0
+    def _initial_step(self, model: RowDenoiser, y: Tensor, f: Tensor, t: Tensor, t_end: Tensor, rows: Tensor) -> Tensor:
+        """Length of the first step, from the sizes of y, slope and curvature (Hairer et al. 1993, section II.4)."""
+        on_device = rows.to(y.device)
+        y, f, t, remaining = y[on_device], f[on_device], t[rows], t_end[rows] - t[rows]
+        scale = self.tolerance * (1 + y.abs())
+        # a) and b): h_0 = 0.01 d_0 / d_1
+        d0, d1 = _root_mean_square(y / scale), _root_mean_square(f / scale)
+        h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).minimum(remaining.abs())
+        # c) and d): an Euler step, and the second derivative
+        euler_step = h0 * remaining.sign()
+        f1, _ = self._drift(model, y + expand_dims(euler_step, y) * f, t + euler_step, rows)
+        d2 = _root_mean_square((f1 - f) / scale) / h0
+        # e) and f): h_1^5 max(d_1, d_2) = 0.01
+        largest = d1.maximum(d2)
+        h1 = torch.where(largest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), (0.01 / largest).pow(1 / 5))
+        return h1.minimum(100 * h0).minimum(remaining.abs())
 
 
-def _mix(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
-    mixed = weights[0] * slopes[0]
+def _root_mean_square(values: Tensor) -> Tensor:
+    """Root mean square of each row, (R,) float64 on the CPU; raises FaroutError where it is not finite."""
+    size = in_float64(values).flatten(1).square().mean(1).sqrt().cpu()
+    if not bool(torch.isfinite(size).all()):
+        raise FaroutError("the probability flow diverged: the network's predictions are NaN or too large")
+    return size
+
+
+def _weighted_sum(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    total = weights[0] * slopes[0]
     for weight, slope in zip(weights[1:], slopes[1:], strict=True):
-        mixed = mixed + weight * slope
-    return mixed
+        total = total + weight * slope
+    return total

@@ -1,4 +1,4 @@
-"""UniPC of order 2: a predictor whose last step is corrected by the evaluation that the next one makes anyway."""
+"""UniPC (Zhao et al. 2023, "UniPC: a unified predictor-corrector framework for fast sampling of diffusion models")."""
 
 from __future__ import annotations
 
@@ -6,69 +6,69 @@ import torch
 from torch import Tensor
 
 from farout.diffusion.denoiser import expand_dims
-from farout.diffusion.solvers.base import Predictor, State, make_solver
+from farout.diffusion.solvers.base import RowDenoiser, RowState, Solver
 
-__all__ = ["unipc"]
-
-
-def _log_ratio(sigma: Tensor, then: Tensor) -> Tensor:
-    """How far log SNR / 2 rises from one sigma to the other, both on the CPU; float64."""
-    return sigma.double().log() - then.double().log()
+__all__ = ["UniPC"]
 
 
-def _corrector_weights(back: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of the past and the new difference of x0 (Zhao et al. 2023, with B(h) = exp(-h) - 1): the solution
-    of rho_1 + rho_2 = b_1, r rho_1 + rho_2 = b_2, r = `back` / h the past step's end, seen from the present one.
+class UniPC(Solver):
+    """UniPC of order 2 in lambda = -log sigma, with B(h) = exp(-h) - 1 and data prediction (Zhao et al. 2023).
+
+    One evaluation per step: the corrector of a step uses the evaluation at its end, which the next step needs anyway.
+    The first step of a row, and a step that ends at sigma 0, where lambda is infinite, are of first order. The weights
+    grow with the factor by which sigma rises: inversions require short steps in log sigma, or another method.
     """
-    base = torch.expm1(-h)
-    first = (base / -h - 1) / base
-    second = 2 * ((base / -h - 1) / -h - 0.5) / base
-    past = (first - second) / (1 - back / h)
-    return past, first - past
+
+    name = "unipc"
+
+    def step(self, model: RowDenoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: RowState) -> Tensor:
+        """Corrects x by the evaluation at x, then predicts the next x."""
+        x0 = model(x, sigma)
+        if not state:
+            state["steps"] = torch.zeros(len(x), dtype=torch.long, device=x.device)
+            state |= {"x": x, "x0": x0, "x0_before": x0, "sigma": sigma, "sigma_before": sigma}
+        steps = expand_dims(state["steps"], x)
+
+        # UniC: the last step again, with x0 at its end
+        rows = (state["steps"] > 0).nonzero().squeeze(1)
+        if len(rows) > 0:
+            last = {name: values[rows] for name, values in state.items()}
+            x = x.index_copy(0, rows, _correct(x0[rows], sigma[rows], last))
+
+        # UniP: D = x0 + (1/2) D_1 / r_1, where D_1 = x0_last - x0 and r_1 = (lambda_last - lambda) / h
+        h = _lambda(sigma_next) - _lambda(sigma)
+        r1 = (_lambda(state["sigma"]) - _lambda(sigma)) / h
+        is_second_order = (steps > 0) & (sigma_next > 0)
+        D = x0 + torch.where(is_second_order, (0.5 / r1).to(x), 0.0) * (state["x0"] - x0)
+        state.update(x0_before=state["x0"], sigma_before=state["sigma"])
+        state.update(steps=state["steps"] + 1, x=x, x0=x0, sigma=sigma)
+        return sigma_next / sigma * x + (1 - sigma_next / sigma) * D
 
 
-def _corrected(x: Tensor, x0: Tensor, state: State, sigma: Tensor) -> Tensor:
-    """x at sigma by the corrector, from x0 of the predicted x; rows without a past step keep what was predicted."""
-    # numbers of rows are computed in float64, which not every device has
-    sigma, count, past, before = (each.cpu() for each in (sigma, state["count"], state["sigma"], state["before"]))
-    ran = count > 0
-    past_sigma = torch.where(ran, past, 2 * sigma)  # any number: those rows are not taken
-    h = _log_ratio(past_sigma, sigma)
-    second = count > 1
-    back = torch.where(second, _log_ratio(past_sigma, torch.where(second, before, 2 * past_sigma)), -h)
-    past, new = _corrector_weights(back, h)
-    past, new = torch.where(second, past, 0.0), torch.where(second, new, 0.5)
-    old = state["x0"]
-    # differences are divided by where they lie in units of h, as the paper's are
-    difference = expand_dims(past * h / back, x) * (state["x0_before"] - old) + expand_dims(new, x) * (x0 - old)
-    ratio = expand_dims(sigma / past_sigma, x)
-    corrected = ratio * state["x"] + (1 - ratio) * (old + difference)
-    return torch.where(expand_dims(ran.float(), x) > 0, corrected, x)
+def _lambda(sigma: Tensor) -> Tensor:
+    """-log sigma in float64, on the CPU because not every device has float64; infinite at sigma 0."""
+    return -sigma.cpu().double().log()
 
 
-def _step(predict: Predictor, x: Tensor, sigma: Tensor, then: Tensor, state: State) -> tuple[Tensor, State]:
-    x0 = predict(x, sigma)
-    if not state:
-        state = {"count": torch.zeros(len(x), dtype=torch.long, device=x.device)}
-        state |= {"x": x, "x0": x0, "x0_before": x0, "sigma": sigma, "before": sigma}
-    x = _corrected(x, x0, state, sigma)
-    mixed = x0
-    now, then, count, past = (each.cpu() for each in (sigma, then, state["count"], state["sigma"]))
-    second = (count > 0) & (then > 0)  # a last step to sigma = 0 has infinite length: first order
-    if bool(second.any()):
-        h = _log_ratio(now, torch.where(then > 0, then, now / 2))
-        back = _log_ratio(now, torch.where(second, past, 2 * now))
-        mixed = x0 + expand_dims(torch.where(second, 0.5 * h / back, 0.0), x) * (state["x0"] - x0)
-    ratio = expand_dims(then / now, x)
-    kept = {"count": state["count"] + 1, "x": x, "x0": x0, "sigma": sigma}
-    return ratio * x + (1 - ratio) * mixed, {**kept, "x0_before": state["x0"], "before": state["sigma"]}
+def _correct(x0: Tensor, sigma: Tensor, last: RowState) -> Tensor:
+    """UniC: x at sigma from the step that led there and x0 (R, ...) at its end.
 
-
-unipc = make_solver(
-    _step,
-    "unipc",
-    "UniPC of order 2 in log sigma, B2(h) (Zhao et al. 2023, data prediction): one evaluation a "
-    "step; the first step, and one that ends in sigma 0, are of first order. Its weights grow with the factor by which "
-    "sigma rises: inversions require short steps in log sigma, or another method.",
-    once=True,
-)
+    Args:
+        x0: of the predicted x.
+        sigma: the end of the step, (R, 1, ...).
+        last: values at the start of the step (x, x0, sigma) and of the step before (x0_before, sigma_before).
+    """
+    h = _lambda(sigma) - _lambda(last["sigma"])
+    r1 = (_lambda(last["sigma_before"]) - _lambda(last["sigma"])) / h
+    # the weights rho of D_1 / r_1 and D_2 (r_2 = 1) solve rho_1 + rho_2 = b_1, r_1 rho_1 + rho_2 = b_2
+    B = torch.expm1(-h)
+    b1 = (B / -h - 1) / B
+    b2 = 2 * ((B / -h - 1) / -h - 0.5) / B
+    rho1 = (b1 - b2) / (1 - r1)
+    rho2 = b1 - rho1
+    # of first order where there is no step before
+    is_second_order = expand_dims(last["steps"], x0) > 1
+    D1 = torch.where(is_second_order, (rho1 / r1).to(x0), 0.0) * (last["x0_before"] - last["x0"])
+    D2 = torch.where(is_second_order, rho2.to(x0), 0.5) * (x0 - last["x0"])
+    ratio = sigma / last["sigma"]
+    return ratio * last["x"] + (1 - ratio) * (last["x0"] + (D1 + D2))

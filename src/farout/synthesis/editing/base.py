@@ -24,7 +24,7 @@ from farout.diffusion.denoiser import Clamped, Denoiser, NetworkDenoiser, expand
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
 from farout.diffusion.solvers.base import Solver
-from farout.diffusion.solvers.lookup import rehearse, solver_by_name, solver_path
+from farout.diffusion.solvers.registry import create_solver, solver_path
 from farout.synthesis.base import ReconstructedImages, SynthesisContext, Synthesizer, SyntheticImages
 from farout.synthesis.class_space import class_conditioning
 from farout.synthesis.editing.prompt_targets import PHOTO, Wording
@@ -107,7 +107,7 @@ class Plan:
         self.method, self.context = method, context
         self.model: DiffusionModel = context.generator
         self.space: Conditioning = class_conditioning(self.model)
-        self.solve: Solver = solver_by_name(method.solver, self.model.schedule)
+        self.solve: Solver = create_solver(method.solver, self.model.schedule)
         self.levels = paths.leading_levels(self.model.schedule, method.steps)
 
     def prepare(self) -> None:
@@ -190,7 +190,7 @@ def rehearse_remaking(plan: Plan) -> None:
     """Raises FaroutError for a solver that cannot go the way back from the lowest and the highest level."""
     if plan.model.autoencoder is None:
         ends = (plan.method.k_min, plan.method.k_max)
-        rehearse(plan.solve, paths.pad([plan.path(_steps_back(plan, k)) for k in ends]))
+        plan.solve.check(paths.pad([plan.path(_steps_back(plan, k)) for k in ends]))
 
 
 @torch.no_grad()
@@ -339,7 +339,7 @@ class Deformation(Synthesizer):
 
     def rehearse(self, solver: Solver, sigmas: Tensor) -> None:
         """Raises FaroutError for paths or a solver that the method cannot follow."""
-        rehearse(solver, sigmas)
+        solver.check(sigmas)
 
     # -- what is common --------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from farout.core.errors import FaroutError
 from farout.diffusion.solvers.base import Solver
-from farout.diffusion.solvers.lookup import rehearse
 from farout.synthesis.editing.base import Deformation, Denoised, Plan, Start
 from farout.synthesis.editing.sona_guidance import BRANCHES, Regions, SonaConfig, SonaGuide
 
@@ -63,7 +62,7 @@ class SONA(Deformation):
 
     def rehearse(self, solver: Solver, sigmas: Tensor) -> None:
         """Refuses solvers that evaluate more than once a step."""
-        rehearse(solver, sigmas, guided=True)
+        solver.check(sigmas, guided=True)
 
     def denoise(self, plan: Plan, start: Start, indices: Sequence[int]) -> Denoised:
         """Under the guidance."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farout.core.errors import FaroutError, check_options
 from farout.diffusion.denoiser import expand_dims
-from farout.diffusion.solvers.base import State
+from farout.diffusion.solvers.base import RowState
 
 __all__ = ["BRANCHES", "Regions", "SonaConfig", "SonaGuide", "Watch", "sona_guidance", "sona_regions"]
 
@@ -174,8 +174,8 @@ def _softness(magnitude: Tensor, low: Tensor, config: SonaConfig) -> Tensor:
 
 
 def sona_guidance(
-    null: Tensor, own: Tensor, target: Tensor | None, state: State, config: SonaConfig
-) -> tuple[Tensor, State, Regions]:
+    null: Tensor, own: Tensor, target: Tensor | None, state: RowState, config: SonaConfig
+) -> tuple[Tensor, RowState, Regions]:
     """What is added to the unconditional eps in one step, the next state, and the regions.
 
     With a, b, and the masks N (kept), S (own) and O (target) of `sona_regions`:
@@ -240,13 +240,13 @@ class SonaGuide:
     ) -> None:
         self.config, self.limits, self.watch = config, limits, watch
 
-    def begin(self, sigmas: Tensor) -> State:
+    def initial_state(self, sigmas: Tensor) -> RowState:
         """For each row: `row`, its number; `step`, 0; `steps`, how many it will go, of paths (B, steps + 1)."""
         steps = (sigmas[:, 1:] != sigmas[:, :-1]).sum(1)
         return {"row": torch.arange(len(steps), device=steps.device), "step": torch.zeros_like(steps), "steps": steps}
 
-    def wanted(self, state: State) -> Mapping[str, Tensor]:
-        """Which rows want the class and the target.
+    def required_branches(self, state: RowState) -> Mapping[str, Tensor]:
+        """Which rows require the class and the target.
 
         A term matters where it is warm, and before that through the momentum, which counts once all terms are warm.
         """
@@ -259,7 +259,7 @@ class SonaGuide:
         )
         return {"class": kept | own | (put & config.exclude), "target": put}
 
-    def __call__(self, predictions: Mapping[str, Tensor], sigma: Tensor, state: State) -> tuple[Tensor, State]:
+    def __call__(self, predictions: Mapping[str, Tensor], sigma: Tensor, state: RowState) -> tuple[Tensor, RowState]:
         """x0 of `BRANCHES` (R, …) -> the guided x0; raises FaroutError where null or class are missing."""
         if not {"null", "class"} <= set(predictions):
             raise FaroutError(f"this guide requires predictions called {', '.join(BRANCHES)}, got {list(predictions)}")

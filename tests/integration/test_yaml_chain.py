@@ -24,7 +24,7 @@ from farout.detectors import DETECTORS
 from farout.diffusion.model import DiffusionModel
 from farout.synthesis import SYNTHESIZERS
 from farout.synthesis.writer import ImageWriter
-from farout.training.loop import _Run
+from farout.training.loop import TrainingRun
 from small import conditional, pictures
 
 FEW = {"statistics": 20, "alpha": 0.1}
@@ -190,15 +190,15 @@ def test_an_interrupted_training_goes_on(
     place: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = {**steps_of(place), "steps": steps_of(place)["steps"][:1]}
-    file, update, calls = written(tmp_path / "one.yaml", content), _Run._update, list[int]()
+    file, update, calls = written(tmp_path / "one.yaml", content), TrainingRun._update, list[int]()
 
-    def interrupted(self: _Run, batches: Any) -> None:
-        calls.append(self.done)
+    def interrupted(self: TrainingRun, batches: Any) -> None:
+        calls.append(self.completed)
         if calls == [0, 1]:
             raise KeyboardInterrupt
         update(self, batches)
 
-    monkeypatch.setattr(_Run, "_update", interrupted)
+    monkeypatch.setattr(TrainingRun, "_update", interrupted)
     assert run(file, "--out", tmp_path / "run") == 130
     assert "again to continue\n" in capsys.readouterr().err
     assert run(file, "--out", tmp_path / "run") == 0

@@ -14,6 +14,7 @@ from farout.synthesis.ncis import linear_map as _flattening
 from farout.synthesis.ncis.class_gaussians import ClassGaussians, draw_round
 from farout.synthesis.ncis.manifold import Drawn, Manifold, ManifoldConfig, fit_manifold
 from farout.synthesis.ncis.volume_preserving import VolumePreservingNetwork
+from farout.training.config import learning_rate
 from tolerances import assert_close
 
 pytestmark = pytest.mark.numerics
@@ -59,17 +60,22 @@ def test_the_count_follows_the_share_and_is_an_integer_mean() -> None:
 
 
 def test_the_learning_rate_falls_to_a_tenth() -> None:
-    factors = [_flattening.rate_factor(step, 11) for step in range(11)]
+    rate = ManifoldConfig.learning_rate
+    settings = _flattening.training_config(ManifoldConfig(steps=11), 100, seed=0)
+    factors = [learning_rate(settings, step) / rate for step in range(11)]
     assert factors[0] == 1
     assert factors[-1] == pytest.approx(0.1)
     assert factors[5] == pytest.approx(0.55)
-    assert _flattening.rate_factor(0, 1) == 1
+    assert learning_rate(_flattening.training_config(ManifoldConfig(steps=1), 100, seed=0), 0) == rate
 
 
 def test_training_goes_by_that_rate_and_validates_when_due() -> None:
-    assert [entry["step"] for entry in short().history] == [0, 4, 8, 12]
-    assert short().history[-1]["learning_rate"] == pytest.approx(0.1 * SHORT.learning_rate)
-    assert "invariant_loss" in short().history[1]
+    history = short().history
+    assert [entry["step"] for entry in history if "held_out_invariants" in entry] == [0, 4, 8, 12]
+    updates = [entry for entry in history if "invariant_loss" in entry]
+    assert [entry["step"] for entry in updates] == list(range(1, 13))
+    assert updates[-1]["learning_rate"] == pytest.approx(0.1 * SHORT.learning_rate)
+    assert all(entry["reconstruction_loss"] > 0 for entry in updates)
     assert len(short().known["training"]) == 108
     assert len(short().known["held_out"]) == 12
     assert ManifoldConfig.from_preset("paper").total_steps(50_000) == 156_400
@@ -88,7 +94,13 @@ def test_two_updates_a_batch_with_one_computation_of_matrices_each(monkeypatch: 
     twin = VolumePreservingNetwork(DIM, 2)
     twin.load_state_dict(net.state_dict())
     calls.clear()
-    flat, rebuilt = _flattening.update(net, optimizer, VECTORS[:8], LABELS[:8], 4)
+    losses = []
+    for update in _flattening.flattening_step(4)(net, [VECTORS[:8], LABELS[:8]], torch.Generator()):
+        optimizer.zero_grad()
+        update["loss"].backward()
+        optimizer.step()
+        losses.append(update["loss"])
+    flat, rebuilt = losses
     assert len(calls) == 2
     assert flat.item() == pytest.approx(before[:, -4:].square().mean().item(), rel=1e-5)
     steps = torch.optim.SGD(twin.parameters(), lr=0.1)

@@ -13,9 +13,10 @@ from farout.cli import main
 from farout.core.errors import FaroutError, StoreError
 from farout.data.sources import open_source
 from farout.report.outlier_page import write_outlier_page
-from farout.synthesis.ncis import linear_map as _flattening
 from farout.synthesis.ncis.inversion import Inversion, read_embeddings
 from farout.synthesis.ncis.manifold import Manifold, ManifoldConfig
+from farout.training.checkpoints import checkpoint_folders
+from farout.training.loop import TrainingRun
 from small import CPU, conditional, pictures
 
 pytestmark = [
@@ -84,22 +85,23 @@ def test_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeyp
 
 def test_an_interrupted_manifold_goes_on(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(images, tmp_path / "whole", stage="manifold")
-    update, done = _flattening.update, []
+    update, updates = TrainingRun._update, list[int]()
 
-    def stops(*given: Any) -> Any:
-        if len(done) == 3:
+    def interrupted(self: TrainingRun, batches: Any) -> None:
+        if self.completed == 3:
             raise KeyboardInterrupt
-        done.append(0)
-        return update(*given)
+        update(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_flattening, "update", stops)
+        patch.setattr(TrainingRun, "_update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             made(images, tmp_path / "o", stage="manifold")
-    assert [path.name for path in (tmp_path / "o" / "manifold.training" / "checkpoints").iterdir()] == ["step_00000003"]
-    monkeypatch.setattr(_flattening, "update", lambda *given: done.append(0) or update(*given))
+    assert list(checkpoint_folders(tmp_path / "o" / "manifold.training")) == [3]
+    monkeypatch.setattr(
+        TrainingRun, "_update", lambda run, batches: updates.append(run.completed) or update(run, batches)
+    )
     made(images, tmp_path / "o", stage="manifold", resume=True)
-    assert len(done) == 4, "the last of four batches was left to do"
+    assert updates == [3], "the last of four batches was left to do"
     hashes = {Manifold.load(tmp_path / name / "manifold").content_hash for name in ("whole", "o")}
     assert len(hashes) == 1
     assert not (tmp_path / "o" / "manifold.training").exists()

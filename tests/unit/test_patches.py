@@ -15,7 +15,7 @@ from farout.data.sources import open_source
 from farout.detectors.patches import Patches
 from farout.detectors.patches.positions import Deviations, drawn, equal_layers, flat, nearest, rank, top
 from farout.detectors.semantic import Semantic
-from farout.training.loop import _Run
+from farout.training.loop import TrainingRun
 from small import pictures
 from tolerances import assert_close
 
@@ -248,17 +248,17 @@ def test_too_few_training_images_are_said(tmp_path: Path) -> None:
 def test_an_interrupted_training_goes_on_to_the_same_detector(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short, update = {**SMALL, "epochs": 2}, _Run._update
+    short, update = {**SMALL, "epochs": 2}, TrainingRun._update
     whole = Patches(**short).fit(good, alpha=0.1, statistics=15)
 
-    def stopping(self: _Run, batches: object) -> None:
-        if self.done == 20:
+    def stopping(self: TrainingRun, batches: object) -> None:
+        if self.completed == 20:
             raise KeyboardInterrupt
         update(self, batches)
 
     settings = {"alpha": 0.1, "statistics": 15, "checkpoints": tmp_path / "c"}
     with monkeypatch.context() as patch:
-        patch.setattr(_Run, "_update", stopping)
+        patch.setattr(TrainingRun, "_update", stopping)
         with pytest.raises(KeyboardInterrupt):
             Patches(**short).fit(good, **settings)
     assert Patches(**short).fit(good, **settings, resume=True).fingerprint == whole.fingerprint

@@ -117,7 +117,7 @@ def test_a_crash_costs_no_more_than_the_time_between_two_checkpoints(
 ) -> None:
     whole, resumed = _network(), _network()
     expected = train(whole, _step, _data(), BASE)
-    monkeypatch.setattr("farout.training.loop._LOSS_S", 0.0)
+    monkeypatch.setattr("farout.training.loop._CHECKPOINT_INTERVAL_S", 0.0)
     with pytest.raises(RuntimeError, match="stopped"):
         train(_network(), _StopAt(5, RuntimeError), _data(), BASE, out=tmp_path)
     assert set(checkpoint_folders(tmp_path)) == {5}
@@ -393,7 +393,7 @@ import test_training as t
 from dataclasses import replace
 import farout.training.loop
 torch.set_num_threads(1)
-farout.training.loop._LOSS_S = 0.0  # the first process writes a checkpoint after every step, by its own clock
+farout.training.loop._CHECKPOINT_INTERVAL_S = 0.0  # the first process writes a checkpoint after every step
 out, rank, seen = Path({out!r}), os.environ["RANK"], []
 
 def step(network, batch, generator):

@@ -1,1 +1,1 @@
-"""The training loop, its configuration, checkpoints and log."""
+"""The training loop, its settings, checkpoints and log."""

@@ -1,9 +1,9 @@
-"""What a training run is given and what it reports: the step's contract, the options, the learning rate, the result."""
+"""The interface of a training step, the settings, learning rate and optimizer of a run, and its result."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from farout.core.devices import PrecisionChoice
 from farout.core.errors import FaroutError, check_options
 
-__all__ = ["Step", "TrainingConfig", "TrainingResult", "learning_rate", "make_optimizer"]
+__all__ = ["Losses", "Step", "TrainingConfig", "TrainingResult", "learning_rate", "make_optimizer"]
 
-Step = Callable[[nn.Module, Any, torch.Generator], dict[str, Tensor]]
-"""step(network, batch, generator) -> {"loss": scalar, ...other scalars to log, of the same names every time}.
+Losses = dict[str, Tensor]
+"""Scalars by name: `loss`, a mean over the batch, which is minimized, and others to log, the same names every time."""
 
-The loss is a mean over the batch. `generator` is a CPU one, seeded from (seed, step, process): all noise comes from it.
+Step = Callable[[nn.Module, Any, torch.Generator], Losses | Iterator[Losses]]
+"""step(network, batch, generator) -> losses of a batch.
+
+All noise comes from `generator`, a CPU generator seeded from (seed, update, process). A step that alternates several
+updates with one batch is a generator function: it yields the losses of one update after the other, and each is applied
+to the weights before the code after its `yield` runs. In validation (`network.training` is False) it yields once.
 """
 
 
@@ -84,13 +89,13 @@ class TrainingConfig:
         check_options(self, "training option", _rules(self))
 
     @property
-    def chosen_number(self) -> int | None:
-        """The step that `checkpoint` names, or None for last and best."""
+    def checkpoint_step(self) -> int | None:
+        """The number of updates that `checkpoint` names; None for `last` and `best`."""
         return int(self.checkpoint) if self.checkpoint.isdecimal() else None
 
 
 def _rules(c: TrainingConfig) -> list[tuple[str, bool, str]]:
-    number = c.chosen_number
+    step = c.checkpoint_step
     return [
         *((name, getattr(c, name) >= 1, "1 or more") for name in ("steps", "batch_size", "accumulate")),
         *((n, getattr(c, n) >= 0, "0 or more") for n in ("warmup", "workers", "validate_every", "checkpoint_every")),
@@ -104,25 +109,25 @@ def _rules(c: TrainingConfig) -> list[tuple[str, bool, str]]:
         ("ema", c.ema is None or 0 <= c.ema < 1, "None or a number in [0, 1)"),
         ("clip", c.clip is None or c.clip > 0, "None or a positive number"),
         ("precision", c.precision in get_args(PrecisionChoice), "auto, fp32, bf16 or fp16"),
-        ("checkpoint", c.checkpoint in ("last", "best") or number is not None, "last, best or a step number"),
-        ("keep", all(1 <= step <= c.steps for step in c.keep), f"steps from 1 to steps ({c.steps})"),
-        ("checkpoint", number is None or 1 <= number <= c.steps, f"a step from 1 to steps ({c.steps})"),
+        ("checkpoint", c.checkpoint in ("last", "best") or step is not None, "last, best or a step number"),
+        ("keep", all(1 <= kept <= c.steps for kept in c.keep), f"steps from 1 to steps ({c.steps})"),
+        ("checkpoint", step is None or 1 <= step <= c.steps, f"a step from 1 to steps ({c.steps})"),
     ]
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run did.
+    """The result of a training run.
 
     Attributes:
-        steps: updates made, those before a resume included.
-        images: items seen: steps x batch_size.
-        chosen_step: the step whose weights the network now holds.
-        best_step: the step of the lowest validation loss, `best_loss`; None without validation.
-        losses: the last entry of `history` that has a `loss`.
-        history: one dict per log interval (about 200 a run): `step`, means since the one before of everything that the
-            step returned, `grad_norm` (before clipping), `learning_rate`; and one per validation: `step`,
-            `validation_loss`, ...
+        steps: number of updates, including those before a resume.
+        images: number of items seen, steps x batch_size.
+        chosen_step: the update after which the network had the weights that it has now.
+        best_step: the update with the lowest validation loss, `best_loss`; None without validation.
+        losses: the last entry of `history` with a `loss`.
+        history: one dict per log interval (about 200 per run) with `step`, the means of everything that the step
+            returned since the previous entry, `grad_norm` (before clipping) and `learning_rate`; and one dict per
+            validation with `step`, `validation_loss` and the other values of the step.
     """
 
     steps: int
@@ -135,25 +140,24 @@ class TrainingResult:
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """The rate of update `step` (0 to steps - 1): linear warm-up to the peak, then the decay to exactly the floor.
-
-    A run of one step is made at the peak.
+    """The learning rate of update `step` (0 to steps - 1): linear warm-up to the peak, then decay to exactly the final
+    rate. A run of one update uses the peak.
     """
     warmup = min(config.warmup, (config.steps - 1) // 2)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
-    passed = (step - warmup) / max(1, config.steps - 1 - warmup)
-    left = {"constant": 1.0, "linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2}[config.decay]
-    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left
+    progress = (step - warmup) / max(1, config.steps - 1 - warmup)
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.decay]
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * factor
 
 
-def make_optimizer(parameters: list[nn.Parameter], c: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimiser that the options name; raises FaroutError where there is nothing to train."""
+def make_optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer that the settings name. Raises FaroutError if there is no parameter to train."""
     if not parameters:
         raise FaroutError("the network has no parameter with requires_grad=True; expected some to train")
-    common: dict[str, Any] = {"lr": c.learning_rate, "weight_decay": c.weight_decay}
-    if c.optimizer == "sgd":
-        nesterov = c.nesterov and c.momentum > 0
-        return torch.optim.SGD(parameters, momentum=c.momentum, nesterov=nesterov, **common)
-    kind = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, betas=(c.momentum, c.beta2), **common)
+    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        nesterov = config.nesterov and config.momentum > 0
+        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=nesterov, **common)
+    optimizer_class = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return optimizer_class(parameters, betas=(config.momentum, config.beta2), **common)

@@ -1,58 +1,92 @@
-"""The order in which a training run sees its data: an endless stream that follows from the seed alone."""
+"""The order in which a training run sees its data: an endless stream of items that depends only on the seed."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["DataOrder", "loader", "seed_of"]
+__all__ = ["DataOrder", "make_loader", "seed_of"]
 
 
 def seed_of(*parts: object) -> int:
-    """A seed of 63 bits from anything that can be written."""
+    """A seed of 63 bits, derived from values that have a `repr`."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 class DataOrder:
-    """The item at each position of an endless stream: one permutation per (seed, epoch), laid end to end.
+    """An endless stream of indices: one random permutation of the data per epoch, one after the other.
 
-    Update n takes positions n x batch_size onwards, so an item is seen once per epoch, nothing is dropped, and where a
-    run stands follows from its step alone.
+    The permutation depends on (seed, epoch), so the items of an update follow from its number, also after a resume.
+
+    Args:
+        count: number of items of the data.
+        seed: seed of the permutations.
     """
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
-        self._epoch, self._items = -1, [0]
+        self._epoch, self._indices = -1, [0]
 
     def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self.count)
+        """The index of the item at a position of the stream."""
+        epoch, offset = divmod(position, self.count)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-            self._epoch, self._items = epoch, torch.randperm(self.count, generator=generator).tolist()
-        return self._items[place]
+            self._epoch, self._indices = epoch, torch.randperm(self.count, generator=generator).tolist()
+        return self._indices[offset]
+
+    def positions_of_update(self, update: int, batch_size: int, short_last_batch: bool = False) -> range:
+        """The positions of the batch of an update.
+
+        Args:
+            update: number of the update, from 0.
+            batch_size: items per batch.
+            short_last_batch: end each epoch with a smaller batch, if the data do not divide evenly; else the last batch
+                of an epoch is filled up from the next one.
+        """
+        if not short_last_batch:
+            return range(update * batch_size, (update + 1) * batch_size)
+        epoch, batch = divmod(update, math.ceil(self.count / batch_size))
+        start = epoch * self.count + batch * batch_size
+        return range(start, min(start + batch_size, (epoch + 1) * self.count))
 
 
-class _Items(Dataset):
-    """Items by (position, index): random augmentation follows from the position, for any number of workers.
+class _SeededItems(Dataset[Any]):
+    """Items by (position, index); torch's generator is seeded by the position before each item.
 
-    Data with a method `at(position, index)` is asked by that: what goes with an item may follow from the position too.
+    So random augmentation is the same for any number of worker processes. Data with a method `at(position, index)`
+    are asked through it: their items may depend on the position, too.
     """
 
-    def __init__(self, data: Dataset, *seed: object) -> None:
+    def __init__(self, data: Dataset[Any], *seed: object) -> None:
         self.data, self.seed = data, seed
 
-    def __getitem__(self, place: tuple[int, int]) -> Any:
-        torch.default_generator.manual_seed(seed_of(*self.seed, place[0]))
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        position, index = key
+        torch.default_generator.manual_seed(seed_of(*self.seed, position))
         at = getattr(self.data, "at", None)
-        return self.data[place[1]] if at is None else at(*place)
+        return self.data[index] if at is None else at(position, index)
 
 
-def loader(
-    data: Dataset, batches: Iterable[list[tuple[int, int]]], seed: tuple[object, ...], workers: int, pin: bool
-) -> DataLoader:
-    """Loads batches of (position, index); what an item draws from torch's generator follows from (seed, position)."""
-    return DataLoader(_Items(data, *seed), batch_sampler=batches, num_workers=workers, pin_memory=pin)
+def make_loader(
+    data: Dataset[Any],
+    batches: Iterable[list[tuple[int, int]]],
+    seed: tuple[object, ...],
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """A loader of batches, each given as (position, index) of its items.
+
+    The random numbers that an item takes from torch's generator depend only on (seed, position).
+    """
+    return DataLoader(
+        _SeededItems(data, *seed),
+        batch_sampler=batches,  # type: ignore[arg-type]  # typed as lists of int; any keys of the data work
+        num_workers=workers,
+        pin_memory=pin_memory,
+    )

@@ -1,7 +1,7 @@
-"""The one training loop of the house: devices, precision, processes, moving average, clipping, exact resume.
+"""The training loop: devices, precision, processes, moving average, clipping, validation, checkpoints, exact resume.
 
-It is given a step that turns a batch into losses, and knows nothing of images or methods. Started under
-`accelerate launch` or `torchrun` it trains in several processes, one device each.
+Everything that trains a network goes through `train`. It is given a step, which turns a batch into losses, and knows
+nothing of images or methods. Under `accelerate launch` or `torchrun` it trains in several processes, one device each.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from farout.core.devices import autocast, join_processes, resolve_precision
 from farout.core.errors import FaroutError, StoreError
 from farout.training.checkpoints import (
     checkpoint_weights,
-    differences,
+    describe_differences,
     newest_checkpoint,
     prune_checkpoints,
     read_optimizer,
@@ -33,67 +33,66 @@ from farout.training.checkpoints import (
     step_folder,
     write_checkpoint,
 )
-from farout.training.config import Step, TrainingConfig, TrainingResult, learning_rate, make_optimizer
-from farout.training.data_order import DataOrder, loader, seed_of
-from farout.training.log import Means, TrainingLog
+from farout.training.config import Losses, Step, TrainingConfig, TrainingResult, learning_rate, make_optimizer
+from farout.training.data_order import DataOrder, make_loader, seed_of
+from farout.training.log import RunningMeans, TrainingLog
 
 __all__ = ["Step", "TrainingConfig", "TrainingResult", "train"]
 
 logger = logging.getLogger(__name__)
 
-_FREE_ON_RESUME = ("device", "workers", "tensorboard")
-_LOG_POINTS = 200
-_LOSS_S = 600.0
-"""Seconds of training that a crash may cost: then a checkpoint is written, which the next one replaces."""
+_MAY_CHANGE_ON_RESUME = ("device", "workers", "tensorboard")
+_HISTORY_ENTRIES = 200
+_CHECKPOINT_INTERVAL_S = 600.0
+"""Seconds of training that a crash may cost: after them a temporary checkpoint is written."""
 
 
 def train(
     network: nn.Module,
     step: Step,
-    data: Dataset,
+    data: Dataset[Any],
     config: TrainingConfig,
     *,
     out: Path | None = None,
-    validation: Dataset | None = None,
+    validation: Dataset[Any] | Mapping[str, Dataset[Any]] | None = None,
     resume: bool = False,
     fingerprint: str = "",
+    description: str = "training",
+    short_last_batch: bool = False,
 ) -> TrainingResult:
-    """Trains `network` in place; afterwards it holds the chosen weights, on its device, in eval mode.
+    """Train `network` in place; afterwards it has the chosen weights, on its device, in eval mode.
 
     Args:
-        network: starts from the weights that it has; parameters with `requires_grad=False` stay as they are.
-        step: what turns a batch into losses (see `Step`). It gets the network itself, also in several processes.
-        data: items by index, or by `at(position, index)` where it has that, collated into batches by torch's rules.
-        config: how.
-        out: where checkpoints go (see `training.checkpoints`): after each multiple of `checkpoint_every` and the steps
-            in `keep` (kept), after the best validation so far, after the step that `checkpoint` names, every ten
-            minutes, at an interruption and at the end; of the others only the newest stays. None: nothing is written.
-        validation: held-out items; the mean of the step's losses with the averaged weights, the same noise each time.
-        resume: go on from the newest whole checkpoint of `out`, exactly as if never interrupted (with the same number
-            of processes, device and libraries); without any, start anew. An `out` with checkpoints is refused
-            otherwise.
-        fingerprint: what the data is, for instance a hash; a resumed run must have the same.
+        network: the network with its initial weights; parameters with `requires_grad=False` are not changed.
+        step: turns a batch into losses (see `Step`). It gets the network itself, also in several processes.
+        data: items by index, or by `at(position, index)` if it has this method, collated into batches by torch's rules.
+        config: the training settings.
+        out: folder of the checkpoints (see `training.checkpoints`). They are written after each multiple of
+            `checkpoint_every` and the steps in `keep` (kept), after the best validation so far, after the step that
+            `checkpoint` names, every ten minutes, at an interruption and at the end; of the others only the newest is
+            kept. None: no checkpoints.
+        validation: held-out items, or several sets of them by name, the first of which chooses the `best` step. Their
+            losses are means over the items, with the averaged weights and the same noise each time.
+        resume: continue from the newest complete checkpoint in `out`, exactly as if never interrupted (with the same
+            number of processes, device and libraries); without a checkpoint, start anew. Without `resume`, an `out`
+            with checkpoints is refused.
+        fingerprint: identifies the data and all that is learned, for instance a hash; a resumed run must have the same.
+        description: name of the work in progress bars and logs.
+        short_last_batch: end each epoch with a smaller batch, if the data do not divide evenly; by default it is filled
+            up from the next epoch. Requires one process and `accumulate` 1.
 
-    Raises FaroutError for options that cannot work, and where the loss or the gradient is no longer finite;
-    StoreError for a resume with other options, data or network; MissingExtraError without tensorboard.
+    Raises:
+        FaroutError: for settings that cannot work, and if the loss or the gradient is no longer finite.
+        StoreError: for a resume with other settings, data or network.
+        MissingExtraError: if TensorBoard logs are required and tensorboard is not installed.
     """
-    _check_request(data, config, out, validation, resume)
-    run = _Run(network, step, data, config, out, validation, fingerprint)
-    folder = newest_checkpoint(out) if resume and out is not None else None
-    if folder is not None:
-        run.load(folder)
-    elif resume:
-        logger.info("no checkpoint in %s to resume from; training starts from the beginning", out)
-    return run.run()
-
-
-def _check_request(
-    data: Dataset, config: TrainingConfig, out: Path | None, validation: Dataset | None, resume: bool
-) -> None:
-    for name, given in (("data", data), ("validation data", validation)):
-        if given is not None and not (hasattr(given, "__len__") and len(given) > 0):
-            raise FaroutError(f"the {name} ({type(given).__name__}) has no items or no length; expected items by index")
-    if config.validate_every and validation is None:
+    sets = {} if validation is None else validation if isinstance(validation, Mapping) else {"validation": validation}
+    for name, dataset in {"data": data, **sets}.items():
+        if not (hasattr(dataset, "__len__") and len(dataset) > 0):
+            raise FaroutError(
+                f"the training's {name} ({type(dataset).__name__}) has no items or no length; expected items by index"
+            )
+    if config.validate_every and not sets:
         raise FaroutError(f"validate_every is {config.validate_every}, but there is no validation data; give some or 0")
     if config.checkpoint == "best" and not config.validate_every:
         raise FaroutError("checkpoint is 'best', but validate_every is 0; give validation data and an interval")
@@ -104,296 +103,321 @@ def _check_request(
             f"{out} holds checkpoints of an earlier run; give --resume (resume=True) or another folder, or remove them"
         )
 
-
-def _channels_last(network: nn.Module) -> None:
-    for parameter in network.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
-
-def _load_weights(network: nn.Module, folder: Path, average: bool) -> None:
-    try:
-        network.load_state_dict(checkpoint_weights(folder, average))
-    except RuntimeError as error:
-        raise StoreError(f"{folder} holds the weights of another network: {error}") from error
+    run = TrainingRun(network, step, data, config, out, sets, fingerprint, description, short_last_batch)
+    checkpoint = newest_checkpoint(out) if resume and out is not None else None
+    if checkpoint is not None:
+        run.load(checkpoint)
+    elif resume:
+        logger.info("no checkpoint in %s to resume from; training starts from the beginning", out)
+    return run.run()
 
 
-def _settings(state: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run must have in common with the checkpoint."""
-    options = {name: value for name, value in state["config"].items() if name not in _FREE_ON_RESUME}
-    return {**options, **{name: state[name] for name in ("fingerprint", "processes", "data_size")}}
+class TrainingRun:
+    """One run of the training loop; see `train` for the arguments.
 
-
-class _Run:
-    """One training run: its state after `done` updates, and the update that brings it on."""
+    Attributes:
+        completed: number of completed updates.
+        average: the network with the moving average of the weights; None if the run has no average.
+    """
 
     def __init__(
         self,
         network: nn.Module,
         step: Step,
-        data: Dataset,
+        data: Dataset[Any],
         config: TrainingConfig,
         out: Path | None,
-        validation: Dataset | None,
+        validation: Mapping[str, Dataset[Any]],
         fingerprint: str,
+        description: str,
+        short_last_batch: bool,
     ) -> None:
         self.step, self.data, self.config, self.validation = step, data, config, validation
-        self.out, self.fingerprint = out, fingerprint
+        self.out, self.fingerprint, self.description = out, fingerprint, description
+        self.short_last_batch = short_last_batch
         self.processes = join_processes(config.device)
-        self.precision = resolve_precision(config.precision, self.processes.device)
-        self.part = self._share_of_batch()
-        self.network = network.to(self.processes.device)
+        self.device = self.processes.device
+        self.precision = resolve_precision(config.precision, self.device)
+
+        # Each update's batch is computed in parts: `accumulate` forward passes in each process.
+        self.parts = config.accumulate * self.processes.num_processes
+        if config.batch_size % self.parts:
+            raise FaroutError(
+                f"batch_size {config.batch_size} is the number of items of one update over all "
+                f"{self.processes.num_processes} processes with {config.accumulate} parts each; expected a multiple of "
+                f"{self.parts}"
+            )
+        if short_last_batch and self.parts > 1:
+            raise FaroutError(f"{description} runs in one process and with accumulate 1, got {self.parts} parts")
+        self.part_size = config.batch_size // self.parts
+
+        self.network = network.to(self.device)
         if config.channels_last:
-            _channels_last(network)
+            for parameter in network.parameters():
+                if parameter.dim() == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.processes.broadcast([*network.parameters(), *network.buffers()])
         self.average = copy.deepcopy(network).eval().requires_grad_(False) if config.ema is not None else None
-        self.trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.optimizer = make_optimizer(self.trained, config)
-        self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=self.precision == "fp16")
-        self.done, self.saved, self.validated = 0, 0, 0
-        self.saved_at = time.monotonic()
-        self.best: dict[str, float] = {}
-        self.chosen: dict[str, Tensor] | None = None
-        self.log = TrainingLog(max(1, config.steps // _LOG_POINTS))
-        self.whole, self.buffers = True, [buffer.clone() for buffer in network.buffers()]
+        self.trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(self.trainable, config)
+        # fp16 gradients underflow without a scaled loss.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.log = TrainingLog(max(1, config.steps // _HISTORY_ENTRIES))
 
-    def _share_of_batch(self) -> int:
-        """Items of one forward pass of one process."""
-        size, parts = self.config.batch_size, self.config.accumulate * self.processes.num_processes
-        if size % parts:
-            raise FaroutError(
-                f"batch_size {size} is the items of one update over all {self.processes.num_processes} processes with "
-                f"{self.config.accumulate} parts each; expected a multiple of {parts}"
-            )
-        return size // parts
+        self.completed = 0
+        self.best: dict[str, float] = {}  # step and loss of the best validation
+        self.chosen_weights: dict[str, Tensor] | None = None  # those of the step that `checkpoint` names
+        self.last_saved_step, self.last_validated_step, self.last_saved_time = 0, 0, time.monotonic()
+        # An interruption can come at any point; these tell whether the weights are those of a completed update.
+        self.is_consistent = True
+        self.buffers = [buffer.clone() for buffer in network.buffers()]
 
     def run(self) -> TrainingResult:
-        """Trains to the end and leaves the chosen weights in the network."""
-        cuda = [self.processes.device] if self.processes.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), progress.task("training", self.config.steps) as bar:
+        """Train to the end."""
+        config, is_cuda = self.config, self.device.type == "cuda"
+        cuda_devices = [self.device] if is_cuda else []
+        with torch.random.fork_rng(devices=cuda_devices), progress.task(self.description, config.steps) as bar:
             self.network.train()
-            if self.config.tensorboard and self.out is not None and self.processes.is_main_process:
-                self.log.open(self.out / "tensorboard", self.done)
-            bar.advance(self.done)
+            if config.tensorboard and self.out is not None and self.processes.is_main_process:
+                self.log.open_tensorboard(self.out / "tensorboard", self.completed)
+            seed = (config.seed, "item")
+            batches = iter(make_loader(self.data, self._batch_indices(), seed, config.workers, pin_memory=is_cuda))
+            bar.advance(self.completed)
             try:
-                self._after()  # what fell due after the last update before an interruption
-                batches = self._batches()
-                while self.done < self.config.steps:
+                self._validate_and_save()  # an interrupted run may not have got to it
+                while self.completed < config.steps:
                     self._update(batches)
                     bar.advance(1, f"loss {self.log.recent[-1]:.4g}")
-                    self._after()
+                    self._validate_and_save()
             except KeyboardInterrupt:
                 self._save_interrupted()
                 raise
             finally:
                 self.log.close()
-        return self._finish()
+        self.network.load_state_dict(self.chosen_weights or self._evaluated_network().state_dict())
+        self.network.eval()
+        return TrainingResult(
+            steps=self.completed,
+            images=self.completed * config.batch_size,
+            chosen_step=self._chosen_step() or self.completed,
+            best_step=self._best_step(),
+            best_loss=self.best.get("loss"),
+            losses=self.log.last_training_values(),
+            history=self.log.history,
+        )
 
-    def _batches(self) -> Iterator[Any]:
-        pin = self.processes.device.type == "cuda"
-        return iter(loader(self.data, self._places(), (self.config.seed, "item"), self.config.workers, pin))
-
-    def _places(self) -> Iterator[list[tuple[int, int]]]:
-        """Positions and items of this process: disjoint slices of the stream."""
-        order = DataOrder(len(self.data), self.config.seed)
-        parts = self.config.accumulate * self.processes.num_processes
-        for number in range(
-            self.done * parts + self.processes.process_index, self.config.steps * parts, self.processes.num_processes
-        ):
-            yield [(place, order[place]) for place in range(number * self.part, (number + 1) * self.part)]
+    def _batch_indices(self) -> Iterator[list[tuple[int, int]]]:
+        """(position, index) of the items of each forward pass of this process; the processes' shares are disjoint."""
+        order = DataOrder(len(self.data), self.config.seed)  # type: ignore[arg-type]
+        for update in range(self.completed, self.config.steps):
+            positions = order.positions_of_update(update, self.config.batch_size, self.short_last_batch)
+            for part in range(self.processes.process_index, self.parts, self.processes.num_processes):
+                share = positions[part * self.part_size : (part + 1) * self.part_size]
+                yield [(position, order[position]) for position in share]
 
     def _update(self, batches: Iterator[Any]) -> None:
-        totals: dict[str, Tensor] = {}
-        for part in range(self.config.accumulate):
-            losses = self._losses(self.network, next(batches), self.done, self.processes.process_index, part)
-            self.scaler.scale(losses["loss"] / self.config.accumulate).backward()
-            for name, value in losses.items():
-                totals[name] = totals.get(name, 0) + value.detach().float() / self.config.accumulate
-        values = self._gradients(totals)
-        self._check_finite(values)
-        self.whole = False
-        self._apply(values)
-        self.whole = True
+        """Train on one batch: one optimizer step for each dict of losses that the step returns."""
+        config = self.config
+        rate = learning_rate(config, self.completed)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        means = RunningMeans()
+        parts = [self._backward(next(batches), part) for part in range(config.accumulate)]
+        for losses_of_parts in zip(*parts, strict=True):
+            names = sorted(losses_of_parts[0])
+            losses = torch.stack([sum(part[name] for part in losses_of_parts) for name in names])
+            for parameter in self.trainable:
+                if parameter.grad is None:  # unused in this step, perhaps in this process only
+                    parameter.grad = torch.zeros_like(parameter)
+            self.processes.average([parameter.grad for parameter in self.trainable if parameter.grad is not None])
+            self.processes.average([losses])
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.trainable, config.clip or math.inf)
+            numbers = torch.cat([losses, norm.float().reshape(1)]).tolist()  # one wait for the device per update
+            values = dict(zip([*names, "grad_norm"], numbers, strict=True))
+            self._check_finite(values)
+            means.add(values)
 
-    def _losses(self, network: nn.Module, batch: Any, *seed: object) -> dict[str, Tensor]:
-        """What the step answers; its generator and torch's own both follow from the seed."""
+            self.is_consistent = False
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+        self.processes.broadcast(self.network.buffers())
+        if self.average is not None and config.ema is not None:
+            decay = min(config.ema, (1 + self.completed) / (10 + self.completed))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
+                for average, buffer in zip(self.average.buffers(), self.network.buffers(), strict=True):
+                    average.copy_(buffer)
+        self.buffers = [buffer.clone() for buffer in self.network.buffers()]
+        self.completed += 1
+        values = {**means.pop(), "learning_rate": rate}
+        self.log.add_update(self.completed, values, is_last=self.completed == config.steps)
+        self.is_consistent = True
+
+    def _backward(self, batch: Any, part: int) -> Iterator[Losses]:
+        """Add the gradients of one part of a batch; yield its share of the mean losses, update by update."""
+        seed = (self.completed, self.processes.process_index, part)
+        for losses in self._compute_losses(self.network, batch, *seed):
+            self.scaler.scale(losses["loss"] / self.config.accumulate).backward()
+            yield {name: value.detach().float().reshape(()) / self.config.accumulate for name, value in losses.items()}
+
+    def _compute_losses(self, network: nn.Module, batch: Any, *seed: object) -> Iterator[Losses]:
+        """The losses that the step returns or yields; its generator and torch's own are seeded by `seed`."""
         torch.manual_seed(seed_of(self.config.seed, "global", *seed))
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, "step", *seed))
-        with autocast(self.processes.device, self.precision):
-            losses = self.step(network, send_to_device(batch, self.processes.device, non_blocking=True), generator)
-        scalars = isinstance(losses, dict) and all(isinstance(v, Tensor) and v.numel() == 1 for v in losses.values())
-        if not scalars or "loss" not in losses:
-            raise FaroutError(f"the step returned {losses!r:.200}; expected a dict of scalar tensors with a 'loss'")
-        return losses
-
-    def _gradients(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """Averages gradients and logged values over the processes, clips, and returns the values."""
-        for parameter in self.trained:
-            if parameter.grad is None:  # unused in this step, perhaps in this process only
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self.trained]
-        self.processes.average(gradients)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.trained, self.config.clip or math.inf)
-        values = torch.stack([totals[name].reshape(()) for name in sorted(totals)])
-        self.processes.average([values])
-        numbers = torch.cat([values, norm.float().reshape(1)]).tolist()  # one wait for the device per update
-        return dict(zip([*sorted(totals), "grad_norm"], numbers, strict=True))
+        with autocast(self.device, self.precision):
+            returned = self.step(network, send_to_device(batch, self.device, non_blocking=True), generator)
+        updates = returned if isinstance(returned, Iterator) else iter([returned])
+        while True:
+            with autocast(self.device, self.precision):
+                losses = next(updates, None)
+            if losses is None:
+                return
+            is_scalars = isinstance(losses, dict) and all(
+                isinstance(value, Tensor) and value.numel() == 1 for value in losses.values()
+            )
+            if not is_scalars or "loss" not in losses:
+                raise FaroutError(f"the step returned {losses!r:.200}; expected a dict of scalar tensors with a 'loss'")
+            yield losses
 
     def _check_finite(self, values: dict[str, float]) -> None:
         if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
             return
         # In fp16 the gradient overflows now and then: the scaler skips the update and lowers its scale.
-        overflow = self.precision == "fp16" and math.isfinite(values["loss"]) and self.scaler.get_scale() > 2**-10
-        if not overflow:
+        is_overflow = self.precision == "fp16" and math.isfinite(values["loss"]) and self.scaler.get_scale() > 2**-10
+        if not is_overflow:
             recent = ", ".join(f"{loss:.4g}" for loss in self.log.recent) or "none"
             raise FaroutError(
-                f"training step {self.done + 1}: the loss is {values['loss']:g} and the norm of its gradient "
+                f"training step {self.completed + 1}: the loss is {values['loss']:g} and the norm of its gradient "
                 f"{values['grad_norm']:g} in {self.precision}; the last finite losses were {recent}. Try a lower "
                 f"learning_rate than {self.config.learning_rate:g}, a longer warmup, clip, or precision=fp32; "
                 "checkpoints written before are intact"
             )
 
-    def _apply(self, values: dict[str, float]) -> None:
-        """Changes the state: weights, average, step and log. An interruption inside leaves it torn."""
-        values["learning_rate"] = learning_rate(self.config, self.done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = values["learning_rate"]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.processes.broadcast(self.network.buffers())
-        self._follow()
-        self.buffers = [buffer.clone() for buffer in self.network.buffers()]
-        self.done += 1
-        self.log.add(self.done, values, last=self.done == self.config.steps)
-
-    @torch.no_grad()
-    def _follow(self) -> None:
-        """Moves the average towards the weights; buffers are copied."""
-        if self.average is None or self.config.ema is None:
+    def _validate_and_save(self) -> None:
+        """Validate, keep the chosen weights and write a checkpoint if they are due; a second call changes nothing."""
+        config = self.config
+        if self.completed == 0:
             return
-        decay = min(self.config.ema, (1 + self.done) / (10 + self.done))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
-        for kept, now in zip(self.average.buffers(), self.network.buffers(), strict=True):
-            kept.copy_(now)
-
-    def _after(self) -> None:
-        """Validation, the chosen weights and the checkpoint that fall due now; a second call changes nothing."""
-        if self.done == 0:
+        if self.validation and self._is_due(config.validate_every) and self.last_validated_step != self.completed:
+            self._validate()
+        if config.checkpoint != "last" and self._chosen_step() == self.completed:
+            weights = self._evaluated_network().state_dict()
+            self.chosen_weights = {name: value.cpu().clone() for name, value in weights.items()}
+        if self.out is None or self.last_saved_step == self.completed:
             return
-        if self.validation is not None and self._due(self.config.validate_every) and self.validated != self.done:
-            self._validate(self.validation)
-        if self.config.checkpoint != "last" and self._chosen_step() == self.done:
-            self.chosen = {name: value.cpu().clone() for name, value in self._current().state_dict().items()}
-        marked = self.done in (self._best_step(), self.config.chosen_number, *self.config.keep)
-        if self.out is None or self.saved == self.done:
-            return
-        if marked or self._due(self.config.checkpoint_every):
+        if self._is_due(config.checkpoint_every) or self.completed in self._kept_steps():
             self._save(self.out)
             self.processes.wait_for_everyone()  # until the checkpoint is written
-        elif self.processes.is_main_process and time.monotonic() - self.saved_at >= _LOSS_S:
-            self._save(self.out)  # by one process's clock: the others wait for it at their next average
+        elif self.processes.is_main_process and time.monotonic() - self.last_saved_time >= _CHECKPOINT_INTERVAL_S:
+            self._save(self.out)  # by the clock of one process: the others wait for it in the next update
 
-    def _due(self, every: int) -> bool:
-        return self.done == self.config.steps or (every > 0 and self.done % every == 0)
+    def _is_due(self, interval: int) -> bool:
+        return self.completed == self.config.steps or (interval > 0 and self.completed % interval == 0)
 
-    def _current(self) -> nn.Module:
+    def _evaluated_network(self) -> nn.Module:
         return self.network if self.average is None else self.average
 
     def _best_step(self) -> int | None:
         return int(self.best["step"]) if self.best else None
 
     def _chosen_step(self) -> int | None:
-        return {"last": self.done, "best": self._best_step()}.get(self.config.checkpoint, self.config.chosen_number)
+        named_steps = {"last": self.completed, "best": self._best_step()}
+        return named_steps.get(self.config.checkpoint, self.config.checkpoint_step)
 
-    def _validate(self, data: Dataset) -> None:
-        """Mean losses over `data`, weighted by items; each batch has its own seed, whoever computes it."""
-        count, means = len(data), Means()
-        starts = range(self.processes.process_index * self.part, count, self.processes.num_processes * self.part)
-        places = [[(i, i) for i in range(start, min(start + self.part, count))] for start in starts]
-        batches = loader(data, places, (self.config.seed, "validation"), self.config.workers, False)
-        network = self._current().eval()
-        for place, batch in zip(places, batches, strict=True):
-            with torch.no_grad():
-                losses = self._losses(network, batch, "validation", place[0][0])
-            means.add({f"validation_{name}": float(value) for name, value in losses.items()}, len(place))
+    def _kept_steps(self) -> tuple[int | None, ...]:
+        return (self._best_step(), self.config.checkpoint_step, *self.config.keep)
+
+    def _validate(self) -> None:
+        """Add the mean losses over each validation set to the log; a batch has the same seed in any process."""
+        network = self._evaluated_network().eval()
+        stride = self.processes.num_processes * self.part_size
+        values: dict[str, float] = {}
+        for set_name, dataset in self.validation.items():
+            count, means = len(dataset), RunningMeans()  # type: ignore[arg-type]
+            starts = range(self.processes.process_index * self.part_size, count, stride)
+            batches = [[(i, i) for i in range(start, min(start + self.part_size, count))] for start in starts]
+            loader = make_loader(dataset, batches, (self.config.seed, "validation"), self.config.workers)
+            for indices, batch in zip(batches, loader, strict=True):
+                with torch.no_grad():
+                    losses = next(self._compute_losses(network, batch, "validation", indices[0][0]))
+                means.add({f"{set_name}_{name}": float(value) for name, value in losses.items()}, len(indices))
+            set_values = RunningMeans.merge(self.processes.gather_objects(means.sums)).pop()
+            if f"{set_name}_loss" not in set_values:
+                raise FaroutError(f"no validation loss is finite at training step {self.completed}; try precision=fp32")
+            values |= set_values
         self.network.train()
-        values = Means.joined(self.processes.gather_objects(means.sums)).take()
-        if "validation_loss" not in values:
-            raise FaroutError(f"no validation loss is finite at training step {self.done}; try precision=fp32")
-        if not self.best or values["validation_loss"] < self.best["loss"]:
-            self.best = {"step": self.done, "loss": values["validation_loss"]}
-        self.validated = self.done
-        self.log.entry(self.done, values)
+        loss = values[f"{next(iter(self.validation))}_loss"]
+        if not self.best or loss < self.best["loss"]:
+            self.best = {"step": self.completed, "loss": loss}
+        self.last_validated_step = self.completed
+        self.log.add_entry(self.completed, values)
 
     def _state(self) -> dict[str, Any]:
-        """What `state.json` holds."""
+        """The content of `state.json`."""
         return {
-            "step": self.done,
+            "step": self.completed,
             "config": {**asdict(self.config), "precision": self.precision, "keep": list(self.config.keep)},
             "fingerprint": self.fingerprint,
             "processes": self.processes.num_processes,
-            "data_size": len(self.data),
+            "data_size": len(self.data),  # type: ignore[arg-type]
             "random_state": "derived from seed, step and process",
             "best": self.best,
-            "validated": self.validated,
+            "validated": self.last_validated_step,
             "scaler": self.scaler.state_dict(),
             "torch": torch.__version__,
-            **self.log.state(),
+            **self.log.state_dict(),
         }
 
     def _save(self, out: Path) -> None:
         if self.processes.is_main_process:
-            ema = None if self.average is None else self.average.state_dict()
-            folder = step_folder(out, self.done)
-            write_checkpoint(folder, self.network.state_dict(), ema, self.optimizer.state_dict(), self._state())
-            keep = [self.done, self._best_step(), self.config.chosen_number, *self.config.keep]
-            prune_checkpoints(out, keep, self.config.checkpoint_every)
-        self.saved, self.saved_at = self.done, time.monotonic()  # only now: an interruption above saves again
+            average = None if self.average is None else self.average.state_dict()
+            folder = step_folder(out, self.completed)
+            write_checkpoint(folder, self.network.state_dict(), average, self.optimizer.state_dict(), self._state())
+            prune_checkpoints(out, [self.completed, *self._kept_steps()], self.config.checkpoint_every)
+        # Set last, so that an interruption of the lines above saves again.
+        self.last_saved_step, self.last_saved_time = self.completed, time.monotonic()
 
     def _save_interrupted(self) -> None:
-        """Saves the last completed step; the processes do not wait for each other, as some may be gone."""
-        if self.out is None or self.saved == self.done:
+        """Save the last completed update; the processes do not wait for each other, because some may have ended."""
+        if self.out is None or self.last_saved_step == self.completed:
             return
-        if not self.whole:
-            logger.warning("interrupted within an update: no checkpoint of step %d can be written", self.done)
+        if not self.is_consistent:
+            logger.warning("interrupted within an update: no checkpoint of step %d can be written", self.completed)
             return
-        for buffer, kept in zip(self.network.buffers(), self.buffers, strict=True):
-            buffer.copy_(kept)  # the interrupted forward pass may have moved running statistics
+        # The interrupted forward pass may have changed running statistics.
+        for buffer, completed in zip(self.network.buffers(), self.buffers, strict=True):
+            buffer.copy_(completed)
         self._save(self.out)
 
     def load(self, folder: Path) -> None:
-        """Goes back to a checkpoint; raises StoreError where it belongs to another run or network."""
+        """Restore a checkpoint; raises StoreError if it belongs to another run or network."""
         state = read_state(folder)
-        changed = differences(_settings(state), _settings(self._state()))
-        if changed:
+        differences = describe_differences(_resumable_settings(state), _resumable_settings(self._state()))
+        if differences:
             raise StoreError(
-                f"training cannot resume from {folder}, which differs:\n  " + "\n  ".join(changed) + "\n"
+                f"training cannot resume from {folder}, which differs:\n  " + "\n  ".join(differences) + "\n"
                 "use the same options and data, or start again in another folder"
             )
-        _load_weights(self.network, folder, average=False)
-        if self.average is not None:
-            _load_weights(self.average, folder, average=True)
+        try:
+            self.network.load_state_dict(checkpoint_weights(folder, average=False))
+            if self.average is not None:
+                self.average.load_state_dict(checkpoint_weights(folder, average=True))
+        except RuntimeError as error:
+            raise StoreError(f"{folder} holds the weights of another network: {error}") from error
         self.optimizer.load_state_dict(read_optimizer(folder))
         self.scaler.load_state_dict(state["scaler"])
-        self.done = self.saved = state["step"]
-        self.validated, self.best = state["validated"], state["best"]
-        self.log.load(state)
+        self.completed = self.last_saved_step = state["step"]
+        self.last_validated_step, self.best = state["validated"], state["best"]
+        self.log.load_state_dict(state)
         self.buffers = [buffer.clone() for buffer in self.network.buffers()]
-        chosen = self._chosen_step()
-        if self.out is not None and chosen is not None and chosen < self.done:
-            self.chosen = checkpoint_weights(step_folder(self.out, chosen))
+        chosen_step = self._chosen_step()
+        if self.out is not None and chosen_step is not None and chosen_step < self.completed:
+            self.chosen_weights = checkpoint_weights(step_folder(self.out, chosen_step))
 
-    def _finish(self) -> TrainingResult:
-        self.network.load_state_dict(self.chosen or self._current().state_dict())
-        self.network.eval()
-        return TrainingResult(
-            steps=self.done,
-            images=self.done * self.config.batch_size,
-            chosen_step=self._chosen_step() or self.done,
-            best_step=self._best_step(),
-            best_loss=self.best.get("loss"),
-            losses=self.log.last(),
-            history=self.log.history,
-        )
+
+def _resumable_settings(state: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run must have in common with the checkpoint."""
+    config = {name: value for name, value in state["config"].items() if name not in _MAY_CHANGE_ON_RESUME}
+    return {**config, **{name: state[name] for name in ("fingerprint", "processes", "data_size")}}

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.data import TensorDataset
 
-from farout.core import progress, store
-from farout.core.errors import FaroutError
-from farout.synthesis.ncis.manifold_checkpoints import Checkpoints
+from farout.core import store
 from farout.synthesis.ncis.manifold_config import ManifoldConfig
 from farout.synthesis.ncis.volume_preserving import ClassRotations, VolumePreservingNetwork
+from farout.training import loop
+from farout.training.checkpoints import newest_checkpoint
+from farout.training.config import Losses, Step, TrainingConfig
 from farout.training.data_order import seed_of
 
-__all__ = ["Map", "apply", "flatness", "fresh", "invariant_counts", "rate_factor", "train", "update"]
+__all__ = [
+    "Map",
+    "apply",
+    "flatness",
+    "flattening_step",
+    "fresh",
+    "invariant_counts",
+    "train",
+    "training_config",
+]
 
 Map = VolumePreservingNetwork | ClassRotations
 
@@ -27,9 +39,6 @@ _STRIDED = 1000
 
 _ROWS = 4096
 """Vectors that go through a map at once."""
-
-_SAVES = 20
-"""Checkpoints of a whole training: what is lost of it by an interruption is a twentieth at most."""
 
 
 def invariant_counts(x: Tensor, labels: Tensor, classes: int, pca_variance: float) -> list[int]:
@@ -48,35 +57,39 @@ def invariant_counts(x: Tensor, labels: Tensor, classes: int, pca_variance: floa
     return found
 
 
-def rate_factor(step: int, total: int, final: float = 0.1) -> float:
-    """Rate of batch `step` (0 to total - 1) divided by the first: final + (1 - final)(1 - step / (total - 1))."""
-    return final + (1 - final) * (1 - step / (total - 1)) if total > 1 else 1.0
+def flattening_step(invariants: int) -> Step:
+    """The training step of a `VolumePreservingNetwork` on batches of vectors x and labels.
 
-
-def update(
-    net: VolumePreservingNetwork, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, invariants: int
-) -> tuple[Tensor, Tensor]:
-    """Both updates of a batch; their losses before each.
-
-    First the mean square of the last `invariants` coordinates of z = f(x). Then, with the weights after that update,
-    the mean square of f^-1(z~) - x, where z~ is the z from before it, as a constant, with those coordinates set to
-    zero: the others must say what x is. Both updates share Adam's moments. Orthogonal matrices are computed once per
-    update.
+    It updates the weights twice per batch. First, the loss is the mean square of the last `invariants` coordinates of
+    z = f(x). Then, with the weights after that update, it is the mean square of f^-1(z~) - x, where z~ is the z from
+    before it, as a constant, with those coordinates set to zero: the other coordinates must determine x. Both updates
+    share the moments of Adam. Orthogonal matrices are computed once per update.
     """
-    z = net(x, labels)
-    flat = z[:, -invariants:].square().mean()
-    _descend(optimizer, flat)
-    code = z.detach().clone()
+
+    def step(network: nn.Module, batch: list[Tensor], generator: torch.Generator) -> Iterator[Losses]:
+        assert isinstance(network, VolumePreservingNetwork)
+        x, labels = batch
+        if not network.training:
+            with parametrize.cached():
+                z = network(x, labels)
+                reconstruction = (network.inverse(_without_invariants(z, invariants), labels) - x).square().mean()
+            flat = z[:, -invariants:].square().sum(1).mean()
+            yield {"loss": flat, "invariants": flat, "reconstruction": reconstruction}
+            return
+        z = network(x, labels)
+        invariant_loss = z[:, -invariants:].square().mean()
+        yield {"loss": invariant_loss, "invariant_loss": invariant_loss}
+        code = _without_invariants(z.detach(), invariants)
+        reconstruction_loss = (network.inverse(code, labels) - x).square().mean()
+        yield {"loss": reconstruction_loss, "reconstruction_loss": reconstruction_loss}
+
+    return step
+
+
+def _without_invariants(z: Tensor, invariants: int) -> Tensor:
+    code = z.clone()
     code[:, -invariants:] = 0
-    rebuilt = (net.inverse(code, labels) - x).square().mean()
-    _descend(optimizer, rebuilt)
-    return flat.detach(), rebuilt.detach()
-
-
-def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
+    return code
 
 
 def apply(net: Map, x: Tensor, labels: Tensor, *, inverse: bool = False) -> Tensor:
@@ -96,21 +109,8 @@ def flatness(net: Map, x: Tensor, labels: Tensor, invariants: int) -> tuple[floa
     lost when they are set to zero.
     """
     z = apply(net, x, labels)
-    code = z.clone()
-    code[:, -invariants:] = 0
-    rebuilt = apply(net, code, labels, inverse=True)
+    rebuilt = apply(net, _without_invariants(z, invariants), labels, inverse=True)
     return float(z[:, -invariants:].square().sum(1).mean()), float((rebuilt - x.cpu()).square().mean())
-
-
-def _batches(count: int, size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
-    """Rows of one batch after another from number `start` on, without end: a permutation per epoch, whose last batch
-    may be smaller.
-    """
-    epoch, passed = divmod(start, -(-count // size))
-    while True:
-        generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
-        yield from torch.randperm(count, generator=generator).split(size)[passed:]
-        epoch, passed = epoch + 1, 0
 
 
 def fresh(dim: int, classes: int, config: ManifoldConfig, seed: int) -> VolumePreservingNetwork:
@@ -120,52 +120,27 @@ def fresh(dim: int, classes: int, config: ManifoldConfig, seed: int) -> VolumePr
         return VolumePreservingNetwork(dim, classes, layers=config.layers, orthogonal_map=config.orthogonal_map)
 
 
-@dataclass
-class _Watch:
-    """Validates, and remembers the best weights."""
-
-    net: VolumePreservingNetwork
-    sets: dict[str, tuple[Tensor, Tensor]]
-    invariants: int
-
-    def __post_init__(self) -> None:
-        self.history: list[dict[str, float]] = []
-        self.losses: list[Tensor] = []
-        self.best = float("inf")
-        self.weights: dict[str, Tensor] = {}
-
-    def look(self, step: int, rate: float) -> None:
-        """Adds an entry to the history; raises FaroutError where a loss is no longer a finite number."""
-        entry = {"step": float(step), "learning_rate": rate}
-        if self.losses:
-            means = torch.stack(self.losses).mean(0).tolist()
-            entry |= {"invariant_loss": means[0], "reconstruction_loss": means[1]}
-            self.losses = []
-        for name, (x, labels) in self.sets.items():
-            entry[f"{name}_invariants"], entry[f"{name}_reconstruction"] = flatness(
-                self.net, x, labels, self.invariants
-            )
-        if not all(torch.isfinite(torch.tensor(list(entry.values())))):
-            raise FaroutError(f"the manifold's losses are no longer finite after {step} batches; lower learning_rate")
-        self.history.append(entry)
-        measure = entry["held_out_invariants" if "held_out" in self.sets else "strided_invariants"]
-        if step and measure < self.best:
-            self.best = measure
-            self.weights = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All but the history: losses since the last look (n, 2), the best measure, and the weights that it is of."""
-        losses = torch.stack(self.losses) if self.losses else torch.empty(0, 2)
-        best = torch.tensor(self.best, dtype=torch.float64)
-        return {"losses": losses, "best": best, **{f"weights.{name}": value for name, value in self.weights.items()}}
-
-    def load(self, tensors: dict[str, Tensor], history: list[dict[str, float]]) -> None:
-        """Goes back to what `tensors` told, and to the history of then."""
-        device = next(self.net.parameters()).device
-        self.history, self.best = history, float(tensors["best"])
-        self.losses = list(tensors["losses"].to(device))
-        weights = {n.removeprefix("weights."): value for n, value in tensors.items() if n.startswith("weights.")}
-        self.weights = {name: value.to(device) for name, value in weights.items()}
+def training_config(config: ManifoldConfig, count: int, seed: int) -> TrainingConfig:
+    """The settings of the training loop for `count` vectors: Adam, whose learning rate falls linearly from the first to
+    the last batch.
+    """
+    steps = config.total_steps(count)
+    return TrainingConfig(
+        steps=steps,
+        batch_size=config.batch_size,
+        optimizer="adam",
+        learning_rate=config.learning_rate,
+        warmup=0,
+        decay="linear",
+        final_learning_rate=config.final_factor * config.learning_rate,
+        ema=None,
+        clip=None,
+        precision="fp32",
+        seed=seed,
+        validate_every=math.ceil(steps / config.validations),
+        checkpoint=config.checkpoint,
+        device=config.device,
+    )
 
 
 def train(
@@ -177,66 +152,41 @@ def train(
     invariants: int,
     config: ManifoldConfig,
     seed: int,
-    device: torch.device,
     out: Path | None = None,
 ) -> tuple[VolumePreservingNetwork, list[dict[str, float]]]:
-    """A network trained on x (N, D) and labels (N,), and the history: one entry per validation, the first before
-    training, with `step` (batches so far), `learning_rate`, the mean losses since the entry before, and `flatness` of
-    strided training vectors and of those held out (where there are any). All randomness follows from `seed`.
+    """Train a network on x (N, D) and labels (N,).
 
-    `out` is where checkpoints go, and where training goes on from, exactly as if never interrupted; StoreError where it
-    holds those of another training. None: nothing is written.
+    The second result is the history of the training (see `TrainingResult`), with `invariant_loss` and
+    `reconstruction_loss`, and at each validation the `flatness` of strided training vectors (`strided_invariants`,
+    `strided_reconstruction`) and of the held-out ones, if there are any (`held_out_invariants`, …). Its first entry is
+    from before the training. All randomness follows from `seed`.
+
+    Args:
+        out: folder of the checkpoints; training continues from the newest one exactly as if never interrupted. None:
+            no checkpoints.
+
+    Raises:
+        StoreError: if `out` holds checkpoints of another training.
     """
-    net = fresh(x.shape[1], classes, config, seed).to(device)
-    optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
+    network = fresh(x.shape[1], classes, config, seed)
     stride = slice(None, None, -(-len(x) // _STRIDED))
-    sets = {"strided": (x[stride], labels[stride]), "held_out": held_out}
-    watch = _Watch(net, {name: pair for name, pair in sets.items() if len(pair[0])}, invariants)
-    total = config.total_steps(len(x))
-    due = {-(-total * number // config.validations) for number in range(1, config.validations + 1)}
-    kept = None
-    if out is not None:
-        told = _told(x, labels, held_out, classes=classes, invariants=invariants, config=config, seed=seed)
-        kept = Checkpoints(out, told, max(1, total // _SAVES))
-    done = _begin(kept, optimizer, watch, config.learning_rate)
-    order = _batches(len(x), config.batch_size, seed, done)
-    x, labels = x.to(device), labels.to(device)
-    with progress.task("flattening classes", total) as bar:
-        if done:
-            bar.advance(done)
-        for step in range(done, total):
-            rate = config.learning_rate * rate_factor(step, total, config.final_factor)
-            _set_rate(optimizer.param_groups, rate)
-            rows = next(order).to(device)
-            watch.losses.append(torch.stack(update(net, optimizer, x[rows], labels[rows], invariants)))
-            if step + 1 in due:
-                watch.look(step + 1, rate)
-            if kept is not None and kept.due(step + 1):
-                kept.save(step + 1, net, optimizer, watch.tensors(), watch.history)
-            bar.advance(1)
-    if config.checkpoint == "best":
-        net.load_state_dict(watch.weights)
-    return net.eval(), watch.history
-
-
-def _begin(kept: Checkpoints | None, optimizer: torch.optim.Optimizer, watch: _Watch, rate: float) -> int:
-    """Goes back to the newest checkpoint, or looks for the first time; the batches that are done."""
-    found = None if kept is None else kept.load(watch.net, optimizer)
-    if found is None:
-        watch.look(0, rate)
-        return 0
-    done, watched, history = found
-    watch.load(watched, history)
-    return done
-
-
-def _told(x: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], **settings: Any) -> dict[str, Any]:
-    """All that decides the training but the device."""
+    sets = {"held_out": held_out, "strided": (x[stride], labels[stride])}
+    sets = {name: pair for name, pair in sets.items() if len(pair[0])}
+    first: dict[str, float] = {"step": 0, "learning_rate": config.learning_rate}
+    for name, pair in sets.items():
+        first[f"{name}_invariants"], first[f"{name}_reconstruction"] = flatness(network, *pair, invariants)
     vectors = {"x": x, "labels": labels, "held_out": held_out[0], "held_out_labels": held_out[1]}
-    config = {name: value for name, value in asdict(settings.pop("config")).items() if name != "device"}
-    return {**config, **settings, "vectors": store.hash_tensors(vectors)}
-
-
-def _set_rate(groups: Sequence[dict], rate: float) -> None:
-    for group in groups:
-        group["lr"] = rate
+    settings: dict[str, Any] = {**asdict(config), "device": None, "classes": classes, "invariants": invariants}
+    result = loop.train(
+        network,
+        flattening_step(invariants),
+        TensorDataset(x, labels),
+        training_config(config, len(x), seed),
+        out=out,
+        validation={name: TensorDataset(*pair) for name, pair in sets.items()},
+        resume=out is not None and newest_checkpoint(out) is not None,
+        fingerprint=f"{store.hash_tensors(vectors)} {settings}",
+        description="flattening classes",
+        short_last_batch=True,
+    )
+    return network, [first, *result.history]

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from farout.core import store
-from farout.core.devices import resolve_device
 from farout.core.errors import FaroutError, FaroutWarning, StoreError
 from farout.synthesis.ncis import linear_map as _flattening
 from farout.synthesis.ncis.class_gaussians import ClassGaussians
@@ -367,7 +366,6 @@ def _map(
         invariants=invariants,
         config=config,
         seed=seed,
-        device=resolve_device(config.device),
         out=checkpoints,
     )
 

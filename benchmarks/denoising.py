@@ -30,9 +30,10 @@ from farout.data.sources import open_source
 from farout.detectors.base import Detector, Scores
 from farout.detectors.denoising import Denoising
 from farout.detectors.posthoc import Posthoc
+from farout.diffusion.config import PRESETS as MODELS
+from farout.diffusion.config import DiffusionConfig
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.train import PRESETS as MODELS
-from farout.diffusion.train import DiffusionConfig, train_diffusion
+from farout.diffusion.train import train_diffusion
 from farout.training.loop import TrainingConfig
 
 SPLITS = ((1, 8), (0, 9), (2, 7), (3, 6), (4, 5))

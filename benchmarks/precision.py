@@ -42,7 +42,7 @@ def main() -> None:
     for name in sorted(registry.members("detectors")):
         detector: Detector = registry.find("detectors", name).load()()
         models: dict[str, Any] = {"classifier": classifier} if "classifier" in detector.needs else {}
-        if "diffusion" in detector.needs and detector.diffusion_kind is DiffusionModel:
+        if "diffusion" in detector.needs and detector.diffusion_of == "images":
             models["diffusion"] = diffusion
         detector.fit(given.images, limit=600, **models, runtime=Runtime(precision="fp32", cache=False))
         scores = {}

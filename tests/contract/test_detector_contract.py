@@ -56,7 +56,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fitted(name: str, folder: Path, **settings: object) -> Detector:
     detector = DETECTORS[name].load().tiny(SimpleNamespace(diffusion=model(), classifier=classifier()))
     given: dict[str, object] = {"classifier": classifier()} if "classifier" in detector.needs else {}
-    if "diffusion" in detector.needs and detector.diffusion_kind is DiffusionModel:
+    if "diffusion" in detector.needs and detector.diffusion_of == "images":
         given["diffusion"] = conditional() if "classes" in detector.needs else model()
     return detector.fit(folder, **given, **{"alpha": 0.1, "statistics": 30, **settings})
 

@@ -23,7 +23,7 @@ from farout.core.errors import FaroutError
 from farout.core.store import read_json
 from farout.data.sources import open_source
 from farout.detectors.base import Detector
-from farout.diffusion.train import DiffusionConfig
+from farout.diffusion.config import DiffusionConfig
 from farout.evaluation.evaluate import COLUMNS
 from small import classifier, pictures
 

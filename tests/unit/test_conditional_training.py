@@ -12,13 +12,14 @@ from farout.data.classes import class_names_of, class_numbers
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.diffusion.conditioning.class_embeddings import ClassVectors
+from farout.diffusion.config import PRESETS, DiffusionConfig
 from farout.diffusion.denoiser import Guided, NetworkDenoiser
 from farout.diffusion.losses import Objective, denoising_loss, drop_labels, sample_levels
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise_levels import geometric, pad
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.ddim import DDIM
-from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion, train_model
+from farout.diffusion.train import train_diffusion, train_model
 from farout.diffusion.unets import build_network
 from farout.training.config import TrainingConfig
 from small import autoencoder, by_tokens, conditional, model, pictures

@@ -16,10 +16,10 @@ from farout.data.batching import Batch
 from farout.detectors.denoising import Denoising
 from farout.detectors.denoising.differences import METRICS, changes, post_hoc, views
 from farout.detectors.denoising.initial_noise import Neighbours, descriptors, inverted
+from farout.diffusion.config import DiffusionConfig
 from farout.diffusion.denoiser import GaussianDenoiser, Guided
 from farout.diffusion.noise import shared_noise
 from farout.diffusion.solvers.dpm_solver import DPMSolver2M
-from farout.diffusion.train import DiffusionConfig
 from farout.training.config import TrainingConfig
 from small import CPU, classifier, conditional, model, pictures
 

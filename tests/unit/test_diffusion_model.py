@@ -12,9 +12,10 @@ from huggingface_hub.utils import filter_repo_objects
 from farout.core.errors import FaroutError, StoreError
 from farout.data.preprocessing import Preprocessing
 from farout.diffusion import train
+from farout.diffusion.config import PRESETS, DiffusionConfig
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
+from farout.diffusion.train import train_diffusion
 from farout.diffusion.unets import build_network
 from farout.training.config import TrainingConfig
 from small import model, pictures, tiny_unet

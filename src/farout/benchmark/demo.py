@@ -13,7 +13,7 @@ from farout.core.errors import FaroutError
 from farout.detectors.base import Detector
 from farout.detectors.reconstruction import Reconstruction
 from farout.detectors.semantic import Semantic
-from farout.diffusion.train import PRESETS
+from farout.diffusion.config import PRESETS
 from farout.evaluation.evaluate import evaluate_detector
 from farout.training.config import TrainingConfig
 

@@ -20,8 +20,9 @@ from farout.core.errors import ConstantScoresWarning, TrapWarning
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.detectors.base import Detector, load
-from farout.detectors.fitting import FitSettings, training_of
-from farout.diffusion.train import DiffusionConfig, train_diffusion
+from farout.detectors.fit_settings import FitSettings
+from farout.diffusion.config import DiffusionConfig
+from farout.diffusion.train import train_diffusion
 from farout.evaluation.baselines import TRIVIAL, TrivialControls
 from farout.evaluation.comparison import Beside, random_twin
 from farout.evaluation.evaluate import evaluate_detector, written
@@ -76,7 +77,7 @@ class Jobs:
             return
         images = entry.source or spec.train
         common: dict[str, Any] = {
-            "training": training_of(entry.training, FitSettings(seed=job.seed, runtime=spec.runtime)),
+            "training": FitSettings(seed=job.seed, runtime=spec.runtime).resolve_training(entry.training),
             "limit": entry.limit or spec.train_limit,
             "alpha": spec.alpha,
             "statistics": spec.statistics,

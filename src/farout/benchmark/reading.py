@@ -20,9 +20,8 @@ from farout.core.errors import FaroutError, suggest_names
 from farout.core.registry import Registry
 from farout.core.runtime import Runtime
 from farout.detectors import DETECTORS
-from farout.diffusion.model import DiffusionModel
-from farout.diffusion.train import PRESETS as DIFFUSION
-from farout.diffusion.train import DiffusionConfig
+from farout.diffusion.config import PRESETS as DIFFUSION
+from farout.diffusion.config import DiffusionConfig
 from farout.evaluation.baselines import TRIVIAL
 from farout.synthesis import SYNTHESIZERS
 from farout.training.config import TrainingConfig
@@ -312,7 +311,7 @@ def _check_wanted(wanted: Mapping[str, bool], entry: Any, where: str) -> None:
 
 def _check_detector(spec: Spec, entry: DetectorSpec, where: str) -> None:
     made = entry.made()
-    of_images = "diffusion" in made.needs and made.diffusion_kind is DiffusionModel
+    of_images = "diffusion" in made.needs and made.diffusion_of == "images"
     _check_wanted({"diffusion": of_images, "classifier": "classifier" in made.needs}, entry, where)
     network = spec.networks.get(entry.diffusion or "")
     if network is not None and network.folder is None:

@@ -20,9 +20,10 @@ from farout.data.image_source import ImageSource
 from farout.detectors.base import Cost
 from farout.detectors.feature_detector import FeatureDetector
 from farout.diffusion import diffusers_folders as folders
+from farout.diffusion.config import DiffusionConfig
 from farout.diffusion.image_to_image import RoundTrip
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.train import DiffusionConfig
+from farout.diffusion.train import build_model
 from farout.synthesis.base import SynthesisContext
 
 __all__ = ["Rehearsal"]
@@ -61,7 +62,7 @@ class Rehearsal:
         images = self.images(entry.source, entry.limit)
         if isinstance(entry.model, ClassifierConfig):
             return entry.model.build(images, class_names_of(images))
-        return entry.model.build(entry.model.preprocess(images), class_names=entry.model.class_names(images))
+        return build_model(entry.model, entry.model.preprocess(images), class_names=entry.model.class_names(images))
 
     def _stored(self, folder: str) -> DiffusionModel:
         """A stored diffusion model; an original Stable Diffusion folder is told the classes of the images."""
@@ -80,7 +81,7 @@ class Rehearsal:
         for entry in self.spec.detectors.values():
             diffusion, classifier = self._given(entry)
             made = entry.made()
-            if made.diffusion_kind is DiffusionModel:
+            if made.diffusion_of == "images":
                 made.check(self.images(None, entry.limit), diffusion, classifier)
 
     def _check_outliers(self, entry: OutlierSpec) -> None:
@@ -146,7 +147,7 @@ class Rehearsal:
             assert isinstance(found, DiffusionModel)
             return found
         images, small = self.images(entry.source, entry.limit), replace(entry.model, network="tiny")
-        return small.build(small.preprocess(images), class_names=small.class_names(images))
+        return build_model(small, small.preprocess(images), class_names=small.class_names(images))
 
     def _feature_cost(self, made: FeatureDetector) -> Cost:
         made.features = made.build_features()

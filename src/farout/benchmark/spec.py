@@ -12,8 +12,8 @@ from farout.core.runtime import Runtime
 from farout.data.preprocessing import Protocol
 from farout.detectors import DETECTORS
 from farout.detectors.base import Detector
+from farout.diffusion.config import DiffusionConfig
 from farout.diffusion.image_to_image import BackSpacing, RoundTrip
-from farout.diffusion.train import DiffusionConfig
 from farout.synthesis import SYNTHESIZERS
 from farout.synthesis.base import Synthesizer
 from farout.training.config import TrainingConfig

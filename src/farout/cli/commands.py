@@ -18,7 +18,8 @@ from farout.core.errors import FaroutError
 from farout.data.image_source import Policy
 from farout.detectors import DETECTORS
 from farout.detectors.base import Detector, load
-from farout.detectors.fitting import FitSettings, recalibrate
+from farout.detectors.fit_settings import FitSettings
+from farout.detectors.fitting import recalibrate
 from farout.evaluation.comparison import Beside
 from farout.evaluation.evaluate import evaluate_detector, evaluate_scores
 from farout.features.cache import CachedKind, cached_kinds, clear

@@ -68,7 +68,7 @@ def presets() -> list[dict[str, str]]:
     """
     from farout.classifiers.train import PRESETS as CLASSIFIERS
     from farout.cli.steps import builtin_chains, list_commands
-    from farout.diffusion.train import PRESETS
+    from farout.diffusion.config import PRESETS
 
     owners = {f"fit {name}": member.load().presets for name, member in DETECTORS.items()}
     owners |= {f"synthesize {name}": member.load().presets for name, member in SYNTHESIZERS.items()}

@@ -23,9 +23,9 @@ from farout.core.errors import suggest_names
 from farout.core.registry import RegisteredMethod, Registry
 from farout.core.runtime import Runtime
 from farout.detectors import DETECTORS
-from farout.detectors.fitting import FitSettings
-from farout.diffusion.model import DiffusionModel
-from farout.diffusion.train import PRESETS, DiffusionConfig, train_diffusion
+from farout.detectors.fit_settings import FitSettings
+from farout.diffusion.config import PRESETS, DiffusionConfig
+from farout.diffusion.train import train_diffusion
 from farout.synthesis import SYNTHESIZERS
 from farout.training.config import TrainingConfig
 
@@ -334,7 +334,7 @@ def _not_flags(method: Any) -> tuple[str, ...]:
 
 def _trains_on_images(method: Any) -> bool:
     """Whether a diffusion model of images is trained where none is given: then its settings are flags."""
-    return "diffusion" in method.needs and method.diffusion_kind is DiffusionModel
+    return "diffusion" in method.needs and method.diffusion_of == "images"
 
 
 def _call_fit(name: str, method: Any, values: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from farout.data.sources import open_source
 from farout.detectors import saving
 from farout.detectors.calibration import calibrate, check_scores, is_out, p_values
 from farout.detectors.cost import Cost, measure_cost
-from farout.detectors.fitting import FitSettings, fit, train_on_images
 from farout.detectors.interface import DetectorInterface
 from farout.detectors.results import Measurements, Scores
-from farout.diffusion.model import DiffusionModel
-from farout.features.feature_diffusion import FeatureDiffusion
+
+if TYPE_CHECKING:
+    from farout.diffusion.model import DiffusionModel
+    from farout.features.feature_diffusion import FeatureDiffusion
 
 __all__ = ["Cost", "Detector", "Measurements", "Runtime", "Scores", "load"]
 
@@ -39,11 +40,14 @@ class Detector(DetectorInterface):
             diffusion: a `DiffusionModel` or its folder; None: one is trained where the method needs it.
             classifier: a `Classifier` or its folder; None: one is trained where the method needs it and the images
                 have labels.
-            **settings: see `FitSettings` in `farout.detectors.fitting`.
+            **settings: see `FitSettings`.
 
         Raises:
             FaroutError: for images or models that do not go together.
         """
+        from farout.detectors.fit_settings import FitSettings  # not needed to score
+        from farout.detectors.fitting import fit
+
         return fit(self, images, diffusion, classifier, FitSettings(**settings))
 
     def score(self, images: Any, *, limit: int | None = None, policy: Policy = "nan") -> Scores:
@@ -116,7 +120,9 @@ class Detector(DetectorInterface):
 
     def train(self, images: ImageSource, settings: Any) -> DiffusionModel | FeatureDiffusion:
         """The diffusion model that a method needs and was not given, trained on `images`."""
-        return train_on_images(self, images, settings)
+        from farout.detectors.network_training import train_missing_diffusion
+
+        return train_missing_diffusion(self, images, settings)
 
     def cost(self) -> Cost:
         """Network evaluations and multiply-accumulates of one image, counted on one grey image."""

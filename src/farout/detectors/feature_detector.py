@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ from farout.detectors.settings import check_words
 from farout.features.encoding import FeatureEncoding
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
-from farout.features.feature_diffusion import FeatureDiffusion
+
+if TYPE_CHECKING:
+    from farout.features.feature_diffusion import FeatureDiffusion
 
 __all__ = ["FeatureDetector", "VectorDetector"]
 

@@ -4,78 +4,31 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
-
-from farout.classifiers.model import Classifier
-from farout.classifiers.outlier_exposure import Exposure, Outside
-from farout.classifiers.train import PRESETS as CLASSIFIERS
-from farout.classifiers.train import ClassifierConfig, train_on
 from farout.core.errors import FaroutError, ShortfallWarning, TrapWarning
-from farout.core.runtime import Runtime
-from farout.data.classes import class_names_of
 from farout.data.image_source import ImageSource
-from farout.data.preprocessing import Preprocessing, Protocol, all_grey
+from farout.data.preprocessing import Preprocessing, all_grey
 from farout.data.source_spec import parse_spec
 from farout.data.sources import open_source
 from farout.data.splits import Split, calibration_size, seen_hint, split
 from farout.detectors.calibration import calibrate, check_alpha
+from farout.detectors.fit_settings import FitSettings
 from farout.detectors.interface import DetectorInterface
-from farout.diffusion.model import DiffusionModel
-from farout.diffusion.train import PRESETS, DiffusionConfig, train_model
-from farout.features.feature_diffusion import FeatureDiffusion
-from farout.training.loop import TrainingConfig
+from farout.detectors.networks import diffusion_class
 
-__all__ = ["FitSettings", "fit", "recalibrate", "source_spec", "train_on_images", "training_of"]
+if TYPE_CHECKING:
+    from farout.classifiers.model import Classifier
+    from farout.diffusion.model import DiffusionModel
+    from farout.features.feature_diffusion import FeatureDiffusion
+
+__all__ = ["fit", "recalibrate", "source_spec"]
 
 _log = logging.getLogger(__name__)
 D = TypeVar("D", bound=DetectorInterface)
 _ANY = 1 << 20
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """Settings of a fit.
-
-    Args:
-        limit: use a seeded random sample of this many images; default: all.
-        alpha: false-alarm rate: images with p-value <= alpha are flagged; calibration gets max(20 %, ceil(1/alpha) - 1)
-            images.
-        seed: seed of the sample, split, weights and noise.
-        groups: `folder`: keep images of one folder in the same part of the split; in Python also a group name per
-            image.
-        policy: what to do with an unreadable image: `raise` an error, or `skip` it.
-        statistics: number of images for the statistics; default: the method's own number.
-        protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to
-            the network's size) or `common` (native size, then one JPEG encoding); default: as the given diffusion
-            model, else `native`.
-        network: settings of the diffusion model that is trained if none is given; None: the method's preset.
-        training: settings of that training; None: the method's preset.
-        classifier_preset: preset of `farout train classifier` used if no classifier is given.
-        classifier_steps: number of training steps of that classifier; default: the preset's.
-        checkpoints: folder of the training checkpoints; default: OUT.training (in Python: no checkpoints).
-        resume: continue training from the last checkpoint.
-        runtime: how networks are run.
-    """
-
-    limit: int | None = None
-    alpha: float = 0.05
-    seed: int = 0
-    groups: Literal["none", "folder"] | Sequence[str] = "none"
-    policy: Literal["raise", "skip"] = "raise"
-    statistics: int | None = None
-    protocol: Protocol | None = None
-    network: DiffusionConfig | None = None
-    training: TrainingConfig | None = None
-    classifier_preset: str = "tiny"
-    classifier_steps: int | None = None
-    checkpoints: Path | None = None
-    resume: bool = False
-    runtime: Runtime = field(default_factory=Runtime)
 
 
 def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: FitSettings) -> D:
@@ -96,12 +49,15 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
         detector.use(None, settings.runtime)
     training = source.subset(parts.training)
-    _check(detector, source, given, settings)
-    if "classifier" in detector.needs and detector.classifier is None:
-        detector.classifier = _train_classifier(detector, training, settings)
+    if detector.needs & {"diffusion", "classifier"} and detector.diffusion_of == "images":
+        from farout.detectors.network_training import check_networks, train_missing_classifier
+
+        check_networks(detector, source, given, settings)
+        if "classifier" in detector.needs and detector.classifier is None:
+            detector.classifier = train_missing_classifier(detector, training, settings)
     lacking = given is None and "diffusion" in detector.needs
     model = detector.train(training, settings) if lacking else given
-    known = model if isinstance(model, DiffusionModel) else detector.classifier
+    known = model if model is not None and detector.diffusion_of == "images" else detector.classifier
     if known is not None:
         detector.preprocessing = _preprocessing(source, known.preprocessing, settings)
     elif "features" not in detector.needs:
@@ -126,9 +82,10 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
 def _given(detector: DetectorInterface, diffusion: Any) -> DiffusionModel | FeatureDiffusion | None:
     if diffusion is None:
         return None
-    kind, name = detector.diffusion_kind, type(detector).__name__
+    name = type(detector).__name__
     if "diffusion" not in detector.needs:
         raise FaroutError(f"{name} uses no diffusion model; leave it out")
+    kind = diffusion_class(detector.diffusion_of)
     model = kind.load(diffusion) if isinstance(diffusion, str | Path) else diffusion
     if not isinstance(model, kind):
         raise FaroutError(f"{name} works with a {kind.__name__}, got a {type(model).__name__}")
@@ -147,6 +104,8 @@ def _given_classifier(detector: DetectorInterface, classifier: Any, source: Imag
         return None
     if "classifier" not in detector.needs:
         raise FaroutError(f"{name} uses no classifier; leave it out")
+    from farout.classifiers.model import Classifier
+
     model = Classifier.load(classifier) if isinstance(classifier, str | Path) else classifier
     if not isinstance(model, Classifier):
         raise FaroutError(f"{name} works with a Classifier, got a {type(model).__name__}; see Classifier.from_module")
@@ -199,75 +158,6 @@ def _trimmed(parts: Split, source: ImageSource, wanted: int, alpha: float) -> Sp
     missing = max(0, calibration_size(len(source), alpha) - len(parts.calibration))
     calibration = sorted([*parts.calibration, *order[wanted : wanted + missing]])
     return replace(parts, statistics=tuple(sorted(order[:wanted])), calibration=tuple(calibration))
-
-
-def _network_config(detector: DetectorInterface, settings: FitSettings) -> DiffusionConfig:
-    config = settings.network or DiffusionConfig(**PRESETS[detector.network_preset]["model"])
-    if settings.protocol is not None:
-        config = replace(config, protocol=settings.protocol)
-    return detector.network_config(config)
-
-
-def _classifier_config(detector: DetectorInterface, settings: FitSettings) -> ClassifierConfig:
-    """The preset's, with images prepared as those of a diffusion model that is trained with it."""
-    if settings.classifier_preset not in CLASSIFIERS:
-        known = ", ".join(CLASSIFIERS)
-        raise FaroutError(f"there is no classifier preset {settings.classifier_preset!r}; expected one of {known}")
-    _exposure(settings).resolved(outliers=False)
-    config = ClassifierConfig(**CLASSIFIERS[settings.classifier_preset]["model"])
-    if "diffusion" in detector.needs:
-        shared = _network_config(detector, settings)
-        names = ("size", "channels", "crop", "protocol")
-        return replace(config, **{name: getattr(shared, name) for name in names})
-    return config if settings.protocol is None else replace(config, protocol=settings.protocol)
-
-
-def _exposure(settings: FitSettings) -> Exposure:
-    return Exposure(**CLASSIFIERS[settings.classifier_preset].get("exposure", {}))
-
-
-def _check(detector: DetectorInterface, images: ImageSource, given: Any, settings: FitSettings) -> None:
-    """Lets the detector refuse what cannot work before anything is trained."""
-    if detector.diffusion_kind is not DiffusionModel:
-        return
-    diffusion, classifier = given, detector.classifier
-    if diffusion is None and "diffusion" in detector.needs:
-        config = _network_config(detector, settings)
-        diffusion = config.build(config.preprocess(images), class_names=config.class_names(images))
-    if classifier is None and "classifier" in detector.needs:
-        classifier = _classifier_config(detector, settings).build(images, class_names_of(images))
-    detector.check(images, diffusion, classifier)
-
-
-def train_on_images(detector: DetectorInterface, images: ImageSource, settings: FitSettings) -> DiffusionModel:
-    """Trains a diffusion model of images as the settings say."""
-    config = _network_config(detector, settings)
-    torch.manual_seed(settings.seed)
-    fresh = config.build(config.preprocess(images), class_names=config.class_names(images))
-    given = settings.training or TrainingConfig(**PRESETS[detector.network_preset]["training"])
-    training = training_of(given, settings)
-    return train_model(
-        images, fresh, training, objective=config.objective, out=settings.checkpoints, resume=settings.resume
-    )
-
-
-def _train_classifier(detector: DetectorInterface, images: ImageSource, settings: FitSettings) -> Classifier:
-    """Trains a classifier by a preset; other settings come from `farout train classifier`."""
-    training = TrainingConfig(**CLASSIFIERS[settings.classifier_preset]["training"])
-    if settings.classifier_steps is not None:
-        training = replace(training, steps=settings.classifier_steps)
-    out = settings.checkpoints / "classifier" if settings.checkpoints is not None else None
-    config = _classifier_config(detector, settings)
-    training, outside = training_of(training, settings), Outside(_exposure(settings))
-    return train_on(images, config, training, out=out, resume=settings.resume, outside=outside)
-
-
-def training_of(given: TrainingConfig, settings: FitSettings) -> TrainingConfig:
-    """A training with the fit's seed, and its device and precision where the training names none."""
-    runtime = settings.runtime
-    device = runtime.device if given.device == "auto" else given.device
-    precision = runtime.precision if given.precision == "auto" else given.precision
-    return replace(given, seed=settings.seed, device=device, precision=precision)
 
 
 def _preprocessing(source: ImageSource, known: Preprocessing, settings: FitSettings) -> Preprocessing:

@@ -6,12 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 from torch import Tensor
 
-from farout.classifiers.model import Classifier
 from farout.core.config import Configured
 from farout.core.devices import Precision
 from farout.core.errors import FaroutError
@@ -21,10 +20,13 @@ from farout.data.batching import Batch, batches
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing, Protocol
 from farout.detectors.results import Measurements
-from farout.diffusion.model import DiffusionModel
-from farout.diffusion.train import DiffusionConfig
-from farout.features.extractor import FeatureExtractor
-from farout.features.feature_diffusion import FeatureDiffusion
+
+if TYPE_CHECKING:  # importing the networks takes seconds, and most detectors use only one of them
+    from farout.classifiers.model import Classifier
+    from farout.diffusion.config import DiffusionConfig
+    from farout.diffusion.model import DiffusionModel
+    from farout.features.extractor import FeatureExtractor
+    from farout.features.feature_diffusion import FeatureDiffusion
 
 __all__ = ["DetectorInterface"]
 
@@ -45,8 +47,8 @@ class DetectorInterface(Configured, ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """What a fit requires: `diffusion`, `classes` (a class-conditional one), `features` (a backbone), `classifier`."""
-    diffusion_kind: ClassVar[type[DiffusionModel] | type[FeatureDiffusion]] = DiffusionModel
-    """Whether its diffusion model works on images or on features."""
+    diffusion_of: ClassVar[Literal["images", "features"]] = "images"
+    """What its diffusion model generates: images (`DiffusionModel`) or feature vectors (`FeatureDiffusion`)."""
     network_preset: ClassVar[str] = "tiny"
     """The training preset where no diffusion model of images is given, see `farout list presets`."""
     companions: ClassVar[tuple[str, ...]] = ()

@@ -6,11 +6,10 @@ import os
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
-from farout.classifiers.model import Classifier
 from farout.core import store
 from farout.core.devices import resolve_device
 from farout.core.errors import FaroutError, StoreError, TrapWarning
@@ -19,15 +18,19 @@ from farout.data.preprocessing import Preprocessing
 from farout.detectors import DETECTORS
 from farout.detectors.calibration import calibrate
 from farout.detectors.interface import DetectorInterface
+from farout.detectors.networks import diffusion_class
 from farout.detectors.results import Measurements
-from farout.diffusion.model import DiffusionModel
-from farout.features.extractor import FeatureExtractor
-from farout.features.feature_diffusion import FeatureDiffusion
+
+if TYPE_CHECKING:
+    from farout.classifiers.model import Classifier
+    from farout.diffusion.model import DiffusionModel
+    from farout.features.extractor import FeatureExtractor
+    from farout.features.feature_diffusion import FeatureDiffusion
 
 __all__ = ["KIND", "load", "save"]
 
 KIND = "detector"
-N = TypeVar("N", FeatureExtractor, Classifier)
+N = TypeVar("N", "FeatureExtractor", "Classifier")
 
 
 def save(detector: DetectorInterface, folder: Path, link: Path | None) -> None:
@@ -93,9 +96,15 @@ def load(folder: Path, changes: dict[str, Any]) -> Any:
     detector.provenance = config["provenance"]
     for name in ("statistics", "calibration"):
         setattr(detector, f"{name}_hashes", store.read_hashes(folder / f"{name}.txt"))
-    detector.features = _read_inside(FeatureExtractor, folder / "features", config.get("features"))
-    detector.classifier = _read_inside(Classifier, folder / "classifier", config.get("classifier"))
-    diffusion, place = _read_model(folder, config["diffusion"], detector.diffusion_kind)
+    if config.get("features") is not None:
+        from farout.features.extractor import FeatureExtractor
+
+        detector.features = _read_inside(FeatureExtractor, folder / "features", config["features"])
+    if config.get("classifier") is not None:
+        from farout.classifiers.model import Classifier
+
+        detector.classifier = _read_inside(Classifier, folder / "classifier", config["classifier"])
+    diffusion, place = _read_model(folder, config["diffusion"], detector.diffusion_of)
     detector.link = None if place is None or place.parent == folder else place.resolve()
     detector.use(diffusion, _runtime(Runtime(**config["runtime"]), changes))
     detector.restore({name: t.numpy() for name, t in store.load_tensors(folder / "fitted.safetensors").items()})
@@ -118,9 +127,7 @@ def _tuples(config: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
 
 
-def _read_inside(kind: type[N], folder: Path, wanted: str | None) -> N | None:
-    if wanted is None:
-        return None
+def _read_inside(kind: type[N], folder: Path, wanted: str) -> N:
     network = kind.load(folder)
     if network.content_hash != wanted:
         raise StoreError(
@@ -130,7 +137,7 @@ def _read_inside(kind: type[N], folder: Path, wanted: str | None) -> N | None:
 
 
 def _read_model(
-    folder: Path, entry: dict[str, str] | None, kind: type[DiffusionModel] | type[FeatureDiffusion]
+    folder: Path, entry: dict[str, str] | None, data: Literal["images", "features"]
 ) -> tuple[DiffusionModel | FeatureDiffusion | None, Path | None]:
     """The diffusion model and its folder; a linked one may have moved together with the detector."""
     if entry is None:
@@ -140,7 +147,7 @@ def _read_model(
     if not there:
         raise StoreError(f"{folder} requires the diffusion model in {places[0]}, and there is none")
     for place in there:
-        model = kind.load(place)
+        model = diffusion_class(data).load(place)
         if model.content_hash == entry["hash"]:
             return model, place
     raise StoreError(f"the diffusion model in {there[0]} is not the one this detector was fitted with (hash differs)")

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import diffusers
 from torch import nn
 
 from farout.core.errors import FaroutError
@@ -107,6 +106,8 @@ def build_network(
         **_blocks(sizes),
         **sizes.settings,
     }
+    import diffusers  # takes seconds; a `DiffusionConfig` requires only the names of the networks
+
     if sizes.cross:
         return diffusers.UNet2DConditionModel(**common)
     return diffusers.UNet2DModel(**common, num_class_embeds=None if classes is None else classes + 1)
@@ -123,6 +124,8 @@ def _blocks(sizes: _UNet) -> dict[str, tuple[str, ...]]:
 
 def fresh_conditioning(network: nn.Module, class_names: Sequence[str], *, has_null: bool) -> Conditioning:
     """The conditioning of a network that `build_network` made with these classes."""
+    import diffusers
+
     if isinstance(network, diffusers.UNet2DConditionModel):
         width = int(network.config["cross_attention_dim"])
         return ClassTokens.fresh(class_names, CLASS_TOKENS, width, has_null=has_null)

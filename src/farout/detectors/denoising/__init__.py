@@ -33,12 +33,12 @@ from farout.detectors.denoising.initial_noise import Neighbours, descriptors, in
 from farout.detectors.settings import check_words, checked_levels
 from farout.diffusion import noise_levels as paths
 from farout.diffusion.conditioning.base import Condition
+from farout.diffusion.config import DiffusionConfig
 from farout.diffusion.denoiser import Denoiser, Guided, NetworkDenoiser
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.registry import SOLVERS, create_solver, solver_path
-from farout.diffusion.train import DiffusionConfig
 from farout.features.densities import ZScore, pack, unpack
 
 __all__ = ["Denoising"]

@@ -17,7 +17,7 @@ from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.feature_detector import FeatureDetector
-from farout.detectors.fitting import FitSettings, training_of
+from farout.detectors.fit_settings import FitSettings
 from farout.detectors.patches.positions import Deviations, drawn, equal_layers, flat, nearest, rank, top
 from farout.detectors.settings import checked_levels
 from farout.diffusion.denoiser import NetworkDenoiser
@@ -82,7 +82,7 @@ class Patches(FeatureDetector):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"features", "diffusion"})
-    diffusion_kind = FeatureDiffusion
+    diffusion_of = "features"
     diffusion: FeatureDiffusion | None = None
     makes_maps: ClassVar[bool] = True
     map_pictures: ClassVar[frozenset[str]] = frozenset({"diffusion", "knn"})
@@ -168,7 +168,7 @@ class Patches(FeatureDetector):
             backbone=self.backbone.content_hash,
             encoding=FeatureEncoding(self.backbone.channels, "channel"),
             network={**network, "bottleneck": self.config["hidden"]},
-            training=training_of(settings.training or self._training(len(table)), settings),
+            training=settings.resolve_training(settings.training or self._training(len(table))),
             levels=self.config["time_sampling"],
             out=settings.checkpoints,
             resume=settings.resume,

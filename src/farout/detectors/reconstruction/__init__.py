@@ -19,11 +19,11 @@ from farout.detectors.reconstruction import indicators
 from farout.detectors.reconstruction.comparison import METRICS, Comparison
 from farout.detectors.reconstruction.noise_levels import Plan, make_plan
 from farout.detectors.settings import check_words
+from farout.diffusion.config import DiffusionConfig
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
 from farout.diffusion.solvers.base import Evaluation
-from farout.diffusion.train import DiffusionConfig
 from farout.features.perceptual import PerceptualName, perceptual_distance
 
 __all__ = ["Reconstruction"]

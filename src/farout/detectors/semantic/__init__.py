@@ -15,7 +15,7 @@ from farout.core.errors import FaroutError
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
 from farout.detectors.feature_detector import FeatureDetector
-from farout.detectors.fitting import FitSettings, training_of
+from farout.detectors.fit_settings import FitSettings
 from farout.detectors.results import Measurements
 from farout.detectors.semantic import indicators, sampling
 from farout.diffusion.denoiser import NetworkDenoiser
@@ -74,7 +74,7 @@ class Semantic(FeatureDetector):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"features", "diffusion"})
-    diffusion_kind = FeatureDiffusion
+    diffusion_of = "features"
     diffusion: FeatureDiffusion | None = None
     statistics_minimum: ClassVar[int] = 200
     statistics_suffice: ClassVar[bool] = True
@@ -183,7 +183,7 @@ class Semantic(FeatureDetector):
             backbone=self.backbone.content_hash,
             encoding=FeatureEncoding(self.backbone.channels, self.config["standardise"], self.config["summaries"]),
             network={name: self.config[name] for name in names},
-            training=training_of(training, settings),
+            training=settings.resolve_training(training),
             levels=self.config["time_sampling"],
             first_step=first_pass if regret else None,
             out=settings.checkpoints,

@@ -1,0 +1,64 @@
+"""Settings of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from farout.core.runtime import Runtime
+from farout.data.preprocessing import Protocol
+from farout.diffusion.config import DiffusionConfig
+from farout.training.config import TrainingConfig
+
+__all__ = ["FitSettings"]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Settings of a fit.
+
+    Args:
+        limit: use a seeded random sample of this many images; default: all.
+        alpha: false-alarm rate: images with p-value <= alpha are flagged; calibration gets max(20 %, ceil(1/alpha) - 1)
+            images.
+        seed: seed of the sample, split, weights and noise.
+        groups: `folder`: keep images of one folder in the same part of the split; in Python also a group name per
+            image.
+        policy: what to do with an unreadable image: `raise` an error, or `skip` it.
+        statistics: number of images for the statistics; default: the method's own number.
+        protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to
+            the network's size) or `common` (native size, then one JPEG encoding); default: as the given diffusion
+            model, else `native`.
+        network: settings of the diffusion model that is trained if none is given; None: the method's preset.
+        training: settings of that training; None: the method's preset.
+        classifier_preset: preset of `farout train classifier` used if no classifier is given.
+        classifier_steps: number of training steps of that classifier; default: the preset's.
+        checkpoints: folder of the training checkpoints; default: OUT.training (in Python: no checkpoints).
+        resume: continue training from the last checkpoint.
+        runtime: how networks are run.
+    """
+
+    limit: int | None = None
+    alpha: float = 0.05
+    seed: int = 0
+    groups: Literal["none", "folder"] | Sequence[str] = "none"
+    policy: Literal["raise", "skip"] = "raise"
+    statistics: int | None = None
+    protocol: Protocol | None = None
+    network: DiffusionConfig | None = None
+    training: TrainingConfig | None = None
+    classifier_preset: str = "tiny"
+    classifier_steps: int | None = None
+    checkpoints: Path | None = None
+    resume: bool = False
+    runtime: Runtime = field(default_factory=Runtime)
+
+    def resolve_training(self, training: TrainingConfig) -> TrainingConfig:
+        """Returns the training settings with the seed of the fit, and with its device and precision instead of
+        `auto`.
+        """
+        device = self.runtime.device if training.device == "auto" else training.device
+        precision = self.runtime.precision if training.precision == "auto" else training.precision
+        return replace(training, seed=self.seed, device=device, precision=precision)

@@ -1,0 +1,167 @@
+"""Configuration of a diffusion model and of its training, and named presets of both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from farout.core.errors import FaroutError
+from farout.data.classes import class_names_of
+from farout.data.image_source import ImageSource
+from farout.data.preprocessing import Preprocessing
+from farout.diffusion.denoiser import Prediction
+from farout.diffusion.losses import ErrorKind, LevelSampling, Objective, Reduction
+from farout.diffusion.schedule import ScheduleKind
+from farout.diffusion.unets import NetworkName
+
+__all__ = ["PRESETS", "DiffusionConfig"]
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion model. Raises FaroutError for a scale that is not positive.
+
+    Args:
+        network: U-Net: `tiny` (1.1 M parameters), `small` (17.7 M), `paper` (171 M), `cifar` (35.75 M), `iddpm` (52.5
+            M), or `tokens` (1.4 M, classes by cross-attention).
+        classes: train a class-conditional model on the source's labels.
+        label_dropout: probability of dropping a label in training, which guidance needs; class-conditional models only.
+        dropout: dropout rate of the network; default: the network's own.
+        prediction: what the network predicts: `epsilon` (the noise), `v_prediction`, or `sample` (the clean image).
+        schedule: noise schedule; `scaled_linear` is the reconstruction paper's.
+        beta_start: first beta of the noise schedule (not used by `cosine`).
+        beta_end: last beta of the noise schedule (not used by `cosine`).
+        snr_shift: factor on the signal-to-noise ratio of every level of the schedule.
+        levels: distribution of t in training: `uniform`, `low_noise` (more low t) or `antithetic` (mirrored pairs).
+        error: loss: `square` or `absolute` error.
+        reduction: `mean` or `sum` of the loss over channels and pixels.
+        flip: flip images horizontally with probability 0.5 in training.
+        b_scale: factor on the images before noise is added.
+        data_range: `symmetric`: images in [-1, 1]; `unit`: images in [0, 1] (the reconstruction paper).
+        value_range: `fixed`, or `minmax`: scale each image to [0, 1] by its own minimum and maximum (the reconstruction
+            paper).
+        size: side of the network's input in pixels; default: that of the training images, at most 64.
+        channels: 1 (grey) or 3 (RGB); default: as the training images.
+        crop: crop the central square of this many pixels first; default: no crop.
+        protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to
+            the network's size) or `common` (native size, then one JPEG encoding).
+    """
+
+    network: NetworkName = "tiny"
+    classes: bool = False
+    label_dropout: float = 0.1
+    dropout: float | None = None
+    prediction: Prediction = "epsilon"
+    schedule: ScheduleKind = "scaled_linear"
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    snr_shift: float = 1.0
+    levels: LevelSampling = "uniform"
+    error: ErrorKind = "square"
+    reduction: Reduction = "mean"
+    flip: bool = False
+    b_scale: float = 1.0
+    data_range: Literal["symmetric", "unit"] = "symmetric"
+    value_range: Literal["fixed", "minmax"] = "fixed"
+    size: int | None = None
+    channels: int | None = None
+    crop: int | None = None
+    protocol: Literal["native", "direct", "common"] = "native"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.b_scale < math.inf:
+            raise FaroutError(f"b_scale must be a positive number, got {self.b_scale}")
+
+    def preprocess(self, source: ImageSource) -> Preprocessing:
+        """The preprocessing that suits `source`."""
+        return Preprocessing.for_source(
+            source,
+            size=self.size,
+            channels=self.channels,
+            protocol=self.protocol,
+            crop=self.crop,
+            value_range=self.value_range,
+        )
+
+    @property
+    def objective(self) -> Objective:
+        """What a training step draws and minimises; raises FaroutError for values out of range."""
+        dropout = self.label_dropout if self.classes else 0.0
+        return Objective(self.levels, self.error, self.reduction, dropout, self.flip)
+
+    def class_names(self, source: ImageSource) -> tuple[str, ...] | None:
+        """The classes that are trained on, or None; raises SourceError for a source without labels or of one class."""
+        return class_names_of(source) if self.classes else None
+
+
+_LINEAR = {"schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+_CIFAR: dict[str, Any] = {
+    "steps": 160000,
+    "batch_size": 128,
+    "optimizer": "adamw",
+    "learning_rate": 2e-4,
+    "warmup": 5000,
+    "decay": "constant",
+    "ema": 0.9999,
+    "clip": 1.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model": {"network": "tiny"},
+        "training": {"steps": 2000, "batch_size": 64, "learning_rate": 1e-3, "ema": 0.995},
+    },
+    "small": {
+        "model": {"network": "small"},
+        "training": {"steps": 20000, "batch_size": 256, "learning_rate": 2e-4, "ema": 0.9995},
+    },
+    "paper": {
+        "model": {"network": "paper", "data_range": "unit", "value_range": "minmax"},
+        "training": {
+            "steps": 95000,
+            "batch_size": 180,
+            "optimizer": "adam",
+            "learning_rate": 2.5e-5,
+            "warmup": 0,
+            "decay": "constant",
+            "ema": None,
+            "clip": None,
+        },
+    },
+    "classes": {
+        "model": {"network": "tiny", "classes": True, **_LINEAR},
+        "training": {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3, "ema": 0.998},
+    },
+    "tokens": {
+        "model": {"network": "tokens", "classes": True, **_LINEAR},
+        "training": {"steps": 4000, "batch_size": 64, "learning_rate": 1e-3, "ema": 0.998},
+    },
+    "cifar": {
+        "model": {
+            "network": "cifar",
+            "classes": True,
+            "levels": "antithetic",
+            "reduction": "sum",
+            "flip": True,
+            **_LINEAR,
+        },
+        "training": _CIFAR,
+    },
+    "iddpm": {
+        "model": {
+            "network": "iddpm",
+            "classes": True,
+            "schedule": "cosine",
+            "levels": "antithetic",
+            "reduction": "sum",
+            "flip": True,
+        },
+        "training": {**_CIFAR, "batch_size": 256},
+    },
+}
+"""`tiny` for CPUs; `small`: the size of the reconstruction paper's released code, with a shorter training of ours;
+`paper`: its published setting (171 M parameters, Adam 2.5e-5, 300 epochs of 57,000 images at batch 180, no EMA).
+
+With classes: `classes` and `tokens` for CPUs, told classes by vectors and by cross-attention; `cifar`: the denoising
+paper's (Liu et al. 2022; 35.75 M parameters, `--no-model.classes` for its unconditional one);
+`iddpm`: its variant with the network and the cosine schedule of Nichol & Dhariwal 2021."""

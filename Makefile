@@ -32,8 +32,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed
-	$(BIN)/python docs/make_commands.py
+# The page of commands, then the site in site/; warnings are errors.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python tools/make_commands.py
+	$(BIN)/python tools/build_site.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -56,4 +58,4 @@ $(OLDEST)/.installed-dev: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache farout-demo
+	rm -rf $(VENV) $(OLDEST) build site dist .pytest_cache .mypy_cache .ruff_cache farout-demo

@@ -41,9 +41,16 @@ def blocks(page: str) -> list[str]:
 
 
 def test_the_reference_of_commands_is_what_the_signatures_say_now() -> None:
-    made = runpy.run_path(str(DOCS / "make_commands.py"))["reference"]()
+    made = runpy.run_path(str(ROOT / "tools" / "make_commands.py"))["reference"]()
     written = (DOCS / "commands.md").read_text(encoding="utf-8")
     assert written == made, "docs/commands.md is out of date: `make docs` writes it anew"
+
+
+def test_the_reference_of_python_has_every_public_name() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    documented = [pkgutil.resolve_name(name) for name in re.findall(r"^::: (\S+)$", pages, re.MULTILINE)]
+    missing = [name for name in farout.__all__ if getattr(farout, name) not in documented]
+    assert not missing, f"docs/reference lacks {', '.join(missing)}"
 
 
 # -- examples -------------------------------------------------------------------------------------------------------

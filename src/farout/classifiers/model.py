@@ -45,7 +45,8 @@ class Classifier:
 
     Args:
         module: normalised images (B, C, H, W) -> logits (B, K). It is put into eval mode, its weights channels-last.
-        mean, std: of each channel, for images in [0, 1]: the network sees (x - mean) / std.
+        mean: mean of each channel, for images in [0, 1].
+        std: standard deviation of each channel; the network receives (x - mean) / std.
         preprocessing: how images become the (C, H, W) tensors that it takes.
         features: name of the last linear layer; None: it is found.
         class_names: name of each class; None: their numbers.
@@ -236,7 +237,8 @@ class Classifier:
 
         Args:
             module: normalised images (B, C, H, W) -> logits (B, K); it is put into eval mode.
-            mean, std: of each channel, for images in [0, 1].
+            mean: mean of each channel, for images in [0, 1].
+            std: standard deviation of each channel.
             size: of the images that it takes, in pixels: a side, or (height, width).
             channels: 1 or 3.
             features: name of its last linear layer; None: the last one registered.
@@ -292,8 +294,12 @@ class Classifier:
 
         Args:
             path: the file.
-            network, stem, channels, size: see `NetworkSpec`.
-            mean, std: of each channel, for images in [0, 1], as in training.
+            network: see `NetworkSpec`.
+            stem: see `NetworkSpec`.
+            channels: see `NetworkSpec`.
+            size: see `NetworkSpec`.
+            mean: mean of each channel, for images in [0, 1], as in training.
+            std: standard deviation of each channel, as in training.
             classes: number of classes; None: what the file's last layer has.
             class_names: name of each class; None: their numbers.
 

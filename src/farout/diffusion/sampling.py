@@ -196,7 +196,13 @@ def sample(
         model: the diffusion model.
         count: number of images; those of a conditional model take its classes in turn.
         labels: instead of a count, the label of each image (conditional models).
-        solver, steps, spacing, guidance, seed, precision, clamp: see `Sampler`.
+        solver: see `Sampler`.
+        steps: see `Sampler`.
+        spacing: see `Sampler`.
+        guidance: see `Sampler`.
+        seed: see `Sampler`.
+        precision: see `Sampler`.
+        clamp: see `Sampler`.
         batch_size: the most images sampled together, and rows of one network call; `auto`: by memory.
 
     Raises:

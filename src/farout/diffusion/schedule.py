@@ -36,7 +36,8 @@ class NoiseSchedule:
             `linear`: beta_t on a straight line (Ho et al. 2020); `cosine`: abar = cos^2((t/T + .008)/1.008 pi/2)
             (Nichol & Dhariwal 2021), betas at most .999; `sigmoid`: betas along a logistic curve from -6 to 6;
             `trained`: the given `betas`.
-        beta_start, beta_end: ends of the betas (unused by `cosine` and `trained`).
+        beta_start: first beta (unused by `cosine` and `trained`).
+        beta_end: last beta (unused by `cosine` and `trained`).
         steps: number of levels T.
         snr_shift: f multiplies the signal-to-noise ratio at every level: SNR' = f abar / (1 - abar).
         sigma_max: the largest sigma, needed where the schedule ends in abar = 0 (infinite sigma).

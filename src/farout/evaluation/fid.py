@@ -86,7 +86,8 @@ def kernel_distance(
     under the kernel (x y / D + 1)^3, over random subsets (Bińkowski et al. 2018).
 
     Args:
-        first, second: features.
+        first: features of one set, (N, D).
+        second: features of the other set, (M, D).
         subsets: how many subsets are drawn.
         subset_size: images of either set in one; None: 1000, at most half of the smaller set.
         seed: seed of the subsets.

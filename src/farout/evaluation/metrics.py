@@ -128,15 +128,19 @@ def evaluate(
     """All metrics of a pair of sets.
 
     Args:
-        id_scores, ood_scores: one score per image.
+        id_scores: one score per in-distribution image.
+        ood_scores: one score per out-of-distribution image.
         groups: ids of the source image behind every score of both sides, where variants of one image are on both:
             intervals then resample source images instead of scores.
-        draws, seed: of the bootstrap.
+        draws: number of bootstrap samples.
+        seed: seed of the bootstrap.
         name: what is rated, which warnings begin with.
 
     Warns:
-        NaNScoresWarning, ConstantScoresWarning, and TrapWarning for an AUROC that lies below one half with its whole
-        interval: the sign is turned round, or the OOD images are simpler than the in-distribution ones.
+        NaNScoresWarning: some scores are not numbers; they are left out.
+        ConstantScoresWarning: all scores are equal.
+        TrapWarning: the AUROC and its whole interval are below one half. The sign of the score may be wrong, or the OOD
+            images may be simpler than the in-distribution ones.
     """
     kept = _drop(groups, id_scores, ood_scores)
     start = f"{name}: " if name else ""

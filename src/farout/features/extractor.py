@@ -32,7 +32,8 @@ class FeatureExtractor:
         name: timm's name of it.
         layers: the taps, as timm numbers them.
         size: side of the square input in pixels.
-        mean, std: normalisation of the input's channels.
+        mean: mean of each input channel.
+        std: standard deviation of each input channel.
         origin: in words, where the weights come from.
     """
 

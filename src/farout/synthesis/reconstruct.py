@@ -60,7 +60,13 @@ def reconstruct(
             …" of the images' classes; for others give the model that `DiffusionModel.load(folder, class_names=…,
             prompts=…)` loads.
         out: the output folder.
-        level, highest, classes, solver, steps, spacing, seed: see `RoundTrip`.
+        level: see `RoundTrip`.
+        highest: see `RoundTrip`.
+        classes: see `RoundTrip`.
+        solver: see `RoundTrip`.
+        steps: see `RoundTrip`.
+        spacing: see `RoundTrip`.
+        seed: see `RoundTrip`.
         resume: continue an earlier run in `out`.
         limit: use a seeded sample of this many images.
         policy: treatment of unreadable images: raise an error, or skip them.

@@ -1,4 +1,4 @@
-"""Writes commands.md, the reference of the command line, from the signatures behind it: `make docs`."""
+"""Writes docs/commands.md, the reference of the command line, from the signatures behind it: `make docs`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from farout.cli.lists import presets, show_list
 from farout.detectors import DETECTORS
 from farout.synthesis import SYNTHESIZERS
 
-PAGE = Path(__file__).with_name("commands.md")
+PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
 HEAD = """# Commands
 
 Generated from the code by `make docs`; do not edit by hand. `farout COMMAND --help` shows the same texts.

@@ -274,7 +274,7 @@ def test_bad_vectors_and_labels() -> None:
 
 
 def test_a_training_that_diverges_says_so() -> None:
-    with pytest.raises(FaroutError, match="the loss is inf .* lower learning_rate"):
+    with pytest.raises(FaroutError, match=r"the loss is inf .* lower learning_rate"):
         fit_manifold(VECTORS * 1e18, LABELS, replace(SHORT, scale=False, learning_rate=1e18), 2)
 
 

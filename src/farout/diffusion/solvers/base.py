@@ -102,7 +102,8 @@ class RowDenoiser:
         """x0 (R, ...) at x (R, ...) and sigma (R, 1, ...).
 
         Args:
-            x, sigma: values and noise levels of the rows that change, or of some of them.
+            x: noisy values of the rows that change, or of some of them.
+            sigma: their noise levels.
             subset: which of the rows that change these are; None: all.
         """
         rows = self._rows if subset is None else self._rows[subset]
@@ -162,7 +163,8 @@ class Solver(ABC):
         Args:
             model: (x, sigma, subset=None) -> x0.
             x: noisy values of the rows.
-            sigma, sigma_next: noise levels, shaped so that they multiply x.
+            sigma: noise levels of x, shaped so that they multiply x.
+            sigma_next: noise levels after the step, of the same shape.
             state: what the method keeps of earlier steps of these rows; empty before the first step of a batch, zero
                 for a row that has not changed before. Entries that the step assigns are kept.
         """

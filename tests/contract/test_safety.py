@@ -158,7 +158,7 @@ def test_a_distance_that_is_not_installed_is_said_before_training(
         raise AssertionError("something was trained")
 
     monkeypatch.setattr("farout.detectors.reconstruction.perceptual_distance", missing)
-    monkeypatch.setattr("farout.detectors.fitting.train_model", never)
+    monkeypatch.setattr("farout.detectors.network_training.train_model", never)
     with pytest.raises(MissingExtraError, match="no lpips"):
         Reconstruction().fit(folder, alpha=0.1, statistics=30)
 

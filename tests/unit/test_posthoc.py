@@ -309,7 +309,7 @@ def test_what_cannot_work_is_refused_before_a_classifier_is_trained(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("something was trained")
 
-    monkeypatch.setattr("farout.detectors.fitting.train_on", never)
+    monkeypatch.setattr("farout.detectors.network_training.train_on", never)
     for number, name in enumerate(("a", "b")):
         pictures(tmp_path / "tree" / name, 30, low=100 * number, seed=number)
     with pytest.raises(FaroutError, match="no class of outliers"):

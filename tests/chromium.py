@@ -1,4 +1,4 @@
-"""A page as a browser lays it out, where there is a Chromium to ask."""
+"""Pages in a headless Chromium, where one is installed."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars"
@@ -37,11 +37,11 @@ const framed = (width) => new Promise((done) => {{
   document.body.append(answer);
 }})();
 </script></body>"""
-"""A window has a least width, a frame has none."""
+"""A page in a frame of each width, because a window has a minimum width."""
 
 
-def asked(page: Path, question: str, widths: Sequence[int] = (1280,)) -> list[Any]:
-    """What a JavaScript expression comes to on a page of each width; its value has to be JSON."""
+def evaluate_in_browser(page: Path, question: str, widths: Sequence[int] = (1280,)) -> list[Any]:
+    """Value of a JavaScript expression, or of its promise, on a page of each width; must be JSON."""
     words = [json.dumps(text).replace("<", r"\u003c") for text in (page.read_text(encoding="utf-8"), question)]
     with tempfile.TemporaryDirectory() as folder:
         host = Path(folder) / "host.html"
@@ -58,7 +58,7 @@ LAYOUT = """(() => {
   document.querySelectorAll("details").forEach(e => e.open = true);
   const wide = [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && !e.closest("svg") &&
     e.getBoundingClientRect().right > innerWidth + 1);
-  const focusable = [...document.querySelectorAll("select, button, summary, a[href]")].filter(e => e.checkVisibility());
+  const focusable = [...document.querySelectorAll("select, button, summary, input, a[href], [tabindex]")].filter(e => e.checkVisibility());
   const dead = focusable.filter(e => { e.focus(); return document.activeElement !== e || e.tabIndex < 0; });
   const rim = e => { e.focus({focusVisible: true}); return getComputedStyle(e).outlineStyle; };
   const bare = focusable.filter(e => rim(e) === "none");
@@ -66,16 +66,16 @@ LAYOUT = """(() => {
   return {width: innerWidth, scroll: document.documentElement.scrollWidth, wide: names(wide),
     focusable: focusable.length, dead: names(dead), bare: names(bare)};
 })()"""
-"""Whether anything reaches beyond the window, and what Tab cannot reach or does not show."""
+"""Elements that extend beyond the window, and controls that Tab does not reach or whose focus is invisible."""
 
 
 def check_layout(page: Path) -> int:
-    """Asserts that nothing scrolls sideways on a desk or on a telephone, and that every control shows where the focus
-    is; returns how many controls there are.
+    """Assert that nothing scrolls sideways on a desktop or a phone, and that the focus is visible on every control;
+    return the number of controls.
     """
     widths = (1280, 375)
     counts = []
-    for width, found in zip(widths, asked(page, LAYOUT, widths)):
+    for width, found in zip(widths, evaluate_in_browser(page, LAYOUT, widths)):
         assert found["width"] == width
         assert found["scroll"] <= width
         assert not found["wide"]

@@ -104,7 +104,7 @@ def test_the_wheel_holds_what_the_package_reads(wheel: Path) -> None:
     here = {p.relative_to(SOURCE.parent).as_posix() for p in SOURCE.rglob("*") if p.is_file()}
     wanted = {name for name in here if "__pycache__" not in name}
     assert wanted <= names, wanted - names
-    for name in ("py.typed", "report/templates/page.html", "sample/sample_digits/test.parquet"):
+    for name in ("py.typed", "report/templates/score_page.html", "sample/sample_digits/test.parquet"):
         assert f"farout/{name}" in names
     assert not [name for name in names if name.startswith("tests") or "__pycache__" in name]
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from bench_folder import SKILLS, write_bench
-from chromium import asked, check_layout, needs_chromium
+from chromium import check_layout, evaluate_in_browser, needs_chromium
 from farout.benchmark.page import write_bench_page
 from farout.benchmark.page_costs import front
 from farout.benchmark.page_curves import roc_path
 from farout.core.errors import StoreError
 from farout.evaluation.metrics import auroc
-from farout.report.overlays import FOLDER, overlay_name
-from farout.report.thumbnails import Thumbnails
+from farout.report.overlays import FOLDER, overlay_path
+from farout.report.thumbnails import ThumbnailSet
 from small import pictures
 from test_page import Tags
 
@@ -195,7 +195,7 @@ def test_the_most_disputed_image_comes_first(copy: Path) -> None:
 def test_maps_stand_beside_images_where_there_are_some(copy: Path) -> None:
     scores = pd.read_csv(copy / "rated/semantic-0/scores/set0/scores.csv", dtype={"key": str})
     key = scores.loc[scores["score"].idxmax(), "key"]
-    path = copy / "rated/semantic-0/scores/set0" / FOLDER / overlay_name(key)
+    path = copy / "rated/semantic-0/scores/set0" / FOLDER / overlay_path(key)
     path.parent.mkdir()
     Image.new("RGB", (300, 200), "red").save(path)
     assert f'aria-label="map of {key}"' in text_of(copy)
@@ -250,15 +250,15 @@ def test_a_table_of_another_kind_is_refused(copy: Path) -> None:
 
 def test_pictures_are_bounded() -> None:
     generator = np.random.default_rng(0)
-    kept = Thumbnails(limit=9000)
+    kept = ThumbnailSet(limit=9000)
     numbers = [
-        kept.number("set", str(key), lambda: Image.fromarray(generator.integers(0, 255, (300, 400, 3), dtype=np.uint8)))
+        kept.add("set", str(key), lambda: Image.fromarray(generator.integers(0, 255, (300, 400, 3), dtype=np.uint8)))
         for key in (0, 1, 1, 2, 3, 4)
     ]
-    assert kept.full
+    assert kept.is_full
     assert numbers[:3] == [0, 1, 1], "each stands there once"
     assert numbers[-1] is None
-    assert sum(map(len, kept.addresses)) <= 9000
+    assert sum(map(len, kept.urls)) <= 9000
 
 
 @needs_chromium
@@ -287,7 +287,7 @@ USED = """(() => {
 
 @needs_chromium
 def test_a_browser_sorts_and_chooses(page: Path) -> None:
-    (found,) = asked(page, USED)
+    (found,) = evaluate_in_browser(page, USED)
     assert found["count"] == len(SKILLS)
     assert (found["first"], found["worst"], found["byName"]) == ("semantic", "trivial_controls", "knn")
     assert found["sort"] == [["Detector", "ascending"]]

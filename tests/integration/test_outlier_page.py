@@ -77,7 +77,7 @@ def test_classes_of_any_name(method: Synthesizer, table: Path, tmp_path: Path) -
     assert not {"b", "script"} & {tag for tag, _ in tags.found}
     assert not any(name.startswith("on") for _, attributes in tags.found for name in attributes)
     assert not tags.open
-    assert not any("How far out" in word for word in tags.words), "nobody has drawn from a density"
+    assert not any("Distances" in word for word in tags.words), "the method samples no vectors"
 
 
 def test_outliers_come_back_with_their_classes(table: Path, tmp_path: Path) -> None:

@@ -14,15 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from chromium import check_layout, needs_chromium
+from chromium import check_layout, evaluate_in_browser, needs_chromium
 from farout.data.batching import Batch
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.calibration import benjamini_hochberg
 from farout.detectors.reconstruction import Reconstruction
 from farout.evaluation.baselines import TrivialControls
+from farout.report import rendering
 from farout.report.heat_colors import MapScale
-from farout.report.rendering import png_address
-from farout.report.score_page import _heat
+from farout.report.rendering import png_data_url
+from farout.report.score_page import _color_map
 from farout.scoring.folder import score_folder
 from small import model, pictures
 
@@ -96,11 +97,16 @@ def test_nothing_is_fetched_from_outside(page: str) -> None:
     """A page that phones home tells others what was scored, and is broken without a network."""
     assert not re.search(r"(https?:)?//[a-z]", re.sub(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", "", page))
     for tag, attributes in Tags(page).found:
-        assert tag not in ("script", "link", "iframe", "object", "embed", "form", "base"), tag
+        assert tag not in ("link", "iframe", "object", "embed", "form", "base"), tag
         assert not [name for name in attributes if name.startswith("on")]
         for name in ("src", "href", "srcset", "action", "data"):
             if name in attributes and not (tag == "use" and str(attributes[name]).startswith("#")):
                 assert re.match("data:image/(png|jpeg);base64,", str(attributes[name]))
+    templates = Path(rendering.__file__).parent / "templates"
+    expected = ["vendor/sortable.js", "vendor/sortable.a11y.js", "filter_tables.js"]
+    scripts = re.findall(r"<script>\s*(.*?)\s*</script>", page, re.DOTALL)
+    assert scripts == [(templates / name).read_text(encoding="utf-8").strip() for name in expected]
+    assert page.count("<script") == len(scripts)
     assert "@import" not in page
     assert not re.search(r"url\((?!#)", page), "only references inside the page"
 
@@ -109,7 +115,7 @@ def test_names_are_text_and_never_markup(page: str) -> None:
     tags = Tags(page)
     assert not tags.open, "every tag is closed"
     if sys.platform != "win32":
-        assert "<script" not in page
+        assert "<script>alert" not in page
         assert HOSTILE in "".join(tags.words)
     assert "broken <b>.png" in "".join(tags.words)
     assert ("b", {}) in tags.found, "the page's own markup is left"
@@ -124,7 +130,7 @@ def test_every_card_is_there_with_its_numbers(page: str, folder: Path) -> None:
     assert len(cards) == len(scored) == 10
     flagged = scored[scored["is_ood"].astype(str) == "True"]
     assert len(flagged) > 0, "a test without flagged images would say nothing"
-    assert sum("flag" in str(card["class"]).split() for card in cards) == len(flagged)
+    assert sum("flagged" in str(card["class"]).split() for card in cards) == len(flagged)
     assert words.count(", flagged") == len(flagged)
     for _, row in scored.iterrows():
         assert row["key"] in words
@@ -162,11 +168,11 @@ def test_the_scale_of_maps_is_the_detectors(good: Path, images: Path, tmp_path: 
             Differences(levels=(50,), draws=1).fit(good, model(), alpha=0.1, statistics=30), images, tmp_path / "r"
         )
     page = (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
-    assert "Maps show mean absolute differences (dark 0, bright 0.25 or more)" in page
+    assert "Maps show mean absolute differences (dark: 0, brightest: 0.25 or more)" in page
     shown = {name: data for data, name in re.findall(r'src="(data:[^"]*)"[^>]*><figcaption>(.*?)</figcaption>', page)}
     assert set(shown) == {"image", "reconstruction", "halved", "blurred", "map"}
-    assert shown["blurred"] == shown["map"] == png_address(_heat(torch.ones(8, 8), MapScale(brightest=1.0)))
-    assert shown["halved"] == png_address(torch.full((1, 8, 8), 0.25))
+    assert shown["blurred"] == shown["map"] == png_data_url(_color_map(torch.ones(1, 8, 8), MapScale(brightest=1.0))[0])
+    assert shown["halved"] == png_data_url(torch.full((1, 8, 8), 0.25))
 
 
 def test_the_threshold_separates_flagged_images(page: str, folder: Path) -> None:
@@ -206,7 +212,7 @@ class Placed(TrivialControls):
 def shown_good(page: str) -> list[tuple[str, bool, str]]:
     """Of every good image on a page: which it is, whether its picture is there, and the words below it."""
     found = re.findall(
-        r'<figure>(<img src="data:[^"]*" alt="([^"]*)">)?<figcaption class="by">(.*?)</figcaption>', page
+        r'<figure>(<img src="data:[^"]*" alt="([^"]*)">)?<figcaption class="reference">(.*?)</figcaption>', page
     )
     return [(alt, bool(picture), words.strip()) for picture, alt, words in found]
 
@@ -230,12 +236,12 @@ def test_the_nearest_good_images_stand_below(placed: tuple[Detector, Path], tmp_
     for card in cards:
         name = re.search(r'<p class="name">(.*?)</p>', card)
         assert name is not None
-        (first, *others) = [each for each in shown_good(card) if each[0].startswith("good image")]
+        (first, *others) = [each for each in shown_good(card) if each[0].startswith("normal image")]
         assert len(others) == 2
         assert all(there for _, there, _ in (first, *others))
         gaps = [float(words) for _, _, words in (first, *others)]
         assert gaps == sorted(gaps)
-        assert (first == (f"good image {name[1]}", True, "0.000")) == (name[1] in fitted), (
+        assert (first == (f"normal image {name[1]}", True, "0.000")) == (name[1] in fitted), (
             "nothing is nearer than itself"
         )
 
@@ -256,7 +262,7 @@ def test_images_that_have_changed_since_the_fit_are_not_shown(
         assert len(found) == 10 * 3 + 6
         assert not [alt for alt, there, _ in found if there]
         assert all(".png" in words for _, _, words in found), "keys stand for them"
-        assert "is not at hand, or has changed" in page
+        assert "is not available or has changed" in page
 
 
 def test_a_hub_is_not_asked_for_good_images(
@@ -266,7 +272,7 @@ def test_a_hub_is_not_asked_for_good_images(
     detector, _ = placed
     detector.provenance["source"] = "hf://someone/something:train"
     score_folder(detector, images, tmp_path / "r")
-    assert "is not at hand" in (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
+    assert "is not available" in (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
 
 
 def test_the_good_images_that_score_highest_are_there(page: str, detector: Detector) -> None:
@@ -281,9 +287,9 @@ def test_flagged_and_selected_images_are_listed(detector: Detector, images: Path
     score_folder(detector, images, tmp_path / "r", fdr=fdr)
     frame = pd.read_csv(tmp_path / "r" / "scores.csv")
     page = (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
-    table = re.search(r'<table class="list">(.*?)</table>', page, re.DOTALL)
+    table = re.search(r'<table class="list wide sortable">(.*?)</table>', page, re.DOTALL)
     assert table is not None
-    rows = [[html.unescape(cell) for cell in row] for row in re.findall(r"<tr>" + 4 * "<td>(.*?)</td>", table[1])]
+    rows = [[html.unescape(cell) for cell in row] for row in re.findall("<tr>" + 4 * "<td[^>]*>(.*?)</td>", table[1])]
     scored = frame[frame["status"] == "ok"].sort_values("score", ascending=False)
     chosen = benjamini_hochberg(scored["p_value"], fdr or detector.alpha)
     some = scored.assign(chosen=chosen)[(scored["is_ood"].astype(str) == "True") | chosen]
@@ -297,4 +303,35 @@ def test_flagged_and_selected_images_are_listed(detector: Detector, images: Path
 
 @needs_chromium
 def test_a_browser_shows_it_without_scrolling_sideways(folder: Path) -> None:
-    assert check_layout(folder / "page.html") == 1, "the list of what is flagged"
+    assert check_layout(folder / "page.html") >= 1 + 2 + 4 + 2, "details, two search boxes, and the heads of two tables"
+
+
+USE_TABLE = """(() => {
+  document.querySelectorAll("details").forEach(e => e.open = true);
+  const table = document.querySelector("table.list");
+  const keys = () => [...table.querySelectorAll("tbody tr")].filter(e => e.checkVisibility()).map(e => e.cells[0].textContent);
+  const pause = () => new Promise(done => setTimeout(done, 50));
+  const filter = async text => {
+    const box = table.previousElementSibling;
+    box.value = text; box.dispatchEvent(new Event("input")); await pause();
+    return keys();
+  };
+  return (async () => {
+    const found = {first: keys()};
+    table.tHead.rows[0].cells[1].click(); await pause(); found.descending = keys();
+    table.tHead.rows[0].cells[1].click(); await pause(); found.ascending = keys();
+    found.some = await filter("  .PNG 00"); found.none = await filter("no such image"); found.all = await filter("");
+    found.scripts = document.querySelectorAll("script").length;
+    return found;
+  })();
+})()"""
+
+
+@needs_chromium
+def test_a_browser_sorts_and_filters_the_table(folder: Path) -> None:
+    (found,) = evaluate_in_browser(folder / "page.html", USE_TABLE)
+    assert found["descending"] == found["first"] == found["ascending"][::-1]
+    assert sorted(found["all"]) == sorted(found["first"])
+    assert found["some"] == [key for key in found["ascending"] if ".png" in key and "00" in key]
+    assert found["none"] == []
+    assert found["scripts"] == 3, "no script came from a file name"

@@ -173,7 +173,7 @@ def test_a_folder_of_interpolations(tmp_path: Path) -> None:
     source = pictures(tmp_path / "images", 10)
     done = write_interpolations(model(), source, tmp_path / "out", pairs=2, solver="ddim", steps=6, stations=2)
     assert (done.pairs, done.images) == (2, 12)
-    assert math.isfinite(done.round_trip)
+    assert math.isfinite(done.reconstruction_error)
     found = open_source(tmp_path / "out")
     assert found.class_names == ("asymmetric_1", "asymmetric_2", "symmetric")
     assert len(found) == 12

@@ -19,7 +19,7 @@ from farout.detectors.base import Detector
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
 from farout.report.heat_colors import MapScale
-from farout.report.overlays import overlay, overlay_name, write_overlays
+from farout.report.overlays import draw_overlay, overlay_path, write_overlays
 from small import model, pictures
 
 COUNT = 11
@@ -198,7 +198,7 @@ KEYS = [
 
 @pytest.mark.parametrize("key", KEYS)
 def test_no_key_leads_out_of_the_folder(key: str, tmp_path: Path) -> None:
-    path = (tmp_path / overlay_name(key)).resolve()
+    path = (tmp_path / overlay_path(key)).resolve()
     assert path.is_relative_to(tmp_path)
     assert path.name.endswith(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,8 +206,8 @@ def test_no_key_leads_out_of_the_folder(key: str, tmp_path: Path) -> None:
 
 
 def test_no_two_keys_share_a_name() -> None:
-    assert len({overlay_name(key) for key in KEYS}) == len(KEYS)
-    assert overlay_name("folder/b c.jpg") == "folder/b c.jpg.png"
+    assert len({overlay_path(key) for key in KEYS}) == len(KEYS)
+    assert overlay_path("folder/b c.jpg") == "folder/b c.jpg.png"
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------
@@ -221,35 +221,35 @@ def grey(height: int, width: int, value: int = 100) -> torch.Tensor:
     ("native", "size"), [((8, 8), (224, 224)), ((10, 20), (224, 112)), ((300, 150), (150, 300)), ((224, 1), (1, 224))]
 )
 def test_aspect_is_kept_and_small_images_are_enlarged(native: tuple[int, int], size: tuple[int, int]) -> None:
-    assert overlay(grey(*native), torch.zeros(4, 4)).size == size
+    assert draw_overlay(grey(*native), torch.zeros(4, 4)).size == size
 
 
 def test_what_is_normal_is_left_as_it_is() -> None:
     image = torch.randint(0, 256, (3, 230, 240), generator=torch.Generator().manual_seed(0)).byte()
     for value in (0.0, -5.0):
-        assert torch.equal(from_pil(overlay(image, torch.full((8, 8), value))), image)
+        assert torch.equal(from_pil(draw_overlay(image, torch.full((8, 8), value))), image)
 
 
 def test_the_scale_is_one_for_all_images() -> None:
     """A position of 3 deviations looks the same beside one of 3 and beside one of 100."""
     mild, wild = torch.full((2, 40), 3.0), torch.full((2, 40), 3.0)
     wild[:, -1] = 100
-    one, two = (np.asarray(overlay(grey(224, 224), heat))[:, :20] for heat in (mild, wild))
+    one, two = (np.asarray(draw_overlay(grey(224, 224), heat))[:, :20] for heat in (mild, wild))
     assert np.array_equal(one, two)
-    hottest, beyond = (np.asarray(overlay(grey(224, 224), torch.full((2, 2), v))) for v in (HOTTEST, 50.0))
+    hottest, beyond = (np.asarray(draw_overlay(grey(224, 224), torch.full((2, 2), v))) for v in (HOTTEST, 50.0))
     assert np.array_equal(hottest, beyond)
     assert not np.array_equal(one, hottest[:, :20])
 
 
 def test_what_is_not_a_number_never_looks_normal() -> None:
-    nan, hottest = (np.asarray(overlay(grey(224, 224), torch.full((2, 2), v))) for v in (float("nan"), HOTTEST))
+    nan, hottest = (np.asarray(draw_overlay(grey(224, 224), torch.full((2, 2), v))) for v in (float("nan"), HOTTEST))
     assert np.array_equal(nan, hottest)
 
 
 def test_heat_lies_where_it_belongs() -> None:
     heat = torch.zeros(4, 8)
     heat[0, 7] = 6
-    found = np.asarray(overlay(grey(100, 400), heat)).astype(int)
+    found = np.asarray(draw_overlay(grey(100, 400), heat)).astype(int)
     changed = np.abs(found - 100).sum(2) > 0
     rows, columns = np.nonzero(changed)
     assert rows.max() < 50
@@ -257,6 +257,6 @@ def test_heat_lies_where_it_belongs() -> None:
 
 
 def test_a_map_of_a_central_crop_lies_in_the_middle() -> None:
-    found = np.asarray(overlay(grey(300, 400), torch.full((4, 4), 6.0), crop=100)).astype(int)
+    found = np.asarray(draw_overlay(grey(300, 400), torch.full((4, 4), 6.0), crop=100)).astype(int)
     rows, columns = np.nonzero(np.abs(found - 100).sum(2))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (100, 199, 150, 249)

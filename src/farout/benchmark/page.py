@@ -14,8 +14,8 @@ from farout.benchmark.page_images import disagreements, galleries
 from farout.benchmark.page_table import METRICS, Row, columns, indicators, marker_notes, rows
 from farout.core import store
 from farout.evaluation.scored_datasets import OWN
-from farout.report.rendering import render
-from farout.report.thumbnails import SourceImages, Thumbnails
+from farout.report.rendering import render_template
+from farout.report.thumbnails import SourceImages, ThumbnailSet
 
 __all__ = ["write_bench_page"]
 
@@ -36,10 +36,10 @@ def write_bench_page(folder: Path) -> Path:
         StoreError: where one of the four files is missing or lacks what is wanted of it.
     """
     bench = read_bench(Path(folder))
-    images, thumbnails = SourceImages(hub=True), Thumbnails(_PICTURES)
+    images, thumbnails = SourceImages(hub=True), ThumbnailSet(_PICTURES)
     wanted = columns(bench)
     board = rows(bench, wanted)
-    html = render(
+    html = render_template(
         "bench.html",
         bench=bench,
         columns=wanted,
@@ -53,8 +53,8 @@ def write_bench_page(folder: Path) -> Path:
         costs=_costs(cost_table(bench), board),
         disputes=disagreements(bench, images, thumbnails),
         galleries=galleries(bench, images, thumbnails),
-        pictures=thumbnails.addresses,
-        full=thumbnails.full,
+        pictures=thumbnails.urls,
+        full=thumbnails.is_full,
         missing=images.missing,
         **_curves(bench, board),
     )

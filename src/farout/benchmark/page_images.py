@@ -12,7 +12,7 @@ from scipy import stats
 
 from farout.benchmark.page_data import Bench, Run, Side
 from farout.benchmark.pictures import MOST, pictures_of, wrong
-from farout.report.thumbnails import SourceImages, Thumbnails
+from farout.report.thumbnails import SourceImages, ThumbnailSet
 
 __all__ = ["Shown", "disagreements", "galleries"]
 
@@ -34,7 +34,7 @@ class Shown:
     opinions: tuple[tuple[str, int], ...] = ()
 
 
-def disagreements(bench: Bench, images: SourceImages, thumbnails: Thumbnails) -> list[dict[str, Any]]:
+def disagreements(bench: Bench, images: SourceImages, thumbnails: ThumbnailSet) -> list[dict[str, Any]]:
     """Per source, the images whose rank among its images differs most from detector to detector (standard deviation of
     the ranks), controls left out.
     """
@@ -63,15 +63,15 @@ def _ranks(judges: Sequence[Run], source: str) -> pd.DataFrame:
     return pd.DataFrame(ranked, index=table.index)
 
 
-def _disputed(key: str, ranks: pd.Series, source: str, images: SourceImages, thumbnails: Thumbnails) -> Shown:
+def _disputed(key: str, ranks: pd.Series, source: str, images: SourceImages, thumbnails: ThumbnailSet) -> Shown:
     ordered = ranks.sort_values(ascending=False, kind="stable")
     if len(ordered) > _LISTED:
         ordered = pd.concat([ordered.head(_LISTED // 2), ordered.tail(_LISTED // 2)])
     opinions = tuple((str(name), int(value)) for name, value in ordered.items())
-    return Shown(key, thumbnails.of_image(images, source, key), opinions=opinions)
+    return Shown(key, thumbnails.add_image(images, source, key), opinions=opinions)
 
 
-def galleries(bench: Bench, images: SourceImages, thumbnails: Thumbnails) -> list[dict[str, Any]]:
+def galleries(bench: Bench, images: SourceImages, thumbnails: ThumbnailSet) -> list[dict[str, Any]]:
     """Per detector that is no control: in-distribution images that it flags, the furthest first, and per set those
     that it does not flag, the nearest first.
     """
@@ -90,13 +90,13 @@ def galleries(bench: Bench, images: SourceImages, thumbnails: Thumbnails) -> lis
     ]
 
 
-def _strip(side: Side, inside: bool, count: int, images: SourceImages, thumbnails: Thumbnails) -> dict[str, Any]:
+def _strip(side: Side, inside: bool, count: int, images: SourceImages, thumbnails: ThumbnailSet) -> dict[str, Any]:
     """The images of a source that are judged wrongly, the worst first."""
     scores, order = side.scores, wrong(side.scores, inside)
     shown = [
         Shown(
             key,
-            thumbnails.of_image(images, side.source, key),
+            thumbnails.add_image(images, side.source, key),
             tuple(_seen(side, key, thumbnails)),
             f"score\u00a0{scores.score[place]:.4g}, p\u00a0=\u00a0{scores.p_value[place]:.4f}",
         )
@@ -106,8 +106,8 @@ def _strip(side: Side, inside: bool, count: int, images: SourceImages, thumbnail
     return {"source": side.source, "count": len(order), "of": known, "shown": shown}
 
 
-def _seen(side: Side, key: str, thumbnails: Thumbnails) -> Iterator[tuple[str, int]]:
+def _seen(side: Side, key: str, thumbnails: ThumbnailSet) -> Iterator[tuple[str, int]]:
     for caption, path in pictures_of(side, key):
-        number = thumbnails.of_file(path)
+        number = thumbnails.add_file(path)
         if number is not None:
             yield caption, number

@@ -11,7 +11,7 @@ from farout.benchmark.page_data import Side, read_sides
 from farout.data.decoding import save_png, to_pil
 from farout.detectors.base import Detector, Scores
 from farout.report.heat_colors import MapScale
-from farout.report.overlays import FOLDER, overlay, overlay_name
+from farout.report.overlays import FOLDER, draw_overlay, overlay_path
 
 __all__ = ["MOST", "pictures_of", "write_pictures", "wrong"]
 
@@ -50,8 +50,8 @@ def write_pictures(detector: Detector, folder: Path, sources: Sequence[str]) -> 
             measured = detector.measure(batch, maps=True)
             assert measured.maps is not None
             for row, index in enumerate(batch.indices):
-                name = overlay_name(some.keys[index])
-                heat = overlay(some[index], measured.maps[row], detector.preprocessing.crop, scale)
+                name = overlay_path(some.keys[index])
+                heat = draw_overlay(some[index], measured.maps[row], detector.preprocessing.crop, scale)
                 save_png(heat, side.folder / FOLDER / name)
                 for kind, made in measured.pictures.items():
                     if not kind.startswith("_") and kind not in detector.map_pictures:
@@ -60,7 +60,7 @@ def write_pictures(detector: Detector, folder: Path, sources: Sequence[str]) -> 
 
 def pictures_of(side: Side, key: str) -> Iterator[tuple[str, Path]]:
     """Captions and files of what `write_pictures` made of an image."""
-    name = overlay_name(key)
+    name = overlay_path(key)
     kinds = sorted(path for path in (side.folder / _PICTURES).glob("*") if path.is_dir())
     for caption, path in [*((kind.name, kind / name) for kind in kinds), ("map", side.folder / FOLDER / name)]:
         if path.is_file():

@@ -23,7 +23,7 @@ from farout.detectors.fitting import recalibrate
 from farout.evaluation.comparison import Beside
 from farout.evaluation.evaluate import evaluate_detector, evaluate_scores
 from farout.features.cache import CachedKind, cached_kinds, clear
-from farout.report.overlays import FOLDER, check_makes_maps, write_overlays
+from farout.report.overlays import FOLDER, check_has_maps, write_overlays
 from farout.scoring.folder import ScoredFolder, score_folder
 from farout.training.checkpoints import discard_checkpoints, training_folder
 from farout.training.config import TrainingConfig
@@ -108,7 +108,7 @@ def score(
     """
     fitted = load(detector, **runtime)
     if maps:
-        check_makes_maps(fitted)
+        check_has_maps(fitted)
     done = score_folder(fitted, source, out, limit=limit, policy=policy, furthest=furthest, fdr=fdr)
     if maps:
         write_overlays(fitted, source, Path(out) / FOLDER, limit=limit, policy=policy)

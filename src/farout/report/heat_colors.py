@@ -1,4 +1,4 @@
-"""The colours of maps: their unit and scale, which a detector declares."""
+"""Colors of anomaly maps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ __all__ = ["MapScale", "colorize"]
 
 @dataclass(frozen=True)
 class MapScale:
-    """unit: what a map's numbers are in; brightest: from where on the colour is at its strongest, it begins at 0. One
-    scale for all images of a method: pictures of two runs can be compared.
+    """Unit and color scale of a method's maps; the same for all images, so that maps of two runs can be compared.
+
+    Attributes:
+        unit: what the numbers of a map are.
+        brightest: value from which on the color is brightest; the scale begins at 0.
     """
 
     unit: str = Detector.map_unit
@@ -23,12 +26,11 @@ class MapScale:
 
     @classmethod
     def of(cls, detector: Detector) -> MapScale:
-        """What the detector declares as `map_unit` and `map_brightest`."""
+        """The scale that the detector declares as `map_unit` and `map_brightest`."""
         return cls(detector.map_unit, detector.map_brightest)
 
-    def share(self, values: Tensor) -> Tensor:
-        """0 (dark) to 1 (brightest), float32, shape of `values`; what is not a number is brightest."""
-        # a value that cannot be computed is never that of a good image
+    def normalize(self, values: Tensor) -> Tensor:
+        """Values scaled to [0, 1], float32; NaN becomes 1, because a value that cannot be computed is never normal."""
         return (values.float().nan_to_num(nan=self.brightest) / self.brightest).clamp(0, 1)
 
 

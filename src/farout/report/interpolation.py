@@ -1,4 +1,4 @@
-"""A folder of interpolations: their pictures by kind, and a page to look at."""
+"""Interpolations between images of a source, with an HTML page."""
 
 from __future__ import annotations
 
@@ -18,27 +18,33 @@ from farout.data.batching import batches
 from farout.data.decoding import save_png
 from farout.data.image_source import ImageSource
 from farout.data.sources import Images, open_source
-from farout.diffusion.interpolation import Interpolations, Interpolator
+from farout.diffusion.interpolation import Interpolator
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.solvers.registry import is_adaptive
-from farout.report.rendering import png_address, render
+from farout.report.rendering import png_data_url, render_template
 
 __all__ = ["KIND", "InterpolatedFolder", "write_interpolations"]
 
 KIND = "interpolations"
-_KINDS = ("asymmetric_1", "asymmetric_2", "symmetric")
+_STRIPS = ("asymmetric_1", "asymmetric_2", "symmetric")
 
 
 @dataclass(frozen=True)
 class InterpolatedFolder:
-    """What `write_interpolations` did. images: pictures written; round_trip: root mean square difference of an image
-    and its decoded inversion, values in [0, 1], mean over all images.
+    """Result of `write_interpolations`.
+
+    Attributes:
+        folder: folder of the images and the page.
+        pairs: number of pairs of images.
+        images: number of images written.
+        reconstruction_error: root mean square difference of an image and its decoded inversion, values in [0, 1],
+            mean over all images.
     """
 
     folder: Path
     pairs: int
     images: int
-    round_trip: float
+    reconstruction_error: float
 
 
 def write_interpolations(
@@ -58,9 +64,9 @@ def write_interpolations(
 ) -> InterpolatedFolder:
     """Interpolate between pairs of images with a diffusion model: images and an HTML page.
 
-    Writes `asymmetric_1/`, `asymmetric_2/` and `symmetric/` with `PPP-SS.png` (pair, station; ends left out),
-    `config.json`, and `page.html`, one file without outside requests; see `Interpolator`. An older folder of
-    interpolations is replaced when all is done. A model, given in place of its folder, is used where it lies.
+    Writes `asymmetric_1/`, `asymmetric_2/` and `symmetric/` with `PPP-SS.png` (pair, number of the image between the
+    ends), `config.json`, and `page.html`, one file without requests to other hosts; see `Interpolator`. An older
+    folder of interpolations is replaced once the new one is complete.
 
     Args:
         model: folder of a diffusion model, or hf://owner/name; a class-conditional one is used without classes.
@@ -78,90 +84,67 @@ def write_interpolations(
         workers: number of threads that decode images.
 
     Raises:
-        FaroutError: for settings that do not go together.
-        SourceError: for fewer images than the pairs want.
-        StoreError: where `out` holds something else.
+        FaroutError: incompatible settings.
+        SourceError: fewer images than the pairs require.
+        StoreError: `out` contains something else.
     """
     if pairs < 1:
         raise FaroutError(f"pairs must be 1 or more, got {pairs}")
     store.check_replaceable(out, KIND)
     network = model if isinstance(model, DiffusionModel) else DiffusionModel.load(model).to(resolve_device(device))
-    exact = resolve_precision(precision, network.device)
-    interpolator = Interpolator(network, solver, steps, stations, batch_size, exact)
-    opened = open_source(source, limit=2 * pairs, seed=seed)
-    if len(opened) < 2 * pairs:
-        raise SourceError(f"{opened.name} has {len(opened)} images, {pairs} pairs require {2 * pairs}")
-    drawn = opened.subset([place for pair in range(pairs) for place in (pair, pair + pairs)])
+    resolved_precision = resolve_precision(precision, network.device)
+    interpolator = Interpolator(network, solver, steps, stations, batch_size, resolved_precision)
+    images = open_source(source, limit=2 * pairs, seed=seed)
+    if len(images) < 2 * pairs:
+        raise SourceError(f"{images.name} has {len(images)} images, {pairs} pairs require {2 * pairs}")
+    # image p is paired with image p + pairs; the two follow one another in the subset
+    paired = images.subset([index for pair in range(pairs) for index in (pair, pair + pairs)])
     with store.atomic_folder(out, KIND) as folder:
-        runtime = Runtime(str(network.device), exact, batch_size, workers)
-        found = _interpolated(interpolator, drawn, folder, runtime)
-        keys = list(zip(drawn.keys[::2], drawn.keys[1::2], strict=True))
-        error = _round_trip(found)
-        about = {
-            "source": opened.name,
-            "pairs": [list(pair) for pair in keys],
+        runtime = Runtime(str(network.device), resolved_precision, batch_size, workers)
+        strips = _interpolate_pairs(interpolator, paired, folder, runtime)
+        # the asymmetric strips begin with images A and B, the symmetric one begins and ends with their inversions
+        errors = [
+            (strip[image][0] - strip["symmetric"][end]).square().mean().sqrt()
+            for strip in strips
+            for image, end in (("asymmetric_1", 0), ("asymmetric_2", -1))
+        ]
+        about: dict[str, Any] = {
+            "source": images.name,
+            "pairs": [list(keys) for keys in zip(paired.keys[::2], paired.keys[1::2], strict=True)],
             "model": network.content_hash,
             "solver": solver,
             "steps": None if is_adaptive(solver) else steps,
             "levels": list(interpolator.levels),
             "seed": seed,
-            "precision": exact,
-            "round_trip": error,
+            "precision": resolved_precision,
+            "reconstruction_error": float(torch.stack(errors).mean()),
         }
         store.write_config(folder, KIND, about)
-        (folder / "page.html").write_text(_page(about, keys, found), encoding="utf-8")
-    return InterpolatedFolder(Path(out), pairs, pairs * stations * len(_KINDS), error)
+        urls = [{name: [png_data_url(image) for image in strip[name]] for name in _STRIPS} for strip in strips]
+        page = render_template("interpolation_page.html", about=about, strips=urls, versions=store.versions())
+        (folder / "page.html").write_text(page, encoding="utf-8")
+    return InterpolatedFolder(Path(out), pairs, pairs * stations * len(_STRIPS), about["reconstruction_error"])
 
 
-def _interpolated(
-    interpolator: Interpolator, drawn: ImageSource, folder: Path, runtime: Runtime
-) -> list[Interpolations]:
-    """Interpolations of every two images that follow one another, saved as they are made."""
-    found: list[Interpolations] = []
-    prepared, stations = interpolator.model.preprocessing, len(interpolator.levels)
-    pairs = max(1, runtime.images_per_batch((prepared.channels, *prepared.size), stations) // 2)
-    with progress.task("interpolating", len(drawn) // 2) as bar:
-        for batch in batches(drawn, prepared, 2 * pairs, workers=runtime.workers):
-            for images in _one_by_one(interpolator(batch.images[::2], batch.images[1::2])):
-                _save(folder, len(found), images)
-                found.append(images)
+def _interpolate_pairs(
+    interpolator: Interpolator, paired: ImageSource, folder: Path, runtime: Runtime
+) -> list[dict[str, Tensor]]:
+    """Interpolate between images 0 and 1, 2 and 3, … and save the images between the ends.
+
+    Returns the images (S, C, H, W) of each pair by the name of the strip, ends included.
+    """
+    strips: list[dict[str, Tensor]] = []
+    prepared = interpolator.model.preprocessing
+    rows_per_image = len(interpolator.levels)
+    pairs = max(1, runtime.images_per_batch((prepared.channels, *prepared.size), rows_per_image) // 2)
+    with progress.task("interpolating", len(paired) // 2) as bar:
+        for batch in batches(paired, prepared, 2 * pairs, workers=runtime.workers):
+            found = interpolator(batch.images[::2], batch.images[1::2])
+            for images in zip(found.first, found.second, found.symmetric, strict=True):
+                strip = dict(zip(_STRIPS, images, strict=True))
+                for name, values in strip.items():
+                    for number, image in enumerate(values[1:-1], start=1):
+                        save_png(image, folder / name / f"{len(strips):03d}-{number:02d}.png", folder / ".working")
+                strips.append(strip)
                 bar.advance()
-    return found
-
-
-def _one_by_one(images: Interpolations) -> list[Interpolations]:
-    parts = zip(images.first.split(1), images.second.split(1), images.symmetric.split(1), strict=True)
-    return [Interpolations(*part) for part in parts]
-
-
-def _kinds(images: Interpolations) -> dict[str, Tensor]:
-    """The pictures of one pair, (S, C, H, W), by kind."""
-    return dict(zip(_KINDS, (images.first[0], images.second[0], images.symmetric[0]), strict=True))
-
-
-def _save(folder: Path, pair: int, images: Interpolations) -> None:
-    for kind, stations in _kinds(images).items():
-        for number, image in enumerate(stations[1:-1], start=1):
-            save_png(image, folder / kind / f"{pair:03d}-{number:02d}.png", folder / ".working")
-
-
-def _round_trip(found: list[Interpolations]) -> float:
-    """Images A and B stand at station 0 of the asymmetric kinds; decoded inversions at the symmetric one's ends."""
-    errors = [
-        (images[0, 0] - decoded).square().mean().sqrt()
-        for each in found
-        for images, decoded in ((each.first, each.symmetric[0, 0]), (each.second, each.symmetric[0, -1]))
-    ]
-    return float(torch.stack(errors).mean())
-
-
-def _page(about: dict[str, Any], keys: list[tuple[str, str]], found: list[Interpolations]) -> str:
-    pairs = [
-        {
-            "first": pair[0],
-            "second": pair[1],
-            "kinds": {kind: [png_address(image) for image in stations] for kind, stations in _kinds(images).items()},
-        }
-        for pair, images in zip(keys, found, strict=True)
-    ]
-    return render("interpolations.html", about=about, pairs=pairs, versions=store.versions())
+    return strips

@@ -1,4 +1,4 @@
-"""A page of outliers: beside images of their classes, beside those that they were made of, and how far out they lie."""
+"""HTML page of a folder of synthetic outliers: samples next to images of their classes, distances, and quality."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from farout.core.errors import UnreadableImageError
 from farout.data.classes import class_name
 from farout.data.image_source import ImageSource
 from farout.report.charts import distance_histogram
-from farout.report.rendering import data_address, png_address, render
+from farout.report.rendering import data_url, png_data_url, render_template
 from farout.synthesis.base import OutlierFolder
 from farout.synthesis.dream_ood.alignment import has_aligned, read_aligned
 from farout.synthesis.dream_ood.boundary_folder import read_drawn
@@ -25,29 +25,32 @@ from farout.synthesis.quality import has_source_images, summarize_quality
 
 __all__ = ["write_outlier_page"]
 
-_CLASSES, _IMAGES, _OUTLIERS, _PAIRS = 20, 4, 8, 24
+_CLASSES, _IMAGES_PER_CLASS, _OUTLIERS_PER_CLASS, _PAIRS = 20, 4, 8, 24
 
 
-def write_outlier_page(outliers: OutlierFolder, source: ImageSource, rated: pd.DataFrame | None = None) -> Path:
-    """Writes `page.html` into a folder of outliers, one file without outside requests, of what its stages have left.
+def write_outlier_page(outliers: OutlierFolder, source: ImageSource, quality: pd.DataFrame | None = None) -> Path:
+    """Write `page.html` into a folder of outliers, one file without requests to other hosts.
 
     Args:
-        outliers: the folder, after any stage.
-        source: the images that the outliers were made of.
-        rated: see `measure_quality`.
+        outliers: the folder, after any stage; the page shows what the finished stages have written.
+        source: the in-distribution images.
+        quality: result of `measure_quality`; None: no section on quality.
+
+    Returns:
+        Path of the page.
     """
     settings = outliers.settings()
-    text = render(
-        "outliers.html",
+    text = render_template(
+        "outlier_page.html",
         settings=settings,
         config=settings["config"],
         images=outliers.images,
-        embedding=_embedding(outliers.folder / "embeddings"),
-        alignment=_alignment(outliers.folder / "align"),
+        embedding=_embedding_losses(outliers.folder / "embeddings"),
+        alignment=_alignment_accuracy(outliers.folder / "align"),
         distances=_distances(outliers.folder),
-        quality=None if rated is None else summarize_quality(rated),
-        pairs=_pairs(outliers, source) if has_source_images(outliers) else [],
-        classes=_classes(outliers, source) if outliers.images else [],
+        quality=None if quality is None else summarize_quality(quality),
+        pairs=_source_outlier_pairs(outliers, source) if has_source_images(outliers) else [],
+        classes=_samples_by_class(outliers, source) if outliers.images else [],
         versions=store.versions(),
     )
     path = outliers.folder / "page.html"
@@ -56,93 +59,90 @@ def write_outlier_page(outliers: OutlierFolder, source: ImageSource, rated: pd.D
     return path
 
 
-def _classes(outliers: OutlierFolder, source: ImageSource) -> list[dict[str, Any]]:
-    """Of the first classes that have outliers: name, some images and some outliers."""
-    made, known = outliers.source(), dict[str, list[int]]()
-    for place, label in enumerate(source.labels or ()):
-        known.setdefault(class_name(source, label), []).append(place)
-    places = {key: place for place, key in enumerate(made.keys)}
-    rows = outliers.manifest().groupby("class_name")["key"]
-    return [
-        {"name": name, "images": _some(source, known[name], _IMAGES), "outliers": _some(made, found, _OUTLIERS)}
-        for name, found in [(str(name), [places[key] for key in keys]) for name, keys in rows][:_CLASSES]
-    ]
-
-
-def _pairs(outliers: OutlierFolder, source: ImageSource) -> list[dict[str, Any]]:
-    """Of the first outliers: the row of the manifest, and addresses of the image, the outlier and the regions."""
-    made, rows = outliers.source(), outliers.manifest().head(_PAIRS)
-    places = {key: place for place, key in enumerate(source.keys)}
-    outs = {key: place for place, key in enumerate(made.keys)}
+def _samples_by_class(outliers: OutlierFolder, source: ImageSource) -> list[dict[str, Any]]:
+    """Name, images and outliers of the first classes that have outliers."""
+    image_indices: dict[str, list[int]] = {}
+    for index, label in enumerate(source.labels or ()):
+        image_indices.setdefault(class_name(source, label), []).append(index)
+    outlier_images = outliers.source()
+    index_of = {key: index for index, key in enumerate(outlier_images.keys)}
     return [
         {
-            "row": row,
-            "image": _some(source, [places[str(row["source"])]], 1)[0],
-            "outlier": _some(made, [outs[str(row["key"])]], 1)[0],
-            "regions": _file_address(outliers.folder / REGIONS / f"{row['index']:06d}.png"),
+            "name": str(name),
+            "images": _first_pictures(source, image_indices[str(name)], _IMAGES_PER_CLASS),
+            "outliers": _first_pictures(outlier_images, [index_of[key] for key in keys], _OUTLIERS_PER_CLASS),
         }
-        for row in rows.to_dict("records")
+        for name, keys in list(outliers.manifest().groupby("class_name")["key"])[:_CLASSES]
     ]
 
 
-def _file_address(path: Path) -> str | None:
-    """The data address of a PNG file, where there is one."""
-    return data_address(path.read_bytes()) if path.is_file() else None
+def _source_outlier_pairs(outliers: OutlierFolder, source: ImageSource) -> list[dict[str, Any]]:
+    """Manifest row and data URLs of the source image, the outlier and the edited regions of the first outliers."""
+    outlier_images = outliers.source()
+    source_index = {key: index for index, key in enumerate(source.keys)}
+    outlier_index = {key: index for index, key in enumerate(outlier_images.keys)}
+    pairs = []
+    for row in outliers.manifest().head(_PAIRS).to_dict("records"):
+        regions = outliers.folder / REGIONS / f"{row['index']:06d}.png"
+        pairs.append(
+            {
+                "row": row,
+                "image": _first_pictures(source, [source_index[str(row["source"])]], 1)[0],
+                "outlier": _first_pictures(outlier_images, [outlier_index[str(row["key"])]], 1)[0],
+                "regions": data_url(regions.read_bytes()) if regions.is_file() else None,
+            }
+        )
+    return pairs
 
 
-def _some(source: ImageSource, places: list[int], count: int) -> list[str]:
-    """Addresses of the first images that can be read."""
-    found: list[str] = []
-    for place in places:
-        if len(found) == count:
+def _first_pictures(source: ImageSource, indices: list[int], count: int) -> list[str]:
+    """Data URLs of the first `count` readable images."""
+    urls: list[str] = []
+    for index in indices:
+        if len(urls) == count:
             break
         with suppress(UnreadableImageError):
-            found.append(png_address(source[place]))
-    return found
+            urls.append(png_data_url(source[index]))
+    return urls
 
 
-def _embedding(folder: Path) -> dict[str, Any] | None:
-    """How the loss went down, the mean over images before the first and the last step."""
+def _embedding_losses(folder: Path) -> dict[str, Any] | None:
+    """Mean loss over the embedded images before the first and before the last step."""
     if not folder.is_dir():
         return None
-    found = read_embeddings(folder)
-    if not len(found):
+    embeddings = read_embeddings(folder)
+    if not len(embeddings):
         return None
-    mean = found.losses.mean(0)
-    return {"count": len(found), "first": float(mean[0]), "last": float(mean[-1]), "steps": len(mean)}
+    losses = embeddings.losses.mean(0)
+    return {"count": len(embeddings), "first": float(losses[0]), "last": float(losses[-1]), "steps": len(losses)}
 
 
-def _alignment(folder: Path) -> dict[str, Any] | None:
-    """How many images became directions, and the share of them that lie nearest to their own class's vector."""
+def _alignment_accuracy(folder: Path) -> dict[str, Any] | None:
+    """Number of aligned images, and the share whose nearest class vector is that of their own class."""
     if not has_aligned(folder):
         return None
-    found = read_aligned(folder)
-    return {"count": len(found.told), "told": float(found.told.float().mean())}
+    correct = read_aligned(folder).told
+    return {"count": len(correct), "accuracy": float(correct.float().mean())}
 
 
 def _distances(folder: Path) -> dict[str, Any] | None:
-    """Medians of the distances of drawn and known vectors, and a picture of all."""
-    if (folder / "manifold").is_dir():
-        sets, axis = _on_manifold(folder), "squared distance from the class, per dimension"
-    elif (folder / "drawn").is_dir():
-        sets, axis = _beyond_boundaries(folder), "distance to the k-th nearest image of the class"
+    """Medians and histogram of the distances of known vectors and of vectors sampled as outliers."""
+    if (folder / "manifold").is_dir():  # NCIS
+        axis = "squared distance from the class, per dimension"
+        known = Manifold.load(folder / "manifold").known
+        distances = {name.replace("_", " "): values.numpy() for name, values in known.items() if len(values)}
+        if (folder / "drawn.safetensors").is_file():
+            distances["sampled"] = store.load_tensors(folder / "drawn.safetensors")["distance"].numpy()
+    elif (folder / "drawn").is_dir():  # Dream-OOD
+        axis = "distance to the k-th nearest image of the class"
+        classes = list(read_drawn(folder / "drawn").values())
+        distances = {
+            name: np.concatenate([tensors[column].numpy() for tensors in classes])
+            for name, column in (("training", "known"), ("sampled", "distance"))
+        }
     else:
         return None
-    sets = {name.replace("_", " "): values for name, values in sets.items()}
     return {
-        "medians": {name: float(np.median(values)) for name, values in sets.items()},
-        "chart": distance_histogram(sets, axis, "Histogram of the distances of known and sampled vectors"),
-        "drawn": "drawn" in sets,
+        "medians": {name: float(np.median(values)) for name, values in distances.items()},
+        "chart": distance_histogram(distances, axis, "Histogram of the distances of known and sampled vectors"),
     }
-
-
-def _on_manifold(folder: Path) -> dict[str, np.ndarray]:
-    sets = {name: values.numpy() for name, values in Manifold.load(folder / "manifold").known.items() if len(values)}
-    drawn = folder / "drawn.safetensors"
-    return {**sets, "drawn": store.load_tensors(drawn)["distance"].numpy()} if drawn.is_file() else sets
-
-
-def _beyond_boundaries(folder: Path) -> dict[str, np.ndarray]:
-    classes = list(read_drawn(folder / "drawn").values())
-    sides = {"training": "known", "drawn": "distance"}
-    return {side: np.concatenate([each[name].numpy() for each in classes]) for side, name in sides.items()}

@@ -1,4 +1,4 @@
-"""Where in each scored image the detector sees what is unlike good images: the image with its heat map laid over."""
+"""Anomaly maps drawn over the scored images: where in an image a detector finds something that normal images lack."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from farout.data.image_source import Policy
 from farout.detectors.base import Detector
 from farout.report.heat_colors import MapScale, colorize
 
-__all__ = ["FOLDER", "check_makes_maps", "overlay", "overlay_name", "write_overlays"]
+__all__ = ["FOLDER", "check_has_maps", "draw_overlay", "overlay_path", "write_overlays"]
 
 FOLDER = "maps"
-"""Folder of the overlays inside a scored folder."""
-_DEFAULT = MapScale()
-_LEAST = 224
+"""Folder of the overlays inside a folder of scores."""
+_SMALLEST_SIDE = 224
 _OPACITY = 0.75
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"\\|?*%]')
-_LONGEST = 240
-_NOTE = (
-    "Maps show {unit}: heat begins at 0 and is at its strongest at {brightest:g} or more.\n"
-    "The scale is the same for all images of all runs.\n"
+_UNSAFE_CHARACTERS = re.compile(r'[\x00-\x1f\x7f<>:"\\|?*%]')
+_LONGEST_NAME = 240
+_README = (
+    "Maps show {unit}. Colors begin at 0 and are brightest at {brightest:g} or more.\n"
+    "The scale is the same for all images and all runs.\n"
 )
 
 
-def check_makes_maps(detector: Detector) -> None:
-    """Raises FaroutError for a detector that cannot tell where in an image something is."""
+def check_has_maps(detector: Detector) -> None:
+    """Raise FaroutError for a detector that does not localize anomalies within an image."""
     if not detector.makes_maps:
         raise FaroutError(
-            f"{type(detector).__name__} gives one number an image and no maps; fit `patches`, `reconstruction` or "
+            f"{type(detector).__name__} computes one score per image and no maps; use `patches`, `reconstruction` or "
             "`denoising`"
         )
 
@@ -46,89 +45,100 @@ def check_makes_maps(detector: Detector) -> None:
 def write_overlays(
     detector: Detector, images: Any, out: str | Path, *, limit: int | None = None, policy: Policy = "nan"
 ) -> int:
-    """Writes `out/<key>.png` for every readable image; returns how many were written now.
+    """Write `out/<key>.png`, the image with its map, for every readable image.
 
-    One batch at a time is in memory. What is there already stays: an interrupted run goes on, so `out` must be of the
-    same detector and images (`score_folder` refuses others in its folder). A batch of which some images are missing is
-    measured as a whole, so that maps have the bytes of a run without interruption.
+    One batch at a time is in memory. Existing files are kept, so an interrupted run can be continued; `out` must
+    belong to the same detector and images (`score_folder` refuses others in its folder). A batch with a missing image
+    is measured as a whole, so that its maps have the same bytes as in a run without interruption.
 
     Args:
-        detector: a fitted detector that makes maps.
+        detector: a fitted detector with maps.
         images: any image source.
         out: folder of the overlays.
-        limit: a seeded sample of this many images, as in `score_folder`.
-        policy: what becomes of an unreadable image: left out, or `raise`.
+        limit: use a seeded random sample of this many images, as in `score_folder`; None: all.
+        policy: what to do with an unreadable image: leave it out, or `raise`.
+
+    Returns:
+        Number of files written by this call.
 
     Raises:
-        FaroutError: for a detector without maps or fit.
+        FaroutError: the detector has no maps or is not fitted.
     """
-    check_makes_maps(detector)
+    check_has_maps(detector)
     detector.check_fitted()
     source, out = detector.open(images, limit=limit, policy=policy), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     scale = MapScale.of(detector)
-    (out / "README.txt").write_text(_NOTE.format(unit=scale.unit, brightest=scale.brightest), encoding="utf-8")
-    paths = {index: out / overlay_name(key) for index, key in enumerate(source.keys)}
+    (out / "README.txt").write_text(_README.format(unit=scale.unit, brightest=scale.brightest), encoding="utf-8")
+    paths = {index: out / overlay_path(key) for index, key in enumerate(source.keys)}
     missing = {index for index, path in paths.items() if not path.is_file()}
     blocks = blocks_with(missing, detector.batch_size, len(source))
     planned = [index for block in blocks for index in block]
     count = 0
     with task(f"maps of {source.name}", len(planned)) as bar:
         for batch in detector.batches(source.subset(planned)):
-            indices = [planned[place] for place in batch.indices]
+            indices = [planned[index] for index in batch.indices]
             if missing.intersection(indices):
                 maps = detector.measure(batch, maps=True).maps
                 assert maps is not None
-                for index, heat in zip(indices, maps, strict=True):
+                for index, anomaly_map in zip(indices, maps, strict=True):
                     if index in missing:
-                        picture = overlay(source[index], heat, detector.preprocessing.crop, scale)
+                        picture = draw_overlay(source[index], anomaly_map, detector.preprocessing.crop, scale)
                         save_png(picture, paths[index], out / ".working")
                         count += 1
             bar.advance(len(batch.keys))
     return count
 
 
-def overlay_name(key: str) -> str:
-    """A relative path, with forward slashes, that no key can lead out of the folder with and no two keys share.
+def overlay_path(key: str) -> str:
+    """Relative path, with forward slashes, of the overlay of an image; unique per key and never outside the folder.
 
-    `a/b.jpg` becomes `a/b.jpg.png`; characters that some file systems refuse, and names such as `..`, are written as
-    %XX, and a part of more than 240 bytes is cut and ends in its hash.
+    `a/b.jpg` becomes `a/b.jpg.png`. Characters that some file systems refuse, and names such as `..`, are written as
+    %XX; a name of more than 240 bytes is cut and ends in its hash.
     """
-    return "/".join(_safe(part) for part in key.split("/")) + ".png"
+    return "/".join(_safe_name(part) for part in key.split("/")) + ".png"
 
 
-def _safe(part: str) -> str:
+def _safe_name(part: str) -> str:
     if part.strip(".") == "":
         return "%2E" * len(part) or "%"
-    text = _UNSAFE.sub(lambda found: f"%{ord(found[0]):02X}", part)
-    if len(text.encode()) <= _LONGEST:
+    text = _UNSAFE_CHARACTERS.sub(lambda found: f"%{ord(found[0]):02X}", part)
+    if len(text.encode()) <= _LONGEST_NAME:
         return text
     return text.encode()[:200].decode(errors="ignore") + "%" + hashlib.sha256(part.encode()).hexdigest()[:16]
 
 
-def overlay(image: Tensor, heat: Tensor, crop: int | None = None, scale: MapScale = _DEFAULT) -> Image.Image:
-    """The image (C, H, W) uint8 with its map (h, w) laid over, RGB, aspect kept.
+def draw_overlay(
+    image: Tensor, anomaly_map: Tensor, crop: int | None = None, scale: MapScale = MapScale()
+) -> Image.Image:
+    """Draw a map over its image; the higher the value, the more opaque.
 
-    At native size, enlarged so that the longer side has 224 pixels at least. The hotter, the more opaque; what is not a
-    number is hottest, for it is never normal. `crop`: side of the central crop that the map is of.
+    Args:
+        image: (C, H, W), uint8, in its native size; it is enlarged until the longer side has at least 224 pixels.
+        anomaly_map: (h, w); NaN is drawn in the brightest color, because it is never normal.
+        crop: side of the central crop that the map covers; None: the whole image.
+        scale: color scale.
+
+    Returns:
+        RGB picture in the aspect ratio of the image.
     """
     height, width = image.shape[-2:]
-    factor = max(1.0, _LEAST / max(height, width))
+    factor = max(1.0, _SMALLEST_SIDE / max(height, width))
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     picture = to_pil(image).convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    share = _placed(Image.fromarray(scale.share(heat).numpy()), (height, width), size, crop)
-    colours = colorize(share, "inferno")
-    opacity = _OPACITY * np.sqrt(share)[..., None]
-    mixed = (1 - opacity) * np.asarray(picture, dtype=np.float64) / 255 + opacity * colours
+
+    # resize the map to the part of the picture that it covers; the rest is 0
+    covered = [side if crop is None else min(side, crop) for side in (height, width)]
+    map_height, map_width = (
+        max(1, round(part * total / side)) for part, total, side in zip(covered, size[::-1], (height, width))
+    )
+    resized = Image.fromarray(scale.normalize(anomaly_map).numpy()).resize(
+        (map_width, map_height), Image.Resampling.BILINEAR
+    )
+    values = np.zeros(size[::-1], dtype=np.float32)
+    top, left = (values.shape[0] - map_height) // 2, (values.shape[1] - map_width) // 2
+    values[top : top + map_height, left : left + map_width] = np.asarray(resized)
+
+    opacity = _OPACITY * np.sqrt(values)[..., None]
+    mixed = (1 - opacity) * np.asarray(picture, dtype=np.float64) / 255 + opacity * colorize(values, "inferno")
     return Image.fromarray((mixed * 255).round().astype(np.uint8))
-
-
-def _placed(heat: Image.Image, native: tuple[int, int], size: tuple[int, int], crop: int | None) -> np.ndarray:
-    """The map where the image was seen, 0 beside a central crop: (H, W) of the picture of `size` (width, height)."""
-    seen = [side if crop is None else min(side, crop) for side in native]
-    tall, wide = (max(1, round(part * whole / side)) for part, whole, side in zip(seen, size[::-1], native))
-    inside = np.asarray(heat.resize((wide, tall), Image.Resampling.BILINEAR))
-    placed = np.zeros(size[::-1], dtype=np.float32)
-    top, left = (placed.shape[0] - tall) // 2, (placed.shape[1] - wide) // 2
-    placed[top : top + tall, left : left + wide] = inside
-    return placed

@@ -1,4 +1,4 @@
-"""Pages from the templates beside this file, and pictures as the data addresses that they bear."""
+"""HTML pages from the templates in `templates/`, and images as data URLs inside them."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from torch import Tensor
 
 from farout.data.decoding import to_pil
 
-__all__ = ["data_address", "png_address", "render"]
+__all__ = ["data_url", "png_data_url", "render_template"]
 
 
-def render(template: str, **values: Any) -> str:
-    """A template of `templates/` filled with values, which are escaped."""
+def render_template(template: str, **values: Any) -> str:
+    """Fill in a template of `templates/`; values are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("farout.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["breakable"] = _breakable
+    environment.filters["breakable"] = _split_at_punctuation
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment.get_template(template).render(**values)
 
 
-def _breakable(text: str) -> list[str]:
-    """The pieces of a name, such as `set:split@variant`, between which a line may end."""
+def _split_at_punctuation(text: str) -> list[str]:
+    """Parts of a name such as `set:split@variant` between which a line may be broken."""
     return re.findall(r"[^:@_=/,-]+[:@_=/,-]*|[:@_=/,-]+", text)
 
 
-def data_address(data: bytes, kind: str = "png") -> str:
-    """The data address of an encoded picture."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def data_url(data: bytes, image_format: str = "png") -> str:
+    """Data URL of an encoded image."""
+    return f"data:image/{image_format};base64,{base64.b64encode(data).decode()}"
 
 
-def png_address(image: Tensor) -> str:
-    """The data address of an image as `to_pil` takes it."""
+def png_data_url(image: Tensor) -> str:
+    """Data URL of an image as `to_pil` accepts it."""
     buffer = io.BytesIO()
     to_pil(image).save(buffer, "PNG")
-    return data_address(buffer.getvalue())
+    return data_url(buffer.getvalue())

@@ -1,4 +1,4 @@
-"""The page of a scored folder: the scores against calibration, what is flagged, and the furthest images."""
+"""HTML page of scored images: histogram against calibration, flagged images, and the images with the highest scores."""
 
 from __future__ import annotations
 
@@ -8,119 +8,109 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from farout.core import store
-from farout.data.batching import Batch, batches
+from farout.data.batching import batches
 from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector
 from farout.detectors.calibration import benjamini_hochberg, threshold
 from farout.report.charts import score_histogram
 from farout.report.heat_colors import MapScale, colorize
-from farout.report.neighbors import highest_good, nearest_good
-from farout.report.rendering import png_address, render
+from farout.report.reference_images import highest_calibration_images, nearest_normal_images
+from farout.report.rendering import png_data_url, render_template
 from farout.report.thumbnails import SourceImages
 
-__all__ = ["write_page"]
+__all__ = ["write_score_page"]
 
-_LISTED = 500
-"""Flagged images in the page's table."""
+_LISTED_ROWS = 500
+"""Maximum number of rows in the table of flagged images."""
 
 
-def write_page(
-    detector: Detector, source: ImageSource, frame: pd.DataFrame, manifest: dict[str, Any], out: Path
+def write_score_page(
+    detector: Detector,
+    source: ImageSource,
+    frame: pd.DataFrame,
+    manifest: dict[str, Any],
+    out: Path,
+    *,
+    highest: int,
 ) -> Path:
-    """Writes `page.html`: one file, no outside request. Returns its path.
+    """Write `page.html`, one file without requests to other hosts.
 
-    Good images stand beside the scored ones where the sources that the detector was fitted and calibrated with can be
-    opened again.
+    Normal images are shown for comparison if the sources that the detector was fitted and calibrated with can still
+    be opened.
 
     Args:
-        detector: what the images were scored with.
+        detector: detector that computed the scores.
         source: the scored images.
-        frame: the table of `scores.csv`.
-        manifest: counts and settings; `furthest` images are shown.
-        out: folder of the page, which holds `measurements.parquet`.
+        frame: table of `scores.csv`.
+        manifest: counts and settings of the run.
+        out: folder of the page; contains `measurements.parquet`.
+        highest: number of images shown, those with the highest scores.
+
+    Returns:
+        Path of the page.
     """
     ranked = frame[frame["status"] == "ok"].sort_values(["score", "key"], ascending=[False, True])
+    scores = ranked["score"].to_numpy(dtype=float)
     calibration = detector.calibration_scores[detector.score_name]
     limit = threshold(calibration, detector.alpha)
     rate = detector.alpha if manifest["fdr"] is None else manifest["fdr"]
     ranked = ranked.assign(
         selected=benjamini_hochberg(ranked["p_value"], rate),
-        beyond=np.searchsorted(calibration, ranked["score"].to_numpy(dtype=float)) / len(calibration),
+        calibration_quantile=np.searchsorted(calibration, scores) / len(calibration),
     )
-    images, shown = SourceImages(hub=False), ranked.head(manifest["furthest"])
-    html = render(
-        "page.html",
+    flagged = ranked[ranked["is_ood"].eq(True) | ranked["selected"]]
+    images, shown = SourceImages(hub=False), ranked.head(highest)
+    html = render_template(
+        "score_page.html",
         manifest=manifest,
         about={**manifest["about"], "versions": manifest["versions"]},
         score_name=detector.score_name,
         scored=len(ranked),
         threshold=limit if np.isfinite(limit) else None,
-        smallest=1 / (len(calibration) + 1),
+        smallest_p=1 / (len(calibration) + 1),
         chart=score_histogram(
-            {
-                f"{len(calibration)} calibration images": calibration,
-                f"{len(ranked)} scored images": ranked["score"].to_numpy(dtype=float),
-            },
+            {f"{len(calibration)} calibration images": calibration, f"{len(ranked)} scored images": scores},
             limit,
             "Histogram of the scores of calibration and scored images",
         ),
-        maps=MapScale.of(detector) if detector.makes_maps else None,
-        flagged=_flagged(ranked, rate),
-        cards=_cards(detector, source, shown),
-        nearest=nearest_good(detector, out / "measurements.parquet", shown["key"].tolist(), images),
-        good=highest_good(detector, images),
+        map_scale=MapScale.of(detector) if detector.makes_maps else None,
+        false_discovery_rate=rate,
+        flagged_count=len(flagged),
+        selected_count=int(flagged["selected"].sum()),
+        flagged=flagged.head(_LISTED_ROWS).to_dict("records"),
+        shown=shown.to_dict("records"),
+        pictures=_pictures(detector, source, shown["key"].tolist()),
+        neighbors=nearest_normal_images(detector, out / "measurements.parquet", shown["key"].tolist(), images),
+        calibration_images=highest_calibration_images(detector, images),
     )
     with store.atomic_file(out / "page.html") as temporary:
         temporary.write_text(html, encoding="utf-8")
     return out / "page.html"
 
 
-def _flagged(ranked: pd.DataFrame, rate: float) -> dict[str, Any]:
-    """Images that are flagged or selected: their count, how many are selected at which false discovery rate, and the
-    rows of the first.
-    """
-    rows = ranked[ranked["is_ood"].eq(True) | ranked["selected"]]
-    return {
-        "count": len(rows),
-        "selected": int(rows["selected"].sum()),
-        "rate": rate,
-        "rows": rows.head(_LISTED).to_dict("records"),
-    }
-
-
-def _cards(detector: Detector, source: ImageSource, rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """One entry per image: its numbers and pictures."""
-    if rows.empty:
-        return []
-    places = {key: place for place, key in enumerate(source.keys)}
-    some = source.subset([places[key] for key in rows["key"]])
+def _pictures(detector: Detector, source: ImageSource, keys: list[str]) -> dict[str, dict[str, str]]:
+    """By key, data URLs by caption: the image, the pictures of its measurements that are shown, and its map."""
+    if not keys:
+        return {}
+    index_of, scale = {key: index for index, key in enumerate(source.keys)}, MapScale.of(detector)
+    selected = source.subset([index_of[key] for key in keys])
     pictures: dict[str, dict[str, str]] = {}
-    for batch in batches(some, detector.preprocessing, detector.batch_size):
-        pictures |= dict(zip(batch.keys, _pictures(detector, batch), strict=True))
-    return [{**row, "pictures": pictures[str(row["key"])]} for row in rows.to_dict("records")]
+    for batch in batches(selected, detector.preprocessing, detector.batch_size):
+        shown = {"image": batch.images}
+        if detector.makes_maps:
+            measured = detector.measure(batch, maps=True)
+            for name, values in measured.pictures.items():
+                if not name.startswith("_"):
+                    shown[name] = _color_map(values[:, 0], scale) if name in detector.map_pictures else values
+            if measured.maps is not None:
+                shown["map"] = _color_map(measured.maps, scale)
+        for row, key in enumerate(batch.keys):
+            pictures[key] = {caption: png_data_url(values[row]) for caption, values in shown.items()}
+    return pictures
 
 
-def _pictures(detector: Detector, batch: Batch) -> list[dict[str, str]]:
-    """Data addresses by caption, of each image: the image, all pictures of its measurements that are to be shown, and
-    the map.
-    """
-    found = [{"image": png_address(image)} for image in batch.images]
-    if not detector.makes_maps:
-        return found
-    measured, scale = detector.measure(batch, maps=True), MapScale.of(detector)
-    for name, pictures in measured.pictures.items():
-        if not name.startswith("_"):
-            for entry, picture in zip(found, pictures, strict=True):
-                entry[name] = png_address(_heat(picture[0], scale) if name in detector.map_pictures else picture)
-    if measured.maps is not None:
-        for entry, values in zip(found, measured.maps, strict=True):
-            entry["map"] = png_address(_heat(values, scale))
-    return found
-
-
-def _heat(values: Tensor, scale: MapScale) -> Tensor:
-    """(H, W) -> (3, H, W)."""
-    return torch.from_numpy(colorize(scale.share(values).numpy(), "magma")).permute(2, 0, 1)
+def _color_map(values: torch.Tensor, scale: MapScale) -> torch.Tensor:
+    """Maps (B, H, W) as colors (B, 3, H, W)."""
+    return torch.from_numpy(colorize(scale.normalize(values).numpy(), "magma")).movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""Small pictures of scored images for a page that bears many: each stands in it once, and their bytes are bounded."""
+"""Images of named sources, and thumbnails for a page with many images."""
 
 from __future__ import annotations
 
@@ -14,114 +14,120 @@ from farout.data import catalog
 from farout.data.decoding import to_pil
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
-from farout.report.rendering import data_address
+from farout.report.rendering import data_url
 
-__all__ = ["SourceImages", "Thumbnails", "small_address"]
+__all__ = ["SourceImages", "ThumbnailSet", "thumbnail_data_url"]
 
-_SIDE = 72
+_LONGEST_SIDE = 72
 
 
-def small_address(picture: Image.Image, side: int = _SIDE) -> str:
-    """A data address of a picture of at most `side` pixels, never enlarged: PNG or JPEG, whichever is shorter."""
+def thumbnail_data_url(picture: Image.Image) -> str:
+    """Data URL of a picture of at most 72 pixels per side, never enlarged; PNG or JPEG, whichever is smaller."""
     small = picture.copy()
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    found = []
-    for kind, settings in (("png", {"optimize": True}), ("jpeg", {"quality": 82})):
+    small.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
+    encoded = []
+    for image_format, settings in (("png", {"optimize": True}), ("jpeg", {"quality": 82})):
         buffer = io.BytesIO()
-        small.save(buffer, kind.upper(), **settings)
-        found.append((len(buffer.getvalue()), kind, buffer.getvalue()))
-    _, kind, data = min(found)
-    return data_address(data, kind)
+        small.save(buffer, image_format.upper(), **settings)
+        encoded.append((len(buffer.getvalue()), image_format, buffer.getvalue()))
+    _, image_format, data = min(encoded)
+    return data_url(data, image_format)
 
 
 class SourceImages:
-    """Images of sources by name and key, opened once; None where a source or an image is not at hand any more.
+    """Images by source name and key; each source is opened once.
 
     Args:
-        hub: whether sets that lie on a hub may be fetched; else they count as not at hand.
+        hub: whether sets on a hub may be downloaded; if not, they count as unavailable.
+
+    Attributes:
+        missing: why a source cannot be opened, by source name.
     """
 
     def __init__(self, *, hub: bool) -> None:
         self.hub = hub
-        self._sources: dict[str, tuple[ImageSource, dict[str, int]] | None] = {}
         self.missing: dict[str, str] = {}
-        """Why a source cannot be opened, by its name."""
+        self._sources: dict[str, tuple[ImageSource, dict[str, int]] | None] = {}
 
     def read(self, source: str, key: str) -> Tensor | None:
-        """The image (C, H, W) uint8 in its native size."""
+        """Read an image (C, H, W), uint8, in its native size; None if it is unavailable."""
         opened = self._open(source)
         if opened is None or key not in opened[1]:
             return None
         try:
             return opened[0][opened[1][key]]
         except UnreadableImageError:
-            return None  # the page shows its key alone
+            return None  # the page shows its key without a picture
 
-    def hash(self, source: str, key: str) -> str | None:
-        """The content hash of a readable image."""
+    def content_hash(self, source: str, key: str) -> str | None:
+        """Content hash of an image; None if it is unavailable."""
         opened = self._open(source)
-        if self.read(source, key) is None or opened is None:
+        if opened is None or self.read(source, key) is None:
             return None
         return opened[0].content_hash(opened[1][key])
 
     def _open(self, name: str) -> tuple[ImageSource, dict[str, int]] | None:
+        """A source and the index of each key; None if it cannot be opened."""
         if name not in self._sources:
             try:
-                source = open_source(self._checked(name), policy="nan")
-                self._sources[name] = (source, {key: place for place, key in enumerate(source.keys)})
+                if not self.hub and not catalog.on_this_machine(name):
+                    raise SourceError(f"{name} is not on this machine")
+                source = open_source(name, policy="nan")
+                self._sources[name] = (source, {key: index for index, key in enumerate(source.keys)})
             except (FaroutError, OSError) as error:
                 self._sources[name], self.missing[name] = None, str(error)
         return self._sources[name]
 
-    def _checked(self, name: str) -> str:
-        """The name; raises SourceError where it leads to a hub that is not to be asked."""
-        if not (self.hub or catalog.on_this_machine(name)):
-            raise SourceError(f"{name} is not on this machine")
-        return name
 
+class ThumbnailSet:
+    """Numbered thumbnails of a page, each stored once, up to a total size.
 
-class Thumbnails:
-    """Numbers pictures and keeps their addresses, each once, up to `limit` bytes altogether; then it keeps no more."""
+    Args:
+        limit: maximum number of characters of all data URLs together.
+
+    Attributes:
+        urls: data URLs by number.
+        is_full: whether an image was left out because of the limit.
+    """
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.full = limit, False
-        self.addresses: list[str] = []
-        self._known: dict[tuple[str, str], int | None] = {}
-        self._held = 0
+        self.limit, self.is_full = limit, False
+        self.urls: list[str] = []
+        self._numbers: dict[tuple[str, str], int | None] = {}
+        self._size = 0
 
-    def number(self, group: str, key: str, make: Callable[[], Image.Image | None]) -> int | None:
-        """The number of a picture, made where it is new; None where there is none or no more room."""
-        if (group, key) not in self._known:
-            self._known[(group, key)] = self._add(make())
-        return self._known[(group, key)]
+    def add(self, group: str, key: str, load: Callable[[], Image.Image | None]) -> int | None:
+        """Number of a picture, which `load` returns if it is new; None if there is no picture or no more room."""
+        if (group, key) not in self._numbers:
+            picture = load()
+            self._numbers[group, key] = None if picture is None or self.is_full else self._append(picture)
+        return self._numbers[group, key]
 
-    def _add(self, picture: Image.Image | None) -> int | None:
-        if picture is None or self.full:
+    def _append(self, picture: Image.Image) -> int | None:
+        url = thumbnail_data_url(picture)
+        if self._size + len(url) > self.limit:
+            self.is_full = True
             return None
-        address = small_address(picture)
-        if self._held + len(address) > self.limit:
-            self.full = True
-            return None
-        self._held += len(address)
-        self.addresses.append(address)
-        return len(self.addresses) - 1
+        self._size += len(url)
+        self.urls.append(url)
+        return len(self.urls) - 1
 
-    def of_image(self, images: SourceImages, source: str, key: str) -> int | None:
-        """The number of a source's image."""
+    def add_image(self, images: SourceImages, source: str, key: str) -> int | None:
+        """Number of an image of a source."""
 
-        def made() -> Image.Image | None:
+        def load() -> Image.Image | None:
             image = images.read(source, key)
             return None if image is None else to_pil(image)
 
-        return self.number(source, key, made)
+        return self.add(source, key, load)
 
-    def of_file(self, path: Path) -> int | None:
-        """The number of a picture in a file, where there is one."""
+    def add_file(self, path: Path) -> int | None:
+        """Number of a picture in a file."""
 
-        def made() -> Image.Image | None:
+        def load() -> Image.Image | None:
             if not path.is_file():
                 return None
             with Image.open(path) as picture:
                 return picture.convert("RGB")
 
-        return self.number("\0file", str(path), made)
+        return self.add("\0file", str(path), load)

@@ -24,7 +24,7 @@ from farout.data.image_source import ImageSource, Policy
 from farout.data.preprocessing import check_against
 from farout.detectors.base import Detector, Measurements, Scores
 from farout.detectors.calibration import benjamini_hochberg, check_scores
-from farout.report.score_page import write_page
+from farout.report.score_page import write_score_page
 
 __all__ = ["ScoredFolder", "read_scores", "score_folder"]
 
@@ -96,7 +96,7 @@ def score_folder(
         _check_content(_contents(source), manifest["content"], out)
     if manifest.get("furthest") != furthest or not (out / "page.html").is_file():
         manifest["furthest"] = furthest
-        write_page(detector, source, _read_table(out / "scores.csv"), manifest, out)
+        write_score_page(detector, source, _read_table(out / "scores.csv"), manifest, out, highest=furthest)
         # the manifest comes last: where it is, the folder is finished
         store.write_json(out / _MANIFEST, manifest)
     shutil.rmtree(out / _PARTS, ignore_errors=True)

@@ -58,7 +58,8 @@ LAYOUT = """(() => {
   document.querySelectorAll("details").forEach(e => e.open = true);
   const wide = [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && !e.closest("svg") &&
     e.getBoundingClientRect().right > innerWidth + 1);
-  const focusable = [...document.querySelectorAll("select, button, summary, input, a[href], [tabindex]")].filter(e => e.checkVisibility());
+  const controls = "select, button, summary, input, a[href], [tabindex]";
+  const focusable = [...document.querySelectorAll(controls)].filter(e => e.checkVisibility());
   const dead = focusable.filter(e => { e.focus(); return document.activeElement !== e || e.tabIndex < 0; });
   const rim = e => { e.focus({focusVisible: true}); return getComputedStyle(e).outlineStyle; };
   const bare = focusable.filter(e => rim(e) === "none");

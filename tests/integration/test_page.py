@@ -309,7 +309,8 @@ def test_a_browser_shows_it_without_scrolling_sideways(folder: Path) -> None:
 USE_TABLE = """(() => {
   document.querySelectorAll("details").forEach(e => e.open = true);
   const table = document.querySelector("table.list");
-  const keys = () => [...table.querySelectorAll("tbody tr")].filter(e => e.checkVisibility()).map(e => e.cells[0].textContent);
+  const rows = () => [...table.querySelectorAll("tbody tr")].filter(e => e.checkVisibility());
+  const keys = () => rows().map(e => e.cells[0].textContent);
   const pause = () => new Promise(done => setTimeout(done, 50));
   const filter = async text => {
     const box = table.previousElementSibling;

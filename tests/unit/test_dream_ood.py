@@ -429,11 +429,13 @@ def test_the_command_and_its_page(images: Path, tmp_path: Path, capsys: pytest.C
     out = tmp_path / "o"
     assert main([*words, "--stage", "align", "--out", str(out)]) == 0, capsys.readouterr().err
     page = (out / "page.html").read_text()
-    assert "24 images became directions of the class space" in page
+    assert "24 images were aligned with the class vectors" in page
     assert "<img" not in page
     assert main([*words, "--resume", "--out", str(out)]) == 0, capsys.readouterr().err
     assert len(list((out / "images").rglob("*.png"))) == 4
     page = (out / "page.html").read_text()
-    assert page.count("<img") == 1 + 2 * 4 + 4, "a histogram, four images and two outliers of each class"
+    assert (page.count("<svg"), page.count("<img")) == (1, 2 * 4 + 4), (
+        "a histogram, four images and two outliers of each class"
+    )
     assert "Medians: training" in page
     assert "http" not in page

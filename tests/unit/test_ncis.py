@@ -151,19 +151,21 @@ def test_the_command_takes_nested_settings_and_presets(
     assert read_outliers(tmp_path / "o").settings()["config"]["inversion.stratified"] is False
     assert len(list((tmp_path / "o" / "images").rglob("*.png"))) == 4
     page = (tmp_path / "o" / "page.html").read_text()
-    assert page.count("<img") == 1 + 2 * 4 + 4, "a histogram, four images and two outliers of each class"
+    assert (page.count("<svg"), page.count("<img")) == (1, 2 * 4 + 4), (
+        "a histogram, four images and two outliers of each class"
+    )
     assert "http" not in page
     assert "training" in page
 
 
-def test_a_page_after_the_first_stage_tells_of_that(
+def test_a_page_after_the_first_stage_describes_it(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     conditional().save(tmp_path / "model")
     words = ["synthesize", "ncis", str(images), "--diffusion", str(tmp_path / "model"), "--stage", "embed"]
     assert main([*words, "--inversion.draws", "2", "--out", str(tmp_path / "o")]) == 0, capsys.readouterr().err
     page = (tmp_path / "o" / "page.html").read_text()
-    assert "12 images were turned into class vectors" in page
+    assert "12 images were embedded as class vectors" in page
     assert "<img" not in page
 
 

@@ -80,8 +80,8 @@ def test_score_writes_a_map_of_every_readable_image(place: Path, tmp_path: Path)
     maps = contents(tmp_path / "r" / "maps")
     wanted = {f"{i:03d}.png.png" for i in range(COUNT) if i != 4} | {"line 2/004.png.png"}
     assert {name for name in maps if name.endswith(".png")} == wanted
-    told = "Maps show standard deviations above normal images: heat begins at 0 and is at its strongest at 6"
-    assert told in maps["README.txt"].decode()
+    explanation = "Maps show standard deviations above normal images. Colors begin at 0 and are brightest at 6"
+    assert explanation in maps["README.txt"].decode()
     assert Image.open(tmp_path / "r" / "maps" / "000.png.png").size == (224, 224)
     assert (tmp_path / "r" / "scores.csv").is_file()
 

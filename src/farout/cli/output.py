@@ -170,7 +170,9 @@ def _distance(found: SetDistance) -> None:
 
 
 def _interpolated(done: InterpolatedFolder) -> None:
-    print(f"{done.pairs} pairs, {done.images} images; RMS error of the decoded inversions {done.reconstruction_error:.4f}")
+    print(
+        f"{done.pairs} pairs, {done.images} images; RMS error of the decoded inversions {done.reconstruction_error:.4f}"
+    )
     for path in (done.folder, done.folder / "page.html"):
         print(f"  {path}")
 

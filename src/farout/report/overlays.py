@@ -23,6 +23,7 @@ __all__ = ["FOLDER", "check_has_maps", "draw_overlay", "overlay_path", "write_ov
 
 FOLDER = "maps"
 """Folder of the overlays inside a folder of scores."""
+_DEFAULT_SCALE = MapScale()
 _SMALLEST_SIDE = 224
 _OPACITY = 0.75
 _UNSAFE_CHARACTERS = re.compile(r'[\x00-\x1f\x7f<>:"\\|?*%]')
@@ -109,7 +110,7 @@ def _safe_name(part: str) -> str:
 
 
 def draw_overlay(
-    image: Tensor, anomaly_map: Tensor, crop: int | None = None, scale: MapScale = MapScale()
+    image: Tensor, anomaly_map: Tensor, crop: int | None = None, scale: MapScale = _DEFAULT_SCALE
 ) -> Image.Image:
     """Draw a map over its image; the higher the value, the more opaque.
 

@@ -1,4 +1,4 @@
-"""Normal images for comparison with scored images: nearest neighbors, and calibration images with the highest scores."""
+"""Normal images to compare scored images with: nearest neighbors, and calibration images with the highest scores."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 Of the eight classes of FashionMNIST that the generator knows (the first split of denoising.py) six have images here,
 and two, Dress and Ankle boot, are what outliers are to show. Trouser and Bag nobody has seen: they are the near
 outliers. Every classifier with outliers learns by the same loss, SONA's, so that images alone differ. `round trip` is
-the artefact probe (see outliers.py). `ablate` makes and rates variants of SONA. What is in `work/` or in the file of
+the artifact probe (see outliers.py). `ablate` makes and rates variants of SONA. What is in `work/` or in the file of
 rows is not made again.
 """
 

@@ -18,7 +18,7 @@ from farout.core.runtime import Runtime
 from farout.diffusion.denoiser import Clamped
 from farout.diffusion.model import DiffusionModel
 from farout.synthesis.base import OutlierFolder
-from farout.synthesis.editing.base import Deformation, Denoised, Plan, Start
+from farout.synthesis.editing.base import EditedBatch, EditingContext, EditingSynthesizer, NoisedBatch
 from farout.synthesis.reconstruct import ReconstructedFolder
 from farout.training.loop import TrainingConfig
 from small import autoencoder, classifier, conditional, in_order, pictures, two_classes
@@ -39,7 +39,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(
-    images: Any, out: Path, method: Deformation | None = None, *, size: int = 64, **settings: Any
+    images: Any, out: Path, method: EditingSynthesizer | None = None, *, size: int = 64, **settings: Any
 ) -> OutlierFolder:
     runtime = Runtime(device="cpu", precision="fp32", batch_size=size, workers=0)
     given = {"count": 20, "diffusion": conditional(classes=5), "runtime": runtime, **settings}
@@ -56,17 +56,19 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
-class Back(Deformation):
+class Back(EditingSynthesizer):
     """What reconstructions are to be: the way back from the start, under the image's own class."""
 
     @classmethod
     def tiny(cls, resources: Any) -> "Back":
         return cls()
 
-    def denoise(self, plan: Plan, start: Start, indices: Sequence[int]) -> Denoised:
-        limits = plan.limits
-        denoiser = plan.denoiser if limits is None else Clamped(plan.denoiser, *limits)
-        return Denoised(plan.solve(denoiser, start.x, start.sigmas, start.own), [None] * len(indices))
+    def denoise(self, editing: EditingContext, batch: NoisedBatch, indices: Sequence[int]) -> EditedBatch:
+        limits = editing.clip_range
+        denoiser = editing.denoiser if limits is None else Clamped(editing.denoiser, *limits)
+        return EditedBatch(
+            editing.solver(denoiser, batch.x, batch.sigmas, batch.class_condition), [None] * len(indices)
+        )
 
 
 def test_every_image_is_made_again_once(images: Path, tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_an_autoencoder_returns_what_outliers_start_from(
 
 
 @pytest.mark.parametrize("method", [SONA, SDEdit])
-def test_outliers_are_the_same_with_and_without(images: Path, tmp_path: Path, method: type[Deformation]) -> None:
+def test_outliers_are_the_same_with_and_without(images: Path, tmp_path: Path, method: type[EditingSynthesizer]) -> None:
     settings: dict[str, Any] = {"classifier": classifier(classes=5)}
     settings["classifier"].class_names = tuple("abcde")
     how = {"steps": 6, "reject": 0.3, "attempts": 3}

@@ -17,7 +17,7 @@ from farout.diffusion.solvers.base import Solver
 from farout.diffusion.solvers.ddim import DDIM
 from farout.diffusion.solvers.dpm_solver import DPMSolver2M
 from farout.diffusion.solvers.registry import SOLVERS, create_solver
-from farout.synthesis.editing.sona_guidance import SonaConfig, SonaGuide, sona_guidance, sona_regions
+from farout.synthesis.editing.sona_guidance import SonaConfig, SonaGuide, compute_guidance, find_regions
 from tolerances import assert_close
 
 pytestmark = pytest.mark.numerics
@@ -83,7 +83,7 @@ def test_the_guidance_is_the_cards(start: int) -> None:
         t = LEVELS[start - 1 - i]
         z = x * SCHEDULE.abar[t].sqrt()
         e0, e1, e2 = (toy_eps(z, t, shift) for shift in (0.0, 1.0, -1.7))
-        added, state, _ = sona_guidance(e0, e1, e2, state, config)
+        added, state, _ = compute_guidance(e0, e1, e2, state, config)
         then = sigma[LEVELS[start - 2 - i]] if i < start - 1 else 0.0
         x = x + (then - sigma[t]) * (e0 + added)
     expected = by_hand(z0, noise, start)
@@ -255,15 +255,15 @@ def directions(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def test_regions_are_shares_of_each_channel_and_keep_apart() -> None:
     own, target = directions()
-    found = sona_regions(own, target, SonaConfig())
-    for mask, share in ((found.nuisance, 0.1), (found.own, 0.1)):
+    found = find_regions(own, target, SonaConfig())
+    for mask, share in ((found.nuisance_mask, 0.1), (found.class_mask, 0.1)):
         torch.testing.assert_close(mask.float().mean((2, 3)), torch.full((5, 3), share), atol=0.005, rtol=0)
-    assert bool((found.target.float().mean((2, 3)) <= 0.105).all())
-    assert not bool((found.nuisance & found.own).any())
-    assert not bool((found.nuisance & found.target).any())
-    overlapping = sona_regions(own, target, SonaConfig(exclude=False))
-    assert bool((overlapping.nuisance & overlapping.target).any())
-    assert torch.equal(overlapping.target & ~found.nuisance, found.target)
+    assert bool((found.target_mask.float().mean((2, 3)) <= 0.105).all())
+    assert not bool((found.nuisance_mask & found.class_mask).any())
+    assert not bool((found.nuisance_mask & found.target_mask).any())
+    overlapping = find_regions(own, target, SonaConfig(exclude=False))
+    assert bool((overlapping.nuisance_mask & overlapping.target_mask).any())
+    assert torch.equal(overlapping.target_mask & ~found.nuisance_mask, found.target_mask)
 
 
 def test_quantiles_are_torchs() -> None:
@@ -273,17 +273,17 @@ def test_quantiles_are_torchs() -> None:
         "joint": torch.quantile(own.abs().flatten(1), 0.9, dim=1)[:, None, None, None],
     }
     for granularity, limit in wanted.items():
-        found = sona_regions(own, own, SonaConfig(granularity=granularity)).own
+        found = find_regions(own, own, SonaConfig(granularity=granularity)).class_mask
         assert torch.equal(found, own.abs() >= limit)
 
 
 def test_one_mask_for_all_channels() -> None:
     own, target = directions()
-    found = sona_regions(own, target, SonaConfig(granularity="spatial"))
-    for mask in (found.nuisance, found.own, found.target):
+    found = find_regions(own, target, SonaConfig(granularity="spatial"))
+    for mask in (found.nuisance_mask, found.class_mask, found.target_mask):
         assert torch.equal(mask, mask[:, :1].expand_as(mask))
     size = own.abs().mean(1)
-    assert torch.equal(found.own[:, 0], size >= torch.quantile(size.flatten(1), 0.9, dim=1)[:, None, None])
+    assert torch.equal(found.class_mask[:, 0], size >= torch.quantile(size.flatten(1), 0.9, dim=1)[:, None, None])
 
 
 @pytest.mark.parametrize(
@@ -292,25 +292,25 @@ def test_one_mask_for_all_channels() -> None:
 )
 def test_soft_nuisance(soft: Any, weight: Callable[[Tensor], Tensor]) -> None:
     own, target = directions()
-    found = sona_regions(own, target, SonaConfig(soft=soft))
+    found = find_regions(own, target, SonaConfig(soft=soft))
     low = torch.quantile(own.abs().flatten(2), 0.1, dim=2)[..., None, None]
-    torch.testing.assert_close(found.kept, weight(own.abs() / low) * (own.abs() <= low))
-    assert torch.equal(found.nuisance, own.abs() <= low)
+    torch.testing.assert_close(found.nuisance_weight, weight(own.abs() / low) * (own.abs() <= low))
+    assert torch.equal(found.nuisance_mask, own.abs() <= low)
     # where all is the same nothing is divided by zero
-    assert bool(sona_regions(torch.zeros_like(own), target, SonaConfig(soft=soft)).kept.isfinite().all())
+    assert bool(find_regions(torch.zeros_like(own), target, SonaConfig(soft=soft)).nuisance_weight.isfinite().all())
 
 
 def test_each_term_can_be_left_out() -> None:
     own, target = (each.double() for each in directions())
     null, late = torch.zeros_like(own), {"step": torch.full((5,), 30)}
-    whole = sona_guidance(null, own, target, late, PAPER)[0]
+    whole = compute_guidance(null, own, target, late, PAPER)[0]
     parts = []
     for name in ("nuisance_weight", "class_weight", "target_weight"):
-        without = sona_guidance(null, own, target, late, replace(PAPER, **{name: 0.0}))[0]
+        without = compute_guidance(null, own, target, late, replace(PAPER, **{name: 0.0}))[0]
         parts.append(whole - without)
     torch.testing.assert_close(sum(parts), whole)
-    regions = sona_regions(10 * own, 10 * target, PAPER)
-    for part, mask in zip(parts, (regions.nuisance, regions.own, regions.target), strict=True):
+    regions = find_regions(10 * own, 10 * target, PAPER)
+    for part, mask in zip(parts, (regions.nuisance_mask, regions.class_mask, regions.target_mask), strict=True):
         assert bool((part[~mask].abs() < 1e-12).all())
         assert bool(part[mask].abs().max() > 0)
     assert bool((parts[1] * own <= 0).all()), "the class is taken out"
@@ -321,19 +321,19 @@ def test_guidance_is_computed_in_full_precision() -> None:
     own, target = directions()
     low = [each.bfloat16() for each in (torch.zeros_like(own), own, target)]
     state = {"step": torch.full((5,), 30)}
-    added = sona_guidance(*low, state, PAPER)[0]
+    added = compute_guidance(*low, state, PAPER)[0]
     assert added.dtype == torch.float32
-    assert torch.equal(added, sona_guidance(*[each.float() for each in low], state, PAPER)[0])
+    assert torch.equal(added, compute_guidance(*[each.float() for each in low], state, PAPER)[0])
 
 
 # settings
 
 
 def test_warm_ups_are_steps_or_shares() -> None:
-    assert SonaConfig().for_steps(50).warm_ups == (20, 10, 10)
-    assert SonaConfig().for_steps(20).warm_ups == (8, 4, 4)
+    assert SonaConfig().for_steps(50).warmups == (20, 10, 10)
+    assert SonaConfig().for_steps(20).warmups == (8, 4, 4)
     given = SonaConfig(nuisance_warmup=7, class_warmup=0, target_warmup=0.5)
-    assert given.for_steps(20).warm_ups == (7, 0, 10)
+    assert given.for_steps(20).warmups == (7, 0, 10)
     assert given.for_steps(20).for_steps(50) == given.for_steps(20)
 
 
@@ -350,7 +350,7 @@ def test_warm_ups_are_steps_or_shares() -> None:
         ({"granularity": "pixel"}, "granularity is 'pixel'"),
         ({"soft": "hard"}, "soft is 'hard'"),
         ({"skip": "all"}, "skip is 'all'"),
-        ({"nuisance_quantile": 0.95}, "what is kept is not taken out"),
+        ({"nuisance_quantile": 0.95}, "the kept region is not removed"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:

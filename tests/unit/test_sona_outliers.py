@@ -18,9 +18,9 @@ from farout.core.runtime import Runtime
 from farout.data.sources import open_source
 from farout.diffusion.model import DiffusionModel
 from farout.synthesis.base import OutlierFolder, Synthesizer
-from farout.synthesis.editing.base import by_turns
+from farout.synthesis.editing.base import interleave_classes
 from farout.synthesis.editing.sona_guidance import SonaConfig
-from farout.synthesis.editing.word_screening import nearest, screened
+from farout.synthesis.editing.words import filter_words, find_nearest_words
 from farout.synthesis.quality import color_similarity, measure_quality, summarize_quality, write_quality
 from small import CPU, autoencoder, classifier, conditional, in_order, pictures, two_classes
 from tolerances import GREY_LEVELS, SONA_SHARE, assert_same_images, assert_same_manifests, assert_same_pixels
@@ -59,7 +59,7 @@ def pixels(folder: OutlierFolder) -> torch.Tensor:
 
 
 def test_classes_take_turns_until_they_run_out() -> None:
-    assert by_turns([0, 0, 0, 7, 7, 0]) == [0, 3, 1, 4, 2, 5]
+    assert interleave_classes([0, 0, 0, 7, 7, 0]) == [0, 3, 1, 4, 2, 5]
 
 
 def test_every_image_has_its_turn_before_one_comes_again(images: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_every_solver_that_can_be_guided_makes_outliers(images: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": "mixtures"}, "requires three with images, there are 2"),
+        ({"targets": "mixtures"}, "requires three classes with images, there are 2"),
         ({"target_classes": ("a", "d")}, "a has images and so is in-distribution"),
         ({"target_classes": ("x",)}, "there is no class 'x'"),
         ({"target_classes": ("d",), "targets": "others"}, "do not go together"),
@@ -360,8 +360,8 @@ def test_the_papers_preset_has_the_papers_steps() -> None:
     paper = SONA.from_preset("paper")
     assert (paper.steps, paper.k_min, paper.k_max) == (50, 1, 49)
     assert paper.guidance == SonaConfig().for_steps(50)
-    assert paper.guidance.for_steps(50).warm_ups == (20, 10, 10)
-    assert SONA().guidance.for_steps(20).warm_ups == (8, 4, 4)
+    assert paper.guidance.for_steps(50).warmups == (20, 10, 10)
+    assert SONA().guidance.for_steps(20).warmups == (8, 4, 4)
     assert SDEdit.from_preset("paper").guidance == 7.5
 
 
@@ -371,14 +371,14 @@ def test_the_papers_preset_has_the_papers_steps() -> None:
 def test_words_that_name_what_is_known_are_left_out() -> None:
     known = ["assault rifle", "Newt", "missile", "t-shirt_top"]
     words = ["rifle", "smooth newt", "Missile", "cat", "CAT", "snow_leopard", "leopard", "shirt", "  ", "rifleman"]
-    assert screened(words, known) == ("cat", "snow_leopard", "leopard", "shirt", "rifleman")
-    assert screened(["b", "a", "b"], []) == ("b", "a")
-    assert screened(["house/cat, tabby"], ["cat tabby"]) == ()
+    assert filter_words(words, known) == ("cat", "snow_leopard", "leopard", "shirt", "rifleman")
+    assert filter_words(["b", "a", "b"], []) == ("b", "a")
+    assert filter_words(["house/cat, tabby"], ["cat tabby"]) == ()
 
 
 def test_nearest_words() -> None:
     words = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [-1.0, 0.0]])
     known = torch.tensor([[5.0, 0.1], [0.0, 1.0]])
-    assert nearest(words, known, 2).tolist() == [[0, 2], [1, 2]]
+    assert find_nearest_words(words, known, 2).tolist() == [[0, 2], [1, 2]]
     with pytest.raises(FaroutError, match="1 to 4"):
-        nearest(words, known, 5)
+        find_nearest_words(words, known, 5)

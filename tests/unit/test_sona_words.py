@@ -18,9 +18,9 @@ from farout.diffusion.conditioning.text_encoder import TextEncoder
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
 from farout.synthesis.base import OutlierFolder, Synthesizer
-from farout.synthesis.editing.prompt_targets import PHOTO, Wording
-from farout.synthesis.editing.targets import draw_targets
-from farout.synthesis.editing.word_screening import listed, screened
+from farout.synthesis.editing.prompt_config import PAPER_TEMPLATE, PromptConfig
+from farout.synthesis.editing.targets import TargetSampler
+from farout.synthesis.editing.words import filter_words, read_word_list
 from small import CPU, conditional, in_order, pictures, stable_diffusion
 from tolerances import SONA_SHARE, assert_close, assert_same_images, assert_same_manifests, assert_same_pixels
 
@@ -112,7 +112,7 @@ def test_words_are_put_in_whatever_the_network_predicts(
     manifest = whole.manifest()
     assert set(manifest["target"]) <= {"bird", "snow leopard", "tin", "lion"}
     assert manifest["target"].nunique() > 1
-    assert set(manifest["template"]) == {PHOTO}
+    assert set(manifest["template"]) == {PAPER_TEMPLATE}
     assert manifest["class_name"].tolist() == [*NAMES, "cat"]
     assert tuple(whole.source()[0].shape) == (3, 16, 16)
     parts = made(images, tmp_path / "parts", method, folders[prediction], runtime=replace(CPU, batch_size=3))
@@ -153,11 +153,11 @@ def test_what_the_text_encoder_is_asked(
 def test_classes_and_words_stand_in_one_template(folder: Path, few: str) -> None:
     model = told(folder)
     templates = ("a {}", "the {}", "my {} here")
-    draw = draw_targets(model, range(3), "words", wording=Wording(few, templates))
+    draw = TargetSampler(model, range(3), "words", prompts=PromptConfig(few, templates))
     generator, seen = torch.Generator().manual_seed(0), set[str]()
     for turn in range(12):
         target = draw(turn % 3, generator)
-        for name, condition in ((NAMES[turn % 3], target.own), (target.name, target.condition)):
+        for name, condition in ((NAMES[turn % 3], target.class_condition), (target.name, target.condition)):
             wanted = model.conditioning.encoder([target.template.replace("{}", name)])
             assert_close(condition.tensors["encoder_hidden_states"], wanted)
         seen.add(target.template)
@@ -245,11 +245,11 @@ def test_lists_of_words(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("class,word,suffix\nn01,great,white shark\nn02,newt,\n")
     (tmp_path / "c.yaml").write_text("n01: great white shark\nn02: newt\n")
     for name in ("a.txt", "b.csv", "c.yaml"):
-        assert listed(str(tmp_path / name)) == ("great white shark", "newt")
-    known = listed("imagenet")
+        assert read_word_list(str(tmp_path / name)) == ("great white shark", "newt")
+    known = read_word_list("imagenet")
     assert len(set(known)) == 1000
     assert {"tench", "great white shark"} <= set(known)
-    assert "assault rifle" not in screened(known, ["rifle"])
+    assert "assault rifle" not in filter_words(known, ["rifle"])
 
 
 def test_the_nearest_words(folder: Path, words: str) -> None:
@@ -266,9 +266,9 @@ def test_the_nearest_words(folder: Path, words: str) -> None:
         return nn.functional.normalize(torch.stack([row.last_hidden_state[0, -1] for row in rows]), dim=1)
 
     order = (ends(NAMES) @ ends(said).T).argsort(1, descending=True)
-    wording = Wording(words, ("my {}", PHOTO), nearest=2)
+    prompts = PromptConfig(words, ("my {}", PAPER_TEMPLATE), nearest=2)
     with pytest.warns(TrapWarning, match="not used as targets"):
-        draw = draw_targets(model, range(3), wording=wording)
+        draw = TargetSampler(model, range(3), prompts=prompts)
     generator = torch.Generator().manual_seed(0)
     for label in range(3):
         drawn = {draw(label, generator).name for _ in range(20)}
@@ -340,11 +340,13 @@ def test_other_generators_have_no_use_for_words(folder: Path, few: str, tmp_path
         pictures(tmp_path / "letters" / name, 2, seed=number)
     cases: tuple[dict[str, Any], ...] = ({"words": few}, {"templates": ("{}",)}, {"class_words": {"a": "b"}})
     for settings in cases:
-        with pytest.raises(FaroutError, match=f"{next(iter(settings))}=.* would have no effect.* by class_vectors"):
+        with pytest.raises(
+            FaroutError, match=rf"{next(iter(settings))}=.* would have no effect.* own classes \(class_vectors"
+        ):
             made(tmp_path / "letters", tmp_path / "o", SONA(steps=6, **settings), conditional())
     names, prompts = list("abc"), Prompts(vector="context")
     fixed = DiffusionModel.load(folder, class_names=names, prompts=prompts)
-    with pytest.raises(FaroutError, match=r"words=.* would have no effect.* by text_tokens"):
+    with pytest.raises(FaroutError, match=r"words=.* would have no effect.*text_tokens"):
         made(tmp_path / "letters", tmp_path / "o", SONA(steps=6, words=few), fixed)
     assert not (tmp_path / "o").exists()
 
@@ -356,7 +358,7 @@ def test_other_generators_have_no_use_for_words(folder: Path, few: str, tmp_path
 def test_what_is_saved_of_the_generator_can_be_told_words_too(
     folder: Path, images: Path, few: str, tmp_path: Path
 ) -> None:
-    model = told(folder, words=[("cat", ""), ("dog", ""), ("the", "kite")], template=PHOTO)
+    model = told(folder, words=[("cat", ""), ("dog", ""), ("the", "kite")], template=PAPER_TEMPLATE)
     model.save(tmp_path / "m")
     saved = DiffusionModel.load(tmp_path / "m")
     assert saved.content_hash == model.content_hash
@@ -395,13 +397,13 @@ def test_the_command_takes_the_original_folder(
     """With the published settings, but for the images' number; the page has the words."""
     (tmp_path / "called.csv").write_text("class,word,suffix\nthe kite,kite,thing\n")
     asked = ["synthesize", "sona", str(images), "--diffusion", str(folder), "--preset", "paper", "--words", words]
-    asked += ["--templates", PHOTO, "the {}", "--nearest", "2", "--class-words", str(tmp_path / "called.csv")]
+    asked += ["--templates", PAPER_TEMPLATE, "the {}", "--nearest", "2", "--class-words", str(tmp_path / "called.csv")]
     asked += ["--count", "3", "--k-min", "21", "--k-max", "24", "--device", "cpu"]
     assert main([*asked, "--out", str(tmp_path / "o")]) == 0, capsys.readouterr().err
     assert "warning: 3 of the 7 words" in capsys.readouterr().err
     found = OutlierFolder(tmp_path / "o", 3, 3, 3)
     settings = found.settings()
-    assert settings["config"]["templates"] == [PHOTO, "the {}"]
+    assert settings["config"]["templates"] == [PAPER_TEMPLATE, "the {}"]
     assert (settings["config"]["steps"], settings["config"]["guidance.class_warmup"]) == (50, 10)
     page = (tmp_path / "o" / "page.html").read_text()
     for own, target in zip(found.manifest()["class_name"], found.manifest()["target"], strict=True):

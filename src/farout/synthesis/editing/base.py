@@ -1,4 +1,4 @@
-"""Outliers made of images: noised part of the way, and denoised to something else."""
+"""Synthesizers that edit images: noise each image part of the way, and denoise it towards something else."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from farout.classifiers.model import Classifier
+from farout.core.devices import Precision
 from farout.core.errors import FaroutError, TrapWarning
 from farout.data.image_source import ImageSource
 from farout.data.indices import some_readable
 from farout.data.preprocessing import check_against
-from farout.diffusion import noise_levels as paths
-from farout.diffusion.conditioning.base import Condition, Conditioning, no_null
+from farout.diffusion import noise_levels
+from farout.diffusion.conditioning.base import Condition, no_null
 from farout.diffusion.denoiser import Clamped, Denoiser, NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded
@@ -27,244 +28,232 @@ from farout.diffusion.solvers.base import Solver
 from farout.diffusion.solvers.registry import create_solver, solver_path
 from farout.synthesis.base import ReconstructedImages, SynthesisContext, Synthesizer, SyntheticImages
 from farout.synthesis.class_space import class_conditioning
-from farout.synthesis.editing.prompt_targets import PHOTO, Wording
-from farout.synthesis.editing.targets import DrawTarget, Target, TargetKind, draw_targets
+from farout.synthesis.editing.prompt_config import PAPER_TEMPLATE, PromptConfig
+from farout.synthesis.editing.targets import Target, TargetKind, TargetSampler
 from farout.synthesis.generator_check import classifier_indices
 
 __all__ = [
     "REGIONS",
-    "Deformation",
-    "Denoised",
-    "Draw",
-    "Judge",
-    "Plan",
-    "Start",
-    "by_turns",
-    "rehearse_remaking",
-    "remade",
+    "EditPlan",
+    "EditedBatch",
+    "EditingContext",
+    "EditingSynthesizer",
+    "NoisedBatch",
+    "interleave_classes",
 ]
+
+REGIONS = "regions"
+"""Sub-folder of a folder of outliers for images of the edited regions."""
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What is drawn for one outlier, from (seed, content of its image, repeat, attempt) alone.
+class EditPlan:
+    """The random choices for one outlier; they depend on (seed, content of the source image, repeat, attempt) only.
 
-    place: of its image in the source; label: its class; k: steps to go; latent: noise of the autoencoder's sample, None
-    without one; noise: of the start.
+    Attributes:
+        index: index of the source image in the source.
+        label: class of the source image.
+        k: number K of solver steps from the noised image to the outlier.
+        target: what the outlier is to show.
+        latent_noise: noise of the autoencoder's latent sample; None without an autoencoder.
+        noise: noise that is added to the image.
     """
 
-    place: int
+    index: int
     label: int
     k: int
     target: Target
-    latent: Tensor | None
+    latent_noise: Tensor | None
     noise: Tensor
 
 
 @dataclass(frozen=True)
-class Start:
-    """Noised images, about to be denoised.
+class NoisedBatch:
+    """Noised images, ready to be denoised.
 
-    draws: one for each; clean: the images (B, …) in the network's space; x: noised; sigmas: their paths (B, steps + 1);
-    own: the conditions of their classes; target: of their targets, None where nothing is put in.
+    Attributes:
+        plans: one for each image.
+        x0: the images (B, …) in the network's space.
+        x: x0 + sigma noise, (B, …).
+        sigmas: paths of noise levels (B, steps + 1), one per image.
+        class_condition: conditions of the images' classes.
+        target_condition: conditions of the targets; None without targets.
     """
 
-    draws: Sequence[Draw]
-    clean: Tensor
+    plans: Sequence[EditPlan]
+    x0: Tensor
     x: Tensor
     sigmas: Tensor
-    own: Condition
-    target: Condition | None
+    class_condition: Condition
+    target_condition: Condition | None
 
 
-class Judge:
-    """The probability that a classifier gives to the class of each outlier's image."""
+@dataclass(frozen=True)
+class EditedBatch:
+    """Denoised images.
 
-    def __init__(self, classifier: Classifier, context: SynthesisContext) -> None:
-        channels = classifier.preprocessing.channels
-        if channels != context.image_shape[0]:
-            raise FaroutError(
-                f"outliers have {context.image_shape[0]} channels, the classifier that judges them {channels}"
-            )
-        self.classifier, self.batch_size = classifier, context.runtime.batch_size
-        self.places = dict(zip(context.classes, classifier_indices(classifier, context.present_names), strict=True))
-
-    def __call__(self, images: Tensor, labels: Sequence[int]) -> list[float]:
-        """images (B, C, H, W) in [0, 1] of the classes `labels`."""
-        chances = self.classifier.outputs(images, self.batch_size).logits.softmax(1).cpu()
-        return [float(row[self.places[label]]) for row, label in zip(chances, labels, strict=True)]
-
-
-class Plan:
-    """What the outliers of one call have in common, made once.
-
-    Args:
-        method: how.
-        context: of what.
+    Attributes:
+        x0: (B, …) in the network's space.
+        region_images: images (C, H, W) in [0, 1] of the regions in which each image was edited; None: no image.
     """
 
-    def __init__(self, method: Deformation, context: SynthesisContext) -> None:
+    x0: Tensor
+    region_images: Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """An outlier that may be rejected: its image (C, H, W) in [0, 1], and the probability of its source class."""
+
+    plan: EditPlan
+    image: Tensor
+    region_image: Tensor | None
+    number: int
+    source_class_probability: float = 0.0
+
+
+class EditingContext:
+    """Objects that all batches of one call of `synthesize` share, each built once.
+
+    Args:
+        method: the synthesizer.
+        context: its inputs.
+    """
+
+    def __init__(self, method: EditingSynthesizer, context: SynthesisContext) -> None:
         self.method, self.context = method, context
         self.model: DiffusionModel = context.generator
-        self.space: Conditioning = class_conditioning(self.model)
-        self.solve: Solver = create_solver(method.solver, self.model.schedule)
-        self.levels = paths.leading_levels(self.model.schedule, method.steps)
-
-    def prepare(self) -> None:
-        """Makes all that can fail: targets, order, judge."""
-        for part in ("targets", "order", "judge"):
-            getattr(self, part)
+        self.conditioning = class_conditioning(self.model)
+        self.solver: Solver = create_solver(method.solver, self.model.schedule)
+        # the paper's grid: 1, T / N + 1, 2 T / N + 1, …
+        self.levels = noise_levels.leading_levels(self.model.schedule, method.steps)
 
     @cached_property
     def order(self) -> list[int]:
-        """Places of the readable images; raises UnreadableImageError where these are to be all."""
-        source, labels = self.context.source, self.context.labels.tolist()
-        places = some_readable(source)
-        return [places[turn] for turn in by_turns([labels[place] for place in places])]
+        """Indices of the readable images, with alternating classes: outlier i is edited from image i mod M."""
+        labels, readable = self.context.labels.tolist(), some_readable(self.context.source)
+        return [readable[position] for position in interleave_classes([labels[index] for index in readable])]
 
     @cached_property
-    def targets(self) -> DrawTarget:
-        """The source of targets."""
+    def target_sampler(self) -> TargetSampler:
+        """Draws the targets."""
         method = self.method
-        return draw_targets(self.model, self.context.classes, method.targets, method.target_classes, method.wording)
+        return TargetSampler(self.model, self.context.classes, method.targets, method.target_classes, method.prompts)
 
     @cached_property
-    def judge(self) -> Judge | None:
-        """Where there is a classifier."""
-        return None if self.context.classifier is None else Judge(self.context.classifier, self.context)
-
-    @property
-    def limits(self) -> tuple[float, float] | None:
-        """The values of images in the network's space, where it works on pixels and they are to be kept to."""
-        return self.model.limits if self.method.clip else None
+    def class_indices(self) -> dict[int, int]:
+        """The classifier's index of each class that has images; raises FaroutError if it cannot classify outliers."""
+        classifier = cast("Classifier", self.context.classifier)
+        channels = classifier.preprocessing.channels
+        if channels != self.context.image_shape[0]:
+            raise FaroutError(
+                f"outliers have {self.context.image_shape[0]} channels, the classifier that judges them {channels}"
+            )
+        indices = classifier_indices(classifier, self.context.present_names)
+        return dict(zip(self.context.classes, indices, strict=True))
 
     @property
     def denoiser(self) -> NetworkDenoiser:
-        """The network."""
+        """The network as a denoiser."""
         runtime = self.context.runtime
-        return self.model.denoiser(runtime.batch_size, runtime.precision)  # type: ignore[arg-type]  # resolved
+        # the runtime is resolved, so its precision is not `auto`
+        return self.model.denoiser(runtime.batch_size, cast("Precision", runtime.precision))
 
-    def level(self, k: int) -> float:
-        """The share of the schedule that K steps start from."""
+    @property
+    def clip_range(self) -> tuple[float, float] | None:
+        """The pixel range in the network's space that x0 is clamped to; None for latents or without `clip`."""
+        return self.model.limits if self.method.clip else None
+
+    def level_of(self, k: int) -> float:
+        """The noise level at the start of K steps, as a share of the schedule."""
         return (self.levels[k - 1] + 1) / self.model.schedule.steps
 
     def path(self, k: int) -> Tensor:
-        """sigmas of K steps down to none, as the solver takes them."""
-        return solver_path(self.method.solver, paths.falling(self.model.schedule, self.levels[:k]))
+        """The sigmas of K steps down to 0, as the solver expects them."""
+        return solver_path(self.method.solver, noise_levels.falling(self.model.schedule, self.levels[:k]))
 
-    def draw(self, index: int, attempt: int) -> Draw:
-        """The draw of outlier number `index`."""
-        repeat, number = divmod(index, len(self.order))
-        place = self.order[number]
-        label = int(self.context.labels[place])
-        names = (self.context.source.identity(place), repeat, *([attempt] if attempt else []))
+    def plan(self, index: int, attempt: int) -> EditPlan:
+        """Draw the plan of outlier `index`."""
+        repeat, position = divmod(index, len(self.order))
+        source_index = self.order[position]
+        label = int(self.context.labels[source_index])
+        names = (self.context.source.identity(source_index), repeat, *([attempt] if attempt else []))
         generator = seeded(self.context.seed, "deformation", *names)
         k = int(torch.randint(self.method.k_min, self.method.k_max + 1, (), generator=generator))
-        target = self.targets(label, generator)
-        latent = None if self.model.autoencoder is None else torch.randn(self.model.latent_shape, generator=generator)
-        return Draw(place, label, k, target, latent, torch.randn(self.model.shape, generator=generator))
+        target = self.target_sampler(label, generator)
+        has_latents = self.model.autoencoder is not None
+        latent_noise = torch.randn(self.model.latent_shape, generator=generator) if has_latents else None
+        noise = torch.randn(self.model.shape, generator=generator)
+        return EditPlan(source_index, label, k, target, latent_noise, noise)
 
-    def start(self, draws: Sequence[Draw]) -> Start:
-        """Their images, encoded and noised."""
-        images = [self.model.preprocessing(self.context.source[draw.place]) for draw in draws]
-        latents = [draw.latent for draw in draws if draw.latent is not None]
-        x0 = self.model.encode(torch.stack(images), torch.stack(latents) if latents else None)
-        sigmas = paths.pad([self.path(draw.k) for draw in draws]).to(x0.device)
-        x = x0 + expand_dims(sigmas[:, 0], x0) * torch.stack([draw.noise for draw in draws]).to(x0.device)
-        own = Condition.join([draw.target.own for draw in draws])
-        put = [draw.target.condition for draw in draws if draw.target.condition is not None]
-        return Start(draws, x0, x, sigmas, own, Condition.join(put) if put else None)
+    def add_noise(self, plans: Sequence[EditPlan]) -> NoisedBatch:
+        """Load, encode and noise the source images: x = x0 + sigma_K noise."""
+        images = [self.model.preprocessing(self.context.source[plan.index]) for plan in plans]
+        latent_noise = [plan.latent_noise for plan in plans if plan.latent_noise is not None]
+        x0 = self.model.encode(torch.stack(images), torch.stack(latent_noise) if latent_noise else None)
+        sigmas = noise_levels.pad([self.path(plan.k) for plan in plans]).to(x0.device)
+        x = x0 + expand_dims(sigmas[:, 0], x0) * torch.stack([plan.noise for plan in plans]).to(x0.device)
+        class_condition = Condition.join([plan.target.class_condition for plan in plans])
+        targets = [plan.target.condition for plan in plans if plan.target.condition is not None]
+        return NoisedBatch(plans, x0, x, sigmas, class_condition, Condition.join(targets) if targets else None)
 
+    # -- reconstructions -------------------------------------------------------------------------------------------
 
-def by_turns(labels: Sequence[int]) -> list[int]:
-    """Places of all labels, so that classes take turns, each in its own order; one that has run out is passed over."""
-    seen: dict[int, int] = {}
-    turns = []
-    for place, label in enumerate(labels):
-        seen[label] = seen.get(label, -1) + 1
-        turns.append((seen[label], label, place))
-    return [place for _, _, place in sorted(turns)]
+    def reconstruction_steps(self, k: int) -> int:
+        """Steps of the reconstruction of an image whose outlier takes K steps: at most half of all steps.
 
+        From higher levels a new sample of the class would result (see `farout.diffusion.image_to_image`).
+        """
+        return min(k, max(1, self.method.steps // 2))
 
-def rehearse_remaking(plan: Plan) -> None:
-    """Raises FaroutError for a solver that cannot go the way back from the lowest and the highest level."""
-    if plan.model.autoencoder is None:
-        ends = (plan.method.k_min, plan.method.k_max)
-        plan.solve.check(paths.pad([plan.path(_steps_back(plan, k)) for k in ends]))
+    @torch.no_grad()
+    def reconstruct(self, batch: NoisedBatch, indices: Sequence[int]) -> ReconstructedImages | None:
+        """Reconstruct the source images of those outliers that are the first of their image; None if there are none.
 
-
-@torch.no_grad()
-def remade(plan: Plan, start: Start, indices: Sequence[int]) -> ReconstructedImages | None:
-    """The images of a start, made again, of those outliers number `indices` that are the first of their image; None
-    where none is.
-
-    With an autoencoder: what it makes of the latents that outliers start from, at level 0. Else each is noised with the
-    noise of its outlier, to its level or to the middle of the steps where that is lower, and denoised by the same
-    solver under its own class, without guidance: from further up a new sample of its class would come back (see
-    `farout.diffusion.image_to_image`).
-    """
-    rows = [row for row, index in enumerate(indices) if index < len(plan.order)]
-    if not rows:
-        return None
-    draws = [start.draws[row] for row in rows]
-    x0, levels = start.clean[rows], [0.0] * len(rows)
-    if plan.model.autoencoder is None:
-        x0 = _there_and_back(plan, draws, x0, start.own.rows(torch.tensor(rows, device=x0.device)))
-        levels = [plan.level(_steps_back(plan, draw.k)) for draw in draws]
-    hashes = [plan.context.source.content_hash(draw.place) for draw in draws]
-    return ReconstructedImages(rows, plan.model.decode(x0).cpu(), {"level": levels, "source_hash": hashes})
+        With an autoencoder: decode the latents that the outliers start from (level 0). Otherwise each image is noised
+        with the noise of its outlier and denoised by the same solver under its own class, without guidance.
+        """
+        rows = [row for row, index in enumerate(indices) if index < len(self.order)]
+        if not rows:
+            return None
+        plans, x0, levels = [batch.plans[row] for row in rows], batch.x0[rows], [0.0] * len(rows)
+        if self.model.autoencoder is None:
+            counts = [self.reconstruction_steps(plan.k) for plan in plans]
+            levels = [self.level_of(count) for count in counts]
+            sigmas = noise_levels.pad([self.path(count) for count in counts]).to(x0.device)
+            noise = torch.stack([plan.noise for plan in plans]).to(x0.device)
+            denoiser: Denoiser = self.denoiser
+            if self.clip_range is not None:
+                denoiser = Clamped(denoiser, *self.clip_range)
+            condition = batch.class_condition.rows(torch.tensor(rows, device=x0.device))
+            x0 = self.solver(denoiser, x0 + expand_dims(sigmas[:, 0], x0) * noise, sigmas, condition)
+        hashes = [self.context.source.content_hash(plan.index) for plan in plans]
+        return ReconstructedImages(rows, self.model.decode(x0).cpu(), {"level": levels, "source_hash": hashes})
 
 
-def _steps_back(plan: Plan, k: int) -> int:
-    """Of the K steps of an outlier, those from the middle down."""
-    return min(k, max(1, plan.method.steps // 2))
+def interleave_classes(labels: Sequence[int]) -> list[int]:
+    """Indices of all labels, ordered so that the classes alternate, each in its own order, until it has no more."""
+    counts: dict[int, int] = {}
+    ranks = []
+    for index, label in enumerate(labels):
+        ranks.append((counts.get(label, 0), label, index))
+        counts[label] = counts.get(label, 0) + 1
+    return [index for _, _, index in sorted(ranks)]
 
 
-def _there_and_back(plan: Plan, draws: Sequence[Draw], clean: Tensor, own: Condition) -> Tensor:
-    sigmas = paths.pad([plan.path(_steps_back(plan, draw.k)) for draw in draws]).to(clean.device)
-    noise = torch.stack([draw.noise for draw in draws]).to(clean.device)
-    denoiser: Denoiser = plan.denoiser
-    if plan.limits is not None:
-        denoiser = Clamped(denoiser, *plan.limits)
-    return plan.solve(denoiser, clean + expand_dims(sigmas[:, 0], clean) * noise, sigmas, own)
+class EditingSynthesizer(Synthesizer):
+    """Outliers edited from images: each image is noised to a random level, x = x0 + sigma_t noise, and denoised from
+    there (SDEdit; Meng et al. 2022) towards something that is not in-distribution.
 
+    Of N steps at the levels 1, T / N + 1, 2 T / N + 1, …, an image takes K, drawn uniformly from k_min to k_max.
+    Outlier i is edited from image i mod M of the M readable images, in an order in which classes alternate, with new
+    random choices each time. The manifest has, for each outlier, its source image (`source`), `target`, `k`, `level`
+    (the noise level as a share of the schedule), `repeat`, and `template` for a generator with prompts.
 
-REGIONS = "regions"
-"""Where pictures of what was changed where are kept within a folder of outliers."""
-
-
-@dataclass(frozen=True)
-class Denoised:
-    """x0 (B, …) in the network's space, and pictures (C, H, W) in [0, 1] of where each was changed, where there are."""
-
-    x0: Tensor
-    regions: Sequence[Tensor | None]
-
-
-@dataclass(frozen=True)
-class _Outlier:
-    """image: (C, H, W) in [0, 1]; probability: that it is of its image's class, where a classifier decides."""
-
-    draw: Draw
-    image: Tensor
-    regions: Tensor | None
-    probability: float = 0.0
-    attempt: int = 0
-
-
-class Deformation(Synthesizer):
-    """Outliers made of images: each is noised to a level of its own, x = x0 + sigma_t noise, and denoised from there
-    (SDEdit; Meng et al. 2022) to something that is not in the distribution.
-
-    Of N steps on the levels 1, T / N + 1, 2 T / N + 1, …, an image goes K, drawn evenly from k_min to k_max. Outlier
-    number i is made of image i mod M of the M readable ones, in an order in which classes take turns, with draws of its
-    own each time. The manifest says of each its image (`source`), `target`, `k`, `level` (the share of the schedule
-    that it was noised through) and `repeat`, and `template` where the generator is told by prompts.
-
-    An original Stable Diffusion folder is told the images' own classes, by their names in a template, and shows words;
-    its null condition is the empty prompt. Words that come twice, or are called like a class that has images (rifle and
-    assault rifle), are left out, which a warning tells; a list of which none are left is refused. Prompts are encoded
-    once. Images are cut to the generator's size, not squashed as published.
+    An original Stable Diffusion folder gets prompts of the images' own classes, from their names and a template, and
+    can be given words as targets; its null condition is the empty prompt. Words that are repeated, or match the name of
+    a class with images (rifle and assault rifle), are removed, which a warning reports; a list of which no word is left
+    is an error. Each prompt is encoded once. Images are cropped to the generator's size, not squashed as published.
 
     A method implements `denoise`.
 
@@ -299,7 +288,7 @@ class Deformation(Synthesizer):
         targets: TargetKind = "auto",
         target_classes: tuple[str, ...] = (),
         words: str = "",
-        templates: tuple[str, ...] = (PHOTO,),
+        templates: tuple[str, ...] = (PAPER_TEMPLATE,),
         nearest: int | None = None,
         class_words: dict[str, str] | str | None = None,
         solver: str = "ddim",
@@ -312,15 +301,15 @@ class Deformation(Synthesizer):
         reconstructions: bool = False,
     ) -> None:
         self.targets, self.target_classes, self.solver, self.steps = targets, tuple(target_classes), solver, steps
-        self.wording = Wording(words, tuple(templates), nearest, class_words)
-        self.wording.check_beside(targets, self.target_classes)
+        self.prompts = PromptConfig(words, tuple(templates), nearest, class_words)
+        self.prompts.check_targets(targets, self.target_classes)
         self.k_min, self.k_max = k_min, max(1, steps - 1) if k_max is None else k_max
         self.clip, self.reject, self.attempts, self.reconstructions = clip, reject, attempts, reconstructions
         if reject is None:
             self._refuse_idle("where nothing is rejected; give reject, a probability", "attempts")
         if not 1 <= self.k_min <= self.k_max <= steps:
             raise FaroutError(
-                f"images go k_min to k_max of the steps, 1 <= k_min <= k_max <= steps; got {k_min}, {self.k_max} and "
+                f"images take k_min to k_max of the steps, 1 <= k_min <= k_max <= steps; got {k_min}, {self.k_max} and "
                 f"{steps}"
             )
         if attempts < 1 or (reject is not None and not 0 <= reject < 1):
@@ -328,99 +317,115 @@ class Deformation(Synthesizer):
 
     @property
     def required_inputs(self) -> frozenset[str]:
-        """A classifier too, where outliers can be rejected."""
+        """With `reject`, also a classifier."""
         return self.needs | ({"classifier"} if self.reject is not None else set())
 
-    # -- what a method says ----------------------------------------------------------------------------------------
+    # -- what a method implements --------------------------------------------------------------------------------
 
     @abstractmethod
-    def denoise(self, plan: Plan, start: Start, indices: Sequence[int]) -> Denoised:
-        """The images of a start, outliers number `indices`; rows do not depend on each other."""
+    def denoise(self, editing: EditingContext, batch: NoisedBatch, indices: Sequence[int]) -> EditedBatch:
+        """Denoise a batch, the outliers `indices`; rows do not depend on each other."""
 
-    def rehearse(self, solver: Solver, sigmas: Tensor) -> None:
-        """Raises FaroutError for paths or a solver that the method cannot follow."""
+    def check_solver(self, solver: Solver, sigmas: Tensor) -> None:
+        """Raise FaroutError for a solver or for paths (B, steps + 1) that the method cannot follow."""
         solver.check(sigmas)
 
-    # -- what is common --------------------------------------------------------------------------------------------
+    # -- what all methods share ----------------------------------------------------------------------------------
 
     def load_diffusion(self, given: DiffusionModel | str | Path, source: ImageSource) -> DiffusionModel:
-        """The generator; an original Stable Diffusion folder is told the classes of the images; see `Wording.load`."""
-        return self.wording.load(given, source)
+        """Load the generator; an original Stable Diffusion folder gets a prompt for each class of the images."""
+        return self.prompts.load_diffusion(given, source)
 
     def image_settings(self, context: SynthesisContext) -> dict[str, Any]:
-        """Beside the settings, which words the list holds."""
-        return {**super().image_settings(context), **self.wording.settings()}
+        """The settings, and a hash of the word list."""
+        return {**super().image_settings(context), **self.prompts.image_settings()}
 
     def check(self, context: SynthesisContext) -> None:
-        """Refuses models without a null condition, paths, targets and classifiers that cannot be used, and images that
-        cannot be read.
+        """Raise FaroutError for models without a null condition, for solvers, targets and classifiers that cannot be
+        used, and for unreadable images.
         """
         if not class_conditioning(context.generator).has_null:
             raise no_null()
-        plan = self._planned(context)
-        self.rehearse(plan.solve, paths.pad([plan.path(k) for k in (self.k_min, self.k_max)]))
-        if self.reconstructions:
-            rehearse_remaking(plan)
-        plan.prepare()
-        for trap in check_against(context.source, context.generator.preprocessing):
-            warnings.warn(trap, TrapWarning, stacklevel=3)
+        editing = self._editing_context(context)
+        extremes = (self.k_min, self.k_max)
+        self.check_solver(editing.solver, noise_levels.pad([editing.path(k) for k in extremes]))
+        if self.reconstructions and context.generator.autoencoder is None:
+            steps = [editing.reconstruction_steps(k) for k in extremes]
+            editing.solver.check(noise_levels.pad([editing.path(k) for k in steps]))
+        # building these raises the errors of targets, images and classifier
+        _ = editing.target_sampler, editing.order
+        if context.classifier is not None:
+            _ = editing.class_indices
+        for message in check_against(context.source, context.generator.preprocessing):
+            warnings.warn(message, TrapWarning, stacklevel=3)
 
     def label_of(self, context: SynthesisContext, index: int) -> int:
-        """The class of the image that it is made of."""
-        order = self._planned(context).order
+        """The class of the source image."""
+        order = self._editing_context(context).order
         return int(context.labels[order[index % len(order)]])
 
     def count_reconstructions(self, context: SynthesisContext) -> int:
-        """One for each image, where they are wanted."""
-        return len(self._planned(context).order) if self.reconstructions else 0
+        """One reconstruction for each image, if requested."""
+        return len(self._editing_context(context).order) if self.reconstructions else 0
 
-    def _planned(self, context: SynthesisContext) -> Plan:
-        return context.cached("plan", lambda: Plan(self, context))
+    def _editing_context(self, context: SynthesisContext) -> EditingContext:
+        return context.cached("editing", lambda: EditingContext(self, context))
 
     @torch.no_grad()
     def generate(self, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]) -> SyntheticImages:
-        """The denoised images; those that are rejected are drawn anew, each for itself. Images are made again by the
-        first draw.
+        """Noise and denoise the source images; rejected outliers are drawn again, each independently of the others.
+
+        Reconstructions use the first draw.
         """
-        plan = self._planned(context)
-        start = plan.start([plan.draw(index, 0) for index in indices])
-        made = self._outliers(plan, start, indices, 0)
-        for attempt in range(1, self.attempts if self.reject is not None else 1):
-            again = [row for row, each in enumerate(made) if each.probability > float(self.reject or 0)]
-            if not again:
+        editing = self._editing_context(context)
+        batch = editing.add_noise([editing.plan(index, 0) for index in indices])
+        best = self._edit(editing, batch, indices, 0)
+        for attempt in range(1, self.attempts) if self.reject is not None else ():
+            rejected = [row for row, outlier in enumerate(best) if outlier.source_class_probability > self.reject]
+            if not rejected:
                 break
-            numbers = [indices[row] for row in again]
-            fresh = plan.start([plan.draw(index, attempt) for index in numbers])
-            for row, other in zip(again, self._outliers(plan, fresh, numbers, attempt), strict=True):
-                made[row] = min(made[row], other, key=lambda each: each.probability)
-        images, keys = [each.image for each in made], [context.source.keys[each.draw.place] for each in made]
-        regions = {REGIONS: [each.regions for each in made]}
-        columns = self._columns(plan, indices, made)
-        originals = remade(plan, start, indices) if self.reconstructions else None
-        return SyntheticImages(torch.stack(images), keys, columns, regions, originals)
+            rejected_indices = [indices[row] for row in rejected]
+            new_batch = editing.add_noise([editing.plan(index, attempt) for index in rejected_indices])
+            new_outliers = self._edit(editing, new_batch, rejected_indices, attempt)
+            for row, outlier in zip(rejected, new_outliers, strict=True):
+                best[row] = min(best[row], outlier, key=lambda each: each.source_class_probability)
 
-    def _outliers(self, plan: Plan, start: Start, indices: Sequence[int], attempt: int) -> list[_Outlier]:
-        found = self.denoise(plan, start, indices)
-        images = plan.model.decode(found.x0).cpu()
-        made = [_Outlier(*row, attempt=attempt) for row in zip(start.draws, images, found.regions, strict=True)]
-        if plan.judge is None or self.reject is None:
-            return made
-        chances = plan.judge(images, [draw.label for draw in start.draws])
-        return [replace(each, probability=chance) for each, chance in zip(made, chances, strict=True)]
-
-    def _columns(self, plan: Plan, indices: Sequence[int], made: Sequence[_Outlier]) -> dict[str, Sequence[Any]]:
-        draws = [each.draw for each in made]
+        plans = [outlier.plan for outlier in best]
         columns: dict[str, Sequence[Any]] = {
-            "target": [draw.target.name for draw in draws],
-            "k": [draw.k for draw in draws],
-            "level": [plan.level(draw.k) for draw in draws],
-            "repeat": [index // len(plan.order) for index in indices],
-            "source_hash": [plan.context.source.content_hash(draw.place) for draw in draws],
+            "target": [plan.target.name for plan in plans],
+            "k": [plan.k for plan in plans],
+            "level": [editing.level_of(plan.k) for plan in plans],
+            "repeat": [index // len(editing.order) for index in indices],
+            "source_hash": [context.source.content_hash(plan.index) for plan in plans],
         }
-        if any(draw.target.template for draw in draws):
-            columns["template"] = [draw.target.template for draw in draws]
-        if self.reject is None:
-            return columns
-        columns["source_class_probability"] = [each.probability for each in made]
-        columns["attempt"] = [each.attempt for each in made]
-        return columns
+        if any(plan.target.template for plan in plans):
+            columns["template"] = [plan.target.template for plan in plans]
+        if self.reject is not None:
+            columns["source_class_probability"] = [outlier.source_class_probability for outlier in best]
+            columns["attempt"] = [outlier.number for outlier in best]
+        return SyntheticImages(
+            torch.stack([outlier.image for outlier in best]),
+            [context.source.keys[plan.index] for plan in plans],
+            columns,
+            {REGIONS: [outlier.region_image for outlier in best]},
+            editing.reconstruct(batch, indices) if self.reconstructions else None,
+        )
+
+    def _edit(
+        self, editing: EditingContext, batch: NoisedBatch, indices: Sequence[int], attempt: int
+    ) -> list[_Attempt]:
+        """Denoise and decode a batch; with `reject`, also classify the outliers."""
+        edited = self.denoise(editing, batch, indices)
+        images = editing.model.decode(edited.x0).cpu()
+        outliers = [
+            _Attempt(plan, image, region_image, attempt)
+            for plan, image, region_image in zip(batch.plans, images, edited.region_images, strict=True)
+        ]
+        classifier = editing.context.classifier
+        if classifier is None or self.reject is None:
+            return outliers
+        probabilities = classifier.outputs(images, editing.context.runtime.batch_size).logits.softmax(1).cpu()
+        return [
+            replace(outlier, source_class_probability=float(row[editing.class_indices[outlier.plan.label]]))
+            for outlier, row in zip(outliers, probabilities, strict=True)
+        ]

@@ -1,4 +1,4 @@
-"""Images noised part of the way and denoised under another class: the control of sona (Meng et al. 2022)."""
+"""Images noised part of the way and denoised under another class: the baseline of sona (Meng et al. 2022)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any, ClassVar
 
 from farout.core.errors import FaroutError
 from farout.diffusion.denoiser import Clamped, Denoiser, Guided
-from farout.synthesis.editing.base import Deformation, Denoised, Plan, Start
+from farout.synthesis.editing.base import EditedBatch, EditingContext, EditingSynthesizer, NoisedBatch
 
 __all__ = ["SDEdit"]
 
 
-class SDEdit(Deformation):
+class SDEdit(EditingSynthesizer):
     """Synthetic outliers by image-to-image towards another class, without SONA's regions.
 
     Meng, He, Song, Song, Wu, Zhu and Ermon, "SDEdit: guided image synthesis and editing with stochastic differential
-    equations", ICLR 2022. Images, targets, levels and noise are those of `sona` under the same seed; from there each is
-    denoised under its target with ordinary guidance (Ho & Salimans 2022). Targets none: without condition.
+    equations", ICLR 2022. Images, targets, levels and noise are those of `sona` with the same seed; each image is then
+    denoised under its target with classifier-free guidance (Ho & Salimans 2022). With targets `none`, it is denoised
+    without a condition.
 
     Args:
         guidance: scale of classifier-free guidance towards the target; 1: none; 2 suits small models, 7.5 Stable
@@ -26,8 +27,8 @@ class SDEdit(Deformation):
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"steps": 50, "guidance": 7.5}}
 
-    def __init__(self, *, guidance: float = 2.0, **deformation: Any) -> None:
-        super().__init__(**deformation)
+    def __init__(self, *, guidance: float = 2.0, **editing: Any) -> None:
+        super().__init__(**editing)
         if guidance < 0:
             raise FaroutError(f"guidance must be 0 or more, got {guidance}")
         if self.targets == "none":
@@ -39,12 +40,12 @@ class SDEdit(Deformation):
         """Six steps."""
         return cls(steps=6, targets="mixtures")
 
-    def denoise(self, plan: Plan, start: Start, indices: Sequence[int]) -> Denoised:
-        """Under the target."""
-        denoiser: Denoiser = plan.denoiser
-        if start.target is not None:
-            denoiser = Guided(denoiser, self.guidance, plan.space.null)
-        if plan.limits is not None:
-            denoiser = Clamped(denoiser, *plan.limits)
-        x0 = plan.solve(denoiser, start.x, start.sigmas, start.target)
-        return Denoised(x0, [None] * len(indices))
+    def denoise(self, editing: EditingContext, batch: NoisedBatch, indices: Sequence[int]) -> EditedBatch:
+        """Denoise under the target."""
+        denoiser: Denoiser = editing.denoiser
+        if batch.target_condition is not None:
+            denoiser = Guided(denoiser, self.guidance, editing.conditioning.null)
+        if editing.clip_range is not None:
+            denoiser = Clamped(denoiser, *editing.clip_range)
+        x0 = editing.solver(denoiser, batch.x, batch.sigmas, batch.target_condition)
+        return EditedBatch(x0, [None] * len(indices))

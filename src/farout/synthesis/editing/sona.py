@@ -1,4 +1,4 @@
-"""Images of the classes with another class in place of their own, in their own surroundings (Yoon et al. 2025)."""
+"""Images in which the class is replaced by another one and the background is kept (SONA; Yoon et al. 2025)."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 
 from farout.core.errors import FaroutError
 from farout.diffusion.solvers.base import Solver
-from farout.synthesis.editing.base import Deformation, Denoised, Plan, Start
-from farout.synthesis.editing.sona_guidance import BRANCHES, Regions, SonaConfig, SonaGuide
+from farout.synthesis.editing.base import EditedBatch, EditingContext, EditingSynthesizer, NoisedBatch
+from farout.synthesis.editing.sona_guidance import Regions, SonaConfig, SonaGuide
 
 __all__ = ["SONA"]
 
-_SHOWN = 4
-"""Steps whose regions a picture shows."""
+_STEPS_SHOWN = 4
+"""Number of steps whose regions are shown side by side in a region image."""
 
 
-class SONA(Deformation):
+class SONA(EditingSynthesizer):
     """Synthetic outliers that keep an image's background and show another class in it.
 
     SONA, semantic outlier generation via nuisance awareness (Yoon et al., AAAI 2025, arXiv 2408.14841). An image is
-    noised part of the way and denoised by the unconditional prediction and three terms, each in a region of its own
-    (see `sona_guidance`): what its class says least of is kept, what its class says most of is taken out, and what the
-    target says most of is put in.
+    noised part of the way and denoised by the unconditional prediction plus three guidance terms, each in a region of
+    its own (see `sona_guidance`): keep the region that the class influences least, remove the class where its influence
+    is largest, and add the target where its influence is largest.
 
-    Images that go no more steps than the shortest warm-up are not guided at all, as published: with the defaults one in
-    five. `--k-min` leaves them out. There is no ordinary guidance on top.
+    Images whose number of steps does not exceed the shortest warm-up are not guided at all, as published: with the
+    defaults one in five. `--k-min` excludes them. There is no additional classifier-free guidance.
 
     Args:
         guidance: constants of the guidance.
@@ -48,9 +48,9 @@ class SONA(Deformation):
         *,
         guidance: SonaConfig = SonaConfig(),  # noqa: B008
         pictures: int = 8,
-        **deformation: Any,
+        **editing: Any,
     ) -> None:
-        super().__init__(**deformation)
+        super().__init__(**editing)
         if pictures < 0:
             raise FaroutError(f"pictures must be 0 or more, got {pictures}")
         self.guidance, self.pictures = guidance, pictures
@@ -60,48 +60,48 @@ class SONA(Deformation):
         """Six steps."""
         return cls(steps=6, targets="mixtures")
 
-    def rehearse(self, solver: Solver, sigmas: Tensor) -> None:
-        """Refuses solvers that evaluate more than once a step."""
+    def check_solver(self, solver: Solver, sigmas: Tensor) -> None:
+        """Raise FaroutError for solvers that evaluate the network more than once per step."""
         solver.check(sigmas, guided=True)
 
-    def denoise(self, plan: Plan, start: Start, indices: Sequence[int]) -> Denoised:
-        """Under the guidance."""
+    def denoise(self, editing: EditingContext, batch: NoisedBatch, indices: Sequence[int]) -> EditedBatch:
+        """Denoise with SONA's guidance."""
         config = self.guidance.for_steps(self.steps)
-        first = int(min(config.warm_ups))
-        views = [
-            _View(first, draw.k) if index < self.pictures else None
-            for index, draw in zip(indices, start.draws, strict=True)
+        recorders = [
+            _RegionRecorder(int(min(config.warmups)), plan.k) if index < self.pictures else None
+            for index, plan in zip(indices, batch.plans, strict=True)
         ]
 
-        def watch(rows: Tensor, steps: Tensor, found: Regions) -> None:
-            for place, (row, step) in enumerate(zip(rows.tolist(), steps.tolist(), strict=True)):
-                view = views[row]
-                if view is not None:
-                    view.add(step, found, place)
+        def record(rows: Tensor, steps: Tensor, regions: Regions) -> None:
+            for position, (row, step) in enumerate(zip(rows.tolist(), steps.tolist(), strict=True)):
+                recorder = recorders[row]
+                if recorder is not None:
+                    recorder.add(step, regions, position)
 
-        guide = SonaGuide(config, plan.limits, watch if any(views) else None)
-        branches = (plan.space.null(len(start.x)), start.own, start.target)
-        conditions = {name: given for name, given in zip(BRANCHES, branches, strict=True) if given is not None}
-        x0 = plan.solve(plan.denoiser, start.x, start.sigmas, conditions, guide=guide)
-        return Denoised(x0, [view.picture() if view is not None else None for view in views])
+        guide = SonaGuide(config, editing.clip_range, record if any(recorders) else None)
+        conditions = {"null": editing.conditioning.null(len(batch.x)), "class": batch.class_condition}
+        if batch.target_condition is not None:
+            conditions["target"] = batch.target_condition
+        x0 = editing.solver(editing.denoiser, batch.x, batch.sigmas, conditions, guide=guide)
+        return EditedBatch(x0, [recorder.image() if recorder is not None else None for recorder in recorders])
 
 
-class _View:
-    """The regions of one image at a few of its steps, from the first that is guided to the last."""
+class _RegionRecorder:
+    """Records the regions of one image at a few evenly spaced steps, from the first guided step to the last one."""
 
     def __init__(self, first: int, steps: int) -> None:
         last = steps - 1
-        self.steps = (
-            {first + round(n * (last - first) / (_SHOWN - 1)) for n in range(_SHOWN)} if last >= first else set()
-        )
-        self.seen: list[Tensor] = []
+        self.steps: set[int] = set()
+        if last >= first:
+            self.steps = {first + round(n * (last - first) / (_STEPS_SHOWN - 1)) for n in range(_STEPS_SHOWN)}
+        self.images: list[Tensor] = []
 
-    def add(self, step: int, found: Regions, row: int) -> None:
-        """Remembers (3, H, W) in [0, 1], the shares of the channels in which each region is."""
+    def add(self, step: int, regions: Regions, row: int) -> None:
+        """Record (3, H, W) in [0, 1]: the share of channels in which each pixel belongs to each region."""
         if step in self.steps:
-            masks = (found.own[row], found.target[row], found.nuisance[row])
-            self.seen.append(torch.stack([mask.float().mean(0) for mask in masks]).cpu())
+            masks = (regions.class_mask[row], regions.target_mask[row], regions.nuisance_mask[row])
+            self.images.append(torch.stack([mask.float().mean(0) for mask in masks]).cpu())
 
-    def picture(self) -> Tensor | None:
-        """Side by side; None for an image that is not guided."""
-        return torch.cat(self.seen, dim=2) if self.seen else None
+    def image(self) -> Tensor | None:
+        """The recorded steps side by side; None for an image that is not guided."""
+        return torch.cat(self.images, dim=2) if self.images else None

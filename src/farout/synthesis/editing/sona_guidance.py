@@ -1,8 +1,8 @@
-"""Guidance of SONA: takes an image's class out, puts another in, and keeps what belongs to neither.
+"""Guidance of SONA: removes an image's class, adds the target, and keeps the region that belongs to neither.
 
 SONA, semantic outlier generation via nuisance awareness (Yoon et al., AAAI 2025, arXiv 2408.14841), is a form of SEGA
-(Brack et al. 2023). Where the class changes the predicted noise most, an image shows its class; where it changes it
-least, background, light and texture.
+(Brack et al. 2023). The class of an image is visible where the class condition changes the predicted noise most;
+background, light and texture (the nuisance) are where it changes the predicted noise least.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from farout.core.errors import FaroutError, check_options
 from farout.diffusion.denoiser import expand_dims
 from farout.diffusion.solvers.base import RowState
 
-__all__ = ["BRANCHES", "Regions", "SonaConfig", "SonaGuide", "Watch", "sona_guidance", "sona_regions"]
+__all__ = ["BRANCHES", "RegionCallback", "Regions", "SonaConfig", "SonaGuide", "compute_guidance", "find_regions"]
 
 BRANCHES = ("null", "class", "target")
-"""Names of the conditions that go with the guide; without `target` nothing is put in."""
-_SOFT = ("none", "linear", "sigmoid")
+"""Names of the conditions that the guide combines; without `target` nothing is added."""
 
 
 @dataclass(frozen=True)
 class SonaConfig:
     """Guidance constants; the defaults are the published ones. Raises FaroutError for values out of range.
 
-    A warm-up is a number of steps, counted from where an image starts, or below 1 a share of all steps: 0.4, 0.2 and
-    0.2 are the paper's 20, 10 and 10 of 50. Before any warm-up is over nothing is guided; once some are, the terms that
-    are warm are averaged; once all are, they are added up, with momentum.
+    A warm-up is a number of steps, counted from the start of each image, or, below 1, a share of all steps: 0.4, 0.2
+    and 0.2 are the paper's 20, 10 and 10 of 50. Until the first warm-up ends there is no guidance; until the last one
+    ends the warm terms are averaged; afterwards they are added, with momentum.
 
     Args:
         scale: guidance scale s of all three terms.
@@ -72,202 +71,203 @@ class SonaConfig:
     skip: Literal["exact", "early"] = "exact"
 
     def __post_init__(self) -> None:
-        check_options(self, "guidance option", self._rules())
+        quantiles = ("nuisance_quantile", "class_quantile", "target_quantile")
+        weights = ("scale", "nuisance_weight", "class_weight", "target_weight")
+        warmups = ("nuisance_warmup", "class_warmup", "target_warmup")
+
+        def is_warmup(value: float) -> bool:
+            return 0 <= value < 1 or (1 <= value < float("inf") and value == int(value))
+
+        rules = [
+            *((name, 0 <= getattr(self, name) <= 1, "a share in [0, 1]") for name in quantiles),
+            *((name, 0 <= getattr(self, name) < float("inf"), "0 or more") for name in weights),
+            *((name, is_warmup(getattr(self, name)), "a share below 1, or a whole number") for name in warmups),
+            # for a constant direction d the momentum converges to d / (1 - mu)
+            ("momentum_scale", 0 <= self.momentum_scale < 1, "a number from 0 to below 1"),
+            ("momentum_decay", 0 <= self.momentum_decay < 1, "a number from 0 to below 1"),
+            ("granularity", self.granularity in ("channel", "joint", "spatial"), "channel, joint or spatial"),
+            ("soft", self.soft in ("none", "linear", "sigmoid"), "none, linear or sigmoid"),
+            ("skip", self.skip in ("exact", "early"), "exact or early"),
+        ]
+        check_options(self, "guidance option", rules)
         if not self.nuisance_quantile < self.class_quantile:
             raise FaroutError(
                 f"nuisance_quantile {self.nuisance_quantile} must be below class_quantile {self.class_quantile}: "
-                "what is kept is not taken out"
+                "the kept region is not removed"
             )
-
-    def _rules(self) -> list[tuple[str, bool, str]]:
-        quantiles = ("nuisance_quantile", "class_quantile", "target_quantile")
-        weights = ("scale", "nuisance_weight", "class_weight", "target_weight")
-        warm_ups = ("nuisance_warmup", "class_warmup", "target_warmup")
-        inside = "a number from 0 to below 1"
-        return [
-            *((name, 0 <= getattr(self, name) <= 1, "a share in [0, 1]") for name in quantiles),
-            *((name, 0 <= getattr(self, name) < float("inf"), "0 or more") for name in weights),
-            *((name, _is_warm_up(getattr(self, name)), "a share below 1, or a whole number") for name in warm_ups),
-            # the momentum of one direction goes to 1 / (1 - mu) times that direction
-            ("momentum_scale", 0 <= self.momentum_scale < 1, inside),
-            ("momentum_decay", 0 <= self.momentum_decay < 1, inside),
-            ("granularity", self.granularity in ("channel", "joint", "spatial"), "channel, joint or spatial"),
-            ("soft", self.soft in _SOFT, ", ".join(_SOFT)),
-            ("skip", self.skip in ("exact", "early"), "exact or early"),
-        ]
 
     @property
     def weights(self) -> tuple[float, float, float]:
-        """Of keeping, taking out and putting in."""
+        """Weights of the nuisance, class and target terms."""
         return self.nuisance_weight, self.class_weight, self.target_weight
 
     @property
-    def warm_ups(self) -> tuple[float, float, float]:
-        """Of keeping, taking out and putting in."""
+    def warmups(self) -> tuple[float, float, float]:
+        """Warm-ups of the nuisance, class and target terms."""
         return self.nuisance_warmup, self.class_warmup, self.target_warmup
 
     def for_steps(self, steps: int) -> SonaConfig:
-        """With every warm-up in steps: shares are of `steps`, rounded."""
-        counts = [float(round(steps * given) if given < 1 else given) for given in self.warm_ups]
-        return replace(self, nuisance_warmup=counts[0], class_warmup=counts[1], target_warmup=counts[2])
-
-
-def _is_warm_up(given: float) -> bool:
-    return 0 <= given < 1 or (1 <= given < float("inf") and given == int(given))
+        """The same configuration with every warm-up as a number of steps: shares of `steps`, rounded."""
+        nuisance, own, target = (float(round(steps * warmup) if warmup < 1 else warmup) for warmup in self.warmups)
+        return replace(self, nuisance_warmup=nuisance, class_warmup=own, target_warmup=target)
 
 
 @dataclass(frozen=True)
 class Regions:
-    """Where an image shows what: masks (B, C, H, W), bool, and a weight.
+    """Masks (B, C, H, W), bool, of the three guidance terms.
 
-    nuisance: is kept; own: the class is taken out; target: the target is put in; kept: weight of what is kept, within
-    `nuisance`, in [0, 1].
+    Attributes:
+        nuisance_mask: the region that is kept (M_N).
+        class_mask: the region from which the class is removed (M_S).
+        target_mask: the region to which the target is added (M_O).
+        nuisance_weight: weight of the kept region in [0, 1]; 0 outside of `nuisance_mask`.
     """
 
-    nuisance: Tensor
-    own: Tensor
-    target: Tensor
-    kept: Tensor
+    nuisance_mask: Tensor
+    class_mask: Tensor
+    target_mask: Tensor
+    nuisance_weight: Tensor
 
 
-def sona_regions(own: Tensor, target: Tensor, config: SonaConfig) -> Regions:
-    """Regions by the magnitudes of two directions, a = s (eps_class - eps_null) and b = s (eps_target - eps_null).
+def find_regions(a: Tensor, b: Tensor, config: SonaConfig) -> Regions:
+    """Find the regions from a = s (eps_class - eps_null) and b = s (eps_target - eps_null).
 
-    Nuisance: |a| <= its low quantile; own: |a| >= its high quantile; target: |b| >= its quantile, and not nuisance. The
-    quantiles are of each image alone, linear between values.
+    M_N = |a| <= q_N;  M_S = |a| >= q_S;  M_O = |b| >= q_O and not M_N. The quantiles q are computed for each image
+    alone, linear between values.
 
-    own, target: (B, C, H, W), in float32 or float64.
+    a, b: (B, C, H, W), float32 or float64.
     """
-    own, target = _magnitude(own, config), _magnitude(target, config)
-    low, high = _quantiles(own, (config.nuisance_quantile, config.class_quantile), config)
-    (wanted,) = _quantiles(target, (config.target_quantile,), config)
-    nuisance = own <= low
-    inside = target >= wanted
-    kept = nuisance * _softness(own, low, config)
-    return Regions(nuisance, own >= high, inside & ~nuisance if config.exclude else inside, kept)
-
-
-def _magnitude(direction: Tensor, config: SonaConfig) -> Tensor:
-    size = direction.abs()
-    return size.mean(1, keepdim=True).expand_as(size) if config.granularity == "spatial" else size
+    magnitude_a, magnitude_b = a.abs(), b.abs()
+    if config.granularity == "spatial":
+        magnitude_a, magnitude_b = (size.mean(1, keepdim=True).expand_as(size) for size in (magnitude_a, magnitude_b))
+    q_n, q_s = _quantiles(magnitude_a, (config.nuisance_quantile, config.class_quantile), config)
+    (q_o,) = _quantiles(magnitude_b, (config.target_quantile,), config)
+    mask_n, mask_s, mask_o = magnitude_a <= q_n, magnitude_a >= q_s, magnitude_b >= q_o
+    if config.exclude:
+        mask_o = mask_o & ~mask_n
+    weight = torch.ones_like(magnitude_a)
+    if config.soft != "none":
+        ratio = magnitude_a / q_n.clamp(min=torch.finfo(a.dtype).tiny)
+        weight = (1 - ratio).clamp(0, 1) if config.soft == "linear" else 1 - torch.sigmoid(10 * ratio)
+    return Regions(mask_n, mask_s, mask_o, mask_n * weight)
 
 
 def _quantiles(values: Tensor, shares: tuple[float, ...], config: SonaConfig) -> list[Tensor]:
-    """Quantiles of each channel, or of all channels, of values (B, C, …), in a shape that goes with them."""
+    """Quantiles of values (B, C, …) per channel, or over all channels, in a shape that broadcasts with `values`."""
     flat = values.flatten(1)[:, None] if config.granularity == "joint" else values.flatten(2)
-    ordered = flat.sort(dim=2).values  # one order for all quantiles; torch.quantile takes 16 million values at most
-    found = []
+    # one sort for all quantiles; torch.quantile also accepts 16 million values at most
+    ordered = flat.sort(dim=2).values
+    quantiles = []
     for share in shares:
-        place = share * (ordered.shape[2] - 1)
-        below = int(place)
+        position = share * (ordered.shape[2] - 1)
+        below = int(position)
         above = min(below + 1, ordered.shape[2] - 1)
-        between = torch.lerp(ordered[..., below], ordered[..., above], place - below)
-        found.append(between.reshape(*between.shape, *[1] * (values.ndim - 2)))
-    return found
+        quantile = torch.lerp(ordered[..., below], ordered[..., above], position - below)
+        quantiles.append(quantile.reshape(*quantile.shape, *[1] * (values.ndim - 2)))
+    return quantiles
 
 
-def _softness(magnitude: Tensor, low: Tensor, config: SonaConfig) -> Tensor:
-    if config.soft == "none":
-        return torch.ones_like(magnitude)
-    ratio = magnitude / low.clamp(min=torch.finfo(magnitude.dtype).tiny)
-    return (1 - ratio).clamp(0, 1) if config.soft == "linear" else 1 - torch.sigmoid(10 * ratio)
-
-
-def sona_guidance(
-    null: Tensor, own: Tensor, target: Tensor | None, state: RowState, config: SonaConfig
+def compute_guidance(
+    e0: Tensor, e1: Tensor, e2: Tensor | None, state: RowState, config: SonaConfig
 ) -> tuple[Tensor, RowState, Regions]:
-    """What is added to the unconditional eps in one step, the next state, and the regions.
-
-    With a, b, and the masks N (kept), S (own) and O (target) of `sona_regions`:
-
-        d_N = a N,   d_S = -a S,   d_O = b O
-        g = w_N d_N + w_S d_S + w_O d_O + mu m,   m' = beta m + (1 - beta) g
-
-    The answer is g once all warm-ups are over; else the mean of the terms that are warm, weighted, without momentum;
-    else 0. g and m go on in either case.
+    """Compute the guidance of one step: what is added to the unconditional eps, the next state, and the regions.
 
     Args:
-        null, own, target: eps without condition, under the class and under the target, (B, C, H, W); no target: nothing
-            is put in. They are taken to float32, float64 stays.
-        state: `step` (B,), steps done, and `momentum` (B, C, H, W); empty before the first step. What else is in it is
-            left alone.
+        e0: eps without condition, (B, C, H, W); converted to float32 (float64 is kept).
+        e1: eps under the class.
+        e2: eps under the target; None: nothing is added.
+        state: `step` (B,), the number of finished steps, and `momentum` (B, C, H, W); empty before the first step.
+            Other entries are passed on.
         config: with warm-ups in steps, see `SonaConfig.for_steps`.
     """
-    null = null.to(torch.promote_types(null.dtype, torch.float32))
-    out, into = (config.scale * ((null if each is None else each) - null) for each in (own, target))
-    found = sona_regions(out, into, config)
-    terms = [out * found.kept, -out * found.own, into * found.target]
-    step = state.get("step", torch.zeros(len(null), dtype=torch.int64, device=null.device))
-    momentum = state.get("momentum", torch.zeros_like(null))
-    whole = sum((weight * term for weight, term in zip(config.weights, terms)), config.momentum_scale * momentum)
-    warm = torch.stack([step >= count for count in config.warm_ups], dim=1)
-    answer = torch.where(_wide(warm.all(1), whole), whole, _averaged(terms, warm, config))
-    after = config.momentum_decay * momentum + (1 - config.momentum_decay) * whole
-    return answer, {**state, "step": step + 1, "momentum": after}, found
+    e0 = e0.to(torch.promote_types(e0.dtype, torch.float32))
+    step = state.get("step", torch.zeros(len(e0), dtype=torch.int64, device=e0.device))
+    momentum = state.get("momentum", torch.zeros_like(e0))
+
+    # directions of the class and of the target
+    a = config.scale * (e1 - e0)
+    b = config.scale * ((e0 if e2 is None else e2) - e0)
+    regions = find_regions(a, b, config)
+
+    # d_N = a M_N keeps the nuisance, d_S = -a M_S removes the class, d_O = b M_O adds the target
+    terms = [a * regions.nuisance_weight, -a * regions.class_mask, b * regions.target_mask]
+
+    # g = w_N d_N + w_S d_S + w_O d_O + mu m, computed in every step, also during the warm-ups
+    weights = torch.tensor(config.weights, dtype=a.dtype, device=a.device)
+    g = sum((weight * term for weight, term in zip(config.weights, terms)), config.momentum_scale * momentum)
+
+    # all terms warm: g; some warm: their weighted mean, without momentum; none warm: 0
+    is_warm = torch.stack([step >= warmup for warmup in config.warmups], dim=1)
+    warm_weights = is_warm * weights
+    shares = warm_weights / warm_weights.sum(1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
+    mean_of_warm = sum((_expand(share, a) * term for share, term in zip(shares.T, terms)), torch.zeros_like(a))
+    guidance = torch.where(_expand(is_warm.all(1), a), g, mean_of_warm)
+
+    # m <- beta m + (1 - beta) g, where g already contains mu m
+    momentum = config.momentum_decay * momentum + (1 - config.momentum_decay) * g
+    return guidance, {**state, "step": step + 1, "momentum": momentum}, regions
 
 
-def _averaged(terms: list[Tensor], warm: Tensor, config: SonaConfig) -> Tensor:
-    """The weighted mean of the terms that are warm (B, 3); 0 where none is."""
-    weights = warm * torch.tensor(config.weights, dtype=terms[0].dtype, device=warm.device)
-    shares = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    return sum((_wide(share, term) * term for share, term in zip(shares.T, terms)), torch.zeros_like(terms[0]))
-
-
-def _wide(values: Tensor, like: Tensor) -> Tensor:
+def _expand(values: Tensor, like: Tensor) -> Tensor:
+    """values (B,) reshaped to (B, 1, …), in their own type."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-Watch = Callable[[Tensor, Tensor, Regions], None]
-"""Given the rows of the batch (R,), the steps that they have done (R,) and their regions, after each step."""
+RegionCallback = Callable[[Tensor, Tensor, Regions], None]
+"""Called after each step with the rows of the batch (R,), their numbers of finished steps (R,) and their regions."""
 
 
 class SonaGuide:
-    """The stateful guide of `farout.diffusion.solvers.base`, for the conditions named in `BRANCHES`.
+    """SONA as a stateful guide of the solvers (see `farout.diffusion.solvers.base`), for the conditions in `BRANCHES`.
 
-    Differences of eps are differences of x0 over -sigma, so networks that predict eps, v or x0 are guided alike. Every
-    row counts its own steps. The unconditional answer is asked for in every row, the others where they matter: of the
-    paper's starts (K uniform in 1 to 49 of 50 steps) that leaves 69 network rows in a hundred of the published layout,
-    57 with `skip="early"`.
+    Differences of eps are differences of x0 divided by -sigma, so networks that predict eps, v or x0 are guided alike.
+    Every row counts its own steps. The unconditional branch is evaluated in every row, the others only where they can
+    change the result: for the paper's starts (K uniform in 1 to 49 of 50 steps) this needs 69 % of the network rows of
+    the published layout, 57 % with `skip="early"`.
 
     Args:
         config: with warm-ups in steps.
-        limits: x0 is clamped to these; None: it is not.
-        watch: is shown the regions of every step.
+        limits: range that x0 is clamped to; None: not clamped.
+        on_regions: called with the regions of every step.
     """
 
     def __init__(
-        self, config: SonaConfig, limits: tuple[float, float] | None = None, watch: Watch | None = None
+        self,
+        config: SonaConfig,
+        limits: tuple[float, float] | None = None,
+        on_regions: RegionCallback | None = None,
     ) -> None:
-        self.config, self.limits, self.watch = config, limits, watch
+        self.config, self.limits, self.on_regions = config, limits, on_regions
 
     def initial_state(self, sigmas: Tensor) -> RowState:
-        """For each row: `row`, its number; `step`, 0; `steps`, how many it will go, of paths (B, steps + 1)."""
+        """The initial state from paths (B, steps + 1): `row`, its index; `step`, 0; `steps`, the length of its path."""
         steps = (sigmas[:, 1:] != sigmas[:, :-1]).sum(1)
         return {"row": torch.arange(len(steps), device=steps.device), "step": torch.zeros_like(steps), "steps": steps}
 
     def required_branches(self, state: RowState) -> Mapping[str, Tensor]:
-        """Which rows require the class and the target.
+        """The rows that need the class branch and the target branch.
 
-        A term matters where it is warm, and before that through the momentum, which counts once all terms are warm.
+        A term matters while it is warm, and before that through the momentum, which counts once all terms are warm.
         """
         config, step = self.config, state["step"]
-        counts = (state["steps"] > max(config.warm_ups)) & (config.momentum_scale > 0)
-        remembered = counts & (config.skip == "exact" or step >= min(config.warm_ups))
-        kept, own, put = (
-            (remembered | (step >= warm_up)) & (weight > 0)
-            for weight, warm_up in zip(config.weights, config.warm_ups, strict=True)
+        uses_momentum = (state["steps"] > max(config.warmups)) & (config.momentum_scale > 0)
+        feeds_momentum = uses_momentum & (config.skip == "exact" or step >= min(config.warmups))
+        needs_nuisance, needs_class, needs_target = (
+            (feeds_momentum | (step >= warmup)) & (weight > 0)
+            for weight, warmup in zip(config.weights, config.warmups, strict=True)
         )
-        return {"class": kept | own | (put & config.exclude), "target": put}
+        # the mask of the target excludes the nuisance, which depends on the class
+        return {"class": needs_nuisance | needs_class | (needs_target & config.exclude), "target": needs_target}
 
     def __call__(self, predictions: Mapping[str, Tensor], sigma: Tensor, state: RowState) -> tuple[Tensor, RowState]:
-        """x0 of `BRANCHES` (R, …) -> the guided x0; raises FaroutError where null or class are missing."""
+        """Combine the x0 of `BRANCHES` (R, …) to the guided x0; raises FaroutError if null or class are missing."""
         if not {"null", "class"} <= set(predictions):
             raise FaroutError(f"this guide requires predictions called {', '.join(BRANCHES)}, got {list(predictions)}")
-        null, wide = predictions["null"], expand_dims(sigma, predictions["null"])
-        # eps is (x - x0) / sigma; that of the null branch is taken as 0, for only differences count
-        own, target = ((null - predictions.get(name, null)) / wide for name in BRANCHES[1:])
-        added, after, found = sona_guidance(torch.zeros_like(null), own, target, state, self.config)
-        if self.watch is not None:
-            self.watch(state["row"], state["step"], found)
-        x0 = null - wide * added
-        return (x0 if self.limits is None else x0.clamp(*self.limits)), after
+        null, wide_sigma = predictions["null"], expand_dims(sigma, predictions["null"])
+        # eps = (x - x0) / sigma; only differences of eps count, so eps of the null branch is taken as 0
+        e1, e2 = ((null - predictions.get(name, null)) / wide_sigma for name in ("class", "target"))
+        guidance, new_state, regions = compute_guidance(torch.zeros_like(null), e1, e2, state, self.config)
+        if self.on_regions is not None:
+            self.on_regions(state["row"], state["step"], regions)
+        x0 = null - wide_sigma * guidance
+        return (x0 if self.limits is None else x0.clamp(*self.limits)), new_state

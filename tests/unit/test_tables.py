@@ -1,10 +1,12 @@
 """Measurements and scores come back from their tables as they went in."""
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from farout.core.errors import FaroutError, StoreError
 from farout.detectors.results import Measurements, Scores
@@ -44,3 +46,38 @@ def test_anyones_table_is_read() -> None:
     assert np.isnan(plain.p_value).all()
     with pytest.raises(FaroutError, match="score"):
         Scores.from_frame(pd.DataFrame({"key": ["a"]}))
+
+
+def notebook_scores(count: int = 12) -> Scores:
+    score = np.append(np.arange(count - 1, dtype=float), np.nan)
+    keys = ("<b>bold</b>.png", *(f"{i}.png" for i in range(1, count)))
+    status = ("ok",) * (count - 1) + ("unreadable",)
+    return Scores(keys, score, 1 / (1 + score), score > 8.5, status, {"other": -score})
+
+
+def test_scores_are_summarized() -> None:
+    scores = notebook_scores()
+    assert repr(scores) == "Scores(12 images, 2 flagged, 1 unreadable)"
+    html = scores._repr_html_()
+    assert "12 images, 2 flagged, 1 unreadable" in html
+    assert html.count("<tr") == 1 + 10
+    assert "2 more rows" in html
+    assert "<b>bold" not in html
+    assert "&lt;b&gt;bold" in html
+    assert "more rows" not in notebook_scores(3)._repr_html_()
+
+
+def test_the_threshold_separates_flagged_scores() -> None:
+    scores = notebook_scores()
+    assert scores.threshold == 8.5
+    assert notebook_scores(4).threshold == np.inf
+
+
+def test_scores_are_plotted() -> None:
+    axes = Figure().add_subplot()
+    scores = notebook_scores()
+    assert scores.plot(axes) is axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[8.5, 8.5]]
+    assert axes.get_legend_handles_labels()[1] == ["11 images", "threshold 8.5"]
+    matplotlib.use("agg")
+    assert scores.plot().figure is not None

@@ -53,4 +53,5 @@ def draw_score_histogram(
     if pooled.max() > edges[-1]:
         axes.set_xlabel(f"score (the last bar includes all scores above {edges[-1]:.3g})")
     axes.margins(x=0)
-    axes.legend(loc="upper right")
+    # above the bars, which leave no corner free in general
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,10 @@ import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError, StoreError
+from farout.detectors.plots import draw_score_histogram
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Measurements", "Scores"]
 
@@ -157,6 +163,45 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def __repr__(self) -> str:
+        return f"Scores({self._summary()})"
+
+    def _repr_html_(self) -> str:
+        """HTML for notebooks: counts, and the first rows of the table."""
+        rows = self.to_frame().head(10)
+        table = rows.to_html(index=False, float_format=lambda value: f"{value:.4g}", na_rep="", border=0)
+        more = f"<p>… {len(self) - len(rows)} more rows</p>" if len(self) > len(rows) else ""
+        return f"<p>{self._summary()}</p>{table}{more}"
+
+    def _summary(self) -> str:
+        counts = Counter(status for status in self.status if status != "ok")
+        parts = [f"{len(self)} images", f"{int(self.is_ood.sum())} flagged"]
+        return ", ".join(parts + [f"{count} {status}" for status, count in sorted(counts.items())])
+
+    @property
+    def threshold(self) -> float:
+        """Score above which images are flagged, as far as these images tell: midway between the highest score that is
+        not flagged and the lowest that is; infinite if no image is flagged.
+        """
+        flagged = self.score[self.is_ood]
+        others = self.score[~self.is_ood & ~np.isnan(self.score)]
+        if not len(flagged):
+            return math.inf
+        return float((flagged.min() + others.max()) / 2 if len(others) else flagged.min())
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw a histogram of the scores with the threshold above which images are flagged.
+
+        Args:
+            axes: matplotlib axes to draw on; None: a new figure.
+        """
+        if axes is None:
+            from matplotlib import pyplot
+
+            axes = pyplot.subplots()[1]
+        draw_score_histogram(axes, {f"{int(np.isfinite(self.score).sum())} images": self.score}, self.threshold)
+        return axes
 
     def to_frame(self) -> pd.DataFrame:
         """The table of `scores.csv`; `is_ood` is empty where there is no score."""

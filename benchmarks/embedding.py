@@ -44,7 +44,7 @@ class Trial:
         assert model.conditioning is not None
         self.model, self.keys, self.x0 = model, batch.keys, model.encode(batch.images)
         self.labels = class_numbers(source, model.conditioning.class_names)
-        self.start = model.conditioning.vectors()[self.labels]
+        self.start = model.conditioning.class_vectors()[self.labels]
 
     def inverter(self, inversion: Inversion, rows: int, seed: int = 0) -> Inverter:
         return Inverter(self.model, inversion, seed, Runtime(precision="fp32").resolved())

@@ -41,7 +41,7 @@ def score_speeds(fitted: list[tuple[str, Detector]], images: ImageSource) -> str
     backbone, count = first.features, len(images)
     assert backbone is not None
     tensors = torch.stack([first.preprocessing(image) for image in images])
-    alone = best(lambda: backbone.pooled(tensors, 32))
+    alone = best(lambda: backbone.pooled_features(tensors, 32))
     rows = [["backbone alone", f"{count / alone:.1f}", "-"]]
     for name, detector in fitted:
         detector.runtime = Runtime(cache=False).resolved()

@@ -145,7 +145,7 @@ def changed(spec: str, variant: str) -> str:
 def between(measured: Measurements, model: DiffusionModel, low: float, high: float) -> Measurements:
     """The measurements of the levels whose sigma, for pixels in [0, 1], lies between two."""
     assert measured.values is not None
-    ends = model.limits or (0.0, 1.0)
+    ends = model.x0_range or (0.0, 1.0)
     sigmas = model.schedule.sigma_of(torch.tensor(measured.levels)) / (ends[1] - ends[0])
     kept = ((sigmas >= low) & (sigmas <= high)).nonzero().squeeze(1)
     levels = tuple(measured.levels[int(row)] for row in kept)

@@ -51,7 +51,7 @@ def one(model: DiffusionModel, name: str, steps: int | None, given: argparse.Nam
         return []
     counting = _Counting(model)
     started, parts = time.perf_counter(), []
-    classes = model.conditioning.classes if model.conditioning is not None else None
+    classes = model.conditioning.num_classes if model.conditioning is not None else None
     for start in range(0, given.count, 64):
         indices = range(start, min(start + 64, given.count))
         parts.append(sampler.images(indices, None if classes is None else [i % classes for i in indices]))

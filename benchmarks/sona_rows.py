@@ -20,10 +20,10 @@ from common import machine, table
 from torch import Tensor
 
 from farout.data.sources import open_source
-from farout.diffusion import noise_levels as paths
+from farout.diffusion import noise_levels
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.noise import seeded
+from farout.diffusion.noise import seeded_generator
 from farout.diffusion.solvers.ddim import DDIM
 from farout.synthesis.class_space import class_conditioning
 from farout.synthesis.editing.sona_guidance import BRANCHES, SonaConfig, SonaGuide
@@ -45,7 +45,7 @@ def conditions(model: DiffusionModel, labels: Tensor, twice: bool) -> dict[str, 
     """Of each image nothing, its class and the next class; the class `twice`, as published."""
     space = class_conditioning(model)
     targets = (labels + 1) % len(space.class_names)
-    found = dict(zip(BRANCHES, (space.null(len(labels)), space(labels), space(targets)), strict=True))
+    found = dict(zip(BRANCHES, (space.null_condition(len(labels)), space(labels), space(targets)), strict=True))
     return {**found, "again": found["class"]} if twice else found
 
 
@@ -56,19 +56,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="images of every start")
     given = parser.parse_args()
     model = DiffusionModel.load(given.networks / "split-0" / "diffusion")
-    levels = paths.leading_levels(model.schedule, STEPS)
+    levels = noise_levels.leading_levels(model.schedule, STEPS)
     starts = list(range(1, STEPS)) * given.repeats
     source = open_source("fashion_mnist:test", limit=len(starts))
     labels = torch.arange(len(starts)) % len(class_conditioning(model).class_names)
     x0 = model.encode(torch.stack([model.preprocessing(source[place]) for place in range(len(starts))]))
-    noise = torch.stack([torch.randn(model.shape, generator=seeded(0, "rows", place)) for place in range(len(starts))])
-    sigmas = paths.pad([paths.falling(model.schedule, levels[:k]) for k in starts])
+    noise = torch.stack(
+        [torch.randn(model.shape, generator=seeded_generator(0, "rows", place)) for place in range(len(starts))]
+    )
+    sigmas = noise_levels.pad_paths([noise_levels.falling_path(model.schedule, levels[:k]) for k in starts])
     x = x0 + sigmas[:, 0, None, None, None] * noise
     exact, early = (SonaConfig(skip=skip).for_steps(STEPS) for skip in ("exact", "early"))
     layouts: dict[str, Any] = {
-        "published, 4 rows a step": Published(SonaGuide(exact, model.limits)),
-        "exact (default)": SonaGuide(exact, model.limits),
-        "early": SonaGuide(early, model.limits),
+        "published, 4 rows a step": Published(SonaGuide(exact, model.x0_range)),
+        "exact (default)": SonaGuide(exact, model.x0_range),
+        "early": SonaGuide(early, model.x0_range),
     }
     first: Tensor | None = None
     asked: list[float] = []

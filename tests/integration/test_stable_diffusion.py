@@ -66,9 +66,9 @@ def test_a_batch_goes_the_way_of_each_image_alone(folders: dict[str, Path], pred
     levels, encoder = FEW.grid(network.schedule), space.encoder
     embedding = encoder.module.get_input_embeddings()
     for place, label in enumerate(LABELS.tolist()):
-        vector = space.vectors()[label].clone().requires_grad_()
+        vector = space.class_vectors()[label].clone().requires_grad_()
         optimizer = torch.optim.Adam([vector], lr=FEW.learning_rate(space))
-        numbers = encoder.numbers([space.prompts[label]])
+        numbers = encoder.tokenize([space.prompts[label]])
         for step in range(FEW.steps):
             places, noise = FEW.draw(keys[place], x0.shape[1:], step, 0)
             abar = network.schedule.abar[levels[places]].float().reshape(-1, 1, 1, 1)
@@ -101,7 +101,7 @@ def test_company_and_parts_of_the_draws_change_next_to_nothing(folders: dict[str
         assert_close(loss, losses[some])
     parts = Inverter(network, replace(FEW, pull=2.0), 0, replace(CPU, batch_size=3))
     one = Inverter(network, replace(FEW, pull=2.0), 0, CPU)
-    start = network.conditioning.vectors()[LABELS]
+    start = network.conditioning.class_vectors()[LABELS]
     for found, wanted in zip(
         parts.slopes(x0, start + 0.1, start, keys, 0, LABELS), one.slopes(x0, start + 0.1, start, keys, 0, LABELS)
     ):
@@ -242,7 +242,7 @@ def test_a_class_s_own_vector_gives_its_samples(folders: dict[str, Path], images
     sampler = Sampler(network, steps=2, guidance=2.0)
     labels, indices = [0, 1, 2, 0], range(4)
     samples = sampler.images(indices, labels)
-    assert_close(decode_vectors(sampler, network.conditioning.vectors()[labels], indices, labels), samples)
+    assert_close(decode_vectors(sampler, network.conditioning.class_vectors()[labels], indices, labels), samples)
     assert_same_pixels(in_order(made), (samples * 255).round().to(torch.uint8))
 
 

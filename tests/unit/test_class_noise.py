@@ -60,7 +60,7 @@ def test_outliers_may_be_of_another_size_than_the_generators(fresh: Any, images:
     again = ClassNoise(steps=2, size=12)
     again.synthesize(images, tmp_path / "one", **{**given, "runtime": replace(CPU, batch_size=1)})
     assert_same_images(tmp_path / "one", large.folder)
-    noise = Sampler(fresh().sized(12), steps=2).images([0], [0])
+    noise = Sampler(fresh().with_image_size(12), steps=2).images([0], [0])
     assert noise.shape == (1, 1, 12, 12)
 
 
@@ -74,7 +74,7 @@ def test_impossible_sizes_are_refused_before_any_work(
         assert f"a multiple of 2, or its own 8 x 8; got {size}" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "o").exists()
     padded = conditional(size=(7, 7))
-    assert padded.sized(7).shape == padded.shape == (1, 8, 8), "its own, which it pads"
+    assert padded.with_image_size(7).shape == padded.shape == (1, 8, 8), "its own, which it pads"
 
 
 def test_only_classes_with_images_get_outliers(images: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_decoding_refuses_what_are_no_vectors_of_the_model() -> None:
         decode_vectors(sampler, torch.zeros(1, space.dim + 1), [0])
     with pytest.raises(FaroutError, match="not finite"):
         decode_vectors(sampler, torch.full((1, space.dim), float("inf")), [0])
-    assert isinstance(space(space.vectors()), Condition)
+    assert isinstance(space(space.class_vectors()), Condition)
 
 
 def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +177,7 @@ def test_a_generator_is_judged_once(images: Path, tmp_path: Path, monkeypatch: p
         "farout.synthesis.generator_check.recognition_rate",
         lambda sampler, judge, names: asked.append(judge.content_hash) or 0.5,
     )
-    first, second = classifier(), classifier().randomised(1)
+    first, second = classifier(), classifier().with_random_weights(1)
     settings: dict[str, Any] = {"count": 3, "diffusion": conditional(), "runtime": CPU}
     for judge, more in ((first, {}), (first, {"resume": True, "count": 5}), (second, {"resume": True})):
         with pytest.warns(TrapWarning, match="recognizes 50% of the generator's own samples"):

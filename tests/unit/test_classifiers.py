@@ -424,9 +424,9 @@ def test_resized_crops_are_parts_of_the_image() -> None:
 
 def test_a_control_with_fresh_weights() -> None:
     made = classifier()
-    fresh = made.randomised(1)
+    fresh = made.with_random_weights(1)
     assert (fresh.mean, fresh.class_names, fresh.trained_on) == (made.mean, made.class_names, frozenset())
     assert not torch.equal(fresh.outputs(images()).logits, made.outputs(images()).logits)
-    assert fresh.content_hash == made.randomised(1).content_hash
+    assert fresh.content_hash == made.with_random_weights(1).content_hash
     with pytest.raises(FaroutError, match="fresh weights"):
-        Classifier.from_module(Functional(), MEAN, STD, size=8, features="answer").randomised()
+        Classifier.from_module(Functional(), MEAN, STD, size=8, features="answer").with_random_weights()

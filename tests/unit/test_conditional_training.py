@@ -13,10 +13,10 @@ from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.config import PRESETS, DiffusionConfig
-from farout.diffusion.denoiser import Guided, NetworkDenoiser
+from farout.diffusion.denoiser import GuidedDenoiser, NetworkDenoiser
 from farout.diffusion.losses import Objective, denoising_loss, drop_labels, sample_levels
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.noise_levels import geometric, pad
+from farout.diffusion.noise_levels import geometric_path, pad_paths
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.ddim import DDIM
 from farout.diffusion.train import train_diffusion, train_model
@@ -204,10 +204,10 @@ def test_a_network_learns_two_classes_apart(tmp_path: Path, build: Callable[...,
     trained.save(tmp_path / "m")
     assert DiffusionModel.load(tmp_path / "m").content_hash == trained.content_hash
     condition = trained.conditioning(torch.tensor([0, 1]).repeat_interleave(8))
-    sigmas = pad([geometric(trained.schedule, 999, 8)] * 16)
+    sigmas = pad_paths([geometric_path(trained.schedule, 999, 8)] * 16)
     noise = torch.randn(16, *trained.shape, generator=generator())
     for scale in (1, 2):
-        denoiser = Guided(trained.denoiser(), scale, trained.conditioning.null)
+        denoiser = GuidedDenoiser(trained.denoiser(), scale, trained.conditioning.null_condition)
         with torch.no_grad():
             samples = trained.decode(DDIM()(denoiser, sigmas[:, :1, None, None] * noise, sigmas, condition))
         assert float(samples[:8].mean()) == pytest.approx(35 / 255, abs=0.15)

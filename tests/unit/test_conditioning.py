@@ -12,7 +12,7 @@ from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.conditioning.class_tokens import ClassTokens
 from farout.diffusion.conditioning.prompts import Prompts
-from farout.diffusion.denoiser import Guided
+from farout.diffusion.denoiser import GuidedDenoiser
 from farout.diffusion.model import DiffusionModel
 from small import by_tokens, conditional, model, stable_diffusion, tiny_unet
 
@@ -25,17 +25,17 @@ def test_a_label_means_its_vector() -> None:
     x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.3, 1.0, 5.0])
     with torch.no_grad():
         by_label = given.denoiser()(x, sigma, given.conditioning(labels))
-        by_vector = given.denoiser()(x, sigma, given.conditioning(given.conditioning.vectors()[labels]))
+        by_vector = given.denoiser()(x, sigma, given.conditioning(given.conditioning.class_vectors()[labels]))
         by_number = given.denoiser()(x, sigma, Condition({"class_labels": labels}))
     assert torch.equal(by_label, by_vector)
     assert torch.equal(by_label, by_number), "the network itself looks numbers up, as diffusers' does"
-    assert given.conditioning.vectors().shape == (3, given.conditioning.dim)
+    assert given.conditioning.class_vectors().shape == (3, given.conditioning.dim)
 
 
 def test_gradients_in_the_vectors_are_those_of_finite_differences() -> None:
     given = conditional()
     given.network.double()
-    network, vectors = given.network, given.conditioning.vectors()[:2].double()
+    network, vectors = given.network, given.conditioning.class_vectors()[:2].double()
     x, t = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.tensor([10.0, 500.0], dtype=torch.float64)
 
     def answer(v: torch.Tensor) -> torch.Tensor:
@@ -52,12 +52,12 @@ def test_gradients_in_the_vectors_are_those_of_finite_differences() -> None:
 
 def test_the_null_condition_is_the_row_after_the_last_class() -> None:
     given = conditional(classes=2)
-    null = given.conditioning.null(3).tensors["class_labels"]
+    null = given.conditioning.null_condition(3).tensors["class_labels"]
     assert torch.equal(null, given.network.class_embedding.weight[2].expand(3, -1))
     x, sigma = torch.randn(3, 1, 8, 8), torch.ones(3)
     with torch.no_grad():
         without = given.denoiser()(x, sigma)
-        assert torch.equal(without, given.denoiser()(x, sigma, given.conditioning.null(3)))
+        assert torch.equal(without, given.denoiser()(x, sigma, given.conditioning.null_condition(3)))
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 3]), torch.tensor([-1])])
@@ -83,7 +83,10 @@ def test_wrong_shapes_tables_and_networks_are_refused() -> None:
 def test_a_model_without_a_null_condition_says_so() -> None:
     given = conditional()
     given.conditioning = ClassVectors(given.network, ["a", "b", "c", "d"], has_null=False)
-    for call in (lambda: given.conditioning.null(1), lambda: given.denoiser()(torch.randn(1, 1, 8, 8), torch.ones(1))):
+    for call in (
+        lambda: given.conditioning.null_condition(1),
+        lambda: given.denoiser()(torch.randn(1, 1, 8, 8), torch.ones(1)),
+    ):
         with pytest.raises(FaroutError, match="label_dropout"):
             call()
 
@@ -98,10 +101,10 @@ def test_guidance_calls_the_network_once_with_both_branches() -> None:
         plain = denoiser(x, sigma, condition)
         without = denoiser(x, sigma)
         calls.clear()
-        assert torch.equal(Guided(denoiser, 1, given.conditioning.null)(x, sigma, condition), plain)
+        assert torch.equal(GuidedDenoiser(denoiser, 1, given.conditioning.null_condition)(x, sigma, condition), plain)
         assert calls == [3]
         calls.clear()
-        guided = Guided(denoiser, 3, given.conditioning.null)(x, sigma, condition)
+        guided = GuidedDenoiser(denoiser, 3, given.conditioning.null_condition)(x, sigma, condition)
     assert calls == [6]
     torch.testing.assert_close(guided, without + 3 * (plain - without), rtol=1e-4, atol=1e-4)
 
@@ -130,25 +133,25 @@ def test_classes_are_part_of_the_identity_and_of_the_control() -> None:
     other = conditional()
     other.conditioning = ClassVectors(other.network, ["x", "y", "z"], has_null=True)
     assert other.content_hash != given.content_hash
-    control = given.randomised(1)
+    control = given.with_random_weights(1)
     assert control.conditioning.class_names == given.conditioning.class_names
-    assert torch.equal(control.conditioning.vectors(), control.network.class_embedding.weight[:3])
-    assert not torch.equal(control.conditioning.vectors(), given.conditioning.vectors())
+    assert torch.equal(control.conditioning.class_vectors(), control.network.class_embedding.weight[:3])
+    assert not torch.equal(control.conditioning.class_vectors(), given.conditioning.class_vectors())
     assert given.gmacs == pytest.approx(model().gmacs, rel=0.01)
 
 
 def test_class_tokens_keep_the_same_contract(tmp_path: Path) -> None:
     given = by_tokens()
     conditioning, labels = given.conditioning, torch.tensor([2, 0, 1])
-    assert (conditioning.classes, conditioning.dim, conditioning.vectors().shape) == (3, 12, (3, 12))
+    assert (conditioning.num_classes, conditioning.dim, conditioning.class_vectors().shape) == (3, 12, (3, 12))
     x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.3, 1.0, 5.0])
     with torch.no_grad():
         wanted = given.denoiser()(x, sigma, conditioning(labels))
-        assert torch.equal(given.denoiser()(x, sigma, conditioning(conditioning.vectors()[labels])), wanted)
+        assert torch.equal(given.denoiser()(x, sigma, conditioning(conditioning.class_vectors()[labels])), wanted)
         null = given.denoiser()(x, sigma)
-        guided = Guided(given.denoiser(), 3, conditioning.null)(x, sigma, conditioning(labels))
+        guided = GuidedDenoiser(given.denoiser(), 3, conditioning.null_condition)(x, sigma, conditioning(labels))
     torch.testing.assert_close(guided, null + 3 * (wanted - null), rtol=1e-4, atol=1e-4)
-    vectors = conditioning.vectors().requires_grad_()
+    vectors = conditioning.class_vectors().requires_grad_()
     given.denoiser()(x, sigma, conditioning(vectors)).sum().backward()
     assert float(vectors.grad.abs().min()) > 0
     given.save(tmp_path / "m")
@@ -158,8 +161,10 @@ def test_class_tokens_keep_the_same_contract(tmp_path: Path) -> None:
         assert torch.equal(loaded.denoiser()(x, sigma, loaded.conditioning(labels)), wanted)
     diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "m" / "unet")
     assert given.gmacs > 0
-    control = given.randomised(1)
-    assert not torch.equal(control.conditioning.vectors(), conditioning.vectors()), "its table has learnt nothing"
+    control = given.with_random_weights(1)
+    assert not torch.equal(control.conditioning.class_vectors(), conditioning.class_vectors()), (
+        "its table has learnt nothing"
+    )
     (tmp_path / "m" / "conditioning.safetensors").unlink()
     with pytest.raises(StoreError, match="conditioning"):
         DiffusionModel.load(tmp_path / "m")
@@ -191,9 +196,9 @@ def test_class_names_become_prompts(folder: Path, tmp_path: Path) -> None:
     dog = conditioning(torch.tensor([1])).tensors["encoder_hidden_states"]
     torch.testing.assert_close(dog, contexts[:1], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(
-        conditioning.null(1).tensors["encoder_hidden_states"], contexts[1:], atol=1e-6, rtol=1e-5
+        conditioning.null_condition(1).tensors["encoder_hidden_states"], contexts[1:], atol=1e-6, rtol=1e-5
     )
-    vectors = conditioning.vectors().requires_grad_()
+    vectors = conditioning.class_vectors().requires_grad_()
     x = given.encode(torch.rand(2, 3, 16, 16))
     given.denoiser()(x, torch.ones(2), conditioning(vectors)).sum().backward()
     assert float(vectors.grad.abs().sum()) > 0
@@ -201,7 +206,9 @@ def test_class_names_become_prompts(folder: Path, tmp_path: Path) -> None:
     loaded = DiffusionModel.load(tmp_path / "m")
     assert loaded.content_hash == given.content_hash, "the contexts are kept; the text encoder is not needed any more"
     assert loaded.conditioning.describe()["template"] == "An image of a {}"
-    assert torch.equal(given.randomised().conditioning.vectors(), conditioning.vectors()), "what it is told stays"
+    assert torch.equal(given.with_random_weights().conditioning.class_vectors(), conditioning.class_vectors()), (
+        "what it is told stays"
+    )
 
 
 def test_text_wants_names_a_template_and_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +239,7 @@ def test_a_foreign_class_conditional_folder(tmp_path: Path) -> None:
     diffusers.DDPMScheduler().save_pretrained(tmp_path / "m" / "scheduler")
     foreign = DiffusionModel.load(tmp_path / "m").conditioning
     assert (foreign.class_names, foreign.has_null) == (("0", "1", "2", "3"), False)
-    assert DiffusionModel.load(tmp_path / "m", class_names=["x", "y", "z"]).conditioning.classes == 3
+    assert DiffusionModel.load(tmp_path / "m", class_names=["x", "y", "z"]).conditioning.num_classes == 3
     with pytest.raises(FaroutError, match="4 rows"):
         DiffusionModel.load(tmp_path / "m", class_names=["x", "y"])
     with pytest.raises(FaroutError, match="no text encoder"):

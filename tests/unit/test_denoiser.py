@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.base import Condition
-from farout.diffusion.denoiser import Clamped, GaussianDenoiser, Guided, NetworkDenoiser, expand_dims
+from farout.diffusion.denoiser import ClampedDenoiser, GaussianDenoiser, GuidedDenoiser, NetworkDenoiser, expand_dims
 from farout.diffusion.losses import denoising_loss, sample_levels
 from farout.diffusion.noise import image_noise, shared_noise
 from farout.diffusion.schedule import NoiseSchedule
@@ -105,13 +105,13 @@ def test_guidance_counts_both_branches_and_interpolates() -> None:
         return Condition({"mean": torch.zeros(count, 1)})
 
     for scale in (0.0, 0.5, 3.0):
-        torch.testing.assert_close(Guided(adapter, scale, null)(x, sigma, condition), torch.full((3, 5), scale))
+        torch.testing.assert_close(GuidedDenoiser(adapter, scale, null)(x, sigma, condition), torch.full((3, 5), scale))
     assert adapter.evaluations == 18
-    Guided(adapter, 1.0, null)(x, sigma, condition)
+    GuidedDenoiser(adapter, 1.0, null)(x, sigma, condition)
     assert adapter.evaluations == 21
     with pytest.raises(FaroutError, match="condition"):
-        Guided(adapter, 2.0, null)(x, sigma)
-    assert float(Clamped(adapter, -0.5, 0.5)(x, sigma, condition).max()) == 0.5
+        GuidedDenoiser(adapter, 2.0, null)(x, sigma)
+    assert float(ClampedDenoiser(adapter, -0.5, 0.5)(x, sigma, condition).max()) == 0.5
 
 
 def test_bad_sigmas_are_refused() -> None:

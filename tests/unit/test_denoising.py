@@ -17,7 +17,7 @@ from farout.detectors.denoising import Denoising
 from farout.detectors.denoising.differences import METRICS, changes, post_hoc, views
 from farout.detectors.denoising.initial_noise import Neighbours, descriptors, inverted
 from farout.diffusion.config import DiffusionConfig
-from farout.diffusion.denoiser import GaussianDenoiser, Guided
+from farout.diffusion.denoiser import GaussianDenoiser, GuidedDenoiser
 from farout.diffusion.noise import shared_noise
 from farout.diffusion.solvers.dpm_solver import DPMSolver2M
 from farout.training.config import TrainingConfig
@@ -93,7 +93,7 @@ def test_measured_by_hand(fitted: Denoising) -> None:
     y = recognise.outputs(one.images).logits.argmax(1)
     path = fitted.paths[1:]
     x = diffusion.encode(one.images) + path[:, :1, None, None] * shared_noise(diffusion.shape, 0, 0, 1)
-    guided = Guided(diffusion.denoiser(), 3.0, diffusion.conditioning.null)
+    guided = GuidedDenoiser(diffusion.denoiser(), 3.0, diffusion.conditioning.null_condition)
     back = diffusion.decode(DPMSolver2M()(guided, x, path, diffusion.conditioning(y)))
     before, after = recognise.outputs(one.images).logits[0], recognise.outputs(back).logits[0]
     wanted = (before / before.norm() - after / after.norm()).abs().sum()

@@ -15,8 +15,8 @@ from farout.features.densities import (
     Nearest,
     Principal,
     ZScore,
-    pack,
-    unpack,
+    pack_arrays,
+    unpack_arrays,
 )
 
 pytestmark = pytest.mark.numerics
@@ -42,19 +42,21 @@ def test_bad_tables_are_refused(kind: type, bad: np.ndarray) -> None:
 
 def test_z_scores_are_standard_and_signed() -> None:
     z = ZScore.fit(TABLE)
-    assert np.allclose(z.z(TABLE).mean(0), 0)
-    assert np.allclose(z.z(TABLE).std(0, ddof=1), 1)
+    assert np.allclose(z.transform(TABLE).mean(0), 0)
+    assert np.allclose(z.transform(TABLE).std(0, ddof=1), 1)
     far = TABLE.mean(0, keepdims=True) - 5 * TABLE.std(0, ddof=1)
     assert z.score(far)[0] == pytest.approx(-5)
-    assert z.two_sided(far)[0] == pytest.approx(5)
+    assert z.score_two_sided(far)[0] == pytest.approx(5)
 
 
 def test_a_column_that_never_varies() -> None:
     table = np.c_[RNG.normal(size=50), np.full(50, 2.0)]
     z = ZScore.fit(table)
-    assert z.z(np.array([[0.0, 2.0]]))[0, 1] == 0
-    assert z.z(np.array([[0.0, 2.1]]))[0, 1] > 1e5
-    assert z.z(np.array([[0.0, np.nextafter(np.float32(2), np.float32(3))]]))[0, 1] <= 1, "float32 rounding is not far"
+    assert z.transform(np.array([[0.0, 2.0]]))[0, 1] == 0
+    assert z.transform(np.array([[0.0, 2.1]]))[0, 1] > 1e5
+    assert z.transform(np.array([[0.0, np.nextafter(np.float32(2), np.float32(3))]]))[0, 1] <= 1, (
+        "float32 rounding is not far"
+    )
     for kind in KINDS:
         assert np.isfinite(kind.fit(table).score(table)).all()
 
@@ -161,7 +163,7 @@ def test_principal_components_part_a_table() -> None:
 
 def test_parts_are_kept_apart() -> None:
     parts = {"one": ZScore.fit(TABLE), "two": ZScore.fit(TABLE[:, :2])}
-    packed = pack(parts)
+    packed = pack_arrays(parts)
     assert sorted(packed) == ["one.mean", "one.std", "two.mean", "two.std"]
-    assert np.array_equal(ZScore.from_arrays(unpack(packed, "two")).mean, parts["two"].mean)
-    assert unpack(packed, "three") == {}
+    assert np.array_equal(ZScore.from_arrays(unpack_arrays(packed, "two")).mean, parts["two"].mean)
+    assert unpack_arrays(packed, "three") == {}

@@ -38,7 +38,7 @@ def detector(**arguments: object) -> DiffPath:
     made.preprocessing = untrained.preprocessing
     made.use(untrained, Runtime())
     exact = GaussianDenoiser(torch.zeros(SIZE), torch.diag(SPREAD**2))
-    made.denoiser = untrained.in_range(exact) if made.config["clamp"] else exact
+    made.denoiser = untrained.clamp_x0(exact) if made.config["clamp"] else exact
     return made
 
 

@@ -116,9 +116,9 @@ def test_every_model_can_work_on_latents(tmp_path: Path, kind: str) -> None:
 
 def test_random_weights_have_learnt_nothing_but_keep_their_scale() -> None:
     plain = model()
-    control = plain.randomised(1)
+    control = plain.with_random_weights(1)
     assert control.content_hash != plain.content_hash
-    assert control.content_hash == plain.randomised(1).content_hash
+    assert control.content_hash == plain.with_random_weights(1).content_hash
     with torch.no_grad():
         answer = control.denoiser().predict(torch.randn(4, 1, 8, 8), torch.ones(4))
     assert float(answer.std()) > 1e-3, "a network that answers zero would be no control"

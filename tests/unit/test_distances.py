@@ -49,7 +49,7 @@ def measured(table: np.ndarray, labels: np.ndarray | None = None) -> Measurement
 def bare(kind: type[VectorDetector], **settings: object) -> VectorDetector:
     """A detector with a backbone of which only the layers' widths are known."""
     small = {"hidden": 32, "bottleneck": 8, "updates": 400} if kind is AutoEncoder else {}
-    detector = kind(**{"standardise": "none", **small, **settings})
+    detector = kind(**{"standardize": "none", **small, **settings})
     detector.features = SimpleNamespace(channels=CHANNELS, content_hash="")  # type: ignore[assignment]
     return detector
 
@@ -174,10 +174,10 @@ def test_missing_labels_are_told_before_all_is_measured(tmp_path: Path, monkeypa
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("standardise", ["image", "none"])
-def test_the_neighbour_is_scikit_learns(standardise: str) -> None:
+@pytest.mark.parametrize("standardize", ["image", "none"])
+def test_the_neighbour_is_scikit_learns(standardize: str) -> None:
     bank, probes = gaussian(700), gaussian(90, seed=2)
-    detector = learnt(KNN, bank, k=5, standardise=standardise)
+    detector = learnt(KNN, bank, k=5, standardize=standardize)
     units = [detector.table(measured(x)) for x in (bank, probes)]
     units = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in units]
     theirs = NearestNeighbors(n_neighbors=5, algorithm="brute").fit(units[0]).kneighbors(units[1])[0]
@@ -375,11 +375,11 @@ def test_layers_are_standardised_image_by_image(kind: type[VectorDetector]) -> N
     """By default no layer drowns the others, and the methods see what the semantic detector sees."""
     one = gaussian(300)
     factor = np.repeat([3.0, 0.2, 50.0], CHANNELS)
-    found = [scored(learnt(kind, table, standardise="image"), table[:5]) for table in (one, one * factor + 7)]
+    found = [scored(learnt(kind, table, standardize="image"), table[:5]) for table in (one, one * factor + 7)]
     for name, value in found[0].items():
         assert np.allclose(value, found[1][name], rtol=2e-2, atol=1e-3), name
-    with pytest.raises(FaroutError, match="standardise"):
-        kind(standardise="nonsense")
+    with pytest.raises(FaroutError, match="standardize"):
+        kind(standardize="nonsense")
 
 
 # -- plain arrays ---------------------------------------------------------------------------------------------------
@@ -393,13 +393,13 @@ def test_plain_features_are_fitted_and_scored(kind: type[VectorDetector], tmp_pa
     inside, outside = np.repeat([6.0, 0.0], 6), np.repeat([0.0, 6.0], 6)
     normal, test = (generator.normal(size=(count, 12)) + inside for count in (300, 100))
     far = generator.normal(size=(50, 12)) + outside
-    detector = kind(standardise="none").fit_features(normal, alpha=0.1)
+    detector = kind(standardize="none").fit_features(normal, alpha=0.1)
     scores = detector.score_features(torch.from_numpy(far))
     assert scores.is_ood.all()
     assert scores.keys == tuple(map(str, range(50)))
     assert np.mean(detector.score_features(test).is_ood) < 0.25
     assert len(detector.calibration) == 60
-    assert kind(standardise="none").fit_features(normal, alpha=0.1).fit_features(normal, alpha=0.1).alpha == 0.1
+    assert kind(standardize="none").fit_features(normal, alpha=0.1).fit_features(normal, alpha=0.1).alpha == 0.1
     for wrong in (normal[0], normal[:0], normal * np.nan):
         with pytest.raises(FaroutError, match="expected finite features"):
             kind().fit_features(wrong)

@@ -256,7 +256,7 @@ def test_alignment_brings_images_to_their_classes(images: Path, tmp_path: Path) 
         shares.append(float(found.told.float().mean()))
     assert shares[0] < 0.7
     assert shares[1] > 0.9
-    anchors = conditional().conditioning.vectors()
+    anchors = conditional().conditioning.class_vectors()
     nearest = (found.features @ functional.normalize(anchors, dim=1).mT).argmax(1)
     assert torch.equal(nearest == found.labels, found.told)
     head = Classifier.load(tmp_path / "30" / "align" / "classifier").head.weight
@@ -321,7 +321,7 @@ def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
     made(images, out, stage="draw", resume=True)
     drawn = read_drawn(out / "drawn")
     assert {label: len(each["vectors"]) for label, each in drawn.items()} == {0: 8, 2: 8}, "whole rounds"
-    anchors = conditional().conditioning.vectors()
+    anchors = conditional().conditioning.class_vectors()
     for label, each in drawn.items():
         assert torch.allclose(each["vectors"].norm(dim=1), anchors[label].norm())
         cosines = functional.cosine_similarity(each["vectors"], anchors[label][None])

@@ -49,7 +49,7 @@ def alone(network: DiffusionModel, inversion: Inversion, place: int) -> tuple[Te
     space = network.conditioning
     assert space is not None
     x = x0()[place : place + 1]
-    vector = space.vectors()[LABELS[place]].clone().requires_grad_()
+    vector = space.class_vectors()[LABELS[place]].clone().requires_grad_()
     optimizer = torch.optim.Adam([vector], lr=inversion.learning_rate(space))
     levels = inversion.grid(network.schedule)
     losses = []
@@ -105,7 +105,7 @@ def test_only_the_vectors_change() -> None:
     vectors, _ = inverted(network)
     space = network.conditioning
     assert space is not None
-    assert not torch.equal(vectors, space.vectors()[LABELS])
+    assert not torch.equal(vectors, space.class_vectors()[LABELS])
     assert all(torch.equal(value, weights[name]) for name, value in network.network.state_dict().items())
     assert [parameter.requires_grad for parameter in network.network.parameters()] == learnt
     assert all(parameter.grad is None for parameter in network.network.parameters())
@@ -116,7 +116,7 @@ def test_the_loss_falls() -> None:
     network, many = conditional(), Inversion(draws=16, steps=15, lr_scale=0.2, stratified=False)
     inverter = Inverter(network, many, 0, runtime(16))
     vectors, _ = inverter(x0(), LABELS, KEYS)
-    start = inverter.space.vectors()[LABELS]
+    start = inverter.space.class_vectors()[LABELS]
     before, _ = inverter.slopes(x0(), start, start, KEYS, step=100)
     after, _ = inverter.slopes(x0(), vectors, start, KEYS, step=100)
     assert bool((after < before).all()), (before, after)
@@ -127,14 +127,14 @@ def test_the_rate_follows_the_scale_of_the_class_table() -> None:
     space = network.conditioning
     assert space is not None
     scale = class_table_std(space)
-    assert scale == pytest.approx(float(space.vectors().numpy().std()))
+    assert scale == pytest.approx(float(space.class_vectors().numpy().std()))
     assert Inversion().learning_rate(space) == pytest.approx(0.05 * scale)
     assert Inversion(lr=0.01).learning_rate(space) == 0.01
     with pytest.raises(FaroutError, match=r"lr_scale=0\.1 would have no effect"):
         Inversion(lr=0.01, lr_scale=0.1)
     # Adam's first step has the rate's length in every coordinate
     vectors, _ = inverted(network, replace(FEW, steps=1))
-    moved = (vectors - space.vectors()[LABELS]).abs()
+    moved = (vectors - space.class_vectors()[LABELS]).abs()
     assert float((moved / (0.05 * scale)).median()) == pytest.approx(1, abs=1e-3)
 
 
@@ -142,7 +142,7 @@ def test_the_pull_adds_the_squared_distance_from_the_class() -> None:
     network = conditional()
     space = network.conditioning
     assert space is not None
-    start = space.vectors()[LABELS]
+    start = space.class_vectors()[LABELS]
     plain, pulled = (Inverter(network, replace(FEW, pull=pull), 0, runtime()) for pull in (0.0, 2.0))
     one = plain.slopes(x0(), start + 1, start, KEYS, 0)
     two = pulled.slopes(x0(), start + 1, start, KEYS, 0)

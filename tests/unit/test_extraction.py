@@ -14,7 +14,7 @@ from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
 from farout.detectors.mahalanobis import Mahalanobis
-from farout.features.cache import cached_kinds
+from farout.features.cache import list_cached_features
 from farout.features.extraction import CachedFeatures, extract
 from farout.features.extractor import FeatureExtractor
 from image_files import pixels
@@ -33,7 +33,7 @@ def test_the_cache_returns_what_was_computed(extractor: FeatureExtractor, tmp_pa
     """Whatever was there before, and in whatever batches and order it is read."""
     source = open_source(pixels(30, channels=3))
     ready = Preprocessing.for_source(source, size=32, channels=3)
-    plain = torch.cat([extractor.pooled(batch.images) for batch in batches(source, ready, 30)])
+    plain = torch.cat([extractor.pooled_features(batch.images) for batch in batches(source, ready, 30)])
 
     def again(part: ImageSource, size: int) -> torch.Tensor:
         made = CachedFeatures(extractor, ready, "auto", "fp32", tmp_path).batches(part, size, 2)
@@ -83,7 +83,7 @@ def test_a_fit_reads_what_the_command_line_extracted(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the backbone ran")
 
-    monkeypatch.setattr(FeatureExtractor, "pooled", refuse)
+    monkeypatch.setattr(FeatureExtractor, "pooled_features", refuse)
     detector = Mahalanobis(backbone="test_resnet", weights="random", layers=(1, 2), size=32)
     detector.fit(folder, alpha=0.1, statistics=30)
     assert len(detector.score(far)) == 9
@@ -111,7 +111,7 @@ def test_the_command_line_lists_and_clears(
     assert "bad.png" in capsys.readouterr().err
     assert main(["features", "list"]) == 0
     printed = capsys.readouterr().out
-    (kind,) = [kind for kind in cached_kinds() if kind.images]
+    (kind,) = [kind for kind in list_cached_features() if kind.images]
     name = kind.folder.name
     for text in (name, "test_resnet 1 2", "random", "32", "direct", "fp32 cpu", " 6 "):
         assert text in printed, text
@@ -120,7 +120,7 @@ def test_the_command_line_lists_and_clears(
     assert main(["features", "clear", "nonsense"]) == 1
     assert main(["features", "clear", name]) == 0
     assert "(6 images" in capsys.readouterr().out
-    assert cached_kinds() == [kind for kind in cached_kinds() if kind.folder.name != name]
+    assert list_cached_features() == [kind for kind in list_cached_features() if kind.folder.name != name]
 
 
 def test_an_extraction_that_could_not_be_kept_is_not_begun(

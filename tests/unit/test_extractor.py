@@ -57,7 +57,7 @@ def test_features_are_the_means_of_timms_own_maps(lite0: FeatureExtractor) -> No
     assert [level.shape[1] for level in maps] == [16, 24, 40, 112, 320]
     assert [64 // level.shape[2] for level in maps] == [2, 4, 8, 16, 32]
     wanted = torch.cat([level.mean((2, 3)) for level in maps], dim=1)
-    found = lite0.pooled(images)
+    found = lite0.pooled_features(images)
     assert found.dtype == torch.float32
     assert not found.requires_grad
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -75,18 +75,18 @@ def test_the_installed_weights_are_timms(data: Path) -> None:
 def test_a_file_of_weights_gives_the_features_of_the_package(lite0: FeatureExtractor, data: Path) -> None:
     file = data.parent / "weights" / "tf_efficientnet_lite0.safetensors"
     other = FeatureExtractor.create("lite0", weights=str(file), size=64)
-    assert torch.equal(other.pooled(pictures()), lite0.pooled(pictures()))
+    assert torch.equal(other.pooled_features(pictures()), lite0.pooled_features(pictures()))
     assert other.content_hash == lite0.content_hash, "where weights lie decides nothing"
 
 
 def test_a_row_does_not_depend_on_its_batch(lite0: FeatureExtractor) -> None:
     images = pictures(7)
-    whole = lite0.pooled(images)
+    whole = lite0.pooled_features(images)
     for index in range(7):
-        assert_close(lite0.pooled(images[index : index + 1])[0], whole[index])
-    assert_close(lite0.pooled(images.flip(0)).flip(0), whole)
-    assert_close(lite0.pooled(images, batch_size=3), whole)
-    assert lite0.pooled(images[:0]).shape == (0, 512)
+        assert_close(lite0.pooled_features(images[index : index + 1])[0], whole[index])
+    assert_close(lite0.pooled_features(images.flip(0)).flip(0), whole)
+    assert_close(lite0.pooled_features(images, batch_size=3), whole)
+    assert lite0.pooled_features(images[:0]).shape == (0, 512)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,14 @@ def test_presets_have_the_taps_they_promise(backbone: str, channels: tuple[int, 
     size = 28 if backbone == "dinov2" else 32
     extractor = FeatureExtractor.create(backbone, weights="random", size=size)
     assert extractor.channels == channels
-    features = extractor.pooled(pictures(2, size))
+    features = extractor.pooled_features(pictures(2, size))
     assert features.shape == (2, sum(channels))
     assert bool(torch.isfinite(features).all())
 
 
 def test_the_papers_residual_network_is_tapped_at_its_strides() -> None:
     """Levels 1 to 3 are strides 4, 8 and 16; the stem and the last stage stay out."""
-    network, _ = backbones.create("resnet50.tv_in1k", (1, 2, 3), 64, "random")
+    network, _ = backbones.create_backbone("resnet50.tv_in1k", (1, 2, 3), 64, "random")
     assert network.feature_info.reduction() == [4, 8, 16]
 
 
@@ -122,7 +122,7 @@ def test_a_transformer_gives_normalised_token_means() -> None:
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
             wanted.append(x.mean(1))
     assert model.num_prefix_tokens > 0
-    assert torch.allclose(extractor.pooled(images), torch.cat([wanted[1], wanted[4]], 1), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(extractor.pooled_features(images), torch.cat([wanted[1], wanted[4]], 1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_transformer_gives_normalised_token_means() -> None:
 def test_any_network_of_timms_can_serve(name: str, layers: int) -> None:
     extractor = FeatureExtractor.create(name, weights="random", size=64 if name != "hiera_tiny_224" else None)
     assert len(extractor.layers) == layers
-    features = extractor.pooled(pictures(1, extractor.size))
+    features = extractor.pooled_features(pictures(1, extractor.size))
     assert features.shape == (1, extractor.width)
 
 
@@ -144,21 +144,21 @@ def test_maps_with_channels_last_are_averaged_over_positions() -> None:
         maps = extractor.network((pictures() - mean) / std)
     assert maps[0].shape[-1] == extractor.channels[0]
     wanted = torch.cat([level.mean((1, 2)) for level in maps], dim=1)
-    torch.testing.assert_close(extractor.pooled(pictures()), wanted, rtol=1e-4, atol=1e-5)
-    assert extractor.grid(pictures(), 4).shape == (3, extractor.width, 4, 4)
+    torch.testing.assert_close(extractor.pooled_features(pictures()), wanted, rtol=1e-4, atol=1e-5)
+    assert extractor.feature_grid(pictures(), 4).shape == (3, extractor.width, 4, 4)
 
 
 def test_a_grid_keeps_means_and_places(lite0: FeatureExtractor) -> None:
     images = pictures()
-    grid = lite0.grid(images, 2)
+    grid = lite0.feature_grid(images, 2)
     assert grid.shape == (3, 512, 2, 2)
-    torch.testing.assert_close(grid.mean((2, 3)), lite0.pooled(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grid.mean((2, 3)), lite0.pooled_features(images), rtol=1e-4, atol=1e-5)
 
 
 def test_grey_images_and_vectors_are_refused(small: FeatureExtractor) -> None:
     for shape in ((2, 1, 32, 32), (3, 32, 32)):
         with pytest.raises(FaroutError, match=r"\(B, 3, H, W\)"):
-            small.pooled(torch.zeros(shape))
+            small.pooled_features(torch.zeros(shape))
 
 
 # -- names and levels ---------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_random_weights_are_reproducible_and_say_so(small: FeatureExtractor) -> 
     again = FeatureExtractor.create("test_resnet", weights="random", size=32)
     assert torch.equal(torch.random.get_rng_state(), before), "the caller's own random numbers go on"
     assert again.content_hash == small.content_hash
-    assert torch.equal(again.pooled(pictures(2, 32)), small.pooled(pictures(2, 32)))
+    assert torch.equal(again.pooled_features(pictures(2, 32)), small.pooled_features(pictures(2, 32)))
     assert again.describe()["weights"] == "random (seed 0)"
     assert again.describe()["backbone"] == "test_resnet"
 
@@ -258,7 +258,9 @@ def test_a_model_saved_for_the_hub_is_loaded_from_its_folder(form: str, tmp_path
     with torch.no_grad():
         mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (extractor.mean, extractor.std))
         last = tuned.forward_features((pictures(2, 32) - mean) / std).mean((2, 3))
-    torch.testing.assert_close(extractor.pooled(pictures(2, 32))[:, -last.shape[1] :], last, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        extractor.pooled_features(pictures(2, 32))[:, -last.shape[1] :], last, rtol=1e-4, atol=1e-5
+    )
     folder = FeatureExtractor.create("test_resnet", weights=str(tmp_path / "mine"), size=32)
     assert folder.content_hash == extractor.content_hash
 
@@ -266,7 +268,7 @@ def test_a_model_saved_for_the_hub_is_loaded_from_its_folder(form: str, tmp_path
 def test_positions_of_a_transformer_are_fitted_to_the_input(tmp_path: Path, offline: None) -> None:
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
     extractor = FeatureExtractor.create("test_vit", weights=str(tmp_path / "vit.safetensors"), size=64)
-    assert extractor.pooled(pictures(1, 64)).shape == (1, extractor.width)
+    assert extractor.pooled_features(pictures(1, 64)).shape == (1, extractor.width)
 
 
 # -- folders ------------------------------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ def test_a_saved_extractor_needs_no_source_of_weights(small: FeatureExtractor, t
     loaded = FeatureExtractor.load(tmp_path / "features")
     assert loaded.content_hash == small.content_hash
     assert loaded.describe() == small.describe()
-    assert torch.equal(loaded.pooled(pictures(2, 32)), small.pooled(pictures(2, 32)))
+    assert torch.equal(loaded.pooled_features(pictures(2, 32)), small.pooled_features(pictures(2, 32)))
 
 
 def test_altered_folders_are_refused(small: FeatureExtractor, tmp_path: Path) -> None:

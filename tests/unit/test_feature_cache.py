@@ -15,7 +15,7 @@ from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
 from farout.features import cache as module
-from farout.features.cache import FeatureCache, cache_folder, cached_kinds, clear
+from farout.features.cache import FeatureCache, cache_folder, clear_cache, list_cached_features
 from image_files import pixels, write_folder, write_parquet
 
 pytestmark = pytest.mark.numerics
@@ -144,7 +144,7 @@ def test_other_settings_and_versions_have_folders_of_their_own(
     versions = {**module.store.versions(), "torch": "9.9"}
     monkeypatch.setattr(module.store, "versions", lambda: versions)
     assert computed(source, tmp_path) == 20
-    assert len(cached_kinds(tmp_path)) == 3
+    assert len(list_cached_features(tmp_path)) == 3
 
 
 def test_what_is_only_told_decides_nothing(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_damaged_files_are_passed_over(
     assert file.name in warned()
     assert "ignored" in warned()
     assert computed(source, tmp_path) == 0, "recomputed and kept"
-    assert [kind.images for kind in cached_kinds(tmp_path)] in ([20], [21], [40]), "the rest is still listed"
+    assert [kind.images for kind in list_cached_features(tmp_path)] in ([20], [21], [40]), "the rest is still listed"
 
 
 def test_files_are_mapped_and_not_read_whole(source: ImageSource, tmp_path: Path) -> None:
@@ -384,16 +384,16 @@ def test_list_and_clear(source: ImageSource, tmp_path: Path) -> None:
     _, other = read(source.subset(range(5)), tmp_path, precision="bf16")
     mine = tmp_path / "features" / "my photographs"
     mine.mkdir()
-    found = {kind.folder: kind for kind in cached_kinds(tmp_path)}
+    found = {kind.folder: kind for kind in list_cached_features(tmp_path)}
     assert {folder: kind.images for folder, kind in found.items()} == {one.folder: 20, other.folder: 5}
     assert found[other.folder].settings["precision"] == "bf16"
     assert 0 < found[one.folder].mib < 0.1
-    assert [kind.folder for kind in clear(other.folder.name, tmp_path)] == [other.folder]
+    assert [kind.folder for kind in clear_cache(other.folder.name, tmp_path)] == [other.folder]
     for name in ("nonsense", "..", mine.name):
         with pytest.raises(StoreError, match="farout features list"):
-            clear(name, tmp_path)
+            clear_cache(name, tmp_path)
     (one.folder / "settings.json").write_text("{")
-    assert [kind.images for kind in clear(None, tmp_path)] == [20]
-    assert cached_kinds(tmp_path) == []
+    assert [kind.images for kind in clear_cache(None, tmp_path)] == [20]
+    assert list_cached_features(tmp_path) == []
     assert mine.is_dir(), "what is not the cache's own is never removed"
     assert computed(source, tmp_path) == 20

@@ -195,7 +195,7 @@ def test_by_image_nothing_of_a_layers_size_is_left() -> None:
     x = vectors(6)
     plain = FeatureEncoding(GROUPS)
     torch.testing.assert_close(plain(5 * x + 3), plain(x), rtol=1e-3, atol=1e-4)
-    rich = FeatureEncoding(GROUPS, summaries=True).fitted(vectors(50, seed=4))
+    rich = FeatureEncoding(GROUPS, summaries=True).fit(vectors(50, seed=4))
     assert rich.groups == (4, 6, 4)
     assert rich.width == 14
     assert torch.equal(rich(x)[:, :10], plain(x))
@@ -205,34 +205,34 @@ def test_by_image_nothing_of_a_layers_size_is_left() -> None:
 @pytest.mark.parametrize("summaries", [False, True])
 def test_by_channel_good_images_have_mean_zero_and_deviation_one(summaries: bool) -> None:
     good = vectors(200) * torch.linspace(0.1, 20, 10)
-    encoding = FeatureEncoding(GROUPS, "channel", summaries).fitted(good)
+    encoding = FeatureEncoding(GROUPS, "channel", summaries).fit(good)
     encoded = encoding(good)
     assert encoded.shape == (200, encoding.width)
     torch.testing.assert_close(encoded.mean(0), torch.zeros(encoding.width), rtol=0, atol=1e-4)
     torch.testing.assert_close(encoded.std(0), torch.ones(encoding.width), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("standardise", ["image", "channel"])
-def test_constant_channels_and_features_stay_numbers(standardise: str) -> None:
+@pytest.mark.parametrize("standardize", ["image", "channel"])
+def test_constant_channels_and_features_stay_numbers(standardize: str) -> None:
     """Dead channels are common behind a ReLU, and a black image has many."""
     good = vectors(30)
     good[:, 3] = 7.0
     good[:, 5] = 0.0
-    encoding = FeatureEncoding(GROUPS, standardise, True).fitted(good)
+    encoding = FeatureEncoding(GROUPS, standardize, True).fit(good)
     for features in (good, torch.zeros(2, 10), torch.full((2, 10), 7.0)):
         assert bool(torch.isfinite(encoding(features)).all())
     assert float(encoding(good)[:, 3].abs().max()) < 10, "a dead channel does not explode"
 
 
 def test_a_single_image_can_be_fitted() -> None:
-    encoding = FeatureEncoding(GROUPS, "channel", True).fitted(vectors(1))
+    encoding = FeatureEncoding(GROUPS, "channel", True).fit(vectors(1))
     assert bool(torch.isfinite(encoding(vectors(3, seed=2))).all())
 
 
 def test_the_encoding_is_differentiable() -> None:
-    for standardise in ("image", "channel"):
+    for standardize in ("image", "channel"):
         x = vectors().requires_grad_()
-        FeatureEncoding(GROUPS, standardise, True).fitted(vectors(30)).__call__(x).square().sum().backward()
+        FeatureEncoding(GROUPS, standardize, True).fit(vectors(30)).__call__(x).square().sum().backward()
         assert x.grad is not None
         assert bool(torch.isfinite(x.grad).all())
 
@@ -254,7 +254,7 @@ def test_wrong_features_are_refused() -> None:
 
 
 def model(first: bool = True) -> FeatureDiffusion:
-    encoding = FeatureEncoding(GROUPS, "channel", True).fitted(vectors(40))
+    encoding = FeatureEncoding(GROUPS, "channel", True).fit(vectors(40))
     return FeatureDiffusion(
         trained(14),
         encoding,
@@ -310,8 +310,8 @@ def test_altered_weights_are_refused(file: str, tmp_path: Path) -> None:
 def test_a_random_twin_shares_nothing_learnt() -> None:
     """The control for what training gave: same sizes of weights, none of their meaning."""
     made = model()
-    twin = made.randomised(1)
+    twin = made.with_random_weights(1)
     assert twin.content_hash != made.content_hash
-    assert twin.content_hash == made.randomised(1).content_hash
+    assert twin.content_hash == made.with_random_weights(1).content_hash
     assert made.content_hash == model().content_hash, "the original is left alone"
     assert not torch.allclose(answers(twin)[0], answers(made)[0])

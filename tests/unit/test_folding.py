@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from farout.features.batch_norm_folding import folded
+from farout.features.batch_norm_folding import fold_batch_norm
 from farout.features.extractor import FeatureExtractor
 
 pytestmark = pytest.mark.numerics
@@ -29,7 +29,7 @@ def normalisations(network: nn.Module) -> int:
 def test_features_stay_and_normalisations_go(name: str) -> None:
     torch.manual_seed(0)
     network = shaken(FeatureExtractor.create(name, weights="random", size=64).network)
-    twin = folded(network, 64)
+    twin = fold_batch_norm(network, 64)
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         for before, after in zip(network(images), twin(images), strict=True):
@@ -53,16 +53,16 @@ class Twice(nn.Module):
 def test_a_convolution_that_is_read_elsewhere_stays() -> None:
     torch.manual_seed(0)
     network = shaken(Twice())
-    assert folded(network, 16) is network
+    assert fold_batch_norm(network, 16) is network
 
 
 def test_saved_weights_and_their_hash_know_nothing_of_it(tmp_path) -> None:
     extractor = FeatureExtractor.create("test_resnet", weights="random", size=32)
     before, names = extractor.content_hash, list(extractor.network.state_dict())
     images = torch.rand(2, 3, 32, 32)
-    found = extractor.pooled(images)
+    found = extractor.pooled_features(images)
     extractor.save(tmp_path / "backbone")
     again = FeatureExtractor.load(tmp_path / "backbone")
     assert again.content_hash == before
     assert list(again.network.state_dict()) == names
-    assert torch.equal(again.pooled(images), found)
+    assert torch.equal(again.pooled_features(images), found)

@@ -1,4 +1,4 @@
-"""Interpolations: their ends, their sphere, and inversions that get better with the order of the method."""
+"""InterpolatedImages: their ends, their sphere, and inversions that get better with the order of the method."""
 
 import json
 import math

@@ -188,7 +188,7 @@ def test_no_more_images_are_looked_at_than_wanted(good: Path) -> None:
 def test_a_given_model_gets_a_bank_of_statistics_images(fitted: Patches, good: Path) -> None:
     """As for the control with random weights; the deviations come from the other half."""
     assert fitted.diffusion is not None
-    made = Patches(**SMALL).fit(good, fitted.diffusion.randomised(), alpha=0.1, statistics=16)
+    made = Patches(**SMALL).fit(good, fitted.diffusion.with_random_weights(), alpha=0.1, statistics=16)
     assert made.describe()["bank"] == 8 * 64
     assert np.isfinite(made.score(good).score).all()
     again = Patches(**SMALL).fit(good, fitted.diffusion, alpha=0.1, statistics=6)

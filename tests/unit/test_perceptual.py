@@ -44,7 +44,7 @@ def test_altered_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbones, "_SHA256", "0" * 64)
     backbones._lite0_weights.cache_clear()
     with pytest.raises(StoreError, match="pinned"):
-        backbones.lite0()
+        backbones.create_lite0()
     backbones._lite0_weights.cache_clear()
 
 

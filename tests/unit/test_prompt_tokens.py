@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farout.core.errors import FaroutError, StoreError
 from farout.diffusion.conditioning.prompt_tokens import PromptTokens
-from farout.diffusion.conditioning.prompts import Prompts, Word, class_words, read_words
+from farout.diffusion.conditioning.prompts import Prompts, Word, read_word_table, resolve_class_words
 from farout.diffusion.conditioning.text_encoder import TextEncoder
 from farout.diffusion.model import DiffusionModel
 from small import stable_diffusion
@@ -36,7 +36,7 @@ def encoder(folder: Path) -> TextEncoder:
 
 
 def tokens(encoder: TextEncoder, **settings: Any) -> PromptTokens:
-    return PromptTokens(encoder, NAMES, class_words(NAMES, WORDS), **settings)
+    return PromptTokens(encoder, NAMES, resolve_class_words(NAMES, WORDS), **settings)
 
 
 def plain(folder: Path, prompts: list[str]) -> Tensor:
@@ -62,13 +62,13 @@ def test_its_own_vector_gives_the_plain_encoders_answer(folder: Path, encoder: T
     prompts = ["An image of a cat", "An image of a dog", "An image of a kite bird", ""]
     assert space.prompts == tuple(prompts[:3])
     wanted = plain(folder, prompts)
-    by_label, by_vector = space(LABELS), space(space.vectors()[LABELS], LABELS)
+    by_label, by_vector = space(LABELS), space(space.class_vectors()[LABELS], LABELS)
     assert torch.equal(context(by_label), context(by_vector))
     torch.testing.assert_close(context(by_label), wanted[LABELS], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(context(space.null(2)), wanted[[3, 3]], atol=1e-6, rtol=1e-5)
-    assert (space.classes, space.dim, space.vectors().shape) == (3, 6, (3, 6))
+    torch.testing.assert_close(context(space.null_condition(2)), wanted[[3, 3]], atol=1e-6, rtol=1e-5)
+    assert (space.num_classes, space.dim, space.class_vectors().shape) == (3, 6, (3, 6))
     own = encoder.tokenizer.convert_tokens_to_ids(["cat</w>", "dog</w>", "kite</w>"])
-    assert torch.equal(space.vectors(), encoder.module.get_input_embeddings().weight[own])
+    assert torch.equal(space.class_vectors(), encoder.module.get_input_embeddings().weight[own])
 
 
 def test_only_the_chosen_token_changes(encoder: TextEncoder) -> None:
@@ -76,12 +76,12 @@ def test_only_the_chosen_token_changes(encoder: TextEncoder) -> None:
     space, seen = tokens(encoder), list[Tensor]()
     inputs = next(part for name, part in encoder.module.named_modules() if name.endswith("embeddings"))
     handle = inputs.register_forward_hook(lambda *given: seen.append(given[-1].detach()[:4]))
-    vectors = space.vectors()[LABELS] + 1
+    vectors = space.class_vectors()[LABELS] + 1
     first = context(space(LABELS))
     second = context(space(vectors, LABELS))
     handle.remove()
     places = torch.tensor([11, 11, 11, 11])  # the start, then letters: an image of a
-    pieces = encoder.pieces(encoder.tokens(space.prompts[2]))
+    pieces = encoder.token_strings(encoder.token_ids(space.prompts[2]))
     assert pieces[10:] == ["kite</w>", "bird</w>"]
     difference = seen[1] - seen[0]
     torch.testing.assert_close(difference[torch.arange(4), places], torch.ones(4, 6))
@@ -94,7 +94,7 @@ def test_only_the_chosen_token_changes(encoder: TextEncoder) -> None:
 def test_gradients_reach_the_vectors_and_no_weight(folder: Path, encoder: TextEncoder) -> None:
     space = tokens(encoder)
     given = DiffusionModel.load(folder, class_names=NAMES, prompts=Prompts(words=WORDS))
-    vectors = space.vectors()[LABELS].requires_grad_()
+    vectors = space.class_vectors()[LABELS].requires_grad_()
     x = given.encode(torch.rand(4, 3, 16, 16))
     given.denoiser()(x, torch.ones(4), given.conditioning(vectors, LABELS)).square().sum().backward()
     assert bool((vectors.grad.abs().sum(1) > 0).all())
@@ -105,7 +105,7 @@ def test_gradients_reach_the_vectors_and_no_weight(folder: Path, encoder: TextEn
     def summed(vectors: Tensor) -> Tensor:
         return context(space(vectors, LABELS))[:, :, 0].double().square().sum()
 
-    wanted = space.vectors()[LABELS].requires_grad_()
+    wanted = space.class_vectors()[LABELS].requires_grad_()
     summed(wanted).backward()
     with torch.no_grad():
         step = 3e-4  # of vectors whose entries are about 0.02
@@ -116,7 +116,7 @@ def test_gradients_reach_the_vectors_and_no_weight(folder: Path, encoder: TextEn
 def test_a_context_does_not_depend_on_its_company_or_on_precision(encoder: TextEncoder) -> None:
     space = tokens(encoder)
     labels = torch.arange(21) % 3
-    vectors = space.vectors()[labels] + 0.01 * torch.randn(21, 6, generator=torch.Generator().manual_seed(0))
+    vectors = space.class_vectors()[labels] + 0.01 * torch.randn(21, 6, generator=torch.Generator().manual_seed(0))
     whole = context(space(vectors, labels))
     for some in ([0], [4, 20, 7], list(range(9))):
         assert_close(context(space(vectors[some], labels[some])), whole[some])
@@ -140,7 +140,7 @@ def test_a_text_encoder_stored_in_half_precision_computes_in_float32(folder: Pat
 
 def test_vectors_want_the_labels_of_their_prompts(encoder: TextEncoder) -> None:
     space = tokens(encoder)
-    vectors = space.vectors()
+    vectors = space.class_vectors()
     with pytest.raises(FaroutError, match="give labels with the vectors"):
         space(vectors)
     with pytest.raises(FaroutError, match="3 class vectors require a label each, got 4"):
@@ -175,7 +175,7 @@ def test_what_is_no_prompt_names_class_and_prompt(
     encoder: TextEncoder, names: list[str], words: Mapping[str, str] | None, template: str, message: str
 ) -> None:
     with pytest.raises(FaroutError, match=message):
-        PromptTokens(encoder, names, class_words(names, words), template)
+        PromptTokens(encoder, names, resolve_class_words(names, words), template)
 
 
 def test_the_first_piece_of_a_split_word(folder: Path, encoder: TextEncoder, tmp_path: Path) -> None:
@@ -183,11 +183,11 @@ def test_the_first_piece_of_a_split_word(folder: Path, encoder: TextEncoder, tmp
     given = DiffusionModel.load(folder, class_names=["dogs", "cat"], prompts=Prompts(pieces="first"))
     space = given.conditioning
     own = encoder.tokenizer.convert_tokens_to_ids(["do", "cat</w>"])
-    assert torch.equal(space.vectors(), encoder.module.get_input_embeddings().weight[own])
+    assert torch.equal(space.class_vectors(), encoder.module.get_input_embeddings().weight[own])
     wanted = plain(folder, ["An image of a dogs", "An image of a cat"])
-    found = context(space(space.vectors(), torch.arange(2)))
+    found = context(space(space.class_vectors(), torch.arange(2)))
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
-    assert space.in_template("the {}").pieces == "first"
+    assert space.with_template("the {}").pieces == "first"
     given.save(tmp_path / "m")
     assert DiffusionModel.load(tmp_path / "m").content_hash == given.content_hash
     for name in ("big dog", "big_dog", "big-dog"):
@@ -202,10 +202,14 @@ def test_tables_of_words(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("aquarium fish: fish\nkite: kite flying bird\n")
     tables = ({"aquarium fish": "fish", "kite": "kite flying bird"}, tmp_path / "t.csv", tmp_path / "t.yaml")
     for table in tables:
-        assert class_words(names, table if isinstance(table, dict) else str(table)) == wanted
-    assert class_words(("aquarium_fish", "maple_tree", "cat"), "cifar100") == (Word("fish"), Word("maple"), Word("cat"))
-    assert len(read_words("cifar100")) == 13
-    assert class_words(names) == tuple(Word(name) for name in names)
+        assert resolve_class_words(names, table if isinstance(table, dict) else str(table)) == wanted
+    assert resolve_class_words(("aquarium_fish", "maple_tree", "cat"), "cifar100") == (
+        Word("fish"),
+        Word("maple"),
+        Word("cat"),
+    )
+    assert len(read_word_table("cifar100")) == 13
+    assert resolve_class_words(names) == tuple(Word(name) for name in names)
     assert wanted[1].prompt("A {}!") == "A kite flying bird!"
 
 
@@ -229,7 +233,7 @@ def test_tables_that_say_nothing_are_refused(tmp_path: Path, file: str, text: st
     if text is not None:
         (tmp_path / file).write_text(text)
     with pytest.raises(FaroutError, match=message):
-        class_words(("cat", "dog"), str(tmp_path / file))
+        resolve_class_words(("cat", "dog"), str(tmp_path / file))
 
 
 def test_settings_of_prompts_are_checked() -> None:
@@ -259,7 +263,7 @@ def test_a_saved_model_keeps_its_text_encoder(folder: Path, tmp_path: Path) -> N
     assert loaded.content_hash == given.content_hash
     assert loaded.conditioning.describe() == given.conditioning.describe()
     assert loaded.preprocessing == given.preprocessing
-    vectors = given.conditioning.vectors()[LABELS] + 0.1
+    vectors = given.conditioning.class_vectors()[LABELS] + 0.1
     assert torch.equal(context(loaded.conditioning(vectors, LABELS)), context(given.conditioning(vectors, LABELS)))
     other = DiffusionModel.load(folder, class_names=NAMES, prompts=Prompts(words=WORDS))
     assert other.content_hash != given.content_hash, "another template"
@@ -275,19 +279,23 @@ def test_what_else_a_conditioning_offers(folder: Path) -> None:
     space = given.conditioning
     contexts = DiffusionModel.load(folder, class_names=NAMES, prompts=Prompts(words=WORDS, vector="context"))
     assert given.gmacs == contexts.gmacs > 0
-    torch.testing.assert_close(space.fixed().vectors(), contexts.conditioning.vectors(), atol=1e-6, rtol=1e-5)
-    assert torch.equal(given.randomised().conditioning.vectors(), space.vectors()), "what it is told stays"
-    trained = space.trainable(given.network)
+    torch.testing.assert_close(
+        space.to_text_tokens().class_vectors(), contexts.conditioning.class_vectors(), atol=1e-6, rtol=1e-5
+    )
+    assert torch.equal(given.with_random_weights().conditioning.class_vectors(), space.class_vectors()), (
+        "what it is told stays"
+    )
+    trained = space.trainable_module(given.network)
     x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.tensor([1, 3])
-    told = torch.cat([context(space(labels[:1])), context(space.null(1))])
+    told = torch.cat([context(space(labels[:1])), context(space.null_condition(1))])
     with torch.no_grad():
         wanted = given.network(x, t, encoder_hidden_states=told).sample
         torch.testing.assert_close(trained(x, t, class_labels=labels).sample, wanted)
-    elsewhere = space.in_template("A high-quality image of the {}")
+    elsewhere = space.with_template("A high-quality image of the {}")
     assert elsewhere.prompts[2] == "A high-quality image of the kite bird"
-    assert torch.equal(elsewhere.vectors(), space.vectors())
+    assert torch.equal(elsewhere.class_vectors(), space.class_vectors())
     assert not torch.equal(context(elsewhere(LABELS)), context(space(LABELS)))
-    assert given.conditioned(elsewhere).network is given.network
+    assert given.with_conditioning(elsewhere).network is given.network
     assert given.conditioning is space
 
 

@@ -15,7 +15,7 @@ from farout.classifiers.train import train_classifier
 from farout.cli import main
 from farout.core.errors import FaroutError, StoreError
 from farout.core.runtime import Runtime
-from farout.diffusion.denoiser import Clamped
+from farout.diffusion.denoiser import ClampedDenoiser
 from farout.diffusion.model import DiffusionModel
 from farout.synthesis.base import OutlierFolder
 from farout.synthesis.editing.base import EditedBatch, EditingContext, EditingSynthesizer, NoisedBatch
@@ -65,7 +65,7 @@ class Back(EditingSynthesizer):
 
     def denoise(self, editing: EditingContext, batch: NoisedBatch, indices: Sequence[int]) -> EditedBatch:
         limits = editing.clip_range
-        denoiser = editing.denoiser if limits is None else Clamped(editing.denoiser, *limits)
+        denoiser = editing.denoiser if limits is None else ClampedDenoiser(editing.denoiser, *limits)
         return EditedBatch(
             editing.solver(denoiser, batch.x, batch.sigmas, batch.class_condition), [None] * len(indices)
         )

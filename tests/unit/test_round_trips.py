@@ -18,9 +18,9 @@ from farout.core.errors import FaroutError, SourceError, StoreError, UnreadableI
 from farout.core.runtime import Runtime
 from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.denoiser import GaussianDenoiser
-from farout.diffusion.image_to_image import RoundTrip
+from farout.diffusion.image_to_image import ImageToImage
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.noise import seeded
+from farout.diffusion.noise import seeded_generator
 from farout.diffusion.solvers.registry import SOLVERS
 from farout.evaluation.evaluate import evaluate_detector
 from farout.synthesis.reconstruct import ReconstructedFolder
@@ -83,11 +83,11 @@ def test_gaussian_images_come_back_along_the_exact_flow(solver: str, monkeypatch
     monkeypatch.setattr(network, "denoiser", lambda *_: GaussianDenoiser(mean, variance * torch.eye(64)))
     source = (0.5 + 0.1 * torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
     keys = ("x", "y", "z")
-    trip = RoundTrip(network, 0.3, solver=solver, steps=None if solver == "probability_flow" else 300, seed=5)
+    trip = ImageToImage(network, 0.3, solver=solver, steps=None if solver == "probability_flow" else 300, seed=5)
     sigma, least = float(network.schedule.sigma_of(299)), float(network.schedule.sigma[0])
     noise = []
     for key in keys:
-        generator = seeded(5, "round trip", key)
+        generator = seeded_generator(5, "round trip", key)
         torch.rand((), generator=generator)
         noise.append(torch.randn(1, 8, 8, generator=generator))
     there = source + sigma * torch.stack(noise)
@@ -101,7 +101,7 @@ def test_gaussian_images_come_back_along_the_exact_flow(solver: str, monkeypatch
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_method_finds_back(solver: str) -> None:
     steps = None if solver == "probability_flow" else 6
-    trip = RoundTrip(model(), 0.2, 0.6, solver=solver, steps=steps, spacing="geometric")
+    trip = ImageToImage(model(), 0.2, 0.6, solver=solver, steps=steps, spacing="geometric")
     again = trip(torch.full((3, 1, 8, 8), 0.5), ("x", "y", "z"))
     assert again.shape == (3, 1, 8, 8)
     assert bool(((again >= 0) & (again <= 1)).all())
@@ -112,7 +112,8 @@ def test_the_further_the_less_is_left(images: Path) -> None:
     network, source = model(), open_source(images)
     pixels = torch.stack([image.float() / 255 for image in source])
     lost = [
-        float((RoundTrip(network, level)(pixels, source.keys) - pixels).square().mean()) for level in (0.001, 0.02, 0.2)
+        float((ImageToImage(network, level)(pixels, source.keys) - pixels).square().mean())
+        for level in (0.001, 0.02, 0.2)
     ]
     assert lost[0] < 1e-3
     assert lost == sorted(lost)
@@ -120,22 +121,22 @@ def test_the_further_the_less_is_left(images: Path) -> None:
 
 def test_levels_are_drawn_by_seed_and_key() -> None:
     keys = [f"{number}" for number in range(400)]
-    levels = torch.tensor(RoundTrip(model(), 0.2, 0.6).levels(keys))
+    levels = torch.tensor(ImageToImage(model(), 0.2, 0.6).levels(keys))
     assert 0.2 <= float(levels.min()) < 0.21
     assert 0.59 < float(levels.max()) <= 0.6
     assert float(levels.mean()) == pytest.approx(0.4, abs=0.02)
-    assert torch.equal(torch.tensor(RoundTrip(model(), 0.2, 0.6).levels(keys[::-1])), levels.flip(0))
-    assert RoundTrip(model(), 0.2, 0.6, seed=1).levels(keys) != RoundTrip(model(), 0.2, 0.6).levels(keys)
-    assert set(RoundTrip(model(), 0.5).levels(keys)) == {0.5}
+    assert torch.equal(torch.tensor(ImageToImage(model(), 0.2, 0.6).levels(keys[::-1])), levels.flip(0))
+    assert ImageToImage(model(), 0.2, 0.6, seed=1).levels(keys) != ImageToImage(model(), 0.2, 0.6).levels(keys)
+    assert set(ImageToImage(model(), 0.5).levels(keys)) == {0.5}
 
 
 def test_images_go_under_their_own_class_without_guidance() -> None:
     network, pixels = conditional(), torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    trip = RoundTrip(network, 0.5, steps=3)
+    trip = ImageToImage(network, 0.5, steps=3)
     own, other = trip(pixels, "xyz", [0, 1, 2]), trip(pixels, "xyz", [0, 2, 2])
     assert_close(own[[0, 2]], other[[0, 2]])
     assert not torch.allclose(own[1], other[1], atol=1e-3)
-    none = RoundTrip(network, 0.5, classes=False, steps=3)
+    none = ImageToImage(network, 0.5, classes=False, steps=3)
     assert not torch.allclose(none(pixels, "xyz"), own, atol=1e-3)
     with pytest.raises(FaroutError, match="require a label each, 0 to 2"):
         trip(pixels, "xyz")
@@ -144,13 +145,13 @@ def test_images_go_under_their_own_class_without_guidance() -> None:
 def test_level_zero_is_the_autoencoder_alone() -> None:
     network = latent((8, 8), halvings=2, data_range=(0.0, 1.0))
     pixels = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    again = RoundTrip(network, 0.0)(pixels, "vwxyz")
+    again = ImageToImage(network, 0.0)(pixels, "vwxyz")
     torch.testing.assert_close(again, network.decode(network.encode(pixels)), atol=1e-5, rtol=0)
     assert not torch.allclose(again, pixels, atol=0.01)
-    assert not torch.allclose(again, RoundTrip(network, 0.5)(pixels, "vwxyz"), atol=1e-3)
-    assert min(RoundTrip(network, 0.0, 0.5).levels([str(n) for n in range(3000)])) >= 0.001
-    alone = torch.cat([RoundTrip(network, 0.3)(pixels[i : i + 1], "vwxyz"[i]) for i in range(5)])
-    assert_close(alone, RoundTrip(network, 0.3)(pixels, "vwxyz"))
+    assert not torch.allclose(again, ImageToImage(network, 0.5)(pixels, "vwxyz"), atol=1e-3)
+    assert min(ImageToImage(network, 0.0, 0.5).levels([str(n) for n in range(3000)])) >= 0.001
+    alone = torch.cat([ImageToImage(network, 0.3)(pixels[i : i + 1], "vwxyz"[i]) for i in range(5)])
+    assert_close(alone, ImageToImage(network, 0.3)(pixels, "vwxyz"))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_labels_and_keys_are_kept(images: Path, tmp_path: Path) -> None:
     assert sorted(manifest["key"]) == sorted(source.keys)
     assert [source.class_names[label] for label in source.labels] == list("aaaabbbbcccc")
     again = {key: source[place] for place, key in enumerate(source.keys)}
-    trip = RoundTrip(conditional(), 0.3, 0.5, steps=3)
+    trip = ImageToImage(conditional(), 0.3, 0.5, steps=3)
     pixels = torch.stack([image.float() / 255 for image in before])
     expected = (trip(pixels, before.content_hashes(), before.labels) * 255).round().byte()
     assert_same_pixels(torch.stack([again[key] for key in manifest["key"]]), expected)
@@ -204,16 +205,16 @@ def test_an_interrupted_run_has_the_same_bytes_and_any_batch_the_same_images(ima
     large = made(images, tmp_path / "large", **settings)
     assert_same_images(whole.folder, large.folder)
     assert_same_manifests(whole.folder, large.folder)
-    calls, original = [], RoundTrip.__call__
+    calls, original = [], ImageToImage.__call__
 
-    def stops(self: RoundTrip, images: Tensor, keys: Sequence[str], labels: Any = None) -> Tensor:
+    def stops(self: ImageToImage, images: Tensor, keys: Sequence[str], labels: Any = None) -> Tensor:
         calls.append(keys)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return original(self, images, keys, labels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RoundTrip, "__call__", stops)
+        patch.setattr(ImageToImage, "__call__", stops)
         with pytest.raises(KeyboardInterrupt):
             made(images, tmp_path / "s", runtime=few, **settings)
     with pytest.raises(StoreError, match="already contains reconstructions; give --resume"):

@@ -18,7 +18,7 @@ from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import image_noise
 from farout.diffusion.sample_folder import write_samples
-from farout.diffusion.sampling import Sampler, choose_classes, sample
+from farout.diffusion.sampling import Sampler, parse_class_labels, sample
 from farout.diffusion.solvers.registry import SOLVERS
 from small import conditional, model, tiny_unet, without_null
 from tolerances import assert_close, assert_same_pixels
@@ -159,13 +159,13 @@ def test_settings_that_cannot_work_are_refused_at_the_call(network: object, sett
 
 def test_classes_by_name_or_number() -> None:
     network = conditional()
-    assert choose_classes(network, ["all"]) == choose_classes(network, []) == (0, 1, 2)
-    assert choose_classes(network, ["c,a"]) == choose_classes(network, ["c", "0"]) == (2, 0)
+    assert parse_class_labels(network, ["all"]) == parse_class_labels(network, []) == (0, 1, 2)
+    assert parse_class_labels(network, ["c,a"]) == parse_class_labels(network, ["c", "0"]) == (2, 0)
     for wanted, message in ((["d"], "no class 'd'; the model knows a, b, c"), (["3"], "no class"), (["a,a"], "twice")):
         with pytest.raises(FaroutError, match=message):
-            choose_classes(network, wanted)
+            parse_class_labels(network, wanted)
     with pytest.raises(FaroutError, match="unconditional"):
-        choose_classes(model(), ["a"])
+        parse_class_labels(model(), ["a"])
 
 
 # -- folders --------------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def plain(folder: Path) -> Semantic:
     [
         {"sampler": "released", "levels": (3,), "noise": "image", "draws": 1},
         pytest.param({"sampler": "ddim", "steps": 2, "levels": (5, 10)}, marks=pytest.mark.slow),
-        pytest.param({"standardise": "channel", "summaries": True, "input_activation": False}, marks=pytest.mark.slow),
+        pytest.param({"standardize": "channel", "summaries": True, "input_activation": False}, marks=pytest.mark.slow),
         {"scale_shift": True, "time_sampling": "low_noise", "regret": False, "score": "mse"},
         pytest.param({"layers": (2, 4), "score": "lr", "lr_sign": -1}, marks=pytest.mark.slow),
     ],
@@ -266,8 +266,8 @@ def test_regret_wants_several_passes(folder: Path) -> None:
 def test_constant_features_are_no_numbers_trouble(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images that all look alike to the backbone: nothing varies, and still nothing is NaN."""
     monkeypatch.setattr(Semantic, "_compute", lambda self, images: torch.ones(len(images), 512))
-    for standardise in ("image", "channel"):
-        detector = fitted(folder, standardise=standardise, runtime=Runtime(cache=False))
+    for standardize in ("image", "channel"):
+        detector = fitted(folder, standardize=standardize, runtime=Runtime(cache=False))
         with pytest.warns(ConstantScoresWarning):
             assert np.isfinite(detector.score(folder).score).all()
 
@@ -295,7 +295,7 @@ def test_a_training_goes_on_with_the_same_features_only(folder: Path, tmp_path: 
     checkpoints = {"checkpoints": tmp_path / "c", "resume": True, "alpha": 0.1, "statistics": 20}
     small = {"hidden": 32, "bottleneck": 32, "embedding": 16, "blocks": 1, "epochs": 1, "batch": 16}
     Semantic(size=32, **small).fit(folder, **checkpoints)  # type: ignore[arg-type]
-    for other in ({"size": 48}, {"size": 32, "standardise": "channel"}, {"size": 32, "time_sampling": "low_noise"}):
+    for other in ({"size": 48}, {"size": 32, "standardize": "channel"}, {"size": 32, "time_sampling": "low_noise"}):
         with pytest.raises(StoreError, match="fingerprint"):
             Semantic(**small, **other).fit(folder, **checkpoints)  # type: ignore[arg-type]
 
@@ -323,6 +323,6 @@ def test_the_distance_is_of_the_features_trained_on(plain: Semantic) -> None:
 
 
 def test_encodings_go_with_their_widths() -> None:
-    encoding = FeatureEncoding((3, 5), "channel", True).fitted(torch.randn(30, 8))
+    encoding = FeatureEncoding((3, 5), "channel", True).fit(torch.randn(30, 8))
     assert encoding.groups == (3, 5, 4)
     assert encoding(torch.randn(2, 8)).shape == (2, 12)

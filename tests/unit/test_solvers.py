@@ -9,9 +9,9 @@ from torch import Tensor
 
 from exact import exact_flow, oracle
 from farout.core.errors import FaroutError
-from farout.diffusion import noise_levels as paths
+from farout.diffusion import noise_levels
 from farout.diffusion.conditioning.base import Condition
-from farout.diffusion.denoiser import GaussianDenoiser, Guided, expand_dims
+from farout.diffusion.denoiser import GaussianDenoiser, GuidedDenoiser, expand_dims
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.adams_bashforth import AdamsBashforth
 from farout.diffusion.solvers.base import Evaluation, Solver
@@ -66,8 +66,8 @@ def test_a_row_in_company_is_the_row_alone(name: str) -> None:
     """Rows of different starts and lengths, finished rows included, end as if each were solved alone."""
     denoiser = oracle()
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
-    starts = [paths.grid(SCHEDULE, start, 10) for start in (30, 200, 10, 90)]
-    together = SCHEDULE_FREE[name](denoiser, x, paths.pad(starts))
+    starts = [noise_levels.grid_path(SCHEDULE, start, 10) for start in (30, 200, 10, 90)]
+    together = SCHEDULE_FREE[name](denoiser, x, noise_levels.pad_paths(starts))
     alone = torch.cat([SCHEDULE_FREE[name](denoiser, x[i : i + 1], starts[i][None]) for i in range(4)])
     assert_close(together, alone)
 
@@ -76,7 +76,7 @@ def test_a_row_in_company_is_the_row_alone(name: str) -> None:
 def test_rows_that_stand_still_cost_nothing(name: str) -> None:
     denoiser = oracle()
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
-    sigmas = paths.pad([torch.tensor([1.0, 0.5, 0.2]), torch.tensor([1.0, 0.5]), torch.tensor([1.0])])
+    sigmas = noise_levels.pad_paths([torch.tensor([1.0, 0.5, 0.2]), torch.tensor([1.0, 0.5]), torch.tensor([1.0])])
     moved = SCHEDULE_FREE[name](denoiser, x, sigmas)
     assert torch.equal(moved[2], x[2])
     assert not torch.allclose(moved[1], x[1], atol=1e-3)
@@ -121,7 +121,7 @@ def test_plms_is_diffusers_and_the_papers() -> None:
     scheduler.set_timesteps(100)
     x = 30 * torch.randn(2, 6, generator=torch.Generator().manual_seed(3))
     denoiser = oracle()
-    ours = PLMS()(denoiser, x, paths.grid(SCHEDULE, 991, 10).repeat(2, 1))
+    ours = PLMS()(denoiser, x, noise_levels.grid_path(SCHEDULE, 991, 10).repeat(2, 1))
     assert denoiser.evaluations == 2 * 101
     theirs = run_theirs(scheduler, x, oracle())
     torch.testing.assert_close(vp(ours.double(), SCHEDULE.sigma[0]), theirs, atol=2e-4, rtol=2e-4)
@@ -173,14 +173,14 @@ def test_evaluations_of_the_papers_grid(skip: int, starts: int, evaluations: int
     assert len(labels) == starts
     denoiser = oracle()
     x = torch.randn(starts, 6, generator=torch.Generator().manual_seed(0))
-    PLMS()(denoiser, x, paths.pad([paths.grid(SCHEDULE, label, 10) for label in labels]))
+    PLMS()(denoiser, x, noise_levels.pad_paths([noise_levels.grid_path(SCHEDULE, label, 10) for label in labels]))
     assert denoiser.evaluations == evaluations
 
 
 def test_the_callback_sees_first_evaluations_of_moving_rows() -> None:
     seen: list[Evaluation] = []
     x = torch.ones(2, 6)
-    sigmas = paths.pad([torch.tensor([1.0, 0.5, 0.1]), torch.tensor([2.0, 1.0])])
+    sigmas = noise_levels.pad_paths([torch.tensor([1.0, 0.5, 0.1]), torch.tensor([2.0, 1.0])])
     Heun()(oracle(), x, sigmas, callback=seen.append)
     assert [e.rows.tolist() for e in seen] == [[0, 1], [0]]
     assert seen[0].sigma.tolist() == [1.0, 2.0]
@@ -203,7 +203,9 @@ def test_a_guide_can_do_what_guidance_does() -> None:
     """Branches through a stateful guide equal the stateless wrapper; its state follows its rows; Heun refuses it."""
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     wanted, null = Condition({"mean": torch.eye(3)[:, :2]}), Condition({"mean": torch.zeros(3, 2)})
-    sigmas = paths.pad([torch.tensor([1.0, 0.5, 0.1]), torch.tensor([2.0, 1.0]), torch.tensor([2.0, 1.0, 0.5])])
+    sigmas = noise_levels.pad_paths(
+        [torch.tensor([1.0, 0.5, 0.1]), torch.tensor([2.0, 1.0]), torch.tensor([2.0, 1.0, 0.5])]
+    )
     steps: list[list[int]] = []
 
     def guide(branches: dict[str, Tensor], sigma: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -213,7 +215,7 @@ def test_a_guide_can_do_what_guidance_does() -> None:
 
     guided = DDIM()(_TwoClasses(), x, sigmas, {"on": wanted, "null": null}, guide=guide)
     plain = DDIM()(
-        Guided(_TwoClasses(), 3, lambda count: Condition({"mean": torch.zeros(count, 2)})), x, sigmas, wanted
+        GuidedDenoiser(_TwoClasses(), 3, lambda count: Condition({"mean": torch.zeros(count, 2)})), x, sigmas, wanted
     )
     torch.testing.assert_close(guided, plain)
     assert steps == [[1, 1, 1], [2, 2]]
@@ -224,7 +226,7 @@ def test_a_guide_can_do_what_guidance_does() -> None:
 @pytest.mark.parametrize("name", sorted(SOLVERS))
 def test_no_float64_is_wanted_of_the_device(name: str) -> None:
     """Apple's has none."""
-    path = torch.stack([solver_path(name, paths.from_noise(SCHEDULE, 6))] * 2)
+    path = torch.stack([solver_path(name, noise_levels.even_path(SCHEDULE, 6))] * 2)
     x, solve = path[:, :1] * torch.randn(2, 5), create_solver(name, SCHEDULE)
 
     def standard(x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
-from farout.diffusion import noise_levels as paths
+from farout.diffusion import noise_levels
 from farout.diffusion.conditioning.base import Condition
-from farout.diffusion.denoiser import Clamped, NetworkDenoiser, Prediction
+from farout.diffusion.denoiser import ClampedDenoiser, NetworkDenoiser, Prediction
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.base import Solver
 from farout.diffusion.solvers.ddim import DDIM
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.numerics
 
 SCHEDULE = NoiseSchedule("scaled_linear", 0.00085, 0.012)
 N = 50
-LEVELS = paths.leading_levels(SCHEDULE, N)
+LEVELS = noise_levels.leading_levels(SCHEDULE, N)
 
 
 # the guidance
@@ -126,7 +126,7 @@ def walked(
     names: tuple[str, ...] = ("null", "class", "target"),
 ) -> Tensor:
     z0, noise = drawn(len(starts), torch.float32)
-    sigmas = paths.pad([path(start) for start in starts])
+    sigmas = noise_levels.pad_paths([path(start) for start in starts])
     x = z0 + sigmas[:, 0, None, None, None] * noise
     return (solver or DDIM())(denoiser or Toy(), x, sigmas, shifts(len(starts), *names), guide=guide)
 
@@ -196,8 +196,8 @@ def test_up_to_the_first_warm_up_it_is_unconditional_denoising(limits: tuple[flo
     starts = [1, 7, 10]
     guided = walked(starts, SonaGuide(PAPER, limits))
     z0, noise = drawn(3, torch.float32)
-    sigmas = paths.pad([path(start) for start in starts])
-    toy = Toy() if limits is None else Clamped(Toy(), *limits)
+    sigmas = noise_levels.pad_paths([path(start) for start in starts])
+    toy = Toy() if limits is None else ClampedDenoiser(Toy(), *limits)
     plain = DDIM()(toy, z0 + sigmas[:, 0, None, None, None] * noise, sigmas, shifts(3)["null"])
     assert_close(guided, plain)
     without = walked([11], SonaGuide(replace(PAPER, scale=0.0)))
@@ -376,6 +376,6 @@ def test_a_guide_wants_its_branches() -> None:
 def test_the_published_grid() -> None:
     assert LEVELS[:3] == [1, 21, 41]
     assert LEVELS[-1] == 981
-    assert paths.leading_levels(SCHEDULE, 1000)[-1] == 999
+    assert noise_levels.leading_levels(SCHEDULE, 1000)[-1] == 999
     with pytest.raises(FaroutError, match="1 to 1000"):
-        paths.leading_levels(SCHEDULE, 1001)
+        noise_levels.leading_levels(SCHEDULE, 1001)

@@ -363,11 +363,11 @@ def test_what_is_saved_of_the_generator_can_be_told_words_too(
     saved = DiffusionModel.load(tmp_path / "m")
     assert saved.content_hash == model.content_hash
     assert saved.conditioning.describe() == model.conditioning.describe()
-    vectors = model.conditioning.vectors()
+    vectors = model.conditioning.class_vectors()
     assert vectors.shape == (3, model.conditioning.dim)
     by_vector, by_label = (saved.conditioning(given) for given in (vectors, torch.arange(3)))
     assert torch.equal(*(each.tensors["encoder_hidden_states"] for each in (by_vector, by_label)))
-    assert torch.equal(saved.conditioning.fixed().vectors(), vectors)
+    assert torch.equal(saved.conditioning.to_text_tokens().class_vectors(), vectors)
     method = SDEdit(steps=4, words=few)
     ways = [made(images, tmp_path / f"o{n}", method, each) for n, each in enumerate((folder, tmp_path / "m", model))]
     for way in ways[1:]:

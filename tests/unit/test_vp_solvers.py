@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exact import exact_flow, oracle
 from farout.core.errors import FaroutError
-from farout.diffusion import noise_levels as paths
+from farout.diffusion import noise_levels
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.probability_flow import ProbabilityFlow
@@ -112,7 +112,9 @@ def test_fewer_steps_than_a_warm_up_are_refused_before_any_evaluation() -> None:
         denoiser = oracle()
         good = torch.linspace(1, 0.1, 9)
         with pytest.raises(FaroutError, match=f"{name} warms up over .* a path of {len(too_few) - 1} step"):
-            create_solver(name, LINEAR)(denoiser, torch.ones(2, 6), paths.pad([good, torch.tensor(too_few)]))
+            create_solver(name, LINEAR)(
+                denoiser, torch.ones(2, 6), noise_levels.pad_paths([good, torch.tensor(too_few)])
+            )
         assert denoiser.evaluations == 0
     three = torch.tensor([[1.0, 0.6, 0.3, 0.1]])
     denoiser = oracle()
@@ -142,8 +144,8 @@ def test_impossible_paths_are_named() -> None:
 
 def starts(name: str) -> list[Tensor]:
     """Paths of different starts, lengths and directions; one stands still."""
-    falling = [paths.grid(LINEAR, start, 20) for start in (399, 99, 219)]
-    every = [*falling, paths.grid(LINEAR, 159, 20).flip(0), falling[0][:1]]
+    falling = [noise_levels.grid_path(LINEAR, start, 20) for start in (399, 99, 219)]
+    every = [*falling, noise_levels.grid_path(LINEAR, 159, 20).flip(0), falling[0][:1]]
     return [solver_path(name, path) for path in every]
 
 
@@ -151,8 +153,8 @@ def starts(name: str) -> list[Tensor]:
 def test_a_row_in_company_is_the_row_alone(name: str) -> None:
     solver = create_solver(name, LINEAR)
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
-    together = solver(oracle(), x, paths.pad(starts(name)))
-    alone = [solver(oracle(), x[i : i + 1], paths.pad(starts(name)[i : i + 1])) for i in range(4)]
+    together = solver(oracle(), x, noise_levels.pad_paths(starts(name)))
+    alone = [solver(oracle(), x[i : i + 1], noise_levels.pad_paths(starts(name)[i : i + 1])) for i in range(4)]
     torch.testing.assert_close(together[:4], torch.cat(alone), atol=1e-6, rtol=1e-6)
     assert torch.equal(together[4], x[4])
 
@@ -184,8 +186,8 @@ class _Classes:
 def test_conditions_go_with_their_rows(name: str) -> None:
     """Each row ends near the mean of its own class, also when rows leave the batch or skip stages."""
     means = torch.tensor([[4.0, 0.0], [0.0, 4.0], [-4.0, -4.0]])
-    levels = [solver_path(name, paths.grid(LINEAR, start, 20)) for start in (999, 599, 799)]
-    sigmas = paths.pad(levels)
+    levels = [solver_path(name, noise_levels.grid_path(LINEAR, start, 20)) for start in (999, 599, 799)]
+    sigmas = noise_levels.pad_paths(levels)
     noise = torch.randn(3, 2, generator=torch.Generator().manual_seed(3))
     found = create_solver(name, LINEAR)(_Classes(), sigmas[:, :1] * noise, sigmas, Condition({"mean": means}))
     assert torch.cdist(found, means).argmin(1).tolist() == [0, 1, 2]
@@ -193,7 +195,7 @@ def test_conditions_go_with_their_rows(name: str) -> None:
 
 def test_a_row_that_starts_late_warms_up_on_its_own() -> None:
     """Steps that stand still come first for one row: its three RK4 steps are its first three, not the batch's."""
-    path = paths.grid(LINEAR, 199, 20)
+    path = noise_levels.grid_path(LINEAR, 199, 20)
     late = torch.cat([path[:1].expand(2), path])
     early = torch.cat([path, path[-1:].expand(2)])
     x = torch.randn(1, 6).repeat(2, 1)

@@ -21,7 +21,7 @@ from farout.detectors.base import Cost
 from farout.detectors.feature_detector import FeatureDetector
 from farout.diffusion import diffusers_folders as folders
 from farout.diffusion.config import DiffusionConfig
-from farout.diffusion.image_to_image import RoundTrip
+from farout.diffusion.image_to_image import ImageToImage
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import build_model
 from farout.synthesis.base import SynthesisContext
@@ -66,8 +66,8 @@ class Rehearsal:
 
     def _stored(self, folder: str) -> DiffusionModel:
         """A stored diffusion model; an original Stable Diffusion folder is told the classes of the images."""
-        local = folders.local(folder)
-        names = class_names_of(self.images(None, None)) if folders.wants_prompts(local) else None
+        local = folders.local_folder(folder)
+        names = class_names_of(self.images(None, None)) if folders.requires_class_names(local) else None
         return DiffusionModel.load(local, class_names=names)
 
     def check(self) -> None:
@@ -77,7 +77,7 @@ class Rehearsal:
         for again in self.spec.reconstructions.values():
             model = self.network(again.diffusion)
             assert isinstance(model, DiffusionModel)
-            RoundTrip(model, **again.trip)  # refuses what is out of range
+            ImageToImage(model, **again.trip)  # refuses what is out of range
         for entry in self.spec.detectors.values():
             diffusion, classifier = self._given(entry)
             made = entry.made()
@@ -152,7 +152,7 @@ class Rehearsal:
     def _feature_cost(self, made: FeatureDetector) -> Cost:
         made.features = made.build_features()
         grey = torch.full((1, 3, made.backbone.size, made.backbone.size), 0.5)
-        gmacs = _counted(lambda: made.backbone.pooled(grey, 1))
+        gmacs = _counted(lambda: made.backbone.pooled_features(grey, 1))
         return Cost(made.rows_per_image if "diffusion" in made.needs else 0, gmacs)
 
     # -- speed ---------------------------------------------------------------------------------------------------
@@ -181,7 +181,9 @@ class Rehearsal:
         if key not in self._backbone_speeds:
             backbone = made.build_features().to(self.spec.runtime.resolved().device)
             grey = torch.full((8, 3, backbone.size, backbone.size), 0.5)
-            self._backbone_speeds[key] = _speed(lambda: backbone.pooled(grey), _counted(lambda: backbone.pooled(grey)))
+            self._backbone_speeds[key] = _speed(
+                lambda: backbone.pooled_features(grey), _counted(lambda: backbone.pooled_features(grey))
+            )
         return self._backbone_speeds[key]
 
 

@@ -13,7 +13,7 @@ from farout.data.preprocessing import Protocol
 from farout.detectors import DETECTORS
 from farout.detectors.base import Detector
 from farout.diffusion.config import DiffusionConfig
-from farout.diffusion.image_to_image import BackSpacing, RoundTrip
+from farout.diffusion.image_to_image import DenoisingSpacing, ImageToImage
 from farout.synthesis import SYNTHESIZERS
 from farout.synthesis.base import Synthesizer
 from farout.training.config import TrainingConfig
@@ -100,12 +100,12 @@ class ReconstructionSpec:
     diffusion: str
     source: str | None = None
     limit: int | None = None
-    level: float = RoundTrip.level
-    highest: float | None = RoundTrip.highest
-    classes: bool = RoundTrip.classes
-    solver: str = RoundTrip.solver
-    steps: int | None = RoundTrip.steps
-    spacing: BackSpacing = RoundTrip.spacing
+    level: float = ImageToImage.level
+    highest: float | None = ImageToImage.highest
+    classes: bool = ImageToImage.classes
+    solver: str = ImageToImage.solver
+    steps: int | None = ImageToImage.steps
+    spacing: DenoisingSpacing = ImageToImage.spacing
 
     def needs(self) -> Iterator[tuple[str, str]]:
         """Section and name of what has to be there before."""

@@ -20,7 +20,7 @@ from farout.core.chunking import BatchSize, call_in_chunks
 from farout.core.devices import Precision, autocast
 from farout.core.errors import FaroutError, StoreError
 from farout.data.preprocessing import Preprocessing
-from farout.diffusion.diffusers_folders import local
+from farout.diffusion.diffusers_folders import local_folder
 from farout.features.backbones import read_weights
 
 __all__ = ["KIND", "Classifier", "Outputs"]
@@ -127,7 +127,7 @@ class Classifier:
         """Number of the network's parameters."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
-    def randomised(self, seed: int = 0) -> Classifier:
+    def with_random_weights(self, seed: int = 0) -> Classifier:
         """The same network with fresh weights: a control that has learnt nothing.
 
         Raises FaroutError for a module that could not be built again.
@@ -351,7 +351,7 @@ class Classifier:
 
         Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
         """
-        path = local(folder)
+        path = local_folder(folder)
         config = store.read_config(path, KIND)
         spec = NetworkSpec.from_dict(config["network"])
         module = spec.build()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from farout.core.errors import FaroutError
-from farout.features.backbones import input_config
+from farout.features.backbones import get_input_config
 
 __all__ = [
     "NETWORKS",
@@ -129,7 +129,7 @@ class CosineNetwork(nn.Module):
 
 def _check_timm(name: str) -> None:
     try:
-        input_config(name)
+        get_input_config(name)
     except FaroutError as error:
         raise FaroutError(f"{error}; networks of classifiers are {', '.join(NETWORKS)} and timm's") from error
 
@@ -162,7 +162,7 @@ def _wide_resnet(depth: int, width: int, classes: int, channels: int) -> nn.Modu
 
 
 def _timm(spec: NetworkSpec) -> nn.Module:
-    resized = {"img_size": spec.size} if input_config(spec.name).fixed_input_size else {}
+    resized = {"img_size": spec.size} if get_input_config(spec.name).fixed_input_size else {}
     try:
         return timm.create_model(
             spec.name, pretrained=False, num_classes=spec.classes, in_chans=spec.channels, **resized

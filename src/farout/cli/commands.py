@@ -22,7 +22,7 @@ from farout.detectors.fit_settings import FitSettings
 from farout.detectors.fitting import recalibrate
 from farout.evaluation.comparison import Beside
 from farout.evaluation.evaluate import evaluate_detector, evaluate_scores
-from farout.features.cache import CachedKind, cached_kinds, clear
+from farout.features.cache import CachedFeatureSet, clear_cache, list_cached_features
 from farout.report.overlays import FOLDER, check_has_maps, write_overlays
 from farout.scoring.folder import ScoredFolder, score_folder
 from farout.training.checkpoints import discard_checkpoints, training_folder
@@ -213,18 +213,18 @@ def what_is_rated(
     return detector, id, out
 
 
-def list_features() -> list[CachedKind]:
+def list_features() -> list[CachedFeatureSet]:
     """List the stored features."""
-    return cached_kinds()
+    return list_cached_features()
 
 
-def clear_features(name: str | None = None) -> list[CachedKind]:
+def clear_features(name: str | None = None) -> list[CachedFeatureSet]:
     """Delete stored features.
 
     Args:
         name: folder to delete, as `farout features list` shows it; default: all.
     """
-    return clear(name)
+    return clear_cache(name)
 
 
 def demo(

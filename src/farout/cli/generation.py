@@ -10,10 +10,10 @@ from farout.core.devices import PrecisionChoice, is_main_process, resolve_device
 from farout.core.runtime import Runtime
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
-from farout.diffusion.image_to_image import BackSpacing
+from farout.diffusion.image_to_image import DenoisingSpacing
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sample_folder import SampledFolder, write_samples
-from farout.diffusion.sampling import Sampler, Spacing, choose_classes
+from farout.diffusion.sampling import Sampler, Spacing, parse_class_labels
 from farout.report.outlier_page import write_outlier_page
 from farout.synthesis import SYNTHESIZERS
 from farout.synthesis.base import OutlierFolder, Synthesizer
@@ -64,7 +64,7 @@ def sample(
     """
     where = resolve_device(device)
     network = DiffusionModel.load(model).to(where)
-    chosen = choose_classes(network, classes) if classes else None
+    chosen = parse_class_labels(network, classes) if classes else None
     exact = resolve_precision(precision, where)
     sampler = Sampler(network, solver, steps, spacing, guidance, seed, batch_size, exact, clamp)
     return write_samples(sampler, out, count, classes=chosen, grid=grid)
@@ -149,7 +149,7 @@ def reconstruct(
     classes: bool = True,
     solver: str = "dpm_solver_2m",
     steps: int | None = None,
-    spacing: BackSpacing = "grid",
+    spacing: DenoisingSpacing = "grid",
     seed: int = 0,
     resume: bool = False,
     limit: int | None = None,

@@ -25,7 +25,7 @@ from farout.detectors.base import Detector
 from farout.diffusion.sample_folder import SampledFolder
 from farout.evaluation.fid import SetDistance
 from farout.evaluation.scored_datasets import OWN
-from farout.features.cache import CachedKind, cache_folder
+from farout.features.cache import CachedFeatureSet, cache_folder
 from farout.features.extraction import Extraction
 from farout.report.interpolation import InterpolatedFolder
 from farout.scoring.folder import ScoredFolder
@@ -186,7 +186,7 @@ def _extracted(done: Extraction) -> None:
     print(f"  {done.seconds:.1f} s, {(done.computed + done.found) / max(done.seconds, 1e-9):.1f} images/s")
 
 
-def _kinds(kinds: list[CachedKind]) -> None:
+def _kinds(kinds: list[CachedFeatureSet]) -> None:
     """One row per kind of features."""
     folder = cache_folder() / "features"
     if not kinds:
@@ -215,7 +215,7 @@ def _kind(settings: dict[str, Any]) -> list[str]:
     return [backbone, weights, str(about.get("input", "?")), protocol, precision]
 
 
-def _cleared(kinds: list[CachedKind]) -> None:
+def _cleared(kinds: list[CachedFeatureSet]) -> None:
     images, mib = sum(kind.images for kind in kinds), sum(kind.mib for kind in kinds)
     print(f"deleted {len(kinds)} feature folders ({images} images, {mib:.1f} MiB) from {cache_folder()}")
 

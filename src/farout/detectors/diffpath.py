@@ -19,7 +19,7 @@ from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.solvers.base import Evaluation
 from farout.diffusion.solvers.ddim import DDIM
-from farout.features.densities import GaussianMixture, KernelDensity, pack, unpack
+from farout.features.densities import GaussianMixture, KernelDensity, pack_arrays, unpack_arrays
 
 __all__ = ["DiffPath"]
 
@@ -36,7 +36,7 @@ class DiffPath(Detector):
         curvature = sqrt(sum_i |eps'_i|^2)                                              (DiffPath-1D, section 3.3)
         six       = sums over i and pixels of eps, eps^2, eps^3, eps', eps'^2, eps'^3   (DiffPath-6D, section 3.5)
 
-    with means in place of sums, which the densities do not feel: they standardise every number. The scores are -log
+    with means in place of sums, which the densities do not feel: they standardize every number. The scores are -log
     densities of these, fitted to good images, so that what lies below is as odd as what lies above: a mixture of
     Gaussians for `six`, kernels for the other two. The paper's model is trained on other images than the good ones;
     any diffusion model serves, one without condition or with a null condition.
@@ -104,7 +104,7 @@ class DiffPath(Detector):
             raise FaroutError("DiffPath requires a diffusion model")
         self.path = self._path(self.diffusion)
         self.network: NetworkDenoiser = self.diffusion.denoiser(self.runtime.batch_size, self.precision)
-        self.denoiser = self.diffusion.in_range(self.network) if self.config["clamp"] else self.network
+        self.denoiser = self.diffusion.clamp_x0(self.network) if self.config["clamp"] else self.network
 
     @property
     def evaluations(self) -> int:
@@ -155,12 +155,12 @@ class DiffPath(Detector):
 
     def state(self) -> dict[str, np.ndarray]:
         """The fitted arrays."""
-        return {} if self.mixture is None else pack({"six": self.mixture, **self.kernels})
+        return {} if self.mixture is None else pack_arrays({"six": self.mixture, **self.kernels})
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Puts `state` back."""
-        self.mixture = GaussianMixture.from_arrays(unpack(state, "six"))
-        self.kernels = {name: KernelDensity.from_arrays(unpack(state, name)) for name in ("curvature", "rate")}
+        self.mixture = GaussianMixture.from_arrays(unpack_arrays(state, "six"))
+        self.kernels = {name: KernelDensity.from_arrays(unpack_arrays(state, name)) for name in ("curvature", "rate")}
 
 
 def _powers(values: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class FeatureDetector(Detector):
         self.cache_hits += reader.cache.hits
 
     def _compute(self, images: Tensor) -> Tensor:
-        return self.backbone.pooled(images, self.runtime.batch_size, self.precision)
+        return self.backbone.pooled_features(images, self.runtime.batch_size, self.precision)
 
     def features_of(self, batch: Batch) -> Tensor:
         """Features (B, width) float32 on the CPU."""
@@ -121,13 +121,13 @@ class VectorDetector(FeatureDetector):
     """A detector whose measurements are the features themselves: a statistic on them is all that it learns.
 
     Args:
-        standardise: `image`: scale the features of each layer of each image to mean 0 and standard deviation 1 (higher
+        standardize: `image`: scale the features of each layer of each image to mean 0 and standard deviation 1 (higher
             AUROC on dev sources); `none`: do not scale.
     """
 
     _width = 0
 
-    def __init__(self, *, standardise: Literal["image", "none"] = "image", **features: Any) -> None:
+    def __init__(self, *, standardize: Literal["image", "none"] = "image", **features: Any) -> None:
         super().__init__(**features)
 
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
@@ -137,7 +137,7 @@ class VectorDetector(FeatureDetector):
     def table(self, measurements: Measurements) -> np.ndarray:
         """The features (n, width) in float64, standardised as configured."""
         features = measurements.vectors["features"]
-        if self.config["standardise"] == "image":
+        if self.config["standardize"] == "image":
             features = FeatureEncoding(self.channels)(features)
         return features.double().numpy()
 

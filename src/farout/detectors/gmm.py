@@ -11,7 +11,7 @@ from torch import Tensor
 from farout.core.errors import FaroutError
 from farout.detectors.feature_detector import VectorDetector
 from farout.detectors.results import Measurements
-from farout.features.densities import GaussianMixture, Principal, pack, unpack
+from farout.features.densities import GaussianMixture, Principal, pack_arrays, unpack_arrays
 
 __all__ = ["GMM"]
 
@@ -73,10 +73,10 @@ class GMM(VectorDetector):
         """The fitted arrays."""
         if self.reduced is None or self.mixture is None:
             return {}
-        return {"noise": np.array(self.noise), **pack({"reduced": self.reduced, "mixture": self.mixture})}
+        return {"noise": np.array(self.noise), **pack_arrays({"reduced": self.reduced, "mixture": self.mixture})}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Puts `state` back."""
         self.noise = float(state["noise"])
-        self.reduced = Principal.from_arrays(unpack(state, "reduced"))
-        self.mixture = GaussianMixture.from_arrays(unpack(state, "mixture"))
+        self.reduced = Principal.from_arrays(unpack_arrays(state, "reduced"))
+        self.mixture = GaussianMixture.from_arrays(unpack_arrays(state, "mixture"))

@@ -104,13 +104,13 @@ class Mahalanobis(VectorDetector):
         """The fitted arrays."""
         parts = {"whole": self.whole, "scale": self.scale, "classes": self.classes}
         layers = {f"layer{number}": layer for number, layer in enumerate(self.layers)}
-        return densities.pack({name: part for name, part in {**parts, **layers}.items() if part is not None})
+        return densities.pack_arrays({name: part for name, part in {**parts, **layers}.items() if part is not None})
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Puts `state` back."""
         names = [f"layer{number}" for number in range(len(self.channels))]
-        self.whole = densities.Mahalanobis.from_arrays(densities.unpack(state, "whole"))
-        self.layers = [densities.Mahalanobis.from_arrays(densities.unpack(state, name)) for name in names]
-        self.scale = densities.ZScore.from_arrays(densities.unpack(state, "scale"))
-        if self.config["classes"] and (within := densities.unpack(state, "classes")):
+        self.whole = densities.Mahalanobis.from_arrays(densities.unpack_arrays(state, "whole"))
+        self.layers = [densities.Mahalanobis.from_arrays(densities.unpack_arrays(state, name)) for name in names]
+        self.scale = densities.ZScore.from_arrays(densities.unpack_arrays(state, "scale"))
+        if self.config["classes"] and (within := densities.unpack_arrays(state, "classes")):
             self.classes = densities.ClassMahalanobis.from_arrays(within)

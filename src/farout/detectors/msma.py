@@ -17,7 +17,7 @@ from farout.detectors.base import Detector, Measurements
 from farout.detectors.settings import check_words, checked_levels
 from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
-from farout.features.densities import GaussianMixture, Mahalanobis, Nearest, pack, unpack
+from farout.features.densities import GaussianMixture, Mahalanobis, Nearest, pack_arrays, unpack_arrays
 
 __all__ = ["MSMA"]
 
@@ -35,7 +35,7 @@ class MSMA(Detector):
 
     |.| the Euclidean norm: one evaluation a level, all levels in one batch. A density of these L numbers, fitted to
     good images, is the score: too small a norm is as odd as too large a one. The factor sigma_l, as in the authors'
-    code, brings the levels to one scale (the norm of the predicted noise); the densities standardise each level, so
+    code, brings the levels to one scale (the norm of the predicted noise); the densities standardize each level, so
     that it changes none of them.
 
     The authors train a noise-conditional score network for the purpose; here a diffusion model serves, whose network
@@ -102,7 +102,7 @@ class MSMA(Detector):
         schedule, given = model.schedule, self.config["levels"]
         if given is not None:
             return checked_levels(given, schedule.steps)
-        low, high = model.limits or (0.0, 1.0)
+        low, high = model.x0_range or (0.0, 1.0)
         wanted = torch.tensor([self.config["lowest"], self.config["highest"]], dtype=torch.float64) * (high - low)
         ends = wanted.clamp(schedule.sigma[0], schedule.sigma[-1])
         if not ends[0] < ends[1]:
@@ -168,10 +168,10 @@ class MSMA(Detector):
     def state(self) -> dict[str, np.ndarray]:
         """The fitted arrays."""
         parts = {"mixture": self.mixture, "mahalanobis": self.gaussian, "nearest": self.nearest}
-        return pack({name: part for name, part in parts.items() if part is not None})
+        return pack_arrays({name: part for name, part in parts.items() if part is not None})
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Puts `state` back."""
-        self.mixture = GaussianMixture.from_arrays(unpack(state, "mixture"))
-        self.gaussian = Mahalanobis.from_arrays(unpack(state, "mahalanobis"))
-        self.nearest = Nearest.from_arrays(unpack(state, "nearest"))
+        self.mixture = GaussianMixture.from_arrays(unpack_arrays(state, "mixture"))
+        self.gaussian = Mahalanobis.from_arrays(unpack_arrays(state, "mahalanobis"))
+        self.nearest = Nearest.from_arrays(unpack_arrays(state, "nearest"))

@@ -19,10 +19,10 @@ from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.schedule import NoiseSchedule
 
 __all__ = [
-    "Clamped",
+    "ClampedDenoiser",
     "Denoiser",
     "GaussianDenoiser",
-    "Guided",
+    "GuidedDenoiser",
     "NetworkDenoiser",
     "Prediction",
     "check_prediction",
@@ -137,7 +137,7 @@ def _check_sigma(sigma: Tensor) -> None:
         raise FaroutError(f"a denoiser requires positive, finite sigmas, got {sigma.min():g} to {sigma.max():g}")
 
 
-class Clamped:
+class ClampedDenoiser:
     """A denoiser whose answer is clamped to [low, high]."""
 
     def __init__(self, denoiser: Denoiser, low: float, high: float) -> None:
@@ -148,7 +148,7 @@ class Clamped:
         return self.denoiser(x, sigma, condition).clamp(self.low, self.high)
 
 
-class Guided:
+class GuidedDenoiser:
     """Classifier-free guidance (Ho & Salimans 2022): null + scale (conditional - null), both branches in one batch.
 
     Args:

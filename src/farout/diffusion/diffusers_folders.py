@@ -22,17 +22,17 @@ from farout.diffusion.conditioning.text_encoder import TextEncoder, has_text
 from farout.diffusion.schedule import NoiseSchedule
 
 __all__ = [
-    "foreign_conditioning",
-    "is_ours",
-    "local",
+    "class_table_conditioning",
+    "is_farout_folder",
+    "local_folder",
     "model_card",
     "read_autoencoder",
     "read_conditioning",
     "read_networks",
     "read_scheduler",
+    "requires_class_names",
     "sample_size",
     "text_conditioning",
-    "wants_prompts",
     "write_conditioning",
     "write_network",
 ]
@@ -42,7 +42,7 @@ _CONDITIONING = "conditioning.safetensors"
 _AUTOENCODERS = {"AutoencoderKL": diffusers.AutoencoderKL, "VQModel": diffusers.VQModel}
 
 
-def local(folder: str | Path) -> Path:
+def local_folder(folder: str | Path) -> Path:
     """The folder itself, or the local copy of `hf://owner/name`.
 
     Raises StoreError for a missing folder or an unreachable hub, MissingExtraError without `huggingface_hub`.
@@ -65,15 +65,15 @@ def local(folder: str | Path) -> Path:
         raise StoreError(f"{folder} cannot be fetched ({reason}); download it and give the folder") from error
 
 
-def is_ours(folder: Path) -> bool:
+def is_farout_folder(folder: Path) -> bool:
     """Whether `config.json` says that farout wrote the folder."""
     path = folder / "config.json"
     return path.is_file() and "farout" in store.read_json(path)
 
 
-def wants_prompts(folder: Path) -> bool:
+def requires_class_names(folder: Path) -> bool:
     """Whether a folder is conditioned on text and does not name its classes: Stable Diffusion as it is published."""
-    return has_text(folder) and not is_ours(folder)
+    return has_text(folder) and not is_farout_folder(folder)
 
 
 def write_network(
@@ -170,7 +170,9 @@ def text_conditioning(folder: Path, class_names: Sequence[str] | None, prompts: 
     return read_prompts(folder, class_names, prompts or Prompts(vector="context"))
 
 
-def foreign_conditioning(folder: Path, network: nn.Module, class_names: Sequence[str] | None) -> Conditioning | None:
+def class_table_conditioning(
+    folder: Path, network: nn.Module, class_names: Sequence[str] | None
+) -> Conditioning | None:
     """The conditioning of a folder without text that farout did not write; None for an unconditional network.
 
     Each row of a table of class embeddings is taken for a class, as nothing says whether the last one means none.

@@ -13,24 +13,24 @@ from torch import Tensor
 from farout.core.chunking import BatchSize, check_batch_size
 from farout.core.devices import Precision
 from farout.core.errors import FaroutError
-from farout.diffusion import noise_levels as paths
-from farout.diffusion.conditioning.base import Condition, no_null
+from farout.diffusion import noise_levels
+from farout.diffusion.conditioning.base import Condition, missing_null_condition
 from farout.diffusion.denoiser import expand_dims
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.noise import seeded
+from farout.diffusion.noise import seeded_generator
 from farout.diffusion.solvers.base import Solver
 from farout.diffusion.solvers.registry import create_solver, is_adaptive, solver_path
 
-__all__ = ["STEPS", "BackSpacing", "RoundTrip"]
+__all__ = ["STEPS", "DenoisingSpacing", "ImageToImage"]
 
 STEPS = 10
 """Steps back of methods that do not find their own, where none are asked for."""
-BackSpacing = Literal["grid", "geometric"]
+DenoisingSpacing = Literal["grid", "geometric"]
 """Where the levels of the way back lie: the kinds of `Spacing` that begin at any level."""
 
 
 @dataclass(frozen=True)
-class RoundTrip:
+class ImageToImage:
     """Noises images part of the way, x = x0 + sigma_t noise, and denoises them by any solver, without guidance.
 
     The noising is SDEdit's (Meng et al. 2022, "SDEdit: guided image synthesis and editing with stochastic differential
@@ -67,7 +67,7 @@ class RoundTrip:
     classes: bool = True
     solver: str = "dpm_solver_2m"
     steps: int | None = None
-    spacing: BackSpacing = "grid"
+    spacing: DenoisingSpacing = "grid"
     seed: int = 0
     batch_size: BatchSize = "auto"
     precision: Precision = "fp32"
@@ -83,18 +83,20 @@ class RoundTrip:
                 "such as 0.5"
             )
         check_batch_size(self.batch_size)
-        if self.spacing not in get_args(BackSpacing) or (self.steps is not None and self.steps < 1):
+        if self.spacing not in get_args(DenoisingSpacing) or (self.steps is not None and self.steps < 1):
             given = f"steps is {self.steps}, spacing is {self.spacing!r}"
             raise FaroutError(f"{given}; expected at least 1 step, and a spacing of grid or geometric")
         if is_adaptive(self.solver) and self.steps is not None:
             raise FaroutError(f"{self.solver} chooses its own steps; leave out steps={self.steps}")
         conditioning = self.model.conditioning
         if conditioning is not None and not self.classes and not conditioning.has_null:
-            raise no_null()
-        self._solve.check(paths.pad([self._path(number) for number in {self._number(0.0), self._number(1.0)}]))
+            raise missing_null_condition()
+        self._solve.check(
+            noise_levels.pad_paths([self._path(number) for number in {self._number(0.0), self._number(1.0)}])
+        )
 
     @property
-    def told_classes(self) -> bool:
+    def uses_classes(self) -> bool:
         """Whether each image wants its label."""
         return self.classes and self.model.conditioning is not None
 
@@ -105,7 +107,7 @@ class RoundTrip:
         return {
             "level": self.level,
             "highest": self.highest,
-            "classes": self.told_classes,
+            "classes": self.uses_classes,
             "solver": self.solver,
             "steps": None if adaptive else self._steps,
             "spacing": self.spacing,
@@ -131,8 +133,8 @@ class RoundTrip:
         if number == 0:
             return torch.zeros(2)
         if self.spacing == "grid":
-            return solver_path(self.solver, paths.from_noise(schedule, min(self._steps, number), number - 1))
-        return solver_path(self.solver, paths.geometric(schedule, number - 1, self._steps))
+            return solver_path(self.solver, noise_levels.even_path(schedule, min(self._steps, number), number - 1))
+        return solver_path(self.solver, noise_levels.geometric_path(schedule, number - 1, self._steps))
 
     def levels(self, keys: Sequence[str]) -> list[float]:
         """The level of each image, as a share of the schedule, rounded to one of its levels."""
@@ -140,7 +142,7 @@ class RoundTrip:
 
     def _drawn(self, key: str) -> tuple[int, Tensor]:
         """Levels noised through, and noise, of one image."""
-        generator = seeded(self.seed, "round trip", key)
+        generator = seeded_generator(self.seed, "round trip", key)
         share = float(torch.rand((), generator=generator))
         return self._number(share), torch.randn(self.model.shape, generator=generator)
 
@@ -151,16 +153,16 @@ class RoundTrip:
         Args:
             images: in [0, 1].
             keys: their content hashes (`Batch.identities`), which seed their draws.
-            labels: their classes, where `told_classes`.
+            labels: their classes, where `uses_classes`.
 
         Raises FaroutError where labels are wanted and missing, or the model does not know one.
         """
         model, condition = self.model, self._condition(labels)
         x0 = model.encode(images)
         numbers, noise = zip(*map(self._drawn, keys), strict=True)
-        sigmas = paths.pad([self._path(number) for number in numbers]).to(x0.device)
+        sigmas = noise_levels.pad_paths([self._path(number) for number in numbers]).to(x0.device)
         x = x0 + expand_dims(sigmas[:, 0], x0) * torch.stack(noise).to(x0.device)
-        back = self._solve(model.in_range(model.denoiser(self.batch_size, self.precision)), x, sigmas, condition)
+        back = self._solve(model.clamp_x0(model.denoiser(self.batch_size, self.precision)), x, sigmas, condition)
         return model.decode(back).cpu()
 
     def _condition(self, labels: Sequence[int] | None) -> Condition | None:
@@ -170,7 +172,7 @@ class RoundTrip:
         if labels is None:
             raise FaroutError(
                 "images are denoised under their classes, which require a label each, 0 to "
-                f"{conditioning.classes - 1}; "
+                f"{conditioning.num_classes - 1}; "
                 "or turn classes off"
             )
         return conditioning(torch.tensor(list(labels), dtype=torch.int64, device=self.model.device))

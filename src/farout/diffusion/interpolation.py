@@ -11,12 +11,12 @@ from torch import Tensor
 from farout.core.chunking import BatchSize
 from farout.core.devices import Precision
 from farout.core.errors import FaroutError
-from farout.diffusion import noise_levels as paths
-from farout.diffusion.conditioning.base import no_null
+from farout.diffusion import noise_levels
+from farout.diffusion.conditioning.base import missing_null_condition
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.solvers.registry import create_solver, solver_path
 
-__all__ = ["Interpolations", "Interpolator", "slerp"]
+__all__ = ["InterpolatedImages", "Interpolator", "slerp"]
 
 
 def slerp(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def slerp(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Interpolations:
+class InterpolatedImages:
     """Images (B, S, C, H, W) in [0, 1] on the CPU, station by station from 0 to the largest level.
 
     first: image A with the noise of B at each level, denoised: A at 0, B's inversion decoded at the end; second: the
@@ -83,8 +83,8 @@ class Interpolator:
         precision: Precision = "fp32",
     ) -> None:
         if model.conditioning is not None and not model.conditioning.has_null:
-            raise no_null()
-        self.ladder = sorted({0, *paths.even_levels(model.schedule, steps)})
+            raise missing_null_condition()
+        self.ladder = sorted({0, *noise_levels.even_levels(model.schedule, steps)})
         top = len(self.ladder) - 1
         if stations < 1:
             raise FaroutError(f"stations is {stations}; expected at least 1")
@@ -121,7 +121,7 @@ class Interpolator:
 
     def _down(self, places: list[int]) -> Tensor:
         """Paths from places of the ladder to its lowest level, one row each."""
-        return paths.pad([solver_path(self.name, self._sigmas(place).flip(0)) for place in places])
+        return noise_levels.pad_paths([solver_path(self.name, self._sigmas(place).flip(0)) for place in places])
 
     def _walk(self, x: Tensor, sigmas: Tensor) -> Tensor:
         return self._solve(self._denoiser, x, sigmas.to(x.device))
@@ -142,7 +142,7 @@ class Interpolator:
         return self._walk(self._scale() * noise, self._down([len(self.ladder) - 1] * len(noise)))
 
     @torch.no_grad()
-    def __call__(self, first: Tensor, second: Tensor) -> Interpolations:
+    def __call__(self, first: Tensor, second: Tensor) -> InterpolatedImages:
         """Interpolates between images (B, C, H, W) in [0, 1] and (B, C, H, W): the first and the first, and so on."""
         x0 = [self.model.encode(images) for images in (first, second)]
         noise = self.invert(torch.cat(x0)).chunk(2)
@@ -155,7 +155,7 @@ class Interpolator:
         symmetric = ends[-stations:]
         one_way = [x0[0], *ends[: len(inner)], symmetric[-1]]
         other_way = [x0[1], *ends[len(inner) : -stations], symmetric[0]]
-        return Interpolations(self._images(one_way), self._images(other_way), self._images(symmetric))
+        return InterpolatedImages(self._images(one_way), self._images(other_way), self._images(symmetric))
 
     def _noised(self, x0: Tensor, noise: Tensor) -> list[Tensor]:
         """x of every station between the ends: the station's level of `noise` on `x0`."""

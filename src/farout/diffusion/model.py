@@ -23,7 +23,7 @@ from farout.data.preprocessing import Preprocessing
 from farout.diffusion import diffusers_folders as folders
 from farout.diffusion.conditioning.base import Conditioning
 from farout.diffusion.conditioning.prompts import Prompts
-from farout.diffusion.denoiser import Clamped, Denoiser, NetworkDenoiser, Prediction, check_prediction
+from farout.diffusion.denoiser import ClampedDenoiser, Denoiser, NetworkDenoiser, Prediction, check_prediction
 from farout.diffusion.schedule import NoiseSchedule
 
 __all__ = ["KIND", "DiffusionModel"]
@@ -95,20 +95,20 @@ class DiffusionModel:
         """
         # kernels follow the weights' layout; one layout, whether trained just now or loaded, gives one result
         self.network.to(memory_format=torch.channels_last)
-        null = None if self.conditioning is None else self.conditioning.null
+        null = None if self.conditioning is None else self.conditioning.null_condition
         return NetworkDenoiser(self.network, self.schedule, self.prediction, batch_size, precision, null)
 
-    def in_range(self, denoiser: Denoiser) -> Denoiser:
+    def clamp_x0(self, denoiser: Denoiser) -> Denoiser:
         """A denoiser of this model whose answers are clamped to what images can be; as it is for latents, which have no
         such range.
 
         Without it a network's small error at high noise levels, multiplied by sigma, leaves samples saturated (Ho et
         al. 2020 clip x0 alike).
         """
-        return denoiser if self.limits is None else Clamped(denoiser, *self.limits)
+        return denoiser if self.x0_range is None else ClampedDenoiser(denoiser, *self.x0_range)
 
     @property
-    def limits(self) -> tuple[float, float] | None:
+    def x0_range(self) -> tuple[float, float] | None:
         """The smallest and largest value of images in the network's space; None for latents."""
         low, high = self.data_range
         return None if self.autoencoder is not None else (self.b_scale * low, self.b_scale * high)
@@ -218,7 +218,7 @@ class DiffusionModel:
         """Number of the network's parameters."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    def conditioned(self, conditioning: Conditioning | None) -> DiffusionModel:
+    def with_conditioning(self, conditioning: Conditioning | None) -> DiffusionModel:
         """The same networks, not copied, told their classes by another conditioning."""
         twin = self._twin()
         twin.conditioning = conditioning
@@ -230,7 +230,7 @@ class DiffusionModel:
         twin.__dict__.pop("gmacs", None)
         return twin
 
-    def sized(self, side: int) -> DiffusionModel:
+    def with_image_size(self, side: int) -> DiffusionModel:
         """The same networks, not copied, for square images of another size, which they have not been trained on: what
         they make of it is theirs.
 
@@ -252,7 +252,7 @@ class DiffusionModel:
         twin.preprocessing = replace(self.preprocessing, size=(side, side))
         return twin
 
-    def randomised(self, seed: int = 0) -> DiffusionModel:
+    def with_random_weights(self, seed: int = 0) -> DiffusionModel:
         """The same model with random weights: a control that has learnt nothing.
 
         Every weight tensor is drawn anew with its own mean and standard deviation: a network left as built would
@@ -261,7 +261,7 @@ class DiffusionModel:
         generator = torch.Generator().manual_seed(seed)
         twin = self._twin()
         twin.network = copy.deepcopy(self.network)
-        twin.conditioning = None if self.conditioning is None else self.conditioning.twin(twin.network)
+        twin.conditioning = None if self.conditioning is None else self.conditioning.copy_for(twin.network)
         twin.trained_on, twin.provenance = frozenset(), {"random_weights": seed}
         beside = [] if twin.conditioning is None else twin.conditioning.parameters()
         with torch.no_grad():
@@ -316,8 +316,8 @@ class DiffusionModel:
         incomplete, altered or of another kind. Code from a folder or hub is never run, and weights are read without
         unpickling objects.
         """
-        path = folders.local(folder)
-        if not folders.is_ours(path):
+        path = folders.local_folder(folder)
+        if not folders.is_farout_folder(path):
             return cls._foreign(path, class_names, prompts, conditioning)
         if class_names is not None or prompts is not None or conditioning is not None:
             raise FaroutError(f"{path} was written by farout and names its own classes; leave class_names out")
@@ -359,7 +359,7 @@ class DiffusionModel:
             Preprocessing(size=size, channels=channels, native=size, **({} if told is None else _FILLING)),
             prediction=scheduler.get("prediction_type", "epsilon"),
             autoencoder=autoencoder,
-            conditioning=told or folders.foreign_conditioning(path, network, class_names),
+            conditioning=told or folders.class_table_conditioning(path, network, class_names),
             provenance={"loaded_from": str(path)},
         )
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from farout.core.errors import FaroutError
 
-__all__ = ["NoiseKind", "image_noise", "noise_table", "seeded", "shared_noise"]
+__all__ = ["NoiseKind", "image_noise", "noise_table", "seeded_generator", "shared_noise"]
 
 NoiseKind = Literal["shared", "image"]
 
 
-def seeded(seed: int, *names: object) -> torch.Generator:
+def seeded_generator(seed: int, *names: object) -> torch.Generator:
     """A CPU generator whose draws follow from the seed and the names alone."""
     text = "\0".join([str(seed), *(str(name) for name in names)])
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -24,7 +24,7 @@ def seeded(seed: int, *names: object) -> torch.Generator:
 
 
 def _normal(shape: Sequence[int], seed: int, *names: object) -> Tensor:
-    return torch.randn(tuple(shape), generator=seeded(seed, *names))
+    return torch.randn(tuple(shape), generator=seeded_generator(seed, *names))
 
 
 def shared_noise(shape: Sequence[int], seed: int, level: int | float, repeat: int) -> Tensor:

@@ -10,10 +10,19 @@ from torch import Tensor
 from farout.core.errors import FaroutError
 from farout.diffusion.schedule import NoiseSchedule
 
-__all__ = ["even_levels", "falling", "from_noise", "geometric", "grid", "leading", "leading_levels", "pad"]
+__all__ = [
+    "even_levels",
+    "even_path",
+    "falling_path",
+    "geometric_path",
+    "grid_path",
+    "leading_levels",
+    "leading_path",
+    "pad_paths",
+]
 
 
-def pad(paths: Sequence[Tensor]) -> Tensor:
+def pad_paths(paths: Sequence[Tensor]) -> Tensor:
     """One table from paths of any lengths, float32; shorter ones repeat their last sigma, which ends them.
 
     One step at least, so that a path of one sigma stays where it is.
@@ -23,13 +32,13 @@ def pad(paths: Sequence[Tensor]) -> Tensor:
     return torch.stack(rows).to(torch.float32)
 
 
-def grid(schedule: NoiseSchedule, start: int, spacing: int) -> Tensor:
+def grid_path(schedule: NoiseSchedule, start: int, spacing: int) -> Tensor:
     """sigmas at the levels start, start - spacing, … above 0, then at level 0: (steps + 1,)."""
     levels = [*range(start, 0, -spacing), 0]
     return schedule.sigma_of(torch.tensor(levels)).to(torch.float32)
 
 
-def geometric(schedule: NoiseSchedule, start: int | float, steps: int) -> Tensor:
+def geometric_path(schedule: NoiseSchedule, start: int | float, steps: int) -> Tensor:
     """`steps` sigmas evenly spaced in log sigma (so in log SNR) from level `start` towards the schedule's smallest,
     which is left out, then 0: (steps + 1,). One step is the one-shot estimate.
     """
@@ -39,7 +48,7 @@ def geometric(schedule: NoiseSchedule, start: int | float, steps: int) -> Tensor
     return torch.cat([levels, levels.new_zeros(1)]).to(torch.float32)
 
 
-def falling(schedule: NoiseSchedule, levels: Sequence[int]) -> Tensor:
+def falling_path(schedule: NoiseSchedule, levels: Sequence[int]) -> Tensor:
     """sigmas of rising levels, the largest first, then 0: (levels + 1,)."""
     sigmas = schedule.sigma_of(torch.tensor(levels[::-1]))
     return torch.cat([sigmas, sigmas.new_zeros(1)]).to(torch.float32)
@@ -57,9 +66,9 @@ def even_levels(schedule: NoiseSchedule, steps: int, start: int | None = None) -
     return [round(count * (number + 1) / steps) - 1 for number in range(steps)]
 
 
-def from_noise(schedule: NoiseSchedule, steps: int, start: int | None = None) -> Tensor:
+def even_path(schedule: NoiseSchedule, steps: int, start: int | None = None) -> Tensor:
     """sigmas of the levels of `even_levels`, the largest first, then 0: (steps + 1,)."""
-    return falling(schedule, even_levels(schedule, steps, start))
+    return falling_path(schedule, even_levels(schedule, steps, start))
 
 
 def leading_levels(schedule: NoiseSchedule, steps: int) -> list[int]:
@@ -74,7 +83,7 @@ def leading_levels(schedule: NoiseSchedule, steps: int) -> list[int]:
     return [schedule.steps * number // steps + first for number in range(steps)]
 
 
-def leading(schedule: NoiseSchedule, steps: int) -> Tensor:
+def leading_path(schedule: NoiseSchedule, steps: int) -> Tensor:
     """sigmas of the levels of `leading_levels`, the largest first, then of level 0: (steps + 1,). The path of Stable
     Diffusion's own sampler, which stops there; where level 0 is among the levels, it ends at sigma 0.
 

@@ -19,7 +19,7 @@ from farout.data.decoding import save_png
 from farout.data.readers import CLASSES_FILE
 from farout.diffusion.sampling import Sampler
 
-__all__ = ["KIND", "SampledFolder", "contact_sheet", "folder_names", "write_class_names", "write_samples"]
+__all__ = ["KIND", "SampledFolder", "class_folder_names", "contact_sheet", "write_class_names", "write_samples"]
 
 KIND = "samples"
 _MANIFEST = "manifest.jsonl"
@@ -73,7 +73,7 @@ def write_samples(
         raise FaroutError("classes are empty; name at least one, or give None for all of the model's")
     conditioning = sampler.model.conditioning
     if classes is None and conditioning is not None:
-        classes = range(conditioning.classes)
+        classes = range(conditioning.num_classes)
     sampler.condition(None if classes is None else list(classes))
     plan = _Plan(sampler, Path(out), None if classes is None else tuple(classes))
     plan.begin()
@@ -95,7 +95,7 @@ class _Plan:
         self.sampler, self.out, self.classes = sampler, out, classes
         conditioning = sampler.model.conditioning
         self.names = () if conditioning is None else conditioning.class_names
-        self.folders = folder_names(self.names)
+        self.folders = class_folder_names(self.names)
         self.model_hash = sampler.model.content_hash
 
     def labels(self, indices: Sequence[int]) -> list[int] | None:
@@ -161,7 +161,7 @@ class _Plan:
         return path
 
 
-def folder_names(names: Sequence[str]) -> list[str]:
+def class_folder_names(names: Sequence[str]) -> list[str]:
     """A folder name per class, safe on every file system; `T-shirt/top` is `T-shirt_top`. None is `images`, since
     nothing beside that is read in a folder that farout made.
     """
@@ -174,7 +174,7 @@ def write_class_names(folder: Path, names: Sequence[str]) -> None:
     """Leaves the names of classes beside their folders in `folder`, where they differ: read back, it has the classes
     that were written.
     """
-    told = {plain: name for plain, name in zip(folder_names(names), names, strict=True) if plain != name}
+    told = {plain: name for plain, name in zip(class_folder_names(names), names, strict=True) if plain != name}
     if told:
         store.write_json(folder / CLASSES_FILE, told)
 

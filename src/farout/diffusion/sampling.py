@@ -14,15 +14,15 @@ from farout.core.chunking import BatchSize, check_batch_size
 from farout.core.devices import Precision
 from farout.core.errors import FaroutError
 from farout.core.runtime import Runtime
-from farout.diffusion import noise_levels as paths
-from farout.diffusion.conditioning.base import Condition, no_null
-from farout.diffusion.denoiser import Denoiser, Guided, expand_dims
+from farout.diffusion import noise_levels
+from farout.diffusion.conditioning.base import Condition, missing_null_condition
+from farout.diffusion.denoiser import Denoiser, GuidedDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import image_noise
 from farout.diffusion.solvers.base import Solver
 from farout.diffusion.solvers.registry import create_solver, is_adaptive, solver_path
 
-__all__ = ["STEPS", "Sampler", "Spacing", "choose_classes", "sample"]
+__all__ = ["STEPS", "Sampler", "Spacing", "parse_class_labels", "sample"]
 
 STEPS = 20
 """Steps of methods that do not find their own, where none are asked for."""
@@ -30,7 +30,7 @@ Spacing = Literal["grid", "geometric", "leading"]
 """Where a path's levels lie: evenly spaced in t down from the largest, in log sigma, or in t up from 1."""
 
 
-def choose_classes(model: DiffusionModel, wanted: Sequence[str]) -> tuple[int, ...]:
+def parse_class_labels(model: DiffusionModel, wanted: Sequence[str]) -> tuple[int, ...]:
     """Labels of classes by name or number; `a,b` is a and b, `all` (or nothing) every class of the model's table.
 
     Raises FaroutError for a class outside the table, one that is named twice, and an unconditional model.
@@ -98,7 +98,7 @@ class Sampler:
                 f"guidance {self.guidance:g} requires a class-conditional model; this one is unconditional"
             )
         if self.guidance != 1 and conditioning is not None and not conditioning.has_null:
-            raise no_null()
+            raise missing_null_condition()
         if is_adaptive(self.solver) and self.steps is not None:
             raise FaroutError(f"{self.solver} chooses its own steps; leave out steps={self.steps}")
         self._solve.check(self.path[None])
@@ -124,14 +124,14 @@ class Sampler:
 
     @cached_property
     def path(self) -> Tensor:
-        """sigmas from the schedule's largest to 0, as the solver takes them; see `paths.leading` for that spacing's."""
+        """sigmas from the schedule's largest to 0, as the solver takes them; see `noise_levels`."""
         schedule, steps = self.model.schedule, self._steps
         if self.spacing != "geometric":
-            falling = paths.from_noise if self.spacing == "grid" else paths.leading
+            falling = noise_levels.even_path if self.spacing == "grid" else noise_levels.leading_path
             return solver_path(self.solver, falling(schedule, steps))
         if steps < 1:
             raise FaroutError(f"steps must be 1 or more, got {steps}")
-        return solver_path(self.solver, paths.geometric(schedule, schedule.steps - 1, steps))
+        return solver_path(self.solver, noise_levels.geometric_path(schedule, schedule.steps - 1, steps))
 
     @property
     def images_per_batch(self) -> int:
@@ -146,7 +146,7 @@ class Sampler:
                 raise FaroutError("this diffusion model is unconditional and cannot generate images of given labels")
             return None
         if labels is None:
-            raise FaroutError(f"this model requires a label per image, 0 to {conditioning.classes - 1}")
+            raise FaroutError(f"this model requires a label per image, 0 to {conditioning.num_classes - 1}")
         return conditioning(torch.tensor(list(labels), dtype=torch.int64, device=self.model.device))
 
     def images(self, indices: Sequence[int], labels: Sequence[int] | None = None) -> Tensor:
@@ -154,10 +154,10 @@ class Sampler:
 
         Raises FaroutError for labels that do not go with the model.
         """
-        return self.images_under(self.condition(labels), indices)
+        return self.sample_with_condition(self.condition(labels), indices)
 
     @torch.no_grad()
-    def images_under(self, condition: Condition | None, indices: Sequence[int]) -> Tensor:
+    def sample_with_condition(self, condition: Condition | None, indices: Sequence[int]) -> Tensor:
         """Images number `indices` under any condition of the model, a row each; see `images`."""
         model = self.model
         keys = [str(index) for index in indices]
@@ -170,8 +170,8 @@ class Sampler:
     def _denoiser(self) -> Denoiser:
         denoiser: Denoiser = self.model.denoiser(self.batch_size, self.precision)
         if self.guidance != 1 and self.model.conditioning is not None:
-            denoiser = Guided(denoiser, self.guidance, self.model.conditioning.null)
-        return self.model.in_range(denoiser) if self.clamp else denoiser
+            denoiser = GuidedDenoiser(denoiser, self.guidance, self.model.conditioning.null_condition)
+        return self.model.clamp_x0(denoiser) if self.clamp else denoiser
 
 
 def sample(
@@ -212,7 +212,7 @@ def sample(
     if (count is None) == (labels is None) or (count is not None and count < 1):
         raise FaroutError(f"give either a count of at least 1 or labels; got {count} and {labels}")
     if labels is None and model.conditioning is not None:
-        labels = [index % model.conditioning.classes for index in range(count or 0)]
+        labels = [index % model.conditioning.num_classes for index in range(count or 0)]
     sampler.condition(labels)
     total = len(labels) if labels is not None else count or 0
 

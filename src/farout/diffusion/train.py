@@ -32,7 +32,7 @@ from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import Objective, denoising_loss, drop_labels
 from farout.diffusion.model import KIND, DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.unets import build_network, fresh_conditioning
+from farout.diffusion.unets import build_network, create_conditioning
 from farout.training.checkpoints import discard_checkpoints, training_folder
 from farout.training.loop import Step, TrainingConfig, train
 
@@ -67,7 +67,7 @@ def build_model(
     network = build_network(config.network, channels, max(preprocessing.size), classes=count, dropout=config.dropout)
     conditioning = None
     if class_names is not None:
-        conditioning = fresh_conditioning(network, class_names, has_null=config.objective.label_dropout > 0)
+        conditioning = create_conditioning(network, class_names, has_null=config.objective.label_dropout > 0)
     return DiffusionModel(
         network,
         NoiseSchedule(config.schedule, config.beta_start, config.beta_end, snr_shift=config.snr_shift),
@@ -112,7 +112,7 @@ def train_model(
     _check_objective(model, objective)
     model.to(resolve_device(training.device))  # training moves the network alone
     data = _prepare(source, model, validate=training.validate_every > 0)
-    trained = model.network if model.conditioning is None else model.conditioning.trainable(model.network)
+    trained = model.network if model.conditioning is None else model.conditioning.trainable_module(model.network)
     result = train(
         trained,
         _step(model, objective),
@@ -178,7 +178,7 @@ def _step(model: DiffusionModel, objective: Objective) -> Step:
 def _told(conditioning: Conditioning, labels: Tensor, objective: Objective, generator: torch.Generator) -> Condition:
     """Numbers of rows of the class table, some of them the null row's: the network in training looks them up."""
     if objective.label_dropout:
-        labels = drop_labels(labels, conditioning.classes, objective.label_dropout, generator)
+        labels = drop_labels(labels, conditioning.num_classes, objective.label_dropout, generator)
     return Condition({"class_labels": labels})
 
 

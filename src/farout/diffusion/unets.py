@@ -13,7 +13,7 @@ from farout.diffusion.conditioning.base import Conditioning
 from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.conditioning.class_tokens import ClassTokens
 
-__all__ = ["NETWORKS", "NetworkName", "build_network", "fresh_conditioning"]
+__all__ = ["NETWORKS", "NetworkName", "build_network", "create_conditioning"]
 
 NetworkName = Literal["tiny", "small", "paper", "cifar", "iddpm", "tokens"]
 
@@ -83,7 +83,7 @@ def build_network(
     """A fresh U-Net for images of `channels` channels; `size` is what its configuration says, not a limit.
 
     With `classes` a `UNet2DModel` has a table of that many class embeddings and a null row; the network `tokens` is a
-    `UNet2DConditionModel`, whose tokens `fresh_conditioning` makes. `dropout` is the network's own where None.
+    `UNet2DConditionModel`, whose tokens `create_conditioning` makes. `dropout` is the network's own where None.
 
     Raises FaroutError for an unknown name, a dropout outside [0, 1), or `tokens` without classes.
     """
@@ -122,7 +122,7 @@ def _blocks(sizes: _UNet) -> dict[str, tuple[str, ...]]:
     }
 
 
-def fresh_conditioning(network: nn.Module, class_names: Sequence[str], *, has_null: bool) -> Conditioning:
+def create_conditioning(network: nn.Module, class_names: Sequence[str], *, has_null: bool) -> Conditioning:
     """The conditioning of a network that `build_network` made with these classes."""
     import diffusers
 

@@ -63,7 +63,7 @@ class TrivialControls(Detector):
         assert self.z is not None
         assert self.mahalanobis is not None
         values = _table(measurements)
-        alone = np.abs(self.z.z(values))
+        alone = np.abs(self.z.transform(values))
         scores = {"all": self.mahalanobis.score(values), **{n: alone[:, i] for i, n in enumerate(CONTROLS)}}
         return {name: torch.from_numpy(score) for name, score in scores.items()}
 

@@ -109,10 +109,10 @@ def random_twin(detector: Detector) -> tuple[Detector, Any, Classifier | None]:
     twin = type(detector)(**detector.config)
     if detector.diffusion is not None:
         twin.features = detector.features
-        return twin, detector.diffusion.randomised(detector.seed), detector.classifier
+        return twin, detector.diffusion.with_random_weights(detector.seed), detector.classifier
     if detector.classifier is not None:
         twin.features = detector.features
-        return twin, None, detector.classifier.randomised(detector.seed)
+        return twin, None, detector.classifier.with_random_weights(detector.seed)
     if detector.features is None:
         raise FaroutError(f"{type(detector).__name__} has no network whose weights could be random")
     return type(detector)(**{**detector.config, "weights": "random"}), None, None

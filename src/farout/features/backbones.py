@@ -23,12 +23,12 @@ from farout.core.errors import FaroutError, StoreError
 __all__ = [
     "BACKBONES",
     "Preset",
-    "create",
+    "create_backbone",
+    "create_lite0",
     "default_layers",
-    "input_config",
+    "get_input_config",
     "is_channels_last",
     "is_transformer",
-    "lite0",
     "read_weights",
 ]
 
@@ -83,13 +83,13 @@ def _lite0_weights() -> dict[str, Tensor]:
     return dict(zip(ours, theirs.values(), strict=True))
 
 
-def lite0() -> nn.Module:
+def create_lite0() -> nn.Module:
     """EfficientNet-lite0 with ImageNet weights (Apache-2.0), frozen: images (B, 3, H, W) in [0, 1], normalised by the
     caller with mean and std 0.5 -> five feature maps at strides 2 to 32 with 16, 24, 40, 112 and 320 channels.
 
     Raises StoreError when the weights are missing or altered.
     """
-    return create(BACKBONES["lite0"].name, BACKBONES["lite0"].layers, 224, None)[0]
+    return create_backbone(BACKBONES["lite0"].name, BACKBONES["lite0"].layers, 224, None)[0]
 
 
 def is_transformer(network: nn.Module) -> bool:
@@ -102,7 +102,7 @@ def is_channels_last(network: nn.Module) -> bool:
     return str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
 
 
-def input_config(name: str) -> Any:
+def get_input_config(name: str) -> Any:
     """timm's `input_size`, `mean`, `std` and more of a network.
 
     Raises FaroutError for a name that timm does not know.
@@ -139,7 +139,7 @@ def default_layers(name: str) -> tuple[int, ...]:
 
 
 @torch.random.fork_rng(devices=[])
-def create(name: str, layers: tuple[int, ...], size: int, weights: str | None) -> tuple[nn.Module, str]:
+def create_backbone(name: str, layers: tuple[int, ...], size: int, weights: str | None) -> tuple[nn.Module, str]:
     """A frozen network that gives the feature maps of `layers`, and in words where its weights come from.
 
     Args:
@@ -168,7 +168,7 @@ def create(name: str, layers: tuple[int, ...], size: int, weights: str | None) -
 
 
 def _bare(name: str, layers: tuple[int, ...] | None, size: int | None, **source: Any) -> nn.Module:
-    resized = {"img_size": size} if input_config(name).fixed_input_size and size is not None else {}
+    resized = {"img_size": size} if get_input_config(name).fixed_input_size and size is not None else {}
     taps = {"out_indices": layers} if layers is not None else {}
     try:
         return timm.create_model(name, features_only=True, **taps, **resized, **source)
@@ -223,7 +223,7 @@ def read_weights(path: Path, how: str = _HOW) -> dict[str, Tensor]:
 
 
 def _from_hub(name: str, layers: tuple[int, ...], size: int) -> nn.Module:
-    config = input_config(name)
+    config = get_input_config(name)
     if not (config.hf_hub_id or config.url):
         raise StoreError(f"there are no published weights of {name}; {_HOW}")
     _bare(name, layers, size)  # its errors are the caller's; all that follow are the hub's, whose kinds are many

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ["folded"]
+__all__ = ["fold_batch_norm"]
 
 _TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def folded(network: nn.Module, size: int) -> nn.Module:
+def fold_batch_norm(network: nn.Module, size: int) -> nn.Module:
     """A copy of a frozen network in evaluation mode, for images (B, 3, size, size), without the normalisations that
     take a convolution's output as it is. Where the copy's feature maps on a random image deviate by more than 1e-4 of
     the largest value (a convolution that something else reads too), the network itself.

@@ -31,7 +31,7 @@ from farout.data.batching import Batch, ahead
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 
-__all__ = ["CachedKind", "FeatureCache", "cache_folder", "cached_kinds", "clear"]
+__all__ = ["CachedFeatureSet", "FeatureCache", "cache_folder", "clear_cache", "list_cached_features"]
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ class FeatureCache:
 
 
 @dataclass(frozen=True)
-class CachedKind:
+class CachedFeatureSet:
     """One folder of the cache: what its features are, how many images, and how many MiB."""
 
     folder: Path
@@ -253,7 +253,7 @@ class CachedKind:
     mib: float
 
 
-def cached_kinds(root: Path | None = None) -> list[CachedKind]:
+def list_cached_features(root: Path | None = None) -> list[CachedFeatureSet]:
     """What the cache holds, one entry per kind of features."""
     found = []
     for folder in sorted(((root or cache_folder()) / "features").glob("*/")):
@@ -265,7 +265,7 @@ def cached_kinds(root: Path | None = None) -> list[CachedKind]:
         except (StoreError, OSError):
             settings = {}
         images, size = sum(_count(file) for file in files), sum(file.stat().st_size for file in files)
-        found.append(CachedKind(folder, settings, images, size / 2**20))
+        found.append(CachedFeatureSet(folder, settings, images, size / 2**20))
     return found
 
 
@@ -277,12 +277,12 @@ def _count(file: Path) -> int:
         return 0
 
 
-def clear(name: str | None = None, root: Path | None = None) -> list[CachedKind]:
+def clear_cache(name: str | None = None, root: Path | None = None) -> list[CachedFeatureSet]:
     """Removes one kind of features by its folder's name, or all; returns what was removed.
 
     Raises StoreError for a name that is not there.
     """
-    kinds = [kind for kind in cached_kinds(root) if name in (None, kind.folder.name)]
+    kinds = [kind for kind in list_cached_features(root) if name in (None, kind.folder.name)]
     if name is not None and not kinds:
         raise StoreError(
             f"the cache in {root or cache_folder()} holds no features {name!r}; see `farout features list`"

@@ -23,8 +23,8 @@ __all__ = [
     "Nearest",
     "Principal",
     "ZScore",
-    "pack",
-    "unpack",
+    "pack_arrays",
+    "unpack_arrays",
 ]
 
 Arrays = Mapping[str, np.ndarray]
@@ -71,12 +71,12 @@ class _Fitted:
         return cls(**arrays)
 
 
-def pack(parts: Mapping[str, _Fitted]) -> dict[str, np.ndarray]:
+def pack_arrays(parts: Mapping[str, _Fitted]) -> dict[str, np.ndarray]:
     """The arrays of several fitted statistics, each named `part.array`."""
     return {f"{part}.{name}": array for part, fitted in parts.items() for name, array in fitted.to_arrays().items()}
 
 
-def unpack(arrays: Arrays, part: str) -> dict[str, np.ndarray]:
+def unpack_arrays(arrays: Arrays, part: str) -> dict[str, np.ndarray]:
     """The arrays of one part of `pack`; empty where it holds none."""
     start = f"{part}."
     return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
@@ -99,23 +99,23 @@ class ZScore(_Fitted):
         x = _table(x)
         return cls(x.mean(0), _deviations(x, x))
 
-    def z(self, x: np.ndarray) -> np.ndarray:
+    def transform(self, x: np.ndarray) -> np.ndarray:
         """(n, d); NaN where x is. Raises FaroutError for another number of columns."""
         return _standardised(x, self.mean, self.std)
 
     def score(self, x: np.ndarray) -> np.ndarray:
         """Mean over columns of z: one-sided, (n,)."""
-        return self.z(x).mean(1)
+        return self.transform(x).mean(1)
 
-    def two_sided(self, x: np.ndarray) -> np.ndarray:
+    def score_two_sided(self, x: np.ndarray) -> np.ndarray:
         """Mean over columns of |z|, (n,)."""
-        return np.abs(self.z(x)).mean(1)
+        return np.abs(self.transform(x)).mean(1)
 
 
 def _standard(x: np.ndarray) -> tuple[ZScore, np.ndarray]:
     """The z scores of a table (n, d) of at least two rows, and the table in them."""
     z = ZScore.fit(x)
-    return z, z.z(x)
+    return z, z.transform(x)
 
 
 def _precision(z: np.ndarray) -> np.ndarray:

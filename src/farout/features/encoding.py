@@ -10,9 +10,9 @@ from torch import Tensor
 
 from farout.core.errors import FaroutError
 
-__all__ = ["FeatureEncoding", "Standardise"]
+__all__ = ["FeatureEncoding", "Standardize"]
 
-Standardise = Literal["image", "channel"]
+Standardize = Literal["image", "channel"]
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,20 @@ class FeatureEncoding:
 
     Args:
         channels: features per layer.
-        standardise: `image` or `channel`.
+        standardize: `image` or `channel`.
         summaries: whether the layers' means and log deviations are appended.
         shift, scale: (channels + 2 layers,) statistics of good images, set by `fitted`.
     """
 
     channels: tuple[int, ...]
-    standardise: Standardise = "image"
+    standardize: Standardize = "image"
     summaries: bool = False
     shift: Tensor = field(default_factory=lambda: torch.zeros(0))
     scale: Tensor = field(default_factory=lambda: torch.ones(0))
 
     def __post_init__(self) -> None:
-        if self.standardise not in ("image", "channel"):
-            raise FaroutError(f"features are standardised by 'image' or 'channel', got {self.standardise!r}")
+        if self.standardize not in ("image", "channel"):
+            raise FaroutError(f"features are standardised by 'image' or 'channel', got {self.standardize!r}")
         if min(self.channels, default=0) < 2:
             raise FaroutError(f"every layer requires two channels or more for a deviation, got {list(self.channels)}")
 
@@ -53,13 +53,13 @@ class FeatureEncoding:
         """Numbers of an encoded image."""
         return sum(self.groups)
 
-    def fitted(self, features: Tensor) -> FeatureEncoding:
+    def fit(self, features: Tensor) -> FeatureEncoding:
         """The encoding with the statistics of good images' features (n, sum of channels)."""
         whole = torch.cat([features.double(), self._summarised(features.double())], dim=1)
         scale = whole.std(0) if len(whole) > 1 else torch.ones(whole.shape[1])
         # a channel that never varies has no scale of its own
         scale = torch.where(scale > 1e-6 * whole.abs().amax(0).clamp(min=1e-6), scale, torch.ones_like(scale))
-        return FeatureEncoding(self.channels, self.standardise, self.summaries, whole.mean(0).float(), scale.float())
+        return FeatureEncoding(self.channels, self.standardize, self.summaries, whole.mean(0).float(), scale.float())
 
     def _summarised(self, features: Tensor) -> Tensor:
         parts = features.split(self.channels, dim=1)
@@ -74,11 +74,11 @@ class FeatureEncoding:
         """
         if features.ndim != 2 or features.shape[1] != sum(self.channels):
             raise FaroutError(f"expected features (B, {sum(self.channels)}), got {tuple(features.shape)}")
-        if not len(self.shift) and (self.summaries or self.standardise == "channel"):
+        if not len(self.shift) and (self.summaries or self.standardize == "channel"):
             raise FaroutError("this encoding is not fitted; call fitted(features) first")
         count = sum(self.channels)
         shift, scale = self.shift.to(features.device), self.scale.to(features.device)
-        if self.standardise == "image":
+        if self.standardize == "image":
             parts = features.split(self.channels, dim=1)
             whole = [(p - p.mean(1, keepdim=True)) / (p.std(1, keepdim=True) + 1e-5) for p in parts]
         else:

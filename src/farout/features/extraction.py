@@ -66,7 +66,7 @@ class CachedFeatures:
         return self.cache.batches(source, self.preprocessing, size, workers, self._compute, chunk)
 
     def _compute(self, images: Tensor) -> Tensor:
-        return self.extractor.pooled(images, self.batch_size, self.precision)
+        return self.extractor.pooled_features(images, self.batch_size, self.precision)
 
 
 def _deciding(preprocessing: Preprocessing) -> dict[str, Any]:

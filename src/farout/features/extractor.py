@@ -17,7 +17,7 @@ from farout.core.chunking import BatchSize, call_in_chunks
 from farout.core.devices import Precision, autocast
 from farout.core.errors import FaroutError, StoreError
 from farout.features import backbones
-from farout.features.batch_norm_folding import folded
+from farout.features.batch_norm_folding import fold_batch_norm
 
 __all__ = ["KIND", "FeatureExtractor"]
 
@@ -72,9 +72,9 @@ class FeatureExtractor:
         preset = backbones.BACKBONES.get(backbone)
         name = preset.name if preset else backbone
         taps = layers or backbones.default_layers(backbone)
-        config = backbones.input_config(name)
+        config = backbones.get_input_config(name)
         side = size if size is not None else preset.size if preset else int(config.input_size[-1])
-        network, origin = backbones.create(name, tuple(sorted(taps)), side, weights)
+        network, origin = backbones.create_backbone(name, tuple(sorted(taps)), side, weights)
         return cls(network, name, sorted(taps), side, config.mean, config.std, origin)
 
     @property
@@ -92,9 +92,9 @@ class FeatureExtractor:
     @cached_property
     def _fast(self) -> nn.Module:
         """What is run; `network` keeps the weights as they came."""
-        return folded(self.network, self.size)
+        return fold_batch_norm(self.network, self.size)
 
-    def pooled(self, images: Tensor, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> Tensor:
+    def pooled_features(self, images: Tensor, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> Tensor:
         """Images (B, 3, size, size) in [0, 1] -> features (B, width) float32: means over positions, layer by layer."""
 
         def call(chunk: Tensor) -> Tensor:
@@ -102,7 +102,9 @@ class FeatureExtractor:
 
         return self._run(call, images, batch_size)
 
-    def grid(self, images: Tensor, side: int, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> Tensor:
+    def feature_grid(
+        self, images: Tensor, side: int, batch_size: BatchSize = "auto", precision: Precision = "fp32"
+    ) -> Tensor:
         """Images (B, 3, size, size) in [0, 1] -> features (B, width, side, side) float32: every layer averaged, or
         enlarged bilinearly, to one grid.
         """
@@ -165,7 +167,7 @@ class FeatureExtractor:
     def load(cls, folder: str | Path) -> Self:
         """Raises StoreError for a folder that is missing, incomplete, altered or of another kind."""
         config = store.read_config(folder, KIND)
-        network, _ = backbones.create(config["name"], tuple(config["layers"]), config["size"], "random")
+        network, _ = backbones.create_backbone(config["name"], tuple(config["layers"]), config["size"], "random")
         try:
             network.load_state_dict(store.load_tensors(Path(folder) / "model.safetensors"))
         except RuntimeError as error:

@@ -16,7 +16,7 @@ from farout.core.chunking import BatchSize
 from farout.core.devices import Precision
 from farout.core.errors import StoreError
 from farout.diffusion.denoiser import NetworkDenoiser
-from farout.diffusion.diffusers_folders import local
+from farout.diffusion.diffusers_folders import local_folder
 from farout.diffusion.schedule import NoiseSchedule
 from farout.features.densities import Mahalanobis
 from farout.features.encoding import FeatureEncoding
@@ -110,12 +110,12 @@ class FeatureDiffusion:
         network = {name: value for name, value in dict(self.network.config).items() if not name.startswith("_")}
         encoding = {
             "channels": list(self.encoding.channels),
-            "standardise": self.encoding.standardise,
+            "standardize": self.encoding.standardize,
             "summaries": self.encoding.summaries,
         }
         return {"network": network, "encoding": encoding}
 
-    def randomised(self, seed: int = 0) -> FeatureDiffusion:
+    def with_random_weights(self, seed: int = 0) -> FeatureDiffusion:
         """The same model whose networks have random weights, each tensor drawn with its own mean and deviation."""
         generator = torch.Generator().manual_seed(seed)
         twin = copy.copy(self)
@@ -161,7 +161,7 @@ class FeatureDiffusion:
 
         Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
         """
-        path = local(folder)
+        path = local_folder(folder)
         config = store.read_config(path, KIND)
         statistics = store.load_tensors(path / "statistics.safetensors")
         gaussian = {n.removeprefix("gaussian."): t.numpy() for n, t in statistics.items() if n.startswith("gaussian.")}

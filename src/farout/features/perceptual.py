@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from farout.core.chunking import BatchSize, call_in_chunks
 from farout.core.errors import FaroutError, MissingExtraError
-from farout.features.backbones import lite0
+from farout.features.backbones import create_lite0
 
 __all__ = ["PerceptualDistance", "PerceptualName", "perceptual_distance", "ssim"]
 
@@ -111,7 +111,7 @@ def perceptual_distance(name: PerceptualName) -> PerceptualDistance:
     be had.
     """
     if name == "lite0":
-        return _FeatureDistance(lite0(), [0.5] * 3, [0.5] * 3, 64, None)
+        return _FeatureDistance(create_lite0(), [0.5] * 3, [0.5] * 3, 64, None)
     if name != "lpips":
         raise FaroutError(f"there is no perceptual distance {name!r}; expected lite0 or lpips")
     return _lpips()

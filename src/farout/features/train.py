@@ -59,12 +59,12 @@ def train_features(
     Raises FaroutError for features that are not numbers; StoreError where what is resumed learnt from others.
     """
     _check_numbers(features)
-    fitted = encoding.fitted(features)
+    fitted = encoding.fit(features)
     torch.manual_seed(training.seed)
     denoiser = FeatureDenoiser(fitted.width, **network)
     model = FeatureDiffusion(denoiser, fitted, paper_schedule(), backbone, trained_on=hashes)
     # networks of one shape may learn from features of another backbone, or otherwise standardised
-    learnt = f"{fingerprint} {backbone} {encoding.standardise} {encoding.summaries} {sorted(network.items())} {levels}"
+    learnt = f"{fingerprint} {backbone} {encoding.standardize} {encoding.summaries} {sorted(network.items())} {levels}"
     if first_step is not None:
         training = replace(training, keep=(*training.keep, first_step))
     with ExitStack() as exits:

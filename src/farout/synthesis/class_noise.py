@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from farout.core.errors import FaroutError
-from farout.diffusion.noise import seeded
+from farout.diffusion.noise import seeded_generator
 from farout.synthesis.base import SynthesisContext
 from farout.synthesis.class_space import ClassVectors, VectorSynthesizer, class_conditioning, class_table_std
 
@@ -41,8 +41,11 @@ class ClassNoise(VectorSynthesizer):
         """Class embeddings with noise."""
         conditioning = class_conditioning(context.generator)
         noise = torch.stack(
-            [torch.randn(conditioning.dim, generator=seeded(context.seed, "class noise", index)) for index in indices]
+            [
+                torch.randn(conditioning.dim, generator=seeded_generator(context.seed, "class noise", index))
+                for index in indices
+            ]
         )
         offsets = self.scale * class_table_std(conditioning) * noise
-        vectors = conditioning.vectors().cpu()[list(labels)] + offsets
+        vectors = conditioning.class_vectors().cpu()[list(labels)] + offsets
         return ClassVectors(vectors, {"distance": offsets.norm(dim=1).tolist()})

@@ -20,7 +20,7 @@ from farout.diffusion.conditioning.base import Condition, Conditioning
 from farout.diffusion.conditioning.prompt_tokens import PromptTokens
 from farout.diffusion.conditioning.prompts import Prompts
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.noise import seeded
+from farout.diffusion.noise import seeded_generator
 from farout.diffusion.sampling import Sampler, Spacing
 from farout.synthesis.base import SynthesisContext, Synthesizer, SyntheticImages
 from farout.synthesis.generator_check import classifier_indices, warn_about_poor_samples
@@ -60,7 +60,7 @@ def class_table_std(conditioning: Conditioning) -> float:
 
     Raises FaroutError for a table whose entries are all equal.
     """
-    std = float(conditioning.vectors().std(correction=0))
+    std = float(conditioning.class_vectors().std(correction=0))
     if not std > 0:
         raise FaroutError("all numbers of this model's class table are the same: it does not distinguish classes")
     return std
@@ -93,14 +93,14 @@ def decode_vectors(
         raise FaroutError("some class vectors to decode are not finite numbers")
     label_tensor = None if labels is None else torch.tensor(list(labels), dtype=torch.int64)
     condition = conditioning(vectors.float(), label_tensor)
-    return sampler.images_under(condition if transform is None else transform(condition), indices)
+    return sampler.sample_with_condition(condition if transform is None else transform(condition), indices)
 
 
 def add_condition_noise(condition: Condition, scale: float, seed: int, indices: Sequence[int]) -> Condition:
     """Add Gaussian noise of standard deviation `scale` to a condition; row i depends on (seed, indices[i])."""
     noisy = {}
     for name, tensor in condition.tensors.items():
-        generators = [seeded(seed, "condition noise", name, index) for index in indices]
+        generators = [seeded_generator(seed, "condition noise", name, index) for index in indices]
         noise = torch.stack([torch.randn(tensor.shape[1:], generator=generator) for generator in generators])
         noisy[name] = tensor + scale * noise.to(tensor.device)
     return Condition(noisy)
@@ -167,8 +167,8 @@ class VectorSynthesizer(Synthesizer):
         Raises FaroutError for class names that do not become prompts, and for prompts that the generator cannot use.
         """
         if isinstance(given, str | Path):
-            given = folders.local(given)
-            if folders.wants_prompts(given):
+            given = folders.local_folder(given)
+            if folders.requires_class_names(given):
                 return DiffusionModel.load(given, class_names=names_of(source), prompts=self.prompts)
         model = super().load_diffusion(given, source)
         if model.conditioning is not None:
@@ -192,9 +192,9 @@ class VectorSynthesizer(Synthesizer):
         def build() -> Sampler:
             model = context.generator
             if self.size is not None:
-                model = model.sized(self.size)
+                model = model.with_image_size(self.size)
             if self.prompts.generation is not None and isinstance(model.conditioning, PromptTokens):
-                model = model.conditioned(model.conditioning.in_template(self.prompts.generation))
+                model = model.with_conditioning(model.conditioning.with_template(self.prompts.generation))
             precision: Any = context.runtime.precision  # resolved, so not `auto`
             return Sampler(
                 model,

@@ -16,7 +16,7 @@ from farout.data.batching import batches
 from farout.data.classes import class_numbers, names_of
 from farout.data.sources import open_source
 from farout.diffusion import diffusers_folders as folders
-from farout.diffusion.image_to_image import BackSpacing, RoundTrip
+from farout.diffusion.image_to_image import DenoisingSpacing, ImageToImage
 from farout.diffusion.model import DiffusionModel
 from farout.synthesis.base import describe_inputs
 from farout.synthesis.generated_folder import ReconstructedFolder
@@ -35,14 +35,14 @@ def reconstruct(
     classes: bool = True,
     solver: str = "dpm_solver_2m",
     steps: int | None = None,
-    spacing: BackSpacing = "grid",
+    spacing: DenoisingSpacing = "grid",
     seed: int = 0,
     resume: bool = False,
     limit: int | None = None,
     policy: Literal["raise", "skip"] = "raise",
     runtime: Runtime | None = None,
 ) -> ReconstructedFolder:
-    """Reconstruct every image of a source with a generator (see `RoundTrip`) into `out`, the same for any batch size.
+    """Reconstruct every image of a source with a generator (see `ImageToImage`) into `out`, whatever the batch size.
 
     Under `accelerate launch` or `torchrun`, several processes with one device each share the images. The manifest (see
     `GeneratedFolder.manifest`) also has the columns `level` and `source_hash`, the content hash of the source image.
@@ -60,13 +60,13 @@ def reconstruct(
             …" of the images' classes; for others give the model that `DiffusionModel.load(folder, class_names=…,
             prompts=…)` loads.
         out: the output folder.
-        level: see `RoundTrip`.
-        highest: see `RoundTrip`.
-        classes: see `RoundTrip`.
-        solver: see `RoundTrip`.
-        steps: see `RoundTrip`.
-        spacing: see `RoundTrip`.
-        seed: see `RoundTrip`.
+        level: see `ImageToImage`.
+        highest: see `ImageToImage`.
+        classes: see `ImageToImage`.
+        solver: see `ImageToImage`.
+        steps: see `ImageToImage`.
+        spacing: see `ImageToImage`.
+        seed: see `ImageToImage`.
         resume: continue an earlier run in `out`.
         limit: use a seeded sample of this many images.
         policy: treatment of unreadable images: raise an error, or skip them.
@@ -83,18 +83,18 @@ def reconstruct(
     processes = join_processes(runtime.device)
     source = open_source(images, policy=policy, limit=limit, seed=seed)
     if isinstance(diffusion, str | Path):
-        folder = folders.local(diffusion)
+        folder = folders.local_folder(diffusion)
         # without class names, one prompt that is never used
-        prompt_names = (names_of(source) or ("image",)) if folders.wants_prompts(folder) else None
+        prompt_names = (names_of(source) or ("image",)) if folders.requires_class_names(folder) else None
         diffusion = DiffusionModel.load(folder, class_names=prompt_names)
     model = diffusion.to(runtime.device)
     precision: Any = runtime.precision  # resolved, so not `auto`
-    reconstruction = RoundTrip(
+    reconstruction = ImageToImage(
         model, level, highest, classes, solver, steps, spacing, seed, runtime.batch_size, precision
     )
 
     names = names_of(source)
-    if model.conditioning is not None and reconstruction.told_classes:
+    if model.conditioning is not None and reconstruction.uses_classes:
         if source.labels is None:
             raise SourceError(
                 f"{source.name} has no labels, and each image is denoised under its class; give a class-per-folder "

@@ -18,7 +18,7 @@ from farout.core import store
 from farout.core.devices import ProcessGroup
 from farout.core.errors import StoreError
 from farout.data.decoding import save_png
-from farout.diffusion.sample_folder import folder_names, write_class_names
+from farout.diffusion.sample_folder import class_folder_names, write_class_names
 from farout.synthesis.generated_folder import IMAGES, MANIFEST, ManifestRows, read_manifest_rows
 
 __all__ = ["ImageWriter"]
@@ -60,7 +60,7 @@ class ImageWriter:
         self._manifest = self.folder / (
             MANIFEST if self.processes.is_main_process else _PARTIAL_MANIFEST.format(self.processes.process_index)
         )
-        self._class_folders = folder_names(self.class_names)
+        self._class_folders = class_folder_names(self.class_names)
         self._columns: tuple[str, ...] = ()
         self._rows: dict[int, dict[str, str]] = {}
         self._pool = ThreadPoolExecutor(_THREADS, "images")

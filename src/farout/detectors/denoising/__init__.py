@@ -31,15 +31,15 @@ from farout.detectors.denoising.differences import (
 )
 from farout.detectors.denoising.initial_noise import Neighbours, descriptors, inverted
 from farout.detectors.settings import check_words, checked_levels
-from farout.diffusion import noise_levels as paths
+from farout.diffusion import noise_levels
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.config import DiffusionConfig
-from farout.diffusion.denoiser import Denoiser, Guided, NetworkDenoiser
+from farout.diffusion.denoiser import Denoiser, GuidedDenoiser, NetworkDenoiser
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.registry import SOLVERS, create_solver, solver_path
-from farout.features.densities import ZScore, pack, unpack
+from farout.features.densities import ZScore, pack_arrays, unpack_arrays
 
 __all__ = ["Denoising"]
 
@@ -185,14 +185,14 @@ class Denoising(Detector):
             raise FaroutError(f"labels=true requires images of the classes {known}; {source.name} has none of them")
 
     def _all_paths(self, schedule: NoiseSchedule) -> Tensor:
-        return paths.pad([self._path(schedule, level) for level in self.levels])
+        return noise_levels.pad_paths([self._path(schedule, level) for level in self.levels])
 
     def _path(self, schedule: NoiseSchedule, level: int) -> Tensor:
         spacing = self.config["grid"]
         if spacing is None:
-            path = paths.geometric(schedule, level, self.config["steps"])
+            path = noise_levels.geometric_path(schedule, level, self.config["steps"])
         else:
-            path = paths.grid(schedule, level, spacing)
+            path = noise_levels.grid_path(schedule, level, spacing)
         return solver_path(self.config["solver"], path)
 
     def _check_models(self, model: DiffusionModel, classifier: Classifier) -> None:
@@ -207,8 +207,8 @@ class Denoising(Detector):
         if conditioning is None:
             hint = "give a class-conditional one (farout train diffusion --preset classes) or --condition none"
             raise FaroutError(f"this diffusion model is unconditional and cannot denoise under a class; {hint}")
-        if conditioning.classes != classifier.classes:
-            counts = f"{conditioning.classes} classes, the classifier {counted_classes(classifier)}"
+        if conditioning.num_classes != classifier.classes:
+            counts = f"{conditioning.num_classes} classes, the classifier {counted_classes(classifier)}"
             raise FaroutError(f"the diffusion model knows {counts}; train both on the same images and classes")
         names = {tuple(conditioning.class_names), tuple(classifier.class_names)}
         if len(names - {tuple(map(str, range(classifier.classes)))}) > 1:  # bare numbers are no names
@@ -274,7 +274,7 @@ class Denoising(Detector):
     def _null(self, count: int) -> Condition | None:
         """The condition that stands for none; None for an unconditional model."""
         assert self.diffusion is not None
-        return None if self.diffusion.conditioning is None else self.diffusion.conditioning.null(count)
+        return None if self.diffusion.conditioning is None else self.diffusion.conditioning.null_condition(count)
 
     @torch.no_grad()
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
@@ -328,7 +328,7 @@ class Denoising(Detector):
             return self.denoiser, self._null(len(classes))
         if scale == 1:
             return self.denoiser, conditioning(classes)
-        return Guided(self.denoiser, scale, conditioning.null), conditioning(classes)
+        return GuidedDenoiser(self.denoiser, scale, conditioning.null_condition), conditioning(classes)
 
     def _noise(self, batch: Batch, images: Tensor) -> Tensor:
         """(B, levels, draws, C, H, W), the same noises at every level."""
@@ -385,14 +385,14 @@ class Denoising(Detector):
     def state(self) -> dict[str, np.ndarray]:
         """Neighbours and statistics."""
         near = {} if self.neighbours is None else self.neighbours.to_arrays()
-        return {**near, **pack(self.standard)}
+        return {**near, **pack_arrays(self.standard)}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Puts `state` back."""
         if "neighbours" in state:
             self.neighbours = Neighbours.from_arrays(state)
         if "change.mean" in state:
-            self.standard = {name: ZScore.from_arrays(unpack(state, name)) for name in ("change", *POST_HOC)}
+            self.standard = {name: ZScore.from_arrays(unpack_arrays(state, name)) for name in ("change", *POST_HOC)}
 
 
 def _names(source: ImageSource) -> list[str]:

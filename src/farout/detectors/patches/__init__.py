@@ -24,7 +24,7 @@ from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import LevelSampling
 from farout.diffusion.noise import noise_table
 from farout.features import backbones
-from farout.features.densities import ZScore, pack, unpack
+from farout.features.densities import ZScore, pack_arrays, unpack_arrays
 from farout.features.encoding import FeatureEncoding
 from farout.features.extractor import FeatureExtractor
 from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
@@ -144,7 +144,9 @@ class Patches(FeatureDetector):
 
     def _positions(self, batch: Batch) -> Tensor:
         """Features (B, positions, c)."""
-        return flat(self.backbone.grid(batch.images, self.config["side"], self.runtime.batch_size, self.precision))
+        return flat(
+            self.backbone.feature_grid(batch.images, self.config["side"], self.runtime.batch_size, self.precision)
+        )
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -337,9 +339,9 @@ class Patches(FeatureDetector):
         """The bank and the deviations."""
         if self.bank is None or self.deviations is None:
             return {}
-        return {"bank": self.bank.numpy(), **pack({part: getattr(self.deviations, part) for part in _PARTS})}
+        return {"bank": self.bank.numpy(), **pack_arrays({part: getattr(self.deviations, part) for part in _PARTS})}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Puts `state` back."""
         self.bank, self.bank_of = torch.from_numpy(np.array(state["bank"])), self.diffusion
-        self.deviations = Deviations(*(ZScore.from_arrays(unpack(state, part)) for part in _PARTS))
+        self.deviations = Deviations(*(ZScore.from_arrays(unpack_arrays(state, part)) for part in _PARTS))

@@ -11,7 +11,7 @@ from torch import Tensor
 from farout.core.errors import FaroutError
 from farout.detectors.reconstruction.comparison import METRICS
 from farout.detectors.results import Measurements
-from farout.features.densities import GaussianMixture, Mahalanobis, ZScore, pack, unpack
+from farout.features.densities import GaussianMixture, Mahalanobis, ZScore, pack_arrays, unpack_arrays
 
 __all__ = ["Scorer", "names"]
 
@@ -72,7 +72,7 @@ class Scorer:
     def _z(self, values: np.ndarray) -> np.ndarray:
         if self.z is None:
             raise FaroutError("the statistics have not been fitted; call fit first")
-        return self.z.z(values.reshape(len(values), -1)).reshape(values.shape)
+        return self.z.transform(values.reshape(len(values), -1)).reshape(values.shape)
 
     def curves(self, measurements: Measurements) -> Tensor:
         """z (B, level, metric) of the chosen levels, metrics in the order of METRICS."""
@@ -105,10 +105,10 @@ class Scorer:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What `fit` learnt, as arrays."""
         parts = {"z": self.z, "mahalanobis": self.mahalanobis, "mixture": self.mixture}
-        return pack({name: part for name, part in parts.items() if part is not None})
+        return pack_arrays({name: part for name, part in parts.items() if part is not None})
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Puts `to_arrays` back."""
-        self.z = ZScore.from_arrays(unpack(arrays, "z"))
-        self.mahalanobis = Mahalanobis.from_arrays(unpack(arrays, "mahalanobis"))
-        self.mixture = GaussianMixture.from_arrays(unpack(arrays, "mixture"))
+        self.z = ZScore.from_arrays(unpack_arrays(arrays, "z"))
+        self.mahalanobis = Mahalanobis.from_arrays(unpack_arrays(arrays, "mahalanobis"))
+        self.mixture = GaussianMixture.from_arrays(unpack_arrays(arrays, "mixture"))

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from farout.detectors.settings import checked_levels
-from farout.diffusion import noise_levels as paths
+from farout.diffusion import noise_levels
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.solvers.base import Solver
 from farout.diffusion.solvers.plms import PLMS
@@ -58,10 +58,12 @@ def make_plan(
     wanted = _default_levels(mode, skip, grid) if levels is None else levels
     chosen = checked_levels(wanted, schedule.steps, lowest=1 if mode == "exact" else 0)
     if mode == "exact":
-        table = paths.pad([paths.grid(schedule, t, _SPACING) for t in chosen])
+        table = noise_levels.pad_paths([noise_levels.grid_path(schedule, t, _SPACING) for t in chosen])
         return Plan(chosen, table, PLMS(), float(schedule.abar[0].sqrt()))
     counts = [1 if mode == "oneshot" else min(steps, max(1, t // 40)) for t in chosen]
-    table = paths.pad([paths.geometric(schedule, t, count) for t, count in zip(chosen, counts, strict=True)])
+    table = noise_levels.pad_paths(
+        [noise_levels.geometric_path(schedule, t, count) for t, count in zip(chosen, counts, strict=True)]
+    )
     return Plan(chosen, table, create_solver("ddim" if mode == "oneshot" else solver, schedule), 1.0)
 
 

@@ -22,7 +22,7 @@ from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import LevelSampling
 from farout.diffusion.noise import NoiseKind, noise_table
 from farout.features.densities import Mahalanobis
-from farout.features.encoding import FeatureEncoding, Standardise
+from farout.features.encoding import FeatureEncoding, Standardize
 from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
 from farout.features.train import train_features
 from farout.training.config import TrainingConfig
@@ -53,7 +53,7 @@ class Semantic(FeatureDetector):
         lr_sign: sign of the indicator `lr`: 1: errors that fall more in training score higher, as released; -1: they
             score lower, as in the paper. Neither is reliable.
         regret: keep the denoiser of the first training epoch too, for the indicator `lr` only; doubles the evaluations.
-        standardise: `image`: scale each layer of each image to mean 0 and standard deviation 1 over channels (the
+        standardize: `image`: scale each layer of each image to mean 0 and standard deviation 1 over channels (the
             paper); `channel`: scale each channel over normal images.
         summaries: append the mean and log standard deviation of each layer, which `image` scaling removes.
         hidden: width of the denoiser's hidden layers; None: twice the number of features, as in the paper.
@@ -122,7 +122,7 @@ class Semantic(FeatureDetector):
         score: str = "mfsim_released",
         lr_sign: int = 1,
         regret: bool = False,
-        standardise: Standardise = "image",
+        standardize: Standardize = "image",
         summaries: bool = False,
         hidden: int | None = 512,
         bottleneck: int | None = 512,
@@ -181,7 +181,7 @@ class Semantic(FeatureDetector):
             features,
             [images.content_hash(i) for i in range(len(images))],
             backbone=self.backbone.content_hash,
-            encoding=FeatureEncoding(self.backbone.channels, self.config["standardise"], self.config["summaries"]),
+            encoding=FeatureEncoding(self.backbone.channels, self.config["standardize"], self.config["summaries"]),
             network={name: self.config[name] for name in names},
             training=settings.resolve_training(training),
             levels=self.config["time_sampling"],

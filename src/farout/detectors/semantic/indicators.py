@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from farout.detectors.results import Measurements
-from farout.features.densities import ZScore, pack, unpack
+from farout.features.densities import ZScore, pack_arrays, unpack_arrays
 
 __all__ = ["Scorer", "metric_names", "names"]
 
@@ -69,14 +69,14 @@ class Scorer:
         """Every indicator, float64 (B,)."""
         assert self.parts is not None
         found = self._plain(measurements)
-        found["fused"] = self.parts.z(self._parts(found)).mean(1)
+        found["fused"] = self.parts.transform(self._parts(found)).mean(1)
         return {name: torch.from_numpy(found[name]) for name in names(self.regret)}
 
     def _plain(self, measurements: Measurements) -> dict[str, np.ndarray]:
         """Every indicator but the fusion of them."""
         assert self.z is not None
         error, angle = self._kind(measurements, "error"), self._kind(measurements, "angle")
-        error_z, angle_z = np.split(self.z.z(self._logs(measurements)), 2, axis=1)
+        error_z, angle_z = np.split(self.z.transform(self._logs(measurements)), 2, axis=1)
         mse = self._weighted(error)
         found = {
             "mse": mse,
@@ -101,8 +101,13 @@ class Scorer:
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What `fit` learnt."""
-        return pack({name: part for name, part in {"z": self.z, "parts": self.parts}.items() if part is not None})
+        return pack_arrays(
+            {name: part for name, part in {"z": self.z, "parts": self.parts}.items() if part is not None}
+        )
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Puts `to_arrays` back."""
-        self.z, self.parts = ZScore.from_arrays(unpack(arrays, "z")), ZScore.from_arrays(unpack(arrays, "parts"))
+        self.z, self.parts = (
+            ZScore.from_arrays(unpack_arrays(arrays, "z")),
+            ZScore.from_arrays(unpack_arrays(arrays, "parts")),
+        )

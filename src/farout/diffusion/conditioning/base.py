@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
 
-__all__ = ["Condition", "Conditioning", "TableConditioning", "check_labels", "check_table", "check_vectors", "no_null"]
+__all__ = [
+    "Condition",
+    "Conditioning",
+    "TableConditioning",
+    "check_labels",
+    "check_table",
+    "check_vectors",
+    "missing_null_condition",
+]
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,10 @@ class Conditioning(Protocol):
     has_null: bool
 
     @property
-    def classes(self) -> int:
+    def num_classes(self) -> int:
         """K, the number of classes, without the null condition."""
 
-    def vectors(self) -> Tensor:
+    def class_vectors(self) -> Tensor:
         """The class table (K, dim), a detached float32 copy without the null row."""
 
     def __call__(self, given: Tensor, labels: Tensor | None = None) -> Condition:
@@ -79,13 +87,13 @@ class Conditioning(Protocol):
         that they need.
         """
 
-    def null(self, count: int) -> Condition:
+    def null_condition(self, count: int) -> Condition:
         """The condition that stands for no class, for `count` rows; FaroutError where the model has none."""
 
-    def trainable(self, network: nn.Module) -> nn.Module:
+    def trainable_module(self, network: nn.Module) -> nn.Module:
         """What training trains: a module called as `(x, t, class_labels=numbers)`; the number K is the null row."""
 
-    def twin(self, network: nn.Module) -> Conditioning:
+    def copy_for(self, network: nn.Module) -> Conditioning:
         """The same conditioning for a copy of the network, with own weights."""
 
     def parameters(self) -> list[nn.Parameter]:
@@ -115,26 +123,26 @@ class TableConditioning(Conditioning):
         """The table (K + 1, …), or (K, …) without a null row."""
 
     @property
-    def classes(self) -> int:
+    def num_classes(self) -> int:
         """K, the number of classes, without the null row."""
         return len(self.class_names)
 
-    def vectors(self) -> Tensor:
+    def class_vectors(self) -> Tensor:
         """The class table (K, dim), a detached float32 copy without the null row."""
-        return self._weight.detach()[: self.classes].float().flatten(1).clone()
+        return self._weight.detach()[: self.num_classes].float().flatten(1).clone()
 
     def __call__(self, given: Tensor, labels: Tensor | None = None) -> Condition:
         """The condition of labels (B,), or of class vectors (B, dim), in which it is differentiable."""
         if given.is_floating_point():
             vectors = check_vectors(given, self.dim).to(self._weight.device)
             return Condition({self.keyword: vectors.reshape(len(vectors), *self._weight.shape[1:])})
-        return self._rows(check_labels(given, self.classes))
+        return self._rows(check_labels(given, self.num_classes))
 
-    def null(self, count: int) -> Condition:
+    def null_condition(self, count: int) -> Condition:
         """The null row, `count` times; raises FaroutError where the model has none."""
         if not self.has_null:
-            raise no_null()
-        return self._rows(torch.full((count,), self.classes))
+            raise missing_null_condition()
+        return self._rows(torch.full((count,), self.num_classes))
 
     def _rows(self, numbers: Tensor) -> Condition:
         table = self._weight.detach()
@@ -175,7 +183,7 @@ def check_vectors(vectors: Tensor, dim: int) -> Tensor:
     return vectors
 
 
-def no_null() -> FaroutError:
+def missing_null_condition() -> FaroutError:
     """The error of a model without a null condition."""
     return FaroutError(
         "this model has no null condition: it was not trained with label dropout (or does not say so); use guidance "

@@ -61,11 +61,11 @@ class ClassVectors(TableConditioning):
     def _weight(self) -> Tensor:
         return self._table.weight
 
-    def trainable(self, network: nn.Module) -> nn.Module:
+    def trainable_module(self, network: nn.Module) -> nn.Module:
         """The network itself: the table is a part of it."""
         return network
 
-    def twin(self, network: nn.Module) -> ClassVectors:
+    def copy_for(self, network: nn.Module) -> ClassVectors:
         """The same conditioning for a copy of the network."""
         return ClassVectors(network, self.class_names, has_null=self.has_null)
 

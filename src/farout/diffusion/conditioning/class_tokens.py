@@ -67,11 +67,11 @@ class ClassTokens(TableConditioning):
     def _weight(self) -> Tensor:
         return self._tokens.weight
 
-    def trainable(self, network: nn.Module) -> nn.Module:
+    def trainable_module(self, network: nn.Module) -> nn.Module:
         """Network and table as one module."""
         return _TokenNetwork(network, self._tokens)
 
-    def twin(self, network: nn.Module) -> Self:
+    def copy_for(self, network: nn.Module) -> Self:
         """The same conditioning with an own table."""
         return self._with(self._tokens.weight)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.base import Condition, Conditioning, check_labels, check_table, check_vectors
 from farout.diffusion.conditioning.class_tokens import TextTokens
-from farout.diffusion.conditioning.prompts import TEMPLATE, Word, check_template, class_words
+from farout.diffusion.conditioning.prompts import TEMPLATE, Word, check_template, resolve_class_words
 from farout.diffusion.conditioning.text_encoder import TextEncoder
 
 __all__ = ["PromptContexts"]
@@ -45,18 +45,18 @@ class PromptContexts(Conditioning):
         check_template(template)
         self.class_names = check_table(len(class_names), class_names, has_null=False)
         self.encoder, self.template, self.dim = encoder, template, encoder.length * encoder.width
-        self.words = class_words(self.class_names) if words is None else tuple(Word(*word) for word in words)
-        if len(self.words) != self.classes:
-            raise FaroutError(f"{self.classes} classes require a word each, got {len(self.words)}")
+        self.words = resolve_class_words(self.class_names) if words is None else tuple(Word(*word) for word in words)
+        if len(self.words) != self.num_classes:
+            raise FaroutError(f"{self.num_classes} classes require a word each, got {len(self.words)}")
         self.prompts = tuple(word.prompt(template) for word in self.words)
-        self._numbers = encoder.numbers(self.prompts)
+        self._numbers = encoder.tokenize(self.prompts)
 
     @property
-    def classes(self) -> int:
+    def num_classes(self) -> int:
         """K, the number of classes."""
         return len(self.class_names)
 
-    def vectors(self) -> Tensor:
+    def class_vectors(self) -> Tensor:
         """The contexts of the classes (K, L d)."""
         return self.encoder(self.prompts).flatten(1)
 
@@ -66,30 +66,30 @@ class PromptContexts(Conditioning):
             vectors = check_vectors(given, self.dim).to(self.encoder.device)
             return Condition({"encoder_hidden_states": vectors.reshape(-1, self.encoder.length, self.encoder.width)})
         with torch.no_grad():
-            return self._contexts(check_labels(given, self.classes).cpu())
+            return self._contexts(check_labels(given, self.num_classes).cpu())
 
     def _contexts(self, rows: Tensor) -> Condition:
-        return Condition({"encoder_hidden_states": self.encoder.contexts(self._numbers[rows])})
+        return Condition({"encoder_hidden_states": self.encoder.encode_tokens(self._numbers[rows])})
 
-    def said(self, prompts: Sequence[str]) -> Condition:
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """The condition of any prompts, a row for each."""
         return Condition({"encoder_hidden_states": self.encoder(prompts)})
 
-    def null(self, count: int) -> Condition:
+    def null_condition(self, count: int) -> Condition:
         """The context of the empty prompt, `count` times."""
-        return Condition({"encoder_hidden_states": self.encoder.null(count)})
+        return Condition({"encoder_hidden_states": self.encoder.null_context(count)})
 
-    def fixed(self) -> TextTokens:
+    def to_text_tokens(self) -> TextTokens:
         """The same classes with whole contexts as class vectors, which need no text encoder."""
-        contexts = self(torch.arange(self.classes)).tensors["encoder_hidden_states"]
-        table = torch.cat([contexts, self.encoder.null(1)])
+        contexts = self(torch.arange(self.num_classes)).tensors["encoder_hidden_states"]
+        table = torch.cat([contexts, self.encoder.null_context(1)])
         return TextTokens(table, self.class_names, has_null=True, template=self.template).to(table.device)
 
-    def trainable(self, network: nn.Module) -> nn.Module:
+    def trainable_module(self, network: nn.Module) -> nn.Module:
         """The network with the contexts as they are: the text encoder is not trained."""
-        return self.fixed().trainable(network)
+        return self.to_text_tokens().trainable_module(network)
 
-    def twin(self, network: nn.Module) -> Self:
+    def copy_for(self, network: nn.Module) -> Self:
         """The same conditioning: nothing of it is the network's own."""
         return copy.copy(self)
 

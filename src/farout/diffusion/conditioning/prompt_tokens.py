@@ -14,7 +14,7 @@ from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.base import Condition, Conditioning, check_labels, check_table, check_vectors
 from farout.diffusion.conditioning.class_tokens import TextTokens
 from farout.diffusion.conditioning.prompt_contexts import PromptContexts
-from farout.diffusion.conditioning.prompts import TEMPLATE, Pieces, Prompts, Word, class_words
+from farout.diffusion.conditioning.prompts import TEMPLATE, Pieces, Prompts, Word, resolve_class_words
 from farout.diffusion.conditioning.text_encoder import TextEncoder
 
 __all__ = ["PromptTokens", "read_prompts"]
@@ -52,9 +52,9 @@ class PromptTokens(PromptContexts):
         named = zip(self.class_names, self.words, strict=True)
         places = [_place(encoder, template, name, word, pieces) for name, word in named]
         self._places = torch.tensor(places)
-        self._table = encoder.embeddings(self._numbers[torch.arange(len(places)), self._places])
+        self._table = encoder.input_embeddings(self._numbers[torch.arange(len(places)), self._places])
 
-    def vectors(self) -> Tensor:
+    def class_vectors(self) -> Tensor:
         """The words' input embeddings (K, d)."""
         return self._table.clone()
 
@@ -64,14 +64,14 @@ class PromptTokens(PromptContexts):
             return super().__call__(given)
         if labels is None:
             raise FaroutError("a vector of this model is used in the prompt of its class; give labels with the vectors")
-        rows = check_labels(labels, self.classes).cpu()
+        rows = check_labels(labels, self.num_classes).cpu()
         if len(rows) != len(given):
             raise FaroutError(f"{len(given)} class vectors require a label each, got {len(rows)}")
         exchanged = (check_vectors(given, self.dim), self._places[rows])
-        found = self.encoder.contexts(self._numbers[rows], exchanged)
+        found = self.encoder.encode_tokens(self._numbers[rows], exchanged)
         return Condition({"encoder_hidden_states": found})
 
-    def in_template(self, template: str) -> PromptTokens:
+    def with_template(self, template: str) -> PromptTokens:
         """The same classes, words and class vectors in other prompts; see the class for what is raised."""
         return PromptTokens(self.encoder, self.class_names, self.words, template, self.pieces)
 
@@ -86,21 +86,26 @@ class PromptTokens(PromptContexts):
 
 def _place(encoder: TextEncoder, template: str, name: str, word: Word, pieces: Pieces) -> int:
     """Where the class's token stands in its prompt, the start being number 0."""
-    own, prompt = encoder.tokens(word.word), word.prompt(template)
+    own, prompt = encoder.token_ids(word.word), word.prompt(template)
     split = pieces == "first" and len(own) > 1 and not re.search(r"[\s_-]", word.word)
-    if not (len(own) == 1 or split) or not all(encoder.is_known(token) for token in own):
-        what = f"are {len(own)} tokens ({', '.join(encoder.pieces(own))})" if len(own) != 1 else "the tokenizer lacks"
+    if not (len(own) == 1 or split) or not all(encoder.is_text_token(token) for token in own):
+        what = (
+            f"are {len(own)} tokens ({', '.join(encoder.token_strings(own))})"
+            if len(own) != 1
+            else "the tokenizer lacks"
+        )
         raise FaroutError(
             f"the class {name!r} requires a name of one token in prompts, and {word.word!r} {what}; give a table of "
             "words "
             "(words=FILE, --prompts.words FILE: .csv with columns class and word, or .yaml), pieces='first' for a word "
             "that is split, as published, or vector='context', which takes any name"
         )
-    before = encoder.tokens(template.partition("{}")[0])
-    if encoder.tokens(prompt)[: len(before) + len(own)] != [*before, *own]:
+    before = encoder.token_ids(template.partition("{}")[0])
+    if encoder.token_ids(prompt)[: len(before) + len(own)] != [*before, *own]:
         raise FaroutError(
-            f"the token of the class {name!r} ({encoder.pieces(own)[0]}) is not where its name stands in the prompt "
-            f"{prompt!r}, which is {', '.join(encoder.pieces(encoder.tokens(prompt)))}; put spaces around the {{}}"
+            f"the token of the class {name!r} ({encoder.token_strings(own)[0]}) is not where its name is in the prompt "
+            f"{prompt!r}, whose tokens are {', '.join(encoder.token_strings(encoder.token_ids(prompt)))}; put spaces "
+            "around the {}"
         )
     return len(before) + 1
 
@@ -111,7 +116,7 @@ def read_prompts(folder: Path, class_names: Sequence[str], prompts: Prompts) -> 
     Raises FaroutError for names, words and templates that do not go with the folder's tokenizer; StoreError and
     MissingExtraError as `TextEncoder.read` does.
     """
-    words = class_words(class_names, prompts.words)
+    words = resolve_class_words(class_names, prompts.words)
     check_table(len(class_names), class_names, has_null=False)
     encoder = TextEncoder.read(folder)
     if prompts.vector == "token":

@@ -14,7 +14,16 @@ import yaml
 
 from farout.core.errors import FaroutError
 
-__all__ = ["TABLES", "TEMPLATE", "Pieces", "Prompts", "Word", "check_template", "class_words", "read_words"]
+__all__ = [
+    "TABLES",
+    "TEMPLATE",
+    "Pieces",
+    "Prompts",
+    "Word",
+    "check_template",
+    "read_word_table",
+    "resolve_class_words",
+]
 
 Pieces = Literal["refuse", "first"]
 """What becomes of a word that the tokenizer splits."""
@@ -103,13 +112,13 @@ def check_template(template: str) -> None:
         raise FaroutError(f"a prompt template holds one {{}} for the class name, got {template!r}")
 
 
-def class_words(names: Sequence[str], table: Mapping[str, str] | str | None = None) -> tuple[Word, ...]:
+def resolve_class_words(names: Sequence[str], table: Mapping[str, str] | str | None = None) -> tuple[Word, ...]:
     """What classes are called in prompts; those that are not in the table by their names.
 
     Case, `_` and `-` make no difference in the table. Raises FaroutError for a table that holds none of the classes,
     and for two classes that are called the same.
     """
-    known = {} if table is None else read_words(table)
+    known = {} if table is None else read_word_table(table)
     found = {name: known[_plain(name)] for name in names if _plain(name) in known}
     if table is not None and not found:
         shown, told = ", ".join(list(known)[:5]), ", ".join(names[:5])
@@ -128,7 +137,7 @@ def _check_different(names: Sequence[str], words: Sequence[Word]) -> None:
             raise FaroutError(f"the classes {other!r} and {name!r} are both {said!r} in prompts; call them differently")
 
 
-def read_words(table: Mapping[str, str] | str) -> dict[str, Word]:
+def read_word_table(table: Mapping[str, str] | str) -> dict[str, Word]:
     """Words by plain class name (small letters, no `_` or `-`), from a mapping, a file or a name of `TABLES`.
 
     The first word of an entry stands for the class, what follows it is the suffix: `{"kite": "kite bird"}`; a CSV file

@@ -66,19 +66,19 @@ class TextEncoder:
 
     # -- tokens --------------------------------------------------------------------------------------------------
 
-    def tokens(self, text: str) -> list[int]:
+    def token_ids(self, text: str) -> list[int]:
         """The numbers of a text's tokens, without start, end and padding."""
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def pieces(self, tokens: Sequence[int]) -> list[str]:
+    def token_strings(self, tokens: Sequence[int]) -> list[str]:
         """What tokens stand for, as the tokenizer writes it."""
         return list(self.tokenizer.convert_ids_to_tokens(list(tokens)))
 
-    def is_known(self, token: int) -> bool:
+    def is_text_token(self, token: int) -> bool:
         """Whether a token stands for text: not for start, end or what the tokenizer does not know."""
         return token not in self.tokenizer.all_special_ids
 
-    def numbers(self, prompts: Sequence[str]) -> Tensor:
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Prompts as tokens with start, end and padding, int64 (B, L); raises FaroutError for one that is too long."""
         rows = [self.tokenizer(text, padding="max_length", max_length=self.length).input_ids for text in prompts]
         for text, row in zip(prompts, rows, strict=True):
@@ -89,7 +89,7 @@ class TextEncoder:
                 )
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
 
-    def embeddings(self, tokens: Tensor) -> Tensor:
+    def input_embeddings(self, tokens: Tensor) -> Tensor:
         """The input embeddings of tokens of any shape, float32 (…, d) on the CPU, before positions are added."""
         table = self._embedding.weight.detach()
         return table[tokens.to(table.device)].float().cpu()
@@ -99,9 +99,9 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """The contexts of prompts, (B, L, d)."""
-        return self.contexts(self.numbers(prompts))
+        return self.encode_tokens(self.tokenize(prompts))
 
-    def contexts(self, numbers: Tensor, exchanged: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def encode_tokens(self, numbers: Tensor, exchanged: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The contexts (B, L, d) of tokenised prompts (B, L).
 
         Args:
@@ -119,14 +119,14 @@ class TextEncoder:
         return call_in_chunks(self.module, call, *(tensor.to(self.device) for tensor in (numbers, *given)))
 
     @torch.no_grad()
-    def summaries(self, prompts: Sequence[str]) -> Tensor:
+    def pooled_outputs(self, prompts: Sequence[str]) -> Tensor:
         """One vector for each prompt, float32 (B, d) on the CPU: its context's token that ends the text, the only one
         that has seen all of it (Radford et al. 2021, section 2.4; their projection is not part of Stable Diffusion).
         """
-        ends = torch.tensor([len(self.tokens(text)) + 1 for text in prompts])
-        return self.contexts(self.numbers(prompts)).cpu()[torch.arange(len(ends)), ends]
+        ends = torch.tensor([len(self.token_ids(text)) + 1 for text in prompts])
+        return self.encode_tokens(self.tokenize(prompts)).cpu()[torch.arange(len(ends)), ends]
 
-    def null(self, count: int) -> Tensor:
+    def null_context(self, count: int) -> Tensor:
         """The context of the empty prompt, `count` times; it is computed once."""
         if self._null is None:
             self._null = self([""])

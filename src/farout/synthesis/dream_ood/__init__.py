@@ -98,7 +98,7 @@ class DreamOOD(VectorSynthesizer):
         see also `VectorSynthesizer.check`.
         """
         classes = list(context.classes)
-        check_directions(class_conditioning(context.generator).vectors()[classes], context.present_names)
+        check_directions(class_conditioning(context.generator).class_vectors()[classes], context.present_names)
         counts = context.labels[readable(context.source)].bincount(minlength=len(context.class_names))
         self.boundary.check(counts[classes].tolist(), context.present_names)
         super().check(context)
@@ -120,7 +120,7 @@ class DreamOOD(VectorSynthesizer):
                 f"{context.folder / _ALIGN} holds directions of {aligned.features.shape[1]} dimensions, the "
                 f"generator's class vectors have {space.dim}; remove it and align the images again"
             )
-        vectors, wanted = space.vectors().cpu(), self._place(context, context.count - 1) + 1
+        vectors, wanted = space.class_vectors().cpu(), self._place(context, context.count - 1) + 1
         with task("drawing beyond the boundaries", len(context.classes)) as bar:
             for label in context.classes:
                 rows = aligned.labels == label

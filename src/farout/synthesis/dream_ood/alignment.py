@@ -26,7 +26,7 @@ from farout.core.progress import task
 from farout.core.runtime import Runtime
 from farout.data.batching import Batch, batches
 from farout.data.indices import readable
-from farout.diffusion.noise import seeded
+from farout.diffusion.noise import seeded_generator
 from farout.synthesis.base import SynthesisContext
 from farout.synthesis.class_space import class_conditioning
 from farout.training.loop import TrainingConfig
@@ -146,7 +146,7 @@ def align(context: SynthesisContext, folder: Path, model: ClassifierConfig, alig
     if not has_aligned(folder):
         classes = list(context.classes)
         directions = check_directions(
-            class_conditioning(context.generator).vectors()[classes].cpu(), context.present_names
+            class_conditioning(context.generator).class_vectors()[classes].cpu(), context.present_names
         )
         classifier = _trained(
             context, directions / alignment.temperature, context.present_names, folder, model, alignment
@@ -201,7 +201,7 @@ def _features(
 def _varied(batch: Batch, config: ClassifierConfig, seed: int) -> Tensor:
     """Each image varied by a draw of its own, whatever else is in the batch."""
     pairs = zip(batch.images.split(1), batch.identities, strict=True)
-    return torch.cat([config.augment(image, seeded(seed, "varied", key)) for image, key in pairs])
+    return torch.cat([config.augment(image, seeded_generator(seed, "varied", key)) for image, key in pairs])
 
 
 def _warn_of_poor_alignment(share: float) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from farout.core.errors import FaroutError, ShortfallWarning, check_options
-from farout.diffusion.noise import seeded
+from farout.diffusion.noise import seeded_generator
 
 __all__ = ["BoundarySampling", "ClassBoundary", "Drawn", "Filter", "Side", "choose", "kth_distance"]
 
@@ -192,7 +192,7 @@ class ClassBoundary:
         """Round `number`: `sampling.per_round` points, the best of each boundary vector first; from the seed, the label
         and the number alone.
         """
-        generator = seeded(self.seed, "boundary", self.label, number)
+        generator = seeded_generator(self.seed, "boundary", self.label, number)
         places = torch.randperm(len(self.boundary), generator=generator)[: self.sampling.points]
         around = self.boundary[places.to(self.boundary.device)]
         # candidates are made twice: all of a round would not fit where D is large
@@ -208,6 +208,6 @@ class ClassBoundary:
     def _candidates(self, row: Tensor, number: int) -> Tensor:
         """(candidates, D) around one vector."""
         dim = self.features.shape[1]
-        generator = seeded(self.seed, "candidates", self.label, number, int(row))
+        generator = seeded_generator(self.seed, "candidates", self.label, number, int(row))
         noise = torch.randn(self.sampling.candidates, dim, generator=generator).to(self.features.device)
         return functional.normalize(self.features[row] + self.sampling.noise / math.sqrt(dim) * noise, dim=1)

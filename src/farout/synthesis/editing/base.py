@@ -20,10 +20,10 @@ from farout.data.image_source import ImageSource
 from farout.data.indices import some_readable
 from farout.data.preprocessing import check_against
 from farout.diffusion import noise_levels
-from farout.diffusion.conditioning.base import Condition, no_null
-from farout.diffusion.denoiser import Clamped, Denoiser, NetworkDenoiser, expand_dims
+from farout.diffusion.conditioning.base import Condition, missing_null_condition
+from farout.diffusion.denoiser import ClampedDenoiser, Denoiser, NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.noise import seeded
+from farout.diffusion.noise import seeded_generator
 from farout.diffusion.solvers.base import Solver
 from farout.diffusion.solvers.registry import create_solver, solver_path
 from farout.synthesis.base import ReconstructedImages, SynthesisContext, Synthesizer, SyntheticImages
@@ -162,7 +162,7 @@ class EditingContext:
     @property
     def clip_range(self) -> tuple[float, float] | None:
         """The pixel range in the network's space that x0 is clamped to; None for latents or without `clip`."""
-        return self.model.limits if self.method.clip else None
+        return self.model.x0_range if self.method.clip else None
 
     def level_of(self, k: int) -> float:
         """The noise level at the start of K steps, as a share of the schedule."""
@@ -170,7 +170,7 @@ class EditingContext:
 
     def path(self, k: int) -> Tensor:
         """The sigmas of K steps down to 0, as the solver expects them."""
-        return solver_path(self.method.solver, noise_levels.falling(self.model.schedule, self.levels[:k]))
+        return solver_path(self.method.solver, noise_levels.falling_path(self.model.schedule, self.levels[:k]))
 
     def plan(self, index: int, attempt: int) -> EditPlan:
         """Draw the plan of outlier `index`."""
@@ -178,7 +178,7 @@ class EditingContext:
         source_index = self.order[position]
         label = int(self.context.labels[source_index])
         names = (self.context.source.identity(source_index), repeat, *([attempt] if attempt else []))
-        generator = seeded(self.context.seed, "deformation", *names)
+        generator = seeded_generator(self.context.seed, "deformation", *names)
         k = int(torch.randint(self.method.k_min, self.method.k_max + 1, (), generator=generator))
         target = self.target_sampler(label, generator)
         has_latents = self.model.autoencoder is not None
@@ -191,7 +191,7 @@ class EditingContext:
         images = [self.model.preprocessing(self.context.source[plan.index]) for plan in plans]
         latent_noise = [plan.latent_noise for plan in plans if plan.latent_noise is not None]
         x0 = self.model.encode(torch.stack(images), torch.stack(latent_noise) if latent_noise else None)
-        sigmas = noise_levels.pad([self.path(plan.k) for plan in plans]).to(x0.device)
+        sigmas = noise_levels.pad_paths([self.path(plan.k) for plan in plans]).to(x0.device)
         x = x0 + expand_dims(sigmas[:, 0], x0) * torch.stack([plan.noise for plan in plans]).to(x0.device)
         class_condition = Condition.join([plan.target.class_condition for plan in plans])
         targets = [plan.target.condition for plan in plans if plan.target.condition is not None]
@@ -220,11 +220,11 @@ class EditingContext:
         if self.model.autoencoder is None:
             counts = [self.reconstruction_steps(plan.k) for plan in plans]
             levels = [self.level_of(count) for count in counts]
-            sigmas = noise_levels.pad([self.path(count) for count in counts]).to(x0.device)
+            sigmas = noise_levels.pad_paths([self.path(count) for count in counts]).to(x0.device)
             noise = torch.stack([plan.noise for plan in plans]).to(x0.device)
             denoiser: Denoiser = self.denoiser
             if self.clip_range is not None:
-                denoiser = Clamped(denoiser, *self.clip_range)
+                denoiser = ClampedDenoiser(denoiser, *self.clip_range)
             condition = batch.class_condition.rows(torch.tensor(rows, device=x0.device))
             x0 = self.solver(denoiser, x0 + expand_dims(sigmas[:, 0], x0) * noise, sigmas, condition)
         hashes = [self.context.source.content_hash(plan.index) for plan in plans]
@@ -345,13 +345,13 @@ class EditingSynthesizer(Synthesizer):
         used, and for unreadable images.
         """
         if not class_conditioning(context.generator).has_null:
-            raise no_null()
+            raise missing_null_condition()
         editing = self._editing_context(context)
         extremes = (self.k_min, self.k_max)
-        self.check_solver(editing.solver, noise_levels.pad([editing.path(k) for k in extremes]))
+        self.check_solver(editing.solver, noise_levels.pad_paths([editing.path(k) for k in extremes]))
         if self.reconstructions and context.generator.autoencoder is None:
             steps = [editing.reconstruction_steps(k) for k in extremes]
-            editing.solver.check(noise_levels.pad([editing.path(k) for k in steps]))
+            editing.solver.check(noise_levels.pad_paths([editing.path(k) for k in steps]))
         # building these raises the errors of targets, images and classifier
         _ = editing.target_sampler, editing.order
         if context.classifier is not None:

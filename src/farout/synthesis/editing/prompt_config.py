@@ -15,7 +15,7 @@ from farout.data.classes import names_of
 from farout.data.image_source import ImageSource
 from farout.diffusion import diffusers_folders as folders
 from farout.diffusion.conditioning.prompt_contexts import PromptContexts
-from farout.diffusion.conditioning.prompts import check_template, class_words
+from farout.diffusion.conditioning.prompts import check_template, resolve_class_words
 from farout.diffusion.conditioning.text_encoder import TextEncoder
 from farout.diffusion.model import DiffusionModel
 from farout.synthesis.editing.words import filter_words, find_nearest_words, format_name, read_word_list
@@ -36,7 +36,7 @@ class PromptConfig:
         words: list of target words, see `read_word_list`; empty: no words.
         templates: prompt templates; {} is replaced by the class or the word.
         nearest: use only this many words nearest to each class; None: all.
-        class_words: words for the classes, see `conditioning.prompts.read_words`; None: their names.
+        class_words: words for the classes, see `conditioning.prompts.read_word_table`; None: their names.
     """
 
     words: str = ""
@@ -74,10 +74,10 @@ class PromptConfig:
         if self.words:
             read_word_list(self.words)  # fails early: loading networks takes longer
         if isinstance(given, str | Path):
-            given = folders.local(given)
-            if folders.wants_prompts(given):
+            given = folders.local_folder(given)
+            if folders.requires_class_names(given):
                 names = names_of(source)
-                words = class_words([format_name(name) for name in names], self.class_words)
+                words = resolve_class_words([format_name(name) for name in names], self.class_words)
                 conditioning = PromptContexts(TextEncoder.read(given), names, words, self.templates[0])
                 return DiffusionModel.load(given, conditioning=conditioning)
             given = DiffusionModel.load(given)
@@ -135,7 +135,7 @@ class PromptConfig:
                 stacklevel=4,
             )
         for template in self.templates:
-            conditioning.encoder.numbers([template.replace("{}", word) for word in kept])
+            conditioning.encoder.tokenize([template.replace("{}", word) for word in kept])
         return kept
 
     def choices_by_class(
@@ -147,14 +147,16 @@ class PromptConfig:
         of the prompts in the first template. Raises FaroutError if there are fewer than `nearest` words.
         """
         if self.nearest is None:
-            numbers = range(conditioning.classes, conditioning.classes + len(words))
+            numbers = range(conditioning.num_classes, conditioning.num_classes + len(words))
             return dict.fromkeys(id_classes, numbers)
         word_prompts = [self.templates[0].replace("{}", word) for word in words]
         class_prompts = [conditioning.words[label].prompt(self.templates[0]) for label in id_classes]
         nearest = find_nearest_words(
-            conditioning.encoder.summaries(word_prompts), conditioning.encoder.summaries(class_prompts), self.nearest
+            conditioning.encoder.pooled_outputs(word_prompts),
+            conditioning.encoder.pooled_outputs(class_prompts),
+            self.nearest,
         )
-        return dict(zip(id_classes, (conditioning.classes + nearest).tolist(), strict=True))
+        return dict(zip(id_classes, (conditioning.num_classes + nearest).tolist(), strict=True))
 
 
 def _format_names(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from farout.core.errors import FaroutError
-from farout.diffusion.denoiser import Clamped, Denoiser, Guided
+from farout.diffusion.denoiser import ClampedDenoiser, Denoiser, GuidedDenoiser
 from farout.synthesis.editing.base import EditedBatch, EditingContext, EditingSynthesizer, NoisedBatch
 
 __all__ = ["SDEdit"]
@@ -44,8 +44,8 @@ class SDEdit(EditingSynthesizer):
         """Denoise under the target."""
         denoiser: Denoiser = editing.denoiser
         if batch.target_condition is not None:
-            denoiser = Guided(denoiser, self.guidance, editing.conditioning.null)
+            denoiser = GuidedDenoiser(denoiser, self.guidance, editing.conditioning.null_condition)
         if editing.clip_range is not None:
-            denoiser = Clamped(denoiser, *editing.clip_range)
+            denoiser = ClampedDenoiser(denoiser, *editing.clip_range)
         x0 = editing.solver(denoiser, batch.x, batch.sigmas, batch.target_condition)
         return EditedBatch(x0, [None] * len(indices))

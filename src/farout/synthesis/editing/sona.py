@@ -79,7 +79,7 @@ class SONA(EditingSynthesizer):
                     recorder.add(step, regions, position)
 
         guide = SonaGuide(config, editing.clip_range, record if any(recorders) else None)
-        conditions = {"null": editing.conditioning.null(len(batch.x)), "class": batch.class_condition}
+        conditions = {"null": editing.conditioning.null_condition(len(batch.x)), "class": batch.class_condition}
         if batch.target_condition is not None:
             conditions["target"] = batch.target_condition
         x0 = editing.solver(editing.denoiser, batch.x, batch.sigmas, conditions, guide=guide)

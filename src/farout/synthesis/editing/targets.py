@@ -15,7 +15,7 @@ from farout.diffusion.conditioning.base import Condition, Conditioning
 from farout.diffusion.conditioning.prompt_contexts import PromptContexts
 from farout.diffusion.interpolation import slerp
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.sampling import choose_classes
+from farout.diffusion.sampling import parse_class_labels
 from farout.synthesis.class_space import class_conditioning
 from farout.synthesis.editing.prompt_config import PromptConfig
 from farout.synthesis.editing.words import filter_words
@@ -108,7 +108,7 @@ class TargetSampler:
                 raise FaroutError(
                     f"targets {kind!r} and target_classes {', '.join(target_classes)} do not go together; leave one out"
                 )
-            candidates = list(choose_classes(model, target_classes))
+            candidates = list(parse_class_labels(model, target_classes))
             in_distribution = [names[label] for label in candidates if label in id_classes]
             if in_distribution:
                 raise FaroutError(
@@ -180,6 +180,6 @@ def _prompt_encoder(conditioning: PromptContexts, words: Sequence[str], template
     Raises FaroutError if the prompt of a class is too long for the text encoder.
     """
     prompts = [word.prompt(template) for word in conditioning.words]
-    conditioning.encoder.numbers(prompts)
+    conditioning.encoder.tokenize(prompts)
     prompts += [template.replace("{}", word) for word in words]
-    return lru_cache(_MAX_CACHED_PROMPTS)(lambda number: conditioning.said([prompts[number]]))
+    return lru_cache(_MAX_CACHED_PROMPTS)(lambda number: conditioning.encode_prompts([prompts[number]]))

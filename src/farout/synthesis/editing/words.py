@@ -11,7 +11,7 @@ from torch.nn import functional
 from torchvision.models import ResNet18_Weights
 
 from farout.core.errors import FaroutError
-from farout.diffusion.conditioning.prompts import read_words
+from farout.diffusion.conditioning.prompts import read_word_table
 
 __all__ = ["filter_words", "find_nearest_words", "format_name", "read_word_list"]
 
@@ -21,7 +21,7 @@ def read_word_list(words: str) -> tuple[str, ...]:
 
     Args:
         words: a text file with one word or phrase per line; a table of words (.csv with the columns class and word, or
-            .yaml; see `read_words`), of which only the words are used; or `imagenet`, the names of ImageNet's 1000
+            .yaml; see `read_word_table`), of which only the words are used; or `imagenet`, the names of ImageNet's 1000
             classes in torchvision.
 
     Raises FaroutError for a file that cannot be read or contains no words.
@@ -29,7 +29,7 @@ def read_word_list(words: str) -> tuple[str, ...]:
     if words == "imagenet":
         names = list(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
     elif Path(words).suffix.lower() in (".csv", ".yaml", ".yml"):
-        names = [word.prompt("{}") for word in read_words(words).values()]
+        names = [word.prompt("{}") for word in read_word_table(words).values()]
     else:
         try:
             names = Path(words).read_text(encoding="utf-8-sig").splitlines()

@@ -31,7 +31,7 @@ from farout.data.image_source import ImageSource
 from farout.diffusion.conditioning.base import Conditioning, check_labels
 from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
-from farout.diffusion.noise import NoiseKind, seeded
+from farout.diffusion.noise import NoiseKind, seeded_generator
 from farout.diffusion.noise_levels import leading_levels
 from farout.diffusion.schedule import NoiseSchedule
 from farout.synthesis.base import describe_inputs
@@ -99,7 +99,7 @@ class Inversion:
 
     def draw(self, key: str, shape: Sequence[int], step: int, seed: int) -> tuple[Tensor, Tensor]:
         """Places in the grid (K,) and noise (K, *shape) of one image in one step: from (seed, key, step) alone."""
-        generator = seeded(seed, "inversion", self.noise, key if self.noise == "image" else "", step)
+        generator = seeded_generator(seed, "inversion", self.noise, key if self.noise == "image" else "", step)
         u = torch.rand(self.draws, generator=generator)
         if self.stratified:
             u = (torch.arange(self.draws) + u) / self.draws
@@ -136,8 +136,8 @@ class Inverter:
             labels: their classes (B,).
             keys: their content hashes (`Batch.identities`), which seed their draws.
         """
-        labels = check_labels(labels, self.space.classes).cpu()
-        start = self.space.vectors().cpu()[labels].to(x0.device)
+        labels = check_labels(labels, self.space.num_classes).cpu()
+        start = self.space.class_vectors().cpu()[labels].to(x0.device)
         vectors = start.clone()
         optimizer = torch.optim.Adam([vectors], lr=self.inversion.learning_rate(self.space))
         losses = []
@@ -270,7 +270,7 @@ def embed(
         raise FaroutError(f"{len(source)} images require a label each, got {len(labels)}")
     folder, runtime = Path(out), (runtime or Runtime()).resolved()
     inverter = Inverter(model.to(runtime.device), inversion, seed, runtime)
-    check_labels(labels, inverter.space.classes)
+    check_labels(labels, inverter.space.num_classes)
     settings = {"config": asdict(inversion), "seed": seed, **describe_inputs(source, labels, model, runtime)}
     store.resume_config(folder, KIND, settings, {"source": source.name})
     there = set(read_embeddings(folder).index.tolist())

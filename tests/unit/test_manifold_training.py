@@ -128,25 +128,27 @@ def test_a_part_of_the_vectors() -> None:
     assert not torch.equal(whole.gaussians.means, fitted.gaussians.means)
 
 
-def test_progress_is_shown() -> None:
-    class Front:
+def test_progress_is_displayed() -> None:
+    class Display:
         def __init__(self) -> None:
-            self.seen: list[object] = []
+            self.events: list[object] = []
 
-        def open(self, description: str, total: int | None) -> int:
-            self.seen.append((description, total))
+        def open(self, description: str, total: int | None, unit: str) -> int:
+            self.events.append((description, total, unit))
             return 0
 
-        def advance(self, number: int, units: int, note: str) -> None:
-            self.seen.append(units)
+        def advance(self, number: int, units: int, note: str, seconds_left: float | None) -> None:
+            self.events.append(units)
+            assert "loss" in note
+            assert "vectors/s" in note
 
         def close(self, number: int) -> None:
-            self.seen.append("closed")
+            self.events.append("closed")
 
-    front = Front()
-    with progress.show(front):
+    display = Display()
+    with progress.show(display):
         fit_manifold(VECTORS, LABELS, SHORT, 2)
-    assert front.seen == [("flattening classes", 12), 0, *[1] * 12, "closed"]
+    assert display.events == [("flattening classes", 12, "steps"), *[1] * 12, "closed"]
 
 
 # -- folders ------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ class JobGraph:
         Raises FaroutError for outdated results, see `check`, and what `execute` raises.
         """
         finished = self.check().finished
-        with progress.task(title, len(self.jobs)) as bar:
+        with progress.task(title, len(self.jobs), unit="jobs", item=None) as bar:
             for number, job in enumerate(self.jobs, start=1):
                 seconds = None
                 if job.name not in finished:
@@ -174,7 +174,7 @@ class JobGraph:
                     record = {"settings": dict(job.settings), "sources": list(job.sources), "kind": job.kind}
                     self._record(job, {**(earlier or {}), **record, "done": False})
                     waiting = [other for other in self.jobs[number:] if other.name not in finished]
-                    with progress.show(_TimeLeft(bar, progress.current(), self._estimate_seconds(waiting))):
+                    with progress.show(_TimeLeft(bar, progress.current_display(), self._estimate_seconds(waiting))):
                         result = execute(job, earlier) or {}
                     seconds = round(time.perf_counter() - started, 1)
                     self._record(job, {**record, **result, "seconds": seconds, "done": True})
@@ -205,20 +205,19 @@ class _TimeLeft:
     The rest of the running job is extrapolated from the batches that are finished of its current task.
     """
 
-    def __init__(self, bar: progress.Task, front: progress.Progress | None, seconds_after: float | None) -> None:
-        self.bar, self.front, self.seconds_after = bar, front, seconds_after
+    def __init__(self, bar: progress.Task, display: progress.ProgressDisplay, seconds_after: float | None) -> None:
+        self.bar, self.display, self.seconds_after = bar, display, seconds_after
         self.totals: dict[int, int | None] = {}
         self.started: dict[int, float] = {}
         self.done: dict[int, int] = {}
 
-    def open(self, description: str, total: int | None) -> int:
-        number = self.front.open(description, total) if self.front is not None else len(self.totals)
+    def open(self, description: str, total: int | None, unit: str) -> int:
+        number = self.display.open(description, total, unit)
         self.totals[number], self.started[number], self.done[number] = total, time.perf_counter(), 0
         return number
 
-    def advance(self, number: int, units: int, note: str) -> None:
-        if self.front is not None:
-            self.front.advance(number, units, note)
+    def advance(self, number: int, units: int, note: str, seconds_left: float | None) -> None:
+        self.display.advance(number, units, note, seconds_left)
         self.done[number] += units
         total, done = self.totals[number], self.done[number]
         if total and done and self.seconds_after is not None:
@@ -226,8 +225,7 @@ class _TimeLeft:
             self.bar.advance(0, note=f"about {format_duration(rest + self.seconds_after)} left")
 
     def close(self, number: int) -> None:
-        if self.front is not None:
-            self.front.close(number)
+        self.display.close(number)
 
 
 def format_duration(seconds: float) -> str:

@@ -103,7 +103,7 @@ def run_bench(plan: Plan) -> Iterator[Done | Report]:
         Rehearsal(plan.spec).check()
     open_folder(plan.out, plan.spec)
     jobs = Jobs(plan)
-    with task(f"benchmark {plan.spec.name}", len(plan.jobs)) as bar:
+    with task(f"benchmark {plan.spec.name}", len(plan.jobs), unit="jobs", item=None) as bar:
         for number, job in enumerate(plan.jobs, start=1):
             seconds = jobs.do(job) if job in left else None
             bar.advance(note=job.id)

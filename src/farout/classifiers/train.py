@@ -32,7 +32,7 @@ from farout.data.classes import (
 )
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
-from farout.data.splits import learnt_and_validating, split
+from farout.data.splits import learnt_and_validating, log_split, split
 from farout.training.checkpoints import discard_checkpoints, training_folder
 from farout.training.loop import Step, TrainingConfig, train
 
@@ -211,6 +211,7 @@ def train_classifier(
     images = open_source(source, limit=limit, seed=seed, policy=policy)
     names = class_names_of(images)
     parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
+    log_split(images, parts)
     settings = replace(training, seed=seed)
     folder = training_folder(out)
     learning = images.subset(parts.training)

@@ -41,8 +41,12 @@ _MADE = ("images", "reconstructions", "manifest.csv", "quality.csv", "page.html"
 
 
 def quiet_libraries() -> None:
-    """Our warnings on one line each; other libraries' chatter away."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    """Write warnings and the progress of farout to the error stream, one line each; silence other libraries."""
+    root = logging.getLogger()
+    if not any(isinstance(handler, _StderrHandler) for handler in root.handlers):
+        root.addHandler(_StderrHandler())
+    if is_main_process():
+        logging.getLogger("farout").setLevel(logging.INFO)
     for name in ("diffusers", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -53,17 +57,30 @@ def quiet_libraries() -> None:
     warnings.showwarning = one_line
 
 
+class _StderrHandler(logging.Handler):
+    """Prints records to the error stream of the moment, which rich replaces while it shows bars."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        is_terminal = sys.stderr.isatty()
+        self.setFormatter(logging.Formatter("%(message)s" if is_terminal else "%(asctime)s %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        print(self.format(record), file=sys.stderr)
+
+
 class _Bars:
     """rich's bars behind the library's progress protocol."""
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
 
-    def open(self, description: str, total: int | None) -> int:
+    def open(self, description: str, total: int | None, unit: str) -> int:
         """A new bar."""
         return self.bars.add_task(description, total=total, note="")
 
-    def advance(self, number: int, units: int, note: str) -> None:
+    def advance(self, number: int, units: int, note: str, seconds_left: float | None) -> None:
         """Moves a bar on."""
         self.bars.update(number, advance=units, note=note)  # type: ignore[arg-type]
 

@@ -7,6 +7,7 @@ moves few images. Identical images, and images of one group, stay together.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import warnings
 from collections import defaultdict
@@ -19,7 +20,9 @@ from torch.utils.data import Dataset, Subset
 from farout.core.errors import ShortfallWarning, SourceError
 from farout.data.image_source import ImageSource
 
-__all__ = ["Groups", "Split", "calibration_size", "learnt_and_validating", "seen_hint", "split"]
+__all__ = ["Groups", "Split", "calibration_size", "learnt_and_validating", "log_split", "seen_hint", "split"]
+
+logger = logging.getLogger(__name__)
 
 Groups = Literal["none", "folder"] | Sequence[str]
 """What stays together beside equal images: nothing, one folder (or `group` column), or one of names, one an image."""
@@ -86,6 +89,17 @@ def split(
     result = Split(_positions(training), _positions(chosen), _positions(calibration))
     _warn_shortfall(result, wishes, source.name, len(hashes) - count)
     return result
+
+
+def log_split(source: ImageSource, parts: Split) -> None:
+    """Log the number of images in each part, before long work starts."""
+    counts = {
+        "training": len(parts.training),
+        "statistics": len(parts.statistics),
+        "calibration": len(parts.calibration),
+    }
+    text = ", ".join(f"{count} for {part}" for part, count in counts.items() if count)
+    logger.info("%s: %d images split into %s", source.name, sum(counts.values()), text)
 
 
 def learnt_and_validating(data: Dataset, hashes: Sequence[str], *, validate: bool) -> tuple[Dataset, Dataset | None]:

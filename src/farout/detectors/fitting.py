@@ -13,7 +13,7 @@ from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing, all_grey
 from farout.data.source_spec import parse_spec
 from farout.data.sources import open_source
-from farout.data.splits import Split, calibration_size, seen_hint, split
+from farout.data.splits import Split, calibration_size, log_split, seen_hint, split
 from farout.detectors.calibration import calibrate, check_alpha
 from farout.detectors.fit_settings import FitSettings
 from farout.detectors.interface import DetectorInterface
@@ -44,6 +44,7 @@ def fit(detector: D, images: Any, diffusion: Any, classifier: Any, settings: Fit
     if "features" in detector.needs:
         detector.features = detector.features or detector.build_features()
     parts = _split(detector, source, given, settings)
+    log_split(source, parts)
     detector.alpha, detector.seed = settings.alpha, settings.seed
     if "features" in detector.needs:
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)

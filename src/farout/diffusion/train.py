@@ -24,7 +24,7 @@ from farout.data.classes import (
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
-from farout.data.splits import learnt_and_validating, split
+from farout.data.splits import learnt_and_validating, log_split, split
 from farout.diffusion import diffusers_folders as folders
 from farout.diffusion.conditioning.base import Condition, Conditioning
 from farout.diffusion.config import DiffusionConfig
@@ -251,6 +251,7 @@ def train_diffusion(
     fresh = build_model(model, model.preprocess(images), inner, model.class_names(images))
     _check_objective(fresh, model.objective)
     parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
+    log_split(images, parts)
     settings = replace(training, seed=seed)
     folder = training_folder(out)
     trained = train_model(

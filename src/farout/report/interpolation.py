@@ -137,7 +137,7 @@ def _interpolate_pairs(
     prepared = interpolator.model.preprocessing
     rows_per_image = len(interpolator.levels)
     pairs = max(1, runtime.images_per_batch((prepared.channels, *prepared.size), rows_per_image) // 2)
-    with progress.task("interpolating", len(paired) // 2) as bar:
+    with progress.task("interpolating", len(paired) // 2, unit="pairs", item="pairs") as bar:
         for batch in batches(paired, prepared, 2 * pairs, workers=runtime.workers):
             found = interpolator(batch.images[::2], batch.images[1::2])
             for images in zip(found.first, found.second, found.symmetric, strict=True):

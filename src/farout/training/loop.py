@@ -58,6 +58,7 @@ def train(
     resume: bool = False,
     fingerprint: str = "",
     description: str = "training",
+    items: str = "images",
     short_last_batch: bool = False,
 ) -> TrainingResult:
     """Train `network` in place; afterwards it has the chosen weights, on its device, in eval mode.
@@ -78,6 +79,7 @@ def train(
             with checkpoints is refused.
         fingerprint: identifies the data and all that is learned, for instance a hash; a resumed run must have the same.
         description: name of the work in progress bars and logs.
+        items: what the items are, in the plural, likewise.
         short_last_batch: end each epoch with a smaller batch, if the data do not divide evenly; by default it is filled
             up from the next epoch. Requires one process and `accumulate` 1.
 
@@ -103,7 +105,7 @@ def train(
             f"{out} holds checkpoints of an earlier run; give --resume (resume=True) or another folder, or remove them"
         )
 
-    run = TrainingRun(network, step, data, config, out, sets, fingerprint, description, short_last_batch)
+    run = TrainingRun(network, step, data, config, out, sets, fingerprint, description, items, short_last_batch)
     checkpoint = newest_checkpoint(out) if resume and out is not None else None
     if checkpoint is not None:
         run.load(checkpoint)
@@ -130,11 +132,12 @@ class TrainingRun:
         validation: Mapping[str, Dataset[Any]],
         fingerprint: str,
         description: str,
+        items: str,
         short_last_batch: bool,
     ) -> None:
         self.step, self.data, self.config, self.validation = step, data, config, validation
-        self.out, self.fingerprint, self.description = out, fingerprint, description
-        self.short_last_batch = short_last_batch
+        self.out, self.fingerprint, self.short_last_batch = out, fingerprint, short_last_batch
+        self.description, self.items = description, items
         self.processes = join_processes(config.device)
         self.device = self.processes.device
         self.precision = resolve_precision(config.precision, self.device)
@@ -165,6 +168,7 @@ class TrainingRun:
         self.log = TrainingLog(max(1, config.steps // _HISTORY_ENTRIES))
 
         self.completed = 0
+        self.validation_loss: float | None = None  # the last one
         self.best: dict[str, float] = {}  # step and loss of the best validation
         self.chosen_weights: dict[str, Tensor] | None = None  # those of the step that `checkpoint` names
         self.last_saved_step, self.last_validated_step, self.last_saved_time = 0, 0, time.monotonic()
@@ -175,20 +179,36 @@ class TrainingRun:
     def run(self) -> TrainingResult:
         """Train to the end."""
         config, is_cuda = self.config, self.device.type == "cuda"
-        cuda_devices = [self.device] if is_cuda else []
-        with torch.random.fork_rng(devices=cuda_devices), progress.task(self.description, config.steps) as bar:
+        logger.info(
+            "%s: %d %s to train on%s; %d steps with batches of %d; %s parameters; processes: %d; %s, %s",
+            self.description,
+            len(self.data),  # type: ignore[arg-type]
+            self.items,
+            "".join(f", {len(each)} for {name}" for name, each in self.validation.items()),  # type: ignore[arg-type]
+            config.steps,
+            config.batch_size,
+            f"{sum(parameter.numel() for parameter in self.trainable):,}",
+            self.processes.num_processes,
+            self.device,
+            self.precision,
+        )
+        task = progress.task(
+            self.description, config.steps, unit="steps", item=self.items, items_per_unit=config.batch_size
+        )
+        with torch.random.fork_rng(devices=[self.device] if is_cuda else []), task as bar:
             self.network.train()
             if config.tensorboard and self.out is not None and self.processes.is_main_process:
                 self.log.open_tensorboard(self.out / "tensorboard", self.completed)
             seed = (config.seed, "item")
             batches = iter(make_loader(self.data, self._batch_indices(), seed, config.workers, pin_memory=is_cuda))
-            bar.advance(self.completed)
+            if self.completed:
+                bar.skip(self.completed)
             try:
                 self._validate_and_save()  # an interrupted run may not have got to it
                 while self.completed < config.steps:
                     self._update(batches)
-                    bar.advance(1, f"loss {self.log.recent[-1]:.4g}")
                     self._validate_and_save()
+                    bar.advance(1, self._describe_losses())
             except KeyboardInterrupt:
                 self._save_interrupted()
                 raise
@@ -205,6 +225,11 @@ class TrainingRun:
             losses=self.log.last_training_values(),
             history=self.log.history,
         )
+
+    def _describe_losses(self) -> str:
+        """The loss of the last update and of the last validation."""
+        text = f"loss {self.log.recent[-1]:.4g}"
+        return text if self.validation_loss is None else f"{text}, validation loss {self.validation_loss:.4g}"
 
     def _batch_indices(self) -> Iterator[list[tuple[int, int]]]:
         """(position, index) of the items of each forward pass of this process; the processes' shares are disjoint."""
@@ -348,9 +373,9 @@ class TrainingRun:
                 raise FaroutError(f"no validation loss is finite at training step {self.completed}; try precision=fp32")
             values |= set_values
         self.network.train()
-        loss = values[f"{next(iter(self.validation))}_loss"]
-        if not self.best or loss < self.best["loss"]:
-            self.best = {"step": self.completed, "loss": loss}
+        self.validation_loss = values[f"{next(iter(self.validation))}_loss"]
+        if not self.best or self.validation_loss < self.best["loss"]:
+            self.best = {"step": self.completed, "loss": self.validation_loss}
         self.last_validated_step = self.completed
         self.log.add_entry(self.completed, values)
 

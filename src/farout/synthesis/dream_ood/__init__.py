@@ -121,7 +121,7 @@ class DreamOOD(VectorSynthesizer):
                 f"generator's class vectors have {space.dim}; remove it and align the images again"
             )
         vectors, wanted = space.class_vectors().cpu(), self._place(context, context.count - 1) + 1
-        with task("drawing beyond the boundaries", len(context.classes)) as bar:
+        with task("drawing beyond the boundaries", len(context.classes), unit="classes", item="classes") as bar:
             for label in context.classes:
                 rows = aligned.labels == label
                 features = aligned.features[rows].to(context.runtime.device)

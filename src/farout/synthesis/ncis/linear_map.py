@@ -187,6 +187,7 @@ def train(
         resume=out is not None and newest_checkpoint(out) is not None,
         fingerprint=f"{store.hash_tensors(vectors)} {settings}",
         description="flattening classes",
+        items="vectors",
         short_last_batch=True,
     )
     return network, [first, *result.history]

@@ -47,7 +47,7 @@ def test_resumed_units_do_not_count_for_the_rate(clock: list[float], caplog: pyt
         clock[0] += 30
         bar.advance(1, "loss 0.25")
     assert caplog.messages == [
-        "training: 40/50 steps",
+        "training: 41/50 steps, loss 0.5, 2.0 images/s, 0:00:18 left",
         "training: 42/50 steps, loss 0.25, 0.2 images/s, 0:02:08 left",
     ]
 
@@ -69,8 +69,18 @@ def test_the_last_completed_unit_of_interrupted_work_is_logged(
     assert caplog.messages == ["benchmark: 1/9 jobs", "benchmark: 3/9 jobs"]
 
 
-def test_nothing_is_logged_by_default_in_the_library(caplog: pytest.LogCaptureFixture) -> None:
+def test_short_work_is_not_logged(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="farout")
+    with progress.task("reading", 2) as bar:
+        for _ in range(2):
+            clock[0] += 0.4
+            bar.advance()
+    assert not caplog.messages
+
+
+def test_nothing_is_logged_by_default_in_the_library(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="farout"), progress.task("scoring", 1) as bar:
+        clock[0] += 60
         bar.advance()
     assert not caplog.messages
 
@@ -101,6 +111,7 @@ def test_a_command_without_terminal_logs_split_sizes_and_progress(
 ) -> None:
     """Losses, rate and time left of a training whose output goes to a file."""
     monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
+    monkeypatch.setattr(progress, "MIN_LOGGED_S", 0.0)
     root = pictures(tmp_path / "images", 60)
     options = "--training.steps 4 --training.batch-size 2 --training.validate-every 2 --training.device cpu"
     words = ["train", "diffusion", str(root), "--out", str(tmp_path / "model"), "--statistics", "10", "--alpha", "0.1"]

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 LOG_INTERVAL_S = 30.0
 """Seconds between two log lines of a task; there is also one after its first and one after its last unit."""
+MIN_LOGGED_S = 1.0
+"""A task is logged once it takes this many seconds."""
 
 
 class ProgressDisplay(Protocol):
@@ -75,12 +77,13 @@ class LogDisplay:
         self._log(self._tasks.pop(number), None)
 
     def _log(self, task: _LoggedTask, seconds_left: float | None) -> None:
-        if task.completed == task.logged_count:
+        now = time.monotonic()
+        if task.completed == task.logged_count or now - task.started < MIN_LOGGED_S:
             return
-        task.logged_count, task.logged_time = task.completed, time.monotonic()
+        task.logged_count, task.logged_time = task.completed, now
         line = f"{task.description}: {task.completed}{'' if task.total is None else f'/{task.total}'} {task.unit}"
         if task.completed == task.total:
-            last = f"took {_format_seconds(task.logged_time - task.started)}"
+            last = f"took {_format_seconds(now - task.started)}"
         else:
             last = "" if seconds_left is None else f"{_format_seconds(seconds_left)} left"
         logger.info("%s", ", ".join(filter(None, [line, task.note, last])))

@@ -1,4 +1,4 @@
-"""A folder as a benchmark leaves it, with scores that are drawn at random: enough for its page."""
+"""The folder of a benchmark with random scores, for tests of its page."""
 
 import json
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from farout.detectors.results import Scores
 from farout.evaluation.metrics import evaluate
 
 SKILLS = {"semantic": (1.8, 0.4), "knn": (1.4, 0.6), "reconstruction": (0.9, 3.0), "trivial_controls": (0.5, 0.0)}
-"""How far each detector's scores of the other sets lie from those of good images, and its GMACs."""
+"""By detector, the mean score of out-of-distribution images (0 for normal images), and GMACs."""
 
 
-def write_bench(
+def write_results(
     folder: Path,
     inside: str,
     outside: Sequence[str],
@@ -25,7 +25,7 @@ def write_bench(
     skills: dict[str, tuple[float, float]] = SKILLS,
     indicators: Sequence[str] = ("mean", "other"),
 ) -> Path:
-    """Writes all that `write_bench_page` reads."""
+    """Write everything that `write_benchmark_page` reads."""
     rows = []
     for number, (detector, (skill, gmacs)) in enumerate(skills.items()):
         for seed in seeds:
@@ -35,7 +35,7 @@ def write_bench(
             for place, source in enumerate((inside, *outside)):
                 shift = 0.0 if place == 0 else skill * (1 + 0.25 * (place % 3))
                 sides[source] = _scores(source, shift, calibration, generator)
-                _write(folder / "rated" / f"{detector}-{seed}" / "scores" / f"set{place}", source, sides[source])
+                _write(folder / "evaluations" / f"{detector}-{seed}" / "scores" / f"set{place}", source, sides[source])
             for place, source in enumerate(outside):
                 for indicator in ("score", *indicators):
                     found = evaluate(*(_column(sides[name], indicator) for name in (inside, source)), draws=20)
@@ -64,8 +64,13 @@ def write_bench(
 
 
 def _marker(detector: str, gmacs: float, place: int, auroc: float) -> str:
-    words = {"control": "control" in detector, "size": place == 1, "backbone": 0 < gmacs < 1, "below half": auroc < 0.5}
-    return ";".join(word for word, stands in words.items() if stands)
+    words = {
+        "baseline": "control" in detector,
+        "size": place == 1,
+        "pretrained": 0 < gmacs < 1,
+        "below half": auroc < 0.5,
+    }
+    return ";".join(word for word, holds in words.items() if holds)
 
 
 def _column(scores: Scores, name: str) -> np.ndarray:
@@ -96,6 +101,6 @@ def _tables(folder: Path, metrics: pd.DataFrame, inside: str, outside: Sequence[
     (folder / "bench.yaml").write_text(json.dumps(spec, indent=1))
     versions = {"farout": "0.1", "torch": "2.6"}
     about = {"command": "farout bench small.yaml", "versions": versions, "machine": {"cpu": "<b>2 cores</b>"}}
-    notes = {"control": "there to be beaten", "backbone": "has seen other images", "below half": "AUROC below one half"}
+    notes = {"baseline": "a trivial baseline", "pretrained": "on other images", "below half": "AUROC below one half"}
     more = {"seconds": 12.5, "hashes": ["a", "b"], "markers": notes, "untested": {"svhn:test": "is not here"}}
     (folder / "provenance.json").write_text(json.dumps({**about, **more}))

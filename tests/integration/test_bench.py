@@ -1,4 +1,4 @@
-"""Benchmarks: what is asked for is checked before any work, and what is named once is made once."""
+"""Benchmarks: specifications are checked before any work, and shared entries are run once per seed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import pytest
 import yaml
 from PIL import Image
 
-from farout.benchmark.folder import differences, open_folder
-from farout.benchmark.plan import make_plan
+from farout.benchmark.benchmark_plan import plan_benchmark
+from farout.benchmark.image_sets import ImageSets, explain_missing, missing_sets
+from farout.benchmark.job_graph import RECORD_FILE
 from farout.benchmark.presets import about, preset_names
-from farout.benchmark.reading import as_yaml, parse_spec, read_spec
-from farout.benchmark.sets import Sets, absent_sets, why_absent
+from farout.benchmark.runner import preview_benchmark
+from farout.benchmark.yaml_reader import parse_benchmark, read_benchmark, to_yaml
 from farout.core.errors import FaroutError, SourceError, StoreError
+from farout.core.store import write_json
 from small import pictures
 
 SMALL: dict[str, Any] = {
@@ -45,15 +47,15 @@ def small(**changes: Any) -> dict[str, Any]:
     """The small benchmark with values at paths such as `networks.generator.kind` replaced."""
     content = copy.deepcopy(SMALL)
     for path, value in changes.items():
-        *way, last = [int(step) if step.isdigit() else step for step in path.split("__")]
-        place: Any = content
-        for step in way:
-            place = place[step]
-        place[last] = value
+        *parents, last = [int(part) if part.isdigit() else part for part in path.split("__")]
+        parent: Any = content
+        for part in parents:
+            parent = parent[part]
+        parent[last] = value
     return content
 
 
-# -- what is asked for --------------------------------------------------------------------------------------------
+# -- the specification --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def small(**changes: Any) -> dict[str, Any]:
 )
 def test_mistakes_are_named_before_any_work(changes: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(FaroutError) as caught:
-        parse_spec(small(**changes))
+        parse_benchmark(small(**changes))
     for part in parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -111,158 +113,188 @@ def test_mistakes_are_named_before_any_work(changes: dict[str, Any], parts: list
 @pytest.mark.slow
 def test_every_setting_is_filled_in_and_read_back() -> None:
     """`bench.yaml` says all that decides a result, so that a later version's defaults change nothing."""
-    spec = parse_spec(small())
+    spec = parse_benchmark(small())
     generator = spec.networks["generator"]
     assert generator.training.learning_rate == 1e-3, "YAML reads 1e-3 as a text"
     assert generator.training.ema == 0.998, "of the preset"
     assert generator.model.schedule == "linear", "of the preset"
     assert spec.detectors["reconstruction"].arguments["levels"] == (50,)
     assert spec.detectors["semantic"].method == "semantic"
-    assert parse_spec(yaml.safe_load(as_yaml(spec))) == spec
-    nested = parse_spec(small(outliers__noise={"method": "sona", "diffusion": "generator"}))
-    assert nested.outliers["noise"].made().config["guidance"].scale == 10.0
-    assert parse_spec(yaml.safe_load(as_yaml(nested))) == nested
+    assert parse_benchmark(yaml.safe_load(to_yaml(spec))) == spec
+    nested = parse_benchmark(small(outliers__noise={"method": "sona", "diffusion": "generator"}))
+    assert nested.outliers["noise"].build_synthesizer().config["guidance"].scale == 10.0
+    assert parse_benchmark(yaml.safe_load(to_yaml(nested))) == nested
 
 
 def test_files_and_flags(tmp_path: Path) -> None:
     content = {name: value for name, value in small().items() if name != "name"}
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(content))
-    spec = read_spec(path, limit=7, seeds=(3, 4), runtime={"batch_size": 8})
+    spec = read_benchmark(path, limit=7, seeds=(3, 4), runtime={"batch_size": 8})
     assert (spec.name, spec.limit, spec.seeds, spec.runtime.batch_size) == ("mine", 7, (3, 4), 8)
     with pytest.raises(FaroutError, match="did you mean sample"):
-        read_spec("sampl")
+        read_benchmark("sampl")
     with pytest.raises(FaroutError, match="no file"):
-        read_spec(tmp_path / "other.yaml")
+        read_benchmark(tmp_path / "other.yaml")
     path.write_text("a: [")
     with pytest.raises(FaroutError, match="is not a YAML file"):
-        read_spec(path)
+        read_benchmark(path)
     path.write_text("# nothing yet\n")
     with pytest.raises(FaroutError, match="lacks train, id, ood, detectors"):
-        read_spec(path)
+        read_benchmark(path)
     path.write_text(yaml.safe_dump({**content, "runtime": "cpu"}))
     with pytest.raises(FaroutError, match="runtime requires settings by name, got 'cpu'"):
-        read_spec(path, runtime={"batch_size": 8})
+        read_benchmark(path, runtime={"batch_size": 8})
 
 
 @pytest.mark.parametrize(
     "name", [name if name == "sample" else pytest.param(name, marks=pytest.mark.slow) for name in preset_names()]
 )
 def test_presets_can_be_planned(name: str) -> None:
-    spec = read_spec(name)
-    plan = make_plan(spec, "out", absent_sets(spec))
+    spec = read_benchmark(name)
+    plan = plan_benchmark(spec, "out", missing_sets(spec))
     assert not plan.unused
     assert about(name) == spec.about != ""
     assert {"near", "far"} == set(spec.ood)
 
 
-def test_openoods_groups() -> None:
-    spec = read_spec("openood_imagenet200")
+def test_groups_of_openood() -> None:
+    spec = read_benchmark("openood_imagenet200")
     assert spec.ood["near"] == ("ssb_hard:test", "ninco:test")
     assert spec.ood["far"] == ("inaturalist:test", "textures:test", "openimage_o:test")
-    assert spec.group("ninco:test") == "near"
+    assert spec.group_of("ninco:test") == "near"
 
 
 # -- the plan -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_shared_is_made_once_a_seed_and_before_it_is_needed() -> None:
-    plan = make_plan(parse_spec(small(seeds=[0, 5])), "out", {"svhn:test": "why"})
-    ids = [job.id for job in plan.jobs]
+def test_shared_entries_run_once_per_seed_before_they_are_used() -> None:
+    plan = plan_benchmark(parse_benchmark(small(seeds=[0, 5])), "out", {"svhn:test": "why"})
+    ids = [job.name for job in plan.jobs]
     assert len(ids) == len(set(ids))
     for seed in (0, 5):
-        assert ids.count(f"networks/generator-{seed}") == 1, "five entries name it"
-        assert ids.count(f"rated/trivial_controls-{seed}") == 1
+        assert ids.count(f"networks/generator-{seed}") == 1, "five entries use it"
+        assert ids.count(f"evaluations/trivial_controls-{seed}") == 1
     for job in plan.jobs:
-        assert all(ids.index(needed) < ids.index(job.id) for needed in job.needs)
+        assert all(ids.index(needed) < ids.index(job.name) for needed in job.inputs)
     exposed = plan.job("networks", "exposed", 5)
-    assert set(exposed.needs) == {"outliers/noise-5", "reconstructions/again-5"}
-    assert exposed.folder == Path("out/networks/exposed-5")
-    rated = plan.job("rated", "knn", 0)
-    assert rated.sources == (plan.spec.id, "sample_fashion:test@classes=8,9", "sample_digits:test")
+    assert set(exposed.inputs) == {"outliers/noise-5", "reconstructions/again-5"}
+    assert exposed.output == Path("out/networks/exposed-5")
+    evaluation = plan.job("evaluations", "knn", 0)
+    assert evaluation.sources == (plan.spec.id, "sample_fashion:test@classes=8,9", "sample_digits:test")
     assert plan.untested == {"svhn:test": "why"}
 
 
 @pytest.mark.slow
-def test_controls_that_would_be_the_same_are_one() -> None:
-    """Fresh weights know nothing of the outliers that a classifier has learnt from."""
-    plan = make_plan(parse_spec(small()), "out")
-    assert plan.controls["exposed"] == plan.controls["posthoc"] == "posthoc, random weights"
-    assert plan.job("detectors", "posthoc, random weights", 0).control_of == "posthoc"
-    assert set(plan.controls) == {"reconstruction", "denoising", "posthoc", "exposed", "semantic", "knn"}
+def test_equal_random_weights_baselines_are_evaluated_once() -> None:
+    """Random weights do not depend on the outliers that a classifier was trained with."""
+    plan = plan_benchmark(parse_benchmark(small()), "out")
+    assert plan.random_weights["exposed"] == plan.random_weights["posthoc"] == "posthoc, random weights"
+    assert plan.job("detectors", "posthoc, random weights", 0).baseline_of == "posthoc"
+    assert set(plan.random_weights) == {"reconstruction", "denoising", "posthoc", "exposed", "semantic", "knn"}
     other = small(networks__exposed__exposure={"loss": "k+1"})
-    assert make_plan(parse_spec(other), "out").controls["exposed"] == "exposed, random weights", "one class more"
+    assert plan_benchmark(parse_benchmark(other), "out").random_weights["exposed"] == "exposed, random weights", (
+        "one class more"
+    )
     other = small(detectors__5={"method": "knn", "arguments": {"weights": "random"}})
-    assert "knn" not in make_plan(parse_spec(other), "out").controls
-    none = make_plan(parse_spec(small(random_weights=False, trivial=False)), "out")
-    assert len(none.rated) == len(none.spec.detectors)
+    assert "knn" not in plan_benchmark(parse_benchmark(other), "out").random_weights
+    none = plan_benchmark(parse_benchmark(small(random_weights_baselines=False, trivial_baselines=False)), "out")
+    assert len(none.evaluations) == len(none.spec.detectors)
 
 
-def test_a_circle_is_refused() -> None:
+def test_circular_dependencies_are_refused() -> None:
     content = small(outliers__noise={"method": "sona", "diffusion": "generator", "arguments": {"reject": 0.5}})
     content["outliers"]["noise"]["classifier"] = "exposed"
     with pytest.raises(FaroutError, match=r"networks.exposed -> outliers.noise -> networks.exposed"):
-        make_plan(parse_spec(content), "out")
+        plan_benchmark(parse_benchmark(content), "out")
 
 
-def test_what_nothing_needs_is_told() -> None:
+def test_unused_entries_are_listed() -> None:
     content = small(networks__spare={"kind": "classifier"})
-    assert make_plan(parse_spec(content), "out").unused == ("networks.spare",)
+    assert plan_benchmark(parse_benchmark(content), "out").unused == ("networks.spare",)
 
 
 # -- the folder ---------------------------------------------------------------------------------------------------
 
 
-def changed(**changes: Any) -> list[str]:
-    old, new = (yaml.safe_load(as_yaml(parse_spec(content))) for content in (small(), small(**changes)))
-    return list(differences(old, new))
+def outdated(folder: Path, **changes: Any) -> dict[str, str]:
+    """The jobs whose results do not fit a changed benchmark, with the reason; the unchanged one is finished."""
+    jobs = plan_benchmark(parse_benchmark(small()), folder).jobs
+    for job in jobs:
+        path = job.output / (job.completed_by or "config.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    records = {
+        job.name: {"settings": job.settings, "sources": list(job.sources), "kind": job.kind, "done": True}
+        for job in jobs
+    }
+    write_json(folder / RECORD_FILE, {"jobs": records})
+    return dict(plan_benchmark(parse_benchmark(small(**changes)), folder).graph.states().outdated)
 
 
 @pytest.mark.slow
-def test_a_benchmark_may_grow_but_not_change() -> None:
+def test_a_benchmark_may_grow_but_not_change(tmp_path: Path) -> None:
     more = [*SMALL["detectors"], "mahalanobis"]
-    assert not changed(seeds=[0, 1], detectors=more, about="new", runtime={"workers": 1})
-    assert not changed(ood={**SMALL["ood"], "other": ["mnist:test"]})
-    assert changed(limit=5) == ["limit: None before, 5 now"]
-    assert not changed(runtime={"batch_size": 8})
-    assert changed(runtime={"precision": "bf16"}) == ["runtime.precision: auto before, bf16 now"]
-    assert changed(seeds=[1]) == ["seeds: 0 before, not now"]
-    assert changed(detectors=SMALL["detectors"][:-1]) == ["detectors: knn before, not now"]
-    assert changed(ood={"near": ["mnist:test"]})[0].startswith("ood.near: sample_fashion:test@classes=8,9 before")
-    steps = changed(networks__generator__training={"steps": 4})
-    assert "networks.generator.training.steps: 3 before, 4 now" in steps
+    assert not outdated(tmp_path, seeds=[0, 1], detectors=more, about="new", runtime={"workers": 1})
+    assert not outdated(tmp_path, ood={**SMALL["ood"], "other": ["mnist:test"]})
+    assert not outdated(tmp_path, detectors=SMALL["detectors"][:-1]), "other results are left alone"
+    found = outdated(tmp_path, limit=5)
+    assert found["evaluations/knn-0"] == "limit: None before, 5 now"
+    assert {name.split("/")[0] for name in found} == {"evaluations"}
+    assert not outdated(tmp_path, runtime={"batch_size": 8})
+    found = outdated(tmp_path, runtime={"precision": "bf16"})
+    assert found["networks/generator-0"] == "precision: auto before, bf16 now"
+    found = outdated(tmp_path, networks__generator__training={"steps": 4})
+    assert found["networks/generator-0"].startswith("training.steps: 3 before, 4 now")
+    assert found["outliers/noise-0"] == "networks/generator-0 is run again"
+    assert "networks/classifier-0" not in found
+    assert "evaluations/exposed-0" in found, "trained with outliers of the generator"
+    assert "evaluations/semantic-0" not in found
 
 
 def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
-    open_folder(tmp_path / "out", parse_spec(small()))
-    before = (tmp_path / "out" / "bench.yaml").read_text()
-    with pytest.raises(StoreError, match="limit: None before, 9 now"):
-        open_folder(tmp_path / "out", parse_spec(small(limit=9)))
-    assert (tmp_path / "out" / "bench.yaml").read_text() == before
+    content = {**small(), "networks": {}, "outliers": {}, "reconstructions": {}, "detectors": ["knn"]}
+    plan = plan_benchmark(parse_benchmark(content), tmp_path)
+    fitted = plan.job("detectors", "knn", 0)
+    fitted.output.mkdir(parents=True)
+    record = {"settings": {**fitted.settings, "alpha": 0.2}, "sources": [], "kind": "detectors", "done": True}
+    write_json(tmp_path / RECORD_FILE, {"jobs": {fitted.name: record}})
+    with pytest.raises(FaroutError, match=r"detectors/knn-0 was run with other settings \(alpha: 0.2 before, 0.05 now"):
+        plan.graph.check()
+    assert fitted.output.exists()
+    plan.graph.delete_outdated()
+    assert not fitted.output.exists()
+
+
+def test_results_without_a_record_are_refused(tmp_path: Path) -> None:
+    plan = plan_benchmark(parse_benchmark(small()), tmp_path / "out")
+    plan.jobs[0].output.mkdir(parents=True)
+    with pytest.raises(FaroutError, match="was not written by this command"):
+        plan.graph.states()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(StoreError, match="not the folder of a benchmark"):
-        open_folder(tmp_path / "mine", parse_spec(small()))
+        preview_benchmark(plan_benchmark(parse_benchmark(small()), tmp_path / "mine"))
 
 
 # -- sets ---------------------------------------------------------------------------------------------------------
 
 
-def test_sets_that_are_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_sets_are_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FAROUT_DATA", str(tmp_path))
-    assert why_absent("sample_digits:test") is None
-    assert "--hub" in str(why_absent("svhn:test"))
-    assert why_absent("svhn:test", hub=True) is None
-    assert "OpenOOD" in str(why_absent("ninco:test", hub=True)), "no hub has it"
-    assert "--hub" in str(why_absent("hf://owner/name:test"))
+    assert explain_missing("sample_digits:test") is None
+    assert "--hub" in str(explain_missing("svhn:test"))
+    assert explain_missing("svhn:test", hub=True) is None
+    assert "OpenOOD" in str(explain_missing("ninco:test", hub=True)), "no hub has it"
+    assert "--hub" in str(explain_missing("hf://owner/name:test"))
     for wrong in ("sample_fashon:test", "svhn:tset", str(tmp_path / "nowhere")):
         with pytest.raises(SourceError):
-            why_absent(wrong)
-    assert absent_sets(parse_spec(small())).keys() == {"svhn:test"}
+            explain_missing(wrong)
+    assert missing_sets(parse_benchmark(small())).keys() == {"svhn:test"}
 
 
 @pytest.mark.slow
-def test_traits_of_a_set_that_give_it_away(tmp_path: Path) -> None:
+def test_trivial_differences_of_a_set_are_marked(tmp_path: Path) -> None:
     for name, seed in (("train", 1), ("id", 2), ("other", 3)):
         pictures(tmp_path / name, 6, seed=seed)
     large = pictures(tmp_path / "large", 3, seed=4)
@@ -271,16 +303,16 @@ def test_traits_of_a_set_that_give_it_away(tmp_path: Path) -> None:
     (tmp_path / "other" / "copy.png").write_bytes((tmp_path / "train" / "000.png").read_bytes())
     ood = {"far": [str(tmp_path / "other"), str(large), "sample_digits:test"]}
     content = {"name": "x", "train": str(tmp_path / "train"), "id": str(tmp_path / "id"), "ood": ood}
-    sets = Sets(parse_spec({**content, "detectors": ["knn"]}))
+    sets = ImageSets(parse_benchmark({**content, "detectors": ["knn"]}))
     assert sets.facts(ood["far"][0]).markers == ("overlap",), "an image of the training images"
     assert sets.facts(str(large)).markers == ("size",)
     Image.open(tmp_path / "id" / "000.png").resize((9, 9)).save(tmp_path / "id" / "000.png")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_text("not a picture")
-    broken = Sets(parse_spec({**content, "ood": {"far": [str(tmp_path / "broken")]}, "detectors": ["knn"]}))
+    broken = ImageSets(parse_benchmark({**content, "ood": {"far": [str(tmp_path / "broken")]}, "detectors": ["knn"]}))
     assert broken.facts(str(tmp_path / "broken")).markers == (), "no image that can be read has no size"
-    same = Sets(parse_spec(small(id="sample_fashion:test@classes=0-8", limit=20)))
+    same = ImageSets(parse_benchmark(small(id="sample_fashion:test@classes=0-8", limit=20)))
     assert same.facts("sample_fashion:test@classes=8,9").markers == ("overlap",), "a class on both sides"
-    apart = Sets(parse_spec(small(limit=20)))
+    apart = ImageSets(parse_benchmark(small(limit=20)))
     assert apart.facts("sample_fashion:test@classes=8,9").markers == ()
     assert apart.facts("sample_digits:test").used == 20

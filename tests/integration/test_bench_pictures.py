@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from farout.benchmark.page_data import Side, read_sides
-from farout.benchmark.pictures import MOST, pictures_of, write_pictures, wrong
+from farout.benchmark.error_images import MAX_IMAGES, list_error_images, rank_errors, write_error_images
+from farout.benchmark.results_folder import ScoredFolder, read_scored_folders
 from farout.detectors.base import Detector
 from farout.detectors.reconstruction import Reconstruction
 from farout.scoring.folder import score_folder
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("cheap_perceptual")
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Path, str]:
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Path, str]:
     """Good images of which some are flagged, and others that are all missed, in one folder of score folders."""
     root = tmp_path_factory.mktemp("pictures")
     good = pictures(root / "good", 60)
@@ -30,33 +30,33 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Path, st
             score_folder(detector, pictures(root / name, 60, low=low, seed=5), root / "scores" / name)
     (root / "other" / "000.png").write_text("not a picture")
     shutil.rmtree(root / "gone")
-    write_pictures(detector, root / "scores", [str(root / "inside"), str(root / "other")])
+    write_error_images(detector, root / "scores", [str(root / "inside"), str(root / "other")])
     shutil.rmtree(root / "scores" / "gone")
     return detector, root / "scores", str(root / "inside")
 
 
-def shown(side: Side) -> set[str]:
-    return {key for key in side.scores.keys if list(pictures_of(side, key))}
+def shown(scored: ScoredFolder) -> set[str]:
+    return {key for key in scored.scores.keys if list(list_error_images(scored, key))}
 
 
-def test_pictures_are_of_the_worst_errors_alone(scored: tuple[Detector, Path, str]) -> None:
-    _, folder, inside = scored
-    for side in read_sides(folder):
-        places = wrong(side.scores, side.source == inside)
-        flags = side.scores.is_ood[places]
-        assert flags.all() if side.source == inside else not flags.any()
-        steps = np.diff(side.scores.score[places])
-        assert (steps <= 0).all() if side.source == inside else (steps >= 0).all()
-        assert len(places) > MOST, "a test with few errors would say nothing"
-        unreadable = {"000.png"} if side.source != inside else set()
-        assert shown(side) == {side.scores.keys[place] for place in places[:MOST]} - unreadable
+def test_pictures_are_of_the_worst_errors_alone(evaluated: tuple[Detector, Path, str]) -> None:
+    _, folder, inside = evaluated
+    for scored in read_scored_folders(folder):
+        errors = rank_errors(scored.scores, scored.source == inside)
+        flags = scored.scores.is_ood[errors]
+        assert flags.all() if scored.source == inside else not flags.any()
+        steps = np.diff(scored.scores.score[errors])
+        assert (steps <= 0).all() if scored.source == inside else (steps >= 0).all()
+        assert len(errors) > MAX_IMAGES, "a test with few errors would say nothing"
+        unreadable = {"000.png"} if scored.source != inside else set()
+        assert shown(scored) == {scored.scores.keys[error] for error in errors[:MAX_IMAGES]} - unreadable
 
 
-def test_a_map_and_a_reconstruction_of_each(scored: tuple[Detector, Path, str]) -> None:
-    detector, folder, inside = scored
-    side = next(side for side in read_sides(folder) if side.source == inside)
-    key = side.scores.keys[wrong(side.scores, True)[0]]
-    found = dict(pictures_of(side, key))
+def test_a_map_and_a_reconstruction_of_each(evaluated: tuple[Detector, Path, str]) -> None:
+    detector, folder, inside = evaluated
+    scored = next(scored for scored in read_scored_folders(folder) if scored.source == inside)
+    key = scored.scores.keys[rank_errors(scored.scores, True)[0]]
+    found = dict(list_error_images(scored, key))
     assert list(found) == ["reconstruction", "map"]
     source = detector.open(inside)
     batch = next(iter(detector.batches(source.subset([list(source.keys).index(key)]))))

@@ -1,7 +1,8 @@
-"""A benchmark of seconds, from one command: what it writes, how it goes on, what it refuses."""
+"""A benchmark that takes seconds: what it writes, how it continues, what it refuses."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -12,18 +13,15 @@ import pytest
 import yaml
 
 from farout import load
-from farout.benchmark import sets
-from farout.benchmark.jobs import Jobs
-from farout.benchmark.plan import make_plan
-from farout.benchmark.reading import parse_spec, read_spec
-from farout.benchmark.rehearsal import Rehearsal
-from farout.benchmark.run import Done, Report, preview, report, run_bench
+from farout.benchmark import runner
+from farout.benchmark.benchmark_plan import BenchmarkPlan, plan_benchmark
+from farout.benchmark.job_graph import RECORD_FILE, FinishedJob
+from farout.benchmark.runner import BenchmarkReport, run_benchmark, write_report
+from farout.benchmark.yaml_reader import parse_benchmark, read_benchmark
 from farout.cli import main
 from farout.core.errors import FaroutError
-from farout.core.store import read_json
-from farout.data.sources import open_source
+from farout.core.store import read_json, write_json
 from farout.detectors.base import Detector
-from farout.diffusion.config import DiffusionConfig
 from farout.evaluation.evaluate import COLUMNS
 from small import classifier, pictures
 
@@ -33,7 +31,7 @@ CONTENT: dict[str, Any] = {
     "ood": {"held out": ["sample_fashion:test@classes=2"], "far": ["svhn:test"]},
     "limit": 10,
     "train_limit": 100,
-    "control_limit": 60,
+    "baseline_limit": 60,
     "alpha": 0.1,
     "statistics": 30,
     "networks": {
@@ -54,7 +52,7 @@ CONTENT: dict[str, Any] = {
     ],
 }
 NAMES = {"posthoc", "exposed", "mahalanobis"}
-CONTROLS = {"trivial_controls", "posthoc, random weights", "mahalanobis, random weights"}
+BASELINES = {"trivial_controls", "posthoc, random weights", "mahalanobis, random weights"}
 
 
 def bench(*words: object) -> int:
@@ -88,17 +86,17 @@ def table(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 
-def plan_of(folder: Path) -> Any:
-    return make_plan(read_spec(folder / "bench.yaml"), folder, {"svhn:test": "it is not here"})
+def plan_of(folder: Path) -> BenchmarkPlan:
+    return plan_benchmark(read_benchmark(folder / "bench.yaml"), folder, {"svhn:test": "it is not here"})
 
 
-# -- what it writes -----------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------
 
 
-def test_every_detector_and_control_stands_in_one_table(out: Path) -> None:
+def test_one_table_contains_every_detector_and_baseline(out: Path) -> None:
     metrics = table(out / "metrics.csv")
     assert list(metrics.columns) == [*COLUMNS, "bench", "marker"]
-    assert set(metrics["detector"]) == NAMES | CONTROLS
+    assert set(metrics["detector"]) == NAMES | BASELINES
     own = metrics[metrics["indicator"] == "score"].set_index("detector")
     assert set(own["group"]) == {"held out"}, "the benchmark's own groups"
     assert set(own["ood"]) == {"sample_fashion:test@classes=2"}, "sets that are not here have no rows"
@@ -107,36 +105,36 @@ def test_every_detector_and_control_stands_in_one_table(out: Path) -> None:
     assert own.loc["posthoc", "nfe"] == 1
     backbones = [own.loc[name, "gmacs"] for name in ("mahalanobis", "mahalanobis, random weights")]
     assert backbones[0] == backbones[1], "whether its features were in the cache or not"
-    control = own["marker"].fillna("").str.split(";").map(lambda words: "control" in words)
-    assert set(own.index[control]) == CONTROLS
-    backbone = own["marker"].fillna("").str.contains("backbone")
-    assert set(own.index[backbone]) == {"mahalanobis"}, "random weights have seen nothing"
+    is_baseline = own["marker"].fillna("").str.split(";").map(lambda words: "baseline" in words)
+    assert set(own.index[is_baseline]) == BASELINES
+    is_pretrained = own["marker"].fillna("").str.contains("pretrained")
+    assert set(own.index[is_pretrained]) == {"mahalanobis"}, "random weights are not"
     areas = ["auroc", "auroc_low", "fpr95", "n_ood"]
     pd.testing.assert_frame_equal(metrics[areas], pd.read_parquet(out / "metrics.parquet")[areas])
 
 
-def test_the_folders_are_those_of_the_contract(out: Path) -> None:
+def test_every_job_has_its_folder(out: Path) -> None:
     assert {path.name for path in (out / "networks").iterdir()} == {"generator-0", "plain-0", "exposed-0"}
     assert {path.name for path in (out / "outliers").iterdir()} == {"noise-0"}
-    assert {path.name for path in (out / "rated").iterdir()} == {f"{name}-0" for name in NAMES | CONTROLS}
-    scores = list((out / "rated" / "mahalanobis, random weights-0" / "scores").glob("*/scores.csv"))
+    assert {path.name for path in (out / "evaluations").iterdir()} == {f"{name}-0" for name in NAMES | BASELINES}
+    scores = list((out / "evaluations" / "mahalanobis, random weights-0" / "scores").glob("*/scores.csv"))
     assert len(scores) == 2
-    pairs = table(out / "rated" / "posthoc-0" / "paired.csv")
+    pairs = table(out / "evaluations" / "posthoc-0" / "paired.csv")
     assert set(pairs["first"]) == {"posthoc"}
     groups = table(out / "metrics.csv")[["ood", "group"]].drop_duplicates()
     assert pairs[["ood", "group"]].drop_duplicates().to_numpy().tolist() == groups.to_numpy().tolist()
-    assert set(pairs["second"]) == (NAMES | CONTROLS) - {"posthoc"}
-    back = table(out / "rated" / "exposed-0" / "paired.csv").set_index("second")
+    assert set(pairs["second"]) == (NAMES | BASELINES) - {"posthoc"}
+    back = table(out / "evaluations" / "exposed-0" / "paired.csv").set_index("second")
     there = pairs.set_index("second").loc["exposed"]
     assert there["difference"] == pytest.approx(-back.loc["posthoc", "difference"])
 
 
-def test_how_it_came_about_is_told(out: Path) -> None:
+def test_provenance_and_groups_are_written(out: Path) -> None:
     about = read_json(out / "provenance.json")
     assert about["untested"].keys() == {"svhn:test"}
-    assert not about["missing"]
+    assert not about["unfinished"]
     assert about["seconds"]["networks/generator-0"] > 0
-    assert about["controls"]["exposed"] == "posthoc, random weights"
+    assert about["random_weights"]["exposed"] == "posthoc, random weights"
     assert about["sources"]["sample_fashion:test@classes=2"]["used"] == 10
     groups = table(out / "groups.csv")
     own = groups[(groups["detector"] == "posthoc") & (groups["indicator"] == "score")].iloc[0]
@@ -146,81 +144,83 @@ def test_how_it_came_about_is_told(out: Path) -> None:
     assert "untested (far): svhn:test" in (out / "results.tex").read_text()
 
 
-# -- how it goes on -----------------------------------------------------------------------------------------------
+# -- continuing -----------------------------------------------------------------------------------------------
 
 
-def test_what_is_done_is_not_done_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_jobs_are_not_run_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (out / "metrics.csv").read_bytes()
-    monkeypatch.setattr(Jobs, "do", lambda *job: pytest.fail("nothing is left to do"))
-    steps = list(run_bench(plan_of(out)))
-    assert all(isinstance(step, Done) and step.seconds is None for step in steps[:-1])
-    assert isinstance(steps[-1], Report)
+    monkeypatch.setattr(runner, "execute_job", lambda *job: pytest.fail("all jobs are finished"))
+    items = list(run_benchmark(plan_of(out)))
+    assert all(isinstance(item, FinishedJob) and item.seconds is None for item in items[:-1])
+    assert isinstance(items[-1], BenchmarkReport)
     assert (out / "metrics.csv").read_bytes() == before
 
 
-def test_an_interrupted_benchmark_goes_on(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after the scores of one detector, and before the record of a network was written."""
-    twin = shutil.copytree(out, tmp_path / "out")
-    before = table(twin / "metrics.csv")
-    (twin / "networks" / "plain-0" / "job.json").unlink()
-    (twin / "rated" / "posthoc-0" / "metrics.csv").unlink()
-    halfway = report(plan_of(twin))
-    assert {job.id for job in halfway.missing} == {"networks/plain-0", "rated/posthoc-0"}
-    assert "posthoc" not in set(table(twin / "metrics.csv")["detector"])
+def test_an_interrupted_benchmark_continues(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the scores of one detector were written, and before its fit was recorded."""
+    copy = Path(shutil.copytree(out, tmp_path / "out"))
+    before = table(copy / "metrics.csv")
+    records = read_json(copy / RECORD_FILE)
+    records["jobs"]["detectors/exposed-0"]["done"] = False
+    del records["jobs"]["evaluations/exposed-0"]
+    shutil.rmtree(copy / "evaluations" / "exposed-0")
+    write_json(copy / RECORD_FILE, records)
+    (copy / "evaluations" / "posthoc-0" / "metrics.csv").unlink()
+    report = write_report(plan_of(copy))
+    unfinished = {"detectors/exposed-0", "evaluations/exposed-0", "evaluations/posthoc-0"}
+    assert {job.name for job in report.unfinished} == unfinished
+    assert "posthoc" not in set(table(copy / "metrics.csv")["detector"])
     measured: list[str] = []
     original = Detector.measure_all
-    monkeypatch.setattr(Detector, "measure_all", lambda self, *rest, **more: measured.append("fit") or original(self))
-    seen = {step.job.id: step.seconds for step in run_bench(plan_of(twin)) if isinstance(step, Done)}
-    assert seen["networks/plain-0"] is None, "a finished network is not trained again"
-    assert seen["rated/posthoc-0"] is not None
-    assert not measured
-    pd.testing.assert_frame_equal(table(twin / "metrics.csv"), before)
+    monkeypatch.setattr(
+        Detector,
+        "measure_all",
+        lambda self, source, *rest, **more: measured.append(source.name) or original(self, source, *rest, **more),
+    )
+    seconds = {item.job.name: item.seconds for item in run_benchmark(plan_of(copy)) if isinstance(item, FinishedJob)}
+    assert {name for name, value in seconds.items() if value is not None} == unfinished
+    assert not measured, "a finished detector is not fitted again"
+    columns = ["auroc", "fpr95", "n_ood", "marker"]
+    pd.testing.assert_frame_equal(table(copy / "metrics.csv")[columns], before[columns])
 
 
 @pytest.mark.slow
-def test_a_plan_is_shown_before_anything_is_done(
+def test_a_dry_run_lists_jobs_with_inputs_and_settings(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench(file, "--out", tmp_path / "new", "--dry-run") == 0
     text = capsys.readouterr().out
     assert not (tmp_path / "new").exists()
-    assert "networks/generator-0" in text
+    assert re.search(r"networks/exposed-0 +to do +outliers/noise-0 .*preset: ncis_tiny", text)
+    assert "training.steps: 2" in text
     assert "15 jobs, 15 to do" in text
-    assert "rough estimate" in text
     assert "untested (far): svhn:test" in text
 
 
-@pytest.mark.slow
-def test_estimates_count_what_is_done(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
-
-    def opening(source: Any, **settings: Any) -> Any:
-        opened.extend([source] if isinstance(source, str) else [])
-        return open_source(source, **settings)
-
-    monkeypatch.setattr(sets, "open_source", opening)
-    seen = preview(plan_of(out))
-    assert len(opened) == len(set(opened)) == 3, "training images and both scored sources, once each"
-    jobs = {job.id: seen.estimates[job.id] for job in seen.plan.jobs}
-    assert jobs["networks/plain-0"].rows == 3 * 2 * 8
-    assert jobs["networks/exposed-0"].rows == 2 * jobs["networks/plain-0"].rows, "as many outliers as images"
-    assert jobs["rated/posthoc-0"].rows == 20
-    assert jobs["rated/posthoc-0"].gmacs == pytest.approx(20 * jobs["networks/plain-0"].gmacs / 48)
-    assert jobs["rated/trivial_controls-0"].rows == 0
-    assert all((found.seconds > 0) == (found.gmacs > 0) for found in jobs.values())
-    assert sum(map(seen.seconds, seen.plan.jobs)) == 0, "all is done"
+def test_the_time_left_is_estimated_from_finished_jobs(out: Path) -> None:
+    graph = plan_of(out).graph
+    detectors = [job for job in graph.jobs if job.kind == "detectors"]
+    for job, seconds in zip(detectors, (10.0, 20.0, 30.0)):
+        graph.records[job.name]["seconds"] = seconds
+    for job in detectors[3:]:
+        del graph.records[job.name]
+    assert graph.estimate_seconds(detectors[:2]) == pytest.approx(40)
+    graph.records.clear()
+    assert graph.estimate_seconds(detectors) is None
 
 
 def test_other_settings_are_refused(out: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (out / "bench.yaml").read_text()
     assert bench(file, "--out", out, "--limit", 11) == 1
     assert "limit: 10 before, 11 now" in capsys.readouterr().err
+    assert (out / "bench.yaml").read_text() == before
     assert bench(file, "--out", out, "--dry-run", "--report-only") == 1
     assert "give one of them" in capsys.readouterr().err
     assert bench(file, "--out", file.parent / "new", "--report-only") == 1
     assert "nothing is evaluated" in capsys.readouterr().err
 
 
-def test_images_that_are_not_here_stop_it_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_images_are_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("openood_cifar100", "--out", tmp_path / "out") == 1
     assert "cifar100:train is not on this machine" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -231,8 +231,8 @@ def test_images_that_are_not_here_stop_it_before_any_work(tmp_path: Path, capsys
 
 
 @pytest.mark.slow
-def test_existing_networks_are_taken_as_they_are(tmp_path: Path) -> None:
-    """Nothing is trained, and the table says that what they have seen is not known."""
+def test_existing_networks_are_not_trained(tmp_path: Path) -> None:
+    """The table says that they were trained on other images."""
     classifier().save(tmp_path / "given")
     for name, count, seed in (("good", 60, 0), ("test", 12, 1), ("far", 12, 2)):
         pictures(tmp_path / name, count, seed=seed, spread=120 if name == "far" else 80)
@@ -244,46 +244,28 @@ def test_existing_networks_are_taken_as_they_are(tmp_path: Path) -> None:
         "alpha": 0.1,
         "networks": {"mine": {"kind": "classifier", "folder": str(tmp_path / "given")}},
         "detectors": [{"method": "posthoc", "classifier": "mine", "statistics": 30}],
-        "trivial": False,
-        "random_weights": False,
+        "trivial_baselines": False,
+        "random_weights_baselines": False,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        *_, done = run_bench(make_plan(parse_spec(content), tmp_path / "out"))
-    assert isinstance(done, Report)
-    assert not [path for path in (tmp_path / "out" / "networks").rglob("*") if path.suffix == ".safetensors"]
-    assert done.metrics["marker"].str.startswith("backbone").all()
+        *_, report = run_benchmark(plan_benchmark(parse_benchmark(content), tmp_path / "out"))
+    assert isinstance(report, BenchmarkReport)
+    assert not (tmp_path / "out" / "networks").exists()
+    assert report.metrics["marker"].str.startswith("pretrained").all()
     assert load(tmp_path / "out" / "detectors" / "posthoc-0").classifier.content_hash == classifier().content_hash
 
 
-def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path) -> None:
-    """Found by the methods themselves, with untrained networks in place of those that would be trained for hours."""
+def test_methods_refuse_networks_and_settings_before_any_work(tmp_path: Path) -> None:
+    """The methods are given untrained networks in place of those that would be trained for hours."""
     wrong = {**CONTENT, "name": "wrong", "detectors": CONTENT["detectors"][1:2]}
     outliers = {"noise": {"method": "ncis", "diffusion": "generator", "limit": 3}}
     with pytest.raises(FaroutError):
-        list(run_bench(make_plan(parse_spec({**wrong, "outliers": outliers}), tmp_path / "out")))
+        list(run_benchmark(plan_benchmark(parse_benchmark({**wrong, "outliers": outliers}), tmp_path / "out")))
     late = {"method": "reconstruction", "diffusion": "generator", "arguments": {"levels": [5000]}}
     with pytest.raises(FaroutError, match="levels"):
-        list(run_bench(make_plan(parse_spec({**wrong, "detectors": [late]}), tmp_path / "out")))
+        list(run_benchmark(plan_benchmark(parse_benchmark({**wrong, "detectors": [late]}), tmp_path / "out")))
     again = {"again": {"diffusion": "generator", "level": 2}}
     with pytest.raises(FaroutError, match="levels are shares"):
-        list(run_bench(make_plan(parse_spec({**wrong, "reconstructions": again}), tmp_path / "out")))
+        list(run_benchmark(plan_benchmark(parse_benchmark({**wrong, "reconstructions": again}), tmp_path / "out")))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_a_large_network_is_counted_by_a_small_one_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = {"method": "reconstruction", "diffusion": "generator", "arguments": {"levels": [50, 200]}}
-    detectors = [one, {**one, "name": "more", "arguments": {"levels": [50, 100, 200]}}]
-    networks = {"generator": {"kind": "diffusion", "preset": "small", "training": {"steps": 1}}}
-    spec = parse_spec({**CONTENT, "name": "large", "networks": networks, "outliers": {}, "detectors": detectors})
-    rehearsal = Rehearsal(spec)
-    assert rehearsal.network("generator").parameters > 10**7
-    whole = spec.detectors["reconstruction"].made()
-    whole.preprocessing = rehearsal.network("generator").preprocessing
-    whole.use(rehearsal.network("generator"), spec.runtime)
-    expected, found = whole.cost(), rehearsal.cost("reconstruction")
-    assert found.nfe == expected.nfe == 4, "two levels, two draws"
-    assert found.gmacs == pytest.approx(expected.gmacs)
-    monkeypatch.setattr(DiffusionConfig, "build", lambda *_, **__: pytest.fail("built for each detector anew"))
-    assert rehearsal.cost("more").nfe == 6

@@ -1,4 +1,4 @@
-"""Tables of benchmarks, from hand-made rows: means, deviations, markers, who is best, Markdown and LaTeX."""
+"""Tables of benchmarks from given rows: means, deviations, markers, best methods, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from farout.benchmark.layout import boards, latex, markdown
-from farout.benchmark.plan import Job, Plan, make_plan
-from farout.benchmark.reading import parse_spec
-from farout.benchmark.run import Report
-from farout.benchmark.table import behind, group_means, leads, marked
+from farout.benchmark.benchmark_plan import BenchmarkJob, BenchmarkPlan, plan_benchmark
+from farout.benchmark.metrics import collect_metrics, mean_by_group, paired_differences, significantly_lower
+from farout.benchmark.result_tables import make_tables, to_latex, to_markdown
+from farout.benchmark.runner import BenchmarkReport
+from farout.benchmark.yaml_reader import parse_benchmark
 from farout.cli.bench import show_bench
 from farout.data.sources import open_source
 from farout.detectors.base import Scores
@@ -23,7 +23,7 @@ from farout.evaluation.scored_datasets import Side
 NEAR, ALSO, FAR = "sample_fashion:test@classes=8", "sample_fashion:test@classes=9", "sample_digits:test"
 
 
-def plan(seeds: tuple[int, ...] = (0, 1)) -> Plan:
+def plan(seeds: tuple[int, ...] = (0, 1)) -> BenchmarkPlan:
     content: dict[str, Any] = {
         "name": "hand_made",
         "train": "sample_fashion:train@classes=0-7",
@@ -31,9 +31,9 @@ def plan(seeds: tuple[int, ...] = (0, 1)) -> Plan:
         "ood": {"near": [NEAR, ALSO], "far": [FAR, "svhn:test"]},
         "seeds": list(seeds),
         "detectors": ["knn", {"name": "a_b", "method": "mahalanobis"}],
-        "random_weights": False,
+        "random_weights_baselines": False,
     }
-    return make_plan(parse_spec(content), "out", {"svhn:test": "svhn:test is not on this machine"})
+    return plan_benchmark(parse_benchmark(content), "out", {"svhn:test": "svhn:test is not on this machine"})
 
 
 def row(detector: str, ood: str, seed: int, auroc: float, marker: str = "", **more: Any) -> dict[str, Any]:
@@ -48,15 +48,15 @@ def row(detector: str, ood: str, seed: int, auroc: float, marker: str = "", **mo
 
 ROWS = pd.DataFrame(
     [
-        row("knn", NEAR, 0, 0.6, "backbone"),
-        row("knn", ALSO, 0, 0.8, "overlap;backbone;unbeaten"),
-        row("knn", NEAR, 1, 0.8, "backbone"),
-        row("knn", ALSO, 1, 1.0, "overlap;backbone;unbeaten"),
-        row("knn", FAR, 0, 0.4, "size;backbone;below half"),
-        row("knn", FAR, 1, 0.5, "size;backbone"),
-        row("a_b", NEAR, 0, 0.9, "unbeaten"),
-        row("a_b", NEAR, 1, 0.9, "unbeaten"),
-        row("trivial_controls", NEAR, 0, 0.7, "control"),
+        row("knn", NEAR, 0, 0.6, "pretrained"),
+        row("knn", ALSO, 0, 0.8, "overlap;pretrained;best"),
+        row("knn", NEAR, 1, 0.8, "pretrained"),
+        row("knn", ALSO, 1, 1.0, "overlap;pretrained;best"),
+        row("knn", FAR, 0, 0.4, "size;pretrained;below half"),
+        row("knn", FAR, 1, 0.5, "size;pretrained"),
+        row("a_b", NEAR, 0, 0.9, "best"),
+        row("a_b", NEAR, 1, 0.9, "best"),
+        row("trivial_controls", NEAR, 0, 0.7, "baseline"),
     ]
 )
 PAIRS = pd.DataFrame(
@@ -70,27 +70,27 @@ PAIRS = pd.DataFrame(
 
 
 def test_means_over_sets_and_seeds() -> None:
-    found = group_means(plan(), ROWS).set_index(["detector", "group"])
+    found = mean_by_group(plan(), ROWS).set_index(["detector", "group"])
     near = found.loc[("knn", "near")]
     assert near["auroc"] == pytest.approx(0.8)
     assert near["auroc_std"] == pytest.approx(np.std([0.7, 0.9], ddof=1)), "over seeds, of the means over sets"
     assert near["fpr95"] == pytest.approx(0.2)
     assert (near["sets"], near["seeds"], near["untested"]) == (2, 2, 0)
-    assert near["marker"] == "overlap;backbone", "each once, in one order; a mean is not what is unbeaten"
+    assert near["marker"] == "overlap;pretrained", "each once, in one order; a mean is not what is best"
     far = found.loc[("knn", "far")]
     assert (far["sets"], far["untested"]) == (1, 1)
-    assert far["marker"] == "size;backbone;below half"
+    assert far["marker"] == "size;pretrained;below half"
     assert np.isnan(found.loc[("trivial_controls", "near"), "auroc_std"]), "one seed has no deviation"
     unread = pd.DataFrame([row("knn", NEAR, 0, 0.6), row("knn", ALSO, 0, float("nan"))])
-    assert group_means(plan((0,)), unread).iloc[0][["auroc", "sets"]].tolist() == [0.6, 1], "a set without figures"
+    assert mean_by_group(plan((0,)), unread).iloc[0][["auroc", "sets"]].tolist() == [0.6, 1], "a set without figures"
     none = unread.iloc[1:]
-    assert boards(plan((0,)), none, group_means(plan((0,)), none))[0].rows[0][1].text == ""
+    assert make_tables(plan((0,)), none, mean_by_group(plan((0,)), none))[0].rows[0][1].text == ""
 
 
-def test_boards_say_who_is_not_behind() -> None:
-    means, sets = boards(plan(), ROWS, group_means(plan(), ROWS))
+def test_the_best_methods_are_marked() -> None:
+    means, sets = make_tables(plan(), ROWS, mean_by_group(plan(), ROWS))
     assert [line[0].text for line in sets.rows] == ["knn *", "a_b", "trivial_controls"], "controls come last"
-    assert sets.rule == means.rule == 2
+    assert sets.methods == means.methods == 2
     assert sets.heads == ("detector", f"{NEAR} (near)", f"{ALSO} (near, overlap)", f"{FAR} (far, size)")
     knn, other, control = sets.rows
     assert (knn[1].best, other[1].best, control[1].best) == (False, True, False)
@@ -115,20 +115,20 @@ def test_boards_say_who_is_not_behind() -> None:
     ]  # fmt: skip
 
 
-def test_who_is_behind() -> None:
-    """A control that is ahead is no reason, nor is an interval that holds zero."""
-    assert behind(plan(), PAIRS) == {("knn", NEAR)}
+def test_significantly_lower_methods() -> None:
+    """A better baseline does not count, nor does an interval that contains zero."""
+    assert significantly_lower(plan(), PAIRS) == {("knn", NEAR)}
 
 
 def test_one_seed_has_its_interval() -> None:
     rows = ROWS[ROWS["seed"] == 0]
-    sets = boards(plan((0,)), rows, group_means(plan((0,)), rows))[1]
+    sets = make_tables(plan((0,)), rows, mean_by_group(plan((0,)), rows))[1]
     assert sets.rows[0][1].text == "0.600 (0.500 to 0.700)"
 
 
 def test_markdown_is_a_table() -> None:
-    tables = boards(plan(), ROWS, group_means(plan(), ROWS))
-    text = markdown(plan(), ROWS, tables, "a machine")
+    tables = make_tables(plan(), ROWS, mean_by_group(plan(), ROWS))
+    text = to_markdown(plan(), ROWS, tables, "a machine")
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 * (2 + 3)
     assert {line.count("|") for line in lines[:5]} == {10}
@@ -142,16 +142,16 @@ def test_a_narrow_console_breaks_no_head_of_a_cost(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("farout.cli.tables._LOG", 80)
-    groups = group_means(plan(), ROWS)
-    show_bench(iter([Report(plan(), ROWS, groups, tuple(boards(plan(), ROWS, groups)), (), ())]))
+    groups = mean_by_group(plan(), ROWS)
+    show_bench(iter([BenchmarkReport(plan(), ROWS, groups, tuple(make_tables(plan(), ROWS, groups)), (), ())]))
     text = capsys.readouterr().out
     assert re.search(r"NFE +GMACs +img/s +fit, s", text)
     assert not re.search(r"fit,\s*$", text, re.MULTILINE)
 
 
 def test_latex_has_balanced_tables() -> None:
-    tables = boards(plan(), ROWS, group_means(plan(), ROWS))
-    text = latex(plan(), ROWS, tables, "a machine")
+    tables = make_tables(plan(), ROWS, mean_by_group(plan(), ROWS))
+    text = to_latex(plan(), ROWS, tables, "a machine")
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}") == 2
     assert body.count(r"\toprule") == body.count(r"\bottomrule") == 2
@@ -164,6 +164,10 @@ def test_latex_has_balanced_tables() -> None:
     assert r"\textbf{0.900 $\pm$ 0.000}" in body
     assert not re.search(r"(?<!\\)[_%&](?! )", body.replace("$^", "")), "signs of LaTeX's own are escaped"
     assert "untested (far): svhn:test" in text
+
+
+def evaluation(entry: str, seed: int, folder: Path) -> BenchmarkJob:
+    return BenchmarkJob(name=f"evaluations/{entry}-{seed}", kind="evaluations", output=folder, entry=entry, seed=seed)
 
 
 # -- markers from scores ------------------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ def side(spec: str, values: list[float], **indicators: list[float]) -> Side:
 
 def test_rows_are_marked(tmp_path: Path) -> None:
     """Constant scores are read from the scores: an AUROC of one half alone does not tell."""
-    job = Job("rated", "trivial_controls", 0, tmp_path)
+    job = evaluation("trivial_controls", 0, tmp_path)
     rows = [
         row("trivial_controls", NEAR, 0, 0.5, indicator=name, preset="", protocol="native", role="test", group="")
         for name in ("score", "flat", "even")
@@ -190,11 +194,11 @@ def test_rows_are_marked(tmp_path: Path) -> None:
     ).drop(columns=["bench", "marker"]).to_csv(tmp_path / "metrics.csv", index=False)
     inside = side("sample_fashion:test", [1.0, 2.0, 3.0], flat=[7.0, 7.0, 7.0], even=[1.0, 2.0, 3.0])
     outside = side(NEAR, [1.0, 3.0], flat=[7.0, float("nan")], even=[2.0, 2.0])
-    found = marked(plan(), [(job, [inside, outside])], {NEAR: {"markers": ["size", "overlap"]}}, PAIRS)
+    found = collect_metrics(plan(), [(job, [inside, outside])], {NEAR: {"markers": ["size", "overlap"]}}, PAIRS)
     assert found["marker"].tolist() == [
-        "control;size;overlap",
-        "control;size;overlap;constant",
-        "control;size;overlap;below half",
+        "baseline;size;overlap",
+        "baseline;size;overlap;constant",
+        "baseline;size;overlap;below half",
     ], "sets that the benchmark does not have are left out"
     assert set(found["group"]) == {"near"}
     assert set(found["bench"]) == {"hand_made"}
@@ -204,20 +208,20 @@ def test_rows_are_marked(tmp_path: Path) -> None:
         folder = tmp_path / table["detector"].iloc[0]
         folder.mkdir()
         table.to_csv(folder / "metrics.csv", index=False)
-        rated.append((Job("rated", folder.name, 0, folder), [inside, outside]))
-    found = marked(plan(), rated, {NEAR: {"markers": []}}, PAIRS)["marker"].tolist()
-    assert found == ["backbone", "backbone;constant", "backbone;unbeaten", "backbone;constant"], "by its own score"
+        rated.append((evaluation(folder.name, 0, folder), [inside, outside]))
+    found = collect_metrics(plan(), rated, {NEAR: {"markers": []}}, PAIRS)["marker"].tolist()
+    assert found == ["pretrained", "pretrained;constant", "pretrained;best", "pretrained;constant"], "by its own score"
 
 
-def test_leads_stand_in_both_directions_and_within_a_seed(tmp_path: Path) -> None:
+def test_differences_are_listed_in_both_orders_within_a_seed(tmp_path: Path) -> None:
     inside, outside = side("sample_fashion:test@classes=0", [1.0, 2.0, 3.0]), side(FAR, [4.0, 5.0, 6.0])
     worse = [inside, side(FAR, [1.0, 5.0, 2.5])]
     jobs = [
-        (Job("rated", "a_b", 0, tmp_path), [inside, outside]),
-        (Job("rated", "knn", 0, tmp_path), worse),
-        (Job("rated", "knn", 1, tmp_path), worse),
+        (evaluation("a_b", 0, tmp_path), [inside, outside]),
+        (evaluation("knn", 0, tmp_path), worse),
+        (evaluation("knn", 1, tmp_path), worse),
     ]
-    found = leads(jobs)
+    found = paired_differences(jobs)
     assert len(found) == 2
     ahead = found.set_index("first")
     assert ahead.loc["a_b", "difference"] == pytest.approx(1 - 5.5 / 9)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import farout
-from farout.benchmark.reading import read_spec
+from farout.benchmark.yaml_reader import read_benchmark
 from farout.cli.command_table import COMMANDS
 from farout.cli.parsers import parse
 from farout.cli.steps import read_steps
@@ -172,7 +172,7 @@ def test_the_yaml_of_the_page_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
     for folder in ("labelled/cat", "judge", "test", "others"):
         pictures(Path(folder), 2)
     assert [step.command for step in read_steps("chain.yaml")][-1] == "evaluate"
-    assert len(read_spec("bench.yaml").detectors) == 4
+    assert len(read_benchmark("bench.yaml").detectors) == 4
 
 
 def test_the_pages_have_commands() -> None:

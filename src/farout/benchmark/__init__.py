@@ -1,1 +1,1 @@
-"""Many detectors on many sets: one plan, one set of networks, one set of definitions."""
+"""Benchmarks: many detectors on the same image sets and networks, from one YAML file."""

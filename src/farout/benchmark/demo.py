@@ -1,4 +1,4 @@
-"""The main job on the built-in sample: fit, score, rate; features first, then images."""
+"""`farout demo`: fit and evaluate two detectors on the built-in sample."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -24,31 +25,33 @@ OOD = ("sample_digits:test", "sample_fashion:test@vflip", "sample_fashion:test@h
 
 
 def demo(out: str | Path, *, steps: int, limit: int, images: int | None, seed: int) -> Iterator[pd.DataFrame]:
-    """Fits two detectors to the FashionMNIST sample and rates them against MNIST digits and flipped images: `semantic`
-    on 1,000 images, then `reconstruction`, which trains a tiny diffusion model of images.
+    """Fit two detectors on the FashionMNIST sample and evaluate them on MNIST digits and flipped images.
 
-    Writes `semantic/` and `reconstruction/`, each with `detector/` and `results/`, below `out`, and gives the table of
-    each as soon as it is there.
+    The first is `semantic`, the second `reconstruction`, which trains a tiny diffusion model of images. Writes
+    `semantic/` and `reconstruction/`, each with `detector/` and `results/`, into `out`.
 
     Args:
-        out: a folder; what an earlier demo wrote there is replaced.
-        steps: training steps of the diffusion model of images.
-        limit: images scored of each set.
-        images: images of the sample that the detectors are fitted to; None: 1,000.
-        seed: seed of everything.
+        out: a folder; the results of an earlier demo are replaced.
+        steps: number of training steps of the diffusion model of images.
+        limit: number of images scored of each set.
+        images: number of images of the sample that the detectors are fitted on; None: 1,000.
+        seed: of all random numbers.
+
+    Yields:
+        The table of each detector.
     """
     if limit < 1:
         raise FaroutError(f"limit must be at least 1, got {limit}")
     training = replace(TrainingConfig(**PRESETS["tiny"]["training"]), steps=steps, batch_size=32)
-    few = 1000 if images is None else images
-    fewer = {"limit": few, "seed": seed, "statistics": min(200, few // 4)}
-    semantic = Semantic(updates=200).fit(TRAIN, **fewer)
-    yield _rated(semantic, Path(out) / "semantic", limit)
-    reconstruction = Reconstruction().fit(TRAIN, training=training, **fewer)
-    yield _rated(reconstruction, Path(out) / "reconstruction", limit)
+    count = 1000 if images is None else images
+    settings: dict[str, Any] = {"limit": count, "seed": seed, "statistics": min(200, count // 4)}
+    semantic = Semantic(updates=200).fit(TRAIN, **settings)
+    yield _save_and_evaluate(semantic, Path(out) / "semantic", limit)
+    reconstruction = Reconstruction().fit(TRAIN, training=training, **settings)
+    yield _save_and_evaluate(reconstruction, Path(out) / "reconstruction", limit)
 
 
-def _rated(detector: Detector, out: Path, limit: int) -> pd.DataFrame:
+def _save_and_evaluate(detector: Detector, out: Path, limit: int) -> pd.DataFrame:
     detector.save(out / "detector")
     shutil.rmtree(out / "results", ignore_errors=True)
     return evaluate_detector(detector, ID, OOD, out / "results", limit=limit)

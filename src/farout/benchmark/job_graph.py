@@ -14,7 +14,7 @@ from farout.core import progress, store
 from farout.core.errors import FaroutError, StoreError
 from farout.training.checkpoints import training_folder
 
-__all__ = ["RECORD_FILE", "FinishedJob", "Job", "JobGraph", "JobStates", "flatten_settings"]
+__all__ = ["RECORD_FILE", "FinishedJob", "Job", "JobGraph", "JobStates", "flatten_settings", "format_duration"]
 
 RECORD_FILE = "farout-jobs.json"
 """In the folder of a job graph: the settings of every job that was started, and whether it is finished."""
@@ -174,13 +174,13 @@ class JobGraph:
                     record = {"settings": dict(job.settings), "sources": list(job.sources), "kind": job.kind}
                     self._record(job, {**(earlier or {}), **record, "done": False})
                     waiting = [other for other in self.jobs[number:] if other.name not in finished]
-                    with progress.show(_TimeLeft(bar, progress.current_display(), self._estimate_seconds(waiting))):
+                    with progress.show(_TimeLeft(bar, progress.current_display(), self.estimate_seconds(waiting))):
                         result = execute(job, earlier) or {}
                     seconds = round(time.perf_counter() - started, 1)
                     self._record(job, {**record, **result, "seconds": seconds, "done": True})
                 bar.advance(note=job.name)
                 waiting = [other for other in self.jobs[number:] if other.name not in finished]
-                yield FinishedJob(job, number, len(self.jobs), seconds, self._estimate_seconds(waiting))
+                yield FinishedJob(job, number, len(self.jobs), seconds, self.estimate_seconds(waiting))
 
     def _record(self, job: Job, record: dict[str, Any]) -> None:
         self.records[job.name] = record
@@ -189,7 +189,7 @@ class JobGraph:
     def _write_records(self) -> None:
         store.write_json(self.folder / RECORD_FILE, {"versions": store.versions(), "jobs": self.records})
 
-    def _estimate_seconds(self, jobs: Sequence[Job]) -> float | None:
+    def estimate_seconds(self, jobs: Sequence[Job]) -> float | None:
         """Mean duration of finished jobs of the same kind, or of all kinds, summed over `jobs`."""
         durations = [(each["kind"], each["seconds"]) for each in self.records.values() if each.get("seconds")]
         if not durations:
@@ -200,29 +200,18 @@ class JobGraph:
 
 
 class _TimeLeft:
-    """Passes the progress of a running job on and notes on the graph's bar how much time is left.
-
-    The rest of the running job is extrapolated from the batches that are finished of its current task.
-    """
+    """Passes the progress of a running job on and notes on the graph's bar how much time is left for all jobs."""
 
     def __init__(self, bar: progress.Task, display: progress.ProgressDisplay, seconds_after: float | None) -> None:
         self.bar, self.display, self.seconds_after = bar, display, seconds_after
-        self.totals: dict[int, int | None] = {}
-        self.started: dict[int, float] = {}
-        self.done: dict[int, int] = {}
 
     def open(self, description: str, total: int | None, unit: str) -> int:
-        number = self.display.open(description, total, unit)
-        self.totals[number], self.started[number], self.done[number] = total, time.perf_counter(), 0
-        return number
+        return self.display.open(description, total, unit)
 
     def advance(self, number: int, units: int, note: str, seconds_left: float | None) -> None:
         self.display.advance(number, units, note, seconds_left)
-        self.done[number] += units
-        total, done = self.totals[number], self.done[number]
-        if total and done and self.seconds_after is not None:
-            rest = (time.perf_counter() - self.started[number]) / done * (total - done)
-            self.bar.advance(0, note=f"about {format_duration(rest + self.seconds_after)} left")
+        if seconds_left is not None and self.seconds_after is not None:
+            self.bar.advance(0, note=f"about {format_duration(seconds_left + self.seconds_after)} left")
 
     def close(self, number: int) -> None:
         self.display.close(number)

@@ -1,113 +1,137 @@
-"""The images that tell most about a benchmark: where detectors disagree, false alarms, and misses."""
+"""Images on a benchmark's page: where detectors disagree, false alarms, and misses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from farout.benchmark.page_data import Bench, Run, Side
-from farout.benchmark.pictures import MOST, pictures_of, wrong
+from farout.benchmark.error_images import MAX_IMAGES, list_error_images, rank_errors
+from farout.benchmark.page_charts import Chart, draw_histograms
+from farout.benchmark.results_folder import BenchmarkResults, DetectorScores, ScoredFolder
 from farout.report.thumbnails import SourceImages, ThumbnailSet
 
-__all__ = ["Shown", "disagreements", "galleries"]
+__all__ = ["DetectorGallery", "Disagreement", "ErrorStrip", "ShownImage", "find_disagreements", "make_galleries"]
 
-_DISPUTED, _LISTED = 6, 6
-_LEAST, _ALTOGETHER = 3, 900
+_DISAGREEMENTS, _RANKS_SHOWN = 6, 6
+_MIN_PER_STRIP, _MAX_THUMBNAILS = 3, 900
+_NBSP = "\u00a0"
 
 
 @dataclass(frozen=True)
-class Shown:
-    """An image on the page: its key, the number of its thumbnail (None: no picture), captions and numbers of what a
-    detector sees in it, a line of text, and in a dispute detectors with the percent of the set's images that they
-    place below it.
+class ShownImage:
+    """An image on the page.
+
+    Attributes:
+        key: of the image.
+        thumbnail: number of its thumbnail; None: no picture.
+        views: captions and thumbnails of what the detector sees, such as maps and reconstructions.
+        text: score and p-value.
+        ranks: detectors with the percentage of the set's images that have a lower score.
     """
 
     key: str
-    picture: int | None
-    seen: tuple[tuple[str, int], ...] = ()
+    thumbnail: int | None
+    views: tuple[tuple[str, int], ...] = ()
     text: str = ""
-    opinions: tuple[tuple[str, int], ...] = ()
+    ranks: tuple[tuple[str, int], ...] = ()
 
 
-def disagreements(bench: Bench, images: SourceImages, thumbnails: ThumbnailSet) -> list[dict[str, Any]]:
-    """Per source, the images whose rank among its images differs most from detector to detector (standard deviation of
-    the ranks), controls left out.
-    """
-    judges = [run for run in bench.runs if not bench.is_control(run.detector)]
+@dataclass(frozen=True)
+class Disagreement:
+    """The images of a source on which detectors disagree most; `images` and `detectors` are numbers."""
+
+    source: str
+    images: int
+    detectors: int
+    shown: list[ShownImage]
+
+
+@dataclass(frozen=True)
+class ErrorStrip:
+    """Wrong decisions of a detector on a source: `errors` of `scored` images, the worst of them shown."""
+
+    source: str
+    errors: int
+    scored: int
+    shown: list[ShownImage]
+
+
+@dataclass(frozen=True)
+class DetectorGallery:
+    """Score histograms of a detector, in-distribution images that it flags, and other images that it does not."""
+
+    detector: str
+    histograms: list[Chart]
+    false_alarms: list[ErrorStrip]
+    misses: list[ErrorStrip]
+
+
+def find_disagreements(results: BenchmarkResults, images: SourceImages, thumbnails: ThumbnailSet) -> list[Disagreement]:
+    """Per source, the images whose rank differs most between detectors (standard deviation), without baselines."""
+    methods = [each for each in results.detector_scores if not results.is_baseline(each.detector)]
     found = []
-    for source in dict.fromkeys(name for pair in bench.pairs for name in (pair.inside, pair.outside)):
-        ranks = _ranks(judges, source)
-        if ranks.shape[1] < 2 or not len(ranks):
+    for source in dict.fromkeys(name for pair in results.pairs for name in (pair.id, pair.ood)):
+        columns = {
+            each.detector: pd.Series(table.score, index=list(table.keys))
+            for each, table in ((each, each.scored[source].scores) for each in methods if source in each.scored)
+        }
+        scores = pd.DataFrame(columns).replace([np.inf, -np.inf], np.nan).dropna()
+        if scores.shape[1] < 2 or not len(scores):
             continue
-        spread = ranks.std(axis=1, ddof=0)
-        order = spread.sort_values(ascending=False, kind="stable").head(_DISPUTED).index
-        shown = [_disputed(str(key), ranks.loc[key], source, images, thumbnails) for key in order]
-        found.append({"source": source, "images": len(ranks), "detectors": ranks.shape[1], "shown": shown})
+        ranks = pd.DataFrame(
+            {name: 100 * (stats.rankdata(values) - 0.5) / len(scores) for name, values in scores.items()},
+            index=scores.index,
+        )
+        order = ranks.std(axis=1, ddof=0).sort_values(ascending=False, kind="stable").head(_DISAGREEMENTS).index
+        shown = []
+        for key in order:
+            ordered = ranks.loc[key].sort_values(ascending=False, kind="stable")
+            if len(ordered) > _RANKS_SHOWN:
+                ordered = pd.concat([ordered.head(_RANKS_SHOWN // 2), ordered.tail(_RANKS_SHOWN // 2)])
+            shown_ranks = tuple((str(name), int(value)) for name, value in ordered.items())
+            shown.append(ShownImage(str(key), thumbnails.add_image(images, source, str(key)), ranks=shown_ranks))
+        found.append(Disagreement(source, len(ranks), ranks.shape[1], shown))
     return found
 
 
-def _ranks(judges: Sequence[Run], source: str) -> pd.DataFrame:
-    """Percent of the images below each image, per detector; images that all have scored."""
-    columns = {}
-    for run in judges:
-        if source in run.sides:
-            scores = run.sides[source].scores
-            columns[run.detector] = pd.Series(scores.score, index=list(scores.keys))
-    table = pd.DataFrame(columns).replace([np.inf, -np.inf], np.nan).dropna()
-    ranked = {name: 100 * (stats.rankdata(values) - 0.5) / max(1, len(table)) for name, values in table.items()}
-    return pd.DataFrame(ranked, index=table.index)
-
-
-def _disputed(key: str, ranks: pd.Series, source: str, images: SourceImages, thumbnails: ThumbnailSet) -> Shown:
-    ordered = ranks.sort_values(ascending=False, kind="stable")
-    if len(ordered) > _LISTED:
-        ordered = pd.concat([ordered.head(_LISTED // 2), ordered.tail(_LISTED // 2)])
-    opinions = tuple((str(name), int(value)) for name, value in ordered.items())
-    return Shown(key, thumbnails.add_image(images, source, key), opinions=opinions)
-
-
-def galleries(bench: Bench, images: SourceImages, thumbnails: ThumbnailSet) -> list[dict[str, Any]]:
-    """Per detector that is no control: in-distribution images that it flags, the furthest first, and per set those
-    that it does not flag, the nearest first.
+def make_galleries(results: BenchmarkResults, images: SourceImages, thumbnails: ThumbnailSet) -> list[DetectorGallery]:
+    """Per method: in-distribution images that it flags, highest score first, and out-of-distribution images that it
+    does not flag, lowest score first.
     """
-    shown = [run for run in bench.runs if run.sides and not bench.is_control(run.detector)]
-    within = list(dict.fromkeys(pair.inside for pair in bench.pairs))
-    outside = list(dict.fromkeys(pair.outside for pair in bench.pairs))
-    count = max(_LEAST, min(MOST, _ALTOGETHER // max(1, len(shown) * (len(within) + len(outside)))))
+    methods = [each for each in results.detector_scores if each.scored and not results.is_baseline(each.detector)]
+    id_sources = list(dict.fromkeys(pair.id for pair in results.pairs))
+    ood_sources = list(dict.fromkeys(pair.ood for pair in results.pairs))
+    strips = max(1, len(methods) * (len(id_sources) + len(ood_sources)))
+    count = max(_MIN_PER_STRIP, min(MAX_IMAGES, _MAX_THUMBNAILS // strips))
 
-    def strips(run: Run, sources: Sequence[str], inside: bool) -> list[dict[str, Any]]:
-        sides = [run.sides[name] for name in sources if name in run.sides]
-        return [_strip(side, inside, count, images, thumbnails) for side in sides]
+    def make_strips(scores: DetectorScores, sources: Sequence[str], *, in_distribution: bool) -> list[ErrorStrip]:
+        folders = [scores.scored[name] for name in sources if name in scores.scored]
+        return [_make_strip(folder, in_distribution, count, images, thumbnails) for folder in folders]
 
     return [
-        {"detector": run.detector, "alarms": strips(run, within, True), "misses": strips(run, outside, False)}
-        for run in shown
-    ]
-
-
-def _strip(side: Side, inside: bool, count: int, images: SourceImages, thumbnails: ThumbnailSet) -> dict[str, Any]:
-    """The images of a source that are judged wrongly, the worst first."""
-    scores, order = side.scores, wrong(side.scores, inside)
-    shown = [
-        Shown(
-            key,
-            thumbnails.add_image(images, side.source, key),
-            tuple(_seen(side, key, thumbnails)),
-            f"score\u00a0{scores.score[place]:.4g}, p\u00a0=\u00a0{scores.p_value[place]:.4f}",
+        DetectorGallery(
+            scores.detector,
+            draw_histograms(results, scores),
+            make_strips(scores, id_sources, in_distribution=True),
+            make_strips(scores, ood_sources, in_distribution=False),
         )
-        for place, key in ((place, scores.keys[place]) for place in order[:count])
+        for scores in methods
     ]
-    known = int(np.isfinite(scores.score).sum())
-    return {"source": side.source, "count": len(order), "of": known, "shown": shown}
 
 
-def _seen(side: Side, key: str, thumbnails: ThumbnailSet) -> Iterator[tuple[str, int]]:
-    for caption, path in pictures_of(side, key):
-        number = thumbnails.add_file(path)
-        if number is not None:
-            yield caption, number
+def _make_strip(
+    folder: ScoredFolder, in_distribution: bool, count: int, images: SourceImages, thumbnails: ThumbnailSet
+) -> ErrorStrip:
+    scores, order = folder.scores, rank_errors(folder.scores, in_distribution)
+    shown = []
+    for index in order[:count]:
+        key = scores.keys[index]
+        numbered = [(caption, thumbnails.add_file(path)) for caption, path in list_error_images(folder, key)]
+        views = tuple((caption, number) for caption, number in numbered if number is not None)
+        text = f"score{_NBSP}{scores.score[index]:.4g}, p{_NBSP}={_NBSP}{scores.p_value[index]:.4f}"
+        shown.append(ShownImage(key, thumbnails.add_image(images, folder.source, key), views, text))
+    return ErrorStrip(folder.source, len(order), int(np.isfinite(scores.score).sum()), shown)

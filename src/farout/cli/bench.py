@@ -1,26 +1,28 @@
-"""`farout bench`: one plan for many detectors."""
+"""`farout bench`: many detectors on the same data and networks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from rich.text import Text
 
-from farout.benchmark.estimate import RULE
-from farout.benchmark.layout import COSTS, untested
-from farout.benchmark.plan import Job, make_plan
-from farout.benchmark.reading import read_spec
-from farout.benchmark.run import Done, Preview, Report, preview, report, run_bench
-from farout.benchmark.sets import absent_sets
+from farout.benchmark.benchmark_plan import BenchmarkJob, plan_benchmark
+from farout.benchmark.image_sets import missing_sets
+from farout.benchmark.job_graph import FinishedJob, format_duration
+from farout.benchmark.result_tables import COST_COLUMNS, list_untested
+from farout.benchmark.runner import BenchmarkReport, DryRun, preview_benchmark, run_benchmark, write_report
+from farout.benchmark.specification import BenchmarkSpec
+from farout.benchmark.yaml_reader import read_benchmark
 from farout.cli.tables import new_table, print_table
 from farout.core.devices import num_processes
 from farout.core.errors import FaroutError
 
 __all__ = ["bench", "show_bench"]
 
-_WIDEST = 40
-"""Characters of a column; the names of sets with many classes are longer."""
+_MAX_COLUMN_WIDTH = 40
+"""In characters; the names of sets with many classes are longer."""
 
 
 def bench(
@@ -29,18 +31,21 @@ def bench(
     out: str,
     dry_run: bool = False,
     report_only: bool = False,
+    redo: bool = False,
     limit: int | None = None,
     seeds: tuple[int, ...] | None = None,
     hub: bool = False,
     runtime: dict[str, Any],
-) -> Preview | Iterator[Done | Report]:
+) -> DryRun | Iterator[FinishedJob | BenchmarkReport]:
     """Fit, score and compare several detectors on the same data and networks.
 
     Args:
         preset: name of a benchmark, see `farout list presets`, or a YAML file.
         out: folder of all models and results; the same command continues an interrupted run.
-        dry_run: print the jobs and their estimated time, and exit.
+        dry_run: print the jobs with their inputs and settings, and exit.
         report_only: write the tables of the finished evaluations, without training or scoring.
+        redo: delete the results of jobs whose settings have changed, and of jobs that depend on them, and run these
+            again.
         limit: use a seeded random sample of this many images of each scored set; default: the benchmark's number.
         seeds: seeds; everything is run once per seed; default: the benchmark's.
         hub: download sets that are not on this machine from the Hugging Face hub.
@@ -50,77 +55,90 @@ def bench(
         raise FaroutError("bench runs in one process; train large networks separately and give their folders")
     if dry_run and report_only:
         raise FaroutError("--dry-run and --report-only exclude each other; give one of them")
-    spec = read_spec(preset, limit=limit, seeds=seeds, runtime=runtime)
-    plan = make_plan(spec, out, absent_sets(spec, hub=hub))
+    spec = read_benchmark(preset, limit=limit, seeds=seeds, runtime=runtime)
+    plan = plan_benchmark(spec, out, missing_sets(spec, hub=hub))
     if dry_run:
-        return preview(plan)
-    return iter([report(plan)]) if report_only else run_bench(plan)
+        return preview_benchmark(plan)
+    return iter([write_report(plan)]) if report_only else run_benchmark(plan, redo=redo)
 
 
-def show_bench(result: Preview | Iterator[Done | Report]) -> None:
-    """Prints a plan, or jobs as they are done and the tables at the end."""
-    if isinstance(result, Preview):
-        _plan(result)
+def show_bench(result: DryRun | Iterator[FinishedJob | BenchmarkReport]) -> None:
+    """Print what a run would do, or the jobs as they finish and the tables at the end."""
+    if isinstance(result, DryRun):
+        _show_dry_run(result)
         return
-    for step in result:
-        if isinstance(step, Done):
-            told = "already done" if step.seconds is None else f"{step.seconds:.1f} s"
-            print(f"[{step.number}/{step.total}] {step.job.id}: {told}", flush=True)
-        else:
-            _report(step)
+    for item in result:
+        if isinstance(item, BenchmarkReport):
+            _show_report(item)
+            continue
+        text = "already done" if item.seconds is None else f"{item.seconds:.1f} s"
+        if item.seconds is not None and item.seconds_left:
+            text += f"; about {format_duration(item.seconds_left)} left"
+        print(f"[{item.number}/{item.total}] {item.job.name}: {text}", flush=True)
 
 
-def _plan(seen: Preview) -> None:
+def _show_dry_run(dry_run: DryRun) -> None:
+    plan, states = dry_run.plan, dry_run.states
     table = new_table()
     table.add_column("job", overflow="fold")
-    for head in ("network evaluations", "GMACs", "estimated time"):
-        table.add_column(head, no_wrap=True, justify="right")
-    for job in seen.plan.jobs:
-        table.add_row(job.id, *_estimate(seen, job))
+    table.add_column("state", no_wrap=True)
+    table.add_column("inputs", overflow="fold")
+    table.add_column("settings", overflow="fold")
+    for job in plan.jobs:
+        state = "done" if job.name in states.finished else "outdated" if job.name in states.outdated else "to do"
+        table.add_row(job.name, state, ", ".join(job.inputs), _describe_settings(plan.spec, job))
     print_table(table)
-    left = [job for job in seen.plan.jobs if not job.done]
-    print(f"{len(seen.plan.jobs)} jobs, {len(left)} to do")
-    if not seen.obstacle:
-        rows, seconds = sum(seen.estimates[job.id].rows for job in left), sum(map(seen.seconds, left))
-        print(f"{rows:,.0f} network evaluations, about {_duration(seconds)}; {RULE}")
-    for name in seen.plan.unused:
+    print(f"{len(plan.jobs)} jobs, {len(plan.jobs) - len(states.finished)} to do")
+    for name, reason in states.outdated.items():
+        print(f"outdated: {name} ({reason}); --redo deletes it and runs it again")
+    for name in plan.unused:
         print(f"unused: {name}")
-    for line in untested(seen.plan):
+    for line in list_untested(plan):
         print(line)
-    if seen.obstacle:
-        print(seen.obstacle)
+    if dry_run.obstacle:
+        print(dry_run.obstacle)
 
 
-def _estimate(seen: Preview, job: Job) -> tuple[str, str, str]:
-    if job.done:
-        return "", "", "done"
-    if seen.obstacle:
-        return "", "", "?"
-    found = seen.estimates[job.id]
-    return f"{found.rows:,.0f}", f"{found.gmacs:,.0f}", _duration(seen.seconds(job))
+def _describe_settings(spec: BenchmarkSpec, job: BenchmarkJob) -> str:
+    """The settings of a job that differ from the defaults of its method or configuration."""
+    if job.kind == "evaluations":
+        return f"sources: {', '.join(job.sources)}"
+    if job.baseline_of is not None:
+        return f"{job.baseline_of} with random weights"
+    entry = spec.section(job.kind)[job.entry]
+    named = {
+        field.name: getattr(entry, field.name) for field in fields(entry) if getattr(entry, field.name) is not None
+    }
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(entry)}
+    if "arguments" in named:
+        method = entry.build_detector() if job.kind == "detectors" else entry.build_synthesizer()
+        named |= named.pop("arguments")
+        defaults |= type(method)().config
+    defaults |= {name: type(value)() for name, value in named.items() if is_dataclass(value)}
+    return ", ".join(_changed_settings(named, defaults))
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.1f} days"
+def _changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in settings.items():
+        if is_dataclass(value) and not isinstance(value, type):
+            yield from _changed_settings(vars(value), vars(defaults[name]), f"{prefix}{name}.")
+        elif value != defaults.get(name):
+            yield f"{prefix}{name}: {value}"
 
 
-def _report(done: Report) -> None:
-    for board in done.boards:
-        table = new_table(board.caption)
-        for head in board.heads:
-            short = head in COSTS.values()
-            told = head if short else head.replace(" ", "\n")
-            table.add_column(told, overflow="fold", no_wrap=short, max_width=_WIDEST)
-        for row in board.rows:
+def _show_report(report: BenchmarkReport) -> None:
+    for result_table in report.tables:
+        table = new_table(result_table.caption)
+        for head in result_table.heads:
+            is_cost = head in COST_COLUMNS.values()
+            text = head if is_cost else head.replace(" ", "\n")
+            table.add_column(text, overflow="fold", no_wrap=is_cost, max_width=_MAX_COLUMN_WIDTH)
+        for row in result_table.rows:
             table.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in row))
         print_table(table)
-    for line in untested(done.plan):
+    for line in list_untested(report.plan):
         print(line)
-    if done.missing:
-        print(f"{len(done.missing)} jobs are not done yet")
-    for path in done.paths:
+    if report.unfinished:
+        print(f"{len(report.unfinished)} jobs are not finished yet")
+    for path in report.paths:
         print(path)

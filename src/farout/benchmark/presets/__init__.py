@@ -1,4 +1,4 @@
-"""Benchmarks by name, a YAML file each; this module imports nothing heavy."""
+"""The built-in benchmarks, a YAML file each; this module is imported by `farout list` and imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["about", "preset_file", "preset_names"]
 
 
 def preset_names() -> list[str]:
-    """Names of the benchmarks that come with the package, sorted."""
+    """Names of the built-in benchmarks, sorted."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
 
 
@@ -19,6 +19,6 @@ def preset_file(name: str) -> Path:
 
 
 def about(name: str) -> str:
-    """What the file says of itself, in one line."""
+    """The description in the file, one line."""
     found = re.search(r"^about: *(.+)$", preset_file(name).read_text(encoding="utf-8"), re.MULTILINE)
     return found[1].strip("\"'") if found else ""

@@ -23,9 +23,15 @@ from farout.core.runtime import Runtime
 from farout.diffusion.model import DiffusionModel
 from farout.synthesis import SYNTHESIZERS, dream_ood
 from farout.synthesis.dream_ood import boundary as _boundary
-from farout.synthesis.dream_ood.alignment import Alignment, check_directions, read_aligned
-from farout.synthesis.dream_ood.boundary import BoundarySampling, ClassBoundary, choose, kth_distance
-from farout.synthesis.dream_ood.boundary_folder import extend_drawn, read_drawn
+from farout.synthesis.dream_ood.alignment import AlignmentConfig, normalize_class_vectors, read_aligned_images
+from farout.synthesis.dream_ood.boundary import (
+    BoundaryConfig,
+    ClassBoundary,
+    distance_to_kth_neighbor,
+    extend_samples,
+    read_samples,
+    select_candidates,
+)
 from small import CPU, conditional, pictures
 from tolerances import assert_close
 
@@ -38,8 +44,8 @@ pytestmark = [
 ]
 
 MODEL = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
-SHORT = Alignment(steps=4, batch_size=8, warmup=0)
-FEW = BoundarySampling(select=3, points=2, candidates=20, kept=2)
+SHORT = AlignmentConfig(steps=4, batch_size=8, warmup=0)
+FEW = BoundaryConfig(select=3, points=2, candidates=20, kept=2)
 
 
 def units(count: int, dim: int = 16, seed: int = 0, spread: float = 1.0) -> Tensor:
@@ -71,29 +77,29 @@ def made(images: Path, out: Path, how: DreamOOD | None = None, **settings: Any) 
 
 
 @pytest.mark.parametrize("k", [1, 4, 30])
-def test_neighbours_are_found_by_brute_force(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_are_found_by_brute_force(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     points, bank = units(21, seed=1), units(30, seed=2)
     expected = np.sort(np.linalg.norm(points.numpy()[:, None] - bank.numpy()[None], axis=2), axis=1)[:, k - 1]
-    assert np.allclose(kth_distance(points, bank, k), expected, atol=1e-6)
-    monkeypatch.setattr(_boundary, "_AT_ONCE", 100)
-    assert np.allclose(kth_distance(points, bank, k), expected, atol=1e-6), "in pieces"
+    assert np.allclose(distance_to_kth_neighbor(points, bank, k), expected, atol=1e-6)
+    monkeypatch.setattr(_boundary, "_MAX_COSINES", 100)
+    assert np.allclose(distance_to_kth_neighbor(points, bank, k), expected, atol=1e-6), "in pieces"
 
 
-def test_a_neighbour_that_is_equal_has_distance_zero() -> None:
+def test_a_neighbor_that_is_equal_has_distance_zero() -> None:
     bank = units(10)
-    assert float(kth_distance(bank[:3], bank, 1).max()) == 0
+    assert float(distance_to_kth_neighbor(bank[:3], bank, 1).max()) == 0
 
 
-def test_neighbours_that_there_are_not_are_refused() -> None:
+def test_neighbors_that_there_are_not_are_refused() -> None:
     with pytest.raises(FaroutError, match=r"\(M, D\) and \(N, D\)"):
-        kth_distance(units(3, dim=4), units(3, dim=5), 1)
-    with pytest.raises(FaroutError, match="no neighbour number 4 among 3"):
-        kth_distance(units(3), units(3), 4)
+        distance_to_kth_neighbor(units(3, dim=4), units(3, dim=5), 1)
+    with pytest.raises(FaroutError, match="no neighbor number 4 among 3"):
+        distance_to_kth_neighbor(units(3), units(3), 4)
 
 
-def test_an_image_is_not_its_own_neighbour() -> None:
+def test_an_image_is_not_its_own_neighbor() -> None:
     features = units(20)
-    boundary = ClassBoundary(features, BoundarySampling(k=1, select=4), 0, 0)
+    boundary = ClassBoundary(features, BoundaryConfig(k=1, select=4), 0, 0)
     apart = (torch.cdist(features, features) + 9 * torch.eye(20)).min(1).values
     assert torch.allclose(boundary.distances, apart, atol=1e-5)
     assert boundary.boundary.tolist() == apart.argsort(descending=True)[:4].tolist()
@@ -101,71 +107,75 @@ def test_an_image_is_not_its_own_neighbour() -> None:
 
 def test_the_mended_filter_keeps_the_farthest_and_the_published_one_does_not() -> None:
     distances = torch.rand(4, 10, generator=torch.Generator().manual_seed(0))
-    mended, published = (choose(distances, 2, filter=name) for name in ("mended", "published"))
-    assert torch.equal(mended, distances.argsort(dim=1, descending=True)[:, :2])
+    corrected, published = (select_candidates(distances, 2, filter=name) for name in ("corrected", "published"))
+    assert torch.equal(corrected, distances.argsort(dim=1, descending=True)[:, :2])
     # the released code: a table of candidates by points, filled with what lies point by point
     table = distances.flatten().numpy().reshape(10, 4)
     assert published.tolist() == [np.argsort(-table[:, point])[:2].tolist() for point in range(4)]
-    kept, wrong = (distances.gather(1, places).mean() for places in (mended, published))
+    kept, wrong = (distances.gather(1, places).mean() for places in (corrected, published))
     assert float(kept) > 0.8
     assert float(wrong) < 0.7, "nearly arbitrary ones: 0.5 on average"
-    assert torch.equal(choose(distances, 2, farthest=False), distances.argsort(dim=1)[:, :2])
+    assert torch.equal(select_candidates(distances, 2, largest=False), distances.argsort(dim=1)[:, :2])
 
 
 def test_points_lie_on_the_sphere_around_the_boundary() -> None:
-    sampling = BoundarySampling(select=5, points=3, candidates=40, kept=2)
+    sampling = BoundaryConfig(select=5, points=3, candidates=40, kept=2)
     boundary = ClassBoundary(units(30), sampling, 0, 1)
-    drawn = boundary.draw(0)
+    drawn = boundary.sample_round(0)
     assert drawn.vectors.shape == (6, 16)
     assert torch.allclose(drawn.vectors.norm(dim=1), torch.ones(6))
-    assert torch.allclose(drawn.distance, kth_distance(drawn.vectors, boundary.features, boundary.k), atol=1e-6)
-    assert drawn.around[:3].tolist() == drawn.around[3:].tolist(), "the best of each point come first"
-    assert len(set(drawn.around[:3].tolist())) == 3
-    assert set(drawn.around.tolist()) <= set(boundary.boundary.tolist())
-    assert bool((drawn.distance[:3] >= drawn.distance[3:]).all())
+    assert torch.allclose(
+        drawn.distances, distance_to_kth_neighbor(drawn.vectors, boundary.features, boundary.k), atol=1e-6
+    )
+    assert drawn.boundary_rows[:3].tolist() == drawn.boundary_rows[3:].tolist(), "the best of each point come first"
+    assert len(set(drawn.boundary_rows[:3].tolist())) == 3
+    assert set(drawn.boundary_rows.tolist()) <= set(boundary.boundary.tolist())
+    assert bool((drawn.distances[:3] >= drawn.distances[3:]).all())
 
 
 @pytest.mark.parametrize(("side", "extreme"), [("outliers", torch.amax), ("inliers", torch.amin)])
 def test_of_all_candidates_the_extreme_ones_are_kept(side: Any, extreme: Any) -> None:
     few, every = (
-        ClassBoundary(units(30), BoundarySampling(side=side, points=3, candidates=25, kept=kept), 0, 0).draw(0)
+        ClassBoundary(units(30), BoundaryConfig(side=side, points=3, candidates=25, kept=kept), 0, 0).sample_round(0)
         for kept in (1, 25)
     )
-    assert torch.equal(few.distance, extreme(every.distance.reshape(25, 3), 0))
+    assert torch.equal(few.distances, extreme(every.distances.reshape(25, 3), 0))
 
 
 def test_inliers_are_drawn_around_the_middle() -> None:
     features = units(40)
-    nearest, farthest = (ClassBoundary(features, BoundarySampling(side=side), 0, 0) for side in ("inliers", "outliers"))
+    nearest, farthest = (ClassBoundary(features, BoundaryConfig(side=side), 0, 0) for side in ("inliers", "outliers"))
     assert set(nearest.boundary.tolist()).isdisjoint(farthest.boundary.tolist())
-    inner = BoundarySampling(side="inliers", noise=0.28)
-    assert float(ClassBoundary(features, inner, 0, 0).draw(0).distance.median()) < float(nearest.distances.median())
+    inner = BoundaryConfig(side="inliers", noise=0.28)
+    assert float(ClassBoundary(features, inner, 0, 0).sample_round(0).distances.median()) < float(
+        nearest.distances.median()
+    )
 
 
 @pytest.mark.parametrize("noise", [0.28, 1.94])
 @pytest.mark.parametrize("dim", [32, 768])
 def test_the_noise_has_a_length_whatever_the_dimensions(dim: int, noise: float) -> None:
-    boundary = ClassBoundary(units(10, dim), BoundarySampling(noise=noise, candidates=400, kept=400), 0, 0)
-    drawn = boundary.draw(0)
-    cosines = (drawn.vectors * boundary.features[drawn.around]).sum(1)
+    boundary = ClassBoundary(units(10, dim), BoundaryConfig(noise=noise, candidates=400, kept=400), 0, 0)
+    drawn = boundary.sample_round(0)
+    cosines = (drawn.vectors * boundary.features[drawn.boundary_rows]).sum(1)
     assert float(cosines.acos().mean()) == pytest.approx(math.atan(noise), rel=0.03)
 
 
-def test_small_classes_have_nearer_neighbours_and_that_is_said() -> None:
-    assert [BoundarySampling(k=300).neighbour(count) for count in (2, 3, 100, 500, 1000)] == [1, 1, 60, 300, 300]
-    assert [BoundarySampling().neighbour(count) for count in (2, 100, 500)] == [1, 60, 300]
-    assert [BoundarySampling(select=50).selected(count) for count in (2, 100)] == [2, 50]
-    assert [BoundarySampling().selected(count) for count in (2, 500)] == [1, 50]
+def test_small_classes_have_nearer_neighbors_and_that_is_said() -> None:
+    assert [BoundaryConfig(k=300).neighbor_rank(count) for count in (2, 3, 100, 500, 1000)] == [1, 1, 60, 300, 300]
+    assert [BoundaryConfig().neighbor_rank(count) for count in (2, 100, 500)] == [1, 60, 300]
+    assert [BoundaryConfig(select=50).boundary_size(count) for count in (2, 100)] == [2, 50]
+    assert [BoundaryConfig().boundary_size(count) for count in (2, 500)] == [1, 50]
     with pytest.warns(ShortfallWarning, match=r"2 of 3 classes are too small for k 300; .* 'b' with 20 .* gets 12"):
-        BoundarySampling(k=300).check([500, 20, 30], "abc")
+        BoundaryConfig(k=300).check_class_sizes([500, 20, 30], "abc")
     with pytest.warns(ShortfallWarning, match=r"1 of 2 .* select 200; .* gets 150"):
-        BoundarySampling(select=200).check([500, 150], "ab")
+        BoundaryConfig(select=200).check_class_sizes([500, 150], "ab")
     with pytest.raises(FaroutError, match="'b' has 1 readable image,"):
-        BoundarySampling().check([5, 1], "ab")
+        BoundaryConfig().check_class_sizes([5, 1], "ab")
 
 
 def test_small_classes_are_no_matter_where_shares_are_asked_for(recwarn: pytest.WarningsRecorder) -> None:
-    BoundarySampling().check([2, 3, 5000], "abc")
+    BoundaryConfig().check_class_sizes([2, 3, 5000], "abc")
     assert not recwarn
 
 
@@ -174,7 +184,7 @@ def test_small_classes_are_no_matter_where_shares_are_asked_for(recwarn: pytest.
 )
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(FaroutError, match=f"option {next(iter(wrong))} is"):
-        BoundarySampling(**wrong)
+        BoundaryConfig(**wrong)
 
 
 def test_the_published_settings() -> None:
@@ -194,16 +204,16 @@ def test_a_file_grows_by_whole_rounds(tmp_path: Path) -> None:
 
     def extended(folder: Path, *wanted: int) -> dict[str, Tensor]:
         for count in wanted:
-            extend_drawn(folder, ClassBoundary(units(30), FEW, 0, 2), index, anchor, count)
-        return read_drawn(folder)[2]
+            extend_samples(folder, ClassBoundary(units(30), FEW, 0, 2), index, anchor, count)
+        return read_samples(folder)[2]
 
-    extend_drawn(tmp_path / "one", ClassBoundary(units(30), FEW, 0, 1), index, anchor, 5)
+    extend_samples(tmp_path / "one", ClassBoundary(units(30), FEW, 0, 1), index, anchor, 5)
     bit_by_bit, at_once = extended(tmp_path / "one", 1, 3, 9), extended(tmp_path / "two", 9)
     assert len(at_once["vectors"]) == 12
     assert all(torch.equal(bit_by_bit[name], at_once[name]) for name in at_once)
     assert torch.allclose(at_once["vectors"].norm(dim=1), torch.full((12,), 3.0))
     assert len(at_once["vectors"].unique(dim=0)) == 12
-    other = read_drawn(tmp_path / "one")[1]["vectors"]
+    other = read_samples(tmp_path / "one")[1]["vectors"]
     assert not torch.equal(other[:4], at_once["vectors"][:4]), "each class has draws of its own"
     before = (tmp_path / "one" / "00002.safetensors").stat().st_mtime_ns
     extended(tmp_path / "one", 12)
@@ -215,7 +225,7 @@ def test_a_file_grows_by_whole_rounds(tmp_path: Path) -> None:
 
 def test_directions_of_classes_are_checked() -> None:
     vectors = torch.eye(3)
-    assert torch.equal(check_directions(5 * vectors, "abc"), vectors)
+    assert torch.equal(normalize_class_vectors(5 * vectors, "abc"), vectors)
     wrong = {
         "'a' and 'c' point the same way": torch.tensor([[1.0, 2, 0], [0, 1, 0], [2, 4, 0]]),
         "'b' has no direction": torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 1]]),
@@ -223,9 +233,9 @@ def test_directions_of_classes_are_checked() -> None:
     }
     for message, given in wrong.items():
         with pytest.raises(FaroutError, match=message):
-            check_directions(given, "abc")
+            normalize_class_vectors(given, "abc")
     with pytest.raises(FaroutError, match=r"one class \(a\)"):
-        check_directions(torch.eye(1), "a")
+        normalize_class_vectors(torch.eye(1), "a")
 
 
 def test_a_classifier_of_directions_is_kept_as_any_other(tmp_path: Path) -> None:
@@ -249,34 +259,34 @@ def test_alignment_brings_images_to_their_classes(images: Path, tmp_path: Path) 
     pictures(images / "b", 12, low=90, seed=9)
     shares = []
     for steps in (1, 30):
-        how = method(alignment=Alignment(steps=steps, batch_size=12, warmup=0))
+        how = method(alignment=AlignmentConfig(steps=steps, batch_size=12, warmup=0))
         made(images, tmp_path / str(steps), how, stage="align")
-        found = read_aligned(tmp_path / str(steps) / "align")
+        found = read_aligned_images(tmp_path / str(steps) / "align")
         assert torch.allclose(found.features.norm(dim=1), torch.ones(36))
-        shares.append(float(found.told.float().mean()))
+        shares.append(float(found.is_correct.float().mean()))
     assert shares[0] < 0.7
     assert shares[1] > 0.9
     anchors = conditional().conditioning.class_vectors()
     nearest = (found.features @ functional.normalize(anchors, dim=1).mT).argmax(1)
-    assert torch.equal(nearest == found.labels, found.told)
+    assert torch.equal(nearest == found.labels, found.is_correct)
     head = Classifier.load(tmp_path / "30" / "align" / "classifier").head.weight
     assert torch.allclose(head, functional.normalize(anchors, dim=1) / 0.1), "the class vectors stay as they are"
 
 
 def test_a_poor_alignment_is_told(images: Path, tmp_path: Path) -> None:
     with pytest.warns(TrapWarning, match="are nearest to their own class's vector"):
-        made(images, tmp_path / "o", method(alignment=Alignment(steps=1, batch_size=4, warmup=0)), stage="align")
+        made(images, tmp_path / "o", method(alignment=AlignmentConfig(steps=1, batch_size=4, warmup=0)), stage="align")
 
 
 @pytest.mark.slow
 def test_features_of_varied_images_do_not_depend_on_the_batch(images: Path, tmp_path: Path) -> None:
-    varied = Alignment(steps=2, batch_size=8, warmup=0, augmented=True)
+    varied = AlignmentConfig(steps=2, batch_size=8, warmup=0, augmented=True)
     for size in (1, 5):
         runtime = Runtime(device="cpu", precision="fp32", batch_size=size, workers=0)
         made(images, tmp_path / str(size), method(alignment=varied), stage="align", runtime=runtime)
-    plain = Alignment(steps=2, batch_size=8, warmup=0)
+    plain = AlignmentConfig(steps=2, batch_size=8, warmup=0)
     made(images, tmp_path / "plain", method(alignment=plain), stage="align")
-    one, five, other = (read_aligned(tmp_path / name / "align").features for name in ("1", "5", "plain"))
+    one, five, other = (read_aligned_images(tmp_path / name / "align").features for name in ("1", "5", "plain"))
     assert_close(five, one)
     assert not torch.allclose(one, other, atol=1e-3)
 
@@ -303,7 +313,7 @@ def test_an_interrupted_training_goes_on(images: Path, tmp_path: Path) -> None:
         assert (tmp_path / "o" / "align" / "training").is_dir()
         made(images, tmp_path / "o", stage="align", resume=True)
     assert len(steps) == 5, "two updates, one that was lost, two more"
-    whole, again = (read_aligned(tmp_path / name / "align") for name in ("whole", "o"))
+    whole, again = (read_aligned_images(tmp_path / name / "align") for name in ("whole", "o"))
     assert torch.equal(whole.features, again.features)
     assert sorted(path.name for path in (tmp_path / "o" / "align").iterdir()) == ["classifier", "features.safetensors"]
 
@@ -315,11 +325,11 @@ def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
     """Classes a and c of the generator's three have images; the other is left alone."""
     out = tmp_path / "o"
     made(images, out, stage="align")
-    assert set(read_aligned(out / "align").labels.tolist()) == {0, 2}
+    assert set(read_aligned_images(out / "align").labels.tolist()) == {0, 2}
     assert Classifier.load(out / "align" / "classifier").class_names == ("a", "c")
-    assert not (out / "drawn").exists()
+    assert not (out / "samples").exists()
     made(images, out, stage="draw", resume=True)
-    drawn = read_drawn(out / "drawn")
+    drawn = read_samples(out / "samples")
     assert {label: len(each["vectors"]) for label, each in drawn.items()} == {0: 8, 2: 8}, "whole rounds"
     anchors = conditional().conditioning.class_vectors()
     for label, each in drawn.items():
@@ -338,8 +348,8 @@ def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
 def test_a_longer_run_draws_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(images, tmp_path / "whole", stage="draw", count=20)
     made(images, tmp_path / "o", stage="draw", count=4)
-    first = read_drawn(tmp_path / "o" / "drawn")
-    extend, done = dream_ood.extend_drawn, []
+    first = read_samples(tmp_path / "o" / "samples")
+    extend, done = dream_ood.extend_samples, []
 
     def stops(*given: Any) -> None:
         if done:
@@ -348,11 +358,11 @@ def test_a_longer_run_draws_on_where_it_stopped(images: Path, tmp_path: Path, mo
         extend(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dream_ood, "extend_drawn", stops)
+        patch.setattr(dream_ood, "extend_samples", stops)
         with pytest.raises(KeyboardInterrupt):
             made(images, tmp_path / "o", stage="draw", count=20, resume=True)
     made(images, tmp_path / "o", stage="draw", count=20, resume=True)
-    whole, again = (read_drawn(tmp_path / name / "drawn") for name in ("whole", "o"))
+    whole, again = (read_samples(tmp_path / name / "samples") for name in ("whole", "o"))
     for label, each in whole.items():
         assert all(torch.equal(each[name], again[label][name]) for name in each)
         assert torch.equal(first[label]["vectors"], each["vectors"][: len(first[label]["vectors"])])
@@ -365,7 +375,7 @@ def test_the_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, mon
         lambda sampler, vectors, *_: seen.append(vectors) or torch.zeros(len(vectors), 1, 8, 8),
     )
     made(images, tmp_path / "o", count=4)
-    drawn = read_drawn(tmp_path / "o" / "drawn")
+    drawn = read_samples(tmp_path / "o" / "samples")
     expected = [drawn[label]["vectors"][place] for place in (0, 1) for label in (0, 2)]
     assert torch.equal(seen[0], torch.stack(expected))
 
@@ -405,8 +415,8 @@ def test_directions_of_another_space_are_refused(images: Path, tmp_path: Path) -
 def test_other_settings_are_refused_with_the_difference(images: Path, tmp_path: Path) -> None:
     made(images, tmp_path / "o", stage="align")
     for settings, name in (
-        ({"boundary": BoundarySampling(filter="published")}, r"boundary\.filter"),
-        ({"alignment": Alignment(steps=5, batch_size=8, warmup=0)}, r"alignment\.steps"),
+        ({"boundary": BoundaryConfig(filter="published")}, r"boundary\.filter"),
+        ({"alignment": AlignmentConfig(steps=5, batch_size=8, warmup=0)}, r"alignment\.steps"),
     ):
         with pytest.raises(StoreError, match=name):
             made(images, tmp_path / "o", method(**settings), resume=True)

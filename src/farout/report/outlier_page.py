@@ -16,8 +16,8 @@ from farout.data.image_source import ImageSource
 from farout.report.charts import distance_histogram
 from farout.report.rendering import data_url, png_data_url, render_template
 from farout.synthesis.base import OutlierFolder
-from farout.synthesis.dream_ood.alignment import has_aligned, read_aligned
-from farout.synthesis.dream_ood.boundary_folder import read_drawn
+from farout.synthesis.dream_ood.alignment import has_aligned_images, read_aligned_images
+from farout.synthesis.dream_ood.boundary import read_samples
 from farout.synthesis.editing.base import REGIONS
 from farout.synthesis.ncis.inversion import read_embeddings
 from farout.synthesis.ncis.manifold import Manifold
@@ -119,9 +119,9 @@ def _embedding_losses(folder: Path) -> dict[str, Any] | None:
 
 def _alignment_accuracy(folder: Path) -> dict[str, Any] | None:
     """Number of aligned images, and the share whose nearest class vector is that of their own class."""
-    if not has_aligned(folder):
+    if not has_aligned_images(folder):
         return None
-    correct = read_aligned(folder).told
+    correct = read_aligned_images(folder).is_correct
     return {"count": len(correct), "accuracy": float(correct.float().mean())}
 
 
@@ -133,12 +133,12 @@ def _distances(folder: Path) -> dict[str, Any] | None:
         distances = {name.replace("_", " "): values.numpy() for name, values in known.items() if len(values)}
         if (folder / "drawn.safetensors").is_file():
             distances["sampled"] = store.load_tensors(folder / "drawn.safetensors")["distance"].numpy()
-    elif (folder / "drawn").is_dir():  # Dream-OOD
+    elif (folder / "samples").is_dir():  # Dream-OOD
         axis = "distance to the k-th nearest image of the class"
-        classes = list(read_drawn(folder / "drawn").values())
+        classes = list(read_samples(folder / "samples").values())
         distances = {
             name: np.concatenate([tensors[column].numpy() for tensors in classes])
-            for name, column in (("training", "known"), ("sampled", "distance"))
+            for name, column in (("training", "class_distances"), ("sampled", "distance"))
         }
     else:
         return None

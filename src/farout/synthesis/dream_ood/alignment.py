@@ -1,8 +1,8 @@
-"""Images as directions of a generator's class space: a classifier whose classes are the generator's own class vectors.
+"""Images as directions of a generator's class space, by a classifier whose class weights are the class vectors.
 
-A network gives every image x of class y a vector z of the class space, trained by the cross-entropy of the logits
-cos(z, e_k) / T, with the class vectors e_k fixed (Du, Sun, Zhu and Li, "Dream the impossible: outlier imagination with
-diffusion models", NeurIPS 2023, arXiv 2309.13415, section 3.1). What is kept of an image is u = z / |z|.
+A network maps every image x of class y to a vector z of the class space. It is trained by the cross-entropy of the
+logits cos(z, e_k) / T, with fixed class vectors e_k (Du, Sun, Zhu and Li, "Dream the impossible: outlier imagination
+with diffusion models", NeurIPS 2023, arXiv 2309.13415, section 3.1). The image becomes the direction u = z / |z|.
 """
 
 from __future__ import annotations
@@ -24,22 +24,29 @@ from farout.core import store
 from farout.core.errors import FaroutError, StoreError, TrapWarning
 from farout.core.progress import task
 from farout.core.runtime import Runtime
-from farout.data.batching import Batch, batches
+from farout.data.batching import batches
 from farout.data.indices import readable
 from farout.diffusion.noise import seeded_generator
 from farout.synthesis.base import SynthesisContext
 from farout.synthesis.class_space import class_conditioning
 from farout.training.loop import TrainingConfig
 
-__all__ = ["Aligned", "Alignment", "align", "check_directions", "has_aligned", "read_aligned"]
+__all__ = [
+    "AlignedImages",
+    "AlignmentConfig",
+    "align_images",
+    "has_aligned_images",
+    "normalize_class_vectors",
+    "read_aligned_images",
+]
 
-_CLASSIFIER, _TRAINING, _FEATURES = "classifier", "training", "features.safetensors"
-_SAME = 1e-5
-_LEAST = 0.8
+_FEATURES_FILE = "features.safetensors"
+_MIN_DIRECTION_DISTANCE = 1e-5
+_MIN_ACCURACY = 0.8
 
 
 @dataclass(frozen=True)
-class Alignment:
+class AlignmentConfig:
     """Training of the classifier on class vectors: SGD, Nesterov momentum 0.9, cosine decay to 1e-6.
 
     Args:
@@ -65,10 +72,10 @@ class Alignment:
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
             raise FaroutError(f"the temperature of cosines must be a positive number, got {self.temperature}")
-        self.training(0, Runtime(device="cpu", precision="fp32"))
+        self.training_config(0, Runtime(device="cpu", precision="fp32"))
 
-    def training(self, seed: int, runtime: Runtime) -> TrainingConfig:
-        """For the loop of the house; ten checkpoints, so that little is lost where a run is killed."""
+    def training_config(self, seed: int, runtime: Runtime) -> TrainingConfig:
+        """The settings of the training loop, with ten checkpoints, so that an interrupted run loses little."""
         return TrainingConfig(
             steps=self.steps,
             batch_size=self.batch_size,
@@ -88,24 +95,27 @@ class Alignment:
 
 
 @dataclass(frozen=True)
-class Aligned:
-    """Images as directions, in the order of their places in the source.
+class AlignedImages:
+    """Images as directions, in the order of the source.
 
     Attributes:
-        index: places in the source, int64 (N,).
+        index: indices of the images in the source, int64 (N,).
         labels: classes, int64 (N,).
-        features: of length 1, float32 (N, D).
-        told: whether the nearest class vector is that of the image's class, bool (N,).
+        features: directions u of length 1, float32 (N, D).
+        is_correct: whether the nearest class vector is that of the image's class, bool (N,).
     """
 
     index: Tensor
     labels: Tensor
     features: Tensor
-    told: Tensor
+    is_correct: Tensor
 
 
-def check_directions(vectors: Tensor, names: Sequence[str]) -> Tensor:
-    """Class vectors (K, D) at length 1; raises FaroutError where they point nowhere, or two of them the same way."""
+def normalize_class_vectors(vectors: Tensor, names: Sequence[str]) -> Tensor:
+    """Class vectors (K, D) scaled to length 1.
+
+    Raises FaroutError for a vector without a direction, and for two vectors with the same direction.
+    """
     if vectors.ndim != 2 or len(vectors) != len(names):
         raise FaroutError(f"{len(names)} classes require a vector each, got the shape {tuple(vectors.shape)}")
     if len(names) < 2:
@@ -114,116 +124,111 @@ def check_directions(vectors: Tensor, names: Sequence[str]) -> Tensor:
             "images of two or more"
         )
     lengths = vectors.norm(dim=1)
-    empty = [name for name, length in zip(names, lengths.tolist(), strict=True) if not 0 < length < float("inf")]
-    if empty:
-        raise FaroutError(f"the class vector of {empty[0]!r} has no direction (its length is 0 or no number)")
+    for name, length in zip(names, lengths.tolist(), strict=True):
+        if not 0 < length < float("inf"):
+            raise FaroutError(f"the class vector of {name!r} has no direction (its length is 0 or no number)")
     directions = vectors / lengths[:, None]
-    alike = (torch.cdist(directions, directions, compute_mode="donot_use_mm_for_euclid_dist") < _SAME).triu(1).nonzero()
-    if len(alike):
-        one, two = (names[int(place)] for place in alike[0])
+    # not by matrix multiplication, which cancels for vectors that are almost equal
+    distances = torch.cdist(directions, directions, compute_mode="donot_use_mm_for_euclid_dist")
+    equal = (distances < _MIN_DIRECTION_DISTANCE).triu(1).nonzero()
+    if len(equal):
+        first, second = (names[int(index)] for index in equal[0])
         raise FaroutError(
-            f"the class vectors of {one!r} and {two!r} point the same way, so the generator hardly distinguishes these "
-            "classes: train it for longer, or leave one of them out"
+            f"the class vectors of {first!r} and {second!r} point the same way, so the generator hardly distinguishes "
+            "these classes: train it for longer, or leave one of them out"
         )
     return directions
 
 
-def align(context: SynthesisContext, folder: Path, model: ClassifierConfig, alignment: Alignment) -> Aligned:
-    """Trains a classifier towards the generator's class vectors, and keeps the directions that it gives the images.
+def align_images(
+    context: SynthesisContext, folder: Path, model: ClassifierConfig, alignment: AlignmentConfig
+) -> AlignedImages:
+    """Train a classifier towards the generator's class vectors, and store the directions of the images.
 
-    Goes on from what is in `folder`: `training/` holds checkpoints until the training is done, `classifier/` is its
-    result, `features.safetensors` are index, label, feature and told. Warns where few images lie nearest to their own
-    class's vector.
+    Continues from the files in `folder`: `training/` contains checkpoints until the training is finished,
+    `classifier/` is its result, `features.safetensors` contains index, label, feature and is_correct. Warns if few
+    images are nearest to the vector of their own class.
 
     Args:
-        context: images, labels, generator, seed and runtime, always the same ones for one folder.
-        folder: where all is kept.
-        model: the network, and how images are varied.
-        alignment: how it is trained.
+        context: images, labels, generator, seed and runtime; always the same for one folder.
+        folder: the folder of this stage.
+        model: network and data augmentation.
+        alignment: training of the classifier.
 
-    Raises FaroutError for class vectors that no classifier can be trained towards, and where training diverges.
+    Raises FaroutError for class vectors that no classifier can be trained towards, and if training diverges.
     """
-    if not has_aligned(folder):
+    if not has_aligned_images(folder):
         classes = list(context.classes)
-        directions = check_directions(
-            class_conditioning(context.generator).class_vectors()[classes].cpu(), context.present_names
+        class_vectors = class_conditioning(context.generator).class_vectors()[classes].cpu()
+        directions = normalize_class_vectors(class_vectors, context.present_names)
+        if not (folder / "classifier").is_dir():
+            trained = train_on(
+                context.source.subset(readable(context.source)),
+                model,
+                alignment.training_config(context.seed, context.runtime),
+                out=folder / "training",
+                resume=True,
+                class_names=context.present_names,
+                # logits cos(z, e_k) / T
+                directions=directions / alignment.temperature,
+            )
+            trained.save(folder / "classifier")
+        shutil.rmtree(folder / "training", ignore_errors=True)
+        classifier = Classifier.load(folder / "classifier").to(context.runtime.device)
+        features, index = _compute_directions(classifier, context, model if alignment.augmented else None)
+        nearest = torch.tensor(classes)[(features @ directions.mT).argmax(1)]
+        labels = context.labels[index]
+        tensors = {"index": index, "label": labels, "feature": features, "is_correct": nearest == labels}
+        store.save_tensors(folder / _FEATURES_FILE, tensors)
+    aligned = read_aligned_images(folder)
+    accuracy = float(aligned.is_correct.float().mean())
+    if accuracy < _MIN_ACCURACY:
+        warnings.warn(
+            f"only {accuracy:.0%} of the images are nearest to their own class's vector, expected at least "
+            f"{_MIN_ACCURACY:.0%}: the boundaries are not those of the classes; train the alignment for longer "
+            "(--alignment.steps), or a larger network (--model.network)",
+            TrapWarning,
+            stacklevel=2,
         )
-        classifier = _trained(
-            context, directions / alignment.temperature, context.present_names, folder, model, alignment
-        )
-        features, index = _features(classifier, context, model if alignment.augmented else None)
-        told = torch.tensor(classes)[(features @ directions.mT).argmax(1)] == context.labels[index]
-        found = {"index": index, "label": context.labels[index], "feature": features, "told": told}
-        store.save_tensors(folder / _FEATURES, found)
-    aligned = read_aligned(folder)
-    _warn_of_poor_alignment(float(aligned.told.float().mean()))
     return aligned
 
 
-def _trained(
-    context: SynthesisContext,
-    directions: Tensor,
-    names: Sequence[str],
-    folder: Path,
-    model: ClassifierConfig,
-    alignment: Alignment,
-) -> Classifier:
-    """The classifier of the folder, trained first where it is not there."""
-    if not (folder / _CLASSIFIER).is_dir():
-        source, training = (
-            context.source.subset(readable(context.source)),
-            alignment.training(context.seed, context.runtime),
-        )
-        out = folder / _TRAINING
-        made = train_on(source, model, training, out=out, resume=True, class_names=names, directions=directions)
-        made.save(folder / _CLASSIFIER)
-    shutil.rmtree(folder / _TRAINING, ignore_errors=True)
-    return Classifier.load(folder / _CLASSIFIER).to(context.runtime.device)
-
-
-def _features(
-    classifier: Classifier, context: SynthesisContext, varied: ClassifierConfig | None
+def _compute_directions(
+    classifier: Classifier, context: SynthesisContext, augmentation: ClassifierConfig | None
 ) -> tuple[Tensor, Tensor]:
-    """Directions (N, D) of the readable images, varied by the config where one is given, and their places (N,)."""
-    prepared, parts, index = classifier.preprocessing, list[Tensor](), list[int]()
-    size = context.runtime.images_per_batch((prepared.channels, *prepared.size))
+    """Directions u = z / |z| (N, D) of the readable images, augmented if a config is given, and their indices (N,)."""
+    preprocessing, runtime = classifier.preprocessing, context.runtime
+    parts, index = list[Tensor](), list[int]()
+    size = runtime.images_per_batch((preprocessing.channels, *preprocessing.size))
     with task(f"directions of {context.source.name}", len(context.source)) as bar:
-        for batch in batches(context.source, prepared, size, workers=context.runtime.workers):
+        for batch in batches(context.source, preprocessing, size, workers=runtime.workers):
             if batch.keys:
-                images = batch.images if varied is None else _varied(batch, varied, context.seed)
-                outputs = classifier.outputs(images, context.runtime.batch_size, context.runtime.precision)
+                images = batch.images
+                if augmentation is not None:
+                    # the augmentation of an image depends on its content, not on the batch
+                    pairs = zip(images.split(1), batch.identities, strict=True)
+                    images = torch.cat(
+                        [
+                            augmentation.augment(image, seeded_generator(context.seed, "varied", key))
+                            for image, key in pairs
+                        ]
+                    )
+                outputs = classifier.outputs(images, runtime.batch_size, runtime.precision)
                 parts.append(functional.normalize(outputs.features.cpu(), dim=1))
             index += batch.indices
             bar.advance(len(batch.keys))
     return torch.cat(parts), torch.tensor(index)
 
 
-def _varied(batch: Batch, config: ClassifierConfig, seed: int) -> Tensor:
-    """Each image varied by a draw of its own, whatever else is in the batch."""
-    pairs = zip(batch.images.split(1), batch.identities, strict=True)
-    return torch.cat([config.augment(image, seeded_generator(seed, "varied", key)) for image, key in pairs])
+def has_aligned_images(folder: str | Path) -> bool:
+    """Whether `align_images` has finished in this folder."""
+    return (Path(folder) / _FEATURES_FILE).is_file()
 
 
-def _warn_of_poor_alignment(share: float) -> None:
-    if share < _LEAST:
-        warnings.warn(
-            f"only {share:.0%} of the images are nearest to their own class's vector, expected at least {_LEAST:.0%}: "
-            "the boundaries are not those of the classes; train the alignment for longer (--alignment.steps), or a "
-            "larger network (--model.network)",
-            TrapWarning,
-            stacklevel=3,
-        )
-
-
-def has_aligned(folder: str | Path) -> bool:
-    """Whether `align` is done there."""
-    return (Path(folder) / _FEATURES).is_file()
-
-
-def read_aligned(folder: str | Path) -> Aligned:
-    """What `align` has left; raises StoreError where that is missing, cut short or something else."""
-    found = store.load_tensors(Path(folder) / _FEATURES)
-    if set(found) != {"index", "label", "feature", "told"}:
+def read_aligned_images(folder: str | Path) -> AlignedImages:
+    """Read the result of `align_images`; raises StoreError if it is missing, cut short or something else."""
+    tensors = store.load_tensors(Path(folder) / _FEATURES_FILE)
+    if set(tensors) != {"index", "label", "feature", "is_correct"}:
         raise StoreError(f"{folder} holds no features of images; remove it and align them again")
-    # where a file's numbers lie in memory changes the last bits of what is computed with them
-    return Aligned(*(found[name].clone() for name in ("index", "label", "feature", "told")))
+    # the memory alignment of a mapped file changes the last bits of what is computed with its tensors
+    return AlignedImages(*(tensors[name].clone() for name in ("index", "label", "feature", "is_correct")))

@@ -195,7 +195,7 @@ def test_other_generators_have_prompts_of_their_own(folders: dict[str, Path], im
     given: dict[str, Any] = {"count": 3, "runtime": CPU}
     for prompts, message in (
         (Prompts("a {}"), r"prompts.template='a \{\}' would have no effect.*class_vectors"),
-        (NCIS.from_preset("paper").prompts, r"--prompts.generation None --prompts.pieces refuse"),
+        (NCIS.from_preset("paper").prompts, r"--prompts.generation None --prompts.split-words raise"),
     ):
         with pytest.raises(FaroutError, match=message):
             ClassNoise(steps=2, prompts=prompts).synthesize(
@@ -217,7 +217,7 @@ def test_other_generators_have_prompts_of_their_own(folders: dict[str, Path], im
 
 def test_the_papers_preset_has_two_templates(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
     paper = NCIS.from_preset("paper")
-    assert paper.prompts == Prompts("An image of a {}", "A high-quality image of the {}", pieces="first")
+    assert paper.prompts == Prompts("An image of a {}", "A high-quality image of the {}", split_words="first_token")
     few = {"inversion": replace(paper.inversion, steps=1, draws=2), "manifold": SMALL, "solver": "ddim", "steps": 2}
     prompts = replace(paper.prompts, words=WORDS)
     method, seen = NCIS.from_preset("paper", **few, prompts=prompts), list[str]()

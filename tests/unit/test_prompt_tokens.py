@@ -164,10 +164,15 @@ def test_vectors_want_the_labels_of_their_prompts(encoder: TextEncoder) -> None:
         (["cat", "big dog"], None, "a {}", r"'big dog' requires .* are 3 tokens \(bi, g</w>, dog</w>\); give a table"),
         (["cat", "x dog"], {"x dog": "dogs kite"}, "a {}", r"'x dog' requires .* 'dogs' are 3 tokens"),
         (["cat", "?"], None, "a {}", r"'\?' requires .* '\?' the tokenizer lacks"),
-        (["dog", "cat"], None, "an image of a{}", r"class 'dog' \(dog</w>\) is not where .* prompt 'an image of adog'"),
+        (
+            ["dog", "cat"],
+            None,
+            "an image of a{}",
+            r"class 'dog' \(dog</w>\) is not at the position of .* prompt 'an image of adog'",
+        ),
         (["dog", "cat"], None, "{}s", r"class 'dog' .* prompt 'dogs'.*put spaces"),
-        (["dog", "cat"], None, "a {} and a {}", r"holds one \{\}"),
-        (["dog", "cat"], None, "a" + " b" * 40 + " {}", "the text encoder takes 32"),
+        (["dog", "cat"], None, "a {} and a {}", r"must contain \{\} once"),
+        (["dog", "cat"], None, "a" + " b" * 40 + " {}", "the text encoder accepts 32"),
         (["cat", "dog", "cat"], None, "a {}", "more than once"),
     ],
 )
@@ -180,19 +185,19 @@ def test_what_is_no_prompt_names_class_and_prompt(
 
 def test_the_first_piece_of_a_split_word(folder: Path, encoder: TextEncoder, tmp_path: Path) -> None:
     """As published, where asked for; a name of several words stays refused."""
-    given = DiffusionModel.load(folder, class_names=["dogs", "cat"], prompts=Prompts(pieces="first"))
+    given = DiffusionModel.load(folder, class_names=["dogs", "cat"], prompts=Prompts(split_words="first_token"))
     space = given.conditioning
     own = encoder.tokenizer.convert_tokens_to_ids(["do", "cat</w>"])
     assert torch.equal(space.class_vectors(), encoder.module.get_input_embeddings().weight[own])
     wanted = plain(folder, ["An image of a dogs", "An image of a cat"])
     found = context(space(space.class_vectors(), torch.arange(2)))
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
-    assert space.with_template("the {}").pieces == "first"
+    assert space.with_template("the {}").split_words == "first_token"
     given.save(tmp_path / "m")
     assert DiffusionModel.load(tmp_path / "m").content_hash == given.content_hash
     for name in ("big dog", "big_dog", "big-dog"):
         with pytest.raises(FaroutError, match=f"'{name}' requires a name of one token"):
-            PromptTokens(encoder, [name, "cat"], pieces="first")
+            PromptTokens(encoder, [name, "cat"], split_words="first_token")
 
 
 def test_tables_of_words(tmp_path: Path) -> None:
@@ -238,12 +243,12 @@ def test_tables_that_say_nothing_are_refused(tmp_path: Path, file: str, text: st
 
 def test_settings_of_prompts_are_checked() -> None:
     wrong: list[tuple[Callable[[], Prompts], str]] = [
-        (lambda: Prompts("an image"), r"one \{\}"),
-        (lambda: Prompts(generation="{} {}"), r"one \{\}"),
-        (lambda: Prompts(vector="pooled"), "token or its context"),
+        (lambda: Prompts("an image"), r"contain \{\} once"),
+        (lambda: Prompts(generation="{} {}"), r"contain \{\} once"),
+        (lambda: Prompts(vector="pooled"), "vector must be"),
         (lambda: Prompts(vector="context", generation="the {}"), "leave it out"),
         (lambda: Prompts(context_noise=-1), "0 or more"),
-        (lambda: Prompts(pieces="last"), "'refuse' or 'first'"),
+        (lambda: Prompts(split_words="last"), "'raise' or 'first_token'"),
     ]
     for call, message in wrong:
         with pytest.raises(FaroutError, match=message):

@@ -295,7 +295,7 @@ def test_a_class_is_known_by_its_name_and_by_what_it_is_called(folder: Path, ima
         ({"nearest": 3}, "nearest chooses among words"),
         ({"nearest": 0, "words": "w.txt"}, "nearest must be 1 or more, got 0"),
         ({"templates": ()}, "templates requires at least one"),
-        ({"templates": ("a photo",)}, r"holds one \{\}"),
+        ({"templates": ("a photo",)}, r"must contain \{\} once"),
     ],
 )
 def test_settings_that_do_not_go(settings: dict[str, Any], message: str) -> None:
@@ -312,8 +312,8 @@ def test_what_cannot_be_said_is_refused_before_anything_is_written(
         ({}, r"knows no class without images; give words \(words=FILE"),
         ({"targets": "unseen"}, "no targets are left"),
         ({"words": str(tmp_path / "known.txt")}, r"all of the 3 words .* \(cat, DOG, kite\).*\(cat, dog, the_kite\)"),
-        ({"words": str(tmp_path / "long.txt")}, "the text encoder takes 32"),
-        ({"words": few, "templates": ("x" * 40 + " {}",)}, "the text encoder takes 32"),
+        ({"words": str(tmp_path / "long.txt")}, "the text encoder accepts 32"),
+        ({"words": few, "templates": ("x" * 40 + " {}",)}, "the text encoder accepts 32"),
         ({"words": few, "nearest": 3}, "nearest must be 1 to 2"),
         ({"words": few, "class_words": {"zebra": "zebra"}}, "has none of the classes cat, dog"),
         ({"words": few, "class_words": {"dog": "cat"}}, "'cat' and 'dog' are both 'cat'"),

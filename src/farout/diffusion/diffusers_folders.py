@@ -18,7 +18,7 @@ from farout.diffusion.conditioning.class_tokens import ClassTokens, TextTokens
 from farout.diffusion.conditioning.prompt_contexts import PromptContexts
 from farout.diffusion.conditioning.prompt_tokens import PromptTokens, read_prompts
 from farout.diffusion.conditioning.prompts import Prompts
-from farout.diffusion.conditioning.text_encoder import TextEncoder, has_text
+from farout.diffusion.conditioning.text_encoder import TextEncoder, has_text_encoder
 from farout.diffusion.schedule import NoiseSchedule
 
 __all__ = [
@@ -73,7 +73,7 @@ def is_farout_folder(folder: Path) -> bool:
 
 def requires_class_names(folder: Path) -> bool:
     """Whether a folder is conditioned on text and does not name its classes: Stable Diffusion as it is published."""
-    return has_text(folder) and not is_farout_folder(folder)
+    return has_text_encoder(folder) and not is_farout_folder(folder)
 
 
 def write_network(
@@ -158,7 +158,7 @@ def text_conditioning(folder: Path, class_names: Sequence[str] | None, prompts: 
     Without `prompts` class vectors are contexts. Raises FaroutError for a folder of text without class names, names
     that do not become prompts, and prompts where there is no text encoder.
     """
-    if not has_text(folder):
+    if not has_text_encoder(folder):
         if prompts is not None:
             raise FaroutError(f"{folder} has no text encoder, so prompts have no effect; leave them out")
         return None

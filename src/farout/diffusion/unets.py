@@ -128,5 +128,5 @@ def create_conditioning(network: nn.Module, class_names: Sequence[str], *, has_n
 
     if isinstance(network, diffusers.UNet2DConditionModel):
         width = int(network.config["cross_attention_dim"])
-        return ClassTokens.fresh(class_names, CLASS_TOKENS, width, has_null=has_null)
+        return ClassTokens.create_random(class_names, CLASS_TOKENS, width, has_null=has_null)
     return ClassVectors(network, class_names, has_null=has_null)

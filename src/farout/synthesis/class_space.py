@@ -40,7 +40,7 @@ PAPER_DECODING: dict[str, Any] = {
     "steps": 50,
     "spacing": "leading",
     "guidance": 7.5,
-    "prompts": Prompts(generation="A high-quality image of the {}", pieces="first"),
+    "prompts": Prompts(generation="A high-quality image of the {}", split_words="first_token"),
 }
 """How NCIS and Dream-OOD decode with Stable Diffusion 1.4; part of the presets of both papers."""
 
@@ -182,7 +182,8 @@ class VectorSynthesizer(Synthesizer):
                 raise FaroutError(
                     f"{', '.join(unused)} would have no effect: this generator has its own classes "
                     f"({model.conditioning.kind}); leave prompts at their defaults (after --preset paper: "
-                    "--prompts.generation None --prompts.pieces refuse), or give an original Stable Diffusion folder"
+                    "--prompts.generation None --prompts.split-words raise), or give an original Stable Diffusion "
+                    "folder"
                 )
         return model
 

@@ -1,1 +1,1 @@
-"""What a denoiser is conditioned on: classes and text prompts."""
+"""Conditions of a denoiser: classes and text prompts."""

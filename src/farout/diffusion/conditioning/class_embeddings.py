@@ -1,4 +1,4 @@
-"""Classes as vectors added to the time embedding: the adapter of a class-conditional `UNet2DModel`."""
+"""Class vectors that are added to the time embedding: the conditioning of a class-conditional `UNet2DModel`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["ClassVectors", "VectorEmbedding"]
 
 
 class VectorEmbedding(nn.Embedding):
-    """An embedding that looks whole numbers up and passes float vectors (B, D) through."""
+    """An embedding that looks up integers and passes float vectors (B, D) through."""
 
     @classmethod
-    def around(cls, embedding: nn.Embedding) -> VectorEmbedding:
-        """The same table, its parameter shared."""
-        made = cls(embedding.num_embeddings, embedding.embedding_dim, _weight=embedding.weight)
-        made.weight = embedding.weight
-        return made
+    def from_embedding(cls, embedding: nn.Embedding) -> VectorEmbedding:
+        """A module with the same table, whose parameter is shared."""
+        module = cls(embedding.num_embeddings, embedding.embedding_dim, _weight=embedding.weight)
+        module.weight = embedding.weight
+        return module
 
     def forward(self, given: Tensor) -> Tensor:
         """Rows of the table, or the vectors themselves."""
@@ -30,18 +30,18 @@ class VectorEmbedding(nn.Embedding):
 
 
 class ClassVectors(TableConditioning):
-    """Class vectors of a `UNet2DModel(num_class_embeds=…)`, added to its time embedding after the latter's MLP.
+    """Class vectors of a `UNet2DModel(num_class_embeds=...)`, which adds them to its time embedding after the MLP.
 
-    The table stays the network's own `class_embedding.weight`, so that diffusers loads the network and training
-    changes both; the module is exchanged for one that takes float vectors too, which makes
-    `network(x, t, class_labels=vectors)` differentiable in the vectors.
+    The table stays the network's own `class_embedding.weight`, so that diffusers can load the network and training
+    changes both. The module is replaced by one that also accepts float vectors, so that
+    `network(x, t, class_labels=vectors)` is differentiable in the vectors.
 
     Args:
-        network: the network; its class embedding is exchanged in place.
+        network: the network; its class embedding is replaced in place.
         class_names: names of the classes, in the order of the table's rows.
-        has_null: whether the row after the last class was trained to stand for no class (Ho & Salimans 2022).
+        has_null: whether the row after the last class was trained as the null condition (Ho & Salimans 2022).
 
-    Raises FaroutError for a network without such a table, or one of another number of rows.
+    Raises FaroutError for a network without such a table, or with another number of rows.
     """
 
     kind, keyword = "class_vectors", "class_labels"
@@ -51,7 +51,7 @@ class ClassVectors(TableConditioning):
         if not isinstance(table, nn.Embedding):
             raise FaroutError(f"this {type(network).__name__} has no table of class embeddings; it is unconditional")
         if not isinstance(table, VectorEmbedding):
-            table = VectorEmbedding.around(table)
+            table = VectorEmbedding.from_embedding(table)
             network.class_embedding = table
         self.class_names = check_table(table.num_embeddings, class_names, has_null)
         self.has_null, self.dim = has_null, int(table.embedding_dim)
@@ -62,7 +62,7 @@ class ClassVectors(TableConditioning):
         return self._table.weight
 
     def trainable_module(self, network: nn.Module) -> nn.Module:
-        """The network itself: the table is a part of it."""
+        """The network itself, which contains the table."""
         return network
 
     def copy_for(self, network: nn.Module) -> ClassVectors:
@@ -70,13 +70,13 @@ class ClassVectors(TableConditioning):
         return ClassVectors(network, self.class_names, has_null=self.has_null)
 
     def parameters(self) -> list[nn.Parameter]:
-        """None: the table is the network's own."""
+        """Empty: the table is part of the network."""
         return []
 
     def tensors(self) -> dict[str, Tensor]:
-        """None: the table is saved with the network."""
+        """Empty: the table is saved with the network."""
         return {}
 
     def to(self, device: torch.device | str) -> Self:
-        """Nothing: the table moves with the network."""
+        """Does nothing: the table moves with the network."""
         return self

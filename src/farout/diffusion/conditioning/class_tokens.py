@@ -1,9 +1,9 @@
-"""Classes as tokens that the network attends to: the adapters of a `UNet2DConditionModel`."""
+"""Class tokens that the network attends to: conditionings of a `UNet2DConditionModel`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,53 +14,53 @@ from farout.diffusion.conditioning.base import TableConditioning, check_table
 __all__ = ["ClassTokens", "TextTokens"]
 
 
-class _Tokens(nn.Module):
-    """The table: L tokens of d numbers for each class and, in the last row, for none."""
+class _TokenTable(nn.Module):
+    """L tokens of d numbers for each class and, in the last row, for the null condition."""
 
-    def __init__(self, table: Tensor, *, learnt: bool) -> None:
+    def __init__(self, table: Tensor, *, requires_grad: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(table.detach().clone().float(), requires_grad=learnt)
+        self.weight = nn.Parameter(table.detach().clone().float(), requires_grad=requires_grad)
 
 
-class _TokenNetwork(nn.Module):
-    """Network and table as the one module that training trains."""
+class _NetworkWithTokens(nn.Module):
+    """Network and table in one module, for training."""
 
-    def __init__(self, network: nn.Module, tokens: _Tokens) -> None:
+    def __init__(self, network: nn.Module, tokens: _TokenTable) -> None:
         super().__init__()
         self.network, self.tokens = network, tokens
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Any:
-        """x (B, C, H, W), t (B,), numbers of rows of the table (B,) -> what the network answers."""
+        """x (B, C, H, W), t (B,), indices of the table's rows (B,) -> the network's output."""
         return self.network(x, t, encoder_hidden_states=self.tokens.weight[class_labels])
 
 
 class ClassTokens(TableConditioning):
-    """Learnt tokens of each class, which a `UNet2DConditionModel` attends to (Rombach et al. 2022, section 3.3).
+    """Learned tokens of each class, which a `UNet2DConditionModel` attends to (Rombach et al. 2022, section 3.3).
 
-    A class vector is the class's L tokens of d numbers in a row: `dim` = L d. The table is saved beside the network,
-    and trained with it.
+    A class vector is the class's L tokens of d numbers, concatenated: `dim` = L d. The table is saved next to the
+    network and trained with it.
 
     Args:
-        table: the tokens (K + 1, L, d), or (K, L, d) where there is no null row; copied.
+        table: the tokens (K + 1, L, d), or (K, L, d) without a null row; copied.
         class_names: names of the K classes, in the order of the table's rows.
-        has_null: whether the last row was trained to stand for no class.
+        has_null: whether the last row was trained as the null condition.
 
     Raises FaroutError for a table of another shape.
     """
 
     kind, keyword = "class_tokens", "encoder_hidden_states"
-    _learnt = True
+    is_trained: ClassVar[bool] = True
 
     def __init__(self, table: Tensor, class_names: Sequence[str], *, has_null: bool) -> None:
         if table.ndim != 3:
             raise FaroutError(f"a table of class tokens must have the shape (K + 1, L, d), got {tuple(table.shape)}")
         self.class_names = check_table(len(table), class_names, has_null)
         self.has_null, self.dim = has_null, table.shape[1] * table.shape[2]
-        self._tokens = _Tokens(table, learnt=self._learnt)
+        self._tokens = _TokenTable(table, requires_grad=self.is_trained)
 
     @classmethod
-    def fresh(cls, class_names: Sequence[str], length: int, width: int, *, has_null: bool) -> Self:
-        """Random tokens, standard normal as the rows of torch's embeddings: L = `length`, d = `width`."""
+    def create_random(cls, class_names: Sequence[str], length: int, width: int, *, has_null: bool) -> Self:
+        """Random tokens from a standard normal distribution, as in torch's embeddings: L = `length`, d = `width`."""
         return cls(torch.randn(len(class_names) + 1, length, width), class_names, has_null=has_null)
 
     @property
@@ -68,20 +68,17 @@ class ClassTokens(TableConditioning):
         return self._tokens.weight
 
     def trainable_module(self, network: nn.Module) -> nn.Module:
-        """Network and table as one module."""
-        return _TokenNetwork(network, self._tokens)
+        """Network and table in one module."""
+        return _NetworkWithTokens(network, self._tokens)
 
     def copy_for(self, network: nn.Module) -> Self:
-        """The same conditioning with an own table."""
-        return self._with(self._tokens.weight)
-
-    def _with(self, table: Tensor) -> Self:
-        copied = type(self)(table, self.class_names, has_null=self.has_null)
-        return copied.to(table.device)
+        """The same conditioning with its own table."""
+        table = self._tokens.weight
+        return type(self)(table, self.class_names, has_null=self.has_null).to(table.device)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The table, where it is learnt."""
-        return [self._tokens.weight] if self._learnt else []
+        """The table, if it is trained."""
+        return [self._tokens.weight] if self.is_trained else []
 
     def tensors(self) -> dict[str, Tensor]:
         """The table."""
@@ -94,20 +91,22 @@ class ClassTokens(TableConditioning):
 
 
 class TextTokens(ClassTokens):
-    """What a frozen text encoder says of each class, computed once; the null row is the empty prompt's.
+    """Outputs of a frozen text encoder for the prompt of each class, computed once; the null row is the empty prompt's.
 
     A class vector is the whole context: 77 tokens of d numbers in Stable Diffusion. The prompts are made from
     `template`; see `farout.diffusion.conditioning.prompts`.
     """
 
     kind = "text_tokens"
-    _learnt = False
+    is_trained: ClassVar[bool] = False
 
     def __init__(self, table: Tensor, class_names: Sequence[str], *, has_null: bool, template: str) -> None:
         super().__init__(table, class_names, has_null=has_null)
         self.template = template
 
-    def _with(self, table: Tensor) -> Self:
+    def copy_for(self, network: nn.Module) -> Self:
+        """The same conditioning with its own table."""
+        table = self._tokens.weight
         copied = type(self)(table, self.class_names, has_null=self.has_null, template=self.template)
         return copied.to(table.device)
 

@@ -1,4 +1,4 @@
-"""Classes as whole prompts of a text encoder that stays at hand: it can be asked for other prompts too."""
+"""Classes as prompts of a text encoder that stays available for other prompts."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["PromptContexts"]
 
 
 class PromptContexts(Conditioning):
-    """Stable Diffusion's classes as what its text encoder answers to their prompts, which may hold any names.
+    """Classes of Stable Diffusion as the outputs (contexts) of its text encoder for their prompts.
 
-    A class vector is a whole context: L tokens of d numbers in a row. It is what `TextTokens` are, whose table is made
-    once and needs no text encoder any more. The null condition is the empty prompt.
+    A class vector is a whole context: L tokens of d numbers, concatenated. `TextTokens` has the same vectors in a table
+    and does not need the text encoder. The null condition is the empty prompt.
 
     Args:
         encoder: the text encoder, which is shared, not copied.
         class_names: names of the K classes.
-        words: what each is called in its prompt; None: by its name.
-        template: the prompt; {} stands for the word and its suffix.
+        words: the word (and suffix) of each class in its prompt; None: its name.
+        template: the prompt; {} is replaced by the word and its suffix.
 
-    Raises FaroutError for prompts that are too long, and words and classes of different number.
+    Raises FaroutError for prompts that are too long, and for another number of words than classes.
     """
 
     kind, has_null = "prompt_contexts", True
@@ -49,7 +49,7 @@ class PromptContexts(Conditioning):
         if len(self.words) != self.num_classes:
             raise FaroutError(f"{self.num_classes} classes require a word each, got {len(self.words)}")
         self.prompts = tuple(word.prompt(template) for word in self.words)
-        self._numbers = encoder.tokenize(self.prompts)
+        self._token_ids = encoder.tokenize(self.prompts)
 
     @property
     def num_classes(self) -> int:
@@ -61,18 +61,16 @@ class PromptContexts(Conditioning):
         return self.encoder(self.prompts).flatten(1)
 
     def __call__(self, given: Tensor, labels: Tensor | None = None) -> Condition:
-        """The contexts of labels (B,), or of vectors (B, L d), which are contexts."""
+        """The contexts of labels (B,), or of vectors (B, L d), which are contexts themselves."""
         if given.is_floating_point():
             vectors = check_vectors(given, self.dim).to(self.encoder.device)
             return Condition({"encoder_hidden_states": vectors.reshape(-1, self.encoder.length, self.encoder.width)})
         with torch.no_grad():
-            return self._contexts(check_labels(given, self.num_classes).cpu())
-
-    def _contexts(self, rows: Tensor) -> Condition:
-        return Condition({"encoder_hidden_states": self.encoder.encode_tokens(self._numbers[rows])})
+            token_ids = self._token_ids[check_labels(given, self.num_classes).cpu()]
+            return Condition({"encoder_hidden_states": self.encoder.encode_tokens(token_ids)})
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """The condition of any prompts, a row for each."""
+        """The condition of any prompts, one row each."""
         return Condition({"encoder_hidden_states": self.encoder(prompts)})
 
     def null_condition(self, count: int) -> Condition:
@@ -80,26 +78,26 @@ class PromptContexts(Conditioning):
         return Condition({"encoder_hidden_states": self.encoder.null_context(count)})
 
     def to_text_tokens(self) -> TextTokens:
-        """The same classes with whole contexts as class vectors, which need no text encoder."""
+        """The same classes with whole contexts as class vectors, without the text encoder."""
         contexts = self(torch.arange(self.num_classes)).tensors["encoder_hidden_states"]
         table = torch.cat([contexts, self.encoder.null_context(1)])
         return TextTokens(table, self.class_names, has_null=True, template=self.template).to(table.device)
 
     def trainable_module(self, network: nn.Module) -> nn.Module:
-        """The network with the contexts as they are: the text encoder is not trained."""
+        """The network with fixed contexts: the text encoder is not trained."""
         return self.to_text_tokens().trainable_module(network)
 
     def copy_for(self, network: nn.Module) -> Self:
-        """The same conditioning: nothing of it is the network's own."""
+        """The same conditioning, because nothing of it is part of the network."""
         return copy.copy(self)
 
     def parameters(self) -> list[nn.Parameter]:
-        """None: the text encoder is frozen."""
+        """Empty: the text encoder is frozen."""
         return []
 
     def tensors(self) -> dict[str, Tensor]:
-        """The text encoder's weights, and the prompts as its tokenizer writes them."""
-        return {**self.encoder.tensors(), "prompts": self._numbers}
+        """The text encoder's weights, and the tokenized prompts."""
+        return {**self.encoder.tensors(), "prompts": self._token_ids}
 
     def describe(self) -> dict[str, Any]:
         """Kind, class names, their words, template."""

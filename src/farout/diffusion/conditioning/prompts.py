@@ -1,4 +1,4 @@
-"""Classes as prompts: templates, and the words that stand for classes in them."""
+"""Prompt templates, and the words that name classes in prompts."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ import yaml
 from farout.core.errors import FaroutError
 
 __all__ = [
-    "TABLES",
     "TEMPLATE",
-    "Pieces",
+    "WORD_TABLES",
     "Prompts",
+    "SplitWords",
     "Word",
     "check_template",
     "read_word_table",
     "resolve_class_words",
 ]
 
-Pieces = Literal["refuse", "first"]
-"""What becomes of a word that the tokenizer splits."""
+SplitWords = Literal["raise", "first_token"]
 
 TEMPLATE = "An image of a {}"
-"""The prompt of a class; {} stands for its name."""
+"""The prompt of a class; {} is replaced by its name."""
 
-TABLES: dict[str, dict[str, str]] = {
-    # the first six as published with NCIS; the set's own page calls its trees maple, oak, palm, pine and willow; its
-    # copy on the hub has cra for crab
+WORD_TABLES: dict[str, dict[str, str]] = {
+    # the first six as published with NCIS; the data set's own page calls its trees maple, oak, palm, pine and willow;
+    # its copy on the hub has cra for crab
     "cifar100": {
         "aquarium fish": "fish",
         "chimpanzee": "chimp",
@@ -46,11 +45,11 @@ TABLES: dict[str, dict[str, str]] = {
         **{f"{tree} tree": tree for tree in ("maple", "oak", "palm", "pine", "willow")},
     },
 }
-"""Ready-made tables of words, by name."""
+"""Built-in tables of words, by name."""
 
 
 class Word(NamedTuple):
-    """What a class is called in prompts: one word, and what follows it (`kite`, `bird`)."""
+    """The name of a class in prompts: one word, and a suffix that follows it (`kite`, `bird`)."""
 
     word: str
     suffix: str = ""
@@ -72,8 +71,8 @@ class Prompts:
             encoder for the whole prompt).
         words: words for classes whose names have several tokens: a .csv file (columns class, word and optionally
             suffix), a .yaml file (class: word suffix), or `cifar100`; default: the names.
-        pieces: what to do with a word that the tokenizer splits: `refuse` it, or use its `first` token as class vector
-            (as published).
+        split_words: what to do with a word that the tokenizer splits: `raise` an error, or use its `first_token` as
+            class vector (as published).
         context_noise: standard deviation of Gaussian noise added to the output of the text encoder in generation.
     """
 
@@ -81,7 +80,7 @@ class Prompts:
     generation: str | None = None
     vector: Literal["token", "context"] = "token"
     words: dict[str, str] | str | None = None
-    pieces: Pieces = "refuse"
+    split_words: SplitWords = "raise"
     context_noise: float = 0.0
 
     def __post_init__(self) -> None:
@@ -89,12 +88,12 @@ class Prompts:
             if template is not None:
                 check_template(template)
         if self.vector not in ("token", "context"):
-            raise FaroutError(f"the class vector of a prompt is its token or its context, got {self.vector!r}")
-        if self.pieces not in ("refuse", "first"):
-            raise FaroutError(f"pieces of a split word are 'refuse' or 'first', got {self.pieces!r}")
+            raise FaroutError(f"vector must be 'token' or 'context', got {self.vector!r}")
+        if self.split_words not in ("raise", "first_token"):
+            raise FaroutError(f"split_words must be 'raise' or 'first_token', got {self.split_words!r}")
         if self.vector == "context" and self.generation is not None:
             raise FaroutError(
-                f"a context is made of the whole prompt {self.template!r}, so that a template of generation "
+                f"a context is computed from the whole prompt {self.template!r}, so that a template of generation "
                 f"({self.generation!r}) has no effect; leave it out (None), or give vector='token'"
             )
         if not 0 <= self.context_noise < math.inf:
@@ -102,83 +101,79 @@ class Prompts:
 
     @property
     def changed(self) -> tuple[str, ...]:
-        """The settings that are not at their defaults."""
+        """Names of the settings that are not at their defaults."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name) != field.default)
 
 
 def check_template(template: str) -> None:
     """Raises FaroutError for a template without exactly one {}."""
     if template.count("{}") != 1:
-        raise FaroutError(f"a prompt template holds one {{}} for the class name, got {template!r}")
+        raise FaroutError(f"a prompt template must contain {{}} once, for the class name, got {template!r}")
 
 
 def resolve_class_words(names: Sequence[str], table: Mapping[str, str] | str | None = None) -> tuple[Word, ...]:
-    """What classes are called in prompts; those that are not in the table by their names.
+    """The words of classes in prompts: those in the table, and the names of classes that are not in it.
 
-    Case, `_` and `-` make no difference in the table. Raises FaroutError for a table that holds none of the classes,
-    and for two classes that are called the same.
+    Case, `_` and `-` make no difference in the table. Raises FaroutError for a table with none of the classes, and for
+    two classes with the same words.
     """
     known = {} if table is None else read_word_table(table)
-    found = {name: known[_plain(name)] for name in names if _plain(name) in known}
+    found = {name: known[_normalize_name(name)] for name in names if _normalize_name(name) in known}
     if table is not None and not found:
-        shown, told = ", ".join(list(known)[:5]), ", ".join(names[:5])
-        raise FaroutError(f"the table of words {_called(table)} has none of the classes {told}, …; it has {shown}, …")
+        in_table, classes = ", ".join(list(known)[:5]), ", ".join(names[:5])
+        raise FaroutError(
+            f"the table of words{_table_name(table)} has none of the classes {classes}, ...; it has {in_table}, ..."
+        )
     words = tuple(found.get(name, Word(name)) for name in names)
-    _check_different(names, words)
-    return words
-
-
-def _check_different(names: Sequence[str], words: Sequence[Word]) -> None:
     first: dict[str, str] = {}
     for name, word in zip(names, words, strict=True):
-        said = word.prompt("{}")
-        other = first.setdefault(said.casefold(), name)
+        text = word.prompt("{}")
+        other = first.setdefault(text.casefold(), name)
         if other != name:
-            raise FaroutError(f"the classes {other!r} and {name!r} are both {said!r} in prompts; call them differently")
+            raise FaroutError(f"the classes {other!r} and {name!r} are both {text!r} in prompts; give different words")
+    return words
 
 
 def read_word_table(table: Mapping[str, str] | str) -> dict[str, Word]:
-    """Words by plain class name (small letters, no `_` or `-`), from a mapping, a file or a name of `TABLES`.
+    """Words by normalized class name (lower case, no `_` or `-`), from a mapping, a file or a name in `WORD_TABLES`.
 
-    The first word of an entry stands for the class, what follows it is the suffix: `{"kite": "kite bird"}`; a CSV file
-    has columns `class`, `word` and, where wanted, `suffix`.
+    The first word of an entry names the class, the rest is the suffix: `{"kite": "kite bird"}`. A CSV file has columns
+    `class`, `word` and optionally `suffix`.
 
-    Raises FaroutError for what is none of these, empty entries, and a class that comes twice.
+    Raises FaroutError for anything else, for empty entries, and for a class that occurs twice.
     """
-    entries = list(table.items()) if isinstance(table, Mapping) else _entries(table)
+    if isinstance(table, Mapping):
+        entries: list[tuple[Any, Any]] = list(table.items())
+    elif (kind := Path(table).suffix.lower()) in (".csv", ".yaml", ".yml"):
+        try:
+            content = Path(table).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FaroutError(f"the table of words {table} cannot be read ({error})") from error
+        entries = _parse_csv(table, content) if kind == ".csv" else _parse_yaml(table, content)
+    elif table in WORD_TABLES:
+        entries = list(WORD_TABLES[table].items())
+    else:
+        raise FaroutError(f"words must be a table .csv or .yaml, or one of {', '.join(WORD_TABLES)}, got {table!r}")
     words: dict[str, Word] = {}
     for name, text in entries:
-        plain = _plain(str(name))
+        normalized = _normalize_name(str(name))
         if not isinstance(name, str | int) or not isinstance(text, str) or not text.split():
             raise FaroutError(
-                f"the table of words {_called(table)} requires a word for a class, got {name!r}: {text!r}"
+                f"the table of words{_table_name(table)} requires a word for a class, got {name!r}: {text!r}"
             )
-        if plain in words:
-            raise FaroutError(f"the table of words {_called(table)} has the class {name!r} twice")
+        if normalized in words:
+            raise FaroutError(f"the table of words{_table_name(table)} has the class {name!r} twice")
         word, _, suffix = text.strip().partition(" ")
-        words[plain] = Word(word, suffix.strip())
+        words[normalized] = Word(word, suffix.strip())
     return words
 
 
-def _entries(table: str) -> list[tuple[Any, Any]]:
-    kind = Path(table).suffix.lower()
-    if kind not in (".csv", ".yaml", ".yml"):
-        if table in TABLES:
-            return list(TABLES[table].items())
-        raise FaroutError(f"words requires a table .csv or .yaml, or one of {', '.join(TABLES)}; got {table!r}")
-    try:
-        text = Path(table).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FaroutError(f"the table of words {table} cannot be read ({error})") from error
-    return _csv(table, text) if kind == ".csv" else _yaml(table, text)
-
-
-def _csv(table: str, text: str) -> list[tuple[Any, Any]]:
-    reader = csv.DictReader(text.splitlines())
+def _parse_csv(table: str, content: str) -> list[tuple[Any, Any]]:
+    reader = csv.DictReader(content.splitlines())
     columns = set(reader.fieldnames or ())
     if not {"class", "word"} <= columns <= {"class", "word", "suffix"}:
         raise FaroutError(
-            f"{table} requires the columns class, word and perhaps suffix, got {', '.join(sorted(columns))}"
+            f"{table} requires the columns class, word and optionally suffix, got {', '.join(sorted(columns))}"
         )
     rows = list(reader)
     for row in rows:
@@ -187,19 +182,20 @@ def _csv(table: str, text: str) -> list[tuple[Any, Any]]:
     return [(row["class"], f"{row['word']} {row.get('suffix') or ''}") for row in rows]
 
 
-def _yaml(table: str, text: str) -> list[tuple[Any, Any]]:
+def _parse_yaml(table: str, content: str) -> list[tuple[Any, Any]]:
     try:
-        content = yaml.safe_load(text)
+        entries = yaml.safe_load(content)
     except yaml.YAMLError as error:
         raise FaroutError(f"{table} is not valid YAML ({error})") from error
-    if not isinstance(content, dict):
-        raise FaroutError(f"{table} requires lines `class: word`, got a {type(content).__name__}")
-    return list(content.items())
+    if not isinstance(entries, dict):
+        raise FaroutError(f"{table} requires lines `class: word`, got a {type(entries).__name__}")
+    return list(entries.items())
 
 
-def _called(table: Mapping[str, str] | str) -> str:
-    return "that was given" if isinstance(table, Mapping) else table
+def _table_name(table: Mapping[str, str] | str) -> str:
+    """The table's name for errors, after a space; a mapping has none."""
+    return "" if isinstance(table, Mapping) else f" {table}"
 
 
-def _plain(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from farout import SONA, ClassNoise
-from farout.core.config import flat
+from farout.core.config import flatten_config
 from farout.core.errors import FaroutError, SourceError, StoreError
 from farout.core.runtime import Runtime
 from farout.data.sources import open_source
@@ -94,10 +94,10 @@ def test_every_parameter_is_told(whole: OutlierFolder, method: type[Synthesizer]
     tiny = method.tiny(SimpleNamespace(diffusion=conditional(), classifier=classifier()))
     settings = whole.settings()
     assert settings["method"] in NAMES
-    assert set(settings["config"]) == set(flat(tiny.config))
+    assert set(settings["config"]) == set(flatten_config(tiny.config))
     assert settings["seed"] == 0
     assert settings["diffusion"] in (None, conditional().content_hash)
-    assert set(flat(tiny.config)) <= set(whole.manifest().columns)
+    assert set(flatten_config(tiny.config)) <= set(whole.manifest().columns)
     assert read_outliers(whole.folder).images == COUNT
 
 

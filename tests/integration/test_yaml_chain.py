@@ -16,10 +16,11 @@ import yaml
 from farout import load
 from farout.benchmark.job_graph import RECORD_FILE
 from farout.classifiers.model import Classifier
-from farout.cli import main, parsers
+from farout.cli import main
 from farout.cli.command_table import COMMANDS
+from farout.cli.flags import format_flags
+from farout.cli.parsers import command_parameters, parse, positional_parameters
 from farout.cli.steps import INPUT_SETTINGS, builtin_chains, read_steps
-from farout.cli.words import flags, settings_of
 from farout.detectors import DETECTORS
 from farout.diffusion.model import DiffusionModel
 from farout.synthesis import SYNTHESIZERS
@@ -308,13 +309,13 @@ def test_settings_read_as_in_a_file_for_config(tmp_path: Path) -> None:
     body["training"]["batch_size"] = body["training"].pop("batch-size")
     config = written(tmp_path / "config.yaml", body)
     words = ["reconstruction", "sample_fashion:test", "--out", "o", "--config", str(config)]
-    assert step.settings == settings_of(parsers.parse("fit", words))
+    assert step.settings == parse("fit", words).settings
     assert step.settings["training.ema"] is None
     assert step.settings["levels"] == [50, 200]
 
 
 def test_words_survive_a_shell_and_a_sign() -> None:
-    assert flags("a_b", {"c": -1.5, "d": [1, -2], "e": ["x y", "z"], "f": []}) == [
+    assert format_flags("a_b", {"c": -1.5, "d": [1, -2], "e": ["x y", "z"], "f": []}) == [
         "--a-b.c=-1.5", "--a-b.d=[1, -2]", "--a-b.e", "x y", "z", "--a-b.f=[]",
     ]  # fmt: skip
 
@@ -339,9 +340,9 @@ def test_names_stand_for_folders_only_where_folders_are_meant(place: Path, tmp_p
 
 
 def test_every_place_that_takes_a_folder_takes_a_name() -> None:
-    functions = [parsers.function_of(name) for name in COMMANDS if name not in ("list", "chain")]
-    typed = {parameter.name for function in functions for parameter in parsers.positional(function)}
-    assert typed - {"method", "name", "preset"} <= INPUT_SETTINGS
+    commands = [command_parameters(name) for name in COMMANDS if name not in ("list", "chain")]
+    typed = {parameter.name for parameters in commands for parameter in positional_parameters(parameters)}
+    assert typed - {"name", "preset"} <= INPUT_SETTINGS
 
 
 @pytest.mark.parametrize("name", list(builtin_chains()))
@@ -364,7 +365,7 @@ def test_built_in_chains_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_settings_of_every_method_can_be_kept() -> None:
     for command, registry, more in (("fit", DETECTORS, []), ("synthesize", SYNTHESIZERS, ["--diffusion", "m"])):
         for name in registry:
-            kept = settings_of(parsers.parse(command, [name, "images", "--out", "o", *more]))
+            kept = parse(command, [name, "images", "--out", "o", *more]).settings
             assert json.loads(json.dumps(kept, allow_nan=False)) == kept
             assert kept["source"] == "images"
 

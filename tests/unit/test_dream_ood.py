@@ -429,7 +429,7 @@ def test_flags_have_the_defaults_of_the_method(name: str) -> None:
     for preset in (None, *kind.presets):
         wanted = kind() if preset is None else kind.from_preset(preset)
         call: Any = parse("synthesize", [*words, *([] if preset is None else ["--preset", preset])])
-        assert call.keywords["arguments"] == wanted.config
+        assert call.arguments["arguments"] == wanted.config
 
 
 def test_the_command_and_its_page(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,8 +52,8 @@ def chain(yaml: str, *, out: str, redo: bool = False, dry_run: bool = False) -> 
         step = steps[job.name]
         print(f"[{step.number}/{len(steps)}] {step.name}: writing {job.output}", flush=True)
         try:
-            resume = ["--resume"] if earlier is not None and "resume" in step.settings else []
-            output.show(step.command, step.parse(folder, *resume)())
+            resume = {"resume": True} if earlier is not None and "resume" in step.settings else {}
+            output.print_result(step.command, step.parse(folder, **resume)())
         except FaroutError as error:
             raise FaroutError(f"{step}: {error}") from error
 

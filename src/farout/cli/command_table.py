@@ -1,32 +1,144 @@
-"""What is typed on the command line, and the function behind it."""
+"""The commands of the command line: their functions and one line about each, without importing any of them."""
 
+from __future__ import annotations
+
+import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["COMMANDS", "named_command"]
+__all__ = ["COMMANDS", "Command", "find_command", "import_object"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        summary: one line for `farout --help`.
+        function: "module:function" within farout. The signature of the function defines the flags.
+        printer: "module:function" of the function that prints the result; empty: the command prints by itself.
+        check: "module:function" of a function that is called with the same settings before anything is loaded, and
+            raises FaroutError for settings that exclude each other.
+        presets: "module:NAME" of the presets that `--preset` chooses from; presets of methods belong to the method.
+        methods: "module:NAME" of the registry in which the first word, METHOD, is looked up.
+        unused_runtime: fields of `Runtime` that are not flags of the command.
+        usage: arguments for the usage line; empty: made from the signature.
+    """
+
+    summary: str
+    function: str
+    printer: str = ""
+    check: str = ""
+    presets: str = ""
+    methods: str = ""
+    unused_runtime: tuple[str, ...] = ()
+    usage: str = ""
+
 
 COMMANDS = {
-    "train diffusion": "diffusion.train:train_diffusion",
-    "train classifier": "classifiers.train:train_classifier",
-    "fit": "cli.commands:fit",
-    "score": "cli.commands:score",
-    "calibrate": "cli.commands:calibrate",
-    "evaluate": "cli.commands:evaluate",
-    "bench": "cli.bench:bench",
-    "sample": "cli.generation:sample",
-    "synthesize": "cli.generation:synthesize",
-    "reconstruct": "cli.generation:reconstruct",
-    "fid": "evaluation.fid:set_distance",
-    "interpolate": "report.interpolation:write_interpolations",
-    "chain": "cli.chain:chain",
-    "features extract": "features.extraction:extract",
-    "features list": "cli.commands:list_features",
-    "features clear": "cli.commands:clear_features",
-    "list": "cli.lists:show_list",
-    "demo": "cli.commands:demo",
+    "train diffusion": Command(
+        "Train a diffusion model on images.",
+        "diffusion.train:train_diffusion",
+        "cli.commands.train_diffusion:print_diffusion_model",
+        presets="diffusion.config:PRESETS",
+    ),
+    "train classifier": Command(
+        "Train a classifier on labelled images.",
+        "classifiers.train:train_classifier",
+        "cli.commands.train_classifier:print_classifier",
+        check="cli.commands.train_classifier:check_settings",
+        presets="classifiers.presets:PRESETS",
+    ),
+    "fit": Command(
+        "Fit a detector to normal images.",
+        "cli.commands.fit:fit",
+        "cli.commands.fit:print_detector",
+        methods="detectors:DETECTORS",
+    ),
+    "score": Command(
+        "Score images with a detector: table, measurements and HTML report.",
+        "cli.commands.score:score",
+        "cli.commands.score:print_scored_folder",
+    ),
+    "calibrate": Command(
+        "Recompute a detector's p-values from other normal images, without training.",
+        "cli.commands.calibrate:calibrate",
+        "cli.commands.fit:print_detector",
+    ),
+    "evaluate": Command(
+        "Evaluate a detector, or given scores, on out-of-distribution images.",
+        "cli.commands.evaluate:evaluate",
+        "cli.commands.evaluate:print_metrics",
+        check="cli.commands.evaluate:check_settings",
+        usage="DETECTOR --id SOURCE --ood SOURCE... --out DIR [settings]\n"
+        "       farout evaluate --scores FILE FILE... [--out DIR]",
+    ),
+    "bench": Command(
+        "Fit, score and compare several detectors on the same data and networks.",
+        "cli.bench:bench",
+        "cli.bench:show_bench",
+    ),
+    "sample": Command(
+        "Generate images with a diffusion model.",
+        "cli.commands.sample:sample",
+        "cli.commands.sample:print_sampled_folder",
+        unused_runtime=("workers", "cache"),
+    ),
+    "synthesize": Command(
+        "Generate synthetic outliers from labelled images with a diffusion model.",
+        "cli.commands.synthesize:synthesize",
+        "cli.commands.synthesize:print_outlier_folder",
+        methods="synthesis:SYNTHESIZERS",
+        unused_runtime=("cache",),
+    ),
+    "reconstruct": Command(
+        "Reconstruct images by image-to-image: add noise and denoise.",
+        "cli.commands.reconstruct:reconstruct",
+        "cli.commands.reconstruct:print_reconstructed_folder",
+        unused_runtime=("cache",),
+    ),
+    "fid": Command(
+        "Compute FID and KID of generated images, or the same distances on the built-in backbone.",
+        "evaluation.fid:set_distance",
+        "cli.commands.fid:print_distances",
+    ),
+    "interpolate": Command(
+        "Interpolate between pairs of images with a diffusion model: images and an HTML page.",
+        "report.interpolation:write_interpolations",
+        "cli.commands.interpolate:print_interpolated_folder",
+    ),
+    "chain": Command("Run several commands from one YAML file.", "cli.chain:chain"),
+    "features extract": Command(
+        "Compute features of images once, for all later fits and scores.",
+        "features.extraction:extract",
+        "cli.commands.features:print_extraction",
+    ),
+    "features list": Command(
+        "List the stored features.",
+        "cli.commands.features:list_features",
+        "cli.commands.features:print_stored_features",
+    ),
+    "features clear": Command(
+        "Delete stored features.",
+        "cli.commands.features:clear_features",
+        "cli.commands.features:print_deleted_features",
+    ),
+    "list": Command("List detectors, synthesizers, named sets or presets.", "cli.lists:show_list"),
+    "demo": Command(
+        "Fit and evaluate two detectors on the built-in sample, in a few minutes.",
+        "cli.commands.demo:demo",
+        "cli.commands.demo:print_tables",
+    ),
 }
-"""Command -> "module:function" within farout; the module is imported when the command is used."""
 
 
-def named_command(words: Sequence[str]) -> str | None:
-    """The command that the words begin with."""
-    return next((known for known in COMMANDS if list(words[: len(known.split())]) == known.split()), None)
+def find_command(words: Sequence[str]) -> str | None:
+    """The name of the command that the words start with."""
+    return next((name for name in COMMANDS if list(words[: len(name.split())]) == name.split()), None)
+
+
+def import_object(target: str) -> Any:
+    """Imports "module:name", with the module relative to farout."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(f"farout.{module}"), name)

@@ -1,182 +1,280 @@
-"""Parsers made from signatures: flags with defaults are settings, presets lie under YAML, and YAML under flags."""
+"""The parser of each command, made from the signature of its function.
+
+Presets override defaults, a YAML file overrides presets, and flags override the file. The parameters of a function are
+
+- positional arguments, if they are before the `*` of the signature;
+- `settings` and `runtime`: dataclasses whose fields are flags (`--device`). A `runtime` that is a dict has only the
+  fields that are given, and the others are taken from a fitted detector;
+- `model`, `training` and `exposure`: dataclasses whose fields are flags with a prefix (`--training.steps`);
+- `arguments`: the parameters of the constructor of a detector or synthesizer, which are flags;
+- else flags.
+"""
 
 from __future__ import annotations
 
-import functools
-import importlib
+import argparse
 import inspect
-import re
+import json
+import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from farout.classifiers.outlier_exposure import Exposure
-from farout.classifiers.train import PRESETS as CLASSIFIERS
-from farout.classifiers.train import ClassifierConfig, train_classifier
-from farout.cli import commands, generation
-from farout.cli.command_table import COMMANDS
-from farout.cli.flags import Parser
-from farout.cli.usage import UsageError
-from farout.core.config import flat
-from farout.core.errors import suggest_names
-from farout.core.registry import RegisteredMethod, Registry
+import docstring_parser
+
+from farout.cli.command_table import COMMANDS, import_object
+from farout.cli.parser import Parser
+from farout.core.config import flatten_config
+from farout.core.errors import UsageError, suggest_names
+from farout.core.registry import RegisteredMethod
 from farout.core.runtime import Runtime
-from farout.detectors import DETECTORS
-from farout.detectors.fit_settings import FitSettings
-from farout.diffusion.config import PRESETS, DiffusionConfig
-from farout.diffusion.train import train_diffusion
-from farout.synthesis import SYNTHESIZERS
-from farout.training.config import TrainingConfig
 
-__all__ = ["function_of", "parse", "parser_of", "positional"]
+__all__ = ["CommandParser", "ParsedCommand", "command_parameters", "parse", "parse_settings", "positional_parameters"]
 
-_TRAININGS: dict[Callable[..., Any], tuple[dict[str, type], Mapping[str, Any]]] = {
-    train_diffusion: ({"model": DiffusionConfig}, PRESETS),
-    train_classifier: ({"model": ClassifierConfig, "exposure": Exposure}, CLASSIFIERS),
+_PREFIXED = ("model", "training", "exposure")
+_SHORT_FORMS = {
+    "training.device": "device",
+    "training.precision": "precision",
+    "training.batch_size": "batch_size",
+    "exposure.loss": "loss",
 }
-_SHORT = {"device": "training", "precision": "training", "batch_size": "training", "loss": "exposure"}
-"""Settings of trainings that may be written without the part that they belong to."""
-_RUNTIME = tuple(Runtime.__dataclass_fields__)
-_COMPOSED = {"runtime", "settings", "arguments", "model", "training", "exposure"}
-"""Keyword parameters of commands that are made of several flags."""
-_NOT_FLAGS = ("network", "training", "runtime")
-"""Fields of FitSettings that are flags of their own."""
-_TRAINED = {
+"""Flags of `farout train` that may be written without their prefix."""
+_NETWORK_FLAGS = {
     "diffusion": ("network_preset", "model", "training"),
     "classifier": ("classifier_preset", "classifier_steps"),
 }
-"""Networks that `fit` trains where they are not given, and the flags that say how."""
-_USAGE = {
-    "evaluate": "farout evaluate DETECTOR --id SOURCE --ood SOURCE... --out DIR [settings]\n"
-    "       farout evaluate --scores FILE FILE... [--out DIR]"
-}
+"""Networks that `farout fit` trains if they are not given, and the flags of that training."""
+_PRESET_HELP = "{what}: {names}; other flags override them"
 
 
-def parse(name: str, words: Sequence[str]) -> functools.partial[Any]:
-    """The call that the words after a command's name ask for; what its settings alone forbid is refused here, before
-    anything is loaded.
+@dataclass(frozen=True)
+class ParsedCommand:
+    """A command with all its settings; calling it runs the command.
 
-    Raises UsageError for wrong usage, FaroutError for settings out of range; exits with status 0 after --help.
+    Attributes:
+        function: the function behind the command.
+        arguments: its keyword arguments.
+        settings: the value of every flag by its name, presets and defaults included, as JSON values.
     """
-    if name in _METHODS:
-        member = _chosen(name, words)
-        return _METHODS[name].parse(member, member.load(), words[1:])
-    call = function_of(name)
-    return _train(name, call, words) if call in _TRAININGS else _bind(name, call, words)
+
+    function: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    def __call__(self) -> Any:
+        """Runs the command and returns its result."""
+        return self.function(**self.arguments)
 
 
-def function_of(name: str) -> Callable[..., Any]:
-    """The function behind a command."""
-    module, _, function = COMMANDS[name].partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(f"farout.{module}"), function)
-    return found
+def parse(name: str, words: Sequence[str]) -> ParsedCommand:
+    """Parses the words after a command's name; no model or image is loaded.
 
-
-def positional(call: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The parameters of a command that are typed without a flag: those before the `*`, but `out`."""
-    parameters = inspect.signature(call).parameters.values()
-    return [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "out"]
-
-
-def _bind(name: str, call: Callable[..., Any], words: Sequence[str]) -> functools.partial[Any]:
-    """A function with the parameters that the words give it."""
-    parser = _parser_for(name, call)
-    values = _values(parser, parser.read(words))
-    kind = _runtime_of(call)
-    if kind is not None:
-        runtime = {key: values.pop(key) for key in _RUNTIME if key in values}
-        given = {key: value for key, value in runtime.items() if value is not None}
-        values["runtime"] = Runtime(**given) if kind is Runtime else given
-    if call is commands.evaluate:
-        commands.what_is_rated(**values)
-    return functools.partial(call, **values)
-
-
-def parser_of(name: str, method: str | None = None) -> Parser:
-    """The parser of a command; of one whose first word is a METHOD, that of the method's words after it.
-
-    Raises FaroutError for an unknown method.
+    Raises UsageError for wrong usage, FaroutError for settings out of range or that exclude each other; exits with
+    status 0 after --help.
     """
-    if name in _METHODS:
-        member = _METHODS[name].registry[method or ""]
-        return _METHODS[name].parser(member, member.load())
-    return _parser_for(name, function_of(name))
+    if not COMMANDS[name].methods:
+        return CommandParser(name).parse(words)
+    methods = import_object(COMMANDS[name].methods)
+    if words and not words[0].startswith("-"):
+        return CommandParser(name, methods[words[0]]).parse(words[1:])
+    usage = f"farout {name} METHOD {_usage(command_parameters(name))}"
+    if {"-h", "--help"} & set(words):
+        print(f"usage: {usage}\n\n{COMMANDS[name].summary}\n\nmethods:")
+        print(*(f"  {method.name:<18}{method.description}" for method in methods.values()), sep="\n")
+        print(f"\n`farout {name} METHOD --help` shows the settings.")
+        raise SystemExit(0)
+    raise UsageError(f"expected `{usage}`; methods: {', '.join(methods)}")
 
 
-def _parser_for(name: str, call: Callable[..., Any]) -> Parser:
-    """The parser of a command by its function."""
-    if call in _TRAININGS:
-        return _train_parser(name, call)
-    parser = _parser(name, call)
-    kind = _runtime_of(call)
-    if kind is Runtime:
-        _add_runtime(parser)
-    elif kind is not None:  # empty unless given: a detector scores with the settings it was fitted with
-        parser.take(Runtime)
-        parser.set_defaults(dict.fromkeys(_RUNTIME))
-        owner = "the benchmark" if name == "bench" else "the detector"
-        for action in (each for each in parser._actions if each.dest in _RUNTIME):
-            action.help = f"{(action.help or '').removesuffix('.')}; default: {owner}'s"
-    return parser
+def parse_settings(name: str, settings: Mapping[str, Any], method: str | None = None) -> ParsedCommand:
+    """Parses settings as in a YAML file for `--config` instead of words; see `parse`."""
+    chosen = None if method is None else import_object(COMMANDS[name].methods)[method]
+    return CommandParser(name, chosen).parse(settings)
 
 
-def _runtime_of(call: Callable[..., Any]) -> Any:
-    """How a command takes the runtime: whole, or what was given of it; None: it takes none."""
-    return typing.get_type_hints(call).get("runtime")
+def command_parameters(name: str) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the function behind a command."""
+    return inspect.signature(import_object(COMMANDS[name].function)).parameters
 
 
-def _parser(name: str, call: Callable[..., Any], skip: Sequence[str] = (), about: str = "") -> Parser:
-    """A parser with the parameters of a command."""
-    plain, must = [p for p in positional(call) if p.name not in skip], _must(call)
-    shown = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in plain]
-    usage = _USAGE.get(name, " ".join(["farout", name, *shown, *(f"--{p.name} DIR" for p in must), "[settings]"]))
-    heading = _first_line(call)
-    parser = Parser(prog=f"farout {name}", usage=usage, description=about or heading, heading=heading)
-    parser.add_config()
-    for parameter in must:
-        parser.add_argument(f"--{parameter.name}", type=str, required=True, help=_argument(call, parameter.name))
-    for each in plain:
-        count: dict[str, Any] = {} if each.default is each.empty else {"nargs": "?"}
-        parser.add_argument(each.name, type=str, help=_argument(call, each.name), **count)
-    parser.take(call, skip=[*skip, *(p.name for p in [*plain, *must]), *_composed(call)])
-    return parser
+def positional_parameters(parameters: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]:
+    """The parameters of a command that are typed without a flag; METHOD is part of the command."""
+    return [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in ("method", "out")]
 
 
-def _must(call: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The parameters of a command whose flags must be given."""
-    typed = {*_composed(call), *(p.name for p in positional(call))}
-    return [p for p in inspect.signature(call).parameters.values() if p.default is p.empty and p.name not in typed]
+def _required_flags(parameters: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]:
+    composed = {"arguments", "settings", "runtime"}
+    flags = [p for p in parameters.values() if (p.kind is p.KEYWORD_ONLY or p.name == "out") and p.name not in composed]
+    return [p for p in flags if p.default is p.empty]
 
 
-def _composed(call: Callable[..., Any]) -> list[str]:
-    parameters = inspect.signature(call).parameters.values()
-    return [p.name for p in parameters if p.name in _COMPOSED and p.kind is p.KEYWORD_ONLY]
+def _usage(parameters: Mapping[str, inspect.Parameter]) -> str:
+    positional = [
+        p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in positional_parameters(parameters)
+    ]
+    return " ".join([*positional, *(f"--{p.name} DIR" for p in _required_flags(parameters)), "[settings]"])
 
 
-def _first_line(call: Callable[..., Any]) -> str:
-    return (inspect.getdoc(call) or "").partition("\n")[0]
+class CommandParser:
+    """The parser of one command, and of one method if the command has methods."""
+
+    def __init__(self, name: str, method: RegisteredMethod | None = None) -> None:
+        self.name, self.command = name, COMMANDS[name]
+        self.function: Callable[..., Any] = import_object(self.command.function)
+        self.parameters = inspect.signature(self.function).parameters
+        self.hints = typing.get_type_hints(self.function)
+        self.method: Any = None if method is None else method.load()
+        self.method_name = None if method is None else method.name
+        self.presets: Mapping[str, Any] = (
+            import_object(self.command.presets) if self.command.presets else getattr(self.method, "presets", {})
+        )
+        needs = self.method.needs if name == "fit" else frozenset()
+        self.trains_images = "diffusion" in needs and self.method.diffusion_of == "images"
+        self.unused = {"preset"}
+        if name == "fit":
+            self.unused |= set() if "diffusion" in needs else {"diffusion", "link"}
+            self.unused |= set() if self.trains_images else {"model", "training"}
+            self.unused |= set() if "classifier" in needs else {"classifier", *_NETWORK_FLAGS["classifier"]}
+        elif self.method is not None and len(self.method.stages) == 1:
+            self.unused |= {"stage"}
+        self.groups = {
+            key: config for key in self.parameters if key not in self.unused and (config := self._dataclass_of(key))
+        }
+        self.parser = self._build(method)
+        self._apply_presets(self.parser.get_defaults())
+
+    def _dataclass_of(self, parameter: str) -> type | None:
+        """The dataclass whose fields are the flags of a parameter; None: the parameter is a flag."""
+        if parameter == "runtime":
+            return Runtime
+        hint = self.hints[parameter]
+        return next((each for each in (hint, *typing.get_args(hint)) if is_dataclass(each)), None)
+
+    def _build(self, method: RegisteredMethod | None) -> Parser:
+        name = self.name if method is None else f"{self.name} {method.name}"
+        description = self.command.summary if method is None else method.description
+        parser = Parser(f"farout {name}", self.command.usage or _usage(self.parameters), description)
+        docs = docstring_parser.parse(inspect.getdoc(self.function) or "").params
+        help_of = {entry.arg_name: " ".join((entry.description or "").split()) for entry in docs}
+        required, positional = _required_flags(self.parameters), positional_parameters(self.parameters)
+        for parameter in required:
+            parser.add_argument(f"--{parameter.name}", type=str, required=True, help=help_of[parameter.name])
+        for parameter in positional:
+            count = {} if parameter.default is parameter.empty else {"nargs": "?"}
+            parser.add_argument(parameter.name, type=str, help=help_of[parameter.name], **count)
+        if self.presets:
+            text = _PRESET_HELP.format(what="settings to start from", names=", ".join(self.presets))
+            default = "tiny" if self.command.presets else None
+            parser.add_argument("--preset", type=str, default=default, help=text)
+        if self.trains_images:
+            names = ", ".join(import_object(COMMANDS["train diffusion"].presets))
+            text = _PRESET_HELP.format(what="settings of the diffusion model, if one is trained", names=names)
+            parser.add_argument("--network-preset", type=str, default=self.method.network_preset, help=text)
+        added = {each.name for each in (*required, *positional)}
+        parser.add_parameters(self.function, skip=added | self.unused | {"method", "arguments", *self.groups})
+        if self.method is not None:
+            nested = {key: value for key, value in self.method().config.items() if is_dataclass(value)}
+            parser.add_parameters(self.method, skip=nested)
+            for key, value in nested.items():
+                parser.add_parameters(type(value), prefix=key)
+            parser.set_defaults(flatten_config(nested))  # a method may have other defaults than the dataclass
+        for key, config in self.groups.items():
+            parser.add_parameters(config, skip=self._skipped_fields(key), prefix=key if key in _PREFIXED else "")
+        if self.hints.get("runtime") not in (None, Runtime):
+            owner = "benchmark" if self.name == "bench" else "detector"
+            for action in map(parser.action_of, self._flags_of("runtime")):
+                action.default = argparse.SUPPRESS
+                action.help = f"{(action.help or '').removesuffix('.')}; default: that of the {owner}"
+        if self.name.startswith("train "):
+            for setting, short in _SHORT_FORMS.items():
+                if setting.partition(".")[0] in self.groups:
+                    parser.add_short_form(setting, short)
+        return parser
+
+    def _skipped_fields(self, key: str) -> set[str]:
+        """The fields of a group that are not flags of the command."""
+        if key == "settings":
+            return {"network", "training", "runtime"} | (self.unused & set(_NETWORK_FLAGS["classifier"]))
+        return {"training": {"seed"}, "runtime": set(self.command.unused_runtime)}.get(key, set())
+
+    def _flags_of(self, key: str) -> list[str]:
+        """The fields of a group without prefix that are flags."""
+        names = [each.name for each in fields(self.groups[key])]
+        return [name for name in names if name not in self._skipped_fields(key)]
+
+    def parse(self, given: Sequence[str] | Mapping[str, Any]) -> ParsedCommand:
+        """Parses words, or settings by name."""
+        defaults = self.parser.get_defaults()
+        chosen = self.parser.parse(given, partial=True)
+        if self.name == "fit":
+            _check_network_flags(vars(chosen.as_flat()), vars(defaults.as_flat()))
+        self._apply_presets(chosen)
+        if "exposure" in self.groups:
+            # settings of the preset that the chosen loss does not use
+            values = self.parser.instantiate(self.parser.parse(given, partial=True))
+            unused = values["exposure"].idle(values["outliers"] is not None, values["reconstructions"] is not None)
+            self.parser.set_defaults({f"exposure.{name}": default for name, default in unused.items()})
+        parsed = self.parser.parse(given)
+        parsed.pop("config", None)
+        settings = vars(parsed.as_flat())
+        _check_numbers(settings)
+        arguments = self._arguments(dict(self.parser.instantiate(parsed)))
+        if self.method is not None:
+            self.method(**arguments["arguments"])  # raises for values out of range
+        if self.command.check:
+            import_object(self.command.check)(**arguments)
+        return ParsedCommand(self.function, arguments, {name: _to_json(value) for name, value in settings.items()})
+
+    def _apply_presets(self, chosen: Any) -> None:
+        """Makes the settings of the chosen presets the defaults."""
+        if self.trains_images:
+            presets = import_object(COMMANDS["train diffusion"].presets)
+            self.parser.set_defaults(_preset_flags(presets, chosen["network_preset"]))
+        if self.command.presets:
+            self.parser.set_defaults(_preset_flags(self.presets, chosen["preset"]))
+        elif self.presets and chosen["preset"] is not None:
+            if chosen["preset"] not in self.presets:
+                hint = suggest_names(chosen["preset"], self.presets)
+                raise UsageError(f"{self.method.__name__} has no preset {chosen['preset']!r}; {hint}")
+            self.parser.set_defaults(flatten_config(self.method.from_preset(chosen["preset"]).config))
+
+    def _arguments(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the function from the values of the flags."""
+        arguments: dict[str, Any] = {}
+        for key in self.groups:
+            if key in _PREFIXED:
+                arguments[key] = values.pop(key)
+                continue
+            given = {name: values.pop(name) for name in self._flags_of(key) if name in values}
+            arguments[key] = self.groups[key](**given) if is_dataclass(self.hints[key]) else given
+        if self.method is not None:
+            arguments["method"] = self.method_name
+            arguments["arguments"] = {key: values.pop(key) for key in self.method().config}
+        values.pop("network_preset", None)
+        if "preset" not in self.parameters:
+            values.pop("preset", None)
+        return {**arguments, **values}
 
 
-def _argument(call: Callable[..., Any], name: str) -> str:
-    """What the docstring says of a parameter."""
-    found = re.search(rf"^ {{4}}{name}: (.+(?:\n {{8,}}.+)*)", inspect.getdoc(call) or "", re.MULTILINE)
-    return " ".join(found[1].split()) if found else ""
+def _preset_flags(presets: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings of a training preset by flag."""
+    if name not in presets:
+        raise UsageError(f"there is no training preset {name!r}; {suggest_names(name, presets)}")
+    return {f"{part}.{key}": value for part, values in presets[name].items() for key, value in values.items()}
 
 
-def _add_runtime(parser: Parser) -> None:
-    """The runtime's flags for what makes images; features, which are cached, are for detectors."""
-    parser.take(Runtime, skip=["cache"])
+def _check_network_flags(chosen: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raises UsageError for settings of the training of a network that is given."""
+    for network, parts in _NETWORK_FLAGS.items():
+        changed = [key for key in chosen if key.partition(".")[0] in parts and chosen[key] != defaults.get(key)]
+        if chosen.get(network) is not None and changed:
+            flag = changed[0].replace("_", "-")
+            raise UsageError(f"--{flag} has no effect with --{network}, which is not trained; leave one out")
 
 
-def _values(parser: Parser, parsed: Any) -> dict[str, Any]:
-    parsed.pop("config", None)
-    _refuse_nonsense(vars(parsed.as_flat()))
-    return dict(parser.instantiate_classes(parsed))
-
-
-def _refuse_nonsense(settings: Mapping[str, Any]) -> None:
-    """Raises UsageError for what is no number, which is neither below nor above a bound, and for a seed below 0."""
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    """Raises UsageError for NaN, which is neither below nor above a bound, and for a negative seed."""
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
         if any(each != each for each in (value if isinstance(value, list | tuple) else [value])):
@@ -185,187 +283,8 @@ def _refuse_nonsense(settings: Mapping[str, Any]) -> None:
             raise UsageError(f"{flag} must be 0 or more, got {value}")
 
 
-def _training_preset(name: str, presets: Mapping[str, Any] = PRESETS) -> dict[str, Any]:
-    """Flags of a training preset."""
-    if name not in presets:
-        raise UsageError(f"there is no training preset {name!r}; {suggest_names(name, presets)}")
-    return {f"{part}.{key}": value for part, values in presets[name].items() for key, value in values.items()}
-
-
-def _method_preset(method: Any, name: str | None) -> dict[str, Any]:
-    """Flags of a detector's preset."""
-    if name is None:
-        return {}
-    if name not in method.presets:
-        raise UsageError(f"{method.__name__} has no preset {name!r}; {suggest_names(name, method.presets)}")
-    return flat(method.from_preset(name).config)
-
-
-def _add_training(
-    parser: Parser, flag: str, preset: str, configs: Mapping[str, type], presets: Mapping[str, Any] = PRESETS
-) -> None:
-    what = "settings to start from" if flag == "preset" else "settings of the diffusion model, if one is trained"
-    text = f"{what}: {', '.join(presets)}; other flags override them"
-    parser.add_argument(f"--{flag}", type=str, default=preset, help=text)
-    for part, config in configs.items():
-        parser.take(config, part)
-    parser.take(TrainingConfig, "training", skip=["seed"])  # --seed is the command's own
-    parser.set_defaults(_training_preset(preset, presets))
-
-
-def _train(name: str, call: Callable[..., Any], words: Sequence[str]) -> functools.partial[Any]:
-    """A training: its presets lie under YAML and flags, and may be named in either."""
-    configs, presets = _TRAININGS[call]
-    parser = _train_parser(name, call)
-    short = _short(configs)
-    words = [_long(word, short) for word in words]
-    parser.set_defaults(_training_preset(parser.glance(words).preset, presets))
-    if "exposure" in configs:
-        _drop_idle(parser, words)
-    values = _values(parser, parser.read(words))
-    values.pop("preset")
-    if "exposure" in values:
-        values["exposure"].resolved(values["outliers"] is not None, values["reconstructions"] is not None)
-    return functools.partial(call, **values)
-
-
-def _train_parser(name: str, command: Callable[..., Any]) -> Parser:
-    configs, presets = _TRAININGS[command]
-    short = _short(configs).items()
-    told = [f"--{flag.replace('_', '-')} for --{part}.{flag.replace('_', '-')}" for flag, part in short]
-    parser = _parser(name, command, about=f"{_first_line(command)} Short forms: {', '.join(told)}.")
-    _add_training(parser, "preset", "tiny", configs, presets)
-    return parser
-
-
-def _short(configs: Mapping[str, type]) -> dict[str, str]:
-    """The settings of a training that may be written without the part that they belong to, and that part."""
-    return {flag: part for flag, part in _SHORT.items() if part in (*configs, "training")}
-
-
-def _drop_idle(parser: Parser, words: Sequence[str]) -> None:
-    """Another loss than the preset's makes nothing of the preset's settings of that; what the words say stays."""
-    read = _values(parser, parser.glance(words))
-    idle = read["exposure"].idle(read["outliers"] is not None, read["reconstructions"] is not None)
-    parser.set_defaults({f"exposure.{name}": default for name, default in idle.items()})
-
-
-def _long(word: str, short: Mapping[str, str]) -> str:
-    """--device, --precision and --batch-size mean the same in every command; in training they are nested."""
-    flag, equals, value = word.partition("=")
-    part = short.get(flag.removeprefix("--").replace("-", "_")) if flag.startswith("--") else None
-    return word if part is None else f"--{part}.{flag.removeprefix('--')}{equals}{value}"
-
-
-@dataclass(frozen=True)
-class _Methods:
-    """A command whose first word is a METHOD: the constructor's arguments are flags beside the command's own."""
-
-    registry: Registry
-    call: Callable[..., Any]
-    parser: Callable[[RegisteredMethod, Any], Parser]
-    parse: Callable[[RegisteredMethod, Any, Sequence[str]], functools.partial[Any]]
-
-
-def _chosen(name: str, words: Sequence[str]) -> RegisteredMethod:
-    """The METHOD that comes first; exits after --help with the list of methods."""
-    command = _METHODS[name]
-    known = command.registry
-    if words and not words[0].startswith("-"):
-        return known[words[0]]
-    wanted = " ".join(["METHOD SOURCE", *(f"--{p.name} DIR" for p in _must(command.call))])
-    if {"-h", "--help"} & set(words):
-        print(f"usage: farout {name} {wanted} [settings]\n\n{_first_line(command.call)}\n\nmethods:")
-        print(*(f"  {each:<18}{member.description}" for each, member in known.items()), sep="\n")
-        print(f"\n`farout {name} METHOD --help` shows the settings.")
-        raise SystemExit(0)
-    raise UsageError(f"expected `farout {name} {wanted}`; methods: {', '.join(known)}")
-
-
-def _fit(member: RegisteredMethod, method: Any, words: Sequence[str]) -> functools.partial[Any]:
-    parser = _fit_parser(member, method)
-    chosen = parser.glance(words)
-    _refuse_idle(chosen, parser.glance([]))
-    network = _training_preset(chosen.network_preset) if _trains_on_images(method) else {}
-    parser.set_defaults({**network, **_method_preset(method, chosen.preset)})
-    values = _values(parser, parser.read(words))
-    method(**{key: values[key] for key in method().config})  # refuses what is out of range
-    return functools.partial(_call_fit, member.name, method, values)
-
-
-def _refuse_idle(chosen: Any, plain: Any) -> None:
-    """Raises UsageError for settings of a training, other than the plain ones, where the network is given."""
-    given, defaults = vars(chosen.as_flat()), vars(plain.as_flat())
-    for network, parts in _TRAINED.items():
-        idle = [n for n in given if n.partition(".")[0] in parts and given[n] != defaults[n]]
-        if given[network] is not None and idle:
-            flag = idle[0].replace("_", "-")
-            raise UsageError(f"--{flag} has no effect with --{network}, which is not trained; leave one out")
-
-
-def _fit_parser(member: RegisteredMethod, method: Any) -> Parser:
-    parser = _method_parser(f"fit {member.name}", commands.fit, member, method)
-    parser.take(FitSettings, skip=_not_flags(method))
-    parser.take(Runtime)
-    if _trains_on_images(method):
-        _add_training(parser, "network_preset", method.network_preset, {"model": DiffusionConfig})
-    return parser
-
-
-def _method_parser(
-    name: str, call: Callable[..., Any], member: RegisteredMethod, method: Any, skip: Sequence[str] = ()
-) -> Parser:
-    parser = _parser(name, call, ["method", "preset", *skip], about=member.description)
-    known = ", ".join(method.presets) or "none"
-    parser.add_argument("--preset", type=str, help=f"settings to start from: {known}; other flags override them")
-    nested = {key: value for key, value in method().config.items() if is_dataclass(value)}
-    parser.take(method, skip=list(nested))
-    for key, settings in nested.items():
-        parser.take(type(settings), key)
-    # the method's own defaults, which need not be those of the class of settings
-    parser.set_defaults(flat(nested))
-    return parser
-
-
-def _not_flags(method: Any) -> tuple[str, ...]:
-    """Fields of FitSettings that are flags of their own, or nothing to this method."""
-    return _NOT_FLAGS if "classifier" in method.needs else (*_NOT_FLAGS, "classifier_preset", "classifier_steps")
-
-
-def _trains_on_images(method: Any) -> bool:
-    """Whether a diffusion model of images is trained where none is given: then its settings are flags."""
-    return "diffusion" in method.needs and method.diffusion_of == "images"
-
-
-def _call_fit(name: str, method: Any, values: dict[str, Any]) -> Any:
-    arguments = {key: values[key] for key in method().config}
-    settings = {key: values[key] for key in FitSettings.__dataclass_fields__ if key not in _not_flags(method)}
-    runtime = Runtime(**{key: values[key] for key in _RUNTIME})
-    networks = {"network": values["model"], "training": values["training"]} if "model" in values else {}
-    chosen = FitSettings(**settings, **networks, runtime=runtime)
-    rest = {key: values[key] for key in ("source", "out", "diffusion", "classifier", "link", "preset")}
-    source = rest.pop("source")
-    return commands.fit(name, source, **rest, settings=chosen, arguments=arguments)
-
-
-def _synthesize_parser(member: RegisteredMethod, method: Any) -> Parser:
-    skip = ["stage"] if len(method.stages) == 1 else []
-    parser = _method_parser(f"synthesize {member.name}", generation.synthesize, member, method, skip)
-    _add_runtime(parser)
-    return parser
-
-
-def _synthesize(member: RegisteredMethod, method: Any, words: Sequence[str]) -> functools.partial[Any]:
-    parser = _synthesize_parser(member, method)
-    parser.set_defaults(_method_preset(method, parser.glance(words).preset))
-    values = _values(parser, parser.read(words))
-    arguments = {key: values.pop(key) for key in method().config}
-    method(**arguments)  # refuses what is out of range
-    runtime = Runtime(**{key: values.pop(key) for key in _RUNTIME if key in values})
-    return functools.partial(generation.synthesize, member.name, **values, runtime=runtime, arguments=arguments)
-
-
-_METHODS = {
-    "fit": _Methods(DETECTORS, commands.fit, _fit_parser, _fit),
-    "synthesize": _Methods(SYNTHESIZERS, generation.synthesize, _synthesize_parser, _synthesize),
-}
+def _to_json(value: Any) -> Any:
+    """A value as JSON has it; JSON has no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return json.loads(json.dumps(value, default=str))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from typing import Any
 import yaml
 
 from farout.benchmark.job_graph import Job
-from farout.cli import parsers
-from farout.cli.command_table import COMMANDS, named_command
-from farout.cli.words import flags, settings_of, text
+from farout.cli.command_table import COMMANDS, find_command
+from farout.cli.flags import format_flags, format_value
+from farout.cli.parsers import ParsedCommand, command_parameters, parse_settings, positional_parameters
 from farout.core.errors import FaroutError, suggest_names
 from farout.data import catalog
 from farout.data.sources import open_source
@@ -83,12 +82,24 @@ class ChainStep:
 
     def command_line(self, folder: Path | None = None) -> list[str]:
         """The words to type after `farout`; with `folder`, names of results become paths in it."""
-        body = dict(self.body)
-        if folder is not None:
-            body = {key: self._resolve_names(folder, key, value) for key, value in body.items()}
-        typed = [p.name for p in _positional_settings(self.command) if body.get(p.name) is not None]
-        rest = [word for key, value in body.items() if key not in typed for word in flags(key, value)]
-        return [*self.name.split(), *(text(body[name]) for name in typed), *rest]
+        body = self._resolve_body(folder)
+        typed = [p.name for p in positional_parameters(command_parameters(self.command)) if p.name in body]
+        rest = [word for key, value in body.items() if key not in typed for word in format_flags(key, value)]
+        return [*self.name.split(), *(format_value(body[name]) for name in typed), *rest]
+
+    def parse(self, folder: Path | None = None, **more: Any) -> ParsedCommand:
+        """The parsed command, with `more` settings; with `folder`, names of results become paths in it."""
+        method = self.name.removeprefix(self.command).strip() or None
+        return parse_settings(self.command, {**self._resolve_body(folder), **more}, method)
+
+    @functools.cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """The value of every flag."""
+        return self.parse().settings
+
+    def _resolve_body(self, folder: Path | None) -> dict[str, Any]:
+        body = {key: value for key, value in self.body.items() if value is not None}
+        return body if folder is None else {key: self._resolve_names(folder, key, each) for key, each in body.items()}
 
     def _resolve_names(self, folder: Path, key: str, value: Any) -> Any:
         if key == "out":
@@ -99,16 +110,6 @@ class ChainStep:
             name, rest = _split_name(value, self.earlier_outs)
             return value if name is None else f"{folder / name}{rest}"
         return value
-
-    def parse(self, folder: Path | None = None, *more: str) -> functools.partial[Any]:
-        """The parsed command, with `more` words. Raises FaroutError as typing it would."""
-        words = self.command_line(folder)[len(self.command.split()) :]
-        return parsers.parse(self.command, [*words, *more])
-
-    @functools.cached_property
-    def settings(self) -> dict[str, Any]:
-        """All settings by flag, see `settings_of`."""
-        return settings_of(self.parse())
 
 
 def builtin_chains() -> dict[str, Path]:
@@ -165,7 +166,7 @@ def _read_step(number: int, item: Any, shared_source: Any, earlier: Sequence[Cha
     if not isinstance(settings, dict):
         raise FaroutError(f"{title} has the settings {settings!r}; expected settings by name, such as {_EXAMPLE}")
     body = {str(key).replace("-", "_"): value for key, value in settings.items()}
-    positional = _positional_settings(command)
+    positional = positional_parameters(command_parameters(command))
     if shared_source is not None and any(p.name == "source" for p in positional):
         body = {"source": shared_source, **body}
 
@@ -189,25 +190,16 @@ def _read_step(number: int, item: Any, shared_source: Any, earlier: Sequence[Cha
 
 def _find_command(name: str, title: str) -> str:
     """The command that a step's name starts with; raises FaroutError if there is none, or if it has no `out`."""
-    command = named_command(name.split())
-    allowed = [each for each in COMMANDS if each not in ("list", "chain") and "out" in _parameters(each)]
+    command = find_command(name.split())
+    allowed = [each for each in COMMANDS if each not in ("list", "chain") and "out" in command_parameters(each)]
     if command is None:
         raise FaroutError(f"{title}: there is no command {name!r}; {suggest_names(name, allowed)}")
     if command not in allowed:
         raise FaroutError(f"{title}: {command} has no out and cannot be a step; possible steps: {', '.join(allowed)}")
-    takes_method = "method" in _parameters(command)
+    takes_method = "method" in command_parameters(command)
     if len(name.split()) != len(command.split()) + takes_method:
         raise FaroutError(f"{title}: there is no command {name!r}; expected {command}{' METHOD' * takes_method}")
     return command
-
-
-def _parameters(command: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(parsers.function_of(command)).parameters
-
-
-def _positional_settings(command: str) -> list[inspect.Parameter]:
-    """The settings that are typed without a flag; the method is part of the step's name."""
-    return [p for p in parsers.positional(parsers.function_of(command)) if p.name != "method"]
 
 
 def _check_step(step: ChainStep, outs: Sequence[str]) -> None:

@@ -10,18 +10,20 @@ from typing import Any, ClassVar, Self
 
 from farout.core.errors import FaroutError
 
-__all__ = ["Configured", "flat"]
+__all__ = ["Configured", "flatten_config"]
 
 
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as flags name it: the fields of a nested one by its name, a dot, and theirs."""
-    found: dict[str, Any] = {}
+def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration with the fields of nested dataclasses as `name.field`, as they are named on the command
+    line.
+    """
+    flat: dict[str, Any] = {}
     for name, value in config.items():
         if is_dataclass(value):
-            found |= {f"{name}.{field.name}": getattr(value, field.name) for field in fields(value)}
+            flat |= {f"{name}.{field.name}": getattr(value, field.name) for field in fields(value)}
         else:
-            found[name] = value
-    return found
+            flat[name] = value
+    return flat
 
 
 class Configured:

@@ -16,6 +16,7 @@ __all__ = [
     "StoreError",
     "TrapWarning",
     "UnreadableImageError",
+    "UsageError",
     "check_options",
     "suggest_names",
 ]
@@ -39,6 +40,10 @@ class StoreError(FaroutError, ValueError):
 
 class MissingExtraError(FaroutError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class UsageError(FaroutError):
+    """Wrong usage of the command line: exit status 2."""
 
 
 class FaroutWarning(UserWarning):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from farout.detectors.settings import check_words
 from farout.features.encoding import FeatureEncoding
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
-
-if TYPE_CHECKING:
-    from farout.features.feature_diffusion import FeatureDiffusion
 
 __all__ = ["FeatureDetector", "VectorDetector"]
 
@@ -76,13 +73,15 @@ class FeatureDetector(Detector):
         assert self.features is not None
         return self.features
 
-    def check_backbone(self, model: FeatureDiffusion) -> None:
-        """Raises FaroutError for a diffusion model of another backbone's features."""
-        if model.backbone != self.backbone.content_hash:
-            hint = (
-                f"{self.backbone.name} (hash {self.backbone.content_hash[:8]}, the model requires {model.backbone[:8]})"
-            )
-            raise FaroutError(f"this model was trained on features of another backbone than {hint}; fit again")
+    def check_backbone(self, content_hash: str) -> None:
+        """Raises FaroutError if a diffusion model was trained on features of another backbone.
+
+        Args:
+            content_hash: content hash of the backbone that the model was trained with.
+        """
+        if content_hash != self.backbone.content_hash:
+            own = f"{self.backbone.name} (hash {self.backbone.content_hash[:8]}, the model requires {content_hash[:8]})"
+            raise FaroutError(f"this model was trained on features of another backbone than {own}; fit again")
 
     @property
     def batch_size(self) -> int:

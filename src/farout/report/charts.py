@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
-from sklearn.metrics import roc_curve
 
 from farout.detectors.plots import IN_DISTRIBUTION, OUT_OF_DISTRIBUTION, draw_score_histogram
 
@@ -95,6 +94,8 @@ def roc_points(id_scores: np.ndarray, ood_scores: np.ndarray, points: int = 64) 
     At most twice `points` vertices, evenly spaced along the curve, so that a page stays small.
     """
     is_ood = np.repeat([0, 1], [len(id_scores), len(ood_scores)])
+    from sklearn.metrics import roc_curve  # not needed for the page of `farout score`
+
     false_positive_rate, true_positive_rate, _ = roc_curve(is_ood, np.concatenate([id_scores, ood_scores]))
     nearest = np.searchsorted(false_positive_rate + true_positive_rate, np.linspace(0, 2, points) - 1e-9)
     # with the vertex before each: many images of one score make one long straight segment

@@ -15,7 +15,7 @@ from torch import Tensor
 from farout.classifiers.model import Classifier
 from farout.core import store
 from farout.core.chunking import blocks_with
-from farout.core.config import Configured, flat
+from farout.core.config import Configured, flatten_config
 from farout.core.devices import join_processes
 from farout.core.errors import FaroutError, SourceError
 from farout.core.progress import task
@@ -236,7 +236,7 @@ class Synthesizer(Configured, ABC):
         uses_classifier = context.classifier is not None and "classifier" in self.required_inputs
         return {
             "method": name,
-            "config": flat(self.config),
+            "config": flatten_config(self.config),
             "seed": context.seed,
             **describe_inputs(context.source, context.labels, context.diffusion, context.runtime),
             "classifier": context.classifier.content_hash if context.classifier and uses_classifier else None,

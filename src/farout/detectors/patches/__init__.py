@@ -229,7 +229,7 @@ class Patches(FeatureDetector):
         self.weights = equal_layers(model.encoding.groups).to(model.device)
 
     def _check(self, model: FeatureDiffusion) -> None:
-        self.check_backbone(model)
+        self.check_backbone(model.backbone)
         side = model.provenance.get("side")
         if side != self.config["side"] and "random_weights" not in model.provenance:
             what = "pooled features" if side is None else f"a grid of side {side}"

@@ -215,7 +215,7 @@ class Semantic(FeatureDetector):
         model = self.diffusion
         if model is None:
             return
-        self.check_backbone(model)
+        self.check_backbone(model.backbone)
         sampling.check_sampler(self.config["sampler"], self.levels, self.config["steps"], model.schedule)
         regret = self.regret and model.first is not None
         self._check_regret(regret)

@@ -1,0 +1,40 @@
+"""`farout calibrate`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from farout.core import store
+from farout.detectors.base import Detector, load
+from farout.detectors.fitting import recalibrate
+
+__all__ = ["calibrate"]
+
+
+def calibrate(
+    detector: str,
+    source: str,
+    *,
+    out: str | None = None,
+    limit: int | None = None,
+    alpha: float | None = None,
+    policy: Literal["raise", "skip"] = "raise",
+    runtime: dict[str, Any],
+) -> Detector:
+    """Recompute a detector's p-values from other normal images, without training.
+
+    Args:
+        detector: folder of a fitted detector.
+        source: normal images: a named set, folder, glob, file, or hf://owner/name:split; images used in the fit are
+            left out.
+        out: folder of the recalibrated detector; default: replace the given one.
+        limit: use a seeded random sample of this many images; default: all.
+        alpha: new false-alarm rate; default: that of the fit.
+        policy: what to do with an unreadable image: `raise` an error, or `skip` it.
+        runtime: runtime settings that replace those of the fit.
+    """
+    if out is not None:
+        store.check_replaceable(out, "detector")
+    recalibrated = recalibrate(load(detector, **runtime), source, limit=limit, alpha=alpha, policy=policy)
+    recalibrated.save(out or detector)
+    return recalibrated

@@ -1,0 +1,33 @@
+"""`farout demo`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from farout.benchmark.demo import demo as run_demo
+from farout.cli.commands.evaluate import print_metrics
+
+__all__ = ["demo", "print_tables"]
+
+
+def demo(
+    *, out: str = "farout-demo", steps: int = 100, limit: int = 100, images: int | None = None, seed: int = 0
+) -> Iterator[pd.DataFrame]:
+    """Fit and evaluate two detectors on the built-in sample, in a few minutes.
+
+    Args:
+        out: folder of the demo's models and results.
+        steps: number of training steps of the diffusion model.
+        limit: number of images scored per set.
+        images: number of sample images to fit the detector on; default: 1,000.
+        seed: seed of all samples, weights and noise.
+    """
+    return run_demo(out, steps=steps, limit=limit, images=images, seed=seed)
+
+
+def print_tables(tables: Iterator[pd.DataFrame]) -> None:
+    """Prints each evaluation when it is finished."""
+    for table in tables:
+        print_metrics(table)

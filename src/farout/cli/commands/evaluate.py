@@ -1,0 +1,119 @@
+"""`farout evaluate`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from farout.cli.tables import new_table, print_table
+from farout.core.errors import FaroutError
+from farout.detectors.base import load
+from farout.evaluation.comparison import Beside
+from farout.evaluation.evaluate import evaluate_detector, evaluate_scores
+from farout.evaluation.scored_datasets import OWN
+
+__all__ = ["check_settings", "evaluate", "print_metrics"]
+
+_COLUMN_TITLES = {"fpr95": "FPR95", "false_alarm": "false alarms", "detection": "detected", "images_per_s": "img/s"}
+"""Columns printed next to detector, set and AUROC; metrics.csv has all columns."""
+
+
+def evaluate(
+    detector: str | None = None,
+    *,
+    id: str | None = None,
+    ood: Sequence[str] = (),
+    scores: Sequence[str] = (),
+    out: str | None = None,
+    limit: int | None = None,
+    companions: bool = True,
+    controls: bool = True,
+    random_control: bool = False,
+    reference: str | None = None,
+    control_limit: int | None = 1000,
+    ood_draws: int = 0,
+    runtime: dict[str, Any],
+) -> pd.DataFrame:
+    """Evaluate a detector, or given scores, on out-of-distribution images.
+
+    Args:
+        detector: folder of a fitted detector.
+        id: in-distribution images that were not used in the fit.
+        ood: one or more sources of out-of-distribution images.
+        scores: evaluate score tables instead of a detector: the in-distribution file first, then the
+            out-of-distribution files.
+        out: folder of the results.
+        limit: use a seeded random sample of this many images of each source; default: all.
+        companions: also evaluate the detector's standard baselines.
+        controls: also evaluate trivial baselines (color, PNG size, edges, JPEG blocks).
+        random_control: also evaluate the same detector with random weights.
+        reference: images to fit the trivial baselines on; default: those of the detector's fit.
+        control_limit: maximum number of images to fit the trivial baselines on.
+        ood_draws: also write OUT/draws.csv: metrics over this many random draws with one out-of-distribution image per
+            five in-distribution images, as in many papers; 0: off.
+        runtime: runtime settings that replace those of the fit.
+    """
+    if scores:
+        return evaluate_scores(scores, out)
+    if detector is None or id is None or not ood or out is None:
+        raise FaroutError("evaluate requires DETECTOR --id SOURCE --ood SOURCE... --out DIR, or --scores FILE FILE...")
+    return evaluate_detector(
+        load(detector, **runtime),
+        id,
+        ood,
+        out,
+        limit=limit,
+        beside=Beside(companions, controls, random_control, reference, control_limit),
+        ood_draws=ood_draws,
+    )
+
+
+def check_settings(
+    *,
+    detector: str | None,
+    id: str | None,
+    ood: Sequence[str],
+    scores: Sequence[str],
+    out: str | None,
+    runtime: Mapping[str, Any],
+    **others: Any,
+) -> None:
+    """Raises FaroutError for score tables together with settings of a detector's evaluation, and for missing
+    settings.
+    """
+    if scores:
+        if detector is not None or id is not None or ood:
+            raise FaroutError("--scores evaluates score tables; leave out the detector, --id and --ood")
+        parameters = inspect.signature(evaluate).parameters
+        unused = [*runtime, *(name for name, value in others.items() if value != parameters[name].default)]
+        if unused:
+            raise FaroutError(f"with --scores, {', '.join(unused)} has no effect; leave it out")
+    elif detector is None or id is None or not ood or out is None:
+        raise FaroutError("evaluate requires DETECTOR --id SOURCE --ood SOURCE... --out DIR, or --scores FILE FILE...")
+
+
+def print_metrics(frame: pd.DataFrame) -> None:
+    """Prints the evaluation of each detector's own score: AUROC with its interval, FPR95, and the share of flagged
+    in-distribution images (false alarms) and out-of-distribution images (detected).
+    """
+    own = frame[frame["indicator"] == OWN]
+    columns = [column for column in _COLUMN_TITLES if own[column].notna().any()]
+    table = new_table()
+    table.add_column("detector", no_wrap=True)
+    table.add_column("out-of-distribution", overflow="fold")
+    for title in ("AUROC (95 %)", *(_COLUMN_TITLES[column] for column in columns)):
+        table.add_column(title, no_wrap=True)
+    for row in own.to_dict("records"):
+        auroc = f"{row['auroc']:.3f} ({row['auroc_low']:.3f}-{row['auroc_high']:.3f})"
+        numbers = [f"{row[column]:.{1 if column == 'images_per_s' else 3}f}" for column in columns]
+        table.add_row(str(row["detector"]), str(row["ood"]), auroc, *numbers)
+    print_table(table)
+    for pair in frame.attrs.get("paired", []):
+        if pair["difference"] == pair["difference"]:  # not NaN
+            interval = f"{pair['difference']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})"
+            print(f"AUROC difference {pair['first']} - {pair['second']}, {pair['ood']}: {interval}")
+    for path in frame.attrs.get("paths", []):
+        print(path)

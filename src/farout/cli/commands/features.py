@@ -1,0 +1,78 @@
+"""`farout features extract`, `list` and `clear`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from farout.cli.tables import new_table, print_table
+from farout.features.cache import CachedFeatureSet, cache_folder, clear_cache, list_cached_features
+from farout.features.extraction import Extraction
+
+__all__ = [
+    "clear_features",
+    "list_features",
+    "print_deleted_features",
+    "print_extraction",
+    "print_stored_features",
+]
+
+
+def list_features() -> list[CachedFeatureSet]:
+    """List the stored features."""
+    return list_cached_features()
+
+
+def clear_features(name: str | None = None) -> list[CachedFeatureSet]:
+    """Delete stored features.
+
+    Args:
+        name: folder to delete, as `farout features list` shows it; default: all.
+    """
+    return clear_cache(name)
+
+
+def print_extraction(extraction: Extraction) -> None:
+    """Prints counts, the reasons of up to five unreadable images, the folder and the speed."""
+    unreadable = f", {len(extraction.unreadable)} unreadable" if extraction.unreadable else ""
+    print(f"{extraction.source}: {extraction.computed} computed, {extraction.found} already stored{unreadable}")
+    for key, reason in list(extraction.unreadable.items())[:5]:
+        print(f"  {key}: {reason}")
+    print(f"  {extraction.folder}")
+    images = extraction.computed + extraction.found
+    print(f"  {extraction.seconds:.1f} s, {images / max(extraction.seconds, 1e-9):.1f} images/s")
+
+
+def print_stored_features(sets: list[CachedFeatureSet]) -> None:
+    """Prints one row per set of features."""
+    folder = cache_folder() / "features"
+    if not sets:
+        print(f"no features are stored in {folder}; `farout features extract SOURCE` computes them")
+        return
+    table = new_table()
+    table.add_column("name", no_wrap=True)
+    for title in ("backbone and layers", "weights", "size", "protocol", "precision"):
+        table.add_column(title, overflow="fold")
+    for title in ("images", "MiB"):
+        table.add_column(title, no_wrap=True, justify="right")
+    for each in sets:
+        table.add_row(each.folder.name, *_describe_settings(each.settings), str(each.images), f"{each.mib:.1f}")
+    print_table(table)
+    print(f"{sum(each.mib for each in sets):.1f} MiB in {folder}")
+
+
+def _describe_settings(settings: dict[str, Any]) -> list[str]:
+    """Backbone, weights, input size, protocol with native size, and precision with device; `?` for unknown ones."""
+    about, preprocessing = settings.get("about", {}), settings.get("preprocessing", {})
+    backbone = " ".join(map(str, [about.get("backbone", "?"), *about.get("layers", [])]))
+    origin, _, rest = str(about.get("weights", "?")).partition(" ")
+    weights = f"file {Path(rest).name}" if origin == "file" else origin.rstrip(",")
+    protocol = f"{preprocessing.get('protocol', '?')} {'x'.join(map(str, preprocessing.get('native', [])))}".strip()
+    precision = f"{settings.get('precision', '?')} {settings.get('device', '')}".strip()
+    return [backbone, weights, str(about.get("input", "?")), protocol, precision]
+
+
+def print_deleted_features(sets: list[CachedFeatureSet]) -> None:
+    """Prints the number and size of the deleted folders."""
+    images, mib = sum(each.images for each in sets), sum(each.mib for each in sets)
+    print(f"deleted {len(sets)} feature folders ({images} images, {mib:.1f} MiB) from {cache_folder()}")

@@ -1,0 +1,76 @@
+"""`farout fit`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from farout.core import store
+from farout.core.devices import num_processes
+from farout.core.errors import FaroutError
+from farout.core.runtime import Runtime
+from farout.detectors import DETECTORS
+from farout.detectors.base import Detector
+from farout.detectors.fit_settings import FitSettings
+from farout.diffusion.config import DiffusionConfig
+from farout.training.checkpoints import discard_checkpoints, training_folder
+from farout.training.config import TrainingConfig
+
+__all__ = ["fit", "print_detector"]
+
+
+def fit(
+    method: str,
+    source: str,
+    *,
+    out: str,
+    diffusion: str | None = None,
+    classifier: str | None = None,
+    link: bool = False,
+    preset: str | None = None,
+    arguments: dict[str, Any],
+    settings: FitSettings,
+    runtime: Runtime,
+    model: DiffusionConfig | None = None,
+    training: TrainingConfig | None = None,
+) -> Detector:
+    """Fit a detector to normal images.
+
+    Args:
+        method: name of the detector, see `farout list detectors`.
+        source: normal images: a named set, folder, glob, file, or hf://owner/name:split.
+        out: folder of the detector.
+        diffusion: folder of a diffusion model, or hf://owner/name, for methods that use one; default: train one.
+        classifier: folder of a classifier, for methods that use one; default: train one, on images with labels.
+        link: store the path of the diffusion model instead of a copy.
+        preset: preset that `arguments` started from.
+        arguments: settings of the method.
+        settings: settings of the fit.
+        runtime: how networks are run.
+        model: settings of the diffusion model that is trained if none is given.
+        training: settings of that training.
+    """
+    if link and (diffusion is None or diffusion.startswith("hf://")):
+        raise FaroutError("--link requires --diffusion FOLDER: there is no model folder to link to")
+    if num_processes() > 1:
+        raise FaroutError("fit runs in one process; to train in several, use `farout train diffusion` first")
+    store.check_replaceable(out, "detector")
+    detector: Detector = DETECTORS[method].load()(**arguments)
+    detector.provenance["preset"] = preset or ""
+    checkpoints = settings.checkpoints or training_folder(out)
+    settings = replace(settings, checkpoints=checkpoints, runtime=runtime, network=model, training=training)
+    started = time.perf_counter()
+    detector.fit(source, diffusion, classifier, **vars(settings))
+    detector.provenance["fit_s"] = round(time.perf_counter() - started, 1)
+    detector.save(out, link=Path(str(diffusion)) if link else None)
+    discard_checkpoints(checkpoints, training or TrainingConfig())
+    return detector
+
+
+def print_detector(detector: Detector) -> None:
+    """Prints the number of images that the detector was fitted on, its score and its false-alarm rate."""
+    about = detector.describe()
+    counts = f"{about['statistics_images']} statistics and {about['calibration_images']} calibration images"
+    print(f"{about['method']} fitted: {counts}, score {detector.score_name}, alpha {detector.alpha}")

@@ -1,0 +1,31 @@
+"""`farout train classifier`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from farout.classifiers.model import Classifier
+from farout.classifiers.outlier_exposure import Exposure, counted_classes
+
+__all__ = ["check_settings", "print_classifier"]
+
+
+def check_settings(*, exposure: Exposure, outliers: str | None, reconstructions: str | None, **others: Any) -> None:
+    """Raises FaroutError for outliers without a loss that uses them, and the reverse."""
+    exposure.resolved(outliers is not None, reconstructions is not None)
+
+
+def print_classifier(classifier: Classifier) -> None:
+    """Prints the numbers of training images, classes and parameters, and the accuracy on held-out images."""
+    about = classifier.provenance
+    images = f"trained on {about['images']} images" if "images" in about else "given weights used without training"
+    print(f"{images}, {counted_classes(classifier)}, {classifier.parameters:,} parameters")
+    for kind in ("outliers", "reconstructions"):
+        if kind in about:
+            print(f"{about[kind]['images']} {kind} from {about[kind]['source']}, loss {about['exposure']['loss']}")
+    # only the first of several processes measures the accuracy
+    if "held_out_accuracy" in about:
+        print(f"accuracy {about['held_out_accuracy']:.3f} on {about['held_out_images']} held-out images")
+    elif "possibly_seen_accuracy" in about:
+        count = f"{about['possibly_seen_images']} images (which the given weights may have seen)"
+        print(f"accuracy {about['possibly_seen_accuracy']:.3f} on {count}")

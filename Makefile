@@ -32,9 +32,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The page of commands, then the site in site/; warnings are errors.
+# The generated pages, then the site in site/; warnings are errors.
 docs: $(VENV)/.installed-dev
 	$(BIN)/python tools/make_commands.py
+	$(BIN)/python tools/make_tutorials.py
 	$(BIN)/python tools/build_site.py
 
 $(VENV)/.installed: pyproject.toml

@@ -1,4 +1,4 @@
-"""Inversion of images into class vectors: many at once against one by one, and what fewer, stratified draws cost.
+"""InversionConfig of images into class vectors: many at once against one by one, and what fewer, stratified draws cost.
 
     FAROUT_DATA=… python benchmarks/embedding.py networks/ --count 32
 
@@ -23,15 +23,15 @@ from farout.core.runtime import Runtime
 from farout.data.batching import batches
 from farout.data.classes import class_numbers
 from farout.diffusion.model import DiffusionModel
-from farout.synthesis.ncis.inversion import Inversion, Inverter
+from farout.synthesis.ncis.inversion import InversionConfig, Inverter
 
-REFERENCE = Inversion(steps=3, draws=128)
+REFERENCE = InversionConfig(steps=3, draws=128)
 CASES = {
-    "K = 32": Inversion(steps=3, draws=32, stratified=False),
-    "K = 32, stratified": Inversion(steps=3, draws=32),
-    "K = 8": Inversion(steps=3, stratified=False),
-    "K = 8, stratified": Inversion(steps=3),
-    "K = 8, stratified, 10 steps": Inversion(),
+    "K = 32": InversionConfig(steps=3, draws=32, stratified=False),
+    "K = 32, stratified": InversionConfig(steps=3, draws=32),
+    "K = 8": InversionConfig(steps=3, stratified=False),
+    "K = 8, stratified": InversionConfig(steps=3),
+    "K = 8, stratified, 10 steps": InversionConfig(),
 }
 
 
@@ -46,17 +46,17 @@ class Trial:
         self.labels = class_numbers(source, model.conditioning.class_names)
         self.start = model.conditioning.class_vectors()[self.labels]
 
-    def inverter(self, inversion: Inversion, rows: int, seed: int = 0) -> Inverter:
+    def inverter(self, inversion: InversionConfig, rows: int, seed: int = 0) -> Inverter:
         return Inverter(self.model, inversion, seed, Runtime(precision="fp32").resolved())
 
-    def together(self, inversion: Inversion) -> tuple[Tensor, float]:
+    def together(self, inversion: InversionConfig) -> tuple[Tensor, float]:
         """Vectors, and seconds an image: many in an optimiser, calls of 32 rows or K."""
         inverter = self.inverter(inversion, max(32, inversion.draws))
         started = time.perf_counter()
         vectors, _ = inverter(self.x0, self.labels, self.keys)
         return vectors, (time.perf_counter() - started) / len(self.keys)
 
-    def one_by_one(self, inversion: Inversion) -> tuple[Tensor, float]:
+    def one_by_one(self, inversion: InversionConfig) -> tuple[Tensor, float]:
         """The same with an optimiser for each image, and calls of K rows."""
         inverter = self.inverter(inversion, inversion.draws)
         started = time.perf_counter()
@@ -67,8 +67,8 @@ class Trial:
 
     def loss(self, vectors: Tensor) -> Tensor:
         """Of each image, on draws of another seed."""
-        inverter = self.inverter(Inversion(draws=32, stratified=True), 32, seed=1)
-        return inverter.slopes(self.x0, vectors, self.start, self.keys, 0)[0]
+        inverter = self.inverter(InversionConfig(draws=32, stratified=True), 32, seed=1)
+        return inverter.loss_and_gradient(self.x0, vectors, self.start, self.keys, 0)[0]
 
 
 def rows(trial: Trial) -> list[list[str]]:

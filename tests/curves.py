@@ -9,7 +9,7 @@ from torch import Tensor
 from farout.synthesis.ncis.manifold import Manifold, ManifoldConfig, fit_manifold
 
 DIM = 6
-SHORT = ManifoldConfig(steps=12, batch_size=64, validations=3, draws=40, kept=4, device="cpu")
+SHORT = ManifoldConfig(steps=12, batch_size=64, validations=3, candidates=40, kept=4, device="cpu")
 
 
 def curved(count: int, seed: int, noise: float = 0.03) -> tuple[Tensor, Tensor]:

@@ -16,16 +16,16 @@ from farout.diffusion.conditioning.prompts import Prompts
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sampling import Sampler
 from farout.synthesis.class_space import class_table_std, decode_vectors
-from farout.synthesis.ncis.inversion import Inversion, Inverter, read_embeddings
-from farout.synthesis.ncis.manifold_config import ManifoldConfig
+from farout.synthesis.ncis.inversion import InversionConfig, Inverter, read_embeddings
+from farout.synthesis.ncis.manifold import ManifoldConfig
 from small import CPU, conditional, in_order, pictures, stable_diffusion
 from tolerances import GREY_LEVELS, assert_close, assert_same_images, assert_same_manifests, assert_same_pixels
 
 pytest.importorskip("transformers")
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")]
 
-SMALL = ManifoldConfig(layers=2, steps=4, validations=1, draws=20, kept=2)
-FEW = Inversion(steps=2, draws=4, lr_scale=0.7)
+SMALL = ManifoldConfig(layers=2, steps=4, validations=1, candidates=20, kept=2)
+FEW = InversionConfig(steps=2, draws=4, lr_scale=0.7)
 LABELS = torch.tensor([2, 0, 1, 0])
 NAMES, WORDS = ("cat", "dog", "the kite"), {"the kite": "kite bird"}
 
@@ -63,14 +63,14 @@ def test_a_batch_goes_the_way_of_each_image_alone(folders: dict[str, Path], pred
     space, x0, keys = network.conditioning, latents(network), ["a", "b", "c", "d"]
     inverter = Inverter(network, FEW, 0, CPU)
     vectors, losses = inverter(x0, LABELS, keys)
-    levels, encoder = FEW.grid(network.schedule), space.encoder
+    levels, encoder = FEW.timesteps(network.schedule), space.encoder
     embedding = encoder.module.get_input_embeddings()
     for place, label in enumerate(LABELS.tolist()):
         vector = space.class_vectors()[label].clone().requires_grad_()
         optimizer = torch.optim.Adam([vector], lr=FEW.learning_rate(space))
         numbers = encoder.tokenize([space.prompts[label]])
         for step in range(FEW.steps):
-            places, noise = FEW.draw(keys[place], x0.shape[1:], step, 0)
+            places, noise = FEW.sample_noise(keys[place], x0.shape[1:], step, 0)
             abar = network.schedule.abar[levels[places]].float().reshape(-1, 1, 1, 1)
             noisy = abar.sqrt() * x0[place] + (1 - abar).sqrt() * noise
             put = embedding.register_forward_hook(
@@ -103,7 +103,8 @@ def test_company_and_parts_of_the_draws_change_next_to_nothing(folders: dict[str
     one = Inverter(network, replace(FEW, pull=2.0), 0, CPU)
     start = network.conditioning.class_vectors()[LABELS]
     for found, wanted in zip(
-        parts.slopes(x0, start + 0.1, start, keys, 0, LABELS), one.slopes(x0, start + 0.1, start, keys, 0, LABELS)
+        parts.loss_and_gradient(x0, start + 0.1, start, keys, 0, LABELS),
+        one.loss_and_gradient(x0, start + 0.1, start, keys, 0, LABELS),
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
@@ -142,7 +143,7 @@ def test_the_command_takes_the_original_folder(
     words += ["--guidance", "7.5"]
     one, parts = tmp_path / "one", tmp_path / "parts"
     assert main([*words, "--out", str(one), "--count", "7"]) == 0, capsys.readouterr().err
-    for stage in ("embed", "draw"):
+    for stage in ("embed", "sample"):
         done = [*words, "--out", str(parts), "--stage", stage, "--batch-size", "3", "--resume"]
         assert main([*done, "--count", "4"]) == 0, capsys.readouterr().err
     for count, size in (("4", "1"), ("7", "2")):
@@ -153,7 +154,7 @@ def test_the_command_takes_the_original_folder(
     made = read_outliers(one)
     assert made.images == 7
     assert read_embeddings(one / "embeddings").vectors.shape == (12, 6)
-    assert load_file(one / "drawn.safetensors")["vectors"].shape[1] == 6
+    assert load_file(one / "samples.safetensors")["vectors"].shape[1] == 6
     assert tuple(made.source()[0].shape) == (3, 16, 16)
     assert made.manifest()["class_name"].tolist() == ["cat", "dog", "the kite"] * 2 + ["cat"]
     assert made.settings()["config"]["prompts.generation"] == "the {}"
@@ -185,7 +186,7 @@ def test_contexts_take_any_name(folders: dict[str, Path], images: Path, tmp_path
     method = NCIS(inversion=replace(FEW, steps=1), manifold=manifold, steps=2, prompts=Prompts(vector="context"))
     given: dict[str, Any] = {"count": 3, "runtime": CPU}
     made = method.synthesize(images, tmp_path / "o", diffusion=folders["epsilon"], **given)
-    assert load_file(tmp_path / "o" / "drawn.safetensors")["vectors"].shape[1] == 32 * 6
+    assert load_file(tmp_path / "o" / "samples.safetensors")["vectors"].shape[1] == 32 * 6
     assert made.images == 3
 
 

@@ -328,7 +328,7 @@ def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
     assert set(read_aligned_images(out / "align").labels.tolist()) == {0, 2}
     assert Classifier.load(out / "align" / "classifier").class_names == ("a", "c")
     assert not (out / "samples").exists()
-    made(images, out, stage="draw", resume=True)
+    made(images, out, stage="sample", resume=True)
     drawn = read_samples(out / "samples")
     assert {label: len(each["vectors"]) for label, each in drawn.items()} == {0: 8, 2: 8}, "whole rounds"
     anchors = conditional().conditioning.class_vectors()
@@ -346,8 +346,8 @@ def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_longer_run_draws_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made(images, tmp_path / "whole", stage="draw", count=20)
-    made(images, tmp_path / "o", stage="draw", count=4)
+    made(images, tmp_path / "whole", stage="sample", count=20)
+    made(images, tmp_path / "o", stage="sample", count=4)
     first = read_samples(tmp_path / "o" / "samples")
     extend, done = dream_ood.extend_samples, []
 
@@ -360,8 +360,8 @@ def test_a_longer_run_draws_on_where_it_stopped(images: Path, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(dream_ood, "extend_samples", stops)
         with pytest.raises(KeyboardInterrupt):
-            made(images, tmp_path / "o", stage="draw", count=20, resume=True)
-    made(images, tmp_path / "o", stage="draw", count=20, resume=True)
+            made(images, tmp_path / "o", stage="sample", count=20, resume=True)
+    made(images, tmp_path / "o", stage="sample", count=20, resume=True)
     whole, again = (read_samples(tmp_path / name / "samples") for name in ("whole", "o"))
     for label, each in whole.items():
         assert all(torch.equal(each[name], again[label][name]) for name in each)
@@ -409,7 +409,7 @@ def test_directions_of_another_space_are_refused(images: Path, tmp_path: Path) -
     found = store.load_tensors(path)
     store.save_tensors(path, {**found, "feature": found["feature"][:, :7]})
     with pytest.raises(StoreError, match="7 dimensions, the generator's class vectors have 32"):
-        made(images, tmp_path / "o", stage="draw", resume=True)
+        made(images, tmp_path / "o", stage="sample", resume=True)
 
 
 def test_other_settings_are_refused_with_the_difference(images: Path, tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from farout.data.sources import open_source
 from farout.diffusion.model import DiffusionModel
 from farout.synthesis.class_space import class_table_std
 from farout.synthesis.ncis import inversion as _embedding
-from farout.synthesis.ncis.inversion import Inversion, Inverter, embed, read_embeddings
+from farout.synthesis.ncis.inversion import InversionConfig, Inverter, embed_images, read_embeddings
 from small import by_tokens, conditional, model, pictures
 from tolerances import assert_close
 
 pytestmark = pytest.mark.numerics
 
-FEW = Inversion(steps=3, draws=4, stratified=False)
+FEW = InversionConfig(steps=3, draws=4, stratified=False)
 LABELS = torch.tensor([0, 2, 1, 1, 0])
 KEYS = [f"image {number}" for number in range(5)]
 
@@ -36,7 +36,7 @@ def x0() -> Tensor:
 
 
 def inverted(
-    network: DiffusionModel, inversion: Inversion = FEW, batch_size: int = 64, seed: int = 0
+    network: DiffusionModel, inversion: InversionConfig = FEW, batch_size: int = 64, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     return Inverter(network, inversion, seed, runtime(batch_size))(x0(), LABELS, KEYS)
 
@@ -44,17 +44,17 @@ def inverted(
 # -- the method -----------------------------------------------------------------------------------------------------
 
 
-def alone(network: DiffusionModel, inversion: Inversion, place: int) -> tuple[Tensor, list[float]]:
+def alone(network: DiffusionModel, inversion: InversionConfig, place: int) -> tuple[Tensor, list[float]]:
     """The published loop for one image, written out with the network's own call."""
     space = network.conditioning
     assert space is not None
     x = x0()[place : place + 1]
     vector = space.class_vectors()[LABELS[place]].clone().requires_grad_()
     optimizer = torch.optim.Adam([vector], lr=inversion.learning_rate(space))
-    levels = inversion.grid(network.schedule)
+    levels = inversion.timesteps(network.schedule)
     losses = []
     for step in range(inversion.steps):
-        places, noise = inversion.draw(KEYS[place], x.shape[1:], step, 0)
+        places, noise = inversion.sample_noise(KEYS[place], x.shape[1:], step, 0)
         t = levels[places]
         abar = network.schedule.abar[t].float().reshape(-1, 1, 1, 1)
         noisy = abar.sqrt() * x + (1 - abar).sqrt() * noise
@@ -91,7 +91,7 @@ def test_the_batch_hardly_matters(batch_size: int) -> None:
     """Adam's first step is as long for a gradient near zero, whose sign is a matter of rounding: few numbers differ."""
     inverter = Inverter(conditional(), FEW, 0, runtime(batch_size))
     whole, losses = inverted(conditional())
-    near = 1e-3 * class_table_std(inverter.space)
+    near = 1e-3 * class_table_std(inverter.conditioning)
     for some in ([0], [1, 2], [4, 0, 3]):
         vectors, loss = inverter(x0()[some], LABELS[some], [KEYS[place] for place in some])
         assert float(((vectors - whole[some]).abs() < near).float().mean()) > 0.97
@@ -113,12 +113,12 @@ def test_only_the_vectors_change() -> None:
 
 def test_the_loss_falls() -> None:
     """On draws that were not taken for it: the vector tells something of the image, not of the noise."""
-    network, many = conditional(), Inversion(draws=16, steps=15, lr_scale=0.2, stratified=False)
+    network, many = conditional(), InversionConfig(draws=16, steps=15, lr_scale=0.2, stratified=False)
     inverter = Inverter(network, many, 0, runtime(16))
     vectors, _ = inverter(x0(), LABELS, KEYS)
-    start = inverter.space.class_vectors()[LABELS]
-    before, _ = inverter.slopes(x0(), start, start, KEYS, step=100)
-    after, _ = inverter.slopes(x0(), vectors, start, KEYS, step=100)
+    start = inverter.conditioning.class_vectors()[LABELS]
+    before, _ = inverter.loss_and_gradient(x0(), start, start, KEYS, step=100)
+    after, _ = inverter.loss_and_gradient(x0(), vectors, start, KEYS, step=100)
     assert bool((after < before).all()), (before, after)
 
 
@@ -128,10 +128,10 @@ def test_the_rate_follows_the_scale_of_the_class_table() -> None:
     assert space is not None
     scale = class_table_std(space)
     assert scale == pytest.approx(float(space.class_vectors().numpy().std()))
-    assert Inversion().learning_rate(space) == pytest.approx(0.05 * scale)
-    assert Inversion(lr=0.01).learning_rate(space) == 0.01
+    assert InversionConfig().learning_rate(space) == pytest.approx(0.05 * scale)
+    assert InversionConfig(lr=0.01).learning_rate(space) == 0.01
     with pytest.raises(FaroutError, match=r"lr_scale=0\.1 would have no effect"):
-        Inversion(lr=0.01, lr_scale=0.1)
+        InversionConfig(lr=0.01, lr_scale=0.1)
     # Adam's first step has the rate's length in every coordinate
     vectors, _ = inverted(network, replace(FEW, steps=1))
     moved = (vectors - space.class_vectors()[LABELS]).abs()
@@ -144,25 +144,25 @@ def test_the_pull_adds_the_squared_distance_from_the_class() -> None:
     assert space is not None
     start = space.class_vectors()[LABELS]
     plain, pulled = (Inverter(network, replace(FEW, pull=pull), 0, runtime()) for pull in (0.0, 2.0))
-    one = plain.slopes(x0(), start + 1, start, KEYS, 0)
-    two = pulled.slopes(x0(), start + 1, start, KEYS, 0)
+    one = plain.loss_and_gradient(x0(), start + 1, start, KEYS, 0)
+    two = pulled.loss_and_gradient(x0(), start + 1, start, KEYS, 0)
     torch.testing.assert_close(two[0] - one[0], torch.full((5,), 2.0 * space.dim))
     torch.testing.assert_close(two[1] - one[1], torch.full((5, space.dim), 4.0))
 
 
 def test_draws_are_the_images_own() -> None:
     schedule = model().schedule
-    assert Inversion().grid(schedule).tolist() == list(range(1, 1000, 20))
-    assert Inversion(levels=1000).grid(schedule).tolist() == list(range(1000))
-    places, noise = Inversion(draws=32, stratified=False).draw("a", (1, 8, 8), 0, 0)
+    assert InversionConfig().timesteps(schedule).tolist() == list(range(1, 1000, 20))
+    assert InversionConfig(levels=1000).timesteps(schedule).tolist() == list(range(1000))
+    places, noise = InversionConfig(draws=32, stratified=False).sample_noise("a", (1, 8, 8), 0, 0)
     assert noise.shape == (32, 1, 8, 8)
     assert 0 <= int(places.min()) <= int(places.max()) < 50
     for other in (("b", 0, 0), ("a", 1, 0), ("a", 0, 1)):
-        assert not torch.equal(noise, Inversion(draws=32).draw(other[0], (1, 8, 8), *other[1:])[1])
-    shared = [Inversion(noise="shared").draw(key, (1, 8, 8), 0, 0)[1] for key in "ab"]
+        assert not torch.equal(noise, InversionConfig(draws=32).sample_noise(other[0], (1, 8, 8), *other[1:])[1])
+    shared = [InversionConfig(noise="shared").sample_noise(key, (1, 8, 8), 0, 0)[1] for key in "ab"]
     assert torch.equal(*shared)
     for seed in range(20):
-        strata = Inversion(draws=8, stratified=True, levels=48).draw("a", (1,), 0, seed)[0]
+        strata = InversionConfig(draws=8, stratified=True, levels=48).sample_noise("a", (1,), 0, seed)[0]
         assert (strata // 6).tolist() == list(range(8))
 
 
@@ -182,7 +182,7 @@ def numbers(source: Any) -> Tensor:
 
 def test_a_resumed_run_has_the_same_bytes(images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, labels = conditional(), numbers(images)
-    whole = embed(images, labels, network, tmp_path / "w", FEW, runtime=runtime(batch_size=3))
+    whole = embed_images(images, labels, network, tmp_path / "w", FEW, runtime=runtime(batch_size=3))
     assert whole.index.tolist() == list(range(12))
     assert torch.equal(whole.labels, labels)
     assert whole.vectors.shape == (12, network.conditioning.dim)
@@ -198,19 +198,19 @@ def test_a_resumed_run_has_the_same_bytes(images: Any, tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Inverter, "__call__", stops)
         with pytest.raises(KeyboardInterrupt):
-            embed(images, labels, network, tmp_path / "p", FEW, runtime=runtime(batch_size=3))
+            embed_images(images, labels, network, tmp_path / "p", FEW, runtime=runtime(batch_size=3))
     assert len(read_embeddings(tmp_path / "p")) == 6
     (tmp_path / "p" / "00000000.safetensors").unlink()
-    parts = embed(images, labels, network, tmp_path / "p", FEW, runtime=runtime(batch_size=3))
+    parts = embed_images(images, labels, network, tmp_path / "p", FEW, runtime=runtime(batch_size=3))
     for name in ("index", "labels", "vectors", "losses"):
         assert torch.equal(getattr(parts, name), getattr(whole, name)), name
     monkeypatch.setattr(Inverter, "__call__", None)
-    assert len(embed(images, labels, network, tmp_path / "p", FEW, runtime=runtime())) == 12
+    assert len(embed_images(images, labels, network, tmp_path / "p", FEW, runtime=runtime())) == 12
 
 
 def test_other_settings_do_not_mix_in(images: Any, tmp_path: Path) -> None:
     labels, out = numbers(images), tmp_path / "e"
-    embed(images, labels, conditional(), out, FEW, runtime=runtime())
+    embed_images(images, labels, conditional(), out, FEW, runtime=runtime())
     wrong: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         ("steps: 3 before, 4 now", (images, labels, conditional(), out, replace(FEW, steps=4)), {}),
         ("seed: 0 before, 1 now", (images, labels, conditional(), out, FEW), {"seed": 1}),
@@ -220,7 +220,7 @@ def test_other_settings_do_not_mix_in(images: Any, tmp_path: Path) -> None:
     ]
     for message, given, settings in wrong:
         with pytest.raises(StoreError, match=f"made with other settings .*{message}"):
-            embed(*given, **{"runtime": runtime(), **settings})
+            embed_images(*given, **{"runtime": runtime(), **settings})
 
 
 def test_what_cannot_work_is_refused(images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_what_cannot_work_is_refused(images: Any, tmp_path: Path, monkeypatch: p
         (labels + 1, conditional(), "labels 0 to 2, got 3"),
     ):
         with pytest.raises(FaroutError, match=message):
-            embed(images, wrong, network, out, FEW, runtime=runtime())
+            embed_images(images, wrong, network, out, FEW, runtime=runtime())
     assert not out.exists()
     for settings, message in (
         ({"steps": 0}, "1 or more"),
@@ -240,21 +240,21 @@ def test_what_cannot_work_is_refused(images: Any, tmp_path: Path, monkeypatch: p
         ({"noise": "none"}, "'shared' or drawn per 'image'"),
     ):
         with pytest.raises(FaroutError, match=message):
-            Inversion(**settings)
+            InversionConfig(**settings)
     with pytest.raises(FaroutError, match="steps must be 1 to 1000"):
-        Inverter(conditional(), Inversion(levels=2000), 0, runtime())
+        Inverter(conditional(), InversionConfig(levels=2000), 0, runtime())
     nothing = (torch.full((12, 32), float("nan")), torch.zeros(12, 3))
     monkeypatch.setattr(_embedding.Inverter, "__call__", lambda *given: nothing)
     with pytest.raises(FaroutError, match="not numbers"):
-        embed(images, labels, conditional(), out, FEW, runtime=runtime())
+        embed_images(images, labels, conditional(), out, FEW, runtime=runtime())
 
 
 def test_unreadable_images_are_left_out(images: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(tmp_path / "labelled", tmp_path / "damaged")
     (folder / "b" / "001.png").write_text("not a picture")
     source = open_source(folder, policy="skip")
-    found = embed(source, numbers(source), conditional(), tmp_path / "e", FEW, runtime=runtime(batch_size=5))
-    whole = embed(images, numbers(images), conditional(), tmp_path / "w", FEW, runtime=runtime())
+    found = embed_images(source, numbers(source), conditional(), tmp_path / "e", FEW, runtime=runtime(batch_size=5))
+    whole = embed_images(images, numbers(images), conditional(), tmp_path / "w", FEW, runtime=runtime())
     kept = [place for place in range(12) if place != 5]
     assert found.index.tolist() == kept
     near = 1e-3 * class_table_std(conditional().conditioning)
@@ -263,7 +263,7 @@ def test_unreadable_images_are_left_out(images: Any, tmp_path: Path) -> None:
 
 
 def test_broken_shards_are_refused(images: Any, tmp_path: Path) -> None:
-    embed(images, numbers(images), conditional(), tmp_path / "e", FEW, runtime=runtime(batch_size=6))
+    embed_images(images, numbers(images), conditional(), tmp_path / "e", FEW, runtime=runtime(batch_size=6))
     shutil.copy(tmp_path / "e" / "00000000.safetensors", tmp_path / "e" / "x.safetensors")
     with pytest.raises(StoreError, match="twice"):
         read_embeddings(tmp_path / "e")

@@ -10,9 +10,9 @@ from torch.distributions import MultivariateNormal
 
 from curves import DIM, LABELS, SHORT, VECTORS, linear, short
 from farout.core.errors import FaroutError
-from farout.synthesis.ncis import linear_map as _flattening
-from farout.synthesis.ncis.class_gaussians import ClassGaussians, draw_round
-from farout.synthesis.ncis.manifold import Drawn, Manifold, ManifoldConfig, fit_manifold
+from farout.synthesis.ncis import network_training
+from farout.synthesis.ncis.class_gaussians import ClassGaussians, sample_noise_round
+from farout.synthesis.ncis.manifold import Manifold, ManifoldConfig, SampledVectors, fit_manifold
 from farout.synthesis.ncis.volume_preserving import VolumePreservingNetwork
 from farout.training.config import learning_rate
 from tolerances import assert_close
@@ -34,11 +34,11 @@ def test_the_count_of_invariants_on_data_of_known_rank(rank: int) -> None:
     axes = torch.linalg.qr(torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))[0][:rank]
     signs = torch.tensor([[1.0 if index >> bit & 1 else -1.0 for bit in range(rank)] for index in range(2**rank)])
     x = signs @ axes + 3
-    assert _flattening.invariant_counts(x, torch.zeros(len(x)), 1, 5) == [10 - (rank - 1)]
-    assert _flattening.invariant_counts(x, torch.zeros(len(x)), 1, 100 - 1e-9) == [10], "the first passes anything"
+    assert network_training.count_invariants(x, torch.zeros(len(x)), 1, 5) == [10 - (rank - 1)]
+    assert network_training.count_invariants(x, torch.zeros(len(x)), 1, 100 - 1e-9) == [10], "the first passes anything"
     both = torch.cat([x, signs[:, :1] @ axes[:1]])
     labels = torch.cat([torch.zeros(len(x)), torch.ones(len(signs))])
-    assert _flattening.invariant_counts(both, labels, 2, 5) == [10 - (rank - 1), 10]
+    assert network_training.count_invariants(both, labels, 2, 5) == [10 - (rank - 1), 10]
 
 
 def shares(*variances: float) -> Tensor:
@@ -53,20 +53,20 @@ def test_the_count_follows_the_share_and_is_an_integer_mean() -> None:
     """Of shares 0.6, 0.36 and 0.04 the second passes 95 % but not 97 %."""
     vectors = torch.cat([shares(0.6, 0.36, 0.04), shares(0.6, 0.39, 0.01)])
     labels = torch.arange(12) // 6
-    assert _flattening.invariant_counts(vectors, labels, 2, 5) == [3, 3]
-    assert _flattening.invariant_counts(vectors, labels, 2, 3) == [2, 3]
+    assert network_training.count_invariants(vectors, labels, 2, 5) == [3, 3]
+    assert network_training.count_invariants(vectors, labels, 2, 3) == [2, 3]
     config = replace(SHORT, map="linear", held_out=0.0, pca_variance=3.0)
     assert fit_manifold(vectors, labels, config).invariants == 2, "the integer part of 2.5"
 
 
 def test_the_learning_rate_falls_to_a_tenth() -> None:
     rate = ManifoldConfig.learning_rate
-    settings = _flattening.training_config(ManifoldConfig(steps=11), 100, seed=0)
+    settings = network_training.training_config(ManifoldConfig(steps=11), 100, seed=0)
     factors = [learning_rate(settings, step) / rate for step in range(11)]
     assert factors[0] == 1
     assert factors[-1] == pytest.approx(0.1)
     assert factors[5] == pytest.approx(0.55)
-    assert learning_rate(_flattening.training_config(ManifoldConfig(steps=1), 100, seed=0), 0) == rate
+    assert learning_rate(network_training.training_config(ManifoldConfig(steps=1), 100, seed=0), 0) == rate
 
 
 def test_training_goes_by_that_rate_and_validates_when_due() -> None:
@@ -76,8 +76,8 @@ def test_training_goes_by_that_rate_and_validates_when_due() -> None:
     assert [entry["step"] for entry in updates] == list(range(1, 13))
     assert updates[-1]["learning_rate"] == pytest.approx(0.1 * SHORT.learning_rate)
     assert all(entry["reconstruction_loss"] > 0 for entry in updates)
-    assert len(short().known["training"]) == 108
-    assert len(short().known["held_out"]) == 12
+    assert len(short().reference_distances["training"]) == 108
+    assert len(short().reference_distances["held_out"]) == 12
     assert ManifoldConfig.from_preset("paper").total_steps(50_000) == 156_400
     assert SHORT.total_steps(50_000) == 12
 
@@ -95,7 +95,7 @@ def test_two_updates_a_batch_with_one_computation_of_matrices_each(monkeypatch: 
     twin.load_state_dict(net.state_dict())
     calls.clear()
     losses = []
-    for update in _flattening.flattening_step(4)(net, [VECTORS[:8], LABELS[:8]], torch.Generator()):
+    for update in network_training.flattening_step(4)(net, [VECTORS[:8], LABELS[:8]], torch.Generator()):
         optimizer.zero_grad()
         update["loss"].backward()
         optimizer.step()
@@ -121,11 +121,11 @@ def test_the_density_is_that_of_the_vectors(either: Manifold) -> None:
         one = label[None]
 
         def turn(v: Tensor, one: Tensor = one) -> Tensor:
-            return either.net((v[None] - either.shift) / either.scale, one)[0]
+            return either.network((v[None] - either.shift) / either.scale, one)[0]
 
         jacobian = torch.autograd.functional.jacobian(turn, row).double()
         gaussians = either.gaussians
-        normal = MultivariateNormal(gaussians.means[label], scale_tril=gaussians.roots[label])
+        normal = MultivariateNormal(gaussians.means[label], scale_tril=gaussians.cholesky[label])
         with torch.no_grad():
             wanted = normal.log_prob(turn(row).double()) + torch.linalg.slogdet(jacobian)[1]
         assert found.item() == pytest.approx(wanted.item(), abs=1e-3)
@@ -160,7 +160,7 @@ def test_shrinkage_is_what_held_out_vectors_like_best() -> None:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(1200, 12, generator=generator) * torch.linspace(0.05, 3, 12)
     labels, held = torch.arange(1200) % 2, (z[1000:], torch.arange(200) % 2)
-    few, many = (ClassGaussians.shrunk(z[:n], labels[:n], ["a", "b"], held) for n in (16, 1000))
+    few, many = (ClassGaussians.fit_shrinkage(z[:n], labels[:n], ["a", "b"], held) for n in (16, 1000))
     assert many.strength < few.strength
 
     def likelihood(a: float) -> float:
@@ -182,8 +182,8 @@ def test_shrinkage_is_what_held_out_vectors_like_best() -> None:
 
 
 def test_drawn_vectors_come_back_by_the_inverse(either: Manifold) -> None:
-    drawn = either.draw(8, seed=1)
-    assert isinstance(drawn, Drawn)
+    drawn = either.sample(8, seed=1)
+    assert isinstance(drawn, SampledVectors)
     assert drawn.vectors.shape == (16, DIM)
     assert drawn.vectors.dtype == torch.float32
     assert drawn.labels.tolist() == [0] * 8 + [1] * 8
@@ -193,14 +193,17 @@ def test_drawn_vectors_come_back_by_the_inverse(either: Manifold) -> None:
 
 def test_only_the_tail_of_each_round_is_kept(either: Manifold) -> None:
     """Against densities of all draws of the round, computed anew."""
-    drawn = either.draw(8, seed=1)
+    drawn = either.sample(8, seed=1)
     for label in (0, 1):
         gaussians = either.gaussians
-        normal = MultivariateNormal(gaussians.means[label], scale_tril=gaussians.roots[label])
+        normal = MultivariateNormal(gaussians.means[label], scale_tril=gaussians.cholesky[label])
         for number in range(2):
-            z = gaussians.means[label] + draw_round(DIM, SHORT.draws, 1, label, number) @ gaussians.roots[label].T
+            z = (
+                gaussians.means[label]
+                + sample_noise_round(DIM, SHORT.candidates, 1, label, number) @ gaussians.cholesky[label].T
+            )
             densities = normal.log_prob(z) - DIM * math.log(either.scale)
-            bound = densities.quantile((SHORT.kept - 0.5) / (SHORT.draws - 1))
+            bound = densities.quantile((SHORT.kept - 0.5) / (SHORT.candidates - 1))
             rows = slice(8 * label + 4 * number, 8 * label + 4 * number + 4)
             assert (drawn.log_density[rows] <= bound).all()
             assert torch.allclose(drawn.log_density[rows], densities.sort().values[:4])
@@ -208,29 +211,29 @@ def test_only_the_tail_of_each_round_is_kept(either: Manifold) -> None:
 
 def test_the_published_tail_is_the_published_share() -> None:
     config = ManifoldConfig.from_preset("paper")
-    assert (config.draws, config.kept) == (3330, 10)
+    assert (config.candidates, config.kept) == (3330, 10)
     fitted = fit_manifold(VECTORS, LABELS, ManifoldConfig(map="linear"), 2)
-    drawn = fitted.draw(10)
-    everything = draw_round(DIM, 3330, 0, 0, 0).square().sum(1) / DIM
+    drawn = fitted.sample(10)
+    everything = sample_noise_round(DIM, 3330, 0, 0, 0).square().sum(1) / DIM
     assert drawn.distance[:10].min() >= everything.quantile(1 - 0.0031)
 
 
 def test_more_draws_leave_the_first_ones_as_they_were(either: Manifold) -> None:
-    few, many = either.draw(6, seed=1), either.draw(11, seed=1)
+    few, many = either.sample(6, seed=1), either.sample(11, seed=1)
     assert_close(few.vectors[:6], many.vectors[:6])
     assert_close(few.vectors[6:], many.vectors[11:17])
     assert not torch.allclose(many.vectors[4:8], many.vectors[:4], atol=1e-3), "each round is another"
-    assert not torch.allclose(either.draw(6, seed=2).vectors, few.vectors, atol=1e-3)
+    assert not torch.allclose(either.sample(6, seed=2).vectors, few.vectors, atol=1e-3)
 
 
 def test_knobs_of_drawing(either: Manifold) -> None:
-    plain = either.draw(4)
-    assert either.draw(4, temperature=2.0).distance.mean() == pytest.approx(4 * float(plain.distance.mean()))
-    assert either.draw(4, draws=400).distance.mean() > plain.distance.mean(), "4 of 400 lie further out than 4 of 40"
-    assert either.draw(4, draws=4).distance.mean() < plain.distance.mean()
-    for wrong in ({"per_class": 0}, {"kept": 41}, {"temperature": 0.0}, {"draws": -1}):
+    plain = either.sample(4)
+    assert either.sample(4, temperature=2.0).distance.mean() == pytest.approx(4 * float(plain.distance.mean()))
+    assert either.sample(4, candidates=400).distance.mean() > plain.distance.mean(), "4 of 400 are farther than 4 of 40"
+    assert either.sample(4, candidates=4).distance.mean() < plain.distance.mean()
+    for wrong in ({"per_class": 0}, {"kept": 41}, {"temperature": 0.0}, {"candidates": -1}):
         with pytest.raises(FaroutError, match="expected"):
-            either.draw(**{"per_class": 4, **wrong})
+            either.sample(**{"per_class": 4, **wrong})
 
 
 @pytest.mark.slow
@@ -240,23 +243,23 @@ def test_every_setting_decides_what_is_drawn() -> None:
         **{"map": "linear", "layers": 2, "orthogonal_map": "matrix_exp", "center": False, "scale": False},
         **{"pca_variance": 0.1, "steps": 5, "epochs": 1, "batch_size": 30, "learning_rate": 1e-2},
         **{"final_factor": 1.0, "train_fraction": 0.5, "held_out": 0.2, "regularization": "held_out"},
-        **{"reg_weight": 0.2, "draws": 41, "kept": 3, "temperature": 2.0},
+        **{"reg_weight": 0.2, "candidates": 41, "kept": 3, "temperature": 2.0},
     }
     assert {each.name for each in fields(ManifoldConfig)} - set(other) == {"validations", "checkpoint", "device"}
-    plain = short().draw(6, seed=1).vectors
+    plain = short().sample(6, seed=1).vectors
     for name, value in other.items():
         start = replace(SHORT, steps=ManifoldConfig.steps) if name == "epochs" else SHORT
         fitted = fit_manifold(VECTORS, LABELS, replace(start, **{name: value}), ["bow", "wave"], seed=3)
-        assert not torch.equal(fitted.draw(6, seed=1).vectors, plain), name
+        assert not torch.equal(fitted.sample(6, seed=1).vectors, plain), name
 
 
 def test_draws_stand_beside_vectors_that_were_not_fitted_to(either: Manifold) -> None:
-    compared = either.compare(either.draw(8))
-    assert list(compared) == ["drawn", "training", "held_out"]
-    assert compared["drawn"]["low"] > compared["training"]["high"]
+    compared = either.compare_distances(either.sample(8))
+    assert list(compared) == ["sampled", "training", "held_out"]
+    assert compared["sampled"]["low"] > compared["training"]["high"]
     assert compared["held_out"]["low"] <= compared["held_out"]["median"] <= compared["held_out"]["high"]
     rows = either.distances(VECTORS, LABELS)
-    known = torch.cat([either.known["training"], either.known["held_out"]])
+    known = torch.cat([either.reference_distances["training"], either.reference_distances["held_out"]])
     assert torch.allclose(rows.sort().values, known.sort().values, atol=1e-6)
 
 
@@ -265,8 +268,8 @@ def test_centring_is_undone() -> None:
     for center in (True, False):
         config = replace(SHORT, map="linear", center=center)
         here, there = (fit_manifold(VECTORS + shift, LABELS, config, 2) for shift in (0.0, 50.0))
-        a, b = (one.draw(4).vectors.mean(0) for one in (here, there))
+        a, b = (one.sample(4).vectors.mean(0) for one in (here, there))
         assert torch.allclose(b - a, torch.full((DIM,), 50.0), atol=0.5)
     trained = fit_manifold(VECTORS + 50, LABELS, SHORT, 2)
-    assert torch.allclose(trained.draw(4).vectors.mean(0), torch.full((DIM,), 50.0), atol=5)
-    assert torch.allclose(trained.unflatten(trained.flatten(VECTORS, LABELS), LABELS), VECTORS, atol=1e-3)
+    assert torch.allclose(trained.sample(4).vectors.mean(0), torch.full((DIM,), 50.0), atol=5)
+    assert torch.allclose(trained.from_flat_space(trained.to_flat_space(VECTORS, LABELS), LABELS), VECTORS, atol=1e-3)

@@ -53,12 +53,12 @@ def test_the_best_weights_are_kept() -> None:
     measures = [entry["held_out_invariants"] for entry in best.history[1:] if "held_out_invariants" in entry]
     assert min(measures) < measures[-1], "or the test says nothing"
     held = 12 * sum(measures[i] for i in [min(range(12), key=measures.__getitem__)])
-    z = torch.cat([best.flatten(VECTORS, LABELS)])
+    z = torch.cat([best.to_flat_space(VECTORS, LABELS)])
     distances = best.distances(VECTORS, LABELS)
-    rows = torch.tensor([bool((best.known["held_out"] - d).abs().min() < 1e-5) for d in distances])
+    rows = torch.tensor([bool((best.reference_distances["held_out"] - d).abs().min() < 1e-5) for d in distances])
     assert rows.sum() == 12
     assert z[rows][:, -best.invariants :].square().sum().item() == pytest.approx(held, rel=1e-3)
-    assert not torch.equal(best.draw(2).vectors, last.draw(2).vectors)
+    assert not torch.equal(best.sample(2).vectors, last.sample(2).vectors)
 
 
 def test_seeds_decide_everything() -> None:
@@ -67,8 +67,8 @@ def test_seeds_decide_everything() -> None:
     assert torch.equal(torch.get_rng_state(), state), "the caller's randomness is left alone"
     assert a.content_hash == b.content_hash != c.content_hash
     assert a.history == b.history
-    assert torch.equal(a.draw(4, seed=5).vectors, b.draw(4, seed=5).vectors)
-    assert torch.allclose(a.draw(4, seed=5).distance, c.draw(4, seed=5).distance), "in units of each"
+    assert torch.equal(a.sample(4, seed=5).vectors, b.sample(4, seed=5).vectors)
+    assert torch.allclose(a.sample(4, seed=5).distance, c.sample(4, seed=5).distance), "in units of each"
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,9 @@ def test_another_training_does_not_go_on(tmp_path: Path) -> None:
 def test_a_part_of_the_vectors() -> None:
     config = replace(SHORT, map="linear", train_fraction=0.5)
     fitted = fit_manifold(VECTORS, LABELS, config, 2)
-    assert fitted.provenance == {"seed": 0, "vectors": 120, "fitted_to": 54, "held_out": 12}
+    assert fitted.provenance == {"seed": 0, "vectors": 120, "training": 54, "held_out": 12}
     whole = fit_manifold(VECTORS, LABELS, replace(config, train_fraction=1.0), 2)
-    assert len(whole.known["held_out"]) == 12
+    assert len(whole.reference_distances["held_out"]) == 12
     assert not torch.equal(whole.gaussians.means, fitted.gaussians.means)
 
 
@@ -157,12 +157,12 @@ def test_progress_is_displayed() -> None:
 def test_a_folder_gives_the_same_draws(either: Manifold, tmp_path: Path) -> None:
     either.save(tmp_path / "manifold")
     loaded = Manifold.load(tmp_path / "manifold")
-    for ours, theirs in zip(vars(either.draw(5)).values(), vars(loaded.draw(5)).values(), strict=True):
+    for ours, theirs in zip(vars(either.sample(5)).values(), vars(loaded.sample(5)).values(), strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(either.distances(VECTORS, LABELS), loaded.distances(VECTORS, LABELS))
     assert asdict(loaded.config) == asdict(either.config)
     assert (loaded.class_names, loaded.history) == (either.class_names, either.history)
-    assert loaded.compare(loaded.draw(5)) == either.compare(either.draw(5))
+    assert loaded.compare_distances(loaded.sample(5)) == either.compare_distances(either.sample(5))
     assert "invariants" in (tmp_path / "manifold" / "README.md").read_text()
     either.save(tmp_path / "manifold")
 
@@ -197,7 +197,7 @@ def test_fewer_vectors_than_dimensions() -> None:
     with pytest.warns(ShortfallWarning, match=counts):
         fitted = fit_manifold(vectors, labels, SHORT, ["a", "b"])
     assert fitted.config.regularization == "held_out"
-    assert torch.isfinite(fitted.draw(4).vectors).all()
+    assert torch.isfinite(fitted.sample(4).vectors).all()
     assert torch.isfinite(fitted.distances(VECTORS[few], LABELS[few])).all()
     bare = replace(SHORT, map="linear", regularization="relative", reg_weight=0.0)
     with (
@@ -218,12 +218,12 @@ def test_few_vectors_in_many_dimensions_lie_no_further_out_than_draws(tmp_path: 
     """Those that were not fitted to; by the weight that suits many vectors they lie far beyond all draws."""
     generator = torch.Generator().manual_seed(0)
     vectors, labels = torch.randn(100, 64, generator=generator), torch.arange(100) % 2
-    linear = ManifoldConfig(map="linear", held_out=0.2, draws=100)
+    linear = ManifoldConfig(map="linear", held_out=0.2, candidates=100)
     found = {}
     for name in ("auto", "relative"):
         fitted = fit_manifold(vectors, labels, replace(linear, regularization=name), 2)
-        compared = fitted.compare(fitted.draw(20))
-        found[name] = compared["held_out"]["median"] / compared["drawn"]["median"]
+        compared = fitted.compare_distances(fitted.sample(20))
+        found[name] = compared["held_out"]["median"] / compared["sampled"]["median"]
         fitted.save(tmp_path / name)
     assert found["auto"] < 1 < 1.5 < found["relative"]
     assert Manifold.load(tmp_path / "auto").config.regularization == "held_out"
@@ -298,7 +298,7 @@ def test_a_training_that_diverges_says_so() -> None:
         {"reg_weight": -1.0},
         {"reg_weight": 0.1, "regularization": "held_out"},
         {"steps": 50, "epochs": 2},
-        {"kept": 20, "draws": 10},
+        {"kept": 20, "candidates": 10},
         {"checkpoint": "first"},
         {"temperature": math.inf},
     ],
@@ -316,17 +316,19 @@ def test_the_papers_preset_has_the_papers_numbers() -> None:
         ManifoldConfig.from_preset("slow")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        small = replace(paper, epochs=2, draws=20, device="cpu")
+        small = replace(paper, epochs=2, candidates=20, device="cpu")
         fitted = fit_manifold(VECTORS, LABELS, small, 2)
     assert fitted.scale == 1
     assert not fitted.shift.any()
-    assert len(fitted.known["held_out"]) == 0
+    assert len(fitted.reference_distances["held_out"]) == 0
     assert [entry["step"] for entry in fitted.history if "strided_invariants" in entry] == [0, 1, 2, 3, 4]
-    assert list(fitted.compare(fitted.draw(5))) == ["drawn", "training"]
+    assert list(fitted.compare_distances(fitted.sample(5))) == ["sampled", "training"]
 
 
 def test_a_weight_that_auto_has_no_use_for_is_no_mistake() -> None:
     given = ManifoldConfig(reg_weight=0.1)
-    assert given.resolved(fewest=5, held_out=2, dim=9) == ManifoldConfig(regularization="held_out")
-    assert given.resolved(fewest=9, held_out=2, dim=5).reg_weight == 0.1
+    assert given.resolve_regularization(smallest_class=5, held_out=2, dim=9) == ManifoldConfig(
+        regularization="held_out"
+    )
+    assert given.resolve_regularization(smallest_class=9, held_out=2, dim=5).reg_weight == 0.1
     ManifoldConfig.from_preset("paper", regularization="held_out", held_out=0.1)

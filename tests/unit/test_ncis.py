@@ -13,7 +13,7 @@ from farout.cli import main
 from farout.core.errors import FaroutError, StoreError
 from farout.data.sources import open_source
 from farout.report.outlier_page import write_outlier_page
-from farout.synthesis.ncis.inversion import Inversion, read_embeddings
+from farout.synthesis.ncis.inversion import InversionConfig, read_embeddings
 from farout.synthesis.ncis.manifold import Manifold, ManifoldConfig
 from farout.training.checkpoints import checkpoint_folders
 from farout.training.loop import TrainingRun
@@ -27,7 +27,7 @@ pytestmark = [
     ),
 ]
 
-SMALL = ManifoldConfig(layers=2, steps=4, validations=1, draws=20, kept=2)
+SMALL = ManifoldConfig(layers=2, steps=4, validations=1, candidates=20, kept=2)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def ncis(**settings: Any) -> NCIS:
-    return NCIS(**{"inversion": Inversion(steps=1, draws=2), "manifold": SMALL, "steps": 2, **settings})
+    return NCIS(**{"inversion": InversionConfig(steps=1, draws=2), "manifold": SMALL, "steps": 2, **settings})
 
 
 def made(images: Path, out: Path, method: NCIS | None = None, **settings: Any) -> Any:
@@ -52,9 +52,9 @@ def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
     made(images, out, stage="embed")
     assert set(read_embeddings(out / "embeddings").labels.tolist()) == {0, 2}
     assert not (out / "manifold").exists()
-    made(images, out, stage="draw", resume=True)
+    made(images, out, stage="sample", resume=True)
     assert Manifold.load(out / "manifold").class_names == ("a", "c")
-    drawn = load_file(out / "drawn.safetensors")
+    drawn = load_file(out / "samples.safetensors")
     assert drawn["labels"].tolist() == [0] * 5 + [2] * 5
     assert not (out / "images").exists()
     done = made(images, out, resume=True)
@@ -73,7 +73,7 @@ def test_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeyp
     )
     made(images, tmp_path / "o", ncis(images_per_vector=2), count=8)
     vectors, noises, labels = seen[0]
-    drawn = load_file(tmp_path / "o" / "drawn.safetensors")["vectors"]
+    drawn = load_file(tmp_path / "o" / "samples.safetensors")["vectors"]
     assert torch.equal(vectors, drawn[[0, 2, 0, 2, 1, 3, 1, 3]])
     assert noises == list(range(8))
     assert labels == [0, 2] * 4, "numbers of the generator's classes a, b and c"

@@ -129,10 +129,10 @@ def _distances(folder: Path) -> dict[str, Any] | None:
     """Medians and histogram of the distances of known vectors and of vectors sampled as outliers."""
     if (folder / "manifold").is_dir():  # NCIS
         axis = "squared distance from the class, per dimension"
-        known = Manifold.load(folder / "manifold").known
+        known = Manifold.load(folder / "manifold").reference_distances
         distances = {name.replace("_", " "): values.numpy() for name, values in known.items() if len(values)}
-        if (folder / "drawn.safetensors").is_file():
-            distances["sampled"] = store.load_tensors(folder / "drawn.safetensors")["distance"].numpy()
+        if (folder / "samples.safetensors").is_file():
+            distances["sampled"] = store.load_tensors(folder / "samples.safetensors")["distance"].numpy()
     elif (folder / "samples").is_dir():  # Dream-OOD
         axis = "distance to the k-th nearest image of the class"
         classes = list(read_samples(folder / "samples").values())

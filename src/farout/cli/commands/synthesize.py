@@ -48,7 +48,7 @@ def synthesize(
         count: number of outliers, over all classes.
         seed: seed of all random choices.
         resume: continue an interrupted run in the folder; a larger count adds outliers.
-        stage: last stage to run: `embed`, `manifold`, `draw` or `decode` (ncis); `align`, `draw` or `decode`
+        stage: last stage to run: `embed`, `manifold`, `sample` or `decode` (ncis); `align`, `sample` or `decode`
             (dream_ood); default: all.
         limit: use a seeded random sample of this many images; default: all.
         policy: what to do with an unreadable image: `raise` an error, or `skip` it.

@@ -42,7 +42,7 @@ class DreamOOD(VectorSynthesizer):
 
     - `align`: trains a classifier whose class weights are the generator's class vectors e_y, with cosine logits; every
       image becomes a direction (`align/`);
-    - `draw`: samples directions beyond the boundary of each class and multiplies them by |e_y| (`samples/`, one file
+    - `sample`: samples directions beyond the boundary of each class and multiplies them by |e_y| (`samples/`, one file
       per class, which is extended when more outliers are requested);
     - `decode`: decodes each vector to an image with classifier-free guidance (`images/`, `manifest.csv`).
 
@@ -62,7 +62,7 @@ class DreamOOD(VectorSynthesizer):
         boundary: sampling of directions.
     """
 
-    stages: ClassVar[tuple[str, ...]] = ("align", "draw", "decode")
+    stages: ClassVar[tuple[str, ...]] = ("align", "sample", "decode")
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
             "model": ClassifierConfig(network="resnet34", crop_padding=4, flip=True),
@@ -117,14 +117,14 @@ class DreamOOD(VectorSynthesizer):
     # -- stages --------------------------------------------------------------------------------------------------
 
     def run_stage(self, context: SynthesisContext, stage: str) -> None:
-        """Run `align` or `draw`."""
+        """Run `align` or `sample`."""
         if stage == "align":
             align_images(context, context.folder / ALIGNMENT_FOLDER, self.model, self.alignment)
         else:
-            self._draw_samples(context)
+            self._sample_vectors(context)
 
-    def _draw_samples(self, context: SynthesisContext) -> None:
-        """Draw the vectors of the requested outliers; more outliers later extend them and change none."""
+    def _sample_vectors(self, context: SynthesisContext) -> None:
+        """Sample the vectors of the requested outliers; more outliers later extend them and change none."""
         folder = context.folder / ALIGNMENT_FOLDER
         aligned, conditioning = read_aligned_images(folder), class_conditioning(context.generator)
         if aligned.features.shape[1] != conditioning.dim:

@@ -1,13 +1,13 @@
-"""Images as vectors of a generator's class space: a short inversion of many images at once.
+"""Images as vectors of a generator's class space, by a short inversion of many images at once.
 
-For each image x0 of class y the vector e, which begins as the class's own e_y, takes a few steps of Adam down
+For each image x0 of class y, the vector e starts at the class vector e_y and takes a few steps of Adam on
 
-    L(e) = mean over K draws of (t, noise), and over C, H, W, of (network(x_t, t, e) - target)^2 + R ||e - e_y||^2,
+    L(e) = mean over K draws of (t, noise) of |network(x_t, t, e) - target|^2 / dim(x0) + R |e - e_y|^2,
 
-with the network's native prediction and its training target, and without guidance (Doorenbos, Sznitman and
-Marquez-Neila, "Non-linear outlier synthesis for out-of-distribution detection", 2411.13619, section 3; a per-image
-form of textual inversion, Gal et al. 2023). The weights stay as they are. What is minimised is the SUM over images, and
-Adam works on every number alone: each image goes the way that it would go by itself.
+with the network's native prediction and its training target, without guidance (Doorenbos, Sznitman and
+Marquez-Neila, "Non-linear outlier synthesis for out-of-distribution detection", arXiv 2411.13619, section 3; textual
+inversion, Gal et al. 2023, for one image). The weights of the network are frozen. The loss of a batch is the SUM over
+its images, and Adam treats every coordinate independently: each image is inverted as if it were alone.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from farout.core import store
 from farout.core.chunking import blocks_with
+from farout.core.devices import Precision
 from farout.core.errors import FaroutError, StoreError
 from farout.core.progress import task
 from farout.core.runtime import Runtime
@@ -37,14 +39,17 @@ from farout.diffusion.schedule import NoiseSchedule
 from farout.synthesis.base import describe_inputs
 from farout.synthesis.class_space import class_conditioning, class_table_std
 
-__all__ = ["KIND", "Embeddings", "Inversion", "Inverter", "embed", "read_embeddings"]
+__all__ = ["KIND", "Embeddings", "InversionConfig", "Inverter", "embed_images", "read_embeddings"]
 
 KIND = "embeddings"
-"""What `config.json` calls a folder of embeddings."""
+"""The kind of a folder of embeddings in `config.json`."""
+
+_MAX_GRADIENT_ROWS = 32
+"""Default number of network rows of one call: the gradient keeps all activations of a call."""
 
 
 @dataclass(frozen=True)
-class Inversion:
+class InversionConfig:
     """Inversion of images into class vectors. Raises FaroutError for values out of range.
 
     Args:
@@ -79,7 +84,7 @@ class Inversion:
                 "learning rates must be above 0 and pull at least 0, got "
                 f"lr_scale {self.lr_scale}, lr {self.lr} and pull {self.pull}"
             )
-        if self.lr is not None and self.lr_scale != Inversion.lr_scale:
+        if self.lr is not None and self.lr_scale != InversionConfig.lr_scale:
             raise FaroutError(
                 f"lr={self.lr} is the rate itself, so that lr_scale={self.lr_scale} would have no effect; leave one out"
             )
@@ -87,46 +92,49 @@ class Inversion:
             raise FaroutError(f"noise is 'shared' or drawn per 'image', got {self.noise!r}")
 
     def learning_rate(self, conditioning: Conditioning) -> float:
-        """Adam's, absolute."""
+        """The absolute learning rate of Adam."""
         return self.lr if self.lr is not None else self.lr_scale * class_table_std(conditioning)
 
-    def grid(self, schedule: NoiseSchedule) -> Tensor:
-        """The levels t that are drawn from, int64: T u / levels + 1 for u = 0, 1, …; of 1000 levels 1, 21, …, 981.
+    def timesteps(self, schedule: NoiseSchedule) -> Tensor:
+        """The levels t to sample from, int64: T u / levels + 1 for u = 0, 1, …; 1, 21, …, 981 for T = 1000.
 
         Raises FaroutError for more levels than the schedule has.
         """
         return torch.tensor(leading_levels(schedule, self.levels))
 
-    def draw(self, key: str, shape: Sequence[int], step: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Places in the grid (K,) and noise (K, *shape) of one image in one step: from (seed, key, step) alone."""
+    def sample_noise(self, key: str, shape: Sequence[int], step: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Indices into `timesteps` (K,) and noise (K, *shape) of one image in one step.
+
+        They depend on (seed, key, step) only.
+        """
         generator = seeded_generator(seed, "inversion", self.noise, key if self.noise == "image" else "", step)
         u = torch.rand(self.draws, generator=generator)
         if self.stratified:
             u = (torch.arange(self.draws) + u) / self.draws
-        places = (u * self.levels).long().clamp(max=self.levels - 1)
-        return places, torch.randn(self.draws, *shape, generator=generator)
+        indices = (u * self.levels).long().clamp(max=self.levels - 1)
+        return indices, torch.randn(self.draws, *shape, generator=generator)
 
 
 class Inverter:
-    """Inverts images of one model; see the module for what is minimised.
+    """Inverts images of one model; see the module for the loss.
 
     Args:
-        model: a class-conditional diffusion model; images are inverted where it is.
-        inversion: how.
-        seed: of the draws.
+        model: a class-conditional diffusion model; images are inverted on its device.
+        config: settings of the inversion.
+        seed: seed of the noise.
         runtime: batch size and precision, resolved.
 
     Raises:
         FaroutError: for an unconditional model.
     """
 
-    def __init__(self, model: DiffusionModel, inversion: Inversion, seed: int, runtime: Runtime) -> None:
-        self.model, self.inversion, self.seed = model, inversion, seed
-        self.space = class_conditioning(model)
-        self.denoiser: NetworkDenoiser = model.denoiser(precision=runtime.precision)  # type: ignore[arg-type]
-        # the gradient keeps all activations of a call
-        self.rows = 32 if runtime.batch_size == "auto" else runtime.batch_size
-        self.sigmas = model.schedule.sigma_of(inversion.grid(model.schedule)).float()
+    def __init__(self, model: DiffusionModel, config: InversionConfig, seed: int, runtime: Runtime) -> None:
+        self.model, self.config, self.seed = model, config, seed
+        self.conditioning = class_conditioning(model)
+        # the runtime is resolved, so its precision is not `auto`
+        self.denoiser: NetworkDenoiser = model.denoiser(precision=cast("Precision", runtime.precision))
+        self.max_rows = _MAX_GRADIENT_ROWS if runtime.batch_size == "auto" else runtime.batch_size
+        self.sigmas = model.schedule.sigma_of(config.timesteps(model.schedule)).float()
 
     def __call__(self, x0: Tensor, labels: Tensor, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Vectors (B, D) and the loss before each step (B, steps), float32, on the CPU.
@@ -134,99 +142,106 @@ class Inverter:
         Args:
             x0: the encoded images (B, …).
             labels: their classes (B,).
-            keys: their content hashes (`Batch.identities`), which seed their draws.
+            keys: their content hashes (`Batch.identities`), the seeds of their noise.
         """
-        labels = check_labels(labels, self.space.num_classes).cpu()
-        start = self.space.class_vectors().cpu()[labels].to(x0.device)
-        vectors = start.clone()
-        optimizer = torch.optim.Adam([vectors], lr=self.inversion.learning_rate(self.space))
+        labels = check_labels(labels, self.conditioning.num_classes).cpu()
+        class_vectors = self.conditioning.class_vectors().cpu()[labels].to(x0.device)
+        vectors = class_vectors.clone()
+        optimizer = torch.optim.Adam([vectors], lr=self.config.learning_rate(self.conditioning))
         losses = []
-        with _frozen(self.model.network):
-            for step in range(self.inversion.steps):
-                loss, vectors.grad = self.slopes(x0, vectors, start, keys, step, labels)
+        with _frozen_weights(self.model.network):
+            for step in range(self.config.steps):
+                loss, vectors.grad = self.loss_and_gradient(x0, vectors, class_vectors, keys, step, labels)
                 losses.append(loss)
                 optimizer.step()
         return vectors.cpu(), torch.stack(losses, dim=1).cpu()
 
-    def slopes(
-        self, x0: Tensor, vectors: Tensor, start: Tensor, keys: Sequence[str], step: int, labels: Tensor | None = None
+    def loss_and_gradient(
+        self,
+        x0: Tensor,
+        vectors: Tensor,
+        class_vectors: Tensor,
+        keys: Sequence[str],
+        step: int,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Each image's loss (B,) and its gradient (B, D), with the draws of `step`.
+        """The loss (B,) of each image and its gradient (B, D), with the noise of `step`.
 
-        A network call holds the draws of as many whole images as go into its rows, or a part of one image's, and its
-        graph is let go before the next: memory grows neither with the batch nor with the draws.
+        One network call holds all draws of as many images as fit into its rows, or a part of the draws of one image.
+        Its graph is released before the next call, so that memory does not grow with the batch or the draws.
 
         Args:
-            x0, keys: as for the call.
-            vectors: (B, D), where the slopes are taken.
-            start: the class vectors (B, D).
-            step: names the draws.
-            labels: the classes (B,), for models whose vectors stand in prompts of their classes.
+            x0: the encoded images (B, …).
+            vectors: e, (B, D).
+            class_vectors: e_y, (B, D).
+            keys: content hashes of the images.
+            step: number of the step, which determines the noise.
+            labels: the classes (B,), for models whose class vector is one token in the prompt of its class.
         """
-        size = max(1, self.rows // self.inversion.draws)
-        losses, slopes = [], []
-        for first in range(0, len(x0), size):
-            some = slice(first, first + size)
-            told = None if labels is None else labels[some]
-            loss, slope = self._errors(x0[some], vectors[some].detach(), told, keys[some], step)
+        images_per_call = max(1, self.max_rows // self.config.draws)
+        losses, gradients = [], []
+        for first in range(0, len(x0), images_per_call):
+            rows = slice(first, first + images_per_call)
+            row_labels = None if labels is None else labels[rows]
+            loss, gradient = self._denoising_loss(x0[rows], vectors[rows].detach(), row_labels, keys[rows], step)
             losses.append(loss)
-            slopes.append(slope)
-        apart = (vectors - start).detach()
-        pull = self.inversion.pull
-        return torch.cat(losses) + pull * apart.square().sum(1), torch.cat(slopes) + 2 * pull * apart
+            gradients.append(gradient)
+        # + R |e - e_y|^2
+        offset, pull = (vectors - class_vectors).detach(), self.config.pull
+        return torch.cat(losses) + pull * offset.square().sum(1), torch.cat(gradients) + 2 * pull * offset
 
-    def _errors(
+    def _denoising_loss(
         self, x0: Tensor, vectors: Tensor, labels: Tensor | None, keys: Sequence[str], step: int
     ) -> tuple[Tensor, Tensor]:
-        """The mean squared errors (B,) of a few images and their gradients (B, D), a network call at a time."""
-        draws = self.inversion.draws
-        drawn = [self.inversion.draw(key, x0.shape[1:], step, self.seed) for key in keys]
-        places = torch.stack([places for places, _ in drawn])
-        noise = torch.stack([values for _, values in drawn])
-        loss, slope = x0.new_zeros(len(x0)), torch.zeros_like(vectors)
-        # in half precision small gradients vanish; a power of two is taken out again without rounding
-        scale = 2.0 ** round(math.log2(draws * x0[0].numel()))
-        for first in range(0, draws, self.rows):
-            some = slice(first, first + self.rows)
+        """The mean squared errors (B,) of a few images and their gradients (B, D), in calls of at most `max_rows`."""
+        draws = self.config.draws
+        samples = [self.config.sample_noise(key, x0.shape[1:], step, self.seed) for key in keys]
+        indices = torch.stack([indices for indices, _ in samples])
+        noise = torch.stack([noise for _, noise in samples])
+        loss, gradient = x0.new_zeros(len(x0)), torch.zeros_like(vectors)
+        # small gradients vanish in half precision; a power of two is divided out again without rounding
+        loss_scale = 2.0 ** round(math.log2(draws * x0[0].numel()))
+        for first in range(0, draws, self.max_rows):
+            some = slice(first, first + self.max_rows)
+            sigma, some_noise = self.sigmas[indices[:, some]], noise[:, some]
+            count = sigma.shape[1]
+            # the draws of an image are rows of one batch
+            clean, flat_noise = x0.repeat_interleave(count, 0), some_noise.flatten(0, 1).to(x0.device)
+            flat_sigma = sigma.flatten().to(x0)
+            x = clean + expand_dims(flat_sigma, clean) * flat_noise
             with torch.enable_grad():
                 leaf = vectors.clone().requires_grad_()
-                error = self._error(x0, leaf, labels, self.sigmas[places[:, some]], noise[:, some]) / draws
-                slope += torch.autograd.grad(scale * error.sum(), leaf)[0] / scale
+                condition = self.conditioning(leaf, labels).repeat(count)
+                prediction = self.denoiser.predict(x, flat_sigma, condition)
+                target = self.denoiser.target(clean, flat_noise, flat_sigma)
+                error = (prediction - target).square().flatten(1).mean(1).reshape(-1, count).sum(1) / draws
+                gradient += torch.autograd.grad(loss_scale * error.sum(), leaf)[0] / loss_scale
             loss += error.detach()
-        return loss, slope
-
-    def _error(self, x0: Tensor, vectors: Tensor, labels: Tensor | None, sigma: Tensor, noise: Tensor) -> Tensor:
-        """The sums (B,) of the mean squared errors of draws sigma (B, K) and noise (B, K, …)."""
-        draws = sigma.shape[1]
-        clean, noise, sigma = x0.repeat_interleave(draws, 0), noise.flatten(0, 1).to(x0.device), sigma.flatten().to(x0)
-        told = self.space(vectors, labels).repeat(draws)
-        answer = self.denoiser.predict(clean + expand_dims(sigma, clean) * noise, sigma, told)
-        error = (answer - self.denoiser.target(clean, noise, sigma)).square().flatten(1).mean(1)
-        return error.reshape(-1, draws).sum(1)
+        return loss, gradient
 
 
 @contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    """No gradients of weights inside: they would be computed and thrown away."""
-    learnt = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in learnt:
+def _frozen_weights(network: nn.Module) -> Iterator[None]:
+    """A context in which no gradients of the weights are computed."""
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in learnt:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Images as vectors, in the order of their places in the source.
+    """Images as vectors, in the order of the source.
 
     Attributes:
-        index: places in the source, int64 (N,).
+        index: indices of the images in the source, int64 (N,).
         labels: classes, int64 (N,).
         vectors: float32 (N, D).
-        losses: before each step, float32 (N, steps).
+        losses: losses before each step, float32 (N, steps).
     """
 
     index: Tensor
@@ -238,67 +253,68 @@ class Embeddings:
         return len(self.index)
 
 
-def embed(
+def embed_images(
     source: ImageSource,
     labels: Tensor,
     model: DiffusionModel,
     out: str | Path,
-    inversion: Inversion = Inversion(),
+    config: InversionConfig = InversionConfig(),
     *,
     seed: int = 0,
     runtime: Runtime | None = None,
 ) -> Embeddings:
-    """Inverts all images of a source into `out`, those that are there already not again.
+    """Invert all images of a source into `out`, except those that are already there.
 
-    `config.json` says how; every batch leaves a shard `<first index>.safetensors` of `index`, `label`, `embedding` and
-    `loss`, in no order that matters.
+    `config.json` contains the settings; every batch writes a shard `<first index>.safetensors` with `index`, `label`,
+    `embedding` and `loss`. The order of shards does not matter.
 
     Args:
-        source: the images; unreadable ones are left out under the policy `skip`.
-        labels: the class of each (N,), a number of the model's table.
+        source: the images; unreadable ones are skipped under the policy `skip`.
+        labels: the class of each image (N,), a label of the model.
         model: a class-conditional diffusion model.
         out: the folder.
-        inversion: how images are inverted.
-        seed: of the draws.
-        runtime: how the network is run; None: `Runtime()`.
+        config: settings of the inversion.
+        seed: seed of the noise.
+        runtime: device, precision and batch size; None: `Runtime()`.
 
     Raises:
-        FaroutError: for an unconditional model, or labels that do not go with the source or the model.
-        StoreError: where `out` holds something else, or embeddings that were made otherwise.
+        FaroutError: for an unconditional model, or labels that do not fit the source or the model.
+        StoreError: if `out` contains other files, or embeddings that were computed with other settings.
     """
     if len(labels) != len(source):
         raise FaroutError(f"{len(source)} images require a label each, got {len(labels)}")
     folder, runtime = Path(out), (runtime or Runtime()).resolved()
-    inverter = Inverter(model.to(runtime.device), inversion, seed, runtime)
-    check_labels(labels, inverter.space.num_classes)
-    settings = {"config": asdict(inversion), "seed": seed, **describe_inputs(source, labels, model, runtime)}
+    inverter = Inverter(model.to(runtime.device), config, seed, runtime)
+    check_labels(labels, inverter.conditioning.num_classes)
+    settings = {"config": asdict(config), "seed": seed, **describe_inputs(source, labels, model, runtime)}
     store.resume_config(folder, KIND, settings, {"source": source.name})
-    there = set(read_embeddings(folder).index.tolist())
-    missing = [index for index in range(len(source)) if index not in there]
-    # by the images, which an autoencoder encodes all at once; the network's calls have their own size
+    finished = set(read_embeddings(folder).index.tolist())
+    missing = [index for index in range(len(source)) if index not in finished]
+    # the size of an image batch, which an autoencoder encodes at once; network calls have their own size
     size = runtime.images_per_batch((model.preprocessing.channels, *model.preprocessing.size))
     planned = [index for block in blocks_with(missing, size, len(source)) for index in block]
     with task(f"embedding {source.name}", len(planned)) as bar:
         for batch in batches(source.subset(planned), model.preprocessing, size, workers=runtime.workers):
-            index = torch.tensor([planned[place] for place in batch.indices])
-            new = torch.tensor([place not in there for place in index.tolist()])
-            if new.any():
+            index = torch.tensor([planned[position] for position in batch.indices])
+            is_new = torch.tensor([number not in finished for number in index.tolist()])
+            if is_new.any():
                 vectors, losses = inverter(model.encode(batch.images), labels[index], batch.identities)
-                _write(folder, Embeddings(index[new], labels[index][new], vectors[new], losses[new]))
+                if not bool(torch.isfinite(vectors[is_new]).all()):
+                    raise FaroutError("some embeddings are not numbers; use precision fp32, or a smaller learning rate")
+                tensors = {
+                    "index": index[is_new],
+                    "label": labels[index][is_new],
+                    "embedding": vectors[is_new],
+                    "loss": losses[is_new],
+                }
+                # an index is the first of a shard only if it is in no other shard, so names are unique
+                store.save_tensors(folder / f"{int(tensors['index'][0]):08d}.safetensors", tensors)
             bar.advance(len(batch.keys))
     return read_embeddings(folder)
 
 
-def _write(folder: Path, shard: Embeddings) -> None:
-    if not bool(torch.isfinite(shard.vectors).all()):
-        raise FaroutError("some embeddings are not numbers; use precision fp32, or a smaller learning rate")
-    tensors = {"index": shard.index, "label": shard.labels, "embedding": shard.vectors, "loss": shard.losses}
-    # an index is missing from all shards before it is first in one, so no name comes twice
-    store.save_tensors(folder / f"{int(shard.index[0]):08d}.safetensors", tensors)
-
-
 def read_embeddings(folder: str | Path) -> Embeddings:
-    """All shards of a folder of embeddings, as one; without shards N = 0.
+    """Read all shards of a folder of embeddings as one; N = 0 without shards.
 
     Raises StoreError for a folder that is missing or of another kind, for a shard that is cut short, and for an image
     that is in two shards.
@@ -306,12 +322,12 @@ def read_embeddings(folder: str | Path) -> Embeddings:
     store.read_config(folder, KIND)
     shards = [store.load_tensors(path) for path in sorted(Path(folder).glob("*.safetensors"))]
     if not shards:
-        none = torch.empty(0, dtype=torch.int64)
-        return Embeddings(none, none, torch.empty(0, 0), torch.empty(0, 0))
+        empty = torch.empty(0, dtype=torch.int64)
+        return Embeddings(empty, empty, torch.empty(0, 0), torch.empty(0, 0))
     if any(set(shard) != {"index", "label", "embedding", "loss"} for shard in shards):
         raise StoreError(f"{folder} holds files that are not shards of embeddings; give another folder")
-    whole = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
-    index, order = whole["index"].sort()
+    tensors = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+    index, order = tensors["index"].sort()
     if len(index.unique()) < len(index):
         raise StoreError(f"{folder} holds some images twice; remove it and embed them again")
-    return Embeddings(index, whole["label"][order], whole["embedding"][order], whole["loss"][order])
+    return Embeddings(index, tensors["label"][order], tensors["embedding"][order], tensors["loss"][order])

@@ -1,8 +1,9 @@
-"""The manifold of class vectors of NCIS: flat per class, with a density, and drawn from where the density is low.
+"""The manifold of class vectors of NCIS: a map that flattens each class, a density, and samples of low density.
 
 Doorenbos, Sznitman and Marquez-Neila, "Non-linear outlier synthesis for out-of-distribution detection",
-arXiv 2411.13619. A volume-preserving map f(x, c), trained so that every class is flat, and a Gaussian per class of
-z = f(x, c): log p(x | c) = log N(z; m_c, C_c), for |det J| = 1. Vectors of low density come back by the inverse.
+arXiv 2411.13619. A volume-preserving map z = f(x, c) is trained so that every class c is flat, and a Gaussian is fitted
+to the z of each class. Because |det J| = 1, log p(x | c) = log N(z; m_c, C_c). Samples of low density are mapped back
+by the inverse of f.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,28 +19,42 @@ import torch
 from torch import Tensor
 
 from farout.core import store
-from farout.core.errors import FaroutError, FaroutWarning, StoreError
-from farout.synthesis.ncis import linear_map as _flattening
+from farout.core.errors import FaroutError, FaroutWarning, ShortfallWarning, StoreError
 from farout.synthesis.ncis.class_gaussians import ClassGaussians
-from farout.synthesis.ncis.labelled_vectors import check_counts, check_spread, checked, class_names, split, warn_counts
-from farout.synthesis.ncis.linear_map import Map, invariant_counts
 from farout.synthesis.ncis.manifold_config import ManifoldConfig
+from farout.synthesis.ncis.network_training import (
+    FlatteningMap,
+    apply_map,
+    count_invariants,
+    create_network,
+    measure_flatness,
+    train_network,
+)
 from farout.synthesis.ncis.volume_preserving import ClassRotations
+from farout.training.data_order import seed_of
 
-__all__ = ["KIND", "Drawn", "Manifold", "ManifoldConfig", "fit_manifold"]
+__all__ = [
+    "KIND",
+    "Manifold",
+    "ManifoldConfig",
+    "SampledVectors",
+    "check_class_sizes",
+    "fit_manifold",
+    "split_vectors",
+]
 
 KIND = "manifold"
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Vectors drawn from the tails of classes, class by class.
+class SampledVectors:
+    """Vectors sampled from the tails of classes, class by class.
 
     Attributes:
         vectors: float32 (M, D).
-        labels: int64 (M,), the class that each was drawn from.
-        log_density: float64 (M,), log p(x | c), natural, in the units of the vectors.
-        distance: float64 (M,), squared Mahalanobis distance from the class, divided by D.
+        labels: the class that each was sampled from, int64 (M,).
+        log_density: log p(x | c), natural, in the units of the vectors, float64 (M,).
+        distance: squared Mahalanobis distance from the class, divided by D, float64 (M,).
     """
 
     vectors: Tensor
@@ -53,26 +68,27 @@ class Manifold:
     """A fitted manifold; see `fit_manifold`.
 
     Attributes:
-        net: from shifted and scaled vectors to the flat space, and back.
-        gaussians: of the flat space.
+        network: the map from shifted and scaled vectors to the flat space, and back.
+        gaussians: the Gaussians of the flat space.
         shift: subtracted from vectors, float32 (D,).
-        scale: then divides them.
+        scale: divides them afterwards.
         invariants: k; the last k coordinates of the flat space hardly vary in any class.
-        config: how it was fitted, and how draws are made; its regularization is the one that was taken.
-        class_names: by label.
-        known: distances of the vectors fitted to (`training`) and of those not fitted to (`held_out`), float64 (n,).
-        history: of training, in the units of scaled vectors; empty for a linear map.
-        provenance: seed, counts and the like.
+        config: settings; the regularization is the one that was used.
+        class_names: names of the classes.
+        reference_distances: distances of the vectors that were fitted (`training`) and of the others (`held_out`),
+            float64 (n,).
+        history: history of the training, in the units of scaled vectors; empty for a linear map.
+        provenance: seed and counts.
     """
 
-    net: Map
+    network: FlatteningMap
     gaussians: ClassGaussians
     shift: Tensor
     scale: float
     invariants: int
     config: ManifoldConfig
     class_names: tuple[str, ...]
-    known: dict[str, Tensor] = field(default_factory=dict)
+    reference_distances: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -82,130 +98,141 @@ class Manifold:
         return len(self.shift)
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves the map; Gaussians stay on the CPU, which has float64 everywhere."""
-        self.net.to(device)
+        """Move the map; the Gaussians stay on the CPU, because not every device has float64."""
+        self.network.to(device)
         return self
 
-    # -- there and back ------------------------------------------------------------------------------------------
-
-    def flatten(self, vectors: Tensor, labels: Tensor) -> Tensor:
+    def to_flat_space(self, vectors: Tensor, labels: Tensor) -> Tensor:
         """vectors (N, D), labels (N,) -> z (N, D) float32. Raises FaroutError for other shapes, values or labels."""
-        vectors, labels = checked(vectors, labels, self.class_names, self.dim)
-        return _flattening.apply(self.net, (vectors - self.shift) / self.scale, labels)
+        vectors, labels = _check_vectors(vectors, labels, self.class_names, self.dim)
+        return apply_map(self.network, (vectors - self.shift) / self.scale, labels)
 
-    def unflatten(self, z: Tensor, labels: Tensor) -> Tensor:
-        """Undoes `flatten`, shift and scale included: float32 (N, D)."""
-        z, labels = checked(z, labels, self.class_names, self.dim)
-        return _flattening.apply(self.net, z, labels, inverse=True) * self.scale + self.shift
-
-    # -- densities -----------------------------------------------------------------------------------------------
+    def from_flat_space(self, z: Tensor, labels: Tensor) -> Tensor:
+        """The inverse of `to_flat_space`, shift and scale included: float32 (N, D)."""
+        z, labels = _check_vectors(z, labels, self.class_names, self.dim)
+        return apply_map(self.network, z, labels, inverse=True) * self.scale + self.shift
 
     def distances(self, vectors: Tensor, labels: Tensor) -> Tensor:
         """(z - m_c)^T C_c^-1 (z - m_c) / D of vectors (N, D) from the classes `labels` (N,): (N,) float64.
 
-        About 1 for what the Gaussians describe; `known` holds those of in-distribution vectors to compare with.
+        About 1 for vectors that the Gaussians describe; compare with `reference_distances`.
         """
-        return self.gaussians.distances(self.flatten(vectors, labels), labels.cpu())
+        return self.gaussians.distances(self.to_flat_space(vectors, labels), labels.cpu())
 
     def log_density(self, vectors: Tensor, labels: Tensor) -> Tensor:
         """log p(x | c) = log N(z; m_c, C_c) - D log scale, (N,) float64."""
-        return self._density(self.distances(vectors, labels), labels.cpu())
+        return self._log_density(self.distances(vectors, labels), labels.cpu())
 
-    def _density(self, distances: Tensor, labels: Tensor) -> Tensor:
+    def _log_density(self, distances: Tensor, labels: Tensor) -> Tensor:
         return self.gaussians.log_density(distances, labels) - self.dim * math.log(self.scale)
 
     def flatness(self, vectors: Tensor, labels: Tensor) -> dict[str, float]:
-        """How flat vectors of their classes are: `invariants`, the mean over vectors of the sum of the squares of the k
-        invariant coordinates, and `reconstruction`, the mean square of what a vector loses when they are set to zero;
-        both in squared units of the vectors.
+        """Flatness of the classes, in squared units of the vectors.
+
+        `invariants`: mean squared norm of the k invariant coordinates; `reconstruction`: mean squared error of a vector
+        that is reconstructed with these coordinates set to 0.
         """
-        vectors, labels = checked(vectors, labels, self.class_names, self.dim)
+        vectors, labels = _check_vectors(vectors, labels, self.class_names, self.dim)
         scaled = (vectors - self.shift) / self.scale
-        found = _flattening.flatness(self.net, scaled, labels, self.invariants)
-        return dict(zip(("invariants", "reconstruction"), (self.scale**2 * value for value in found), strict=True))
+        invariants, reconstruction = measure_flatness(self.network, scaled, labels, self.invariants)
+        return {"invariants": self.scale**2 * invariants, "reconstruction": self.scale**2 * reconstruction}
 
-    # -- drawing -------------------------------------------------------------------------------------------------
+    # -- sampling ------------------------------------------------------------------------------------------------
 
-    def draw(
+    def sample(
         self,
         per_class: int,
         seed: int = 0,
         *,
-        draws: int | None = None,
+        candidates: int | None = None,
         kept: int | None = None,
         temperature: float | None = None,
-    ) -> Drawn:
-        """Vectors of low density of every class.
+    ) -> SampledVectors:
+        """Sample vectors of low density from every class.
 
-        In rounds, `draws` vectors are drawn from the class's Gaussian, their deviations multiplied by `temperature`,
-        and the `kept` of the lowest density go back through the inverse map. In D dimensions nearly all draws are about
-        equally far out, so the tail is a weak knob: 10 of 3,330 reach 7 % further than the rest with D = 768.
+        In rounds, `candidates` vectors are sampled from the Gaussian of a class, with deviations multiplied by
+        `temperature`, and the `kept` ones with the lowest density are mapped back by the inverse map. In high
+        dimensions almost all samples have about the same distance, so this selection is weak: with D = 768, the 10
+        least likely of 3,330 are about 7 % farther than the others.
 
         Args:
-            per_class: vectors of each class; 100 in the paper, ten rounds of 10. More rounds are made for more vectors,
-                and the first ones stay the same.
-            seed: of the draws; the same ones for any number of classes.
-            draws, kept, temperature: instead of those of `config`.
+            per_class: vectors per class; 100 in the paper, ten rounds of 10. A larger number adds rounds and leaves the
+                first vectors unchanged.
+            seed: seed of the samples, which do not depend on the number of classes.
+            candidates: replaces that of `config`.
+            kept: replaces that of `config`.
+            temperature: replaces that of `config`.
 
         Raises FaroutError for values out of range.
         """
-        changes = {"draws": draws, "kept": kept, "temperature": temperature}
-        config = ManifoldConfig(**asdict(self.config) | {n: value for n, value in changes.items() if value is not None})
+        options = {"candidates": candidates, "kept": kept, "temperature": temperature}
+        config = replace(self.config, **{name: value for name, value in options.items() if value is not None})
         if per_class < 1:
             raise FaroutError(f"per_class is {per_class}; expected 1 or more vectors of each class")
-        rounds = [self._round(number, seed, config) for number in range(math.ceil(per_class / config.kept))]
-        # from (rounds, classes x kept, …) to class by class
-        size = (len(self.class_names), config.kept)
+        classes = len(self.class_names)
+        rounds = []
+        # one round at a time, so that the bits of a round do not depend on the number of rounds
+        for number in range(math.ceil(per_class / config.kept)):
+            tails = [
+                self.gaussians.sample_tail(
+                    label,
+                    number,
+                    seed,
+                    candidates=config.candidates,
+                    kept=config.kept,
+                    temperature=config.temperature,
+                )
+                for label in range(classes)
+            ]
+            z, labels = torch.cat(tails), torch.arange(classes).repeat_interleave(config.kept)
+            distance = self.gaussians.distances(z, labels)
+            rounds.append(
+                SampledVectors(self.from_flat_space(z, labels), labels, self._log_density(distance, labels), distance)
+            )
 
-        def sorted_out(name: str) -> Tensor:
-            whole = torch.stack([getattr(one, name) for one in rounds])
-            return whole.unflatten(1, size).transpose(0, 1).flatten(1, 2)[:, :per_class].flatten(0, 1)
+        def order_by_class(name: str) -> Tensor:
+            """(rounds, classes x kept, …) -> (classes x per_class, …)."""
+            values = torch.stack([getattr(one_round, name) for one_round in rounds])
+            by_class = values.unflatten(1, (classes, config.kept)).transpose(0, 1).flatten(1, 2)
+            return by_class[:, :per_class].flatten(0, 1)
 
-        return Drawn(*(sorted_out(field.name) for field in fields(Drawn)))
+        return SampledVectors(*(order_by_class(each.name) for each in fields(SampledVectors)))
 
-    def _round(self, number: int, seed: int, config: ManifoldConfig) -> Drawn:
-        """`kept` vectors of each class; computed alike however many rounds there are, so that no bit depends on it."""
-        tail: dict[str, Any] = {"draws": config.draws, "kept": config.kept, "temperature": config.temperature}
-        classes = range(len(self.class_names))
-        z = torch.cat([self.gaussians.tail(label, number, seed, **tail) for label in classes])
-        labels = torch.arange(len(classes)).repeat_interleave(config.kept)
-        distance = self.gaussians.distances(z, labels)
-        return Drawn(self.unflatten(z, labels), labels, self._density(distance, labels), distance)
+    def compare_distances(self, samples: SampledVectors) -> dict[str, dict[str, float]]:
+        """The 5 %, 50 % and 95 % quantiles of the distances of `sampled`, `training` and `held_out` vectors.
 
-    def compare(self, drawn: Drawn) -> dict[str, dict[str, float]]:
-        """Distances of `drawn` beside those of the vectors `training` and `held_out`: 5 %, median and 95 %.
-
-        Where held-out vectors of a class lie further out than what was drawn, the Gaussians are too narrow for the
-        draws to be outliers; give regularization='held_out', or a larger reg_weight where it counts. Where held-out
-        vectors have chosen the shrinkage, theirs are no independent check. Where training vectors lie far
-        below 1, most of the covariance is what was added to it.
+        If held-out vectors of a class are farther from it than the samples, the Gaussians are too narrow for the
+        samples to be outliers: use regularization='held_out' or a larger reg_weight. If the held-out vectors were used
+        to choose the shrinkage, their distances are not an independent check. If training vectors are far below 1,
+        most of the covariance is regularization.
         """
-        sets = {"drawn": drawn.distance, **{name: values for name, values in self.known.items() if len(values)}}
-        points = {"low": 0.05, "median": 0.5, "high": 0.95}
+        references = {name: values for name, values in self.reference_distances.items() if len(values)}
+        quantiles = {"low": 0.05, "median": 0.5, "high": 0.95}
         return {
-            name: {point: float(values.quantile(share)) for point, share in points.items()}
-            for name, values in sets.items()
+            name: {point: float(values.quantile(share)) for point, share in quantiles.items()}
+            for name, values in {"sampled": samples.distance, **references}.items()
         }
 
     # -- folders -------------------------------------------------------------------------------------------------
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
-            **{f"net.{name}": value for name, value in self.net.state_dict().items()},
+            **{f"network.{name}": value for name, value in self.network.state_dict().items()},
             "means": self.gaussians.means,
-            "roots": self.gaussians.roots,
+            "cholesky": self.gaussians.cholesky,
             "shift": self.shift,
-            **{f"known.{name}": value for name, value in self.known.items()},
+            **{f"reference_distances.{name}": value for name, value in self.reference_distances.items()},
         }
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of everything learnt."""
+        """SHA-256 of all fitted values."""
         return store.hash_tensors({**self._tensors(), "scale": torch.tensor(self.scale, dtype=torch.float64)})
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder: `config.json`, `manifold.safetensors`, a model card. Raises StoreError where another kind of
-        folder stands.
+        """Write a folder: `config.json`, `manifold.safetensors`, a model card.
+
+        Raises StoreError if a folder of another kind is there.
         """
         content = {
             "config": asdict(self.config),
@@ -217,62 +244,61 @@ class Manifold:
             "provenance": self.provenance,
             "history": self.history,
         }
-        with store.atomic_folder(folder, KIND) as temporary:
-            store.save_tensors(temporary / "manifold.safetensors", self._tensors())
-            store.write_config(temporary, KIND, content)
-            (temporary / "README.md").write_text(self._card(), encoding="utf-8")
-
-    def _card(self) -> str:
-        lines = [
+        card = [
             "# A farout manifold of class vectors",
             "",
             f"- {len(self.class_names)} classes, {self.dim} dimensions, of which {self.invariants} are invariants",
             f"- map: {self.config.map}; regularization: {self.config.regularization}, {self.gaussians.strength:.3g}",
+            *(f"- {name}: {value}" for name, value in self.provenance.items()),
+            "",
+            "Distances of new vectors: `Manifold.load(folder).distances(vectors, labels)`.",
+            "",
         ]
-        lines += [f"- {name}: {value}" for name, value in self.provenance.items()]
-        return "\n".join(
-            [*lines, "", "Distances of new vectors: `Manifold.load(folder).distances(vectors, labels)`.", ""]
-        )
+        with store.atomic_folder(folder, KIND) as temporary:
+            store.save_tensors(temporary / "manifold.safetensors", self._tensors())
+            store.write_config(temporary, KIND, content)
+            (temporary / "README.md").write_text("\n".join(card), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifold:
-        """Reads a folder that `save` wrote; the map is on the CPU.
+        """Read a folder that `save` wrote; the map is on the CPU.
 
         Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
         """
         path = Path(folder)
-        content, read = store.read_config(path, KIND), store.load_tensors(path / "manifold.safetensors")
-        # where a file's numbers lie in memory changes the last bits of what is solved with them
-        tensors = {name: tensor.clone() for name, tensor in read.items()}
+        content = store.read_config(path, KIND)
+        # the memory alignment of a mapped file changes the last bits of what is computed with its tensors
+        tensors = {name: tensor.clone() for name, tensor in store.load_tensors(path / "manifold.safetensors").items()}
+
+        def select(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
         try:
-            manifold = cls._restored(content, tensors)
+            config, names = ManifoldConfig(**content["config"]), tuple(content["class_names"])
+            weights = select("network.")
+            network: FlatteningMap
+            if config.map == "linear":
+                network = ClassRotations(weights["means"], weights["axes"])
+            else:
+                network = create_network(len(tensors["shift"]), len(names), config, 0)
+                network.load_state_dict(weights)
+            manifold = cls(
+                network.eval(),
+                ClassGaussians(tensors["means"], tensors["cholesky"], content["strength"]),
+                shift=tensors["shift"],
+                scale=content["scale"],
+                invariants=content["invariants"],
+                config=config,
+                class_names=names,
+                reference_distances=select("reference_distances."),
+                history=content["history"],
+                provenance=content["provenance"],
+            )
         except (KeyError, TypeError, RuntimeError) as error:
             raise StoreError(f"{path} is not a complete manifold ({error}); fit it again") from error
         if manifold.content_hash != content["content_hash"]:
             raise StoreError(f"{path}: the numbers are not those that were saved (their hash differs)")
         return manifold
-
-    @classmethod
-    def _restored(cls, content: dict[str, Any], tensors: dict[str, Tensor]) -> Manifold:
-        config, names = ManifoldConfig(**content["config"]), tuple(content["class_names"])
-        weights = {n.removeprefix("net."): value for n, value in tensors.items() if n.startswith("net.")}
-        if config.map == "linear":
-            net: Map = ClassRotations(weights["means"], weights["axes"])
-        else:
-            net = _flattening.fresh(len(tensors["shift"]), len(names), config, 0)
-            net.load_state_dict(weights)
-        return cls(
-            net.eval(),
-            ClassGaussians(tensors["means"], tensors["roots"], content["strength"]),
-            shift=tensors["shift"],
-            scale=content["scale"],
-            invariants=content["invariants"],
-            config=config,
-            class_names=names,
-            known={n.removeprefix("known."): value for n, value in tensors.items() if n.startswith("known.")},
-            history=content["history"],
-            provenance=content["provenance"],
-        )
 
 
 def fit_manifold(
@@ -283,104 +309,174 @@ def fit_manifold(
     seed: int = 0,
     checkpoints: Path | None = None,
 ) -> Manifold:
-    """Flattens the classes of `vectors` and fits a Gaussian to each.
+    """Train a map that flattens the classes of `vectors`, and fit a Gaussian to each class in the flat space.
 
     Args:
         vectors: (N, D), D at least 2.
         labels: int64 (N,), 0 to classes - 1; two or more vectors of each class.
-        config: how; None: the defaults.
-        classes: their number or names; None: as many as the largest label says.
-        seed: of what is held out, the network's start and the order of training.
-        checkpoints: a folder where training leaves checkpoints, and goes on from the newest one, to the same bits.
+        config: settings; None: the defaults.
+        classes: number or names of the classes; None: as many as the largest label requires.
+        seed: seed of the held-out vectors, of the network and of the order of its training.
+        checkpoints: folder of the training's checkpoints; training continues from the newest one to the same bits.
 
-    Raises FaroutError for other shapes, values that are not finite, labels without a class, classes with fewer than two
-    vectors or with equal ones, and where training diverges; StoreError for checkpoints of another training. Warns where
-    classes have fewer vectors than dimensions.
+    Raises:
+        FaroutError: for other shapes, values that are not finite, labels without a class, classes with fewer than two
+            vectors or with equal ones, and if training diverges.
+        StoreError: for checkpoints of another training.
+
+    Warns if classes have no more vectors than dimensions.
     """
     config = config or ManifoldConfig()
-    names = class_names(classes, labels)
-    vectors, labels = checked(vectors, labels, names)
-    check_counts(labels, names)
-    fit, held = split(labels, len(names), config, seed)
-    check_spread(vectors[fit], labels[fit], names)
-    fewest = int(labels[fit].bincount(minlength=len(names)).min())
-    config = config.resolved(fewest, len(held), vectors.shape[1])
-    warn_counts(labels[fit], names, vectors.shape[1], config)
-    shift, scale = _standard(vectors[fit], config)
+    if classes is None:
+        classes = int(labels.max()) + 1 if labels.numel() else 0
+    names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
+    if not names:
+        raise FaroutError("a manifold requires at least one class, got none")
+    vectors, labels = _check_vectors(vectors, labels, names)
+    check_class_sizes(labels, names)
+    dim = vectors.shape[1]
+    fit, held_out = split_vectors(labels, len(names), config, seed)
+    for label, name in enumerate(names):
+        rows = vectors[fit][labels[fit] == label]
+        if bool((rows == rows[0]).all()):
+            raise FaroutError(
+                f"all {len(rows)} vectors of the class {name!r} are equal; they require one of each image, after at "
+                "least one step of embedding"
+            )
+    counts = labels[fit].bincount(minlength=len(names))
+    config = config.resolve_regularization(int(counts.min()), len(held_out), dim)
+    _warn_about_small_classes(counts, names, dim, config)
+
+    # standardize: x = (vectors - shift) / scale
+    mean = vectors[fit].double().mean(0)
+    scale = float((vectors[fit].double() - mean).square().mean().sqrt()) if config.scale else 1.0
+    shift = mean.float() if config.center else torch.zeros_like(vectors[0])
     x = (vectors - shift) / scale
-    counts = invariant_counts(x[fit], labels[fit], len(names), config.pca_variance)
-    invariants = _whole(sum(counts) // len(counts), vectors.shape[1])
-    held_out = (x[held], labels[held])
-    net, history = _map(x[fit], labels[fit], held_out, invariants, names, config, seed, checkpoints)
-    z = _flattening.apply(net, x, labels)
-    gaussians = _gaussians(z, labels, fit, held, names, config, scale)
+
+    # k: the integer part of the mean over classes, but at least one coordinate varies
+    class_counts = count_invariants(x[fit], labels[fit], len(names), config.pca_variance)
+    invariants = sum(class_counts) // len(class_counts)
+    if invariants == dim:
+        warnings.warn(
+            f"one direction explains nearly all of every class, so that all {dim} coordinates would be invariants; one "
+            "is kept: look at the vectors, or give a smaller pca_variance",
+            FaroutWarning,
+            stacklevel=2,
+        )
+        invariants = dim - 1
+
+    # z = f(x, c)
+    network: FlatteningMap
+    history: list[dict[str, float]] = []
+    if config.map == "linear":
+        network = ClassRotations.fit(x[fit], labels[fit], len(names)).eval()
+    else:
+        network, history = train_network(
+            x[fit],
+            labels[fit],
+            (x[held_out], labels[held_out]),
+            classes=len(names),
+            invariants=invariants,
+            config=config,
+            seed=seed,
+            out=checkpoints,
+        )
+    z = apply_map(network, x, labels)
+
+    # N(m_c, C_c)
+    if config.regularization == "held_out":
+        gaussians = ClassGaussians.fit_shrinkage(z[fit], labels[fit], names, (z[held_out], labels[held_out]))
+    else:
+        is_relative = config.regularization == "relative"
+        # an absolute weight is in the units of the vectors, the covariance in those of x
+        weight = config.reg_weight if is_relative else config.reg_weight / scale**2
+        gaussians = ClassGaussians.fit_ridge(z[fit], labels[fit], names, weight, relative=is_relative)
     return Manifold(
-        net,
+        network,
         gaussians,
         shift,
         scale,
         invariants,
         config,
         names,
-        known={n: gaussians.distances(z[i], labels[i]) for n, i in {"training": fit, "held_out": held}.items()},
+        reference_distances={
+            name: gaussians.distances(z[rows], labels[rows])
+            for name, rows in {"training": fit, "held_out": held_out}.items()
+        },
         history=history,
-        provenance={"seed": seed, "vectors": len(x), "fitted_to": len(fit), "held_out": len(held)},
+        provenance={"seed": seed, "vectors": len(x), "training": len(fit), "held_out": len(held_out)},
     )
 
 
-def _standard(x: Tensor, config: ManifoldConfig) -> tuple[Tensor, float]:
-    """What is subtracted, and the one number that divides."""
-    mean = x.double().mean(0)
-    scale = float((x.double() - mean).square().mean().sqrt()) if config.scale else 1.0
-    return (mean.float() if config.center else torch.zeros_like(x[0])), scale
+def _check_vectors(
+    vectors: Tensor, labels: Tensor, names: Sequence[str], dim: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Both on the CPU, as float32 (N, D) and int64 (N,); raises FaroutError for other shapes, values or labels."""
+    vectors, labels = vectors.detach().cpu().float(), labels.detach().cpu()
+    if vectors.ndim != 2 or vectors.shape[1] < 2 or (dim is not None and vectors.shape[1] != dim):
+        expected = "at least 2" if dim is None else str(dim)
+        raise FaroutError(f"vectors must have the shape (N, D) with D {expected}, got {tuple(vectors.shape)}")
+    if labels.shape != (len(vectors),) or labels.is_floating_point() or labels.is_complex():
+        raise FaroutError(
+            f"labels require one whole number for each of {len(vectors)} vectors, got {tuple(labels.shape)} of "
+            f"{labels.dtype}"
+        )
+    if not torch.isfinite(vectors).all():
+        bad = int((~torch.isfinite(vectors)).any(1).sum())
+        raise FaroutError(f"{bad} of {len(vectors)} vectors hold values that are not finite numbers; leave them out")
+    labels = labels.long()
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+        raise FaroutError(
+            f"labels run from 0 to {len(names) - 1} for {len(names)} classes, got {int(labels.min())} to "
+            f"{int(labels.max())}"
+        )
+    return vectors, labels
 
 
-def _whole(invariants: int, dim: int) -> int:
-    if invariants == dim:
+def check_class_sizes(labels: Tensor, names: Sequence[str]) -> None:
+    """Raise FaroutError for a class with fewer than two vectors."""
+    for name, count in zip(names, labels.bincount(minlength=len(names)).tolist(), strict=True):
+        if count < 2:
+            raise FaroutError(
+                f"the class {name!r} has {count} vector{'s' * (count != 1)}; a Gaussian requires 2 or more: embed more "
+                "of its images"
+            )
+
+
+def split_vectors(labels: Tensor, classes: int, config: ManifoldConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Split each class at random; return the sorted indices of the vectors to fit, two or more per class, and of the
+    held-out ones.
+
+    Raises FaroutError if no vector can be held out, but the regularization needs some; otherwise warns.
+    """
+    fit, held_out = [], []
+    for label in range(classes):
+        rows = (labels == label).nonzero()[:, 0]
+        generator = torch.Generator().manual_seed(seed_of(seed, "split", label))
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        count = min(int(config.held_out * len(rows)), len(rows) - 2)
+        remaining = rows[count:]
+        held_out.append(rows[:count])
+        fit.append(remaining[: max(2, round(config.train_fraction * len(remaining)))])
+    fit_rows, held_out_rows = torch.cat(fit).sort().values, torch.cat(held_out).sort().values
+    if config.held_out and not len(held_out_rows):
+        if config.regularization == "held_out":
+            raise FaroutError("classes are too small to hold vectors out; give more, or regularization='relative'")
+        warnings.warn("classes are too small to hold vectors out; none are held out", ShortfallWarning, stacklevel=3)
+    return fit_rows, held_out_rows
+
+
+def _warn_about_small_classes(counts: Tensor, names: Sequence[str], dim: int, config: ManifoldConfig) -> None:
+    """Warn about classes whose vectors do not span the space; `config` with the resolved regularization."""
+    too_small = int((counts <= dim).sum())
+    if too_small:
+        smallest = int(counts.argmin())
+        advice = "compare held-out distances with those of samples"
+        advice += ", or give regularization='held_out'" * (config.regularization != "held_out")
         warnings.warn(
-            f"one direction explains nearly all of every class, so that all {dim} coordinates would be invariants; one "
-            "is kept: look at the vectors, or give a smaller pca_variance",
-            FaroutWarning,
+            f"{too_small} of {len(names)} classes have no more vectors to fit to than the {dim} dimensions (the "
+            f"fewest: {int(counts[smallest])}, of {names[smallest]!r}): in some directions their variance is that of "
+            f"the regularization ({config.regularization}); {advice}",
+            ShortfallWarning,
             stacklevel=3,
         )
-    return min(invariants, dim - 1)
-
-
-def _map(
-    x: Tensor,
-    labels: Tensor,
-    held_out: tuple[Tensor, Tensor],
-    invariants: int,
-    names: Sequence[str],
-    config: ManifoldConfig,
-    seed: int,
-    checkpoints: Path | None,
-) -> tuple[Map, list[dict[str, float]]]:
-    if config.map == "linear":
-        return ClassRotations.fit(x, labels, len(names)).eval(), []
-    return _flattening.train(
-        x,
-        labels,
-        held_out,
-        classes=len(names),
-        invariants=invariants,
-        config=config,
-        seed=seed,
-        out=checkpoints,
-    )
-
-
-def _gaussians(
-    z: Tensor,
-    labels: Tensor,
-    fit: Tensor,
-    held: Tensor,
-    names: Sequence[str],
-    config: ManifoldConfig,
-    scale: float,
-) -> ClassGaussians:
-    if config.regularization == "held_out":
-        return ClassGaussians.shrunk(z[fit], labels[fit], names, (z[held], labels[held]))
-    relative = config.regularization == "relative"
-    weight = config.reg_weight if relative else config.reg_weight / scale**2
-    return ClassGaussians.ridged(z[fit], labels[fit], names, weight, relative=relative)

@@ -1,4 +1,4 @@
-"""How class vectors are flattened and drawn: every setting of NCIS's manifold, the published ones as a preset."""
+"""Settings of NCIS's manifold, with the published ones as a preset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Regularization = Literal["auto", "relative", "absolute", "held_out"]
 class ManifoldConfig:
     """Manifold of class vectors. Raises FaroutError for a value out of range.
 
-    The preset `paper` holds the published values (Doorenbos et al., arXiv 2411.13619, for 50,000 vectors of 768
+    The preset `paper` contains the published values (Doorenbos et al., arXiv 2411.13619, for 50,000 vectors of 768
     coordinates); the defaults are for some thousand vectors of up to some hundred coordinates on a CPU.
 
     Args:
@@ -26,7 +26,7 @@ class ManifoldConfig:
             (Gaussians of the vectors themselves).
         layers: number of coupling layers.
         orthogonal_map: parametrization of the orthogonal layers: `matrix_exp` (the paper) or `cayley` (faster).
-        center: subtract the mean of all training vectors, and add it to the drawn vectors.
+        center: subtract the mean of all training vectors, and add it to the sampled vectors.
         scale: divide all coordinates by the root of their mean variance.
         pca_variance: percentage of each class's variance assigned to invariant coordinates.
         steps: number of training batches, with two updates each: invariants, then reconstruction.
@@ -42,9 +42,9 @@ class ManifoldConfig:
             coordinate), `absolute` (S + w I), `held_out` (shrinkage chosen by the likelihood of held-out vectors) or
             `auto` (`held_out` if a class has no more vectors than dimensions and some are held out, else `relative`).
         reg_weight: w in `regularization`; not used by `held_out`.
-        draws: vectors drawn per class and round.
-        kept: vectors of lowest density kept per class and round; the paper keeps 10 of 3,330 (0.3 %).
-        temperature: factor on the standard deviation of drawn vectors; 1 in the paper.
+        candidates: vectors sampled per class and round; published: 3,330.
+        kept: vectors of lowest density kept per class and round; published: 10 (0.3 % of the candidates).
+        temperature: factor on the standard deviation of sampled vectors; 1 in the paper.
         device: device of the manifold's network: `auto` (CUDA if present, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
     """
 
@@ -65,7 +65,7 @@ class ManifoldConfig:
     checkpoint: Literal["best", "last"] = "best"
     regularization: Regularization = "auto"
     reg_weight: float = 0.05
-    draws: int = 3330
+    candidates: int = 3330
     kept: int = 10
     temperature: float = 1.0
     device: str = "auto"
@@ -87,7 +87,39 @@ class ManifoldConfig:
     }
 
     def __post_init__(self) -> None:
-        check_options(self, "manifold's option", _rules(self))
+        counts = ("layers", "steps", "batch_size", "validations", "candidates", "kept")
+        positive = ("learning_rate", "temperature")
+        # presets set a weight, which `held_out` then ignores
+        preset_weights = (ManifoldConfig.reg_weight, ManifoldConfig.presets["paper"]["reg_weight"])
+        uses_held_out = self.regularization == "held_out"
+        has_default_steps = self.steps == ManifoldConfig.steps
+        rules = [
+            *((name, getattr(self, name) >= 1, "1 or more") for name in counts),
+            ("epochs", self.epochs is None or self.epochs >= 1, "None, or 1 or more"),
+            (
+                "steps",
+                self.epochs is None or has_default_steps,
+                f"no steps with epochs {self.epochs}: leave one out",
+            ),
+            ("map", self.map in ("volume_preserving", "linear"), "volume_preserving or linear"),
+            ("orthogonal_map", self.orthogonal_map in ("matrix_exp", "cayley"), "matrix_exp or cayley"),
+            ("pca_variance", 0 < self.pca_variance < 100, "a number between 0 and 100 (percent)"),
+            *((name, 0 < getattr(self, name) < math.inf, "a positive number") for name in positive),
+            ("final_factor", 0 < self.final_factor <= 1, "a number in (0, 1]"),
+            ("train_fraction", 0 < self.train_fraction <= 1, "a number in (0, 1]"),
+            ("held_out", 0 <= self.held_out < 1, "a number in [0, 1)"),
+            ("checkpoint", self.checkpoint in ("best", "last"), "best or last"),
+            ("regularization", self.regularization in get_args(Regularization), ", ".join(get_args(Regularization))),
+            ("held_out", self.held_out > 0 or not uses_held_out, "a share to choose the shrinkage by, such as 0.1"),
+            ("reg_weight", 0 <= self.reg_weight < math.inf, "0 or more"),
+            (
+                "reg_weight",
+                not uses_held_out or self.reg_weight in preset_weights,
+                "none with held_out: leave one out",
+            ),
+            ("kept", self.kept <= self.candidates, f"at most candidates ({self.candidates})"),
+        ]
+        check_options(self, "manifold's option", rules)
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> ManifoldConfig:
@@ -96,51 +128,24 @@ class ManifoldConfig:
             raise FaroutError(f"there is no preset {name!r} of a manifold; expected one of {', '.join(cls.presets)}")
         return cls(**{**cls.presets[name], **changes})
 
-    def resolved(self, fewest: int, held_out: int, dim: int) -> ManifoldConfig:
-        """With the regularization that `auto` stands for.
+    def resolve_regularization(self, smallest_class: int, held_out: int, dim: int) -> ManifoldConfig:
+        """The same settings with the regularization that `auto` selects.
 
-        With no more vectors than dimensions a class's covariance is singular: along the directions that its vectors
-        lack, a small weight leaves nearly nothing, so that vectors of the class that were not fitted to lie further out
-        than anything drawn.
+        If a class has no more vectors than dimensions, its covariance is singular: in the directions without data a
+        small weight leaves almost no variance, so that held-out vectors of the class are farther from it than the
+        sampled ones.
 
         Args:
-            fewest: vectors fitted to, of the class that has the fewest.
-            held_out: vectors held out, of all classes together.
+            smallest_class: number of vectors for fitting of the class that has the fewest.
+            held_out: number of held-out vectors of all classes together.
             dim: D.
         """
         if self.regularization != "auto":
             return self
-        if fewest > dim or not held_out:
+        if smallest_class > dim or not held_out:
             return replace(self, regularization="relative")
         return replace(self, regularization="held_out", reg_weight=ManifoldConfig.reg_weight)
 
     def total_steps(self, count: int) -> int:
         """Batches of the whole training with `count` vectors; the last batch of an epoch may be smaller."""
         return self.steps if self.epochs is None else self.epochs * math.ceil(count / self.batch_size)
-
-
-def _rules(c: ManifoldConfig) -> list[tuple[str, bool, str]]:
-    counts = ("layers", "steps", "batch_size", "validations", "draws", "kept")
-    weights = (ManifoldConfig.reg_weight, ManifoldConfig.presets["paper"]["reg_weight"])
-    return [
-        *((name, getattr(c, name) >= 1, "1 or more") for name in counts),
-        ("epochs", c.epochs is None or c.epochs >= 1, "None, or 1 or more"),
-        (
-            "steps",
-            c.epochs is None or c.steps == ManifoldConfig.steps,
-            f"no steps with epochs {c.epochs}: leave one out",
-        ),
-        ("map", c.map in ("volume_preserving", "linear"), "volume_preserving or linear"),
-        ("orthogonal_map", c.orthogonal_map in ("matrix_exp", "cayley"), "matrix_exp or cayley"),
-        ("pca_variance", 0 < c.pca_variance < 100, "a number between 0 and 100 (percent)"),
-        *((n, 0 < getattr(c, n) < math.inf, "a positive number") for n in ("learning_rate", "temperature")),
-        ("final_factor", 0 < c.final_factor <= 1, "a number in (0, 1]"),
-        ("train_fraction", 0 < c.train_fraction <= 1, "a number in (0, 1]"),
-        ("held_out", 0 <= c.held_out < 1, "a number in [0, 1)"),
-        ("checkpoint", c.checkpoint in ("best", "last"), "best or last"),
-        ("regularization", c.regularization in get_args(Regularization), ", ".join(get_args(Regularization))),
-        ("held_out", c.held_out > 0 or c.regularization != "held_out", "a part to choose a shrinkage by, such as 0.1"),
-        ("reg_weight", 0 <= c.reg_weight < math.inf, "0 or more"),
-        ("reg_weight", c.regularization != "held_out" or c.reg_weight in weights, "none with held_out: leave one out"),
-        ("kept", c.kept <= c.draws, f"at most draws ({c.draws})"),
-    ]

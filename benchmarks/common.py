@@ -16,7 +16,7 @@ from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.diffusion.model import DiffusionModel
 from farout.evaluation.intervals import paired_difference
-from farout.evaluation.metrics import evaluate
+from farout.evaluation.metrics import detection_metrics
 
 __all__ = ["VARIANTS", "auroc_cell", "compared", "decided", "fresh_images", "interval", "known", "machine", "table"]
 
@@ -44,7 +44,7 @@ def known(out: Path, **where: object) -> bool:
 
 def compared(pair: Pair, first: Pair, second: Pair, groups: Pair | None = None) -> dict[str, Any]:
     """Metrics of a pair, and the AUROC of the first less that of the second, paired."""
-    found, gap = evaluate(*pair, groups=groups), paired_difference(first, second, groups=groups)
+    found, gap = detection_metrics(*pair, groups=groups), paired_difference(first, second, groups=groups)
     return {
         **{"auroc": found.auroc, "low": found.auroc_low, "high": found.auroc_high, "fpr95": found.fpr95},
         **{"n_id": found.n_id, "n_ood": found.n_ood},

@@ -20,7 +20,7 @@ from farout.data.sources import open_source
 from farout.detectors import DETECTORS
 from farout.detectors.base import Detector, Runtime
 from farout.detectors.semantic import Semantic
-from farout.evaluation.evaluate import peak_mib
+from farout.evaluation.evaluate import peak_memory_mib
 
 _REPEATS = 3
 
@@ -69,7 +69,7 @@ def fit_parts(source: ImageSource) -> str:
         started = time.perf_counter()
         Semantic().fit(source, runtime=Runtime())
         rows.append([f"semantic, {len(source)} images, cache {cache}", f"{time.perf_counter() - started:.0f} s"])
-    rows.append(["peak memory of the process", f"{peak_mib():.0f} MiB"])
+    rows.append(["peak memory of the process", f"{peak_memory_mib():.0f} MiB"])
     return table(["what", "seconds"], rows)
 
 

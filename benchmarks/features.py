@@ -28,7 +28,7 @@ from farout.data.sources import open_source
 from farout.detectors import DETECTORS
 from farout.detectors.base import Detector, Scores
 from farout.detectors.semantic import Semantic
-from farout.evaluation.baselines import TrivialControls
+from farout.evaluation.trivial_baselines import TrivialBaselines
 
 CIFAR_NAMES = (
     *("bullfrog", "black stork", "albatross", "chihuahua", "golden retriever", "german shepherd", "tabby"),
@@ -157,7 +157,7 @@ def detectors(task: Task, seed: int) -> Iterator[tuple[str, Detector, int | None
     for name in Semantic.companions:
         if name != "autoencoder" or seed == task.seeds[0]:
             yield name, DETECTORS[name].load()(), None
-    yield "trivial_controls", TrivialControls(), 1000
+    yield "trivial_baselines", TrivialBaselines(), 1000
     if task.random_backbone and seed == task.seeds[0]:
         for name in ("semantic", "mahalanobis"):
             yield f"{name}, random backbone", DETECTORS[name].load()(weights="random"), 2000

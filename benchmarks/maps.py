@@ -35,7 +35,7 @@ from farout.detectors.base import Detector
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.patches import Patches
 from farout.evaluation.intervals import paired_difference
-from farout.evaluation.metrics import evaluate
+from farout.evaluation.metrics import detection_metrics
 from farout.report.overlays import overlay
 
 SPECS = ("textures:test@classes=banded", "textures:test@classes=bubbly", "tiny_imagenet:train@classes=monarch")
@@ -145,7 +145,7 @@ def line(clean: Found, found: Found, masks: list[Tensor]) -> list[str]:
         cells.append(interval(area, *np.quantile(draws, [0.025, 0.975])))
     same = np.arange(len(masks))
     for name in (*MAPS, "mahalanobis"):
-        rated = evaluate(clean.scores[name], found.scores[name], groups=(same, same))
+        rated = detection_metrics(clean.scores[name], found.scores[name], groups=(same, same))
         cells.append(interval(rated.auroc, rated.auroc_low, rated.auroc_high))
     return cells
 

@@ -19,9 +19,9 @@ from farout.data.sources import open_source
 from farout.detectors.base import Runtime
 from farout.detectors.reconstruction import Reconstruction
 from farout.diffusion.model import DiffusionModel
-from farout.evaluation.evaluate import peak_mib
+from farout.evaluation.evaluate import peak_memory_mib
 from farout.evaluation.intervals import paired_difference
-from farout.evaluation.metrics import evaluate
+from farout.evaluation.metrics import detection_metrics
 
 SCORES = ("mean_z", "mean_z_mse", "mean_z_perceptual", "two_sided", "mahalanobis", "mixture")
 MODES = ("exact", "fast", "oneshot")
@@ -92,7 +92,9 @@ def areas(scores: Scored, inside: str, outside: dict[str, Groups]) -> str:
     rows = []
     for mode, sets in scores.items():
         for score in SCORES:
-            found = [evaluate(sets[inside][score], sets[spec][score], groups=outside[spec]) for spec in outside]
+            found = [
+                detection_metrics(sets[inside][score], sets[spec][score], groups=outside[spec]) for spec in outside
+            ]
             rows.append([mode, score, *[interval(m.auroc, m.auroc_low, m.auroc_high) for m in found]])
     return table(["mode", "score", *outside], rows)
 
@@ -119,7 +121,7 @@ def cost(mode: str, detector: Reconstruction, source: ImageSource) -> list[objec
     few = {"exact": (2, 64)}.get(mode, (10, 64))
     speeds = [f"{speed(detector, source, images, batch):.2f}" for images, batch in ((few[0], 1), (few[1], 64))]
     counted = detector.cost()
-    return [mode, int(counted.nfe), f"{counted.gmacs:.2f}", *speeds, f"{peak_mib():.0f}"]
+    return [mode, int(counted.nfe), f"{counted.gmacs:.2f}", *speeds, f"{peak_memory_mib():.0f}"]
 
 
 def speed(detector: Reconstruction, source: ImageSource, images: int, batch: int) -> float:

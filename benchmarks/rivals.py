@@ -26,7 +26,7 @@ from farout.detectors.msma import MSMA
 from farout.detectors.reconstruction import Reconstruction
 from farout.diffusion.model import DiffusionModel
 from farout.evaluation.intervals import paired_difference
-from farout.evaluation.metrics import auroc, evaluate
+from farout.evaluation.metrics import auroc, detection_metrics
 
 RANGES = ((0.005, 1.0), (0.01, 1.0), (0.01, 10.0), (0.05, 5.0), (0.05, 80.0), (0.2, 20.0), (0.005, 80.0))
 """Lowest and highest sigma for pixels in [0, 1]."""
@@ -107,7 +107,7 @@ def cells(found: Scores, anchor: Scores, inside: str) -> list[str]:
     for spec in found:
         if spec == inside:
             continue
-        area = evaluate(found[inside], found[spec])
+        area = detection_metrics(found[inside], found[spec])
         less = paired_difference((found[inside], found[spec]), (anchor[inside], anchor[spec]))
         line.append(interval(area.auroc, area.auroc_low, area.auroc_high))
         line.append(interval(less.value, less.low, less.high, "+.3f"))

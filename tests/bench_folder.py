@@ -10,9 +10,9 @@ import pandas as pd
 from farout.data.sources import open_source
 from farout.detectors.calibration import is_out, p_values
 from farout.detectors.results import Scores
-from farout.evaluation.metrics import evaluate
+from farout.evaluation.metrics import detection_metrics
 
-SKILLS = {"semantic": (1.8, 0.4), "knn": (1.4, 0.6), "reconstruction": (0.9, 3.0), "trivial_controls": (0.5, 0.0)}
+SKILLS = {"semantic": (1.8, 0.4), "knn": (1.4, 0.6), "reconstruction": (0.9, 3.0), "trivial_baselines": (0.5, 0.0)}
 """By detector, the mean score of out-of-distribution images (0 for normal images), and GMACs."""
 
 
@@ -38,7 +38,7 @@ def write_results(
                 _write(folder / "evaluations" / f"{detector}-{seed}" / "scores" / f"set{place}", source, sides[source])
             for place, source in enumerate(outside):
                 for indicator in ("score", *indicators):
-                    found = evaluate(*(_column(sides[name], indicator) for name in (inside, source)), draws=20)
+                    found = detection_metrics(*(_column(sides[name], indicator) for name in (inside, source)), draws=20)
                     rows.append(
                         {
                             "bench": "small",
@@ -65,7 +65,7 @@ def write_results(
 
 def _marker(detector: str, gmacs: float, place: int, auroc: float) -> str:
     words = {
-        "baseline": "control" in detector,
+        "baseline": "trivial" in detector,
         "size": place == 1,
         "pretrained": 0 < gmacs < 1,
         "below half": auroc < 0.5,

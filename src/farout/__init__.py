@@ -40,7 +40,7 @@ _MODULES = {
     "Scores": "farout.detectors.results",
     "Semantic": "farout.detectors.semantic",
     "TrainingConfig": "farout.training.config",
-    "evaluate_detector": "farout.evaluation.evaluate",
+    "evaluate": "farout.evaluation.evaluate",
     "load": "farout.detectors.base",
     "open_source": "farout.data.sources",
     "read_outliers": "farout.synthesis.generated_folder",

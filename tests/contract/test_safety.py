@@ -14,9 +14,9 @@ from farout.data.sources import open_source
 from farout.detectors.fitting import recalibrate, source_spec
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
-from farout.evaluation.baselines import TrivialControls
-from farout.evaluation.comparison import Beside
-from farout.evaluation.evaluate import evaluate_detector
+from farout.evaluation.baselines import BaselineOptions
+from farout.evaluation.evaluate import evaluate
+from farout.evaluation.trivial_baselines import TrivialBaselines
 from farout.scoring.folder import score_folder
 from small import latent, model, pictures
 
@@ -167,13 +167,13 @@ def test_a_distance_that_is_not_installed_is_said_before_training(
 def test_seen_images_and_unknown_pasts_are_named(folder: Path, fitted: Reconstruction, tmp_path: Path) -> None:
     far = pictures(tmp_path / "far", 10, low=0, spread=255, seed=2)
     with pytest.warns(TrapWarning, match="too good"):
-        evaluate_detector(fitted, folder, [far], tmp_path / "out", beside=Beside(trivial=False))
+        evaluate(fitted, folder, [far], tmp_path / "out", baselines=BaselineOptions(trivial=False))
     with pytest.warns(TrapWarning, match="not known"):
         Reconstruction(levels=(50,), draws=1).fit(folder, diffusion=model(), alpha=0.1, statistics=30)
 
 
 def test_a_class_that_cannot_be_found_again_is_not_saved(folder: Path, tmp_path: Path) -> None:
-    control = TrivialControls().fit(folder, alpha=0.1, statistics=20)
+    control = TrivialBaselines().fit(folder, alpha=0.1, statistics=20)
     with pytest.raises(FaroutError, match="not saved"):
         control.save(tmp_path / "c")
 

@@ -174,7 +174,7 @@ def test_shared_entries_run_once_per_seed_before_they_are_used() -> None:
     assert len(ids) == len(set(ids))
     for seed in (0, 5):
         assert ids.count(f"networks/generator-{seed}") == 1, "five entries use it"
-        assert ids.count(f"evaluations/trivial_controls-{seed}") == 1
+        assert ids.count(f"evaluations/trivial_baselines-{seed}") == 1
     for job in plan.jobs:
         assert all(ids.index(needed) < ids.index(job.name) for needed in job.inputs)
     exposed = plan.job("networks", "exposed", 5)

@@ -112,7 +112,7 @@ def test_baselines_are_marked_and_markers_explained(page: Path, made: Path) -> N
     for words in ("a trivial baseline", "a small &lt;benchmark&gt;", "is not here"):
         assert words in text
     names = re.findall(r'class="detector"><b>(.*?)</b> <span class="badge">(.*?)</span>', text)
-    assert dict(names) == {"semantic": "pretrained", "knn": "pretrained", "trivial_<wbr>controls": "baseline"}
+    assert dict(names) == {"semantic": "pretrained", "knn": "pretrained", "trivial_<wbr>baselines": "baseline"}
     heads = re.search(r"<thead.*?</thead>", text, re.DOTALL)
     assert heads is not None
     assert heads[0].count('<span class="badge">size</span>') == 1
@@ -146,7 +146,7 @@ def test_charts_have_the_values_of_the_tables(page: Path, made: Path) -> None:
     metrics = pd.read_csv(made / "metrics.csv")
     first = metrics[(metrics["indicator"] == "score") & (metrics["seed"] == 0)]
     captions = re.findall(r"<figcaption>(.*?): AUROC (.*?), FPR95 (.*?)</figcaption>", text)
-    methods = first[first["detector"] != "trivial_controls"]
+    methods = first[first["detector"] != "trivial_baselines"]
     expected = [(row["ood"], f"{row['auroc']:.3f}", f"{row['fpr95']:.3f}") for row in methods.to_dict("records")]
     assert captions == expected
     assert text.count('aria-label="AUROC on') == 4, "two groups by two costs"
@@ -268,7 +268,7 @@ USED = """(() => {
 def test_a_browser_sorts_and_chooses(page: Path) -> None:
     (found,) = evaluate_in_browser(page, USED)
     assert found["count"] == len(SKILLS)
-    assert (found["first"], found["worst"], found["byName"]) == ("semantic", "trivial_controls", "knn")
+    assert (found["first"], found["worst"], found["byName"]) == ("semantic", "trivial_baselines", "knn")
     assert found["sort"] == [["Detector", "ascending"]]
     assert found["other"] == ["other"]
     assert found["fpr"] == sorted(found["fpr"]), "of rates of errors, the lowest comes first"

@@ -52,7 +52,7 @@ CONTENT: dict[str, Any] = {
     ],
 }
 NAMES = {"posthoc", "exposed", "mahalanobis"}
-BASELINES = {"trivial_controls", "posthoc, random weights", "mahalanobis, random weights"}
+BASELINES = {"trivial_baselines", "posthoc, random weights", "mahalanobis, random weights"}
 
 
 def bench(*words: object) -> int:

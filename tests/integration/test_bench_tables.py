@@ -18,7 +18,7 @@ from farout.benchmark.yaml_reader import parse_benchmark
 from farout.cli.bench import show_bench
 from farout.data.sources import open_source
 from farout.detectors.base import Scores
-from farout.evaluation.scored_datasets import Side
+from farout.evaluation.scored_datasets import ScoredDataset
 
 NEAR, ALSO, FAR = "sample_fashion:test@classes=8", "sample_fashion:test@classes=9", "sample_digits:test"
 
@@ -56,14 +56,14 @@ ROWS = pd.DataFrame(
         row("knn", FAR, 1, 0.5, "size;pretrained"),
         row("a_b", NEAR, 0, 0.9, "best"),
         row("a_b", NEAR, 1, 0.9, "best"),
-        row("trivial_controls", NEAR, 0, 0.7, "baseline"),
+        row("trivial_baselines", NEAR, 0, 0.7, "baseline"),
     ]
 )
 PAIRS = pd.DataFrame(
     [
         {"first": "knn", "second": "a_b", "ood": NEAR, "low": -0.4, "high": -0.1, "difference": -0.3, "seed": 0},
         {"first": "a_b", "second": "knn", "ood": NEAR, "low": 0.1, "high": 0.4, "difference": 0.3, "seed": 0},
-        {"first": "a_b", "second": "trivial_controls", "ood": NEAR, "low": -2.0, "high": -1.0, "seed": 0},
+        {"first": "a_b", "second": "trivial_baselines", "ood": NEAR, "low": -2.0, "high": -1.0, "seed": 0},
         {"first": "knn", "second": "a_b", "ood": ALSO, "low": -0.1, "high": 0.1, "difference": 0.0, "seed": 0},
     ]
 )
@@ -80,7 +80,7 @@ def test_means_over_sets_and_seeds() -> None:
     far = found.loc[("knn", "far")]
     assert (far["sets"], far["untested"]) == (1, 1)
     assert far["marker"] == "size;pretrained;below half"
-    assert np.isnan(found.loc[("trivial_controls", "near"), "auroc_std"]), "one seed has no deviation"
+    assert np.isnan(found.loc[("trivial_baselines", "near"), "auroc_std"]), "one seed has no deviation"
     unread = pd.DataFrame([row("knn", NEAR, 0, 0.6), row("knn", ALSO, 0, float("nan"))])
     assert mean_by_group(plan((0,)), unread).iloc[0][["auroc", "sets"]].tolist() == [0.6, 1], "a set without figures"
     none = unread.iloc[1:]
@@ -89,7 +89,7 @@ def test_means_over_sets_and_seeds() -> None:
 
 def test_the_best_methods_are_marked() -> None:
     means, sets = make_tables(plan(), ROWS, mean_by_group(plan(), ROWS))
-    assert [line[0].text for line in sets.rows] == ["knn *", "a_b", "trivial_controls"], "controls come last"
+    assert [line[0].text for line in sets.rows] == ["knn *", "a_b", "trivial_baselines"], "controls come last"
     assert sets.methods == means.methods == 2
     assert sets.heads == ("detector", f"{NEAR} (near)", f"{ALSO} (near, overlap)", f"{FAR} (far, size)")
     knn, other, control = sets.rows
@@ -173,19 +173,19 @@ def evaluation(entry: str, seed: int, folder: Path) -> BenchmarkJob:
 # -- markers from scores ------------------------------------------------------------------------------------------
 
 
-def side(spec: str, values: list[float], **indicators: list[float]) -> Side:
+def side(spec: str, values: list[float], **indicators: list[float]) -> ScoredDataset:
     source = open_source(spec).subset(range(len(values)))
     keys, score = source.keys, np.array(values)
     found = {"energy": score, **{name: np.array(value) for name, value in indicators.items()}}
     nothing = np.zeros(len(values))
-    return Side(source, Scores(keys, score, nothing, nothing > 1, ("ok",) * len(values), found, None))
+    return ScoredDataset(source, Scores(keys, score, nothing, nothing > 1, ("ok",) * len(values), found, None))
 
 
 def test_rows_are_marked(tmp_path: Path) -> None:
     """Constant scores are read from the scores: an AUROC of one half alone does not tell."""
-    job = evaluation("trivial_controls", 0, tmp_path)
+    job = evaluation("trivial_baselines", 0, tmp_path)
     rows = [
-        row("trivial_controls", NEAR, 0, 0.5, indicator=name, preset="", protocol="native", role="test", group="")
+        row("trivial_baselines", NEAR, 0, 0.5, indicator=name, preset="", protocol="native", role="test", group="")
         for name in ("score", "flat", "even")
     ]
     rows.append({**rows[0], "ood": "another:set"})

@@ -25,8 +25,8 @@ def test_a_short_demo_tells_digits_from_clothes(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(pd.read_csv(results / "metrics.csv")[["auroc"]], frame[["auroc"]])
         assert len(load(tmp_path / name / "detector").diffusion.trained_on) > 100
         assert list((results / "scores").rglob("page.html"))
-    assert set(frames["reconstruction"]["detector"]) == {"reconstruction", "trivial_controls"}
+    assert set(frames["reconstruction"]["detector"]) == {"reconstruction", "trivial_baselines"}
     beside = set(frames["semantic"]["detector"]) - {"semantic"}
-    assert {"mahalanobis", "trivial_controls"} <= beside
+    assert {"mahalanobis", "trivial_baselines"} <= beside
     paired = pd.read_csv(tmp_path / "semantic" / "results" / "paired.csv")
     assert set(paired["second"]) == beside, "what needs no diffusion stands beside what does"

@@ -397,7 +397,7 @@ def test_evaluate_takes_several_sources(
 ) -> None:
     sources = [f"{place / 'far'}", f"{place / 'near'}@vflip"]
     ood = ["--ood", *sources] if form == "spaced" else ["--ood", f"[{','.join(sources)}]"]
-    words = ["evaluate", place / "d", "--id", place / "near", *ood, "--out", tmp_path / "e", "--no-controls"]
+    words = ["evaluate", place / "d", "--id", place / "near", *ood, "--out", tmp_path / "e", "--no-trivial-baselines"]
     assert run(words) == 0
     printed = capsys.readouterr().out
     assert str(tmp_path / "e" / "metrics.csv") in printed.replace("\n", "")

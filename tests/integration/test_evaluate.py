@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 from torch import Tensor
 
@@ -20,16 +21,16 @@ from farout.detectors.base import Detector, Measurements, Runtime
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
 from farout.evaluation import metrics
-from farout.evaluation.baselines import CONTROLS, TrivialControls
-from farout.evaluation.comparison import Beside, random_twin
-from farout.evaluation.evaluate import COLUMNS, evaluate_detector, evaluate_scores
+from farout.evaluation.baselines import BaselineOptions, with_random_weights
+from farout.evaluation.evaluate import COLUMNS, evaluate, evaluate_scores
 from farout.evaluation.metrics import auroc
+from farout.evaluation.trivial_baselines import INDICATORS, TrivialBaselines
 from farout.scoring.folder import read_scores
 from small import model, pictures
 
 pytestmark = pytest.mark.usefixtures("cheap_perceptual", "few_draws")
 
-NOTHING = Beside(companions=False, trivial=False)
+NOTHING = BaselineOptions(standard=False, trivial=False)
 
 DESIGN = (
     "detector, preset, indicator, protocol, id, ood, group, role, seed, auroc, auroc_low, auroc_high, aupr_in, "
@@ -65,7 +66,7 @@ class Brightness(Detector):
 def few_draws() -> Iterator[None]:
     """Bootstraps of 100 draws: these tests are about what is resampled, not about how closely."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(metrics.evaluate.__kwdefaults__, "draws", 100)
+        patch.setitem(metrics.detection_metrics.__kwdefaults__, "draws", 100)
         yield
 
 
@@ -92,7 +93,7 @@ def table(place: Path, detector: Detector) -> pd.DataFrame:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ood = [place / "far", f"{place / 'test'}@vflip"]
-        evaluate_detector(detector, place / "test", ood, place / "out", beside=Beside(random=True))
+        evaluate(detector, place / "test", ood, place / "out", baselines=BaselineOptions(random_weights=True))
     return pd.read_csv(place / "out" / "metrics.csv", keep_default_na=False, na_values=[""])
 
 
@@ -144,7 +145,7 @@ def test_costs_are_counted(table: pd.DataFrame) -> None:
     cost = table.groupby("detector")[["nfe", "gmacs", "peak_mib"]].first()
     assert cost.loc["reconstruction", "nfe"] == 2, "two levels, one evaluation each"
     assert cost.loc["reconstruction", "gmacs"] > 0
-    assert cost.loc["trivial_controls", "nfe"] == 0
+    assert cost.loc["trivial_baselines", "nfe"] == 0
     assert (cost["peak_mib"] > 10).all()
 
 
@@ -155,7 +156,7 @@ def test_roles_come_from_the_catalogue(place: Path) -> None:
     ood = [f"{inside}@rot90", f"{inside}@hflip", place / "far", "sample_digits:test"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        frame = evaluate_detector(detector, inside, ood, place / "roles", limit=12, beside=NOTHING)
+        frame = evaluate(detector, inside, ood, place / "roles", limit=12, baselines=NOTHING).metrics
     own = frame[frame["indicator"] == "score"]
     assert own["role"].tolist() == ["dev", "test", "test", "test"]
 
@@ -165,9 +166,9 @@ def test_roles_come_from_the_catalogue(place: Path) -> None:
 
 def test_controls_stand_beside_the_detector(table: pd.DataFrame) -> None:
     kinds = set(table["detector"])
-    assert kinds == {"reconstruction", "trivial_controls", "reconstruction_random_weights"}
-    control = table[table["detector"] == "trivial_controls"]
-    assert set(control["indicator"]) == {"score", "all", *CONTROLS}
+    assert kinds == {"reconstruction", "trivial_baselines", "reconstruction_random_weights"}
+    control = table[table["detector"] == "trivial_baselines"]
+    assert set(control["indicator"]) == {"score", "all", *INDICATORS}
     both = [table[(table["detector"] == k) & (table["indicator"] == "score")] for k in sorted(kinds)]
     assert all(part["n_id"].tolist() == both[0]["n_id"].tolist() for part in both), "the same images"
     assert both[0]["auroc"].tolist() != both[1]["auroc"].tolist(), "other weights, other scores"
@@ -178,31 +179,31 @@ def test_a_frozen_backbone_has_random_weights_in_its_control(place: Path) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fitted = Mahalanobis(size=32).fit(place / "good", alpha=0.1, limit=40)
-        twin, diffusion, classifier = random_twin(fitted)
+        twin, diffusion, classifier = with_random_weights(fitted)
         assert (diffusion, classifier) == (None, None)
         twin.fit(place / "good", alpha=0.1, limit=40)
     assert twin.config == {**fitted.config, "weights": "random"}
     assert twin.backbone.content_hash != fitted.backbone.content_hash
     with pytest.raises(FaroutError, match="no network"):
-        random_twin(brightness(place))
+        with_random_weights(brightness(place))
 
 
 def test_controls_are_fitted_on_the_recorded_source(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader who loads a detector years later gets controls without naming its images."""
     seen = []
-    original = TrivialControls.fit
+    original = TrivialBaselines.fit
 
-    def watching(self: TrivialControls, images: Any, *rest: Any, **settings: Any) -> Any:
+    def watching(self: TrivialBaselines, images: Any, *rest: Any, **settings: Any) -> Any:
         seen.append((images.name, settings["limit"]))
         return original(self, images, *rest, **settings)
 
-    monkeypatch.setattr(TrivialControls, "fit", watching)
+    monkeypatch.setattr(TrivialBaselines, "fit", watching)
     detector = brightness(place)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        evaluate_detector(detector, place / "test", [place / "far"], place / "c1", beside=Beside(control_limit=55))
-        evaluate_detector(
-            detector, place / "test", [place / "far"], place / "c2", beside=Beside(reference=place / "test")
+        evaluate(detector, place / "test", [place / "far"], place / "c1", baselines=BaselineOptions(limit=55))
+        evaluate(
+            detector, place / "test", [place / "far"], place / "c2", baselines=BaselineOptions(images=place / "test")
         )
     assert seen == [(str(place / "good"), 55), (str(place / "test"), 1000)]
 
@@ -213,14 +214,14 @@ def test_controls_are_fitted_on_the_recorded_source(place: Path, monkeypatch: py
 def test_missing_control_images_warn_and_cost_no_result(place: Path) -> None:
     detector = brightness(place)
     detector.provenance["source"] = "/nowhere/at/all"
-    with pytest.warns(TrapWarning, match="--reference"):
-        frame = evaluate_detector(detector, place / "test", [place / "far"], place / "missing")
+    with pytest.warns(TrapWarning, match="--baseline-images"):
+        frame = evaluate(detector, place / "test", [place / "far"], place / "missing").metrics
     assert set(frame["detector"]) == {"Brightness"}
     few = pictures(place / "few", 3)
     with pytest.warns(TrapWarning, match="too few"):
-        frame = evaluate_detector(
-            detector, place / "test", [place / "far"], place / "few-out", beside=Beside(reference=few)
-        )
+        frame = evaluate(
+            detector, place / "test", [place / "far"], place / "few-out", baselines=BaselineOptions(images=few)
+        ).metrics
     assert len(frame) == 3
 
 
@@ -234,7 +235,7 @@ def test_variants_of_the_same_images_are_resampled_together(place: Path) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flipped = f"{place / 'test'}@vflip"
-        frame = evaluate_detector(brightness(place), place / "test", [flipped], place / "flips", beside=NOTHING)
+        frame = evaluate(brightness(place), place / "test", [flipped], place / "flips", baselines=NOTHING).metrics
     row = frame[frame["indicator"] == "score"].iloc[0]
     assert row["auroc"] == row["auroc_low"] == row["auroc_high"] == 0.5
 
@@ -243,10 +244,10 @@ def test_unreadable_images_on_both_sides_are_no_shared_images(place: Path, tmp_p
     a, b = pictures(tmp_path / "a", 15, seed=11), pictures(tmp_path / "b", 15, seed=12)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        before = evaluate_detector(brightness(place), a, [b], tmp_path / "o1", beside=NOTHING)
+        before = evaluate(brightness(place), a, [b], tmp_path / "o1", baselines=NOTHING).metrics
         for folder in (a, b):
             (folder / "zz.png").write_text("no")
-        after = evaluate_detector(brightness(place), a, [b], tmp_path / "o2", beside=NOTHING)
+        after = evaluate(brightness(place), a, [b], tmp_path / "o2", baselines=NOTHING).metrics
     columns = ["auroc", "auroc_low", "auroc_high", "n_id", "n_ood"]
     pd.testing.assert_frame_equal(before[columns], after[columns])
 
@@ -256,7 +257,7 @@ def test_sources_without_a_name_are_not_confused(place: Path, tmp_path: Path) ->
     """Two tensors of as many images have the same keys; the second must not be given the scores of the first."""
     generator = torch.Generator().manual_seed(0)
     dark, light = (torch.rand(20, 1, 8, 8, generator=generator) / 2 + low for low in (0, 0.5))
-    frame = evaluate_detector(brightness(place), dark, [light], tmp_path / "o", beside=NOTHING)
+    frame = evaluate(brightness(place), dark, [light], tmp_path / "o", baselines=NOTHING).metrics
     assert frame[frame["indicator"] == "score"]["auroc"].item() == 1.0
 
 
@@ -267,10 +268,10 @@ def test_an_evaluation_goes_on_without_measuring_again(
     given = (detector, place / "test", [place / "far"], tmp_path / "o")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        first = evaluate_detector(*given, beside=NOTHING)
+        first = evaluate(*given, baselines=NOTHING).metrics
         probes = []
         monkeypatch.setattr(Brightness, "measure", _only_probe(Brightness.measure, probes))
-        second = evaluate_detector(*given, beside=NOTHING)
+        second = evaluate(*given, baselines=NOTHING).metrics
     columns = first.columns.drop(["images_per_s", "peak_mib"])
     pd.testing.assert_frame_equal(first[columns], second[columns])
 
@@ -292,21 +293,21 @@ def test_tables_of_an_earlier_run_do_not_stay(place: Path, tmp_path: Path) -> No
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        evaluate_detector(made, place / "test", [place / "far"], tmp_path / "o", ood_draws=2)
+        evaluate(made, place / "test", [place / "far"], tmp_path / "o", ood_draws=2)
         assert there() == optional
-        evaluate_detector(made, place / "test", [place / "far"], tmp_path / "o", beside=Beside(trivial=False))
+        evaluate(made, place / "test", [place / "far"], tmp_path / "o", baselines=BaselineOptions(trivial=False))
     assert not there()
 
 
 def test_no_sources_is_an_error(place: Path, tmp_path: Path) -> None:
     for wrong in ([], "sample_digits:test"):
         with pytest.raises(FaroutError, match="list of at least one"):
-            evaluate_detector(brightness(place), place / "test", wrong, tmp_path / "o")
+            evaluate(brightness(place), place / "test", wrong, tmp_path / "o")
 
 
 def test_controls_want_images() -> None:
-    with pytest.raises(FaroutError, match="control_limit must be at least 1, got 0"):
-        Beside(control_limit=0)
+    with pytest.raises(FaroutError, match="must be at least 1, got 0"):
+        BaselineOptions(limit=0)
 
 
 # -- anyone's scores ----------------------------------------------------------------------------------------------
@@ -322,14 +323,14 @@ def test_plain_tables_are_rated(tmp_path: Path) -> None:
     inside = write(tmp_path / "in.csv", [0.0, 1.0, 2.0, 3.0], other=[1, 2, 3, 4])
     out = write(tmp_path / "out.csv", [2.5, 4.0, 5.0], other=[0, 0, 0])
     far = write(tmp_path / "far.csv", [9.0, 9.0])
-    frame = evaluate_scores([inside, out, far], tmp_path / "r")
+    frame = evaluate_scores([inside, out, far], tmp_path / "r").metrics
     assert list(frame.columns) == COLUMNS
     assert frame["indicator"].tolist() == ["score", "other", "score"]
     assert frame["auroc"].tolist() == pytest.approx([11 / 12, 0.0, 1.0])
     assert (tmp_path / "r" / "metrics.csv").is_file()
     frame.to_parquet(tmp_path / "x.parquet")
     pd.read_csv(out).to_parquet(tmp_path / "out.parquet")
-    again = evaluate_scores([inside, tmp_path / "out.parquet"])
+    again = evaluate_scores([inside, tmp_path / "out.parquet"]).metrics
     assert again["auroc"].tolist() == frame["auroc"].tolist()[:2]
 
 
@@ -341,7 +342,7 @@ def test_keys_that_read_like_missing_values_stay(tmp_path: Path) -> None:
 def test_constant_scores_warn_and_are_worth_one_half(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a.csv", [1.0] * 9), write(tmp_path / "b.csv", [1.0] * 7)
     with pytest.warns(ConstantScoresWarning):
-        frame = evaluate_scores([a, b])
+        frame = evaluate_scores([a, b]).metrics
     assert frame["auroc"].item() == 0.5
 
 
@@ -349,9 +350,9 @@ def test_constant_scores_warn_and_are_worth_one_half(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.* are not numbers:farout.core.errors.NaNScoresWarning")
 def test_a_constant_indicator_is_worth_one_half_and_is_named(place: Path) -> None:
     with pytest.warns(ConstantScoresWarning, match="constant, .*far: all scores are equal"):
-        frame = evaluate_detector(
-            brightness(place), place / "test", [place / "far"], place / "constant", beside=NOTHING
-        )
+        frame = evaluate(
+            brightness(place), place / "test", [place / "far"], place / "constant", baselines=NOTHING
+        ).metrics
     assert frame[frame["indicator"] == "constant"]["auroc"].item() == 0.5
 
 
@@ -386,46 +387,60 @@ def jpeg(image: Image.Image) -> Image.Image:
 CHANGES = {
     "block_edge_energy": jpeg,
     "laplacian_energy": lambda image: image.filter(ImageFilter.GaussianBlur(2)),
-    "colour_mean": lambda image: image.point(lambda v: min(255, v + 50)),
-    "colour_variance": lambda image: image.point(lambda v: 128 + (v - 128) // 3),
+    "color_mean": lambda image: image.point(lambda v: min(255, v + 50)),
+    "color_variance": lambda image: image.point(lambda v: 128 + (v - 128) // 3),
     "png_size": lambda image: image.point(lambda v: v // 32 * 32),
 }
 
 
 @pytest.fixture(scope="module")
-def controls() -> TrivialControls:
+def controls() -> TrivialBaselines:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return TrivialControls().fit(smooth(150, 0), alpha=0.1, statistics=100)
+        return TrivialBaselines().fit(smooth(150, 0), alpha=0.1, statistics=100)
 
 
-@pytest.mark.parametrize("name", CONTROLS)
-def test_each_control_tells_what_its_name_says(name: str, controls: TrivialControls) -> None:
+@pytest.mark.parametrize("name", INDICATORS)
+def test_each_control_tells_what_its_name_says(name: str, controls: TrivialBaselines) -> None:
     """If a control missed its shortcut, a detector that lives by the shortcut would look like a method."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inside, outside = controls.score(smooth(60, 1)), controls.score([CHANGES[name](i) for i in smooth(60, 2)])
-    areas = {n: auroc(inside.indicators[n], outside.indicators[n]) for n in (*CONTROLS, "all")}
+    areas = {n: auroc(inside.indicators[n], outside.indicators[n]) for n in (*INDICATORS, "all")}
     assert areas[name] > 0.9, areas
     assert areas["all"] > 0.9, areas
 
 
-def test_brightness_alone_moves_no_other_control(controls: TrivialControls) -> None:
+def test_brightness_alone_moves_no_other_control(controls: TrivialBaselines) -> None:
     base = [image.point(lambda v: min(v, 200)) for image in smooth(60, 2)]
     inside = controls.score(base)
     brighter = controls.score([image.point(lambda v: v + 40) for image in base])
-    for name in ("colour_variance", "laplacian_energy", "block_edge_energy"):
+    for name in ("color_variance", "laplacian_energy", "block_edge_energy"):
         assert np.allclose(inside.indicators[name], brighter.indicators[name], atol=1e-3), name
 
 
 def test_png_size_and_block_edges_are_what_they_say() -> None:
     batch = torch.zeros(2, 1, 16, 16)
     batch[1, :, :, 8:] = 1.0
-    control = TrivialControls()
+    control = TrivialBaselines()
     control.preprocessing = Preprocessing(size=(16, 16), channels=1, native=(16, 16))
     values = control.measure(Batch(("a", "b"), batch, None, (0, 1))).values[:, 0, 0]
-    assert values[0, CONTROLS.index("block_edge_energy")] == 0
-    assert values[1, CONTROLS.index("block_edge_energy")] > 1e6, "all of the step lies on the grid's line"
-    assert values[0, CONTROLS.index("colour_variance")] == 0
-    assert values[1, CONTROLS.index("colour_mean")] == 0.5
-    assert 0 < values[0, CONTROLS.index("png_size")] < 1
+    assert values[0, INDICATORS.index("block_edge_energy")] == 0
+    assert values[1, INDICATORS.index("block_edge_energy")] > 1e6, "all of the step lies on the grid's line"
+    assert values[0, INDICATORS.index("color_variance")] == 0
+    assert values[1, INDICATORS.index("color_mean")] == 0.5
+    assert 0 < values[0, INDICATORS.index("png_size")] < 1
+
+
+def test_an_evaluation_is_summarized_and_plotted(tmp_path: Path) -> None:
+    inside = write(tmp_path / "in.csv", [0.0, 1.0, 2.0, 3.0])
+    out = write(tmp_path / "<b>out.csv", [2.5, 4.0, 5.0])
+    found = evaluate_scores([inside, out])
+    assert repr(found).splitlines()[1].startswith(f"given on {out}: AUROC 0.917 (")
+    html = found._repr_html_()
+    assert "&lt;b&gt;out.csv" in html
+    assert "0.917" in html
+    axes = Figure().add_subplot()
+    assert found.plot(axes) is axes
+    assert axes.lines[0].get_xdata() == pytest.approx(11 / 12)
+    assert axes.get_legend_handles_labels()[1] == ["given"]

@@ -29,7 +29,7 @@ from farout.data.sources import open_source
 from farout.detectors.denoising import Denoising
 from farout.detectors.posthoc import Posthoc
 from farout.evaluation.metrics import auroc, fpr95
-from farout.evaluation.ood_draws import over_draws
+from farout.evaluation.ood_subsets import average_over_subsets
 from farout.synthesis.generator_check import classifier_indices
 from farout.training.loop import TrainingConfig
 from small import conditional, pictures
@@ -433,19 +433,19 @@ def test_a_fit_cannot_train_a_classifier_that_wants_outliers(tree: Path) -> None
 def test_metrics_over_draws_are_means_of_the_metrics_of_each_draw() -> None:
     generator = np.random.default_rng(0)
     inside, outside = generator.normal(0, 1, 50), np.r_[generator.normal(1, 1, 40), np.nan]
-    found = over_draws(inside, outside, 60, seed=3)
+    found = average_over_subsets(inside, outside, 60, seed=3)
     assert (found["n_id"], found["n_ood"], found["draws"]) == (50, 10, 60)
     assert found["auroc"] == pytest.approx(auroc(inside, outside[:-1]), abs=0.02)
     assert 0 < found["auroc_std"] < 0.1
-    assert over_draws(inside, outside, 60, seed=3) == found
-    assert over_draws(inside, outside, 60, seed=4) != found
+    assert average_over_subsets(inside, outside, 60, seed=3) == found
+    assert average_over_subsets(inside, outside, 60, seed=4) != found
     # where there are fewer, every draw is of all
-    few = over_draws(inside, outside[:6], 2)
+    few = average_over_subsets(inside, outside[:6], 2)
     assert (few["n_ood"], few["fpr95_std"]) == (6, 0)
     assert few["fpr95"] == fpr95(inside, outside[:6])
-    assert np.isnan(over_draws(inside, [np.nan], 2)["auroc"])
+    assert np.isnan(average_over_subsets(inside, [np.nan], 2)["auroc"])
     with pytest.raises(FaroutError, match="draws is 0"):
-        over_draws(inside, outside, 0)
+        average_over_subsets(inside, outside, 0)
 
 
 @pytest.mark.slow
@@ -454,7 +454,7 @@ def test_evaluate_writes_draws(tree: Path, outliers: Path, tmp_path: Path) -> No
     detector = Posthoc().fit(str(tree), None, tmp_path / "c", alpha=0.1, statistics=10)
     detector.save(tmp_path / "p")
     words = ["evaluate", str(tmp_path / "p"), "--id", str(tree), "--ood", str(outliers), "--out", str(tmp_path / "e")]
-    assert main([*words, "--ood-draws", "3", "--no-controls", "--no-companions"]) == 0
+    assert main([*words, "--ood-draws", "3", "--no-trivial-baselines", "--no-standard-baselines"]) == 0
     table = pd.read_csv(tmp_path / "e" / "draws.csv")
     assert set(table.indicator) >= {"score", "energy", "msp"}
     assert set(table.draws) == {3}

@@ -19,7 +19,7 @@ from farout.data.batching import Batch
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.calibration import benjamini_hochberg
 from farout.detectors.reconstruction import Reconstruction
-from farout.evaluation.baselines import TrivialControls
+from farout.evaluation.trivial_baselines import TrivialBaselines
 from farout.report import rendering
 from farout.report.heat_colors import MapScale
 from farout.report.rendering import png_data_url
@@ -77,7 +77,7 @@ def detector(request: pytest.FixtureRequest, good: Path) -> Detector:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if request.param == "controls":
-            return TrivialControls().fit(good, alpha=0.1, statistics=30)
+            return TrivialBaselines().fit(good, alpha=0.1, statistics=30)
         return Reconstruction(levels=(50, 200), draws=1).fit(good, model(), alpha=0.1, statistics=30)
 
 
@@ -193,7 +193,7 @@ def test_too_few_calibration_images_flag_nothing_and_show_no_threshold(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        few = TrivialControls().fit(good, alpha=0.1, statistics=30)
+        few = TrivialBaselines().fit(good, alpha=0.1, statistics=30)
         few.alpha = 0.001
         score_folder(few, images, tmp_path / "r")
     page = (tmp_path / "r" / "page.html").read_text()
@@ -201,7 +201,7 @@ def test_too_few_calibration_images_flag_nothing_and_show_no_threshold(
     assert "nothing is flagged" in page
 
 
-class Placed(TrivialControls):
+class Placed(TrivialBaselines):
     """The controls, with the five numbers as a place among good images."""
 
     def embedding(self, measurements: Measurements) -> np.ndarray:

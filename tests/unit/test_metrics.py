@@ -9,8 +9,16 @@ import torchmetrics.functional.classification as torchmetrics
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, TrapWarning
-from farout.evaluation.intervals import bootstrap, delong, interval_of_auroc, paired_difference
-from farout.evaluation.metrics import aupr_in, aupr_out, auroc, detection, evaluate, false_alarm, fpr95
+from farout.evaluation.intervals import auroc_interval, bootstrap_interval, delong, paired_difference
+from farout.evaluation.metrics import (
+    aupr_in,
+    aupr_out,
+    auroc,
+    detection_metrics,
+    detection_rate,
+    false_alarm_rate,
+    fpr95,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -47,7 +55,10 @@ def test_fpr95_is_the_first_roc_point_at_95_percent_recall(decimals: int | None)
 
 def test_metrics_know_ranks_only() -> None:
     inside, outside = pair()
-    one, other = evaluate(inside, outside, draws=50), evaluate(np.exp(inside), np.exp(outside), draws=50)
+    one, other = (
+        detection_metrics(inside, outside, draws=50),
+        detection_metrics(np.exp(inside), np.exp(outside), draws=50),
+    )
     assert one == other
 
 
@@ -67,31 +78,31 @@ def test_the_interval_covers() -> None:
     truth = norm.cdf(1.5 / np.sqrt(2))
     hits = 0
     for _ in range(400):
-        _, low, high = interval_of_auroc(*pair(1.5, 60, 40, None))
+        _, low, high = auroc_interval(*pair(1.5, 60, 40, None))
         hits += low <= truth <= high
     assert 0.91 <= hits / 400 <= 0.99
 
 
 def test_a_perfect_area_still_has_an_interval() -> None:
-    area, low, high = interval_of_auroc(np.arange(50.0), np.arange(100.0, 130.0))
+    area, low, high = auroc_interval(np.arange(50.0), np.arange(100.0, 130.0))
     assert (area, high) == (1.0, 1.0)
     assert 0.85 < low < 0.95
-    assert interval_of_auroc(np.arange(100.0, 130.0), np.arange(50.0))[:2] == (0.0, 0.0)
+    assert auroc_interval(np.arange(100.0, 130.0), np.arange(50.0))[:2] == (0.0, 0.0)
 
 
 def test_intervals_by_bootstrap_agree_with_delong() -> None:
     inside, outside = pair(decimals=None)
-    _, low, high = interval_of_auroc(inside, outside)
-    assert bootstrap(auroc, inside, outside, draws=600) == pytest.approx((low, high), abs=0.015)
+    _, low, high = auroc_interval(inside, outside)
+    assert bootstrap_interval(auroc, inside, outside, draws=600) == pytest.approx((low, high), abs=0.015)
 
 
 def test_images_that_share_a_source_are_resampled_together() -> None:
     """The same images on both sides (variants): scores blind to the variant give one half, and no width."""
     scores = RNG.normal(size=80)
     ids = np.arange(80)
-    with_groups = evaluate(scores, scores, groups=(ids, ids), draws=200)
+    with_groups = detection_metrics(scores, scores, groups=(ids, ids), draws=200)
     assert (with_groups.auroc, with_groups.auroc_low, with_groups.auroc_high) == (0.5, 0.5, 0.5)
-    without = evaluate(scores, scores, draws=50)
+    without = detection_metrics(scores, scores, draws=50)
     assert without.auroc_high - without.auroc_low > 0.1
 
 
@@ -100,13 +111,13 @@ def test_a_difference_is_decided_on_the_same_images_only() -> None:
     noise = [RNG.normal(0, 1.0, size=len(side)) for side in base]
     worse = tuple(side + extra for side, extra in zip(base, noise, strict=True))
     found = paired_difference(base, worse)
-    assert found.decided
+    assert found.is_significant
     assert found.low > 0
     by_bootstrap = paired_difference(base, worse, metric=auroc, draws=500)
     assert (by_bootstrap.low, by_bootstrap.high) == pytest.approx((found.low, found.high), abs=0.015)
     same = paired_difference(base, base)
     assert (same.value, same.low, same.high) == (0, 0, 0)
-    assert not same.decided
+    assert not same.is_significant
     with pytest.raises(FaroutError, match="same images"):
         paired_difference(base, (base[0][:-1], base[1]))
     with pytest.raises(FaroutError, match="numbers"):
@@ -116,29 +127,29 @@ def test_a_difference_is_decided_on_the_same_images_only() -> None:
 def test_nothing_useless_is_perfect() -> None:
     nans = np.full(20, np.nan)
     with pytest.warns(NaNScoresWarning):
-        found = evaluate(nans, np.arange(5.0))
+        found = detection_metrics(nans, np.arange(5.0))
     assert np.isnan(found.auroc)
     assert np.isnan(found.fpr95)
     assert (found.n_id, found.n_ood) == (0, 5)
     with pytest.warns(ConstantScoresWarning):
-        constant = evaluate(np.ones(20), np.ones(10))
+        constant = detection_metrics(np.ones(20), np.ones(10))
     assert constant.auroc == 0.5
     assert constant.fpr95 == 1.0
     some = np.r_[np.arange(10.0), np.nan]
     with pytest.warns(NaNScoresWarning, match="1 of 11"):
-        assert evaluate(some, np.arange(10.0) + 20, draws=50).n_id == 10
-    assert np.isnan(evaluate([], [1.0]).auroc)
+        assert detection_metrics(some, np.arange(10.0) + 20, draws=50).n_id == 10
+    assert np.isnan(detection_metrics([], [1.0]).auroc)
 
 
 def test_an_area_below_one_half_warns() -> None:
     with pytest.warns(TrapWarning, match="below one half"):
-        evaluate(*pair(-1.0), draws=50)
+        detection_metrics(*pair(-1.0), draws=50)
 
 
 def test_rates_leave_out_images_without_a_p_value() -> None:
-    assert false_alarm([0.01, 0.05, 0.5, np.nan], 0.05) == pytest.approx(2 / 3)
-    assert detection([0.01, 0.9], 0.05) == 0.5
-    assert np.isnan(detection([], 0.05))
+    assert false_alarm_rate([0.01, 0.05, 0.5, np.nan], 0.05) == pytest.approx(2 / 3)
+    assert detection_rate([0.01, 0.9], 0.05) == 0.5
+    assert np.isnan(detection_rate([], 0.05))
 
 
 @pytest.mark.parametrize("metric", [auroc, aupr_in, aupr_out, fpr95])
@@ -151,14 +162,14 @@ def test_a_nan_given_to_a_metric_is_never_perfect(metric) -> None:
 def test_infinite_scores_have_ranks() -> None:
     inside, outside = np.arange(20.0), np.arange(10.0, 30.0)
     last = np.r_[outside[:-1], np.inf]
-    assert evaluate(inside, last, draws=50) == evaluate(inside, outside, draws=50)
+    assert detection_metrics(inside, last, draws=50) == detection_metrics(inside, outside, draws=50)
 
 
 def test_perfect_rates_keep_an_interval_with_and_without_groups() -> None:
     """Fifty images do not prove an FPR of exactly 0, nor an AUROC of exactly 1."""
     inside, outside, ids = np.arange(50.0), np.arange(100.0, 150.0), np.arange(50)
     for groups in (None, (ids, ids), (ids // 5, ids // 5)):
-        found = evaluate(inside, outside, groups=groups, draws=50)
+        found = detection_metrics(inside, outside, groups=groups, draws=50)
         assert (found.auroc, found.auroc_high, found.fpr95, found.fpr95_low) == (1, 1, 0, 0)
         units = 10 if groups is not None and len(np.unique(groups[0])) == 10 else 50
         assert found.auroc_low == pytest.approx(0.05 ** (1 / units))
@@ -175,10 +186,10 @@ def test_grouped_draws_are_whole_groups() -> None:
         chosen = names[generator.integers(0, len(names), len(names))]
         drawn = [np.concatenate([side[ids == g] for g in chosen]) for side, ids in zip((inside, outside), groups)]
         areas.append(auroc(*drawn))
-    found = evaluate(inside, outside, groups=groups, draws=60, seed=3)
+    found = detection_metrics(inside, outside, groups=groups, draws=60, seed=3)
     assert (found.auroc_low, found.auroc_high) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])))
     with pytest.raises(FaroutError, match="one id per score"):
-        evaluate(inside, outside, groups=(groups[0][:-1], groups[1]))
+        detection_metrics(inside, outside, groups=(groups[0][:-1], groups[1]))
 
 
 def test_a_draw_without_one_side_is_left_out() -> None:
@@ -194,11 +205,11 @@ def test_a_draw_without_one_side_is_left_out() -> None:
 def test_three_images_do_not_decide() -> None:
     """A perfect detector against a constant one: DeLong's variance of the difference is 0."""
     perfect, constant = (np.arange(3.0), np.arange(3.0) + 9), (np.ones(3), np.ones(3))
-    assert not paired_difference(perfect, constant).decided
-    assert not paired_difference(constant, perfect).decided
+    assert not paired_difference(perfect, constant).is_significant
+    assert not paired_difference(constant, perfect).is_significant
     ids = np.arange(3)
-    assert not paired_difference(perfect, constant, groups=(ids, ids)).decided, "every draw is the same"
+    assert not paired_difference(perfect, constant, groups=(ids, ids)).is_significant, "every draw is the same"
     rates = paired_difference(perfect, constant, metric=fpr95)
     assert rates.low < rates.value == -1 < rates.high
     many = np.arange(200.0)
-    assert paired_difference((many, many + 900), (np.ones(200), np.ones(200))).decided
+    assert paired_difference((many, many + 900), (np.ones(200), np.ones(200))).is_significant

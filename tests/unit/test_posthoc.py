@@ -318,9 +318,9 @@ def test_what_cannot_work_is_refused_before_a_classifier_is_trained(
 
 @pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
 def test_the_random_control_has_a_fresh_classifier(made: Posthoc, good: Path, tmp_path: Path) -> None:
-    from farout.evaluation.comparison import Beside, rated_beside
+    from farout.evaluation.baselines import BaselineOptions, fit_baselines
 
-    given = Beside(companions=False, trivial=False, random=True, reference=str(good))
-    (rated,) = rated_beside(made, given, tmp_path)
+    given = BaselineOptions(standard=False, trivial=False, random_weights=True, images=str(good))
+    (rated,) = fit_baselines(made, given, tmp_path)
     assert rated.detector.classifier.provenance["random_weights"] == 0
     assert rated.detector.fingerprint != made.fingerprint

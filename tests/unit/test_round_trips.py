@@ -22,7 +22,7 @@ from farout.diffusion.image_to_image import ImageToImage
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded_generator
 from farout.diffusion.solvers.registry import SOLVERS
-from farout.evaluation.evaluate import evaluate_detector
+from farout.evaluation.evaluate import evaluate
 from farout.synthesis.reconstruct import ReconstructedFolder
 from farout.training.loop import TrainingConfig
 from small import conditional, latent, model, pictures, tiny_unet
@@ -304,7 +304,7 @@ def test_a_classifier_and_the_probe_take_the_folder_as_it_is(tmp_path: Path) -> 
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         probes = [str(tmp_path / "probe"), str(tmp_path / "probe" / "images")]
-        table = evaluate_detector(detector, test, probes, tmp_path / "rated")
+        table = evaluate(detector, test, probes, tmp_path / "rated").metrics
     assert not [
         str(each.message) for each in told if "were used to" in str(each.message) or "size" in str(each.message)
     ]

@@ -13,7 +13,7 @@ from farout.benchmark.specification import SECTIONS, BenchmarkSpec, DetectorSpec
 from farout.benchmark.validation import to_plain_values
 from farout.benchmark.yaml_reader import random_weights_name
 from farout.core.errors import FaroutError
-from farout.evaluation.baselines import TRIVIAL
+from farout.evaluation.trivial_baselines import NAME as TRIVIAL
 
 __all__ = ["BenchmarkJob", "BenchmarkPlan", "plan_benchmark"]
 

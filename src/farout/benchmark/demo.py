@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from farout.core.errors import FaroutError
 from farout.detectors.base import Detector
 from farout.detectors.reconstruction import Reconstruction
 from farout.detectors.semantic import Semantic
 from farout.diffusion.config import PRESETS
-from farout.evaluation.evaluate import evaluate_detector
+from farout.evaluation.evaluate import evaluate
+from farout.evaluation.results import Evaluation
 from farout.training.config import TrainingConfig
 
 __all__ = ["ID", "OOD", "TRAIN", "demo"]
@@ -24,7 +23,7 @@ TRAIN, ID = "sample_fashion:train", "sample_fashion:test"
 OOD = ("sample_digits:test", "sample_fashion:test@vflip", "sample_fashion:test@hflip")
 
 
-def demo(out: str | Path, *, steps: int, limit: int, images: int | None, seed: int) -> Iterator[pd.DataFrame]:
+def demo(out: str | Path, *, steps: int, limit: int, images: int | None, seed: int) -> Iterator[Evaluation]:
     """Fit two detectors on the FashionMNIST sample and evaluate them on MNIST digits and flipped images.
 
     The first is `semantic`, the second `reconstruction`, which trains a tiny diffusion model of images. Writes
@@ -38,7 +37,7 @@ def demo(out: str | Path, *, steps: int, limit: int, images: int | None, seed: i
         seed: of all random numbers.
 
     Yields:
-        The table of each detector.
+        The evaluation of each detector.
     """
     if limit < 1:
         raise FaroutError(f"limit must be at least 1, got {limit}")
@@ -51,7 +50,7 @@ def demo(out: str | Path, *, steps: int, limit: int, images: int | None, seed: i
     yield _save_and_evaluate(reconstruction, Path(out) / "reconstruction", limit)
 
 
-def _save_and_evaluate(detector: Detector, out: Path, limit: int) -> pd.DataFrame:
+def _save_and_evaluate(detector: Detector, out: Path, limit: int) -> Evaluation:
     detector.save(out / "detector")
     shutil.rmtree(out / "results", ignore_errors=True)
-    return evaluate_detector(detector, ID, OOD, out / "results", limit=limit)
+    return evaluate(detector, ID, OOD, out / "results", limit=limit)

@@ -21,9 +21,10 @@ from farout.detectors.base import Detector, load
 from farout.detectors.fit_settings import FitSettings
 from farout.diffusion.config import DiffusionConfig
 from farout.diffusion.train import train_diffusion
-from farout.evaluation.baselines import TRIVIAL, TrivialControls
-from farout.evaluation.comparison import Beside, random_twin
-from farout.evaluation.evaluate import evaluate_detector, written
+from farout.evaluation.baselines import BaselineOptions, with_random_weights
+from farout.evaluation.evaluate import evaluate, write_table
+from farout.evaluation.trivial_baselines import NAME as TRIVIAL
+from farout.evaluation.trivial_baselines import TrivialBaselines
 from farout.report.outlier_page import write_outlier_page
 from farout.synthesis.reconstruct import reconstruct
 from farout.training.checkpoints import discard_checkpoints, training_folder
@@ -128,7 +129,7 @@ def _fit_detector(plan: BenchmarkPlan, job: BenchmarkJob) -> None:
 def _fit_random_weights_baseline(plan: BenchmarkPlan, job: BenchmarkJob, detector: str) -> None:
     entry = plan.spec.detectors[detector]
     fitted = load(plan.job("detectors", detector, job.seed).output, **_runtime_of_scoring(plan))
-    baseline, *networks = random_twin(fitted)
+    baseline, *networks = with_random_weights(fitted)
     baseline.provenance["preset"] = entry.preset or ""
     limits = [plan.spec.baseline_limit, entry.limit or plan.spec.train_limit]
     limit = min((each for each in limits if each is not None), default=None)
@@ -168,28 +169,29 @@ def _evaluate_detector(plan: BenchmarkPlan, job: BenchmarkJob, earlier: Mapping[
     spec = plan.spec
     if job.entry == TRIVIAL:
         settings = _fit_settings(plan, job.seed)
-        detector: Detector = TrivialControls().fit(spec.train, limit=spec.baseline_limit, **settings)
+        detector: Detector = TrivialBaselines().fit(spec.train, limit=spec.baseline_limit, **settings)
     else:
         detector = load(plan.job("detectors", job.entry, job.seed).output, **_runtime_of_scoring(plan))
     id_source, *ood_sources = job.sources
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    alone = Beside(companions=False, trivial=False)
+    no_baselines = BaselineOptions(standard=False, trivial=False)
     with warnings.catch_warnings():  # the column `marker` says the same
         warnings.simplefilter("ignore", ConstantScoresWarning)
         warnings.filterwarnings("ignore", ".*is below one half", TrapWarning)
-        metrics = evaluate_detector(
-            detector, id_source, ood_sources, job.output, beside=alone, limit=spec.limit, name=job.entry
+        evaluation = evaluate(
+            detector, id_source, ood_sources, job.output, baselines=no_baselines, limit=spec.limit, name=job.entry
         )
     if detector.makes_maps and job.entry in spec.detectors:
         write_error_images(detector, job.output / "scores", job.sources)
+    metrics = evaluation.metrics
     images_per_s = earlier.get("images_per_s")
     if images_per_s is None:
         images_per_s = round(_measure_speed(detector, detector.open(id_source, limit=_SPEED_IMAGES)), 2)
     metrics["images_per_s"] = images_per_s
     if not torch.cuda.is_available():
         metrics["peak_mib"] = float("nan")  # that of the process includes the jobs before this one
-    written(metrics, job.output / "metrics.csv")
+    write_table(metrics, job.output / "metrics.csv")
     return {"images_per_s": images_per_s}
 
 

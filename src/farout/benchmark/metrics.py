@@ -12,9 +12,16 @@ import pandas as pd
 from farout.benchmark.benchmark_plan import BenchmarkJob, BenchmarkPlan
 from farout.core.errors import FaroutError
 from farout.data.image_source import ImageSource
-from farout.evaluation.baselines import TRIVIAL
 from farout.evaluation.evaluate import COLUMNS
-from farout.evaluation.scored_datasets import OWN, PAIRED, Side, by_indicator, paired, slug
+from farout.evaluation.scored_datasets import (
+    DIFFERENCE_COLUMNS,
+    METHOD_SCORE,
+    ScoredDataset,
+    compare_detectors,
+    folder_name,
+    scores_by_indicator,
+)
+from farout.evaluation.trivial_baselines import NAME as TRIVIAL
 from farout.scoring.folder import read_scores
 
 __all__ = [
@@ -46,13 +53,13 @@ GROUP_COLUMNS = [
 `sets`: number of sets with metrics; a set without a readable image has none."""
 _AVERAGED_COLUMNS = ["auroc", "aupr_in", "aupr_out", "fpr95", "false_alarm", "detection"]
 
-ScoredJob = tuple[BenchmarkJob, Sequence[Side]]
+ScoredJob = tuple[BenchmarkJob, Sequence[ScoredDataset]]
 """An evaluation with its scored datasets, the in-distribution one first."""
 
 
-def read_scored_datasets(job: BenchmarkJob, sources: Sequence[ImageSource]) -> list[Side]:
+def read_scored_datasets(job: BenchmarkJob, sources: Sequence[ImageSource]) -> list[ScoredDataset]:
     """Read the scores of an evaluation on these sources."""
-    return [Side(source, read_scores(job.output / "scores" / slug(source))) for source in sources]
+    return [ScoredDataset(source, read_scores(job.output / "scores" / folder_name(source))) for source in sources]
 
 
 def collect_metrics(
@@ -83,7 +90,7 @@ def collect_metrics(
                 found.add("constant")
             if row["auroc"] < 0.5:
                 found.add("below half")
-            is_method = job.entry in plan.spec.detectors and row["indicator"] == OWN
+            is_method = job.entry in plan.spec.detectors and row["indicator"] == METHOD_SCORE
             if is_method and row["n_ood"] and (row["detector"], row["ood"]) not in lower:
                 found.add("best")
             markers.append(_join_markers(found))
@@ -105,13 +112,13 @@ def _join_markers(words: Iterable[str]) -> str:
     return ";".join(word for word in MARKERS if word in found)
 
 
-def _constant_indicators(datasets: Sequence[Side]) -> set[tuple[str, str]]:
+def _constant_indicators(datasets: Sequence[ScoredDataset]) -> set[tuple[str, str]]:
     """Out-of-distribution sets and indicators for which all scores, the in-distribution ones included, are equal."""
     id_dataset, *ood_datasets = datasets
     constant = set()
     for ood_dataset in ood_datasets:
-        ood_scores = by_indicator(ood_dataset.scores)
-        for indicator, id_scores in by_indicator(id_dataset.scores).items():
+        ood_scores = scores_by_indicator(ood_dataset.scores)
+        for indicator, id_scores in scores_by_indicator(id_dataset.scores).items():
             values = np.concatenate([id_scores, ood_scores[indicator]])
             values = values[np.isfinite(values)]
             if len(values) and np.ptp(values) == 0:
@@ -164,20 +171,20 @@ def paired_differences(scored: Sequence[ScoredJob]) -> pd.DataFrame:
     """AUROC of each detector's score minus that of each other detector with the same seed, on the same images.
 
     Returns:
-        Table with the columns of `PAIRED` and seed; each pair of detectors is there in both orders.
+        Table with the columns of `DIFFERENCE_COLUMNS` and seed; each pair of detectors is there in both orders.
     """
     rows = []
     for (first, first_datasets), (second, second_datasets) in combinations(scored, 2):
         if first.seed != second.seed:
             continue
-        for row in paired((first.entry, first_datasets), (second.entry, second_datasets), first.seed):
+        for row in compare_detectors((first.entry, first_datasets), (second.entry, second_datasets), first.seed):
             reverse = {
                 **row,
                 **{"first": row["second"], "second": row["first"]},
                 **{"difference": -row["difference"], "low": -row["high"], "high": -row["low"]},
             }
             rows += [{**each, "seed": first.seed} for each in (row, reverse)]
-    return pd.DataFrame(rows, columns=[*PAIRED, "seed"])
+    return pd.DataFrame(rows, columns=[*DIFFERENCE_COLUMNS, "seed"])
 
 
 def significantly_lower(plan: BenchmarkPlan, differences: pd.DataFrame) -> set[tuple[str, str]]:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from farout.benchmark.results_folder import BenchmarkResults, DetectorScores, SourcePair
 from farout.evaluation.metrics import auroc, fpr95
-from farout.evaluation.scored_datasets import OWN
+from farout.evaluation.scored_datasets import METHOD_SCORE
 from farout.report.charts import cost_scatter, roc_curves, score_histogram
 
 __all__ = ["Chart", "draw_cost_charts", "draw_histograms", "draw_roc_charts", "mean_costs"]
@@ -69,14 +69,14 @@ def _finite_scores(scores: DetectorScores, pair: SourcePair) -> tuple[np.ndarray
 
 def mean_costs(results: BenchmarkResults) -> pd.DataFrame:
     """Means over sets and seeds of every column of cost, per detector."""
-    own = results.metrics[results.metrics["indicator"] == OWN]
+    own = results.metrics[results.metrics["indicator"] == METHOD_SCORE]
     columns = [name for name in _COST_COLUMNS if name in own and own[name].notna().any()]
     return own.groupby("detector", sort=False)[columns].mean()
 
 
 def draw_cost_charts(results: BenchmarkResults) -> list[Chart]:
     """The mean AUROC on every group of sets against every cost."""
-    own, costs = results.groups[results.groups["indicator"] == OWN], mean_costs(results)
+    own, costs = results.groups[results.groups["indicator"] == METHOD_SCORE], mean_costs(results)
     charts = []
     for group, part in own.groupby("group", sort=False):
         mean_auroc = part.groupby("detector", sort=False)["auroc"].mean()

@@ -11,7 +11,7 @@ import pandas as pd
 
 from farout.benchmark.metrics import split_markers
 from farout.benchmark.results_folder import BenchmarkResults, SourcePair, markers_of_row
-from farout.evaluation.scored_datasets import OWN
+from farout.evaluation.scored_datasets import METHOD_SCORE
 
 __all__ = [
     "METRIC_TITLES",
@@ -57,7 +57,7 @@ class LeaderboardRow:
     @property
     def is_own_score(self) -> bool:
         """Whether this is the method's own score."""
-        return self.indicator == OWN
+        return self.indicator == METHOD_SCORE
 
 
 def list_columns(results: BenchmarkResults) -> list[LeaderboardColumn]:
@@ -84,7 +84,7 @@ def list_columns(results: BenchmarkResults) -> list[LeaderboardColumn]:
 
 def list_indicators(results: BenchmarkResults) -> list[str]:
     """All indicators, the methods' own score first."""
-    return [OWN, *sorted(set(results.metrics["indicator"]) - {OWN})]
+    return [METHOD_SCORE, *sorted(set(results.metrics["indicator"]) - {METHOD_SCORE})]
 
 
 def list_rows(results: BenchmarkResults, columns: Sequence[LeaderboardColumn]) -> list[LeaderboardRow]:

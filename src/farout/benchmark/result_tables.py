@@ -9,7 +9,7 @@ import pandas as pd
 
 from farout.benchmark.benchmark_plan import BenchmarkPlan
 from farout.benchmark.metrics import MARKERS, split_markers
-from farout.evaluation.scored_datasets import OWN
+from farout.evaluation.scored_datasets import METHOD_SCORE
 
 __all__ = ["COST_COLUMNS", "ResultTable", "list_untested", "make_tables", "to_latex", "to_markdown"]
 
@@ -38,13 +38,13 @@ class ResultTable:
 
 def make_tables(plan: BenchmarkPlan, metrics: pd.DataFrame, groups: pd.DataFrame) -> list[ResultTable]:
     """Two tables of each detector's own score: means over groups with costs, and the AUROC of every set."""
-    own = metrics[metrics["indicator"] == OWN]
+    own = metrics[metrics["indicator"] == METHOD_SCORE]
     is_baseline = {name: "baseline" in _all_markers(part) for name, part in own.groupby("detector")}
     names = sorted(dict.fromkeys(own["detector"]), key=lambda name: is_baseline[name])
     methods = sum(not is_baseline[name] for name in names)
     interval = "mean and standard deviation over seeds" if len(plan.spec.seeds) > 1 else "with its 95 % interval"
     caption = f"AUROC, {interval}; bold: no method is significantly higher (paired 95 % interval) in any seed."
-    means = _mean_rows(plan, own, groups[groups["indicator"] == OWN], names)
+    means = _mean_rows(plan, own, groups[groups["indicator"] == METHOD_SCORE], names)
     return [
         ResultTable("Means over the sets of a group, and cost per image.", *means, methods),
         ResultTable(caption, *_set_rows(plan, own, names), methods),
@@ -125,7 +125,7 @@ def list_untested(plan: BenchmarkPlan) -> list[str]:
 
 def _explain_signs(plan: BenchmarkPlan, metrics: pd.DataFrame) -> list[str]:
     """The meaning of the signs that the tables contain, and the sets that are not available."""
-    used = _all_markers(metrics[metrics["indicator"] == OWN])
+    used = _all_markers(metrics[metrics["indicator"] == METHOD_SCORE])
     signs = {
         "pretrained": "*",
         "constant": _CONSTANT,

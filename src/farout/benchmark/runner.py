@@ -30,8 +30,8 @@ from farout.benchmark.result_tables import ResultTable, make_tables, to_latex, t
 from farout.benchmark.yaml_reader import to_yaml
 from farout.core import store
 from farout.core.errors import FaroutError, StoreError
-from farout.evaluation.evaluate import written
-from farout.evaluation.scored_datasets import PAIRED
+from farout.evaluation.evaluate import write_table
+from farout.evaluation.scored_datasets import DIFFERENCE_COLUMNS
 
 __all__ = ["BenchmarkReport", "DryRun", "preview_benchmark", "run_benchmark", "write_report"]
 
@@ -150,7 +150,7 @@ def write_report(plan: BenchmarkPlan) -> BenchmarkReport:
     paths = _write_tables(plan, metrics, groups, tables)
     for job in evaluations:
         of_job = differences[(differences["first"] == job.entry) & (differences["seed"] == job.seed)]
-        written(of_job[PAIRED], job.output / "paired.csv")
+        write_table(of_job[DIFFERENCE_COLUMNS], job.output / "paired.csv")
     page = write_benchmark_page(plan.out)
     return BenchmarkReport(plan, metrics, groups, tuple(tables), unfinished, (*paths, page))
 
@@ -171,10 +171,10 @@ def _write_tables(
     plan: BenchmarkPlan, metrics: pd.DataFrame, groups: pd.DataFrame, tables: Sequence[ResultTable]
 ) -> tuple[Path, ...]:
     out = plan.out
-    written(metrics, out / "metrics.csv")
+    write_table(metrics, out / "metrics.csv")
     with store.atomic_file(out / "metrics.parquet") as temporary:
         metrics.to_parquet(temporary, index=False)
-    written(groups, out / "groups.csv")
+    write_table(groups, out / "groups.csv")
     texts = {
         "results.md": to_markdown(plan, metrics, tables, _describe_machine()),
         "results.tex": to_latex(plan, metrics, tables, _describe_machine()),

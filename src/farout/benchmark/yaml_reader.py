@@ -28,7 +28,7 @@ from farout.data.preprocessing import Protocol
 from farout.detectors import DETECTORS
 from farout.diffusion.config import PRESETS as DIFFUSION_PRESETS
 from farout.diffusion.config import DiffusionConfig
-from farout.evaluation.baselines import TRIVIAL
+from farout.evaluation.trivial_baselines import NAME as TRIVIAL
 from farout.synthesis import SYNTHESIZERS
 from farout.training.config import TrainingConfig
 

@@ -1,1 +1,1 @@
-"""Rating detectors: metrics, intervals, controls, scored folders and pages."""
+"""Evaluation of detectors: metrics, confidence intervals, baselines, and distances between image sets."""

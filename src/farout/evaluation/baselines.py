@@ -1,103 +1,149 @@
-"""Trivial controls: numbers that need no model. A detector that does not beat them has found a shortcut."""
+"""Baselines fitted for comparison with a detector: standard methods, trivial baselines, and random network weights."""
 
 from __future__ import annotations
 
-import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
+from farout.classifiers.model import Classifier
+from farout.core.errors import FaroutError, TrapWarning
+from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
+from farout.detectors import DETECTORS
+from farout.detectors.base import Detector
+from farout.diffusion.model import DiffusionModel
+from farout.evaluation import trivial_baselines
+from farout.evaluation.trivial_baselines import TrivialBaselines
 
-from farout.data.batching import Batch
-from farout.data.decoding import to_pil
-from farout.detectors.base import Detector, Measurements
-from farout.features.densities import Mahalanobis, ZScore
-
-__all__ = ["CONTROLS", "TRIVIAL", "TrivialControls"]
-
-TRIVIAL = "trivial_controls"
-"""The name under which they are rated, all together."""
-CONTROLS = ("colour_mean", "colour_variance", "png_size", "laplacian_energy", "block_edge_energy")
-"""The indicators of each alone."""
+__all__ = ["BaselineOptions", "EvaluatedDetector", "fit_baselines", "method_name", "with_random_weights"]
 
 
-class TrivialControls(Detector):
-    """Five numbers per image, each scored by |z| over the statistics images, and all together by Mahalanobis distance.
+@dataclass(frozen=True)
+class BaselineOptions:
+    """Which baselines are evaluated together with a detector.
 
-    colour_mean and colour_variance: over pixels and channels; png_size: bytes of the image as PNG per pixel;
-    laplacian_energy: mean square of the 3x3 Laplacian; block_edge_energy: mean squared step across the lines of an 8x8
-    grid over that elsewhere, which tells JPEG coding.
+    Args:
+        standard: the methods that the detector names as its baselines.
+        trivial: trivial baselines, which need no network.
+        random_weights: the same detector with random weights, see `with_random_weights`.
+        images: source that the baselines are fitted on; None: that of the detector.
+        limit: maximum number of images that trivial baselines and random weights are fitted on; None: all. Standard
+            baselines are fitted on all images.
     """
 
-    def __init__(self, *, score: str = "all") -> None:
-        self.z: ZScore | None = None
-        self.mahalanobis: Mahalanobis | None = None
+    standard: bool = True
+    trivial: bool = True
+    random_weights: bool = False
+    images: Any = None
+    limit: int | None = 1000
 
-    @classmethod
-    def tiny(cls, resources: Any) -> TrivialControls:
-        """The controls themselves."""
-        return cls()
-
-    def measure(self, batch: Batch, maps: bool = False) -> Measurements:
-        """Values (B, 1, 1, controls)."""
-        images = batch.images.double()
-        columns = [
-            images.mean((1, 2, 3)),
-            images.var((1, 2, 3), unbiased=False),
-            torch.tensor([_png_size(image) for image in batch.images], dtype=torch.float64),
-            _laplacian(images),
-            _block_edges(images),
-        ]
-        values = torch.stack(columns, dim=1).float()[:, None, None]
-        return Measurements(batch.keys, values, (0.0,), CONTROLS)
-
-    def fit_statistics(self, measurements: Measurements) -> None:
-        """Mean, deviation and covariance of the five numbers."""
-        values = _table(measurements)
-        self.z, self.mahalanobis = ZScore.fit(values), Mahalanobis.fit(values)
-
-    def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
-        """`all`, and |z| of each control by its name."""
-        assert self.z is not None
-        assert self.mahalanobis is not None
-        values = _table(measurements)
-        alone = np.abs(self.z.transform(values))
-        scores = {"all": self.mahalanobis.score(values), **{n: alone[:, i] for i, n in enumerate(CONTROLS)}}
-        return {name: torch.from_numpy(score) for name, score in scores.items()}
-
-    def state(self) -> dict[str, np.ndarray]:
-        """The fitted statistics as arrays."""
-        assert self.z is not None
-        assert self.mahalanobis is not None
-        parts = {"z": self.z.to_arrays(), "mahalanobis": self.mahalanobis.to_arrays()}
-        return {f"{part}.{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise FaroutError(f"the limit of images for baselines must be at least 1, got {self.limit}")
 
 
-def _table(measurements: Measurements) -> np.ndarray:
-    assert measurements.values is not None
-    return measurements.values[:, 0, 0].double().numpy()
+@dataclass
+class EvaluatedDetector:
+    """A detector in an evaluation: its name in the tables, and the folder of its scores."""
+
+    name: str
+    detector: Detector
+    folder: Path
 
 
-def _png_size(image: Tensor) -> float:
-    buffer = io.BytesIO()
-    to_pil(image).save(buffer, "PNG")
-    return len(buffer.getvalue()) / image[0].numel()
+def method_name(detector: Detector) -> str:
+    """Name of the method in `farout list detectors`; the class name of a method that is not registered."""
+    names = {entry.class_name: entry.name for entry in DETECTORS.values()}
+    return names.get(type(detector).__name__, type(detector).__name__)
 
 
-def _laplacian(images: Tensor) -> Tensor:
-    grey = images.mean(1, keepdim=True)
-    kernel = torch.tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]], dtype=images.dtype).reshape(1, 1, 3, 3)
-    return functional.conv2d(grey, kernel).square().mean((1, 2, 3))
+def fit_baselines(detector: Detector, options: BaselineOptions, out: Path) -> Iterator[EvaluatedDetector]:
+    """Fit the baselines of a detector with its alpha, seed, runtime and protocol.
+
+    A baseline that cannot be fitted is left out with a warning that states the reason.
+    """
+    scores_folder = out / "baseline_scores"
+    common: dict[str, Any] = {
+        "alpha": detector.alpha,
+        "seed": detector.seed,
+        "runtime": detector.runtime,
+        "protocol": detector.preprocessing.protocol,
+    }
+
+    def fit_standard(name: str, images: ImageSource) -> EvaluatedDetector:
+        baseline = detector.companion(DETECTORS[name].load())
+        classifier = detector.classifier if "classifier" in baseline.needs else None
+        fitted = baseline.fit(images, classifier=classifier, **common)
+        return EvaluatedDetector(name, fitted, scores_folder / name)
+
+    def fit_trivial(images: ImageSource) -> EvaluatedDetector:
+        fitted = TrivialBaselines().fit(images, limit=options.limit, **common)
+        return EvaluatedDetector(trivial_baselines.NAME, fitted, scores_folder / trivial_baselines.NAME)
+
+    def fit_random_weights(images: ImageSource) -> EvaluatedDetector:
+        baseline, diffusion, classifier = with_random_weights(detector)
+        fitted = baseline.fit(images, diffusion, classifier, limit=options.limit, **common)
+        name = f"{method_name(detector)}_random_weights"
+        return EvaluatedDetector(name, fitted, scores_folder / name)
+
+    fits: dict[str, Callable[[ImageSource], EvaluatedDetector]] = {}
+    if options.standard:
+        fits |= {name: partial(fit_standard, name) for name in detector.companions}
+    if options.trivial:
+        fits[trivial_baselines.NAME] = fit_trivial
+    has_network = any(network is not None for network in (detector.diffusion, detector.classifier, detector.features))
+    if options.random_weights and has_network:
+        fits["random_weights"] = fit_random_weights
+    if not fits:
+        return
+    source = options.images if options.images is not None else detector.provenance.get("source")
+    try:
+        images = open_source(source) if options.images is not None else _open_fitted_images(detector)
+    except FaroutError as error:
+        message = (
+            f"no baselines: they cannot be fitted on {source!r} ({error}); give images for them with --baseline-images"
+        )
+        warnings.warn(message, TrapWarning, stacklevel=3)
+        return
+    for name, fit in fits.items():
+        try:
+            yield fit(images)
+        except FaroutError as error:
+            message = f"{name} is left out: it cannot be fitted on {source!r} ({error})"
+            warnings.warn(message, TrapWarning, stacklevel=3)
 
 
-def _block_edges(images: Tensor) -> Tensor:
-    """Both directions together; 0 where the image is smaller than two blocks."""
-    on, off = torch.zeros(len(images), dtype=images.dtype), torch.zeros(len(images), dtype=images.dtype)
-    for axis in (2, 3):
-        steps = images.diff(dim=axis).square().transpose(2, axis)
-        lines = torch.arange(steps.shape[2]) % 8 == 7
-        if lines.any():
-            on, off = on + steps[:, :, lines].mean((1, 2, 3)), off + steps[:, :, ~lines].mean((1, 2, 3))
-    return on / (off + 1e-8)
+def with_random_weights(detector: Detector) -> tuple[Detector, DiffusionModel | None, Classifier | None]:
+    """The same method, not fitted, and the networks to fit it with: what is learned by the weights alone is lost.
+
+    The diffusion model has random weights; if there is none, the classifier; of a method that has neither, the
+    backbone, which the returned detector creates itself.
+
+    Raises:
+        FaroutError: the detector has no network.
+    """
+    unfitted = type(detector)(**detector.config)
+    if detector.diffusion is not None:
+        unfitted.features = detector.features
+        return unfitted, detector.diffusion.with_random_weights(detector.seed), detector.classifier
+    if detector.classifier is not None:
+        unfitted.features = detector.features
+        return unfitted, None, detector.classifier.with_random_weights(detector.seed)
+    if detector.features is None:
+        raise FaroutError(f"{type(detector).__name__} has no network whose weights could be random")
+    return type(detector)(**{**detector.config, "weights": "random"}), None, None
+
+
+def _open_fitted_images(detector: Detector) -> ImageSource:
+    """Open the images that the detector was fitted on; raise FaroutError if they are unavailable or have changed."""
+    about = detector.provenance
+    if about.get("source") is None:
+        raise FaroutError("the detector was fitted on images in memory")
+    images = open_source(about["source"], limit=about["limit"], seed=detector.seed, policy="skip")
+    if images.fingerprint() != about["data_fingerprint"]:
+        raise FaroutError(f"{about['source']} no longer contains the images that the detector was fitted on")
+    return images

@@ -1,7 +1,7 @@
-"""How well scores tell out-of-distribution images from in-distribution ones: fractions, with 95 % intervals.
+"""Detection metrics with 95 % confidence intervals, as fractions.
 
-Scores are higher for images further out; out-of-distribution (OOD) images are the positives unless a docstring says
-otherwise. Scores that are not numbers are left out with a warning and counted in neither side.
+Higher scores mean more anomalous images; out-of-distribution (OOD) images are the positives unless a docstring says
+otherwise. NaN scores are left out with a warning.
 """
 
 from __future__ import annotations
@@ -17,21 +17,30 @@ from sklearn.metrics import average_precision_score
 from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, TrapWarning
 from farout.detectors.calibration import is_out
 from farout.evaluation.intervals import (
-    area_of_ranks,
-    bootstrap,
+    auroc_interval,
+    auroc_of_ranks,
+    bootstrap_interval,
+    count_independent,
     delong,
     dense_ranks,
-    exact_reach,
-    independent,
-    interval_of_auroc,
+    rule_of_three,
 )
 
-__all__ = ["DetectionMetrics", "aupr_in", "aupr_out", "auroc", "detection", "evaluate", "false_alarm", "fpr95"]
+__all__ = [
+    "DetectionMetrics",
+    "aupr_in",
+    "aupr_out",
+    "auroc",
+    "detection_metrics",
+    "detection_rate",
+    "false_alarm_rate",
+    "fpr95",
+]
 
 
 @dataclass(frozen=True)
 class DetectionMetrics:
-    """AUROC, AUPR and FPR95 of one pair of sets, with the counts they rest on; NaN where a side is empty."""
+    """AUROC, AUPR and FPR95 of one pair of sets with the numbers of scores; NaN if one of the sets has no scores."""
 
     auroc: float
     auroc_low: float
@@ -45,25 +54,12 @@ class DetectionMetrics:
     n_ood: int
 
 
-def _clean(scores: Any, side: str, start: str) -> np.ndarray:
-    scores = np.asarray(scores, dtype=np.float64).ravel()
-    good = scores[~np.isnan(scores)]
-    if len(good) < len(scores):
-        message = f"{start}{len(scores) - len(good)} of {len(scores)} {side} scores are not numbers and are left out"
-        warnings.warn(message, NaNScoresWarning, stacklevel=4)
-    return good
-
-
-def _comparable(*sides: np.ndarray) -> bool:
-    """Whether both sides have scores and all are numbers: a comparison with NaN is False, which would look perfect."""
-    return all(len(side) > 0 and not np.isnan(side).any() for side in sides)
-
-
 def auroc(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
-    """Probability that an OOD image scores higher than an in-distribution one, ties counting half; NaN if one side is
-    empty or holds a NaN (`evaluate` leaves those out).
+    """Probability that an OOD image scores higher than an in-distribution one, ties counting half.
+
+    NaN if one of the sets is empty or has a NaN.
     """
-    return delong(id_scores, ood_scores)[0] if _comparable(id_scores, ood_scores) else float("nan")
+    return delong(id_scores, ood_scores)[0] if _has_numbers(id_scores, ood_scores) else float("nan")
 
 
 def aupr_out(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
@@ -72,51 +68,56 @@ def aupr_out(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
 
 
 def aupr_in(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
-    """Average precision with in-distribution images as positives, scores negated."""
+    """Average precision with in-distribution images as positives and negated scores."""
     return _average_precision(-np.asarray(id_scores), -np.asarray(ood_scores))
 
 
 def _average_precision(positives: np.ndarray, negatives: np.ndarray) -> float:
-    if not _comparable(positives, negatives):
+    if not _has_numbers(positives, negatives):
         return float("nan")
-    truth = np.r_[np.ones(len(positives)), np.zeros(len(negatives))]
+    is_positive = np.repeat([1, 0], [len(positives), len(negatives)])
     # only ranks matter, and scikit-learn refuses infinite scores
-    return float(average_precision_score(truth, stats.rankdata(np.r_[positives, negatives])))
+    ranks = stats.rankdata(np.concatenate([positives, negatives]))
+    return float(average_precision_score(is_positive, ranks))
 
 
 def fpr95(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
-    """Share of OOD images taken for in-distribution at the smallest threshold that recalls at least 95 % of the
-    in-distribution images (in-distribution = score <= threshold; no interpolation between ties). In-distribution
-    images are the positives here. OpenOOD 1.5 and pytorch-ood take OOD images as positives (threshold at 95 % OOD
-    recall): their figure is `fpr95(-ood_scores, -id_scores)`. NaN if one side is empty or holds a NaN.
+    """False positive rate at 95 % true positive rate, in-distribution images being the positives.
+
+    The share of OOD images with a score at most the smallest threshold that accepts at least 95 % of the
+    in-distribution images (score <= threshold; no interpolation between ties). OpenOOD 1.5 and pytorch-ood take OOD
+    images as positives (threshold at 95 % OOD recall): their value is `fpr95(-ood_scores, -id_scores)`. NaN if one of
+    the sets is empty or has a NaN.
     """
-    if not _comparable(id_scores, ood_scores):
+    if not _has_numbers(id_scores, ood_scores):
         return float("nan")
-    return float(np.mean(np.asarray(ood_scores) <= _recall_threshold(np.asarray(id_scores))))
+    rank = int(np.ceil(0.95 * len(id_scores) - 1e-9)) - 1
+    threshold = np.partition(np.asarray(id_scores), rank)[rank]
+    return float(np.mean(np.asarray(ood_scores) <= threshold))
 
 
-def _recall_threshold(id_scores: np.ndarray) -> float:
-    needed = int(np.ceil(0.95 * len(id_scores) - 1e-9))
-    return float(np.partition(id_scores, needed - 1)[needed - 1])
+def _has_numbers(*samples: np.ndarray) -> bool:
+    """Whether no sample is empty or has a NaN. A comparison with NaN is False, which would look perfect."""
+    return all(len(sample) > 0 and not np.isnan(sample).any() for sample in samples)
 
 
-def false_alarm(id_p: Any, alpha: float) -> float:
+def false_alarm_rate(id_p_values: Any, alpha: float) -> float:
     """Share of in-distribution images with p <= alpha, among those that have a p-value."""
-    return _flagged(id_p, alpha)
+    return _flagged_share(id_p_values, alpha)
 
 
-def detection(ood_p: Any, alpha: float) -> float:
+def detection_rate(ood_p_values: Any, alpha: float) -> float:
     """Share of OOD images with p <= alpha, among those that have a p-value."""
-    return _flagged(ood_p, alpha)
+    return _flagged_share(ood_p_values, alpha)
 
 
-def _flagged(p: Any, alpha: float) -> float:
-    p = np.asarray(p, dtype=np.float64)
-    known = p[~np.isnan(p)]
-    return float(is_out(known, alpha).mean()) if len(known) else float("nan")
+def _flagged_share(p_values: Any, alpha: float) -> float:
+    p = np.asarray(p_values, dtype=np.float64)
+    p = p[~np.isnan(p)]
+    return float(is_out(p, alpha).mean()) if len(p) else float("nan")
 
 
-def evaluate(
+def detection_metrics(
     id_scores: Any,
     ood_scores: Any,
     *,
@@ -125,65 +126,81 @@ def evaluate(
     seed: int = 0,
     name: str = "",
 ) -> DetectionMetrics:
-    """All metrics of a pair of sets.
+    """Compute all metrics of a pair of sets.
 
     Args:
-        id_scores: one score per in-distribution image.
-        ood_scores: one score per out-of-distribution image.
-        groups: ids of the source image behind every score of both sides, where variants of one image are on both:
-            intervals then resample source images instead of scores.
+        id_scores: one score per in-distribution image, (N,).
+        ood_scores: one score per OOD image, (M,).
+        groups: ids of the original image behind every score of both sets, if variants of one image are in both;
+            intervals then resample original images instead of scores.
         draws: number of bootstrap samples.
         seed: seed of the bootstrap.
-        name: what is rated, which warnings begin with.
+        name: name of what is evaluated, for the warnings.
 
     Warns:
-        NaNScoresWarning: some scores are not numbers; they are left out.
+        NaNScoresWarning: some scores are NaN.
         ConstantScoresWarning: all scores are equal.
-        TrapWarning: the AUROC and its whole interval are below one half. The sign of the score may be wrong, or the OOD
-            images may be simpler than the in-distribution ones.
+        TrapWarning: the whole interval of the AUROC is below one half: the sign of the score is reversed, or the OOD
+            images are simpler than the in-distribution ones.
     """
-    kept = _drop(groups, id_scores, ood_scores)
-    start = f"{name}: " if name else ""
-    inside = _clean(id_scores, "in-distribution", start)
-    outside = _clean(ood_scores, "out-of-distribution", start)
-    if not len(inside) or not len(outside):
+    prefix = f"{name}: " if name else ""
+    samples = []
+    for label, values in (("in-distribution", id_scores), ("out-of-distribution", ood_scores)):
+        scores = np.asarray(values, dtype=np.float64).ravel()
+        missing = int(np.isnan(scores).sum())
+        if missing:
+            message = f"{prefix}{missing} of {len(scores)} {label} scores are not numbers and are left out"
+            warnings.warn(message, NaNScoresWarning, stacklevel=2)
+        samples.append(scores)
+    if groups is not None:
+        if [len(ids) for ids in groups] != [len(scores) for scores in samples]:
+            lengths = [len(ids) for ids in groups], [len(scores) for scores in samples]
+            raise FaroutError(f"groups require one id per score, got {lengths[0]} ids for {lengths[1]} scores")
+        groups = (
+            np.asarray(groups[0])[~np.isnan(samples[0])],
+            np.asarray(groups[1])[~np.isnan(samples[1])],
+        )
+    id_known, ood_known = (scores[~np.isnan(scores)] for scores in samples)
+    if not len(id_known) or not len(ood_known):
         nan = float("nan")
-        return DetectionMetrics(nan, nan, nan, nan, nan, nan, nan, nan, len(inside), len(outside))
-    if np.ptp(np.r_[inside, outside]) == 0:
-        message = f"{start}all scores are equal; the AUROC is one half by definition"
+        return DetectionMetrics(nan, nan, nan, nan, nan, nan, nan, nan, len(id_known), len(ood_known))
+    if np.ptp(np.concatenate([id_known, ood_known])) == 0:
+        message = f"{prefix}all scores are equal; the AUROC is one half by definition"
         warnings.warn(message, ConstantScoresWarning, stacklevel=2)
-    rate = fpr95(inside, outside)
-    spread = bootstrap(fpr95, inside, outside, groups=kept, draws=draws, seed=seed)
-    spread = _widened(rate, spread, independent(kept, inside, outside)[1])
-    if kept is None:
-        area, low, high = interval_of_auroc(inside, outside)
+
+    independent_id, independent_ood = count_independent(groups, id_known, ood_known)
+    fpr = fpr95(id_known, ood_known)
+    fpr_interval = bootstrap_interval(fpr95, id_known, ood_known, groups=groups, draws=draws, seed=seed)
+    fpr_low, fpr_high = _widen_at_bounds(fpr, fpr_interval, independent_ood)
+    if groups is None:
+        area, low, high = auroc_interval(id_known, ood_known)
     else:
-        area = auroc(inside, outside)
-        drawn = bootstrap(area_of_ranks, *dense_ranks(inside, outside), groups=kept, draws=draws, seed=seed)
-        low, high = _widened(area, drawn, min(independent(kept, inside, outside)))
+        area = auroc(id_known, ood_known)
+        ranks = dense_ranks(id_known, ood_known)
+        area_interval = bootstrap_interval(auroc_of_ranks, *ranks, groups=groups, draws=draws, seed=seed)
+        low, high = _widen_at_bounds(area, area_interval, min(independent_id, independent_ood))
     if high < 0.5:
         message = f"AUROC {area:.3f} is below one half: the OOD images have lower scores than the in-distribution ones"
-        warnings.warn(start + message, TrapWarning, stacklevel=2)
-    pair = (inside, outside)
-    return DetectionMetrics(area, low, high, aupr_in(*pair), aupr_out(*pair), rate, *spread, len(inside), len(outside))
-
-
-def _widened(value: float, interval: tuple[float, float], count: int) -> tuple[float, float]:
-    """At 0 or 1 every draw of a bootstrap is the same, yet `count` images do not prove a rate of exactly 0 or 1."""
-    low, high = interval
-    reach = exact_reach(count)
-    return (min(low, 1 - reach) if value == 1 else low), (max(high, reach) if value == 0 else high)
-
-
-def _drop(groups: tuple[np.ndarray, np.ndarray] | None, *sides: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """The groups of the scores that are numbers."""
-    if groups is None:
-        return None
-    if [len(ids) for ids in groups] != [np.size(scores) for scores in sides]:
-        given = [len(ids) for ids in groups], [np.size(scores) for scores in sides]
-        raise FaroutError(f"groups require one id per score, got {given[0]} ids for {given[1]} scores")
-    first, second = (
-        np.asarray(ids)[~np.isnan(np.asarray(scores, dtype=np.float64))]
-        for ids, scores in zip(groups, sides, strict=True)
+        warnings.warn(prefix + message, TrapWarning, stacklevel=2)
+    return DetectionMetrics(
+        auroc=area,
+        auroc_low=low,
+        auroc_high=high,
+        aupr_in=aupr_in(id_known, ood_known),
+        aupr_out=aupr_out(id_known, ood_known),
+        fpr95=fpr,
+        fpr95_low=fpr_low,
+        fpr95_high=fpr_high,
+        n_id=len(id_known),
+        n_ood=len(ood_known),
     )
-    return first, second
+
+
+def _widen_at_bounds(value: float, interval: tuple[float, float], count: int) -> tuple[float, float]:
+    """Extend the interval of a rate of 0 or 1, for which all bootstrap samples agree.
+
+    `count` images do not prove a rate of exactly 0 or 1.
+    """
+    low, high = interval
+    margin = rule_of_three(count)
+    return (min(low, 1 - margin) if value == 1 else low), (max(high, margin) if value == 0 else high)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pandas as pd
-
 from farout.benchmark.demo import demo as run_demo
 from farout.cli.commands.evaluate import print_metrics
+from farout.evaluation.results import Evaluation
 
 __all__ = ["demo", "print_tables"]
 
 
 def demo(
     *, out: str = "farout-demo", steps: int = 100, limit: int = 100, images: int | None = None, seed: int = 0
-) -> Iterator[pd.DataFrame]:
+) -> Iterator[Evaluation]:
     """Fit and evaluate two detectors on the built-in sample, in a few minutes.
 
     Args:
@@ -27,7 +26,7 @@ def demo(
     return run_demo(out, steps=steps, limit=limit, images=images, seed=seed)
 
 
-def print_tables(tables: Iterator[pd.DataFrame]) -> None:
+def print_tables(evaluations: Iterator[Evaluation]) -> None:
     """Prints each evaluation when it is finished."""
-    for table in tables:
-        print_metrics(table)
+    for evaluation in evaluations:
+        print_metrics(evaluation)

@@ -6,14 +6,13 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pandas as pd
-
 from farout.cli.tables import new_table, print_table
 from farout.core.errors import FaroutError
 from farout.detectors.base import load
-from farout.evaluation.comparison import Beside
-from farout.evaluation.evaluate import evaluate_detector, evaluate_scores
-from farout.evaluation.scored_datasets import OWN
+from farout.evaluation.baselines import BaselineOptions
+from farout.evaluation.evaluate import evaluate as evaluate_detector
+from farout.evaluation.evaluate import evaluate_scores
+from farout.evaluation.results import Evaluation
 
 __all__ = ["check_settings", "evaluate", "print_metrics"]
 
@@ -29,14 +28,14 @@ def evaluate(
     scores: Sequence[str] = (),
     out: str | None = None,
     limit: int | None = None,
-    companions: bool = True,
-    controls: bool = True,
-    random_control: bool = False,
-    reference: str | None = None,
-    control_limit: int | None = 1000,
+    standard_baselines: bool = True,
+    trivial_baselines: bool = True,
+    random_weights_baseline: bool = False,
+    baseline_images: str | None = None,
+    baseline_limit: int | None = 1000,
     ood_draws: int = 0,
     runtime: dict[str, Any],
-) -> pd.DataFrame:
+) -> Evaluation:
     """Evaluate a detector, or given scores, on out-of-distribution images.
 
     Args:
@@ -47,11 +46,11 @@ def evaluate(
             out-of-distribution files.
         out: folder of the results.
         limit: use a seeded random sample of this many images of each source; default: all.
-        companions: also evaluate the detector's standard baselines.
-        controls: also evaluate trivial baselines (color, PNG size, edges, JPEG blocks).
-        random_control: also evaluate the same detector with random weights.
-        reference: images to fit the trivial baselines on; default: those of the detector's fit.
-        control_limit: maximum number of images to fit the trivial baselines on.
+        standard_baselines: also evaluate the methods that the detector names as its baselines.
+        trivial_baselines: also evaluate trivial baselines (color, PNG size, edges, JPEG blocks).
+        random_weights_baseline: also evaluate the same detector with random weights.
+        baseline_images: images to fit the baselines on; default: those of the detector's fit.
+        baseline_limit: maximum number of images to fit the trivial baselines and the random weights on.
         ood_draws: also write OUT/draws.csv: metrics over this many random draws with one out-of-distribution image per
             five in-distribution images, as in many papers; 0: off.
         runtime: runtime settings that replace those of the fit.
@@ -66,7 +65,9 @@ def evaluate(
         ood,
         out,
         limit=limit,
-        beside=Beside(companions, controls, random_control, reference, control_limit),
+        baselines=BaselineOptions(
+            standard_baselines, trivial_baselines, random_weights_baseline, baseline_images, baseline_limit
+        ),
         ood_draws=ood_draws,
     )
 
@@ -95,11 +96,11 @@ def check_settings(
         raise FaroutError("evaluate requires DETECTOR --id SOURCE --ood SOURCE... --out DIR, or --scores FILE FILE...")
 
 
-def print_metrics(frame: pd.DataFrame) -> None:
+def print_metrics(evaluation: Evaluation) -> None:
     """Prints the evaluation of each detector's own score: AUROC with its interval, FPR95, and the share of flagged
     in-distribution images (false alarms) and out-of-distribution images (detected).
     """
-    own = frame[frame["indicator"] == OWN]
+    own = evaluation.method_scores
     columns = [column for column in _COLUMN_TITLES if own[column].notna().any()]
     table = new_table()
     table.add_column("detector", no_wrap=True)
@@ -111,9 +112,9 @@ def print_metrics(frame: pd.DataFrame) -> None:
         numbers = [f"{row[column]:.{1 if column == 'images_per_s' else 3}f}" for column in columns]
         table.add_row(str(row["detector"]), str(row["ood"]), auroc, *numbers)
     print_table(table)
-    for pair in frame.attrs.get("paired", []):
+    for pair in evaluation.differences.to_dict("records"):
         if pair["difference"] == pair["difference"]:  # not NaN
             interval = f"{pair['difference']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})"
             print(f"AUROC difference {pair['first']} - {pair['second']}, {pair['ood']}: {interval}")
-    for path in frame.attrs.get("paths", []):
+    for path in evaluation.paths:
         print(path)

@@ -24,7 +24,7 @@ from common import auroc_cell, compared, interval, known, machine, table
 
 from farout.classifiers.model import Classifier
 from farout.classifiers.train import PRESETS as CLASSIFIERS
-from farout.classifiers.train import ClassifierConfig, accuracy_on, train_classifier
+from farout.classifiers.train import ClassifierConfig, measure_accuracy, train_classifier
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.detectors.base import Detector, Scores
@@ -119,7 +119,7 @@ def run(split: Split, count: int, ablate: bool, out: Path) -> None:
     there = {name: known(out, split=split.number, method=name) for name, _ in methods(ablate)}
     if all(there.values()):
         return
-    accuracy = accuracy_on(split.classifier, open_source(spec("test", split.inside)))
+    accuracy = measure_accuracy(split.classifier, open_source(spec("test", split.inside)))
     print(f"split {split.number}: accuracy {accuracy:.4f}", flush=True)
     base: dict[str, Scores] = {}
     for name, detector in methods(ablate):

@@ -26,7 +26,7 @@ from exposed import NONE, PROBE, arguments, outward, rated, read, summary
 
 from farout.classifiers.model import Classifier
 from farout.classifiers.outlier_exposure import Exposure, Loss
-from farout.classifiers.train import PRESETS, ClassifierConfig, accuracy_on, train_classifier
+from farout.classifiers.train import PRESETS, ClassifierConfig, measure_accuracy, train_classifier
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.synthesis.base import SynthesisContext, Synthesizer
@@ -99,12 +99,12 @@ def make(split: Split, work: Path, images: int, count: int, test: int) -> None:
         done = method.synthesize(
             split.train, work / name, count=count, diffusion=split.diffusion, limit=limit, resume=True
         )
-        told = accuracy_on(split.classifier, done.source())
+        told = measure_accuracy(split.classifier, done.source())
         seconds = time.perf_counter() - started
         print(f"{name}: {done.generated} made in {seconds:.0f} s, {told:.2f} taken for their class", flush=True)
     for name, source in {"train": open_source(split.train, limit=count), "test": inside(split, test)}.items():
         again = reconstruct(source, split.diffusion, work / f"again-{name}", resume=True)
-        told = accuracy_on(split.classifier, again.source())
+        told = measure_accuracy(split.classifier, again.source())
         print(f"reconstructions of {len(source)} {name} images, {told:.2f} taken for their class", flush=True)
 
 
@@ -158,7 +158,7 @@ def run(split: Split, work: Path, seeds: list[int], steps: int, count: int, out:
             scores = {each: outward(classifier, source)["energy"] for each, source in sets(split, work, count).items()}
             base = base or scores
             rows = pd.DataFrame(rated(scores, base)).assign(case=name, seed=seed, steps=steps, seconds=seconds)
-            rows["accuracy"] = accuracy_on(classifier, open_source(spec("test", split.inside)))
+            rows["accuracy"] = measure_accuracy(classifier, open_source(spec("test", split.inside)))
             if not known(out, seed=seed, case=name):
                 rows.to_csv(out, mode="a", header=not out.is_file(), index=False)
             areas = [f"{ood} {area:.3f}" for ood, area in zip(rows.ood, rows.auroc)]

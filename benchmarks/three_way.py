@@ -29,7 +29,7 @@ from exposed import NONE, PROBE, arguments, outward, rated, read, summary
 
 from farout.classifiers.model import Classifier
 from farout.classifiers.outlier_exposure import Exposure, Mutual
-from farout.classifiers.train import PRESETS, ClassifierConfig, accuracy_on, train_classifier
+from farout.classifiers.train import PRESETS, ClassifierConfig, measure_accuracy, train_classifier
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.synthesis.base import OutlierFolder, Synthesizer
@@ -74,7 +74,7 @@ ABLATIONS = {
     "K from 5": Case("from-5"),
     "K from 10": Case("from-10"),
     "mutual information off": Case("sona", mutual="off"),
-    "mutual information normalised": Case("sona", mutual="normalised"),
+    "mutual information normalized": Case("sona", mutual="normalized"),
 }
 
 
@@ -131,7 +131,7 @@ def make(split: ThreeWay, work: Path, methods: dict[str, Synthesizer], count: in
             print(quality(done, source, split.base.classifier), flush=True)
     for name, images in {"train": source, "test": open_source(spec("test", split.inside), limit=test)}.items():
         again = reconstruct(images, split.base.diffusion, work / f"again-{name}", resume=True)
-        told = accuracy_on(split.base.classifier, again.source())
+        told = measure_accuracy(split.base.classifier, again.source())
         print(f"reconstructions of {len(images)} {name} images, {told:.2f} taken for their class", flush=True)
 
 
@@ -179,7 +179,7 @@ def run(split: ThreeWay, work: Path, cases: dict[str, Case], given: argparse.Nam
             rows = pd.concat(
                 pd.DataFrame(rated(scores[which], base[which])).assign(indicator=which) for which in scores
             ).assign(case=name, seed=seed, steps=given.steps, seconds=seconds)
-            rows["accuracy"] = accuracy_on(classifier, open_source(spec("test", split.inside)))
+            rows["accuracy"] = measure_accuracy(classifier, open_source(spec("test", split.inside)))
             if not known(given.out, seed=seed, case=name):
                 rows.to_csv(given.out, mode="a", header=not given.out.is_file(), index=False)
             msp = rows[rows["indicator"] == "msp"]

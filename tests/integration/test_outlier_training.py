@@ -17,10 +17,10 @@ from farout.classifiers import train as rooms
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.model import Classifier
 from farout.classifiers.networks import OUTLIER
-from farout.classifiers.outlier_exposure import Exposed, Exposure, Outside, known_classes
+from farout.classifiers.outlier_exposure import ExposedNetwork, Exposure, ExposureData, count_known_classes
 from farout.classifiers.outlier_images import ExposedImages, OutlierImages, check_outliers, open_outliers
 from farout.classifiers.presets import PRESETS
-from farout.classifiers.train import train_classifier, train_on
+from farout.classifiers.train import train_classifier, train_on_source
 from farout.cli import main
 from farout.core.errors import FaroutError, SourceError, TrapWarning
 from farout.data.batching import PreparedImages
@@ -111,7 +111,7 @@ def test_what_does_not_fit_into_memory_is_prepared_when_asked_for(monkeypatch: p
     large = open_source((torch.rand(3, 1, 16, 16) * 255).byte())
     how = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
     kept = OutlierImages(large, how)
-    monkeypatch.setattr("farout.classifiers.outlier_images._BUDGET", 0)
+    monkeypatch.setattr("farout.classifiers.outlier_images._MEMORY_LIMIT", 0)
     fresh = OutlierImages(large, how)
     for index in range(3):
         torch.manual_seed(index)
@@ -146,8 +146,8 @@ def test_reconstructions_take_the_place_of_a_share_of_the_images(tree: Path, out
     how = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
     assert source.labels is not None
     pairs = torch.utils.data.TensorDataset(torch.zeros(80, 1, 8, 8), torch.tensor(source.labels))
-    outside = Outside(Exposure(reconstructed=0.25), open_source(outliers), again)
-    both = outside.beside(pairs, ("dark", "light"), (), how, 0)
+    exposure_data = ExposureData(Exposure(reconstructed=0.25), open_source(outliers), again)
+    both = exposure_data.add_to(pairs, ("dark", "light"), (), how, 0)
     torch.manual_seed(0)
     items = [both.at(position, position % 80) for position in range(400)]
     remade = [item for item in items if bool(item[0].any())]
@@ -165,13 +165,16 @@ def test_training_repeats_and_resumes_exactly(
     source = open_source(tree)
     outer = None if exposure.loss == "vos" else open_source(outliers)
     training = replace(FEW, ema=0.5)
-    whole = train_on(source, CONFIG, training, outside=Outside(exposure, outer))
-    assert same(whole, train_on(source, CONFIG, replace(training, workers=1), outside=Outside(exposure, outer)))
-    other = train_on(source, CONFIG, replace(training, seed=1), outside=Outside(exposure, outer))
+    whole = train_on_source(source, CONFIG, training, exposure_data=ExposureData(exposure, outer))
+    assert same(
+        whole,
+        train_on_source(source, CONFIG, replace(training, workers=1), exposure_data=ExposureData(exposure, outer)),
+    )
+    other = train_on_source(source, CONFIG, replace(training, seed=1), exposure_data=ExposureData(exposure, outer))
     assert not same(whole, other)
-    original, calls = Exposed.losses, 0
+    original, calls = ExposedNetwork.losses, 0
 
-    def stops(self: Exposed, *given: torch.Tensor) -> dict[str, torch.Tensor]:
+    def stops(self: ExposedNetwork, *given: torch.Tensor) -> dict[str, torch.Tensor]:
         nonlocal calls
         calls += 1
         found = original(self, *given)
@@ -179,11 +182,13 @@ def test_training_repeats_and_resumes_exactly(
             raise KeyboardInterrupt
         return found
 
-    monkeypatch.setattr(Exposed, "losses", stops)
+    monkeypatch.setattr(ExposedNetwork, "losses", stops)
     with pytest.raises(KeyboardInterrupt):
-        train_on(source, CONFIG, training, out=tmp_path / "t", outside=Outside(exposure, outer))
+        train_on_source(source, CONFIG, training, out=tmp_path / "t", exposure_data=ExposureData(exposure, outer))
     monkeypatch.undo()
-    again = train_on(source, CONFIG, training, out=tmp_path / "t", resume=True, outside=Outside(exposure, outer))
+    again = train_on_source(
+        source, CONFIG, training, out=tmp_path / "t", resume=True, exposure_data=ExposureData(exposure, outer)
+    )
     assert same(whole, again)
 
 
@@ -191,17 +196,21 @@ def test_training_repeats_and_resumes_exactly(
 def test_training_in_low_precision(tree: Path, outliers: Path, loss: str) -> None:
     exposure = replace(VOS, start=0.0, queue=2) if loss == "vos" else Exposure(loss=loss)
     outer = None if loss == "vos" else open_source(outliers)
-    made = train_on(open_source(tree), CONFIG, replace(FEW, precision="bf16"), outside=Outside(exposure, outer))
+    made = train_on_source(
+        open_source(tree), CONFIG, replace(FEW, precision="bf16"), exposure_data=ExposureData(exposure, outer)
+    )
     assert all(bool(value.isfinite().all()) for value in made.module.state_dict().values())
 
 
 def test_a_run_resumes_with_the_same_outliers_only(tree: Path, outliers: Path, tmp_path: Path) -> None:
     source, outer = open_source(tree), open_source(outliers)
     kept = replace(FEW, checkpoint_every=2)
-    train_on(source, CONFIG, kept, out=tmp_path / "t", outside=Outside(outliers=outer))
+    train_on_source(source, CONFIG, kept, out=tmp_path / "t", exposure_data=ExposureData(outliers=outer))
     for exposure, given in [(Exposure(), outer.subset(range(5))), (Exposure(weight=2.0), outer)]:
         with pytest.raises(FaroutError, match="fingerprint"):
-            train_on(source, CONFIG, kept, out=tmp_path / "t", resume=True, outside=Outside(exposure, given))
+            train_on_source(
+                source, CONFIG, kept, out=tmp_path / "t", resume=True, exposure_data=ExposureData(exposure, given)
+            )
 
 
 def test_the_folder_is_of_the_network_alone_and_tells_of_the_outliers(
@@ -234,7 +243,7 @@ def test_reconstructions_count_as_seen(tree: Path, outliers: Path, tmp_path: Pat
 def test_fewer_outliers_than_a_batch_serve_training_and_validation(tree: Path, outliers: Path) -> None:
     few = open_source(outliers).subset([0, 1])
     training = replace(FEW, validate_every=2, accumulate=2)
-    made = train_on(open_source(tree), CONFIG, training, outside=Outside(Exposure(start=0.5), few))
+    made = train_on_source(open_source(tree), CONFIG, training, exposure_data=ExposureData(Exposure(start=0.5), few))
     assert made.provenance["outliers"]["images"] == 2
 
 
@@ -277,7 +286,7 @@ def test_one_class_more_is_kept_and_left_out_of_the_other_scores(tree: Path, out
     made = trained(tree, tmp_path / "c", outliers=str(outliers), exposure=Exposure(loss="k+1"))
     loaded = Classifier.load(tmp_path / "c")
     assert loaded.class_names == ("dark", "light", OUTLIER)
-    assert (loaded.classes, known_classes(loaded)) == (3, 2)
+    assert (loaded.classes, count_known_classes(loaded)) == (3, 2)
     card = (tmp_path / "c" / "README.md").read_text()
     assert "- classes: dark, light; one more, the last, is of outliers\n" in card
     with pytest.raises(FaroutError, match=r"does not know grey; it knows dark, light$"):
@@ -353,11 +362,11 @@ def test_a_preset_with_another_loss(
     """What the preset says of its own loss is left aside, what the words say of it is refused."""
     seen: list[Exposure] = []
 
-    def stops(source: object, model: object, training: object, *, outside: Outside, **given: object) -> None:
-        seen.append(outside.exposure)
+    def stops(source: object, model: object, training: object, *, exposure_data: ExposureData, **given: object) -> None:
+        seen.append(exposure_data.exposure)
         raise FaroutError("stopped")
 
-    monkeypatch.setattr(rooms, "train_on", stops)
+    monkeypatch.setattr(rooms, "train_on_source", stops)
     words = ["train", "classifier", str(tree), "--alpha", "0.1", "--statistics", "10", "--out", "never"]
     outer = ["--outliers", str(outliers)]
     for loss, more in [("oe", outer), ("k+1", outer), ("sona", outer), ("vos", []), ("cross_entropy", [])]:
@@ -469,9 +478,9 @@ def test_folders_of_the_other_kind_are_refused(tmp_path: Path) -> None:
     assert len(open_outliers(tmp_path / "outliers")) == 2
     assert len(open_outliers(tmp_path / "reconstructions" / "images", kind="reconstructions")) == 2
     for given in (tmp_path / "reconstructions" / "images", f"{tmp_path / 'reconstructions'}@vflip"):
-        with pytest.raises(SourceError, match="holds reconstructions, and outliers are wanted"):
+        with pytest.raises(SourceError, match="holds reconstructions, but outliers are expected"):
             open_outliers(given)
-    with pytest.raises(SourceError, match="holds outliers, and reconstructions are wanted"):
+    with pytest.raises(SourceError, match="holds outliers, but reconstructions are expected"):
         open_outliers(tmp_path / "outliers", kind="reconstructions")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json").write_text(json.dumps({"farout": {"kind": "outliers"}}))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from farout.core import chunking
-from farout.core.chunking import blocks_with, call_in_chunks
+from farout.core.chunking import blocks_containing, call_in_chunks
 from farout.core.errors import FaroutError
 from farout.core.runtime import Runtime
 from tolerances import assert_close
@@ -86,7 +86,7 @@ def test_impossible_sizes_are_refused(batch_size: int) -> None:
 
 
 def test_blocks_have_fixed_boundaries() -> None:
-    assert blocks_with(range(7), 3, 7) == [range(3), range(3, 6), range(6, 7)]
-    assert blocks_with([5], 3, 7) == [range(3, 6)]
-    assert blocks_with({6, 1}, 3, 7) == [range(3), range(6, 7)]
-    assert blocks_with([], 3, 7) == []
+    assert blocks_containing(range(7), 3, 7) == [range(3), range(3, 6), range(6, 7)]
+    assert blocks_containing([5], 3, 7) == [range(3, 6)]
+    assert blocks_containing({6, 1}, 3, 7) == [range(3), range(6, 7)]
+    assert blocks_containing([], 3, 7) == []

@@ -13,7 +13,7 @@ from PIL import Image
 from farout.classifiers import train as rooms
 from farout.classifiers.losses import CrossEntropy, accuracy
 from farout.classifiers.model import Classifier
-from farout.classifiers.train import PRESETS, ClassifierConfig, accuracy_on, train_classifier, train_on
+from farout.classifiers.train import PRESETS, ClassifierConfig, measure_accuracy, train_classifier, train_on_source
 from farout.cli import main
 from farout.core.errors import FaroutError, StoreError
 from farout.data.image_source import ImageSource
@@ -80,16 +80,16 @@ def test_a_class_filter_keeps_names_and_renumbers(tree: Path, tmp_path: Path) ->
     learnt = trained(some, tmp_path / "c")
     assert learnt.class_names == ("dog", "eel")
     assert learnt.classes == 2
-    assert 0 <= accuracy_on(learnt, some) <= 1
+    assert 0 <= measure_accuracy(learnt, some) <= 1
     with pytest.raises(FaroutError, match="images of cat"):
-        accuracy_on(learnt, source)
+        measure_accuracy(learnt, source)
 
 
 def test_training_repeats_and_resumes_exactly(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(tree)
-    whole = train_on(source, CONFIG, FEW)
-    assert train_on(source, CONFIG, FEW).content_hash == whole.content_hash
-    assert train_on(source, CONFIG, replace(FEW, seed=1)).content_hash != whole.content_hash
+    whole = train_on_source(source, CONFIG, FEW)
+    assert train_on_source(source, CONFIG, FEW).content_hash == whole.content_hash
+    assert train_on_source(source, CONFIG, replace(FEW, seed=1)).content_hash != whole.content_hash
     calls = 0
 
     def stops(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -101,9 +101,9 @@ def test_training_repeats_and_resumes_exactly(tree: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr("farout.classifiers.losses.accuracy", stops)
     with pytest.raises(KeyboardInterrupt):
-        train_on(source, CONFIG, FEW, out=tmp_path / "t")
+        train_on_source(source, CONFIG, FEW, out=tmp_path / "t")
     monkeypatch.undo()
-    resumed = train_on(source, CONFIG, FEW, out=tmp_path / "t", resume=True)
+    resumed = train_on_source(source, CONFIG, FEW, out=tmp_path / "t", resume=True)
     assert all(
         torch.equal(value, resumed.module.state_dict()[name]) for name, value in whole.module.state_dict().items()
     )
@@ -113,7 +113,7 @@ def test_the_callers_random_numbers_go_on(tree: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    train_on(open_source(tree), CONFIG, replace(FEW, steps=1))
+    train_on_source(open_source(tree), CONFIG, replace(FEW, steps=1))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -127,12 +127,12 @@ def test_validation_sees_images_as_they_are(tree: Path, monkeypatch: pytest.Monk
         return original(self, images, generator)
 
     monkeypatch.setattr(ClassifierConfig, "augment", counting)
-    train_on(open_source(tree), CONFIG, replace(FEW, validate_every=2))
+    train_on_source(open_source(tree), CONFIG, replace(FEW, validate_every=2))
     assert seen == [8, 8, 8, 8]
 
 
 def test_a_moving_average_has_its_batch_norm_statistics(tree: Path) -> None:
-    learnt = train_on(open_source(tree), CONFIG, replace(FEW, ema=0.5))
+    learnt = train_on_source(open_source(tree), CONFIG, replace(FEW, ema=0.5))
     assert int(learnt.module.bn1.num_batches_tracked) == 4
     assert not learnt.module.training
     assert bool((learnt.module.bn1.running_mean != 0).any())
@@ -180,7 +180,7 @@ def test_the_floor_is_reached_at_the_last_update(tree: Path, monkeypatch: pytest
         return original(self, *given)
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
-    train_on(open_source(tree), CONFIG, replace(FEW, steps=5, final_learning_rate=1e-6))
+    train_on_source(open_source(tree), CONFIG, replace(FEW, steps=5, final_learning_rate=1e-6))
     assert rates[0] == 0.1
     assert rates[-1] == 1e-6
     assert rates == sorted(rates, reverse=True)
@@ -296,11 +296,11 @@ def test_accuracy_leaves_out_what_cannot_be_read(tree: Path, tmp_path: Path) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     source = open_source(tmp_path / "t", policy="skip")
-    learnt = train_on(source, CONFIG, FEW)
+    learnt = train_on_source(source, CONFIG, FEW)
     (tmp_path / "t" / "cat" / "000.png").write_text("not a picture")
     again = open_source(tmp_path / "t", policy="skip")
     readable = [i for i, key in enumerate(source.keys) if key != "cat/000.png"]
-    assert accuracy_on(learnt, again) == accuracy_on(learnt, source.subset(readable))
+    assert measure_accuracy(learnt, again) == measure_accuracy(learnt, source.subset(readable))
 
 
 # given weights
@@ -308,7 +308,7 @@ def test_accuracy_leaves_out_what_cannot_be_read(tree: Path, tmp_path: Path) -> 
 
 def test_training_goes_on_from_given_weights(tree: Path, tmp_path: Path) -> None:
     source = open_source(tree)
-    first = train_on(source, CONFIG, FEW)
+    first = train_on_source(source, CONFIG, FEW)
     path = tmp_path / "weights.pt"
     torch.save(first.module.state_dict(), path)
     known = replace(CONFIG, mean=first.mean, std=first.std)
@@ -319,7 +319,7 @@ def test_training_goes_on_from_given_weights(tree: Path, tmp_path: Path) -> None
         trained(tree, tmp_path / "guess", weights=str(path), keep_weights=True)
     assert all(torch.equal(value, kept.module.state_dict()[name]) for name, value in first.module.state_dict().items())
     slow = replace(FEW, steps=1, learning_rate=1e-8)
-    near = train_on(source, CONFIG, slow, weights=str(path))
+    near = train_on_source(source, CONFIG, slow, weights=str(path))
     torch.testing.assert_close(near.head.weight, first.head.weight, atol=1e-5, rtol=0)
 
 
@@ -327,36 +327,36 @@ def test_a_training_goes_on_with_the_same_labels_only(tree: Path, tmp_path: Path
     table = tmp_path / "labels.csv"
     rows = [f"{tree / name / picture.name},{name}" for name in ("cat", "dog") for picture in (tree / name).iterdir()]
     table.write_text("\n".join(["path,label", *rows]))
-    train_on(open_source(table), CONFIG, replace(FEW, checkpoint_every=2), out=tmp_path / "run")
+    train_on_source(open_source(table), CONFIG, replace(FEW, checkpoint_every=2), out=tmp_path / "run")
     table.write_text("\n".join(["path,label", rows[0].replace(",cat", ",dog"), *rows[1:]]))
     with pytest.raises(StoreError, match="fingerprint"):
-        train_on(open_source(table), CONFIG, replace(FEW, checkpoint_every=2), out=tmp_path / "run", resume=True)
+        train_on_source(open_source(table), CONFIG, replace(FEW, checkpoint_every=2), out=tmp_path / "run", resume=True)
 
 
 def test_what_start_weights_have_seen_counts_as_seen(tree: Path, tmp_path: Path) -> None:
     """A fit must not rest its p-values on images that the weights knew before they were trained further."""
     whole = open_source(tree)
-    first = train_on(whole, CONFIG, FEW)
+    first = train_on_source(whole, CONFIG, FEW)
     first.save(tmp_path / "first")
     assert whole.labels is not None
     two = whole.subset([i for i, label in enumerate(whole.labels) if label < 2] + [len(whole) - 1])
     for place in (tmp_path / "first", tmp_path / "first" / "model.safetensors"):
-        tuned = train_on(two, CONFIG, FEW, weights=str(place))
+        tuned = train_on_source(two, CONFIG, FEW, weights=str(place))
         assert tuned.trained_on == first.trained_on
         assert (tuned.provenance["weights"], tuned.provenance["started_from"]) == (None, first.content_hash)
     # the same weights without the list, and a classifier that came from them: what they have seen is not known
     (tmp_path / "elsewhere.safetensors").write_bytes((tmp_path / "first" / "model.safetensors").read_bytes())
-    blind = train_on(two, CONFIG, FEW, weights=str(tmp_path / "elsewhere.safetensors"))
+    blind = train_on_source(two, CONFIG, FEW, weights=str(tmp_path / "elsewhere.safetensors"))
     blind.save(tmp_path / "blind")
-    again = train_on(two, CONFIG, FEW, weights=str(tmp_path / "blind"))
+    again = train_on_source(two, CONFIG, FEW, weights=str(tmp_path / "blind"))
     assert [each.provenance["weights"] for each in (blind, again)] == ["elsewhere.safetensors"] * 2
     assert len(blind.trained_on) == len(two)
     # a run that goes on without them would forget them
     kept = replace(FEW, checkpoint_every=2)
-    train_on(two, CONFIG, kept, out=tmp_path / "run", weights=str(tmp_path / "first"))
+    train_on_source(two, CONFIG, kept, out=tmp_path / "run", weights=str(tmp_path / "first"))
     with pytest.raises(FaroutError, match="fingerprint"):
-        train_on(two, CONFIG, kept, out=tmp_path / "run", resume=True)
-    resumed = train_on(two, CONFIG, kept, out=tmp_path / "run", resume=True, weights=str(tmp_path / "first"))
+        train_on_source(two, CONFIG, kept, out=tmp_path / "run", resume=True)
+    resumed = train_on_source(two, CONFIG, kept, out=tmp_path / "run", resume=True, weights=str(tmp_path / "first"))
     assert resumed.trained_on == first.trained_on
 
 
@@ -385,7 +385,7 @@ def test_weights_of_another_class_count_are_refused(tree: Path, tmp_path: Path) 
     source: ImageSource = open_source(tree)
     assert source.labels is not None
     two = source.subset([i for i, label in enumerate(source.labels) if label < 2])
-    torch.save(train_on(two, CONFIG, replace(FEW, steps=1)).module.state_dict(), tmp_path / "two.pt")
+    torch.save(train_on_source(two, CONFIG, replace(FEW, steps=1)).module.state_dict(), tmp_path / "two.pt")
     with pytest.raises(StoreError, match=r"fc.weight has shape \(2, 64\), expected \(3, 64\)"):
         trained(tree, tmp_path / "c", weights=str(tmp_path / "two.pt"))
     (tmp_path / "words.pt").write_text("words")

@@ -238,8 +238,8 @@ def test_a_residual_network_of_timms_can_be_saved(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"features": "body"}, "not a linear layer.*answer"),
-        ({"features": "unused"}, "not what its layer 'unused' gives"),
-        ({}, "not what its layer 'unused' gives"),  # the last one registered
+        ({"features": "unused"}, "not that of its layer 'unused'"),
+        ({}, "not that of its layer 'unused'"),  # the last one registered
         ({"features": "answer", "class_names": "abc"}, "3 class names for a network of 4"),
         ({"features": "answer", "channels": 1}, "mean"),
         ({"features": "answer", "std": (0.1, 0, 0.1)}, "positive"),

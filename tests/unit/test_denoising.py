@@ -289,7 +289,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     def never(*arguments: object, **named: object) -> None:
         raise AssertionError("something was trained")
 
-    monkeypatch.setattr("farout.detectors.network_training.train_on", never)
+    monkeypatch.setattr("farout.detectors.network_training.train_on_source", never)
     monkeypatch.setattr("farout.detectors.network_training.train_model", never)
     for name in ("a", "b"):
         pictures(tmp_path / name, 40, seed=ord(name))

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from farout.classifiers.losses import CrossEntropy, EnergyHead, free_energy, uniform_cross_entropy
-from farout.classifiers.outlier_exposure import Exposed, Exposure
-from farout.classifiers.virtual_outliers import VirtualOutliers, largest_radii
+from farout.classifiers.outlier_exposure import ExposedNetwork, Exposure
+from farout.classifiers.virtual_outliers import VirtualOutliers, sample_largest_radii
 from farout.core.errors import FaroutError, ShortfallWarning
 
 # losses
@@ -64,9 +64,9 @@ class Flat(nn.Module):
         return self.fc(self.body(x.flatten(1)))
 
 
-def exposed(exposure: Exposure, classes: int = 3, start: int = 0) -> Exposed:
+def exposed(exposure: Exposure, classes: int = 3, start: int = 0) -> ExposedNetwork:
     torch.manual_seed(1)
-    return Exposed(Flat(classes), "fc", exposure.resolved(exposure.loss != "vos"), CrossEntropy(), start)
+    return ExposedNetwork(Flat(classes), "fc", exposure.resolved(exposure.loss != "vos"), CrossEntropy(), start)
 
 
 def sample() -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +87,7 @@ def test_each_loss_is_its_formula_on_one_batch(loss: str) -> None:
         "oe": lambda: functional.cross_entropy(outer, torch.full((4, 4), 0.25)),
         "k+1": lambda: functional.cross_entropy(outer, torch.full((4,), 3)),
     }[loss]()
-    torch.testing.assert_close(found["outside"], outside)
+    torch.testing.assert_close(found["outlier_loss"], outside)
     torch.testing.assert_close(found["loss"], functional.cross_entropy(inner, labels) + 0.7 * outside)
     assert learner.network.rows == [9]  # batch normalisation saw images and outliers together
     learner.eval()
@@ -108,7 +108,7 @@ def test_without_weight_the_energy_loss_is_plain_cross_entropy() -> None:
 def test_the_loss_outside_counts_from_its_start_on() -> None:
     images, labels = sample()
     learner = exposed(Exposure(loss="energy"), start=2)
-    outside = [float(learner.losses(images, labels, torch.Generator())["outside"].detach()) for _ in range(4)]
+    outside = [float(learner.losses(images, labels, torch.Generator())["outlier_loss"].detach()) for _ in range(4)]
     assert [value > 0 for value in outside] == [False, False, True, True]
     assert learner.network.rows == [5, 5, 9, 9]
 
@@ -120,32 +120,32 @@ def test_virtual_outliers_statistics_are_numpys() -> None:
     generator = torch.Generator().manual_seed(0)
     virtual = VirtualOutliers(classes=3, width=4, queue=20, draws=100, select=2)
     features, labels = torch.randn(120, 4, generator=generator), torch.arange(120) % 3
-    assert not virtual.full
+    assert not virtual.is_full
     for start in range(0, 120, 15):
-        virtual.remember(features[start : start + 15], labels[start : start + 15])
-    assert virtual.full
+        virtual.add_features(features[start : start + 15], labels[start : start + 15])
+    assert virtual.is_full
     kept = [features[labels == k][-20:].numpy().astype(np.float64) for k in range(3)]
     means, covariance = virtual.statistics()
     np.testing.assert_allclose(means, [each.mean(0) for each in kept], atol=1e-6)
     centred = np.concatenate([each - each.mean(0) for each in kept])
     np.testing.assert_allclose(covariance, np.cov(centred.T, bias=True) + 1e-4 * np.eye(4), atol=1e-6)
-    drawn = virtual.draw(torch.Generator().manual_seed(1))
+    drawn = virtual.sample(torch.Generator().manual_seed(1))
     assert drawn.shape == (6, 4)
-    assert torch.equal(drawn, virtual.draw(torch.Generator().manual_seed(1)))
+    assert torch.equal(drawn, virtual.sample(torch.Generator().manual_seed(1)))
 
 
 def test_a_batch_larger_than_the_queue_leaves_its_last_features() -> None:
     virtual = VirtualOutliers(classes=2, width=1, queue=3, draws=10, select=1)
-    virtual.remember(torch.arange(10.0)[:, None], torch.tensor([0] * 8 + [1] * 2))
+    virtual.add_features(torch.arange(10.0)[:, None], torch.tensor([0] * 8 + [1] * 2))
     assert sorted(virtual.features[0].flatten().tolist()) == [5, 6, 7]
-    assert not virtual.full
+    assert not virtual.is_full
 
 
 def test_virtual_outliers_are_as_unlikely_as_the_least_likely_of_many() -> None:
     """Against drawing them all."""
     width, draws = 6, 200
     uniform = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = largest_radii(uniform, width, draws)
+    found = sample_largest_radii(uniform, width, draws)
     assert bool((found[:, :-1] >= found[:, 1:]).all())
     every = np.random.default_rng(0).standard_normal((4000, draws, width))
     expected = -np.sort(-np.linalg.norm(every, axis=2), axis=1)[:, :3]
@@ -159,8 +159,8 @@ def test_virtual_outliers_follow_the_classes_gaussians() -> None:
     virtual = VirtualOutliers(classes=2, width=3, queue=500, draws=3000, select=3000)
     mixing = torch.tensor([[2.0, 0, 0], [1, 0.5, 0], [0, 0, 0.1]])
     for k, centre in enumerate([-10.0, 10.0]):
-        virtual.remember(torch.randn(500, 3, generator=generator) @ mixing.T + centre, torch.full((500,), k))
-    drawn = virtual.draw(generator).unflatten(0, (2, 3000))
+        virtual.add_features(torch.randn(500, 3, generator=generator) @ mixing.T + centre, torch.full((500,), k))
+    drawn = virtual.sample(generator).unflatten(0, (2, 3000))
     means, covariance = virtual.statistics()
     np.testing.assert_allclose(drawn.mean(1), means, atol=0.15)
     for each in drawn:
@@ -170,7 +170,7 @@ def test_virtual_outliers_follow_the_classes_gaussians() -> None:
 def test_virtual_outliers_wait_for_full_queues_and_teach_the_last_layer_alone() -> None:
     images, labels = sample()
     learner = exposed(Exposure(loss="vos", queue=3, draws=20, start=0.0))
-    outside = [learner.losses(images[:5], labels, torch.Generator().manual_seed(0))["outside"] for _ in range(4)]
+    outside = [learner.losses(images[:5], labels, torch.Generator().manual_seed(0))["outlier_loss"] for _ in range(4)]
     assert [float(value.detach()) > 0 for value in outside] == [False, False, True, True]
     outside[-1].backward()
     assert learner.energy is not None
@@ -181,11 +181,11 @@ def test_virtual_outliers_wait_for_full_queues_and_teach_the_last_layer_alone() 
 def test_virtual_outliers_that_never_come_are_warned_of() -> None:
     numbers = torch.tensor([0] * 9 + [1])
     with pytest.warns(ShortfallWarning, match="seen about 100 times"):
-        Exposure(loss="vos", queue=101).warn_of_short(numbers, 1000)
+        Exposure(loss="vos", queue=101).warn_of_short_training(numbers, 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Exposure(loss="vos", queue=100).warn_of_short(numbers, 1000)
-        Exposure(loss="energy", queue=101).warn_of_short(numbers, 1000)
+        Exposure(loss="vos", queue=100).warn_of_short_training(numbers, 1000)
+        Exposure(loss="energy", queue=101).warn_of_short_training(numbers, 1000)
 
 
 # settings

@@ -153,7 +153,7 @@ def test_features_that_are_all_zero_have_scores(made: Posthoc) -> None:
 def test_odin_is_the_librarys(made: Posthoc) -> None:
     network = made.network
     own = theirs.ODIN(network.module, eps=0.0014, temperature=1000, norm_std=network.std)
-    expected = own.predict(network.normalise(batch().images))
+    expected = own.predict(network.normalize(batch().images))
     found = made.compute_scores(made.measure(batch()))["odin"]
     torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-7)
     assert all(parameter.grad is None for parameter in network.module.parameters())
@@ -309,7 +309,7 @@ def test_what_cannot_work_is_refused_before_a_classifier_is_trained(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("something was trained")
 
-    monkeypatch.setattr("farout.detectors.network_training.train_on", never)
+    monkeypatch.setattr("farout.detectors.network_training.train_on_source", never)
     for number, name in enumerate(("a", "b")):
         pictures(tmp_path / "tree" / name, 30, low=100 * number, seed=number)
     with pytest.raises(FaroutError, match="no class of outliers"):

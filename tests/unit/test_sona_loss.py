@@ -13,10 +13,10 @@ from farout import SONA
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.losses import CrossEntropy, mutual_information
 from farout.classifiers.model import Classifier
-from farout.classifiers.outlier_exposure import Exposed, Exposure, Outside
-from farout.classifiers.outlier_images import open_outliers, partners_of, read_made_of
+from farout.classifiers.outlier_exposure import ExposedNetwork, Exposure, ExposureData
+from farout.classifiers.outlier_images import find_paired_outliers, open_outliers, read_source_keys
 from farout.classifiers.presets import PRESETS
-from farout.classifiers.train import train_classifier, train_on
+from farout.classifiers.train import train_classifier, train_on_source
 from farout.cli import main
 from farout.core.errors import FaroutError, SourceError, TrapWarning
 from farout.data.preprocessing import Preprocessing
@@ -80,22 +80,22 @@ def test_the_published_penalty_rewards_large_features() -> None:
     assert float(smaller) == pytest.approx(-float(torch.tensor(2.0).log()), abs=1e-3)
 
 
-def test_the_normalised_penalty_is_a_mutual_information() -> None:
+def test_the_normalized_penalty_is_a_mutual_information() -> None:
     x, y = features(count=64, width=6)
-    plain = mutual_information(x, y, normalised=True)
-    torch.testing.assert_close(mutual_information(3 * x, 0.2 * y, normalised=True), plain, rtol=1e-3, atol=1e-5)
-    paired = mutual_information(x, x, normalised=True)
+    plain = mutual_information(x, y, normalized=True)
+    torch.testing.assert_close(mutual_information(3 * x, 0.2 * y, normalized=True), plain, rtol=1e-3, atol=1e-5)
+    paired = mutual_information(x, x, normalized=True)
     assert float(paired) > 5 * float(plain) > 0
-    alone = mutual_information(x[:1].expand(4, -1), y[:4], normalised=True)
+    alone = mutual_information(x[:1].expand(4, -1), y[:4], normalized=True)
     assert abs(float(alone)) < 1e-4, "what never changes tells nothing"
 
 
 def test_a_row_without_features_is_no_division_by_zero() -> None:
     x, y = features()
     x = torch.cat([torch.zeros(1, 20), x[1:]])
-    for normalised in (False, True):
+    for normalized in (False, True):
         value = x.clone().requires_grad_()
-        penalty = mutual_information(value, y, normalised=normalised)
+        penalty = mutual_information(value, y, normalized=normalized)
         penalty.backward()
         assert bool(penalty.isfinite())
         assert value.grad is not None
@@ -120,16 +120,16 @@ class Flat(nn.Module):
         return self.fc(found.relu() if self.positive else found)
 
 
-def exposed(*, positive: bool = True, **settings: Any) -> Exposed:
+def exposed(*, positive: bool = True, **settings: Any) -> ExposedNetwork:
     exposure = Exposure(loss="sona", **settings).resolved(True)
-    return Exposed(Flat(positive=positive), "fc", exposure, CrossEntropy(), 0)
+    return ExposedNetwork(Flat(positive=positive), "fc", exposure, CrossEntropy(), 0)
 
 
 def sample() -> tuple[Tensor, Tensor]:
     return torch.rand(10, 1, 2, 2, generator=torch.Generator().manual_seed(3)), torch.tensor([0, 1, 2, 0, 1])
 
 
-@pytest.mark.parametrize("mutual", ["reference", "normalised", "off"])
+@pytest.mark.parametrize("mutual", ["reference", "normalized", "off"])
 def test_the_loss_is_its_formula_on_one_batch(mutual: Any) -> None:
     images, labels = sample()
     learner = exposed(mutual=mutual)
@@ -140,12 +140,12 @@ def test_the_loss_is_its_formula_on_one_batch(mutual: Any) -> None:
     uniform = functional.cross_entropy(logits[5:], torch.full((5, 3), 1 / 3))
     expected = functional.cross_entropy(logits[:5], labels) + 0.5 * uniform
     if mutual == "off":
-        assert "mutual" not in found
+        assert "mutual_information" not in found
     else:
-        penalty = mutual_information(features[:5], features[5:], normalised=mutual == "normalised")
-        torch.testing.assert_close(found["mutual"], penalty)
+        penalty = mutual_information(features[:5], features[5:], normalized=mutual == "normalized")
+        torch.testing.assert_close(found["mutual_information"], penalty)
         expected = expected + 0.7 * penalty
-    torch.testing.assert_close(found["outside"], uniform)
+    torch.testing.assert_close(found["outlier_loss"], uniform)
     torch.testing.assert_close(found["loss"], expected)
     assert learner.network.rows == [10], "images and outliers go through the network together, once"
     learner.eval()
@@ -163,7 +163,10 @@ def test_negative_features_are_named() -> None:
 def test_training_repeats_exactly_in_any_precision(tree: Path, outliers: Path, precision: Any) -> None:
     training = TrainingConfig(**{**vars(FEW), "precision": precision})
     source, outer = open_source(tree), open_outliers(str(outliers))
-    made = [train_on(source, CONFIG, training, outside=Outside(Exposure(loss="sona"), outer)) for _ in range(2)]
+    made = [
+        train_on_source(source, CONFIG, training, exposure_data=ExposureData(Exposure(loss="sona"), outer))
+        for _ in range(2)
+    ]
     states = [each.module.state_dict() for each in made]
     assert all(bool(value.isfinite().all()) for value in states[0].values())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -196,12 +199,12 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
 
 def test_each_image_is_seen_with_outliers_that_were_made_of_it(tree: Path, outliers: Path) -> None:
     source, outer = open_source(tree), open_outliers(str(outliers))
-    made_of = read_made_of(outliers)
+    made_of = read_source_keys(outliers)
     assert source.labels is not None
     items = TensorDataset(torch.zeros(len(source), 1, 8, 8), torch.tensor(source.labels))
-    outside = Outside(Exposure(loss="sona", paired=True), outer, made_of=made_of)
+    exposure_data = ExposureData(Exposure(loss="sona", paired=True), outer, source_keys=made_of)
     how = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
-    both = outside.beside(items, ("a", "b"), (), how, 0, source.keys)
+    both = exposure_data.add_to(items, ("a", "b"), (), how, 0, source.keys)
     for index in (0, 7, 33):
         own = [place for place, key in enumerate(outer.keys) if made_of[key] == source.keys[index]]
         expected = {tuple(outer[place].flatten().tolist()) for place in own}
@@ -214,9 +217,9 @@ def test_each_image_is_seen_with_outliers_that_were_made_of_it(tree: Path, outli
 def test_pairs_that_cannot_be_made(tree: Path, outliers: Path, tmp_path: Path) -> None:
     outer = open_outliers(str(outliers))
     with pytest.raises(FaroutError, match="edited from 1 of the 2 images, such as a/x"):
-        partners_of([open_source(tree).keys[0], "a/x.png"], outer, read_made_of(outliers))
+        find_paired_outliers([open_source(tree).keys[0], "a/x.png"], outer, read_source_keys(outliers))
     with pytest.raises(SourceError, match="does not say which image"):
-        read_made_of(tree)
+        read_source_keys(tree)
     given: dict[str, Any] = {"model": CONFIG, "training": FEW, "alpha": 0.1, "statistics": 10}
     with pytest.raises(SourceError, match="does not say which image"):
         train_classifier(tree, tmp_path / "c", outliers=str(tree), exposure=Exposure(loss="oe", paired=True), **given)
@@ -229,16 +232,16 @@ def test_validation_keeps_the_pairs(tree: Path, outliers: Path) -> None:
     """What validates is taken out of the middle of the images."""
     source, outer = open_source(tree), open_outliers(str(outliers))
     training = TrainingConfig(**{**vars(FEW), "validate_every": 2})
-    made_of = read_made_of(outliers)
-    outside = Outside(Exposure(loss="sona", paired=True), outer, made_of=made_of)
-    made = train_on(source, CONFIG, training, outside=outside)
+    made_of = read_source_keys(outliers)
+    exposure_data = ExposureData(Exposure(loss="sona", paired=True), outer, source_keys=made_of)
+    made = train_on_source(source, CONFIG, training, exposure_data=exposure_data)
     assert made.provenance["exposure"]["paired"] is True
 
 
 def test_the_command(tree: Path, outliers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "classifier", str(tree), "--preset", "sona_tiny", "--outliers", str(outliers), "--device", "cpu"]
     words += ["--alpha", "0.1", "--statistics", "10", "--training.steps", "2", "--batch-size", "8"]
-    words += ["--training.warmup", "0", "--exposure.paired", "--exposure.mutual", "normalised"]
+    words += ["--training.warmup", "0", "--exposure.paired", "--exposure.mutual", "normalized"]
     assert main([*words, "--out", str(tmp_path / "c")]) == 0, capsys.readouterr().err
     told = Classifier.load(tmp_path / "c").provenance["exposure"]
-    assert (told["loss"], told["mutual"], told["paired"]) == ("sona", "normalised", True)
+    assert (told["loss"], told["mutual"], told["paired"]) == ("sona", "normalized", True)

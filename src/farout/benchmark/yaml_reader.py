@@ -184,7 +184,7 @@ def _parse_network(entry: Any, where: str, protocol: str) -> NetworkSpec:
         base_exposure, given = base.get("exposure", {}), values.get("exposure")
         # with another loss than that of the preset, the preset's settings of its own loss have no effect
         exposure = build(Exposure, given, f"{where}.exposure", base=base_exposure)
-        unused = exposure.idle(has_outliers, has_reconstructions)
+        unused = exposure.unused_settings(has_outliers, has_reconstructions)
         values["exposure"] = build(Exposure, given, f"{where}.exposure", base={**base_exposure, **unused})
     network = build(NetworkSpec, values, where)
 

@@ -1,4 +1,4 @@
-"""What a classifier is trained as: its network, its images and their variations."""
+"""The settings of a classifier: its network, its preprocessing and its data augmentation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from farout.data.preprocessing import Preprocessing, Protocol
 
 __all__ = ["ClassifierConfig"]
 
-_SAMPLE = 2000
+_MOMENT_IMAGES = 2000
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ClassifierConfig:
         crop_padding: augmentation: pad images by this many pixels of zeros and crop them at random; 0: off.
         flip: augmentation: flip images horizontally at random.
         resized_crop: augmentation: random resized crops, instead of padding and cropping.
-        label_smoothing: share of the target that is spread over all classes.
+        label_smoothing: share of the target that is distributed over all classes.
         size: side of the network's input in pixels; default: that of the training images, at most 64.
         channels: 1 (grey) or 3 (RGB); default: as the training images.
         crop: crop the central square of this many pixels first; default: no crop.
@@ -64,11 +64,11 @@ class ClassifierConfig:
         self.loss()
 
     def loss(self) -> ClassifierLoss:
-        """What training minimises."""
+        """The loss of labelled images."""
         return CrossEntropy(self.label_smoothing)
 
     def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Random variations of images (B, C, H, W)."""
+        """Randomly augmented images (B, C, H, W)."""
         if self.resized_crop:
             images = random_resized_crop(images, generator)
         else:
@@ -76,45 +76,42 @@ class ClassifierConfig:
         return random_flip(images, generator) if self.flip else images
 
     def build(self, source: ImageSource, class_names: Sequence[str], directions: Tensor | None = None) -> Classifier:
-        """A classifier of `source` with fresh weights.
+        """A classifier with random weights.
 
         Args:
-            source: its images decide size, channels and normalisation.
-            class_names: of all classes.
-            directions: what tells them apart, (classes, D): the fixed last layer of a `CosineNetwork`; None: a last
-                layer of its own.
+            source: its images determine size, channels and normalization.
+            class_names: name of each class.
+            directions: directions of the classes (classes, D), the fixed last layer of a `CosineNetwork`; None: the
+                last layer is trained.
 
-        Raises FaroutError for directions that are not one for each class.
+        Raises:
+            FaroutError: if there is not one direction for each class.
         """
-        space = None if directions is None else _space(directions, class_names)
+        if directions is not None and (directions.ndim != 2 or len(directions) != len(class_names)):
+            raise FaroutError(
+                f"directions must have the shape (classes, D), one for each of {len(class_names)} classes, got "
+                f"{tuple(directions.shape)}"
+            )
         preprocessing = Preprocessing.for_source(
             source, size=self.size, channels=self.channels, protocol=self.protocol, crop=self.crop
         )
+        space = None if directions is None else directions.shape[1]
         spec = NetworkSpec(self.network, len(class_names), preprocessing.channels, preprocessing.size, self.stem, space)
-        mean, std = (self.mean, self.std) if self.mean and self.std else _moments(source, preprocessing)
-        made = Classifier(spec.build(), mean, std, preprocessing, class_names=class_names, network=spec)
+        mean, std = (self.mean, self.std) if self.mean and self.std else _channel_moments(source, preprocessing)
+        classifier = Classifier(spec.build(), mean, std, preprocessing, class_names=class_names, network=spec)
         if directions is not None:
-            made.head.weight.data.copy_(directions)
-        return made
+            classifier.head.weight.data.copy_(directions)
+        return classifier
 
 
-def _space(directions: Tensor, class_names: Sequence[str]) -> int:
-    if directions.ndim != 2 or len(directions) != len(class_names):
-        raise FaroutError(
-            f"directions must have the shape (classes, D), one for each of {len(class_names)} classes, got "
-            f"{tuple(directions.shape)}"
-        )
-    return directions.shape[1]
-
-
-def _moments(source: ImageSource, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _channel_moments(source: ImageSource, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over at most 2,000 images, evenly spaced."""
-    prepared, count = PreparedImages(source, preprocessing), min(_SAMPLE, len(source))
+    images, count = PreparedImages(source, preprocessing), min(_MOMENT_IMAGES, len(source))
     sums = torch.zeros(2, preprocessing.channels, dtype=torch.float64)
     for number in range(count):
-        image = prepared[number * len(source) // count].double()
+        image = images[number * len(source) // count].double()
         sums += torch.stack([image.mean((1, 2)), image.square().mean((1, 2))])
-    mean, square = sums / count
-    # all images black or white have no deviation; half a grey level does no harm to others
-    std = (square - mean**2).clamp(min=(0.5 / 255) ** 2).sqrt()
+    mean, mean_square = sums / count
+    # Images that are all black or white have no deviation; half a grey level does not affect others.
+    std = (mean_square - mean**2).clamp(min=(0.5 / 255) ** 2).sqrt()
     return tuple(mean.tolist()), tuple(std.tolist())

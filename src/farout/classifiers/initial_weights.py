@@ -1,4 +1,4 @@
-"""What is known of weights that a training starts from: the images that they have seen."""
+"""Initial weights of a training, and the images that they were trained on."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 from torch import nn
 
 from farout.classifiers.model import KIND, Classifier
-from farout.classifiers.weights import HOW, load_weights
+from farout.classifiers.weights import WEIGHTS_HINT, load_weights
 from farout.core.store import kind_of
 from farout.features.backbones import read_weights
 
-__all__ = ["FRESH", "Origin", "start_from"]
+__all__ = ["RANDOM_WEIGHTS", "WeightsOrigin", "load_initial_weights"]
 
 
 @dataclass(frozen=True)
-class Origin:
+class WeightsOrigin:
     """Where weights come from.
 
     Attributes:
-        seen: content hashes of the images that they were trained on, as far as that is known.
-        weights: name of the file of which it is not known; None where `seen` is complete.
+        seen: content hashes of the images that they were trained on, as far as they are known.
+        weights: name of the file whose training images are not known; None if `seen` is complete.
         classifier: content hash of the farout classifier that they were saved with.
     """
 
@@ -31,31 +31,32 @@ class Origin:
     classifier: str | None = None
 
     def may_have_seen(self, hashes: Collection[str]) -> bool:
-        """Whether the weights may have been trained on one of the images."""
+        """Whether the weights may have been trained on one of the images with these content hashes."""
         return self.weights is not None or not self.seen.isdisjoint(hashes)
 
-    def told(self) -> dict[str, str | None]:
-        """For the provenance of what is trained from them."""
+    def to_provenance(self) -> dict[str, str | None]:
+        """The entries for the provenance of a classifier that is trained from these weights."""
         return {"weights": self.weights, "started_from": self.classifier}
 
 
-FRESH = Origin()
-"""Weights that have seen nothing."""
+RANDOM_WEIGHTS = WeightsOrigin()
+"""Weights that have seen no image."""
 
 
-def start_from(module: nn.Module, weights: str | Path, name: str) -> Origin:
-    """Puts weights into a network of that name: those of a file, or of a classifier's folder; says what they have seen.
+def load_initial_weights(module: nn.Module, weights: str | Path, name: str) -> WeightsOrigin:
+    """Load the weights of a file, or of a classifier's folder, into a network of the given name.
 
-    The `model.safetensors` of a farout classifier has its list of training images beside it, unless that classifier
-    itself came from elsewhere. Raises StoreError for weights that are missing, damaged or do not fit.
+    The folder of a farout classifier lists its training images, unless its own initial weights came from elsewhere.
+
+    Raises:
+        StoreError: for weights that are missing, damaged or do not fit.
     """
     path = Path(weights)
-    load_weights(module, read_weights(path, HOW), str(weights), name)
+    load_weights(module, read_weights(path, WEIGHTS_HINT), str(weights), name)
     folder = path if path.is_dir() else path.parent
     if (not path.is_dir() and path.name != "model.safetensors") or kind_of(folder) != KIND:
-        return Origin(weights=path.name)
+        return WeightsOrigin(weights=path.name)
     parent = Classifier.load(folder)
-    known = bool(parent.trained_on) or "random_weights" in parent.provenance
-    return Origin(
-        parent.trained_on, parent.provenance.get("weights", None if known else path.name), parent.content_hash
-    )
+    is_complete = bool(parent.trained_on) or "random_weights" in parent.provenance
+    unknown = parent.provenance.get("weights", None if is_complete else path.name)
+    return WeightsOrigin(parent.trained_on, unknown, parent.content_hash)

@@ -1,4 +1,4 @@
-"""A classifier: network, normalisation, preprocessing and class names; logits and features in one pass."""
+"""A classifier: network, normalization, preprocessing and class names; logits and features in one pass."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from farout.classifiers.networks import RESNETS, NetworkSpec, Stem, find_head, find_pool, watched
-from farout.classifiers.weights import HOW, fit_names, load_weights, misfits, model_card
+from farout.classifiers.networks import RESNETS, NetworkSpec, Stem, capture_inputs, find_head, find_pool, linear_layer
+from farout.classifiers.weights import WEIGHTS_HINT, describe_mismatches, load_weights, model_card, rename_weights
 from farout.core import store
 from farout.core.chunking import BatchSize, call_in_chunks
 from farout.core.devices import Precision, autocast
@@ -31,8 +31,12 @@ KIND = "classifier"
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one pass gives, float32: logits (B, K), features (B, D) = the input of the last linear layer, and where
-    they were asked for, maps (B, D, h, w) = the input of the last global average pool.
+    """The outputs of a classifier for a batch, float32.
+
+    Attributes:
+        logits: (B, K).
+        features: (B, D), the input of the last linear layer.
+        maps: (B, D, h, w), the input of the last global average pooling; None if they were not requested.
     """
 
     logits: Tensor
@@ -41,20 +45,21 @@ class Outputs:
 
 
 class Classifier:
-    """All that turns images in [0, 1] into logits.
+    """A network with everything that is needed to turn images in [0, 1] into logits.
 
     Args:
-        module: normalised images (B, C, H, W) -> logits (B, K). It is put into eval mode, its weights channels-last.
-        mean: mean of each channel, for images in [0, 1].
-        std: standard deviation of each channel; the network receives (x - mean) / std.
-        preprocessing: how images become the (C, H, W) tensors that it takes.
+        module: normalized images (B, C, H, W) -> logits (B, K). It is set to eval mode and channels-last weights.
+        mean: mean of each channel, for images in [0, 1]: the network's input is (x - mean) / std.
+        std: standard deviation of each channel.
+        preprocessing: how images become the tensors (C, H, W) that the network takes.
         features: name of the last linear layer; None: it is found.
         class_names: name of each class; None: their numbers.
-        network: what builds `module` anew; None: the classifier cannot be saved.
+        network: configuration from which `module` can be built; None: the classifier cannot be saved.
         trained_on: content hashes of the images that the weights have seen.
         provenance: command, seed, data fingerprint and the like, kept in `config.json`.
 
-    Raises FaroutError where these do not go together; the network is tried on one grey image.
+    Raises:
+        FaroutError: if these do not go together; the network is tested on one grey image.
     """
 
     def __init__(
@@ -70,32 +75,31 @@ class Classifier:
         trained_on: Collection[str] = (),
         provenance: dict[str, Any] | None = None,
     ) -> None:
-        # kernels follow the weights' layout; one layout, whether trained just now or loaded, gives one result
+        # Kernels depend on the memory layout; with one layout, a trained and a loaded classifier give equal results.
         self.module = module.eval().to(memory_format=torch.channels_last)
         self.mean, self.std, self.preprocessing = tuple(map(float, mean)), tuple(map(float, std)), preprocessing
         self.network, self.trained_on = network, frozenset(trained_on)
         self.provenance = dict(provenance or {})
-        _check_normalisation(self.mean, self.std, preprocessing.channels)
+        channels = preprocessing.channels
+        if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
+            raise FaroutError(
+                f"mean {list(mean)} and std {list(std)}: expected {channels} numbers each, those of std positive"
+            )
         self.head_name = find_head(module, features)
-        self.pool_name = self._find_pool()
+        probe = torch.full((1, channels, *preprocessing.size), 0.5, device=self.device)
+        try:
+            self.pool_name = find_pool(self.module, self.head_name, self.normalize(probe))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise FaroutError(f"the network does not take images {tuple(probe.shape[1:])}: {reason}") from error
         self.class_names = tuple(class_names) if class_names is not None else tuple(map(str, range(self.classes)))
         if len(self.class_names) != self.classes:
             raise FaroutError(f"{len(self.class_names)} class names for a network of {self.classes} classes")
 
-    def _find_pool(self) -> str | None:
-        probe = torch.full((1, self.preprocessing.channels, *self.preprocessing.size), 0.5, device=self.device)
-        try:
-            return find_pool(self.module, self.head_name, self._normalised(probe))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise FaroutError(f"the network does not take images {tuple(probe.shape[1:])}: {reason}") from error
-
-    # -- what it is ----------------------------------------------------------------------------------------------
-
     @property
     def head(self) -> nn.Linear:
         """The last linear layer: logits = features W^T + b."""
-        return self.module.get_submodule(self.head_name)
+        return linear_layer(self.module, self.head_name)
 
     @property
     def classes(self) -> int:
@@ -109,16 +113,16 @@ class Classifier:
 
     @property
     def has_maps(self) -> bool:
-        """Whether `outputs(maps=True)` gives maps: the network pools by a layer, not by a function."""
+        """Whether `outputs(maps=True)` is possible: the network pools its maps by a layer, not by a function."""
         return self.pool_name is not None
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return next(self.module.parameters()).device
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves the network."""
+        """Move the network to a device."""
         self.module.to(device)
         return self
 
@@ -128,40 +132,45 @@ class Classifier:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     def with_random_weights(self, seed: int = 0) -> Classifier:
-        """The same network with fresh weights: a control that has learnt nothing.
+        """The same network with random weights, a control without training.
 
-        Raises FaroutError for a module that could not be built again.
+        Raises:
+            FaroutError: if the configuration of the network is not known.
         """
         if self.network is None:
             raise FaroutError("this classifier's module cannot be built again with fresh weights; pass network=...")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            fresh = self.network.build().to(self.device)
-        known: dict[str, Any] = {"class_names": self.class_names, "network": self.network}
-        about = {"random_weights": seed}
-        return Classifier(fresh, self.mean, self.std, self.preprocessing, provenance=about, **known)
-
-    # -- running it ----------------------------------------------------------------------------------------------
+            module = self.network.build().to(self.device)
+        return Classifier(
+            module,
+            self.mean,
+            self.std,
+            self.preprocessing,
+            class_names=self.class_names,
+            network=self.network,
+            provenance={"random_weights": seed},
+        )
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits (B, K) of images (B, C, H, W) in [0, 1], on the classifier's device; differentiable in the images
-        and the weights. One call of the network, in the mode that it is in.
+        """Logits (B, K) of images (B, C, H, W) in [0, 1], from one call of the network in its current mode.
+
+        They are on the classifier's device, and differentiable in the images and the weights.
         """
-        return self.module(self.normalise(images.to(self.device, torch.float32)))
+        logits: Tensor = self.module(self.normalize(images.to(self.device, torch.float32)))
+        return logits
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> the network's input (x - mean) / std; another size is resized.
+    def normalize(self, images: Tensor) -> Tensor:
+        """The network's input (x - mean) / std for images x (B, C, H, W) in [0, 1]; other sizes are resized.
 
-        Raises FaroutError for other shapes.
+        Raises:
+            FaroutError: for other shapes.
         """
         channels, size = self.preprocessing.channels, tuple(self.preprocessing.size)
         if images.ndim != 4 or images.shape[1] != channels:
             raise FaroutError(f"this classifier takes images (B, {channels}, H, W), got {tuple(images.shape)}")
         if tuple(images.shape[-2:]) != size:
             images = functional.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
-        return self._normalised(images)
-
-    def _normalised(self, images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (images - mean) / std
 
@@ -169,45 +178,46 @@ class Classifier:
     def outputs(
         self, images: Tensor, batch_size: BatchSize = "auto", precision: Precision = "fp32", maps: bool = False
     ) -> Outputs:
-        """Logits, features and maps of images (B, C, H, W) in [0, 1], from one pass, on the classifier's device.
+        """Logits, features and maps of images, from one forward pass in eval mode, on the classifier's device.
 
         Args:
-            images: of any size; they are resized to the preprocessing's.
-            batch_size: the most rows of one network call; `auto`: by memory.
-            precision: of the network; what comes out is float32.
-            maps: also give the maps.
+            images: (B, C, H, W) in [0, 1]; other sizes are resized.
+            batch_size: maximum number of rows of one network call; `auto`: by memory.
+            precision: precision of the network; the outputs are float32.
+            maps: also return the maps.
 
-        Raises FaroutError for images of other channels, and for maps of a network without a pooling layer.
+        Raises:
+            FaroutError: for images of other channels, and for maps of a network without a pooling layer.
         """
         if maps and not self.has_maps:
             raise FaroutError("this network has no layer that pools its feature maps, so they cannot be had")
-        mode = self.module.training
+        layers = {"features": self.head_name}
+        if self.pool_name is not None and maps:
+            layers["maps"] = self.pool_name
+        shapes: list[torch.Size] = []  # of the outputs of one row
+        was_training = self.module.training
         self.module.eval()
-        shapes: list[torch.Size] = []
-        places = {"features": self.head_name, **({"maps": str(self.pool_name)} if maps else {})}
         try:
-            with watched(self.module, **places) as seen:
+            with capture_inputs(self.module, **layers) as captured:
 
-                def call(chunk: Tensor) -> Tensor:
+                def flat_outputs(x: Tensor) -> Tensor:
                     with autocast(self.device, precision):
-                        logits = self.module(chunk)
-                    parts = [logits, *(seen[kind] for kind in places)]
-                    shapes[:] = [part.shape[1:] for part in parts]
-                    return torch.cat([part.float().flatten(1) for part in parts], dim=1)
+                        logits = self.module(x)
+                    outputs = [logits, *(captured[name] for name in layers)]
+                    shapes[:] = [output.shape[1:] for output in outputs]
+                    return torch.cat([output.float().flatten(1) for output in outputs], dim=1)
 
-                ready = self.normalise(images.to(self.device, torch.float32))
-                together = call_in_chunks(self.module, call, ready, batch_size=batch_size)
+                x = self.normalize(images.to(self.device, torch.float32))
+                flat = call_in_chunks(self.module, flat_outputs, x, batch_size=batch_size)
         finally:
-            self.module.train(mode)
-        parts = together.split([shape.numel() for shape in shapes], dim=1)
-        return Outputs(*[part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)])
-
-    # -- identity ------------------------------------------------------------------------------------------------
+            self.module.train(was_training)
+        columns = flat.split([shape.numel() for shape in shapes], dim=1)
+        return Outputs(*[values.reshape(-1, *shape) for values, shape in zip(columns, shapes, strict=True)])
 
     @property
     def content_hash(self) -> str:
         """SHA-256 of the weights and of everything that decides what they compute."""
-        described = {
+        description = {
             "mean": self.mean,
             "std": self.std,
             "preprocessing": self.preprocessing.to_dict(),
@@ -215,10 +225,8 @@ class Classifier:
             "head": self.head_name,
             "network": self.network.to_dict() if self.network is not None else type(self.module).__qualname__,
         }
-        mark = json.dumps(described, sort_keys=True)
-        return store.hash_tensors({**self.module.state_dict(), mark: torch.zeros(1)})
-
-    # -- made from others' ---------------------------------------------------------------------------------------
+        key = json.dumps(description, sort_keys=True)
+        return store.hash_tensors({**self.module.state_dict(), key: torch.zeros(1)})
 
     @classmethod
     def from_module(
@@ -233,47 +241,45 @@ class Classifier:
         class_names: Sequence[str] | None = None,
         network: str | NetworkSpec | None = None,
     ) -> Classifier:
-        """Any torch network that turns normalised images into logits.
+        """A classifier from any torch module.
 
         Args:
-            module: normalised images (B, C, H, W) -> logits (B, K); it is put into eval mode.
+            module: normalized images (B, C, H, W) -> logits (B, K); it is set to eval mode.
             mean: mean of each channel, for images in [0, 1].
             std: standard deviation of each channel.
-            size: of the images that it takes, in pixels: a side, or (height, width).
+            size: size of the images in pixels: a side, or (height, width).
             channels: 1 or 3.
-            features: name of its last linear layer; None: the last one registered.
+            features: name of the last linear layer; None: the last one registered.
             class_names: name of each class; None: their numbers.
-            network: name of the network that it is (see `NetworkSpec`): only with it can the classifier be saved.
-                It is built anew with these weights and checked to give the same logits.
+            network: name or configuration of the network (see `NetworkSpec`); without it the classifier cannot be
+                saved. The network is built with these weights and must give the same logits.
 
-        Raises FaroutError where the network does not take such images, or is not the named one.
+        Raises:
+            FaroutError: if the module does not take such images, or is not the named network.
         """
-        preprocessing = _preprocessing(size, channels)
-        given = cls(module, mean, std, preprocessing, features=features, class_names=class_names)
-        return given if network is None else given._named(network)
-
-    def _named(self, network: str | NetworkSpec) -> Classifier:
-        """The same classifier on a network that can be built again."""
-        for spec in self._specs(network):
+        preprocessing = _preprocessing_of_size(size, channels)
+        classifier = cls(module, mean, std, preprocessing, features=features, class_names=class_names)
+        if network is None:
+            return classifier
+        if isinstance(network, NetworkSpec):
+            specs = [network]
+        else:
+            stems = get_args(Stem) if network in RESNETS else (None,)
+            specs = [NetworkSpec(network, classifier.classes, channels, preprocessing.size, stem) for stem in stems]
+        probe = torch.rand(2, channels, *preprocessing.size)
+        logits = classifier.outputs(probe).logits
+        for spec in specs:
             built = spec.build()
-            names = fit_names(self.module.state_dict(), built.state_dict(), find_head(built))
-            if misfits(names, built.state_dict()):
+            weights = rename_weights(module.state_dict(), built.state_dict(), find_head(built))
+            if describe_mismatches(weights, built.state_dict()):
                 continue
-            built.load_state_dict(names)
-            known: dict[str, Any] = {"class_names": self.class_names, "network": spec}
-            twin = Classifier(built.to(self.device), self.mean, self.std, self.preprocessing, **known)
-            probe = torch.rand(2, self.preprocessing.channels, *self.preprocessing.size)
-            if torch.allclose(twin.outputs(probe).logits, self.outputs(probe).logits, rtol=1e-3, atol=1e-4):
-                return twin
+            built.load_state_dict(weights)
+            built = built.to(classifier.device)
+            rebuilt = cls(built, mean, std, preprocessing, class_names=classifier.class_names, network=spec)
+            if torch.allclose(rebuilt.outputs(probe).logits, logits, rtol=1e-3, atol=1e-4):
+                return rebuilt
         name = network if isinstance(network, str) else network.name
         raise FaroutError(f"this module is not the network {name}: its weights or its logits differ")
-
-    def _specs(self, network: str | NetworkSpec) -> list[NetworkSpec]:
-        if isinstance(network, NetworkSpec):
-            return [network]
-        stems = get_args(Stem) if network in RESNETS else (None,)
-        known = (self.classes, self.preprocessing.channels, self.preprocessing.size)
-        return [NetworkSpec(network, *known, stem) for stem in stems]
 
     @classmethod
     def from_weights(
@@ -289,41 +295,43 @@ class Classifier:
         classes: int | None = None,
         class_names: Sequence[str] | None = None,
     ) -> Classifier:
-        """A named network with the weights of a file: `.safetensors`, or a state dict in `.pt`, `.pth` or `.ckpt`,
-        read without unpickling objects. OpenOOD's checkpoints are `network="resnet18"`.
+        """A classifier from the weights of a file.
+
+        The file is a `.safetensors` file, or a state dict in `.pt`, `.pth` or `.ckpt`, which is read without unpickling
+        objects. For checkpoints of OpenOOD the network is `resnet18`.
 
         Args:
             path: the file.
-            network: see `NetworkSpec`.
-            stem: see `NetworkSpec`.
-            channels: see `NetworkSpec`.
-            size: see `NetworkSpec`.
-            mean: mean of each channel, for images in [0, 1], as in training.
-            std: standard deviation of each channel, as in training.
-            classes: number of classes; None: what the file's last layer has.
+            network: name of the network, see `NetworkSpec`.
+            mean: mean of each channel in the training of the weights, for images in [0, 1].
+            std: standard deviation of each channel, likewise.
+            size: size of the images in pixels: a side, or (height, width).
+            channels: 1 or 3.
+            stem: first layers of a ResNet, see `NetworkSpec`.
+            classes: number of classes; None: that of the last layer in the file.
             class_names: name of each class; None: their numbers.
 
-        Raises StoreError for a file that cannot be read or does not fit, naming what is missing or not expected.
+        Raises:
+            StoreError: for a file that cannot be read or does not fit; the message names what is missing or unexpected.
         """
-        tensors = read_weights(Path(path), HOW)
-        preprocessing = _preprocessing(size, channels)
+        tensors = read_weights(Path(path), WEIGHTS_HINT)
+        preprocessing = _preprocessing_of_size(size, channels)
         draft = NetworkSpec(network, classes or 2, channels, preprocessing.size, stem).build()
         head = find_head(draft)
-        found = fit_names(tensors, draft.state_dict(), head).get(f"{head}.weight")
-        if found is None:
+        head_weight = rename_weights(tensors, draft.state_dict(), head).get(f"{head}.weight")
+        if head_weight is None:
             raise StoreError(f"{path} has no last layer {head}; expected the weights of {network} with a head")
-        spec = NetworkSpec(network, classes or len(found), channels, preprocessing.size, stem)
+        spec = NetworkSpec(network, classes or len(head_weight), channels, preprocessing.size, stem)
         module = spec.build()
         load_weights(module, tensors, str(path), network)
-        about = {"weights": Path(path).name}
-        return cls(module, mean, std, preprocessing, class_names=class_names, network=spec, provenance=about)
-
-    # -- folders -------------------------------------------------------------------------------------------------
+        provenance = {"weights": Path(path).name}
+        return cls(module, mean, std, preprocessing, class_names=class_names, network=spec, provenance=provenance)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `config.json`, `model.safetensors`, `trained_on.txt` and a model card; nothing half-written is left.
+        """Write `config.json`, `model.safetensors`, `trained_on.txt` and a model card, atomically.
 
-        Raises FaroutError for a module that could not be built again.
+        Raises:
+            FaroutError: if the configuration of the network is not known.
         """
         if self.network is None:
             raise FaroutError(
@@ -371,13 +379,6 @@ class Classifier:
         return classifier
 
 
-def _preprocessing(size: int | tuple[int, int], channels: int) -> Preprocessing:
+def _preprocessing_of_size(size: int | tuple[int, int], channels: int) -> Preprocessing:
     sides = (size, size) if isinstance(size, int) else size
     return Preprocessing(size=sides, channels=channels, native=sides)
-
-
-def _check_normalisation(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
-    if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
-        raise FaroutError(
-            f"mean {list(mean)} and std {list(std)}: expected {channels} numbers each, those of std positive"
-        )

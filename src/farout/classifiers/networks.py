@@ -1,11 +1,11 @@
-"""Networks of classifiers by name, and where in a network its last layer and its last pooling are."""
+"""Networks of classifiers by name, and functions that find the last linear layer and the last pooling of a network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import timm
 import torch
@@ -23,9 +23,10 @@ __all__ = [
     "CosineNetwork",
     "NetworkSpec",
     "Stem",
+    "capture_inputs",
     "find_head",
     "find_pool",
-    "watched",
+    "linear_layer",
 ]
 
 Stem = Literal["small", "imagenet"]
@@ -36,33 +37,34 @@ RESNETS = {
     "resnet50": torchvision.models.resnet50,
 }
 """The networks that have a choice of stems."""
-_WIDE = {"wrn40_2": (40, 2), "wrn16_2": (16, 2), "wrn16_1": (16, 1)}
-"""Depth and width factor."""
 
-NETWORKS = (*RESNETS, *_WIDE)
+_WIDE_RESNETS = {"wrn40_2": (40, 2), "wrn16_2": (16, 2), "wrn16_1": (16, 1)}  # depth and width factor
+
+NETWORKS = (*RESNETS, *_WIDE_RESNETS)
 """torchvision's ResNets and pytorch-ood's WideResNets; any other name is looked up in timm."""
 
 OUTLIER = "(outlier)"
-"""Name of the class that the loss `k+1` adds for outliers, the last one; no folder is called that."""
+"""Name of the class that the loss `k+1` adds for outliers, as the last one; no folder has this name."""
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A network that can be built again from a few plain values.
+    """The configuration of a network; the network can be built again from it.
 
     Args:
-        name: `resnet18`, `resnet34`, `resnet50` (He et al. 2016, torchvision's), `wrn40_2` (2.2 M parameters),
-            `wrn16_2` (0.7 M) or `wrn16_1` (0.2 M, for CPUs; Zagoruyko and Komodakis 2016, pytorch-ood's), or a name
-            of timm's.
+        name: `resnet18`, `resnet34`, `resnet50` (He et al. 2016, from torchvision), `wrn40_2` (2.2 M parameters),
+            `wrn16_2` (0.7 M), `wrn16_1` (0.2 M, for CPUs; Zagoruyko and Komodakis 2016, from pytorch-ood), or the name
+            of a timm model.
         classes: number of classes, at least 2.
         channels: 1 or 3.
-        size: (height, width) in pixels; only transformers with a fixed grid look at it.
-        stem: of ResNets: `small`, a 3x3 convolution of stride 1 without max-pooling, for small images, or `imagenet`;
-            None: `small` for ResNets. Other networks have one stem only.
-        space: dimensions of a space in which classes are fixed directions (see `CosineNetwork`); None: the last layer
-            is the network's own.
+        size: (height, width) in pixels; used only by transformers with a fixed grid.
+        stem: first layers of a ResNet: `small`, a 3x3 convolution of stride 1 without max-pooling, for small images, or
+            `imagenet`; None: `small` for ResNets. Other networks have one stem only.
+        space: number of dimensions of a space in which classes are fixed directions (see `CosineNetwork`); None: the
+            last layer of the network is used.
 
-    Raises FaroutError for a name that is not known, and for values out of range.
+    Raises:
+        FaroutError: for an unknown name, and for values out of range.
     """
 
     name: str
@@ -81,20 +83,23 @@ class NetworkSpec:
             known = f"stems are {' and '.join(get_args(Stem))}, and only {', '.join(RESNETS)} have a choice"
             raise FaroutError(f"{self.name} has no stem {self.stem!r}; {known}")
         if self.name not in NETWORKS:
-            _check_timm(self.name)
+            try:
+                get_input_config(self.name)
+            except FaroutError as error:
+                raise FaroutError(f"{error}; networks of classifiers are {', '.join(NETWORKS)} and timm's") from error
 
     def build(self) -> nn.Module:
-        """The network with fresh weights: normalised images (B, C, H, W) -> logits (B, classes)."""
+        """The network with random weights: normalized images (B, C, H, W) -> logits (B, classes)."""
         if self.space is not None:
             return CosineNetwork(replace(self, classes=self.space, space=None).build(), self.space, self.classes)
         if self.name in RESNETS:
             return _resnet(self.name, self.classes, self.channels, self.stem or "small")
-        if self.name in _WIDE:
-            return _wide_resnet(*_WIDE[self.name], self.classes, self.channels)
+        if self.name in _WIDE_RESNETS:
+            return _wide_resnet(*_WIDE_RESNETS[self.name], self.classes, self.channels)
         return _timm(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `config.json`; the rare `space` only where there is one."""
+        """The configuration as JSON values; `space` is left out if it is None."""
         values = {**asdict(self), "size": list(self.size)}
         return values if self.space is not None else {name: values[name] for name in values if name != "space"}
 
@@ -105,15 +110,15 @@ class NetworkSpec:
 
 
 class CosineNetwork(nn.Module):
-    """A network whose classes are fixed directions of a space: logits = W u, u = z / |z|, z the answer of `body`.
+    """A network whose classes are fixed directions of a space: logits = W u, u = z / |z|, z = body(x).
 
-    With rows of length 1 / T in W, row k along the vector of class k, the logits are cosines divided by the temperature
-    T. W is the last linear layer, so the features of such a classifier are u. It is not trained.
+    If row k of W has the direction of class k and the length 1 / T, the logits are cosines divided by the temperature
+    T. W is the last linear layer, so u are the features of such a classifier. W is not trained.
 
     Args:
         body: images (B, C, H, W) -> z (B, space).
-        space: length of z.
-        classes: rows of W.
+        space: number of entries of z.
+        classes: number of rows of W.
     """
 
     def __init__(self, body: nn.Module, space: int, classes: int) -> None:
@@ -124,14 +129,8 @@ class CosineNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, classes)."""
-        return self.head(functional.normalize(self.body(x).float(), dim=1))
-
-
-def _check_timm(name: str) -> None:
-    try:
-        get_input_config(name)
-    except FaroutError as error:
-        raise FaroutError(f"{error}; networks of classifiers are {', '.join(NETWORKS)} and timm's") from error
+        logits: Tensor = self.head(functional.normalize(self.body(x).float(), dim=1))
+        return logits
 
 
 def _resnet(name: str, classes: int, channels: int, stem: Stem) -> nn.Module:
@@ -146,10 +145,10 @@ def _resnet(name: str, classes: int, channels: int, stem: Stem) -> nn.Module:
 
 
 def _wide_resnet(depth: int, width: int, classes: int, channels: int) -> nn.Module:
-    from pytorch_ood.model import WideResNet  # brings SciPy and all of its detectors: seconds
+    from pytorch_ood.model import WideResNet  # slow to import: the package imports all its detectors
 
     class AnySize(WideResNet):
-        """The library's network pools 8 x 8 maps, those of 32 x 32 images, only."""
+        """WideResNet for images of any size; the library's own pools 8 x 8 maps only, those of 32 x 32 images."""
 
         def __init__(self) -> None:
             super().__init__(classes, depth=depth, widen_factor=width, drop_rate=0.0, in_channels=channels)
@@ -173,86 +172,92 @@ def _timm(spec: NetworkSpec) -> nn.Module:
 
 
 @contextmanager
-def watched(module: nn.Module, **layers: str) -> Iterator[dict[str, Tensor]]:
-    """Inside it each call of `module` leaves in the dict what the layers were given, under the words of their names."""
-    seen: dict[str, Tensor] = {}
+def capture_inputs(module: nn.Module, **layers: str) -> Iterator[dict[str, Tensor]]:
+    """Inside this context, every call of `module` stores the inputs of named layers in the dict.
 
-    def keep(kind: str) -> Any:
-        return lambda _, inputs: seen.update({kind: inputs[0]})
+    Args:
+        module: the network.
+        layers: names of layers, by the key under which their input is stored.
+    """
+    captured: dict[str, Tensor] = {}
 
-    handles = [module.get_submodule(name).register_forward_pre_hook(keep(kind)) for kind, name in layers.items()]
+    def capture(key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: captured.update({key: inputs[0]})
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(capture(key)) for key, name in layers.items()]
     try:
-        yield seen
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
 
 
-def find_head(module: nn.Module, name: str | None = None) -> str:
-    """The name of the last linear layer: as given, what timm's `get_classifier` gives, or the last one registered.
+def linear_layer(module: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name, see `find_head`."""
+    return cast("nn.Linear", module.get_submodule(name))
 
-    Raises FaroutError where there is none, or the name is another layer's.
+
+def find_head(module: nn.Module, name: str | None = None) -> str:
+    """The name of the last linear layer: as given, or that of timm's `get_classifier`, or the last one registered.
+
+    Raises:
+        FaroutError: if there is none, or the given name is that of another layer.
     """
-    linear = [found for found, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    linear = [layer_name for layer_name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     if name is not None:
         if name not in linear:
             raise FaroutError(f"{name!r} is not a linear layer of the network; it has {', '.join(linear) or 'none'}")
         return name
-    known = module.get_classifier() if hasattr(module, "get_classifier") else None
-    same = [found for found in linear if module.get_submodule(found) is known]
     if not linear:
         raise FaroutError("the network has no linear layer; expected one that gives the logits from the features")
-    return (same or linear)[-1]
+    classifier = getattr(module, "get_classifier", lambda: None)()
+    return ([layer_name for layer_name in linear if module.get_submodule(layer_name) is classifier] or linear)[-1]
 
 
 @torch.no_grad()
 def find_pool(module: nn.Module, head: str, probe: Tensor) -> str | None:
-    """The name of the layer that pools maps (D, h, w) to the D features of the head; None where no layer of the
-    network is one (some call a function, and those of a `CosineNetwork` are not pooled maps).
+    """The name of the layer that pools maps (D, h, w) to the D features, the input of the head.
+
+    None if no layer does: some networks call a function, and the features of a `CosineNetwork` are not pooled maps.
 
     Args:
         module: the network, in eval mode.
         head: name of the last linear layer.
-        probe: one normalised image (1, C, H, W).
+        probe: one normalized image (1, C, H, W).
 
-    Raises FaroutError where the head is not what gives the network's answer.
+    Raises:
+        FaroutError: if the output of the head is not that of the network.
     """
-    width, pools = module.get_submodule(head).in_features, list[str]()
-    ends: dict[str, Tensor] = {}
+    width = linear_layer(module, head).in_features
+    pools: list[str] = []
+    head_calls: list[tuple[Tensor, Tensor]] = []  # features and logits
 
-    def pooled(name: str) -> Any:
-        def look(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def record_pool(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             maps = inputs[0] if inputs else None
-            if isinstance(maps, Tensor) and isinstance(output, Tensor) and maps.ndim == 4 and output.numel() == width:
-                pools.extend([name] if maps.shape[1] == width else [])
+            if not isinstance(maps, Tensor) or not isinstance(output, Tensor):
+                return
+            if maps.ndim == 4 and maps.shape[1] == width and output.numel() == width:
+                pools.append(name)
 
-        return look
+        return hook
 
-    def last(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ends.update(features=inputs[0], logits=output)
-
-    handles = [
-        layer.register_forward_hook(pooled(name)) for name, layer in module.named_modules() if _is_pool(layer)
-    ] + [module.get_submodule(head).register_forward_hook(last)]
+    handles = [module.get_submodule(head).register_forward_hook(lambda _, x, y: head_calls.append((x[0], y)))]
+    for name, layer in module.named_modules():
+        if "Pool" in type(layer).__name__ and "Max" not in type(layer).__name__:
+            handles.append(layer.register_forward_hook(record_pool(name)))
     try:
-        answer = module(probe)
+        logits = module(probe)
     finally:
         for handle in handles:
             handle.remove()
-    _check_ends(ends, answer, head)
-    return pools[-1] if pools and not isinstance(module, CosineNetwork) else None
 
-
-def _is_pool(layer: nn.Module) -> bool:
-    return "Pool" in type(layer).__name__ and "Max" not in type(layer).__name__
-
-
-def _check_ends(ends: dict[str, Tensor], answer: Any, head: str) -> None:
-    if not isinstance(answer, Tensor) or answer.ndim != 2:
-        given = f"a tensor {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
-        raise FaroutError(f"the network answers {given}; expected logits (B, classes)")
-    features = ends.get("features")
-    if features is None or not torch.equal(ends["logits"], answer):
-        raise FaroutError(f"the network's answer is not what its layer {head!r} gives; name the last linear layer")
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        output = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise FaroutError(f"the network returns {output}; expected logits (B, classes)")
+    if not head_calls or not torch.equal(head_calls[-1][1], logits):
+        raise FaroutError(f"the network's output is not that of its layer {head!r}; name the last linear layer")
+    features = head_calls[-1][0]
     if features.ndim != 2:
         raise FaroutError(f"the layer {head!r} is given {tuple(features.shape)}; expected features (B, D)")
+    return pools[-1] if pools and not isinstance(module, CosineNetwork) else None

@@ -1,4 +1,4 @@
-"""Learning what lies outside: settings, and the network with what is trained beside it and then thrown away."""
+"""Outlier exposure: its settings, the images that it adds, and the network with what is trained next to it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils.data import Dataset
 
 from farout.classifiers.losses import ClassifierLoss, EnergyHead, mutual_information, uniform_cross_entropy
 from farout.classifiers.model import Classifier
-from farout.classifiers.networks import OUTLIER, watched
+from farout.classifiers.networks import OUTLIER, capture_inputs, linear_layer
 from farout.classifiers.outlier_images import (
     ExposedImages,
     OutlierImages,
     Reconstructions,
     Resize,
     check_outliers,
-    partners_of,
+    find_paired_outliers,
 )
 from farout.classifiers.virtual_outliers import VirtualOutliers
 from farout.core.errors import FaroutError, ShortfallWarning, check_options
@@ -30,19 +30,25 @@ from farout.data.preprocessing import Preprocessing
 from farout.training.config import TrainingConfig
 from farout.training.data_order import seed_of
 
-__all__ = ["Exposed", "Exposure", "Loss", "Outside", "counted_classes", "known_classes"]
+__all__ = ["ExposedNetwork", "Exposure", "ExposureData", "Loss", "count_known_classes", "describe_classes"]
 
 Loss = Literal["energy", "oe", "k+1", "vos", "sona", "cross_entropy"]
-Mutual = Literal["reference", "normalised", "off"]
+MutualInformation = Literal["reference", "normalized", "off"]
 
-_OWN: dict[Loss, tuple[float, float]] = {
-    "energy": (1.0, 0.0), "oe": (0.5, 0.0), "k+1": (1.0, 0.0), "sona": (0.5, 0.0), "vos": (0.1, 0.4),
+# Weight and start of each loss in its paper; for `energy` those of NCIS, for `k+1` our own.
+_DEFAULTS: dict[Loss, tuple[float, float]] = {
+    "energy": (1.0, 0.0),
+    "oe": (0.5, 0.0),
+    "k+1": (1.0, 0.0),
+    "sona": (0.5, 0.0),
+    "vos": (0.1, 0.4),
     "cross_entropy": (0.0, 0.0),
-}  # fmt: skip
-"""The weight and the start of each loss in its paper; NCIS's for `energy`, ours for `k+1`."""
+}
 
 _WITH_OUTLIERS: tuple[Loss, ...] = ("energy", "oe", "k+1", "sona")
-_LOOKED_AT: dict[str, tuple[Loss, ...]] = {
+
+# The losses that use a setting; settings that are not listed are used by all.
+_USED_BY: dict[str, tuple[Loss, ...]] = {
     **dict.fromkeys(("weight", "start"), (*_WITH_OUTLIERS, "vos")),
     **dict.fromkeys(("temperature", "hidden"), ("energy", "vos")),
     **dict.fromkeys(("limit", "resize"), _WITH_OUTLIERS),
@@ -50,24 +56,22 @@ _LOOKED_AT: dict[str, tuple[Loss, ...]] = {
     **dict.fromkeys(("queue", "draws", "select"), ("vos",)),
     "reconstructed": (),
 }
-"""Settings that not every loss looks at: which do."""
-_OF_RECONSTRUCTIONS = ("resize", "reconstructed")
-"""Settings that reconstructions look at, whatever the loss."""
+_USED_BY_RECONSTRUCTIONS = ("resize", "reconstructed")
 
 
 @dataclass(frozen=True)
 class Exposure:
     """Outlier exposure.
 
-    A setting that the chosen loss does not look at stays at its default: another value is refused (see `resolved`).
+    A setting that the loss does not use must have its default value (see `resolved`).
 
-    The loss is CE(f(x), y) + weight x L_outside. Images and outliers, one of these for each image, go through the
-    network as one batch, so that batch normalisation sees both.
+    The training loss is CE(f(x), y) + weight * L_outliers. A batch has one outlier for each image; images and outliers
+    go through the network together, so that batch normalization sees both.
 
     Args:
-        loss: loss on outliers: `energy` (energy regulariser of NCIS and Dream-OOD), `oe` (uniform distribution on
+        loss: loss on outliers: `energy` (energy regularizer of NCIS and Dream-OOD), `oe` (uniform distribution on
             outliers), `k+1` (outliers as an additional class), `sona` (`oe` and a mutual-information penalty), `vos`
-            (energy regulariser on virtual outliers, without outlier images) or `cross_entropy` (no outliers); default:
+            (energy regularizer on virtual outliers, without outlier images) or `cross_entropy` (no outliers); default:
             `energy` with outliers, else `cross_entropy`.
         weight: weight of the loss on outliers; default: 1 for energy and k+1, 0.5 for oe and sona, 0.1 for vos.
         start: share of the training before the loss on outliers is added; default: 0.4 for vos, else 0.
@@ -77,7 +81,7 @@ class Exposure:
         resize: interpolation for outliers and reconstructions larger than the images: `both` (`nearest` or `bilinear`,
             drawn per sample), `bilinear`, `nearest`, or `bicubic` as for images.
         reconstructed: share of the images replaced by reconstructions, if there are any.
-        mutual: penalty of the loss sona: `reference` (as published), `normalised` (independent of the scale of the
+        mutual: penalty of the loss sona: `reference` (as published), `normalized` (independent of the scale of the
             features) or `off`.
         mutual_weight: weight of the penalty of the loss sona.
         paired: pair each image with outliers edited from it, as the manifest says; default: with any outliers.
@@ -94,7 +98,7 @@ class Exposure:
     limit: int | None = None
     resize: Resize = "both"
     reconstructed: float = 0.5
-    mutual: Mutual = "reference"
+    mutual: MutualInformation = "reference"
     mutual_weight: float = 0.7
     paired: bool = False
     queue: int = 1000
@@ -102,10 +106,7 @@ class Exposure:
     select: int = 1
 
     def __post_init__(self) -> None:
-        check_options(self, "exposure option", self._rules())
-
-    def _rules(self) -> list[tuple[str, bool, str]]:
-        return [
+        rules = [
             ("loss", self.loss is None or self.loss in get_args(Loss), f"None, {', '.join(get_args(Loss))}"),
             ("resize", self.resize in get_args(Resize), ", ".join(get_args(Resize))),
             ("weight", self.weight is None or 0 <= self.weight < float("inf"), "None or 0 or more"),
@@ -114,79 +115,72 @@ class Exposure:
             ("hidden", self.hidden >= 0, "0 or more"),
             ("limit", self.limit is None or self.limit >= 1, "None or 1 or more"),
             ("reconstructed", 0 <= self.reconstructed <= 1, "a share in [0, 1]"),
-            ("mutual", self.mutual in get_args(Mutual), ", ".join(get_args(Mutual))),
+            ("mutual", self.mutual in get_args(MutualInformation), ", ".join(get_args(MutualInformation))),
             ("mutual_weight", 0 <= self.mutual_weight < float("inf"), "0 or more"),
             ("queue", self.queue >= 2, "2 or more"),
             ("draws", self.draws >= 1, "1 or more"),
             ("select", 1 <= self.select <= self.draws, f"1 to draws ({self.draws})"),
         ]
+        check_options(self, "exposure option", rules)
 
-    def warn_of_short(self, numbers: Tensor, images: int) -> None:
-        """Warns where `vos` will draw nothing: it waits until each class has filled its queue.
+    def warn_of_short_training(self, labels: Tensor, images: int) -> None:
+        """Warn if `vos` will draw no virtual outliers, because the queue of some class will not be full.
 
         Args:
-            numbers: the class of each image (N,).
-            images: that training will see, all steps together.
+            labels: class of each training image (N,).
+            images: number of images that training will see, over all steps.
         """
         if self.loss != "vos":
             return
-        expected = images * float(numbers.bincount().min()) / len(numbers)
+        expected = images * float(labels.bincount().min()) / len(labels)
         if expected < self.queue:
             warnings.warn(
                 f"the rarest class will be seen about {expected:.0f} times, and vos draws no virtual outliers before "
-                "its "
-                f"queue of {self.queue} features is full; train for longer, or give a shorter one (--exposure.queue)",
+                f"its queue of {self.queue} features is full; train for longer, or give a shorter one "
+                "(--exposure.queue)",
                 ShortfallWarning,
                 stacklevel=3,
             )
 
-    def chosen(self, outliers: bool) -> Loss:
-        """The loss that this is, with `outliers` or without."""
-        return self.loss or ("energy" if outliers else "cross_entropy")
+    def loss_name(self, has_outliers: bool) -> Loss:
+        """The loss, with the default filled in."""
+        return self.loss or ("energy" if has_outliers else "cross_entropy")
 
-    def idle(self, outliers: bool, reconstructions: bool) -> dict[str, Any]:
-        """The settings that nothing looks at, with `outliers` and `reconstructions` or without, and their defaults."""
-        looked_at = _OF_RECONSTRUCTIONS if reconstructions else ()
-        loss, known = self.chosen(outliers), {each.name: each.default for each in fields(self)}
-        return {n: known[n] for n, losses in _LOOKED_AT.items() if loss not in losses and n not in looked_at}
+    def unused_settings(self, has_outliers: bool, has_reconstructions: bool) -> dict[str, Any]:
+        """The settings that have no effect on such a training, with their default values."""
+        loss, defaults = self.loss_name(has_outliers), {each.name: each.default for each in fields(self)}
+        used = _USED_BY_RECONSTRUCTIONS if has_reconstructions else ()
+        return {name: defaults[name] for name, users in _USED_BY.items() if loss not in users and name not in used}
 
-    def _check_idle(self, outliers: bool, reconstructions: bool) -> None:
-        loss = self.chosen(outliers)
-        own = dict(zip(("weight", "start"), _OWN[loss]))  # what resolving fills in, so that it may be done twice
-        for name, default in self.idle(outliers, reconstructions).items():
-            if getattr(self, name) not in (default, own.get(name, default)):
-                users = ", ".join(_LOOKED_AT[name])
-                others = "reconstructions" * (name in _OF_RECONSTRUCTIONS)
-                raise FaroutError(
-                    f"the exposure option {name} is {getattr(self, name)!r}, and the loss {loss} does not use it "
-                    f"({' and '.join(filter(None, [users, others]))} do); leave it out (its default is {default!r})"
-                )
+    def resolved(self, has_outliers: bool, has_reconstructions: bool = False) -> Self:
+        """The same settings with the defaults of loss, weight and start filled in.
 
-    def resolved(self, outliers: bool, reconstructions: bool = False) -> Self:
-        """With loss, weight and start filled in.
-
-        Args:
-            outliers: whether there are any.
-            reconstructions: likewise.
-
-        Raises FaroutError where the loss wants outliers and there are none, or has no use for those that there are, and
-        for a setting that nothing looks at and that is not at its default.
+        Raises:
+            FaroutError: if the loss requires outliers and there are none, or does not use those that there are, and for
+                a setting that has no effect and is not at its default.
         """
-        loss = self.chosen(outliers)
-        wanted = loss in _WITH_OUTLIERS
-        if wanted and not outliers:
+        loss = self.loss_name(has_outliers)
+        requires_outliers = loss in _WITH_OUTLIERS
+        if requires_outliers and not has_outliers:
             raise FaroutError(
                 f"the loss {loss} requires outlier images; give some (farout train "
                 "classifier SOURCE --outliers FOLDER), or --loss vos, which needs none"
             )
-        if outliers and not wanted:
+        if has_outliers and not requires_outliers:
             raise FaroutError(f"the loss {loss} does not use outliers; leave them out, or give --loss energy")
-        if self.paired and not outliers:
+        if self.paired and not has_outliers:
             raise FaroutError(
                 "paired requires outliers that were edited from the images, and there are none; give some"
             )
-        self._check_idle(outliers, reconstructions)
-        weight, start = _OWN[loss]
+        weight, start = _DEFAULTS[loss]
+        allowed = {"weight": weight, "start": start}  # resolving twice is no mistake
+        for name, default in self.unused_settings(has_outliers, has_reconstructions).items():
+            if getattr(self, name) not in (default, allowed.get(name, default)):
+                users = [", ".join(_USED_BY[name]), "reconstructions" * (name in _USED_BY_RECONSTRUCTIONS)]
+                raise FaroutError(
+                    f"the exposure option {name} is {getattr(self, name)!r}, and the loss {loss} does not use it "
+                    f"({' and '.join(filter(None, users))} do); leave it out (its default is {default!r})"
+                )
         return replace(
             self,
             loss=loss,
@@ -195,192 +189,201 @@ class Exposure:
         )
 
 
-class Exposed(nn.Module):
-    """A classifier's network and what the loss trains or remembers beside it.
+class ExposedNetwork(nn.Module):
+    """A classifier's network with the modules and buffers that only outlier exposure needs.
+
+    The state dict of `network` has the prefix `network.`; the rest is discarded after training.
 
     Args:
-        network: images (B, C, H, W), normalised -> logits (B, K), or (B, K + 1) for `k+1`.
+        network: normalized images (B, C, H, W) -> logits (B, K), or (B, K + 1) for the loss `k+1`.
         head: name of its last linear layer.
-        exposure: resolved.
-        inside: the loss of labelled images.
-        start: forward passes before the loss outside counts.
-
-    The state dict of `network` stands under `network.`; all else is thrown away after training.
+        exposure: the resolved settings.
+        classifier_loss: the loss of labelled images.
+        start: number of forward passes before the loss on outliers is added.
     """
 
     passes: Tensor
 
-    def __init__(self, network: nn.Module, head: str, exposure: Exposure, inside: ClassifierLoss, start: int) -> None:
+    def __init__(
+        self, network: nn.Module, head: str, exposure: Exposure, classifier_loss: ClassifierLoss, start: int
+    ) -> None:
         super().__init__()
-        self.network, self.exposure, self.inside = network, exposure, inside
+        self.network, self.exposure, self.classifier_loss = network, exposure, classifier_loss
         self.head_name, self.start = head, start
-        last: Any = network.get_submodule(head)
-        energetic = exposure.loss in ("energy", "vos")
-        self.energy = EnergyHead(exposure.hidden, exposure.temperature) if energetic else None
-        self.virtual = (
-            VirtualOutliers(last.out_features, last.in_features, exposure.queue, exposure.draws, exposure.select)
+        layer = linear_layer(network, head)
+        has_energy = exposure.loss in ("energy", "vos")
+        self.energy = EnergyHead(exposure.hidden, exposure.temperature) if has_energy else None
+        self.virtual_outliers = (
+            VirtualOutliers(layer.out_features, layer.in_features, exposure.queue, exposure.draws, exposure.select)
             if exposure.loss == "vos"
             else None
         )
-        # a buffer, so that a resumed training knows where it stands
+        # A buffer, so that a resumed training continues to count.
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
 
     def losses(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """In training `loss`, `accuracy` of the images and `outside`, the loss outside before its weight (0 where it
-        does not count yet), with sona's penalty also `mutual`; in validation those of the images.
+        """The loss of a batch, and values to log.
+
+        In training: `loss`, `accuracy` on the images and `outlier_loss` before its weight (0 until the loss is added);
+        with SONA's penalty also `mutual_information`. In validation: the loss of labelled images.
 
         Args:
-            images: normalised (B + M, C, H, W), the last M of them outliers.
+            images: normalized (B + M, C, H, W), the last M of them outliers.
             labels: (B,) int64.
-            generator: of virtual outliers.
+            generator: source of the virtual outliers.
         """
-        count = len(labels)
+        count, exposure = len(labels), self.exposure
         if not self.training:
-            return self.inside(self.network(images[:count]), labels)
-        begun = int(self.passes) >= self.start
+            return self.classifier_loss(self.network(images[:count]), labels)
+        has_started = int(self.passes) >= self.start
         self.passes += 1
-        if self.virtual is not None:
-            found, outside = self._with_virtual(self.virtual, images, labels, generator, begun)
-        elif begun:
-            logits, features = self._passed(images)
-            found = self.inside(logits[:count], labels)
-            outside = self._outside(logits[:count], logits[count:])
-            if self.exposure.loss == "sona" and self.exposure.mutual != "off":
-                return self._with_mutual(found, outside, features[:count], features[count:])
+
+        if exposure.loss == "vos":
+            logits, features = self._logits_and_features(images)
+            values = self.classifier_loss(logits, labels)
+            outlier_loss = torch.zeros_like(values["loss"])
+            assert self.virtual_outliers is not None
+            self.virtual_outliers.add_features(features, labels)
+            if has_started and self.virtual_outliers.is_full:
+                virtual = self.virtual_outliers.sample(generator).to(features.dtype)
+                outlier_loss = self._outlier_loss(logits, self.network.get_submodule(self.head_name)(virtual))
+        elif not has_started:
+            values = self.classifier_loss(self.network(images[:count]), labels)
+            outlier_loss = torch.zeros_like(values["loss"])
         else:
-            found = self.inside(self.network(images[:count]), labels)
-            outside = torch.zeros_like(found["loss"])
-        return {**found, "loss": found["loss"] + self.exposure.weight * outside, "outside": outside}
+            logits, features = self._logits_and_features(images)
+            values = self.classifier_loss(logits[:count], labels)
+            outlier_loss = self._outlier_loss(logits[:count], logits[count:])
 
-    def _passed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and features (the input of the last layer), from one pass."""
-        with watched(self.network, features=self.head_name) as seen:
-            return self.network(images), seen["features"]
+        # L = CE(f(x), y) + weight * L_outliers [+ mutual_weight * I(x; outliers)]
+        loss = values["loss"] + (exposure.weight or 0.0) * outlier_loss
+        values = {**values, "outlier_loss": outlier_loss}
+        if exposure.loss == "sona" and exposure.mutual != "off" and has_started:
+            if bool((features[:count] < 0).any()):
+                raise FaroutError(
+                    "the penalty of the loss sona requires features that are not negative, and this network's are; "
+                    "give --exposure.mutual off, or a network whose features come from a ReLU"
+                )
+            is_normalized = exposure.mutual == "normalized"
+            penalty = mutual_information(features[:count], features[count:], normalized=is_normalized)
+            loss = loss + exposure.mutual_weight * penalty
+            values["mutual_information"] = penalty
+        return {**values, "loss": loss}
 
-    def _with_mutual(
-        self, found: dict[str, Tensor], outside: Tensor, inner: Tensor, outer: Tensor
-    ) -> dict[str, Tensor]:
-        if bool((inner < 0).any()):
-            raise FaroutError(
-                "the penalty of the loss sona requires features that are not negative, and this network's are; give "
-                "--exposure.mutual off, or a network whose features come from a ReLU"
-            )
-        mutual = mutual_information(inner, outer, normalised=self.exposure.mutual == "normalised")
-        loss = found["loss"] + self.exposure.weight * outside + self.exposure.mutual_weight * mutual
-        return {**found, "loss": loss, "outside": outside, "mutual": mutual}
+    def _logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and features (the input of the last layer) from one forward pass."""
+        with capture_inputs(self.network, features=self.head_name) as captured:
+            return self.network(images), captured["features"]
 
-    def _outside(self, inner: Tensor, outer: Tensor) -> Tensor:
+    def _outlier_loss(self, logits: Tensor, outlier_logits: Tensor) -> Tensor:
         if self.energy is not None:
-            return self.energy(inner, outer)
+            loss: Tensor = self.energy(logits, outlier_logits)
+            return loss
         if self.exposure.loss in ("oe", "sona"):
-            return uniform_cross_entropy(outer)
-        last = torch.full((len(outer),), outer.shape[1] - 1, device=outer.device)
-        return functional.cross_entropy(outer, last)
-
-    def _with_virtual(
-        self, virtual: VirtualOutliers, images: Tensor, labels: Tensor, generator: torch.Generator, begun: bool
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        logits, features = self._passed(images)
-        found = self.inside(logits, labels)
-        virtual.remember(features, labels)
-        if not (begun and virtual.full):
-            return found, torch.zeros_like(found["loss"])
-        head = self.network.get_submodule(self.head_name)
-        outer = head(virtual.draw(generator).to(features.dtype))
-        return found, self._outside(logits, outer)
+            return uniform_cross_entropy(outlier_logits)
+        # k+1: outliers belong to the last class
+        target = torch.full((len(outlier_logits),), outlier_logits.shape[1] - 1, device=outlier_logits.device)
+        return functional.cross_entropy(outlier_logits, target)
 
 
 @dataclass(frozen=True)
-class Outside:
-    """All that a classifier learns from beside its images.
+class ExposureData:
+    """The images that outlier exposure adds to a training, and its settings.
 
     Args:
-        exposure: how; it is resolved by what is given.
-        outliers: images that lie outside the distribution, see `open_outliers`.
-        reconstructions: images of the classes that a generator has made again, with labels.
-        made_of: key of each outlier -> key of the image that it was made of, where they are to be paired.
+        exposure: the settings; they are resolved by the images that there are.
+        outliers: images outside the distribution, see `open_outliers`.
+        reconstructions: labelled images of the classes, reconstructed by a generator.
+        source_keys: for paired training, the key of each outlier -> the key of the image that it was edited from.
 
-    Raises FaroutError where these do not go together, see `Exposure.resolved`.
+    Raises:
+        FaroutError: if these do not go together, see `Exposure.resolved`.
     """
 
     exposure: Exposure = field(default_factory=Exposure)
     outliers: ImageSource | None = None
     reconstructions: ImageSource | None = None
-    made_of: Mapping[str, str] = field(default_factory=dict)
+    source_keys: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         exposure = self.exposure.resolved(self.outliers is not None, self.reconstructions is not None)
         object.__setattr__(self, "exposure", exposure)
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes that it adds."""
+    def added_classes(self) -> tuple[str, ...]:
+        """Names of the classes that the loss adds."""
         return (OUTLIER,) if self.exposure.loss == "k+1" else ()
 
-    def beside(
+    def add_to(
         self,
         images: Dataset[Any],
-        names: Sequence[str],
+        class_names: Sequence[str],
         hashes: Collection[str],
-        how: Preprocessing,
+        preprocessing: Preprocessing,
         seed: int,
         keys: Sequence[str] = (),
     ) -> Dataset[Any]:
-        """Items (image, class number) with the outliers and reconstructions that go with them.
+        """The training images with outliers and reconstructions.
 
         Args:
-            images: the items.
-            names: of the classes.
-            hashes: content hashes of the images, which outliers must not be among.
-            how: the classifier's preprocessing.
-            seed: of their order.
-            keys: of the items, where outliers are to be paired with them.
+            images: items (image, label).
+            class_names: names of the classes.
+            hashes: content hashes of the images; outliers must not be among them.
+            preprocessing: the classifier's preprocessing.
+            seed: seed of the order of outliers and reconstructions.
+            keys: keys of the items, for paired training.
 
-        Raises FaroutError for outliers that are such images, and where an image is to be paired and no outlier was made
-        of it; SourceError for reconstructions of other classes.
+        Raises:
+            FaroutError: for outliers that are training images, and for paired training if an image has no outlier.
+            SourceError: for reconstructions of other classes.
         """
         if self.outliers is None and self.reconstructions is None:
             return images
-        again = outliers = partners = None
+        outliers = reconstructions = partners = None
         if self.reconstructions is not None:
-            again = Reconstructions(self.reconstructions, names, how, self.exposure.resize)
+            reconstructions = Reconstructions(self.reconstructions, class_names, preprocessing, self.exposure.resize)
         if self.outliers is not None:
-            check_outliers(self.outliers, hashes, how)
-            partners = partners_of(keys, self.outliers, self.made_of) if self.exposure.paired else None
-            outliers = OutlierImages(self.outliers, how, self.exposure.resize)
-        return ExposedImages(images, seed, outliers, again, self.exposure.reconstructed, partners)
+            check_outliers(self.outliers, hashes, preprocessing)
+            if self.exposure.paired:
+                partners = find_paired_outliers(keys, self.outliers, self.source_keys)
+            outliers = OutlierImages(self.outliers, preprocessing, self.exposure.resize)
+        return ExposedImages(images, seed, outliers, reconstructions, self.exposure.reconstructed, partners)
 
-    def learner(self, module: nn.Module, head: str, inside: ClassifierLoss, training: TrainingConfig) -> nn.Module:
-        """What is trained: the network itself, or with it what the loss wants; its weights are drawn by the seed."""
+    def wrap_network(
+        self, module: nn.Module, head: str, classifier_loss: ClassifierLoss, training: TrainingConfig
+    ) -> nn.Module:
+        """The module to train: the network itself, or an `ExposedNetwork` whose weights are drawn by the seed."""
         if self.exposure.loss == "cross_entropy":
             return module
-        passes = round((self.exposure.start or 0) * training.steps) * training.accumulate
+        start = round((self.exposure.start or 0) * training.steps) * training.accumulate
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(training.seed, "exposure"))
-            return Exposed(module, head, self.exposure, inside, passes)
+            return ExposedNetwork(module, head, self.exposure, classifier_loss, start)
 
-    def seen(self) -> frozenset[str]:
-        """Content hashes of the images of the classes among them, the reconstructions."""
-        found = () if self.reconstructions is None else self.reconstructions.content_hashes()
-        return frozenset(content for content in found if content is not None)
+    def reconstruction_hashes(self) -> frozenset[str]:
+        """Content hashes of the reconstructions, which count as training images."""
+        hashes = () if self.reconstructions is None else self.reconstructions.content_hashes()
+        return frozenset(content for content in hashes if content is not None)
 
-    def told(self) -> dict[str, Any]:
-        """For the provenance: the settings, and name, fingerprint and number of the images; empty for nothing."""
+    def to_provenance(self) -> dict[str, Any]:
+        """Settings and images for the provenance of a classifier; empty for a training without any."""
         sources = {"outliers": self.outliers, "reconstructions": self.reconstructions}
-        told: dict[str, Any] = {
-            name: {"source": given.name, "data_fingerprint": given.fingerprint(), "images": len(given)}
-            for name, given in sources.items()
-            if given is not None
+        described: dict[str, Any] = {
+            name: {"source": source.name, "data_fingerprint": source.fingerprint(), "images": len(source)}
+            for name, source in sources.items()
+            if source is not None
         }
-        return {"exposure": asdict(self.exposure), **told} if told or self.exposure.loss != "cross_entropy" else {}
+        if not described and self.exposure.loss == "cross_entropy":
+            return {}
+        return {"exposure": asdict(self.exposure), **described}
 
 
-def known_classes(classifier: Classifier) -> int:
-    """How many of the classifier's classes are classes of images: its last one may stand for outliers."""
+def count_known_classes(classifier: Classifier) -> int:
+    """The number of classes of a classifier without the class of outliers, which the loss `k+1` adds as the last."""
     return classifier.classes - (classifier.class_names[-1] == OUTLIER)
 
 
-def counted_classes(classifier: Classifier) -> str:
-    """`K classes`, and that there is one of outliers, in words."""
-    known = known_classes(classifier)
+def describe_classes(classifier: Classifier) -> str:
+    """The number of classes as text, with the class of outliers if there is one."""
+    known = count_known_classes(classifier)
     return f"{known} classes{' and one of outliers' * (known < classifier.classes)}"

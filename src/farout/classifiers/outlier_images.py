@@ -1,4 +1,4 @@
-"""Folders of outliers, and of reconstructed images, beside the images that a classifier learns."""
+"""Synthetic outliers and reconstructions as training data, next to the images that a classifier learns."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ __all__ = [
     "Reconstructions",
     "Resize",
     "check_outliers",
+    "find_paired_outliers",
     "open_outliers",
-    "originals",
-    "partners_of",
-    "read_made_of",
+    "read_source_hashes",
+    "read_source_keys",
 ]
 
 Resize = Literal["both", "bilinear", "nearest", "bicubic"]
-"""Kernel of outliers that are larger than the images: `both` draws nearest or bilinear for each sample."""
+"""Interpolation of outliers that are larger than the images; `both` draws nearest or bilinear for each sample."""
 
 Kind = Literal["outliers", "reconstructions"]
-"""Of folders of made images, as `config.json` calls them."""
+"""Kind of a folder of synthetic images, as in its `config.json`."""
 
-_BUDGET = 2 * 2**30
-"""Bytes of prepared outliers that are kept in memory; of more, each is prepared when it is asked for."""
+_MEMORY_LIMIT = 2 * 2**30
+"""Bytes of prepared outliers that are kept in memory; larger sets are prepared on access."""
 
 
 def open_outliers(
@@ -51,110 +51,113 @@ def open_outliers(
     policy: Literal["raise", "skip"] = "raise",
     kind: Kind = "outliers",
 ) -> ImageSource:
-    """Opens any image source; of a folder as a synthesizer or `reconstruct` writes it the `images` are meant.
+    """Open any image source; for a folder written by a synthesizer or by `reconstruct`, its images.
 
-    Under the policy `skip` unreadable images are left out. Raises SourceError where there is no image, and for a folder
-    that says to hold the other kind.
+    Under the policy `skip`, unreadable images are left out.
+
+    Raises:
+        SourceError: if there is no image, and for a folder of the other kind.
     """
     if isinstance(images, str | Path):
-        _check_kind(images, kind)
-    # decoded pixels are not kept: what is kept are the prepared ones, which are smaller
+        folder = _synthetic_folder(images)
+        found = None if folder is None else store.kind_of(folder)
+        if found not in (None, kind):
+            raise SourceError(f"{images} holds {found}, but {kind} are expected; have the two been exchanged?")
+        if folder is not None and not (folder / "images").is_dir():
+            raise SourceError(f"{images} holds no image yet; run the same command with --resume to generate them")
+    # Decoded pixels are not cached: OutlierImages keeps the prepared ones, which are smaller.
     source = open_source(images, limit=limit, seed=seed, policy=policy, memory_mib=0)
-    places = some_readable(source)
-    return source if len(places) == len(source) else source.subset(places)
+    readable = some_readable(source)
+    return source if len(readable) == len(source) else source.subset(readable)
 
 
-def _made_folder(images: str | Path) -> Path | None:
-    """The folder of made images that a source is, or is the `images` of, whatever filter or variant it has."""
+def _synthetic_folder(images: str | Path) -> Path | None:
+    """The folder written by farout that a source names, directly or by its subfolder `images`; None for others."""
     spec = spec_of(images)
     path = Path(spec.location).expanduser()
     folders = (path, path.parent) if path.name == "images" else (path,)
     return next((each for each in folders if spec.kind == "path" and store.kind_of(each) in get_args(Kind)), None)
 
 
-def _check_kind(images: str | Path, kind: Kind) -> None:
-    """Refuses a folder of outliers as reconstructions, the reverse, and one whose images have not been made yet."""
-    folder = _made_folder(images)
-    found = None if folder is None else store.kind_of(folder)
-    if found not in (None, kind):
-        raise SourceError(f"{images} holds {found}, and {kind} are wanted; have the two been exchanged?")
-    if folder is not None and not (folder / "images").is_dir():
-        raise SourceError(f"{images} holds no image yet; run the same command with --resume to generate them")
-
-
-def _rows(folder: Path) -> list[dict[str, str]]:
-    """Of a folder that several processes were filling when they were stopped, each has left a manifest."""
-    rows = []
-    for manifest in sorted(folder.glob("manifest*.csv")):
+def _read_manifests(images: str | Path) -> list[dict[str, str]]:
+    """The manifest of a folder of synthetic images; an interrupted run of several processes left one of each."""
+    folder = _synthetic_folder(images)
+    rows: list[dict[str, str]] = []
+    for manifest in [] if folder is None else sorted(folder.glob("manifest*.csv")):
         with manifest.open(newline="", encoding="utf-8") as file:
             rows += list(csv.DictReader(file))
     return rows
 
 
-def originals(images: str | Path, source: ImageSource) -> tuple[str | None, ...]:
-    """The content hash of the image that each of `source` was made of, as the manifest of the folder says that
-    `open_outliers` opened as `source`; None where it says nothing, or there is none.
+def read_source_hashes(images: str | Path, source: ImageSource) -> tuple[str | None, ...]:
+    """For each synthetic image, the content hash of the image that it was generated from, or None if unknown.
+
+    Args:
+        images: the folder of synthetic images.
+        source: the images that `open_outliers` opened from it.
     """
-    folder = _made_folder(images)
-    told = {row["key"]: row.get("source_hash") for row in (_rows(folder) if folder is not None else [])}
-    return tuple(told.get(key) or None for key in source.keys)
+    hashes = {row["key"]: row.get("source_hash") for row in _read_manifests(images)}
+    return tuple(hashes.get(key) or None for key in source.keys)
 
 
-def read_made_of(images: str | Path) -> dict[str, str]:
-    """Key of each outlier -> key of the image that it was made of, of a folder as a synthesizer writes it.
+def read_source_keys(images: str | Path) -> dict[str, str]:
+    """The key of each outlier -> the key of the image that it was edited from.
 
-    Raises SourceError for another folder, and for outliers that were made of no image.
+    Raises:
+        SourceError: for a folder without manifest, and for outliers that were not edited from images.
     """
-    folder = _made_folder(images)
-    rows = _rows(folder) if folder is not None else []
+    rows = _read_manifests(images)
     if not rows:
         raise SourceError(
             f"{images} does not say which image an outlier was edited from; give a folder that `farout synthesize` "
-            "wrote, "
-            "or leave the pairing out"
+            "wrote, or leave the pairing out"
         )
-    found = {row["key"]: row["source"] for row in rows}
-    if not all(found.values()):
+    source_keys = {row["key"]: row["source"] for row in rows}
+    if not all(source_keys.values()):
         raise SourceError(
             f"the outliers of {images} were not edited from single images (see its manifest); leave the pairing out"
         )
-    return found
+    return source_keys
 
 
-def partners_of(keys: Sequence[str], outliers: ImageSource, made_of: Mapping[str, str]) -> list[list[int]]:
-    """Of each image, by key, the places of the outliers that were made of it.
+def find_paired_outliers(keys: Sequence[str], outliers: ImageSource, source_keys: Mapping[str, str]) -> list[list[int]]:
+    """For each image, given by its key, the indices of the outliers that were edited from it.
 
-    Raises FaroutError where there is none for some image.
+    Raises:
+        FaroutError: if an image has no outlier.
     """
-    found: dict[str, list[int]] = {key: [] for key in keys}
-    for place, key in enumerate(outliers.keys):
-        if made_of.get(key) in found:
-            found[made_of[key]].append(place)
-    alone = [key for key, places in found.items() if not places]
-    if alone:
+    indices: dict[str, list[int]] = {key: [] for key in keys}
+    for index, outlier_key in enumerate(outliers.keys):
+        if source_keys.get(outlier_key) in indices:
+            indices[source_keys[outlier_key]].append(index)
+    without_outlier = [key for key in indices if not indices[key]]
+    if without_outlier:
         raise FaroutError(
-            f"no outlier of {outliers.name} was edited from {len(alone)} of the {len(keys)} images, such as "
-            f"{alone[0]}; "
-            "generate more from the same source (--count, --resume), or leave the pairing out"
+            f"no outlier of {outliers.name} was edited from {len(without_outlier)} of the {len(keys)} images, such as "
+            f"{without_outlier[0]}; generate more from the same source (--count, --resume), or leave the pairing out"
         )
-    return [found[key] for key in keys]
+    return [indices[key] for key in keys]
 
 
 def check_outliers(outliers: ImageSource, hashes: Collection[str], preprocessing: Preprocessing) -> None:
-    """Raises FaroutError where outliers are among the images with these content hashes; warns where colour alone tells
-    them apart.
+    """Check outliers against the training images, given by their content hashes.
+
+    Warns if the presence of color alone distinguishes outliers from images.
+
+    Raises:
+        FaroutError: if outliers are among the training images.
     """
-    same = frozenset(hashes).intersection(outliers.content_hashes())
-    if same:
+    shared = frozenset(hashes).intersection(outliers.content_hashes())
+    if shared:
         raise FaroutError(
-            f"{len(same)} images of {outliers.name} are among the training images, which cannot be in and out of "
+            f"{len(shared)} images of {outliers.name} are among the training images, which cannot be in and out of "
             "the distribution; give other outliers"
         )
     shapes = outliers.shapes()
     grey = sum(count for (channels, _, _), count in shapes.items() if channels == 1)
     if preprocessing.channels == 1 and grey < shapes.total():
         warnings.warn(
-            f"{shapes.total() - grey} of {shapes.total()} sampled outliers of {outliers.name} have colour and become "
+            f"{shapes.total() - grey} of {shapes.total()} sampled outliers of {outliers.name} have color and become "
             "grey: they may differ in more than what they show",
             TrapWarning,
             stacklevel=3,
@@ -162,86 +165,83 @@ def check_outliers(outliers: ImageSource, hashes: Collection[str], preprocessing
     if preprocessing.channels == 3 and grey:
         warnings.warn(
             f"{grey} of {shapes.total()} sampled outliers of {outliers.name} are grey and become RGB: where the images "
-            "have colour, that alone distinguishes them",
+            "have color, that alone distinguishes them",
             TrapWarning,
             stacklevel=3,
         )
 
 
 class OutlierImages(Dataset[Tensor]):
-    """Outliers for training: item i is float32 (C, H, W) in [0, 1], its kernel drawn from torch's generator.
+    """Outliers for training: items are float32 (C, H, W) in [0, 1], with an interpolation drawn from torch's generator.
 
-    The kernel that brings outliers to the size of the images decides much of what a classifier learns of them (nearest
-    leaves aliasing, bilinear blurs), so the NCIS authors draw one for each sample. It is used where an outlier is
-    larger; smaller ones, and those of one size with the images, are prepared as images are. What fits into memory is
-    prepared once, with every kernel.
+    The interpolation that brings outliers to the size of the images strongly affects what a classifier learns from them
+    (nearest leaves aliasing, bilinear blurs), so the authors of NCIS draw one for each sample. It applies to outliers
+    that are larger than the images; others are prepared like images. Sets that fit into memory are prepared once, with
+    each interpolation.
 
     Args:
         source: the outliers.
-        preprocessing: the classifier's.
-        resize: the kernel, see `Resize`.
+        preprocessing: the classifier's preprocessing.
+        resize: the interpolation, see `Resize`.
     """
 
     def __init__(self, source: ImageSource, preprocessing: Preprocessing, resize: Resize = "both") -> None:
         self.source, self.preprocessing = source, preprocessing
         self.kernels: tuple[Kernel, ...] = ("nearest", "bilinear") if resize == "both" else (resize,)
-        self._kept: Tensor | None = None
+        self._prepared: Tensor | None = None
         shape = (len(source), len(self.kernels), preprocessing.channels, *preprocessing.size)
-        if torch.Size(shape).numel() <= _BUDGET and preprocessing.value_range == "fixed":
-            self._kept = self._all(shape)
-
-    def _all(self, shape: tuple[int, ...]) -> Tensor:
-        kept = torch.empty(shape, dtype=torch.uint8)
-        with progress.task(f"preparing {self.source.name}", len(self.source)) as bar:
-            for index in range(len(self.source)):
-                image = self.source[index]
-                for place, kernel in enumerate(self.kernels):
-                    kept[index, place] = (self.preprocessing(image, kernel) * 255).round()
-                bar.advance()
-        return kept
+        if torch.Size(shape).numel() <= _MEMORY_LIMIT and preprocessing.value_range == "fixed":
+            self._prepared = torch.empty(shape, dtype=torch.uint8)
+            with progress.task(f"preparing {source.name}", len(source)) as bar:
+                for index in range(len(source)):
+                    image = source[index]
+                    for number, kernel in enumerate(self.kernels):
+                        self._prepared[index, number] = (preprocessing(image, kernel) * 255).round()
+                    bar.advance()
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor:
-        place = int(torch.randint(len(self.kernels), ()))
-        if self._kept is not None:
-            return self._kept[index, place].float() / 255
-        return self.preprocessing(self.source[index], self.kernels[place])
+        number = int(torch.randint(len(self.kernels), ()))
+        if self._prepared is not None:
+            return self._prepared[index, number].float() / 255
+        return self.preprocessing(self.source[index], self.kernels[number])
 
 
 class Reconstructions(Dataset[tuple[Tensor, Tensor]]):
-    """Images of the classes that a generator has made again: prepared as outliers are, each with its class's number.
+    """Reconstructed images of the classes for training: items (image, label), the images prepared like outliers.
 
-    Raises SourceError for images without labels, or of other classes.
+    Raises:
+        SourceError: for images without labels, or of other classes.
     """
 
     def __init__(
-        self, source: ImageSource, names: Sequence[str], preprocessing: Preprocessing, resize: Resize = "both"
+        self, source: ImageSource, class_names: Sequence[str], preprocessing: Preprocessing, resize: Resize = "both"
     ) -> None:
-        self.numbers = class_numbers(source, names)
+        self.labels = class_numbers(source, class_names)
         self.images = OutlierImages(source, preprocessing, resize)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.numbers[index]
+        return self.images[index], self.labels[index]
 
 
 class ExposedImages(Dataset[tuple[Tensor, ...]]):
-    """Labelled images, each with an outlier: at every position of the stream of images stands the next outlier.
+    """Labelled images, each with an outlier.
 
-    Outliers run in permutations laid end to end, however many there are: each is seen as often as any other. So do
-    reconstructions.
+    The outliers come in random permutations, one after the other, so that each is seen as often as any other, however
+    many there are. So do the reconstructions.
 
     Args:
-        images: items (image, class number).
-        seed: of the orders.
-        outliers: None: items stay pairs.
-        reconstructions: items (image, class number) that take the place of images.
-        reconstructed: at this share of the positions, drawn from torch's generator.
-        partners: of each image, the places of the outliers that it is seen with, in turn; None: with any.
+        images: items (image, label).
+        seed: seed of the permutations.
+        outliers: the outliers; None: items remain (image, label).
+        reconstructions: items (image, label) that replace images.
+        reconstructed: the share of positions at which they do, drawn from torch's generator.
+        partners: for each image, the indices of the outliers that it is paired with, in turn; None: with any.
     """
 
     def __init__(
@@ -253,31 +253,26 @@ class ExposedImages(Dataset[tuple[Tensor, ...]]):
         reconstructed: float = 0.0,
         partners: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self.images, self.partners = images, partners
-        self.outliers = None if outliers is None else _Stream(outliers, seed_of(seed, "outliers"))
-        again = None if reconstructions is None else _Stream(reconstructions, seed_of(seed, "reconstructions"))
-        self.reconstructions, self.reconstructed = again, reconstructed
+        self.images, self.outliers, self.reconstructions = images, outliers, reconstructions
+        self.reconstructed, self.partners = reconstructed, partners
+        self._outlier_order = None if outliers is None else DataOrder(len(outliers), seed_of(seed, "outliers"))
+        self._reconstruction_order = (
+            None if reconstructions is None else DataOrder(len(reconstructions), seed_of(seed, "reconstructions"))
+        )
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images)  # type: ignore[arg-type]
 
     def at(self, position: int, index: int) -> tuple[Tensor, ...]:
-        """Image (C, H, W), class number and, where there are any, outlier (C, H, W) at a position of the stream."""
-        again = self.reconstructions is not None and float(torch.rand(())) < self.reconstructed
-        item = self.reconstructions[position] if again and self.reconstructions is not None else self.images[index]
-        if self.outliers is None:
+        """Image (C, H, W), label and, if there are outliers, outlier (C, H, W) at a position of the stream of items."""
+        reconstructions, order = self.reconstructions, self._reconstruction_order
+        if reconstructions is not None and order is not None and float(torch.rand(())) < self.reconstructed:
+            item = reconstructions[order[position]]
+        else:
+            item = self.images[index]
+        if self.outliers is None or self._outlier_order is None:
             return item
         if self.partners is None:
-            return (*item, self.outliers[position])
-        partners = self.partners[index]
-        return (*item, self.outliers.data[partners[position // len(self) % len(partners)]])
-
-
-class _Stream:
-    """A data set over and over, each time in another order."""
-
-    def __init__(self, data: OutlierImages | Reconstructions, seed: int) -> None:
-        self.data, self.order = data, DataOrder(len(data), seed)
-
-    def __getitem__(self, position: int) -> Any:
-        return self.data[self.order[position]]
+            return (*item, self.outliers[self._outlier_order[position]])
+        epoch, partners = position // len(self), self.partners[index]
+        return (*item, self.outliers[partners[epoch % len(partners)]])

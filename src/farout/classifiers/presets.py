@@ -1,4 +1,4 @@
-"""Recipes of classifiers by name."""
+"""Presets of the settings of classifiers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ classifiers (SGD with Nesterov momentum 0.9, 100 epochs of CIFAR's 391 updates a
 With outliers: `ncis_tiny` is `tiny` with the energy regulariser, for CPUs. `ncis_cifar100` is the released recipe of
 NCIS: 250 epochs of 196 updates, 6,400 outliers, the mean and deviation of CIFAR-10. `ncis_imagenet100` is 20 epochs of
 1,625 updates with the head of two layers; the released code keeps the `small` stem at 224 pixels, 16 times the work
-(`--model.stem small`), and does not tell whether its 20 epochs start from trained weights. `sona` is SONA's for
+(`--model.stem small`), and does not say whether its 20 epochs start from trained weights. `sona` is SONA's for
 ImageNet-200: 100 passes over 260,000 images and as many reconstructions of them (`--reconstructions`), from scratch;
 `sona_tiny` is `tiny` with its loss. `vos`, which needs no outliers, is the recipe of VOS for CIFAR-10: 100 epochs, of
-which the first 40 learn the classes alone; its network drops out a share of 0.3, ours none."""
+which the first 40 learn the classes only; its network has a dropout of 0.3, ours none."""

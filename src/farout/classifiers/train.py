@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from farout.classifiers.config import ClassifierConfig
-from farout.classifiers.initial_weights import FRESH, Origin, start_from
+from farout.classifiers.initial_weights import RANDOM_WEIGHTS, WeightsOrigin, load_initial_weights
 from farout.classifiers.model import KIND, Classifier
-from farout.classifiers.outlier_exposure import Exposed, Exposure, Outside, known_classes
-from farout.classifiers.outlier_images import open_outliers, originals, read_made_of
+from farout.classifiers.outlier_exposure import ExposedNetwork, Exposure, ExposureData, count_known_classes
+from farout.classifiers.outlier_images import open_outliers, read_source_hashes, read_source_keys
 from farout.classifiers.presets import PRESETS
 from farout.core import store
 from farout.core.devices import Precision, is_main_process, resolve_precision
@@ -34,12 +34,12 @@ from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.data.splits import learnt_and_validating, log_split, split
 from farout.training.checkpoints import discard_checkpoints, training_folder
-from farout.training.loop import Step, TrainingConfig, train
+from farout.training.loop import TrainingConfig, train
 
-__all__ = ["PRESETS", "ClassifierConfig", "accuracy_on", "train_classifier", "train_on"]
+__all__ = ["PRESETS", "ClassifierConfig", "measure_accuracy", "train_classifier", "train_on_source"]
 
 
-def train_on(
+def train_on_source(
     source: ImageSource,
     config: ClassifierConfig,
     training: TrainingConfig,
@@ -48,105 +48,128 @@ def train_on(
     resume: bool = False,
     class_names: Sequence[str] | None = None,
     weights: str | None = None,
-    outside: Outside = Outside(),  # noqa: B008
+    exposure_data: ExposureData = ExposureData(),  # noqa: B008
     directions: Tensor | None = None,
 ) -> Classifier:
-    """Trains a classifier on all of `source`; the last twentieth of the images, by hash, validates (by cross-entropy
-    alone) where `training.validate_every` is set.
+    """Train a classifier on all images of `source`.
+
+    If `training.validate_every` is set, the last twentieth of the images, by hash, is the validation set, and the
+    validation loss is the cross-entropy.
 
     Args:
-        source: images with labels.
-        config: what is trained.
-        training: how; its seed is also that of the fresh weights.
-        out: folder of the checkpoints; None: none are kept.
-        resume: go on from the last checkpoint there.
-        class_names: of all classes; None: those that occur in `source`, in the order of their labels.
-        weights: to start from, see `start_from`; None: fresh ones. What those of a farout classifier have seen counts
-            as seen; of others `provenance["weights"]` says that it is not known.
-        outside: what it learns from beside them: outliers, which do not count as seen, and reconstructions of images
-            of `source`, which do.
-        directions: fixed directions (K, D) that tell the classes apart, see `ClassifierConfig.build`.
+        source: labelled images.
+        config: settings of the classifier.
+        training: settings of the training; its seed is also that of the initial weights.
+        out: folder of the checkpoints; None: no checkpoints.
+        resume: continue from the newest checkpoint in `out`.
+        class_names: names of all classes; None: those of `source`, in the order of their labels.
+        weights: initial weights, see `load_initial_weights`; None: random. The training images of a farout classifier
+            count as seen; for other weights, `provenance["weights"]` says that they are unknown.
+        exposure_data: settings of outlier exposure, outliers (which do not count as seen) and reconstructions of images
+            of `source` (which do).
+        directions: fixed directions (K, D) of the classes, see `ClassifierConfig.build`.
 
-    Raises FaroutError where there are no labels, one class, a class without images, outliers that are among the images,
-    or another number of directions; StoreError for weights that do not fit.
+    Raises:
+        FaroutError: for images without labels, a single class, a class without images, outliers that are among the
+            images, or a wrong number of directions.
+        StoreError: for weights that do not fit.
     """
     names = class_names_of(source) if class_names is None else class_names
-    numbers = class_numbers(source, names)
-    check_no_class_is_empty(numbers, names)
-    classifier, origin = _start(source, config, (*names, *outside.classes), weights, training.seed, directions)
-    outside.exposure.warn_of_short(numbers, training.steps * training.batch_size)
+    labels = class_numbers(source, names)
+    check_no_class_is_empty(labels, names)
+    all_names = (*names, *exposure_data.added_classes)
+    classifier, origin = _build_classifier(source, config, all_names, weights, training.seed, directions)
+    exposure_data.exposure.warn_of_short_training(labels, training.steps * training.batch_size)
+
     hashes = [source.content_hash(i) for i in range(len(source))]
-    labelled = LabelledImages(PreparedImages(source, classifier.preprocessing), numbers)
-    learning, validation = learnt_and_validating(labelled, hashes, validate=training.validate_every > 0)
-    keys = [source.keys[i] for i in (learning.indices if isinstance(learning, Subset) else range(len(source)))]
-    told = outside.told()
-    begun = "" if origin == FRESH else f" {origin.weights} {origin.classifier}"
-    fixed = "" if directions is None else f" {store.hash_tensors({'directions': directions})}"
-    result = train(
-        outside.learner(classifier.module, classifier.head_name, config.loss(), training),
-        _step(classifier, config),
-        outside.beside(learning, names, hashes, classifier.preprocessing, training.seed, keys),
-        training,
-        out=out,
-        validation=validation,
-        resume=resume,
-        fingerprint=f"{labelled_fingerprint(source, names, numbers)} {asdict(config)}{begun}{fixed}"
-        + (f" {told}" if told else ""),
-    )
-    classifier.trained_on = origin.seen.union(hashes, outside.seen())
-    classifier.provenance = {
-        **{"source": source.name, "data_fingerprint": source.fingerprint(), "images": len(hashes)},
-        **{"steps": result.steps, "training_accuracy": result.losses.get("accuracy"), "seed": training.seed},
-        **{**origin.told(), **told, "model": asdict(config), "training": asdict(training)},
-    }
-    return classifier
+    dataset = LabelledImages(PreparedImages(source, classifier.preprocessing), labels)
+    training_set, validation_set = learnt_and_validating(dataset, hashes, validate=training.validate_every > 0)
+    indices = training_set.indices if isinstance(training_set, Subset) else range(len(source))
+    keys = [source.keys[i] for i in indices]
 
+    # The fingerprint identifies everything that decides what is learned: a run resumes with the same only.
+    exposure_provenance = exposure_data.to_provenance()
+    fingerprint = [labelled_fingerprint(source, names, labels), str(asdict(config))]
+    if origin != RANDOM_WEIGHTS:
+        fingerprint.append(f"{origin.weights} {origin.classifier}")
+    if directions is not None:
+        fingerprint.append(store.hash_tensors({"directions": directions}))
+    if exposure_provenance:
+        fingerprint.append(str(exposure_provenance))
 
-def _step(classifier: Classifier, config: ClassifierConfig) -> Step:
-    """From images, class numbers and maybe outliers to losses; all images are varied alike."""
     loss = config.loss()
 
     def step(network: nn.Module, batch: list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         images, targets, *outliers = batch
-        images = torch.cat([images, *outliers])
-        varied = classifier.normalise(config.augment(images, generator) if network.training else images)
-        if isinstance(network, Exposed):
-            return network.losses(varied, targets, generator)
-        return loss(network(varied), targets)
+        images = torch.cat([images, *outliers])  # all are augmented in the same way
+        if network.training:
+            images = config.augment(images, generator)
+        images = classifier.normalize(images)
+        if isinstance(network, ExposedNetwork):
+            return network.losses(images, targets, generator)
+        return loss(network(images), targets)
 
-    return step
+    result = train(
+        exposure_data.wrap_network(classifier.module, classifier.head_name, loss, training),
+        step,
+        exposure_data.add_to(training_set, names, hashes, classifier.preprocessing, training.seed, keys),
+        training,
+        out=out,
+        validation=validation_set,
+        resume=resume,
+        fingerprint=" ".join(fingerprint),
+    )
+    classifier.trained_on = origin.seen.union(hashes, exposure_data.reconstruction_hashes())
+    classifier.provenance = {
+        "source": source.name,
+        "data_fingerprint": source.fingerprint(),
+        "images": len(hashes),
+        "steps": result.steps,
+        "training_accuracy": result.losses.get("accuracy"),
+        "seed": training.seed,
+        **origin.to_provenance(),
+        **exposure_provenance,
+        "model": asdict(config),
+        "training": asdict(training),
+    }
+    return classifier
 
 
-def _start(
+def _build_classifier(
     source: ImageSource,
     config: ClassifierConfig,
     class_names: Sequence[str],
     weights: str | None,
     seed: int,
     directions: Tensor | None = None,
-) -> tuple[Classifier, Origin]:
+) -> tuple[Classifier, WeightsOrigin]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         classifier = config.build(source, class_names, directions)
-    return classifier, FRESH if weights is None else start_from(classifier.module, weights, config.network)
+    if weights is None:
+        return classifier, RANDOM_WEIGHTS
+    return classifier, load_initial_weights(classifier.module, weights, config.network)
 
 
-def accuracy_on(classifier: Classifier, source: ImageSource, precision: Precision = "fp32") -> float:
-    """The share of a source's readable images whose class the classifier tells; raises FaroutError where there are no
-    labels, other classes than the classifier's, or no image that can be read.
+def measure_accuracy(classifier: Classifier, source: ImageSource, precision: Precision = "fp32") -> float:
+    """The share of a source's readable images that are classified correctly.
+
+    Raises:
+        FaroutError: for images without labels or of other classes, and if no image can be read.
     """
-    numbers, hits = class_numbers(source, classifier.class_names[: known_classes(classifier)]), list[bool]()
-    with task(f"accuracy on images of {source.name}", len(source)) as bar:
-        prepared = classifier.preprocessing
-        size = Runtime(str(classifier.device)).images_per_batch((prepared.channels, *prepared.size))
-        for batch in batches(source, prepared, size):
+    labels = class_numbers(source, classifier.class_names[: count_known_classes(classifier)])
+    is_correct: list[bool] = []
+    preprocessing = classifier.preprocessing
+    batch_size = Runtime(str(classifier.device)).images_per_batch((preprocessing.channels, *preprocessing.size))
+    with task(f"accuracy on {source.name}", len(source)) as bar:
+        for batch in batches(source, preprocessing, batch_size):
             if batch.keys:
                 predicted = classifier.outputs(batch.images, precision=precision).logits.argmax(1).cpu()
-                hits += (predicted == numbers[list(batch.indices)]).tolist()
+                is_correct += (predicted == labels[list(batch.indices)]).tolist()
             bar.advance(len(batch.keys))
-    if not hits:
+    if not is_correct:
         raise FaroutError(f"{source.name} has no readable image to measure the accuracy on")
-    return sum(hits) / len(hits)
+    return sum(is_correct) / len(is_correct)
 
 
 def train_classifier(
@@ -170,9 +193,9 @@ def train_classifier(
 ) -> Classifier:
     """Train a classifier on labelled images.
 
-    A part of the images is held out, by content hash, just as `train_diffusion` does: a later `farout fit` with this
-    classifier and the same source and seed rests its statistics and p-values on them. The accuracy on them is measured
-    and kept in the folder's provenance: as `held_out_accuracy`, or where the weights may have seen some of them, as
+    A part of the images is held out, by content hash, as in `train_diffusion`: a later `farout fit` with this
+    classifier and the same source and seed uses them for its statistics and p-values. The accuracy on them is measured
+    and kept in the folder's provenance: as `held_out_accuracy`, or if the weights may have seen some of them, as
     `possibly_seen_accuracy`.
 
     Args:
@@ -199,92 +222,98 @@ def train_classifier(
         seed: seed of the sample, split, weights and augmentation.
         resume: continue training from the last checkpoint.
 
-    Raises FaroutError where there are no labels, one class, or a class of which no image is left to train on, for
-    kept weights without mean and std, and where loss, its settings and outliers do not go together; StoreError for
-    weights that do not fit.
+    Raises:
+        FaroutError: for images without labels, a single class, a class without training images, kept weights without
+            mean and std, and a loss, settings and outliers that do not go together.
+        StoreError: for weights that do not fit.
     """
     store.check_replaceable(out, KIND)
     exposure.resolved(outliers is not None, reconstructions is not None)
     if keep_weights:
-        _check_keeping(weights, model, exposure, outliers or reconstructions)
-    outside = _open_outside(exposure, outliers, reconstructions, policy, seed)
+        _check_kept_weights(weights, model, exposure, outliers or reconstructions)
+    exposure_data = ExposureData(
+        exposure,
+        outliers=None if outliers is None else open_outliers(outliers, limit=exposure.limit, seed=seed, policy=policy),
+        reconstructions=None
+        if reconstructions is None
+        else open_outliers(reconstructions, policy=policy, kind="reconstructions"),
+        source_keys=read_source_keys(outliers) if exposure.paired and outliers is not None else {},
+    )
     images = open_source(source, limit=limit, seed=seed, policy=policy)
-    names = class_names_of(images)
+    class_names = class_names_of(images)
     parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
     log_split(images, parts)
     settings = replace(training, seed=seed)
     folder = training_folder(out)
-    learning = images.subset(parts.training)
-    held = images.subset(sorted([*parts.statistics, *parts.calibration]))
+    training_images = images.subset(parts.training)
+    held_out = images.subset(sorted([*parts.statistics, *parts.calibration]))
     if keep_weights:
-        trained, origin = _start(learning, model, names, weights, seed)
-        trained.trained_on, trained.provenance = origin.seen, {"source": images.name, **origin.told()}
+        trained, origin = _build_classifier(training_images, model, class_names, weights, seed)
+        trained.trained_on, trained.provenance = origin.seen, {"source": images.name, **origin.to_provenance()}
     else:
-        again, behind = _not_of(outside.reconstructions, reconstructions, held)
-        outer, before = _not_of(outside.outliers, outliers, held)
-        outside = replace(outside, outliers=outer, reconstructions=again)
-        trained = train_on(
-            learning, model, settings, out=folder, resume=resume, class_names=names, weights=weights, outside=outside
+        used_outliers, outlier_sources = _without_held_out(exposure_data.outliers, outliers, held_out)
+        used_reconstructions, reconstruction_sources = _without_held_out(
+            exposure_data.reconstructions, reconstructions, held_out
         )
-        trained.trained_on |= behind | before
+        trained = train_on_source(
+            training_images,
+            model,
+            settings,
+            out=folder,
+            resume=resume,
+            class_names=class_names,
+            weights=weights,
+            exposure_data=replace(exposure_data, outliers=used_outliers, reconstructions=used_reconstructions),
+        )
+        trained.trained_on |= outlier_sources | reconstruction_sources
     if is_main_process():
-        _rate(trained, held, resolve_precision(training.precision, trained.device))
+        # The name says whether the weights may have seen the images before the training.
+        origin = WeightsOrigin(trained.trained_on, trained.provenance["weights"])
+        hashes = [content for content in held_out.content_hashes() if content is not None]
+        prefix = "possibly_seen" if origin.may_have_seen(hashes) else "held_out"
+        accuracy = measure_accuracy(trained, held_out, resolve_precision(training.precision, trained.device))
+        trained.provenance[f"{prefix}_accuracy"] = round(accuracy, 5)
+        trained.provenance[f"{prefix}_images"] = len(held_out)
         trained.save(out)
         discard_checkpoints(folder, settings)
     return trained
 
 
-def _open_outside(
-    exposure: Exposure, outliers: str | None, reconstructions: str | None, policy: Literal["raise", "skip"], seed: int
-) -> Outside:
-    outer = None if outliers is None else open_outliers(outliers, limit=exposure.limit, seed=seed, policy=policy)
-    made_of = read_made_of(outliers) if exposure.paired and outliers is not None else {}
-    again = None if reconstructions is None else open_outliers(reconstructions, policy=policy, kind="reconstructions")
-    return Outside(exposure, outer, again, made_of)
-
-
-def _not_of(
-    made: ImageSource | None, given: str | None, held: ImageSource
+def _without_held_out(
+    synthetic: ImageSource | None, given: str | None, held_out: ImageSource
 ) -> tuple[ImageSource | None, frozenset[str]]:
-    """What a generator has made of images that are not held out, and the content hashes of those images, as far as
-    known: who learns what came of an image has seen it.
+    """The synthetic images that were not generated from held-out images.
+
+    The second result are the content hashes of the images that they were generated from, if known: a classifier that is
+    trained on a synthetic image has seen its source image.
     """
-    if made is None or given is None:
+    if synthetic is None or given is None:
         return None, frozenset()
-    known = originals(given, made)
-    if not any(known):
-        return made, frozenset()
-    apart = frozenset(held.content_hashes())
-    kept = [place for place, original in enumerate(known) if original is None or original not in apart]
+    source_hashes = read_source_hashes(given, synthetic)
+    if not any(source_hashes):
+        return synthetic, frozenset()
+    held_out_hashes = frozenset(held_out.content_hashes())
+    kept = [i for i, content in enumerate(source_hashes) if content is None or content not in held_out_hashes]
     if not kept:
         raise FaroutError(
-            f"all {len(made)} images of {made.name} were made from held-out images; generate some from other images"
+            f"all {len(synthetic)} images of {synthetic.name} were made from held-out images; generate some from other "
+            "images"
         )
-    return made.subset(kept), frozenset(filter(None, (known[place] for place in kept)))
+    kept_hashes = [source_hashes[i] for i in kept]
+    return synthetic.subset(kept), frozenset(content for content in kept_hashes if content)
 
 
-def _check_keeping(weights: str | None, model: ClassifierConfig, exposure: Exposure, outside: str | None) -> None:
-    if outside is not None or exposure.loss not in (None, "cross_entropy"):
-        given = outside or f"the loss {exposure.loss}"
+def _check_kept_weights(weights: str | None, model: ClassifierConfig, exposure: Exposure, outliers: str | None) -> None:
+    if outliers is not None or exposure.loss not in (None, "cross_entropy"):
+        given = outliers or f"the loss {exposure.loss}"
         raise FaroutError(
             f"kept weights are not trained, so {given} has no effect; leave it out, or leave out keep_weights"
         )
     if weights is None:
         raise FaroutError("keep_weights requires weights to keep; give a file of weights")
-    if model.mean is None:  # and so std, they go together
+    if model.mean is None:  # then std is None, too
         raise FaroutError(
             "kept weights require the mean and std that they were trained with, which the images do not determine; "
-            "give "
-            "model.mean and model.std (--model.mean 0.49 0.48 0.45 --model.std 0.25 0.24 0.26, one number a channel)"
+            "give model.mean and model.std (--model.mean 0.49 0.48 0.45 --model.std 0.25 0.24 0.26, one number a "
+            "channel)"
         )
-
-
-def _rate(classifier: Classifier, held: ImageSource, precision: Precision) -> None:
-    """Puts the accuracy on images that training left out into the provenance, under a name that says whether the
-    weights had seen them before.
-    """
-    origin = Origin(classifier.trained_on, classifier.provenance["weights"])
-    hashes = [content for content in held.content_hashes() if content is not None]
-    kind = "possibly_seen" if origin.may_have_seen(hashes) else "held_out"
-    classifier.provenance[f"{kind}_accuracy"] = round(accuracy_on(classifier, held, precision), 5)
-    classifier.provenance[f"{kind}_images"] = len(held)

@@ -213,7 +213,9 @@ class CommandParser:
         if "exposure" in self.groups:
             # settings of the preset that the chosen loss does not use
             values = self.parser.instantiate(self.parser.parse(given, partial=True))
-            unused = values["exposure"].idle(values["outliers"] is not None, values["reconstructions"] is not None)
+            unused = values["exposure"].unused_settings(
+                values["outliers"] is not None, values["reconstructions"] is not None
+            )
             self.parser.set_defaults({f"exposure.{name}": default for name, default in unused.items()})
         parsed = self.parser.parse(given)
         parsed.pop("config", None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
 
-__all__ = ["BatchSize", "blocks_with", "call_in_chunks", "check_batch_size"]
+__all__ = ["BatchSize", "blocks_containing", "call_in_chunks", "check_batch_size"]
 
 BatchSize = int | Literal["auto"]
 """The most rows of one network call; `auto`: what a memory budget holds."""
@@ -96,7 +96,7 @@ def _largest_activation(network: nn.Module, call: Callable[..., Tensor], inputs:
     return largest
 
 
-def blocks_with(missing: Iterable[int], size: int, count: int) -> list[range]:
+def blocks_containing(missing: Iterable[int], size: int, count: int) -> list[range]:
     """The blocks [0, size), [size, 2 size), … of `range(count)` that contain a missing index.
 
     Work that is resumed computes a block as a whole, also where part of it is done: a result then comes from the same

@@ -11,9 +11,9 @@ import torch
 
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.model import Classifier
-from farout.classifiers.outlier_exposure import Exposure, Outside
+from farout.classifiers.outlier_exposure import Exposure, ExposureData
 from farout.classifiers.presets import PRESETS as CLASSIFIER_PRESETS
-from farout.classifiers.train import train_on
+from farout.classifiers.train import train_on_source
 from farout.core.errors import FaroutError
 from farout.data.classes import class_names_of
 from farout.data.image_source import ImageSource
@@ -51,13 +51,13 @@ def train_missing_classifier(detector: DetectorInterface, images: ImageSource, s
     training = TrainingConfig(**CLASSIFIER_PRESETS[settings.classifier_preset]["training"])
     if settings.classifier_steps is not None:
         training = replace(training, steps=settings.classifier_steps)
-    return train_on(
+    return train_on_source(
         images,
         _classifier_config(detector, settings),
         settings.resolve_training(training),
         out=settings.checkpoints / "classifier" if settings.checkpoints is not None else None,
         resume=settings.resume,
-        outside=Outside(_exposure(settings)),
+        exposure_data=ExposureData(_exposure(settings)),
     )
 
 
@@ -86,7 +86,7 @@ def _classifier_config(detector: DetectorInterface, settings: FitSettings) -> Cl
     if settings.classifier_preset not in CLASSIFIER_PRESETS:
         known = ", ".join(CLASSIFIER_PRESETS)
         raise FaroutError(f"there is no classifier preset {settings.classifier_preset!r}; expected one of {known}")
-    _exposure(settings).resolved(outliers=False)
+    _exposure(settings).resolved(has_outliers=False)
     config = ClassifierConfig(**CLASSIFIER_PRESETS[settings.classifier_preset]["model"])
     if "diffusion" in detector.needs:
         shared = _diffusion_config(detector, settings)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from farout.core import progress, store
-from farout.core.chunking import blocks_with
+from farout.core.chunking import blocks_containing
 from farout.core.errors import FaroutError
 from farout.data.decoding import save_png
 from farout.data.readers import CLASSES_FILE
@@ -79,7 +79,7 @@ def write_samples(
     plan.begin()
     missing = {index for index in range(count) if not plan.path(index).is_file()}
     with progress.task(f"images into {out}", len(missing)) as bar:
-        for indices in blocks_with(missing, sampler.images_per_batch, count):
+        for indices in blocks_containing(missing, sampler.images_per_batch, count):
             for index, image in zip(indices, sampler.images(indices, plan.labels(indices)), strict=True):
                 if index in missing:
                     save_png(image, plan.path(index), plan.out / _WORKING)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from farout.core.chunking import blocks_with
+from farout.core.chunking import blocks_containing
 from farout.core.errors import FaroutError
 from farout.core.progress import task
 from farout.data.decoding import save_png, to_pil
@@ -73,7 +73,7 @@ def write_overlays(
     (out / "README.txt").write_text(_README.format(unit=scale.unit, brightest=scale.brightest), encoding="utf-8")
     paths = {index: out / overlay_path(key) for index, key in enumerate(source.keys)}
     missing = {index for index, path in paths.items() if not path.is_file()}
-    blocks = blocks_with(missing, detector.batch_size, len(source))
+    blocks = blocks_containing(missing, detector.batch_size, len(source))
     planned = [index for block in blocks for index in block]
     count = 0
     with task(f"maps of {source.name}", len(planned)) as bar:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from farout.classifiers.model import Classifier
 from farout.core import store
-from farout.core.chunking import blocks_with
+from farout.core.chunking import blocks_containing
 from farout.core.config import Configured, flatten_config
 from farout.core.devices import join_processes
 from farout.core.errors import FaroutError, SourceError
@@ -357,7 +357,7 @@ class Synthesizer(Configured, ABC):
         batch_size = context.runtime.images_per_batch(self.image_shape(context))
         # batches with fixed boundaries are computed whole, so that a resumed run writes the same bytes
         batches = writer.processes.split_between_processes(
-            blocks_with({*missing, *to_reconstruct}, batch_size, context.count)
+            blocks_containing({*missing, *to_reconstruct}, batch_size, context.count)
         )
         with (
             writer,

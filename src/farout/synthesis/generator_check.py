@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from farout.classifiers.model import Classifier
-from farout.classifiers.outlier_exposure import known_classes
+from farout.classifiers.outlier_exposure import count_known_classes
 from farout.core import store
 from farout.core.errors import FaroutError, TrapWarning
 from farout.core.progress import task
@@ -53,7 +53,7 @@ def classifier_indices(classifier: Classifier, names: Sequence[str]) -> list[int
 
     A classifier whose class names are the numbers 0 to K - 1 is assumed to have the classes in the same order.
     """
-    known = list(classifier.class_names[: known_classes(classifier)])
+    known = list(classifier.class_names[: count_known_classes(classifier)])
     if known == [str(number) for number in range(len(names))]:
         return list(range(len(names)))
     missing = [name for name in names if name not in known]

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Sequence
 
 from farout.classifiers.model import Classifier
-from farout.classifiers.outlier_exposure import known_classes
+from farout.classifiers.outlier_exposure import count_known_classes
 from farout.core.errors import TrapWarning, UnreadableImageError
 from farout.data.classes import class_name, names_of
 from farout.data.image_source import ImageSource
@@ -32,7 +32,7 @@ def warn_about_extra_classes(
         names = () if diffusion.conditioning is None else diffusion.conditioning.class_names
         _warn_about_network("diffusion model", names, diffusion.trained_on, source, present)
     if classifier is not None:
-        names = classifier.class_names[: known_classes(classifier)]
+        names = classifier.class_names[: count_known_classes(classifier)]
         # class names 0, 1, … that the images do not use say nothing about which classes these are
         only_numbers = list(names) == [str(number) for number in range(len(names))]
         names = () if only_numbers and present.isdisjoint(names) else names

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from farout.core.chunking import blocks_with
+from farout.core.chunking import blocks_containing
 from farout.core.devices import join_processes
 from farout.core.errors import FaroutError, SourceError
 from farout.core.progress import task
@@ -119,7 +119,7 @@ def reconstruct(
     # batches with fixed boundaries are computed whole, so that a resumed run writes the same bytes
     planned = [
         index
-        for block in writer.processes.split_between_processes(blocks_with(missing, size, len(source)))
+        for block in writer.processes.split_between_processes(blocks_containing(missing, size, len(source)))
         for index in block
     ]
     with writer, task(f"reconstructions into {writer.folder}", len(planned)) as bar:

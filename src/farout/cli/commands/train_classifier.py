@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from farout.classifiers.model import Classifier
-from farout.classifiers.outlier_exposure import Exposure, counted_classes
+from farout.classifiers.outlier_exposure import Exposure, describe_classes
 
 __all__ = ["check_settings", "print_classifier"]
 
@@ -19,7 +19,7 @@ def print_classifier(classifier: Classifier) -> None:
     """Prints the numbers of training images, classes and parameters, and the accuracy on held-out images."""
     about = classifier.provenance
     images = f"trained on {about['images']} images" if "images" in about else "given weights used without training"
-    print(f"{images}, {counted_classes(classifier)}, {classifier.parameters:,} parameters")
+    print(f"{images}, {describe_classes(classifier)}, {classifier.parameters:,} parameters")
     for kind in ("outliers", "reconstructions"):
         if kind in about:
             print(f"{about[kind]['images']} {kind} from {about[kind]['source']}, loss {about['exposure']['loss']}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from farout.classifiers.model import Classifier
-from farout.classifiers.outlier_exposure import counted_classes, known_classes
+from farout.classifiers.outlier_exposure import count_known_classes, describe_classes
 from farout.core.errors import FaroutError
 from farout.core.progress import task
 from farout.data.batching import Batch
@@ -181,7 +181,7 @@ class Denoising(Detector):
         checked_levels(self.levels, diffusion.schedule.steps)
         create_solver(self.config["solver"], diffusion.schedule).check(self._all_paths(diffusion.schedule))
         if self.config["labels"] == "true" and not set(_names(source)) & set(classifier.class_names):
-            known = ", ".join(classifier.class_names[: known_classes(classifier)])
+            known = ", ".join(classifier.class_names[: count_known_classes(classifier)])
             raise FaroutError(f"labels=true requires images of the classes {known}; {source.name} has none of them")
 
     def _all_paths(self, schedule: NoiseSchedule) -> Tensor:
@@ -208,7 +208,7 @@ class Denoising(Detector):
             hint = "give a class-conditional one (farout train diffusion --preset classes) or --condition none"
             raise FaroutError(f"this diffusion model is unconditional and cannot denoise under a class; {hint}")
         if conditioning.num_classes != classifier.classes:
-            counts = f"{conditioning.num_classes} classes, the classifier {counted_classes(classifier)}"
+            counts = f"{conditioning.num_classes} classes, the classifier {describe_classes(classifier)}"
             raise FaroutError(f"the diffusion model knows {counts}; train both on the same images and classes")
         names = {tuple(conditioning.class_names), tuple(classifier.class_names)}
         if len(names - {tuple(map(str, range(classifier.classes)))}) > 1:  # bare numbers are no names

@@ -10,7 +10,7 @@ from pytorch_ood.detector import odin_preprocessing
 from torch import Tensor
 
 from farout.classifiers.model import Classifier
-from farout.classifiers.outlier_exposure import known_classes
+from farout.classifiers.outlier_exposure import count_known_classes
 from farout.core.chunking import call_in_chunks
 from farout.core.devices import autocast
 from farout.core.errors import FaroutError
@@ -135,7 +135,7 @@ class Posthoc(Detector):
     @property
     def head(self) -> Head:
         """The classifier's last layer."""
-        return Head(self.network.head, known_classes(self.network))
+        return Head(self.network.head, count_known_classes(self.network))
 
     @property
     def settings(self) -> Settings:
@@ -160,7 +160,7 @@ class Posthoc(Detector):
         self._check(self.network)
 
     def _check(self, network: Classifier) -> None:
-        if self.config["score"] == "extra" and known_classes(network) == network.classes:
+        if self.config["score"] == "extra" and count_known_classes(network) == network.classes:
             raise FaroutError("this classifier has no class of outliers to score by; train one with --loss k+1")
         if self.config["shaping"] == "maps":
             images = torch.linspace(0, 1, network.preprocessing.channels * 64).reshape(1, -1, 8, 8)
@@ -194,7 +194,7 @@ class Posthoc(Detector):
 
     def _odin(self, images: Tensor) -> Tensor:
         """Logits of the images after ODIN's step."""
-        network, known = self.network, known_classes(self.network)
+        network, known = self.network, count_known_classes(self.network)
         self._rows_seen += 2 * len(images)
 
         def logits(x: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class Posthoc(Detector):
             step, temperature = self.config["odin_step"], self.config["odin_temperature"]
             return logits(odin_preprocessing(logits, x, eps=step, temperature=temperature, norm_std=network.std))
 
-        ready = network.normalise(images.to(network.device))
+        ready = network.normalize(images.to(network.device))
         return call_in_chunks(network.module, changed, ready, batch_size=self.runtime.batch_size)
 
     def fit_statistics(self, measurements: Measurements) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.model import Classifier
-from farout.classifiers.train import train_on
+from farout.classifiers.train import train_on_source
 from farout.core import store
 from farout.core.errors import FaroutError, StoreError, TrapWarning
 from farout.core.progress import task
@@ -162,7 +162,7 @@ def align_images(
         class_vectors = class_conditioning(context.generator).class_vectors()[classes].cpu()
         directions = normalize_class_vectors(class_vectors, context.present_names)
         if not (folder / "classifier").is_dir():
-            trained = train_on(
+            trained = train_on_source(
                 context.source.subset(readable(context.source)),
                 model,
                 alignment.training_config(context.seed, context.runtime),

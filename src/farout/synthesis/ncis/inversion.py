@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from farout.core import store
-from farout.core.chunking import blocks_with
+from farout.core.chunking import blocks_containing
 from farout.core.devices import Precision
 from farout.core.errors import FaroutError, StoreError
 from farout.core.progress import task
@@ -292,7 +292,7 @@ def embed_images(
     missing = [index for index in range(len(source)) if index not in finished]
     # the size of an image batch, which an autoencoder encodes at once; network calls have their own size
     size = runtime.images_per_batch((model.preprocessing.channels, *model.preprocessing.size))
-    planned = [index for block in blocks_with(missing, size, len(source)) for index in block]
+    planned = [index for block in blocks_containing(missing, size, len(source)) for index in block]
     with task(f"embedding {source.name}", len(planned)) as bar:
         for batch in batches(source.subset(planned), model.preprocessing, size, workers=runtime.workers):
             index = torch.tensor([planned[position] for position in batch.indices])

@@ -266,6 +266,6 @@ def test_methods_refuse_networks_and_settings_before_any_work(tmp_path: Path) ->
     with pytest.raises(FaroutError, match="levels"):
         list(run_benchmark(plan_benchmark(parse_benchmark({**wrong, "detectors": [late]}), tmp_path / "out")))
     again = {"again": {"diffusion": "generator", "level": 2}}
-    with pytest.raises(FaroutError, match="levels are shares"):
+    with pytest.raises(FaroutError, match="levels are fractions"):
         list(run_benchmark(plan_benchmark(parse_benchmark({**wrong, "reconstructions": again}), tmp_path / "out")))
     assert not (tmp_path / "out").exists()

@@ -109,14 +109,14 @@ class ReconstructionSpec:
         diffusion: name of a network.
         source: images to reconstruct; None: the training images of the benchmark.
         limit: use a seeded random sample of this many images; None: `train_limit` of the benchmark.
-        level, highest, classes, solver, steps, spacing: as in `farout reconstruct`.
+        level, max_level, classes, solver, steps, spacing: as in `farout reconstruct`.
     """
 
     diffusion: str
     source: str | None = None
     limit: int | None = None
     level: float = ImageToImage.level
-    highest: float | None = ImageToImage.highest
+    max_level: float | None = ImageToImage.max_level
     classes: bool = ImageToImage.classes
     solver: str = ImageToImage.solver
     steps: int | None = ImageToImage.steps
@@ -133,7 +133,7 @@ class ReconstructionSpec:
     @property
     def image_to_image_settings(self) -> dict[str, Any]:
         """The settings that `farout reconstruct` has too."""
-        names = ("level", "highest", "classes", "solver", "steps", "spacing")
+        names = ("level", "max_level", "classes", "solver", "steps", "spacing")
         return {name: getattr(self, name) for name in names}
 
 

@@ -1,1 +1,1 @@
-"""The generative core: schedules, denoisers, solvers, noise and models. It knows nothing of detection."""
+"""Diffusion models: schedules, denoisers, solvers, conditioning, training and sampling; independent of detection."""

@@ -1,7 +1,7 @@
-"""The one contract for a network: `denoiser(x, sigma, condition) -> x0`, and the adapters that keep it.
+"""The interface of all networks, `denoiser(x, sigma, condition) -> x0`, and the adapters that implement it.
 
-`x = x0 + sigma * noise`; the answer is the expected clean value. x, sigma and x0 are float32 in the network's space,
-x of any shape (B, …), sigma (B,), positive and finite.
+For `x = x0 + sigma * noise` a denoiser returns the expected clean value x0. x, sigma and x0 are float32 in the
+network's space; x has any shape (B, ...), sigma has shape (B,) and is positive and finite.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
 def check_prediction(prediction: Prediction) -> Prediction:
-    """The prediction as it is; raises FaroutError for another word."""
+    """The prediction type unchanged; raises FaroutError for an unknown one."""
     if prediction not in get_args(Prediction):
         known = ", ".join(get_args(Prediction))
-        raise FaroutError(f"a network that predicts {prediction!r} is not known; expected one of {known}")
+        raise FaroutError(f"there is no prediction type {prediction!r}; expected one of {known}")
     return prediction
 
 
 class Denoiser(Protocol):
-    """Anything that tells the expected clean value of a noisy one."""
+    """Anything that estimates the expected clean value of a noisy one."""
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
-        """x (B, …) float32, sigma (B,) -> x0 (B, …) float32."""
+        """x (B, ...) float32, sigma (B,) -> x0 (B, ...) float32."""
 
 
 def expand_dims(values: Tensor, like: Tensor) -> Tensor:
-    """values (B,) reshaped to (B, 1, …) on the device of `like`, in float32, to multiply a batch row by row."""
+    """values (B,) reshaped to (B, 1, ...) in float32 on the device of `like`, so that they multiply its rows."""
     return values.to(device=like.device, dtype=torch.float32).reshape(-1, *[1] * (like.ndim - 1))
 
 
 class NetworkDenoiser:
-    """Adapter of a discrete-time, variance-preserving network (diffusers' call) to the contract.
+    """Adapter of a discrete-time, variance-preserving network, called as diffusers' networks are.
 
-    With sigma = sqrt((1 - abar) / abar) and x_vp = x / sqrt(1 + sigma^2), the network's answer is, by `prediction`:
+    With sigma = sqrt((1 - abar) / abar) and x_vp = x / sqrt(1 + sigma^2), the network's output is, by `prediction`:
     eps (`epsilon`), v = sqrt(abar) eps - sqrt(1 - abar) x0 (`v_prediction`, Salimans & Ho 2022) or x0 (`sample`).
 
     Args:
@@ -64,9 +64,9 @@ class NetworkDenoiser:
         prediction: what the network predicts.
         batch_size: the most rows of one network call; `auto`: by memory (see `call_in_chunks`).
         precision: fp32, bf16 or fp16; outputs become float32 before x0 is formed.
-        null: gives the condition of a number of rows where none is given; None: the network gets none.
+        null: count -> the condition of rows that are given none; None: the network is called without a condition.
 
-    Raises FaroutError for an unknown prediction.
+    Raises FaroutError for an unknown prediction type.
 
     Attributes:
         evaluations: rows evaluated so far, guidance branches included.
@@ -86,7 +86,7 @@ class NetworkDenoiser:
         self.evaluations = 0
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
-        """The network's native answer (eps, v or x0), float32, shape of x; differentiable in x and the condition.
+        """The network's output (eps, v or x0), float32, shape of x; differentiable in x and the condition.
 
         Raises FaroutError for a sigma that is not positive and finite.
         """
@@ -99,46 +99,44 @@ class NetworkDenoiser:
         tensors = dict(condition.tensors) if condition is not None else {}
 
         def call(scaled: Tensor, t: Tensor, *values: Tensor) -> Tensor:
-            return self._network(scaled, t, dict(zip(tensors, values, strict=True)))
+            with autocast(scaled.device, self.precision):
+                output: Any = self.network(scaled, t, **dict(zip(tensors, values, strict=True)))
+            prediction: Tensor = (output.sample if hasattr(output, "sample") else output).float()
+            return prediction[:, : scaled.shape[1]]  # without learned variances
 
         return call_in_chunks(self.network, call, scaled, t, *tensors.values(), batch_size=self.batch_size)
 
-    def _network(self, scaled: Tensor, t: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        with autocast(scaled.device, self.precision):
-            output: Any = self.network(scaled, t, **tensors)
-        answer = (output.sample if hasattr(output, "sample") else output).float()
-        return answer[:, : scaled.shape[1]]
-
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
         """The expected clean value, float32, shape of x."""
-        return self.clean(x, sigma, self.predict(x, sigma, condition))
+        return self.to_x0(x, sigma, self.predict(x, sigma, condition))
 
-    def clean(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
-        """x0 from the native answer at (x, sigma): x - sigma eps; x / (1 + sigma^2) - sigma v / sqrt(1 + sigma^2)."""
-        wide = expand_dims(sigma, x)
+    def to_x0(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
+        """x0 from the network's output: x - sigma eps, or x / (1 + sigma^2) - sigma v / sqrt(1 + sigma^2)."""
+        sigma = expand_dims(sigma, x)
         if self.prediction == "epsilon":
-            return x - wide * predicted
+            return x - sigma * predicted
         if self.prediction == "v_prediction":
-            return (x / (1 + wide**2).sqrt() - wide * predicted) / (1 + wide**2).sqrt()
+            return (x / (1 + sigma**2).sqrt() - sigma * predicted) / (1 + sigma**2).sqrt()
         return predicted
 
     def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """What the network should answer for `x0 + sigma noise`: the target of its training loss."""
+        """The target of the training loss for `x0 + sigma noise`: eps, v or x0."""
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "v_prediction":
-            wide = expand_dims(sigma, x0)
-            return (noise - wide * x0) / (1 + wide**2).sqrt()
+            sigma = expand_dims(sigma, x0)
+            return (noise - sigma * x0) / (1 + sigma**2).sqrt()
         return x0
 
 
 def _check_sigma(sigma: Tensor) -> None:
+    """Raises FaroutError for a sigma that is not positive and finite."""
     if sigma.numel() and not bool(((sigma > 0) & torch.isfinite(sigma)).all()):
         raise FaroutError(f"a denoiser requires positive, finite sigmas, got {sigma.min():g} to {sigma.max():g}")
 
 
 class ClampedDenoiser:
-    """A denoiser whose answer is clamped to [low, high]."""
+    """A denoiser whose x0 is clamped to [low, high]."""
 
     def __init__(self, denoiser: Denoiser, low: float, high: float) -> None:
         self.denoiser, self.low, self.high = denoiser, low, high
@@ -154,21 +152,21 @@ class GuidedDenoiser:
     Args:
         denoiser: a conditional denoiser.
         scale: 1 is conditional, 0 unconditional; the weight omega of (1 + omega) cond - omega null is scale - 1.
-        null: gives the null condition of a number of rows.
+        null: count -> the null condition of that many rows.
     """
 
     def __init__(self, denoiser: Denoiser, scale: float, null: Callable[[int], Condition]) -> None:
         self.denoiser, self.scale, self.null = denoiser, scale, null
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
-        """Guided x0; raises FaroutError without a condition to guide by."""
+        """Guided x0; raises FaroutError without a condition."""
         if condition is None:
-            raise FaroutError("guidance requires a condition; call the inner denoiser for an unconditional answer")
+            raise FaroutError("guidance requires a condition; call the inner denoiser for an unconditional prediction")
         if self.scale == 1:
             return self.denoiser(x, sigma, condition)
         both = Condition.join([condition, self.null(len(x))])
-        with_it, without = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return without + self.scale * (with_it - without)
+        conditional, null = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        return null + self.scale * (conditional - null)
 
 
 class GaussianDenoiser:
@@ -185,9 +183,9 @@ class GaussianDenoiser:
         self.evaluations = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
-        """x (B, …) with D values a row -> the posterior mean, in x's type and shape."""
+        """x (B, ...) with D values per row -> the posterior mean, in x's type and shape."""
         _check_sigma(sigma)
         self.evaluations += len(x)
-        centred = (x.double().flatten(1) - self.mean) @ self.basis
+        centered = (x.double().flatten(1) - self.mean) @ self.basis
         gain = self.eigenvalues / (self.eigenvalues + sigma.double()[:, None] ** 2)
-        return (self.mean + (gain * centred) @ self.basis.T).reshape(x.shape).to(x.dtype)
+        return (self.mean + (gain * centered) @ self.basis.T).reshape(x.shape).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Between two images: one image with the other's noise, or the noises of both (Liu et al., 2211.11255)."""
+"""Interpolation between two images: one image with the noise of the other, or the noises of both (Liu et al. 2022)."""
 
 from __future__ import annotations
 
@@ -19,28 +19,35 @@ from farout.diffusion.solvers.registry import create_solver, solver_path
 __all__ = ["InterpolatedImages", "Interpolator", "slerp"]
 
 
-def slerp(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
-    """Spherical interpolation (B, …), an angle for each row: (sin((1 - s) a) first + sin(s a) second) / sin a.
+def slerp(first: Tensor, second: Tensor, fraction: Tensor) -> Tensor:
+    """Spherical interpolation (sin((1 - s) a) first + sin(s a) second) / sin a, where a is the angle between the rows.
 
-    share: s (B,), 0 is the first and 1 the second. Rows that are parallel, or opposite, are interpolated on a line.
+    Args:
+        first: values (B, ...) at s = 0.
+        second: values (B, ...) at s = 1.
+        fraction: s of each row, (B,).
+
+    Rows that are parallel or opposite are interpolated linearly.
     """
-    rows = [each.cpu().double().flatten(1) for each in (first, second)]
-    lengths = (rows[0].norm(dim=1) * rows[1].norm(dim=1)).clamp(min=1e-30)
-    angle = ((rows[0] * rows[1]).sum(1) / lengths).clamp(-1, 1).acos()
-    share = share.to(angle)
-    straight = angle.sin() < 1e-6
-    sine = torch.where(straight, 1.0, angle.sin())
-    weights = [torch.where(straight, s, (s * angle).sin() / sine) for s in (1 - share, share)]
-    mixed = weights[0][:, None] * rows[0] + weights[1][:, None] * rows[1]
-    return mixed.reshape(first.shape).to(first)
+    # float64 on the CPU, because not every device has float64
+    a, b = (values.cpu().double().flatten(1) for values in (first, second))
+    norms = (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-30)
+    angle = ((a * b).sum(1) / norms).clamp(-1, 1).acos()
+    s = fraction.to(angle)
+    is_parallel = angle.sin() < 1e-6
+    sine = torch.where(is_parallel, 1.0, angle.sin())
+    weight_a, weight_b = (torch.where(is_parallel, part, (part * angle).sin() / sine) for part in (1 - s, s))
+    return (weight_a[:, None] * a + weight_b[:, None] * b).reshape(first.shape).to(first)
 
 
 @dataclass(frozen=True)
 class InterpolatedImages:
-    """Images (B, S, C, H, W) in [0, 1] on the CPU, station by station from 0 to the largest level.
+    """Images (B, S, C, H, W) in [0, 1] on the CPU; S counts the levels of an interpolation, both ends included.
 
-    first: image A with the noise of B at each level, denoised: A at 0, B's inversion decoded at the end; second: the
-    same with A and B exchanged; symmetric: between the noises of A and B, at S even shares.
+    Attributes:
+        first: image A with the noise of B at each level, denoised: A at level 0, the decoded inversion of B at the end.
+        second: the same with A and B exchanged.
+        symmetric: between the noises of A and B, at S evenly spaced fractions.
     """
 
     first: Tensor
@@ -49,28 +56,28 @@ class InterpolatedImages:
 
 
 class Interpolator:
-    """Interpolates pairs of images by one solver, there (inversion) and back.
+    """Interpolates pairs of images by DDIM inversion and denoising, with any solver.
 
-    As the code of Liu et al. 2022 (arXiv 2211.11255) has it. An image's noise is its variance-preserving inversion at
-    the largest level. At level t, `sqrt(abar_t) A + sqrt(1 - abar_t) noise of B` is denoised; at the largest level,
-    where abar stands for 0, the noise alone. Paths walk the even grid of levels and end at the schedule's smallest
+    As in the released code of Liu et al. 2022 (arXiv 2211.11255), the noise of an image is its variance-preserving
+    inversion at the largest level T. At level t, `sqrt(abar_t) A + sqrt(1 - abar_t) noise_B` is denoised; at level T,
+    where abar is taken as 0, the noise alone. Paths follow evenly spaced levels and end at the schedule's smallest
     sigma.
 
     Args:
-        model: an unconditional model, or a class-conditional one, which answers by its null condition.
-        solver: a name of `farout.diffusion.solvers.registry.SOLVERS`.
-        steps: steps from the largest level to the smallest, whose levels are the stations' too; a solver that finds its
-            own steps uses them for that alone.
-        stations: levels between the two ends that images are noised to.
+        model: an unconditional model, or a class-conditional one, which is used with its null condition.
+        solver: a name in `farout.diffusion.solvers.registry.SOLVERS`.
+        steps: steps from the largest level to the smallest; an adaptive solver uses them only for the levels at which
+            images are interpolated.
+        images_between: number of interpolated images between the two ends.
         batch_size: the most rows of one network call; `auto`: by memory.
-        precision: of the network.
+        precision: precision of the network.
 
     Attributes:
-        levels: t of every station, ends included.
+        levels: t of every interpolated image, both ends included.
 
     Raises:
-        FaroutError: for more stations than steps have room for, steps that are too few for the solver, and a
-            conditional model without a null condition.
+        FaroutError: for more images than steps, too few steps for the solver, and a conditional model without a null
+            condition.
     """
 
     def __init__(
@@ -78,93 +85,88 @@ class Interpolator:
         model: DiffusionModel,
         solver: str = "pndm4",
         steps: int = 50,
-        stations: int = 9,
+        images_between: int = 9,
         batch_size: BatchSize = "auto",
         precision: Precision = "fp32",
     ) -> None:
         if model.conditioning is not None and not model.conditioning.has_null:
             raise missing_null_condition()
-        self.ladder = sorted({0, *noise_levels.even_levels(model.schedule, steps)})
-        top = len(self.ladder) - 1
-        if stations < 1:
-            raise FaroutError(f"stations is {stations}; expected at least 1")
-        if stations >= top:
+        self.path_levels = sorted({0, *noise_levels.even_levels(model.schedule, steps)})
+        last = len(self.path_levels) - 1
+        if images_between < 1:
+            raise FaroutError(f"images_between must be 1 or more, got {images_between}")
+        if images_between >= last:
             raise FaroutError(
-                f"{stations} stations do not fit between the ends of {top} steps; give {stations + 1} steps or more, "
-                "or fewer stations"
+                f"{images_between} images do not fit between the ends of {last} steps; give {images_between + 1} steps "
+                "or more, or fewer images_between"
             )
-        self.model, self.name = model, solver
-        self._solve = create_solver(solver, model.schedule)
+        self.model, self.solver_name = model, solver
+        self._solver = create_solver(solver, model.schedule)
         self._denoiser = model.denoiser(batch_size, precision)
-        self._places = [round(top * number / (stations + 1)) for number in range(stations + 2)]
-        self.levels = tuple(self.ladder[place] for place in self._places)
-        self._solve.check(self._up(1))
-        self._rehearse_down()
-
-    def _rehearse_down(self) -> None:
+        # indices into path_levels of the interpolated images
+        self._indices = [round(last * number / (images_between + 1)) for number in range(images_between + 2)]
+        self.levels = tuple(self.path_levels[index] for index in self._indices)
+        self._top_scale = float((1 + model.schedule.sigma[-1] ** 2).sqrt())
+        self._solver.check(self._inversion_paths(1))
         try:
-            self._solve.check(self._down(self._places))
+            self._solver.check(self._denoising_paths(self._indices))
         except FaroutError as error:
-            steps, stations, lowest = len(self.ladder) - 1, len(self._places) - 2, self._places[1]
+            lowest = self._indices[1]
             raise FaroutError(
-                f"{stations} stations on {steps} steps leave {lowest} step{'s' * (lowest > 1)} from the lowest station "
-                f"to the image, too few for the solver; take more steps or fewer stations ({error})"
+                f"{images_between} images between the ends of {last} steps leave {lowest} step{'s' * (lowest > 1)} "
+                f"below the lowest level, too few for the solver; increase steps or decrease images_between ({error})"
             ) from error
 
-    def _sigmas(self, place: int) -> Tensor:
-        """Rising sigmas of the ladder up to a place."""
-        return self.model.schedule.sigma_of(torch.tensor(self.ladder[: place + 1])).float()
+    def _sigmas_up_to(self, index: int) -> Tensor:
+        """Rising sigmas of the path's levels up to an index."""
+        return self.model.schedule.sigma_of(torch.tensor(self.path_levels[: index + 1])).float()
 
-    def _up(self, count: int) -> Tensor:
-        """Paths of the inversion of `count` rows."""
-        return solver_path(self.name, self._sigmas(len(self.ladder) - 1)).repeat(count, 1)
+    def _inversion_paths(self, count: int) -> Tensor:
+        """Paths of `count` rows from the smallest level to the largest."""
+        return solver_path(self.solver_name, self._sigmas_up_to(len(self.path_levels) - 1)).repeat(count, 1)
 
-    def _down(self, places: list[int]) -> Tensor:
-        """Paths from places of the ladder to its lowest level, one row each."""
-        return noise_levels.pad_paths([solver_path(self.name, self._sigmas(place).flip(0)) for place in places])
-
-    def _walk(self, x: Tensor, sigmas: Tensor) -> Tensor:
-        return self._solve(self._denoiser, x, sigmas.to(x.device))
+    def _denoising_paths(self, indices: Sequence[int]) -> Tensor:
+        """Paths from levels, given by their indices, to the smallest level; one row each."""
+        paths = [solver_path(self.solver_name, self._sigmas_up_to(index).flip(0)) for index in indices]
+        return noise_levels.pad_paths(paths)
 
     @torch.no_grad()
     def invert(self, x0: Tensor) -> Tensor:
-        """The noise of each x0 (B, …) in the network's space, variance-preserving: x at the largest level, divided by
-        sqrt(1 + sigma^2).
-        """
-        return self._walk(x0, self._up(len(x0))) / self._scale()
-
-    def _scale(self) -> float:
-        return float((1 + self.model.schedule.sigma[-1] ** 2).sqrt())
+        """The variance-preserving noise of each x0 (B, ...): the inversion at level T divided by sqrt(1 + sigma^2)."""
+        return self._solver(self._denoiser, x0, self._inversion_paths(len(x0)).to(x0.device)) / self._top_scale
 
     @torch.no_grad()
     def decode(self, noise: Tensor) -> Tensor:
-        """x0 of each noise (B, …), from the largest level down."""
-        return self._walk(self._scale() * noise, self._down([len(self.ladder) - 1] * len(noise)))
+        """x0 of each variance-preserving noise (B, ...) at level T."""
+        paths = self._denoising_paths([len(self.path_levels) - 1] * len(noise))
+        return self._solver(self._denoiser, self._top_scale * noise, paths.to(noise.device))
 
     @torch.no_grad()
     def __call__(self, first: Tensor, second: Tensor) -> InterpolatedImages:
-        """Interpolates between images (B, C, H, W) in [0, 1] and (B, C, H, W): the first and the first, and so on."""
-        x0 = [self.model.encode(images) for images in (first, second)]
-        noise = self.invert(torch.cat(x0)).chunk(2)
-        inner, stations = self._places[1:-1], len(self._places)
-        starts = [*self._noised(x0[0], noise[1]), *self._noised(x0[1], noise[0]), *self._between(*noise)]
-        places = [*inner, *inner, *[self._places[-1]] * stations]
-        # all in one walk, so that the calls of the network are full
-        sigmas = self._down([place for place in places for _ in range(len(first))])
-        ends = self._walk(torch.cat(starts), sigmas).split(len(first))
-        symmetric = ends[-stations:]
-        one_way = [x0[0], *ends[: len(inner)], symmetric[-1]]
-        other_way = [x0[1], *ends[len(inner) : -stations], symmetric[0]]
-        return InterpolatedImages(self._images(one_way), self._images(other_way), self._images(symmetric))
+        """Interpolates between images A (B, C, H, W) and B (B, C, H, W) in [0, 1], row by row."""
+        a, b = self.model.encode(first), self.model.encode(second)
+        noise_a, noise_b = self.invert(torch.cat([a, b])).chunk(2)
+        inner, count = self._indices[1:-1], len(self._indices)
 
-    def _noised(self, x0: Tensor, noise: Tensor) -> list[Tensor]:
-        """x of every station between the ends: the station's level of `noise` on `x0`."""
-        return [x0 + float(self._sigmas(place)[-1]) * noise for place in self._places[1:-1]]
+        # x = x0 + sigma noise at each level between the ends, and slerp of the noises at the largest level
+        sigmas = [float(self._sigmas_up_to(index)[-1]) for index in inner]
+        fractions = torch.linspace(0, 1, count, dtype=torch.float64)
+        starts = [
+            *(a + sigma * noise_b for sigma in sigmas),
+            *(b + sigma * noise_a for sigma in sigmas),
+            *(self._top_scale * slerp(noise_a, noise_b, fraction.expand(len(a))) for fraction in fractions),
+        ]
+        # all in one call, so that the network's batches are full
+        indices = [*inner, *inner, *[self._indices[-1]] * count]
+        paths = self._denoising_paths([index for index in indices for _ in range(len(a))])
+        x0 = self._solver(self._denoiser, torch.cat(starts), paths.to(a.device)).split(len(a))
 
-    def _between(self, first: Tensor, second: Tensor) -> list[Tensor]:
-        """x of every station of the symmetric kind, all at the largest level: the noises between the two."""
-        shares = torch.linspace(0, 1, len(self._places), dtype=torch.float64)
-        return [self._scale() * slerp(first, second, share.expand(len(first))) for share in shares]
-
-    def _images(self, stations: Sequence[Tensor]) -> Tensor:
-        return torch.stack([self.model.decode(x0).cpu() for x0 in stations], dim=1)
+        symmetric = x0[-count:]
+        asymmetric_first = [a, *x0[: len(inner)], symmetric[-1]]
+        asymmetric_second = [b, *x0[len(inner) : -count], symmetric[0]]
+        return InterpolatedImages(
+            *(
+                torch.stack([self.model.decode(values).cpu() for values in images], dim=1)
+                for images in (asymmetric_first, asymmetric_second, symmetric)
+            )
+        )

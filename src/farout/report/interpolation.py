@@ -55,7 +55,7 @@ def write_interpolations(
     pairs: int = 8,
     solver: str = "pndm4",
     steps: int = 50,
-    stations: int = 9,
+    images_between: int = 9,
     seed: int = 0,
     batch_size: BatchSize = "auto",
     device: str = "auto",
@@ -76,7 +76,7 @@ def write_interpolations(
         solver: one of `ddim`, `heun`, `dpm_solver_2m`, `unipc`, `plms`, `pndm2`, `pndm4`, `ndm1`, `ndm4` or
             `probability_flow`.
         steps: number of steps of the inversion, and of the denoising.
-        stations: number of images between the two ends.
+        images_between: number of images between the two ends.
         seed: seed of the choice of images.
         batch_size: maximum number of images processed together and of rows per network call; `auto`: set by memory.
         device: device of the network: `auto` (CUDA if present, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
@@ -93,7 +93,7 @@ def write_interpolations(
     store.check_replaceable(out, KIND)
     network = model if isinstance(model, DiffusionModel) else DiffusionModel.load(model).to(resolve_device(device))
     resolved_precision = resolve_precision(precision, network.device)
-    interpolator = Interpolator(network, solver, steps, stations, batch_size, resolved_precision)
+    interpolator = Interpolator(network, solver, steps, images_between, batch_size, resolved_precision)
     images = open_source(source, limit=2 * pairs, seed=seed)
     if len(images) < 2 * pairs:
         raise SourceError(f"{images.name} has {len(images)} images, {pairs} pairs require {2 * pairs}")
@@ -123,7 +123,7 @@ def write_interpolations(
         urls = [{name: [png_data_url(image) for image in strip[name]] for name in _STRIPS} for strip in strips]
         page = render_template("interpolation_page.html", about=about, strips=urls, versions=store.versions())
         (folder / "page.html").write_text(page, encoding="utf-8")
-    return InterpolatedFolder(Path(out), pairs, pairs * stations * len(_STRIPS), about["reconstruction_error"])
+    return InterpolatedFolder(Path(out), pairs, pairs * images_between * len(_STRIPS), about["reconstruction_error"])
 
 
 def _interpolate_pairs(

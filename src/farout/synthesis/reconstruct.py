@@ -31,7 +31,7 @@ def reconstruct(
     out: str | Path,
     *,
     level: float = 0.5,
-    highest: float | None = None,
+    max_level: float | None = None,
     classes: bool = True,
     solver: str = "dpm_solver_2m",
     steps: int | None = None,
@@ -61,7 +61,7 @@ def reconstruct(
             prompts=…)` loads.
         out: the output folder.
         level: see `ImageToImage`.
-        highest: see `ImageToImage`.
+        max_level: see `ImageToImage`.
         classes: see `ImageToImage`.
         solver: see `ImageToImage`.
         steps: see `ImageToImage`.
@@ -90,7 +90,7 @@ def reconstruct(
     model = diffusion.to(runtime.device)
     precision: Any = runtime.precision  # resolved, so not `auto`
     reconstruction = ImageToImage(
-        model, level, highest, classes, solver, steps, spacing, seed, runtime.batch_size, precision
+        model, level, max_level, classes, solver, steps, spacing, seed, runtime.batch_size, precision
     )
 
     names = names_of(source)
@@ -131,7 +131,7 @@ def reconstruct(
                 if not bool(torch.isfinite(reconstructed).all()):
                     raise FaroutError("some reconstructions are not numbers; use precision fp32, or a lower level")
                 columns = {
-                    "level": reconstruction.levels(batch.identities),
+                    "level": reconstruction.image_levels(batch.identities),
                     "source_hash": [source.content_hash(index) for index in indices],
                 }
                 writer.write(indices, batch_labels, reconstructed, batch.keys, columns)

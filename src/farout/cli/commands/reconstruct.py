@@ -19,7 +19,7 @@ def reconstruct(
     diffusion: str,
     out: str,
     level: float = 0.5,
-    highest: float | None = None,
+    max_level: float | None = None,
     classes: bool = True,
     solver: str = "dpm_solver_2m",
     steps: int | None = None,
@@ -39,7 +39,7 @@ def reconstruct(
         diffusion: folder of a diffusion model or of Stable Diffusion, or hf://owner/name.
         out: folder of the images, one folder per class.
         level: noise level as a share of the schedule, 0 to 1; 0: the autoencoder's reconstruction only.
-        highest: draw a noise level per image, between `level` and this one; default: always `level`.
+        max_level: draw a noise level per image, between `level` and this one; default: always `level`.
         classes: denoise each image under its class, if the model is class-conditional.
         solver: one of `ddim`, `heun`, `dpm_solver_2m`, `unipc`, `plms`, `pndm2`, `pndm4`, `ndm1`, `ndm4` or
             `probability_flow`.
@@ -56,7 +56,7 @@ def reconstruct(
         diffusion,
         out,
         level=level,
-        highest=highest,
+        max_level=max_level,
         classes=classes,
         solver=solver,
         steps=steps,

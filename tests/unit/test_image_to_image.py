@@ -121,13 +121,15 @@ def test_the_further_the_less_is_left(images: Path) -> None:
 
 def test_levels_are_drawn_by_seed_and_key() -> None:
     keys = [f"{number}" for number in range(400)]
-    levels = torch.tensor(ImageToImage(model(), 0.2, 0.6).levels(keys))
+    levels = torch.tensor(ImageToImage(model(), 0.2, 0.6).image_levels(keys))
     assert 0.2 <= float(levels.min()) < 0.21
     assert 0.59 < float(levels.max()) <= 0.6
     assert float(levels.mean()) == pytest.approx(0.4, abs=0.02)
-    assert torch.equal(torch.tensor(ImageToImage(model(), 0.2, 0.6).levels(keys[::-1])), levels.flip(0))
-    assert ImageToImage(model(), 0.2, 0.6, seed=1).levels(keys) != ImageToImage(model(), 0.2, 0.6).levels(keys)
-    assert set(ImageToImage(model(), 0.5).levels(keys)) == {0.5}
+    assert torch.equal(torch.tensor(ImageToImage(model(), 0.2, 0.6).image_levels(keys[::-1])), levels.flip(0))
+    assert ImageToImage(model(), 0.2, 0.6, seed=1).image_levels(keys) != ImageToImage(model(), 0.2, 0.6).image_levels(
+        keys
+    )
+    assert set(ImageToImage(model(), 0.5).image_levels(keys)) == {0.5}
 
 
 def test_images_go_under_their_own_class_without_guidance() -> None:
@@ -138,7 +140,7 @@ def test_images_go_under_their_own_class_without_guidance() -> None:
     assert not torch.allclose(own[1], other[1], atol=1e-3)
     none = ImageToImage(network, 0.5, classes=False, steps=3)
     assert not torch.allclose(none(pixels, "xyz"), own, atol=1e-3)
-    with pytest.raises(FaroutError, match="require a label each, 0 to 2"):
+    with pytest.raises(FaroutError, match="requires a label for each, 0 to 2"):
         trip(pixels, "xyz")
 
 
@@ -149,7 +151,7 @@ def test_level_zero_is_the_autoencoder_alone() -> None:
     torch.testing.assert_close(again, network.decode(network.encode(pixels)), atol=1e-5, rtol=0)
     assert not torch.allclose(again, pixels, atol=0.01)
     assert not torch.allclose(again, ImageToImage(network, 0.5)(pixels, "vwxyz"), atol=1e-3)
-    assert min(ImageToImage(network, 0.0, 0.5).levels([str(n) for n in range(3000)])) >= 0.001
+    assert min(ImageToImage(network, 0.0, 0.5).image_levels([str(n) for n in range(3000)])) >= 0.001
     alone = torch.cat([ImageToImage(network, 0.3)(pixels[i : i + 1], "vwxyz"[i]) for i in range(5)])
     assert_close(alone, ImageToImage(network, 0.3)(pixels, "vwxyz"))
 
@@ -157,16 +159,16 @@ def test_level_zero_is_the_autoencoder_alone() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"level": -0.1}, "0 to 1, the highest last; got -0.1"),
-        ({"level": 0.6, "highest": 0.5}, "got 0.6 to 0.5"),
-        ({"highest": 1.1}, "got 0.5 to 1.1"),
+        ({"level": -0.1}, "at least level; got -0.1"),
+        ({"level": 0.6, "max_level": 0.5}, "got 0.6 to 0.5"),
+        ({"max_level": 1.1}, "got 0.5 to 1.1"),
         ({"level": 0.0}, "no autoencoder"),
-        ({"level": 0.0, "highest": 0.5}, "no autoencoder"),
+        ({"level": 0.0, "max_level": 0.5}, "no autoencoder"),
         ({"steps": 0}, "at least 1 step"),
         ({"spacing": "even"}, "grid or geometric"),
         ({"solver": "euler"}, "no solver 'euler'"),
         ({"solver": "pndm4", "steps": 2}, "warms up"),
-        ({"solver": "pndm4", "level": 0.002, "highest": 0.5}, "warms up"),
+        ({"solver": "pndm4", "level": 0.002, "max_level": 0.5}, "warms up"),
         ({"solver": "probability_flow", "steps": 3}, "chooses its own steps"),
     ],
 )
@@ -180,7 +182,7 @@ def test_what_cannot_work_is_refused_at_once(settings: dict[str, Any], message: 
 
 
 def test_labels_and_keys_are_kept(images: Path, tmp_path: Path) -> None:
-    done = made(images, tmp_path / "o", level=0.3, highest=0.5)
+    done = made(images, tmp_path / "o", level=0.3, max_level=0.5)
     source, manifest, before = done.source(), done.manifest(), open_source(images)
     assert (done.images, done.requested, done.generated) == (12, 12, 12)
     assert manifest["source"].tolist() == list(before.keys)
@@ -199,7 +201,7 @@ def test_labels_and_keys_are_kept(images: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_has_the_same_bytes_and_any_batch_the_same_images(images: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"level": 0.3, "highest": 0.5}
+    settings: dict[str, Any] = {"level": 0.3, "max_level": 0.5}
     few = Runtime(device="cpu", precision="fp32", batch_size=2, workers=0)
     whole = made(images, tmp_path / "whole", runtime=few, **settings)
     large = made(images, tmp_path / "large", **settings)
@@ -337,7 +339,7 @@ def test_what_came_of_images_that_are_held_out_is_not_learnt(tmp_path: Path) -> 
 def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     conditional().save(tmp_path / "m")
     words = ["reconstruct", str(images), "--diffusion", str(tmp_path / "m"), "--out", str(tmp_path / "o")]
-    words += ["--steps", "2", "--device", "cpu", "--level", "0.2", "--highest", "0.4"]
+    words += ["--steps", "2", "--device", "cpu", "--level", "0.2", "--max-level", "0.4"]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "12 reconstructions, 12 new" in printed

@@ -67,7 +67,7 @@ def test_slerp_stays_on_the_sphere() -> None:
 
 
 def round_trip(solver: str, steps: int) -> float:
-    interpolator = Interpolator(gaussian_model(), solver, steps, stations=3)
+    interpolator = Interpolator(gaussian_model(), solver, steps, images_between=3)
     x0 = interpolator.model.encode(images(4))
     return float((interpolator.decode(interpolator.invert(x0)) - x0).square().mean().sqrt())
 
@@ -99,7 +99,7 @@ def test_inverted_noise_is_normal() -> None:
 @pytest.mark.parametrize("solver", ["pndm4", "ddim", "dpm_solver_2m", "ndm4", "probability_flow"])
 def test_the_ends(solver: str) -> None:
     """t = 0 is the image itself, the largest level the other image's decoded inversion."""
-    interpolator = Interpolator(gaussian_model(), solver, steps=20, stations=4)
+    interpolator = Interpolator(gaussian_model(), solver, steps=20, images_between=4)
     first, second = images(2), images(2, seed=1)
     found = interpolator(first, second)
     assert found.first.shape == (2, 6, 1, 8, 8)
@@ -113,7 +113,7 @@ def test_the_ends(solver: str) -> None:
 
 
 def test_the_way_leads_from_one_to_the_other() -> None:
-    interpolator = Interpolator(gaussian_model(), steps=50, stations=9)
+    interpolator = Interpolator(gaussian_model(), steps=50, images_between=9)
     first, second = images(3), images(3, seed=1)
     found = interpolator(first, second)
     for way in (found.first, found.symmetric):
@@ -124,7 +124,7 @@ def test_the_way_leads_from_one_to_the_other() -> None:
 
 
 def test_a_pair_does_not_depend_on_its_company() -> None:
-    interpolator = Interpolator(model(), "pndm2", steps=6, stations=2)
+    interpolator = Interpolator(model(), "pndm2", steps=6, images_between=2)
     both = interpolator(images(2), images(2, seed=1))
     alone = interpolator(images(2)[1:], images(2, seed=1)[1:])
     # an inversion and what is decoded of it amplify rounding; a quarter of a grey level
@@ -142,7 +142,7 @@ def test_pairs_are_interpolated_together(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Interpolator, "__call__", counting)
     source = pictures(tmp_path / "images", 10)
-    settings = {"pairs": 3, "solver": "ddim", "steps": 4, "stations": 2}
+    settings = {"pairs": 3, "solver": "ddim", "steps": 4, "images_between": 2}
     write_interpolations(model(), source, tmp_path / "together", **settings)
     assert calls == [3]
     write_interpolations(model(), source, tmp_path / "apart", batch_size=2, **settings)
@@ -156,13 +156,13 @@ def test_what_cannot_be_interpolated() -> None:
     plain = model()
     with pytest.raises(FaroutError, match="no null condition"):
         Interpolator(without_null())
-    with pytest.raises(FaroutError, match=r"9 stations on 10 steps leave 1 step .*pndm4 warms up"):
-        Interpolator(plain, "pndm4", steps=10, stations=9)
-    with pytest.raises(FaroutError, match="10 stations do not fit between the ends of 10 steps; give 11"):
-        Interpolator(plain, "ddim", steps=10, stations=10)
+    with pytest.raises(FaroutError, match=r"9 images between the ends of 10 steps leave 1 step .*pndm4 warms up"):
+        Interpolator(plain, "pndm4", steps=10, images_between=9)
+    with pytest.raises(FaroutError, match="10 images do not fit between the ends of 10 steps; give 11"):
+        Interpolator(plain, "ddim", steps=10, images_between=10)
     with pytest.raises(FaroutError, match="no solver"):
         Interpolator(plain, "euler")
-    found = Interpolator(conditional(), "ddim", steps=4, stations=1)(images(1), images(1, seed=1))
+    found = Interpolator(conditional(), "ddim", steps=4, images_between=1)(images(1), images(1, seed=1))
     assert bool(torch.isfinite(found.symmetric).all())
 
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_interpolated() -> None:
 
 def test_a_folder_of_interpolations(tmp_path: Path) -> None:
     source = pictures(tmp_path / "images", 10)
-    done = write_interpolations(model(), source, tmp_path / "out", pairs=2, solver="ddim", steps=6, stations=2)
+    done = write_interpolations(model(), source, tmp_path / "out", pairs=2, solver="ddim", steps=6, images_between=2)
     assert (done.pairs, done.images) == (2, 12)
     assert math.isfinite(done.reconstruction_error)
     found = open_source(tmp_path / "out")
@@ -187,7 +187,7 @@ def test_a_folder_of_interpolations(tmp_path: Path) -> None:
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     source = pictures(tmp_path / "images", 4)
-    settings = {"solver": "ddim", "steps": 4, "stations": 1}
+    settings = {"solver": "ddim", "steps": 4, "images_between": 1}
     with pytest.raises(SourceError, match="4 images, 3 pairs require 6"):
         write_interpolations(model(), source, tmp_path / "out", pairs=3, **settings)
     with pytest.raises(StoreError, match="not replaced"):
@@ -202,7 +202,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     source = pictures(tmp_path / "images", 4)
     model().save(tmp_path / "m")
     words = ["interpolate", str(tmp_path / "m"), str(source), "--out", str(tmp_path / "o"), "--device", "cpu"]
-    assert main([*words, "--pairs", "1", "--steps", "8", "--stations", "1"]) == 0
+    assert main([*words, "--pairs", "1", "--steps", "8", "--images-between", "1"]) == 0
     assert "page.html" in capsys.readouterr().out
-    assert main([*words, "--pairs", "1", "--steps", "8", "--stations", "7"]) == 1
+    assert main([*words, "--pairs", "1", "--steps", "8", "--images-between", "7"]) == 1
     assert "warms up" in capsys.readouterr().err

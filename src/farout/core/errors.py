@@ -23,7 +23,7 @@ __all__ = [
 
 
 class FaroutError(Exception):
-    """A mistake that the caller can mend; the command line prints it without a traceback."""
+    """An error that the caller can correct; the command line prints it without a traceback."""
 
 
 class SourceError(FaroutError, ValueError):
@@ -39,7 +39,7 @@ class StoreError(FaroutError, ValueError):
 
 
 class MissingExtraError(FaroutError, ImportError):
-    """An optional dependency is not installed; the message names the extra that brings it."""
+    """An optional dependency is not installed; the message names the extra that installs it."""
 
 
 class UsageError(FaroutError):
@@ -47,37 +47,40 @@ class UsageError(FaroutError):
 
 
 class FaroutWarning(UserWarning):
-    """Base of all warnings of this library."""
+    """Base class of all warnings of this library."""
 
 
 class NaNScoresWarning(FaroutWarning):
-    """Some scores are not numbers; they are left out of every metric and counted."""
+    """Some scores are not numbers; they are excluded from every metric and counted."""
 
 
 class ConstantScoresWarning(FaroutWarning):
-    """All scores are equal: they say nothing, and the AUROC is one half by definition."""
+    """All scores are equal: they carry no information, and the AUROC is one half by definition."""
 
 
 class ShortfallWarning(FaroutWarning):
-    """Fewer images than a split or a statistic wants."""
+    """There are fewer images than a split or a statistic requires."""
 
 
 class TrapWarning(FaroutWarning):
     """A known trap of evaluation: native size, value range, precision, AUROC below one half."""
 
 
-def check_options(options: object, word: str, rules: Iterable[tuple[str, bool, str]]) -> None:
-    """Raises FaroutError for the first of the rules that does not hold; `word` says what kind of options these are.
+def check_options(options: object, kind: str, rules: Iterable[tuple[str, bool, str]]) -> None:
+    """Raise FaroutError for the first rule that is violated.
 
-    A rule: the option's name, whether it holds, what is expected.
+    Args:
+        options: an object with the options as attributes.
+        kind: what kind of options they are, for the message.
+        rules: for each rule the name of the option, whether the rule holds, and what is expected.
     """
     for name, holds, expected in rules:
         if not holds:
-            raise FaroutError(f"the {word} {name} is {getattr(options, name)!r}; expected {expected}")
+            raise FaroutError(f"the {kind} {name} is {getattr(options, name)!r}; expected {expected}")
 
 
 def suggest_names(word: str, known: Iterable[str]) -> str:
-    """`did you mean …?` where something known is near, else the list of what is known."""
-    known = list(known)
-    near = [name for name in known if word and name.startswith(word)] or get_close_matches(word, known, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
+    """A hint for an unknown word: "did you mean …?" if known names are similar, else the list of known names."""
+    names = list(known)
+    similar = [name for name in names if word and name.startswith(word)] or get_close_matches(word, names, n=3)
+    return f"did you mean {' or '.join(similar)}?" if similar else f"known: {', '.join(names) or 'none'}"

@@ -1,4 +1,4 @@
-"""How the networks of a detector or a synthesizer are run."""
+"""The settings for running the networks of a detector or a synthesizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CPU_IMAGES, _ACCELERATOR_IMAGES = 64, 256
 
 @dataclass(frozen=True)
 class Runtime:
-    """How networks are run. Raises FaroutError for sizes out of range.
+    """Settings for running networks. Raises FaroutError for values out of range.
 
     Only `device` and `precision` change results by more than rounding; `batch_size`, `workers` and `cache` change
     speed and memory.
@@ -44,21 +44,22 @@ class Runtime:
             raise FaroutError(f"workers is {self.workers}; expected 0 or more threads")
 
     def resolved(self) -> Runtime:
-        """With `device` and `precision` replaced by what `auto` means on this machine.
+        """The same settings with the device and precision that `auto` stands for on this machine.
 
-        Raises FaroutError for a device that is not there, and a precision that it lacks.
+        Raises:
+            FaroutError: for a device that is not available, or a precision that it does not support.
         """
         device = resolve_device(self.device)
         return replace(self, device=str(device), precision=resolve_precision(self.precision, device))
 
     def images_per_batch(self, shape: Sequence[int], rows_per_image: int = 1) -> int:
-        """The number of images of `shape` (C, H, W) to process together: `batch_size`, or by memory.
+        """The number of images of `shape` (C, H, W) to process together: `batch_size`, or by memory if it is `auto`.
 
-        `auto` allows for about ten float32 arrays of the size of a solver's input, `rows_per_image` rows an image, in
-        256 MiB and 64 images on a CPU, 2 GiB and 256 images on an accelerator.
+        `auto` reserves memory for about ten float32 arrays of the size of a solver's input, with `rows_per_image` rows
+        per image: at most 256 MiB and 64 images on a CPU, 2 GiB and 256 images on an accelerator.
         """
         if self.batch_size != "auto":
             return self.batch_size
         on_cpu = self.device.partition(":")[0] in ("cpu", "auto")
-        memory, most = (_CPU_MEMORY, _CPU_IMAGES) if on_cpu else (_ACCELERATOR_MEMORY, _ACCELERATOR_IMAGES)
-        return max(1, min(memory // (10 * 4 * math.prod(shape) * rows_per_image), most))
+        memory, max_images = (_CPU_MEMORY, _CPU_IMAGES) if on_cpu else (_ACCELERATOR_MEMORY, _ACCELERATOR_IMAGES)
+        return max(1, min(memory // (10 * 4 * math.prod(shape) * rows_per_image), max_images))

@@ -1,4 +1,4 @@
-"""Folders and files on disk: written to a temporary name, then renamed; hashed; loaded without executing anything."""
+"""Files and folders on disk: written to a temporary name and then renamed, hashed, loaded without executing code."""
 
 from __future__ import annotations
 
@@ -41,44 +41,44 @@ __all__ = [
 ]
 
 FORMAT = 1
-"""Version of the folder layout; a folder of a newer one is refused."""
+"""Version of the folder layout; folders of a newer version are refused."""
 
 
-def _mode(folder: bool) -> int:
+def _default_mode(folder: bool) -> int:
+    """The permissions of new files and folders, which temporary ones do not have."""
     mask = os.umask(0)
     os.umask(mask)
     return (0o777 if folder else 0o666) & ~mask
 
 
 @contextmanager
-def atomic_file(path: str | Path, working: Path | None = None) -> Iterator[Path]:
-    """Yields a temporary path beside `path` and renames it to `path` at the end; after an error nothing is left.
+def atomic_file(path: str | Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path next to `path` and rename it to `path` at the end; after an error nothing is left.
 
-    working: that path instead, which is always the same: killed runs leave one file at most, and it is found again.
+    Args:
+        path: the file to write.
+        temporary: the temporary path; with a fixed one, killed runs leave at most one file. None: a new name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path) if working is None else working
+    working = temporary
+    if working is None:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        working = Path(name)
     try:
-        yield temporary
-        if working is None:
-            temporary.chmod(_mode(folder=False))
-        os.replace(temporary, path)
+        yield working
+        if temporary is None:
+            working.chmod(_default_mode(folder=False))
+        os.replace(working, path)
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    """A new file beside `path`, for its owner's eyes only."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    return Path(name)
+        working.unlink(missing_ok=True)
 
 
 def check_replaceable(path: str | Path, kind: str) -> None:
-    """Raises StoreError unless `path` is free, an empty folder, or a folder of that kind that farout wrote.
+    """Raise StoreError unless `path` does not exist, is an empty folder, or is a farout folder of that kind.
 
-    Called before long work starts, so that nobody's files are lost and no work is done in vain.
+    Called before long work starts, so that no files are lost and no work is wasted.
     """
     path = Path(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -93,30 +93,34 @@ def check_replaceable(path: str | Path, kind: str) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path, kind: str | None) -> Iterator[Path]:
-    """Yields a temporary folder beside `path` and renames it to `path` at the end; after an error nothing is left.
+    """Yield a temporary folder next to `path` and rename it to `path` at the end; after an error nothing is left.
 
-    Raises StoreError where something else than an older folder of the same kind stands at `path`; None: whatever
-    stands there is the caller's own to replace.
+    Args:
+        path: the folder to write.
+        kind: kind of the folder; None: do not check what is replaced.
+
+    Raises:
+        StoreError: if `path` is something else than a folder of that kind.
     """
-    path = Path(os.path.abspath(path))  # `.` has a name, too
+    path = Path(os.path.abspath(path))  # so that `.` has a name
     if kind is not None:
         check_replaceable(path, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
-        temporary.chmod(_mode(folder=True))
-        _swap(temporary, path)
+        temporary.chmod(_default_mode(folder=True))
+        _replace_folder(path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _swap(new: Path, path: Path) -> None:
-    """Puts folder `new` at `path`; an old folder there is removed only after the new one stands."""
+def _replace_folder(path: Path, new: Path) -> None:
+    """Rename folder `new` to `path`; an old folder is removed after that."""
     if not path.exists():
         os.replace(new, path)
         return
-    old = new.with_name(f"{new.name}.old")  # a free name: Windows puts no folder over another, not even an empty one
+    old = new.with_name(f"{new.name}.old")  # Windows cannot rename a folder to an existing one
     os.replace(path, old)
     try:
         os.replace(new, path)
@@ -127,14 +131,14 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes `content` as indented JSON, atomically; a value that JSON lacks (NaN included) is an error."""
+    """Write `content` as indented JSON, atomically; values that JSON does not have, such as NaN, are an error."""
     text = json.dumps(content, indent=2, allow_nan=False, sort_keys=False) + "\n"
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON object; raises StoreError when the file is missing or is not one."""
+    """Read a JSON object. Raises StoreError if the file is missing or is not one."""
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -148,12 +152,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def write_hashes(path: str | Path, hashes: Collection[str]) -> None:
-    """Writes content hashes of images, sorted, one a line."""
+    """Write content hashes of images, sorted, one per line."""
     Path(path).write_text("".join(f"{line}\n" for line in sorted(hashes)), encoding="utf-8")
 
 
 def read_hashes(path: str | Path) -> frozenset[str]:
-    """Reads what `write_hashes` wrote; raises StoreError when it is missing, as images seen would pass for new ones."""
+    """Read content hashes. Raises StoreError if the file is missing, because seen images would count as unseen."""
     path = Path(path)
     if not path.is_file():
         raise StoreError(f"{path} is missing, which lists the images that were seen; the folder is incomplete")
@@ -161,15 +165,16 @@ def read_hashes(path: str | Path) -> frozenset[str]:
 
 
 def write_config(folder: str | Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Writes `config.json` of a model or score folder: its kind, layout version, library versions, and `content`."""
+    """Write `config.json` of a farout folder: its kind, layout version, library versions, command, and `content`."""
     head = {"farout": {"kind": kind, "format": FORMAT, "versions": versions(), "command": shlex.join(sys.argv)}}
     write_json(Path(folder) / "config.json", {**head, **content})
 
 
 def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
-    """Reads `config.json` of a folder of the given kind, without its head.
+    """Read the content of `config.json` of a farout folder of the given kind.
 
-    Raises StoreError for a missing folder, a folder of another kind, or one written by a newer layout.
+    Raises:
+        StoreError: for a missing folder, a folder of another kind, or one of a newer layout version.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -186,7 +191,7 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
 
 
 def kind_of(folder: str | Path) -> str | None:
-    """The kind of a folder that farout wrote, as its `config.json` says; None for any other."""
+    """The kind of a farout folder according to its `config.json`; None for other folders."""
     path = Path(folder) / "config.json"
     try:
         head = read_json(path).get("farout") if path.is_file() else None
@@ -196,44 +201,44 @@ def kind_of(folder: str | Path) -> str | None:
 
 
 def resume_config(folder: str | Path, kind: str, settings: Mapping[str, Any], about: Mapping[str, Any] = {}) -> None:
-    """Opens a folder that is filled bit by bit: writes its `config.json`, or sees that the one there says the same.
+    """Open a folder that is filled step by step: write its `config.json`, or check that an existing one agrees.
 
     Args:
-        folder: made where it is not there.
-        kind: of the folder.
-        settings: all that decides what is put into it; those within `config` are compared one by one.
-        about: written beside them and not compared.
+        folder: the folder, which is created if it does not exist.
+        kind: kind of the folder.
+        settings: everything that determines its content; the entries of `config` are compared one by one.
+        about: further content of `config.json`, which is not compared.
 
-    Raises StoreError where something else is in the folder, or what was made with other settings; it lists these.
+    Raises:
+        StoreError: if the folder is something else, or was written with other settings, which the message lists.
     """
     folder = Path(folder)
     check_replaceable(folder, kind)
     if not (folder / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, kind, {**settings, **about})
-    now, known = _flat(json.loads(json.dumps(settings))), _flat(read_config(folder, kind))
-    differing = [
-        f"{name}: {known.get(name)} before, {value} now" for name, value in now.items() if known.get(name) != value
+    new, old = (
+        {**content, **content.get("config", {}), "config": None}
+        for content in (json.loads(json.dumps(settings)), read_config(folder, kind))
+    )
+    differences = [
+        f"{name}: {old.get(name)} before, {value} now" for name, value in new.items() if old.get(name) != value
     ]
-    if differing:
+    if differences:
         raise StoreError(
-            f"{folder} holds {kind} made with other settings ({'; '.join(differing)}); give another folder"
+            f"{folder} holds {kind} made with other settings ({'; '.join(differences)}); give another folder"
         )
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    return {**settings, **settings.get("config", {}), "config": None}
-
-
-def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], note: Mapping[str, str] | None = None) -> None:
-    """Writes named tensors as safetensors, atomically."""
+def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write named tensors as safetensors, atomically."""
     plain = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
-        save_file(plain, temporary, metadata=dict(note or {}))
+        save_file(plain, temporary)
 
 
 def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file; raises StoreError when it is missing, cut short or altered."""
+    """Read a safetensors file. Raises StoreError if it is missing, cut short or altered."""
     path = Path(path)
     if not path.is_file():
         raise StoreError(f"{path} is missing; the folder is incomplete")
@@ -244,7 +249,7 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of names: the identity of weights."""
+    """SHA-256 of names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous().cpu()
@@ -254,7 +259,7 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of farout and of the libraries that decide its numbers."""
+    """Versions of farout and of the libraries that determine its results."""
     return {name: _version(name) for name in ("farout", "torch", "diffusers", "timm", "pytorch-ood", "numpy", "pillow")}
 
 

@@ -1,6 +1,6 @@
 """How much bf16 changes scores: every detector, fitted in fp32, scores the same images in fp32 and in bf16.
 
-Differences are in standard deviations of the calibration scores, which are those of fp32.
+Differences are in standard deviations of the calibration scores in fp32.
 
     farout train diffusion fashion_mnist:train --limit 6000 --preset classes --training.steps 400 --out diffusion/
     farout train classifier fashion_mnist:train --limit 6000 --training.steps 300 --out classifier/
@@ -16,58 +16,60 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from sklearn.metrics import roc_auc_score
 
 from farout import Classifier, DiffusionModel
-from farout.core import registry
 from farout.core.runtime import Runtime
+from farout.detectors import DETECTORS
 from farout.detectors.base import Detector
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--diffusion", required=True)
     parser.add_argument("--classifier", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=sorted(DETECTORS))
     parser.add_argument("--images", default="fashion_mnist:train")
     parser.add_argument("--id", default="fashion_mnist:test")
     parser.add_argument("--ood", default="mnist:test")
+    parser.add_argument("--fit-limit", type=int, default=600)
     parser.add_argument("--count", type=int, default=150)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(2)
-    diffusion, classifier = DiffusionModel.load(given.diffusion), Classifier.load(given.classifier)
+    diffusion, classifier = DiffusionModel.load(arguments.diffusion), Classifier.load(arguments.classifier)
     rows: list[dict[str, Any]] = []
-    for name in sorted(registry.members("detectors")):
-        detector: Detector = registry.find("detectors", name).load()()
-        models: dict[str, Any] = {"classifier": classifier} if "classifier" in detector.needs else {}
+    for name in arguments.methods:
+        detector: Detector = DETECTORS[name].load()()
+        networks: dict[str, Any] = {"classifier": classifier} if "classifier" in detector.needs else {}
         if "diffusion" in detector.needs and detector.diffusion_of == "images":
-            models["diffusion"] = diffusion
-        detector.fit(given.images, limit=600, **models, runtime=Runtime(precision="fp32", cache=False))
-        scores = {}
+            networks["diffusion"] = diffusion
+        runtime = Runtime(precision="fp32", cache=False)
+        detector.fit(arguments.images, limit=arguments.fit_limit, **networks, runtime=runtime)
+        scores, flags = {}, {}
         for precision in ("fp32", "bf16"):
             detector.use(detector.diffusion, Runtime(precision=precision, cache=False))
-            scores[precision] = [detector.score(source, limit=given.count) for source in (given.id, given.ood)]
-        scale = np.std(detector.calibration_scores[detector.score_name])
-        exact, coarse = (np.concatenate([part.score for part in scores[name]]) for name in ("fp32", "bf16"))
-        flags = [np.concatenate([np.asarray(part.is_ood) for part in scores[name]]) for name in ("fp32", "bf16")]
-        labels = np.repeat([0, 1], [len(part) for part in scores["fp32"]])
-        difference = np.abs(coarse - exact) / scale
+            tables = [detector.score(source, limit=arguments.count) for source in (arguments.id, arguments.ood)]
+            scores[precision] = np.concatenate([table.score for table in tables])
+            flags[precision] = np.concatenate([table.is_ood for table in tables])
+            is_ood_image = np.repeat([0, 1], [len(table) for table in tables])
+        deviation = np.std(detector.calibration_scores[detector.score_name])
+        difference = np.abs(scores["bf16"] - scores["fp32"]) / deviation
         rows.append(
             {
                 "detector": name,
                 "median": np.median(difference),
                 "p95": np.quantile(difference, 0.95),
                 "largest": difference.max(),
-                "flags changed": int((flags[0] != flags[1]).sum()),
-                "images": len(exact),
-                "AUROC fp32": roc_auc_score(labels, exact),
-                "AUROC bf16": roc_auc_score(labels, coarse),
+                "flags changed": int((flags["fp32"] != flags["bf16"]).sum()),
+                "images": len(difference),
+                "AUROC fp32": roc_auc_score(is_ood_image, scores["fp32"]),
+                "AUROC bf16": roc_auc_score(is_ood_image, scores["bf16"]),
             }
         )
-        print(rows[-1], flush=True)
-        pd.DataFrame(rows).to_csv(given.out, index=False)
+        table = pd.DataFrame(rows)
+        table.to_csv(arguments.out, index=False)
+        print(table.tail(1).to_string(index=False, header=len(rows) == 1), flush=True)
 
 
 if __name__ == "__main__":

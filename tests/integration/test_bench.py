@@ -158,6 +158,14 @@ def test_presets_can_be_planned(name: str) -> None:
     assert {"near", "far"} == set(spec.ood)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "benchmarks").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_benchmarks_of_the_repository_can_be_planned(path: Path) -> None:
+    assert not plan_benchmark(read_benchmark(path), "out").unused
+
+
 def test_groups_of_openood() -> None:
     spec = read_benchmark("openood_imagenet200")
     assert spec.ood["near"] == ("ssb_hard:test", "ninco:test")

@@ -43,7 +43,7 @@ class DiffPath(Detector):
 
     Levels are 0, T/n, 2 T/n, …, and the image is taken for a sample of the lowest, as in the authors' code. Theirs also
     clamps the denoised image to what images can be before eps is formed, which the paper does not mention: `clamp`, the
-    default because `six` gains by it on dev sources (benchmarks/rivals.py).
+    default because `six` gains by it on dev sources (docs/results.md, section 16).
     The paper's kernels have a width of 5 in its statistic's own unit, which goes with its image size; here it follows
     Scott's rule. Its mixture has 50 or 100 components, fitted to 50,000 images and cross-validated; here 1 to
     `components` by the Bayesian information criterion, and no more than the statistics images allow (60 rows each).

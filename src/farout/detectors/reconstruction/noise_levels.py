@@ -17,7 +17,7 @@ from farout.diffusion.solvers.registry import create_solver
 __all__ = ["Plan", "make_plan", "paper_grid"]
 
 FAST_LEVELS = (10, 170, 330, 490)
-# chosen on dev sources: benchmarks/choose_default.py, docs/results.md
+# chosen on dev sources: docs/results.md, section 1
 ONESHOT_LEVELS = (20, 80, 200, 400)
 _SPACING = 10
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 import farout
 from farout.evaluation.intervals import paired_difference
-from farout.evaluation.metrics import evaluate
+from farout.evaluation.metrics import detection_metrics
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-output/compare_methods")
 train, test = "sample_fashion:train@classes=0,2,4-7", "sample_fashion:test@classes=0,2,4-7"
@@ -35,13 +35,13 @@ for name, detector in detectors.items():
 # %% [markdown]
 # ## Compare
 #
-# An AUROC from a hundred images is uncertain, so `evaluate` returns it with a 95 % interval.
+# An AUROC from a hundred images is uncertain, so `detection_metrics` returns it with a 95 % interval.
 
 # %%
 rows = []
 for name, by_source in scores.items():
     for kind, source in ood.items():
-        metrics = evaluate(by_source[test].score, by_source[source].score)
+        metrics = detection_metrics(by_source[test].score, by_source[source].score)
         rows.append((name, kind, metrics.auroc, metrics.auroc_low, metrics.auroc_high, metrics.fpr95))
 table = pd.DataFrame(rows, columns=["detector", "ood", "auroc", "low", "high", "fpr95"])
 out.mkdir(parents=True, exist_ok=True)

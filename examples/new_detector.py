@@ -21,7 +21,7 @@ from torch import Tensor
 from farout.data.batching import Batch
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.plots import draw_score_histogram
-from farout.evaluation.metrics import evaluate
+from farout.evaluation.metrics import detection_metrics
 from farout.features.densities import Mahalanobis
 
 
@@ -77,7 +77,7 @@ out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-output/new_detector")
 out.mkdir(parents=True, exist_ok=True)
 detector = GrayLevels().fit("sample_fashion:train", limit=1000)
 normal, digits = detector.score("sample_fashion:test", limit=300), detector.score("sample_digits:test", limit=300)
-metrics = evaluate(normal.score, digits.score)
+metrics = detection_metrics(normal.score, digits.score)
 print(f"AUROC {metrics.auroc:.3f} ({metrics.auroc_low:.3f} to {metrics.auroc_high:.3f})")
 print(f"flagged: {digits.is_ood.mean():.0%} of the digits, {normal.is_ood.mean():.0%} of the clothes")
 

@@ -54,4 +54,7 @@ def draw_score_histogram(
         axes.set_xlabel(f"score (the last bar includes all scores above {edges[-1]:.3g})")
     axes.margins(x=0)
     # above the bars, which leave no corner free in general
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2, handlelength=1.4,
+        columnspacing=1.4,
+    )  # fmt: skip

@@ -99,8 +99,8 @@ def measure(
     detector: Patches, pooled: Detector, images: list[Tensor]
 ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
     """Image scores by name, and maps (B, h, w) at the size that the backbone sees."""
-    source = detector.open([to_pil(image) for image in images])
-    measured = [detector.measure(batch, maps=True) for batch in detector.batches(source)]
+    source = open_source([to_pil(image) for image in images])
+    measured = [detector.measure(batch, maps=True) for batch in detector.load_batches(source)]
     maps = {name: torch.cat([part.pictures[name][:, 0] for part in measured]) for name in MAPS}
     scores = {
         name: torch.cat([detector.compute_scores(part)[f"{name}_top"] for part in measured]).numpy() for name in MAPS

@@ -41,14 +41,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in arguments.methods:
         detector: Detector = DETECTORS[name].load()()
-        networks: dict[str, Any] = {"classifier": classifier} if "classifier" in detector.needs else {}
-        if "diffusion" in detector.needs and detector.diffusion_of == "images":
+        networks: dict[str, Any] = {"classifier": classifier} if detector.requirements.classifier else {}
+        if detector.requirements.diffusion == "images":
             networks["diffusion"] = diffusion
         runtime = Runtime(precision="fp32", cache=False)
         detector.fit(arguments.images, limit=arguments.fit_limit, **networks, runtime=runtime)
         scores, flags = {}, {}
         for precision in ("fp32", "bf16"):
-            detector.use(detector.diffusion, Runtime(precision=precision, cache=False))
+            detector.attach_networks(detector.diffusion, Runtime(precision=precision, cache=False))
             tables = [detector.score(source, limit=arguments.count) for source in (arguments.id, arguments.ood)]
             scores[precision] = np.concatenate([table.score for table in tables])
             flags[precision] = np.concatenate([table.is_ood for table in tables])

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from farout.data.sources import open_source
-from farout.detectors.calibration import is_out, p_values
+from farout.detectors.calibration import compute_p_values, flag_outliers
 from farout.detectors.results import Scores
 from farout.evaluation.metrics import detection_metrics
 
@@ -81,8 +81,8 @@ def _scores(source: str, shift: float, calibration: dict[str, np.ndarray], gener
     keys = open_source(source, policy="nan").keys
     own = next(iter(calibration))
     drawn = {name: generator.normal(size=len(keys)) + shift for name in calibration}
-    p = p_values(drawn[own], calibration[own])
-    return Scores(keys, drawn[own], p, is_out(p, 0.05), ("ok",) * len(keys), drawn)
+    p = compute_p_values(drawn[own], calibration[own])
+    return Scores(keys, drawn[own], p, flag_outliers(p, 0.05), ("ok",) * len(keys), drawn)
 
 
 def _write(folder: Path, source: str, scores: Scores) -> None:

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from farout import load
 from farout.core import store
 from farout.core.errors import FaroutError, NaNScoresWarning, ShortfallWarning, SourceError, StoreError, TrapWarning
 from farout.data.batching import Batch
+from farout.data.sources import open_source
 from farout.detectors import DETECTORS, base
 from farout.detectors.base import Detector, Scores
 from farout.detectors.fitting import recalibrate
@@ -54,11 +54,15 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fitted(name: str, folder: Path, **settings: object) -> Detector:
-    detector = DETECTORS[name].load().tiny(SimpleNamespace(diffusion=model(), classifier=classifier()))
-    given: dict[str, object] = {"classifier": classifier()} if "classifier" in detector.needs else {}
-    if "diffusion" in detector.needs and detector.diffusion_of == "images":
-        given["diffusion"] = conditional() if "classes" in detector.needs else model()
-    return detector.fit(folder, **given, **{"alpha": 0.1, "statistics": 30, **settings})
+    method = DETECTORS[name].load()
+    networks: dict[str, object] = {"classifier": classifier()} if method.requirements.classifier else {}
+    if method.requirements.diffusion == "images":
+        networks["diffusion"] = diffusion_model(method)
+    return method(**method.test_arguments).fit(folder, **networks, **{"alpha": 0.1, "statistics": 30, **settings})
+
+
+def diffusion_model(method: Detector | type[Detector], **settings: object) -> DiffusionModel:
+    return conditional(**settings) if method.requirements.class_conditional else model(**settings)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -125,15 +129,15 @@ def test_batch_order_and_threads_do_not_matter(
     detector: Detector, whole: Scores, folder: Path, size: int, threads: int
 ) -> None:
     """Batches of other sizes, in another order, decoded by other threads and computed by another number of them."""
-    source = detector.open(folder)
+    source = open_source(folder)
     order = np.random.default_rng(size).permutation(60)
     kept = detector.runtime
     torch.set_num_threads(threads)
     try:
-        detector.use(detector.diffusion, replace(kept, batch_size=size, workers=1 + size % 3, cache=False))
+        detector.attach_networks(detector.diffusion, replace(kept, batch_size=size, workers=1 + size % 3, cache=False))
         scores = detector.score(source.subset(order.tolist()))
     finally:
-        detector.use(detector.diffusion, kept)
+        detector.attach_networks(detector.diffusion, kept)
         torch.set_num_threads(1)
     assert_same_scores(scores, whole, detector)
 
@@ -143,8 +147,8 @@ def test_no_float64_is_wanted_of_the_device(whole: Scores, saved: Path, folder: 
     """Apple's has none; what is to be exact is computed on the CPU there."""
     loaded = load(saved, cache=False)
     with narrow_device() as name:
-        loaded.use(loaded.diffusion, replace(loaded.runtime, device=name))
-        other = loaded.score(loaded.open(folder).subset(range(8)))
+        loaded.attach_networks(loaded.diffusion, replace(loaded.runtime, device=name))
+        other = loaded.score(open_source(folder).subset(range(8)))
     assert whole.measurements is not None
     assert other.measurements is not None
     assert other.keys == whole.keys[:8]
@@ -169,7 +173,7 @@ def test_save_and_load_score_the_same(detector: Detector, saved: Path, others: P
     before, after = detector.score(others), loaded.score(others)
     assert np.array_equal(before.score, after.score, equal_nan=True)
     assert np.array_equal(before.p_value, after.p_value, equal_nan=True)
-    again = loaded.rescore(before.measurements)
+    again = loaded.score_measurements(before.measurements)
     assert np.array_equal(again.score, before.score[~np.isnan(before.score)])
 
 
@@ -193,11 +197,10 @@ def test_broken_folders_are_refused(saved: Path, tmp_path: Path) -> None:
 def test_another_model_is_refused(detector: Detector, tmp_path: Path) -> None:
     if not isinstance(detector.diffusion, DiffusionModel):
         pytest.skip("this method has no diffusion model of images")
-    fresh = conditional if "classes" in detector.needs else model
-    fresh().save(tmp_path / "model")
+    diffusion_model(detector).save(tmp_path / "model")
     detector.save(tmp_path / "d", link=tmp_path / "model")
     assert load(tmp_path / "d").fingerprint == detector.fingerprint
-    fresh(b_scale=2.0).save(tmp_path / "model")
+    diffusion_model(detector, b_scale=2.0).save(tmp_path / "model")
     with pytest.raises(StoreError, match="hash differs"):
         load(tmp_path / "d")
 
@@ -207,14 +210,13 @@ def test_a_linked_model_moves_with_its_detector(detector: Detector, tmp_path: Pa
     """A benchmark's folder can be put elsewhere, whether or not something else stands where it was."""
     if not isinstance(detector.diffusion, DiffusionModel):
         pytest.skip("this method has no diffusion model of images")
-    fresh = conditional if "classes" in detector.needs else model
-    fresh().save(tmp_path / "bench" / "networks" / "model")
+    diffusion_model(detector).save(tmp_path / "bench" / "networks" / "model")
     detector.save(tmp_path / "bench" / "detectors" / "d", link=tmp_path / "bench" / "networks" / "model")
     (tmp_path / "bench").rename(tmp_path / "moved")
     moved = load(tmp_path / "moved" / "detectors" / "d")
     assert moved.fingerprint == detector.fingerprint
     moved.save(tmp_path / "moved" / "again")
-    fresh(b_scale=2.0).save(tmp_path / "bench" / "networks" / "model")
+    diffusion_model(detector, b_scale=2.0).save(tmp_path / "bench" / "networks" / "model")
     assert load(tmp_path / "moved" / "detectors" / "d").fingerprint == detector.fingerprint
     assert load(tmp_path / "moved" / "again").fingerprint == detector.fingerprint
     shutil.rmtree(tmp_path / "moved" / "networks")
@@ -251,13 +253,13 @@ def test_a_folder_with_settings_that_are_refused_is_named(
         load(tmp_path / "d")
 
 
-def damage(monkeypatch: pytest.MonkeyPatch, kind: type[Detector], wanted: Callable[[str], bool]) -> None:
-    """Makes the measurements of the wanted keys not numbers."""
+def damage(monkeypatch: pytest.MonkeyPatch, kind: type[Detector], is_damaged: Callable[[str], bool]) -> None:
+    """Replaces the measurements of some keys by NaN."""
     original = kind.measure
 
     def damaged(self: Detector, batch: Batch, maps: bool = False) -> base.Measurements:
         measured = original(self, batch, maps)
-        tensors(measured)[0][torch.tensor([wanted(key) for key in measured.keys])] = float("nan")
+        tensors(measured)[0][torch.tensor([is_damaged(key) for key in measured.keys])] = float("nan")
         return measured
 
     monkeypatch.setattr(kind, "measure", damaged)
@@ -319,10 +321,10 @@ def test_choices_need_no_network(detector: Detector, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(type(detector), "measure", refuse)
     for name in detector.calibration_scores:
-        if "score" in detector.choices:
-            assert detector.reconfigured(score=name).score_name == name
-    with pytest.raises(FaroutError, match="after the fact"):
-        detector.reconfigured(nonsense=1)
+        if "score" in detector.scoring_arguments:
+            assert detector.with_scoring(score=name).score_name == name
+    with pytest.raises(FaroutError, match="cannot be changed after the fit"):
+        detector.with_scoring(nonsense=1)
 
 
 def test_an_unfitted_detector_says_so(folder: Path) -> None:

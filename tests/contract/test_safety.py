@@ -89,7 +89,7 @@ def test_recalibration_says_what_it_leaves_out(
     fitted: Reconstruction, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An unreadable image has not been used; and a twin's calibration is not its twin's."""
-    twin, before = fitted.reconfigured(score="mean_z"), dict(fitted.provenance["images"])
+    twin, before = fitted.with_scoring(score="mean_z"), dict(fitted.provenance["images"])
     fresh = pictures(tmp_path / "fresh", 12, seed=3)
     (fresh / "broken.png").write_text("not a picture")
     recalibrate(twin, fresh, policy="skip", alpha=0.1)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from farout.benchmark.error_images import MAX_IMAGES, list_error_images, rank_errors, write_error_images
 from farout.benchmark.results_folder import ScoredFolder, read_scored_folders
+from farout.data.sources import open_source
 from farout.detectors.base import Detector
 from farout.detectors.reconstruction import Reconstruction
 from farout.scoring.folder import score_folder
@@ -58,8 +59,8 @@ def test_a_map_and_a_reconstruction_of_each(evaluated: tuple[Detector, Path, str
     key = scored.scores.keys[rank_errors(scored.scores, True)[0]]
     found = dict(list_error_images(scored, key))
     assert list(found) == ["reconstruction", "map"]
-    source = detector.open(inside)
-    batch = next(iter(detector.batches(source.subset([list(source.keys).index(key)]))))
+    source = open_source(inside)
+    batch = next(iter(detector.load_batches(source.subset([list(source.keys).index(key)]))))
     expected = detector.measure(batch, maps=True).pictures["reconstruction"][0, 0]
     with Image.open(found["reconstruction"]) as picture:
         assert np.allclose(np.asarray(picture) / 255, expected.clamp(0, 1), atol=1 / 255)

@@ -21,7 +21,7 @@ from farout.benchmark.yaml_reader import parse_benchmark, read_benchmark
 from farout.cli import main
 from farout.core.errors import FaroutError
 from farout.core.store import read_json, write_json
-from farout.detectors.base import Detector
+from farout.detectors import fitting
 from farout.evaluation.evaluate import COLUMNS
 from small import classifier, pictures
 
@@ -171,11 +171,11 @@ def test_an_interrupted_benchmark_continues(out: Path, tmp_path: Path, monkeypat
     assert {job.name for job in report.unfinished} == unfinished
     assert "posthoc" not in set(table(copy / "metrics.csv")["detector"])
     measured: list[str] = []
-    original = Detector.measure_all
+    original = fitting.measure_source
     monkeypatch.setattr(
-        Detector,
-        "measure_all",
-        lambda self, source, *rest, **more: measured.append(source.name) or original(self, source, *rest, **more),
+        fitting,
+        "measure_source",
+        lambda detector, source, *rest: measured.append(source.name) or original(detector, source, *rest),
     )
     seconds = {item.job.name: item.seconds for item in run_benchmark(plan_of(copy)) if isinstance(item, FinishedJob)}
     assert {name for name, value in seconds.items() if value is not None} == unfinished

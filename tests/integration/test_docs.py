@@ -101,8 +101,8 @@ def test_the_detector_of_the_page_is_listed_fitted_and_loaded_again(package: Pat
     detector.save(tmp_path / "d")
     again = farout.load(tmp_path / "d", batch_size=7).score(good)
     assert_same_scores(again, detector.score(good), detector)
-    other = detector.reconfigured(score="two_sided")
-    assert_same_scores(other.score(good), other.rescore(again.measurements), other)
+    other = detector.with_scoring(score="two_sided")
+    assert_same_scores(other.score(good), other.score_measurements(again.measurements), other)
 
 
 def test_the_synthesizer_of_the_page_makes_the_same_images_for_any_batch(package: Path, tmp_path: Path) -> None:

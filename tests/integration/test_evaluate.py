@@ -15,9 +15,10 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from farout.core.errors import ConstantScoresWarning, FaroutError, StoreError, TrapWarning
+from farout.core.runtime import Runtime
 from farout.data.batching import Batch
 from farout.data.preprocessing import Preprocessing
-from farout.detectors.base import Detector, Measurements, Runtime
+from farout.detectors.base import Detector, Measurements
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
 from farout.evaluation import metrics
@@ -44,10 +45,6 @@ class Brightness(Detector):
 
     def __init__(self, *, score: str = "mean") -> None:
         self.centre = 0.0
-
-    @classmethod
-    def tiny(cls, resources: Any) -> "Brightness":
-        return cls()
 
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
         total = (batch.images * 255).round().sum((1, 2, 3))  # of whole numbers: exact in any order

@@ -18,6 +18,7 @@ from chromium import check_layout, evaluate_in_browser, needs_chromium
 from farout.data.batching import Batch
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.calibration import benjamini_hochberg
+from farout.detectors.declarations import HeatMaps
 from farout.detectors.reconstruction import Reconstruction
 from farout.evaluation.trivial_baselines import TrivialBaselines
 from farout.report import rendering
@@ -150,9 +151,7 @@ def test_the_scale_of_maps_is_the_detectors(good: Path, images: Path, tmp_path: 
     """Maps in another unit would be all dark, under a caption that is not true."""
 
     class Differences(Reconstruction):
-        map_unit = "mean absolute differences"
-        map_brightest = 0.25
-        map_pictures = frozenset({"blurred"})
+        heat_maps = HeatMaps("mean absolute differences", 0.25, frozenset({"blurred"}))
 
         def measure(self, batch: Batch, maps: bool = False) -> Measurements:
             measured = super().measure(batch, maps)
@@ -228,7 +227,7 @@ def placed(good: Path, tmp_path: Path) -> tuple[Detector, Path]:
 
 def test_the_nearest_good_images_stand_below(placed: tuple[Detector, Path], tmp_path: Path) -> None:
     detector, own = placed
-    score_folder(detector, own, tmp_path / "r", furthest=60)
+    score_folder(detector, own, tmp_path / "r", highest=60)
     page = (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
     cards = re.split(r'<div class="card[" ]', page)[1:]
     assert len(cards) == 60
@@ -276,7 +275,7 @@ def test_a_hub_is_not_asked_for_good_images(
 
 
 def test_the_good_images_that_score_highest_are_there(page: str, detector: Detector) -> None:
-    scores = detector.rescore(detector.calibration)
+    scores = detector.score_measurements(detector.calibration)
     order = np.argsort(-scores.score, kind="stable")[:6]
     expected = [(f"calibration image {scores.keys[i]}", True, f"{scores.score[i]:.4g}") for i in order]
     assert [each for each in shown_good(page) if each[0].startswith("calibration")] == expected

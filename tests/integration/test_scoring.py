@@ -18,8 +18,9 @@ import torch
 from farout import load
 from farout.core import store
 from farout.core.errors import FaroutError, NaNScoresWarning, StoreError
+from farout.core.runtime import Runtime
 from farout.data.batching import Batch
-from farout.detectors.base import Detector, Runtime
+from farout.detectors.base import Detector
 from farout.detectors.calibration import benjamini_hochberg
 from farout.detectors.reconstruction import Reconstruction
 from farout.scoring import folder as scoring
@@ -71,7 +72,7 @@ def whole(place: Path, detector: Detector) -> dict[str, bytes]:
 
 def score_folder(*given: Any, furthest: int = 4, **settings: Any) -> ScoredFolder:
     """With few pictures on the page, which are measured again for their maps."""
-    return scoring.score_folder(*given, furthest=furthest, **settings)
+    return scoring.score_folder(*given, highest=furthest, **settings)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -109,7 +110,7 @@ def dying(table, path, **more):
             file.truncate(100)
         os.kill(os.getpid(), signal.SIGKILL)
 scoring.pq.write_table = dying
-main(["score", sys.argv[1], sys.argv[2], "--out", sys.argv[3], "--furthest", "4"])
+main(["score", sys.argv[1], sys.argv[2], "--out", sys.argv[3], "--highest", "4"])
 """
 
 
@@ -171,7 +172,7 @@ def test_a_finished_folder_is_left_as_it_is(
 
 def test_another_number_of_pictures_rewrites_the_page_only(place: Path, detector: Detector, tmp_path: Path) -> None:
     shutil.copytree(place / "whole", tmp_path / "r")
-    assert score_folder(detector, place / "new", tmp_path / "r", furthest=3).scored_now == 0
+    assert score_folder(detector, place / "new", tmp_path / "r", highest=3).scored_now == 0
     assert (tmp_path / "r" / "page.html").read_text().count('<p class="name">') == 3
     assert (tmp_path / "r" / "scores.csv").read_bytes() == (place / "whole" / "scores.csv").read_bytes()
 
@@ -201,7 +202,7 @@ def test_other_runs_are_refused_and_kept(
     with pytest.raises(StoreError, match="policy"):
         score_folder(detector, place / "new", out, policy="skip")
     with pytest.raises(StoreError, match="detector"):
-        score_folder(detector.reconfigured(score="mean_z"), place / "new", out)
+        score_folder(detector.with_scoring(score="mean_z"), place / "new", out)
     assert contents(out) == whole
 
 
@@ -261,7 +262,7 @@ def test_images_are_streamed(place: Path, detector: Detector, tmp_path: Path, mo
         return original(self, batch, maps)
 
     monkeypatch.setattr(Reconstruction, "measure", counting)
-    score_folder(detector, place / "new", tmp_path / "r", furthest=0)
+    score_folder(detector, place / "new", tmp_path / "r", highest=0)
     assert max(len(batch.keys) for batch in seen) == detector.batch_size == 5
     assert on_disk == sorted(on_disk)
     assert on_disk[-1] == (COUNT - 1) // 8, "all parts but the last are written when the last is measured"

@@ -10,7 +10,13 @@ from scipy import stats
 from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning
 from farout.data.sources import open_source
 from farout.data.splits import split
-from farout.detectors.calibration import benjamini_hochberg, check_scores, is_out, p_values, threshold
+from farout.detectors.calibration import (
+    benjamini_hochberg,
+    compute_p_values,
+    flag_outliers,
+    score_threshold,
+    warn_about_scores,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -18,18 +24,18 @@ RNG = np.random.default_rng(0)
 def test_p_values_by_the_formula() -> None:
     calibration, scores = RNG.normal(size=50).round(1), RNG.normal(size=200).round(1)
     by_hand = [(1 + sum(c >= s for c in calibration)) / 51 for s in scores]
-    assert p_values(scores, calibration).tolist() == pytest.approx(by_hand)
-    assert p_values(torch.tensor(scores), torch.tensor(calibration)).tolist() == pytest.approx(by_hand)
+    assert compute_p_values(scores, calibration).tolist() == pytest.approx(by_hand)
+    assert compute_p_values(torch.tensor(scores), torch.tensor(calibration)).tolist() == pytest.approx(by_hand)
 
 
 def test_no_score_no_p_value() -> None:
-    p = p_values([np.nan, 100.0], [1.0, 2.0, 3.0])
+    p = compute_p_values([np.nan, 100.0], [1.0, 2.0, 3.0])
     assert np.isnan(p[0])
     assert p[1] == 0.25
-    assert is_out(p, 0.5).tolist() == [False, True]
+    assert flag_outliers(p, 0.5).tolist() == [False, True]
     for bad in ([], [1.0, np.nan]):
         with pytest.raises(FaroutError, match="calibration"):
-            p_values([1.0], bad)
+            compute_p_values([1.0], bad)
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.05, 0.1, 0.5])
@@ -37,8 +43,8 @@ def test_no_score_no_p_value() -> None:
 def test_threshold_and_flag_agree(alpha: float, count: int) -> None:
     calibration = RNG.normal(size=count).round(1)
     scores = np.concatenate([calibration, RNG.normal(size=300).round(1), [1e9]])
-    flagged = is_out(p_values(scores, calibration), alpha)
-    assert np.array_equal(flagged, scores > threshold(calibration, alpha))
+    flagged = flag_outliers(compute_p_values(scores, calibration), alpha)
+    assert np.array_equal(flagged, scores > score_threshold(calibration, alpha))
     assert flagged.any() == (1 / (count + 1) <= alpha)
 
 
@@ -52,8 +58,8 @@ def test_false_alarms_over_200_resplits() -> None:
     for seed in range(200):
         parts = split(source, alpha=0.05, statistics=150, train=True, seed=seed)
         fresh = list(parts.training)
-        p = p_values(scores[fresh], scores[list(parts.calibration)])
-        rates.append(is_out(p, 0.05).mean())
+        p = compute_p_values(scores[fresh], scores[list(parts.calibration)])
+        rates.append(flag_outliers(p, 0.05).mean())
     n, m = len(parts.calibration), len(fresh)
     flags = np.floor(0.05 * (n + 1))
     expected = flags / (n + 1)
@@ -76,16 +82,16 @@ def test_false_discoveries_stay_below_q() -> None:
     shares = []
     for _ in range(300):
         calibration, good, bad = RNG.normal(size=200), RNG.normal(size=80), RNG.normal(3.5, 1, size=20)
-        chosen = benjamini_hochberg(p_values(np.concatenate([good, bad]), calibration), 0.2)
+        chosen = benjamini_hochberg(compute_p_values(np.concatenate([good, bad]), calibration), 0.2)
         shares.append(chosen[:80].sum() / max(1, chosen.sum()))
     assert np.mean(shares) < 0.2
 
 
 def test_useless_scores_warn() -> None:
     with pytest.warns(NaNScoresWarning, match="2 of 4"):
-        check_scores([1.0, np.nan, np.inf, 2.0], "set")
+        warn_about_scores([1.0, np.nan, np.inf, 2.0], "set")
     with pytest.warns(ConstantScoresWarning):
-        check_scores([1.0, 1.0], "set")
+        warn_about_scores([1.0, 1.0], "set")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_scores([1.0, 2.0], "set")
+        warn_about_scores([1.0, 2.0], "set")

@@ -13,9 +13,10 @@ from farout import load
 from farout.classifiers.model import Outputs
 from farout.core.errors import FaroutError
 from farout.data.batching import Batch
+from farout.data.sources import open_source
 from farout.detectors.denoising import Denoising
-from farout.detectors.denoising.differences import METRICS, changes, post_hoc, views
-from farout.detectors.denoising.initial_noise import Neighbours, descriptors, inverted
+from farout.detectors.denoising.changes import METRICS, compute_changes, compute_posthoc_scores, normalize_outputs
+from farout.detectors.denoising.neighbor_noise import NeighborNoise, compute_descriptors, invert_images
 from farout.diffusion.config import DiffusionConfig
 from farout.diffusion.denoiser import GaussianDenoiser, GuidedDenoiser
 from farout.diffusion.noise import shared_noise
@@ -54,11 +55,9 @@ def test_changes_are_distances_of_normalised_outputs() -> None:
     draws = torch.Generator().manual_seed(0)
     clean, moved = torch.randn(1, 5, generator=draws), torch.randn(2, 5, generator=draws)
     pixels = torch.rand(3, 1, 2, 2, generator=draws)
-    unit = [views(pixels[:1], Outputs(clean, clean)), views(pixels[1:], Outputs(moved, moved))]
-    found = changes(
-        {name: value[:, None] for name, value in unit[0].items()},
-        {name: value.reshape(1, 2, 1, -1) for name, value in unit[1].items()},
-    )
+    f_x = normalize_outputs(pixels[:1], Outputs(clean, clean))
+    f_t = normalize_outputs(pixels[1:], Outputs(moved, moved))
+    found = compute_changes(f_x, {name: value.reshape(1, 2, 1, -1) for name, value in f_t.items()})
     assert found.shape == (1, 2, 1, len(METRICS))
     a, b, c = (v / v.norm() for v in (clean[0], moved[0], moved[1]))
     for name, wanted in {
@@ -72,8 +71,8 @@ def test_changes_are_distances_of_normalised_outputs() -> None:
 
 def test_post_hoc_scores_are_higher_further_out() -> None:
     sure, unsure = torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([[0.1, 0.0, 0.0]])
-    assert (post_hoc(unsure) > post_hoc(sure)).all()
-    torch.testing.assert_close(post_hoc(sure)[0, 0], -sure.double().logsumexp(1)[0])
+    assert (compute_posthoc_scores(unsure) > compute_posthoc_scores(sure)).all()
+    torch.testing.assert_close(compute_posthoc_scores(sure)[0, 0], -sure.double().logsumexp(1)[0])
 
 
 def test_without_noise_nothing_moves_and_more_noise_moves_more(good: Path) -> None:
@@ -105,7 +104,7 @@ def test_evaluations_are_as_in_the_cards_table() -> None:
     for made in (Denoising.from_preset("paper"), Denoising(), Denoising.from_preset("released")):
         made.classifier = classifier()
         made.preprocessing = made.classifier.preprocessing
-        made.use(conditional(), CPU)
+        made.attach_networks(conditional(), CPU)
         counted.append(made.cost().nfe)
     assert counted == [120, 48, 288]
 
@@ -114,17 +113,17 @@ def test_indicators_and_either(fitted: Denoising, good: Path) -> None:
     scores = fitted.score(good)
     names = {"logit", "feature", "pixel", "logit_local", "feature_local", "pixel_local", "either"}
     assert set(scores.indicators) == names | {"energy", "max_logit", "msp"}
-    pair = fitted.reconfigured(score="either").score(good)
-    energy = fitted.standard["energy"].score(scores.indicators["energy"][:, None])
-    change = fitted.standard["change"].score(scores.indicators["logit"][:, None])
+    pair = fitted.with_scoring(score="either").score(good)
+    energy = fitted.z["energy"].score(scores.indicators["energy"][:, None])
+    change = fitted.z["change"].score(scores.indicators["logit"][:, None])
     np.testing.assert_allclose(pair.score, np.maximum(energy, change))
 
 
 def test_other_distances_need_no_network(fitted: Denoising) -> None:
-    again = fitted.reconfigured(distance="l2")
+    again = fitted.with_scoring(distance="l2")
     assert again.calibration_scores["logit"].mean() < fitted.calibration_scores["logit"].mean()
     with pytest.raises(FaroutError, match="draws"):
-        fitted.reconfigured(draws=1)
+        fitted.with_scoring(draws=1)
 
 
 def test_true_labels_decide_the_class(good: Path, tmp_path: Path) -> None:
@@ -134,8 +133,8 @@ def test_true_labels_decide_the_class(good: Path, tmp_path: Path) -> None:
     with pytest.raises(FaroutError, match="has none of them"):
         made.fit(good, conditional(), classifier(), alpha=0.1, statistics=30)
     made.fit(tmp_path, conditional(), classifier(), alpha=0.1, statistics=30)
-    assert made._classes(batch(3, torch.tensor([2, 1, 0])), torch.zeros(3, 3)).tolist() == [2, 1, 0]
-    unknown = made._classes(batch(200, torch.full((200,), -1)), torch.zeros(200, 3))
+    assert made._choose_classes(batch(3, torch.tensor([2, 1, 0])), torch.zeros(3, 3)).tolist() == [2, 1, 0]
+    unknown = made._choose_classes(batch(200, torch.full((200,), -1)), torch.zeros(200, 3))
     assert set(unknown.tolist()) == {0, 1, 2}, "images of unknown label get a random class"
     first = made.measure(batch(3, torch.tensor([0, 0, 0]))).values
     other = made.measure(batch(3, torch.tensor([1, 1, 1]))).values
@@ -146,7 +145,7 @@ def test_labels_are_matched_by_name(fitted: Denoising, tmp_path: Path) -> None:
     """A tree whose second folder is class 2 of the classifier, and whose first it does not know."""
     for name in ("other", "2"):
         pictures(tmp_path / name, 3)
-    (found,) = fitted.batches(fitted.open(tmp_path))
+    (found,) = fitted.load_batches(open_source(tmp_path))
     assert sorted(found.labels.tolist()) == [-1, -1, -1, 2, 2, 2]
 
 
@@ -157,27 +156,27 @@ def test_an_unconditional_model(good: Path) -> None:
     assert np.isfinite(made.score(good).score).all()
 
 
-def test_neighbours_give_their_noise(good: Path, tmp_path: Path) -> None:
+def test_neighbors_give_their_noise(good: Path, tmp_path: Path) -> None:
     made = Denoising.from_preset("unconditional", draws=2)
     made.fit(good, model(), classifier(), alpha=0.1, statistics=30)
-    assert made.neighbours is not None
-    count = len(made.neighbours.images)
+    assert made.neighbors is not None
+    count = len(made.neighbors.descriptors)
     assert count == len(made.statistics)
     images = torch.rand(2, 1, 8, 8)
-    near = made.neighbours.nearest(images, 2)
-    gaps = (descriptors(images)[:, None] - made.neighbours.images).norm(dim=2)
+    near = made.neighbors.find(images, 2)
+    gaps = (compute_descriptors(images)[:, None] - made.neighbors.descriptors).norm(dim=2)
     for row, order in enumerate(gaps.argsort(dim=1)[:, :2]):
-        assert torch.equal(near[row], made.neighbours.noise[order])
+        assert torch.equal(near[row], made.neighbors.noise[order])
     made.save(tmp_path / "d")
     np.testing.assert_array_equal(load(tmp_path / "d").score(good).score, made.score(good).score)
 
 
-def test_an_image_is_not_its_own_neighbour() -> None:
+def test_an_image_is_not_its_own_neighbor() -> None:
     images = torch.rand(5, 1, 4, 4)
-    near = Neighbours(descriptors(images), torch.arange(5.0).reshape(5, 1, 1, 1))
-    assert (near.nearest(images, 1).flatten() != torch.arange(5)).all()
+    near = NeighborNoise(compute_descriptors(images), torch.arange(5.0).reshape(5, 1, 1, 1))
+    assert (near.find(images, 1).flatten() != torch.arange(5)).all()
     with pytest.raises(FaroutError, match="more than 5"):
-        near.nearest(images, 5)
+        near.find(images, 5)
 
 
 def test_inverted_noise_follows_the_exact_flow() -> None:
@@ -185,7 +184,7 @@ def test_inverted_noise_follows_the_exact_flow() -> None:
     network, mean, variance = model(), 0.2, 0.3
     oracle = GaussianDenoiser(torch.full((64,), mean), variance * torch.eye(64))
     images = torch.rand(2, 1, 8, 8)
-    found = inverted(network, oracle, images, None)
+    found = invert_images(network, oracle, images, None)
     low, high = (network.schedule.sigma_of(torch.tensor(t)).float() for t in (0, 999))
     grown = ((variance + high**2) / (variance + low**2)).sqrt() * (network.encode(images) - mean)
     exact = (mean + grown) / (1 + high**2).sqrt()
@@ -235,7 +234,7 @@ def test_guidance_wants_a_null_condition(good: Path) -> None:
         ({"score": "logit_local"}, "several levels"),
         ({"score": "either"}, "energy"),
         ({"cascade": "odin"}, "max_logit"),
-        ({"noise": "shard"}, "neighbour"),
+        ({"noise": "shard"}, "neighbor"),
         ({"condition": "classes"}, "none"),
         ({"use_levels": (300, 5)}, "use_levels"),
         ({"condition": "none", "guidance": 2.0}, "guidance is 2.0, which has no effect without a condition"),
@@ -261,18 +260,18 @@ def test_a_folder_that_is_no_classifier(good: Path, tmp_path: Path) -> None:
 
 
 def test_fewer_levels_and_draws_need_no_network(fitted: Denoising, good: Path) -> None:
-    less = fitted.reconfigured(use_levels=(300,), use_draws=1)
+    less = fitted.with_scoring(use_levels=(300,), use_draws=1)
     measured = fitted.score(good).measurements
     assert measured is not None
     np.testing.assert_allclose(less.score(good).score, column(measured.values, "logit_global_l1")[:, 1, 0], rtol=1e-6)
     for wrong in ({"use_levels": (5,)}, {"use_draws": 3}):
         with pytest.raises(FaroutError, match="use_"):
-            fitted.reconfigured(**wrong)
+            fitted.with_scoring(**wrong)
 
 
 def test_confident_images_keep_their_order() -> None:
     """Where 1 - max softmax has no digits left in float32."""
-    scores = post_hoc(torch.tensor([[30.0, 0.0, 0.0], [20.0, 0.0, 0.0], [18.0, 0.0, 0.0]]))[:, 2].float()
+    scores = compute_posthoc_scores(torch.tensor([[30.0, 0.0, 0.0], [20.0, 0.0, 0.0], [18.0, 0.0, 0.0]]))[:, 2].float()
     assert scores[0] < scores[1] < scores[2]
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError
+from farout.core.runtime import Runtime
 from farout.data.batching import Batch
-from farout.detectors.base import Runtime
 from farout.detectors.calibration import calibrate
 from farout.detectors.diffpath import DiffPath
 from farout.diffusion.denoiser import GaussianDenoiser
@@ -36,7 +36,7 @@ def detector(**arguments: object) -> DiffPath:
     made = DiffPath(**{"clamp": False, **arguments})
     untrained = model()
     made.preprocessing = untrained.preprocessing
-    made.use(untrained, Runtime())
+    made.attach_networks(untrained, Runtime())
     exact = GaussianDenoiser(torch.zeros(SIZE), torch.diag(SPREAD**2))
     made.denoiser = untrained.clamp_x0(exact) if made.config["clamp"] else exact
     return made
@@ -70,7 +70,7 @@ def test_ten_evaluations_one_a_step() -> None:
     for arguments, count in (({}, 10), ({"steps": 5}, 5), ({"clamp": False}, 10)):
         made = DiffPath(**arguments)
         made.preprocessing = model().preprocessing
-        made.use(model(), Runtime())
+        made.attach_networks(model(), Runtime())
         assert made.cost().nfe == count
 
 

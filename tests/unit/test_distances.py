@@ -88,7 +88,7 @@ def test_no_layer_drowns_another_in_the_sum_over_layers() -> None:
         odd = gaussian_like(40)
         odd[:, columns] *= 6
         assert np.median(scored(detector, odd)["layers"]) > usual
-    parts = np.stack([d.score(p) for d, p in zip(detector.layers, detector.by_layer(table))], axis=1)
+    parts = np.stack([d.score(p) for d, p in zip(detector.layers, detector.split_layers(table))], axis=1)
     logs = np.log(parts)
     expected = ((logs - logs.mean(0)) / logs.std(0, ddof=1)).mean(1)
     assert np.allclose(scored(detector, table)["layers"], expected, atol=1e-4), "features are kept in float32"
@@ -159,9 +159,9 @@ def test_labels_come_from_the_source_and_scoring_needs_none(tree: Path, tmp_path
     assert np.array_equal(load(tmp_path / "d").score(plain).score, scores.score)
     without = Mahalanobis(size=32).fit(tree, alpha=0.2, statistics=20)
     assert set(without.calibration_scores) == {"distance", "layers"}
-    later = without.reconfigured(classes=True)
+    later = without.with_scoring(classes=True)
     assert np.array_equal(later.score(plain).score, scores.score), "classes can be learnt from what is stored"
-    assert set(later.reconfigured(classes=False).calibration_scores) == {"distance", "layers"}
+    assert set(later.with_scoring(classes=False).calibration_scores) == {"distance", "layers"}
 
 
 def test_missing_labels_are_told_before_all_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,14 +171,14 @@ def test_missing_labels_are_told_before_all_is_measured(tmp_path: Path, monkeypa
     plain = pictures(tmp_path / "plain", 200)
     with pytest.raises(FaroutError, match="folder per class"):
         Mahalanobis(size=32, classes=True).fit(plain, alpha=0.2)
-    assert len(calls) == 1
+    assert not calls, "before any image is measured"
 
 
 @pytest.mark.parametrize("standardize", ["image", "none"])
-def test_the_neighbour_is_scikit_learns(standardize: str) -> None:
+def test_the_neighbor_is_scikit_learns(standardize: str) -> None:
     bank, probes = gaussian(700), gaussian(90, seed=2)
     detector = learnt(KNN, bank, k=5, standardize=standardize)
-    units = [detector.table(measured(x)) for x in (bank, probes)]
+    units = [detector.vectors(measured(x)) for x in (bank, probes)]
     units = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in units]
     theirs = NearestNeighbors(n_neighbors=5, algorithm="brute").fit(units[0]).kneighbors(units[1])[0]
     found = scored(detector, probes)
@@ -189,8 +189,8 @@ def test_the_neighbour_is_scikit_learns(standardize: str) -> None:
 def test_few_images_lower_k_and_say_so() -> None:
     """With 60 images, the 50th neighbour would be nearly the furthest: it would rank images by nothing useful."""
     small, large = learnt(KNN, gaussian(60), k=50), learnt(KNN, gaussian(1000), k=50)
-    assert (small.neighbours, large.neighbours) == (1, 10)
-    assert learnt(KNN, gaussian(6000), k=50).neighbours == 50
+    assert (small.k, large.k) == (1, 10)
+    assert learnt(KNN, gaussian(6000), k=50).k == 50
     again = scored(small, gaussian(60))["distance"]
     assert np.allclose(again, 0, atol=1e-6), "an image of the bank is its own nearest"
 
@@ -248,10 +248,10 @@ def test_components_left_out_count_as_noise() -> None:
         size=(600, WIDTH)
     )
     detector = learnt(GMM, table[:500], dimensions=2)
-    assert detector.reduced.axes.shape == (WIDTH, 2)
+    assert detector.principal.axes.shape == (WIDTH, 2)
     good = scored(detector, table[500:])
-    # off the plane of the standardised components
-    away = linalg.null_space(detector.reduced.axes.T)[:, 0] * detector.reduced.std
+    # off the plane of the standardized components
+    away = linalg.null_space(detector.principal.axes.T)[:, 0] * detector.principal.std
     odd = scored(detector, table[500:] + 3 * away)
     assert np.allclose(odd["inside"], good["inside"], atol=1e-3)
     assert odd["density"].min() > good["density"].max()
@@ -268,9 +268,9 @@ def test_the_network_gives_back_what_it_knows() -> None:
     for name in ("mfsim", "mse"):
         assert roc_auc_score(np.r_[np.zeros(200), np.ones(200)], np.r_[good[name], odd[name]]) > 0.9
     assert good["mfsim"].min() >= -1
-    clean = detector.table(measured(table))
-    assert np.allclose(detector._similarity(clean, clean), 1)
-    assert np.allclose(detector._similarity(clean, -clean), -1)
+    clean = detector.vectors(measured(table))
+    assert np.allclose(detector._mean_cosine(clean, clean), 1)
+    assert np.allclose(detector._mean_cosine(clean, -clean), -1)
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_the_networks_seed_is_the_fits_and_choices_do_not_train() -> None:
     kept = one.weights
     one.fit_statistics(measured(gaussian(50, seed=2)))
     assert one.weights is kept
-    one.begin()
+    one.reset_statistics()
     one.fit_statistics(measured(gaussian(50, seed=2)))
     assert not np.array_equal(one.weights[0], kept[0]), "another fit learns anew"
 
@@ -336,9 +336,9 @@ def test_what_is_learnt_comes_back_from_arrays(kind: type[VectorDetector]) -> No
     labels = {"labels": np.arange(150) % 3, "classes": True} if kind is Mahalanobis else {}
     detector = learnt(kind, gaussian(150), **labels)  # type: ignore[arg-type]
     again = bare(kind, **{name: value for name, value in labels.items() if name == "classes"})
-    state = detector.state()
+    state = detector.get_state()
     assert all(isinstance(value, np.ndarray) and value.dtype.kind == "f" for value in state.values())
-    again.restore(state)
+    again.set_state(state)
     for name, value in scored(detector, gaussian(30, seed=2)).items():
         assert np.array_equal(scored(again, gaussian(30, seed=2))[name], value), name
 
@@ -371,7 +371,7 @@ def test_wrong_settings_are_named(kind: type[VectorDetector], settings: dict[str
 
 
 @pytest.mark.parametrize("kind", [Mahalanobis, KNN, PCA])
-def test_layers_are_standardised_image_by_image(kind: type[VectorDetector]) -> None:
+def test_layers_are_standardized_image_by_image(kind: type[VectorDetector]) -> None:
     """By default no layer drowns the others, and the methods see what the semantic detector sees."""
     one = gaussian(300)
     factor = np.repeat([3.0, 0.2, 50.0], CHANNELS)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError
+from farout.core.runtime import Runtime
 from farout.data.batching import Batch
-from farout.detectors.base import Runtime
 from farout.detectors.calibration import calibrate
 from farout.detectors.msma import MSMA
 from farout.diffusion.denoiser import GaussianDenoiser
@@ -38,7 +38,7 @@ def detector(**arguments: object) -> MSMA:
     made = MSMA(**arguments)
     untrained = model(data_range=(0.0, 1.0))
     made.preprocessing = untrained.preprocessing
-    made.use(untrained, Runtime())
+    made.attach_networks(untrained, Runtime())
     made.denoiser = GaussianDenoiser(torch.full((SIZE,), 0.5), BASIS @ torch.diag(SPREAD**2) @ BASIS.T)
     return made
 
@@ -65,7 +65,7 @@ def test_levels_are_even_in_log_sigma_between_the_ends() -> None:
     sigmas = schedule.sigma[list(detector(lowest=0.1, highest=1.0, count=4).levels)]
     torch.testing.assert_close(sigmas, 10 ** torch.linspace(-1, 0, 4, dtype=torch.float64), rtol=0.05, atol=0)
     wide = MSMA(lowest=0.1, highest=1.0, count=4)
-    wide.use(model(data_range=(-1.0, 1.0)), Runtime())
+    wide.attach_networks(model(data_range=(-1.0, 1.0)), Runtime())
     torch.testing.assert_close(schedule.sigma[list(wide.levels)], 2 * sigmas, rtol=0.05, atol=0)
     whole = detector(lowest=1e-9, highest=1e9, count=7)
     assert (whole.levels[0], whole.levels[-1], len(whole.levels)) == (0, 999, 7)
@@ -76,7 +76,7 @@ def test_levels_are_even_in_log_sigma_between_the_ends() -> None:
 def test_ten_evaluations_and_no_noise() -> None:
     made = MSMA.from_preset("paper")
     made.preprocessing = model().preprocessing
-    made.use(model(), Runtime())
+    made.attach_networks(model(), Runtime())
     assert made.cost().nfe == made.rows_per_image == 10
     assert torch.equal(norms(made, images(3)), norms(made, images(3)))
 
@@ -99,11 +99,11 @@ def test_too_small_and_too_large_norms_are_both_far(scored: MSMA, name: str) -> 
 
 
 def test_choices_are_refitted_without_a_network(scored: MSMA) -> None:
-    found = scored.reconfigured(neighbours=1, components=1).compute_scores(scored.calibration)
+    found = scored.with_scoring(neighbors=1, components=1).compute_scores(scored.calibration)
     assert bool((found["nearest"] < scored.compute_scores(scored.calibration)["nearest"]).all())
     assert scored.mixture is not None
-    with pytest.raises(FaroutError, match="after the fact"):
-        scored.reconfigured(count=3)
+    with pytest.raises(FaroutError, match="cannot be changed after the fit"):
+        scored.with_scoring(count=3)
 
 
 def test_it_works_on_latents_and_with_a_null_condition() -> None:

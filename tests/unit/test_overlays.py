@@ -76,7 +76,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_score_writes_a_map_of_every_readable_image(place: Path, tmp_path: Path) -> None:
-    assert run(["score", place / "d", place / "new", "--out", tmp_path / "r", "--maps", "--furthest", 2]) == 0
+    assert run(["score", place / "d", place / "new", "--out", tmp_path / "r", "--maps", "--highest", 2]) == 0
     maps = contents(tmp_path / "r" / "maps")
     wanted = {f"{i:03d}.png.png" for i in range(COUNT) if i != 4} | {"line 2/004.png.png"}
     assert {name for name in maps if name.endswith(".png")} == wanted
@@ -87,7 +87,7 @@ def test_score_writes_a_map_of_every_readable_image(place: Path, tmp_path: Path)
 
 
 def test_a_scored_folder_can_get_maps_afterwards(place: Path, tmp_path: Path) -> None:
-    words = ["score", place / "d", place / "new", "--out", tmp_path / "r", "--furthest", 2]
+    words = ["score", place / "d", place / "new", "--out", tmp_path / "r", "--highest", 2]
     assert run(words) == 0
     assert not (tmp_path / "r" / "maps").exists()
     scores = (tmp_path / "r" / "scores.csv").read_bytes()

@@ -13,7 +13,14 @@ from farout.core.errors import FaroutError
 from farout.data.batching import Batch
 from farout.data.sources import open_source
 from farout.detectors.patches import Patches
-from farout.detectors.patches.positions import Deviations, drawn, equal_layers, flat, nearest, rank, top
+from farout.detectors.patches.positions import (
+    PositionStatistics,
+    average_highest,
+    equal_layer_weights,
+    nearest_distances,
+    rank_by_hash,
+    sample_indices,
+)
 from farout.detectors.semantic import Semantic
 from farout.training.loop import TrainingRun
 from small import pictures
@@ -43,14 +50,14 @@ def fitted(good: Path) -> Patches:
 
 
 def batch(detector: Patches, source: object) -> Batch:
-    return next(iter(detector.batches(open_source(source))))  # type: ignore[arg-type]
+    return next(iter(detector.load_batches(open_source(source))))  # type: ignore[arg-type]
 
 
 # -- the arithmetic -----------------------------------------------------------------------------------------------
 
 
 def test_every_layer_weighs_the_same() -> None:
-    weights = equal_layers((2, 8))
+    weights = equal_layer_weights((2, 8))
     assert float(weights[:2].sum()) == pytest.approx(0.5)
     assert float(weights.sum()) == pytest.approx(1)
 
@@ -61,30 +68,32 @@ def test_the_nearest_is_found_exactly() -> None:
     bank = torch.randn(50, 6) + 1000
     vectors = torch.cat([bank[:3], torch.randn(4, 6) + 1000])
     expected = torch.cdist(vectors.double(), bank.double()).min(1).values.float()
-    found = nearest(vectors - 1000, bank - 1000)
+    found = nearest_distances(vectors - 1000, bank - 1000)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found[:3] == 0).all()
 
 
 def test_the_highest_share_is_one_position_at_least() -> None:
     values = torch.arange(400.0).reshape(2, 200)
-    assert top(values, 0.01).tolist() == [198.5, 398.5]
-    assert top(values, 1e-6).tolist() == [199, 399]
-    assert torch.equal(top(values, 1.0), values.mean(1))
+    assert average_highest(values, 0.01).tolist() == [198.5, 398.5]
+    assert average_highest(values, 1e-6).tolist() == [199, 399]
+    assert torch.equal(average_highest(values, 1.0), values.mean(1))
 
 
 def test_drawn_positions_depend_on_content_alone() -> None:
-    assert torch.equal(drawn(100, 7, 0, "a"), drawn(100, 7, 0, "a"))
-    assert not torch.equal(drawn(100, 7, 0, "a"), drawn(100, 7, 0, "b"))
-    assert not torch.equal(drawn(100, 7, 0, "a"), drawn(100, 7, 1, "a"))
-    assert drawn(5, 7, 0, "a").tolist() == [0, 1, 2, 3, 4]
-    assert rank("a", 0) != rank("a", 1)
+    assert torch.equal(sample_indices(100, 7, 0, "a"), sample_indices(100, 7, 0, "a"))
+    assert not torch.equal(sample_indices(100, 7, 0, "a"), sample_indices(100, 7, 0, "b"))
+    assert not torch.equal(sample_indices(100, 7, 0, "a"), sample_indices(100, 7, 1, "a"))
+    assert sample_indices(5, 7, 0, "a").tolist() == [0, 1, 2, 3, 4]
+    assert rank_by_hash("a", 0) != rank_by_hash("a", 1)
 
 
-def test_positions_run_row_by_row() -> None:
-    grid = torch.arange(12.0).reshape(1, 2, 2, 3)
-    assert flat(grid)[0, 1].tolist() == [1, 7]
-    assert flat(grid)[0, 3].tolist() == [3, 9]
+def test_positions_are_in_rows(fitted: Patches, good: Path) -> None:
+    images = batch(fitted, good)
+    grid = fitted.backbone.feature_grid(images.images[:1], 8)
+    features = fitted._features_at_positions(Batch(images.keys[:1], images.images[:1], None, (0,)))
+    assert_close(features[0, 1], grid[0, :, 0, 1])
+    assert_close(features[0, 9], grid[0, :, 1, 1])
 
 
 def test_deviations_of_good_positions_have_mean_zero_and_deviation_one() -> None:
@@ -92,12 +101,12 @@ def test_deviations_of_good_positions_have_mean_zero_and_deviation_one() -> None
     draws = np.random.default_rng(0)
     common = draws.normal(size=(5000, 1))
     errors = np.hstack([common * 3 + 10, common * 0.1 + draws.normal(size=(5000, 1)) * 0.1])
-    made = Deviations.fit(errors, draws.gamma(2.0, size=5000))
-    values = made.of_errors(torch.from_numpy(errors)).numpy()
+    made = PositionStatistics.fit(errors, draws.gamma(2.0, size=5000))
+    values = made.standardize_errors(torch.from_numpy(errors)).numpy()
     assert values.mean() == pytest.approx(0, abs=1e-9)
     assert values.std(ddof=1) == pytest.approx(1)
     with pytest.raises(FaroutError, match="numbers"):
-        Deviations.fit(np.full((5, 2), np.nan), np.ones(5))
+        PositionStatistics.fit(np.full((5, 2), np.nan), np.ones(5))
 
 
 def test_the_error_is_the_weighted_square_of_what_does_not_come_back(fitted: Patches) -> None:
@@ -106,7 +115,7 @@ def test_the_error_is_the_weighted_square_of_what_does_not_come_back(fitted: Pat
     fitted.denoiser = lambda x, sigma: torch.zeros_like(x)  # type: ignore[assignment]
     try:
         z = torch.randn(64, sum(fitted.backbone.channels))
-        found = fitted._errors(z)
+        found = fitted._reconstruction_errors(z)
     finally:
         fitted.denoiser = kept
     parts = z.split(fitted.backbone.channels, dim=1)
@@ -144,7 +153,7 @@ def test_the_damaged_score_further_out(fitted: Patches, good: Path) -> None:
 @pytest.mark.slow
 def test_maps_are_of_the_chosen_score(fitted: Patches, good: Path) -> None:
     own = fitted.measure(batch(fitted, good), maps=True)
-    other = fitted.reconfigured(score="knn_mean").measure(batch(fitted, good), maps=True)
+    other = fitted.with_scoring(score="knn_mean").measure(batch(fitted, good), maps=True)
     assert own.maps is not None
     assert other.maps is not None
     assert torch.equal(own.maps, own.pictures["diffusion"][:, 0])
@@ -157,9 +166,6 @@ def test_maps_change_no_score_and_agree_in_any_batch(fitted: Patches, good: Path
     assert torch.equal(fitted.measure(whole).values, measured.values)  # type: ignore[arg-type]
     alone = fitted.measure(Batch(whole.keys[7:8], whole.images[7:8], None, (7,)), maps=True)
     assert_close(alone.maps[0], measured.maps[7])  # type: ignore[index]
-    none = fitted.measure(Batch((), whole.images[:0], None, ()), maps=True)
-    assert none.maps is not None
-    assert none.maps.shape == (0, 64, 64)
 
 
 # -- models and banks ---------------------------------------------------------------------------------------------
@@ -180,7 +186,7 @@ def test_no_more_images_are_looked_at_than_wanted(good: Path) -> None:
     made = Patches(**{**SMALL, "epochs": 1, "most": 5}).fit(good, alpha=0.1, statistics=15)
     assert made.diffusion is not None
     assert len(made.diffusion.trained_on) == 5
-    assert made.describe()["bank"] == 5 * 64
+    assert made.describe_statistics()["bank"] == 5 * 64
     assert not made.diffusion.trained_on & (made.statistics_hashes | made.calibration_hashes)
 
 
@@ -189,19 +195,19 @@ def test_a_given_model_gets_a_bank_of_statistics_images(fitted: Patches, good: P
     """As for the control with random weights; the deviations come from the other half."""
     assert fitted.diffusion is not None
     made = Patches(**SMALL).fit(good, fitted.diffusion.with_random_weights(), alpha=0.1, statistics=16)
-    assert made.describe()["bank"] == 8 * 64
+    assert made.describe_statistics()["bank"] == 8 * 64
     assert np.isfinite(made.score(good).score).all()
     again = Patches(**SMALL).fit(good, fitted.diffusion, alpha=0.1, statistics=6)
-    assert again.describe()["bank"] == 3 * 64
+    assert again.describe_statistics()["bank"] == 3 * 64
 
 
 @pytest.mark.slow
 def test_a_second_fit_forgets_the_first_bank(fitted: Patches, good: Path) -> None:
     assert fitted.diffusion is not None
     made = Patches(**{**SMALL, "epochs": 1}).fit(good, alpha=0.1, statistics=15)
-    first = made.state()["bank"]
+    first = made.get_state()["bank"]
     made.fit(good, fitted.diffusion, alpha=0.1, statistics=6)
-    assert len(made.state()["bank"]) == 3 * 64 != len(first)
+    assert len(made.get_state()["bank"]) == 3 * 64 != len(first)
 
 
 @pytest.mark.slow
@@ -269,7 +275,7 @@ def test_a_loaded_detector_makes_the_same_maps(fitted: Patches, good: Path, tmp_
     loaded = load(tmp_path / "d")
     whole = batch(fitted, good)
     assert torch.equal(loaded.measure(whole, maps=True).maps, fitted.measure(whole, maps=True).maps)  # type: ignore[arg-type]
-    assert loaded.describe()["bank"] == fitted.describe()["bank"]
+    assert loaded.describe_statistics() == fitted.describe_statistics()
 
 
 def test_nothing_is_written_to_the_cache_of_features(
@@ -279,7 +285,7 @@ def test_nothing_is_written_to_the_cache_of_features(
     monkeypatch.setenv("FAROUT_CACHE", str(tmp_path))
     kept, fitted.runtime = fitted.runtime, replace(fitted.runtime, cache=True)
     try:
-        assert all(each.features is None for each in fitted.batches(open_source(good)))
+        assert all(each.features is None for each in fitted.load_batches(open_source(good)))
     finally:
         fitted.runtime = kept
     assert not list(tmp_path.iterdir())

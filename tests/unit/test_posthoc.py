@@ -18,14 +18,15 @@ from farout import load
 from farout.classifiers.model import Classifier
 from farout.core.errors import FaroutError, TrapWarning
 from farout.data.batching import Batch
+from farout.data.sources import open_source
 from farout.detectors.posthoc import Posthoc
-from farout.detectors.posthoc.scores import Fitted, Head, Settings, logit_scores, neighbour
+from farout.detectors.posthoc.scores import FittedScores, LinearHead, ScoreSettings, compute_logit_scores, limit_rank
 from small import classifier, pictures
 from tolerances import assert_same_scores
 
 pytestmark = pytest.mark.numerics
 
-SETTINGS = Settings(neighbour=50, dimensions=None, clip=0.9, sparsity=0.9, covariance="shrunk")
+SETTINGS = ScoreSettings(k=50, dimensions=None, clip=0.9, sparsity=0.9, covariance="shrunk")
 NAMES = {
     "msp", "max_logit", "energy", "gen", "react", "dice", "ash", "scale", "vim", "knn", "she", "mahalanobis", "rmds"
 }  # fmt: skip
@@ -69,7 +70,7 @@ def batch(count: int = 5, seed: int = 0) -> Batch:
 
 def test_scores_of_logits_are_the_librarys() -> None:
     logits = 5 * torch.randn(40, 10, generator=torch.Generator().manual_seed(0))
-    found = logit_scores(logits, gamma=0.1, top=6)
+    found = compute_logit_scores(logits, gamma=0.1, top=6)
     wide = logits.double()  # in float32 the library's clamped probabilities differ in the fourth digit
     expected = {
         "msp": theirs.MaxSoftmax.score(wide),
@@ -85,15 +86,15 @@ def test_scores_of_logits_are_the_librarys() -> None:
 
 def test_very_confident_images_are_still_told_apart() -> None:
     logits = torch.tensor([[30.0, 0.0, 0.0], [35.0, 0.0, 0.0]])
-    msp = logit_scores(logits, 0.1, 3)["msp"]
+    msp = compute_logit_scores(logits, 0.1, 3)["msp"]
     assert msp[0] > msp[1]
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_scores_of_features_are_the_librarys(bias: bool) -> None:
     last, good, new = layer(bias=bias), features(), features(30, seed=2) * 2
-    head = Head(last)
-    found = Fitted.fit(good, head, replace(SETTINGS, covariance="empirical", neighbour=3)).scores(new)
+    head = LinearHead(last)
+    found = FittedScores.fit(good, head, replace(SETTINGS, covariance="empirical", k=3)).compute(new)
     weight, offset = last.weight, last.bias if bias else torch.zeros(4)
     classes, known = last(good).argmax(1), torch.zeros(len(good))
     objects = {
@@ -117,10 +118,10 @@ def test_scores_of_features_are_the_librarys(bias: bool) -> None:
 
 def test_shrunk_distances_tend_to_the_empirical_ones() -> None:
     """The library divides by nothing where a covariance divides by n; the order is what a score is."""
-    head, good, new = Head(layer()), features(20000) + 0.1, features(200, seed=2)
+    head, good, new = LinearHead(layer()), features(20000) + 0.1, features(200, seed=2)
     good = good + 0.1 * torch.randn(good.shape, generator=torch.Generator().manual_seed(3))
-    shrunk = Fitted.fit(good, head, SETTINGS).scores(new)
-    empirical = Fitted.fit(good, head, replace(SETTINGS, covariance="empirical")).scores(new)
+    shrunk = FittedScores.fit(good, head, SETTINGS).compute(new)
+    empirical = FittedScores.fit(good, head, replace(SETTINGS, covariance="empirical")).compute(new)
     for name in ("mahalanobis", "rmds"):
         one, two = (value.argsort().argsort().double() for value in (shrunk[name], empirical[name]))
         assert torch.corrcoef(torch.stack([one, two]))[0, 1] > 0.999, name
@@ -166,7 +167,7 @@ def test_odin_costs_two_passes_more_and_only_when_asked(good: Path, made: Postho
     assert (plain.cost().nfe, made.cost().nfe) == (1, 3)
     assert fitted(good, score="odin").score_name == "odin"
     with pytest.raises(FaroutError, match="odin was not measured"):
-        plain.reconfigured(score="odin")
+        plain.with_scoring(score="odin")
 
 
 # few images
@@ -176,7 +177,7 @@ def test_odin_costs_two_passes_more_and_only_when_asked(good: Path, made: Postho
 def test_fewer_images_than_features(count: int) -> None:
     good, new = features(count, width=64), features(20, width=64, seed=2)
     with torch.no_grad():
-        found = Fitted.fit(good, Head(layer(width=64)), SETTINGS).scores(new)
+        found = FittedScores.fit(good, LinearHead(layer(width=64)), SETTINGS).compute(new)
     assert all(bool(value.isfinite().all()) for value in found.values())
     assert len(found["mahalanobis"].unique()) == 20
 
@@ -185,22 +186,22 @@ def test_a_class_that_is_never_predicted() -> None:
     last = layer()
     with torch.no_grad():
         last.bias[2] = -100
-    good, head = features(50), Head(last)
-    learnt = Fitted.fit(good, head, SETTINGS)
+    good, head = features(50), LinearHead(last)
+    learnt = FittedScores.fit(good, head, SETTINGS)
     assert len(learnt.arrays["means"]) <= 3
     torch.testing.assert_close(torch.from_numpy(learnt.arrays["patterns"][2]), good.mean(0))
 
 
 def test_what_cannot_be_learnt_from_is_refused() -> None:
     copies = features(1).expand(20, -1)
-    with pytest.raises(FaroutError, match=r"do not differ|nothing is left"):
-        Fitted.fit(copies, Head(layer()), SETTINGS)
+    with pytest.raises(FaroutError, match=r"do not differ|no residual"):
+        FittedScores.fit(copies, LinearHead(layer()), SETTINGS)
     with pytest.raises(FaroutError, match="more than 10 statistics images"):
-        Fitted.fit(features(10), Head(layer()), replace(SETTINGS, covariance="empirical"))
+        FittedScores.fit(features(10), LinearHead(layer()), replace(SETTINGS, covariance="empirical"))
 
 
-def test_the_neighbour_suits_the_number_of_images() -> None:
-    assert [neighbour(50, count) for count in (2, 99, 1000, 4999, 5000, 90000)] == [1, 1, 10, 49, 50, 50]
+def test_the_rank_of_the_neighbor_suits_the_number_of_images() -> None:
+    assert [limit_rank(50, count) for count in (2, 99, 1000, 4999, 5000, 90000)] == [1, 1, 10, 49, 50, 50]
 
 
 # the detector
@@ -210,7 +211,7 @@ def test_the_batch_does_not_matter(made: Posthoc, good: Path) -> None:
     whole, kept = made.score(good), made.runtime
     made.runtime = replace(kept, batch_size=7)
     try:
-        parts = made.score(made.open(good).subset(list(range(59, -1, -1))))
+        parts = made.score(open_source(good).subset(list(range(59, -1, -1))))
     finally:
         made.runtime = kept
     assert_same_scores(parts, whole, made)
@@ -224,17 +225,17 @@ def test_save_and_load_give_every_score_exactly(made: Posthoc, good: Path, tmp_p
     one, two = made.score(good), again.score(good)
     for name, value in one.indicators.items():
         assert np.array_equal(two.indicators[name], value), name
-    assert again.describe()["neighbour"] == 1
+    assert again.describe_statistics()["k"] == 1
 
 
 def test_every_score_can_be_chosen_after_the_fact(made: Posthoc) -> None:
     for name in NAMES | {"odin"}:
-        other = made.reconfigured(score=name)
+        other = made.with_scoring(score=name)
         assert other.score_name == name
-    near = made.reconfigured(k=1, gamma=0.5, covariance="shrunk", dimensions=3)
-    assert near.describe()["residual_dimensions"] == made.network.width - 3
-    with pytest.raises(FaroutError, match="after the fact"):
-        made.reconfigured(pruned=0.9)
+    near = made.with_scoring(k=1, gamma=0.5, covariance="shrunk", dimensions=3)
+    assert near.describe_statistics()["residual_dimensions"] == made.network.width - 3
+    with pytest.raises(FaroutError, match="cannot be changed after the fit"):
+        made.with_scoring(pruned=0.9)
 
 
 def test_images_unlike_the_good_ones_score_higher(made: Posthoc, good: Path, tmp_path: Path) -> None:

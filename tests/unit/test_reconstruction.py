@@ -1,7 +1,6 @@
 """The reconstruction detector: exact on Gaussian data, and the checks of its card."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
+from farout.core.runtime import Runtime
 from farout.data.batching import Batch
 from farout.data.preprocessing import Preprocessing
-from farout.detectors.base import Runtime
 from farout.detectors.calibration import calibrate
 from farout.detectors.reconstruction import Reconstruction
-from farout.detectors.reconstruction.comparison import METRICS
-from farout.detectors.reconstruction.indicators import Scorer
-from farout.detectors.reconstruction.noise_levels import make_plan, paper_grid
+from farout.detectors.reconstruction.denoising_paths import build_denoising_paths, paper_levels
+from farout.detectors.reconstruction.metrics import METRICS
 from farout.detectors.results import Measurements
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
@@ -53,7 +51,7 @@ def detector(**arguments: object) -> Reconstruction:
     exact = DiffusionModel(Gaussian(MEAN, SPREAD), SCHEDULE, preprocessing, data_range=(0.0, 1.0))
     made = Reconstruction(**arguments)
     made.preprocessing = preprocessing
-    made.use(exact, Runtime())
+    made.attach_networks(exact, Runtime())
     return made
 
 
@@ -136,10 +134,10 @@ def test_evaluations_of_the_released_grid() -> None:
 
 def test_start_sets() -> None:
     """The paper's first code, and the released one."""
-    assert paper_grid(16) == (1, 161, 321, 481, 641, 801, 961)
-    assert paper_grid(16, "released") == (10, 170, 330, 490, 650, 810, 970)
-    assert [len(paper_grid(s)) for s in (1, 2, 3, 4, 5, 8, 16, 32, 64)] == [100, 50, 34, 25, 20, 13, 7, 4, 2]
-    assert [len(paper_grid(s, "released")) for s in (1, 2, 4, 8, 16, 32, 64)] == [99, 50, 25, 13, 7, 4, 2]
+    assert paper_levels(16) == (1, 161, 321, 481, 641, 801, 961)
+    assert paper_levels(16, "released") == (10, 170, 330, 490, 650, 810, 970)
+    assert [len(paper_levels(s)) for s in (1, 2, 3, 4, 5, 8, 16, 32, 64)] == [100, 50, 34, 25, 20, 13, 7, 4, 2]
+    assert [len(paper_levels(s, "released")) for s in (1, 2, 4, 8, 16, 32, 64)] == [99, 50, 25, 13, 7, 4, 2]
 
 
 def test_antithetic_pairs_mirror_each_other() -> None:
@@ -165,9 +163,7 @@ def test_noise_per_image_follows_the_key() -> None:
 @pytest.fixture(scope="module")
 def scored() -> Reconstruction:
     made = detector(levels=LEVELS)
-    with_maps = made.measure(images(150), maps=True)
-    made.watch(with_maps)
-    made.statistics = replace(with_maps, maps=None, pictures={})
+    made.statistics = made.measure_statistics(images(150))
     made.fit_statistics(made.statistics)
     calibrate(made, made.measure(images(150, seed=1)))
     return made
@@ -175,14 +171,14 @@ def scored() -> Reconstruction:
 
 def test_z_of_the_statistics_images_is_standard(scored: Reconstruction) -> None:
     """Mean 0 and deviation 1 at every level and metric."""
-    z = scored.curves(scored.statistics)
+    z = scored.compute_z(scored.statistics)
     torch.testing.assert_close(z.mean(0), torch.zeros(3, len(METRICS)).double(), atol=1e-9, rtol=0)
     torch.testing.assert_close(z.std(0), torch.ones(3, len(METRICS)).double(), atol=1e-9, rtol=0)
 
 
 def test_the_papers_score_by_hand(scored: Reconstruction) -> None:
     """mean over levels of z_mse + z_perceptual; mean |z|; one metric alone."""
-    z = scored.curves(scored.calibration)
+    z = scored.compute_z(scored.calibration)
     mse, perceptual = z[..., METRICS.index("mse")], z[..., METRICS.index("perceptual")]
     combined = scored.compute_scores(scored.calibration)
     torch.testing.assert_close(combined["mean_z"], (mse + perceptual).mean(1))
@@ -205,14 +201,14 @@ def test_complexity_bias_and_its_cure(scored: Reconstruction) -> None:
 
 
 def test_choices_of_levels_after_the_fact(scored: Reconstruction) -> None:
-    some = scored.reconfigured(min_t=100, t_skip=1, score="mean_z")
-    z = scored.curves(scored.calibration)[:, 1:]
+    some = scored.with_scoring(min_t=100, t_skip=1, score="mean_z")
+    z = scored.compute_z(scored.calibration)[:, 1:]
     expected = (z[..., METRICS.index("mse")] + z[..., METRICS.index("perceptual")]).mean(1)
     torch.testing.assert_close(some.compute_scores(scored.calibration)["mean_z"], expected)
-    assert some.curves(scored.calibration).shape[1] == 2
-    assert scored.reconfigured(t_skip=2).curves(scored.calibration).shape[1] == 2
+    assert some.compute_z(scored.calibration).shape[1] == 2
+    assert scored.with_scoring(t_skip=2).compute_z(scored.calibration).shape[1] == 2
     with pytest.raises(FaroutError, match="leave none"):
-        scored.reconfigured(min_t=900)
+        scored.with_scoring(min_t=900)
 
 
 def test_maps_point_at_the_damage(scored: Reconstruction) -> None:
@@ -236,7 +232,7 @@ def test_paper_preset_is_the_papers() -> None:
     assert made.config["mode"] == "exact"
     assert made.score_name == "mean_z"
     names = ("mode", "levels", "skip", "grid", "steps", "solver")
-    assert make_plan(SCHEDULE, **{name: made.config[name] for name in names}).levels == paper_grid(16)
+    assert build_denoising_paths(SCHEDULE, **{name: made.config[name] for name in names}).levels == paper_levels(16)
 
 
 @pytest.mark.parametrize(
@@ -270,11 +266,11 @@ def test_it_works_on_latents() -> None:
 
 
 def test_scores_of_constant_metrics_are_numbers() -> None:
-    scorer = Scorer(("mse",), ("mse",), 0, 1000, 1)
+    made = Reconstruction(metrics=("mse",), density_metrics=("mse",))
     values = torch.full((20, 2, 1, len(METRICS)), 0.5)
-    measured = Measurements(tuple(map(str, range(20))), values, (50.0, 100.0), METRICS)
-    scorer.fit(measured, 0)
-    assert all(bool(torch.isfinite(score).all()) for score in scorer(measured).values())
+    measurements = Measurements(tuple(map(str, range(20))), values, (50.0, 100.0), METRICS)
+    made.fit_statistics(measurements)
+    assert all(bool(torch.isfinite(score).all()) for score in made.compute_scores(measurements).values())
 
 
 def test_untrained_models_fit_too() -> None:

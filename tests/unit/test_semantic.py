@@ -9,20 +9,24 @@ import torch
 
 from farout import load
 from farout.core.errors import ConstantScoresWarning, FaroutError, ShortfallWarning, StoreError
+from farout.core.runtime import Runtime
 from farout.data.batching import Batch
 from farout.data.sources import open_source
 from farout.detectors import DETECTORS
-from farout.detectors.base import Measurements, Runtime
+from farout.detectors.base import Measurements
 from farout.detectors.semantic import Semantic, sampling
-from farout.detectors.semantic.indicators import Scorer, metric_names, names
 from farout.diffusion.denoiser import GaussianDenoiser
 from farout.features.densities import Mahalanobis
 from farout.features.encoding import FeatureEncoding
+from farout.features.extractor import FeatureExtractor
 from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
 from small import pictures
 from tolerances import assert_close, assert_same_scores
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")]
+
+
+INDICATORS = {"mse", "mfsim", "mfsim_released", "calibrated_mse", "calibrated_mfsim", "distance", "fused"}
 
 
 class Constant:
@@ -111,26 +115,31 @@ def measured(error: torch.Tensor, angle: torch.Tensor, first: torch.Tensor, dist
     """(B, groups) each, one level and draw."""
     values = torch.cat([error, angle, first, distance[:, None]], dim=1)[:, None, None]
     keys = tuple(str(i) for i in range(len(error)))
-    return Measurements(keys, values, (3.0,), metric_names(error.shape[1], True))
+    names = [f"{kind}_{layer}" for kind in ("error", "angle", "first_error") for layer in range(error.shape[1])]
+    return Measurements(keys, values, (3.0,), (*names, "distance"))
+
+
+def fitted_to(table: Measurements, **settings: object) -> Semantic:
+    """A detector without networks, on three layers."""
+    detector = Semantic(regret=True, **settings)  # type: ignore[arg-type]
+    detector.layer_widths = [2, 3, 5]
+    detector.fit_statistics(table)
+    return detector
 
 
 def test_scores_are_the_papers() -> None:
     torch.manual_seed(0)
     error, angle, first = (torch.rand(50, 3) + 0.1 for _ in range(3))
-    scorer = Scorer((2, 3, 5), regret=True, lr_sign=1)
     table = measured(error, angle, first, torch.rand(50) + 0.5)
-    scorer.fit(table)
-    found = scorer(table)
+    found = fitted_to(table).compute_scores(table)
     widths = torch.tensor([2.0, 3.0, 5.0]).double()
     mse = (error.double() * widths).sum(1) / 10
     torch.testing.assert_close(found["mse"], mse)
     torch.testing.assert_close(found["mfsim"], -(1 - angle.double()).mean(1))
     torch.testing.assert_close(found["mfsim_released"], -(1 - angle[:, 1:].double()).mean(1))
     torch.testing.assert_close(found["lr"], (first.double() * widths).sum(1) / 10 - mse)
-    assert set(found) == set(names())
-    turned = Scorer((2, 3, 5), regret=True, lr_sign=-1)
-    turned.fit(table)
-    torch.testing.assert_close(turned(table)["lr"], -found["lr"])
+    assert set(found) == {*INDICATORS, "lr"}
+    torch.testing.assert_close(fitted_to(table, lr_sign=-1).compute_scores(table)["lr"], -found["lr"])
 
 
 def test_calibrated_sums_let_no_layer_dominate() -> None:
@@ -138,21 +147,19 @@ def test_calibrated_sums_let_no_layer_dominate() -> None:
     torch.manual_seed(0)
     error, angle, first = (torch.rand(400, 3) + 0.1 for _ in range(3))
     loud = error * torch.tensor([1.0, 1000.0, 1.0])
-    plain, scaled = (Scorer((2, 3, 5), True, 1) for _ in range(2))
     tables = [measured(e, angle, first, torch.ones(400) + torch.rand(400)) for e in (error, loud)]
-    plain.fit(tables[0])
-    scaled.fit(tables[1])
-    torch.testing.assert_close(plain(tables[0])["calibrated_mse"], scaled(tables[1])["calibrated_mse"])
+    plain, scaled = (fitted_to(table).compute_scores(table)["calibrated_mse"] for table in tables)
+    torch.testing.assert_close(plain, scaled)
 
 
 def test_a_perfect_reconstruction_has_the_lowest_scores(plain: Semantic) -> None:
     """MSE(z, z) = 0 and MFsim(z, z) = -1."""
     assert plain.diffusion is not None
     x0 = plain.diffusion.encode(torch.randn(4, 512))
-    same = plain._compared(x0, [x0[:, None, None].expand(4, 1, 2, -1)])
-    groups = len(plain.diffusion.encoding.groups)
-    assert float(same[..., :groups].abs().max()) == 0
-    assert float(same[..., groups : 2 * groups].abs().max()) < 1e-6
+    same = plain._compare_layers(x0, [x0[:, None, None].expand(4, 1, 2, -1)])
+    assert len(same) == 2 * len(plain.diffusion.encoding.groups)
+    assert all(float(value.abs().max()) == 0 for name, value in same.items() if name.startswith("error"))
+    assert all(float(value.abs().max()) < 1e-6 for value in same.values())
 
 
 @pytest.fixture(scope="module")
@@ -187,11 +194,11 @@ def test_options_fit_score_and_come_back(folder: Path, tmp_path: Path, settings:
     detector = fitted(folder, **settings)
     scores = detector.score(folder)
     assert np.isfinite(scores.score).all()
-    assert set(scores.indicators) == set(names(bool(settings.get("regret", True))))
+    assert set(scores.indicators) == {*INDICATORS, *(["lr"] if settings.get("regret", True) else [])}
     detector.save(tmp_path / "d")
     assert np.array_equal(load(tmp_path / "d").score(folder).score, scores.score)
     reverse = list(range(len(scores)))[::-1]
-    assert_same_scores(detector.score(detector.open(folder).subset(reverse)), scores, detector)
+    assert_same_scores(detector.score(open_source(folder).subset(reverse)), scores, detector)
 
 
 def test_both_denoisers_lie_in_one_folder(plain: Semantic, folder: Path, tmp_path: Path) -> None:
@@ -265,7 +272,7 @@ def test_regret_wants_several_passes(folder: Path) -> None:
 
 def test_constant_features_are_no_numbers_trouble(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images that all look alike to the backbone: nothing varies, and still nothing is NaN."""
-    monkeypatch.setattr(Semantic, "_compute", lambda self, images: torch.ones(len(images), 512))
+    monkeypatch.setattr(FeatureExtractor, "pooled_features", lambda self, images, *_: torch.ones(len(images), 512))
     for standardize in ("image", "channel"):
         detector = fitted(folder, standardize=standardize, runtime=Runtime(cache=False))
         with pytest.warns(ConstantScoresWarning):
@@ -284,7 +291,9 @@ def test_the_model_card_says_where_weights_come_from(plain: Semantic, tmp_path: 
 
 
 def test_damaged_features_stop_the_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Semantic, "_compute", lambda self, images: torch.full((len(images), 512), float("nan")))
+    monkeypatch.setattr(
+        FeatureExtractor, "pooled_features", lambda self, x, *_: torch.full((len(x), 512), float("nan"))
+    )
     with pytest.raises(FaroutError, match="not numbers"):
         fitted(folder, runtime=Runtime(cache=False))
 
@@ -304,12 +313,12 @@ def test_cached_and_uncached_scores_agree(plain: Semantic, folder: Path) -> None
     cached, kept = plain.score(folder), plain.runtime
     source = open_source(folder)
     images = torch.stack([plain.preprocessing(image) for image in source.subset(range(3))])
-    plain.use(plain.diffusion, replace(kept, cache=False))
+    plain.attach_networks(plain.diffusion, replace(kept, cache=False))
     try:
         assert_same_scores(plain.score(folder), cached, plain)
         alone = plain.measure(Batch(source.keys[:3], images, None, (0, 1, 2)))
     finally:
-        plain.use(plain.diffusion, kept)
+        plain.attach_networks(plain.diffusion, kept)
     assert cached.measurements is not None
     assert_close(alone.values, cached.measurements.values[:3])  # type: ignore[arg-type, index]
 
@@ -317,9 +326,10 @@ def test_cached_and_uncached_scores_agree(plain: Semantic, folder: Path) -> None
 def test_the_distance_is_of_the_features_trained_on(plain: Semantic) -> None:
     assert plain.diffusion is not None
     assert isinstance(plain.diffusion.gaussian, Mahalanobis)
-    features = torch.rand(70, 512)
-    expected = plain.diffusion.gaussian.score(features.numpy())
-    np.testing.assert_allclose(plain._distances(features).numpy(), expected, rtol=1e-5)
+    features, keys = torch.rand(70, 512), tuple(map(str, range(70)))
+    expected = plain.diffusion.gaussian.score(plain.diffusion.encode(features).double().numpy())
+    found = plain.measure(Batch(keys, torch.empty(0), None, tuple(range(70)), features)).values
+    np.testing.assert_allclose(found[:, 0, 0, -1].numpy(), expected, rtol=1e-5)  # type: ignore[index]
 
 
 def test_encodings_go_with_their_widths() -> None:

@@ -19,7 +19,7 @@ def test_grids_and_vectors_round_trip() -> None:
     again = Measurements.from_table(grid.to_table())
     assert (again.keys, again.levels, again.metrics) == (grid.keys, grid.levels, grid.metrics)
     torch.testing.assert_close(again.values, values, equal_nan=True, rtol=0, atol=0)
-    assert grid.finite().tolist() == [True, False]
+    assert grid.is_finite().tolist() == [True, False]
     long = Measurements(("b", "a"), vectors={"f": torch.rand(2, 5), "g": torch.rand(2, 1)})
     back = Measurements.from_table(long.to_table())
     assert back.keys == long.keys

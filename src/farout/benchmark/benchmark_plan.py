@@ -166,16 +166,16 @@ def _random_weights_baselines(spec: BenchmarkSpec) -> dict[str, str]:
 
 def _random_weights_key(spec: BenchmarkSpec, name: str, entry: DetectorSpec) -> str | None:
     """Equal for detectors whose random-weights baselines are equal; None if the detector has no trained network."""
-    needs = entry.build_detector().needs
+    requirements = entry.build_detector().requirements
     base: list[Any] = [entry.method, to_plain_values(entry.arguments), entry.limit, entry.statistics]
     if entry.diffusion is not None:
         # random weights are drawn with the standard deviations of the trained ones
         return json.dumps([*base, entry.diffusion, entry.classifier])
-    if "diffusion" in needs:
+    if requirements.diffusion is not None:
         return json.dumps([*base, name])
     if entry.classifier is not None:
         network = spec.networks[entry.classifier]
         has_extra_class = network.exposure is not None and network.exposure.loss == "k+1"
         architecture = to_plain_values(network.model)
         return json.dumps([*base, architecture, network.source, network.limit, network.folder, has_extra_class])
-    return json.dumps(base) if "features" in needs and entry.arguments.get("weights") != "random" else None
+    return json.dumps(base) if requirements.backbone and entry.arguments.get("weights") != "random" else None

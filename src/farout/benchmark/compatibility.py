@@ -49,8 +49,8 @@ def check_compatibility(spec: BenchmarkSpec, sets: ImageSets) -> None:
         ImageToImage(model, **reconstructions.image_to_image_settings)  # refuses settings out of range
     for detector_spec in spec.detectors.values():
         detector = detector_spec.build_detector()
-        if detector.diffusion_of == "images":
-            detector.check(sets.training_images(None, detector_spec.limit), *networks_of(detector_spec))
+        if detector.requirements.diffusion != "features":
+            detector.check_networks(sets.training_images(None, detector_spec.limit), *networks_of(detector_spec))
 
 
 def _build_untrained(entry: NetworkSpec, sets: ImageSets) -> DiffusionModel | Classifier:

@@ -9,6 +9,7 @@ import numpy as np
 
 from farout.benchmark.results_folder import ScoredFolder, read_scored_folders
 from farout.data.decoding import save_png, to_pil
+from farout.data.sources import open_source
 from farout.detectors.base import Detector, Scores
 from farout.report.heat_colors import MapScale
 from farout.report.overlays import FOLDER, draw_overlay, overlay_path
@@ -49,10 +50,10 @@ def write_error_images(detector: Detector, folder: Path, sources: Sequence[str])
         if scored.source not in sources:
             continue
         errors = rank_errors(scored.scores, scored.source == sources[0])[:MAX_IMAGES]
-        source = detector.open(scored.source, policy=scored.policy)
+        source = open_source(scored.source, policy=scored.policy, seed=detector.seed)
         index_of = {key: index for index, key in enumerate(source.keys)}
         images = source.subset([index_of[scored.scores.keys[int(error)]] for error in errors])
-        for batch in detector.batches(images):
+        for batch in detector.load_batches(images):
             measured = detector.measure(batch, maps=True)
             assert measured.maps is not None
             for row, index in enumerate(batch.indices):
@@ -60,7 +61,7 @@ def write_error_images(detector: Detector, folder: Path, sources: Sequence[str])
                 heat_map = draw_overlay(images[index], measured.maps[row], detector.preprocessing.crop, scale)
                 save_png(heat_map, scored.folder / FOLDER / name)
                 for kind, pictures in measured.pictures.items():
-                    if not kind.startswith("_") and kind not in detector.map_pictures:
+                    if detector.heat_maps is not None and kind not in detector.heat_maps.pictures:
                         save_png(to_pil(pictures[row]), scored.folder / _PICTURES_FOLDER / kind / name)
 
 

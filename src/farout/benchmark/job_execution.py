@@ -182,12 +182,13 @@ def _evaluate_detector(plan: BenchmarkPlan, job: BenchmarkJob, earlier: Mapping[
         evaluation = evaluate(
             detector, id_source, ood_sources, job.output, baselines=no_baselines, limit=spec.limit, name=job.entry
         )
-    if detector.makes_maps and job.entry in spec.detectors:
+    if detector.heat_maps is not None and job.entry in spec.detectors:
         write_error_images(detector, job.output / "scores", job.sources)
     metrics = evaluation.metrics
     images_per_s = earlier.get("images_per_s")
     if images_per_s is None:
-        images_per_s = round(_measure_speed(detector, detector.open(id_source, limit=_SPEED_IMAGES)), 2)
+        images = open_source(id_source, limit=_SPEED_IMAGES, seed=detector.seed, policy="nan")
+        images_per_s = round(_measure_speed(detector, images), 2)
     metrics["images_per_s"] = images_per_s
     if not torch.cuda.is_available():
         metrics["peak_mib"] = float("nan")  # that of the process includes the jobs before this one
@@ -201,7 +202,7 @@ def _measure_speed(detector: Detector, images: ImageSource) -> float:
     detector.runtime = replace(runtime, cache=False)
     try:
         count, started = 0, time.perf_counter()
-        for batch in detector.batches(images):
+        for batch in detector.load_batches(images):
             detector.measure(batch)
             count += len(batch.keys)
             if time.perf_counter() - started > _SPEED_SECONDS:

@@ -134,12 +134,12 @@ def _markers_of_detector(plan: BenchmarkPlan, job: BenchmarkJob) -> set[str]:
     entry = plan.spec.detectors[baseline_of or job.entry]
 
     # a frozen backbone, a perceptual distance or a given network was trained on other images
-    needs, settings = entry.build_detector().needs, entry.arguments
-    random_backbone = settings.get("weights") == "random" or (has_random_weights and "diffusion" not in needs)
+    requirements, settings = entry.build_detector().requirements, entry.arguments
+    random_backbone = settings.get("weights") == "random" or (has_random_weights and requirements.diffusion is None)
     metrics = {*settings.get("metrics", ()), *settings.get("density_metrics", ())}
     networks = [plan.spec.networks[name] for name in (entry.diffusion, entry.classifier) if name is not None]
     is_given = any(network.folder is not None for network in networks) and not has_random_weights
-    is_pretrained = ("features" in needs and not random_backbone) or "perceptual" in metrics or is_given
+    is_pretrained = (requirements.backbone and not random_backbone) or "perceptual" in metrics or is_given
     return {word for word, holds in {"baseline": has_random_weights, "pretrained": is_pretrained}.items() if holds}
 
 

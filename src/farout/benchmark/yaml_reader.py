@@ -246,13 +246,14 @@ def _check_references(spec: BenchmarkSpec) -> None:
 
     for name, detector_spec in spec.detectors.items():
         where, detector = f"detectors.{name}", detector_spec.build_detector()
-        of_images = "diffusion" in detector.needs and detector.diffusion_of == "images"
-        _check_networks({"diffusion": of_images, "classifier": "classifier" in detector.needs}, detector_spec, where)
+        requirements = detector.requirements
+        uses = {"diffusion": requirements.diffusion == "images", "classifier": requirements.classifier}
+        _check_networks(uses, detector_spec, where)
         network = spec.networks.get(detector_spec.diffusion or "")
         if network is not None and network.folder is None:
             assert isinstance(network.model, DiffusionConfig)
             try:
-                detector.network_config(network.model)
+                detector.configure_diffusion(network.model)
             except FaroutError as error:
                 raise FaroutError(f"{where}: {error}") from error
 

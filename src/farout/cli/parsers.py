@@ -129,13 +129,13 @@ class CommandParser:
         self.presets: Mapping[str, Any] = (
             import_object(self.command.presets) if self.command.presets else getattr(self.method, "presets", {})
         )
-        needs = self.method.needs if name == "fit" else frozenset()
-        self.trains_images = "diffusion" in needs and self.method.diffusion_of == "images"
+        requires = self.method.requirements if name == "fit" else None
+        self.trains_images = requires is not None and requires.diffusion == "images"
         self.unused = {"preset"}
-        if name == "fit":
-            self.unused |= set() if "diffusion" in needs else {"diffusion", "link"}
+        if requires is not None:
+            self.unused |= set() if requires.diffusion is not None else {"diffusion", "link"}
             self.unused |= set() if self.trains_images else {"model", "training"}
-            self.unused |= set() if "classifier" in needs else {"classifier", *_NETWORK_FLAGS["classifier"]}
+            self.unused |= set() if requires.classifier else {"classifier", *_NETWORK_FLAGS["classifier"]}
         elif self.method is not None and len(self.method.stages) == 1:
             self.unused |= {"stage"}
         self.groups = {
@@ -170,7 +170,8 @@ class CommandParser:
         if self.trains_images:
             names = ", ".join(import_object(COMMANDS["train diffusion"].presets))
             text = _PRESET_HELP.format(what="settings of the diffusion model, if one is trained", names=names)
-            parser.add_argument("--network-preset", type=str, default=self.method.network_preset, help=text)
+            preset = self.method.requirements.diffusion_preset
+            parser.add_argument("--network-preset", type=str, default=preset, help=text)
         added = {each.name for each in (*required, *positional)}
         parser.add_parameters(self.function, skip=added | self.unused | {"method", "arguments", *self.groups})
         if self.method is not None:

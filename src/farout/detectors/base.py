@@ -1,156 +1,121 @@
-"""Detectors: what users call. What a method implements is in `interface`."""
+"""Detectors as users call them; `interface` defines what a method implements."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
-import torch
 
-from farout.core import store
-from farout.core.errors import FaroutError
 from farout.core.progress import task
-from farout.core.runtime import Runtime
-from farout.data.image_source import ImageSource, Policy
+from farout.data.image_source import Policy
 from farout.data.sources import open_source
 from farout.detectors import saving
-from farout.detectors.calibration import calibrate, check_scores, is_out, p_values
+from farout.detectors.calibration import check_fitted, compute_p_values, flag_outliers, warn_about_scores
 from farout.detectors.cost import Cost, measure_cost
 from farout.detectors.interface import DetectorInterface
 from farout.detectors.results import Measurements, Scores
 
-if TYPE_CHECKING:
-    from farout.diffusion.model import DiffusionModel
-    from farout.features.feature_diffusion import FeatureDiffusion
-
-__all__ = ["Cost", "Detector", "Measurements", "Runtime", "Scores", "load"]
+__all__ = ["Detector", "Measurements", "Scores", "load"]
 
 
 class Detector(DetectorInterface):
-    """A method that gives every image an OOD score (higher = more anomalous), a p-value and a flag."""
+    """A method that gives every image an OOD score (higher = more anomalous), a p-value and a flag.
+
+    Attributes:
+        config: the arguments of the constructor.
+        preprocessing: turns an image of any size into a tensor (C, H, W) for the networks.
+        diffusion, classifier, features: the networks, None where the method uses none.
+        alpha: false-alarm rate of `is_ood`.
+        statistics, calibration: measurements of the statistics images and of the calibration images.
+        calibration_scores: scores of the calibration images by indicator, sorted.
+        provenance: preset, source and sizes of the fit.
+    """
 
     def fit(self, images: Any, diffusion: Any = None, classifier: Any = None, **settings: Any) -> Self:
-        """Fits to normal images: uses given models, trains what is missing, then statistics and calibration.
+        """Fit to normal images: train the networks that are required and not given, then statistics and calibration.
 
         Args:
             images: any image source.
-            diffusion: a `DiffusionModel` or its folder; None: one is trained where the method needs it.
-            classifier: a `Classifier` or its folder; None: one is trained where the method needs it and the images
+            diffusion: a `DiffusionModel` or its folder; None: one is trained where the method requires it.
+            classifier: a `Classifier` or its folder; None: one is trained where the method requires it and the images
                 have labels.
             **settings: see `FitSettings`.
 
         Raises:
             FaroutError: for images or models that do not go together.
         """
-        from farout.detectors.fit_settings import FitSettings  # not needed to score
+        from farout.detectors.fit_settings import FitSettings  # scoring does not import the settings of training
         from farout.detectors.fitting import fit
 
-        return fit(self, images, diffusion, classifier, FitSettings(**settings))
+        fit(self, images, diffusion, classifier, FitSettings(**settings))
+        return self
 
     def score(self, images: Any, *, limit: int | None = None, policy: Policy = "nan") -> Scores:
-        """Scores every image of a source, in its order.
+        """Score every image of a source, in its order.
 
         Args:
             images: any image source.
             limit: a seeded sample of this many images.
             policy: for an unreadable image: `nan` (a row without score), `skip` (no row) or `raise`.
         """
-        self.check_fitted()
-        source, size, parts = self.open(images, limit=limit, policy=policy), self.batch_size, []
+        check_fitted(self)
+        source = open_source(images, policy=policy, limit=limit, seed=self.seed)
+        parts = [Scores.empty(self.calibration_scores)]
         with task("scoring", len(source)) as bar:
-            for position, batch in zip(range(0, len(source), size), self.batches(source), strict=True):
-                keys = source.keys[position : position + size]
-                measured = self.measure(batch) if batch.keys else None
-                parts.append(self.rescore_all(keys, measured, skip=source.policy == "skip"))
-                bar.advance(len(keys))
+            for batch in self.load_batches(source):
+                if batch.keys:
+                    parts.append(self.score_measurements(self.measure(batch)))
+                bar.advance(len(batch.keys))
         scores = Scores.join(parts)
-        check_scores(scores.score[np.array(scores.status) != "unreadable"], source.name)
-        return scores
+        warn_about_scores(scores.score, source.name)
+        return scores if source.policy == "skip" else scores.reindex(source.keys)
 
-    def open(self, images: Any, *, limit: int | None = None, policy: Policy = "nan") -> ImageSource:
-        """The source to be scored; an unreadable image gets a row without score."""
-        return open_source(images, policy=policy, limit=limit, seed=self.seed)
-
-    def rescore(self, measurements: Measurements) -> Scores:
-        """Scores from stored measurements; no network runs."""
-        self.check_fitted()
-        finite = measurements.finite().numpy()
-        computed = {name: value.double().numpy() for name, value in self.compute_scores(measurements).items()}
-        indicators = {name: np.where(finite & np.isfinite(v), v, np.nan) for name, v in computed.items()}
+    def score_measurements(self, measurements: Measurements) -> Scores:
+        """Compute scores from measurements; no network runs."""
+        check_fitted(self)
+        finite = measurements.is_finite().numpy()
+        indicators = {}
+        for name, value in self.compute_scores(measurements).items():
+            score = value.double().numpy()
+            indicators[name] = np.where(finite & np.isfinite(score), score, np.nan)
         score = indicators[self.score_name]
-        p = p_values(score, self.calibration_scores[self.score_name])
-        status = tuple("ok" if good else "not a number" for good in np.isfinite(score))
-        return Scores(measurements.keys, score, p, is_out(p, self.alpha), status, indicators, measurements)
+        p_value = compute_p_values(score, self.calibration_scores[self.score_name])
+        status = tuple(np.where(np.isnan(score), "not a number", "ok").tolist())
+        is_ood = flag_outliers(p_value, self.alpha)
+        return Scores(measurements.keys, score, p_value, is_ood, status, indicators, measurements)
 
-    def rescore_all(self, keys: tuple[str, ...], measurements: Measurements | None, *, skip: bool) -> Scores:
-        """Scores of `keys`; those without measurements could not be read: they are left out (`skip`), or get a row
-        without score, which is never normal.
+    def with_scoring(self, **arguments: Any) -> Self:
+        """Return a detector with other scoring arguments (see `scoring_arguments`), such as `score`.
+
+        Statistics and calibration are fitted again from the stored measurements; no network runs. Raises FaroutError
+        for arguments that change the measurements.
         """
-        scores = None if measurements is None else self.rescore(measurements)
-        if scores is not None and (skip or scores.keys == keys):
-            return scores
-        return Scores.with_gaps(() if skip else keys, scores, list(self.calibration_scores))
+        from farout.detectors.fitting import copy_with_scoring
 
-    def reconfigured(self, **choices: Any) -> Self:
-        """A fitted detector with other choices (score, levels to use, …), refitted and recalibrated from the stored
-        measurements; no network runs.
-
-        Raises FaroutError for arguments that decide what is measured.
-        """
-        wrong = sorted(set(choices) - self.choices)
-        if wrong:
-            hint = f"choices are {', '.join(sorted(self.choices))}; for others fit again"
-            raise FaroutError(f"{', '.join(wrong)} cannot be changed after the fact; {hint}")
-        self.check_fitted()
-        twin = type(self)(**{**self.config, **choices})
-        twin.features, twin.classifier = self.features, self.classifier
-        for name in (
-            *("preprocessing", "alpha", "seed", "provenance", "statistics"),
-            *("statistics_hashes", "calibration_hashes", "link"),
-        ):
-            setattr(twin, name, getattr(self, name))
-        twin.use(self.diffusion, self.runtime)
-        twin.restore(self.state())
-        twin.fit_statistics(self.statistics)
-        calibrate(twin, self.calibration)
-        return twin
-
-    def train(self, images: ImageSource, settings: Any) -> DiffusionModel | FeatureDiffusion:
-        """The diffusion model that a method needs and was not given, trained on `images`."""
-        from farout.detectors.network_training import train_missing_diffusion
-
-        return train_missing_diffusion(self, images, settings)
+        return copy_with_scoring(self, arguments)
 
     def cost(self) -> Cost:
-        """Network evaluations and multiply-accumulates of one image, counted on one grey image."""
+        """Count network evaluations and multiply-accumulates of one image."""
         return measure_cost(self)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over everything that decides a score: configuration, fitted arrays, calibration, models."""
-        plain = {"config": self.config, "seed": self.seed, "preprocessing": self.preprocessing.to_dict()}
-        for name in ("diffusion", "features", "classifier"):
-            network = getattr(self, name)
-            plain[name] = network.content_hash if network is not None else ""
-        plain["alpha"] = self.alpha
-        arrays = {**self.state(), **{f"calibration.{name}": v for name, v in self.calibration_scores.items()}}
-        fitted = store.hash_tensors({name: torch.as_tensor(np.ascontiguousarray(v)) for name, v in arrays.items()})
-        return hashlib.sha256((json.dumps(plain, sort_keys=True, default=list) + fitted).encode()).hexdigest()
+        """SHA-256 of everything that decides a score: configuration, networks, statistics and calibration."""
+        return saving.compute_fingerprint(self)
 
     def save(self, folder: str | Path, *, link: Path | None = None) -> None:
-        """Writes the detector with its models, measurements and calibration.
+        """Write the detector with its networks, measurements and statistics.
 
-        `link`: a folder that has the diffusion model already; its absolute and relative path and its hash are written
-        instead of a copy.
+        Args:
+            folder: a new folder, or that of a detector, which is replaced.
+            link: a folder that contains the diffusion model: its path and hash are written instead of a copy.
         """
-        saving.save(self, Path(folder), link or self.link)
+        saving.save(self, Path(folder), link or self.linked_model)
 
 
 def load(folder: str | Path, **runtime: Any) -> Detector:
-    """Loads a fitted detector; `runtime` overrides device, precision, batch_size, workers or cache.
+    """Load a fitted detector; `runtime` overrides device, precision, batch_size, workers or cache.
 
     Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
     """

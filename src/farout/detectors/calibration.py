@@ -1,4 +1,4 @@
-"""From scores to p-values, flags and discoveries, by comparison with good images that nothing was fitted on."""
+"""From scores to p-values and flags, by comparison with normal images that nothing was fitted on."""
 
 from __future__ import annotations
 
@@ -7,87 +7,110 @@ import warnings
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning
 from farout.detectors.interface import DetectorInterface
 from farout.detectors.results import Measurements
 
-__all__ = ["benjamini_hochberg", "calibrate", "check_alpha", "check_scores", "is_out", "p_values", "threshold"]
+__all__ = [
+    "benjamini_hochberg",
+    "calibrate",
+    "check_alpha",
+    "check_fitted",
+    "compute_p_values",
+    "flag_outliers",
+    "score_threshold",
+    "warn_about_scores",
+]
+
+_ROUNDING = 1 + 1e-12
+"""A p-value k / (n + 1) that equals alpha on paper may differ from it in the last bit."""
 
 
 def calibrate(detector: DetectorInterface, measurements: Measurements) -> None:
-    """Uses these measurements for the p-values; raises FaroutError where a score of them is not a number."""
+    """Use these measurements for the p-values; raises FaroutError where one of their scores is not a number."""
     scores = {name: value.double().numpy() for name, value in detector.compute_scores(measurements).items()}
-    bad = sorted(name for name, value in scores.items() if not np.isfinite(value).all())
-    if bad:
-        raise FaroutError(f"calibration scores are not numbers for {', '.join(bad)}; look for damaged images")
+    invalid = sorted(name for name, value in scores.items() if not np.isfinite(value).all())
+    if invalid:
+        raise FaroutError(f"calibration scores are not numbers for {', '.join(invalid)}; look for damaged images")
     detector.calibration = measurements
-    detector.calibration_rows = scores
     detector.calibration_scores = {name: np.sort(value) for name, value in scores.items()}
 
 
+def check_fitted(detector: DetectorInterface) -> None:
+    """Raise FaroutError unless the detector has been fitted."""
+    if not detector.calibration_scores:
+        raise FaroutError(
+            f"this {type(detector).__name__} has not been fitted; call fit(images) or farout.load(folder)"
+        )
+
+
 def check_alpha(alpha: float) -> None:
-    """Raises FaroutError unless alpha is between 0 and 1."""
+    """Raise FaroutError unless alpha is between 0 and 1."""
     if not 0 < alpha < 1:
         raise FaroutError(f"alpha is a false-alarm rate between 0 and 1, got {alpha}")
 
 
-def p_values(scores: Any, calibration: Any) -> np.ndarray:
-    """(1 + #{calibration >= s}) / (n + 1), float64, shape of `scores` (Vovk et al. 2005; Bates et al. 2023, eq. 2).
+def compute_p_values(scores: ArrayLike, calibration: ArrayLike) -> np.ndarray:
+    """p = (1 + #{calibration >= s}) / (n + 1), float64, shape of `scores` (Vovk et al. 2005; Bates et al. 2023, eq. 2).
 
-    Valid for any score: a good image has p <= alpha with probability at most alpha. A score that is not a number has
-    no p-value. Raises FaroutError when the calibration is empty or not all numbers.
+    Valid for any score: a normal image has p <= alpha with probability at most alpha. A score that is not a number has
+    no p-value. Raises FaroutError when the calibration is empty or contains NaN.
     """
-    scores, sorted_ = np.asarray(scores, dtype=np.float64), _sorted(calibration)
-    above = len(sorted_) - np.searchsorted(sorted_, scores, side="left")
-    return np.where(np.isnan(scores), np.nan, (1 + above) / (len(sorted_) + 1))
+    scores, ascending = np.asarray(scores, dtype=np.float64), _sort_calibration(calibration)
+    at_least = len(ascending) - np.searchsorted(ascending, scores, side="left")
+    return np.where(np.isnan(scores), np.nan, (1 + at_least) / (len(ascending) + 1))
 
 
-def _sorted(calibration: Any) -> np.ndarray:
+def _sort_calibration(calibration: ArrayLike) -> np.ndarray:
     values = np.asarray(calibration, dtype=np.float64).ravel()
     if not len(values) or np.isnan(values).any():
-        bad = int(np.isnan(values).sum())
-        raise FaroutError(f"calibration requires scores that are numbers, got {len(values)} of which {bad} are not")
+        invalid = int(np.isnan(values).sum())
+        raise FaroutError(f"calibration requires scores that are numbers, got {len(values)} of which {invalid} are not")
     return np.sort(values)
 
 
-def is_out(p: Any, alpha: float) -> np.ndarray:
+def flag_outliers(p_values: ArrayLike, alpha: float) -> np.ndarray:
     """p <= alpha, bool; an image without p-value is not flagged (its status says why)."""
-    # a p-value k / (n + 1) that equals alpha on paper may differ from it in the last bit
-    return np.asarray(p, dtype=np.float64) <= alpha * (1 + 1e-12)
+    return np.asarray(p_values, dtype=np.float64) <= alpha * _ROUNDING
 
 
-def threshold(calibration: Any, alpha: float) -> float:
-    """The score that flagged images lie above: s is flagged exactly when s > threshold; infinite where there are too
-    few calibration images (n < 1 / alpha - 1) to flag anything.
+def score_threshold(calibration: ArrayLike, alpha: float) -> float:
+    """The threshold of the flag: an image is flagged exactly when its score is greater.
+
+    Infinite where there are too few calibration images (n < 1 / alpha - 1) to flag anything.
     """
-    sorted_ = _sorted(calibration)
-    allowed = math.floor(alpha * (1 + 1e-12) * (len(sorted_) + 1)) - 1  # calibration images that may lie as far out
+    ascending = _sort_calibration(calibration)
+    # p <= alpha allows this many calibration scores >= s
+    allowed = math.floor(alpha * _ROUNDING * (len(ascending) + 1)) - 1
     if allowed < 0:
         return math.inf
-    return float(sorted_[-1 - allowed]) if allowed < len(sorted_) else -math.inf
+    return float(ascending[-1 - allowed]) if allowed < len(ascending) else -math.inf
 
 
-def benjamini_hochberg(p: Any, q: float) -> np.ndarray:
-    """Which images are selected at false discovery rate q (Benjamini & Hochberg 1995), bool; images without p-value
-    are not among the tests and never selected.
+def benjamini_hochberg(p_values: ArrayLike, q: float) -> np.ndarray:
+    """Select images at false discovery rate q (Benjamini & Hochberg 1995), bool.
+
+    Images without p-value are not among the tests and never selected.
     """
-    p = np.asarray(p, dtype=np.float64)
-    chosen, known = np.zeros(p.shape, dtype=bool), ~np.isnan(p)
-    if known.any():
-        chosen[known] = stats.false_discovery_control(p[known], method="bh") <= q * (1 + 1e-12)
-    return chosen
+    p_values = np.asarray(p_values, dtype=np.float64)
+    selected, has_p_value = np.zeros(p_values.shape, dtype=bool), ~np.isnan(p_values)
+    if has_p_value.any():
+        adjusted = stats.false_discovery_control(p_values[has_p_value], method="bh")
+        selected[has_p_value] = adjusted <= q * _ROUNDING
+    return selected
 
 
-def check_scores(scores: Any, name: str) -> None:
-    """Warns of scores that are not numbers, and of scores that are all equal."""
+def warn_about_scores(scores: Any, name: str) -> None:
+    """Warn of scores that are not numbers, and of scores that are all equal."""
     scores = np.asarray(scores, dtype=np.float64)
-    bad = int((~np.isfinite(scores)).sum())
-    if bad:
-        message = f"{name}: {bad} of {scores.size} scores are not numbers; they are left out of every metric"
+    finite = scores[np.isfinite(scores)]
+    invalid = scores.size - finite.size
+    if invalid:
+        message = f"{name}: {invalid} of {scores.size} scores are not numbers; they are left out of every metric"
         warnings.warn(message, NaNScoresWarning, stacklevel=3)
-    good = scores[np.isfinite(scores)]
-    if good.size > 1 and good.min() == good.max():
-        message = f"{name}: all {good.size} scores are {good[0]:g}; they distinguish nothing"
+    if finite.size > 1 and finite.min() == finite.max():
+        message = f"{name}: all {finite.size} scores are {finite[0]:g}; they distinguish nothing"
         warnings.warn(message, ConstantScoresWarning, stacklevel=3)

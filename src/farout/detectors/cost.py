@@ -15,8 +15,10 @@ __all__ = ["Cost", "measure_cost"]
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs: rows that the diffusion model, or without one the classifier, evaluates, and billions of
-    multiply-accumulates of all networks together.
+    """Cost of one image.
+
+    nfe: rows that the diffusion model, or without one the classifier, evaluates; gmacs: billions of
+    multiply-accumulates of all networks.
     """
 
     nfe: float
@@ -25,11 +27,12 @@ class Cost:
 
 @torch.no_grad()
 def measure_cost(detector: DetectorInterface) -> Cost:
-    """Counted on one grey image."""
-    images = torch.full((1, detector.preprocessing.channels, *detector.preprocessing.size), 0.5)
-    probe = Batch(("probe",), images, None, (0,))
-    detector.measure(probe)  # first calls measure memory and fold the backbone, which are no costs of an image
-    before = detector.evaluations
+    """Count the cost on one gray image."""
+    image = torch.full((1, detector.preprocessing.channels, *detector.preprocessing.size), 0.5)
+    batch = Batch(("gray",), image, None, (0,))
+    # The first call also measures memory and folds the backbone's batch norms, which is no cost of an image.
+    detector.measure(batch)
+    evaluations = detector.evaluations
     with FlopCounterMode(display=False) as counter:
-        detector.measure(probe)
-    return Cost(detector.evaluations - before, counter.get_total_flops() / 2e9)
+        detector.measure(batch)
+    return Cost(detector.evaluations - evaluations, counter.get_total_flops() / 2e9)

@@ -1,9 +1,9 @@
-"""What detectors on pooled features share: the frozen backbone, and features that are computed once for all of them."""
+"""Detectors on the features of a frozen backbone, which are computed once for all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -15,19 +15,22 @@ from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing, Protocol
 from farout.data.splits import calibration_size
+from farout.detectors.argument_checks import check_literals
 from farout.detectors.base import Detector
-from farout.detectors.calibration import calibrate, check_alpha
+from farout.detectors.calibration import calibrate, check_alpha, check_fitted
+from farout.detectors.declarations import Requirements
 from farout.detectors.results import Measurements, Scores
-from farout.detectors.settings import check_words
 from farout.features.encoding import FeatureEncoding
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
 
 __all__ = ["FeatureDetector", "VectorDetector"]
 
+F = TypeVar("F", bound="FeatureDetector")
+
 
 class FeatureDetector(Detector):
-    """A detector that sees images through a frozen backbone.
+    """A detector on the features of a frozen backbone.
 
     Args:
         backbone: feature network: `lite0` (weights installed with farout), `b4` (the semantic paper's), `resnet50`,
@@ -37,7 +40,7 @@ class FeatureDetector(Detector):
         size: side of the backbone's input in pixels; default: that of the backbone's preset.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+    requirements: ClassVar[Requirements] = Requirements(backbone=True)
 
     def __init__(
         self,
@@ -47,12 +50,12 @@ class FeatureDetector(Detector):
         layers: tuple[int, ...] | None = None,
         size: int | None = None,
     ) -> None:
-        check_words(self)
+        check_literals(self)
         if layers is not None and (not layers or len(set(layers)) < len(layers) or min(layers) < 0):
             raise FaroutError(f"layers must be different numbers from 0, got {list(layers)}")
 
     def build_features(self) -> FeatureExtractor:
-        """The backbone that the configuration names."""
+        """Build the backbone that the configuration names."""
         names = ("backbone", "weights", "layers", "size")
         return FeatureExtractor.create(**{name: self.config[name] for name in names})
 
@@ -60,21 +63,21 @@ class FeatureDetector(Detector):
         """RGB at the backbone's size."""
         return Preprocessing.for_source(source, size=self.backbone.size, channels=3, protocol=protocol or "native")
 
-    def companion(self, kind: type[Any]) -> Any:
-        """Another method on the same backbone, which is shared."""
-        seen: dict[str, Any] = {name: self.config[name] for name in ("backbone", "weights", "size")}
-        twin = kind(**{**seen, "layers": self.backbone.layers})
-        twin.features = self.features
-        return twin
+    def build_baseline(self, method: type[F]) -> F:
+        """Build an unfitted detector of another method on the same backbone."""
+        names = ("backbone", "weights", "size")
+        baseline = method(**{name: self.config[name] for name in names}, layers=self.backbone.layers)
+        baseline.features = self.features
+        return baseline
 
     @property
     def backbone(self) -> FeatureExtractor:
-        """The backbone, once it is there."""
+        """The backbone, once it is built."""
         assert self.features is not None
         return self.features
 
     def check_backbone(self, content_hash: str) -> None:
-        """Raises FaroutError if a diffusion model was trained on features of another backbone.
+        """Raise FaroutError unless a diffusion model of features was trained with this backbone.
 
         Args:
             content_hash: content hash of the backbone that the model was trained with.
@@ -85,126 +88,115 @@ class FeatureDetector(Detector):
 
     @property
     def batch_size(self) -> int:
-        """As set, else 64, on an accelerator 256: vectors need little memory, and the backbone's calls are split."""
+        """The runtime's; `auto`: 64 on a CPU, 256 on an accelerator, since features need little memory."""
         return self.runtime.images_per_batch((1,))
 
-    def batches(self, source: ImageSource) -> Iterator[Batch]:
-        """Features in place of the images, from the cache where it has them; the images where there is no cache."""
+    def load_batches(self, source: ImageSource) -> Iterator[Batch]:
+        """Load features instead of images, from the feature cache where it contains them."""
         if not self.runtime.cache:
-            yield from super().batches(source)
+            yield from super().load_batches(source)
             return
         reader = CachedFeatures(self.backbone, self.preprocessing, self.runtime.batch_size, self.precision)
         yield from reader.batches(source, self.batch_size, self.runtime.workers)
         self.cache_hits += reader.cache.hits
 
-    def _compute(self, images: Tensor) -> Tensor:
-        return self.backbone.pooled_features(images, self.runtime.batch_size, self.precision)
-
-    def features_of(self, batch: Batch) -> Tensor:
-        """Features (B, width) float32 on the CPU."""
+    def pooled_features(self, batch: Batch) -> Tensor:
+        """Pooled features (B, width) of a batch, float32 on the CPU."""
         if batch.features is not None:
             return batch.features
-        return self._compute(batch.images).cpu() if batch.keys else torch.empty(0, self.backbone.width)
+        return self.backbone.pooled_features(batch.images, self.runtime.batch_size, self.precision).cpu()
 
-    def all_features(self, source: ImageSource) -> Tensor:
-        """Features (n, width) of all readable images of a source."""
+    def pooled_features_of_source(self, source: ImageSource) -> Tensor:
+        """Pooled features (n, width) of all readable images of a source."""
         parts = []
         with task("features of training images", len(source)) as bar:
-            for batch in self.batches(source):
-                parts.append(self.features_of(batch))
+            for batch in self.load_batches(source):
+                if batch.keys:
+                    parts.append(self.pooled_features(batch))
                 bar.advance(len(batch.keys))
         return torch.cat(parts)
 
 
 class VectorDetector(FeatureDetector):
-    """A detector whose measurements are the features themselves: a statistic on them is all that it learns.
+    """A detector whose measurements are the pooled features; it also works on arrays of features.
 
     Args:
         standardize: `image`: scale the features of each layer of each image to mean 0 and standard deviation 1 (higher
             AUROC on dev sources); `none`: do not scale.
     """
 
-    _width = 0
+    test_arguments: ClassVar[Mapping[str, Any]] = {"size": 32}
+    array_width: int = 0  # number of features of the arrays that `fit_features` was given
 
     def __init__(self, *, standardize: Literal["image", "none"] = "image", **features: Any) -> None:
         super().__init__(**features)
 
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
         """Vectors `features` (B, width)."""
-        return Measurements(batch.keys, vectors={"features": self.features_of(batch)})
+        return Measurements(batch.keys, vectors={"features": self.pooled_features(batch)})
 
-    def table(self, measurements: Measurements) -> np.ndarray:
-        """The features (n, width) in float64, standardised as configured."""
+    def vectors(self, measurements: Measurements) -> np.ndarray:
+        """The features (n, width) in float64, standardized as configured."""
         features = measurements.vectors["features"]
         if self.config["standardize"] == "image":
             features = FeatureEncoding(self.channels)(features)
         return features.double().numpy()
 
-    def embedding(self, measurements: Measurements) -> np.ndarray | None:
-        """The features, as `table` gives them."""
-        return self.table(measurements)
+    def compute_embedding(self, measurements: Measurements) -> np.ndarray | None:
+        """The standardized features."""
+        return self.vectors(measurements)
 
-    def by_layer(self, table: np.ndarray) -> list[np.ndarray]:
-        """Features (n, width) as one table (n, channels) per layer of the backbone."""
-        return np.split(table, np.cumsum(self.channels)[:-1], axis=1)
+    def split_layers(self, vectors: np.ndarray) -> list[np.ndarray]:
+        """Split features (n, width) into one table (n, channels) per layer of the backbone."""
+        return np.split(vectors, np.cumsum(self.channels)[:-1], axis=1)
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Features of each layer of the backbone; of plain arrays one layer with all of them."""
-        return self.backbone.channels if self.features is not None else (self._width,)
-
-    # -- plain arrays of features --------------------------------------------------------------------------------
+        """Number of features of each layer of the backbone; arrays of features are one layer."""
+        return self.backbone.channels if self.features is not None else (self.array_width,)
 
     def fit_features(self, features: np.ndarray | Tensor, *, alpha: float = 0.05, seed: int = 0) -> Self:
-        """Fits to features of normal images that were computed elsewhere; no backbone is used.
+        """Fit to features of normal images that were computed elsewhere; no backbone is used.
 
-        A seeded sample of max(20 %, ceil(1/alpha) - 1) rows is the calibration, the rest are the statistics.
+        A seeded sample of max(20 %, ceil(1/alpha) - 1) rows is the calibration, the others are the statistics.
 
         Args:
             features: (n, d), one row per image.
             alpha: false-alarm rate of `is_ood`.
-            seed: of the sample.
+            seed: seed of the sample.
 
         Raises:
             FaroutError: for another shape, values that are not finite, or too few rows.
         """
-        table = self._checked(features)
+        measurements = _measure_array(features)
         check_alpha(alpha)
-        held_out = calibration_size(len(table), alpha)
-        if len(table) - held_out < 2:
-            raise FaroutError(f"{len(table)} rows are too few at alpha {alpha}: the calibration takes {held_out}")
-        self.begin()
-        self.features, self._width = None, table.shape[1]
+        count, held_out = len(measurements), calibration_size(len(measurements), alpha)
+        if count - held_out < 2:
+            raise FaroutError(f"{count} rows are too few at alpha {alpha}: the calibration takes {held_out}")
+        self.reset_statistics()
+        self.features, self.array_width = None, measurements.vectors["features"].shape[1]
         self.alpha, self.seed = alpha, seed
-        order = np.random.default_rng(seed).permutation(len(table))
-        self.statistics = self._measured(table, np.sort(order[held_out:]))
+        order = np.random.default_rng(seed).permutation(count)
+        self.statistics = measurements.select(np.sort(order[held_out:]).tolist())
         self.fit_statistics(self.statistics)
-        calibrate(self, self._measured(table, np.sort(order[:held_out])))
+        calibrate(self, measurements.select(np.sort(order[:held_out]).tolist()))
         return self
 
     def score_features(self, features: np.ndarray | Tensor) -> Scores:
-        """Scores of features (n, d), with the row numbers as keys; see `fit_features`."""
-        self.check_fitted()
-        table = self._checked(features)
-        if table.shape[1] != sum(self.channels):
-            raise FaroutError(f"expected features (n, {sum(self.channels)}), got {tuple(table.shape)}")
-        return self.rescore(self._measured(table, np.arange(len(table))))
+        """Score features (n, d), with the row numbers as keys; see `fit_features`."""
+        check_fitted(self)
+        measurements = _measure_array(features)
+        shape = tuple(measurements.vectors["features"].shape)
+        if shape[1] != sum(self.channels):
+            raise FaroutError(f"expected features (n, {sum(self.channels)}), got {shape}")
+        return self.score_measurements(measurements)
 
-    @staticmethod
-    def _checked(features: np.ndarray | Tensor) -> Tensor:
-        table = torch.as_tensor(features).detach().cpu().float()
-        if table.ndim != 2 or not len(table):
-            raise FaroutError(f"expected finite features (n, d) with n >= 1, got shape {tuple(table.shape)}")
-        bad = int((~torch.isfinite(table)).any(1).sum())
-        if bad:
-            raise FaroutError(f"expected finite features (n, d), got {bad} of {len(table)} rows with NaN or infinity")
-        return table
 
-    @staticmethod
-    def _measured(table: Tensor, rows: np.ndarray) -> Measurements:
-        return Measurements(tuple(map(str, rows.tolist())), vectors={"features": table[torch.from_numpy(rows)]})
-
-    @classmethod
-    def tiny(cls, resources: Any) -> VectorDetector:
-        """Small images through the built-in backbone."""
-        return cls(size=32)
+def _measure_array(features: np.ndarray | Tensor) -> Measurements:
+    table = torch.as_tensor(features).detach().cpu().float()
+    if table.ndim != 2 or not len(table):
+        raise FaroutError(f"expected finite features (n, d) with n >= 1, got shape {tuple(table.shape)}")
+    invalid = int((~torch.isfinite(table)).any(1).sum())
+    if invalid:
+        raise FaroutError(f"expected finite features (n, d), got {invalid} of {len(table)} rows with NaN or infinity")
+    return Measurements(tuple(map(str, range(len(table)))), vectors={"features": table})

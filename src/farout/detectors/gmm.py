@@ -1,4 +1,4 @@
-"""Density of a Gaussian mixture on the principal components of good images' features."""
+"""Density of a Gaussian mixture on the principal components of normal images' features."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ __all__ = ["GMM"]
 class GMM(VectorDetector):
     """Negative log density of an image's features under a Gaussian mixture of normal images.
 
-    Good images often lie in several clumps, and between two clumps one Gaussian sees nothing amiss. With z the
-    features, each channel standardised, P z their leading principal components and r = z - P z: inside = -log sum_c w_c
-    N(P z; m_c, S), one covariance S for all; density = inside + ||r||^2 / (2 s), s the variance per dimension of what
-    is left: the components left out count as noise of one size, as in probabilistic PCA (Tipping and Bishop 1999,
-    "Mixtures of probabilistic principal component analysers"). Both up to a constant. Few images get fewer
-    dimensions (one for every 10) and components (one for every 20), so that any number from 2 on will do.
+    A mixture fits normal images of several kinds, between which a single Gaussian has a high density too. With z the
+    features, each channel standardized, P z their projection on the leading principal components and r = z - P z,
+
+        inside  = -log sum_c w_c N(P z; m_c, S),   one covariance S for all components c,
+        density = inside + ||r||^2 / (2 s),        s the variance per dimension of r on normal images,
+
+    both up to a constant: the other dimensions count as isotropic noise, as in probabilistic PCA (Tipping and Bishop
+    1999, "Mixtures of probabilistic principal component analysers"). Few images get fewer dimensions (one for every
+    10) and components (one for every 20), so that two images suffice.
 
     Args:
         dimensions: maximum number of principal components.
@@ -32,7 +35,7 @@ class GMM(VectorDetector):
         score: indicator used as score: `density` (all dimensions) or `inside` (principal components only).
     """
 
-    choices: ClassVar[frozenset[str]] = frozenset({"dimensions", "components", "score"})
+    scoring_arguments: ClassVar[frozenset[str]] = frozenset({"dimensions", "components", "score"})
 
     def __init__(
         self,
@@ -45,38 +48,39 @@ class GMM(VectorDetector):
         super().__init__(**features)
         if dimensions < 1 or components < 1:
             raise FaroutError(f"dimensions and components must be at least 1, got {dimensions} and {components}")
-        self.reduced: Principal | None = None
+        self.principal: Principal | None = None
         self.mixture: GaussianMixture | None = None
-        self.noise = 1.0
+        self.residual_variance = 1.0
 
     def fit_statistics(self, measurements: Measurements) -> None:
-        """Principal components, the mixture on them, and the variance of what they leave."""
-        table = self.table(measurements)
-        most = min(int(self.config["dimensions"]), max(1, len(table) // 10))
-        self.reduced = Principal.fit(table, most=most)
-        inside, outside = self.reduced.project(table)
-        self.mixture = GaussianMixture.fit(inside, seed=self.seed, most=self.config["components"], shared=True)
-        left = max(1, outside.shape[1] - inside.shape[1])
-        # columns have variance 1: below a millionth, nothing is left
-        self.noise = max(1e-6, float(np.square(outside).sum(1).mean()) / left)
+        """Fit principal components, the mixture on them, and the variance of the residual."""
+        z = self.vectors(measurements)
+        dimensions = min(int(self.config["dimensions"]), max(1, len(z) // 10))
+        self.principal = Principal.fit(z, most=dimensions)
+        projection, residual = self.principal.project(z)
+        self.mixture = GaussianMixture.fit(projection, seed=self.seed, most=self.config["components"], shared=True)
+        other_dimensions = max(1, residual.shape[1] - projection.shape[1])
+        # The columns have variance 1; a residual below a millionth of that is rounding.
+        self.residual_variance = max(1e-6, float(np.square(residual).sum(1).mean()) / other_dimensions)
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`density` and `inside`."""
-        assert self.reduced is not None
+        assert self.principal is not None
         assert self.mixture is not None
-        inside, outside = self.reduced.project(self.table(measurements))
-        score = self.mixture.score(inside)
-        found = {"density": score + np.square(outside).sum(1) / (2 * self.noise), "inside": score}
-        return {name: torch.from_numpy(value) for name, value in found.items()}
+        projection, residual = self.principal.project(self.vectors(measurements))
+        inside = self.mixture.score(projection)
+        density = inside + np.square(residual).sum(1) / (2 * self.residual_variance)
+        return {"density": torch.from_numpy(density), "inside": torch.from_numpy(inside)}
 
-    def state(self) -> dict[str, np.ndarray]:
+    def get_state(self) -> dict[str, np.ndarray]:
         """The fitted arrays."""
-        if self.reduced is None or self.mixture is None:
+        if self.principal is None or self.mixture is None:
             return {}
-        return {"noise": np.array(self.noise), **pack_arrays({"reduced": self.reduced, "mixture": self.mixture})}
+        fitted = pack_arrays({"principal": self.principal, "mixture": self.mixture})
+        return {"residual_variance": np.array(self.residual_variance), **fitted}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Puts `state` back."""
-        self.noise = float(state["noise"])
-        self.reduced = Principal.from_arrays(unpack_arrays(state, "reduced"))
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Restore the fitted arrays."""
+        self.residual_variance = float(state["residual_variance"])
+        self.principal = Principal.from_arrays(unpack_arrays(state, "principal"))
         self.mixture = GaussianMixture.from_arrays(unpack_arrays(state, "mixture"))

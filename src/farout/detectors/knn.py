@@ -1,4 +1,4 @@
-"""Distance of pooled features to the k-th nearest good image (Sun et al. 2022)."""
+"""Distance of pooled features to the k-th nearest normal image (Sun et al. 2022)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ __all__ = ["KNN"]
 class KNN(VectorDetector):
     """Distance of an image's features to its k-th nearest normal image.
 
-    Features are brought to length 1; distance = ||u - u_(k)||, u_(k) the k-th nearest of the good images kept, mean =
-    the mean of the distances to the k nearest. Sun, Ming, Zhu and Li, "Out-of-distribution detection with deep nearest
-    neighbors" (ICML 2022). Brute force: exact, and a good image weighs the same wherever it stands.
+    With z the features of an image scaled to length 1, and z_(k) the k-th nearest of the stored normal images,
+
+        distance = ||z - z_(k)||,   mean = 1/k sum_(i <= k) ||z - z_(i)||.
+
+    Sun, Ming, Zhu and Li, "Out-of-distribution detection with deep nearest neighbors" (ICML 2022). The
+    search is exact.
 
     Args:
-        k: rank of the neighbour; at most 1 % of the stored images. The paper uses 50 of 50,000; on dev sources 1 is
+        k: rank of the neighbor; at most 1 % of the stored images. The paper uses 50 of 50,000; on dev sources 1 is
             better than 10, and 10 better than 46.
         bank: maximum number of normal images stored, a random sample of more; more take longer to search.
-        score: indicator used as score: `distance` to the k-th neighbour, or `mean` distance to the k nearest.
+        score: indicator used as score: `distance` to the k-th neighbor, or `mean` distance to the k nearest.
     """
 
-    choices: ClassVar[frozenset[str]] = frozenset({"k", "bank", "score"})
+    scoring_arguments: ClassVar[frozenset[str]] = frozenset({"k", "bank", "score"})
 
     def __init__(
         self,
@@ -42,48 +45,43 @@ class KNN(VectorDetector):
         super().__init__(**features)
         if k < 1 or bank < 1:
             raise FaroutError(f"k and bank must be at least 1, got {k} and {bank}")
-        self.bank = self.squares = np.zeros(0)
+        self.bank = np.zeros((0, 0))
 
     @property
-    def neighbours(self) -> int:
-        """The k that is used: as configured, at most a hundredth of the images kept, at least 1."""
+    def k(self) -> int:
+        """The rank that is used: as configured, but at most a hundredth of the stored images, and at least 1."""
         return max(1, min(int(self.config["k"]), len(self.bank) // 100))
 
-    def describe(self) -> dict[str, Any]:
-        """With the number of good images kept and the neighbour used."""
-        return {**super().describe(), "bank": len(self.bank), "neighbours": self.neighbours}
-
     def fit_statistics(self, measurements: Measurements) -> None:
-        """Keeps the good images' unit vectors."""
-        table = self.table(measurements)
-        chosen = np.random.default_rng(self.seed).permutation(len(table))[: self.config["bank"]]
-        # kept in float32; rounded here, so that a loaded detector sees the same
-        self._keep(self._unit(table[np.sort(chosen)]).astype(np.float32))
-
-    def _keep(self, bank: np.ndarray) -> None:
-        self.bank = bank.astype(np.float64)
-        self.squares = np.square(self.bank).sum(1)
-
-    @staticmethod
-    def _unit(table: np.ndarray) -> np.ndarray:
-        """Vectors of length 1; one of length 0 stays."""
-        return table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+        """Store the normalized features of normal images."""
+        z = _normalize(self.vectors(measurements))
+        chosen = np.random.default_rng(self.seed).permutation(len(z))[: self.config["bank"]]
+        # saved in float32 and rounded here, so that a loaded detector gives the same scores
+        self.bank = z[np.sort(chosen)].astype(np.float32).astype(np.float64)
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`distance` and `mean`."""
-        unit = self._unit(self.table(measurements))
-        gaps = self.squares - 2 * unit @ self.bank.T
-        nearest = np.argpartition(gaps, self.neighbours - 1, axis=1)[:, : self.neighbours]
-        # computed again from differences: products cancel where a good image is very near
-        rows = [np.linalg.norm(one - self.bank[some], axis=1) for one, some in zip(unit, nearest)]
-        distances = np.sort(np.stack(rows), axis=1)
-        found = {"distance": distances[:, -1], "mean": distances.mean(1)}
-        return {name: torch.from_numpy(value) for name, value in found.items()}
+        z, k = _normalize(self.vectors(measurements)), self.k
+        # ||z - b||^2 = ||z||^2 - 2 z b + ||b||^2; ||z||^2 does not change the order of the neighbors
+        squared = np.square(self.bank).sum(1) - 2 * z @ self.bank.T
+        nearest = np.argpartition(squared, k - 1, axis=1)[:, :k]
+        # These products cancel where a neighbor is very near: the k distances are computed from differences.
+        distances = np.stack([np.linalg.norm(row - self.bank[index], axis=1) for row, index in zip(z, nearest)])
+        return {"distance": torch.from_numpy(distances.max(1)), "mean": torch.from_numpy(distances.mean(1))}
 
-    def state(self) -> dict[str, np.ndarray]:
-        """The unit vectors."""
+    def get_state(self) -> dict[str, np.ndarray]:
+        """The stored features."""
         return {"bank": self.bank.astype(np.float32)}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Puts `state` back."""
-        self._keep(state["bank"])
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Restore the stored features."""
+        self.bank = state["bank"].astype(np.float64)
+
+    def describe_statistics(self) -> dict[str, Any]:
+        """The number of stored images and the rank of the neighbor."""
+        return {"bank": len(self.bank), "k": self.k}
+
+
+def _normalize(vectors: np.ndarray) -> np.ndarray:
+    """Scale vectors to length 1; a zero vector stays zero."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

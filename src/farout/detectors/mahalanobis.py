@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farout.core.errors import FaroutError
 from farout.data.batching import Batch
+from farout.data.image_source import ImageSource
 from farout.detectors.feature_detector import VectorDetector
 from farout.detectors.results import Measurements
 from farout.features import densities
@@ -20,14 +21,19 @@ __all__ = ["Mahalanobis"]
 class Mahalanobis(VectorDetector):
     """Mahalanobis distance of pooled features to the normal images.
 
-    distance = (x - m)^T C^-1 (x - m) / d. layers = mean over the backbone's layers l of z(log distance_l), z by the
-    statistics images: a layer of few channels counts as much as one of many. With labels, conditional = min over
-    classes c of (x - m_c)^T S^-1 (x - m_c) / d, S the covariance within classes (Lee, Lee, Lee and Shin 2018, "A simple
-    unified framework for detecting out-of-distribution samples and adversarial attacks", section 2.1), and relative =
-    conditional - distance (Ren et al. 2021, "A simple fix to Mahalanobis distance for improving near-OOD detection"),
-    which is meant for new classes and ranks blurred or noisy images below good ones. Columns are standardised first
-    and covariances shrunk (Ledoit and Wolf 2004), so that they exist for fewer images than features. A class may have
-    one image, if some class has two.
+    With x the features (d), m and C mean and covariance of normal images, m_c the mean of class c, S the covariance
+    within classes, and z(.) standardized by the statistics images,
+
+        distance    = (x - m)^T C^-1 (x - m) / d
+        layers      = mean over the backbone's layers l of z(log distance_l)
+        conditional = min_c (x - m_c)^T S^-1 (x - m_c) / d        (Lee, Lee, Lee and Shin 2018, section 2.1, eq. 2)
+        relative    = conditional - distance                      (Ren et al. 2021)
+
+    In `layers`, a layer of few channels counts as much as one of many. Lee et al.: "A simple unified framework for
+    detecting out-of-distribution samples and adversarial attacks". Ren et al.: "A simple fix to Mahalanobis distance
+    for improving near-OOD detection"; it is meant for new classes and ranks blurred or noisy images below normal ones.
+    Columns are standardized first and covariances shrunk (Ledoit and Wolf 2004), so that they exist for fewer images
+    than features. A class may have one image, if some class has two.
 
     Args:
         classes: also fit class-conditional statistics; requires labels for the fit, not for scoring.
@@ -35,7 +41,7 @@ class Mahalanobis(VectorDetector):
             classes only); default: `conditional` with classes, else `distance`.
     """
 
-    choices: ClassVar[frozenset[str]] = frozenset({"classes", "score"})
+    scoring_arguments: ClassVar[frozenset[str]] = frozenset({"classes", "score"})
 
     def __init__(
         self,
@@ -47,9 +53,9 @@ class Mahalanobis(VectorDetector):
         super().__init__(**features)
         if score in ("conditional", "relative") and not classes:
             raise FaroutError(f"the score {score!r} requires classes=True and images with labels")
-        self.whole: densities.Mahalanobis | None = None
+        self.all_images: densities.Mahalanobis | None = None
         self.layers: list[densities.Mahalanobis] = []
-        self.scale: densities.ZScore | None = None
+        self.layer_scale: densities.ZScore | None = None
         self.classes: densities.ClassMahalanobis | None = None
 
     @property
@@ -59,58 +65,59 @@ class Mahalanobis(VectorDetector):
 
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
         """Vectors `features` (B, width) and, where there are labels, `label` (B, 1)."""
-        measured = super().measure(batch, maps)
-        labels = {} if batch.labels is None else {"label": batch.labels.float()[:, None]}
-        return Measurements(batch.keys, vectors={**measured.vectors, **labels})
+        vectors = {"features": self.pooled_features(batch)}
+        if batch.labels is not None:
+            vectors["label"] = batch.labels.float()[:, None]
+        return Measurements(batch.keys, vectors=vectors)
 
-    def watch(self, measurements: Measurements) -> None:
-        """Raises FaroutError where labels are wanted and there are none, before all images are measured."""
-        if self.config["classes"]:
-            self._labels(measurements)
-
-    @staticmethod
-    def _labels(measurements: Measurements) -> np.ndarray:
-        if "label" not in measurements.vectors:
-            hint = "give a tree of one folder per class or a table with a column label, or leave classes out"
-            raise FaroutError(f"class-conditional distances require images with labels, and these have none; {hint}")
-        return measurements.vectors["label"][:, 0].numpy()
+    def prepare_statistics(self, images: ImageSource) -> None:
+        """Raise FaroutError where labels are required and missing, before all images are measured."""
+        if self.config["classes"] and images.labels is None:
+            raise FaroutError(_NO_LABELS)
 
     def fit_statistics(self, measurements: Measurements) -> None:
-        """Means and covariances of the features: all together, layer by layer, and within classes."""
-        table = self.table(measurements)
-        self.whole = densities.Mahalanobis.fit(table)
-        self.layers = [densities.Mahalanobis.fit(part) for part in self.by_layer(table)]
-        self.scale = densities.ZScore.fit(self._logs(table))
+        """Fit means and covariances: of all images, of each layer, and within classes."""
+        x = self.vectors(measurements)
+        self.all_images = densities.Mahalanobis.fit(x)
+        self.layers = [densities.Mahalanobis.fit(part) for part in self.split_layers(x)]
+        self.layer_scale = densities.ZScore.fit(self._log_layer_distances(x))
         if self.config["classes"]:
-            self.classes = densities.ClassMahalanobis.fit(table, self._labels(measurements))
+            if "label" not in measurements.vectors:
+                raise FaroutError(_NO_LABELS)
+            self.classes = densities.ClassMahalanobis.fit(x, measurements.vectors["label"][:, 0].numpy())
 
-    def _logs(self, table: np.ndarray) -> np.ndarray:
-        """Logarithms of the distances in each layer, (n, layers)."""
-        distances = [layer.score(part) for layer, part in zip(self.layers, self.by_layer(table), strict=True)]
+    def _log_layer_distances(self, x: np.ndarray) -> np.ndarray:
+        distances = [layer.score(part) for layer, part in zip(self.layers, self.split_layers(x), strict=True)]
         return np.log(np.maximum(np.stack(distances, axis=1), 1e-12))
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`distance` and `layers`, with classes `conditional` and `relative`."""
-        assert self.whole is not None
-        assert self.scale is not None
-        table = self.table(measurements)
-        found = {"distance": self.whole.score(table), "layers": self.scale.score(self._logs(table))}
+        assert self.all_images is not None
+        assert self.layer_scale is not None
+        x = self.vectors(measurements)
+        scores = {"distance": self.all_images.score(x), "layers": self.layer_scale.score(self._log_layer_distances(x))}
         if self.classes is not None:
-            found["conditional"] = self.classes.score(table)
-            found["relative"] = found["conditional"] - found["distance"]
-        return {name: torch.from_numpy(value) for name, value in found.items()}
+            scores["conditional"] = self.classes.score(x)
+            scores["relative"] = scores["conditional"] - scores["distance"]
+        return {name: torch.from_numpy(score) for name, score in scores.items()}
 
-    def state(self) -> dict[str, np.ndarray]:
+    def get_state(self) -> dict[str, np.ndarray]:
         """The fitted arrays."""
-        parts = {"whole": self.whole, "scale": self.scale, "classes": self.classes}
-        layers = {f"layer{number}": layer for number, layer in enumerate(self.layers)}
-        return densities.pack_arrays({name: part for name, part in {**parts, **layers}.items() if part is not None})
+        fitted = {"all_images": self.all_images, "layer_scale": self.layer_scale, "classes": self.classes}
+        fitted |= {f"layer{number}": layer for number, layer in enumerate(self.layers)}
+        return densities.pack_arrays({name: part for name, part in fitted.items() if part is not None})
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Puts `state` back."""
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Restore the fitted arrays."""
         names = [f"layer{number}" for number in range(len(self.channels))]
-        self.whole = densities.Mahalanobis.from_arrays(densities.unpack_arrays(state, "whole"))
+        self.all_images = densities.Mahalanobis.from_arrays(densities.unpack_arrays(state, "all_images"))
         self.layers = [densities.Mahalanobis.from_arrays(densities.unpack_arrays(state, name)) for name in names]
-        self.scale = densities.ZScore.from_arrays(densities.unpack_arrays(state, "scale"))
-        if self.config["classes"] and (within := densities.unpack_arrays(state, "classes")):
-            self.classes = densities.ClassMahalanobis.from_arrays(within)
+        self.layer_scale = densities.ZScore.from_arrays(densities.unpack_arrays(state, "layer_scale"))
+        if self.config["classes"] and (classes := densities.unpack_arrays(state, "classes")):
+            self.classes = densities.ClassMahalanobis.from_arrays(classes)
+
+
+_NO_LABELS = (
+    "class-conditional distances require images with labels, and these have none; give a tree of one folder per class "
+    "or a table with a column label, or leave classes out"
+)

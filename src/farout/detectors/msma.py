@@ -1,7 +1,8 @@
-"""Norms of the score of a clean image at many noise levels, and their density (Mahmood et al. 2021)."""
+"""Norms of the score of an image at many noise levels, and their density (Mahmood et al. 2021)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,35 +14,34 @@ from farout.core.devices import in_float64
 from farout.core.errors import FaroutError
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
+from farout.detectors.argument_checks import check_literals, sort_levels
 from farout.detectors.base import Detector, Measurements
-from farout.detectors.settings import check_words, checked_levels
+from farout.detectors.declarations import Requirements
 from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.features.densities import GaussianMixture, Mahalanobis, Nearest, pack_arrays, unpack_arrays
 
 __all__ = ["MSMA"]
 
-_SCORES = ("mixture", "mahalanobis", "nearest")
-
 
 class MSMA(Detector):
     """Density of the norms of the model's score function at many noise levels.
 
     Mahmood, Oliva and Styner, "Multiscale score matching for out-of-distribution detection" (ICLR 2021, arXiv
-    2010.13132). With D(x, sigma) the denoised image and s(x, sigma) = (D(x, sigma) - x) / sigma^2 the score of the
-    images' density blurred by sigma, an image x, to which NO noise is added, is described by
+    2010.13132). With D(x, sigma) the denoised image, the score of the images' density blurred by sigma is
+    s(x, sigma) = (D(x, sigma) - x) / sigma^2. An image x, to which NO noise is added, is described by
 
-        sigma_l |s(x, sigma_l)| = |x - D(x, sigma_l)| / sigma_l,   l = 1 … L,
+        sigma_l ||s(x, sigma_l)|| = ||x - D(x, sigma_l)|| / sigma_l,   l = 1 … L,
 
-    |.| the Euclidean norm: one evaluation a level, all levels in one batch. A density of these L numbers, fitted to
-    good images, is the score: too small a norm is as odd as too large a one. The factor sigma_l, as in the authors'
-    code, brings the levels to one scale (the norm of the predicted noise); the densities standardize each level, so
-    that it changes none of them.
+    with the Euclidean norm: one evaluation per level, all levels in one batch. The OOD score is a negative log density
+    of these L numbers, fitted to normal images, since norms that are too small are as anomalous as norms that are too
+    large. The factor sigma_l, as in the authors' code, gives all levels the same scale (that of the predicted noise);
+    it changes none of the scores, because the densities standardize each level.
 
-    The authors train a noise-conditional score network for the purpose; here a diffusion model serves, whose network
-    has seen noisy images only: x is divided by sqrt(1 + sigma^2) for it as a noisy image would be. Their third density,
-    a flow, is left out. Their mixture has 2 to 20 components by cross-validation; here 1 to `components` by the
-    Bayesian information criterion, and no more than the statistics images allow.
+    The authors train a noise-conditional score network. Here a diffusion model is used, whose network has seen noisy
+    images only: x is divided by sqrt(1 + sigma^2) as a noisy image would be. Their third density, a normalizing flow,
+    is left out. Their mixture has 2 to 20 components by cross-validation; here 1 to `components` by the Bayesian
+    information criterion, and no more than the number of statistics images allows.
 
     Args:
         levels: noise levels t; default: `count` levels from `lowest` to `highest`, evenly spaced in log sigma.
@@ -50,17 +50,18 @@ class MSMA(Detector):
             schedule's.
         highest: largest sigma of those levels, in the same units, at most the schedule's.
         components: maximum number of Gaussians of the mixture.
-        neighbours: rank of the neighbour whose distance is the indicator `nearest`.
+        neighbors: rank of the neighbor whose distance is the indicator `nearest`.
         score: indicator used as score: `mixture` or `mahalanobis` (negative log density), or `nearest`.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"diffusion"})
-    statistics_suffice: ClassVar[bool] = True
-    diffusion: DiffusionModel | None = None
-    choices: ClassVar[frozenset[str]] = frozenset({"components", "neighbours", "score"})
+    requirements: ClassVar[Requirements] = Requirements(diffusion="images", more_statistics=False)
+    scoring_arguments: ClassVar[frozenset[str]] = frozenset({"components", "neighbors", "score"})
+    # levels at which the prediction of an untrained network depends on the image
+    test_arguments: ClassVar[Mapping[str, Any]] = {"levels": (200, 500, 900)}
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {"count": 10, "lowest": 0.01, "highest": 1.0, "components": 20, "neighbours": 5, "score": "mixture"},
+        "paper": {"count": 10, "lowest": 0.01, "highest": 1.0, "components": 20, "neighbors": 5, "score": "mixture"},
     }
+    diffusion: DiffusionModel | None = None
 
     def __init__(
         self,
@@ -70,61 +71,57 @@ class MSMA(Detector):
         lowest: float = 0.01,
         highest: float = 1.0,
         components: int = 20,
-        neighbours: int = 5,
+        neighbors: int = 5,
         score: Literal["mixture", "mahalanobis", "nearest"] = "mixture",
     ) -> None:
-        check_words(self)
-        if min(count, components, neighbours) < 1:
-            given = f"{count}, {components} and {neighbours}"
-            raise FaroutError(f"count, components and neighbours must be at least 1, got {given}")
+        check_literals(self)
+        if min(count, components, neighbors) < 1:
+            given = f"{count}, {components} and {neighbors}"
+            raise FaroutError(f"count, components and neighbors must be at least 1, got {given}")
         if not 0 < lowest < highest:
             raise FaroutError(f"lowest and highest must satisfy 0 < lowest < highest, got {lowest:g} and {highest:g}")
         if levels is not None:
             self._refuse_idle("with levels; leave levels out", "count", "lowest", "highest")
         self.levels: tuple[int, ...] = ()
-        self.sigmas = torch.zeros(0)
         self.mixture: GaussianMixture | None = None
         self.gaussian: Mahalanobis | None = None
         self.nearest: Nearest | None = None
 
-    @classmethod
-    def tiny(cls, resources: Any) -> MSMA:
-        """Three levels at which an untrained network's answers depend on the image."""
-        return cls(levels=(200, 500, 900))
-
-    def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
-        """Refuses levels that the schedule does not have."""
+    def check_networks(
+        self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None
+    ) -> None:
+        """Reject levels that the schedule does not contain."""
         assert diffusion is not None
-        self._levels(diffusion)
+        self._choose_levels(diffusion)
 
-    def _levels(self, model: DiffusionModel) -> tuple[int, ...]:
-        """The levels t, rising; raises FaroutError for those outside the schedule."""
-        schedule, given = model.schedule, self.config["levels"]
-        if given is not None:
-            return checked_levels(given, schedule.steps)
-        low, high = model.x0_range or (0.0, 1.0)
-        wanted = torch.tensor([self.config["lowest"], self.config["highest"]], dtype=torch.float64) * (high - low)
-        ends = wanted.clamp(schedule.sigma[0], schedule.sigma[-1])
+    def _choose_levels(self, model: DiffusionModel) -> tuple[int, ...]:
+        """The levels t in ascending order; raises FaroutError for levels outside the schedule."""
+        schedule = model.schedule
+        if self.config["levels"] is not None:
+            return sort_levels(self.config["levels"], schedule.steps)
+        low, high = model.x0_range or (0.0, 1.0)  # the values that images have in the network's space
+        requested = torch.tensor([self.config["lowest"], self.config["highest"]], dtype=torch.float64) * (high - low)
+        ends = requested.clamp(schedule.sigma[0], schedule.sigma[-1])
         if not ends[0] < ends[1]:
             raise FaroutError(
-                f"sigma from {wanted[0]:g} to {wanted[1]:g} in the network's space is outside the schedule's "
+                f"sigma from {requested[0]:g} to {requested[1]:g} in the network's space is outside the schedule's "
                 f"{schedule.sigma[0]:g} to {schedule.sigma[-1]:g}; change lowest and highest, or give levels"
             )
         ramp = torch.linspace(0, 1, self.config["count"], dtype=torch.float64)
         sigmas = torch.lerp(ends[0].log(), ends[1].log(), ramp).exp()
         return tuple(sorted({int(t) for t in schedule.t_of(sigmas).round()}))
 
-    def prepare(self) -> None:
-        """Finds the levels and builds the denoiser."""
+    def prepare_networks(self) -> None:
+        """Choose the levels and build the denoiser."""
         if self.diffusion is None:
             raise FaroutError("MSMA requires a diffusion model")
-        self.levels = self._levels(self.diffusion)
-        self.sigmas = self.diffusion.schedule.sigma_of(torch.tensor(self.levels)).float()
+        self.levels = self._choose_levels(self.diffusion)
+        self.sigmas = self.diffusion.schedule.sigma_of(torch.tensor(self.levels)).float().to(self.diffusion.device)
         self.denoiser: NetworkDenoiser = self.diffusion.denoiser(self.runtime.batch_size, self.precision)
 
     @property
     def rows_per_image(self) -> int:
-        """One a level."""
+        """One per level."""
         return max(1, len(self.levels))
 
     @property
@@ -134,44 +131,48 @@ class MSMA(Detector):
 
     @torch.no_grad()
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
-        """`norm`, sigma times the score's norm, of every level: values (B, level, 1, 1)."""
+        """`norm`, sigma times the norm of the score, at every level: values (B, level, 1, 1)."""
         assert self.diffusion is not None
-        clean = self.diffusion.encode(batch.images).repeat_interleave(len(self.levels), 0)
-        sigmas = self.sigmas.to(clean.device).repeat(len(batch.keys))
-        noise = (clean - self.denoiser(clean, sigmas)) / expand_dims(sigmas, clean)
-        norms = in_float64(noise).square().flatten(1).sum(1).sqrt().float().cpu()
-        values = norms.reshape(len(batch.keys), len(self.levels), 1, 1)
-        return Measurements(batch.keys, values, tuple(float(t) for t in self.levels), ("norm",))
+        count, levels = len(batch.keys), len(self.levels)
+        x = self.diffusion.encode(batch.images).repeat_interleave(levels, 0)
+        sigma = self.sigmas.repeat(count)
+        # -sigma s(x, sigma) = (x - D(x, sigma)) / sigma
+        scaled_score = (x - self.denoiser(x, sigma)) / expand_dims(sigma, x)
+        norm = in_float64(scaled_score).square().flatten(1).sum(1).sqrt().float().cpu()
+        return Measurements(batch.keys, norm.reshape(count, levels, 1, 1), tuple(map(float, self.levels)), ("norm",))
 
     @staticmethod
-    def _table(measurements: Measurements) -> np.ndarray:
-        """Norms (B, level), float64."""
+    def _norms(measurements: Measurements) -> np.ndarray:
+        """(B, level), float64."""
         assert measurements.values is not None
         return measurements.values[:, :, 0, 0].double().numpy()
 
     def fit_statistics(self, measurements: Measurements) -> None:
-        """The densities of the good images' norms."""
-        table = self._table(measurements)
-        self.mixture = GaussianMixture.fit(table, seed=self.seed, most=self.config["components"])
-        self.gaussian = Mahalanobis.fit(table)
-        self.nearest = Nearest.fit(table, k=self.config["neighbours"])
+        """Fit the densities of the norms of normal images."""
+        norms = self._norms(measurements)
+        self.mixture = GaussianMixture.fit(norms, seed=self.seed, most=self.config["components"])
+        self.gaussian = Mahalanobis.fit(norms)
+        self.nearest = Nearest.fit(norms, k=self.config["neighbors"])
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`mixture`, `mahalanobis` and `nearest`."""
         assert self.mixture is not None
         assert self.gaussian is not None
         assert self.nearest is not None
-        table = self._table(measurements)
-        found = (self.mixture.score(table), self.gaussian.score(table), self.nearest.score(table))
-        return {name: torch.from_numpy(score) for name, score in zip(_SCORES, found, strict=True)}
+        norms = self._norms(measurements)
+        return {
+            "mixture": torch.from_numpy(self.mixture.score(norms)),
+            "mahalanobis": torch.from_numpy(self.gaussian.score(norms)),
+            "nearest": torch.from_numpy(self.nearest.score(norms)),
+        }
 
-    def state(self) -> dict[str, np.ndarray]:
-        """The fitted arrays."""
-        parts = {"mixture": self.mixture, "mahalanobis": self.gaussian, "nearest": self.nearest}
-        return pack_arrays({name: part for name, part in parts.items() if part is not None})
+    def get_state(self) -> dict[str, np.ndarray]:
+        """The fitted densities."""
+        densities = {"mixture": self.mixture, "mahalanobis": self.gaussian, "nearest": self.nearest}
+        return pack_arrays({name: density for name, density in densities.items() if density is not None})
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Puts `state` back."""
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Restore the fitted densities."""
         self.mixture = GaussianMixture.from_arrays(unpack_arrays(state, "mixture"))
         self.gaussian = Mahalanobis.from_arrays(unpack_arrays(state, "mahalanobis"))
         self.nearest = Nearest.from_arrays(unpack_arrays(state, "nearest"))

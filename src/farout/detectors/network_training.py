@@ -1,4 +1,4 @@
-"""Training of the diffusion model or the classifier that a detector needs and was not given.
+"""Training of the diffusion model or the classifier that a detector requires and was not given.
 
 Imported by a fit only when a network is missing, since these modules load diffusers and scikit-learn.
 """
@@ -23,37 +23,49 @@ from farout.diffusion.config import PRESETS as DIFFUSION_PRESETS
 from farout.diffusion.config import DiffusionConfig
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.train import build_model, train_model
+from farout.features.feature_diffusion import FeatureDiffusion
 from farout.training.config import TrainingConfig
 
-__all__ = ["check_networks", "train_missing_classifier", "train_missing_diffusion"]
+__all__ = ["check_networks", "train_classifier", "train_diffusion"]
 
 
-def train_missing_diffusion(detector: DetectorInterface, images: ImageSource, settings: FitSettings) -> DiffusionModel:
-    """Trains a diffusion model of images with `settings.network` and `settings.training`, by default the preset of the
-    method.
-    """
+def check_networks(detector: DetectorInterface, images: ImageSource, settings: FitSettings) -> None:
+    """Let the method reject images, networks and settings; networks that are missing are built untrained."""
+    diffusion, classifier = detector.diffusion, detector.classifier
+    if diffusion is None and detector.requirements.diffusion == "images":
+        config = _diffusion_config(detector, settings)
+        diffusion = build_model(config, config.preprocess(images), class_names=config.class_names(images))
+    if classifier is None and detector.requirements.classifier:
+        classifier = _classifier_config(detector, settings).build(images, class_names_of(images))
+    assert not isinstance(diffusion, FeatureDiffusion)
+    detector.check_networks(images, diffusion, classifier)
+
+
+def train_diffusion(detector: DetectorInterface, images: ImageSource, settings: FitSettings) -> DiffusionModel:
+    """Train a diffusion model of images; `settings.network` and `settings.training` override the method's preset."""
     config = _diffusion_config(detector, settings)
+    preset = DIFFUSION_PRESETS[detector.requirements.diffusion_preset]
+    training = settings.resolve_training(settings.training or TrainingConfig(**preset["training"]))
     torch.manual_seed(settings.seed)
-    model = build_model(config, config.preprocess(images), class_names=config.class_names(images))
-    preset = DIFFUSION_PRESETS[detector.network_preset]["training"]
     return train_model(
         images,
-        model,
-        settings.resolve_training(settings.training or TrainingConfig(**preset)),
+        build_model(config, config.preprocess(images), class_names=config.class_names(images)),
+        training,
         objective=config.objective,
         out=settings.checkpoints,
         resume=settings.resume,
     )
 
 
-def train_missing_classifier(detector: DetectorInterface, images: ImageSource, settings: FitSettings) -> Classifier:
-    """Trains a classifier with the settings of a preset; for other settings, use `farout train classifier` first."""
+def train_classifier(detector: DetectorInterface, images: ImageSource, settings: FitSettings) -> Classifier:
+    """Train a classifier by a preset; `farout train classifier` offers the other settings."""
+    config = _classifier_config(detector, settings)
     training = TrainingConfig(**CLASSIFIER_PRESETS[settings.classifier_preset]["training"])
     if settings.classifier_steps is not None:
         training = replace(training, steps=settings.classifier_steps)
     return train_on_source(
         images,
-        _classifier_config(detector, settings),
+        config,
         settings.resolve_training(training),
         out=settings.checkpoints / "classifier" if settings.checkpoints is not None else None,
         resume=settings.resume,
@@ -61,37 +73,30 @@ def train_missing_classifier(detector: DetectorInterface, images: ImageSource, s
     )
 
 
-def check_networks(
-    detector: DetectorInterface, images: ImageSource, diffusion: DiffusionModel | None, settings: FitSettings
-) -> None:
-    """Calls the detector's own check before anything is trained, with untrained networks in place of missing ones."""
-    classifier = detector.classifier
-    if diffusion is None and "diffusion" in detector.needs:
-        config = _diffusion_config(detector, settings)
-        diffusion = build_model(config, config.preprocess(images), class_names=config.class_names(images))
-    if classifier is None and "classifier" in detector.needs:
-        classifier = _classifier_config(detector, settings).build(images, class_names_of(images))
-    detector.check(images, diffusion, classifier)
-
-
 def _diffusion_config(detector: DetectorInterface, settings: FitSettings) -> DiffusionConfig:
-    config = settings.network or DiffusionConfig(**DIFFUSION_PRESETS[detector.network_preset]["model"])
+    preset = DIFFUSION_PRESETS[detector.requirements.diffusion_preset]
+    config = settings.network or DiffusionConfig(**preset["model"])
     if settings.protocol is not None:
         config = replace(config, protocol=settings.protocol)
-    return detector.network_config(config)
+    return detector.configure_diffusion(config)
 
 
 def _classifier_config(detector: DetectorInterface, settings: FitSettings) -> ClassifierConfig:
-    """The configuration of the preset, with the preprocessing of a diffusion model that is trained alongside."""
+    """The preset's configuration; images are preprocessed like those of a diffusion model that is trained with it."""
     if settings.classifier_preset not in CLASSIFIER_PRESETS:
         known = ", ".join(CLASSIFIER_PRESETS)
         raise FaroutError(f"there is no classifier preset {settings.classifier_preset!r}; expected one of {known}")
-    _exposure(settings).resolved(has_outliers=False)
+    _exposure(settings).resolved(has_outliers=False)  # rejects presets that require outliers
     config = ClassifierConfig(**CLASSIFIER_PRESETS[settings.classifier_preset]["model"])
-    if "diffusion" in detector.needs:
-        shared = _diffusion_config(detector, settings)
-        names = ("size", "channels", "crop", "protocol")
-        return replace(config, **{name: getattr(shared, name) for name in names})
+    if detector.requirements.diffusion == "images":
+        diffusion = _diffusion_config(detector, settings)
+        return replace(
+            config,
+            size=diffusion.size,
+            channels=diffusion.channels,
+            crop=diffusion.crop,
+            protocol=diffusion.protocol,
+        )
     return config if settings.protocol is None else replace(config, protocol=settings.protocol)
 
 

@@ -1,4 +1,4 @@
-"""What the leading principal components of good images' features leave over (Wang et al. 2022, residual)."""
+"""Residual of features outside the leading principal components of normal images (Wang et al. 2022)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ __all__ = ["PCA"]
 class PCA(VectorDetector):
     """Norm of an image's features outside the leading principal components of normal images.
 
-    With z the features, each channel standardised over good images, and P the projection on the leading components:
-    residual = ||z - P z||^2 / d (the residual of Wang, Li, Feng and Zhang, "ViM: out-of-distribution with virtual-logit
-    matching", CVPR 2022, without its logit), and fraction = ||z - P z||^2 / ||z||^2 (Guan, Liu, Zheng, Zhou
-    and Wang, "Revisit PCA-based technique for out-of-distribution detection", ICCV 2023, square of their regularised
-    error), which an image cannot raise by being extreme in the ways that good images vary. n images span n - 1
-    components at most: with fewer images than features more of every new image is left over, good or not, which the
-    calibration accounts for.
+    With z the features (d), each channel standardized, and P z their projection on the leading components,
+
+        residual = ||z - P z||^2 / d          (Wang, Li, Feng and Zhang, "ViM", CVPR 2022, without its logit)
+        fraction = ||z - P z||^2 / ||z||^2    (Guan et al., "Revisit PCA-based technique", ICCV 2023, squared error)
+
+    An image cannot raise `fraction` by being extreme in the directions in which normal images vary. n images span at
+    most n - 1 components: with fewer images than features, the residual of every new image is larger, normal or not,
+    which the calibration accounts for.
 
     Args:
         variance: share of the variance of normal images that the leading components explain.
@@ -33,7 +34,7 @@ class PCA(VectorDetector):
             whole squared norm).
     """
 
-    choices: ClassVar[frozenset[str]] = frozenset({"variance", "score"})
+    scoring_arguments: ClassVar[frozenset[str]] = frozenset({"variance", "score"})
 
     def __init__(
         self, *, variance: float = 0.95, score: Literal["residual", "fraction"] = "residual", **features: Any
@@ -41,24 +42,26 @@ class PCA(VectorDetector):
         super().__init__(**features)
         if not 0 < variance < 1:
             raise FaroutError(f"variance is a share between 0 and 1, got {variance}")
-        self.components: Principal | None = None
+        self.principal: Principal | None = None
 
     def fit_statistics(self, measurements: Measurements) -> None:
-        """The components."""
-        self.components = Principal.fit(self.table(measurements), share=self.config["variance"])
+        """Fit the principal components."""
+        self.principal = Principal.fit(self.vectors(measurements), share=self.config["variance"])
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`residual` and `fraction`."""
-        assert self.components is not None
-        inside, outside = self.components.project(self.table(measurements))
-        rest, kept = np.square(outside).sum(1), np.square(inside).sum(1)
-        found = {"residual": rest / outside.shape[1], "fraction": rest / np.maximum(rest + kept, 1e-12)}
-        return {name: torch.from_numpy(value) for name, value in found.items()}
+        assert self.principal is not None
+        projection, residual = self.principal.project(self.vectors(measurements))
+        outside, inside = np.square(residual).sum(1), np.square(projection).sum(1)
+        return {
+            "residual": torch.from_numpy(outside / residual.shape[1]),
+            "fraction": torch.from_numpy(outside / np.maximum(outside + inside, 1e-12)),
+        }
 
-    def state(self) -> dict[str, np.ndarray]:
+    def get_state(self) -> dict[str, np.ndarray]:
         """The fitted arrays."""
-        return {} if self.components is None else self.components.to_arrays()
+        return {} if self.principal is None else self.principal.to_arrays()
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Puts `state` back."""
-        self.components = Principal.from_arrays(state)
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Restore the fitted arrays."""
+        self.principal = Principal.from_arrays(state)

@@ -1,10 +1,10 @@
-"""What detectors write: measurements (raw values per image) and scores (one row per image)."""
+"""What detectors return: measurements (raw values per image) and scores (one row per image)."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,18 @@ _GRID_COLUMNS = ["key", "level", "draw", "metric", "value"]
 
 @dataclass
 class Measurements:
-    """Raw values of images, from which every score is made.
+    """What the networks compute about images: everything that their scores depend on.
 
-    keys: B image keys; values: float32 (B, level, draw, metric) with the names of levels and metrics beside it; or
-    vectors: named float32 tensors (B, d). maps: per-pixel values (B, H, W) where they were asked for, and pictures
-    (B, C, H, W) in [0, 1] by name, or maps (B, 1, H, W) where the detector's `map_pictures` names them; pictures whose
-    name begins with _ are for the method alone. None of these is stored.
+    Either `values` with `levels` and `metrics`, or `vectors`. Maps and pictures are for reports; they are not saved.
+
+    Attributes:
+        keys: B image keys.
+        values: float32 (B, level, draw, metric).
+        levels: the noise levels of `values`.
+        metrics: the names of the metrics of `values`.
+        vectors: float32 tensors (B, d) by name.
+        maps: heat maps (B, H, W).
+        pictures: by name, images (B, C, H, W) in [0, 1], or the maps (B, 1, H, W) that `HeatMaps.pictures` names.
     """
 
     keys: tuple[str, ...]
@@ -50,46 +56,43 @@ class Measurements:
 
     @staticmethod
     def join(parts: Sequence[Measurements]) -> Measurements:
-        """One after the other; maps and pictures are joined where all parts have them."""
+        """Concatenate measurements of one method, without maps and pictures."""
         first = parts[0]
-        keys = tuple(key for part in parts for key in part.keys)
-        grids = [part.values for part in parts if part.values is not None]
-        vectors = {name: torch.cat([part.vectors[name] for part in parts]) for name in first.vectors}
-        maps = [part.maps for part in parts if part.maps is not None]
-        pictures = {name: torch.cat([part.pictures[name] for part in parts]) for name in first.pictures}
+        values = [part.values for part in parts if part.values is not None]
         return Measurements(
-            keys,
-            torch.cat(grids) if grids else None,
-            first.levels,
-            first.metrics,
-            vectors,
-            torch.cat(maps) if len(maps) == len(parts) else None,
-            pictures,
+            keys=tuple(key for part in parts for key in part.keys),
+            values=torch.cat(values) if values else None,
+            levels=first.levels,
+            metrics=first.metrics,
+            vectors={name: torch.cat([part.vectors[name] for part in parts]) for name in first.vectors},
         )
 
-    def select(self, index: Sequence[int]) -> Measurements:
+    def select(self, indices: Sequence[int]) -> Measurements:
         """The measurements of some images, in the given order, without maps and pictures."""
-        rows = torch.tensor(list(index), dtype=torch.long)
-        values = None if self.values is None else self.values[rows]
-        vectors = {name: vector[rows] for name, vector in self.vectors.items()}
-        return Measurements(tuple(self.keys[i] for i in index), values, self.levels, self.metrics, vectors)
+        rows = torch.tensor(list(indices), dtype=torch.long)
+        return Measurements(
+            keys=tuple(self.keys[i] for i in indices),
+            values=None if self.values is None else self.values[rows],
+            levels=self.levels,
+            metrics=self.metrics,
+            vectors={name: vector[rows] for name, vector in self.vectors.items()},
+        )
 
-    def finite(self) -> Tensor:
+    def is_finite(self) -> Tensor:
         """Whether all values of an image are numbers, (B,) bool."""
-        flat = [] if self.values is None else [self.values.flatten(1)]
-        whole = torch.cat([*flat, *[vector.flatten(1) for vector in self.vectors.values()]], dim=1)
-        return torch.isfinite(whole).all(1)
+        columns = [*self.vectors.values()] if self.values is None else [self.values, *self.vectors.values()]
+        return torch.isfinite(torch.cat([column.flatten(1) for column in columns], dim=1)).all(1)
 
     def to_table(self) -> pa.Table:
-        """Long form (key, level, draw, metric, value), or one row per image with a list per vector."""
+        """Convert to the long form (key, level, draw, metric, value), or one row per image with a list per vector."""
         if self.values is None:
-            lists = {name: list(vector.numpy()) for name, vector in self.vectors.items()}
-            types = [("key", pa.string()), *[(name, pa.list_(pa.float32())) for name in lists]]
-            return pa.table({"key": list(self.keys), **lists}, schema=pa.schema(types))
+            vectors = {name: list(vector.numpy()) for name, vector in self.vectors.items()}
+            types = [("key", pa.string()), *((name, pa.list_(pa.float32())) for name in vectors)]
+            return pa.table({"key": list(self.keys), **vectors}, schema=pa.schema(types))
         count, levels, draws, metrics = self.values.shape
-        inner = levels * draws * metrics
+        per_image = levels * draws * metrics
         columns: dict[str, Any] = {
-            "key": pa.array(np.repeat(np.array(self.keys, dtype=object), inner), pa.string()),
+            "key": pa.array(np.repeat(np.array(self.keys, dtype=object), per_image), pa.string()),
             "level": np.tile(np.repeat(np.array(self.levels, dtype=np.float64), draws * metrics), count),
             "draw": np.tile(np.repeat(np.arange(draws, dtype=np.int32), metrics), count * levels),
             "metric": pa.array(np.tile(np.array(self.metrics, dtype=object), count * levels * draws), pa.string()),
@@ -99,34 +102,38 @@ class Measurements:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Measurements:
-        """Reads `to_table`; raises StoreError for a table of another form."""
+        """Convert back from `to_table`; raises StoreError for a table of another form."""
+        if "key" not in table.column_names:
+            raise StoreError(f"measurements require a column 'key', this table has {table.column_names}")
+        keys = tuple(dict.fromkeys(table["key"].to_pylist()))
         if table.column_names != _GRID_COLUMNS:
-            return cls._from_vectors(table)
-        keys = list(dict.fromkeys(table["key"].to_pylist()))
+            vectors = {}
+            for name in table.column_names:
+                if name != "key":
+                    column = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+                    if not keys or len(column) % len(keys):
+                        raise StoreError(
+                            f"measurements contain {len(column)} values for {len(keys)} images; the table is incomplete"
+                        )
+                    vectors[name] = torch.from_numpy(column.astype(np.float32).reshape(len(keys), -1))
+            return cls(keys, vectors=vectors)
         levels = tuple(dict.fromkeys(table["level"].to_pylist()))
         metrics = tuple(dict.fromkeys(table["metric"].to_pylist()))
         value = np.array(table["value"].to_numpy(), dtype=np.float32)
         cells = len(keys) * len(levels) * len(metrics)
         if cells == 0 or len(value) % cells:
-            raise StoreError(f"measurements hold {len(value)} values for {len(keys)} images; the table is incomplete")
-        shape = (len(keys), len(levels), -1, len(metrics))
-        return cls(tuple(keys), torch.from_numpy(value.reshape(shape)), levels, metrics)
+            raise StoreError(
+                f"measurements contain {len(value)} values for {len(keys)} images; the table is incomplete"
+            )
+        return cls(keys, torch.from_numpy(value.reshape(len(keys), len(levels), -1, len(metrics))), levels, metrics)
 
-    @classmethod
-    def _from_vectors(cls, table: pa.Table) -> Measurements:
-        if "key" not in table.column_names:
-            raise StoreError(f"measurements require a column 'key', this table has {table.column_names}")
-        keys = tuple(table["key"].to_pylist())
-        vectors = {name: _matrix(table[name], len(keys)) for name in table.column_names if name != "key"}
-        return cls(keys, vectors=vectors)
-
-    def write(self, path: Path) -> None:
-        """Writes the table as parquet."""
+    def write_parquet(self, path: Path) -> None:
+        """Write the table as parquet."""
         pq.write_table(self.to_table(), path, compression="zstd")
 
     @classmethod
-    def read(cls, path: Path) -> Measurements:
-        """Reads a parquet table; raises StoreError when it is missing or damaged."""
+    def read_parquet(cls, path: Path) -> Measurements:
+        """Read a parquet table; raises StoreError when it is missing or damaged."""
         if not path.is_file():
             raise StoreError(f"{path} is missing; the folder is incomplete")
         try:
@@ -136,21 +143,18 @@ class Measurements:
             raise StoreError(f"{path} cannot be read as parquet ({error})") from error
 
 
-def _matrix(column: pa.ChunkedArray, count: int) -> Tensor:
-    """A column of lists of one length as (count, d) float32; raises StoreError where they differ."""
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    if count == 0 or len(flat) % count:
-        raise StoreError(f"measurements hold {len(flat)} values for {count} images; the table is incomplete")
-    return torch.from_numpy(flat.reshape(count, -1).copy())
-
-
 @dataclass
 class Scores:
     """One row per image, in the order of the source.
 
-    keys; score: float64 (B,), higher = further out, NaN where there is none; p_value: float64 (B,); is_ood: bool (B,),
-    False where there is no score (see `status`); status: `ok`, `unreadable` or `not a number`; indicators: every other
-    score of the method by name, float64 (B,).
+    Attributes:
+        keys: B image keys.
+        score: float64 (B,), higher = more anomalous, NaN where there is none.
+        p_value: float64 (B,), NaN where there is no score.
+        is_ood: bool (B,), whether p_value <= alpha; False where there is no score, see `status`.
+        status: `ok`, `unreadable` or `not a number`.
+        indicators: every score of the method by name, float64 (B,).
+        measurements: what the scores were computed from.
     """
 
     keys: tuple[str, ...]
@@ -204,69 +208,68 @@ class Scores:
         return axes
 
     def to_frame(self) -> pd.DataFrame:
-        """The table of `scores.csv`; `is_ood` is empty where there is no score."""
-        scored = np.array([status == "ok" for status in self.status], dtype=bool)
-        flags = pd.array(np.where(scored, self.is_ood, False), dtype="boolean")
-        flags[~scored] = pd.NA
+        """Convert to the table of `scores.csv`; `is_ood` is empty where there is no score."""
+        has_score = np.array(self.status, dtype=object) == "ok"
+        is_ood = pd.array(np.where(has_score, self.is_ood, False), dtype="boolean")
+        is_ood[~has_score] = pd.NA
         columns = {
             "key": list(self.keys),
             "score": self.score,
             "p_value": self.p_value,
-            "is_ood": flags,
+            "is_ood": is_ood,
             "status": list(self.status),
         }
-        return pd.DataFrame({**columns, **dict(self.indicators)})
+        return pd.DataFrame({**columns, **self.indicators})
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame) -> Scores:
-        """Reads `to_frame`, or any table with columns `key` and `score`; what is missing is filled in as unknown."""
+        """Convert back from `to_frame`, or from any table with columns `key` and `score`."""
         if not {"key", "score"} <= set(frame.columns):
             raise FaroutError(f"a score table requires columns key and score, this one has {list(frame.columns)}")
         score = frame["score"].to_numpy(dtype=np.float64)
-        known = {"key", "score", "p_value", "is_ood", "selected", "status"}
         p_value = frame["p_value"].to_numpy(dtype=np.float64) if "p_value" in frame else np.full(len(frame), np.nan)
-        is_ood = frame["is_ood"].isin([True, "True"]) if "is_ood" in frame else False
+        is_ood = frame["is_ood"].isin([True, "True"]) if "is_ood" in frame else np.zeros(len(frame))
         status = frame["status"] if "status" in frame else np.where(np.isnan(score), "not a number", "ok")
+        known = {"key", "score", "p_value", "is_ood", "selected", "status"}
         others = [name for name in frame.columns if name not in known and pd.api.types.is_numeric_dtype(frame[name])]
         indicators = {name: frame[name].to_numpy(dtype=np.float64) for name in others}
-        flags = np.broadcast_to(np.asarray(is_ood, dtype=bool), len(frame))
-        return cls(tuple(frame["key"].astype(str)), score, p_value, flags, tuple(status), indicators)
+        keys = tuple(frame["key"].astype(str))
+        return cls(keys, score, p_value, np.asarray(is_ood, dtype=bool), tuple(status), indicators)
+
+    @staticmethod
+    def empty(indicators: Iterable[str]) -> Scores:
+        """A table without rows."""
+        none = np.zeros(0)
+        return Scores((), none, none, none.astype(bool), (), dict.fromkeys(indicators, none))
 
     @staticmethod
     def join(parts: Sequence[Scores]) -> Scores:
-        """One after the other; raises FaroutError when there are none."""
-        if not parts:
-            raise FaroutError("there was nothing to score")
-        names = list(parts[0].indicators)
-        measured = [part.measurements for part in parts if part.measurements is not None]
+        """Concatenate tables of one detector."""
+        measurements = [part.measurements for part in parts if part.measurements is not None]
         return Scores(
-            tuple(key for part in parts for key in part.keys),
-            np.concatenate([part.score for part in parts]),
-            np.concatenate([part.p_value for part in parts]),
-            np.concatenate([part.is_ood for part in parts]),
-            tuple(status for part in parts for status in part.status),
-            {name: np.concatenate([part.indicators[name] for part in parts]) for name in names},
-            Measurements.join(measured) if measured else None,
+            keys=tuple(key for part in parts for key in part.keys),
+            score=np.concatenate([part.score for part in parts]),
+            p_value=np.concatenate([part.p_value for part in parts]),
+            is_ood=np.concatenate([part.is_ood for part in parts]),
+            status=tuple(status for part in parts for status in part.status),
+            indicators={
+                name: np.concatenate([part.indicators[name] for part in parts]) for name in parts[0].indicators
+            },
+            measurements=Measurements.join(measurements) if measurements else None,
         )
 
-    @staticmethod
-    def with_gaps(keys: tuple[str, ...], scores: Scores | None, names: Sequence[str]) -> Scores:
-        """The scores joined to all keys; images that could not be read have none and are never normal."""
-        have = scores.keys if scores is not None else ()
-        rows = {key: row for row, key in enumerate(have)}
-        index = np.array([rows.get(key, -1) for key in keys], dtype=int)
-
-        def place(values: np.ndarray | None, empty: Any) -> np.ndarray:
-            padded = np.append(values if values is not None else [], empty)
-            return padded[index]
-
-        status = tuple(scores.status[i] if scores is not None and i >= 0 else "unreadable" for i in index)
+    def reindex(self, keys: tuple[str, ...]) -> Scores:
+        """The rows of `keys`, in this order; images without a row were unreadable and are never normal."""
+        if keys == self.keys:
+            return self
+        rows = {key: row for row, key in enumerate(self.keys)}
+        indices = np.array([rows.get(key, -1) for key in keys], dtype=int)  # -1: the row that is appended
         return Scores(
-            keys,
-            place(None if scores is None else scores.score, np.nan),
-            place(None if scores is None else scores.p_value, np.nan),
-            place(None if scores is None else scores.is_ood, False).astype(bool),
-            status,
-            {name: place(None if scores is None else scores.indicators[name], np.nan) for name in names},
-            None if scores is None else scores.measurements,
+            keys=keys,
+            score=np.append(self.score, np.nan)[indices],
+            p_value=np.append(self.p_value, np.nan)[indices],
+            is_ood=np.append(self.is_ood, False)[indices],
+            status=tuple((*self.status, "unreadable")[i] for i in indices),
+            indicators={name: np.append(value, np.nan)[indices] for name, value in self.indicators.items()},
+            measurements=self.measurements,
         )

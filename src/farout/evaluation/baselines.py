@@ -15,6 +15,7 @@ from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.detectors import DETECTORS
 from farout.detectors.base import Detector
+from farout.detectors.feature_detector import FeatureDetector
 from farout.diffusion.model import DiffusionModel
 from farout.evaluation import trivial_baselines
 from farout.evaluation.trivial_baselines import TrivialBaselines
@@ -75,8 +76,9 @@ def fit_baselines(detector: Detector, options: BaselineOptions, out: Path) -> It
     }
 
     def fit_standard(name: str, images: ImageSource) -> EvaluatedDetector:
-        baseline = detector.companion(DETECTORS[name].load())
-        classifier = detector.classifier if "classifier" in baseline.needs else None
+        method = DETECTORS[name].load()
+        baseline = detector.build_baseline(method) if isinstance(detector, FeatureDetector) else method()
+        classifier = detector.classifier if baseline.requirements.classifier else None
         fitted = baseline.fit(images, classifier=classifier, **common)
         return EvaluatedDetector(name, fitted, scores_folder / name)
 
@@ -92,7 +94,7 @@ def fit_baselines(detector: Detector, options: BaselineOptions, out: Path) -> It
 
     fits: dict[str, Callable[[ImageSource], EvaluatedDetector]] = {}
     if options.standard:
-        fits |= {name: partial(fit_standard, name) for name in detector.companions}
+        fits |= {name: partial(fit_standard, name) for name in detector.baselines}
     if options.trivial:
         fits[trivial_baselines.NAME] = fit_trivial
     has_network = any(network is not None for network in (detector.diffusion, detector.classifier, detector.features))

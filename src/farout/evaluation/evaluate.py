@@ -16,8 +16,9 @@ import torch
 from farout.core import store
 from farout.core.errors import FaroutError, TrapWarning
 from farout.data.image_source import ImageSource
+from farout.data.sources import open_source
 from farout.detectors.base import Detector
-from farout.detectors.calibration import p_values
+from farout.detectors.calibration import check_fitted, compute_p_values
 from farout.evaluation.baselines import BaselineOptions, EvaluatedDetector, fit_baselines, method_name
 from farout.evaluation.metrics import detection_metrics, detection_rate, false_alarm_rate
 from farout.evaluation.ood_subsets import average_over_subsets
@@ -99,13 +100,15 @@ def evaluate(
         FaroutError: the detector is not fitted, there is no out-of-distribution source, or `ood_draws` is negative.
         StoreError: the folder contains scores of another detector or of other images.
     """
-    detector.check_fitted()
+    check_fitted(detector)
     if ood_draws < 0:
         raise FaroutError(f"ood_draws is {ood_draws}; expected 0 or more")
     if isinstance(ood_sources, str) or not len(ood_sources):
         raise FaroutError(f"out-of-distribution sources must be a list of at least one source, got {ood_sources!r}")
     out = Path(out)
-    sources = [detector.open(images, limit=limit) for images in (id_source, *ood_sources)]
+    sources = [
+        open_source(images, policy="nan", limit=limit, seed=detector.seed) for images in (id_source, *ood_sources)
+    ]
     _warn_of_seen_images(detector, sources[0])
 
     own = EvaluatedDetector(name or method_name(detector), detector, out / "scores")
@@ -147,7 +150,7 @@ def _warn_of_seen_images(detector: Detector, source: ImageSource) -> None:
 def _score_dataset(evaluated: EvaluatedDetector, source: ImageSource) -> ScoredDataset:
     """Score a source; the speed is known only if no scores or features were stored before."""
     cache_hits = evaluated.detector.cache_hits
-    done = score_folder(evaluated.detector, source, evaluated.folder / folder_name(source), furthest=12)
+    done = score_folder(evaluated.detector, source, evaluated.folder / folder_name(source), highest=12)
     is_complete_run = done.scored_now == len(source) and evaluated.detector.cache_hits == cache_hits
     speed = done.scored_now / done.seconds if is_complete_run else float("nan")
     return ScoredDataset(source, read_scores(done.folder), speed)
@@ -178,8 +181,8 @@ def _metric_rows(evaluated: EvaluatedDetector, datasets: Sequence[ScoredDataset]
                 "seed": detector.seed,
                 **asdict(metrics),
                 "alpha": detector.alpha,
-                "false_alarm": false_alarm_rate(p_values(id_scores, calibration), detector.alpha),
-                "detection": detection_rate(p_values(ood_scores[indicator], calibration), detector.alpha),
+                "false_alarm": false_alarm_rate(compute_p_values(id_scores, calibration), detector.alpha),
+                "detection": detection_rate(compute_p_values(ood_scores[indicator], calibration), detector.alpha),
                 "nfe": cost.nfe,
                 "gmacs": round(cost.gmacs, 4),
                 "images_per_s": round(ood.images_per_s, 2),

@@ -15,7 +15,7 @@ from scipy import stats
 from sklearn.metrics import average_precision_score
 
 from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, TrapWarning
-from farout.detectors.calibration import is_out
+from farout.detectors.calibration import flag_outliers
 from farout.evaluation.intervals import (
     auroc_interval,
     auroc_of_ranks,
@@ -114,7 +114,7 @@ def detection_rate(ood_p_values: Any, alpha: float) -> float:
 def _flagged_share(p_values: Any, alpha: float) -> float:
     p = np.asarray(p_values, dtype=np.float64)
     p = p[~np.isnan(p)]
-    return float(is_out(p, alpha).mean()) if len(p) else float("nan")
+    return float(flag_outliers(p, alpha).mean()) if len(p) else float("nan")
 
 
 def detection_metrics(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,11 +37,6 @@ class TrivialBaselines(Detector):
         self.z: ZScore | None = None
         self.mahalanobis: Mahalanobis | None = None
 
-    @classmethod
-    def tiny(cls, resources: Any) -> TrivialBaselines:
-        """The detector itself, which is small."""
-        return cls()
-
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
         """Values (B, 1, 1, 5)."""
         images = batch.images.double()
@@ -74,7 +68,7 @@ class TrivialBaselines(Detector):
         scores |= {name: absolute_z[:, column] for column, name in enumerate(INDICATORS)}
         return {name: torch.from_numpy(score) for name, score in scores.items()}
 
-    def state(self) -> dict[str, np.ndarray]:
+    def get_state(self) -> dict[str, np.ndarray]:
         """The fitted statistics as arrays."""
         assert self.z is not None
         assert self.mahalanobis is not None

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from farout.detectors.base import Detector
+from farout.detectors.declarations import HeatMaps
 
 __all__ = ["MapScale", "colorize"]
 
@@ -21,13 +22,13 @@ class MapScale:
         brightest: value from which on the color is brightest; the scale begins at 0.
     """
 
-    unit: str = Detector.map_unit
-    brightest: float = Detector.map_brightest
+    unit: str = HeatMaps.unit
+    brightest: float = HeatMaps.maximum
 
     @classmethod
     def of(cls, detector: Detector) -> MapScale:
-        """The scale that the detector declares as `map_unit` and `map_brightest`."""
-        return cls(detector.map_unit, detector.map_brightest)
+        """The scale that the detector declares as `heat_maps`."""
+        return cls() if detector.heat_maps is None else cls(detector.heat_maps.unit, detector.heat_maps.maximum)
 
     def normalize(self, values: Tensor) -> Tensor:
         """Values scaled to [0, 1], float32; NaN becomes 1, because a value that cannot be computed is never normal."""

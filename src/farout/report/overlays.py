@@ -16,7 +16,9 @@ from farout.core.errors import FaroutError
 from farout.core.progress import task
 from farout.data.decoding import save_png, to_pil
 from farout.data.image_source import Policy
+from farout.data.sources import open_source
 from farout.detectors.base import Detector
+from farout.detectors.calibration import check_fitted
 from farout.report.heat_colors import MapScale, colorize
 
 __all__ = ["FOLDER", "check_has_maps", "draw_overlay", "overlay_path", "write_overlays"]
@@ -36,7 +38,7 @@ _README = (
 
 def check_has_maps(detector: Detector) -> None:
     """Raise FaroutError for a detector that does not localize anomalies within an image."""
-    if not detector.makes_maps:
+    if detector.heat_maps is None:
         raise FaroutError(
             f"{type(detector).__name__} computes one score per image and no maps; use `patches`, `reconstruction` or "
             "`denoising`"
@@ -66,8 +68,8 @@ def write_overlays(
         FaroutError: the detector has no maps or is not fitted.
     """
     check_has_maps(detector)
-    detector.check_fitted()
-    source, out = detector.open(images, limit=limit, policy=policy), Path(out)
+    check_fitted(detector)
+    source, out = open_source(images, policy=policy, limit=limit, seed=detector.seed), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     scale = MapScale.of(detector)
     (out / "README.txt").write_text(_README.format(unit=scale.unit, brightest=scale.brightest), encoding="utf-8")
@@ -77,7 +79,7 @@ def write_overlays(
     planned = [index for block in blocks for index in block]
     count = 0
     with task(f"maps of {source.name}", len(planned)) as bar:
-        for batch in detector.batches(source.subset(planned)):
+        for batch in detector.load_batches(source.subset(planned)):
             indices = [planned[index] for index in batch.indices]
             if missing.intersection(indices):
                 maps = detector.measure(batch, maps=True).maps

@@ -49,7 +49,11 @@ def nearest_normal_images(
         By key, the nearest images with the Euclidean distance of the embeddings scaled to length 1 (0 to 2); empty if
         the detector has no `embedding`.
     """
-    if not keys or not measurement_file.is_file() or detector.embedding(detector.statistics.select([0])) is None:
+    if (
+        not keys
+        or not measurement_file.is_file()
+        or detector.compute_embedding(detector.statistics.select([0])) is None
+    ):
         return {}
     table = pq.read_table(measurement_file, partitioning=None, filters=[("key", "in", list(keys))])
     scored = Measurements.from_table(table)
@@ -78,14 +82,15 @@ def nearest_normal_images(
 
 def _unit_embeddings(detector: Detector, measurements: Measurements) -> np.ndarray:
     """Embeddings scaled to length 1; zero vectors stay zero."""
-    vectors = detector.embedding(measurements)
+    vectors = detector.compute_embedding(measurements)
     assert vectors is not None
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
 
 
 def highest_calibration_images(detector: Detector, images: SourceImages, count: int = 6) -> list[ReferenceImage]:
     """The calibration images with the highest scores: what the detector finds unusual among normal images."""
-    scores, keys = detector.calibration_rows[detector.score_name], detector.calibration.keys
+    scores = detector.compute_scores(detector.calibration)[detector.score_name].double().numpy()
+    keys = detector.calibration.keys
     source = detector.provenance.get("calibration_source", detector.provenance.get("source"))
     return [
         ReferenceImage(

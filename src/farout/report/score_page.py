@@ -13,7 +13,7 @@ from farout.core import store
 from farout.data.batching import batches
 from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector
-from farout.detectors.calibration import benjamini_hochberg, threshold
+from farout.detectors.calibration import benjamini_hochberg, score_threshold
 from farout.report.charts import score_histogram
 from farout.report.heat_colors import MapScale, colorize
 from farout.report.reference_images import highest_calibration_images, nearest_normal_images
@@ -54,7 +54,7 @@ def write_score_page(
     ranked = frame[frame["status"] == "ok"].sort_values(["score", "key"], ascending=[False, True])
     scores = ranked["score"].to_numpy(dtype=float)
     calibration = detector.calibration_scores[detector.score_name]
-    limit = threshold(calibration, detector.alpha)
+    limit = score_threshold(calibration, detector.alpha)
     rate = detector.alpha if manifest["fdr"] is None else manifest["fdr"]
     ranked = ranked.assign(
         selected=benjamini_hochberg(ranked["p_value"], rate),
@@ -75,7 +75,7 @@ def write_score_page(
             limit,
             "Histogram of the scores of calibration and scored images",
         ),
-        map_scale=MapScale.of(detector) if detector.makes_maps else None,
+        map_scale=MapScale.of(detector) if detector.heat_maps is not None else None,
         false_discovery_rate=rate,
         flagged_count=len(flagged),
         selected_count=int(flagged["selected"].sum()),
@@ -99,11 +99,11 @@ def _pictures(detector: Detector, source: ImageSource, keys: list[str]) -> dict[
     pictures: dict[str, dict[str, str]] = {}
     for batch in batches(selected, detector.preprocessing, detector.batch_size):
         shown = {"image": batch.images}
-        if detector.makes_maps:
+        if detector.heat_maps is not None:
             measured = detector.measure(batch, maps=True)
             for name, values in measured.pictures.items():
-                if not name.startswith("_"):
-                    shown[name] = _color_map(values[:, 0], scale) if name in detector.map_pictures else values
+                is_map = name in detector.heat_maps.pictures
+                shown[name] = _color_map(values[:, 0], scale) if is_map else values
             if measured.maps is not None:
                 shown["map"] = _color_map(measured.maps, scale)
         for row, key in enumerate(batch.keys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,14 @@ from farout.core.runtime import Runtime
 from farout.detectors import DETECTORS
 from farout.detectors.base import Detector
 from farout.detectors.fit_settings import FitSettings
+from farout.detectors.saving import describe_detector
 from farout.diffusion.config import DiffusionConfig
 from farout.training.checkpoints import discard_checkpoints, training_folder
 from farout.training.config import TrainingConfig
 
 __all__ = ["fit", "print_detector"]
+
+logger = logging.getLogger(__name__)
 
 
 def fit(
@@ -57,6 +61,8 @@ def fit(
     if num_processes() > 1:
         raise FaroutError("fit runs in one process; to train in several, use `farout train diffusion` first")
     store.check_replaceable(out, "detector")
+    if Path(out).exists():
+        logger.warning("%s contains a detector, which is replaced when the new one is fitted", out)
     detector: Detector = DETECTORS[method].load()(**arguments)
     detector.provenance["preset"] = preset or ""
     checkpoints = settings.checkpoints or training_folder(out)
@@ -71,6 +77,6 @@ def fit(
 
 def print_detector(detector: Detector) -> None:
     """Prints the number of images that the detector was fitted on, its score and its false-alarm rate."""
-    about = detector.describe()
+    about = describe_detector(detector)
     counts = f"{about['statistics_images']} statistics and {about['calibration_images']} calibration images"
     print(f"{about['method']} fitted: {counts}, score {detector.score_name}, alpha {detector.alpha}")

@@ -12,6 +12,9 @@ from farout.scoring.folder import ScoredFolder, score_folder
 
 __all__ = ["print_scored_folder", "score"]
 
+_SHOWN_UNREADABLE = 5
+"""Number of unreadable images that are named on the terminal."""
+
 
 def score(
     detector: str,
@@ -20,7 +23,7 @@ def score(
     out: str,
     limit: int | None = None,
     policy: Policy = "nan",
-    furthest: int = 24,
+    highest: int = 24,
     fdr: float | None = None,
     maps: bool = False,
     runtime: dict[str, Any],
@@ -33,24 +36,28 @@ def score(
         out: folder of the results; an interrupted run continues there.
         limit: use a seeded random sample of this many images; default: all.
         policy: what to do with an unreadable image: `nan` (list it without a score), `skip` it, or `raise` an error.
-        furthest: number of images with the highest scores in the report.
+        highest: number of images with the highest scores in the report.
         fdr: add a table column that selects images by Benjamini-Hochberg at this false discovery rate.
         maps: also write a heat map of every image to OUT/maps (patches, reconstruction and denoising only).
         runtime: runtime settings that replace those of the fit.
     """
     fitted = load(detector, **runtime)
     if not maps:
-        return score_folder(fitted, source, out, limit=limit, policy=policy, furthest=furthest, fdr=fdr)
+        return score_folder(fitted, source, out, limit=limit, policy=policy, highest=highest, fdr=fdr)
     from farout.report.overlays import FOLDER, check_has_maps, write_overlays  # imports matplotlib's color maps
 
     check_has_maps(fitted)
-    scored = score_folder(fitted, source, out, limit=limit, policy=policy, furthest=furthest, fdr=fdr)
+    scored = score_folder(fitted, source, out, limit=limit, policy=policy, highest=highest, fdr=fdr)
     write_overlays(fitted, source, Path(out) / FOLDER, limit=limit, policy=policy)
     return scored
 
 
 def print_scored_folder(scored: ScoredFolder) -> None:
-    """Prints the number of images by status, the number of flagged images, and the files."""
+    """Prints the number of images by status, the number of flagged images, unreadable images, and the files."""
     counts = ", ".join(f"{count} {status}" for status, count in scored.counts.items())
     print(f"{counts}; {scored.flagged} flagged; {scored.scored_now} newly scored")
+    for key, reason in list(scored.unreadable.items())[:_SHOWN_UNREADABLE]:
+        print(f"  unreadable: {key}: {reason}")
+    if len(scored.unreadable) > _SHOWN_UNREADABLE:
+        print(f"  … and {len(scored.unreadable) - _SHOWN_UNREADABLE} more unreadable images, listed in manifest.json")
     print_existing(scored.folder, "scores.csv", "measurements.parquet", "manifest.json", "page.html")

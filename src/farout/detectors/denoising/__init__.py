@@ -1,9 +1,9 @@
-"""How a classifier's view of an image moves when the image is noised part-way and denoised under its class."""
+"""Change of a classifier's output when an image is noised and denoised under its class (Liu et al. 2022)."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -18,23 +18,24 @@ from farout.core.progress import task
 from farout.data.batching import Batch
 from farout.data.classes import class_name
 from farout.data.image_source import ImageSource
+from farout.detectors.argument_checks import check_literals, sort_levels
 from farout.detectors.base import Detector, Measurements
-from farout.detectors.denoising.differences import (
+from farout.detectors.declarations import HeatMaps, Requirements
+from farout.detectors.denoising.changes import (
     METRICS,
-    POST_HOC,
+    POSTHOC,
     SPACES,
     Distance,
-    PostHoc,
-    changes,
-    post_hoc,
-    views,
+    PosthocScore,
+    compute_changes,
+    compute_posthoc_scores,
+    normalize_outputs,
 )
-from farout.detectors.denoising.initial_noise import Neighbours, descriptors, inverted
-from farout.detectors.settings import check_words, checked_levels
+from farout.detectors.denoising.neighbor_noise import NeighborNoise, compute_descriptors, invert_images
 from farout.diffusion import noise_levels
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.config import DiffusionConfig
-from farout.diffusion.denoiser import Denoiser, GuidedDenoiser, NetworkDenoiser
+from farout.diffusion.denoiser import Denoiser, GuidedDenoiser, NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
 from farout.diffusion.schedule import NoiseSchedule
@@ -43,28 +44,28 @@ from farout.features.densities import ZScore, pack_arrays, unpack_arrays
 
 __all__ = ["Denoising"]
 
-_SCORES = (*SPACES, *(f"{space}_local" for space in SPACES), *POST_HOC, "either")
+_INDICATORS = (*SPACES, *(f"{space}_local" for space in SPACES), *POSTHOC, "either")
 
 
 class Denoising(Detector):
-    """Change of a classifier's output when the image is noised and denoised.
+    """Change of a classifier's output when an image is noised and denoised.
 
     Liu, Ren, Cheng, Huang, Li and Zhao, "Diffusion denoising process for perceptron bias in out-of-distribution
-    detection", arXiv 2211.11255. An image x of predicted class y is noised to level t and denoised under y by a
+    detection", arXiv 2211.11255. An image x of predicted class y is noised to level t and denoised to x_t under y by a
     deterministic solver, with classifier-free guidance e = e(null) + s (e(y) - e(null)). With f the classifier's logits
     (or penultimate features, or the pixels themselves), divided by their Euclidean norm,
 
-        S_global(t) = mean over draws |f(x) - f(x_t)|,   S_local(t) = mean over draws |f(x_s) - f(x_t)|,
+        S_global(t) = mean over draws ||f(x) - f(x_t)||,   S_local(t) = mean over draws ||f(x_s) - f(x_t)||,
 
-    s the level below t (the clean image below the lowest); |.| is the L1 norm, as in the released code (the paper's
-    figures say L2). What lies in the distribution keeps its class and comes back; what does not is dragged elsewhere.
-    Scores are means over levels. The clean image is seen once (the released code adds noise of 0.01 to it); the network
-    is told the level it is at (the released code is off by one).
+    s the level below t (the clean image below the lowest level), with the L1 norm as in the released code (the paper's
+    figures say L2). An in-distribution image keeps its class and is reconstructed; another image is changed towards the
+    class. Scores are means over levels. The classifier sees the clean image without noise (the released code adds noise
+    of 0.01), and the network is given the level of its input (the released code is off by one).
 
     Args:
         levels: noise levels t to which images are noised.
         draws: noise samples per image, the same at every level.
-        noise: `shared`: the same noise for all images; `image`: noise per image; `neighbour`: inverted noise of the
+        noise: `shared`: the same noise for all images; `image`: noise per image; `neighbor`: inverted noise of the
             nearest statistics images, one per draw (the paper, for unconditional models).
         condition: `class`: denoise under the image's class; `none`: without condition.
         labels: class of an image: `predicted` by the classifier, or `true`, its label (for ablations; a random class if
@@ -83,29 +84,40 @@ class Denoising(Detector):
             scores; default: no `either`.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"diffusion", "classes", "classifier"})
-    diffusion: DiffusionModel | None = None
-    makes_maps: ClassVar[bool] = True
-    map_unit: ClassVar[str] = "mean absolute differences of pixels in [0, 1]"
-    map_brightest: ClassVar[float] = 0.5
-    statistics_minimum: ClassVar[int] = 100
-    network_preset: ClassVar[str] = "classes"
-    companions: ClassVar[tuple[str, ...]] = ("posthoc",)
-    statistics_suffice: ClassVar[bool] = True
-    choices: ClassVar[frozenset[str]] = frozenset({"score", "distance", "cascade", "use_levels", "use_draws"})
+    requirements: ClassVar[Requirements] = Requirements(
+        diffusion="images",
+        class_conditional=True,
+        classifier=True,
+        diffusion_preset="classes",
+        statistics=100,
+        more_statistics=False,
+    )
+    heat_maps: ClassVar[HeatMaps] = HeatMaps(unit="mean absolute differences of pixels in [0, 1]", maximum=0.5)
+    baselines: ClassVar[tuple[str, ...]] = ("posthoc",)
+    scoring_arguments: ClassVar[frozenset[str]] = frozenset({"score", "distance", "cascade", "use_levels", "use_draws"})
+    # the brightest pixel: untrained networks distinguish images by little else
+    test_arguments: ClassVar[Mapping[str, Any]] = {
+        "levels": (200, 400),
+        "draws": 2,
+        "steps": 2,
+        "score": "pixel",
+        "distance": "argmax",
+    }
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {"levels": (300,), "draws": 4, "guidance": 3.0, "solver": "ddim", "grid": 20},
         "released": {"levels": (120, 240, 360), "draws": 4, "guidance": 3.0, "solver": "ddim", "grid": 20},
         "fast": {},
-        "unconditional": {"condition": "none", "noise": "neighbour", "draws": 1, "solver": "ddim", "grid": 20},
+        "unconditional": {"condition": "none", "noise": "neighbor", "draws": 1, "solver": "ddim", "grid": 20},
     }
+
+    diffusion: DiffusionModel | None = None
 
     def __init__(
         self,
         *,
         levels: tuple[int, ...] = (300,),
         draws: int = 4,
-        noise: Literal["shared", "image", "neighbour"] = "shared",
+        noise: Literal["shared", "image", "neighbor"] = "shared",
         condition: Literal["class", "none"] = "class",
         labels: Literal["predicted", "true"] = "predicted",
         guidance: float = 3.0,
@@ -116,9 +128,9 @@ class Denoising(Detector):
         use_levels: tuple[int, ...] | None = None,
         use_draws: int | None = None,
         distance: Distance = "l1",
-        cascade: PostHoc | None = None,
+        cascade: PosthocScore | None = None,
     ) -> None:
-        check_words(self)
+        check_literals(self)
         if not levels or len(set(levels)) < len(levels) or min(levels) < 0:
             raise FaroutError(f"levels must be different numbers from 0, got {list(levels)}")
         if min(draws, steps, 1 if grid is None else grid) < 1:
@@ -129,275 +141,256 @@ class Denoising(Detector):
             raise FaroutError(f"use_levels must be some of the levels {list(levels)}, got {list(use_levels)}")
         if use_draws is not None and not 1 <= use_draws <= draws:
             raise FaroutError(f"use_draws must be 1 to {draws}, got {use_draws}")
-        self._check_score(score, levels, cascade)
-        if condition == "none":
-            idle = ("labels",) if guidance == 1 else ("guidance", "labels")  # a guidance of 1 is none
-            self._refuse_idle("without a condition; give condition class", *idle)
-        if grid is not None:
-            self._refuse_idle("with grid; leave grid out", "steps")
-        self.levels = tuple(sorted(levels))
-        self.neighbours: Neighbours | None = None
-        self.standard: dict[str, ZScore] = {}
-        self.denoiser: NetworkDenoiser | None = None
-        self.shared: Tensor | None = None
-
-    @staticmethod
-    def _check_score(score: str, levels: tuple[int, ...], cascade: str | None) -> None:
-        if score not in _SCORES:
-            raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(_SCORES)}")
+        if score not in _INDICATORS:
+            raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(_INDICATORS)}")
         if score.endswith("_local") and len(levels) < 2:
             raise FaroutError(f"with one level {score} is {score.removesuffix('_local')}; give several levels")
         if score == "either" and cascade is None:
-            raise FaroutError(f"the score either requires a cascade: one of {', '.join(POST_HOC)}")
+            raise FaroutError(f"the score either requires a cascade: one of {', '.join(POSTHOC)}")
+        if condition == "none":
+            unused = ("labels",) if guidance == 1 else ("guidance", "labels")  # a guidance of 1 means none
+            self._refuse_idle("without a condition; give condition class", *unused)
+        if grid is not None:
+            self._refuse_idle("with grid; leave grid out", "steps")
+        self.levels, self.draws = tuple(sorted(levels)), draws
+        self.is_guided = condition == "class" and guidance != 1
+        self.reset_statistics()
 
-    @classmethod
-    def tiny(cls, resources: Any) -> Denoising:
-        """Two levels, two draws, two steps; by the brightest pixel, for untrained networks tell little else apart."""
-        return cls(levels=(200, 400), draws=2, steps=2, score="pixel", distance="argmax")
+    def reset_statistics(self) -> None:
+        """Discard the statistics of an earlier fit."""
+        self.neighbors: NeighborNoise | None = None
+        self.z: dict[str, ZScore] = {}
 
-    # -- networks ------------------------------------------------------------------------------------------------
+    # Networks.
 
-    def prepare(self) -> None:
-        """Builds paths and denoiser."""
-        model = self.diffusion
-        if model is None or self.classifier is None:
-            return
-        self.denoiser = model.denoiser(self.runtime.batch_size, self.precision)
-        self.solve = create_solver(self.config["solver"], model.schedule)
-        self.paths = self._all_paths(model.schedule).to(model.device)
-        self.shared = None
-
-    def network_config(self, config: DiffusionConfig) -> DiffusionConfig:
-        """As given; refused where it knows no classes and they are wanted."""
+    def configure_diffusion(self, config: DiffusionConfig) -> DiffusionConfig:
+        """Reject an unconditional model where a class condition is required."""
         if self.config["condition"] == "class" and not config.classes:
             raise FaroutError("denoising under a class requires a model of classes; leave out --no-model.classes")
         return config
 
-    def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
-        """Refuses models that do not go together, levels and paths that the schedule or the solver cannot have."""
+    def check_networks(
+        self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None
+    ) -> None:
+        """Reject networks that do not match, and levels and paths that the schedule or the solver does not allow."""
         assert diffusion is not None
         assert classifier is not None
-        self._check_models(diffusion, classifier)
-        checked_levels(self.levels, diffusion.schedule.steps)
-        create_solver(self.config["solver"], diffusion.schedule).check(self._all_paths(diffusion.schedule))
-        if self.config["labels"] == "true" and not set(_names(source)) & set(classifier.class_names):
-            known = ", ".join(classifier.class_names[: count_known_classes(classifier)])
-            raise FaroutError(f"labels=true requires images of the classes {known}; {source.name} has none of them")
+        _check_same_preprocessing(diffusion, classifier)
+        if self.config["condition"] == "class":
+            _check_same_classes(diffusion, classifier, guided=self.is_guided)
+        sort_levels(self.levels, diffusion.schedule.steps)
+        create_solver(self.config["solver"], diffusion.schedule).check(self._build_paths(diffusion.schedule))
+        if self.config["labels"] == "true":
+            names = {class_name(source, label) for label in source.labels or ()}
+            if not names & set(classifier.class_names):
+                known = ", ".join(classifier.class_names[: count_known_classes(classifier)])
+                raise FaroutError(f"labels=true requires images of the classes {known}; {source.name} has none of them")
 
-    def _all_paths(self, schedule: NoiseSchedule) -> Tensor:
-        return noise_levels.pad_paths([self._path(schedule, level) for level in self.levels])
+    def _build_paths(self, schedule: NoiseSchedule) -> Tensor:
+        """Sigmas (level, steps + 1) from each level to the clean image."""
+        spacing, steps = self.config["grid"], self.config["steps"]
+        paths = [
+            noise_levels.geometric_path(schedule, t, steps)
+            if spacing is None
+            else noise_levels.grid_path(schedule, t, spacing)
+            for t in self.levels
+        ]
+        return noise_levels.pad_paths([solver_path(self.config["solver"], path) for path in paths])
 
-    def _path(self, schedule: NoiseSchedule, level: int) -> Tensor:
-        spacing = self.config["grid"]
-        if spacing is None:
-            path = noise_levels.geometric_path(schedule, level, self.config["steps"])
-        else:
-            path = noise_levels.grid_path(schedule, level, spacing)
-        return solver_path(self.config["solver"], path)
-
-    def _check_models(self, model: DiffusionModel, classifier: Classifier) -> None:
-        conditioning = model.conditioning
-        theirs = vars(classifier.preprocessing)
-        for name, ours in vars(model.preprocessing).items():
-            if name != "native" and ours != theirs[name]:
-                hint = f"the diffusion model has {name} {ours}, the classifier {theirs[name]}"
-                raise FaroutError(f"{hint}; train both on images prepared alike")
-        if self.config["condition"] == "none":
+    def prepare_networks(self) -> None:
+        """Build paths, solver and denoiser."""
+        model = self.diffusion
+        if model is None or self.classifier is None:
             return
-        if conditioning is None:
-            hint = "give a class-conditional one (farout train diffusion --preset classes) or --condition none"
-            raise FaroutError(f"this diffusion model is unconditional and cannot denoise under a class; {hint}")
-        if conditioning.num_classes != classifier.classes:
-            counts = f"{conditioning.num_classes} classes, the classifier {describe_classes(classifier)}"
-            raise FaroutError(f"the diffusion model knows {counts}; train both on the same images and classes")
-        names = {tuple(conditioning.class_names), tuple(classifier.class_names)}
-        if len(names - {tuple(map(str, range(classifier.classes)))}) > 1:  # bare numbers are no names
-            raise FaroutError("diffusion model and classifier name their classes differently; train both on the same")
-        if self.config["guidance"] != 1 and not conditioning.has_null:
-            raise FaroutError("this diffusion model has no null condition to guide away from; give --guidance 1")
+        self.denoiser: NetworkDenoiser = model.denoiser(self.runtime.batch_size, self.precision)
+        self.solver = create_solver(self.config["solver"], model.schedule)
+        self.paths = self._build_paths(model.schedule).to(model.device)
+        self.shared_noise: Tensor | None = None
 
     @property
     def rows_per_image(self) -> int:
         """Levels times draws, twice with guidance."""
-        guided = self.config["condition"] == "class" and self.config["guidance"] != 1
-        return len(self.levels) * int(self.config["draws"]) * (2 if guided else 1)
+        return len(self.levels) * self.draws * (2 if self.is_guided else 1)
 
     @property
     def evaluations(self) -> int:
         """Rows that the diffusion model has evaluated; the classifier's are not counted."""
-        return 0 if self.denoiser is None else self.denoiser.evaluations
+        return self.denoiser.evaluations
 
-    # -- labels --------------------------------------------------------------------------------------------------
-
-    def batches(self, source: ImageSource) -> Iterator[Batch]:
-        """Batches whose labels are the classifier's numbers, -1 where it does not know them."""
+    def load_batches(self, source: ImageSource) -> Iterator[Batch]:
+        """Load batches with the classifier's class numbers as labels, -1 for classes that it does not know."""
         assert self.classifier is not None
         known = self.classifier.class_names
-        for batch in super().batches(source):
+        for batch in super().load_batches(source):
             if batch.labels is None:
                 yield batch
-                continue
-            names = [class_name(source, label) for label in batch.labels.tolist()]
-            numbers = [known.index(name) if name in known else -1 for name in names]
-            yield replace(batch, labels=torch.tensor(numbers, dtype=torch.long))
+            else:
+                names = [class_name(source, label) for label in batch.labels.tolist()]
+                numbers = [known.index(name) if name in known else -1 for name in names]
+                yield replace(batch, labels=torch.tensor(numbers, dtype=torch.long))
 
-    def _classes(self, batch: Batch, logits: Tensor) -> Tensor:
+    # Measuring.
+
+    def prepare_statistics(self, images: ImageSource) -> None:
+        """Invert the statistics images to noise where the neighbors' noise is used."""
+        if self.config["noise"] != "neighbor":
+            return
+        model = self.diffusion
+        assert model is not None
+        descriptors, noise = [], []
+        with task("inverting statistics images", len(images)) as bar:
+            for batch in self.load_batches(images):
+                if batch.keys:
+                    null = None if model.conditioning is None else model.conditioning.null_condition(len(batch.keys))
+                    descriptors.append(compute_descriptors(batch.images))
+                    noise.append(invert_images(model, self.denoiser, batch.images.to(model.device), null).cpu())
+                bar.advance(len(batch.keys))
+        self.neighbors = NeighborNoise(torch.cat(descriptors), torch.cat(noise))
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, maps: bool = False) -> Measurements:
+        """Values (B, level, draw, metric): METRICS, and POSTHOC of the clean image, the same at every level and draw.
+
+        With `maps`: the mean over levels and draws of |image - denoised| (B, H, W), and the picture `denoised`
+        (B, C, H, W) of the highest level's first draw.
+        """
+        model, classifier = self.diffusion, self.classifier
+        if model is None or classifier is None:
+            raise FaroutError("Denoising requires a fit before it measures: call fit(images) or farout.load(folder)")
+        grid = (len(batch.keys), len(self.levels), self.draws)
+        images = batch.images.to(model.device)
+        outputs = classifier.outputs(images, self.runtime.batch_size, self.precision)
+
+        # Every image, level and draw is one row of the batch: x + sigma_t noise, denoised under y.
+        rows_per_image = len(self.levels) * self.draws
+        y = self._choose_classes(batch, outputs.logits).repeat_interleave(rows_per_image)
+        sigmas = self.paths.repeat_interleave(self.draws, 0).repeat(len(images), 1)
+        x = model.encode(images).repeat_interleave(rows_per_image, 0)
+        noised = x + expand_dims(sigmas[:, 0], x) * self._noise(batch).flatten(0, 2).to(model.device)
+        denoiser, condition = self._guide(y)
+        denoised = model.decode(self.solver(denoiser, noised, sigmas, condition))
+
+        denoised_outputs = classifier.outputs(denoised, self.runtime.batch_size, self.precision)
+        f_x = normalize_outputs(images, outputs)
+        f_t = {name: f.reshape(*grid, -1) for name, f in normalize_outputs(denoised, denoised_outputs).items()}
+        changes = compute_changes(f_x, f_t).cpu()
+        posthoc = compute_posthoc_scores(outputs.logits)[:, None, None].expand(*grid, -1).cpu()
+        values = torch.cat([changes, posthoc], dim=-1).float()
+        measurements = Measurements(batch.keys, values, tuple(map(float, self.levels)), (*METRICS, *POSTHOC))
+        if not maps:
+            return measurements
+        denoised = denoised.reshape(*grid, *images.shape[1:])
+        heat = (denoised - images[:, None, None]).abs().mean((1, 2, 3)).cpu()
+        return replace(measurements, maps=heat, pictures={"denoised": denoised[:, -1, 0].cpu()})
+
+    def _choose_classes(self, batch: Batch, logits: Tensor) -> Tensor:
         """The class (B,) under which each image is denoised."""
         predicted = logits.argmax(1)
         if self.config["labels"] == "predicted":
             return predicted
-        given = batch.labels if batch.labels is not None else torch.full((len(predicted),), -1)
-        drawn = [_number(f"{self.seed} {key}") % logits.shape[1] for key in batch.identities]
-        return torch.where(given >= 0, given, torch.tensor(drawn)).to(logits.device)
+        labels = batch.labels if batch.labels is not None else torch.full((len(predicted),), -1)
+        # an unknown class is replaced by a random one, which depends on the seed and the image alone
+        digests = [hashlib.sha256(f"{self.seed} {identity}".encode()).digest() for identity in batch.identities]
+        random = torch.tensor([int.from_bytes(digest[:4], "big") % logits.shape[1] for digest in digests])
+        return torch.where(labels >= 0, labels, random).to(logits.device)
 
-    # -- measuring -----------------------------------------------------------------------------------------------
-
-    def measure_all(self, source: ImageSource, title: str, *, watch: bool = False) -> Measurements:
-        """The measurements of all readable images; of the statistics images (`watch`), first their inverted noise."""
-        if watch and self.config["noise"] == "neighbour":
-            self._invert(source)
-        return super().measure_all(source, title)
-
-    def _invert(self, source: ImageSource) -> None:
-        model, denoiser, seen, noise = self.diffusion, self.denoiser, [], []
-        assert model is not None
-        assert denoiser is not None
-        with task("inverting statistics images", len(source)) as bar:
-            for batch in self.batches(source):
-                if batch.keys:
-                    images = batch.images.to(model.device)
-                    seen.append(descriptors(batch.images))
-                    noise.append(inverted(model, denoiser, images, self._null(len(images))).cpu())
-                bar.advance(len(batch.keys))
-        self.neighbours = Neighbours(torch.cat(seen), torch.cat(noise))
-
-    def _null(self, count: int) -> Condition | None:
-        """The condition that stands for none; None for an unconditional model."""
+    def _guide(self, classes: Tensor) -> tuple[Denoiser, Condition | None]:
+        """The denoiser with guidance, and the condition of each row."""
         assert self.diffusion is not None
-        return None if self.diffusion.conditioning is None else self.diffusion.conditioning.null_condition(count)
+        conditioning = self.diffusion.conditioning
+        if conditioning is None:
+            return self.denoiser, None
+        if self.config["condition"] == "none":
+            return self.denoiser, conditioning.null_condition(len(classes))
+        if self.is_guided:
+            # e = e(null) + s (e(y) - e(null))
+            return GuidedDenoiser(
+                self.denoiser, float(self.config["guidance"]), conditioning.null_condition
+            ), conditioning(classes)
+        return self.denoiser, conditioning(classes)
 
-    @torch.no_grad()
-    def measure(self, batch: Batch, maps: bool = False) -> Measurements:
-        """Changes of every level and draw: values (B, level, draw, metric), of `METRICS`; and `POST_HOC` of the clean
-        image, the same at all of them.
-
-        With `maps`: the mean over levels and draws of |image - denoised| (B, H, W), and the pictures `denoised` of the
-        highest level's first draw (B, C, H, W).
-        """
-        model, classifier, count = self.diffusion, self.classifier, len(batch.keys)
-        if model is None or classifier is None:
-            raise FaroutError("Denoising requires a fit before it measures: call fit(images) or farout.load(folder)")
-        grid = (len(self.levels), int(self.config["draws"]))
-        names, levels = (*METRICS, *POST_HOC), tuple(float(t) for t in self.levels)
-        if not count:
-            return Measurements((), torch.empty(0, *grid, len(names)), levels, names)
-        images = batch.images.to(model.device)
-        outputs = classifier.outputs(images, self.runtime.batch_size, self.precision)
-        clean = views(images, outputs)
-        restored = self._denoised(batch, images, self._classes(batch, outputs.logits))
-        again = classifier.outputs(restored, self.runtime.batch_size, self.precision)
-        moved = {name: value.reshape(count, *grid, -1) for name, value in views(restored, again).items()}
-        changed = changes({name: value[:, None] for name, value in clean.items()}, moved)
-        beside = post_hoc(outputs.logits)[:, None, None].expand(-1, *grid, -1)
-        measured = Measurements(batch.keys, torch.cat([changed.cpu(), beside.cpu()], dim=-1).float(), levels, names)
-        return (
-            self._with_maps(measured, images, restored.reshape(count, *grid, *images.shape[1:])) if maps else measured
-        )
-
-    def _with_maps(self, measured: Measurements, images: Tensor, restored: Tensor) -> Measurements:
-        heat = (restored - images[:, None, None]).abs().mean((1, 2, 3)).cpu()
-        return replace(measured, maps=heat, pictures={"denoised": restored[:, -1, 0].cpu()})
-
-    def _denoised(self, batch: Batch, images: Tensor, classes: Tensor) -> Tensor:
-        """The images noised and denoised, (B * levels * draws, C, H, W) in [0, 1]; all in one batch."""
-        model, draws = self.diffusion, int(self.config["draws"])
-        assert model is not None
-        per_image = len(self.levels) * draws
-        sigmas = self.paths.repeat_interleave(draws, 0).repeat(len(images), 1)
-        noise = self._noise(batch, images).flatten(0, 2).to(images.device)
-        x0 = model.encode(images).repeat_interleave(per_image, 0)
-        x = x0 + sigmas[:, 0].reshape(-1, *[1] * (x0.ndim - 1)) * noise
-        denoiser, condition = self._guided(classes.repeat_interleave(per_image))
-        return model.decode(self.solve(denoiser, x, sigmas, condition))
-
-    def _guided(self, classes: Tensor) -> tuple[Denoiser, Condition | None]:
-        assert self.denoiser is not None
+    def _noise(self, batch: Batch) -> Tensor:
+        """(B, level, draw, C, H, W), the same noise at every level."""
         assert self.diffusion is not None
-        conditioning, scale = self.diffusion.conditioning, float(self.config["guidance"])
-        if self.config["condition"] == "none" or conditioning is None:
-            return self.denoiser, self._null(len(classes))
-        if scale == 1:
-            return self.denoiser, conditioning(classes)
-        return GuidedDenoiser(self.denoiser, scale, conditioning.null_condition), conditioning(classes)
-
-    def _noise(self, batch: Batch, images: Tensor) -> Tensor:
-        """(B, levels, draws, C, H, W), the same noises at every level."""
-        assert self.diffusion is not None
-        draws, kind, shape = int(self.config["draws"]), self.config["noise"], self.diffusion.shape
-        if kind == "neighbour":
-            if self.neighbours is None:
-                raise FaroutError("neighbours' noise requires a fit with noise='neighbour'; fit again")
-            table = self.neighbours.nearest(images, draws)[:, None]
-        elif kind == "image":
-            table = noise_table("image", batch.identities, shape, self.seed, (0,), draws)
+        shape = self.diffusion.shape
+        if self.config["noise"] == "neighbor":
+            if self.neighbors is None:
+                raise FaroutError("neighbors' noise requires a fit with noise='neighbor'; fit again")
+            noise = self.neighbors.find(batch.images, self.draws)[:, None]
+        elif self.config["noise"] == "image":
+            noise = noise_table("image", batch.identities, shape, self.seed, (0,), self.draws)
         else:
-            if self.shared is None:
-                self.shared = noise_table("shared", ("",), shape, self.seed, (0,), draws)
-            table = self.shared
-        return table.expand(len(images), len(self.levels), *table.shape[2:])
+            if self.shared_noise is None:
+                self.shared_noise = noise_table("shared", ("",), shape, self.seed, (0,), self.draws)
+            noise = self.shared_noise
+        return noise.expand(len(batch.keys), len(self.levels), *noise.shape[2:])
 
-    # -- scoring -------------------------------------------------------------------------------------------------
+    # Scores.
 
-    def begin(self) -> None:
-        """Forgets neighbours and statistics of an earlier fit."""
-        self.neighbours, self.standard = None, {}
+    def _mean_change(self, measurements: Measurements, space: str, reference: str) -> Tensor:
+        """S_global or S_local, mean over the levels and draws that count, (B,) float64."""
+        assert measurements.values is not None
+        column = measurements.metrics.index(f"{space}_{reference}_{self.config['distance']}")
+        used = self.config["use_levels"] or self.levels
+        levels = [index for index, level in enumerate(measurements.levels) if level in used]
+        return measurements.values[:, levels, : self.config["use_draws"], column].double().mean((1, 2))
 
-    def fit_statistics(self, measurements: Measurements) -> None:
-        """Mean and deviation of the logit change and of the post-hoc scores, for `either`."""
-        parts = {"change": self._mean(measurements, "logit", "global"), **self._post_hoc(measurements)}
-        self.standard = {name: ZScore.fit(value.numpy()[:, None]) for name, value in parts.items()}
-
-    def _post_hoc(self, measurements: Measurements) -> dict[str, Tensor]:
+    @staticmethod
+    def _posthoc_scores(measurements: Measurements) -> dict[str, Tensor]:
         assert measurements.values is not None
         first = measurements.values[:, 0, 0].double()
-        found = {name: first[:, measurements.metrics.index(name)] for name in POST_HOC}
-        return {**found, "msp": torch.expm1(found["msp"])}
+        scores = {name: first[:, measurements.metrics.index(name)] for name in POSTHOC}
+        return {**scores, "msp": torch.expm1(scores["msp"])}  # -max softmax from log(1 - max softmax)
 
-    def _mean(self, measurements: Measurements, space: str, reach: str) -> Tensor:
-        assert measurements.values is not None
-        column = measurements.metrics.index(f"{space}_{reach}_{self.config['distance']}")
-        used = self.config["use_levels"] or self.levels
-        rows = [place for place, level in enumerate(measurements.levels) if level in used]
-        return measurements.values[:, rows, : self.config["use_draws"], column].double().mean((1, 2))
+    def fit_statistics(self, measurements: Measurements) -> None:
+        """Fit mean and deviation of the logit change and of the post-hoc scores, for `either`."""
+        scores = {"change": self._mean_change(measurements, "logit", "global"), **self._posthoc_scores(measurements)}
+        self.z = {name: ZScore.fit(score.numpy()[:, None]) for name, score in scores.items()}
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """S_global and, with several levels, S_local in the three spaces; the three post-hoc scores; `either`."""
-        found = {space: self._mean(measurements, space, "global") for space in SPACES}
+        scores = {space: self._mean_change(measurements, space, "global") for space in SPACES}
         if len(self.levels) > 1:
-            found |= {f"{space}_local": self._mean(measurements, space, "local") for space in SPACES}
-        beside, cascade = self._post_hoc(measurements), self.config["cascade"]
+            scores |= {f"{space}_local": self._mean_change(measurements, space, "local") for space in SPACES}
+        posthoc, cascade = self._posthoc_scores(measurements), self.config["cascade"]
         if cascade is not None:
-            pair = {"change": found["logit"], cascade: beside[cascade]}
-            scores = [self.standard[name].score(value.numpy()[:, None]) for name, value in pair.items()]
-            found["either"] = torch.from_numpy(np.maximum(*scores))
-        return found | beside
+            change = self.z["change"].score(scores["logit"].numpy()[:, None])
+            clean = self.z[cascade].score(posthoc[cascade].numpy()[:, None])
+            scores["either"] = torch.from_numpy(np.maximum(change, clean))
+        return scores | posthoc
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Neighbours and statistics."""
-        near = {} if self.neighbours is None else self.neighbours.to_arrays()
-        return {**near, **pack_arrays(self.standard)}
+    def get_state(self) -> dict[str, np.ndarray]:
+        """The neighbors' noise and the statistics."""
+        neighbors = {} if self.neighbors is None else self.neighbors.to_arrays()
+        return {**neighbors, **pack_arrays(self.z)}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Puts `state` back."""
-        if "neighbours" in state:
-            self.neighbours = Neighbours.from_arrays(state)
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Restore the arrays of `get_state`."""
+        if "neighbor_noise" in state:
+            self.neighbors = NeighborNoise.from_arrays(state)
         if "change.mean" in state:
-            self.standard = {name: ZScore.from_arrays(unpack_arrays(state, name)) for name in ("change", *POST_HOC)}
+            self.z = {name: ZScore.from_arrays(unpack_arrays(state, name)) for name in ("change", *POSTHOC)}
 
 
-def _names(source: ImageSource) -> list[str]:
-    return [class_name(source, label) for label in source.labels or ()]
+def _check_same_preprocessing(model: DiffusionModel, classifier: Classifier) -> None:
+    of_classifier = vars(classifier.preprocessing)
+    for name, value in vars(model.preprocessing).items():
+        if name != "native" and value != of_classifier[name]:
+            difference = f"the diffusion model has {name} {value}, the classifier {of_classifier[name]}"
+            raise FaroutError(f"{difference}; train both on images prepared alike")
 
 
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+def _check_same_classes(model: DiffusionModel, classifier: Classifier, guided: bool) -> None:
+    conditioning = model.conditioning
+    if conditioning is None:
+        hint = "give a class-conditional one (farout train diffusion --preset classes) or --condition none"
+        raise FaroutError(f"this diffusion model is unconditional and cannot denoise under a class; {hint}")
+    if conditioning.num_classes != classifier.classes:
+        counts = f"{conditioning.num_classes} classes, the classifier {describe_classes(classifier)}"
+        raise FaroutError(f"the diffusion model knows {counts}; train both on the same images and classes")
+    names = {tuple(conditioning.class_names), tuple(classifier.class_names)}
+    numbers = tuple(map(str, range(classifier.classes)))  # a model without class names has numbers
+    if len(names - {numbers}) > 1:
+        raise FaroutError("diffusion model and classifier name their classes differently; train both on the same")
+    if guided and not conditioning.has_null:
+        raise FaroutError("this diffusion model has no null condition to guide away from; give --guidance 1")

@@ -1,8 +1,8 @@
-"""Where in an image the features are unlike good ones: maps by diffusion and by nearest neighbours."""
+"""Heat maps of features unlike normal ones at every position: by diffusion and by nearest neighbors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -15,11 +15,19 @@ from farout.core.errors import FaroutError
 from farout.core.progress import task
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
+from farout.detectors.argument_checks import sort_levels
 from farout.detectors.base import Detector, Measurements
+from farout.detectors.declarations import HeatMaps, Requirements
 from farout.detectors.feature_detector import FeatureDetector
 from farout.detectors.fit_settings import FitSettings
-from farout.detectors.patches.positions import Deviations, drawn, equal_layers, flat, nearest, rank, top
-from farout.detectors.settings import checked_levels
+from farout.detectors.patches.positions import (
+    PositionStatistics,
+    average_highest,
+    equal_layer_weights,
+    nearest_distances,
+    rank_by_hash,
+    sample_indices,
+)
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import LevelSampling
 from farout.diffusion.noise import noise_table
@@ -34,28 +42,27 @@ from farout.training.config import TrainingConfig
 __all__ = ["Patches"]
 
 Score = Literal["diffusion_top", "diffusion_mean", "knn_top", "knn_mean"]
-_SCORES: tuple[str, ...] = get_args(Score)
-_PARTS = ("errors", "mean", "distances")
+_INDICATORS: tuple[str, ...] = get_args(Score)
 
 
 class Patches(FeatureDetector):
     """Distance of the features at each position to those of normal images.
 
-    Features of the backbone's middle layers are brought to one grid and standardised channel by channel. At every
-    position, whose neighbours are not seen,
+    Features of the backbone's middle layers are brought to one grid and standardized channel by channel. With z the
+    features at a position and f a small residual network that is trained to reconstruct z at normal positions from
+    z + sigma(t) noise, without seeing other positions,
 
-        error(t) = mean over draws, layers and the channels of each layer of (f(z + sigma(t) noise, t) - z)^2
+        error(t) = mean over draws, layers and the channels of each layer of (f(z + sigma(t) noise, t) - z)^2,
 
-    with f a small residual network that was trained to give back z at good positions, one evaluation per level and
-    draw, and one noise for all positions and images. Much noise is added (sigma(99) = 1.2), so that what comes back is
-    what a good position would look like. The map is the mean over levels of the standardised errors, in
-    standard deviations above the positions of good images; the image's score is the mean of its highest positions, so
-    that a small defect counts. The denoiser is that of the `semantic` detector (Yang et al., NeurIPS 2024, arXiv
-    2411.10701, section 3.3) on positions in place of pooled features; this use of it is ours.
+    one evaluation per level and draw, with the same noise for all positions and images. Much noise is added
+    (sigma(99) = 1.2), so that f returns what a normal position would look like. The map is the mean over levels of the
+    standardized errors, in standard deviations above the positions of normal images. The score of an image is the mean
+    of its highest positions, so that a small defect counts. The denoiser is that of the `semantic` detector (Yang et
+    al., NeurIPS 2024, arXiv 2411.10701, section 3.3), applied to positions instead of pooled features, which is ours.
 
-    Beside it stands the distance to the nearest of a sample of good positions, layers weighed the same, after Roth,
-    Pemula, Zepeda, Schölkopf, Brox and Gehler, "Towards total recall in industrial anomaly detection" (PatchCore, CVPR
-    2022, section 3), without its coreset, its averaging over neighbours and its reweighting.
+    A second map is the distance to the nearest of a sample of normal positions, all layers with the same weight, after
+    Roth, Pemula, Zepeda, Schölkopf, Brox and Gehler, "Towards total recall in industrial anomaly detection" (PatchCore,
+    CVPR 2022, section 3), without its coreset, its averaging over neighbors and its reweighting.
 
     Args:
         side: number of grid positions along one side.
@@ -81,15 +88,23 @@ class Patches(FeatureDetector):
         ema: decay of the moving average of the weights.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "diffusion"})
-    diffusion_of = "features"
+    requirements: ClassVar[Requirements] = Requirements(
+        diffusion="features", backbone=True, statistics=20, more_statistics=False
+    )
+    heat_maps: ClassVar[HeatMaps] = HeatMaps(pictures=frozenset({"diffusion", "knn"}))
+    baselines: ClassVar[tuple[str, ...]] = ("mahalanobis",)
+    scoring_arguments: ClassVar[frozenset[str]] = frozenset({"score"})
+    test_arguments: ClassVar[Mapping[str, Any]] = {
+        "size": 32,
+        "side": 4,
+        "hidden": 32,
+        "embedding": 16,
+        "blocks": 1,
+        "positions": 200,
+        "epochs": 4,
+        "batch": 32,
+    }
     diffusion: FeatureDiffusion | None = None
-    makes_maps: ClassVar[bool] = True
-    map_pictures: ClassVar[frozenset[str]] = frozenset({"diffusion", "knn"})
-    statistics_minimum: ClassVar[int] = 20
-    statistics_suffice: ClassVar[bool] = True
-    companions: ClassVar[tuple[str, ...]] = ("mahalanobis",)
-    choices: ClassVar[frozenset[str]] = frozenset({"score"})
 
     def __init__(
         self,
@@ -119,229 +134,212 @@ class Patches(FeatureDetector):
         counts = {name: self.config[name] for name in names}
         if min(counts.values()) < 1 or most < 2 or not 0 < share <= 1:
             raise FaroutError(f"expected 1 or more of each of {counts}, most {most} >= 2 and 0 < share {share} <= 1")
-        self._training(1)  # refuses what is out of range
-        self.levels = checked_levels(levels, paper_schedule().steps)
-        self.bank: Tensor | None = None
-        self.bank_of: FeatureDiffusion | None = None
-        self.deviations: Deviations | None = None
-        self.denoiser: NetworkDenoiser | None = None
+        self._training_config(1)  # rejects values out of range
+        self.levels = sort_levels(levels, paper_schedule().steps)
+        self.reset_statistics()
 
-    @classmethod
-    def tiny(cls, resources: Any) -> Patches:
-        """A small denoiser on a small grid of small images."""
-        return cls(size=32, side=4, hidden=32, embedding=16, blocks=1, positions=200, epochs=4, batch=32)
+    def reset_statistics(self) -> None:
+        """Discard bank and statistics: the bank of another fit may contain images that this one calibrates with."""
+        self.bank: Tensor | None = None  # features (n, c) of normal positions, encoded and weighted
+        self.bank_encoder: FeatureDiffusion | None = None  # the model that has encoded the bank
+        self.position_statistics: PositionStatistics | None = None
 
     def build_features(self) -> FeatureExtractor:
-        """The backbone that the configuration names; without layers, the middle three of five."""
-        taps = backbones.default_layers(self.config["backbone"])
-        layers = self.config["layers"] or (taps[1:4] if len(taps) == 5 else taps)
+        """Build the backbone that the configuration names; without layers, the middle three of five."""
+        default = backbones.default_layers(self.config["backbone"])
+        layers = self.config["layers"] or (default[1:4] if len(default) == 5 else default)
         names = ("backbone", "weights", "size")
         return FeatureExtractor.create(layers=layers, **{name: self.config[name] for name in names})
 
-    def batches(self, source: ImageSource) -> Iterator[Batch]:
-        """Batches of images: features at positions are too many to be kept."""
-        return Detector.batches(self, source)
+    def load_batches(self, source: ImageSource) -> Iterator[Batch]:
+        """Load batches of images: features at all positions are too many for the cache."""
+        return Detector.load_batches(self, source)
 
-    def _positions(self, batch: Batch) -> Tensor:
-        """Features (B, positions, c)."""
-        return flat(
-            self.backbone.feature_grid(batch.images, self.config["side"], self.runtime.batch_size, self.precision)
-        )
+    def _features_at_positions(self, batch: Batch) -> Tensor:
+        """(B, position, c), row by row."""
+        grid = self.backbone.feature_grid(batch.images, self.config["side"], self.runtime.batch_size, self.precision)
+        return grid.flatten(2).transpose(1, 2).contiguous()
 
-    # -- training ------------------------------------------------------------------------------------------------
+    # Training.
 
-    def begin(self) -> None:
-        """Forgets bank and deviations: another fit's bank may hold images that this one calibrates with."""
-        self.bank, self.bank_of, self.deviations = None, None, None
-
-    def train(self, images: ImageSource, settings: FitSettings) -> FeatureDiffusion:
-        """A denoiser of features at drawn positions, some of which become the bank."""
+    def train_features_diffusion(self, images: ImageSource, settings: FitSettings) -> FeatureDiffusion:
+        """Train the denoiser on features at sampled positions, some of which become the bank."""
         if len(images) < 2:
             hint = "give more images, fewer for the statistics, or a larger alpha"
             raise FaroutError(f"{len(images)} images are left to train the denoiser on; {hint}")
-        names = [images.content_hash(i) for i in range(len(images))]
-        kept = sorted(range(len(images)), key=lambda i: rank(names[i], settings.seed))[: self.config["most"]]
-        some = images.subset(sorted(kept))
-        table = self._sample(some, settings.seed)
+        hashes = [images.content_hash(i) for i in range(len(images))]
+        ranked = sorted(range(len(images)), key=lambda i: rank_by_hash(hashes[i], settings.seed))
+        sample = ranked[: self.config["most"]]
+        sampled_images = images.subset(sorted(sample))
+        features = self._sample_positions(sampled_images, settings.seed)
         network = {name: self.config[name] for name in ("hidden", "embedding", "blocks", "input_activation")}
         model = train_features(
-            table,
-            [names[i] for i in kept],
+            features,
+            [hashes[i] for i in sample],
             backbone=self.backbone.content_hash,
             encoding=FeatureEncoding(self.backbone.channels, "channel"),
             network={**network, "bottleneck": self.config["hidden"]},
-            training=settings.resolve_training(settings.training or self._training(len(table))),
+            training=settings.resolve_training(settings.training or self._training_config(len(features))),
             levels=self.config["time_sampling"],
             out=settings.checkpoints,
             resume=settings.resume,
-            fingerprint=f"{some.fingerprint()} {len(table)} positions of a grid of {self.config['side']}",
+            fingerprint=f"{sampled_images.fingerprint()} {len(features)} positions, side {self.config['side']}",
         )
         model.provenance["side"] = self.config["side"]
-        self._keep(model, table, settings.seed)
+        self._fill_bank(model, features, settings.seed)
         return model
 
-    def _sample(self, images: ImageSource, seed: int) -> Tensor:
-        """Features (n, c) at drawn positions of each image; which ones, only its content and the seed decide."""
+    def _sample_positions(self, images: ImageSource, seed: int) -> Tensor:
+        """Features (n, c) at sampled positions of each image, which depend on its content and the seed alone."""
         parts = []
-        wanted = -(-int(self.config["positions"]) // len(images))
+        per_image = -(-int(self.config["positions"]) // len(images))
         with task("features of training images", len(images)) as bar:
-            for batch in self.batches(images):
-                for index, features in zip(batch.indices, self._positions(batch) if batch.keys else ()):
-                    chosen = drawn(len(features), wanted, seed, images.content_hash(index))
-                    parts.append(features.cpu()[chosen])
+            for batch in self.load_batches(images):
+                if batch.keys:
+                    for index, features in zip(batch.indices, self._features_at_positions(batch), strict=True):
+                        chosen = sample_indices(len(features), per_image, seed, images.content_hash(index))
+                        parts.append(features.cpu()[chosen])
                 bar.advance(len(batch.keys))
         return torch.cat(parts)
 
-    def _training(self, count: int) -> TrainingConfig:
-        passes = -(-count // self.config["batch"])
+    def _training_config(self, positions: int) -> TrainingConfig:
+        updates_per_epoch = -(-positions // self.config["batch"])
         return TrainingConfig(
-            steps=min(self.config["updates"], self.config["epochs"] * passes),
+            steps=min(self.config["updates"], self.config["epochs"] * updates_per_epoch),
             batch_size=self.config["batch"],
             learning_rate=self.config["learning_rate"],
             ema=self.config["ema"],
             clip=None,
         )
 
-    def _keep(self, model: FeatureDiffusion, table: Tensor, seed: int) -> None:
-        """Makes a sample of good positions' features (n, c) the bank of this model."""
-        chosen = drawn(len(table), self.config["bank"], seed, "bank")
-        weights = equal_layers(model.encoding.groups).sqrt()
-        self.bank, self.bank_of = weights * model.encode(table[chosen]).cpu(), model
+    def _fill_bank(self, model: FeatureDiffusion, features: Tensor, seed: int) -> None:
+        """Store a sample of features (n, c) at normal positions."""
+        chosen = sample_indices(len(features), self.config["bank"], seed, "bank")
+        weights = equal_layer_weights(model.encoding.groups).sqrt()
+        self.bank, self.bank_encoder = weights * model.encode(features[chosen]).cpu(), model
 
-    # -- measuring -----------------------------------------------------------------------------------------------
+    # Measuring.
 
-    def prepare(self) -> None:
-        """Checks the model against backbone and grid, and draws the noise."""
-        model = self.diffusion
+    def prepare_networks(self) -> None:
+        """Check the model against backbone and grid, and draw the noise."""
+        model, side = self.diffusion, int(self.config["side"])
         if model is None:
             return
-        self._check(model)
-        if model is not self.bank_of:
-            self.bank = None
-        places = int(self.config["side"]) ** 2
-        self.denoiser = NetworkDenoiser(model.network, model.schedule, "sample", places, self.precision)
-        table = noise_table(
-            "shared", ("",), (model.encoding.width,), self.seed, self.levels, self.config["draws"], antithetic=True
-        )
-        sigma = model.schedule.sigma_of(torch.tensor(self.levels))
-        self.sigmas = sigma.float()[:, None].expand(table.shape[1:3]).to(model.device)
-        self.noise = table[0].to(model.device)
-        self.weights = equal_layers(model.encoding.groups).to(model.device)
-
-    def _check(self, model: FeatureDiffusion) -> None:
         self.check_backbone(model.backbone)
-        side = model.provenance.get("side")
-        if side != self.config["side"] and "random_weights" not in model.provenance:
-            what = "pooled features" if side is None else f"a grid of side {side}"
-            raise FaroutError(f"this model was trained on {what}, not on a grid of side {self.config['side']}")
+        trained_side = model.provenance.get("side")
+        if trained_side != side and "random_weights" not in model.provenance:
+            what = "pooled features" if trained_side is None else f"a grid of side {trained_side}"
+            raise FaroutError(f"this model was trained on {what}, not on a grid of side {side}")
+        if model is not self.bank_encoder:
+            self.bank = None
+        self.denoiser = NetworkDenoiser(model.network, model.schedule, "sample", side**2, self.precision)
+        shape, draws = (model.encoding.width,), self.config["draws"]
+        noise = noise_table("shared", ("",), shape, self.seed, self.levels, draws, antithetic=True)
+        self.noise = noise[0].to(model.device)  # (level, draw, c)
+        self.sigmas = model.schedule.sigma_of(torch.tensor(self.levels)).float().to(model.device)
+        self.weights = equal_layer_weights(model.encoding.groups).to(model.device)
 
     @property
     def evaluations(self) -> int:
-        """Rows, one a position, that the denoiser has evaluated."""
-        return 0 if self.denoiser is None else self.denoiser.evaluations
+        """Rows, one per position, that the denoiser has evaluated."""
+        return self.denoiser.evaluations
 
-    def measure_all(self, source: ImageSource, title: str, *, watch: bool = False) -> Measurements:
-        """The measurements of all readable images; of the statistics images (`watch`), first the deviations."""
-        if watch:
-            self._learn(source)
-        return super().measure_all(source, title)
+    def prepare_statistics(self, images: ImageSource) -> None:
+        """Fit mean and deviation over all positions of the statistics images.
 
-    def _learn(self, source: ImageSource) -> None:
-        """Mean and deviation over all positions of good images.
-
-        Where a model was given and so no bank was made in training, every second image becomes the bank, and the others
-        tell the deviations: a position lies at no distance from its own image.
+        Where a model was given, training has filled no bank. Every second image then fills it, and the statistics come
+        from the others, since a position has no distance to its own image.
         """
         assert self.diffusion is not None
-        rest = source
         if self.bank is None:
-            self._keep(self.diffusion, self._sample(source.subset(range(0, len(source), 2)), self.seed), self.seed)
-            rest = source.subset(range(1, len(source), 2))
+            features = self._sample_positions(images.subset(range(0, len(images), 2)), self.seed)
+            self._fill_bank(self.diffusion, features, self.seed)
+            images = images.subset(range(1, len(images), 2))
         errors, distances = [], []
-        with task("deviations of normal images", len(rest)) as bar:
-            for batch in self.batches(rest):
-                for one, other in self._raw(batch):
-                    errors.append(one.numpy())
-                    distances.append(other.numpy())
+        with task("statistics of normal positions", len(images)) as bar:
+            for batch in self.load_batches(images):
+                if batch.keys:
+                    for image_errors, image_distances in self._measure_positions(batch):
+                        errors.append(image_errors.numpy())
+                        distances.append(image_distances.numpy())
                 bar.advance(len(batch.keys))
-        self.deviations = Deviations.fit(np.concatenate(errors), np.concatenate(distances))
+        self.position_statistics = PositionStatistics.fit(np.concatenate(errors), np.concatenate(distances))
 
     @torch.no_grad()
-    def _raw(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        """Errors (positions, level) and nearest distances (positions,) of each image."""
+    def _measure_positions(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Errors (position, level) and nearest distances (position,) of each image."""
         model = self.diffusion
         assert model is not None
         assert self.bank is not None
         bank = self.bank.to(model.device)
-        for features in self._positions(batch) if batch.keys else ():
-            # image by image: the same arithmetic whatever images are beside it
+        # image by image, so that the arithmetic does not depend on the batch
+        for features in self._features_at_positions(batch):
             z = model.encode(features)
-            yield self._errors(z).cpu(), nearest(self.weights.sqrt() * z, bank).cpu()
+            yield self._reconstruction_errors(z).cpu(), nearest_distances(self.weights.sqrt() * z, bank).cpu()
 
-    def _errors(self, z: Tensor) -> Tensor:
-        """z (positions, c) -> (positions, level); one call of the network per level and draw."""
-        assert self.denoiser is not None
-        found = torch.empty(*self.sigmas.shape, len(z), device=z.device)
-        for level, draw in np.ndindex(*self.sigmas.shape):
-            sigma = self.sigmas[level, draw]
-            back = self.denoiser(z + sigma * self.noise[level, draw], sigma.expand(len(z)))
-            found[level, draw] = (back - z).square() @ self.weights
-        return found.mean(1).T
+    def _reconstruction_errors(self, z: Tensor) -> Tensor:
+        """error(t) of encoded features z (position, c): (position, level)."""
+        errors = []
+        for sigma, noises in zip(self.sigmas, self.noise, strict=True):
+            reconstructions = [self.denoiser(z + sigma * noise, sigma.expand(len(z))) for noise in noises]
+            # mean over draws, layers and the channels of each layer
+            errors.append(torch.stack([(x0 - z).square() @ self.weights for x0 in reconstructions]).mean(0))
+        return torch.stack(errors, dim=1)
 
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
-        """Scores of the maps: values (B, 1, 1, metric), in standard deviations above good images.
+        """The scores of the maps: values (B, 1, 1, metric), in standard deviations above normal positions.
 
-        With `maps`: the map of the method's own score (B, H, W), at the size of the prepared image, and the pictures
+        With `maps`: the map of the method's score (B, H, W), at the size of the preprocessed image, and the pictures
         `diffusion` and `knn` (B, 1, H, W), both maps.
         """
-        deviations = self.deviations
-        if self.diffusion is None or deviations is None:
+        statistics = self.position_statistics
+        if self.diffusion is None or statistics is None:
             raise FaroutError("Patches requires a fit before it measures: call fit(images) or farout.load(folder)")
-        raw = list(self._raw(batch))
-        places = int(self.config["side"]) ** 2
-        empty = torch.zeros(0, places, dtype=torch.float64)
-        found = {
-            "diffusion": torch.stack([deviations.of_errors(errors) for errors, _ in raw]) if raw else empty,
-            "knn": torch.stack([deviations.of_distances(distances) for _, distances in raw]) if raw else empty,
+        measured = list(self._measure_positions(batch))
+        z = {
+            "diffusion": torch.stack([statistics.standardize_errors(errors) for errors, _ in measured]),
+            "knn": torch.stack([statistics.standardize_distances(distances) for _, distances in measured]),
         }
-        share = self.config["share"]
-        columns = [column for values in found.values() for column in (top(values, share), values.mean(1))]
-        measured = Measurements(batch.keys, torch.stack(columns, dim=1).float()[:, None, None], (0.0,), _SCORES)
-        if maps:
-            pictures = {name: self._enlarged(values) for name, values in found.items()}
-            own = pictures[self.score_name.partition("_")[0]][:, 0]
-            measured = replace(measured, maps=own, pictures=pictures)
-        return measured
-
-    def _enlarged(self, values: Tensor) -> Tensor:
-        """(B, positions) -> (B, 1, H, W), bilinear."""
+        columns = []
+        for values in z.values():
+            columns += [average_highest(values, self.config["share"]), values.mean(1)]
+        scores = torch.stack(columns, dim=1).float()[:, None, None]
+        measurements = Measurements(batch.keys, scores, (0.0,), _INDICATORS)
+        if not maps:
+            return measurements
         side = self.config["side"]
-        grid = values.float().reshape(len(values), 1, side, side)
-        if not len(values):
-            return torch.zeros(0, 1, *self.preprocessing.size)
-        return functional.interpolate(grid, size=self.preprocessing.size, mode="bilinear", align_corners=False)
+        pictures = {}
+        for name, values in z.items():
+            grid = values.float().reshape(-1, 1, side, side)
+            pictures[name] = functional.interpolate(
+                grid, size=self.preprocessing.size, mode="bilinear", align_corners=False
+            )
+        return replace(measurements, maps=pictures[self.score_name.partition("_")[0]][:, 0], pictures=pictures)
 
-    # -- scoring -------------------------------------------------------------------------------------------------
+    # Scores.
 
     def fit_statistics(self, measurements: Measurements) -> None:
-        """Nothing: the deviations were learnt at positions, before anything was measured."""
+        """Nothing: `prepare_statistics` has fitted the statistics to positions."""
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`diffusion_top`, `diffusion_mean`, `knn_top` and `knn_mean`."""
         assert measurements.values is not None
-        return {name: measurements.values[:, 0, 0, column].double() for column, name in enumerate(_SCORES)}
+        return {name: measurements.values[:, 0, 0, column].double() for column, name in enumerate(_INDICATORS)}
 
-    def describe(self) -> dict[str, Any]:
-        """With the number of good positions in the bank."""
-        return {**super().describe(), "bank": 0 if self.bank is None else len(self.bank)}
-
-    def state(self) -> dict[str, np.ndarray]:
-        """The bank and the deviations."""
-        if self.bank is None or self.deviations is None:
+    def get_state(self) -> dict[str, np.ndarray]:
+        """The bank and the statistics of normal positions."""
+        if self.bank is None or self.position_statistics is None:
             return {}
-        return {"bank": self.bank.numpy(), **pack_arrays({part: getattr(self.deviations, part) for part in _PARTS})}
+        return {"bank": self.bank.numpy(), **pack_arrays(vars(self.position_statistics))}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Puts `state` back."""
-        self.bank, self.bank_of = torch.from_numpy(np.array(state["bank"])), self.diffusion
-        self.deviations = Deviations(*(ZScore.from_arrays(unpack_arrays(state, part)) for part in _PARTS))
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Restore the arrays of `get_state`."""
+        self.bank, self.bank_encoder = torch.from_numpy(np.array(state["bank"])), self.diffusion
+        names = ("errors", "mean_error", "distances")
+        self.position_statistics = PositionStatistics(
+            *(ZScore.from_arrays(unpack_arrays(state, name)) for name in names)
+        )
+
+    def describe_statistics(self) -> dict[str, Any]:
+        """The number of normal positions in the bank."""
+        return {"bank": 0 if self.bank is None else len(self.bank)}

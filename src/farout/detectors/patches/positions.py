@@ -1,4 +1,4 @@
-"""What is known of features at good positions: a sample of them, layers of equal weight, distances, deviations."""
+"""Features at the positions of an image: samples, nearest neighbors, and standardization over normal positions."""
 
 from __future__ import annotations
 
@@ -14,71 +14,74 @@ from torch import Tensor
 from farout.core.errors import FaroutError
 from farout.features.densities import ZScore
 
-__all__ = ["Deviations", "drawn", "equal_layers", "flat", "nearest", "rank", "top"]
+__all__ = [
+    "PositionStatistics",
+    "average_highest",
+    "equal_layer_weights",
+    "nearest_distances",
+    "rank_by_hash",
+    "sample_indices",
+]
 
 
-def flat(grid: Tensor) -> Tensor:
-    """Features on a grid (B, c, side, side) -> (B, side * side, c), row by row."""
-    return grid.flatten(2).transpose(1, 2).contiguous()
-
-
-def drawn(places: int, wanted: int, seed: int, name: str) -> Tensor:
-    """`wanted` different places of `places` (all, where those are fewer), from the seed and a name alone."""
-    generator = np.random.default_rng(rank(name, seed))
-    return torch.from_numpy(np.sort(generator.permutation(places)[:wanted]))
-
-
-def rank(name: str, seed: int) -> int:
-    """A number from the seed and a name: orders images by content, for a sample that their order does not decide."""
+def rank_by_hash(name: str, seed: int) -> int:
+    """A random number from the seed and a name; ranking images by it gives a sample independent of their order."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "big")
 
 
-def equal_layers(groups: Sequence[int]) -> Tensor:
-    """Weights (c,) of sum 1 with which every layer counts the same, however many channels it has."""
+def sample_indices(total: int, count: int, seed: int, name: str) -> Tensor:
+    """`count` different indices below `total` (all, if there are fewer), which depend on seed and name alone."""
+    generator = np.random.default_rng(rank_by_hash(name, seed))
+    return torch.from_numpy(np.sort(generator.permutation(total)[:count]))
+
+
+def equal_layer_weights(groups: Sequence[int]) -> Tensor:
+    """Weights (c,) with sum 1 that give every layer the same total weight, whatever its number of channels."""
     return torch.cat([torch.full((width,), 1 / (width * len(groups))) for width in groups])
 
 
-def nearest(vectors: Tensor, bank: Tensor) -> Tensor:
-    """Distance of each of (P, c) to the nearest row of the bank (N, c): (P,).
+def nearest_distances(vectors: Tensor, bank: Tensor) -> Tensor:
+    """Distance of each vector (P, c) to the nearest row of the bank (N, c): (P,)."""
+    # ||v - b||^2 = ||v||^2 - 2 v b + ||b||^2; ||v||^2 does not change which row is the nearest
+    nearest = (bank.square().sum(1) - 2 * vectors @ bank.T).argmin(1)
+    # These products cancel where a row is very near: the distance is computed from the difference.
+    return (vectors - bank[nearest]).square().sum(1).sqrt()
 
-    Computed again from the difference: where a row is very near, the products that find it cancel.
-    """
-    gaps = bank.square().sum(1) - 2 * vectors @ bank.T
-    return (vectors - bank[gaps.argmin(1)]).square().sum(1).sqrt()
 
-
-def top(values: Tensor, share: float) -> Tensor:
-    """Mean of the largest `share` of each row (B, P), at least one value: (B,)."""
+def average_highest(values: Tensor, share: float) -> Tensor:
+    """Mean of the highest `share` of each row (B, P), at least of one value: (B,)."""
     count = max(1, int(share * values.shape[1]))
     return values.topk(count, dim=1).values.mean(1)
 
 
 @dataclass(frozen=True)
-class Deviations:
-    """How far values at positions lie above those of good images, in standard deviations over all their positions.
+class PositionStatistics:
+    """Mean and deviation of errors and nearest distances over all positions of normal images.
 
-    Each level's error is standardised, the mean over levels is standardised again (a mean of several levels varies less
-    than one), and so are the nearest distances.
+    Each level's error is standardized, and so is the mean over levels (which varies less than a single level).
 
-    errors: statistics of the levels' errors; mean: of their mean; distances: of the nearest distances.
+    Attributes:
+        errors: statistics of the error of each level.
+        mean_error: statistics of the mean over levels of the standardized errors.
+        distances: statistics of the nearest distances.
     """
 
     errors: ZScore
-    mean: ZScore
+    mean_error: ZScore
     distances: ZScore
 
     @classmethod
     def fit(cls, errors: np.ndarray, distances: np.ndarray) -> Self:
-        """From errors (n, level) and distances (n,) at n positions of good images; raises FaroutError for NaN."""
+        """Fit to errors (n, level) and distances (n,) at n positions; raises FaroutError for NaN."""
         if not (np.isfinite(errors).all() and np.isfinite(distances).all()):
             raise FaroutError("errors of the statistics images are not all numbers; look for damaged images or weights")
-        each = ZScore.fit(errors)
-        return cls(each, ZScore.fit(each.score(errors)[:, None]), ZScore.fit(distances[:, None]))
+        levels = ZScore.fit(errors)
+        return cls(levels, ZScore.fit(levels.score(errors)[:, None]), ZScore.fit(distances[:, None]))
 
-    def of_errors(self, errors: Tensor) -> Tensor:
-        """(n, level) -> (n,) float64."""
-        return torch.from_numpy(self.mean.score(self.errors.score(errors.numpy())[:, None]))
+    def standardize_errors(self, errors: Tensor) -> Tensor:
+        """Errors (n, level) -> standard deviations above normal positions (n,), float64."""
+        return torch.from_numpy(self.mean_error.score(self.errors.score(errors.numpy())[:, None]))
 
-    def of_distances(self, distances: Tensor) -> Tensor:
-        """(n,) -> (n,) float64."""
+    def standardize_distances(self, distances: Tensor) -> Tensor:
+        """Distances (n,) -> standard deviations above normal positions (n,), float64."""
         return torch.from_numpy(self.distances.score(distances.numpy()[:, None]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,19 +17,18 @@ from farout.core.devices import autocast
 from farout.core.errors import FaroutError
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
+from farout.detectors.argument_checks import check_literals
 from farout.detectors.base import Detector, Measurements
+from farout.detectors.declarations import Requirements
 from farout.detectors.posthoc.scores import (
     Covariance,
-    Fitted,
-    Head,
-    Settings,
-    logit_scores,
-    neighbour,
-    shaped,
-    shaped_scores,
-    tempered,
+    FittedScores,
+    LinearHead,
+    ScoreSettings,
+    compute_logit_scores,
+    compute_odin_score,
+    shape_activations,
 )
-from farout.detectors.settings import check_words
 from farout.diffusion.model import DiffusionModel
 
 __all__ = ["Posthoc"]
@@ -37,7 +37,6 @@ Score = Literal[
     "msp", "max_logit", "energy", "gen", "odin", "react", "dice", "ash", "scale", "vim", "knn", "she", "mahalanobis",
     "rmds", "extra",
 ]  # fmt: skip
-_SHARES = ("clip", "pruned", "sparsity")
 
 
 class Posthoc(Detector):
@@ -48,24 +47,22 @@ class Posthoc(Detector):
     - msp = -max softmax(l) (Hendrycks and Gimpel 2017); max_logit = -max l (Hendrycks et al. 2022); energy = E(l) (Liu
       et al. 2020); gen = mean over the `top` largest probabilities p of (p (1 - p))^gamma (Liu, Lochman and Zach 2023).
     - odin = -max softmax(l(x') / T), x' = x - step sign(grad of the loss of the predicted class at T) (Liang et al.
-      2018): two more passes and a gradient, so it is measured only where it is asked for.
-    - react = E of features clipped at the share `clip` of the good images' values (Sun et al. 2021); dice = E with the
-      share `sparsity` of the weights of least mean contribution left out (Sun and Li 2022); ash, scale = E of features
-      times exp(s1 / s2), s1 the sum of all, s2 that of all but the share `pruned` of smallest values, which ash (its
+      2018): two more passes and a gradient, so it is measured only with `odin`.
+    - react = E of features clipped at the share `clip` of the normal images' values (Sun et al. 2021); dice = E without
+      the share `sparsity` of the weights of least mean contribution (Sun and Li 2022); ash, scale = E of features times
+      exp(s1 / s2), s1 the sum of all features, s2 the sum without the share `pruned` of the smallest, which ash (its
       variant S) also sets to zero (Djurisic et al. 2023; Xu et al. 2024).
     - vim = alpha |r| + E(l), r the part of z outside the principal space (Wang et al. 2022); knn = distance of
-      z / |z| to the k-th nearest good image (Sun et al. 2022); she = -z . mean features of the predicted class (Zhang
+      z / |z| to the k-th nearest normal image (Sun et al. 2022); she = -z . mean features of the predicted class (Zhang
       et al. 2023).
     - mahalanobis = min over classes c of (z - m_c)^T S^-1 (z - m_c) / 2 (Lee et al. 2018); rmds = min over classes of
       (z - m_c)^T S^-1 (z - m_c) - (z - m)^T C^-1 (z - m) (Ren et al. 2021).
+    - extra = l_(K+1) - log sum_k exp(l_k), the log-odds of the class of outliers, for classifiers that were trained
+      with one (`--loss k+1`); all other scores leave its logit out.
 
-    - extra = l_(K+1) - log sum_k exp(l_k), the log-odds of the outliers' class, of classifiers that were trained with
-      one (`--loss k+1`): all other scores leave its logit out.
-
-    The classes in mahalanobis, rmds and she are those that the classifier predicts, not labels: the statistics images
-    then need none, and a source's label numbers need not be the classifier's. A class that is never predicted has no
-    mean in mahalanobis and rmds, and the mean of all images in she. The statistics images are such as the classifier
-    was not trained on, where the papers take its training images.
+    The classes in mahalanobis, rmds and she are the predicted ones, so that the statistics images need no labels. A
+    class that is never predicted has no mean in mahalanobis and rmds, and the mean of all images in she. The statistics
+    images are images that the classifier was not trained on, whereas the papers use its training images.
 
     Args:
         score: indicator used as score (vim has the highest AUROC on dev sources); the others are written too.
@@ -79,19 +76,18 @@ class Posthoc(Detector):
         sparsity: share of weights that dice sets to zero.
         dimensions: dimension of vim's principal space, at most half the number of statistics images; default: 1000 from
             2,048 features on (the paper), 512 from 768 on, else half the number of features.
-        k: rank of knn's neighbour; at most 1 % of the statistics images.
+        k: rank of knn's neighbor; at most 1 % of the statistics images.
         gamma: exponent of gen.
         top: number of largest probabilities that gen uses.
         covariance: covariance of mahalanobis and rmds: `shrunk` (Ledoit and Wolf 2004), or `empirical` (pytorch-ood),
             which requires more statistics images than features.
-
-    Raises FaroutError for values out of range.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"classifier"})
-    choices: ClassVar[frozenset[str]] = frozenset(
+    requirements: ClassVar[Requirements] = Requirements(classifier=True)
+    scoring_arguments: ClassVar[frozenset[str]] = frozenset(
         {"score", "clip", "sparsity", "dimensions", "k", "gamma", "top", "covariance"}
     )
+    test_arguments: ClassVar[Mapping[str, Any]] = {"score": "mahalanobis", "odin": True, "shaping": "maps"}
 
     def __init__(
         self,
@@ -110,154 +106,145 @@ class Posthoc(Detector):
         top: int = 100,
         covariance: Covariance = "shrunk",
     ) -> None:
-        check_words(self)
-        for name in _SHARES:
-            if not 0 <= self.config[name] < 1:
-                raise FaroutError(f"{name} is a share from 0 to below 1, got {self.config[name]}")
-        least = {"k": k, "top": top, "dimensions": 1 if dimensions is None else dimensions}
-        if min(least.values()) < 1 or min(odin_temperature, gamma) <= 0 or odin_step < 0:
+        check_literals(self)
+        for name, share in {"clip": clip, "pruned": pruned, "sparsity": sparsity}.items():
+            if not 0 <= share < 1:
+                raise FaroutError(f"{name} is a share from 0 to below 1, got {share}")
+        if (
+            min(k, top, 1 if dimensions is None else dimensions) < 1
+            or min(odin_temperature, gamma) <= 0
+            or odin_step < 0
+        ):
             raise FaroutError(
                 "k, top and dimensions must be at least 1, gamma and odin_temperature more than 0, odin_step at "
                 "least 0; "
                 f"got {k}, {top}, {dimensions}, {gamma:g}, {odin_temperature:g} and {odin_step:g}"
             )
-        self.with_odin = odin or score == "odin"
-        self.fitted_scores: Fitted | None = None
-        self._rows_seen = 0
+        self.measures_odin = odin or score == "odin"
+        self.fitted_scores: FittedScores | None = None
+        self._evaluations = 0
 
     @property
     def network(self) -> Classifier:
-        """The classifier, once it is there."""
+        """The classifier; raises FaroutError when there is none."""
         if self.classifier is None:
             raise FaroutError("post-hoc scores require a classifier; give one, or images with labels to train one on")
         return self.classifier
 
     @property
-    def head(self) -> Head:
-        """The classifier's last layer."""
-        return Head(self.network.head, count_known_classes(self.network))
-
-    @property
-    def settings(self) -> Settings:
-        """What the fitted scores are told."""
-        told = {name: self.config[name] for name in ("dimensions", "clip", "sparsity", "covariance")}
-        return Settings(neighbour=self.config["k"], **told)
-
-    @property
     def evaluations(self) -> int:
-        """Rows that the classifier has evaluated; an ODIN score takes two more, its gradient not counted."""
-        return self._rows_seen
+        """Rows that the classifier has evaluated; ODIN evaluates two more per image, without counting its gradient."""
+        return self._evaluations
 
-    def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
-        """Refuses a classifier without a class of outliers where that is the score, and one whose features shaped maps
-        cannot stand for.
-        """
+    def check_networks(
+        self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None
+    ) -> None:
+        """Reject a classifier that does not allow the score `extra` or the shaping of feature maps."""
         assert classifier is not None
-        self._check(classifier)
+        self._check_classifier(classifier)
 
-    def prepare(self) -> None:
-        """Checks the classifier again: `reconfigured` may have chosen another score."""
-        self._check(self.network)
-
-    def _check(self, network: Classifier) -> None:
-        if self.config["score"] == "extra" and count_known_classes(network) == network.classes:
+    def _check_classifier(self, classifier: Classifier) -> None:
+        if self.config["score"] == "extra" and count_known_classes(classifier) == classifier.classes:
             raise FaroutError("this classifier has no class of outliers to score by; train one with --loss k+1")
         if self.config["shaping"] == "maps":
-            images = torch.linspace(0, 1, network.preprocessing.channels * 64).reshape(1, -1, 8, 8)
-            found = network.outputs(images, maps=True) if network.has_maps else None
-            if found is None or found.maps is None or not _close(found.maps.mean((2, 3)), found.features):
+            gradient = torch.linspace(0, 1, classifier.preprocessing.channels * 64).reshape(1, -1, 8, 8)
+            outputs = classifier.outputs(gradient, maps=True) if classifier.has_maps else None
+            pooled = None if outputs is None or outputs.maps is None else outputs.maps.mean((2, 3))
+            if outputs is None or pooled is None or not _is_close(pooled, outputs.features):
                 raise FaroutError(
                     "the features of this network are not the averages of feature maps that a layer pools; use "
                     "shaping='pooled'"
                 )
 
-    def describe(self) -> dict[str, Any]:
-        """With knn's neighbour and the dimensions of vim's residual space that are used."""
-        found = {} if self.fitted_scores is None else self.fitted_scores.arrays
-        used = {"neighbour": neighbour(self.config["k"], len(found["bank"]))} if found else {}
-        residual = {"residual_dimensions": found["space"].shape[1]} if found else {}
-        return {**super().describe(), **used, **residual}
+    def prepare_networks(self) -> None:
+        """Check the classifier again, since `with_scoring` may have chosen another score, and build its last layer."""
+        self._check_classifier(self.network)
+        self.head = LinearHead(self.network.head, count_known_classes(self.network))
 
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
-        """Vectors `logits` (B, K) and `features` (B, D); with shaped maps `ash` and `scale` (B, D); with ODIN `odin`
-        (B, K), the logits of the changed images. A class of outliers stands last in `logits`.
-        """
-        on_maps = self.config["shaping"] == "maps"
-        given = self.network.outputs(batch.images, self.runtime.batch_size, self.precision, maps=on_maps)
-        self._rows_seen += len(batch.keys)
-        found = {"logits": given.logits, "features": given.features}
-        if given.maps is not None:
-            found |= shaped(given.maps, self.config["pruned"])
-        if self.with_odin:
-            found["odin"] = self._odin(batch.images)
-        return Measurements(batch.keys, vectors={name: value.float().cpu() for name, value in found.items()})
+        """Vectors `logits` (B, K) and `features` (B, D); a class of outliers is the last of `logits`.
 
-    def _odin(self, images: Tensor) -> Tensor:
-        """Logits of the images after ODIN's step."""
-        network, known = self.network, count_known_classes(self.network)
-        self._rows_seen += 2 * len(images)
+        With shaping of maps also `ash` and `scale` (B, D); with ODIN also `odin` (B, K), the logits after its step.
+        """
+        shapes_maps = self.config["shaping"] == "maps"
+        outputs = self.network.outputs(batch.images, self.runtime.batch_size, self.precision, maps=shapes_maps)
+        self._evaluations += len(batch.keys)
+        vectors = {"logits": outputs.logits, "features": outputs.features}
+        if outputs.maps is not None:
+            vectors |= shape_activations(outputs.maps, self.config["pruned"])
+        if self.measures_odin:
+            vectors["odin"] = self._perturbed_logits(batch.images)
+        return Measurements(batch.keys, vectors={name: value.float().cpu() for name, value in vectors.items()})
+
+    def _perturbed_logits(self, images: Tensor) -> Tensor:
+        """l(x') with x' = x - step sign(grad of the loss of the predicted class at T) (Liang et al. 2018)."""
+        network, classes = self.network, count_known_classes(self.network)
+        step, temperature = self.config["odin_step"], self.config["odin_temperature"]
+        self._evaluations += 2 * len(images)
 
         def logits(x: Tensor) -> Tensor:
             with autocast(network.device, self.precision):
-                # a view: torch's counter of operations, which hooks modules' inputs, refuses leaves
-                return network.module(x.view_as(x)).float()[:, :known]
+                # a view, because torch's counter of operations, which hooks the inputs of modules, rejects leaf tensors
+                return network.module(x.view_as(x)).float()[:, :classes]
 
         @torch.no_grad()
-        def changed(x: Tensor) -> Tensor:
-            step, temperature = self.config["odin_step"], self.config["odin_temperature"]
+        def perturbed_logits(x: Tensor) -> Tensor:
             return logits(odin_preprocessing(logits, x, eps=step, temperature=temperature, norm_std=network.std))
 
-        ready = network.normalize(images.to(network.device))
-        return call_in_chunks(network.module, changed, ready, batch_size=self.runtime.batch_size)
+        x = network.normalize(images.to(network.device))
+        return call_in_chunks(network.module, perturbed_logits, x, batch_size=self.runtime.batch_size)
+
+    def _score_settings(self) -> ScoreSettings:
+        names = ("dimensions", "clip", "sparsity", "covariance", "k")
+        return ScoreSettings(**{name: self.config[name] for name in names})
 
     def fit_statistics(self, measurements: Measurements) -> None:
-        """Learns the means, covariances, thresholds, spaces and neighbours; raises FaroutError where they do not exist,
-        and where odin is the score and was not measured.
+        """Fit means, covariances, thresholds and the principal space, and store the features.
+
+        Raises FaroutError where one of them does not exist, and where odin is the score and was not measured.
         """
-        if self.with_odin and "odin" not in measurements.vectors:
+        if self.measures_odin and "odin" not in measurements.vectors:
             raise FaroutError("odin was not measured in this detector's fit; fit again with odin=True")
-        self.fitted_scores = Fitted.fit(measurements.vectors["features"], self.head, self.settings)
+        self.fitted_scores = FittedScores.fit(measurements.vectors["features"], self.head, self._score_settings())
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
-        """All scores by name; `odin` where it is measured, `extra` where there is a class of outliers."""
+        """All scores by name; `odin` if it is measured, `extra` if there is a class of outliers."""
         assert self.fitted_scores is not None
         vectors, config = measurements.vectors, self.config
         features, logits = vectors["features"], vectors["logits"]
-        known = logits[:, : len(self.fitted_scores.head.weight)]
-        maps = {name: vectors[name] for name in ("ash", "scale") if name in vectors}
-        found = {
-            **logit_scores(known, config["gamma"], config["top"]),
-            **self.fitted_scores.scores(features),
-            **shaped_scores(
-                maps or shaped(features[:, :, None, None].double(), config["pruned"]), self.fitted_scores.head
-            ),
-        }
+        known = logits[:, : len(self.head.weight)]
+        scores = compute_logit_scores(known, config["gamma"], config["top"])
+        scores |= self.fitted_scores.compute(features)
+        if config["shaping"] == "maps":
+            shaped: Mapping[str, Tensor] = vectors
+        else:
+            shaped = shape_activations(features[:, :, None, None].double(), config["pruned"])
+        scores |= {name: -self.head(shaped[name]).logsumexp(1) for name in ("ash", "scale")}
         if logits.shape[1] > known.shape[1]:
-            found["extra"] = logits[:, -1].double() - known.double().logsumexp(1)
-        if self.with_odin:
-            found["odin"] = tempered(vectors["odin"], config["odin_temperature"])
-        return found
+            scores["extra"] = logits[:, -1].double() - known.double().logsumexp(1)
+        if self.measures_odin:
+            scores["odin"] = compute_odin_score(vectors["odin"], config["odin_temperature"])
+        return scores
 
-    def embedding(self, measurements: Measurements) -> np.ndarray | None:
+    def compute_embedding(self, measurements: Measurements) -> np.ndarray | None:
         """The classifier's features."""
         return measurements.vectors["features"].double().numpy()
 
-    def state(self) -> dict[str, np.ndarray]:
+    def get_state(self) -> dict[str, np.ndarray]:
         """The fitted arrays."""
         return {} if self.fitted_scores is None else dict(self.fitted_scores.arrays)
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Puts `state` back: the library's objects are built anew."""
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Restore the fitted arrays."""
         if state:
-            self.fitted_scores = Fitted(state, self.head, self.settings)
+            self.fitted_scores = FittedScores(state, self.head, self._score_settings())
 
-    @classmethod
-    def tiny(cls, resources: Any) -> Posthoc:
-        """Distances of the features of a tiny classifier."""
-        made = cls(score="mahalanobis", odin=True, shaping="maps")
-        made.classifier = resources.classifier
-        return made
+    def describe_statistics(self) -> dict[str, Any]:
+        """The rank of knn's neighbor and the dimension of vim's residual space."""
+        if self.fitted_scores is None:
+            return {}
+        return {"k": self.fitted_scores.k, "residual_dimensions": self.fitted_scores.arrays["space"].shape[1]}
 
 
-def _close(one: Tensor, two: Tensor) -> bool:
-    return one.shape == two.shape and torch.allclose(one, two, rtol=1e-3, atol=1e-4)
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-4)

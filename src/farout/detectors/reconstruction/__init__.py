@@ -1,8 +1,9 @@
-"""Noise to many levels, denoise, compare with the input (Graham et al. 2023)."""
+"""Noise an image to many levels, denoise it, and compare the reconstructions with it (Graham et al. 2023)."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -14,28 +15,38 @@ from farout.classifiers.model import Classifier
 from farout.core.errors import FaroutError, TrapWarning
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
+from farout.detectors.argument_checks import check_literals
 from farout.detectors.base import Detector, Measurements
-from farout.detectors.reconstruction import indicators
-from farout.detectors.reconstruction.comparison import METRICS, Comparison
-from farout.detectors.reconstruction.noise_levels import Plan, make_plan
-from farout.detectors.settings import check_words
+from farout.detectors.declarations import HeatMaps, Requirements
+from farout.detectors.reconstruction.denoising_paths import DenoisingPaths, build_denoising_paths
+from farout.detectors.reconstruction.metrics import METRICS, compute_metrics
 from farout.diffusion.config import DiffusionConfig
-from farout.diffusion.denoiser import NetworkDenoiser
+from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
 from farout.diffusion.solvers.base import Evaluation
+from farout.features.densities import GaussianMixture, Mahalanobis, ZScore, pack_arrays, unpack_arrays
 from farout.features.perceptual import PerceptualName, perceptual_distance
 
 __all__ = ["Reconstruction"]
+
+_INDICATORS = ("mean_z", "two_sided", "mahalanobis", "mixture", *(f"mean_z_{metric}" for metric in METRICS))
 
 
 class Reconstruction(Detector):
     """Error between an image and its reconstructions by diffusion.
 
-    Each image is noised to several levels t and denoised; every reconstruction is compared with the image. With the
-    statistics images' mean and deviation of every (level, metric), `mean_z` is the mean over levels of
-    z_mse + z_perceptual: the score of Graham, Pinaya, Tudosiu, Nachev, Ourselin and Cardoso, "Denoising diffusion
-    models for out-of-distribution detection" (CVPRW 2023, arXiv 2211.07740), section 3.
+    Graham, Pinaya, Tudosiu, Nachev, Ourselin and Cardoso, "Denoising diffusion models for out-of-distribution
+    detection" (CVPRW 2023, arXiv 2211.07740), section 3. An image x0 is noised to several levels t,
+    x_t = x0 + sigma_t eps, and denoised to a reconstruction x0hat_t. With m_t a metric between x0 and x0hat_t, averaged
+    over noise samples, and z(m_t) standardized by the mean and deviation of the statistics images,
+
+        mean_z      = mean over t of z(mse_t) + z(perceptual_t)     (section 3.3; the paper's score)
+        two_sided   = mean over t and metrics of |z(m_t)|
+        mahalanobis, mixture = negative log densities of log m_t, all levels and `density_metrics` together.
+
+    The last three are ours: images with little contrast are reconstructed better than normal ones, so that a low error
+    can be anomalous too.
 
     Args:
         mode: `oneshot`: one evaluation per level and draw; `fast`: a solver with few steps; `exact`: PLMS as in the
@@ -57,16 +68,16 @@ class Reconstruction(Detector):
         min_t: use only levels above this t.
         max_t: use only levels below this t.
         t_skip: use every t_skip-th of the remaining levels.
-        normalisation: value range of a network trained in this fit: `fixed` (images in [-1, 1]) or `minmax` (each image
+        normalization: value range of a network trained in this fit: `fixed` (images in [-1, 1]) or `minmax` (each image
             in [0, 1], the paper).
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"diffusion"})
-    makes_maps: ClassVar[bool] = True
-    statistics_minimum: ClassVar[int] = 400
-    statistics_suffice: ClassVar[bool] = True
-    diffusion: DiffusionModel | None = None
-    choices: ClassVar[frozenset[str]] = frozenset({"metrics", "density_metrics", "score", "min_t", "max_t", "t_skip"})
+    requirements: ClassVar[Requirements] = Requirements(diffusion="images", statistics=400, more_statistics=False)
+    heat_maps: ClassVar[HeatMaps] = HeatMaps()
+    scoring_arguments: ClassVar[frozenset[str]] = frozenset(
+        {"metrics", "density_metrics", "score", "min_t", "max_t", "t_skip"}
+    )
+    test_arguments: ClassVar[Mapping[str, Any]] = {"levels": (50, 200), "draws": 2}
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
             "mode": "exact",
@@ -76,12 +87,14 @@ class Reconstruction(Detector):
             "perceptual": "lpips",
             "metrics": ("mse", "perceptual"),
             "score": "mean_z",
-            "normalisation": "minmax",
+            "normalization": "minmax",
         },
         "exact": {"mode": "exact", "skip": 16, "draws": 1, "score": "mean_z"},
         "fast": {"mode": "fast", "draws": 1, "score": "mean_z"},
         "oneshot": {"mode": "oneshot", "draws": 2},
     }
+
+    diffusion: DiffusionModel | None = None
 
     def __init__(
         self,
@@ -101,181 +114,217 @@ class Reconstruction(Detector):
         min_t: int = -1,
         max_t: int = 1000,
         t_skip: int = 1,
-        normalisation: Literal["fixed", "minmax"] = "fixed",
+        normalization: Literal["fixed", "minmax"] = "fixed",
     ) -> None:
-        check_words(self)
+        check_literals(self)
         unknown = sorted({*metrics, *density_metrics} - set(METRICS))
         if unknown or not metrics or not density_metrics:
             raise FaroutError(f"metrics are chosen among {', '.join(METRICS)}; got {unknown or 'none'}")
-        if draws < 1 or steps < 1 or skip < 1 or t_skip < 1:
+        if min(draws, steps, skip, t_skip) < 1:
             raise FaroutError(
                 f"draws, steps, skip and t_skip must be at least 1, got {draws}, {steps}, {skip}, {t_skip}"
             )
-        if score not in indicators.names():
-            raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(indicators.names())}")
+        if score not in _INDICATORS:
+            raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(_INDICATORS)}")
         if mode != "exact" or levels is not None:
             self._refuse_idle("but on the paper's grid; give mode exact without levels", "skip", "grid")
         if mode != "fast":
             self._refuse_idle(f"in the mode {mode}; give mode fast", "steps", "solver")
-        self.perceptual, self.draws = perceptual, draws
-        self.scorer = indicators.Scorer(metrics, density_metrics, min_t, max_t, t_skip)
-        self.plan: Plan | None = None
-        self.error_mean: Tensor | None = None
+        self.draws = draws
+        self.z: ZScore | None = None
+        self.mahalanobis: Mahalanobis | None = None
+        self.mixture: GaussianMixture | None = None
+        self.reset_statistics()
+
+    def reset_statistics(self) -> None:
+        """Discard the error maps of an earlier fit."""
+        self.error_count = 0
+        self.error_mean: Tensor | None = None  # of the squared-error maps of normal images, (level, H, W)
         self.error_square: Tensor | None = None
-        self.watched = 0
 
-    @classmethod
-    def tiny(cls, resources: Any) -> Reconstruction:
-        """Two levels, one evaluation each."""
-        return cls(levels=(50, 200), draws=2)
+    def configure_diffusion(self, config: DiffusionConfig) -> DiffusionConfig:
+        """Set the value range that `normalization` requires."""
+        if self.config["normalization"] == "minmax":
+            return replace(config, value_range="minmax", data_range="unit")
+        return config
 
-    # -- measuring -----------------------------------------------------------------------------------------------
+    def check_networks(
+        self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None
+    ) -> None:
+        """Reject levels that the schedule lacks and a perceptual distance that is not installed.
 
-    def network_config(self, config: DiffusionConfig) -> DiffusionConfig:
-        """With the value range that the method wants."""
-        if self.config["normalisation"] != "minmax":
-            return config
-        return replace(config, value_range="minmax", data_range="unit")
-
-    def check(self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None) -> None:
-        """Refuses levels that the schedule cannot have, and a perceptual distance that is not installed; warns of a
-        diffusion model of another value range.
+        Warns of a diffusion model with another value range.
         """
         assert diffusion is not None
-        self.scorer.check_levels(self._make_plan(diffusion).levels)
-        perceptual_distance(self.perceptual)
-        wanted, own = self.config["normalisation"], diffusion.preprocessing.value_range
-        if wanted != own:
-            message = f"the method requires value range {wanted!r}, the diffusion model has {own!r}; its own is used"
+        self._indices_scored(self._build_paths(diffusion).levels)
+        perceptual_distance(self.config["perceptual"])
+        required, own = self.config["normalization"], diffusion.preprocessing.value_range
+        if required != own:
+            message = f"the method requires value range {required!r}, the diffusion model has {own!r}; its own is used"
             warnings.warn(message, TrapWarning, stacklevel=5)
 
-    def _make_plan(self, model: DiffusionModel) -> Plan:
+    def _build_paths(self, model: DiffusionModel) -> DenoisingPaths:
         names = ("mode", "levels", "skip", "grid", "steps", "solver")
-        return make_plan(model.schedule, **{name: self.config[name] for name in names})
+        return build_denoising_paths(model.schedule, **{name: self.config[name] for name in names})
 
-    def prepare(self) -> None:
-        """Builds the paths of all levels, the denoiser, the noise and the metrics' network."""
+    def prepare_networks(self) -> None:
+        """Build the paths of all levels, the denoiser and the perceptual distance."""
         model = self.diffusion
         if model is None:
             raise FaroutError("Reconstruction requires a diffusion model")
-        self.plan = self._make_plan(model)
-        self.scorer.check_levels(self.plan.levels)
+        self.paths = self._build_paths(model)
+        self._indices_scored(self.paths.levels)
         self.denoiser: NetworkDenoiser = model.denoiser(self.runtime.batch_size, self.precision)
-        self.comparison = Comparison(self.perceptual, self.runtime.batch_size, model.device)
-        self.shared: Tensor | None = None
-
-    def _noise(self, keys: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
-        """(B, levels, draws, C, H, W); in `oneshot`, every second draw mirrors the one before."""
-        assert self.plan is not None
-        kind, antithetic = self.config["noise"], self.config["mode"] == "oneshot"
-        how = (shape, self.seed, self.plan.levels, self.draws)
-        if kind == "image":
-            return noise_table(kind, keys, *how, antithetic=antithetic)
-        if self.shared is None:
-            self.shared = noise_table(kind, ("",), *how, antithetic=antithetic)
-        return self.shared.expand(len(keys), *self.shared.shape[1:])
+        self.distance = perceptual_distance(self.config["perceptual"])
+        self.distance.to(model.device)
+        self.shared_noise: Tensor | None = None
 
     @property
     def rows_per_image(self) -> int:
         """Levels times draws."""
-        return (len(self.plan.levels) if self.plan is not None else 1) * self.draws
+        return len(self.paths.levels) * self.draws
 
     @property
     def evaluations(self) -> int:
         """Rows that the denoiser has evaluated."""
         return self.denoiser.evaluations
 
-    @torch.no_grad()
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
-        """Metrics of every level and draw: values (B, level, draw, metric).
+        """The metrics at every level and draw: values (B, level, draw, metric).
 
-        With `maps`: the mean over levels of standardised squared errors (B, H, W), and the pictures `_errors`
-        (B, level, H, W) and `reconstruction` (B, C, H, W), of the middle level.
+        With `maps`: the mean over levels of the standardized squared errors (B, H, W), and the picture
+        `reconstruction` (B, C, H, W) of the middle level.
         """
-        assert self.plan is not None
-        assert self.diffusion is not None
-        count, levels = len(batch.keys), len(self.plan.levels)
-        shape = (count, levels, self.draws)
-        images = batch.images.to(self.diffusion.device)
-        if not count:
-            empty = torch.empty(*shape, len(METRICS))
-            return Measurements((), empty, tuple(float(t) for t in self.plan.levels), METRICS)
-        noise = self._noise(batch.identities, self.diffusion.shape).flatten(0, 2).to(images.device)
-        restored, predicted = self._restore(images, noise)
-        flat = self.comparison(images, restored, predicted, noise)
-        measured = Measurements(
-            batch.keys, flat.reshape(*shape, -1).cpu(), tuple(float(t) for t in self.plan.levels), METRICS
-        )
-        if maps:
-            self._add_maps(measured, images, restored.reshape(*shape, *restored.shape[1:]))
-        return measured
-
-    def _restore(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstructions (B * levels * draws, C, H, W) in [0, 1], and the noise predicted at the starts."""
-        assert self.plan is not None
-        assert self.diffusion is not None
-        per_image = len(noise) // len(images)
-        sigmas = self.plan.paths.repeat_interleave(self.draws, 0).repeat(len(images), 1).to(images.device)
-        x0 = self.diffusion.encode(images).repeat_interleave(per_image, 0)
-        x = x0 + sigmas[:, 0].reshape(-1, *[1] * (x0.ndim - 1)) * noise
-        first: list[Tensor] = []
-
-        def keep(evaluation: Evaluation) -> None:
-            if evaluation.index == 0:
-                sigma = evaluation.sigma.reshape(-1, *[1] * (x0.ndim - 1))
-                first.append((evaluation.x - evaluation.x0) / sigma)
-
-        end = self.plan.solver(self.denoiser, x, sigmas, callback=keep)
-        return self.diffusion.decode(end * self.plan.final_scale), first[0]
-
-    def _add_maps(self, measured: Measurements, images: Tensor, restored: Tensor) -> None:
-        errors = (restored - images[:, None, None]).square().mean((2, 3)).cpu()
-        measured.pictures = {"_errors": errors, "reconstruction": restored[:, restored.shape[1] // 2, 0].cpu()}
-        measured.maps = errors.mean(1)
+        measurements, reconstructions = self._measure(batch)
+        if not maps:
+            return measurements
+        heat = self._squared_errors(batch, reconstructions)
         if self.error_mean is not None and self.error_square is not None:
             deviation = (self.error_square - self.error_mean**2).clamp(min=1e-12).sqrt()
-            # a border that never errs has no scale of its own; a share of the map's keeps it from dominating
+            # Positions without errors, such as a constant border, have no scale of their own: a share of the map's mean
+            # deviation keeps them from dominating.
             deviation = deviation + 0.1 * deviation.mean((1, 2), keepdim=True)
-            measured.maps = ((errors - self.error_mean) / deviation).mean(1)
+            heat = (heat - self.error_mean) / deviation
+        middle = reconstructions[:, reconstructions.shape[1] // 2, 0].cpu()
+        return replace(measurements, maps=heat.mean(1), pictures={"reconstruction": middle})
 
-    def begin(self) -> None:
-        """Forgets the error maps of an earlier fit."""
-        self.error_mean, self.error_square, self.watched = None, None, 0
+    def measure_statistics(self, batch: Batch) -> Measurements:
+        """Also update the mean and mean square of the squared-error maps of normal images."""
+        measurements, reconstructions = self._measure(batch)
+        errors = self._squared_errors(batch, reconstructions).double()
+        count = self.error_count + len(errors)
+        mean = 0.0 if self.error_mean is None else self.error_mean * self.error_count
+        square = 0.0 if self.error_square is None else self.error_square * self.error_count
+        self.error_mean, self.error_square = (mean + errors.sum(0)) / count, (square + errors.square().sum(0)) / count
+        self.error_count = count
+        return measurements
 
-    def watch(self, measurements: Measurements) -> None:
-        """Running mean and mean square of the error maps (level, H, W)."""
-        errors = measurements.pictures["_errors"].double()
-        total = self.watched + len(errors)
-        mean = errors.sum(0) if self.error_mean is None else self.error_mean * self.watched + errors.sum(0)
-        square = errors.square().sum(0)
-        square = square if self.error_square is None else self.error_square * self.watched + square
-        self.error_mean, self.error_square, self.watched = mean / total, square / total, total
+    @torch.no_grad()
+    def _measure(self, batch: Batch) -> tuple[Measurements, Tensor]:
+        """Measurements, and reconstructions (B, level, draw, C, H, W) in [0, 1]."""
+        model, paths = self.diffusion, self.paths
+        assert model is not None
+        grid = (len(batch.keys), len(paths.levels), self.draws)
+        images = batch.images.to(model.device)
+        noise = self._noise(batch.identities, model.shape).flatten(0, 2).to(model.device)
 
-    # -- scoring -------------------------------------------------------------------------------------------------
+        # Every image, level and draw is one row of the batch: x_t = x0 + sigma_t eps.
+        x0 = model.encode(images).repeat_interleave(len(paths.levels) * self.draws, 0)
+        sigmas = paths.sigmas.repeat_interleave(self.draws, 0).repeat(len(images), 1).to(model.device)
+        x_t = x0 + expand_dims(sigmas[:, 0], x0) * noise
+
+        predicted_noise = torch.empty_like(noise)
+
+        def keep_first_prediction(evaluation: Evaluation) -> None:
+            if evaluation.index == 0:
+                predicted_noise.copy_((evaluation.x - evaluation.x0) / expand_dims(evaluation.sigma, x0))
+
+        x0hat = paths.solver(self.denoiser, x_t, sigmas, callback=keep_first_prediction)
+        reconstructions = model.decode(x0hat * paths.final_scale)
+        values = compute_metrics(
+            images, reconstructions, predicted_noise, noise, self.distance, self.runtime.batch_size
+        )
+        levels = tuple(float(t) for t in paths.levels)
+        measurements = Measurements(batch.keys, values.reshape(*grid, -1).cpu(), levels, METRICS)
+        return measurements, reconstructions.reshape(*grid, *reconstructions.shape[1:])
+
+    def _noise(self, identities: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
+        """(B, level, draw, C, H, W); in mode `oneshot`, every second draw is the negative of the one before."""
+        antithetic, levels = self.config["mode"] == "oneshot", self.paths.levels
+        if self.config["noise"] == "image":
+            return noise_table("image", identities, shape, self.seed, levels, self.draws, antithetic=antithetic)
+        if self.shared_noise is None:
+            self.shared_noise = noise_table(
+                "shared", ("",), shape, self.seed, levels, self.draws, antithetic=antithetic
+            )
+        return self.shared_noise.expand(len(identities), *self.shared_noise.shape[1:])
+
+    @staticmethod
+    def _squared_errors(batch: Batch, reconstructions: Tensor) -> Tensor:
+        """Maps (B, level, H, W) on the CPU, mean over draws and channels."""
+        images = batch.images.to(reconstructions.device)[:, None, None]
+        return (reconstructions - images).square().mean((2, 3)).cpu()
+
+    def _indices_scored(self, levels: tuple[float, ...]) -> list[int]:
+        """Indices of the levels that count in the scores; raises FaroutError when there are none."""
+        min_t, max_t, t_skip = (self.config[name] for name in ("min_t", "max_t", "t_skip"))
+        indices = [index for index, t in enumerate(levels) if min_t < t < max_t][::t_skip]
+        if not indices:
+            raise FaroutError(f"min_t={min_t}, max_t={max_t}, t_skip={t_skip} leave none of the levels {list(levels)}")
+        return indices
+
+    def _metrics(self, measurements: Measurements) -> np.ndarray:
+        """m_t: (B, level, metric) float64, draws averaged, for the levels that count in the scores."""
+        assert measurements.values is not None
+        return measurements.values[:, self._indices_scored(measurements.levels)].double().mean(2).numpy()
+
+    def _log_metrics(self, metrics: np.ndarray) -> np.ndarray:
+        """log m_t: (B, level * density metric)."""
+        chosen = metrics[..., [METRICS.index(metric) for metric in self.config["density_metrics"]]]
+        # A perfect reconstruction has no logarithm; 1e-12 is far below the resolution of float32 pixels.
+        return np.log(np.maximum(chosen, 1e-12)).reshape(len(metrics), -1)
 
     def fit_statistics(self, measurements: Measurements) -> None:
-        """z statistics of every (level, metric) and densities of log-metrics."""
-        self.scorer.fit(measurements, self.seed)
+        """Fit mean and deviation of every (level, metric), and the densities of log metrics."""
+        metrics = self._metrics(measurements)
+        self.z = ZScore.fit(metrics.reshape(len(metrics), -1))
+        self.mahalanobis = Mahalanobis.fit(self._log_metrics(metrics))
+        self.mixture = GaussianMixture.fit(self._log_metrics(metrics), seed=self.seed)
+
+    def compute_z(self, measurements: Measurements) -> Tensor:
+        """z(m_t): (B, level, metric) float64, for the levels that count in the scores."""
+        if self.z is None:
+            raise FaroutError("the statistics have not been fitted; call fit first")
+        metrics = self._metrics(measurements)
+        return torch.from_numpy(self.z.transform(metrics.reshape(len(metrics), -1)).reshape(metrics.shape))
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
-        """`mean_z`, `two_sided`, `mahalanobis`, `mixture`, and `mean_z_<metric>` for every metric measured."""
-        return self.scorer(measurements)
+        """`mean_z`, `two_sided`, `mahalanobis`, `mixture`, and `mean_z_<metric>` for every metric."""
+        assert self.mahalanobis is not None
+        assert self.mixture is not None
+        z, log_metrics = self.compute_z(measurements), self._log_metrics(self._metrics(measurements))
+        chosen = z[..., [METRICS.index(metric) for metric in self.config["metrics"]]]
+        return {
+            "mean_z": chosen.sum(2).mean(1),  # section 3.3
+            "two_sided": chosen.abs().mean((1, 2)),
+            "mahalanobis": torch.from_numpy(self.mahalanobis.score(log_metrics)),
+            "mixture": torch.from_numpy(self.mixture.score(log_metrics)),
+            **{f"mean_z_{metric}": z[..., column].mean(1) for column, metric in enumerate(METRICS)},
+        }
 
-    def curves(self, measurements: Measurements) -> Tensor:
-        """z against level: (B, level, metric), draws averaged."""
-        return self.scorer.curves(measurements)
-
-    def state(self) -> dict[str, np.ndarray]:
-        """The scorer's arrays and the error maps' statistics."""
-        arrays = self.scorer.to_arrays()
+    def get_state(self) -> dict[str, np.ndarray]:
+        """The fitted statistics, and mean and mean square of the error maps."""
+        fitted = {"z": self.z, "mahalanobis": self.mahalanobis, "mixture": self.mixture}
+        state = pack_arrays({name: part for name, part in fitted.items() if part is not None})
         if self.error_mean is not None and self.error_square is not None:
-            arrays["error_mean"] = self.error_mean.numpy()
-            arrays["error_square"] = self.error_square.numpy()
-        return arrays
+            state |= {"error_mean": self.error_mean.numpy(), "error_square": self.error_square.numpy()}
+        return state
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Puts `state` back."""
-        arrays = dict(state)
-        for name in ("error_mean", "error_square"):
-            setattr(self, name, torch.as_tensor(arrays.pop(name)) if name in arrays else None)
-        self.scorer.restore(arrays)
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Restore the arrays of `get_state`."""
+        self.z = ZScore.from_arrays(unpack_arrays(state, "z"))
+        self.mahalanobis = Mahalanobis.from_arrays(unpack_arrays(state, "mahalanobis"))
+        self.mixture = GaussianMixture.from_arrays(unpack_arrays(state, "mixture"))
+        if "error_mean" in state:
+            self.error_mean = torch.as_tensor(state["error_mean"])
+            self.error_square = torch.as_tensor(state["error_square"])

@@ -1,31 +1,37 @@
-"""From noised features back to clean ones: one evaluation, stochastic DDIM, or the released code's own arithmetic."""
+"""Reconstruction of noised features: one evaluation, stochastic DDIM, or the arithmetic of the released code."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError
-from farout.detectors.settings import checked_levels
+from farout.detectors.argument_checks import sort_levels
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.noise import shared_noise
 from farout.diffusion.schedule import NoiseSchedule
 
-__all__ = ["Sampler", "check_sampler", "fresh_noise", "reconstruct"]
+__all__ = ["Sampler", "StepNoise", "check_sampler", "reconstruct", "shared_step_noise"]
 
 Sampler = Literal["oneshot", "ddim", "released"]
-Fresh = Callable[[int], Tensor]
-"""Noise of one step, of the shape of one image."""
+StepNoise = Callable[[int], Tensor]
+"""The noise that a stochastic sampler adds in a step, of the shape of one image."""
 
 
 def check_sampler(sampler: str, levels: tuple[int, ...], steps: int, schedule: NoiseSchedule) -> None:
-    """Raises FaroutError for levels outside the schedule, or repeated, and for no steps."""
-    checked_levels(levels, schedule.steps, lowest=1 if sampler == "released" else 0)
+    """Raise FaroutError for levels outside the schedule, repeated levels, and less than one step."""
+    sort_levels(levels, schedule.steps, lowest=1 if sampler == "released" else 0)
     if steps < 1:
         raise FaroutError(f"steps must be at least 1, got {steps}")
+
+
+def shared_step_noise(width: int, seed: int, level: int, draw: int) -> StepNoise:
+    """The noise of the steps from one level and draw, shared by all images."""
+    return lambda step: shared_noise((width,), seed, level, 1000 * (step + 1) + draw)
 
 
 def reconstruct(
@@ -36,52 +42,46 @@ def reconstruct(
     sampler: Sampler,
     steps: int,
     eta: float,
-    fresh: Fresh,
+    step_noise: StepNoise,
 ) -> Tensor:
-    """x0 (B, width) noised to `level` with `noise` (B, width), and brought back, (B, width).
+    """Noise x0 (B, width) to `level` with `noise` (B, width) and denoise it: (B, width).
 
-    `oneshot`: the expected clean value; `ddim`: `steps` steps over evenly spaced levels, the last one to the expected
-    clean value, with fresh noise by eta (Song et al. 2021, eq. 16); `released`: see `_released`.
+    `oneshot`: the expected clean value, one evaluation. `ddim`: `steps` steps over evenly spaced levels, the last one
+    to the expected clean value, with noise added in proportion to eta (Song et al. 2021, eq. 16). `released`: see
+    `_reconstruct_as_released`.
     """
-    sigma = denoiser.schedule.sigma_of(level)
     if sampler == "released":
-        return _released(denoiser, x0, noise, level, fresh)
-    x = x0 + float(sigma) * noise
-    if sampler == "oneshot":
-        return _clean(denoiser, x, float(sigma))
-    path = [float(denoiser.schedule.sigma_of(level * (1 - i / steps))) for i in range(steps)] + [0.0]
-    for index in range(steps):
-        now, then = path[index], path[index + 1]
-        clean = _clean(denoiser, x, now)
-        spread = eta * then * max(0.0, 1 - then**2 / now**2) ** 0.5
-        x = clean + max(0.0, then**2 - spread**2) ** 0.5 * (x - clean) / now
-        if spread:
-            x = x + spread * fresh(index).to(x.device)
+        return _reconstruct_as_released(denoiser, x0, noise, level, step_noise)
+    schedule, steps = denoiser.schedule, 1 if sampler == "oneshot" else steps
+    sigmas = [float(schedule.sigma_of(level * (1 - i / steps))) for i in range(steps)] + [0.0]
+    x = x0 + sigmas[0] * noise
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x0hat = denoiser(x, torch.full((len(x),), sigma, device=x.device))
+        eps = (x - x0hat) / sigma
+        # eq. 16 in terms of sigma = sqrt((1 - abar) / abar): the deviation of the added noise
+        sigma_added = eta * sigma_next * max(0.0, 1 - sigma_next**2 / sigma**2) ** 0.5
+        x = x0hat + max(0.0, sigma_next**2 - sigma_added**2) ** 0.5 * eps
+        if sigma_added:
+            x = x + sigma_added * step_noise(step).to(x.device)
     return x
 
 
-def _clean(denoiser: NetworkDenoiser, x: Tensor, sigma: float) -> Tensor:
-    return denoiser(x, torch.full((len(x),), sigma, device=x.device))
+def _reconstruct_as_released(
+    denoiser: NetworkDenoiser, x0: Tensor, noise: Tensor, start: int, step_noise: StepNoise
+) -> Tensor:
+    """The released code's sampler: levels K, …, 1 with eta = 1, each step's mean taken one level below its noise.
 
-
-def _released(denoiser: NetworkDenoiser, x0: Tensor, noise: Tensor, start: int, fresh: Fresh) -> Tensor:
-    """The released code's sampler: labels K, …, 1, eta = 1, each step's mean taken one level below its noise.
-
-    Its step from label 1 is the identity, so that K = 1 gives back the noised input, and K = 3 a mixture of 41 % noised
-    input and 59 % network. It works on sqrt(abar) x, as the published code does.
+    Its step from level 1 is the identity, so that K = 1 returns the noised input, and K = 3 a mixture of 41 % noised
+    input and 59 % network. x is the variance-preserving sample, as in the published code.
     """
     abar = denoiser.schedule.abar
     x = float(abar[start].sqrt()) * x0 + float((1 - abar[start]).sqrt()) * noise
-    for label in range(start, 1, -1):
-        here, below, then = (float(abar[i]) for i in (label, label - 1, label - 2))
-        clean = _clean(denoiser, x / here**0.5, float(denoiser.schedule.sigma[label]))
-        eps = (x - here**0.5 * clean) / (1 - here) ** 0.5
-        shifted = (x - (1 - below) ** 0.5 * eps) / below**0.5
-        spread = ((1 - then) / (1 - below) * (1 - below / then)) ** 0.5
-        x = then**0.5 * shifted + (1 - then - spread**2) ** 0.5 * eps + spread * fresh(label).to(x.device)
+    for level in range(start, 1, -1):
+        abar_t, abar_1, abar_2 = (float(abar[i]) for i in (level, level - 1, level - 2))
+        sigma = torch.full((len(x),), float(denoiser.schedule.sigma[level]), device=x.device)
+        eps = (x - abar_t**0.5 * denoiser(x / abar_t**0.5, sigma)) / (1 - abar_t) ** 0.5
+        x0hat = (x - (1 - abar_1) ** 0.5 * eps) / abar_1**0.5
+        sigma_added = ((1 - abar_2) / (1 - abar_1) * (1 - abar_1 / abar_2)) ** 0.5
+        x = abar_2**0.5 * x0hat + (1 - abar_2 - sigma_added**2) ** 0.5 * eps
+        x = x + sigma_added * step_noise(level).to(x.device)
     return x
-
-
-def fresh_noise(width: int, seed: int, level: int, draw: int) -> Fresh:
-    """Noise of the steps of one start, shared by all images."""
-    return lambda step: shared_noise((width,), seed, level, 1000 * (step + 1) + draw)

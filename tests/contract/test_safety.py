@@ -108,7 +108,7 @@ def test_a_refit_that_fails_leaves_nothing_fitted(folder: Path) -> None:
     detector = Reconstruction(levels=(50,), draws=1).fit(folder, diffusion=model(), alpha=0.1, statistics=30)
     with pytest.raises(FaroutError, match="at least 2"):
         detector.fit(folder, diffusion=model(), statistics=0)
-    assert detector.is_fitted, "refused before anything has changed"
+    assert len(detector.score(folder)) == 60, "refused before anything has changed"
     with pytest.warns(ShortfallWarning), pytest.raises(FaroutError, match="too few"):
         detector.fit(folder, diffusion=model(), alpha=0.001)
     with pytest.raises(FaroutError, match="not been fitted"):
@@ -143,7 +143,7 @@ def test_colour_is_told_by_what_was_fitted(folder: Path, tmp_path: Path) -> None
 
 def test_another_value_range_is_named(folder: Path) -> None:
     with pytest.warns(TrapWarning, match="value range 'minmax', the diffusion model has 'fixed'"):
-        Reconstruction(levels=(50,), draws=1, normalisation="minmax").fit(
+        Reconstruction(levels=(50,), draws=1, normalization="minmax").fit(
             folder, diffusion=model(), alpha=0.1, statistics=30
         )
 

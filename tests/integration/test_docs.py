@@ -90,7 +90,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_detector_of_the_page_is_listed_fitted_and_loaded_again(package: Path, tmp_path: Path) -> None:
-    detector = DETECTORS["spectrum"].load().from_preset("fine", rings=3)
+    detector = DETECTORS["spectrum"].load().from_preset("fine", bands=3)
     good = pictures(tmp_path / "good", 60)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ShortfallWarning)

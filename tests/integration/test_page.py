@@ -203,7 +203,7 @@ def test_too_few_calibration_images_flag_nothing_and_show_no_threshold(
 class Placed(TrivialBaselines):
     """The controls, with the five numbers as a place among good images."""
 
-    def embedding(self, measurements: Measurements) -> np.ndarray:
+    def compute_embedding(self, measurements: Measurements) -> np.ndarray:
         assert measurements.values is not None
         return measurements.values[:, 0, 0].double().numpy()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,9 @@ def whole(place: Path, detector: Detector) -> dict[str, bytes]:
     return contents(place / "whole")
 
 
-def score_folder(*given: Any, furthest: int = 4, **settings: Any) -> ScoredFolder:
+def score_folder(*given: Any, highest: int = 4, **settings: Any) -> ScoredFolder:
     """With few pictures on the page, which are measured again for their maps."""
-    return scoring.score_folder(*given, highest=furthest, **settings)
+    return scoring.score_folder(*given, highest=highest, **settings)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -231,7 +232,7 @@ def store_parts(detector: Detector, images: Path, out: Path) -> None:
     def stopping(*_: object) -> None:
         raise KeyboardInterrupt
 
-    patch.setattr(scoring, "_assemble", stopping)
+    patch.setattr(scoring, "_write_tables", stopping)
     with pytest.raises(KeyboardInterrupt):
         score_folder(detector, images, out)
     patch.undo()
@@ -366,15 +367,16 @@ def test_a_full_disk_leaves_no_half_written_file(
 
             patch.setattr(pq, "write_table", filling)
         elif place_of_failure == "measurements.parquet":
-            append, appended = scoring._Tables.write, []
+            written: list[object] = []
 
-            def appending(self: scoring._Tables, table: object) -> None:
-                append(self, table)
-                appended.append(table)
-                if len(appended) == 3:
-                    full()
+            class FillingWriter(pq.ParquetWriter):
+                def write_table(self, table: object, row_group_size: int | None = None) -> None:
+                    super().write_table(table, row_group_size)
+                    written.append(table)
+                    if len(written) == 3:
+                        full()
 
-            patch.setattr(scoring._Tables, "write", appending)
+            patch.setattr(scoring, "pq", SimpleNamespace(ParquetWriter=FillingWriter))
         else:
             patch.setattr(Path, "write_text", full)
             patch.setattr(store, "write_json", real_write_json)
@@ -407,7 +409,7 @@ def test_selection_at_a_false_discovery_rate(tmp_path: Path) -> None:
     assert table["selected"].tolist() == benjamini_hochberg(table["p_value"], 0.4).tolist()
     assert table["selected"].any()
     assert not table.loc[table["key"] == "broken.png", "selected"].any()
-    for wrong in ({"fdr": 40.0}, {"fdr": 0.0}, {"furthest": -1}):
+    for wrong in ({"fdr": 40.0}, {"fdr": 0.0}, {"highest": -1}):
         with pytest.raises(FaroutError, match="a rate between 0 and 1"):
             score_folder(fitted, some, tmp_path / "wrong", **wrong)
     assert not (tmp_path / "wrong").exists()

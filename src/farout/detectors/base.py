@@ -95,6 +95,11 @@ class Detector(DetectorInterface):
 
         return copy_with_scoring(self, arguments)
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the detector has been fitted or loaded."""
+        return bool(self.calibration_scores)
+
     def cost(self) -> Cost:
         """Count network evaluations and multiply-accumulates of one image."""
         return measure_cost(self)

@@ -146,7 +146,7 @@ def recalibrate(
     alpha = detector.alpha if alpha is None else alpha
     check_alpha(alpha)
     source = open_source(images, limit=limit, seed=detector.seed, policy=policy)
-    seen = detector.statistics_hashes | _hashes_trained_on(detector)
+    seen = detector.statistics_hashes | detector.trained_on
     hashes = {i: content for i, content in enumerate(source.content_hashes()) if content is not None}
     new = [i for i, content in hashes.items() if content not in seen]
     used = len(hashes) - len(new)
@@ -236,12 +236,6 @@ def _load_classifier(detector: DetectorInterface, classifier: Any, source: Image
     return model
 
 
-def _hashes_trained_on(detector: DetectorInterface) -> frozenset[str]:
-    """Content hashes of the images that the networks were trained on."""
-    networks = [network for network in (detector.diffusion, detector.classifier) if network is not None]
-    return frozenset[str]().union(*(network.trained_on for network in networks))
-
-
 def _split_source(detector: DetectorInterface, source: ImageSource, settings: FitSettings) -> Split:
     requirements, alpha = detector.requirements, settings.alpha
     train = (requirements.diffusion is not None and detector.diffusion is None) or (
@@ -252,7 +246,7 @@ def _split_source(detector: DetectorInterface, source: ImageSource, settings: Fi
         # at most half of what the calibration leaves, so that images are left to train on
         remaining = len(source) - calibration_size(len(source), alpha)
         count = min(count, max(2, remaining // 2))
-    seen = _hashes_trained_on(detector)
+    seen = detector.trained_on
     parts = split(
         source,
         alpha=alpha,

@@ -141,6 +141,12 @@ class DetectorInterface(Configured, ABC):
         self.prepare_networks()
 
     @property
+    def trained_on(self) -> frozenset[str]:
+        """Content hashes of the images that the networks were trained on."""
+        networks = [network for network in (self.diffusion, self.classifier) if network is not None]
+        return frozenset[str]().union(*(network.trained_on for network in networks))
+
+    @property
     def precision(self) -> Precision:
         """Precision of the networks, which `attach_networks` has resolved."""
         return cast("Precision", self.runtime.precision)

@@ -45,7 +45,8 @@ def save(detector: DetectorInterface, folder: Path, link: Path | None) -> None:
         store.write_hashes(temporary / "statistics.txt", detector.statistics_hashes)
         store.write_hashes(temporary / "calibration.txt", detector.calibration_hashes)
         state = {name: torch.as_tensor(value) for name, value in detector.get_state().items()}
-        store.save_tensors(temporary / "fitted.safetensors", state)
+        if state:  # safetensors cannot read an empty file
+            store.save_tensors(temporary / "fitted.safetensors", state)
         diffusion: dict[str, str] | None = None
         if detector.diffusion is not None:
             diffusion = {"path": "diffusion", "hash": detector.diffusion.content_hash}
@@ -70,6 +71,7 @@ def save(detector: DetectorInterface, folder: Path, link: Path | None) -> None:
             "seed": detector.seed,
             "preprocessing": detector.preprocessing.to_dict(),
             "provenance": detector.provenance,
+            "state": sorted(state),
             "diffusion": diffusion,
             **hashes,
         }
@@ -112,7 +114,9 @@ def load(folder: Path, runtime: dict[str, Any]) -> Any:
     if config["diffusion"] is not None:
         _load_diffusion(detector, folder, config["diffusion"])
     detector.attach_networks(detector.diffusion, _adapt_runtime(Runtime(**config["runtime"]), runtime))
-    detector.set_state({name: t.numpy() for name, t in store.load_tensors(folder / "fitted.safetensors").items()})
+    if config["state"]:
+        state = store.load_tensors(folder / "fitted.safetensors")
+        detector.set_state({name: tensor.numpy() for name, tensor in state.items()})
     detector.statistics = Measurements.read_parquet(folder / "statistics.parquet")
     calibrate(detector, Measurements.read_parquet(folder / "calibration.parquet"))
     return detector

@@ -228,7 +228,7 @@ def test_what_cannot_work_is_refused(images: Any, tmp_path: Path, monkeypatch: p
     for wrong, network, message in (
         (labels, model(), "unconditional"),
         (labels[:3], conditional(), "a label each"),
-        (labels + 1, conditional(), "labels 0 to 2, got 3"),
+        (labels + 1, conditional(), "0 to 2, got 3"),
     ):
         with pytest.raises(FaroutError, match=message):
             embed_images(images, wrong, network, out, FEW, runtime=runtime())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,7 +131,7 @@ def reconstruct(
                 reconstructed = reconstruction(batch.images, batch.identities, batch_labels)
                 if not bool(torch.isfinite(reconstructed).all()):
                     raise FaroutError("some reconstructions are not numbers; use precision fp32, or a lower level")
-                columns = {
+                columns: dict[str, Sequence[Any]] = {
                     "level": reconstruction.image_levels(batch.identities),
                     "source_hash": [source.content_hash(index) for index in indices],
                 }

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.model import Classifier
 from farout.classifiers.train import train_on_source
 from farout.core import store
+from farout.core.devices import Precision
 from farout.core.errors import FaroutError, StoreError, TrapWarning
 from farout.core.progress import task
 from farout.core.runtime import Runtime
@@ -198,6 +200,7 @@ def _compute_directions(
 ) -> tuple[Tensor, Tensor]:
     """Directions u = z / |z| (N, D) of the readable images, augmented if a config is given, and their indices (N,)."""
     preprocessing, runtime = classifier.preprocessing, context.runtime
+    precision = cast("Precision", runtime.precision)  # the runtime is resolved, so not `auto`
     parts, index = list[Tensor](), list[int]()
     size = runtime.images_per_batch((preprocessing.channels, *preprocessing.size))
     with task(f"directions of {context.source.name}", len(context.source)) as bar:
@@ -206,14 +209,14 @@ def _compute_directions(
                 images = batch.images
                 if augmentation is not None:
                     # the augmentation of an image depends on its content, not on the batch
-                    pairs = zip(images.split(1), batch.identities, strict=True)
+                    pairs = zip(torch.split(images, 1), batch.identities, strict=True)
                     images = torch.cat(
                         [
                             augmentation.augment(image, seeded_generator(context.seed, "varied", key))
                             for image, key in pairs
                         ]
                     )
-                outputs = classifier.outputs(images, runtime.batch_size, runtime.precision)
+                outputs = classifier.outputs(images, runtime.batch_size, precision)
                 parts.append(functional.normalize(outputs.features.cpu(), dim=1))
             index += batch.indices
             bar.advance(len(batch.keys))

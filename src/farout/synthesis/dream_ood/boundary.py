@@ -138,7 +138,7 @@ def distance_to_kth_neighbor(points: Tensor, bank: Tensor, k: int) -> Tensor:
     if not 1 <= k <= len(bank):
         raise FaroutError(f"there is no neighbor number {k} among {len(bank)} vectors")
     distances = []
-    for chunk in points.split(max(1, _MAX_COSINES // len(bank))):
+    for chunk in torch.split(points, max(1, _MAX_COSINES // len(bank))):
         neighbor = (chunk @ bank.mT).kthvalue(len(bank) + 1 - k, dim=1).indices
         # from the difference: sqrt(2 - 2 cos) cancels if the neighbor is very near
         distances.append((chunk - bank[neighbor]).norm(dim=1))

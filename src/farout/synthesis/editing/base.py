@@ -380,8 +380,9 @@ class EditingSynthesizer(Synthesizer):
         editing = self._editing_context(context)
         batch = editing.add_noise([editing.plan(index, 0) for index in indices])
         best = self._edit(editing, batch, indices, 0)
-        for attempt in range(1, self.attempts) if self.reject is not None else ():
-            rejected = [row for row, outlier in enumerate(best) if outlier.source_class_probability > self.reject]
+        max_probability = 1.0 if self.reject is None else self.reject
+        for attempt in range(1, self.attempts):
+            rejected = [row for row, outlier in enumerate(best) if outlier.source_class_probability > max_probability]
             if not rejected:
                 break
             rejected_indices = [indices[row] for row in rejected]

@@ -64,7 +64,7 @@ class ClassGaussians:
         mean_variances = covariances.diagonal(dim1=1, dim2=2).mean(1)
         log_likelihood = torch.zeros(len(_SHRINKAGE_GRID), dtype=torch.float64)
         a = torch.tensor(_SHRINKAGE_GRID, dtype=torch.float64)[:, None]
-        for label in held_out[1].unique().tolist():
+        for label in sorted(set(held_out[1].tolist())):
             # shrinkage keeps the eigenvectors of S_c: one decomposition gives the likelihood for every a
             eigenvalues, eigenvectors = torch.linalg.eigh(covariances[label])
             variances = (1 - a) * eigenvalues.clamp(min=0) + a * mean_variances[label]
@@ -89,7 +89,7 @@ class ClassGaussians:
         1 on average for samples of the Gaussian.
         """
         distances = torch.empty(len(z), dtype=torch.float64)
-        for label in labels.unique().tolist():
+        for label in set(labels.tolist()):
             rows = labels == label
             centered = (z[rows].double() - self.means[label]).mT
             whitened = torch.linalg.solve_triangular(self.cholesky[label], centered, upper=False)

@@ -328,6 +328,6 @@ def read_embeddings(folder: str | Path) -> Embeddings:
         raise StoreError(f"{folder} holds files that are not shards of embeddings; give another folder")
     tensors = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
     index, order = tensors["index"].sort()
-    if len(index.unique()) < len(index):
+    if len(set(index.tolist())) < len(index):
         raise StoreError(f"{folder} holds some images twice; remove it and embed them again")
     return Embeddings(index, tensors["label"][order], tensors["embedding"][order], tensors["loss"][order])

@@ -165,7 +165,7 @@ class Manifold:
 
         Raises FaroutError for values out of range.
         """
-        options = {"candidates": candidates, "kept": kept, "temperature": temperature}
+        options: dict[str, Any] = {"candidates": candidates, "kept": kept, "temperature": temperature}
         config = replace(self.config, **{name: value for name, value in options.items() if value is not None})
         if per_class < 1:
             raise FaroutError(f"per_class is {per_class}; expected 1 or more vectors of each class")
@@ -193,7 +193,7 @@ class Manifold:
         def order_by_class(name: str) -> Tensor:
             """(rounds, classes x kept, …) -> (classes x per_class, …)."""
             values = torch.stack([getattr(one_round, name) for one_round in rounds])
-            by_class = values.unflatten(1, (classes, config.kept)).transpose(0, 1).flatten(1, 2)
+            by_class = values.reshape(-1, classes, config.kept, *values.shape[2:]).transpose(0, 1).flatten(1, 2)
             return by_class[:, :per_class].flatten(0, 1)
 
         return SampledVectors(*(order_by_class(each.name) for each in fields(SampledVectors)))

@@ -103,7 +103,7 @@ def apply_map(network: FlatteningMap, x: Tensor, labels: Tensor, *, inverse: boo
     with torch.no_grad(), parametrize.cached():
         parts = [
             function(rows.to(device), row_labels.to(device)).cpu()
-            for rows, row_labels in zip(x.split(_CHUNK_ROWS), labels.split(_CHUNK_ROWS), strict=True)
+            for rows, row_labels in zip(torch.split(x, _CHUNK_ROWS), torch.split(labels, _CHUNK_ROWS), strict=True)
         ]
     return torch.cat(parts) if parts else x.cpu()
 

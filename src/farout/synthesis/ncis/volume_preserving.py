@@ -66,12 +66,12 @@ class ConditionalCoupling(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x (B, dim), embedding (B, h) -> (B, dim)."""
-        x1, x2 = x.split(self.split, dim=1)
+        x1, x2 = torch.split(x, self.split, dim=1)
         return torch.cat([x1 + self._shift(x2, embedding), x2], dim=1)
 
     def inverse(self, x: Tensor, embedding: Tensor) -> Tensor:
         """The inverse of `forward`."""
-        x1, x2 = x.split(self.split, dim=1)
+        x1, x2 = torch.split(x, self.split, dim=1)
         return torch.cat([x1 - self._shift(x2, embedding), x2], dim=1)
 
 
@@ -117,7 +117,9 @@ class VolumePreservingNetwork(nn.Module):
         weight, bias, embedding = self.rotations.weight, self.rotations.bias, self.table(labels)
         z = (z - bias[-1]) @ weight[-1]
         for index in reversed(range(len(self.couplings))):
-            z = (self.couplings[index].inverse(z, embedding) - bias[index]) @ weight[index]
+            coupling = self.couplings[index]
+            assert isinstance(coupling, ConditionalCoupling)
+            z = (coupling.inverse(z, embedding) - bias[index]) @ weight[index]
         return z
 
 
@@ -154,7 +156,7 @@ class ClassRotations(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """x (B, D), labels (B,) -> z (B, D)."""
         out = torch.empty_like(x)
-        for label in labels.unique().tolist():
+        for label in set(labels.tolist()):
             rows = labels == label
             out[rows] = (x[rows] - self.means[label]) @ self.axes[label]
         return out
@@ -162,7 +164,7 @@ class ClassRotations(nn.Module):
     def inverse(self, z: Tensor, labels: Tensor) -> Tensor:
         """The inverse of `forward`."""
         out = torch.empty_like(z)
-        for label in labels.unique().tolist():
+        for label in set(labels.tolist()):
             rows = labels == label
             out[rows] = z[rows] @ self.axes[label].mT + self.means[label]
         return out

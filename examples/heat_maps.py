@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import farout
-from farout.data.batching import batches
+from farout.data.batching import iterate_batches
 from farout.evaluation.metrics import auroc
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-output/heat_maps")
@@ -57,7 +57,9 @@ print(
 
 # %%
 source = farout.open_source(defective)
-maps = torch.cat([detector.measure(batch, maps=True).maps for batch in batches(source, detector.preprocessing, 8)])
+maps = torch.cat(
+    [detector.measure(batch, maps=True).maps for batch in iterate_batches(source, detector.preprocessing, 8)]
+)
 maps = torch.nn.functional.interpolate(maps[:, None].float(), size=(28, 28), mode="bilinear")[:, 0]
 print(f"pixels: AUROC {auroc(maps[~mask], maps[mask]):.3f}")
 

@@ -79,7 +79,7 @@ def test_a_classifier_that_knows_more_classes(images: Path) -> None:
 def test_the_whole_of_a_part(images: Path) -> None:
     source = open_source(images)
     part = open_source(f"{images}@classes=b,vflip").subset([2, 0])
-    assert part.whole().keys == source.keys
-    assert part.whole().variant == "vflip"
+    assert part.full_source().keys == source.keys
+    assert part.full_source().variant == "vflip"
     assert part.keys == ("b/002.png", "b/000.png"), "it stays as it was"
-    assert torch.equal(source.subset([3]).whole()[0], source[0])
+    assert torch.equal(source.subset([3]).full_source()[0], source[0])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from farout.core.errors import SourceError, UnreadableImageError
-from farout.data.batching import PreparedImages, batches
+from farout.data.batching import PreparedImages, iterate_batches
 from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
 from image_files import pixels, write_folder, write_parquet
@@ -33,14 +33,14 @@ PLAIN = Preprocessing((8, 8), 1, (8, 8))
 
 def test_raise_names_the_first_broken_image(damaged):
     with pytest.raises(UnreadableImageError, match=r"^1\.png: not an image"):
-        list(batches(open_source(damaged), PLAIN, 4))
+        list(iterate_batches(open_source(damaged), PLAIN, 4))
 
 
 @pytest.mark.parametrize("policy", ["skip", "nan"])
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_broken_images_are_listed_and_nothing_else_shifts(damaged, policy, workers):
     source = open_source(damaged, policy=policy)
-    chunks = list(batches(source, PLAIN, 4, workers=workers))
+    chunks = list(iterate_batches(source, PLAIN, 4, workers=workers))
     assert [batch.indices for batch in chunks] == [(0, 2, 3), (6, 7), (8,)]
     for batch in chunks:
         assert batch.keys == tuple(f"{i}.png" for i in batch.indices)
@@ -53,7 +53,7 @@ def test_broken_images_are_listed_and_nothing_else_shifts(damaged, policy, worke
 
 def test_a_chunk_of_broken_images_is_an_empty_batch(tmp_path):
     (tmp_path / "a.png").write_text("x")
-    (batch,) = batches(open_source(tmp_path, policy="nan"), Preprocessing((6, 5), 3, (6, 5)), 4)
+    (batch,) = iterate_batches(open_source(tmp_path, policy="nan"), Preprocessing((6, 5), 3, (6, 5)), 4)
     assert batch.images.shape == (0, 3, 6, 5)
     assert batch.keys == batch.indices == ()
 
@@ -61,7 +61,7 @@ def test_a_chunk_of_broken_images_is_an_empty_batch(tmp_path):
 def test_a_file_that_vanished_is_unreadable_not_a_crash(tmp_path):
     source = open_source(write_folder(tmp_path, pixels(2), ["a.png", "b.png"]), policy="nan")
     (tmp_path / "a.png").unlink()
-    (batch,) = batches(source, PLAIN, 4)
+    (batch,) = iterate_batches(source, PLAIN, 4)
     assert batch.keys == ("b.png",)
     assert "No such file" in source.unreadable["a.png"]
 
@@ -75,7 +75,7 @@ def test_parquet_rows_without_bytes_are_unreadable(tmp_path):
     cells = pa.array([None, {"bytes": None}], pa.struct([("bytes", pa.binary())]))
     pq.write_table(pa.table({"image": cells}), tmp_path / "x.parquet")
     source = open_source(tmp_path / "x.parquet", policy="nan")
-    assert sum(len(batch.keys) for batch in batches(source, PLAIN, 1)) == 0
+    assert sum(len(batch.keys) for batch in iterate_batches(source, PLAIN, 1)) == 0
     assert set(source.unreadable) == {"0", "1"}
 
 
@@ -88,19 +88,19 @@ def test_fingerprint_with_unreadable_images_follows_the_policy(damaged):
 
 def test_chunks_lie_on_one_grid_from_any_start(house):
     source = open_source("fashion_mnist")
-    whole = [batch.indices for batch in batches(source, PLAIN, 6)]
+    whole = [batch.indices for batch in iterate_batches(source, PLAIN, 6)]
     assert whole == [tuple(range(0, 6)), tuple(range(6, 12)), tuple(range(12, 18)), (18, 19)]
-    assert [batch.indices for batch in batches(source, PLAIN, 6, start=12)] == whole[2:]
-    assert [batch.indices for batch in batches(source, PLAIN, 6, start=9)] == [(9, 10, 11), *whole[2:]]
-    assert list(batches(source, PLAIN, 6, start=20)) == []
-    assert list(batches(source, PLAIN, 6, start=25)) == []
-    assert next(batches(source, PLAIN, 6)).labels.tolist() == [0, 1, 2, 3, 0, 1]
+    assert [batch.indices for batch in iterate_batches(source, PLAIN, 6, start=12)] == whole[2:]
+    assert [batch.indices for batch in iterate_batches(source, PLAIN, 6, start=9)] == [(9, 10, 11), *whole[2:]]
+    assert list(iterate_batches(source, PLAIN, 6, start=20)) == []
+    assert list(iterate_batches(source, PLAIN, 6, start=25)) == []
+    assert next(iterate_batches(source, PLAIN, 6)).labels.tolist() == [0, 1, 2, 3, 0, 1]
     with pytest.raises(ValueError, match="size 0"):
-        batches(source, PLAIN, 0)
+        iterate_batches(source, PLAIN, 0)
 
 
 def test_batches_can_be_left_early(house):
-    stream = batches(open_source("fashion_mnist"), PLAIN, 2, workers=2)
+    stream = iterate_batches(open_source("fashion_mnist"), PLAIN, 2, workers=2)
     assert next(stream).indices == (0, 1)
     stream.close()
 
@@ -165,9 +165,9 @@ def test_random_numbers_follow_the_content_of_an_image(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", images[:2], ["x.png", "y.png"])
     write_folder(tmp_path / "b", images[1:], ["deep/renamed.png", "other.png"])
     ready = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
-    found = [next(iter(batches(open_source(tmp_path / name), ready, 8))) for name in ("a", "b")]
+    found = [next(iter(iterate_batches(open_source(tmp_path / name), ready, 8))) for name in ("a", "b")]
     named = [dict(zip(batch.keys, batch.identities, strict=True)) for batch in found]
     assert named[0]["y.png"] == named[1]["deep/renamed.png"]
     assert len({*named[0].values(), *named[1].values()}) == 3
-    flipped = next(iter(batches(open_source(f"{tmp_path / 'a'}@vflip"), ready, 8)))
+    flipped = next(iter(iterate_batches(open_source(f"{tmp_path / 'a'}@vflip"), ready, 8)))
     assert set(flipped.identities).isdisjoint(found[0].identities), "a variant is another image"

@@ -26,7 +26,7 @@ def test_listing_sets_does_not_import_torch():
 
 @pytest.mark.parametrize("name", ASKED)
 def test_every_set_has_a_way_to_get_it_and_a_licence(name):
-    row = catalog.entry(name)
+    row = catalog.find_entry(name)
     assert row is not None
     assert row.licence
     assert row.splits
@@ -42,14 +42,14 @@ def test_no_hub_id_is_said_to_be_tried():
 
 def test_names_are_unique():
     rows = [row["name"] for row in catalog.list_sets()]
-    assert len(rows) == len(set(rows)) == len(catalog.names())
-    assert catalog.entry("nonsense") is None
+    assert len(rows) == len(set(rows)) == len(catalog.set_names())
+    assert catalog.find_entry("nonsense") is None
 
 
 def test_groups_name_sets_of_the_table():
     for table in (catalog.NEAR, catalog.FAR):
         for inlier, outliers in table.items():
-            assert {inlier, *outliers} <= catalog.names()
+            assert {inlier, *outliers} <= catalog.set_names()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_groups_name_sets_of_the_table():
     ],
 )
 def test_near_and_far_are_the_fields_own_groups(inlier, outlier, expected):
-    assert catalog.group(inlier, outlier) == expected
+    assert catalog.ood_group(inlier, outlier) == expected
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_near_and_far_are_the_fields_own_groups(inlier, outlier, expected):
     ],
 )
 def test_role_keeps_test_sets_out_of_choices(inlier, outlier, expected):
-    assert catalog.role(inlier, outlier) == expected
+    assert catalog.ood_role(inlier, outlier) == expected
 
 
 def test_where_a_set_is_found(tmp_path, monkeypatch):

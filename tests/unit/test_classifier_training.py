@@ -18,7 +18,7 @@ from farout.cli import main
 from farout.core.errors import FaroutError, StoreError
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
-from farout.data.splits import split
+from farout.data.splits import split_source
 from farout.training.config import learning_rate
 from farout.training.loop import TrainingConfig
 from launch import in_two_processes
@@ -68,7 +68,7 @@ def test_any_spelling_of_a_folder_will_do(
 def test_the_held_out_part_is_that_of_every_training_command(tree: Path, tmp_path: Path) -> None:
     learnt = trained(tree, tmp_path / "c")
     source = open_source(tree)
-    parts = split(source, alpha=0.1, statistics=10, train=True, seed=0)
+    parts = split_source(source, alpha=0.1, statistics=10, train=True, seed=0)
     assert learnt.trained_on == {source.content_hash(i) for i in parts.training}
     assert learnt.provenance["held_out_images"] == len(parts.statistics) + len(parts.calibration)
 
@@ -271,7 +271,7 @@ def test_an_image_beside_the_class_folders_is_named(tree: Path, tmp_path: Path) 
 def test_a_class_without_images_to_train_on_is_named(tree: Path, tmp_path: Path) -> None:
     """All images of a class may fall to the held-out part."""
     source = open_source(tree)
-    parts = split(source, alpha=0.1, statistics=10, train=True, seed=0)
+    parts = split_source(source, alpha=0.1, statistics=10, train=True, seed=0)
     assert source.labels is not None
     kept = [i for i in range(len(source)) if source.labels[i] != 2]
     held = next(i for i in parts.calibration if source.labels[i] == 2)

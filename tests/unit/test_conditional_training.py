@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from farout.core.errors import FaroutError, SourceError, StoreError
-from farout.data.classes import class_names_of, class_numbers
+from farout.data.classes import class_names_of, encode_classes
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.diffusion.conditioning.class_embeddings import ClassVectors
@@ -137,9 +137,9 @@ def test_labels_are_renumbered_and_keep_their_names(tmp_path: Path) -> None:
     source = open_source(f"{tmp_path / 'images'}@classes=cow,ant")
     assert set(source.labels) == {0, 2}, "a filter keeps the original labels"
     assert class_names_of(source) == ("ant", "cow")
-    assert class_numbers(source, ("ant", "cow")).tolist() == [0, 0, 0, 1, 1, 1]
+    assert encode_classes(source, ("ant", "cow")).tolist() == [0, 0, 0, 1, 1, 1]
     with pytest.raises(SourceError, match="bee"):
-        class_numbers(open_source(str(tmp_path / "images")), ("ant", "cow"))
+        encode_classes(open_source(str(tmp_path / "images")), ("ant", "cow"))
 
 
 def one_class(folder: Path) -> ImageSource:

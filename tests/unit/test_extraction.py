@@ -9,7 +9,7 @@ import torch
 from farout.cli import main
 from farout.core.chunking import BatchSize
 from farout.core.errors import FaroutError
-from farout.data.batching import batches
+from farout.data.batching import iterate_batches
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
@@ -33,7 +33,7 @@ def test_the_cache_returns_what_was_computed(extractor: FeatureExtractor, tmp_pa
     """Whatever was there before, and in whatever batches and order it is read."""
     source = open_source(pixels(30, channels=3))
     ready = Preprocessing.for_source(source, size=32, channels=3)
-    plain = torch.cat([extractor.pooled_features(batch.images) for batch in batches(source, ready, 30)])
+    plain = torch.cat([extractor.pooled_features(batch.images) for batch in iterate_batches(source, ready, 30)])
 
     def again(part: ImageSource, size: int) -> torch.Tensor:
         made = CachedFeatures(extractor, ready, "auto", "fp32", tmp_path).batches(part, size, 2)

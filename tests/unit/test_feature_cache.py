@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from farout.core.errors import StoreError, UnreadableImageError
-from farout.data.batching import Batch, batches
+from farout.data.batching import Batch, iterate_batches
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
@@ -88,7 +88,7 @@ def test_keys_labels_and_places_are_those_of_images(
     size: int, workers: int, source: ImageSource, tmp_path: Path
 ) -> None:
     """A label beside the wrong image would spoil every statistic by class."""
-    plain = list(batches(source, PLAIN, size))
+    plain = list(iterate_batches(source, PLAIN, size))
     for _ in range(2):
         made, _ = read(source, tmp_path, size=size, workers=workers)
         assert len(made) == len(plain)
@@ -130,7 +130,7 @@ def test_variants_are_other_images(tmp_path: Path) -> None:
         assert computed(varied, tmp_path) == 10, variant
         assert computed(varied, tmp_path) == 0, variant
         found[variant] = features(read(varied, tmp_path)[0])
-        fresh = torch.cat([Counting()(batch.images) for batch in batches(varied, PLAIN, 8)])
+        fresh = torch.cat([Counting()(batch.images) for batch in iterate_batches(varied, PLAIN, 8)])
         assert torch.equal(found[variant], fresh)
     assert not torch.equal(found["vflip"], found["patch"])
 
@@ -317,7 +317,7 @@ def damaged(tmp_path: Path) -> Path:
 def test_unreadable_images_shift_nothing(policy: str, variant: str, damaged: Path, tmp_path: Path) -> None:
     for size in (4, 1):
         made, _ = read(open_source(f"{damaged}{variant}", policy=policy), tmp_path, size=size)
-        plain = list(batches(open_source(f"{damaged}{variant}", policy=policy), PLAIN, size))
+        plain = list(iterate_batches(open_source(f"{damaged}{variant}", policy=policy), PLAIN, size))
         assert [batch.keys for batch in made] == [batch.keys for batch in plain]
         assert [batch.indices for batch in made] == [batch.indices for batch in plain]
         wanted = torch.cat([Counting()(batch.images) for batch in plain if batch.keys])

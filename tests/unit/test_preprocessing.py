@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from farout.core.errors import FaroutError, SourceError, TrapWarning
 from farout.data import preprocessing as module
-from farout.data.preprocessing import Preprocessing, check_against
+from farout.data.preprocessing import Preprocessing, find_mismatches
 from farout.data.sources import open_source
 
 
@@ -203,17 +203,17 @@ def test_for_source_without_a_readable_image_says_why(tmp_path):
 def test_traps_are_named_with_counts():
     fitted = Preprocessing((16, 16), 1, (16, 16))
     mixed = [Image.new("L", (16, 16)), Image.new("RGB", (16, 16)), Image.new("RGB", (32, 8))]
-    size, channels = check_against(open_source(mixed), fitted)
+    size, channels = find_mismatches(open_source(mixed), fitted)
     assert "1 of 3" in size
     assert "16x16" in size
     assert "8x32" in size
     assert "2 of 3" in channels
     assert "luminance" in channels
-    (grey,) = check_against(open_source(mixed[:1]), Preprocessing((16, 16), 3, (16, 16)))
+    (grey,) = find_mismatches(open_source(mixed[:1]), Preprocessing((16, 16), 3, (16, 16)))
     assert "replicated" in grey
-    assert check_against(open_source(mixed[:1]), fitted) == []
+    assert find_mismatches(open_source(mixed[:1]), fitted) == []
     rgb = Preprocessing((16, 16), 3, (16, 16))
-    assert check_against(open_source(mixed[:1]), rgb, fitted_grey=True) == []
-    (colour,) = check_against(open_source(mixed[:2]), rgb, fitted_grey=True)
+    assert find_mismatches(open_source(mixed[:1]), rgb, fitted_grey=True) == []
+    (colour,) = find_mismatches(open_source(mixed[:2]), rgb, fitted_grey=True)
     assert "1 of 2" in colour
     assert "fitted ones were all grey" in colour

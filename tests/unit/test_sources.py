@@ -14,7 +14,7 @@ from PIL import Image
 
 from farout.core.errors import FaroutError, MissingExtraError, SourceError
 from farout.data import tables
-from farout.data.batching import batches
+from farout.data.batching import iterate_batches
 from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
 from image_files import encode, picture, pixels, write_folder, write_parquet
@@ -197,7 +197,7 @@ def test_a_broken_picture_is_one_unreadable_image():
     given = [picture(image) for image in pixels(3)]
     given[1].load = load
     source = open_source(given, policy="skip")
-    assert [batch.keys for batch in batches(source, Preprocessing((8, 8), 1, (8, 8)), 3)] == [("0", "2")]
+    assert [batch.keys for batch in iterate_batches(source, Preprocessing((8, 8), 1, (8, 8)), 3)] == [("0", "2")]
     assert "buffer of 4 bytes" in source.unreadable["1"]
 
 
@@ -327,7 +327,7 @@ def test_real_sets(data):
     colour = open_source("cifar10:test", limit=64)
     prepared = Preprocessing.for_source(colour)
     assert prepared.native == (32, 32)
-    (batch,) = batches(colour, prepared, 64)
+    (batch,) = iterate_batches(colour, prepared, 64)
     assert batch.images.shape == (64, 3, 32, 32)
     assert 0.2 < batch.images.mean() < 0.8
     assert len(open_source("textures:test")) == 480

@@ -11,7 +11,7 @@ from PIL import Image
 
 from farout.core.errors import FaroutError, ShortfallWarning, SourceError, UnreadableImageError
 from farout.data.sources import open_source
-from farout.data.splits import Split, calibration_size, split
+from farout.data.splits import Split, calibration_size, split_source
 from farout.detectors.reconstruction import Reconstruction
 from small import model, pictures
 
@@ -30,7 +30,7 @@ def disjoint(result: Split) -> bool:
 
 
 def test_counts_are_as_promised_and_parts_disjoint():
-    result = split(open_source(pixels(200)), statistics=30, train=True)
+    result = split_source(open_source(pixels(200)), statistics=30, train=True)
     assert len(result.calibration) == 40
     assert len(result.statistics) == 30
     assert len(result.training) == 130
@@ -40,7 +40,7 @@ def test_counts_are_as_promised_and_parts_disjoint():
 
 
 def test_statistics_get_the_rest_where_nothing_is_trained():
-    result = split(open_source(pixels(200)), statistics=30, train=False)
+    result = split_source(open_source(pixels(200)), statistics=30, train=False)
     assert (len(result.calibration), len(result.statistics), len(result.training)) == (40, 160, 0)
 
 
@@ -59,22 +59,22 @@ def test_impossible_alpha_is_refused(alpha):
 def test_the_split_follows_content_not_order():
     images = pixels(60)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
-    first = split(open_source(images), statistics=10, train=True)
-    second = split(open_source(images[order]), statistics=10, train=True)
+    first = split_source(open_source(images), statistics=10, train=True)
+    second = split_source(open_source(images[order]), statistics=10, train=True)
     for name in ("training", "statistics", "calibration"):
         assert {int(order[i]) for i in getattr(second, name)} == set(getattr(first, name))
 
 
 def test_the_seed_changes_the_split_and_repeats_it():
     source = open_source(pixels(60))
-    first = split(source, statistics=10, train=True, seed=0)
-    assert split(source, statistics=10, train=True, seed=0) == first
-    assert split(source, statistics=10, train=True, seed=1) != first
+    first = split_source(source, statistics=10, train=True, seed=0)
+    assert split_source(source, statistics=10, train=True, seed=0) == first
+    assert split_source(source, statistics=10, train=True, seed=1) != first
 
 
 def test_copies_never_stand_on_both_sides():
     images = pixels(50).repeat(2, 1, 1, 1)
-    result = split(open_source(images), statistics=10, train=True)
+    result = split_source(open_source(images), statistics=10, train=True)
     assert disjoint(result)
     assert set().union(*parts(result)) == set(range(100))
     for part in parts(result):
@@ -87,11 +87,11 @@ def test_folders_are_kept_whole(tmp_path):
         folder.mkdir(exist_ok=True)
         Image.fromarray(array).save(folder / f"{i:02}.png")
     source = open_source(tmp_path)
-    result = split(source, statistics=10, train=True, groups="folder")
+    result = split_source(source, statistics=10, train=True, groups="folder")
     owners = [{source.groups[i] for i in part} for part in parts(result)]
     assert all(owners)
     assert len(set().union(*owners)) == sum(map(len, owners))
-    plain = split(source, statistics=10, train=True)
+    plain = split_source(source, statistics=10, train=True)
     assert {source.groups[i] for i in plain.training} & {source.groups[i] for i in plain.calibration}
 
 
@@ -99,7 +99,7 @@ def test_given_groups_and_copies_chain_together():
     images = pixels(60)
     images[10] = images[0]  # joins group g0 with group g1
     names = [f"g{i // 10}" for i in range(60)]
-    result = split(open_source(images), statistics=5, train=True, groups=names)
+    result = split_source(open_source(images), statistics=5, train=True, groups=names)
     (home,) = [part for part in parts(result) if 0 in part]
     assert set(range(20)) <= home
 
@@ -107,11 +107,11 @@ def test_given_groups_and_copies_chain_together():
 def test_groups_of_another_length_or_kind_are_refused():
     source = open_source(pixels(10))
     with pytest.raises(SourceError, match="3 group names for 10 images"):
-        split(source, statistics=1, train=False, groups=["a", "b", "c"])
+        split_source(source, statistics=1, train=False, groups=["a", "b", "c"])
     with pytest.raises(SourceError, match="no folders"):
-        split(source, statistics=1, train=False, groups="folder")
+        split_source(source, statistics=1, train=False, groups="folder")
     with pytest.raises(SourceError, match="'label'"):
-        split(source, statistics=1, train=False, groups="label")
+        split_source(source, statistics=1, train=False, groups="label")
 
 
 def test_images_a_network_was_trained_on_are_left_out_with_their_copies():
@@ -119,20 +119,20 @@ def test_images_a_network_was_trained_on_are_left_out_with_their_copies():
     images[99] = images[0]
     source = open_source(images)
     trained = {source.content_hash(i) for i in range(40)}
-    result = split(source, statistics=10, train=False, exclude=trained)
+    result = split_source(source, statistics=10, train=False, exclude=trained)
     assert set().union(*parts(result)) == set(range(40, 99))
 
 
 def test_excluding_everything_is_an_error():
     source = open_source(pixels(20))
     with pytest.raises(SourceError, match=r"20 were left out .* --statistics N"):
-        split(source, statistics=1, train=False, exclude=[source.content_hash(i) for i in range(20)])
+        split_source(source, statistics=1, train=False, exclude=[source.content_hash(i) for i in range(20)])
 
 
 def test_a_shortfall_names_all_three_counts():
     source = open_source(pixels(30))
     with pytest.warns(ShortfallWarning, match="calibration 19 of 19, statistics 10 of 64, training 1 of 1"):
-        result = split(source, statistics=64, train=True)
+        result = split_source(source, statistics=64, train=True)
     assert disjoint(result)
 
 
@@ -141,9 +141,9 @@ def test_a_shortfall_says_what_is_left_of_images_that_a_network_has_seen():
     source = open_source(pixels(40))
     seen = [source.content_hash(i) for i in range(15)]
     with pytest.warns(ShortfallWarning, match=r"statistics 6 of 64.*; 15 were left out .* --statistics N"):
-        split(source, statistics=64, train=False, exclude=seen)
+        split_source(source, statistics=64, train=False, exclude=seen)
     with pytest.warns(ShortfallWarning, match=r"\(--statistics\)$"):
-        split(source, statistics=64, train=False)
+        split_source(source, statistics=64, train=False)
 
 
 @pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
@@ -157,24 +157,24 @@ def test_a_fit_whose_model_has_seen_nearly_all_images_says_how_to_train_it(tmp_p
 
 def test_a_very_small_set_still_gives_every_part_something():
     with pytest.warns(ShortfallWarning, match="calibration 1 of 19"):
-        result = split(open_source(pixels(3)), statistics=2, train=True)
+        result = split_source(open_source(pixels(3)), statistics=2, train=True)
     assert [len(part) for part in parts(result)] == [1, 1, 1]
 
 
 def test_too_little_training_warns():
     with pytest.warns(ShortfallWarning, match="training 0 of 1;"):
-        split(open_source(pixels(2)), alpha=0.5, statistics=1, train=True)
+        split_source(open_source(pixels(2)), alpha=0.5, statistics=1, train=True)
 
 
 def test_enough_images_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        split(open_source(pixels(100)), statistics=80, train=False)
+        split_source(open_source(pixels(100)), statistics=80, train=False)
 
 
 def test_one_image_cannot_be_split():
     with pytest.raises(SourceError, match="cannot be split"):
-        split(open_source(pixels(1)), statistics=1, train=False)
+        split_source(open_source(pixels(1)), statistics=1, train=False)
 
 
 def test_unreadable_images_follow_the_policy(tmp_path):
@@ -182,10 +182,10 @@ def test_unreadable_images_follow_the_policy(tmp_path):
         Image.fromarray(array).save(tmp_path / f"{i:02}.png")
     (tmp_path / "07.png").write_text("no image")
     with pytest.raises(UnreadableImageError, match=r"^07\.png: .*policy skip"):
-        split(open_source(tmp_path), statistics=10, train=False)
+        split_source(open_source(tmp_path), statistics=10, train=False)
     for policy in ("skip", "nan"):
         source = open_source(tmp_path, policy=policy)
-        result = split(source, statistics=10, train=False)
+        result = split_source(source, statistics=10, train=False)
         assert set().union(*parts(result)) == set(range(40)) - {7}
         assert list(source.unreadable) == ["07.png"]
 
@@ -193,13 +193,13 @@ def test_unreadable_images_follow_the_policy(tmp_path):
 def test_a_variant_is_split_like_its_source(tmp_path):
     for i, array in enumerate(pixels(40)[:, 0].numpy()):
         Image.fromarray(array).save(tmp_path / f"{i:02}.png")
-    plain = split(open_source(tmp_path), statistics=10, train=True)
-    assert split(open_source(f"{tmp_path}/@vflip"), statistics=10, train=True) == plain
+    plain = split_source(open_source(tmp_path), statistics=10, train=True)
+    assert split_source(open_source(f"{tmp_path}/@vflip"), statistics=10, train=True) == plain
 
 
 @pytest.mark.data
 def test_real_set_splits_by_content():
     source = open_source("mnist:train", limit=2000)
-    result = split(source, statistics=200, train=True)
+    result = split_source(source, statistics=200, train=True)
     assert disjoint(result)
     assert len(result.calibration) >= 400

@@ -30,14 +30,14 @@ def explain_missing(source: str, *, hub: bool = False) -> str | None:
 
     Raises SourceError for an unknown source.
     """
-    if catalog.on_this_machine(source):
+    if catalog.is_local(source):
         open_source(source)
         return None
-    spec = parse_spec(source, catalog.names())
-    entry = catalog.entry(spec.location) if spec.kind == "named" else None
+    spec = parse_spec(source, catalog.set_names())
+    entry = catalog.find_entry(spec.location) if spec.kind == "named" else None
     if spec.kind == "named" and (entry is None or spec.split not in entry.splits):
         open_source(source)  # raises an error that says what is wrong
-    if catalog.on_a_hub(source):
+    if catalog.needs_hub(source):
         return None if hub else f"{source} is not on this machine; --hub fetches it from the Hugging Face hub"
     assert entry is not None
     path = f"$FAROUT_DATA/{entry.name}/{spec.split}.parquet"
@@ -131,7 +131,7 @@ class ImageSets:
 
 def _present_classes(source: ImageSource) -> set[str]:
     """Names of the classes that have images; numbers are prefixed with the name of the set."""
-    names, location = source.class_names, parse_spec(source.name, catalog.names()).location
+    names, location = source.class_names, parse_spec(source.name, catalog.set_names()).location
     present = {
         str(names[label]) if names and 0 <= label < len(names) else str(label) for label in set(source.labels or ())
     }

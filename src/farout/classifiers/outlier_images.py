@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 
 from farout.core import progress, store
 from farout.core.errors import FaroutError, SourceError, TrapWarning
-from farout.data.classes import class_numbers
+from farout.data.classes import encode_classes
 from farout.data.image_source import ImageSource
-from farout.data.indices import some_readable
+from farout.data.indices import require_readable_indices
 from farout.data.preprocessing import Kernel, Preprocessing
-from farout.data.sources import open_source, spec_of
+from farout.data.sources import open_source, parse_source
 from farout.training.data_order import DataOrder, seed_of
 
 __all__ = [
@@ -67,13 +67,13 @@ def open_outliers(
             raise SourceError(f"{images} holds no image yet; run the same command with --resume to generate them")
     # Decoded pixels are not cached: OutlierImages keeps the prepared ones, which are smaller.
     source = open_source(images, limit=limit, seed=seed, policy=policy, memory_mib=0)
-    readable = some_readable(source)
+    readable = require_readable_indices(source)
     return source if len(readable) == len(source) else source.subset(readable)
 
 
 def _synthetic_folder(images: str | Path) -> Path | None:
     """The folder written by farout that a source names, directly or by its subfolder `images`; None for others."""
-    spec = spec_of(images)
+    spec = parse_source(images)
     path = Path(spec.location).expanduser()
     folders = (path, path.parent) if path.name == "images" else (path,)
     return next((each for each in folders if spec.kind == "path" and store.kind_of(each) in get_args(Kind)), None)
@@ -219,7 +219,7 @@ class Reconstructions(Dataset[tuple[Tensor, Tensor]]):
     def __init__(
         self, source: ImageSource, class_names: Sequence[str], preprocessing: Preprocessing, resize: Resize = "both"
     ) -> None:
-        self.labels = class_numbers(source, class_names)
+        self.labels = encode_classes(source, class_names)
         self.images = OutlierImages(source, preprocessing, resize)
 
     def __len__(self) -> int:

@@ -22,17 +22,17 @@ from farout.core.devices import Precision, is_main_process, resolve_precision
 from farout.core.errors import FaroutError
 from farout.core.progress import task
 from farout.core.runtime import Runtime
-from farout.data.batching import PreparedImages, batches
+from farout.data.batching import PreparedImages, iterate_batches
 from farout.data.classes import (
     LabelledImages,
     check_no_class_is_empty,
     class_names_of,
-    class_numbers,
+    encode_classes,
     labelled_fingerprint,
 )
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
-from farout.data.splits import learnt_and_validating, log_split, split
+from farout.data.splits import log_split, split_off_validation, split_source
 from farout.training.checkpoints import discard_checkpoints, training_folder
 from farout.training.loop import TrainingConfig, train
 
@@ -75,7 +75,7 @@ def train_on_source(
         StoreError: for weights that do not fit.
     """
     names = class_names_of(source) if class_names is None else class_names
-    labels = class_numbers(source, names)
+    labels = encode_classes(source, names)
     check_no_class_is_empty(labels, names)
     all_names = (*names, *exposure_data.added_classes)
     classifier, origin = _build_classifier(source, config, all_names, weights, training.seed, directions)
@@ -83,7 +83,7 @@ def train_on_source(
 
     hashes = [source.content_hash(i) for i in range(len(source))]
     dataset = LabelledImages(PreparedImages(source, classifier.preprocessing), labels)
-    training_set, validation_set = learnt_and_validating(dataset, hashes, validate=training.validate_every > 0)
+    training_set, validation_set = split_off_validation(dataset, hashes, validate=training.validate_every > 0)
     indices = training_set.indices if isinstance(training_set, Subset) else range(len(source))
     keys = [source.keys[i] for i in indices]
 
@@ -157,12 +157,12 @@ def measure_accuracy(classifier: Classifier, source: ImageSource, precision: Pre
     Raises:
         FaroutError: for images without labels or of other classes, and if no image can be read.
     """
-    labels = class_numbers(source, classifier.class_names[: count_known_classes(classifier)])
+    labels = encode_classes(source, classifier.class_names[: count_known_classes(classifier)])
     is_correct: list[bool] = []
     preprocessing = classifier.preprocessing
     batch_size = Runtime(str(classifier.device)).images_per_batch((preprocessing.channels, *preprocessing.size))
     with task(f"accuracy on {source.name}", len(source)) as bar:
-        for batch in batches(source, preprocessing, batch_size):
+        for batch in iterate_batches(source, preprocessing, batch_size):
             if batch.keys:
                 predicted = classifier.outputs(batch.images, precision=precision).logits.argmax(1).cpu()
                 is_correct += (predicted == labels[list(batch.indices)]).tolist()
@@ -241,7 +241,7 @@ def train_classifier(
     )
     images = open_source(source, limit=limit, seed=seed, policy=policy)
     class_names = class_names_of(images)
-    parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
+    parts = split_source(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
     log_split(images, parts)
     settings = replace(training, seed=seed)
     folder = training_folder(out)

@@ -217,7 +217,7 @@ def _check_step(step: ChainStep, outs: Sequence[str]) -> None:
             # what is on a hub is checked by the command itself
             if key in _FILE_SETTINGS and not value.startswith("hf://") and not Path(value).exists():
                 raise FaroutError(f"{key} is {value!r}, which neither exists nor is the out of an earlier step")
-            if key in _IMAGE_SETTINGS and not catalog.on_a_hub(value):
+            if key in _IMAGE_SETTINGS and not catalog.needs_hub(value):
                 open_source(value)
     except FaroutError as error:
         raise FaroutError(f"{step}: {error}") from error

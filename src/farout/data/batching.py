@@ -17,7 +17,7 @@ from farout.core.errors import SourceError, UnreadableImageError
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 
-__all__ = ["Batch", "PreparedImages", "ahead", "batches"]
+__all__ = ["Batch", "PreparedImages", "iterate_batches", "prefetch"]
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class Batch:
         return self.hashes or self.keys
 
 
-def batches(
+def iterate_batches(
     source: ImageSource, preprocessing: Preprocessing, size: int, *, start: int = 0, workers: int = 2
 ) -> Iterator[Batch]:
     """Yields the source in order, one Batch per chunk of `size` source positions.
@@ -57,14 +57,14 @@ def batches(
     edges = sorted({start, *range(start - start % size + size, len(source), size), len(source)})
     spans = [range(a, b) for a, b in pairwise(edges) if a >= start]
     loads: list[Callable[[], Batch]] = [_loader(source, preprocessing, span) for span in spans]
-    return ahead(loads, workers)
+    return prefetch(loads, workers)
 
 
 def _loader(source: ImageSource, preprocessing: Preprocessing, span: range) -> Callable[[], Batch]:
     return lambda: _load(source, preprocessing, span)
 
 
-def ahead(loads: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
+def prefetch(loads: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
     """Results in order, computed by `workers` threads (0: none) with at most `workers` + 1 of them waiting."""
     if not workers:
         yield from (load() for load in loads)

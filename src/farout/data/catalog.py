@@ -12,21 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from farout.data.source_spec import Spec, parse_spec
+from farout.data.source_spec import SourceSpec, parse_spec
 
 __all__ = [
     "FAR",
     "NEAR",
     "SetEntry",
-    "entry",
+    "find_entry",
     "find_local",
-    "group",
+    "is_local",
     "list_sets",
     "local_splits",
-    "names",
-    "on_a_hub",
-    "on_this_machine",
-    "role",
+    "needs_hub",
+    "ood_group",
+    "ood_role",
+    "set_names",
 ]
 
 SAMPLE = Path(__file__).parent.parent / "sample"
@@ -208,36 +208,36 @@ FAR: Mapping[str, tuple[str, ...]] = {
 _DEV_VARIANTS = frozenset({"rot90", "rot180", "rot270", "blur", "contrast", "noise", "patch"})
 
 
-def names() -> frozenset[str]:
+def set_names() -> frozenset[str]:
     """Names of all sets in the table."""
     return frozenset(_TABLE)
 
 
-def entry(name: str) -> SetEntry | None:
+def find_entry(name: str) -> SetEntry | None:
     """The row of a set, or None."""
     return _TABLE.get(name)
 
 
-def role(id_name: str, ood_spec: str) -> Literal["dev", "test"]:
+def ood_role(id_name: str, ood_spec: str) -> Literal["dev", "test"]:
     """Whether choices may be made on an OOD source: `dev`, or `test` for reporting only.
 
     Rotations, blur, contrast, noise and pasted patches of the in-distribution TRAINING images are dev; flips (papers
     report them), held-out classes, the same corruptions of test images, and all other sets are test.
     """
-    inlier, outlier = parse_spec(id_name, names()), parse_spec(ood_spec, names())
+    inlier, outlier = parse_spec(id_name, set_names()), parse_spec(ood_spec, set_names())
     same = (inlier.kind, inlier.location) == (outlier.kind, outlier.location)
     training = outlier.kind == "path" or outlier.split == "train"
     return "dev" if same and training and outlier.variant in _DEV_VARIANTS and _within(inlier, outlier) else "test"
 
 
-def _within(inlier: Spec, outlier: Spec) -> bool:
+def _within(inlier: SourceSpec, outlier: SourceSpec) -> bool:
     """False where the outliers are of other classes than the training images: held-out classes are for tests."""
     return not inlier.classes or inlier.classes == outlier.classes
 
 
-def group(id_name: str, ood_name: str) -> Literal["near", "far", ""]:
+def ood_group(id_name: str, ood_name: str) -> Literal["near", "far", ""]:
     """OpenOOD's group of an OOD set (names or specs); `near` for other classes of the same set; "" for no group."""
-    inlier, outlier = parse_spec(id_name, names()), parse_spec(ood_name, names())
+    inlier, outlier = parse_spec(id_name, set_names()), parse_spec(ood_name, set_names())
     if inlier.location == outlier.location:
         return "near" if outlier.variant is None and outlier.classes and outlier.classes != inlier.classes else ""
     if outlier.location in NEAR.get(inlier.location, ()):
@@ -258,16 +258,16 @@ def find_local(name: str, split: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def on_this_machine(source: str) -> bool:
+def is_local(source: str) -> bool:
     """Whether a source is a path, or a named set that lies here: no hub is asked for it."""
-    spec = parse_spec(source, names())
+    spec = parse_spec(source, set_names())
     return spec.kind == "path" or (spec.kind == "named" and find_local(spec.location, spec.split) is not None)
 
 
-def on_a_hub(source: str) -> bool:
+def needs_hub(source: str) -> bool:
     """Whether a hub is to be asked for a source: it is not here, and the hub's own or a split that the hub has."""
-    spec = parse_spec(source, names())
-    known = entry(spec.location) if spec.kind == "named" and not on_this_machine(source) else None
+    spec = parse_spec(source, set_names())
+    known = find_entry(spec.location) if spec.kind == "named" and not is_local(source) else None
     return spec.kind == "hub" or (known is not None and known.hub is not None and spec.split in known.splits)
 
 

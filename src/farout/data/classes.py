@@ -19,13 +19,13 @@ __all__ = [
     "check_no_class_is_empty",
     "class_name",
     "class_names_of",
-    "class_numbers",
+    "encode_classes",
     "labelled_fingerprint",
-    "names_of",
+    "present_class_names",
 ]
 
 
-def names_of(source: ImageSource) -> tuple[str, ...]:
+def present_class_names(source: ImageSource) -> tuple[str, ...]:
     """Names of the classes that occur in `source`, in the order of their labels; none where there are no labels."""
     return tuple(class_name(source, label) for label in sorted(set(source.labels or ())))
 
@@ -33,7 +33,7 @@ def names_of(source: ImageSource) -> tuple[str, ...]:
 def class_names_of(source: ImageSource) -> tuple[str, ...]:
     """`names_of` for what learns to tell classes apart; raises SourceError where there are no labels, or one class."""
     _labels(source)
-    names = names_of(source)
+    names = present_class_names(source)
     if len(names) < 2:
         raise SourceError(
             f"all images of {source.name} are of one class ({', '.join(names)}); classes require two or more"
@@ -41,7 +41,7 @@ def class_names_of(source: ImageSource) -> tuple[str, ...]:
     return names
 
 
-def class_numbers(source: ImageSource, names: Sequence[str]) -> Tensor:
+def encode_classes(source: ImageSource, names: Sequence[str]) -> Tensor:
     """The class of each image of `source` as its position in `names`, int64 (N,).
 
     Raises SourceError where there are no labels, or a class that is not among the names.

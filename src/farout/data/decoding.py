@@ -31,7 +31,7 @@ from torch import Tensor
 from farout.core import store
 from farout.core.errors import FaroutError, SourceError, UnreadableImageError
 
-__all__ = ["content_hash", "decode", "from_pil", "quantised", "reading", "save_png", "to_pil", "to_uint8"]
+__all__ = ["content_hash", "decode", "from_pil", "quantize", "save_png", "to_pil", "to_uint8", "unreadable_errors"]
 
 _BROKEN = (
     OSError,  # also PIL's UnidentifiedImageError and truncated files
@@ -56,13 +56,13 @@ def decode(data: bytes, key: str) -> Tensor:
     """
     if not data:
         raise UnreadableImageError(f"{key}: the file is empty")
-    with reading(key), Image.open(io.BytesIO(data)) as image:
+    with unreadable_errors(key), Image.open(io.BytesIO(data)) as image:
         image.load()
         return from_pil(image)
 
 
 @contextmanager
-def reading(key: str) -> Iterator[None]:
+def unreadable_errors(key: str) -> Iterator[None]:
     """Whatever Pillow raises inside for broken data is an UnreadableImageError that starts with `key`."""
     try:
         yield
@@ -115,7 +115,7 @@ def _grey_to_8_bits(values: np.ndarray) -> np.ndarray:
 def to_pil(image: Tensor) -> Image.Image:
     """Converts `(C, H, W)`, C in {1, 3}, uint8 or floats as `quantised` takes them, to a PIL image of mode L or RGB."""
     if image.is_floating_point():
-        image = quantised(image)
+        image = quantize(image)
     if image.shape[0] == 1:
         return Image.fromarray(image[0].numpy())
     return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
@@ -133,7 +133,7 @@ def save_png(picture: Image.Image | Tensor, path: Path, working: Path | None = N
         picture.save(temporary, format="PNG")
 
 
-def quantised(images: Tensor) -> Tensor:
+def quantize(images: Tensor) -> Tensor:
     """Floats in [0, 1] as uint8, round(255 * value); values beyond are clipped."""
     return (images * 255).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -153,7 +153,7 @@ def to_uint8(images: Tensor, what: str = "images") -> Tensor:
         raise SourceError(f"{what} have type {images.dtype}, expected uint8 or floats in [0, 1]")
     if images.numel():
         _check_range(images, what)
-    return quantised(images.float())
+    return quantize(images.float())
 
 
 def _check_range(images: Tensor, what: str) -> None:

@@ -192,7 +192,7 @@ class ImageSource(Dataset[Tensor]):
         view._select([self._places[i] for i in indices])
         return view
 
-    def whole(self) -> ImageSource:
+    def full_source(self) -> ImageSource:
         """All images of the set that these are of, whatever a class filter, a sample or `subset` has left out."""
         view = self.subset(())
         view._select(range(len(self._store.listing.keys)))

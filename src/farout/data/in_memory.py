@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from farout.core.errors import SourceError, UnreadableImageError
-from farout.data.decoding import from_pil, reading, to_uint8
+from farout.data.decoding import from_pil, to_uint8, unreadable_errors
 from farout.data.file_listing import Listing, encode_labels, index_keys
 
-__all__ = ["list_dataset", "list_pictures"]
+__all__ = ["list_dataset", "list_pil_images"]
 
 
 class _Pictures:
@@ -28,7 +28,7 @@ class _Pictures:
         return _convert(self._pictures[index], str(index))
 
 
-def list_pictures(pictures: Sequence[object]) -> Listing:
+def list_pil_images(pictures: Sequence[object]) -> Listing:
     """Lists PIL images; raises SourceError when the sequence is empty or holds anything else."""
     if not pictures:
         raise SourceError("the list of images is empty; give at least one PIL image")
@@ -42,7 +42,7 @@ def list_pictures(pictures: Sequence[object]) -> Listing:
 def _convert(image: object, key: str) -> Tensor:
     """One item as uint8 `(C, H, W)`; a wrong type or range is the caller's mistake, not an unreadable image."""
     if isinstance(image, Image.Image):
-        with reading(key):
+        with unreadable_errors(key):
             return from_pil(image)
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(np.ascontiguousarray(image))

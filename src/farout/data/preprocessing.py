@@ -22,7 +22,7 @@ from farout.core.errors import FaroutError, SourceError, TrapWarning
 from farout.data.decoding import to_pil
 from farout.data.image_source import ImageSource
 
-__all__ = ["Kernel", "Preprocessing", "Protocol", "ValueRange", "all_grey", "check_against"]
+__all__ = ["Kernel", "Preprocessing", "Protocol", "ValueRange", "find_mismatches", "is_all_gray"]
 
 Protocol = Literal["native", "direct", "common"]
 ValueRange = Literal["fixed", "minmax"]
@@ -214,7 +214,7 @@ def _min_max(pixels: Tensor) -> Tensor:
     return (pixels.float() - low) / (high - low).clamp(min=1)
 
 
-def check_against(
+def find_mismatches(
     source: ImageSource, preprocessing: Preprocessing, sample: int = 64, *, fitted_grey: bool = False
 ) -> list[str]:
     """Traps of scoring `source` with a model of this preprocessing, as sentences with counts; empty when there is none.
@@ -248,7 +248,7 @@ def _size_trap(shapes: Counter[tuple[int, int, int]], preprocessing: Preprocessi
     return sizes.total(), text
 
 
-def all_grey(source: ImageSource, sample: int = 64) -> bool:
+def is_all_gray(source: ImageSource, sample: int = 64) -> bool:
     """Whether up to `sample` images, evenly spaced, have one channel each."""
     return all(shape[0] == 1 for shape in source.shapes(sample))
 

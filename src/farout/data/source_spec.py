@@ -17,7 +17,7 @@ from typing import Literal
 
 from farout.core.errors import SourceError
 
-__all__ = ["DEFAULT_STRENGTHS", "Spec", "parse_spec"]
+__all__ = ["DEFAULT_STRENGTHS", "SourceSpec", "parse_spec"]
 
 Kind = Literal["named", "path", "hub"]
 
@@ -39,7 +39,7 @@ _WILD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
-class Spec:
+class SourceSpec:
     """A parsed source: `kind` and `location` (set name, path, or hub id), `split` ("" for paths), and modifiers."""
 
     text: str
@@ -51,7 +51,7 @@ class Spec:
     classes: tuple[str, ...] = ()
 
 
-def parse_spec(text: str, known: frozenset[str] = frozenset()) -> Spec:
+def parse_spec(text: str, known: frozenset[str] = frozenset()) -> SourceSpec:
     """Parses a source string; `known` are the names of the named sets.
 
     Raises SourceError for an empty string, an unknown modifier or strength, more than one variant, and for a name
@@ -62,7 +62,7 @@ def parse_spec(text: str, known: frozenset[str] = frozenset()) -> Spec:
     head, modifiers = _cut_modifiers(text)
     variant, strength, classes = _parse_modifiers(modifiers, text)
     kind, location, split = _place(head, known)
-    return Spec(text, kind, location, split, variant, strength, classes)
+    return SourceSpec(text, kind, location, split, variant, strength, classes)
 
 
 def _exists(text: str) -> bool:

@@ -20,12 +20,12 @@ from farout.core.errors import SourceError
 from farout.data import catalog
 from farout.data.file_listing import Listing
 from farout.data.image_source import ImageSource, Policy, check_policy
-from farout.data.in_memory import list_dataset, list_pictures
+from farout.data.in_memory import list_dataset, list_pil_images
 from farout.data.readers import list_array, list_path
-from farout.data.source_spec import Spec, parse_spec
+from farout.data.source_spec import SourceSpec, parse_spec
 from farout.data.tables import list_hub, list_parquet
 
-__all__ = ["Images", "open_source", "spec_of"]
+__all__ = ["Images", "open_source", "parse_source"]
 
 Images: TypeAlias = str | Path | ImageSource | Dataset[Any] | Sequence[Image.Image] | Tensor | np.ndarray
 """Everything that `open_source` takes."""
@@ -71,20 +71,20 @@ def _list_objects(images: object) -> Listing:
     if isinstance(images, Dataset):
         return list_dataset(images)
     if isinstance(images, list | tuple):
-        return list_pictures(images)
+        return list_pil_images(images)
     expected = "a spec string, a Path, a Dataset, a list of PIL images, or a tensor (B, C, H, W)"
     raise SourceError(f"cannot read images from a {type(images).__name__}; expected {expected}")
 
 
-def spec_of(text: str | Path) -> Spec:
+def parse_source(text: str | Path) -> SourceSpec:
     """What `open_source` reads in a text; `Path("x")` means the path, also where a named set is called x."""
     if isinstance(text, Path):
         return parse_spec(text.as_posix() if "/" in text.as_posix() else f"./{text}")
-    return parse_spec(text, catalog.names())
+    return parse_spec(text, catalog.set_names())
 
 
 def _open_spec(text: str | Path, policy: Policy, memory_mib: int) -> ImageSource:
-    spec = spec_of(text)
+    spec = parse_source(text)
     listing = _list_spec(spec)
     source = ImageSource(
         str(text), listing, policy=policy, variant=spec.variant, strength=spec.strength, memory_mib=memory_mib
@@ -92,7 +92,7 @@ def _open_spec(text: str | Path, policy: Policy, memory_mib: int) -> ImageSource
     return source.subset(_of_classes(listing, spec)) if spec.classes else source
 
 
-def _list_spec(spec: Spec) -> Listing:
+def _list_spec(spec: SourceSpec) -> Listing:
     if spec.kind == "path":
         return list_path(spec.location)
     if spec.kind == "hub":
@@ -100,7 +100,7 @@ def _list_spec(spec: Spec) -> Listing:
     local = catalog.find_local(spec.location, spec.split)
     if local is not None:
         return list_parquet(local)
-    known = catalog.entry(spec.location)
+    known = catalog.find_entry(spec.location)
     if known is None:
         raise SourceError(_unknown_set(spec))
     if known.hub is None or spec.split not in known.splits:
@@ -108,8 +108,8 @@ def _list_spec(spec: Spec) -> Listing:
     return list_hub(known.hub, known.splits[spec.split], known.image_column, known.label_column)
 
 
-def _unknown_set(spec: Spec) -> str:
-    near = difflib.get_close_matches(spec.location, sorted(catalog.names()), n=4, cutoff=0.5)
+def _unknown_set(spec: SourceSpec) -> str:
+    near = difflib.get_close_matches(spec.location, sorted(catalog.set_names()), n=4, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}" if near else "see farout list sets"
     splits = catalog.local_splits(spec.location)
     if splits:
@@ -117,7 +117,7 @@ def _unknown_set(spec: Spec) -> str:
     return f"{spec.text!r} is neither a path that exists nor a known set; {hint}? A folder is written ./{spec.location}"
 
 
-def _absent_set(spec: Spec, known: catalog.SetEntry) -> str:
+def _absent_set(spec: SourceSpec, known: catalog.SetEntry) -> str:
     here = catalog.local_splits(spec.location)
     if here or (known.hub and spec.split not in known.splits):
         splits = ", ".join(dict.fromkeys((*here, *(known.splits if known.hub else ()))))
@@ -128,7 +128,7 @@ def _absent_set(spec: Spec, known: catalog.SetEntry) -> str:
     )
 
 
-def _of_classes(listing: Listing, spec: Spec) -> list[int]:
+def _of_classes(listing: Listing, spec: SourceSpec) -> list[int]:
     """Places of the images whose class the filter names: by class name first, then by label number."""
     if listing.labels is None:
         raise SourceError(f"{spec.text!r} filters classes, but {spec.location} has no labels")
@@ -139,7 +139,7 @@ def _of_classes(listing: Listing, spec: Spec) -> list[int]:
     return chosen
 
 
-def _class_labels(token: str, listing: Listing, spec: Spec) -> list[int]:
+def _class_labels(token: str, listing: Listing, spec: SourceSpec) -> list[int]:
     names = listing.class_names or ()
     first, dash, last = token.partition("-")
     if token not in names and dash and first.isdigit() and last.isdigit():

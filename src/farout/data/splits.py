@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Subset
 from farout.core.errors import ShortfallWarning, SourceError
 from farout.data.image_source import ImageSource
 
-__all__ = ["Groups", "Split", "calibration_size", "learnt_and_validating", "log_split", "seen_hint", "split"]
+__all__ = ["Groups", "Split", "calibration_size", "exclusion_hint", "log_split", "split_off_validation", "split_source"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def calibration_size(count: int, alpha: float) -> int:
     return max(math.ceil(count / 5), math.ceil(round(1 / alpha, 9)) - 1)
 
 
-def seen_hint(seen: int) -> str:
+def exclusion_hint(seen: int) -> str:
     """What to do where `seen` images were left out because a network was trained on them; empty for none."""
     return (
         f"; {seen} were left out because a network was trained on them: give images that it has not seen, or train it "
@@ -52,7 +52,7 @@ def seen_hint(seen: int) -> str:
     ) * bool(seen)
 
 
-def split(
+def split_source(
     source: ImageSource,
     *,
     alpha: float = 0.05,
@@ -102,7 +102,7 @@ def log_split(source: ImageSource, parts: Split) -> None:
     logger.info("%s: %d images split into %s", source.name, sum(counts.values()), text)
 
 
-def learnt_and_validating(data: Dataset, hashes: Sequence[str], *, validate: bool) -> tuple[Dataset, Dataset | None]:
+def split_off_validation(data: Dataset, hashes: Sequence[str], *, validate: bool) -> tuple[Dataset, Dataset | None]:
     """Of training data with the content hash of each item, what is learnt from, and what validates: with `validate` the
     last twentieth by hash, else nothing. Raises SourceError where that is none of them.
     """
@@ -175,7 +175,7 @@ def _warn_shortfall(result: Split, wishes: tuple[int, int, int], name: str, seen
     told = ", ".join(f"{part} {count} of {wish}" for part, count, wish in parts)
     warnings.warn(
         f"{name} has too few images for every part: {told}; give more images, a larger alpha, or "
-        f"fewer wanted statistics (--statistics){seen_hint(seen)}",
+        f"fewer wanted statistics (--statistics){exclusion_hint(seen)}",
         ShortfallWarning,
         stacklevel=3,
     )
@@ -184,5 +184,5 @@ def _warn_shortfall(result: Split, wishes: tuple[int, int, int], name: str, seen
 def _impossible(name: str, total: int, kept: int, seen: int, wishes: tuple[int, int, int]) -> str:
     return (
         f"{name} cannot be split: {total} images leave {kept} distinct images or groups; expected at least 2, better "
-        f"{wishes[0]} for calibration and {wishes[1]} for statistics{seen_hint(seen)}"
+        f"{wishes[0]} for calibration and {wishes[1]} for statistics{exclusion_hint(seen)}"
     )

@@ -13,10 +13,10 @@ from farout.core.errors import FaroutError, ShortfallWarning, TrapWarning
 from farout.core.progress import task
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
-from farout.data.preprocessing import Preprocessing, all_grey
+from farout.data.preprocessing import Preprocessing, is_all_gray
 from farout.data.source_spec import parse_spec
 from farout.data.sources import open_source
-from farout.data.splits import Split, calibration_size, log_split, seen_hint, split
+from farout.data.splits import Split, calibration_size, exclusion_hint, log_split, split_source
 from farout.detectors.calibration import calibrate, check_alpha, check_fitted
 from farout.detectors.fit_settings import FitSettings
 from farout.detectors.interface import DetectorInterface
@@ -103,7 +103,7 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
         "source": source_spec(images),
         "limit": settings.limit,
         "data_fingerprint": source.fingerprint(),
-        "grey": all_grey(source),
+        "grey": is_all_gray(source),
         "images": {
             "training": len(training_images),
             "statistics": len(statistics_images),
@@ -247,7 +247,7 @@ def _split_source(detector: DetectorInterface, source: ImageSource, settings: Fi
         remaining = len(source) - calibration_size(len(source), alpha)
         count = min(count, max(2, remaining // 2))
     seen = detector.trained_on
-    parts = split(
+    parts = split_source(
         source,
         alpha=alpha,
         statistics=count,
@@ -260,7 +260,7 @@ def _split_source(detector: DetectorInterface, source: ImageSource, settings: Fi
         counts = (
             f"calibration at alpha {alpha} takes {len(parts.calibration)}, the statistics get {len(parts.statistics)}"
         )
-        hint = seen_hint(sum(content in seen for content in source.content_hashes()))
+        hint = exclusion_hint(sum(content in seen for content in source.content_hashes()))
         raise FaroutError(f"{len(source)} images are too few: {counts}; give more images or a larger alpha{hint}")
     if requirements.more_statistics:
         return parts

@@ -15,7 +15,7 @@ from farout.core.config import Configured
 from farout.core.devices import Precision
 from farout.core.errors import FaroutError
 from farout.core.runtime import Runtime
-from farout.data.batching import Batch, batches
+from farout.data.batching import Batch, iterate_batches
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing, Protocol
 from farout.detectors.declarations import HeatMaps, Requirements
@@ -164,7 +164,7 @@ class DetectorInterface(Configured, ABC):
 
     def load_batches(self, source: ImageSource) -> Iterator[Batch]:
         """Load `batch_size` images at a time for `measure`; unreadable images are missing in their batch."""
-        return batches(source, self.preprocessing, self.batch_size, workers=self.runtime.workers)
+        return iterate_batches(source, self.preprocessing, self.batch_size, workers=self.runtime.workers)
 
     @property
     def evaluations(self) -> int:

@@ -18,13 +18,13 @@ from farout.data.batching import PreparedImages
 from farout.data.classes import (
     LabelledImages,
     check_no_class_is_empty,
-    class_numbers,
+    encode_classes,
     labelled_fingerprint,
 )
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
-from farout.data.splits import learnt_and_validating, log_split, split
+from farout.data.splits import log_split, split_off_validation, split_source
 from farout.diffusion import diffusers_folders as folders
 from farout.diffusion.conditioning.base import Condition, Conditioning
 from farout.diffusion.config import DiffusionConfig
@@ -184,7 +184,7 @@ def _told(conditioning: Conditioning, labels: Tensor, objective: Objective, gene
 
 def _prepare(source: ImageSource, model: DiffusionModel, *, validate: bool) -> _Data:
     names = None if model.conditioning is None else model.conditioning.class_names
-    numbers = None if names is None else class_numbers(source, names)  # first: it may refuse the source
+    numbers = None if names is None else encode_classes(source, names)  # first: it may refuse the source
     if numbers is not None:
         check_no_class_is_empty(numbers, names or ())
     hashes = [source.content_hash(i) for i in range(len(source))]
@@ -193,7 +193,7 @@ def _prepare(source: ImageSource, model: DiffusionModel, *, validate: bool) -> _
     if model.autoencoder is not None:
         latents = _latents(images, len(source), model)
         prepared = TensorDataset(latents) if numbers is None else TensorDataset(latents, numbers)
-    training, validation = learnt_and_validating(prepared, hashes, validate=validate)
+    training, validation = split_off_validation(prepared, hashes, validate=validate)
     fingerprint = source.fingerprint() if numbers is None else labelled_fingerprint(source, names or (), numbers)
     return _Data(training, validation, fingerprint, hashes)
 
@@ -250,7 +250,7 @@ def train_diffusion(
     inner = None if autoencoder is None else folders.read_autoencoder(Path(autoencoder))
     fresh = build_model(model, model.preprocess(images), inner, model.class_names(images))
     _check_objective(fresh, model.objective)
-    parts = split(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
+    parts = split_source(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
     log_split(images, parts)
     settings = replace(training, seed=seed)
     folder = training_folder(out)

@@ -22,10 +22,10 @@ from farout.core.chunking import BatchSize
 from farout.core.devices import PrecisionChoice
 from farout.core.errors import FaroutError, MissingExtraError, StoreError, TrapWarning
 from farout.core.runtime import Runtime
-from farout.data.batching import batches
-from farout.data.decoding import quantised
+from farout.data.batching import iterate_batches
+from farout.data.decoding import quantize
 from farout.data.image_source import ImageSource
-from farout.data.preprocessing import Preprocessing, check_against
+from farout.data.preprocessing import Preprocessing, find_mismatches
 from farout.data.sources import Images, open_source
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
@@ -235,8 +235,8 @@ def _inception(reference: ImageSource, runtime: Runtime) -> Reader:
 
     def features(source: ImageSource) -> Iterator[Tensor]:
         size = runtime.images_per_batch((3, _INCEPTION_SIDE, _INCEPTION_SIDE))
-        for batch in batches(source, native, size, workers=runtime.workers):
-            pixels = quantised(batch.images).to(runtime.device)
+        for batch in iterate_batches(source, native, size, workers=runtime.workers):
+            pixels = quantize(batch.images).to(runtime.device)
             yield network(pixels).reshape(len(pixels), -1).float().cpu()
 
     return lambda source: _read(source, native, features(source))
@@ -244,7 +244,7 @@ def _inception(reference: ImageSource, runtime: Runtime) -> Reader:
 
 def _read(source: ImageSource, preprocessing: Preprocessing, features: Iterator[Tensor]) -> np.ndarray:
     """All features (N, D), with progress; warns of images of another native size."""
-    for trap in check_against(source, preprocessing):
+    for trap in find_mismatches(source, preprocessing):
         # every image is seen in colour here, grey ones included: nothing is lost
         if "native size" in trap:
             warnings.warn(trap, TrapWarning, stacklevel=5)

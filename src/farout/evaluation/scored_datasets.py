@@ -63,8 +63,8 @@ def dataset_columns(id_name: str, ood_name: str) -> dict[str, str]:
     return {
         "id": id_name,
         "ood": ood_name,
-        "group": catalog.group(id_name, ood_name),
-        "role": catalog.role(id_name, ood_name),
+        "group": catalog.ood_group(id_name, ood_name),
+        "role": catalog.ood_role(id_name, ood_name),
     }
 
 

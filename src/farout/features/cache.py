@@ -27,7 +27,7 @@ from torch import Tensor
 
 from farout.core import store
 from farout.core.errors import StoreError, UnreadableImageError
-from farout.data.batching import Batch, ahead
+from farout.data.batching import Batch, prefetch
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 
@@ -125,7 +125,7 @@ class FeatureCache:
     def batches(
         self, source: ImageSource, preprocessing: Preprocessing, size: int, workers: int, compute: Compute, chunk: int
     ) -> Iterator[Batch]:
-        """As `farout.data.batches`, with `features` in place of the images, which stay empty; what the cache lacks is
+        """As `iterate_batches`, with `features` in place of the images, which stay empty; what the cache lacks is
         computed, `chunk` images a call, while `workers` threads read and prepare the next ones.
 
         An image that occurs twice is computed once. Calls follow the order of the source, so that a run that was
@@ -134,7 +134,7 @@ class FeatureCache:
         self._refresh()
         parts = [range(i, min(i + size, len(source))) for i in range(0, len(source), size)]
         spans = [part[i : i + chunk] for part in parts for i in range(0, len(part), chunk)]
-        pieces = ahead([partial(self._look_up, source, preprocessing, span) for span in spans], workers)
+        pieces = prefetch([partial(self._look_up, source, preprocessing, span) for span in spans], workers)
         try:
             for part in parts:
                 names, fresh = self._computed(islice(pieces, -(-len(part) // chunk)), compute, chunk)

@@ -14,7 +14,7 @@ from farout.core.chunking import BatchSize
 from farout.core.devices import PrecisionChoice, resolve_device, resolve_precision
 from farout.core.errors import FaroutError, SourceError
 from farout.core.runtime import Runtime
-from farout.data.batching import batches
+from farout.data.batching import iterate_batches
 from farout.data.decoding import save_png
 from farout.data.image_source import ImageSource
 from farout.data.sources import Images, open_source
@@ -138,7 +138,7 @@ def _interpolate_pairs(
     rows_per_image = len(interpolator.levels)
     pairs = max(1, runtime.images_per_batch((prepared.channels, *prepared.size), rows_per_image) // 2)
     with progress.task("interpolating", len(paired) // 2, unit="pairs", item="pairs") as bar:
-        for batch in batches(paired, prepared, 2 * pairs, workers=runtime.workers):
+        for batch in iterate_batches(paired, prepared, 2 * pairs, workers=runtime.workers):
             found = interpolator(batch.images[::2], batch.images[1::2])
             for images in zip(found.first, found.second, found.symmetric, strict=True):
                 strip = dict(zip(_STRIPS, images, strict=True))

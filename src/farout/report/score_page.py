@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from farout.core import store
-from farout.data.batching import batches
+from farout.data.batching import iterate_batches
 from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector
 from farout.detectors.calibration import benjamini_hochberg, score_threshold
@@ -97,7 +97,7 @@ def _pictures(detector: Detector, source: ImageSource, keys: list[str]) -> dict[
     index_of, scale = {key: index for index, key in enumerate(source.keys)}, MapScale.of(detector)
     selected = source.subset([index_of[key] for key in keys])
     pictures: dict[str, dict[str, str]] = {}
-    for batch in batches(selected, detector.preprocessing, detector.batch_size):
+    for batch in iterate_batches(selected, detector.preprocessing, detector.batch_size):
         shown = {"image": batch.images}
         if detector.heat_maps is not None:
             measured = detector.measure(batch, maps=True)

@@ -70,7 +70,7 @@ class SourceImages:
         """A source and the index of each key; None if it cannot be opened."""
         if name not in self._sources:
             try:
-                if not self.hub and not catalog.on_this_machine(name):
+                if not self.hub and not catalog.is_local(name):
                     raise SourceError(f"{name} is not on this machine")
                 source = open_source(name, policy="nan")
                 self._sources[name] = (source, {key: index for index, key in enumerate(source.keys)})

@@ -20,7 +20,7 @@ from farout.core import store
 from farout.core.errors import FaroutError, StoreError, TrapWarning, UnreadableImageError
 from farout.core.progress import task
 from farout.data.image_source import ImageSource, Policy
-from farout.data.preprocessing import check_against
+from farout.data.preprocessing import find_mismatches
 from farout.data.sources import open_source
 from farout.detectors.base import Detector, Measurements, Scores
 from farout.detectors.calibration import benjamini_hochberg, check_fitted, warn_about_scores
@@ -89,7 +89,7 @@ def score_folder(
     if highest < 0 or (fdr is not None and not 0 < fdr < 1):
         raise FaroutError(f"highest is {highest}, fdr is {fdr}; expected 0 images or more, and a rate between 0 and 1")
     source, out = open_source(images, policy=policy, limit=limit, seed=detector.seed), Path(out)
-    for message in check_against(source, detector.preprocessing, fitted_grey=detector.provenance.get("grey", False)):
+    for message in find_mismatches(source, detector.preprocessing, fitted_grey=detector.provenance.get("grey", False)):
         warnings.warn(message, TrapWarning, stacklevel=2)
     settings = {
         "detector": detector.fingerprint,

@@ -20,9 +20,9 @@ from farout.core.devices import join_processes
 from farout.core.errors import FaroutError, SourceError
 from farout.core.progress import task
 from farout.core.runtime import Runtime
-from farout.data.classes import class_numbers, names_of
+from farout.data.classes import encode_classes, present_class_names
 from farout.data.image_source import ImageSource
-from farout.data.indices import some_readable
+from farout.data.indices import require_readable_indices
 from farout.data.sources import open_source
 from farout.diffusion.model import DiffusionModel
 from farout.synthesis import SYNTHESIZERS
@@ -91,8 +91,8 @@ class SynthesisContext:
         Raises SourceError for images without labels or of a class that the generator does not know.
         """
         conditioning = None if diffusion is None else diffusion.conditioning
-        names = names_of(source) if conditioning is None else conditioning.class_names
-        labels = class_numbers(source, names)
+        names = present_class_names(source) if conditioning is None else conditioning.class_names
+        labels = encode_classes(source, names)
         return cls(source, labels, names, folder, count, seed, runtime, diffusion, classifier)
 
     def cached(self, name: str, build: Callable[[], T]) -> T:
@@ -116,7 +116,7 @@ class SynthesisContext:
     def image_shape(self) -> tuple[int, ...]:
         """(C, H, W) of the generator's images; without a generator, of the first readable source image."""
         if self.diffusion is None:
-            return tuple(self.source[some_readable(self.source)[0]].shape)
+            return tuple(self.source[require_readable_indices(self.source)[0]].shape)
         preprocessing = self.diffusion.preprocessing
         return (preprocessing.channels, *preprocessing.size)
 

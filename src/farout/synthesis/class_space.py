@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError
-from farout.data.classes import names_of
+from farout.data.classes import present_class_names
 from farout.data.image_source import ImageSource
 from farout.diffusion import diffusers_folders as folders
 from farout.diffusion.conditioning.base import Condition, Conditioning
@@ -169,7 +169,7 @@ class VectorSynthesizer(Synthesizer):
         if isinstance(given, str | Path):
             given = folders.local_folder(given)
             if folders.requires_class_names(given):
-                return DiffusionModel.load(given, class_names=names_of(source), prompts=self.prompts)
+                return DiffusionModel.load(given, class_names=present_class_names(source), prompts=self.prompts)
         model = super().load_diffusion(given, source)
         if model.conditioning is not None:
             usable = {"context_noise"}

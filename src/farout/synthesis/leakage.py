@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from farout.classifiers.model import Classifier
 from farout.classifiers.outlier_exposure import count_known_classes
 from farout.core.errors import TrapWarning, UnreadableImageError
-from farout.data.classes import class_name, names_of
+from farout.data.classes import class_name, present_class_names
 from farout.data.image_source import ImageSource
 from farout.diffusion.model import DiffusionModel
 
@@ -27,7 +27,7 @@ def warn_about_extra_classes(
     `fashion_mnist:train@classes=0-7`. An outlier generated with a network that has seen the held-out classes may be an
     image of one of them.
     """
-    present = set(names_of(source))
+    present = set(present_class_names(source))
     if diffusion is not None:
         names = () if diffusion.conditioning is None else diffusion.conditioning.class_names
         _warn_about_network("diffusion model", names, diffusion.trained_on, source, present)
@@ -64,7 +64,7 @@ def _format_classes(names: Sequence[str]) -> str:
 
 def _trained_classes(trained_on: Collection[str], source: ImageSource, ignored: Collection[str]) -> list[str]:
     """Classes of the set that `source` is a part of with images among the training images, without those `ignored`."""
-    full_set = source.whole().with_policy("skip")
+    full_set = source.full_source().with_policy("skip")
     indices: dict[str, list[int]] = {}
     for index, label in enumerate(full_set.labels or ()):
         name = class_name(full_set, label)

@@ -12,7 +12,7 @@ from farout.classifiers.model import Classifier
 from farout.core import store
 from farout.core.progress import task
 from farout.core.runtime import Runtime
-from farout.data.batching import batches
+from farout.data.batching import iterate_batches
 from farout.data.classes import class_name
 from farout.data.image_source import ImageSource
 from farout.synthesis.generated_folder import OutlierFolder
@@ -70,7 +70,7 @@ def measure_quality(
     parts: list[pd.DataFrame] = []
     with task("evaluating outliers", outliers.images) as bar:
         size = runtime.images_per_batch((preprocessing.channels, *preprocessing.size))
-        for batch in batches(outliers.source(), preprocessing, size, workers=runtime.workers):
+        for batch in iterate_batches(outliers.source(), preprocessing, size, workers=runtime.workers):
             rows = manifest.loc[list(batch.keys)]
             probabilities = classifier.outputs(batch.images, runtime.batch_size).logits.softmax(1).cpu()
             own_class = torch.tensor([class_indices[name] for name in rows["class_name"]])

@@ -13,8 +13,8 @@ from farout.core.devices import join_processes
 from farout.core.errors import FaroutError, SourceError
 from farout.core.progress import task
 from farout.core.runtime import Runtime
-from farout.data.batching import batches
-from farout.data.classes import class_numbers, names_of
+from farout.data.batching import iterate_batches
+from farout.data.classes import encode_classes, present_class_names
 from farout.data.sources import open_source
 from farout.diffusion import diffusers_folders as folders
 from farout.diffusion.image_to_image import DenoisingSpacing, ImageToImage
@@ -86,7 +86,7 @@ def reconstruct(
     if isinstance(diffusion, str | Path):
         folder = folders.local_folder(diffusion)
         # without class names, one prompt that is never used
-        prompt_names = (names_of(source) or ("image",)) if folders.requires_class_names(folder) else None
+        prompt_names = (present_class_names(source) or ("image",)) if folders.requires_class_names(folder) else None
         diffusion = DiffusionModel.load(folder, class_names=prompt_names)
     model = diffusion.to(runtime.device)
     precision: Any = runtime.precision  # resolved, so not `auto`
@@ -94,7 +94,7 @@ def reconstruct(
         model, level, max_level, classes, solver, steps, spacing, seed, runtime.batch_size, precision
     )
 
-    names = names_of(source)
+    names = present_class_names(source)
     if model.conditioning is not None and reconstruction.uses_classes:
         if source.labels is None:
             raise SourceError(
@@ -102,7 +102,7 @@ def reconstruct(
                 "tree or a table with labels, or turn classes off (--no-classes, classes=False)"
             )
         names = tuple(model.conditioning.class_names)
-    labels = None if source.labels is None else class_numbers(source, names)
+    labels = None if source.labels is None else encode_classes(source, names)
     writer = ImageWriter(out, names, seed, ReconstructedFolder.kind, processes)
     known_labels = torch.empty(0, dtype=torch.int64) if labels is None else labels
     settings = {
@@ -124,7 +124,7 @@ def reconstruct(
         for index in block
     ]
     with writer, task(f"reconstructions into {writer.folder}", len(planned)) as bar:
-        for batch in batches(source.subset(planned), preprocessing, size, workers=runtime.workers):
+        for batch in iterate_batches(source.subset(planned), preprocessing, size, workers=runtime.workers):
             indices = [planned[index] for index in batch.indices]
             if missing.intersection(indices):
                 batch_labels = None if labels is None else labels[indices].tolist()

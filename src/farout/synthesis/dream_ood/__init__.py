@@ -12,7 +12,7 @@ from torch import Tensor
 from farout.classifiers.config import ClassifierConfig
 from farout.core.errors import StoreError
 from farout.core.progress import task
-from farout.data.indices import readable
+from farout.data.indices import readable_indices
 from farout.synthesis.base import SynthesisContext
 from farout.synthesis.class_space import PAPER_DECODING, ClassVectors, VectorSynthesizer, class_conditioning
 from farout.synthesis.dream_ood.alignment import (
@@ -110,7 +110,7 @@ class DreamOOD(VectorSynthesizer):
         """
         classes = list(context.classes)
         normalize_class_vectors(class_conditioning(context.generator).class_vectors()[classes], context.present_names)
-        counts = context.labels[readable(context.source)].bincount(minlength=len(context.class_names))
+        counts = context.labels[readable_indices(context.source)].bincount(minlength=len(context.class_names))
         self.boundary.check_class_sizes(counts[classes].tolist(), context.present_names)
         super().check(context)
 

@@ -26,8 +26,8 @@ from farout.core.devices import Precision
 from farout.core.errors import FaroutError, StoreError, TrapWarning
 from farout.core.progress import task
 from farout.core.runtime import Runtime
-from farout.data.batching import batches
-from farout.data.indices import readable
+from farout.data.batching import iterate_batches
+from farout.data.indices import readable_indices
 from farout.diffusion.noise import seeded_generator
 from farout.synthesis.base import SynthesisContext
 from farout.synthesis.class_space import class_conditioning
@@ -165,7 +165,7 @@ def align_images(
         directions = normalize_class_vectors(class_vectors, context.present_names)
         if not (folder / "classifier").is_dir():
             trained = train_on_source(
-                context.source.subset(readable(context.source)),
+                context.source.subset(readable_indices(context.source)),
                 model,
                 alignment.training_config(context.seed, context.runtime),
                 out=folder / "training",
@@ -204,7 +204,7 @@ def _compute_directions(
     parts, index = list[Tensor](), list[int]()
     size = runtime.images_per_batch((preprocessing.channels, *preprocessing.size))
     with task(f"directions of {context.source.name}", len(context.source)) as bar:
-        for batch in batches(context.source, preprocessing, size, workers=runtime.workers):
+        for batch in iterate_batches(context.source, preprocessing, size, workers=runtime.workers):
             if batch.keys:
                 images = batch.images
                 if augmentation is not None:

@@ -17,8 +17,8 @@ from farout.classifiers.model import Classifier
 from farout.core.devices import Precision
 from farout.core.errors import FaroutError, TrapWarning
 from farout.data.image_source import ImageSource
-from farout.data.indices import some_readable
-from farout.data.preprocessing import check_against
+from farout.data.indices import require_readable_indices
+from farout.data.preprocessing import find_mismatches
 from farout.diffusion import noise_levels
 from farout.diffusion.conditioning.base import Condition, missing_null_condition
 from farout.diffusion.denoiser import ClampedDenoiser, Denoiser, NetworkDenoiser, expand_dims
@@ -131,7 +131,7 @@ class EditingContext:
     @cached_property
     def order(self) -> list[int]:
         """Indices of the readable images, with alternating classes: outlier i is edited from image i mod M."""
-        labels, readable = self.context.labels.tolist(), some_readable(self.context.source)
+        labels, readable = self.context.labels.tolist(), require_readable_indices(self.context.source)
         return [readable[position] for position in interleave_classes([labels[index] for index in readable])]
 
     @cached_property
@@ -356,7 +356,7 @@ class EditingSynthesizer(Synthesizer):
         _ = editing.target_sampler, editing.order
         if context.classifier is not None:
             _ = editing.class_indices
-        for message in check_against(context.source, context.generator.preprocessing):
+        for message in find_mismatches(context.source, context.generator.preprocessing):
             warnings.warn(message, TrapWarning, stacklevel=3)
 
     def label_of(self, context: SynthesisContext, index: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from farout.core.errors import FaroutError, TrapWarning
-from farout.data.classes import names_of
+from farout.data.classes import present_class_names
 from farout.data.image_source import ImageSource
 from farout.diffusion import diffusers_folders as folders
 from farout.diffusion.conditioning.prompt_contexts import PromptContexts
@@ -76,7 +76,7 @@ class PromptConfig:
         if isinstance(given, str | Path):
             given = folders.local_folder(given)
             if folders.requires_class_names(given):
-                names = names_of(source)
+                names = present_class_names(source)
                 words = resolve_class_words([format_name(name) for name in names], self.class_words)
                 conditioning = PromptContexts(TextEncoder.read(given), names, words, self.templates[0])
                 return DiffusionModel.load(given, conditioning=conditioning)

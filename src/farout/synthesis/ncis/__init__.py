@@ -12,7 +12,7 @@ from torch import Tensor
 
 from farout.core import store
 from farout.core.errors import FaroutError
-from farout.data.indices import readable
+from farout.data.indices import readable_indices
 from farout.synthesis.base import SynthesisContext
 from farout.synthesis.class_space import PAPER_DECODING, ClassVectors, VectorSynthesizer
 from farout.synthesis.ncis.inversion import InversionConfig, embed_images, read_embeddings
@@ -86,7 +86,7 @@ class NCIS(VectorSynthesizer):
         for a Gaussian, or for held-out vectors if these choose the shrinkage; see also `VectorSynthesizer.check`.
         """
         self.inversion.timesteps(context.generator.schedule)
-        positions = _class_positions(context, context.labels[readable(context.source)])
+        positions = _class_positions(context, context.labels[readable_indices(context.source)])
         check_class_sizes(positions, context.present_names)
         if self.manifold.regularization == "held_out":  # fails now, not after the embedding
             split_vectors(positions, len(context.classes), self.manifold, context.seed)

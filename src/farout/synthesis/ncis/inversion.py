@@ -28,7 +28,7 @@ from farout.core.devices import Precision
 from farout.core.errors import FaroutError, StoreError
 from farout.core.progress import task
 from farout.core.runtime import Runtime
-from farout.data.batching import batches
+from farout.data.batching import iterate_batches
 from farout.data.image_source import ImageSource
 from farout.diffusion.conditioning.base import Conditioning, check_labels
 from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
@@ -294,7 +294,7 @@ def embed_images(
     size = runtime.images_per_batch((model.preprocessing.channels, *model.preprocessing.size))
     planned = [index for block in blocks_containing(missing, size, len(source)) for index in block]
     with task(f"embedding {source.name}", len(planned)) as bar:
-        for batch in batches(source.subset(planned), model.preprocessing, size, workers=runtime.workers):
+        for batch in iterate_batches(source.subset(planned), model.preprocessing, size, workers=runtime.workers):
             index = torch.tensor([planned[position] for position in batch.indices])
             is_new = torch.tensor([number not in finished for number in index.tolist()])
             if is_new.any():

@@ -57,7 +57,7 @@ def main() -> None:
                 indices = range(start, min(start + BATCH_SIZE, arguments.count))
                 conditioning = model.conditioning
                 labels = None if conditioning is None else [i % conditioning.num_classes for i in indices]
-                parts.append(sampler.images(indices, labels))
+                parts.append(sampler.sample_images(indices, labels))
             speed = arguments.count / (time.perf_counter() - started)
             evaluations = rows / arguments.count
             distance = set_distance(torch.cat(parts), arguments.reference, limit=2 * arguments.count)

@@ -242,7 +242,7 @@ def test_a_class_s_own_vector_gives_its_samples(folders: dict[str, Path], images
     made = method.synthesize(images, tmp_path / "o", diffusion=folders["epsilon"], **given)
     sampler = Sampler(network, steps=2, guidance=2.0)
     labels, indices = [0, 1, 2, 0], range(4)
-    samples = sampler.images(indices, labels)
+    samples = sampler.sample_images(indices, labels)
     assert_close(decode_vectors(sampler, network.conditioning.class_vectors()[labels], indices, labels), samples)
     assert_same_pixels(in_order(made), (samples * 255).round().to(torch.uint8))
 

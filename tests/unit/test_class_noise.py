@@ -32,7 +32,7 @@ def images(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("fresh", [conditional, by_tokens])
 def test_without_noise_they_are_samples_of_the_classes(fresh: Any, images: Path, tmp_path: Path) -> None:
     made = ClassNoise(scale=0, steps=4).synthesize(images, tmp_path / "o", count=5, diffusion=fresh(), runtime=CPU)
-    samples = Sampler(fresh(), steps=4, guidance=2.0).images(range(5), [0, 1, 2, 0, 1])
+    samples = Sampler(fresh(), steps=4, guidance=2.0).sample_images(range(5), [0, 1, 2, 0, 1])
     assert_same_pixels(in_order(made), (samples * 255).round().to(torch.uint8))
 
 
@@ -60,7 +60,7 @@ def test_outliers_may_be_of_another_size_than_the_generators(fresh: Any, images:
     again = ClassNoise(steps=2, size=12)
     again.synthesize(images, tmp_path / "one", **{**given, "runtime": replace(CPU, batch_size=1)})
     assert_same_images(tmp_path / "one", large.folder)
-    noise = Sampler(fresh().with_image_size(12), steps=2).images([0], [0])
+    noise = Sampler(fresh().with_image_size(12), steps=2).sample_images([0], [0])
     assert noise.shape == (1, 1, 12, 12)
 
 
@@ -208,7 +208,7 @@ def test_recognition_is_the_share_of_hits() -> None:
     """Classes that a classifier without names has in the same order; one that lacks a class is refused."""
     sampler = Sampler(conditional(), steps=2)
     judge, names = classifier(), ("a", "b", "c")
-    told = judge.outputs(sampler.images(range(10), [i % 3 for i in range(10)])).logits.argmax(1).tolist()
+    told = judge.outputs(sampler.sample_images(range(10), [i % 3 for i in range(10)])).logits.argmax(1).tolist()
     wanted = sum(place == number % 3 for number, place in enumerate(told)) / 10
     assert recognition_rate(sampler, judge, names, 10) == wanted
     judge.class_names = ("a", "b", "d")

@@ -52,7 +52,7 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
         assert torch.equal(whole, made(sample(network, 7, **settings))), "the same call gives the same bits"
         assert_close(made(sample(network, 7, batch_size=2, **settings)), whole)
         assert_close(made(sample(network, 3, **settings)), whole[:3])
-        some = Sampler(network, **settings).images([5, 1], [2, 1])
+        some = Sampler(network, **settings).sample_images([5, 1], [2, 1])
         assert_close(some, whole[[5, 1]])
 
 
@@ -71,10 +71,10 @@ def test_guidance_is_the_papers_mixture() -> None:
     counted = {}
     for guidance in (1.0, 3.0):
         sampler = Sampler(network, steps=4, guidance=guidance)
-        denoiser = sampler._denoiser()
+        denoiser = sampler.denoiser()
         plain = denoiser.denoiser  # type: ignore[attr-defined]
         inner = plain if guidance == 1 else plain.denoiser
-        sampler._solve(denoiser, torch.randn(2, 1, 8, 8), sampler.path.repeat(2, 1), sampler.condition([0, 1]))
+        sampler._solver(denoiser, torch.randn(2, 1, 8, 8), sampler.path.repeat(2, 1), sampler.condition([0, 1]))
         counted[guidance] = inner.evaluations
     assert counted == {1.0: 8, 3.0: 16}
     one, three = (made(sample(network, labels=[0, 1], steps=4, guidance=g)) for g in (1.0, 3.0))
@@ -98,7 +98,7 @@ def test_leading_levels_are_those_of_stable_diffusion(steps: int) -> None:
     """The whole way against diffusers' own, with its scheduler as Stable Diffusion's folder sets it."""
     network = model()
     scheduler = diffusers.PNDMScheduler.from_config(
-        {**network.schedule.to_config(), "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
+        {**network.schedule.to_diffusers_config(), "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
     )
     scheduler.set_timesteps(steps)
     sampler = Sampler(network, "plms", steps, "leading", clamp=False)
@@ -113,7 +113,7 @@ def test_leading_levels_are_those_of_stable_diffusion(steps: int) -> None:
         with torch.no_grad():
             answer = network.network(sample, t).sample
         sample = scheduler.step(answer, t, sample).prev_sample
-    found = sampler.images([0, 1])
+    found = sampler.sample_images([0, 1])
     assert 0 < float(found.mean()) < 1
     torch.testing.assert_close(found, network.decode(sample / network.schedule.abar[0].sqrt()), atol=1e-4, rtol=0)
 
@@ -138,7 +138,7 @@ def test_the_papers_presets_walk_stable_diffusions_levels() -> None:
     [
         (model, {"guidance": 3.0}, "requires a class-conditional model"),
         (model, {"labels": [0]}, "unconditional"),
-        (conditional, {"labels": [0, 3]}, "labels 0 to 2, got 3"),
+        (conditional, {"labels": [0, 3]}, "labels of this model are 0 to 2, got 3"),
         (without_null, {"guidance": 2.0}, "no null condition"),
         (model, {"solver": "euler"}, "no solver 'euler'; expected one of ddim"),
         (model, {"solver": "pndm4", "steps": 3}, "pndm4 warms up over 3 steps.*at least 4"),
@@ -161,7 +161,7 @@ def test_classes_by_name_or_number() -> None:
     network = conditional()
     assert parse_class_labels(network, ["all"]) == parse_class_labels(network, []) == (0, 1, 2)
     assert parse_class_labels(network, ["c,a"]) == parse_class_labels(network, ["c", "0"]) == (2, 0)
-    for wanted, message in ((["d"], "no class 'd'; the model knows a, b, c"), (["3"], "no class"), (["a,a"], "twice")):
+    for wanted, message in ((["d"], "no class 'd'; the model has a, b, c"), (["3"], "no class"), (["a,a"], "twice")):
         with pytest.raises(FaroutError, match=message):
             parse_class_labels(network, wanted)
     with pytest.raises(FaroutError, match="unconditional"):
@@ -174,7 +174,7 @@ def test_classes_by_name_or_number() -> None:
 def test_a_folder_of_samples_is_a_source_with_labels(tmp_path: Path) -> None:
     sampler = Sampler(conditional(), steps=4)
     done = write_samples(sampler, tmp_path / "s", 7, grid=True)
-    assert (done.images, done.made) == (7, 7)
+    assert (done.images, done.new) == (7, 7)
     source = open_source(tmp_path / "s")
     assert source.class_names == ("a", "b", "c")
     assert len(source) == 7
@@ -203,11 +203,11 @@ def test_images_are_made_once(tmp_path: Path) -> None:
     (out / "000003.png").unlink()
     stamp = (out / "000002.png").stat().st_mtime_ns
     done = write_samples(sampler, out, 6)
-    assert (done.images, done.made) == (6, 3)
+    assert (done.images, done.new) == (6, 3)
     assert (out / "000002.png").stat().st_mtime_ns == stamp
     again = {path.name: path.read_bytes() for path in out.glob("*.png")}
     assert {name: again[name] for name in whole} == whole
-    assert write_samples(sampler, out, 2).made == 0
+    assert write_samples(sampler, out, 2).new == 0
     assert len((out / "manifest.jsonl").read_text().splitlines()) == 6
     assert len(open_source(out)) == 6
     assert open_source(out).labels is None
@@ -215,7 +215,7 @@ def test_images_are_made_once(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, out = Sampler(model(), steps=4, batch_size=2), tmp_path / "s"
-    whole = Sampler.images
+    whole = Sampler.sample_images
 
     def stops(self: Sampler, indices: list[int], labels: list[int] | None = None) -> Tensor:
         if 2 in indices:
@@ -223,14 +223,14 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return whole(self, indices, labels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sampler, "images", stops)
+        patch.setattr(Sampler, "sample_images", stops)
         with pytest.raises(KeyboardInterrupt):
             write_samples(sampler, out, 4)
     # fewer are asked for now: those of the first run stay in the folder, which is a source, so they are told
     done = write_samples(sampler, out, 1)
-    assert (done.images, done.asked, done.made) == (2, 1, 0)
+    assert (done.images, done.requested, done.new) == (2, 1, 0)
     assert len((out / "manifest.jsonl").read_text().splitlines()) == len(open_source(out)) == 2
-    assert write_samples(sampler, out, 4).made == 2
+    assert write_samples(sampler, out, 4).new == 2
     write_samples(sampler, tmp_path / "t", 4)
     for path in out.glob("*.png"):
         assert path.read_bytes() == (tmp_path / "t" / path.name).read_bytes()
@@ -247,7 +247,7 @@ def test_images_that_are_not_numbers_are_not_written(tmp_path: Path) -> None:
 
 
 def test_no_classes_at_all_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FaroutError, match="classes are empty"):
+    with pytest.raises(FaroutError, match="classes is empty"):
         write_samples(Sampler(conditional(), steps=4), tmp_path / "s", 3, classes=[])
     assert not (tmp_path / "s").exists()
 
@@ -321,6 +321,6 @@ def test_estimates_are_kept_within_what_images_can_be() -> None:
         outside = Sampler(network, steps=4, guidance=guidance, clamp=False)
         condition = inside.condition([0, 1])
         with torch.no_grad():
-            free, kept = (sampler._denoiser()(x, sigma, condition) for sampler in (outside, inside))
+            free, kept = (sampler.denoiser()(x, sigma, condition) for sampler in (outside, inside))
         assert float(free.abs().max()) > 1
         torch.testing.assert_close(kept, free.clamp(-1, 1))

@@ -32,10 +32,10 @@ def test_abar_of_the_paper() -> None:
 
 @pytest.mark.parametrize("schedule", ALL, ids=lambda s: f"{s.kind}-{s.snr_shift}")
 def test_the_schedule_is_diffusers(schedule: NoiseSchedule) -> None:
-    config = schedule.to_config()
+    config = schedule.to_diffusers_config()
     theirs = diffusers.DDPMScheduler.from_config(config).alphas_cumprod.double()
     torch.testing.assert_close(theirs, schedule.abar, rtol=3e-4, atol=1e-8)
-    again = NoiseSchedule.from_config(config)
+    again = NoiseSchedule.from_diffusers_config(config)
     torch.testing.assert_close(again.abar, schedule.abar, rtol=1e-9, atol=0)
 
 
@@ -81,12 +81,12 @@ def test_betas_out_of_range_are_named(start: float, end: float) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"beta_schedule": "laplace"}, "laplace.*not known"),
-        (dict(diffusers.FlowMatchEulerDiscreteScheduler().config), "None.*not known"),
+        ({"beta_schedule": "laplace"}, "laplace.*not supported"),
+        (dict(diffusers.FlowMatchEulerDiscreteScheduler().config), "None.*not supported"),
         (dict(diffusers.DDIMScheduler(rescale_betas_zero_snr=True).config), "rescale_betas_zero_snr"),
     ],
     ids=["unknown", "flow matching", "abar 0"],
 )
 def test_schedulers_that_cannot_be_read_are_refused(config: dict[str, object], message: str) -> None:
     with pytest.raises(FaroutError, match=message):
-        NoiseSchedule.from_config(config)
+        NoiseSchedule.from_diffusers_config(config)

@@ -110,7 +110,7 @@ def run_theirs(scheduler: diffusers.SchedulerMixin, x: Tensor, denoiser: Gaussia
     return sample
 
 
-CONFIG = {k: v for k, v in SCHEDULE.to_config().items() if k != "_class_name"}
+CONFIG = {k: v for k, v in SCHEDULE.to_diffusers_config().items() if k != "_class_name"}
 
 
 def test_plms_is_diffusers_and_the_papers() -> None:

@@ -209,7 +209,7 @@ def test_a_row_that_starts_late_warms_up_on_its_own() -> None:
 
 
 def test_unipc_is_diffusers() -> None:
-    config = {k: v for k, v in LINEAR.to_config().items() if k != "_class_name"}
+    config = {k: v for k, v in LINEAR.to_diffusers_config().items() if k != "_class_name"}
     scheduler = diffusers.UniPCMultistepScheduler.from_config(
         {**config, "solver_order": 2, "solver_type": "bh2", "final_sigmas_type": "zero"}
     )

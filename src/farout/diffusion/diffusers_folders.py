@@ -81,7 +81,11 @@ def write_network(
 ) -> None:
     """Writes `unet/`, `scheduler/`, `vae/` and `model_index.json` as diffusers' pipelines do."""
     network.save_pretrained(folder / "unet")
-    scheduler = {**schedule.to_config(), "prediction_type": prediction, "_diffusers_version": diffusers.__version__}
+    scheduler = {
+        **schedule.to_diffusers_config(),
+        "prediction_type": prediction,
+        "_diffusers_version": diffusers.__version__,
+    }
     store.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index: dict[str, Any] = {"_class_name": "DDPMPipeline", "_diffusers_version": diffusers.__version__}
     index["unet"] = ["diffusers", type(network).__name__]

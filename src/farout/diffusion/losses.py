@@ -1,4 +1,4 @@
-"""What training minimises: the error of the network's native answer at random levels."""
+"""The training loss: the error of the network's output at random noise levels."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class Objective:
-    """What one training step draws and minimises. Raises FaroutError for values out of range.
+    """Settings of the training loss. Raises FaroutError for values out of range.
 
     Args:
         levels: how levels are sampled, see `sample_levels`.
-        error: square, or absolute value, of the difference between answer and target.
+        error: square or absolute value of the difference between output and target.
         reduction: mean or sum over C, H, W; always the mean over the batch.
-        label_dropout: share of labels that are replaced by the null class, for classifier-free guidance.
-        flip: whether images are mirrored left to right with probability one half.
+        label_dropout: fraction of labels that are replaced by the null class, for classifier-free guidance.
+        flip: whether images are flipped horizontally with probability 0.5.
     """
 
     levels: LevelSampling = "uniform"
@@ -42,34 +42,34 @@ class Objective:
             if getattr(self, name) not in get_args(kind):
                 raise FaroutError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kind))}")
         if not 0 <= self.label_dropout < 1:
-            raise FaroutError(f"label_dropout is {self.label_dropout}; expected a share in [0, 1)")
+            raise FaroutError(f"label_dropout is {self.label_dropout}; expected a fraction in [0, 1)")
 
 
-def sample_levels(count: int, steps: int, how: LevelSampling, generator: torch.Generator) -> Tensor:
+def sample_levels(count: int, steps: int, sampling: LevelSampling, generator: torch.Generator) -> Tensor:
     """Random levels t (count,) in 0 to steps - 1.
 
-    `uniform`: as published (Ho et al. 2020, algorithm 1); `low_noise`: t = floor(steps u^2), which puts half of the
-    levels into the lowest quarter, where reconstruction looks; `antithetic`: the first half uniform, the second half
-    their mirror images steps - 1 - t (Liu et al. 2022, released code).
+    `uniform`: as published (Ho et al. 2020, algorithm 1); `low_noise`: t = floor(steps u^2), so that half of the
+    levels are in the lowest quarter, which reconstruction uses most; `antithetic`: the first half uniform, the second
+    half steps - 1 - t of the first (Liu et al. 2022, released code).
     """
-    if how == "antithetic":
+    if sampling == "antithetic":
         first = sample_levels((count + 1) // 2, steps, "uniform", generator)
         return torch.cat([first, steps - 1 - first[: count // 2]])
     u = torch.rand(count, generator=generator)
-    if how == "low_noise":
+    if sampling == "low_noise":
         u = u**2
-    elif how != "uniform":
-        raise FaroutError(f"levels are sampled by one of {', '.join(get_args(LevelSampling))}, got {how!r}")
+    elif sampling != "uniform":
+        raise FaroutError(f"levels are sampled by one of {', '.join(get_args(LevelSampling))}, got {sampling!r}")
     return (u * steps).long().clamp(max=steps - 1)
 
 
-def drop_labels(labels: Tensor, classes: int, share: float, generator: torch.Generator) -> Tensor:
-    """Labels (B,) of which each is replaced by `classes`, the number of the null row, with probability `share`.
+def drop_labels(labels: Tensor, num_classes: int, probability: float, generator: torch.Generator) -> Tensor:
+    """Labels (B,), each replaced by `num_classes`, the index of the null row, with this probability.
 
-    Ho & Salimans 2022, algorithm 1. What is dropped follows from `generator` (a CPU one) alone.
+    Ho & Salimans 2022, algorithm 1. The result depends only on `generator`, a CPU generator.
     """
-    dropped = torch.rand(len(labels), generator=generator) < share
-    return labels.masked_fill(dropped.to(labels.device), classes)
+    dropped = torch.rand(len(labels), generator=generator) < probability
+    return labels.masked_fill(dropped.to(labels.device), num_classes)
 
 
 def denoising_loss(
@@ -79,10 +79,9 @@ def denoising_loss(
     objective: Objective = Objective(),
     condition: Condition | None = None,
 ) -> Tensor:
-    """Error of the network's native answer, one level and one noise per row.
+    """The training loss of clean values x0 (B, ...) in the network's space, a scalar (Ho et al. 2020, eq. 14).
 
-    x0 is (B, …) in the network's space; levels and noise come from `generator` (a CPU one) alone, so they do not
-    depend on the device. Returns a scalar (Ho et al. 2020, eq. 14, for `epsilon`).
+    Each row has its own level and noise, from `generator`, a CPU generator, so that they do not depend on the device.
     """
     t = sample_levels(len(x0), denoiser.schedule.steps, objective.levels, generator)
     sigma = denoiser.schedule.sigma_of(t).to(torch.float32)

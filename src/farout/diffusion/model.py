@@ -355,7 +355,7 @@ class DiffusionModel:
         channels = int((network if autoencoder is None else autoencoder).config["in_channels"])
         return cls(
             network,
-            NoiseSchedule.from_config(scheduler),
+            NoiseSchedule.from_diffusers_config(scheduler),
             Preprocessing(size=size, channels=channels, native=size, **({} if told is None else _FILLING)),
             prediction=scheduler.get("prediction_type", "epsilon"),
             autoencoder=autoencoder,

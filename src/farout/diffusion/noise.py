@@ -1,4 +1,4 @@
-"""Seeded standard-normal noise: shared by all images or drawn per image, the same for any batch size or order."""
+"""Seeded standard normal noise, shared by all images or drawn per image, independent of batch size and order."""
 
 from __future__ import annotations
 
@@ -17,26 +17,24 @@ NoiseKind = Literal["shared", "image"]
 
 
 def seeded_generator(seed: int, *names: object) -> torch.Generator:
-    """A CPU generator whose draws follow from the seed and the names alone."""
+    """A CPU generator whose random numbers depend only on the seed and the names."""
     text = "\0".join([str(seed), *(str(name) for name in names)])
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
     return torch.Generator().manual_seed(number)
 
 
-def _normal(shape: Sequence[int], seed: int, *names: object) -> Tensor:
-    return torch.randn(tuple(shape), generator=seeded_generator(seed, *names))
-
-
 def shared_noise(shape: Sequence[int], seed: int, level: int | float, repeat: int) -> Tensor:
-    """float32 noise of `shape` (one image, without B) from (seed, level, repeat), to be used for every image."""
-    return _normal(shape, seed, "shared", float(level), repeat)
+    """float32 noise of `shape` (one image, without B) from (seed, level, repeat), used for every image."""
+    return torch.randn(tuple(shape), generator=seeded_generator(seed, "shared", float(level), repeat))
 
 
 def image_noise(keys: Sequence[str], shape: Sequence[int], seed: int, level: int | float, repeat: int) -> Tensor:
-    """float32 noise (B, *shape), row i from (seed, keys[i], level, repeat) alone; for images of a source the keys are
-    their content hashes (`Batch.identities`).
+    """float32 noise (B, *shape) whose row i depends only on (seed, keys[i], level, repeat).
+
+    The keys of images of a source are their content hashes (`Batch.identities`).
     """
-    rows = [_normal(shape, seed, "image", key, float(level), repeat) for key in keys]
+    generators = [seeded_generator(seed, "image", key, float(level), repeat) for key in keys]
+    rows = [torch.randn(tuple(shape), generator=generator) for generator in generators]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
@@ -50,23 +48,30 @@ def noise_table(
     *,
     antithetic: bool = False,
 ) -> Tensor:
-    """float32 noise (B, levels, draws, *shape) of every start of every image; `shared`: one for all images (expanded).
+    """float32 noise (B, levels, draws, *shape) of all images, levels and draws.
 
-    `antithetic`: every second draw is the negative of the one before. Raises FaroutError for another kind.
+    Args:
+        kind: `image`: each image has its own noise; `shared`: all have the same (expanded, not copied).
+        keys: keys of the images.
+        shape: shape of the noise of one image.
+        seed: seed of all noise.
+        levels: noise levels t; each has its own noise.
+        draws: draws per level.
+        antithetic: every second draw is the negative of the one before.
+
+    Raises FaroutError for another kind.
     """
     if kind not in ("shared", "image"):
-        raise FaroutError(f"noise is 'shared' or drawn per 'image', got {kind!r}")
-
-    def draw(level: int | float, repeat: int) -> Tensor:
-        if kind == "shared":
-            return shared_noise(shape, seed, level, repeat)[None]
-        return image_noise(keys, shape, seed, level, repeat)
-
-    def row(level: int | float) -> Tensor:
-        if not antithetic:
-            return torch.stack([draw(level, repeat) for repeat in range(draws)], dim=1)
-        drawn = [draw(level, repeat) for repeat in range((draws + 1) // 2)]
-        return torch.stack([sign * noise for noise in drawn for sign in (1, -1)][:draws], dim=1)
-
-    table = torch.stack([row(level) for level in levels], dim=1)
-    return table.expand(len(keys), *table.shape[1:])
+        raise FaroutError(f"noise must be 'shared' or 'image', got {kind!r}")
+    table = []
+    for level in levels:
+        noise = []
+        for repeat in range((draws + 1) // 2 if antithetic else draws):
+            if kind == "shared":
+                drawn = shared_noise(shape, seed, level, repeat)[None]
+            else:
+                drawn = image_noise(keys, shape, seed, level, repeat)
+            noise += [drawn, -drawn] if antithetic else [drawn]
+        table.append(torch.stack(noise[:draws], dim=1))
+    stacked = torch.stack(table, dim=1)
+    return stacked.expand(len(keys), *stacked.shape[1:])

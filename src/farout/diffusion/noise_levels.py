@@ -1,4 +1,4 @@
-"""Paths of noise levels for the solvers: (B, steps + 1) tables of sigmas, one row per start."""
+"""Paths of noise levels for the solvers: tables of sigmas (B, steps + 1), one row per path."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = [
 
 
 def pad_paths(paths: Sequence[Tensor]) -> Tensor:
-    """One table from paths of any lengths, float32; shorter ones repeat their last sigma, which ends them.
+    """One table (B, steps + 1) from paths of any lengths, float32; shorter ones repeat their last sigma.
 
-    One step at least, so that a path of one sigma stays where it is.
+    The table has at least one step, in which a path of one sigma does not change.
     """
     longest = max(2, *(len(path) for path in paths))
     rows = [torch.cat([path, path[-1:].expand(longest - len(path))]) for path in paths]
@@ -33,14 +33,15 @@ def pad_paths(paths: Sequence[Tensor]) -> Tensor:
 
 
 def grid_path(schedule: NoiseSchedule, start: int, spacing: int) -> Tensor:
-    """sigmas at the levels start, start - spacing, … above 0, then at level 0: (steps + 1,)."""
+    """sigmas of the levels start, start - spacing, ... above 0, then of level 0: (steps + 1,)."""
     levels = [*range(start, 0, -spacing), 0]
     return schedule.sigma_of(torch.tensor(levels)).to(torch.float32)
 
 
 def geometric_path(schedule: NoiseSchedule, start: int | float, steps: int) -> Tensor:
-    """`steps` sigmas evenly spaced in log sigma (so in log SNR) from level `start` towards the schedule's smallest,
-    which is left out, then 0: (steps + 1,). One step is the one-shot estimate.
+    """`steps` sigmas, evenly spaced in log sigma from level `start` to the schedule's smallest (excluded), then 0.
+
+    Returns (steps + 1,). One step is the one-shot estimate.
     """
     first = schedule.sigma_of(start).log()
     ramp = torch.arange(steps, dtype=torch.float64) / steps
@@ -49,20 +50,22 @@ def geometric_path(schedule: NoiseSchedule, start: int | float, steps: int) -> T
 
 
 def falling_path(schedule: NoiseSchedule, levels: Sequence[int]) -> Tensor:
-    """sigmas of rising levels, the largest first, then 0: (levels + 1,)."""
+    """sigmas of ascending levels, the largest first, then 0: (levels + 1,)."""
     sigmas = schedule.sigma_of(torch.tensor(levels[::-1]))
     return torch.cat([sigmas, sigmas.new_zeros(1)]).to(torch.float32)
 
 
 def even_levels(schedule: NoiseSchedule, steps: int, start: int | None = None) -> list[int]:
-    """`steps` levels, evenly spaced and rising to `start`: stride - 1, 2 stride - 1, …, start with stride
-    (start + 1) / steps (rounded). None: the largest level, T - 1; the 50-step grid of 1000 levels is 19, 39, …, 999.
+    """`steps` evenly spaced, ascending levels up to `start` (None: the largest level, T - 1).
+
+    They are stride - 1, 2 stride - 1, ..., start with stride (start + 1) / steps, rounded; for 50 steps of 1000 levels
+    19, 39, ..., 999.
 
     Raises FaroutError unless 1 <= steps <= start + 1.
     """
     count = schedule.steps if start is None else start + 1
     if not 1 <= steps <= count:
-        raise FaroutError(f"steps must be 1 to {count}, the levels that there are, got {steps}")
+        raise FaroutError(f"steps must be 1 to {count}, the number of levels, got {steps}")
     return [round(count * (number + 1) / steps) - 1 for number in range(steps)]
 
 
@@ -72,20 +75,22 @@ def even_path(schedule: NoiseSchedule, steps: int, start: int | None = None) -> 
 
 
 def leading_levels(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """`steps` levels, evenly spaced and rising from 1: T u / steps + 1 for u = 0, 1, …; the 50-step grid of 1000 levels
-    is 1, 21, …, 981. Stable Diffusion's own grid ("leading" in diffusers); from 0 where that leaves no room.
+    """`steps` evenly spaced, ascending levels: T u / steps + 1 for u = 0, 1, ...; from 0 for more than T / 2 steps.
+
+    For 50 steps of 1000 levels 1, 21, ..., 981: the levels of Stable Diffusion ("leading" in diffusers).
 
     Raises FaroutError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= schedule.steps:
-        raise FaroutError(f"steps must be 1 to {schedule.steps}, the schedule's levels, got {steps}")
+        raise FaroutError(f"steps must be 1 to {schedule.steps}, the number of levels, got {steps}")
     first = int(steps <= schedule.steps // 2)
     return [schedule.steps * number // steps + first for number in range(steps)]
 
 
 def leading_path(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """sigmas of the levels of `leading_levels`, the largest first, then of level 0: (steps + 1,). The path of Stable
-    Diffusion's own sampler, which stops there; where level 0 is among the levels, it ends at sigma 0.
+    """sigmas of the levels of `leading_levels`, the largest first, then of level 0: (steps + 1,).
+
+    This is the path of Stable Diffusion's own sampler. If level 0 is among the levels, it ends at sigma 0 instead.
 
     Raises FaroutError unless 1 <= steps <= T.
     """

@@ -1,4 +1,4 @@
-"""A folder of sampled images, class by class: an image source itself, resumable, every image made once."""
+"""A folder of sampled images, one subfolder per class: a resumable run whose result is an image source."""
 
 from __future__ import annotations
 
@@ -19,24 +19,31 @@ from farout.data.decoding import save_png
 from farout.data.readers import CLASSES_FILE
 from farout.diffusion.sampling import Sampler
 
-__all__ = ["KIND", "SampledFolder", "class_folder_names", "contact_sheet", "write_class_names", "write_samples"]
+__all__ = ["KIND", "SampledFolder", "class_folder_names", "write_class_names", "write_samples"]
 
 KIND = "samples"
 _MANIFEST = "manifest.jsonl"
 _WORKING = ".working"
-_COLUMNS, _ROWS, _CELL, _LONGEST = 10, 20, 48, 24
+_MAX_COLUMNS, _MAX_ROWS, _CELL_SIZE, _MAX_NAME_LENGTH = 10, 20, 48, 24
+"""Of the contact sheet: images per row, rows, pixels to which small images are enlarged, characters of a class name."""
 
 
 @dataclass(frozen=True)
 class SampledFolder:
-    """What `write_samples` did. images: that are there now, those of an earlier, longer run included; asked: for how
-    many; made: in this call; grid: the contact sheet.
+    """Result of `write_samples`.
+
+    Attributes:
+        folder: the folder of the images.
+        images: number of images in the folder, including those of an earlier, longer run.
+        requested: number of images that were requested.
+        new: number of images that were sampled by this call.
+        grid: the contact sheet, if it was requested.
     """
 
     folder: Path
     images: int
-    asked: int
-    made: int
+    requested: int
+    new: int
     grid: Path | None
 
 
@@ -48,48 +55,47 @@ def write_samples(
     classes: Sequence[int] | None = None,
     grid: bool = False,
 ) -> SampledFolder:
-    """Makes images 0 to count - 1 into `out`, those that are there already not again.
+    """Samples images 0 to count - 1 into `out`; images that exist are not sampled again.
 
-    Image i of a class-conditional model is of class `classes[i % len(classes)]` and lies in the folder of that name; a
-    larger count adds images, a smaller one leaves those that an earlier run has made. `config.json` says how they are
-    made, and a line of `manifest.jsonl` what each one that is there is: key, index, label, class, seed, solver, steps,
-    guidance, model (its hash).
+    Image i of a class-conditional model is of class `classes[i % len(classes)]` and is written to the subfolder of that
+    class. A larger count adds images, a smaller one keeps those of an earlier run. `config.json` has the settings, and
+    `manifest.jsonl` one line per image: key, index, label, class, seed, solver, steps, guidance, model (its hash).
 
     Args:
-        sampler: how images are made.
+        sampler: samples the images.
         out: the folder.
         count: number of images, all classes together.
-        classes: labels of the classes to make; None: all of a conditional model.
-        grid: also write `<out>-grid.png`, beside the folder: some images of every class, a row a class.
+        classes: labels of the sampled classes; None: all classes of a conditional model.
+        grid: also write `<out>-grid.png` next to the folder, a contact sheet with one row per class.
 
     Raises:
-        FaroutError: for a count below 1, classes that are empty or do not go with the model, and images that
-            are not numbers.
-        StoreError: where `out` holds something else, or images that were made in another way.
+        FaroutError: for a count below 1, an empty list of classes or unknown ones, and images with NaN.
+        StoreError: if `out` contains something else, or images with other settings.
     """
     if count < 1:
-        raise FaroutError(f"count is {count}; expected at least 1")
+        raise FaroutError(f"count must be 1 or more, got {count}")
     if classes is not None and not classes:
-        raise FaroutError("classes are empty; name at least one, or give None for all of the model's")
+        raise FaroutError("classes is empty; give at least one, or None for all classes of the model")
     conditioning = sampler.model.conditioning
     if classes is None and conditioning is not None:
         classes = range(conditioning.num_classes)
     sampler.condition(None if classes is None else list(classes))
-    plan = _Plan(sampler, Path(out), None if classes is None else tuple(classes))
-    plan.begin()
-    missing = {index for index in range(count) if not plan.path(index).is_file()}
+    layout = _FolderLayout(sampler, Path(out), None if classes is None else tuple(classes))
+    layout.open()
+    missing = {index for index in range(count) if not layout.path(index).is_file()}
     with progress.task(f"images into {out}", len(missing)) as bar:
         for indices in blocks_containing(missing, sampler.images_per_batch, count):
-            for index, image in zip(indices, sampler.images(indices, plan.labels(indices)), strict=True):
+            images = sampler.sample_images(indices, layout.labels(indices))
+            for index, image in zip(indices, images, strict=True):
                 if index in missing:
-                    save_png(image, plan.path(index), plan.out / _WORKING)
+                    save_png(image, layout.path(index), layout.out / _WORKING)
                     bar.advance()
-    there = plan.write_manifest()
-    return SampledFolder(plan.out, there, count, len(missing), plan.write_grid(count) if grid else None)
+    total = layout.write_manifest()
+    return SampledFolder(layout.out, total, count, len(missing), layout.write_grid(count) if grid else None)
 
 
-class _Plan:
-    """Which image is of which class and lies where."""
+class _FolderLayout:
+    """Maps the index of an image to its class and its file, and writes the files of the folder."""
 
     def __init__(self, sampler: Sampler, out: Path, classes: tuple[int, ...] | None) -> None:
         self.sampler, self.out, self.classes = sampler, out, classes
@@ -111,7 +117,7 @@ class _Plan:
         return self.out / self.key(index)
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the pixels."""
+        """All settings that decide the pixels."""
         sampler = self.sampler
         return {
             "model": self.model_hash,
@@ -122,15 +128,13 @@ class _Plan:
             "device": sampler.model.device.type,
         }
 
-    def begin(self) -> None:
-        """Opens the folder; raises StoreError where something else is in it."""
+    def open(self) -> None:
+        """Creates or resumes the folder; raises StoreError if it contains something else."""
         store.resume_config(self.out, KIND, self.settings())
         write_class_names(self.out, self.names)
 
     def write_manifest(self) -> int:
-        """A line for every image there is, also for those of an earlier, longer run, interrupted or not; returns how
-        many there are.
-        """
+        """Writes a line for every image in the folder, also those of an earlier, longer run; returns their number."""
         lines = [f"{json.dumps(entry)}\n" for entry in self._entries()]
         with store.atomic_file(self.out / _MANIFEST) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
@@ -141,29 +145,30 @@ class _Plan:
         for index in sorted({int(path.stem) for path in self.out.rglob("*.png") if path.stem.isdecimal()}):
             if self.path(index).is_file():
                 labels = self.labels([index])
-                about = {} if labels is None else {"label": labels[0], "class": self.names[labels[0]]}
-                yield {"key": self.key(index), "index": index, **about, **settings}
+                class_entry = {} if labels is None else {"label": labels[0], "class": self.names[labels[0]]}
+                yield {"key": self.key(index), "index": index, **class_entry, **settings}
 
     def write_grid(self, count: int) -> Path:
-        """The first images, a row a class; those of an unconditional model fill a square."""
+        """Writes the first images of each class in one row; those of an unconditional model fill a square."""
         if self.classes is None:
-            columns = min(_COLUMNS, round(count**0.5) or 1)
+            columns = min(_MAX_COLUMNS, round(count**0.5) or 1)
             rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)][:columns]
         else:
             step = len(self.classes)
-            rows = [range(first, count, step)[:_COLUMNS] for first in range(min(step, count, _ROWS))]
+            rows = [range(first, count, step)[:_MAX_COLUMNS] for first in range(min(step, count, _MAX_ROWS))]
         path = self.out.resolve().with_name(f"{self.out.resolve().name}-grid.png")
         with store.atomic_file(path) as temporary:
-            sheet = contact_sheet([[self.path(index) for index in row] for row in rows])
+            sheet = _draw_contact_sheet([[self.path(index) for index in row] for row in rows])
             if self.classes is not None:
-                sheet = _named(sheet, [self.names[label] for label in self.classes[: len(rows)]])
+                sheet = _add_row_names(sheet, [self.names[label] for label in self.classes[: len(rows)]])
             sheet.save(temporary, "PNG")
         return path
 
 
 def class_folder_names(names: Sequence[str]) -> list[str]:
-    """A folder name per class, safe on every file system; `T-shirt/top` is `T-shirt_top`. None is `images`, since
-    nothing beside that is read in a folder that farout made.
+    """A folder name per class that is valid on every file system; `T-shirt/top` becomes `T-shirt_top`.
+
+    No name is `images`, because of a farout folder with such a subfolder only that one is read.
     """
     plain = [re.sub(r"[^\w +.-]", "_", name).strip(" .")[:80] for name in names]
     lowered = ["", "images", *(name.lower() for name in plain)]
@@ -171,32 +176,30 @@ def class_folder_names(names: Sequence[str]) -> list[str]:
 
 
 def write_class_names(folder: Path, names: Sequence[str]) -> None:
-    """Leaves the names of classes beside their folders in `folder`, where they differ: read back, it has the classes
-    that were written.
-    """
-    told = {plain: name for plain, name in zip(class_folder_names(names), names, strict=True) if plain != name}
-    if told:
-        store.write_json(folder / CLASSES_FILE, told)
+    """Writes a file with the class names that differ from their folder names, so that reading restores the names."""
+    renamed = {plain: name for plain, name in zip(class_folder_names(names), names, strict=True) if plain != name}
+    if renamed:
+        store.write_json(folder / CLASSES_FILE, renamed)
 
 
-def contact_sheet(rows: Sequence[Sequence[Path]]) -> Image.Image:
-    """Pictures side by side, small ones enlarged by a whole factor to about 48 pixels, two pixels of grey between."""
-    pictures = [[np.asarray(Image.open(path).convert("RGB")) for path in row] for row in rows]
-    height, width = pictures[0][0].shape[:2]
-    factor, gap = max(1, _CELL // max(height, width)), 2
+def _draw_contact_sheet(rows: Sequence[Sequence[Path]]) -> Image.Image:
+    """Images in rows with gaps of two gray pixels; small ones are enlarged by an integer factor to about 48 pixels."""
+    images_by_row = [[np.asarray(Image.open(path).convert("RGB")) for path in row] for row in rows]
+    height, width = images_by_row[0][0].shape[:2]
+    factor, gap = max(1, _CELL_SIZE // max(height, width)), 2
     tall, wide = height * factor + gap, width * factor + gap
     sheet = np.full((len(rows) * tall + gap, max(map(len, rows)) * wide + gap, 3), 128, dtype=np.uint8)
-    for i, row in enumerate(pictures):
-        for j, picture in enumerate(row):
-            large = picture.repeat(factor, 0).repeat(factor, 1)
+    for i, row in enumerate(images_by_row):
+        for j, image in enumerate(row):
+            large = image.repeat(factor, 0).repeat(factor, 1)
             sheet[i * tall + gap : (i + 1) * tall, j * wide + gap : (j + 1) * wide] = large
     return Image.fromarray(sheet)
 
 
-def _named(sheet: Image.Image, names: Sequence[str]) -> Image.Image:
-    """A sheet of one row per name, with the names on its left."""
-    font, shown = ImageFont.load_default(), [name[:_LONGEST] for name in names]
-    # the font of a Pillow without FreeType has Latin letters only
+def _add_row_names(sheet: Image.Image, names: Sequence[str]) -> Image.Image:
+    """The sheet with the name of each row on the left."""
+    font, shown = ImageFont.load_default(), [name[:_MAX_NAME_LENGTH] for name in names]
+    # the default font of a Pillow without FreeType has only Latin letters
     shown = [name.encode("latin-1", "replace").decode("latin-1") for name in shown]
     margin = int(max(font.getlength(name) for name in shown)) + 8
     wide = Image.new("RGB", (sheet.width + margin, sheet.height), (128, 128, 128))

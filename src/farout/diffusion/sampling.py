@@ -1,4 +1,4 @@
-"""New images from noise: every image from its own seed, whatever batch it is made in."""
+"""Sampling of new images: each image has its own seed and does not depend on the batch."""
 
 from __future__ import annotations
 
@@ -22,60 +22,59 @@ from farout.diffusion.noise import image_noise
 from farout.diffusion.solvers.base import Solver
 from farout.diffusion.solvers.registry import create_solver, is_adaptive, solver_path
 
-__all__ = ["STEPS", "Sampler", "Spacing", "parse_class_labels", "sample"]
+__all__ = ["DEFAULT_STEPS", "Sampler", "Spacing", "parse_class_labels", "sample"]
 
-STEPS = 20
-"""Steps of methods that do not find their own, where none are asked for."""
+DEFAULT_STEPS = 20
+"""Steps of solvers that are not adaptive."""
 Spacing = Literal["grid", "geometric", "leading"]
-"""Where a path's levels lie: evenly spaced in t down from the largest, in log sigma, or in t up from 1."""
+"""How the levels of a path are spaced: evenly in t down from the largest, in log sigma, or in t up from 1."""
 
 
-def parse_class_labels(model: DiffusionModel, wanted: Sequence[str]) -> tuple[int, ...]:
-    """Labels of classes by name or number; `a,b` is a and b, `all` (or nothing) every class of the model's table.
+def parse_class_labels(model: DiffusionModel, classes: Sequence[str]) -> tuple[int, ...]:
+    """Labels of classes given by name or number; `a,b` is a and b, `all` (or nothing) every class of the model.
 
-    Raises FaroutError for a class outside the table, one that is named twice, and an unconditional model.
+    Raises FaroutError for an unknown class, a class that is given twice, and an unconditional model.
     """
     if model.conditioning is None:
-        raise FaroutError(f"this diffusion model is unconditional and knows no classes, got {', '.join(wanted)}")
+        raise FaroutError(f"this diffusion model is unconditional and has no classes, got {', '.join(classes)}")
     names = list(model.conditioning.class_names)
-    words = [part for text in wanted for part in ([text] if text in names else text.split(","))]
+    words = [part.strip() for text in classes for part in ([text] if text in names else text.split(","))]
     if not words or (words == ["all"] and "all" not in names):
         return tuple(range(len(names)))
-    chosen = tuple(_label(names, word.strip()) for word in words)
-    if len(set(chosen)) < len(chosen):
-        raise FaroutError(f"a class is named twice in {', '.join(words)}")
-    return chosen
-
-
-def _label(names: Sequence[str], word: str) -> int:
-    if word in names:
-        return names.index(word)
-    if word.isdecimal() and int(word) < len(names):
-        return int(word)
-    raise FaroutError(
-        f"there is no class {word!r}; the model knows {', '.join(names)} (or 0 to {len(names) - 1}, or all)"
-    )
+    labels = []
+    for word in words:
+        if word in names:
+            labels.append(names.index(word))
+        elif word.isdecimal() and int(word) < len(names):
+            labels.append(int(word))
+        else:
+            raise FaroutError(
+                f"there is no class {word!r}; the model has {', '.join(names)} (or 0 to {len(names) - 1}, or all)"
+            )
+    if len(set(labels)) < len(labels):
+        raise FaroutError(f"a class is given twice in {', '.join(words)}")
+    return tuple(labels)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How images are made from noise.
+    """Samples images of a diffusion model.
 
     Args:
-        model: the diffusion model; images are made where it is.
-        solver: a name of `farout.diffusion.solvers.registry.SOLVERS`.
-        steps: steps from the largest noise level to none; None: 20, or the method's own.
-        spacing: of the levels on the path: `grid` (evenly in t; of 1000 in 50 steps 999, 979, …, 19), `geometric`
-            (evenly in log sigma) or `leading` (evenly in t from 1 up: 981, …, 21, 1; Stable Diffusion's own).
+        model: the diffusion model; images are sampled on its device.
+        solver: a name in `farout.diffusion.solvers.registry.SOLVERS`.
+        steps: steps from the largest noise level to none; None: 20, or chosen by an adaptive solver.
+        spacing: of the levels of the path: `grid` (evenly in t; of 1000 in 50 steps 999, 979, ..., 19), `geometric`
+            (evenly in log sigma) or `leading` (evenly in t from 1 up: 981, ..., 21, 1; as in Stable Diffusion).
         guidance: scale s of null + s (conditional - null); 1 is conditional; the paper's omega is s - 1.
-        seed: image i is made from (seed, i) alone.
+        seed: image i depends only on (seed, i) and its class.
         batch_size: the most rows of one network call; `auto`: by memory.
-        precision: of the network.
-        clamp: keep every estimate of the clean image within what images can be, where the model works on pixels.
+        precision: precision of the network.
+        clamp: clamp each estimate of x0 to the range of images, if the model works on pixels.
 
     Raises:
-        FaroutError: for a solver that is unknown or wants more steps, and for guidance without classes or without a
-            null condition.
+        FaroutError: for an unknown solver or one that requires more steps, and for guidance without classes or without
+            a null condition.
     """
 
     model: DiffusionModel
@@ -101,11 +100,11 @@ class Sampler:
             raise missing_null_condition()
         if is_adaptive(self.solver) and self.steps is not None:
             raise FaroutError(f"{self.solver} chooses its own steps; leave out steps={self.steps}")
-        self._solve.check(self.path[None])
+        self._solver.check(self.path[None])
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the images, in addition to model, labels, seed and precision."""
+        """The settings that decide the images, in addition to model, labels, seed and precision."""
         return {
             "solver": self.solver,
             "steps": None if is_adaptive(self.solver) else self._steps,
@@ -116,22 +115,23 @@ class Sampler:
 
     @property
     def _steps(self) -> int:
-        return STEPS if self.steps is None else self.steps
+        return DEFAULT_STEPS if self.steps is None else self.steps
 
     @cached_property
-    def _solve(self) -> Solver:
+    def _solver(self) -> Solver:
         return create_solver(self.solver, self.model.schedule)
 
     @cached_property
     def path(self) -> Tensor:
-        """sigmas from the schedule's largest to 0, as the solver takes them; see `noise_levels`."""
-        schedule, steps = self.model.schedule, self._steps
-        if self.spacing != "geometric":
-            falling = noise_levels.even_path if self.spacing == "grid" else noise_levels.leading_path
-            return solver_path(self.solver, falling(schedule, steps))
-        if steps < 1:
-            raise FaroutError(f"steps must be 1 or more, got {steps}")
-        return solver_path(self.solver, noise_levels.geometric_path(schedule, schedule.steps - 1, steps))
+        """sigmas from the schedule's largest down, as the solver expects them; see `noise_levels`."""
+        schedule = self.model.schedule
+        if self.spacing == "grid":
+            return solver_path(self.solver, noise_levels.even_path(schedule, self._steps))
+        if self.spacing == "leading":
+            return solver_path(self.solver, noise_levels.leading_path(schedule, self._steps))
+        if self._steps < 1:
+            raise FaroutError(f"steps must be 1 or more, got {self._steps}")
+        return solver_path(self.solver, noise_levels.geometric_path(schedule, schedule.steps - 1, self._steps))
 
     @property
     def images_per_batch(self) -> int:
@@ -139,7 +139,7 @@ class Sampler:
         return Runtime(str(self.model.device), batch_size=self.batch_size).images_per_batch(self.model.shape)
 
     def condition(self, labels: Sequence[int] | None) -> Condition | None:
-        """The condition of the labels; raises FaroutError where they and the model do not go together."""
+        """The condition of labels; raises FaroutError for labels of an unconditional model, and for missing labels."""
         conditioning = self.model.conditioning
         if conditioning is None:
             if labels is not None:
@@ -149,25 +149,30 @@ class Sampler:
             raise FaroutError(f"this model requires a label per image, 0 to {conditioning.num_classes - 1}")
         return conditioning(torch.tensor(list(labels), dtype=torch.int64, device=self.model.device))
 
-    def images(self, indices: Sequence[int], labels: Sequence[int] | None = None) -> Tensor:
-        """Images number `indices`: (B, C, H, W) float32 in [0, 1], on the CPU; a label each for a conditional model.
+    def sample_images(self, indices: Sequence[int], labels: Sequence[int] | None = None) -> Tensor:
+        """The images with these indices: (B, C, H, W) float32 in [0, 1], on the CPU.
 
-        Raises FaroutError for labels that do not go with the model.
+        Args:
+            indices: numbers of the images, which seed their noise.
+            labels: class of each image, for a conditional model.
+
+        Raises FaroutError where labels do not match the model.
         """
         return self.sample_with_condition(self.condition(labels), indices)
 
     @torch.no_grad()
     def sample_with_condition(self, condition: Condition | None, indices: Sequence[int]) -> Tensor:
-        """Images number `indices` under any condition of the model, a row each; see `images`."""
+        """The images with these indices under any condition of the model, one row each; see `sample_images`."""
         model = self.model
         keys = [str(index) for index in indices]
         noise = image_noise(keys, model.shape, self.seed, model.schedule.steps - 1, 0).to(model.device)
         sigmas = self.path.to(model.device).repeat(len(keys), 1)
         # at the first level a variance-preserving sample is the noise itself: x = x_vp / sqrt(abar)
         x = noise * expand_dims((1 + sigmas[:, 0] ** 2).sqrt(), noise)
-        return model.decode(self._solve(self._denoiser(), x, sigmas, condition)).cpu()
+        return model.decode(self._solver(self.denoiser(), x, sigmas, condition)).cpu()
 
-    def _denoiser(self) -> Denoiser:
+    def denoiser(self) -> Denoiser:
+        """The model's denoiser with guidance and clamping."""
         denoiser: Denoiser = self.model.denoiser(self.batch_size, self.precision)
         if self.guidance != 1 and self.model.conditioning is not None:
             denoiser = GuidedDenoiser(denoiser, self.guidance, self.model.conditioning.null_condition)
@@ -188,25 +193,25 @@ def sample(
     precision: Precision = "fp32",
     clamp: bool = True,
 ) -> Iterator[Tensor]:
-    """Makes images from noise: an iterator of (B, C, H, W) float32 in [0, 1], `batch_size` at a time.
+    """Samples images: an iterator of batches (B, C, H, W) float32 in [0, 1].
 
-    Image i depends on (seed, i) and its label alone: a longer run begins with the images of a shorter one.
+    Image i depends only on (seed, i) and its label: a longer run begins with the images of a shorter one.
 
     Args:
         model: the diffusion model.
-        count: number of images; those of a conditional model take its classes in turn.
+        count: number of images; those of a conditional model have its classes in turn.
         labels: instead of a count, the label of each image (conditional models).
         solver: see `Sampler`.
         steps: see `Sampler`.
         spacing: see `Sampler`.
         guidance: see `Sampler`.
         seed: see `Sampler`.
+        batch_size: the most images sampled together, and rows of one network call; `auto`: by memory.
         precision: see `Sampler`.
         clamp: see `Sampler`.
-        batch_size: the most images sampled together, and rows of one network call; `auto`: by memory.
 
     Raises:
-        FaroutError: at the call, for settings, counts and labels that do not go together.
+        FaroutError: when called, for incompatible settings, counts and labels.
     """
     sampler = Sampler(model, solver, steps, spacing, guidance, seed, batch_size, precision, clamp)
     if (count is None) == (labels is None) or (count is not None and count < 1):
@@ -216,10 +221,11 @@ def sample(
     sampler.condition(labels)
     total = len(labels) if labels is not None else count or 0
 
-    def batches() -> Iterator[Tensor]:
+    # an inner generator, so that errors of the arguments are raised by the call, not by the first batch
+    def sample_batches() -> Iterator[Tensor]:
         size = sampler.images_per_batch
         for start in range(0, total, size):
             indices = range(start, min(start + size, total))
-            yield sampler.images(indices, None if labels is None else [labels[index] for index in indices])
+            yield sampler.sample_images(indices, None if labels is None else [labels[index] for index in indices])
 
-    return batches()
+    return sample_batches()

@@ -29,7 +29,7 @@ _DIFFUSERS_NAMES = {
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A discrete schedule of `steps` levels, t = 0 (least noise) to steps - 1.
+    """A discrete noise schedule of `steps` levels, t = 0 (least noise) to steps - 1.
 
     Args:
         kind: `scaled_linear`: beta_t = (sqrt(b0) + t/(T-1) (sqrt(b1) - sqrt(b0)))^2, the reconstruction paper's;
@@ -65,7 +65,7 @@ class NoiseSchedule:
                 f"a schedule requires steps >= 2 and snr_shift > 0, got {self.steps} and {self.snr_shift}"
             )
         if (self.kind == "trained") != (self.betas is not None):
-            raise FaroutError(f"schedule kind {self.kind!r} and betas={self.betas is not None} do not go together")
+            raise FaroutError(f"schedule kind {self.kind!r} requires betas exactly if it is 'trained'")
         if self.betas is not None and len(self.betas) != self.steps:
             raise FaroutError(f"{len(self.betas)} betas were given for {self.steps} steps")
         betas = self.betas or (self.beta_start, self.beta_end)
@@ -104,13 +104,13 @@ class NoiseSchedule:
         return torch.tensor(self.betas, dtype=torch.float64)
 
     def sigma_of(self, t: Tensor | int | float) -> Tensor:
-        """sigma (float64) at level t of any shape; between levels, linear in log sigma.
+        """sigma (float64) at level t of any shape; linear in log sigma between levels.
 
-        Raises FaroutError when t lies outside 0 to T - 1.
+        Raises FaroutError for t outside 0 to T - 1.
         """
         t = torch.as_tensor(t, dtype=torch.float64)
         if t.numel() and not (float(t.min()) >= 0 and float(t.max()) <= self.steps - 1):
-            raise FaroutError(f"t runs from 0 to {self.steps - 1}, got {float(t.min()):g} to {float(t.max()):g}")
+            raise FaroutError(f"t must be in 0 to {self.steps - 1}, got {float(t.min()):g} to {float(t.max()):g}")
         below = t.floor().long()
         above = (below + 1).clamp(max=self.steps - 1)
         log = self.sigma.log()
@@ -118,20 +118,21 @@ class NoiseSchedule:
         return torch.where(t == below, self.sigma[below], between)
 
     def t_of(self, sigma: Tensor) -> Tensor:
-        """t (float64) at `sigma` of any shape: exact where sigma is an entry of the table (float32 rounding included),
-        linear in log sigma between entries, clamped to the table's ends outside it.
+        """t (float64) at `sigma` of any shape.
+
+        Exact for entries of the table (also rounded to float32), linear in log sigma between them, clamped outside.
         """
-        wanted = sigma.detach().cpu().double().clamp(min=1e-30).log()
+        log_sigma = sigma.detach().cpu().double().clamp(min=1e-30).log()
         log = self.sigma.log()
-        above = torch.searchsorted(log, wanted.contiguous()).clamp(1, self.steps - 1)
+        above = torch.searchsorted(log, log_sigma.contiguous()).clamp(1, self.steps - 1)
         low, high = log[above - 1], log[above]
-        weight = torch.where(high > low, (wanted - low) / (high - low).clamp(min=1e-30), torch.zeros_like(low))
+        weight = torch.where(high > low, (log_sigma - low) / (high - low).clamp(min=1e-30), torch.zeros_like(low))
         t = (above - 1 + weight).clamp(0, self.steps - 1)
         nearest = t.round()
-        return torch.where((log[nearest.long()] - wanted).abs() < 1e-6, nearest, t)
+        return torch.where((log[nearest.long()] - log_sigma).abs() < 1e-6, nearest, t)
 
-    def to_config(self) -> dict[str, Any]:
-        """A diffusers scheduler configuration that means the same schedule."""
+    def to_diffusers_config(self) -> dict[str, Any]:
+        """The configuration of a diffusers scheduler with the same schedule."""
         config: dict[str, Any] = {
             "_class_name": "DDPMScheduler",
             "num_train_timesteps": self.steps,
@@ -152,16 +153,16 @@ class NoiseSchedule:
 
     @classmethod
     def from_dict(cls, arguments: dict[str, Any]) -> NoiseSchedule:
-        """Rebuilds `to_dict` after a passage through JSON."""
+        """The schedule with the arguments of `to_dict`, also after they were stored as JSON."""
         betas = arguments.get("betas")
         return cls(**{**arguments, "betas": None if betas is None else tuple(betas)})
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> NoiseSchedule:
-        """Reads the configuration of any diffusers scheduler with betas.
+    def from_diffusers_config(cls, config: dict[str, Any]) -> NoiseSchedule:
+        """The schedule of a configuration of any diffusers scheduler with betas.
 
-        Raises FaroutError for a schedule that has no name here, as that of flow matching, and for betas that are
-        rescaled to end in abar = 0.
+        Raises FaroutError for an unknown schedule, such as that of flow matching, and for betas that are rescaled to
+        end in abar = 0.
         """
         steps = int(config.get("num_train_timesteps", 1000))
         if config.get("rescale_betas_zero_snr"):
@@ -174,6 +175,8 @@ class NoiseSchedule:
         names = {theirs: ours for ours, theirs in _DIFFUSERS_NAMES.items()}
         name = config.get("beta_schedule")
         if name not in names:
-            raise FaroutError(f"beta schedule {name!r} of this scheduler is not known; expected one of {sorted(names)}")
+            raise FaroutError(
+                f"beta schedule {name!r} of this scheduler is not supported; expected one of {sorted(names)}"
+            )
         start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
         return cls(kind=names[name], beta_start=start, beta_end=end, steps=steps)  # type: ignore[arg-type]

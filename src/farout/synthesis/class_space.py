@@ -76,7 +76,7 @@ def decode_vectors(
     """Decode class vectors (B, D) to images (B, C, H, W) float32 in [0, 1], on the CPU.
 
     Image i starts from the noise of (the sampler's seed, indices[i]), whatever else is in the batch. A class's own
-    vector gives the image that `Sampler.images` gives for that class and index.
+    vector gives the image that `Sampler.sample_images` gives for that class and index.
 
     Args:
         sampler: samples of a class-conditional model.

@@ -41,7 +41,7 @@ def recognition_rate(sampler: Sampler, classifier: Classifier, names: Sequence[s
         for start in range(0, count, _BATCH_SIZE):
             numbers = range(start, min(start + _BATCH_SIZE, count))
             labels = [number % len(names) for number in numbers]
-            logits = classifier.outputs(sampler.images(numbers, labels), _BATCH_SIZE).logits
+            logits = classifier.outputs(sampler.sample_images(numbers, labels), _BATCH_SIZE).logits
             predicted = logits.argmax(1).tolist()
             correct += sum(index == indices[label] for index, label in zip(predicted, labels, strict=True))
             bar.advance(len(numbers))

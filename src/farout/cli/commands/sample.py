@@ -53,8 +53,8 @@ def sample(
 def print_sampled_folder(result: SampledFolder) -> None:
     """Prints the number of images and the paths."""
     earlier = ""
-    if result.images > result.asked:
-        earlier = f", {result.asked} requested: the folder has more images from an earlier run"
-    print(f"{result.images} images, {result.made} new{earlier}")
+    if result.images > result.requested:
+        earlier = f", {result.requested} requested: the folder has more images from an earlier run"
+    print(f"{result.images} images, {result.new} new{earlier}")
     for path in filter(None, (result.folder, result.grid)):
         print(f"  {path}")

@@ -226,7 +226,7 @@ def test_missing_images_are_refused_before_any_work(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "out").exists()
     assert bench("openood_cifar100", "--out", tmp_path / "out", "--dry-run") == 0
     text = capsys.readouterr().out
-    assert "cannot be run here" in text
+    assert "cannot be run on this machine" in text
     assert "untested (far): places365:test" in text
 
 

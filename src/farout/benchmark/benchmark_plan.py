@@ -132,7 +132,9 @@ def _add_jobs_of_seed(
         entry_spec = spec.section(section)[entry]
         if getattr(entry_spec, "folder", None) is not None:
             return ()
-        inputs = tuple(name for other in entry_spec.dependencies for name in add_entry(*other, (*path, key)))
+        inputs: tuple[str, ...] = ()
+        for other_section, other in entry_spec.dependencies:
+            inputs += add_entry(other_section, other, (*path, key))
         defaults = {**fitting, "statistics": spec.statistics, "train_limit": spec.train_limit}
         own = {name: value for name, value in to_plain_values(entry_spec).items() if value is not None}
         return (add_job(section, entry, {**defaults, **flatten_settings(own)}, inputs),)

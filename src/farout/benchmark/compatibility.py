@@ -1,6 +1,6 @@
 """Check with untrained networks that the methods of a benchmark accept their networks, images and settings.
 
-Training takes hours; a mistake that a method would refuse after it is found here before any work starts.
+Training takes hours; a mistake that a method would only refuse afterwards is found before any work starts.
 """
 
 from __future__ import annotations

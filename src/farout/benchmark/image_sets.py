@@ -57,7 +57,7 @@ def check_required_sets(spec: BenchmarkSpec, missing: Mapping[str, str]) -> None
     if not reasons and all(source in missing for source in spec.ood_sources):
         reasons = [missing[source] for source in spec.ood_sources]
     if reasons:
-        raise FaroutError(f"the benchmark {spec.name} cannot be run here: {'; '.join(reasons)}")
+        raise FaroutError(f"the benchmark {spec.name} cannot be run on this machine: {'; '.join(reasons)}")
 
 
 @dataclass(frozen=True)

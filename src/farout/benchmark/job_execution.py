@@ -13,6 +13,7 @@ import torch
 
 from farout.benchmark.benchmark_plan import BenchmarkJob, BenchmarkPlan
 from farout.benchmark.error_images import write_error_images
+from farout.classifiers.outlier_exposure import Exposure
 from farout.classifiers.train import train_classifier
 from farout.core.errors import ConstantScoresWarning, TrapWarning
 from farout.data.image_source import ImageSource
@@ -79,7 +80,7 @@ def _train_network(plan: BenchmarkPlan, job: BenchmarkJob) -> None:
         images,
         job.output,
         model=entry.model,
-        exposure=entry.exposure,
+        exposure=entry.exposure or Exposure(),
         outliers=_folder_of(plan, "outliers", entry.outliers, job.seed),
         reconstructions=_folder_of(plan, "reconstructions", entry.reconstructions, job.seed),
         **settings,

@@ -149,6 +149,7 @@ def mean_by_group(plan: BenchmarkPlan, metrics: pd.DataFrame) -> pd.DataFrame:
     for (detector, indicator, group), part in metrics.groupby(["detector", "indicator", "group"], sort=False):
         by_seed = part.groupby("seed")[_AVERAGED_COLUMNS].mean()
         deviation = by_seed.std(ddof=1)
+        means: dict[Any, float] = by_seed.mean().to_dict()
         markers = {word for cell in part["marker"] for word in split_markers(cell)} - {"best"}
         rows.append(
             {
@@ -156,7 +157,7 @@ def mean_by_group(plan: BenchmarkPlan, metrics: pd.DataFrame) -> pd.DataFrame:
                 "detector": detector,
                 "indicator": indicator,
                 "group": group,
-                **by_seed.mean().to_dict(),
+                **means,
                 **{f"{name}_std": deviation[name] for name in ("auroc", "fpr95")},
                 "sets": part.loc[part["auroc"].notna(), "ood"].nunique(),
                 "untested": sum(source in plan.missing for source in plan.spec.ood[str(group)]),
@@ -171,7 +172,7 @@ def paired_differences(scored: Sequence[ScoredJob]) -> pd.DataFrame:
     """AUROC of each detector's score minus that of each other detector with the same seed, on the same images.
 
     Returns:
-        Table with the columns of `DIFFERENCE_COLUMNS` and seed; each pair of detectors is there in both orders.
+        Table with the columns of `DIFFERENCE_COLUMNS` and seed; each pair of detectors is listed in both orders.
     """
     rows = []
     for (first, first_datasets), (second, second_datasets) in combinations(scored, 2):

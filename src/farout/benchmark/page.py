@@ -57,7 +57,7 @@ def write_benchmark_page(folder: Path) -> Path:
             {
                 "detector": row.detector,
                 "is_baseline": row.is_baseline,
-                "values": {str(name): _format_cost(value) for name, value in costs.loc[row.detector].items()},
+                "values": {name: _format_cost(float(costs[name][row.detector])) for name in costs.columns},
             }
             for row in rows
             if row.is_own_score

@@ -85,7 +85,7 @@ def draw_cost_charts(results: BenchmarkResults) -> list[Chart]:
                 continue
             table = pd.DataFrame({"auroc": mean_auroc, "cost": costs[column].reindex(mean_auroc.index)})
             table["is_baseline"] = [results.is_baseline(str(name)) for name in table.index]
-            caption = f"AUROC on {group or 'other'} sets against {title}"
+            caption = f"AUROC on {str(group) or 'other'} sets against {title}"
             unknown = [str(name) for name in table.index[table.isna().any(axis=1)]]
             if unknown:
                 caption += f" (unknown for {', '.join(unknown)})"

@@ -73,7 +73,7 @@ def list_columns(results: BenchmarkResults) -> list[LeaderboardColumn]:
         if counts.get("untested"):
             notes.append(f"{counts['untested']} untested")
         note = ", ".join(notes) or "of the group's sets"
-        columns.append(LeaderboardColumn(f"{group or 'other'} (mean)", note, group=str(group)))
+        columns.append(LeaderboardColumn(f"{str(group) or 'other'} (mean)", note, group=str(group)))
     for pair in results.pairs:
         rows = results.metrics[(results.metrics["id"] == pair.id) & (results.metrics["ood"] == pair.ood)]
         first = rows.iloc[0]
@@ -92,8 +92,9 @@ def list_rows(results: BenchmarkResults, columns: Sequence[LeaderboardColumn]) -
     by_set, by_group = _summarize(results.metrics, ["id", "ood"]), _summarize(results.groups, ["group"])
     markers: dict[Any, dict[str, None]] = {}
     table = results.metrics
-    for *key, marker in zip(table["detector"], table["indicator"], table["id"], table["ood"], table["marker"]):
-        markers.setdefault(tuple(key), {}).update(dict.fromkeys(markers_of_row(marker)))
+    keys = zip(table["detector"], table["indicator"], table["id"], table["ood"])
+    for key, marker in zip(keys, table["marker"]):
+        markers.setdefault(key, {}).update(dict.fromkeys(markers_of_row(marker)))
 
     rows = []
     unknown: Cells = [None] * len(METRIC_TITLES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -56,20 +57,17 @@ def _mean_rows(
 ) -> tuple[tuple[str, ...], tuple[tuple[Cell, ...], ...]]:
     shown_groups = [group for group in plan.spec.ood if (groups["group"] == group).any()]
     heads = [f"{group} {metric}" for group in shown_groups for metric in ("AUROC", "FPR95")]
-    table = groups.set_index(["detector", "group"])
+    by_group = {(row["detector"], row["group"]): row for row in groups.to_dict("records")}
     costs = own.groupby("detector")[list(COST_COLUMNS)].mean()
     rows = []
     for name in names:
         cells = [_name_cell(own, name)]
         for group in shown_groups:
-            row = table.loc[(name, group)] if (name, group) in table.index else None
-            cells += [
-                Cell("" if row is None else _format_mean(row[metric], row[f"{metric}_std"]))
-                for metric in ("auroc", "fpr95")
-            ]
-        for column in COST_COLUMNS:
-            cost = costs.loc[name, column]
-            cells.append(Cell("" if pd.isna(cost) else f"{cost:.3g}" if cost < 100 else f"{cost:.0f}"))
+            row = by_group.get((name, group))
+            for metric in ("auroc", "fpr95"):
+                cells.append(Cell("" if row is None else _format_mean(row[metric], row[f"{metric}_std"])))
+        for cost in costs.loc[name].to_numpy(dtype=float):
+            cells.append(Cell("" if math.isnan(cost) else f"{cost:.3g}" if cost < 100 else f"{cost:.0f}"))
         rows.append(tuple(cells))
     return ("detector", *heads, *COST_COLUMNS.values()), tuple(rows)
 

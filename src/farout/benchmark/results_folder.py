@@ -162,8 +162,10 @@ def _read_table(path: Path, required: tuple[str, ...]) -> pd.DataFrame:
     missing = [name for name in required if name not in table]
     if missing:
         raise StoreError(f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
-    texts = {name: table[name].fillna("") for name in _TEXT_COLUMNS if name in table}
-    return table.assign(**{"bench": "benchmark", **texts})
+    for name in _TEXT_COLUMNS:
+        if name in table:
+            table[name] = table[name].fillna("")
+    return table if "bench" in table else table.assign(bench="benchmark")
 
 
 def read_scored_folders(folder: Path) -> list[ScoredFolder]:

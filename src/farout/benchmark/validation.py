@@ -42,11 +42,9 @@ def build(constructor: Callable[..., T], values: Any, where: str, *, base: Mappi
     for name, default in defaults.items():
         if is_dataclass(default) and isinstance(given.get(name), Mapping):
             given[name] = {**{field.name: getattr(default, field.name) for field in fields(default)}, **given[name]}
-    model = pydantic.create_model(
-        "Settings",
-        __config__=pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()),
-        **{name: (hint, defaults.get(name, ...)) for name, hint in hints.items()},
-    )
+    config = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    parameters: dict[str, Any] = {name: (hint, defaults.get(name, ...)) for name, hint in hints.items()}
+    model = pydantic.create_model("Settings", __config__=config, **parameters)
     try:
         validated = model.model_validate(given)
         return constructor(**{name: getattr(validated, name) for name in validated.model_fields_set})
@@ -85,7 +83,7 @@ def _explain(error: pydantic.ValidationError, where: str, given: Mapping[str, An
         for part in detail["loc"]:
             if not ((isinstance(value, Mapping) and part in value) or isinstance(value, list | tuple)):
                 break
-            value = value[part]  # type: ignore[index,call-overload]
+            value = value[part]  # type: ignore[index]
             path.append(str(part))
         key, last = ".".join(path), str(detail["loc"][-1])
         if detail["type"] == "missing":

@@ -114,7 +114,7 @@ def _describe_settings(spec: BenchmarkSpec, job: BenchmarkJob) -> str:
         method = entry.build_detector() if job.kind == "detectors" else entry.build_synthesizer()
         named |= named.pop("arguments")
         defaults |= type(method)().config
-    defaults |= {name: type(value)() for name, value in named.items() if is_dataclass(value)}
+    defaults |= {name: type(value)() for name, value in named.items() if is_dataclass(value)}  # type: ignore[misc]
     return ", ".join(_changed_settings(named, defaults))
 
 

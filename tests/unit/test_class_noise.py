@@ -145,7 +145,7 @@ def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     wrong: list[tuple[list[str], int, str]] = [
         ([*words], 1, "give --resume"),
         ([*words, "--resume", "--seed", "1"], 1, "seed: 0 before, 1 now"),
-        ([*words, "--preset", "paper"], 2, "no preset 'paper'"),
+        ([*words, "--preset", "paper"], 2, "no flag --preset"),
         (["synthesize", "clas_noise", *words[2:]], 1, "no synthesizer 'clas_noise'; did you mean class_noise?"),
         (["synthesize", "--out", "o"], 2, "METHOD SOURCE --diffusion DIR --out DIR"),
         (["synthesize", "class_noise", str(images), "--out", "o"], 2, "missing --diffusion"),

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from farout import DreamOOD
-from farout.classifiers import train as rooms
 from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.model import Classifier
 from farout.classifiers.networks import NetworkSpec
@@ -32,6 +31,7 @@ from farout.synthesis.dream_ood.boundary import (
     read_samples,
     select_candidates,
 )
+from farout.training.loop import TrainingRun
 from small import CPU, conditional, pictures
 from tolerances import assert_close
 
@@ -293,26 +293,21 @@ def test_features_of_varied_images_do_not_depend_on_the_batch(images: Path, tmp_
 
 def test_an_interrupted_training_goes_on(images: Path, tmp_path: Path) -> None:
     made(images, tmp_path / "whole", stage="align")
-    original, steps = rooms._step, []
+    update, updates = TrainingRun._update, list[int]()
 
-    def stopping(classifier: Classifier, config: ClassifierConfig) -> Any:
-        step = original(classifier, config)
-
-        def stops(*given: Any) -> Any:
-            steps.append(1)
-            if len(steps) == 3:
-                raise KeyboardInterrupt
-            return step(*given)
-
-        return stops
+    def interrupted(self: TrainingRun, batches: Any) -> None:
+        updates.append(self.completed)
+        if len(updates) == 3:
+            raise KeyboardInterrupt
+        update(self, batches)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rooms, "_step", stopping)
+        patch.setattr(TrainingRun, "_update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             made(images, tmp_path / "o", stage="align")
         assert (tmp_path / "o" / "align" / "training").is_dir()
         made(images, tmp_path / "o", stage="align", resume=True)
-    assert len(steps) == 5, "two updates, one that was lost, two more"
+    assert updates == [0, 1, 2, 2, 3], "two updates, one that was lost, two more"
     whole, again = (read_aligned_images(tmp_path / name / "align") for name in ("whole", "o"))
     assert torch.equal(whole.features, again.features)
     assert sorted(path.name for path in (tmp_path / "o" / "align").iterdir()) == ["classifier", "features.safetensors"]

@@ -19,7 +19,7 @@ from farout.data.image_source import ImageSource
 from farout.data.indices import require_readable_indices
 from farout.data.preprocessing import Kernel, Preprocessing
 from farout.data.sources import open_source, parse_source
-from farout.training.data_order import DataOrder, seed_of
+from farout.training.data_order import DataOrder, num_items, seed_of
 
 __all__ = [
     "ExposedImages",
@@ -261,7 +261,7 @@ class ExposedImages(Dataset[tuple[Tensor, ...]]):
         )
 
     def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
+        return num_items(self.images)
 
     def at(self, position: int, index: int) -> tuple[Tensor, ...]:
         """Image (C, H, W), label and, if there are outliers, outlier (C, H, W) at a position of the stream of items."""

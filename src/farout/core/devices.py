@@ -66,7 +66,7 @@ def single_process() -> Iterator[None]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that a name stands for: "auto" (CUDA if present, else CPU), "cpu", "cuda", "cuda:1" or "mps".
+    """The device with a name: "auto" (CUDA if present, else CPU), "cpu", "cuda", "cuda:1" or "mps".
 
     "cuda" is the current device, or under a launcher the device of this process.
 

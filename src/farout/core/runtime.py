@@ -44,7 +44,7 @@ class Runtime:
             raise FaroutError(f"workers is {self.workers}; expected 0 or more threads")
 
     def resolved(self) -> Runtime:
-        """The same settings with the device and precision that `auto` stands for on this machine.
+        """The same settings with `auto` replaced by the device and precision of this machine.
 
         Raises:
             FaroutError: for a device that is not available, or a precision that it does not support.

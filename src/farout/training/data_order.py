@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sized
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["DataOrder", "make_loader", "seed_of"]
+__all__ = ["DataOrder", "make_loader", "num_items", "seed_of"]
 
 
 def seed_of(*parts: object) -> int:
     """A seed of 63 bits, derived from values that have a `repr`."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def num_items(data: Dataset[Any]) -> int:
+    """The number of items of a data set with a length; torch does not declare one for all data sets."""
+    return len(cast("Sized", data))
 
 
 class DataOrder:
@@ -86,7 +91,7 @@ def make_loader(
     """
     return DataLoader(
         _SeededItems(data, *seed),
-        batch_sampler=batches,  # type: ignore[arg-type]  # typed as lists of int; any keys of the data work
+        batch_sampler=batches,
         num_workers=workers,
         pin_memory=pin_memory,
     )

@@ -68,7 +68,7 @@ class TrainingLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise MissingExtraError('tensorboard is not installed; pip install "farout[tensorboard]"') from error
-        self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
 
     def close(self) -> None:
         """Close the TensorBoard file, if there is one."""

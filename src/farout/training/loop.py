@@ -34,7 +34,7 @@ from farout.training.checkpoints import (
     write_checkpoint,
 )
 from farout.training.config import Losses, Step, TrainingConfig, TrainingResult, learning_rate, make_optimizer
-from farout.training.data_order import DataOrder, make_loader, seed_of
+from farout.training.data_order import DataOrder, make_loader, num_items, seed_of
 from farout.training.log import RunningMeans, TrainingLog
 
 __all__ = ["Step", "TrainingConfig", "TrainingResult", "train"]
@@ -182,9 +182,9 @@ class TrainingRun:
         logger.info(
             "%s: %d %s to train on%s; %d steps with batches of %d; %s parameters; processes: %d; %s, %s",
             self.description,
-            len(self.data),  # type: ignore[arg-type]
+            num_items(self.data),
             self.items,
-            "".join(f", {len(each)} for {name}" for name, each in self.validation.items()),  # type: ignore[arg-type]
+            "".join(f", {num_items(each)} for {name}" for name, each in self.validation.items()),
             config.steps,
             config.batch_size,
             f"{sum(parameter.numel() for parameter in self.trainable):,}",
@@ -233,7 +233,7 @@ class TrainingRun:
 
     def _batch_indices(self) -> Iterator[list[tuple[int, int]]]:
         """(position, index) of the items of each forward pass of this process; the processes' shares are disjoint."""
-        order = DataOrder(len(self.data), self.config.seed)  # type: ignore[arg-type]
+        order = DataOrder(num_items(self.data), self.config.seed)
         for update in range(self.completed, self.config.steps):
             positions = order.positions_of_update(update, self.config.batch_size, self.short_last_batch)
             for part in range(self.processes.process_index, self.parts, self.processes.num_processes):
@@ -250,7 +250,7 @@ class TrainingRun:
         parts = [self._backward(next(batches), part) for part in range(config.accumulate)]
         for losses_of_parts in zip(*parts, strict=True):
             names = sorted(losses_of_parts[0])
-            losses = torch.stack([sum(part[name] for part in losses_of_parts) for name in names])
+            losses = torch.stack([torch.stack([part[name] for part in losses_of_parts]).sum() for name in names])
             for parameter in self.trainable:
                 if parameter.grad is None:  # unused in this step, perhaps in this process only
                     parameter.grad = torch.zeros_like(parameter)
@@ -284,7 +284,7 @@ class TrainingRun:
         """Add the gradients of one part of a batch; yield its share of the mean losses, update by update."""
         seed = (self.completed, self.processes.process_index, part)
         for losses in self._compute_losses(self.network, batch, *seed):
-            self.scaler.scale(losses["loss"] / self.config.accumulate).backward()
+            torch.autograd.backward(self.scaler.scale(losses["loss"] / self.config.accumulate))
             yield {name: value.detach().float().reshape(()) / self.config.accumulate for name, value in losses.items()}
 
     def _compute_losses(self, network: nn.Module, batch: Any, *seed: object) -> Iterator[Losses]:
@@ -360,7 +360,7 @@ class TrainingRun:
         stride = self.processes.num_processes * self.part_size
         values: dict[str, float] = {}
         for set_name, dataset in self.validation.items():
-            count, means = len(dataset), RunningMeans()  # type: ignore[arg-type]
+            count, means = num_items(dataset), RunningMeans()
             starts = range(self.processes.process_index * self.part_size, count, stride)
             batches = [[(i, i) for i in range(start, min(start + self.part_size, count))] for start in starts]
             loader = make_loader(dataset, batches, (self.config.seed, "validation"), self.config.workers)
@@ -386,7 +386,7 @@ class TrainingRun:
             "config": {**asdict(self.config), "precision": self.precision, "keep": list(self.config.keep)},
             "fingerprint": self.fingerprint,
             "processes": self.processes.num_processes,
-            "data_size": len(self.data),  # type: ignore[arg-type]
+            "data_size": num_items(self.data),
             "random_state": "derived from seed, step and process",
             "best": self.best,
             "validated": self.last_validated_step,

@@ -254,7 +254,7 @@ def test_another_size_of_the_autoencoders_steps(folders: dict[str, Path], images
     for size in (24, 22):
         made = ClassNoise(steps=2, size=size, prompts=prompts).synthesize(images, tmp_path / f"o{size}", **given)
         assert {tuple(image.shape) for image in made.source()} == {(3, size, size)}
-    with pytest.raises(FaroutError, match=r"autoencoder shrinks images 2 times.*got 21"):
+    with pytest.raises(FaroutError, match=r"autoencoder downsamples images by 2.*got 21"):
         ClassNoise(steps=2, size=21, prompts=prompts).synthesize(images, tmp_path / "odd", **given)
     assert not (tmp_path / "odd").exists()
 

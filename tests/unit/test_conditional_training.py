@@ -153,7 +153,7 @@ def test_what_cannot_be_trained_is_refused_before_any_work(
 ) -> None:
     import farout.diffusion.train as module
 
-    monkeypatch.setattr(module, "split", lambda *_, **__: pytest.fail("work has begun"))
+    monkeypatch.setattr(module, "split_source", lambda *_, **__: pytest.fail("work has begun"))
     source: object = str(two_classes(tmp_path / "images", 4))
     config, message, inner = DiffusionConfig(classes=True), "", None
     if case == "no labels":

@@ -212,7 +212,7 @@ def test_class_names_become_prompts(folder: Path, tmp_path: Path) -> None:
 
 
 def test_text_wants_names_a_template_and_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FaroutError, match=r"synthesize.*class_names=.*save"):
+    with pytest.raises(FaroutError, match=r"synthesize.*class_names="):
         DiffusionModel.load(folder)
     with pytest.raises(FaroutError, match=r"contain \{\} once"):
         DiffusionModel.load(folder, class_names=["cat", "dog"], prompts=Prompts("a photo"))

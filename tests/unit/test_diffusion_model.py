@@ -157,7 +157,7 @@ def break_folder(folder: Path, how: str) -> None:
         ("no config", "missing"),
         ("newer", "upgrade"),
         ("no list", "the images that were seen"),
-        ("foreign code", "never code"),
+        ("foreign code", "never runs code"),
     ],
 )
 def test_broken_folders_are_refused(tmp_path: Path, how: str, message: str) -> None:

@@ -86,12 +86,12 @@ class DiffusionConfig:
 
     @property
     def objective(self) -> Objective:
-        """What a training step draws and minimises; raises FaroutError for values out of range."""
+        """Settings of the training loss; raises FaroutError for values out of range."""
         dropout = self.label_dropout if self.classes else 0.0
         return Objective(self.levels, self.error, self.reduction, dropout, self.flip)
 
     def class_names(self, source: ImageSource) -> tuple[str, ...] | None:
-        """The classes that are trained on, or None; raises SourceError for a source without labels or of one class."""
+        """Names of the training classes, or None; raises SourceError for a source without labels or with one class."""
         return class_names_of(source) if self.classes else None
 
 
@@ -162,6 +162,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """`tiny` for CPUs; `small`: the size of the reconstruction paper's released code, with a shorter training of ours;
 `paper`: its published setting (171 M parameters, Adam 2.5e-5, 300 epochs of 57,000 images at batch 180, no EMA).
 
-With classes: `classes` and `tokens` for CPUs, told classes by vectors and by cross-attention; `cifar`: the denoising
-paper's (Liu et al. 2022; 35.75 M parameters, `--no-model.classes` for its unconditional one);
+With classes: `classes` and `tokens` for CPUs, conditioned by class vectors and by cross-attention; `cifar`: that of the
+denoising paper (Liu et al. 2022; 35.75 M parameters, `--no-model.classes` for its unconditional one);
 `iddpm`: its variant with the network and the cosine schedule of Nichol & Dhariwal 2021."""

@@ -1,4 +1,4 @@
-"""The folder of a diffusion model: diffusers' layout, so that either library reads what the other wrote."""
+"""Folders of diffusion models in the layout of diffusers, so that each library can read the other's."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ __all__ = [
     "read_autoencoder",
     "read_conditioning",
     "read_networks",
+    "read_sample_size",
     "read_scheduler",
     "requires_class_names",
-    "sample_size",
     "text_conditioning",
     "write_conditioning",
     "write_network",
 ]
 
 _NETWORKS = {"UNet2DModel": diffusers.UNet2DModel, "UNet2DConditionModel": diffusers.UNet2DConditionModel}
-_CONDITIONING = "conditioning.safetensors"
+_CONDITIONING_FILE = "conditioning.safetensors"
 _AUTOENCODERS = {"AutoencoderKL": diffusers.AutoencoderKL, "VQModel": diffusers.VQModel}
 
 
@@ -50,29 +50,31 @@ def local_folder(folder: str | Path) -> Path:
     if not str(folder).startswith("hf://"):
         path = Path(folder)
         if not path.is_dir():
-            raise StoreError(f"there is no folder {path}; a model on the hub is written hf://owner/name")
+            raise StoreError(f"there is no folder {path}; models on the hub have the form hf://owner/name")
         return path
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise MissingExtraError('models from the hub require `pip install "farout[hub]"`') from error
     name = str(folder).removeprefix("hf://")
-    wanted = ["*.json", "*.safetensors", "*.bin", "tokenizer/*.txt", "trained_on.txt"]
+    patterns = ["*.json", "*.safetensors", "*.bin", "tokenizer/*.txt", "trained_on.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise StoreError(f"{folder} cannot be fetched ({reason}); download it and give the folder") from error
+        raise StoreError(
+            f"{folder} cannot be downloaded ({reason}); download it by other means and give the folder"
+        ) from error
 
 
 def is_farout_folder(folder: Path) -> bool:
-    """Whether `config.json` says that farout wrote the folder."""
+    """Whether farout wrote the folder, according to its `config.json`."""
     path = folder / "config.json"
     return path.is_file() and "farout" in store.read_json(path)
 
 
 def requires_class_names(folder: Path) -> bool:
-    """Whether a folder is conditioned on text and does not name its classes: Stable Diffusion as it is published."""
+    """Whether a folder is conditioned on text and does not name classes: Stable Diffusion as published."""
     return has_text_encoder(folder) and not is_farout_folder(folder)
 
 
@@ -99,23 +101,25 @@ def write_network(
 def read_networks(folder: Path) -> tuple[nn.Module, nn.Module | None]:
     """The network and the autoencoder (or None) of a diffusers folder, whether in subfolders or at its root.
 
-    Raises StoreError when a part is missing, cut short, or of a class that is not among the known ones.
+    Raises StoreError for a part that is missing, truncated, or of an unsupported class.
     """
     inner = folder / "unet" if (folder / "unet").is_dir() else folder
     autoencoder = next((folder / name for name in ("vae", "vqvae") if (folder / name).is_dir()), None)
-    return _read(inner, _NETWORKS), None if autoencoder is None else _read(autoencoder, _AUTOENCODERS)
+    return _read_module(inner, _NETWORKS), None if autoencoder is None else _read_module(autoencoder, _AUTOENCODERS)
 
 
 def read_autoencoder(folder: Path) -> nn.Module:
     """The autoencoder of a folder written by diffusers' `save_pretrained`, or of its subfolder `vae/`."""
-    return _read(folder / "vae" if (folder / "vae").is_dir() else folder, _AUTOENCODERS)
+    return _read_module(folder / "vae" if (folder / "vae").is_dir() else folder, _AUTOENCODERS)
 
 
-def _read(folder: Path, known: dict[str, Any]) -> nn.Module:
+def _read_module(folder: Path, known: dict[str, Any]) -> nn.Module:
     config = store.read_json(folder / "config.json")
     name = config.get("_class_name")
     if name not in known:
-        raise StoreError(f"{folder} holds a {name!r}; farout loads {', '.join(known)}, and never code from a folder")
+        raise StoreError(
+            f"{folder} contains a {name!r}; farout loads {', '.join(known)}, and never runs code from a folder"
+        )
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     if not files:
         raise StoreError(f"{folder} has no weights (*.safetensors or *.bin); the folder is incomplete")
@@ -126,19 +130,19 @@ def _read(folder: Path, known: dict[str, Any]) -> nn.Module:
 
 
 def write_conditioning(folder: Path, conditioning: Conditioning | None) -> None:
-    """Writes what a conditioning keeps beside the network, if anything: a table, or a text encoder with tokenizer."""
+    """Writes the tensors of a conditioning that are not part of the network: a table, or text encoder and tokenizer."""
     if isinstance(conditioning, PromptContexts):
         conditioning.encoder.write(folder)
         return
     tensors = {} if conditioning is None else conditioning.tensors()
     if tensors:
-        store.save_tensors(folder / _CONDITIONING, tensors)
+        store.save_tensors(folder / _CONDITIONING_FILE, tensors)
 
 
 def read_conditioning(folder: Path, network: nn.Module, described: dict[str, Any] | None) -> Conditioning | None:
-    """The conditioning that `config.json` of our folder describes; None for an unconditional model.
+    """The conditioning that `config.json` of a farout folder describes; None for an unconditional model.
 
-    Raises StoreError for a kind that this version does not know, or where its table is missing.
+    Raises StoreError for a kind that this version does not support, and for a missing table.
     """
     if described is None:
         return None
@@ -146,21 +150,23 @@ def read_conditioning(folder: Path, network: nn.Module, described: dict[str, Any
     kind = arguments.pop("kind", None)
     if kind == ClassVectors.kind:
         return ClassVectors(network, **arguments)
-    for member in (ClassTokens, TextTokens):
-        if kind == member.kind:
-            return member(store.load_tensors(folder / _CONDITIONING)["tokens"], **arguments)
-    for prompted in (PromptContexts, PromptTokens):
-        if kind == prompted.kind:
+    for table_class in (ClassTokens, TextTokens):
+        if kind == table_class.kind:
+            return table_class(store.load_tensors(folder / _CONDITIONING_FILE)["tokens"], **arguments)
+    for prompt_class in (PromptContexts, PromptTokens):
+        if kind == prompt_class.kind:
             arguments.pop("has_null")
-            return prompted(TextEncoder.read(folder), **arguments)
-    raise StoreError(f"{folder} holds a conditioning of kind {kind!r}, which this farout does not know; upgrade farout")
+            return prompt_class(TextEncoder.read(folder), **arguments)
+    raise StoreError(
+        f"{folder} contains a conditioning of kind {kind!r}, which this version does not support; upgrade farout"
+    )
 
 
 def text_conditioning(folder: Path, class_names: Sequence[str] | None, prompts: Prompts | None) -> Conditioning | None:
     """The conditioning of a folder with a text encoder that farout did not write; None for one without.
 
-    Without `prompts` class vectors are contexts. Raises FaroutError for a folder of text without class names, names
-    that do not become prompts, and prompts where there is no text encoder.
+    Without `prompts`, class vectors are contexts. Raises FaroutError for a text-conditional folder without class names,
+    names that cannot be used in prompts, and prompts for a folder without a text encoder.
     """
     if not has_text_encoder(folder):
         if prompts is not None:
@@ -168,8 +174,8 @@ def text_conditioning(folder: Path, class_names: Sequence[str] | None, prompts: 
         return None
     if not class_names:
         raise FaroutError(
-            f"{folder} is conditioned on text: `farout synthesize` and `farout reconstruct` make prompts of the "
-            "images' class names; other commands take what DiffusionModel.load(folder, class_names=[…]).save(…) writes"
+            f"{folder} is conditioned on text: `farout synthesize` and `farout reconstruct` make prompts from the "
+            "images' class names; for other commands, save DiffusionModel.load(folder, class_names=[...])"
         )
     return read_prompts(folder, class_names, prompts or Prompts(vector="context"))
 
@@ -179,8 +185,8 @@ def class_table_conditioning(
 ) -> Conditioning | None:
     """The conditioning of a folder without text that farout did not write; None for an unconditional network.
 
-    Each row of a table of class embeddings is taken for a class, as nothing says whether the last one means none.
-    Raises FaroutError for class names that do not go with the network.
+    Each row of a table of class embeddings is taken as a class, because the folder does not say whether the last one is
+    a null row. Raises FaroutError for class names that do not match the network.
     """
     table = getattr(network, "class_embedding", None)
     if isinstance(table, nn.Embedding):
@@ -191,25 +197,23 @@ def class_table_conditioning(
     return None
 
 
-def sample_size(folder: Path, network: nn.Module) -> tuple[int, int]:
-    """Height and width of what a network of `folder` was made for; raises StoreError where it does not say them."""
+def read_sample_size(folder: Path, network: nn.Module) -> tuple[int, int]:
+    """Height and width of a network's input; raises StoreError if its configuration does not have them."""
     size: Any = network.config["sample_size"]
     if size is None:
-        raise StoreError(
-            f"{folder}: the network's config.json has no sample_size, the side of what it works on; add it"
-        )
+        raise StoreError(f"{folder}: the network's config.json has no sample_size, the side of its input; add it")
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:
     """The scheduler's configuration, in a subfolder or at the root."""
-    places = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
-    path = next((place for place in places if place.is_file()), places[0])
+    candidates = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
+    path = next((path for path in candidates if path.is_file()), candidates[0])
     return store.read_json(path)
 
 
 def model_card(parameters: int, config: dict[str, Any]) -> str:
-    """A short README for the folder."""
+    """The README of the folder."""
     schedule, preprocessing = config["schedule"], config["preprocessing"]
     classes = config["conditioning"]
     lines = [
@@ -218,7 +222,7 @@ def model_card(parameters: int, config: dict[str, Any]) -> str:
         f"- network: {parameters:,} parameters, predicts {config['prediction']}",
         f"- schedule: {schedule['kind']}, {schedule['steps']} levels",
         f"- images: {preprocessing['channels']} x {preprocessing['size'][0]} x {preprocessing['size'][1]}",
-        *([] if classes is None else [f"- classes: {_classes(classes)}"]),
+        *([] if classes is None else [f"- classes: {_describe_classes(classes)}"]),
         f"- content hash: {config['content_hash']}",
         *[f"- {name}: {value}" for name, value in config["provenance"].items()],
         "",
@@ -227,8 +231,8 @@ def model_card(parameters: int, config: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _classes(conditioning: dict[str, Any]) -> str:
-    """A line on the classes: `3 (a, b, c), by class vectors, with a null condition`."""
+def _describe_classes(conditioning: dict[str, Any]) -> str:
+    """Describes the classes in one line: `3 (a, b, c), by class vectors, with a null condition`."""
     names = conditioning["class_names"]
     shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
     null = "with" if conditioning["has_null"] else "without"

@@ -1,4 +1,4 @@
-"""A diffusion model: network, schedule, preprocessing and, where there is one, autoencoder."""
+"""A diffusion model: network, schedule, preprocessing, and optionally an autoencoder and a conditioning."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ __all__ = ["KIND", "DiffusionModel"]
 
 KIND = "diffusion model"
 """What `config.json` calls a folder of this class."""
-_FILLING: dict[str, Any] = {"kernel": "bilinear", "fill": True}
-"""How images are brought to the size of a text-conditional model, which has seen cut pictures and no squeezed ones."""
+_TEXT_MODEL_RESIZING: dict[str, Any] = {"kernel": "bilinear", "fill": True}
+"""Preprocessing of text-conditional models, which are trained on cropped images that keep their aspect ratio."""
 
 
 class DiffusionModel:
-    """All that turns images in [0, 1] into the network's space, denoises there, and comes back.
+    """Encodes images in [0, 1] to the network's space, denoises them there, and decodes them.
 
     Args:
         network: a diffusers network (`UNet2DModel`, `UNet2DConditionModel`).
-        schedule: the schedule that it was trained with.
+        schedule: the schedule of its training.
         preprocessing: how images become the (C, H, W) tensors that `encode` takes.
         prediction: what the network predicts.
-        data_range: the values that 0 and 1 of an image become; (0, 1) in the reconstruction paper.
-        b_scale: factor on the data before noising; it raises the signal-to-noise ratio by b^2.
+        data_range: values to which 0 and 1 of an image are mapped; (0, 1) in the reconstruction paper.
+        b_scale: factor on the data before noising, which multiplies the signal-to-noise ratio by b^2.
         autoencoder: diffusers' `AutoencoderKL` or `VQModel`; None: the network works on pixels.
-        conditioning: how the network is told classes; None: it is unconditional.
-        trained_on: content hashes of the images that the weights have seen.
-        provenance: command, seed, data fingerprint and the like, kept in `config.json`.
+        conditioning: the classes of the network; None: it is unconditional.
+        trained_on: content hashes of the training images.
+        provenance: command, seed, data fingerprint and similar, stored in `config.json`.
 
     Raises FaroutError for an unknown prediction.
     """
@@ -75,7 +75,7 @@ class DiffusionModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return next(self.network.parameters()).device
 
     def to(self, device: torch.device | str) -> Self:
@@ -88,22 +88,21 @@ class DiffusionModel:
         return self
 
     def denoiser(self, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> NetworkDenoiser:
-        """The network behind the `Denoiser` contract, in network calls of at most `batch_size` rows.
+        """The network as a `Denoiser`, called with at most `batch_size` rows.
 
-        A class-conditional network that is given no condition gets the null condition, and so answers
-        unconditionally; it raises FaroutError where it has none.
+        A class-conditional network is given the null condition for rows without a condition; it raises FaroutError if
+        it has none.
         """
-        # kernels follow the weights' layout; one layout, whether trained just now or loaded, gives one result
+        # kernels depend on the layout of the weights; one layout gives one result, after training and after loading
         self.network.to(memory_format=torch.channels_last)
         null = None if self.conditioning is None else self.conditioning.null_condition
         return NetworkDenoiser(self.network, self.schedule, self.prediction, batch_size, precision, null)
 
     def clamp_x0(self, denoiser: Denoiser) -> Denoiser:
-        """A denoiser of this model whose answers are clamped to what images can be; as it is for latents, which have no
-        such range.
+        """A denoiser of this model whose x0 is clamped to the range of images; for latents the denoiser unchanged.
 
-        Without it a network's small error at high noise levels, multiplied by sigma, leaves samples saturated (Ho et
-        al. 2020 clip x0 alike).
+        Without clamping, a small error of the network at high noise levels is multiplied by sigma, and samples become
+        saturated (Ho et al. 2020 clip x0 too).
         """
         return denoiser if self.x0_range is None else ClampedDenoiser(denoiser, *self.x0_range)
 
@@ -117,34 +116,34 @@ class DiffusionModel:
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> x0 in the network's space, float32.
+        """Encodes images (B, C, H, W) in [0, 1] to x0 in the network's space, float32.
 
-        Images of another size are resized; sizes that the network cannot halve are padded by repeating the edge. With
-        an autoencoder the mode of its posterior is taken, or the sample that `noise` (of the latents' shape) gives.
+        Images of another size are resized; sizes that the network cannot halve are padded by repeating the edge. An
+        autoencoder's latents are the mode of its posterior, or with `noise` (of the latents' shape) a sample of it.
         """
-        images = self._fit(images.to(self.device, torch.float32))
+        images = self._resize(images.to(self.device, torch.float32))
         low, high = self.data_range
         x = low + (high - low) * images
         if self.autoencoder is not None:
-            factor = _downsampling(self.autoencoder)
+            factor = _autoencoder_factor(self.autoencoder)
             below, right = -x.shape[-2] % factor, -x.shape[-1] % factor
-            x = _latents(self.autoencoder, functional.pad(x, (0, right, 0, below), mode="replicate"), noise)
+            x = _encode_latents(self.autoencoder, functional.pad(x, (0, right, 0, below), mode="replicate"), noise)
         return self.b_scale * functional.pad(x, self._padding(x.shape[-2], x.shape[-1]), mode="replicate")
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """x0 in the network's space -> images (B, C, H, W) of the preprocessing's size, clamped to [0, 1]."""
+        """Decodes x0 in the network's space to images (B, C, H, W) of the preprocessing's size, clamped to [0, 1]."""
         x = x / self.b_scale
         height, width = self._inner_size()
         left, _, top, _ = self._padding(height, width)
         x = x[..., top : top + height, left : left + width]
         if self.autoencoder is not None:
             height, width = self.preprocessing.size
-            x = _pixels(self.autoencoder, x)[..., :height, :width]
+            x = _decode_latents(self.autoencoder, x)[..., :height, :width]
         low, high = self.data_range
         return ((x - low) / (high - low)).clamp(0, 1)
 
-    def _fit(self, images: Tensor) -> Tensor:
+    def _resize(self, images: Tensor) -> Tensor:
         channels, size = self.preprocessing.channels, self.preprocessing.size
         if images.ndim != 4 or images.shape[1] != channels:
             raise FaroutError(f"this model takes images (B, {channels}, H, W), got {tuple(images.shape)}")
@@ -154,19 +153,19 @@ class DiffusionModel:
         return resized.clamp(0, 1)
 
     def _inner_size(self) -> tuple[int, int]:
-        """Height and width of the data that the network works on, before padding."""
-        factor = 1 if self.autoencoder is None else _downsampling(self.autoencoder)
+        """Height and width of pixels or latents, before padding."""
+        factor = 1 if self.autoencoder is None else _autoencoder_factor(self.autoencoder)
         height, width = self.preprocessing.size
         return -(-height // factor), -(-width // factor)
 
     def _padding(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """(left, right, top, bottom) that makes both sides multiples of what the network halves."""
-        factor = self._halvings()
+        """(left, right, top, bottom) after which both sides are multiples of the network's downsampling factor."""
+        factor = self._network_factor()
         x, y = -width % factor, -height % factor
         return x // 2, x - x // 2, y // 2, y - y // 2
 
-    def _halvings(self) -> int:
-        """How many times smaller the network's innermost maps are than what it works on."""
+    def _network_factor(self) -> int:
+        """Downsampling factor of the network's innermost feature maps."""
         return int(2 ** (len(self.network.config["block_out_channels"]) - 1))
 
     @property
@@ -178,14 +177,14 @@ class DiffusionModel:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of the noise that `encode` takes: of the autoencoder's latents, before they are padded."""
+        """(C, H, W) of the noise of `encode`: of the autoencoder's latents, before padding."""
         return (self.shape[0], *self._inner_size())
 
     # -- identity ------------------------------------------------------------------------------------------------
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of the weights and of everything that decides what they compute."""
+        """SHA-256 of the weights and of all settings that decide what they compute."""
         weights = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         if self.autoencoder is not None:
             weights |= {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
@@ -196,10 +195,10 @@ class DiffusionModel:
         described: dict[str, Any] = {
             "prediction": self.prediction,
             "preprocessing": self.preprocessing.to_dict(),
-            "network": _plain(self.network.config),
-            "autoencoder": None if self.autoencoder is None else _plain(self.autoencoder.config),
+            "network": _public_config(self.network.config),
+            "autoencoder": None if self.autoencoder is None else _public_config(self.autoencoder.config),
         }
-        if self.conditioning is not None:  # unconditional models keep the identity that they had without this entry
+        if self.conditioning is not None:  # keeps the hash of unconditional models
             described["conditioning"] = self.conditioning.describe()
         weights[json.dumps(described, sort_keys=True)] = torch.zeros(1)
         return store.hash_tensors(weights)
@@ -207,10 +206,10 @@ class DiffusionModel:
     @cached_property
     def gmacs(self) -> float:
         """Billions of multiply-accumulates of one network evaluation of one row."""
-        twin = copy.deepcopy(self.network).cpu().float()
-        told = {} if self.conditioning is None else self.conditioning(torch.zeros(1, dtype=torch.int64)).tensors
+        network = copy.deepcopy(self.network).cpu().float()
+        condition = {} if self.conditioning is None else self.conditioning(torch.zeros(1, dtype=torch.int64)).tensors
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            twin(torch.zeros(1, *self.shape), torch.zeros(1), **{name: value.cpu() for name, value in told.items()})
+            network(torch.zeros(1, *self.shape), torch.zeros(1), **{n: value.cpu() for n, value in condition.items()})
         return counter.get_total_flops() / 2e9
 
     @property
@@ -219,66 +218,65 @@ class DiffusionModel:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     def with_conditioning(self, conditioning: Conditioning | None) -> DiffusionModel:
-        """The same networks, not copied, told their classes by another conditioning."""
-        twin = self._twin()
-        twin.conditioning = conditioning
-        return twin
+        """The same networks, not copied, with another conditioning."""
+        model = self._copy()
+        model.conditioning = conditioning
+        return model
 
-    def _twin(self) -> DiffusionModel:
-        """A model that shares everything with this one, but for what follows from its parts."""
-        twin = copy.copy(self)
-        twin.__dict__.pop("gmacs", None)
-        return twin
+    def _copy(self) -> DiffusionModel:
+        """A shallow copy without cached properties."""
+        model = copy.copy(self)
+        model.__dict__.pop("gmacs", None)
+        return model
 
     def with_image_size(self, side: int) -> DiffusionModel:
-        """The same networks, not copied, for square images of another size, which they have not been trained on: what
-        they make of it is theirs.
+        """The same networks, not copied, for square images of another size than that of the training images.
 
         Args:
-            side: in pixels: a multiple of what the autoencoder shrinks by, without one of what the network halves to,
-                or the model's own.
+            side: in pixels: a multiple of the downsampling factor of the autoencoder (or, without one, of the network),
+                or the model's own size.
 
         Raises FaroutError for another side.
         """
-        factor = self._halvings() if self.autoencoder is None else _downsampling(self.autoencoder)
+        factor = self._network_factor() if self.autoencoder is None else _autoencoder_factor(self.autoencoder)
         own = tuple(self.preprocessing.size)
         if (side, side) != own and (side < factor or side % factor):
-            shrinks = "this network" if self.autoencoder is None else "this model's autoencoder"
+            part = "this network" if self.autoencoder is None else "this model's autoencoder"
             raise FaroutError(
-                f"{shrinks} shrinks images {factor} times, so that a side in pixels is a multiple of {factor}, or its "
+                f"{part} downsamples images by {factor}, so the side in pixels must be a multiple of {factor}, or its "
                 f"own {own[0]} x {own[1]}; got {side}"
             )
-        twin = self._twin()
-        twin.preprocessing = replace(self.preprocessing, size=(side, side))
-        return twin
+        model = self._copy()
+        model.preprocessing = replace(self.preprocessing, size=(side, side))
+        return model
 
     def with_random_weights(self, seed: int = 0) -> DiffusionModel:
-        """The same model with random weights: a control that has learnt nothing.
+        """The same model with random weights, as an untrained baseline.
 
-        Every weight tensor is drawn anew with its own mean and standard deviation: a network left as built would
-        answer zero, because its last layer starts at zero.
+        Every weight tensor is sampled with its own mean and standard deviation: a newly built network would predict
+        zero, because its last layer starts at zero.
         """
         generator = torch.Generator().manual_seed(seed)
-        twin = self._twin()
-        twin.network = copy.deepcopy(self.network)
-        twin.conditioning = None if self.conditioning is None else self.conditioning.copy_for(twin.network)
-        twin.trained_on, twin.provenance = frozenset(), {"random_weights": seed}
-        beside = [] if twin.conditioning is None else twin.conditioning.parameters()
+        model = self._copy()
+        model.network = copy.deepcopy(self.network)
+        model.conditioning = None if self.conditioning is None else self.conditioning.copy_for(model.network)
+        model.trained_on, model.provenance = frozenset(), {"random_weights": seed}
+        extra = [] if model.conditioning is None else model.conditioning.parameters()
         with torch.no_grad():
-            for parameter in (*twin.network.parameters(), *beside):
+            for parameter in (*model.network.parameters(), *extra):
                 drawn = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-                spread = parameter.std() if parameter.numel() > 1 else parameter.abs().mean()
-                parameter.copy_(parameter.mean() + spread * drawn)
-        return twin
+                std = parameter.std() if parameter.numel() > 1 else parameter.abs().mean()
+                parameter.copy_(parameter.mean() + std * drawn)
+        return model
 
     # -- folders -------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder in diffusers' layout with our `config.json` beside it; nothing half-written is left."""
+        """Writes a folder in diffusers' layout with farout's `config.json`, complete or not at all."""
         with store.atomic_folder(folder, KIND) as temporary:
-            self._write(temporary)
+            self._write_files(temporary)
 
-    def _write(self, folder: Path) -> None:
+    def _write_files(self, folder: Path) -> None:
         folders.write_network(folder, self.network, self.schedule, self.prediction, self.autoencoder)
         folders.write_conditioning(folder, self.conditioning)
         content = {
@@ -306,19 +304,23 @@ class DiffusionModel:
     ) -> DiffusionModel:
         """Loads a folder that farout wrote, a diffusers folder, or `hf://owner/name`.
 
-        A Stable Diffusion folder (unet, vae, text_encoder, tokenizer, scheduler) wants `class_names`, of which prompts
-        are made; its null condition is the empty prompt. Without `prompts` these are "An image of a …", and class
-        vectors are their contexts. What `save` then writes is loaded without names. For a class-conditional
-        `UNet2DModel` of diffusers `class_names` name the rows of its table, of which the last may be a null row where
-        there is one more than names. A `conditioning` that is ready takes the place of both.
+        Code from a folder or hub is never run, and weights are read without unpickling objects.
 
-        Raises FaroutError where names or prompts do not go with the folder, StoreError for a folder that is missing,
-        incomplete, altered or of another kind. Code from a folder or hub is never run, and weights are read without
-        unpickling objects.
+        Args:
+            folder: the folder.
+            class_names: names of the classes. A Stable Diffusion folder (unet, vae, text_encoder, tokenizer, scheduler)
+                requires them for its prompts; a folder that `save` then writes contains them. For a class-conditional
+                `UNet2DModel` of diffusers they name the rows of its table; the last row may be a null row.
+            prompts: prompts of a Stable Diffusion folder; default: "An image of a ...", with contexts as class vectors.
+                The null condition is the empty prompt.
+            conditioning: a ready conditioning, instead of class names and prompts.
+
+        Raises FaroutError for class names or prompts that do not match the folder, StoreError for a folder that is
+        missing, incomplete, altered or of another kind.
         """
         path = folders.local_folder(folder)
         if not folders.is_farout_folder(path):
-            return cls._foreign(path, class_names, prompts, conditioning)
+            return cls._load_diffusers(path, class_names, prompts, conditioning)
         if class_names is not None or prompts is not None or conditioning is not None:
             raise FaroutError(f"{path} was written by farout and names its own classes; leave class_names out")
         config = store.read_config(path, KIND)
@@ -341,30 +343,33 @@ class DiffusionModel:
         return model
 
     @classmethod
-    def _foreign(
+    def _load_diffusers(
         cls, path: Path, class_names: Sequence[str] | None, prompts: Prompts | None, conditioning: Conditioning | None
     ) -> DiffusionModel:
         if conditioning is not None and (class_names is not None or prompts is not None):
             raise FaroutError("a conditioning has its own class names and prompts; leave class_names and prompts out")
-        told = conditioning or folders.text_conditioning(path, class_names, prompts)  # first: it may refuse the names
+        # first, because it may raise for the names
+        text_conditioning = conditioning or folders.text_conditioning(path, class_names, prompts)
         network, autoencoder = folders.read_networks(path)
         scheduler = folders.read_scheduler(path)
-        factor = 1 if autoencoder is None else _downsampling(autoencoder)
-        height, width = folders.sample_size(path, network)
+        factor = 1 if autoencoder is None else _autoencoder_factor(autoencoder)
+        height, width = folders.read_sample_size(path, network)
         size = (height * factor, width * factor)
         channels = int((network if autoencoder is None else autoencoder).config["in_channels"])
         return cls(
             network,
             NoiseSchedule.from_diffusers_config(scheduler),
-            Preprocessing(size=size, channels=channels, native=size, **({} if told is None else _FILLING)),
+            Preprocessing(
+                size=size, channels=channels, native=size, **({} if text_conditioning is None else _TEXT_MODEL_RESIZING)
+            ),
             prediction=scheduler.get("prediction_type", "epsilon"),
             autoencoder=autoencoder,
-            conditioning=told or folders.class_table_conditioning(path, network, class_names),
+            conditioning=text_conditioning or folders.class_table_conditioning(path, network, class_names),
             provenance={"loaded_from": str(path)},
         )
 
 
-def _latents(autoencoder: nn.Module, x: Tensor, noise: Tensor | None) -> Tensor:
+def _encode_latents(autoencoder: nn.Module, x: Tensor, noise: Tensor | None) -> Tensor:
     scale = float(getattr(autoencoder.config, "scaling_factor", 1.0))
 
     def call(x: Tensor, *noise: Tensor) -> Tensor:
@@ -378,15 +383,15 @@ def _latents(autoencoder: nn.Module, x: Tensor, noise: Tensor | None) -> Tensor:
     return call_in_chunks(autoencoder, call, *given)
 
 
-def _pixels(autoencoder: nn.Module, latents: Tensor) -> Tensor:
+def _decode_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
     scale = float(getattr(autoencoder.config, "scaling_factor", 1.0))
-    return call_in_chunks(autoencoder, lambda some: autoencoder.decode(some / scale).sample, latents)
+    return call_in_chunks(autoencoder, lambda chunk: autoencoder.decode(chunk / scale).sample, latents)
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    """A network's configuration without what says where and by which version it was written."""
+def _public_config(config: Any) -> dict[str, Any]:
+    """A network's configuration without the entries on the version and path of the file."""
     return {name: value for name, value in dict(config).items() if not name.startswith("_")}
 
 
-def _downsampling(autoencoder: nn.Module) -> int:
+def _autoencoder_factor(autoencoder: nn.Module) -> int:
     return 2 ** (len(autoencoder.config["block_out_channels"]) - 1)

@@ -26,7 +26,7 @@ from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
 from farout.data.splits import log_split, split_off_validation, split_source
 from farout.diffusion import diffusers_folders as folders
-from farout.diffusion.conditioning.base import Condition, Conditioning
+from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.config import DiffusionConfig
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import Objective, denoising_loss, drop_labels
@@ -81,8 +81,8 @@ def build_model(
 
 
 @dataclass(frozen=True)
-class _Data:
-    """The parts of a source that training sees, and what is known of them."""
+class _TrainingData:
+    """Training and validation set of a source, its fingerprint and the content hashes of its images."""
 
     training: Dataset
     validation: Dataset | None
@@ -99,29 +99,37 @@ def train_model(
     out: Path | None = None,
     resume: bool = False,
 ) -> DiffusionModel:
-    """Trains a fresh model on all of `source`; the last twentieth of the images, by hash, validates where
-    `training.validate_every` is set. With an autoencoder the latents are computed once, on the
-    device that trains.
+    """Trains a model on all images of a source; returns the same model.
 
-    A model with a conditioning is trained on the source's labels, told apart by the names of their classes.
+    With `training.validate_every` a twentieth of the images, chosen by hash, is used for validation. The latents of an
+    autoencoder are computed once. A class-conditional model is trained on the source's labels, matched by class name.
 
-    Raises FaroutError for an objective that the model cannot be trained by, SourceError for labels that are missing
-    or of a class that the model does not have, FaroutError for a class without images; StoreError for a resume with
-    other images, labels or settings.
+    Args:
+        source: training images.
+        model: the model, with random weights.
+        training: settings of the training loop.
+        objective: settings of the loss.
+        out: folder of the checkpoints; None: none are kept.
+        resume: continue from the last checkpoint in `out`.
+
+    Raises:
+        FaroutError: for an objective that does not suit the model, and a class without images.
+        SourceError: for labels that are missing or of a class that the model does not have.
+        StoreError: for a resume with other images, labels or settings.
     """
     _check_objective(model, objective)
     model.to(resolve_device(training.device))  # training moves the network alone
-    data = _prepare(source, model, validate=training.validate_every > 0)
+    data = _prepare_data(source, model, validate=training.validate_every > 0)
     trained = model.network if model.conditioning is None else model.conditioning.trainable_module(model.network)
     result = train(
         trained,
-        _step(model, objective),
+        _training_step(model, objective),
         data.training,
         training,
         out=out,
         validation=data.validation,
         resume=resume,
-        fingerprint=_learnt(data.fingerprint, model, objective),
+        fingerprint=_training_fingerprint(data.fingerprint, model, objective),
     )
     model.trained_on = frozenset(data.hashes)
     model.provenance = {
@@ -136,8 +144,8 @@ def train_model(
     return model
 
 
-def _learnt(fingerprint: str, model: DiffusionModel, objective: Objective) -> str:
-    """What a network of one shape learns: a run resumes with the same only."""
+def _training_fingerprint(fingerprint: str, model: DiffusionModel, objective: Objective) -> str:
+    """Everything but the network's shape that decides what is learned; a run resumes only with the same."""
     settings = {
         "dropout": model.network.config["dropout"],
         "prediction": model.prediction,
@@ -150,55 +158,56 @@ def _learnt(fingerprint: str, model: DiffusionModel, objective: Objective) -> st
 
 def _check_objective(model: DiffusionModel, objective: Objective) -> None:
     if objective.flip and model.autoencoder is not None:
-        raise FaroutError("latents are computed once, so images cannot be mirrored at each step; leave flip out")
+        raise FaroutError(
+            "latents are computed once, so images cannot be flipped at random in each step; leave flip out"
+        )
     if objective.label_dropout and model.conditioning is None:
         raise FaroutError("label_dropout requires a model with classes; this one is unconditional")
     if objective.label_dropout and model.conditioning is not None and not model.conditioning.has_null:
         raise FaroutError("label_dropout requires a model with a null condition; this one has none")
 
 
-def _step(model: DiffusionModel, objective: Objective) -> Step:
-    """What training does with a batch: images or latents, with their labels where the model has classes."""
+def _training_step(model: DiffusionModel, objective: Objective) -> Step:
+    """The training step of a batch: images or latents, with their labels if the model has classes."""
     conditioning = model.conditioning
 
     def step(network: nn.Module, batch: Tensor | list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """The loss of a batch; see `farout.training.loop.Step`."""
         rows = batch if isinstance(batch, Tensor) else batch[0]
         if objective.flip:
-            mirrored = torch.rand(len(rows), generator=generator).to(rows.device) < 0.5
-            rows = torch.where(mirrored[:, None, None, None], rows.flip(-1), rows)
+            is_flipped = torch.rand(len(rows), generator=generator).to(rows.device) < 0.5
+            rows = torch.where(is_flipped[:, None, None, None], rows.flip(-1), rows)
         x0 = model.encode(rows) if model.autoencoder is None else rows
-        condition = None if conditioning is None else _told(conditioning, batch[1], objective, generator)
+        condition = None
+        if conditioning is not None:
+            labels = batch[1]
+            if objective.label_dropout:
+                labels = drop_labels(labels, conditioning.num_classes, objective.label_dropout, generator)
+            # labels instead of vectors: the trained module looks them up, the null row included
+            condition = Condition({"class_labels": labels})
         denoiser = NetworkDenoiser(network, model.schedule, model.prediction)
         return {"loss": denoising_loss(denoiser, x0, generator, objective, condition)}
 
     return step
 
 
-def _told(conditioning: Conditioning, labels: Tensor, objective: Objective, generator: torch.Generator) -> Condition:
-    """Numbers of rows of the class table, some of them the null row's: the network in training looks them up."""
-    if objective.label_dropout:
-        labels = drop_labels(labels, conditioning.num_classes, objective.label_dropout, generator)
-    return Condition({"class_labels": labels})
-
-
-def _prepare(source: ImageSource, model: DiffusionModel, *, validate: bool) -> _Data:
+def _prepare_data(source: ImageSource, model: DiffusionModel, *, validate: bool) -> _TrainingData:
     names = None if model.conditioning is None else model.conditioning.class_names
-    numbers = None if names is None else encode_classes(source, names)  # first: it may refuse the source
-    if numbers is not None:
-        check_no_class_is_empty(numbers, names or ())
+    labels = None if names is None else encode_classes(source, names)  # first, because it may raise
+    if labels is not None:
+        check_no_class_is_empty(labels, names or ())
     hashes = [source.content_hash(i) for i in range(len(source))]
     images = PreparedImages(source, model.preprocessing)
-    prepared: Dataset = images if numbers is None else LabelledImages(images, numbers)
+    prepared: Dataset = images if labels is None else LabelledImages(images, labels)
     if model.autoencoder is not None:
-        latents = _latents(images, len(source), model)
-        prepared = TensorDataset(latents) if numbers is None else TensorDataset(latents, numbers)
+        latents = _compute_latents(images, len(source), model)
+        prepared = TensorDataset(latents) if labels is None else TensorDataset(latents, labels)
     training, validation = split_off_validation(prepared, hashes, validate=validate)
-    fingerprint = source.fingerprint() if numbers is None else labelled_fingerprint(source, names or (), numbers)
-    return _Data(training, validation, fingerprint, hashes)
+    fingerprint = source.fingerprint() if labels is None else labelled_fingerprint(source, names or (), labels)
+    return _TrainingData(training, validation, fingerprint, hashes)
 
 
-def _latents(images: Dataset, count: int, model: DiffusionModel) -> Tensor:
+def _compute_latents(images: Dataset, count: int, model: DiffusionModel) -> Tensor:
     chunks: list[Sequence[int]] = [range(count)[start : start + 32] for start in range(0, count, 32)]
     return torch.cat([model.encode(torch.stack([images[i] for i in chunk])).cpu() for chunk in chunks])
 
@@ -248,14 +257,14 @@ def train_diffusion(
     images = open_source(source, limit=limit, seed=seed, policy=policy)
     torch.manual_seed(seed)
     inner = None if autoencoder is None else folders.read_autoencoder(Path(autoencoder))
-    fresh = build_model(model, model.preprocess(images), inner, model.class_names(images))
-    _check_objective(fresh, model.objective)
+    new_model = build_model(model, model.preprocess(images), inner, model.class_names(images))
+    _check_objective(new_model, model.objective)
     parts = split_source(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
     log_split(images, parts)
     settings = replace(training, seed=seed)
     folder = training_folder(out)
     trained = train_model(
-        images.subset(parts.training), fresh, settings, objective=model.objective, out=folder, resume=resume
+        images.subset(parts.training), new_model, settings, objective=model.objective, out=folder, resume=resume
     )
     if is_main_process():
         trained.save(out)

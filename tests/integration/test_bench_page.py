@@ -32,18 +32,18 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
 
 
 @pytest.fixture(scope="module")
-def made(sets: tuple[str, str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(sets: tuple[str, str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_results(tmp_path_factory.mktemp("bench") / "b", sets[0], sets[1:], seeds=(0, 1))
 
 
 @pytest.fixture(scope="module")
-def page(made: Path) -> Path:
-    return write_benchmark_page(made)
+def page(results: Path) -> Path:
+    return write_benchmark_page(results)
 
 
 @pytest.fixture
-def copy(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "b"))
+def copy(results: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(results, tmp_path / "b"))
 
 
 def text_of(folder: Path) -> str:
@@ -70,7 +70,7 @@ def test_nothing_is_fetched_from_outside(page: Path) -> None:
         assert not [name for name in attributes if name.startswith("on")]
 
 
-def test_every_tag_is_closed_and_every_control_named(page: Path) -> None:
+def test_tags_are_closed_and_inputs_are_labelled(page: Path) -> None:
     tags = Tags(page.read_text(encoding="utf-8"))
     assert not tags.open
     kinds = [tag for tag, _ in tags.found]
@@ -86,8 +86,8 @@ def test_every_tag_is_closed_and_every_control_named(page: Path) -> None:
     assert sum(tag == "button" for tag in kinds) == 1 + 2 + 2, "the name, two groups, two sets"
 
 
-def test_figures_are_those_of_the_tables(made: Path, page: Path) -> None:
-    metrics = pd.read_csv(made / "metrics.csv")
+def test_values_are_those_of_the_tables(results: Path, page: Path) -> None:
+    metrics = pd.read_csv(results / "metrics.csv")
     rows = re.findall(
         r'<tr role="row" data-row="(\d+)" data-indicator="(.*?)".*?<b>(.*?)</b>', page.read_text(), re.DOTALL
     )
@@ -102,10 +102,10 @@ def test_figures_are_those_of_the_tables(made: Path, page: Path) -> None:
             assert value == pytest.approx(values.mean(), abs=1e-4)
             assert words == f"± {values.std():.3f}"
     own = [cells[int(row)][0][0][0] for row, indicator, _ in rows if indicator == "score"]
-    assert own == sorted(own, reverse=True), "the best stands first"
+    assert own == sorted(own, reverse=True), "the best comes first"
 
 
-def test_baselines_are_marked_and_markers_explained(page: Path, made: Path) -> None:
+def test_baselines_are_marked_and_markers_explained(page: Path, results: Path) -> None:
     text = page.read_text(encoding="utf-8")
     classes = [str(each["class"]).split() for _, each in Tags(text).found if "data-row" in each]
     assert sum("baseline" in words for words in classes) == 3, "one baseline by three scores"
@@ -117,19 +117,19 @@ def test_baselines_are_marked_and_markers_explained(page: Path, made: Path) -> N
     assert heads is not None
     assert heads[0].count('<span class="badge">size</span>') == 1
     assert "not explained" in text, "what size means"
-    below = (pd.read_csv(made / "metrics.csv").groupby(["detector", "indicator", "ood"])["auroc"].min() < 0.5).sum()
+    below = (pd.read_csv(results / "metrics.csv").groupby(["detector", "indicator", "ood"])["auroc"].min() < 0.5).sum()
     assert text.count('<span class="badge">below half</span>') == below + (below > 0)
 
 
-def test_one_seed_shows_its_intervals(sets: tuple[str, str, str], tmp_path: Path) -> None:
+def test_one_seed_is_shown_with_intervals(sets: tuple[str, str, str], tmp_path: Path) -> None:
     folder = write_results(tmp_path / "b", sets[0], sets[1:2], skills={"knn": (1.0, 0.4)})
     row = pd.read_csv(folder / "metrics.csv").iloc[0]
     text = text_of(folder)
     assert f"<small>{row['auroc_low']:.3f}–{row['auroc_high']:.3f}</small>" in text
-    assert "Where detectors disagree" not in text, "one alone agrees with itself"
+    assert "Where detectors disagree" not in text, "a single detector cannot disagree"
 
 
-def test_figures_are_rounded_once(sets: tuple[str, str, str], tmp_path: Path) -> None:
+def test_values_are_rounded_once(sets: tuple[str, str, str], tmp_path: Path) -> None:
     """Rounded to four digits first, 0.715478 would be 0.716."""
     folder = write_results(tmp_path / "b", sets[0], sets[1:2], skills={"knn": (1.0, 0.4)})
     metrics = pd.read_csv(folder / "metrics.csv")
@@ -140,10 +140,10 @@ def test_figures_are_rounded_once(sets: tuple[str, str, str], tmp_path: Path) ->
     assert "<b>0.716</b>" not in text
 
 
-def test_charts_have_the_values_of_the_tables(page: Path, made: Path) -> None:
+def test_charts_have_the_values_of_the_tables(page: Path, results: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.count('aria-label="ROC curves on') == 2
-    metrics = pd.read_csv(made / "metrics.csv")
+    metrics = pd.read_csv(results / "metrics.csv")
     first = metrics[(metrics["indicator"] == "score") & (metrics["seed"] == 0)]
     captions = re.findall(r"<figcaption>(.*?): AUROC (.*?), FPR95 (.*?)</figcaption>", text)
     methods = first[first["detector"] != "trivial_baselines"]
@@ -152,17 +152,17 @@ def test_charts_have_the_values_of_the_tables(page: Path, made: Path) -> None:
     assert text.count('aria-label="AUROC on') == 4, "two groups by two costs"
 
 
-def test_galleries_are_of_the_wrong_decisions(page: Path, made: Path) -> None:
-    scores = pd.read_csv(made / "evaluations/semantic-0/scores/set0/scores.csv", dtype={"key": str})
+def test_galleries_show_wrong_decisions(page: Path, results: Path) -> None:
+    scores = pd.read_csv(results / "evaluations/semantic-0/scores/set0/scores.csv", dtype={"key": str})
     flagged = scores[scores["is_ood"]].sort_values("score", ascending=False)
-    assert len(flagged), "a test without false alarms would say nothing"
+    assert len(flagged), "a test without false alarms would be empty"
     gallery = page.read_text().split("False alarms on")[1].split("</ul>")[0]
     assert f"{len(flagged)} of 40 flagged" in gallery
     assert re.findall(r'class="name">(.*?)</span>', gallery) == flagged["key"].tolist()[:8]
     assert gallery.count('class="thumb') == len(flagged.head(8))
 
 
-def test_the_most_disputed_image_comes_first(copy: Path) -> None:
+def test_the_image_with_the_largest_disagreement_comes_first(copy: Path) -> None:
     for place, name in enumerate(("semantic", "knn", "reconstruction")):
         path = copy / f"evaluations/{name}-0/scores/set1/scores.csv"
         table = pd.read_csv(path, dtype={"key": str})
@@ -173,7 +173,7 @@ def test_the_most_disputed_image_comes_first(copy: Path) -> None:
     assert re.findall(r"<span>(\w+)</span><i", part)[:3] == ["knn", "reconstruction", "semantic"]
 
 
-def test_maps_stand_beside_images_where_there_are_some(copy: Path) -> None:
+def test_maps_are_shown_next_to_their_images(copy: Path) -> None:
     scores = pd.read_csv(copy / "evaluations/semantic-0/scores/set0/scores.csv", dtype={"key": str})
     key = scores.loc[scores["score"].idxmax(), "key"]
     path = copy / "evaluations/semantic-0/scores/set0" / FOLDER / overlay_path(key)
@@ -182,7 +182,7 @@ def test_maps_stand_beside_images_where_there_are_some(copy: Path) -> None:
     assert f'aria-label="map of {key}"' in text_of(copy)
 
 
-def test_images_that_are_gone_leave_their_keys(copy: Path) -> None:
+def test_missing_images_are_shown_by_key(copy: Path) -> None:
     for path in copy.glob("evaluations/*/scores/*/manifest.json"):
         about = json.loads(path.read_text())
         name = about["source"].replace("near", "gone")
@@ -203,7 +203,7 @@ def test_a_detector_without_scores_is_in_the_tables_only(copy: Path) -> None:
     assert "ROC curves" not in text_of(copy)
 
 
-def test_names_are_text_and_never_markup(sets: tuple[str, str, str], tmp_path: Path) -> None:
+def test_names_are_escaped(sets: tuple[str, str, str], tmp_path: Path) -> None:
     folder = pictures(tmp_path / "odd", 6)
     (folder / "000.png").rename(folder / HOSTILE.replace("/", "_"))
     name = "a<b>'&, random weights"
@@ -223,13 +223,13 @@ def test_an_incomplete_folder_is_refused(copy: Path, name: str) -> None:
     assert (copy / "page.html").read_text() == "an older page"
 
 
-def test_a_table_of_another_kind_is_refused(copy: Path) -> None:
+def test_a_table_without_a_required_column_is_refused(copy: Path) -> None:
     pd.read_csv(copy / "groups.csv").rename(columns={"auroc": "area"}).to_csv(copy / "groups.csv", index=False)
     with pytest.raises(StoreError, match=r"groups.csv has no column auroc"):
         write_benchmark_page(copy)
 
 
-def test_pictures_are_bounded() -> None:
+def test_thumbnails_are_limited() -> None:
     generator = np.random.default_rng(0)
     kept = ThumbnailSet(limit=9000)
     numbers = [
@@ -237,7 +237,7 @@ def test_pictures_are_bounded() -> None:
         for key in (0, 1, 1, 2, 3, 4)
     ]
     assert kept.is_full
-    assert numbers[:3] == [0, 1, 1], "each stands there once"
+    assert numbers[:3] == [0, 1, 1], "each is stored once"
     assert numbers[-1] is None
     assert sum(map(len, kept.urls)) <= 9000
 
@@ -271,4 +271,4 @@ def test_a_browser_sorts_and_chooses(page: Path) -> None:
     assert (found["first"], found["worst"], found["byName"]) == ("semantic", "trivial_baselines", "knn")
     assert found["sort"] == [["Detector", "ascending"]]
     assert found["other"] == ["other"]
-    assert found["fpr"] == sorted(found["fpr"]), "of rates of errors, the lowest comes first"
+    assert found["fpr"] == sorted(found["fpr"]), "the lowest error rate comes first"

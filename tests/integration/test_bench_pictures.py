@@ -1,4 +1,4 @@
-"""What a benchmark shows of images that a detector gets wrong: the map, and the image as the network makes it again."""
+"""Pictures of the images that a detector gets wrong: the heat map and the reconstruction."""
 
 import shutil
 import warnings
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.usefixtures("cheap_perceptual")
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Path, str]:
-    """Good images of which some are flagged, and others that are all missed, in one folder of score folders."""
+    """Normal images of which some are flagged, and others that are all missed, in one folder of score folders."""
     root = tmp_path_factory.mktemp("pictures")
-    good = pictures(root / "good", 60)
+    normal = pictures(root / "normal", 60)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        detector = Reconstruction(levels=(50, 200), draws=1).fit(good, model(), alpha=0.4, statistics=30)
+        detector = Reconstruction(levels=(50, 200), draws=1).fit(normal, model(), alpha=0.4, statistics=30)
         for name, low in (("inside", 100), ("other", 101), ("gone", 101)):
             score_folder(detector, pictures(root / name, 60, low=low, seed=5), root / "scores" / name)
     (root / "other" / "000.png").write_text("not a picture")
@@ -40,7 +40,7 @@ def shown(scored: ScoredFolder) -> set[str]:
     return {key for key in scored.scores.keys if list(list_error_images(scored, key))}
 
 
-def test_pictures_are_of_the_worst_errors_alone(evaluated: tuple[Detector, Path, str]) -> None:
+def test_pictures_show_the_worst_errors_only(evaluated: tuple[Detector, Path, str]) -> None:
     _, folder, inside = evaluated
     for scored in read_scored_folders(folder):
         errors = rank_errors(scored.scores, scored.source == inside)
@@ -48,7 +48,7 @@ def test_pictures_are_of_the_worst_errors_alone(evaluated: tuple[Detector, Path,
         assert flags.all() if scored.source == inside else not flags.any()
         steps = np.diff(scored.scores.score[errors])
         assert (steps <= 0).all() if scored.source == inside else (steps >= 0).all()
-        assert len(errors) > MAX_IMAGES, "a test with few errors would say nothing"
+        assert len(errors) > MAX_IMAGES, "a test with few errors would be empty"
         unreadable = {"000.png"} if scored.source != inside else set()
         assert shown(scored) == {scored.scores.keys[error] for error in errors[:MAX_IMAGES]} - unreadable
 

@@ -77,8 +77,8 @@ def out(file: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def nowhere(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No set but the samples is on the machine."""
+def without_data_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No set except the samples is on the machine."""
     monkeypatch.setenv("FAROUT_DATA", str(file.parent))
 
 
@@ -234,11 +234,11 @@ def test_missing_images_are_refused_before_any_work(tmp_path: Path, capsys: pyte
 def test_existing_networks_are_not_trained(tmp_path: Path) -> None:
     """The table says that they were trained on other images."""
     classifier().save(tmp_path / "given")
-    for name, count, seed in (("good", 60, 0), ("test", 12, 1), ("far", 12, 2)):
+    for name, count, seed in (("normal", 60, 0), ("test", 12, 1), ("far", 12, 2)):
         pictures(tmp_path / name, count, seed=seed, spread=120 if name == "far" else 80)
     content = {
         "name": "given",
-        "train": str(tmp_path / "good"),
+        "train": str(tmp_path / "normal"),
         "id": str(tmp_path / "test"),
         "ood": {"far": [str(tmp_path / "far")]},
         "alpha": 0.1,

@@ -89,7 +89,7 @@ def test_means_over_sets_and_seeds() -> None:
 
 def test_the_best_methods_are_marked() -> None:
     means, sets = make_tables(plan(), ROWS, mean_by_group(plan(), ROWS))
-    assert [line[0].text for line in sets.rows] == ["knn *", "a_b", "trivial_baselines"], "controls come last"
+    assert [line[0].text for line in sets.rows] == ["knn *", "a_b", "trivial_baselines"], "baselines come last"
     assert sets.methods == means.methods == 2
     assert sets.heads == ("detector", f"{NEAR} (near)", f"{ALSO} (near, overlap)", f"{FAR} (far, size)")
     knn, other, control = sets.rows
@@ -199,17 +199,17 @@ def test_rows_are_marked(tmp_path: Path) -> None:
         "baseline;size;overlap",
         "baseline;size;overlap;constant",
         "baseline;size;overlap;below half",
-    ], "sets that the benchmark does not have are left out"
+    ], "sets that are not in the benchmark are left out"
     assert set(found["group"]) == {"near"}
     assert set(found["bench"]) == {"hand_made"}
     methods = [pd.read_csv(tmp_path / "metrics.csv").assign(detector=name).iloc[:2] for name in ("knn", "a_b")]
-    rated = []
+    scored = []
     for table in methods:
         folder = tmp_path / table["detector"].iloc[0]
         folder.mkdir()
         table.to_csv(folder / "metrics.csv", index=False)
-        rated.append((evaluation(folder.name, 0, folder), [inside, outside]))
-    found = collect_metrics(plan(), rated, {NEAR: {"markers": []}}, PAIRS)["marker"].tolist()
+        scored.append((evaluation(folder.name, 0, folder), [inside, outside]))
+    found = collect_metrics(plan(), scored, {NEAR: {"markers": []}}, PAIRS)["marker"].tolist()
     assert found == ["pretrained", "pretrained;constant", "pretrained;best", "pretrained;constant"], "by its own score"
 
 

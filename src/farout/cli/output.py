@@ -20,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from farout.cli.command_table import COMMANDS, import_object
 from farout.core import progress as core_progress
@@ -85,14 +86,16 @@ def progress() -> Iterator[None]:
     if not console.is_terminal or not is_main_process():  # in a log file, bars would be blank lines
         yield
         return
+    # on a narrow terminal the description and the note are cut off, not the numbers
+    number, text = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
     with (
         Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", table_column=text),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(table_column=number),
+            TimeElapsedColumn(table_column=number),
+            TimeRemainingColumn(elapsed_when_finished=False, table_column=number),
+            TextColumn("{task.fields[note]}", table_column=text),
             console=console,
         ) as bars,
         core_progress.show(_RichBars(bars)),

@@ -13,8 +13,8 @@ from PIL import Image
 
 from farout import load
 from farout.cli import main
-from farout.cli.command_table import COMMANDS
-from farout.cli.parsers import parse
+from farout.cli.command_table import COMMANDS, import_object
+from farout.cli.parsers import CommandParser, parse
 from farout.scoring.folder import read_scores
 from small import model, pictures
 from tolerances import assert_same_scores
@@ -98,6 +98,28 @@ def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
             assert text.startswith(" " * 20) or not alone, line
             assert text.strip(), line
             assert not text.strip().startswith("(default"), line
+
+
+def parsers() -> list[Any]:
+    """The parser of every command, and of every method."""
+    found = []
+    for name, command in COMMANDS.items():
+        methods = import_object(command.methods).values() if command.methods else [None]
+        found += [CommandParser(name, method).parser for method in methods if name != "list"]
+    return found
+
+
+def test_flags_have_descriptions_of_their_own() -> None:
+    """Two flags with one text leave the reader guessing what the difference is."""
+    for parser in parsers():
+        described: dict[str, str] = {}
+        for _, action in parser.flags():
+            text = " ".join((action.help or "").split())
+            assert len(text) > 8, f"{parser.prog}: {action.dest} has no description"
+            assert text not in described, (
+                f"{parser.prog}: {action.dest} and {described[text]} have the same description"
+            )
+            described[text] = action.dest
 
 
 @pytest.mark.parametrize("words", [["train"], ["train", "--help"], ["features", "-h"]])

@@ -21,7 +21,7 @@ from farout.data.sources import open_source
 
 __all__ = ["INPUT_SETTINGS", "ChainStep", "builtin_chains", "list_commands", "read_steps"]
 
-_IMAGE_SETTINGS = frozenset({"source", "generated", "id", "ood", "reference", "outliers", "reconstructions"})
+_IMAGE_SETTINGS = frozenset({"source", "generated", "id", "ood", "baseline_images", "outliers", "reconstructions"})
 _FILE_SETTINGS = frozenset({"detector", "model", "diffusion", "classifier", "scores"})
 INPUT_SETTINGS = _IMAGE_SETTINGS | _FILE_SETTINGS | {"weights"}
 """Settings whose value may be the `out` of an earlier step."""

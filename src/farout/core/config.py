@@ -1,4 +1,4 @@
-"""The constructor's arguments are the configuration: what detectors and synthesizers have in common."""
+"""Base class of detectors and synthesizers: the arguments of the constructor are the configuration."""
 
 from __future__ import annotations
 
@@ -11,6 +11,73 @@ from typing import Any, ClassVar, Self
 from farout.core.errors import FaroutError
 
 __all__ = ["Configured", "flatten_config"]
+
+
+class Configured:
+    """Records the arguments of the constructor as `config`.
+
+    The constructor of a subclass takes keyword arguments with defaults only. They are at once the configuration that is
+    saved with a fitted method, the flags of the command line and the keys of YAML files. A subclass may pass
+    `**arguments` on to the constructor of its base class; these are recorded by the base class.
+
+    Attributes:
+        config: name -> value of every constructor argument.
+        provenance: origin of the object, such as the preset that it started from.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Named configurations: name -> arguments of the constructor."""
+
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def __init__(self) -> None:
+        self._record_arguments({})
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _record_before(cls.__init__)  # type: ignore[method-assign]
+
+    def _record_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Adds arguments to `config`; the first call, by the constructor of the most derived class, creates it."""
+        if not hasattr(self, "config"):
+            self.config = {}
+            self._initialize_state()
+        self.config |= arguments
+
+    def _initialize_state(self) -> None:
+        """Sets attributes that are not arguments; called once, before the body of any constructor."""
+        self.provenance = {}
+
+    def _check_unused(self, condition: str, *names: str) -> None:
+        """Raises FaroutError for arguments that have no effect but were changed.
+
+        A value is unchanged if it is the default, or the value of one of the presets.
+
+        Args:
+            condition: when the arguments have no effect, and how to change that, for the message.
+            names: names of the arguments.
+        """
+        for name in names:
+            value, default = self.config[name], _default_of(type(self), name)
+            if value not in (default, *(preset.get(name, default) for preset in self.presets.values())):
+                raise FaroutError(
+                    f"{name} is {value!r}, which has no effect {condition}, or leave {name} out (its default is "
+                    f"{default!r})"
+                )
+
+    @classmethod
+    def from_preset(cls, name: str, **arguments: Any) -> Self:
+        """Creates an object with the configuration of a preset; `arguments` override it.
+
+        Raises FaroutError for an unknown preset.
+        """
+        if name not in cls.presets:
+            raise FaroutError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(cls.presets) or 'none'}")
+        created = cls(**{**cls.presets[name], **arguments})
+        created.provenance["preset"] = name
+        return created
 
 
 def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,79 +93,27 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-class Configured:
-    """A method whose constructor's arguments, all with defaults, are its configuration, its flags and its docs.
-
-    Attributes:
-        config: the constructor's arguments.
-        provenance: how it came about: the preset that it started from and the like.
-    """
-
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
-    """Named settings: arguments of the constructor."""
-
-    config: dict[str, Any]
-    provenance: dict[str, Any]
-
-    def __init__(self) -> None:
-        """Without settings; a method that has some has a constructor of its own."""
-        self._remember({})
-
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        """Keeps the arguments of the constructor as `config`."""
-        super().__init_subclass__(**arguments)
-        if "__init__" in cls.__dict__:
-            cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]
-
-    def _remember(self, arguments: Mapping[str, Any]) -> None:
-        """Adds a constructor's arguments to `config`; of several constructors the first one to come starts it."""
-        if not hasattr(self, "config"):
-            self.config = {}
-            self._start()
-        self.config |= arguments
-
-    def _start(self) -> None:
-        """Called before the first constructor's own lines."""
-        self.provenance = {}
-
-    def _refuse_idle(self, where: str, *names: str) -> None:
-        """Raises FaroutError for settings that are of no use and neither at their default nor as a preset has them.
-
-        where: they are of no use, and what would change that, in words.
-        """
-        for name in names:
-            given, default = self.config[name], _default(type(self), name)
-            if given not in (default, *(preset.get(name, default) for preset in self.presets.values())):
-                raise FaroutError(
-                    f"{name} is {given!r}, which has no effect {where}, or leave {name} out (its default is "
-                    f"{default!r})"
-                )
-
-    @classmethod
-    def from_preset(cls, name: str, **arguments: Any) -> Self:
-        """One with the settings of a preset; `arguments` override them. Raises FaroutError for an unknown preset."""
-        if name not in cls.presets:
-            raise FaroutError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(cls.presets) or 'none'}")
-        made = cls(**{**cls.presets[name], **arguments})
-        made.provenance["preset"] = name
-        return made
-
-
-def _default(kind: type, name: str) -> Any:
-    """Of an argument of the constructor, or of one that its `**arguments` go on to."""
-    known = (inspect.signature(vars(each)["__init__"]).parameters for each in kind.__mro__ if "__init__" in vars(each))
-    return next(parameters[name].default for parameters in known if name in parameters)
-
-
-def _remembering(init: Callable[..., None]) -> Callable[..., None]:
-    """The constructor, which first adds its arguments to `config`; `**arguments` are named by the one they go on to."""
-    open_ended = {p.name for p in inspect.signature(init).parameters.values() if p.kind is p.VAR_KEYWORD}
+def _record_before(init: Callable[..., None]) -> Callable[..., None]:
+    """Wraps a constructor so that it records its arguments, defaults included, before its body runs."""
+    signature = inspect.signature(init)
+    # `**arguments` are recorded under their names by the constructor that they are passed on to
+    named = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD and p.name != "self"]
 
     @functools.wraps(init)
-    def remembering(self: Configured, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(init).bind(self, *args, **kwargs)
+    def wrapped_init(self: Configured, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        self._remember({name: value for name, value in list(bound.arguments.items())[1:] if name not in open_ended})
+        self._record_arguments({name: bound.arguments[name] for name in named})
         init(self, *args, **kwargs)
 
-    return remembering
+    return wrapped_init
+
+
+def _default_of(cls: type, name: str) -> Any:
+    """The default of a constructor argument, from the most derived class whose constructor names it."""
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters
+            if name in parameters:
+                return parameters[name].default
+    raise AttributeError(f"the constructor of {cls.__name__} has no argument {name}")

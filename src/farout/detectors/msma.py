@@ -81,7 +81,7 @@ class MSMA(Detector):
         if not 0 < lowest < highest:
             raise FaroutError(f"lowest and highest must satisfy 0 < lowest < highest, got {lowest:g} and {highest:g}")
         if levels is not None:
-            self._refuse_idle("with levels; leave levels out", "count", "lowest", "highest")
+            self._check_unused("with levels; leave levels out", "count", "lowest", "highest")
         self.levels: tuple[int, ...] = ()
         self.mixture: GaussianMixture | None = None
         self.gaussian: Mahalanobis | None = None

@@ -127,9 +127,9 @@ class Reconstruction(Detector):
         if score not in _INDICATORS:
             raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(_INDICATORS)}")
         if mode != "exact" or levels is not None:
-            self._refuse_idle("but on the paper's grid; give mode exact without levels", "skip", "grid")
+            self._check_unused("but on the paper's grid; give mode exact without levels", "skip", "grid")
         if mode != "fast":
-            self._refuse_idle(f"in the mode {mode}; give mode fast", "steps", "solver")
+            self._check_unused(f"in the mode {mode}; give mode fast", "steps", "solver")
         self.draws = draws
         self.z: ZScore | None = None
         self.mahalanobis: Mahalanobis | None = None

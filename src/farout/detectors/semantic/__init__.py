@@ -175,9 +175,9 @@ class Semantic(FeatureDetector):
         self._training_config(1)  # rejects values out of range
         check_sampler(sampler, levels, steps, paper_schedule())
         if sampler != "ddim":
-            self._refuse_idle(f"with the sampler {sampler}; give sampler ddim", "steps", "eta")
+            self._check_unused(f"with the sampler {sampler}; give sampler ddim", "steps", "eta")
         if epochs is not None:
-            self._refuse_idle("with epochs; leave epochs out", "updates")
+            self._check_unused("with epochs; leave epochs out", "updates")
         self.levels, self.draws = tuple(sorted(levels)), draws
         self.reset_statistics()
 

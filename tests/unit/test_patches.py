@@ -183,7 +183,7 @@ def test_cost_counts_positions_levels_and_draws(fitted: Patches) -> None:
 
 
 def test_no_more_images_are_looked_at_than_wanted(good: Path) -> None:
-    made = Patches(**{**SMALL, "epochs": 1, "most": 5}).fit(good, alpha=0.1, statistics=15)
+    made = Patches(**{**SMALL, "epochs": 1, "max_images": 5}).fit(good, alpha=0.1, statistics=15)
     assert made.diffusion is not None
     assert len(made.diffusion.trained_on) == 5
     assert made.describe_statistics()["bank"] == 5 * 64
@@ -228,7 +228,7 @@ def test_models_of_something_else_are_refused(fitted: Patches, good: Path) -> No
         ({"score": "mse"}, "knn_top"),
         ({"side": 0}, "side"),
         ({"share": 0.0}, "share"),
-        ({"most": 1}, "most"),
+        ({"max_images": 1}, "max_images"),
         ({"levels": (100,)}, "0 to 99"),
         ({"levels": ()}, "0 to 99"),
         ({"levels": (80, 80)}, "different"),

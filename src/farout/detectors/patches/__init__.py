@@ -74,7 +74,7 @@ class Patches(FeatureDetector):
         bank: number of normal positions stored for nearest neighbors, a random sample.
         positions: number of normal positions to train the denoiser on, a random sample spread evenly over the training
             images.
-        most: maximum number of training images used, a random sample of more.
+        max_images: maximum number of training images used, a random sample of more.
         hidden: width of the denoiser.
         embedding: width of the denoiser's time embedding.
         blocks: number of residual blocks of the denoiser.
@@ -116,7 +116,7 @@ class Patches(FeatureDetector):
         share: float = 0.01,
         bank: int = 10000,
         positions: int = 40000,
-        most: int = 1500,
+        max_images: int = 1500,
         hidden: int = 256,
         embedding: int = 128,
         blocks: int = 2,
@@ -132,8 +132,10 @@ class Patches(FeatureDetector):
         super().__init__(**features)
         names = ("side", "draws", "bank", "positions", "epochs", "updates", "batch")
         counts = {name: self.config[name] for name in names}
-        if min(counts.values()) < 1 or most < 2 or not 0 < share <= 1:
-            raise FaroutError(f"expected 1 or more of each of {counts}, most {most} >= 2 and 0 < share {share} <= 1")
+        if min(counts.values()) < 1 or max_images < 2 or not 0 < share <= 1:
+            raise FaroutError(
+                f"expected 1 or more of each of {counts}, max_images {max_images} >= 2 and 0 < share {share} <= 1"
+            )
         self._training_config(1)  # rejects values out of range
         self.levels = sort_levels(levels, paper_schedule().steps)
         self.reset_statistics()
@@ -169,7 +171,7 @@ class Patches(FeatureDetector):
             raise FaroutError(f"{len(images)} images are left to train the denoiser on; {hint}")
         hashes = [images.content_hash(i) for i in range(len(images))]
         ranked = sorted(range(len(images)), key=lambda i: rank_by_hash(hashes[i], settings.seed))
-        sample = ranked[: self.config["most"]]
+        sample = ranked[: self.config["max_images"]]
         sampled_images = images.subset(sorted(sample))
         features = self._sample_positions(sampled_images, settings.seed)
         network = {name: self.config[name] for name in ("hidden", "embedding", "blocks", "input_activation")}

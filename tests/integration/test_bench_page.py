@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -50,10 +49,22 @@ def text_of(folder: Path) -> str:
     return write_benchmark_page(folder).read_text(encoding="utf-8")
 
 
-def data_of(text: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-    assert found is not None
-    return dict(json.loads(found[1]))
+def leaderboard_rows(text: str, label: str) -> list[tuple[str, list[str], list[str]]]:
+    """Detector with indicator, sort keys and cell texts of a table of the leaderboard."""
+    table = re.search(f'<table class="leaderboard[^>]*aria-label="{label}".*?</table>', text, re.DOTALL)
+    assert table is not None
+    rows = re.findall('<tr role="row"[^>]*>\n<td(.*?)</tr>', table[0], re.DOTALL)
+    names = [re.search('data-sort="(.*?)"', row) for row in rows]
+    assert all(names)
+    return [
+        (
+            name[1],
+            re.findall('class="figure" data-sort="(.*?)"', row),
+            re.findall('class="figure".*?</span>(.*?)</td>', row),
+        )
+        for row, name in zip(rows, names)
+        if name
+    ]
 
 
 def test_nothing_is_fetched_from_outside(page: Path) -> None:
@@ -70,48 +81,44 @@ def test_nothing_is_fetched_from_outside(page: Path) -> None:
         assert not [name for name in attributes if name.startswith("on")]
 
 
-def test_tags_are_closed_and_inputs_are_labelled(page: Path) -> None:
+def test_tags_are_closed_and_tables_are_named(page: Path) -> None:
     tags = Tags(page.read_text(encoding="utf-8"))
     assert not tags.open
-    kinds = [tag for tag, _ in tags.found]
-    assert kinds.count("select") == 2
-    assert kinds.count("label") == 2
+    tables = [attributes for tag, attributes in tags.found if tag == "table"]
+    assert len(tables) == 4 * 2 + 1, "four metrics of the scores and of the other indicators, and the cost"
     for tag, attributes in tags.found:
         assert "tabindex" not in attributes
         assert "disabled" not in attributes
-        if tag == "svg" or attributes.get("role") == "img":
-            assert attributes.get("aria-label")
+        if tag in ("svg", "table") or attributes.get("role") == "img":
+            assert attributes.get("aria-label") or attributes.get("aria-labelledby")
     heads = [attributes for tag, attributes in tags.found if tag == "th" and attributes.get("scope") == "col"]
     assert [head["aria-sort"] for head in heads if "aria-sort" in head] == ["descending"]
-    assert sum(tag == "button" for tag in kinds) == 1 + 2 + 2, "the name, two groups, two sets"
 
 
 def test_values_are_those_of_the_tables(results: Path, page: Path) -> None:
-    metrics = pd.read_csv(results / "metrics.csv")
-    rows = re.findall(
-        r'<tr role="row" data-row="(\d+)" data-indicator="(.*?)".*?<b>(.*?)</b>', page.read_text(), re.DOTALL
-    )
-    cells = data_of(page.read_text())["cells"]
-    assert len(rows) == len(cells) == len(SKILLS) * 3, "the own score and two indicators"
-    for row, indicator, name in rows:
-        detector = name.replace("<wbr>", "")
-        part = metrics[(metrics["detector"] == detector) & (metrics["indicator"] == indicator)]
-        for column, source in zip((2, 3), metrics["ood"].unique()):
-            values = part.loc[part["ood"] == source, "auroc"]
-            value, words = cells[int(row)][column][0]
-            assert value == pytest.approx(values.mean(), abs=1e-4)
-            assert words == f"± {values.std():.3f}"
-    own = [cells[int(row)][0][0][0] for row, indicator, _ in rows if indicator == "score"]
-    assert own == sorted(own, reverse=True), "the best comes first"
+    metrics, text = pd.read_csv(results / "metrics.csv"), page.read_text()
+    for metric, title in (("auroc", "AUROC"), ("fpr95", "FPR95"), ("aupr_in", "AUPR-in"), ("aupr_out", "AUPR-out")):
+        own = leaderboard_rows(text, title)
+        others = leaderboard_rows(text, f"{title} of the other indicators")
+        assert (len(own), len(others)) == (len(SKILLS), 2 * len(SKILLS)), "the own score and two indicators"
+        for name, keys, cells in own + others:
+            detector, indicator = name.split()
+            part = metrics[(metrics["detector"] == detector) & (metrics["indicator"] == indicator)]
+            for column, source in zip((2, 3), metrics["ood"].unique()):
+                values = part.loc[part["ood"] == source, metric]
+                assert float(keys[column]) == pytest.approx(values.mean(), abs=1e-6)
+                cell = f"<b>{float(keys[column]):.3f}</b><small>± {values.std():.3f}</small>"
+                assert cells[column].partition("<span")[0] == cell
+    own_auroc = [float(keys[0]) for _, keys, _ in leaderboard_rows(text, "AUROC")]
+    assert own_auroc == sorted(own_auroc, reverse=True), "the best comes first"
 
 
 def test_baselines_are_marked_and_markers_explained(page: Path, results: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    classes = [str(each["class"]).split() for _, each in Tags(text).found if "data-row" in each]
-    assert sum("baseline" in words for words in classes) == 3, "one baseline by three scores"
+    assert text.count('<tr role="row" class="baseline">') == 4 * 3 + 1, "four metrics of three scores, and the cost"
     for words in ("a trivial baseline", "a small &lt;benchmark&gt;", "is not here"):
         assert words in text
-    names = re.findall(r'class="detector"><b>(.*?)</b> <span class="badge">(.*?)</span>', text)
+    names = re.findall(r'class="detector"[^>]*><b>(.*?)</b> <span class="badge">(.*?)</span>', text)
     assert dict(names) == {"semantic": "pretrained", "knn": "pretrained", "trivial_<wbr>baselines": "baseline"}
     heads = re.search(r"<thead.*?</thead>", text, re.DOTALL)
     assert heads is not None
@@ -247,28 +254,34 @@ def test_a_browser_shows_it_without_scrolling_sideways(page: Path) -> None:
     assert check_layout(page) > 8
 
 
-USED = """(() => {
-  const of = (id) => document.getElementById(id);
-  const set = (id, value) => { of(id).value = value; of(id).dispatchEvent(new Event("change")); };
-  const rows = () => [...document.querySelectorAll(".leaderboard tbody tr")].filter(e => e.checkVisibility());
-  const first = () => rows()[0].querySelector("b").textContent;
-  const press = (n) => document.querySelectorAll(".leaderboard thead button")[n].click();
-  const found = {count: rows().length, first: first()};
-  press(1); found.worst = first();
-  press(0); found.byName = first();
-  const sorted = [...document.querySelectorAll(".leaderboard th[aria-sort]")];
+USED = """(async () => {
+  document.querySelectorAll("details").forEach(e => e.open = true);
+  const [auroc, , fpr95] = document.querySelectorAll("table.leaderboard");
+  const rows = table => [...table.tBodies[0].rows].filter(e => e.checkVisibility());
+  const names = table => rows(table).map(e => e.querySelector("b").textContent);
+  const press = async (table, column) => {
+    table.tHead.rows[0].cells[column].click();
+    await new Promise(done => setTimeout(done, 50));
+  };
+  const found = {first: names(auroc)};
+  await press(auroc, 1); found.reversed = names(auroc);
+  await press(auroc, 0); found.byName = names(auroc);
+  const sorted = [...auroc.querySelectorAll("th[aria-sort]")];
   found.sort = sorted.map(e => [e.textContent, e.getAttribute("aria-sort")]);
-  set("indicator", "other"); found.other = [...new Set(rows().map(e => e.dataset.indicator))];
-  set("metric", "fpr95"); press(1); found.fpr = rows().map(e => Number(e.cells[1].querySelector("b").textContent));
+  await press(fpr95, 1); found.fpr = rows(fpr95).map(e => Number(e.cells[1].dataset.sort));
+  const box = auroc.previousElementSibling;
+  box.value = "know knn"; box.dispatchEvent(new Event("input")); found.none = names(auroc);
+  box.value = "KNN"; box.dispatchEvent(new Event("input")); found.some = names(auroc);
   return found;
 })()"""
 
 
 @needs_chromium
-def test_a_browser_sorts_and_chooses(page: Path) -> None:
+def test_a_browser_sorts_and_filters(page: Path) -> None:
     (found,) = evaluate_in_browser(page, USED)
-    assert found["count"] == len(SKILLS)
-    assert (found["first"], found["worst"], found["byName"]) == ("semantic", "trivial_baselines", "knn")
-    assert found["sort"] == [["Detector", "ascending"]]
-    assert found["other"] == ["other"]
+    assert (found["first"][0], found["first"][-1]) == ("semantic", "trivial_baselines")
+    assert found["reversed"] == found["first"][::-1]
+    assert found["byName"] == sorted(SKILLS, reverse=True)
+    assert found["sort"] == [["Detector", "descending"]]
     assert found["fpr"] == sorted(found["fpr"]), "the lowest error rate comes first"
+    assert (found["none"], found["some"]) == ([], ["knn"])

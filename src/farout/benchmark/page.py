@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
-
 from farout.benchmark.page_charts import draw_cost_charts, draw_roc_charts, mean_costs
 from farout.benchmark.page_images import find_disagreements, make_galleries
 from farout.benchmark.page_leaderboard import (
     METRIC_TITLES,
     explain_markers,
     list_columns,
-    list_indicators,
     list_rows,
 )
 from farout.benchmark.results_folder import read_results
@@ -48,7 +45,6 @@ def write_benchmark_page(folder: Path) -> Path:
         results=results,
         columns=columns,
         rows=rows,
-        indicators=list_indicators(results),
         metrics=METRIC_TITLES,
         marker_meanings=explain_markers(results),
         roc_charts=draw_roc_charts(results),
@@ -57,7 +53,7 @@ def write_benchmark_page(folder: Path) -> Path:
             {
                 "detector": row.detector,
                 "is_baseline": row.is_baseline,
-                "values": {name: _format_cost(float(costs[name][row.detector])) for name in costs.columns},
+                "values": {name: float(costs[name][row.detector]) for name in costs.columns},
             }
             for row in rows
             if row.is_own_score
@@ -72,10 +68,3 @@ def write_benchmark_page(folder: Path) -> Path:
     with store.atomic_file(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return path
-
-
-def _format_cost(value: float) -> str:
-    """Three digits, or an integer from 100 on."""
-    if pd.isna(value):
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -19,7 +19,6 @@ __all__ = [
     "LeaderboardRow",
     "explain_markers",
     "list_columns",
-    "list_indicators",
     "list_rows",
 ]
 
@@ -80,11 +79,6 @@ def list_columns(results: BenchmarkResults) -> list[LeaderboardColumn]:
         note = ", ".join(part for part in (first.get("group", ""), "dev" * (first.get("role") == "dev")) if part)
         columns.append(LeaderboardColumn(pair.title, note, results.markers_of_pair(pair), pair=pair))
     return columns
-
-
-def list_indicators(results: BenchmarkResults) -> list[str]:
-    """All indicators, the methods' own score first."""
-    return [METHOD_SCORE, *sorted(set(results.metrics["indicator"]) - {METHOD_SCORE})]
 
 
 def list_rows(results: BenchmarkResults, columns: Sequence[LeaderboardColumn]) -> list[LeaderboardRow]:

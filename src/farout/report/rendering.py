@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from typing import Any
 
@@ -21,13 +22,20 @@ def render_template(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("farout.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["breakable"] = _split_at_punctuation
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.filters["cost"] = _format_cost
     return environment.get_template(template).render(**values)
 
 
 def _split_at_punctuation(text: str) -> list[str]:
     """Parts of a name such as `set:split@variant` between which a line may be broken."""
     return re.findall(r"[^:@_=/,-]+[:@_=/,-]*|[:@_=/,-]+", text)
+
+
+def _format_cost(value: float) -> str:
+    """Three digits, or an integer from 100 on; a dash for NaN."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def data_url(data: bytes, image_format: str = "png") -> str:

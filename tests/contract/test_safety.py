@@ -127,18 +127,18 @@ def test_sources_are_remembered_from_any_folder(tmp_path: Path, monkeypatch: pyt
     assert source_spec(["pictures"]) is None
 
 
-def test_colour_is_told_by_what_was_fitted(folder: Path, tmp_path: Path) -> None:
-    """A network that wants RGB, and grey images on both sides: nothing to warn of."""
+def test_color_is_compared_with_the_fitted_images(folder: Path, tmp_path: Path) -> None:
+    """A network that requires RGB, and gray images in both sources: no warning."""
     detector = Mahalanobis(size=32).fit(folder, alpha=0.1, statistics=30)
     with warnings.catch_warnings():
         warnings.simplefilter("error", TrapWarning)
-        score_folder(detector, folder, tmp_path / "grey")
+        score_folder(detector, folder, tmp_path / "gray")
     (tmp_path / "rgb").mkdir()
     for number, path in enumerate(sorted(folder.glob("*.png"))[:3]):
         with Image.open(path) as picture:
             picture.convert("RGB").save(tmp_path / "rgb" / f"{number}.png")
-    with pytest.warns(TrapWarning, match="3 of 3 sampled images are RGB, and the fitted ones were all grey"):
-        score_folder(detector, tmp_path / "rgb", tmp_path / "coloured")
+    with pytest.warns(TrapWarning, match="3 of 3 sampled images are RGB, and the fitted ones were all gray"):
+        score_folder(detector, tmp_path / "rgb", tmp_path / "colored")
 
 
 def test_another_value_range_is_named(folder: Path) -> None:

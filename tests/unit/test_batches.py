@@ -140,8 +140,8 @@ def test_memory_is_bounded_and_what_does_not_fit_is_decoded_again(tmp_path):
         assert torch.equal(source[i], images[i])
         assert torch.equal(small[i], images[i])
         assert len(source._store.listing.read.groups) <= 2
-    assert source._store.held == 0
-    assert small._store.held == small._store._budget
+    assert source._store.cached_bytes == 0
+    assert small._store.cached_bytes == small._store._budget
     assert pa.total_allocated_bytes() - before < path.stat().st_size / 2
 
 

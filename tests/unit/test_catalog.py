@@ -28,7 +28,7 @@ def test_listing_sets_does_not_import_torch():
 def test_every_set_has_a_way_to_get_it_and_a_licence(name):
     row = catalog.find_entry(name)
     assert row is not None
-    assert row.licence
+    assert row.license
     assert row.splits
     assert row.built_in or row.hub or row.by_hand
 

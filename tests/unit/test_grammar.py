@@ -51,7 +51,7 @@ def test_a_source_string_has_one_meaning(text, expected):
         ("mnist@", "without a modifier"),
         ("mnist@sharpen", "unknown modifier 'sharpen'.*vflip"),
         ("mnist@vflip,rot90", "2 variants"),
-        ("mnist@vflip=2", "takes no strength"),
+        ("mnist@vflip=2", "has no strength"),
         ("mnist@blur=x", "expected a number"),
         ("mnist@patch=1.5", "at most 1"),
         ("mnist@classes=", "empty class"),
@@ -106,7 +106,7 @@ def test_named_set_has_keys_labels_and_names(house):
 def test_a_folder_of_ones_own_in_the_data_folder_is_a_set(house):
     write_parquet(house / "data" / "mine" / "all.parquet", pixels(3))
     assert len(open_source("mine:all")) == 3
-    with pytest.raises(SourceError, match="no split 'train' here; expected one of all"):
+    with pytest.raises(SourceError, match="no split 'train' on this machine; expected one of all"):
         open_source("mine")
 
 

@@ -103,13 +103,13 @@ def test_common_protocol_also_touches_images_of_the_right_size():
     assert not torch.equal(prepared, pixels.float() / 255)
 
 
-def test_grey_is_replicated_and_rgb_becomes_luminance():
-    grey = image(1)
-    assert torch.equal(Preprocessing((16, 16), 3, (16, 16))(grey), (grey.float() / 255).expand(3, -1, -1))
-    colour = image(3)
+def test_gray_is_replicated_and_rgb_becomes_luminance():
+    gray = image(1)
+    assert torch.equal(Preprocessing((16, 16), 3, (16, 16))(gray), (gray.float() / 255).expand(3, -1, -1))
+    color = image(3)
     weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
-    luminance = (colour.float() * weights).sum(0, keepdim=True) / 255
-    assert torch.allclose(Preprocessing((16, 16), 1, (16, 16))(colour), luminance, atol=1.01 / 255)
+    luminance = (color.float() * weights).sum(0, keepdim=True) / 255
+    assert torch.allclose(Preprocessing((16, 16), 1, (16, 16))(color), luminance, atol=1.01 / 255)
 
 
 def test_min_max_does_not_see_brightness_or_contrast():
@@ -209,11 +209,11 @@ def test_traps_are_named_with_counts():
     assert "8x32" in size
     assert "2 of 3" in channels
     assert "luminance" in channels
-    (grey,) = find_mismatches(open_source(mixed[:1]), Preprocessing((16, 16), 3, (16, 16)))
-    assert "replicated" in grey
+    (gray,) = find_mismatches(open_source(mixed[:1]), Preprocessing((16, 16), 3, (16, 16)))
+    assert "replicated" in gray
     assert find_mismatches(open_source(mixed[:1]), fitted) == []
     rgb = Preprocessing((16, 16), 3, (16, 16))
-    assert find_mismatches(open_source(mixed[:1]), rgb, fitted_grey=True) == []
-    (colour,) = find_mismatches(open_source(mixed[:2]), rgb, fitted_grey=True)
-    assert "1 of 2" in colour
-    assert "fitted ones were all grey" in colour
+    assert find_mismatches(open_source(mixed[:1]), rgb, fitted_gray=True) == []
+    (color,) = find_mismatches(open_source(mixed[:2]), rgb, fitted_gray=True)
+    assert "1 of 2" in color
+    assert "fitted ones were all gray" in color

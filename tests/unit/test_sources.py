@@ -26,7 +26,7 @@ def test_classes_whose_names_no_folder_can_have(tmp_path):
     told.write_text('{"T-shirt_top": "T-shirt/top", "gone": "Größe"}', encoding="utf-8")
     assert open_source(tmp_path).class_names == ("T-shirt/top", "bag")
     assert open_source(f"{tmp_path}@classes=bag").keys == ("bag/x.png", "bag/y.png")
-    for content, message in (('{"bag": 3}', "requires a class name"), ("{", "not valid JSON")):
+    for content, message in (('{"bag": 3}', "must contain a class name"), ("{", "not valid JSON")):
         told.write_text(content)
         with pytest.raises(FaroutError, match=message):
             open_source(tmp_path)
@@ -57,7 +57,7 @@ def test_class_per_folder_tree_gives_labels(tmp_path):
 
 
 def test_empty_and_missing_places_are_errors(tmp_path):
-    with pytest.raises(SourceError, match="holds no images"):
+    with pytest.raises(SourceError, match="contains no images"):
         open_source(tmp_path)
     with pytest.raises(SourceError, match="there is no file or folder"):
         open_source(tmp_path / "nowhere")

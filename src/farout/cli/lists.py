@@ -47,7 +47,7 @@ def _list_sets() -> list[dict[str, str]]:
     return [
         {
             "name": row["name"],
-            "description": f"{row['title']}, {row['size']}, {row['licence']}",
+            "description": f"{row['title']}, {row['size']}, {row['license']}",
             "splits": row["splits"],
             "location": row["where"]
             if row["where"] != "-"

@@ -1,1 +1,1 @@
-"""What comes in: sources, the catalogue of named sets, preprocessing, splits."""
+"""Image sources, the catalog of named sets, preprocessing, splits and batches."""

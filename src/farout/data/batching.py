@@ -1,4 +1,4 @@
-"""From a source to batches of prepared images, in order, for scoring; and one by one, for training."""
+"""Prepared images of a source: batches in order for scoring, single images for training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -24,48 +25,57 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """Readable images of one chunk: float32 `(B, C, H, W)` in [0, 1], their keys and positions in the source.
+    """The readable images of one chunk of a source.
 
-    `features` (B, width) stands for the images, which are then empty, where a cache has them.
+    Attributes:
+        keys: keys of the images.
+        images: float32 (B, C, H, W) in [0, 1]; empty if `features` are given.
+        labels: int64 (B,), or None if the source has no labels.
+        indices: indices of the images in the source.
+        features: stored features (B, width) that replace the images, or None.
+        hashes: content hashes of the images, or empty.
     """
 
     keys: tuple[str, ...]
     images: Tensor
-    labels: Tensor | None  # int64 (B,)
+    labels: Tensor | None
     indices: tuple[int, ...]
     features: Tensor | None = None
     hashes: tuple[str, ...] = ()
 
     @property
     def identities(self) -> tuple[str, ...]:
-        """What names the random numbers of each image: its content hash, or its key where no hashes were given."""
+        """The seed text of each image's random numbers: its content hash, or its key if no hashes are given."""
         return self.hashes or self.keys
 
 
 def iterate_batches(
     source: ImageSource, preprocessing: Preprocessing, size: int, *, start: int = 0, workers: int = 2
 ) -> Iterator[Batch]:
-    """Yields the source in order, one Batch per chunk of `size` source positions.
+    """Yield the images of a source in order, one `Batch` per chunk of `size` images.
 
-    Chunks lie on one grid, `k * size` to `(k + 1) * size`, from position `start` on; a `start` inside a chunk begins
-    with the rest of that chunk. Unreadable images raise UnreadableImageError under the policy `raise`; under `skip` and
-    `nan` they are left out and stand in `source.unreadable`, so a Batch may hold fewer images, or none. Chunks are
-    decoded ahead by `workers` threads (0: none), which never changes the result.
+    Chunk k covers the indices `k * size` to `(k + 1) * size - 1`, whatever `start` is. A batch contains fewer images,
+    or none, if some are unreadable and the policy of the source is `skip` or `nan`; `source.unreadable` lists them.
+
+    Args:
+        source: the images.
+        preprocessing: applied to each image.
+        size: number of images in a chunk.
+        start: index of the first image; inside a chunk, the first batch is the rest of that chunk.
+        workers: threads that decode the next chunks; 0: none. The result does not depend on it.
+
+    Raises:
+        UnreadableImageError: an image is unreadable and the policy is `raise`.
     """
     if size < 1 or start < 0 or workers < 0:
         raise SourceError(f"size {size}, start {start}, workers {workers}: expected size >= 1 and the others >= 0")
     edges = sorted({start, *range(start - start % size + size, len(source), size), len(source)})
     spans = [range(a, b) for a, b in pairwise(edges) if a >= start]
-    loads: list[Callable[[], Batch]] = [_loader(source, preprocessing, span) for span in spans]
-    return prefetch(loads, workers)
-
-
-def _loader(source: ImageSource, preprocessing: Preprocessing, span: range) -> Callable[[], Batch]:
-    return lambda: _load(source, preprocessing, span)
+    return prefetch([partial(_load_batch, source, preprocessing, span) for span in spans], workers)
 
 
 def prefetch(loads: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
-    """Results in order, computed by `workers` threads (0: none) with at most `workers` + 1 of them waiting."""
+    """Yield the results of `loads` in order, computed by `workers` threads (0: none), at most `workers` + 1 ahead."""
     if not workers:
         yield from (load() for load in loads)
         return
@@ -83,29 +93,33 @@ def prefetch(loads: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
                 future.cancel()
 
 
-def _load(source: ImageSource, preprocessing: Preprocessing, span: range) -> Batch:
-    found: list[tuple[int, Tensor]] = []
+def _load_batch(source: ImageSource, preprocessing: Preprocessing, span: range) -> Batch:
+    indices: list[int] = []
+    prepared: list[Tensor] = []
     hashes: list[str] = []
     for index in span:
         try:
             pixels = source[index]
-            found.append((index, preprocessing(pixels)))
-            hashes.append(source.identity(index, pixels))
+            image, identity = preprocessing(pixels), source.identity(index, pixels)
         except UnreadableImageError:
             if source.policy == "raise":
                 raise
             continue  # the source lists it by key and reason
-    indices = tuple(index for index, _ in found)
-    empty = torch.zeros(0, preprocessing.channels, *preprocessing.size)
-    images = torch.stack([image for _, image in found]) if found else empty
+        indices.append(index)
+        prepared.append(image)
+        hashes.append(identity)
+    images = torch.stack(prepared) if prepared else torch.zeros(0, preprocessing.channels, *preprocessing.size)
     labels = None if source.labels is None else torch.tensor([source.labels[i] for i in indices], dtype=torch.int64)
-    return Batch(tuple(source.keys[i] for i in indices), images, labels, indices, hashes=tuple(hashes))
+    return Batch(tuple(source.keys[i] for i in indices), images, labels, tuple(indices), hashes=tuple(hashes))
 
 
 class PreparedImages(Dataset[Tensor]):
-    """A source for training: item i is float32 `(C, H, W)` in [0, 1]; an unreadable image raises, whatever the policy.
+    """Prepared images of a source for training: item i is float32 (C, H, W) in [0, 1].
 
-    `labels` is int64 `(N,)`, or None where the source has none.
+    An unreadable image raises UnreadableImageError under every policy.
+
+    Attributes:
+        labels: int64 (N,), or None if the source has no labels.
     """
 
     def __init__(self, source: ImageSource, preprocessing: Preprocessing) -> None:

@@ -1,7 +1,7 @@
-"""The named sets, as a table: where they come from, how they look, and what they may be used for.
+"""The catalog of named image sets: origin, license, format, and their role in evaluations.
 
-Hub ids were written down from public references and have not been tried: their status is `untested`. Near and far
-groups are those of OpenOOD v1.5 (Zhang et al., 2023). This module imports neither torch nor any image reader.
+Hub ids are from public references and have not been tried: their status is `untested`. Near and far groups are those of
+OpenOOD v1.5 (Zhang et al., 2023). This module imports neither torch nor an image reader.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from farout.data.source_spec import SourceSpec, parse_spec
+from farout.data.source_spec import parse_spec
 
 __all__ = [
     "FAR",
@@ -30,18 +30,18 @@ __all__ = [
 ]
 
 SAMPLE = Path(__file__).parent.parent / "sample"
-"""Where the sets that come with the package lie, as `<name>/<split>.parquet`."""
+"""Folder of the sets that the package contains, as `<name>/<split>.parquet`."""
 
 _TRAIN_TEST = {"train": "train", "test": "test"}
 
 
 @dataclass(frozen=True)
 class SetEntry:
-    """One named set. `splits` maps a split's name here to its name on the hub; sizes are height x width in pixels."""
+    """One named set. `splits` maps split names to those on the hub; `size` is height x width in pixels."""
 
     name: str
     title: str
-    licence: str
+    license: str
     size: str
     channels: int
     coding: Literal["lossless", "jpeg"]
@@ -209,34 +209,30 @@ _DEV_VARIANTS = frozenset({"rot90", "rot180", "rot270", "blur", "contrast", "noi
 
 
 def set_names() -> frozenset[str]:
-    """Names of all sets in the table."""
+    """Return the names of all sets of the catalog."""
     return frozenset(_TABLE)
 
 
 def find_entry(name: str) -> SetEntry | None:
-    """The row of a set, or None."""
+    """Return the entry of a set, or None."""
     return _TABLE.get(name)
 
 
 def ood_role(id_name: str, ood_spec: str) -> Literal["dev", "test"]:
-    """Whether choices may be made on an OOD source: `dev`, or `test` for reporting only.
+    """Return whether an OOD source may be used to choose settings (`dev`), or only to report results (`test`).
 
-    Rotations, blur, contrast, noise and pasted patches of the in-distribution TRAINING images are dev; flips (papers
-    report them), held-out classes, the same corruptions of test images, and all other sets are test.
+    Rotations, blur, contrast, noise and pasted patches of the in-distribution training images are `dev`. Flips (papers
+    report them), held-out classes, the same corruptions of test images, and all other sets are `test`.
     """
     inlier, outlier = parse_spec(id_name, set_names()), parse_spec(ood_spec, set_names())
     same = (inlier.kind, inlier.location) == (outlier.kind, outlier.location)
     training = outlier.kind == "path" or outlier.split == "train"
-    return "dev" if same and training and outlier.variant in _DEV_VARIANTS and _within(inlier, outlier) else "test"
-
-
-def _within(inlier: SourceSpec, outlier: SourceSpec) -> bool:
-    """False where the outliers are of other classes than the training images: held-out classes are for tests."""
-    return not inlier.classes or inlier.classes == outlier.classes
+    same_classes = not inlier.classes or inlier.classes == outlier.classes
+    return "dev" if same and training and outlier.variant in _DEV_VARIANTS and same_classes else "test"
 
 
 def ood_group(id_name: str, ood_name: str) -> Literal["near", "far", ""]:
-    """OpenOOD's group of an OOD set (names or specs); `near` for other classes of the same set; "" for no group."""
+    """Return the OpenOOD group of an OOD source; `near` for other classes of the same set; empty for no group."""
     inlier, outlier = parse_spec(id_name, set_names()), parse_spec(ood_name, set_names())
     if inlier.location == outlier.location:
         return "near" if outlier.variant is None and outlier.classes and outlier.classes != inlier.classes else ""
@@ -245,63 +241,62 @@ def ood_group(id_name: str, ood_name: str) -> Literal["near", "far", ""]:
     return "far" if outlier.location in FAR.get(inlier.location, ()) else ""
 
 
-def _folders(name: str) -> list[Path]:
-    """Folders of a set on this machine: the user's data first, then the package's sample."""
+def _local_folders(name: str) -> list[Path]:
+    """Return the folders of a set on this machine: in $FAROUT_DATA first, then in the package."""
     data = os.environ.get("FAROUT_DATA")
     bases = ([Path(data)] if data else []) + ([SAMPLE] if name in _TABLE and _TABLE[name].built_in else [])
     return [base / name for base in bases if (base / name).is_dir()]
 
 
 def find_local(name: str, split: str) -> Path | None:
-    """The parquet file of a set's split on this machine, or None."""
-    files = (folder / f"{split}.parquet" for folder in _folders(name))
+    """Return the parquet file of a split of a set on this machine, or None."""
+    files = (folder / f"{split}.parquet" for folder in _local_folders(name))
     return next((file for file in files if file.is_file()), None)
 
 
 def is_local(source: str) -> bool:
-    """Whether a source is a path, or a named set that lies here: no hub is asked for it."""
+    """Return whether a source is a path, or a named set on this machine."""
     spec = parse_spec(source, set_names())
     return spec.kind == "path" or (spec.kind == "named" and find_local(spec.location, spec.split) is not None)
 
 
 def needs_hub(source: str) -> bool:
-    """Whether a hub is to be asked for a source: it is not here, and the hub's own or a split that the hub has."""
+    """Return whether a source must be loaded from the hub: it is not on this machine, and the hub has the split."""
     spec = parse_spec(source, set_names())
     known = find_entry(spec.location) if spec.kind == "named" and not is_local(source) else None
     return spec.kind == "hub" or (known is not None and known.hub is not None and spec.split in known.splits)
 
 
 def local_splits(name: str) -> list[str]:
-    """Splits of a set on this machine, sorted."""
-    return sorted({file.stem for folder in _folders(name) for file in folder.glob("*.parquet")})
+    """Return the splits of a set on this machine, sorted."""
+    return sorted({file.stem for folder in _local_folders(name) for file in folder.glob("*.parquet")})
 
 
 def list_sets() -> list[dict[str, str]]:
-    """One row of texts a set, in the table's order.
+    """Return one row of texts per set, in the order of the catalog.
 
-    `where` is the folder on this machine, `built in`, or `-`; `splits` are those found there, else those of the hub.
+    `where` is the folder on this machine, `built in`, or `-`; `splits` are those in that folder, else those of the hub.
     """
-    return [_row(item) for item in _ENTRIES]
+    return [
+        {
+            "name": item.name,
+            "title": item.title,
+            "where": _locate(item.name),
+            "splits": " ".join(local_splits(item.name) or item.splits),
+            "size": item.size,
+            "channels": str(item.channels),
+            "coding": item.coding,
+            "license": item.license,
+            "hub": item.hub or "-",
+            "hub_status": "untested" if item.hub else "-",
+            "by_hand": "" if item.hub or item.built_in else item.by_hand,
+        }
+        for item in _ENTRIES
+    ]
 
 
-def _row(item: SetEntry) -> dict[str, str]:
-    return {
-        "name": item.name,
-        "title": item.title,
-        "where": _where(item.name),
-        "splits": " ".join(local_splits(item.name) or item.splits),
-        "size": item.size,
-        "channels": str(item.channels),
-        "coding": item.coding,
-        "licence": item.licence,
-        "hub": item.hub or "-",
-        "hub_status": "untested" if item.hub else "-",
-        "by_hand": "" if item.hub or item.built_in else item.by_hand,
-    }
-
-
-def _where(name: str) -> str:
-    folders = [folder for folder in _folders(name) if any(folder.glob("*.parquet"))]
+def _locate(name: str) -> str:
+    folders = [folder for folder in _local_folders(name) if any(folder.glob("*.parquet"))]
     if not folders:
         return "-"
     return "built in" if folders[0].parent == SAMPLE else str(folders[0])

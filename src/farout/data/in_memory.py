@@ -1,4 +1,4 @@
-"""Readers of what Python callers hold: PIL images and torch Datasets."""
+"""Readers of Python objects: lists of PIL images and torch Datasets."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from farout.data.file_listing import Listing, encode_labels, index_keys
 __all__ = ["list_dataset", "list_pil_images"]
 
 
-class _Pictures:
-    """Converts PIL images by position."""
+class _PILReader:
+    """Converts PIL images by index."""
 
     def __init__(self, pictures: Sequence[Image.Image]) -> None:
         self._pictures = tuple(pictures)
 
     def __call__(self, index: int) -> Tensor:
-        return _convert(self._pictures[index], str(index))
+        return _to_pixels(self._pictures[index], str(index))
 
 
 def list_pil_images(pictures: Sequence[object]) -> Listing:
-    """Lists PIL images; raises SourceError when the sequence is empty or holds anything else."""
+    """List PIL images; raises SourceError if the sequence is empty or contains anything else."""
     if not pictures:
         raise SourceError("the list of images is empty; give at least one PIL image")
     wrong = next((i for i, picture in enumerate(pictures) if not isinstance(picture, Image.Image)), None)
     if wrong is not None:
         kind = type(pictures[wrong]).__name__
         raise SourceError(f"item {wrong} of the list is a {kind}, expected PIL images; stack tensors to (B, C, H, W)")
-    return Listing(index_keys(len(pictures)), _Pictures([p for p in pictures if isinstance(p, Image.Image)]))
+    return Listing(index_keys(len(pictures)), _PILReader([p for p in pictures if isinstance(p, Image.Image)]))
 
 
-def _convert(image: object, key: str) -> Tensor:
-    """One item as uint8 `(C, H, W)`; a wrong type or range is the caller's mistake, not an unreadable image."""
+def _to_pixels(image: object, key: str) -> Tensor:
+    """Convert one item to uint8 (C, H, W); a wrong type or range is a SourceError, not an unreadable image."""
     if isinstance(image, Image.Image):
         with unreadable_errors(key):
             return from_pil(image)
@@ -53,8 +53,8 @@ def _convert(image: object, key: str) -> Tensor:
     return to_uint8(image.detach().cpu(), f"item {key}")
 
 
-class _Items:
-    """Reads the images of a torch Dataset by position."""
+class _DatasetReader:
+    """Reads the images of a torch Dataset by index."""
 
     def __init__(self, dataset: Dataset[Any], labelled: bool) -> None:
         self._dataset, self._labelled = dataset, labelled
@@ -65,15 +65,15 @@ class _Items:
             item = self._dataset[index]
         except (OSError, SyntaxError) as error:
             raise UnreadableImageError(f"{key}: {error} ({type(error).__name__})") from error
-        return _convert(item[0] if self._labelled else item, key)
+        return _to_pixels(item[0] if self._labelled else item, key)
 
 
 def list_dataset(dataset: Dataset[Any]) -> Listing:
-    """Lists a torch Dataset of images, or of (image, label); its items must be the same at every access.
+    """List a torch Dataset of images, or of pairs (image, label). Its items must be the same at every access.
 
-    Labels are taken from `targets` where the Dataset has it, otherwise all items are read once; numbers are called as
-    its `classes` say, texts are names themselves. Raises SourceError for a Dataset without length or items, and for
-    items of another kind.
+    Labels come from the attribute `targets` of the Dataset if it has one; otherwise all items are read once. The names
+    of integer labels come from its attribute `classes`; texts are class names themselves. Raises SourceError for a
+    Dataset without length or items, and for items of another type.
     """
     if not hasattr(dataset, "__len__"):
         raise SourceError(f"{type(dataset).__name__} has no length; expected a Dataset with __len__ and __getitem__")
@@ -81,18 +81,18 @@ def list_dataset(dataset: Dataset[Any]) -> Listing:
     if not count:
         raise SourceError(f"{type(dataset).__name__} is empty; give at least one image")
     labelled = isinstance(dataset[0], tuple | list)
-    reader = _Items(dataset, labelled)
+    reader = _DatasetReader(dataset, labelled)
     reader(0)
     if not labelled:
         return Listing(index_keys(count), reader)
-    labels, names = encode_labels(_targets(dataset, count), type(dataset).__name__)
+    labels, names = encode_labels(_read_targets(dataset, count), type(dataset).__name__)
     classes = getattr(dataset, "classes", None)
     if names is None and isinstance(classes, list | tuple):
         names = tuple(map(str, classes))
     return Listing(index_keys(count), reader, labels, names)
 
 
-def _targets(dataset: Dataset[Any], count: int) -> list[object]:
+def _read_targets(dataset: Dataset[Any], count: int) -> list[object]:
     targets = getattr(dataset, "targets", None)
     if targets is None or len(targets) != count:
         targets = [dataset[i][1] for i in range(count)]

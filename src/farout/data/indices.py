@@ -1,4 +1,4 @@
-"""Which images of a source can be worked with."""
+"""Indices of the readable images of a source."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["readable_indices", "require_readable_indices"]
 
 
 def readable_indices(source: ImageSource) -> list[int]:
-    """Places of the images that can be read; others raise UnreadableImageError where the policy is `raise`."""
-    return [place for place, content in enumerate(source.content_hashes()) if content is not None]
+    """Return the indices of the readable images; raises UnreadableImageError for others if the policy is `raise`."""
+    return [index for index, content in enumerate(source.content_hashes()) if content is not None]
 
 
 def require_readable_indices(source: ImageSource) -> list[int]:
-    """`readable`; raises SourceError where there is none."""
-    places = readable_indices(source)
-    if not places:
-        raise SourceError(f"none of the {len(source)} images of {source.name} is readable; give others")
-    return places
+    """Return `readable_indices`; raises SourceError if no image is readable."""
+    indices = readable_indices(source)
+    if not indices:
+        raise SourceError(f"none of the {len(source)} images of {source.name} is readable; give other images")
+    return indices

@@ -1,4 +1,4 @@
-"""How an image is brought to a network: crop, native size, JPEG, network size, channels, value range.
+"""From an image to the input of a network: crop, native size, JPEG, network size, channels, value range.
 
 A preprocessing is stored with every model. All steps up to the last run on 8-bit pixels in Pillow, whose resampling is
 integer arithmetic: the result does not depend on threads or batches.
@@ -27,22 +27,22 @@ __all__ = ["Kernel", "Preprocessing", "Protocol", "ValueRange", "find_mismatches
 Protocol = Literal["native", "direct", "common"]
 ValueRange = Literal["fixed", "minmax"]
 Kernel = Literal["bicubic", "bilinear", "nearest"]
-"""How pixels are made of others; bicubic and bilinear are antialiased."""
+"""Interpolation of the resizing; bicubic and bilinear are antialiased."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """Turns uint8 `(C, H, W)` of any size into float32 `(channels, *size)` in [0, 1].
 
-    The steps, in order: central crop of `crop` x `crop` pixels (a shorter side is kept whole); resize to `native`, the
+    The steps, in order: central crop of `crop` x `crop` pixels (a shorter side is kept); resize to `native`, the
     in-distribution native size (protocols `native` and `common`); one JPEG encoding of `jpeg_quality`, 4:2:0
-    (protocol `common`); resize to `size`; grey is replicated to RGB, RGB becomes luminance (ITU-R 601); then
+    (protocol `common`); resize to `size`; gray is replicated to RGB, RGB becomes luminance (ITU-R 601); then
     division by 255 (`fixed`), or per-image min-max over all channels (`minmax`: a constant image becomes zeros).
 
-    The protocol `native` makes foreign images pass through the same size as in-distribution ones, so that blur alone
-    cannot tell them apart; `direct` omits this, as some papers do. Sizes are (height, width) in pixels; resizing is
+    The protocol `native` resizes all images to the native size of the in-distribution images first, so that blur alone
+    cannot distinguish them; `direct` omits this, as some papers do. Sizes are (height, width) in pixels; resizing is
     by `kernel` with antialiasing and does not keep the aspect ratio. With `fill` the first resize keeps it: the image
-    fills the target, and what stands out is cut off on both sides. Raises FaroutError for values out of range.
+    covers the target, and the rest is cut off on both sides. Raises FaroutError for values out of range.
     """
 
     size: tuple[int, int]
@@ -80,18 +80,18 @@ class Preprocessing:
         return _min_max(pixels) if self.value_range == "minmax" else pixels.float() / 255
 
     def _is_identity(self, image: Tensor) -> bool:
-        """Whether no step changes the pixels, so that Pillow can be left out."""
+        """Whether no step changes the pixels, so that Pillow is not required."""
         channels, *size = image.shape
-        whole = self.crop is None or max(size) <= self.crop
+        uncropped = self.crop is None or max(size) <= self.crop
         same = tuple(size) == self.size and (self.protocol == "direct" or tuple(size) == self.native)
-        return whole and same and channels == self.channels and self.protocol != "common"
+        return uncropped and same and channels == self.channels and self.protocol != "common"
 
     def _through_pillow(self, image: Tensor, shrink: Kernel | None) -> Tensor:
         picture = _crop(to_pil(image), self.crop)
         first = self.size if self.protocol == "direct" else self.native
         larger = picture.width > first[1] or picture.height > first[0]
         kernel = shrink if shrink is not None and larger else self.kernel
-        picture = _filled(picture, first, kernel) if self.fill else _resize(picture, first, kernel)
+        picture = _resize_to_cover(picture, first, kernel) if self.fill else _resize(picture, first, kernel)
         if self.protocol == "common":
             picture = _through_jpeg(picture, self.jpeg_quality)
         picture = _resize(picture, self.size, self.kernel).convert("L" if self.channels == 1 else "RGB")
@@ -99,8 +99,8 @@ class Preprocessing:
         return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `config.json`; settings that came later only where they are not at their defaults, so that
-        what was stored before keeps its identity.
+        """Return plain values for `config.json`; `kernel` and `fill` only if they differ from their defaults, so that
+        the hash of older models stays the same.
         """
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
         late = {"kernel": "bicubic", "fill": False}
@@ -127,7 +127,7 @@ class Preprocessing:
         value_range: ValueRange = "fixed",
         largest: int = 64,
     ) -> Preprocessing:
-        """Chooses sizes from a sample of 64 images: the preprocessing of a model that is fitted to `source`.
+        """Return the preprocessing of a model that is fitted to `source`, with sizes from a sample of 64 images.
 
         `native` is the most common native size (after the crop; between equals, the larger area). A given `size` is
         the side of a square. Without it, the network's size is the native one, and where its longer side is above
@@ -136,9 +136,10 @@ class Preprocessing:
         """
         shapes = source.shapes()
         if not shapes:
-            raise SourceError(f"none of the sampled images of {source.name} is readable: {_first_reason(source)}")
+            reason = next((f"{key}: {why}" for key, why in source.unreadable.items()), "it contains no images")
+            raise SourceError(f"none of the sampled images of {source.name} is readable: {reason}")
         native = _common_size(shapes, crop)
-        network = (size, size) if size is not None else _at_most(native, largest, source.name)
+        network = (size, size) if size is not None else _limit_size(native, largest, source.name)
         return cls(
             size=network,
             channels=channels if channels is not None else max(shape[0] for shape in shapes),
@@ -149,10 +150,6 @@ class Preprocessing:
         )
 
 
-def _first_reason(source: ImageSource) -> str:
-    return next((f"{key}: {reason}" for key, reason in source.unreadable.items()), "it holds no images")
-
-
 def _common_size(shapes: Counter[tuple[int, int, int]], crop: int | None) -> tuple[int, int]:
     sizes: Counter[tuple[int, int]] = Counter()
     for (_, height, width), count in shapes.items():
@@ -160,7 +157,7 @@ def _common_size(shapes: Counter[tuple[int, int, int]], crop: int | None) -> tup
     return max(sizes, key=lambda s: (sizes[s], s[0] * s[1], s))
 
 
-def _at_most(native: tuple[int, int], largest: int, name: str) -> tuple[int, int]:
+def _limit_size(native: tuple[int, int], largest: int, name: str) -> tuple[int, int]:
     longer = max(native)
     if longer <= largest:
         return native
@@ -189,15 +186,15 @@ def _resize(picture: Image.Image, size: tuple[int, int], kernel: Kernel) -> Imag
     return picture.resize((width, height), Image.Resampling[kernel.upper()])
 
 
-def _filled(picture: Image.Image, size: tuple[int, int], kernel: Kernel) -> Image.Image:
-    """Resized until it covers `size` (height, width), its centre cut out."""
+def _resize_to_cover(picture: Image.Image, size: tuple[int, int], kernel: Kernel) -> Image.Image:
+    """Resize the picture until it covers `size` (height, width), and crop its center."""
     height, width = size
     if height * picture.width >= width * picture.height:
-        whole = (height, height * picture.width // picture.height)
+        covering = (height, height * picture.width // picture.height)
     else:
-        whole = (width * picture.height // picture.width, width)
-    picture = _resize(picture, whole, kernel)
-    left, top = round((whole[1] - width) / 2), round((whole[0] - height) / 2)
+        covering = (width * picture.height // picture.width, width)
+    picture = _resize(picture, covering, kernel)
+    left, top = round((covering[1] - width) / 2), round((covering[0] - height) / 2)
     return picture.crop((left, top, left + width, top + height))
 
 
@@ -215,21 +212,27 @@ def _min_max(pixels: Tensor) -> Tensor:
 
 
 def find_mismatches(
-    source: ImageSource, preprocessing: Preprocessing, sample: int = 64, *, fitted_grey: bool = False
+    source: ImageSource, preprocessing: Preprocessing, sample: int = 64, *, fitted_gray: bool = False
 ) -> list[str]:
-    """Traps of scoring `source` with a model of this preprocessing, as sentences with counts; empty when there is none.
+    """Return warnings about images of `source` that do not match a model with this preprocessing; empty if all match.
 
-    Looks at up to `sample` images, evenly spaced, before the variant: another native size than the fitted one, grey
-    images for an RGB model and RGB images for a grey one. `fitted_grey`: an RGB model was fitted with grey images
-    alone, so that RGB images are the unlike ones.
+    Args:
+        source: the images, before the variant.
+        preprocessing: preprocessing of the model.
+        sample: number of images that are checked, evenly spaced: for another native size than the fitted one, gray
+            images for an RGB model, and RGB images for a gray one.
+        fitted_gray: whether an RGB model was fitted with gray images only, so that RGB images do not match.
     """
     shapes = source.shapes(sample)
     total = sum(shapes.values())
-    found = (_size_trap(shapes, preprocessing), _channel_trap(shapes, preprocessing.channels, fitted_grey))
-    return [f"{source.name}: {count} of {total} sampled images {what}" for count, what in found if count]
+    mismatches = (
+        _find_size_mismatches(shapes, preprocessing),
+        _find_channel_mismatches(shapes, preprocessing.channels, fitted_gray),
+    )
+    return [f"{source.name}: {count} of {total} sampled images {what}" for count, what in mismatches if count]
 
 
-def _size_trap(shapes: Counter[tuple[int, int, int]], preprocessing: Preprocessing) -> tuple[int, str]:
+def _find_size_mismatches(shapes: Counter[tuple[int, int, int]], preprocessing: Preprocessing) -> tuple[int, str]:
     fitted = preprocessing.native
     sizes: Counter[tuple[int, int]] = Counter()
     for shape, count in shapes.items():
@@ -249,15 +252,17 @@ def _size_trap(shapes: Counter[tuple[int, int, int]], preprocessing: Preprocessi
 
 
 def is_all_gray(source: ImageSource, sample: int = 64) -> bool:
-    """Whether up to `sample` images, evenly spaced, have one channel each."""
+    """Return whether up to `sample` images, evenly spaced, all have one channel."""
     return all(shape[0] == 1 for shape in source.shapes(sample))
 
 
-def _channel_trap(shapes: Counter[tuple[int, int, int]], channels: int, fitted_grey: bool) -> tuple[int, str]:
-    expected = 1 if fitted_grey else channels
+def _find_channel_mismatches(
+    shapes: Counter[tuple[int, int, int]], channels: int, fitted_gray: bool
+) -> tuple[int, str]:
+    expected = 1 if fitted_gray else channels
     other = sum(count for shape, count in shapes.items() if shape[0] != expected)
     if channels == 1:
-        return other, "are RGB and become luminance for this grey model: their colour is not seen"
-    if fitted_grey:
-        return other, "are RGB, and the fitted ones were all grey: colour can distinguish them"
-    return other, "are grey and are replicated to RGB for this RGB model"
+        return other, "are RGB and become luminance for this gray model: their color is lost"
+    if fitted_gray:
+        return other, "are RGB, and the fitted ones were all gray: color can distinguish them"
+    return other, "are gray and are replicated to RGB for this RGB model"

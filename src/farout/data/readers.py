@@ -1,4 +1,4 @@
-"""Readers of files: folders, globs, csv lists and npz arrays. Encoded bytes are read when an image is asked for."""
+"""Readers of folders, globs, csv lists and npz arrays. An image file is read when the image is accessed."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ SUFFIXES = frozenset(
 """File endings, in any case, that count as images in folders and globs."""
 
 CLASSES_FILE = "farout-classes.json"
-"""Beside the folders of classes: an object, folder -> class, for classes whose names no folder can have."""
+"""JSON file next to the class folders that maps folders to classes, for class names that no folder can have."""
 
 
 def list_path(location: str) -> Listing:
-    """Lists a folder, a glob, a .parquet/.csv/.npz file or one image; raises SourceError when there is nothing."""
+    """List a folder, a glob, a .parquet/.csv/.npz file or one image; raises SourceError if there are no images."""
     path = Path(location).expanduser()
     if path.is_dir():
         return _list_folder(path)
@@ -52,12 +52,12 @@ def _list_file(path: Path) -> Listing:
     if suffix == ".npz":
         return _list_npz(path)
     if suffix in SUFFIXES:
-        return Listing((path.name,), _Files((path.name,), (path,)), groups=(".",))
+        return Listing((path.name,), _FileReader((path.name,), (path,)), groups=(".",))
     raise SourceError(f"{path} is not an image source; expected a folder, .parquet, .csv, .npz, or an image file")
 
 
-class _Files:
-    """Reads image files by position."""
+class _FileReader:
+    """Reads image files by index."""
 
     def __init__(self, keys: Sequence[str], paths: Sequence[Path]) -> None:
         self._keys, self._paths = tuple(keys), tuple(paths)
@@ -76,20 +76,24 @@ def _is_image(name: str) -> bool:
 
 
 def _list_folder(root: Path) -> Listing:
-    """Images below `root`, hidden files and folders left out, symbolic links to folders not followed; of a folder that
-    farout made, those in its `images/`.
+    """List the images below `root`, without hidden files and folders; links to folders are not followed.
+
+    Of a folder that farout has written, only its `images/` are listed: it also contains figures.
     """
-    found: list[str] = []
-    # a folder of made images keeps pictures of other kinds beside them
+    files_found: list[str] = []
     root = root / "images" if (root / "images").is_dir() and kind_of(root) is not None else root
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if _is_image(name)]
-    if not found:
-        raise SourceError(f"the folder {root} holds no images (looked for {', '.join(sorted(SUFFIXES))}, recursively)")
-    keys = tuple(sorted(found))
+        files_found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if _is_image(name)]
+    if not files_found:
+        raise SourceError(
+            f"the folder {root} contains no images (looked for {', '.join(sorted(SUFFIXES))}, recursively)"
+        )
+    keys = tuple(sorted(files_found))
     labels, names = _class_folders(keys)
-    return Listing(keys, _Files(keys, [root / key for key in keys]), labels, _told_names(root, names), _parents(keys))
+    return Listing(
+        keys, _FileReader(keys, [root / key for key in keys]), labels, _read_class_names(root, names), _parents(keys)
+    )
 
 
 def _parents(keys: Sequence[str]) -> tuple[str, ...]:
@@ -97,24 +101,24 @@ def _parents(keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def _class_folders(keys: Sequence[str]) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
-    """Labels from a class-per-folder tree: only where every image lies directly in a first-level subfolder."""
+    """Return labels and class names if every image is directly in a first-level subfolder, else None."""
     if any(key.count("/") != 1 for key in keys):
         return None, None
     parents = _parents(keys)
     names = tuple(sorted(set(parents)))
-    place = {name: i for i, name in enumerate(names)}
-    return tuple(place[parent] for parent in parents), names
+    index_of = {name: index for index, name in enumerate(names)}
+    return tuple(index_of[parent] for parent in parents), names
 
 
-def _told_names(root: Path, folders: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """The classes of folders: as `CLASSES_FILE` says, the others as the folders are called."""
+def _read_class_names(root: Path, folders: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Return the class of each folder: from `CLASSES_FILE`, otherwise the name of the folder."""
     path = root / CLASSES_FILE
     if folders is None or not path.is_file():
         return folders
-    told = read_json(path)
-    if not all(isinstance(name, str) for name in told.values()):
-        raise SourceError(f"{path} requires a class name, a text, for each folder; correct or remove it")
-    return tuple(told.get(folder, folder) for folder in folders)
+    classes = read_json(path)
+    if not all(isinstance(name, str) for name in classes.values()):
+        raise SourceError(f"{path} must contain a class name for each folder; correct or remove it")
+    return tuple(classes.get(folder, folder) for folder in folders)
 
 
 def _list_glob(pattern: str) -> Listing:
@@ -127,7 +131,7 @@ def _list_glob(pattern: str) -> Listing:
     root = _fixed_part(pattern)
     pairs = sorted((path.relative_to(root).as_posix(), path) for path in paths)
     keys = tuple(key for key, _ in pairs)
-    return Listing(keys, _Files(keys, [path for _, path in pairs]), groups=_parents(keys))
+    return Listing(keys, _FileReader(keys, [path for _, path in pairs]), groups=_parents(keys))
 
 
 def _fixed_part(pattern: str) -> Path:
@@ -137,24 +141,24 @@ def _fixed_part(pattern: str) -> Path:
 
 
 def _list_csv(path: Path) -> Listing:
-    """A table with a header: `path` (or `image`, `file`, `filename`, `key`), and `label` and `group` where present."""
+    """List a table with the columns `path` (or `image`, `file`, `filename`, `key`), and optionally `label`, `group`."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SourceError(f"{path} cannot be read as csv ({error}); expected UTF-8 text with a header line") from error
     if not rows:
-        raise SourceError(f"{path} lists no images; expected a header line and one line an image")
+        raise SourceError(f"{path} lists no images; expected a header line and one line per image")
     column = next((name for name in ("path", "image", "file", "filename", "key") if name in rows[0]), None)
     if column is None:
         raise SourceError(f"{path} has columns {', '.join(map(str, rows[0]))}; expected one named path")
-    keys = check_keys([cell.replace("\\", "/") for cell in _column(rows, column, path)], str(path))
+    keys = check_keys([cell.replace("\\", "/") for cell in _read_column(rows, column, path)], str(path))
     labels, names = encode_labels([row["label"] for row in rows], str(path)) if "label" in rows[0] else (None, None)
     groups = encode_groups([row["group"] for row in rows], str(path)) if "group" in rows[0] else None
-    return Listing(keys, _Files(keys, [path.parent / key for key in keys]), labels, names, groups)
+    return Listing(keys, _FileReader(keys, [path.parent / key for key in keys]), labels, names, groups)
 
 
-def _column(rows: Sequence[Mapping[str, str | None]], name: str, path: Path) -> tuple[str, ...]:
+def _read_column(rows: Sequence[Mapping[str, str | None]], name: str, path: Path) -> tuple[str, ...]:
     cells = tuple(row[name] or "" for row in rows)
     if "" in cells:
         raise SourceError(f"{path}: the column {name} is empty in row {cells.index('') + 1}; fill it in")
@@ -162,13 +166,15 @@ def _column(rows: Sequence[Mapping[str, str | None]], name: str, path: Path) -> 
 
 
 def _list_npz(path: Path) -> Listing:
-    """Array `images` (or the first of three or four axes) and `labels`, or `x_labels` beside `x_images`."""
+    """List the array `images` (or the first with three or four axes) with `labels`, or `x_images` with `x_labels`."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             name = _image_array(arrays, path)
             images = arrays[name]
-            beside = next((n for n in ("labels", name.replace("images", "labels")) if n != name and n in arrays), None)
-            labels = arrays[beside].reshape(-1).tolist() if beside else None
+            label_name = next(
+                (n for n in ("labels", name.replace("images", "labels")) if n != name and n in arrays), None
+            )
+            labels = arrays[label_name].reshape(-1).tolist() if label_name else None
     except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
         if isinstance(error, SourceError):
             raise
@@ -186,18 +192,20 @@ def _image_array(arrays: Mapping[str, np.ndarray], path: Path) -> str:
 
 
 def _channels_first(images: np.ndarray, path: Path) -> np.ndarray:
-    """(N, H, W), (N, C, H, W) and (N, H, W, C) become (N, C, H, W); where both readings fit, channels are first."""
+    """Convert (N, H, W), (N, C, H, W) or (N, H, W, C) to (N, C, H, W); if both of the last fit, channels are first."""
     if images.ndim == 3:
         return images[:, None]
     if images.ndim == 4 and images.shape[1] in (1, 3):
         return images
     if images.ndim == 4 and images.shape[3] in (1, 3):
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    raise SourceError(f"{path} holds images of shape {images.shape}; expected (N, H, W), (N, C, H, W) or (N, H, W, C)")
+    raise SourceError(
+        f"{path} contains images of shape {images.shape}; expected (N, H, W), (N, C, H, W) or (N, H, W, C)"
+    )
 
 
 def list_array(images: np.ndarray | Tensor, labels: Sequence[object] | None = None, where: str = "images") -> Listing:
-    """Lists `(B, C, H, W)` pixels held in memory: uint8, or floats in [0, 1] (quantised to 8 bits)."""
+    """List pixels (B, C, H, W) in memory: uint8, or floats in [0, 1], which are rounded to 8 bits."""
     tensor = images.detach().cpu() if isinstance(images, Tensor) else _from_numpy(images, where)
     if tensor.ndim != 4:
         hint = "; add the channel: images[:, None]" if tensor.ndim == 3 else ""
@@ -206,7 +214,9 @@ def list_array(images: np.ndarray | Tensor, labels: Sequence[object] | None = No
         raise SourceError(f"{where} are empty: shape {tuple(tensor.shape)}; give at least one image")
     pixels = to_uint8(tensor, where)
     if labels is not None and len(labels) != len(pixels):
-        raise SourceError(f"{where} hold {len(pixels)} images and {len(labels)} labels; expected one label an image")
+        raise SourceError(
+            f"{where} contain {len(pixels)} images and {len(labels)} labels; expected one label per image"
+        )
     codes, names = (None, None) if labels is None else encode_labels(labels, where)
     return Listing(index_keys(len(pixels)), pixels.__getitem__, codes, names, in_memory=True)
 

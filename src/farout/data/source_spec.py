@@ -1,6 +1,6 @@
-"""The grammar of image sources: a string becomes a location, a split, a variant and a class filter; no image is read.
+"""Parser of image source strings: location, split, variant and class filter. No image is read.
 
-    name[:split][@modifiers]      a named set (split `train` where none is given): `fashion_mnist`, `cifar10:test`
+    name[:split][@modifiers]      a named set (default split: `train`): `fashion_mnist`, `cifar10:test`
     hf://owner/name[/config][:split][@modifiers]                            a set on the Hugging Face hub
     path[@modifiers]              a folder, a glob, a .parquet, .csv or .npz file, or one image file
 
@@ -32,7 +32,7 @@ DEFAULT_STRENGTHS: dict[str, float | None] = {
     "noise": 0.1,
     "patch": 0.5,
 }
-"""Every variant and its strength where none is given; None: it takes no strength."""
+"""The default strength of every variant; None: the variant has no strength."""
 
 _HUB = "hf://"
 _WILD = re.compile(r"[*?\[]")
@@ -40,7 +40,17 @@ _WILD = re.compile(r"[*?\[]")
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """A parsed source: `kind` and `location` (set name, path, or hub id), `split` ("" for paths), and modifiers."""
+    """A parsed source string.
+
+    Attributes:
+        text: the string.
+        kind: named set, path, or set of the Hugging Face hub.
+        location: name of the set, path, or hub id.
+        split: split of the set; empty for paths.
+        variant: modification of the images, or None.
+        strength: strength of the variant, or None.
+        classes: class names, labels and ranges of labels of the class filter; empty: all classes.
+    """
 
     text: str
     kind: Kind
@@ -52,16 +62,21 @@ class SourceSpec:
 
 
 def parse_spec(text: str, known: frozenset[str] = frozenset()) -> SourceSpec:
-    """Parses a source string; `known` are the names of the named sets.
+    """Parse a source string.
 
-    Raises SourceError for an empty string, an unknown modifier or strength, more than one variant, and for a name
-    that is a named set and an existing path at once.
+    Args:
+        text: the string.
+        known: names of the named sets.
+
+    Raises:
+        SourceError: the string is empty, a modifier is unknown or has a wrong strength, there is more than one variant,
+            or the name is both a named set and an existing path.
     """
     if not text.strip():
         raise SourceError("the image source is empty; give a named set, a folder, a glob, a file, or hf://owner/name")
-    head, modifiers = _cut_modifiers(text)
+    head, modifiers = _split_modifiers(text)
     variant, strength, classes = _parse_modifiers(modifiers, text)
-    kind, location, split = _place(head, known)
+    kind, location, split = _parse_location(head, known)
     return SourceSpec(text, kind, location, split, variant, strength, classes)
 
 
@@ -72,8 +87,8 @@ def _exists(text: str) -> bool:
         return False
 
 
-def _cut_modifiers(text: str) -> tuple[str, str]:
-    """Splits at the last `@`, unless that `@` belongs to a path."""
+def _split_modifiers(text: str) -> tuple[str, str]:
+    """Split at the last `@`, unless that `@` is part of a path."""
     head, mark, tail = text.rpartition("@")
     if not mark or not head or _exists(text) or "/" in tail or "\\" in tail:
         return text, ""
@@ -82,7 +97,7 @@ def _cut_modifiers(text: str) -> tuple[str, str]:
     return head, tail
 
 
-def _place(head: str, known: frozenset[str]) -> tuple[Kind, str, str]:
+def _parse_location(head: str, known: frozenset[str]) -> tuple[Kind, str, str]:
     if head.startswith(_HUB):
         location, _, split = head.removeprefix(_HUB).partition(":")
         if location.count("/") not in (1, 2) or not all(location.split("/")):
@@ -91,7 +106,11 @@ def _place(head: str, known: frozenset[str]) -> tuple[Kind, str, str]:
     name, _, split = head.partition(":")
     if _is_path(head):
         if head in known or (split and name in known):
-            raise SourceError(_both(head))
+            named = head if ":" in head else f"{head}:train"
+            alternative = f"{named} for the set" if named != head else "rename the path to use the set"
+            raise SourceError(
+                f"{head!r} is a named set and also an existing path; write ./{head} for the path, {alternative}"
+            )
         return "path", head, ""
     return "named", name, split or "train"
 
@@ -101,20 +120,14 @@ def _is_path(head: str) -> bool:
     return "/" in head or "\\" in head or drive or head in (".", "..") or bool(_WILD.search(head)) or _exists(head)
 
 
-def _both(head: str) -> str:
-    named = head if ":" in head else f"{head}:train"
-    elsewhere = f"{named} for the set" if named != head else "rename the path to use the set"
-    return f"{head!r} is a named set and also a path that exists here; write ./{head} for the path, {elsewhere}"
-
-
-def _parse_modifiers(text: str, whole: str) -> tuple[str | None, float | None, tuple[str, ...]]:
+def _parse_modifiers(text: str, source: str) -> tuple[str | None, float | None, tuple[str, ...]]:
     variants: list[tuple[str, float | None]] = []
     classes: list[str] = []
     in_classes = False
     for part in (p.strip() for p in text.split(",")) if text else ():
         name, _, value = part.partition("=")
         if name in DEFAULT_STRENGTHS:
-            variants.append((name, _strength(name, value, part, whole)))
+            variants.append((name, _parse_strength(name, value, part, source)))
             in_classes = False
         elif name == "classes" and not classes:
             classes.append(value.strip())
@@ -122,38 +135,32 @@ def _parse_modifiers(text: str, whole: str) -> tuple[str | None, float | None, t
         elif in_classes:
             classes.append(part)
         else:
-            raise SourceError(_unknown_modifier(part, whole))
+            raise SourceError(
+                f"unknown modifier {part!r} in {source!r}, and no path of that name exists; expected one of "
+                f"{', '.join(DEFAULT_STRENGTHS)}, classes=..."
+            )
     if len(variants) > 1:
-        raise SourceError(f"{whole!r} asks for {len(variants)} variants; expected one of {_names()}")
+        raise SourceError(f"{source!r} has {len(variants)} variants; expected one of {', '.join(DEFAULT_STRENGTHS)}")
     if "" in classes:
-        raise SourceError(f"{whole!r} has an empty class; expected e.g. classes=0-7, classes=0,3,5 or class names")
+        raise SourceError(f"{source!r} has an empty class; expected e.g. classes=0-7, classes=0,3,5 or class names")
     variant, strength = variants[0] if variants else (None, None)
     return variant, strength, tuple(classes)
-
-
-def _names() -> str:
-    return ", ".join(DEFAULT_STRENGTHS)
-
-
-def _unknown_modifier(part: str, whole: str) -> str:
-    expected = f"expected one of {_names()}, classes=..."
-    return f"unknown modifier {part!r} in {whole!r}, and no path of that name exists; {expected}"
 
 
 _RANGES = {"blur": (0.0, 100.0), "contrast": (0.0, 100.0), "noise": (0.0, 1.0), "patch": (0.0, 1.0)}
 
 
-def _strength(name: str, value: str, part: str, whole: str) -> float | None:
+def _parse_strength(name: str, value: str, part: str, source: str) -> float | None:
     default = DEFAULT_STRENGTHS[name]
     if "=" not in part:
         return default
     if default is None:
-        raise SourceError(f"{name} takes no strength, but {whole!r} gives {value!r}; write {name} alone")
+        raise SourceError(f"{name} has no strength, but {source!r} has {value!r}; write {name} alone")
     low, high = _RANGES[name]
     try:
         strength = float(value)
     except ValueError:
         strength = float("nan")
     if not low < strength <= high:
-        raise SourceError(f"{part!r} in {whole!r}: expected a number above {low:g} and at most {high:g}")
+        raise SourceError(f"{part!r} in {source!r}: expected a number above {low:g} and at most {high:g}")
     return strength

@@ -1,4 +1,4 @@
-"""One grammar for images: a spec string, a Dataset, PIL images or a tensor becomes an ordered set with keys and labels.
+"""Opening image sources: a source string, a Dataset, PIL images or a tensor becomes an ordered set of images.
 
 `farout.data.source_spec` parses the grammar, `farout.data.decoding` converts file formats. A named set is looked up as
 `$FAROUT_DATA/<name>/<split>.parquet`, then among the samples in the package, then on the Hugging Face hub.
@@ -28,21 +28,26 @@ from farout.data.tables import list_hub, list_parquet
 __all__ = ["Images", "open_source", "parse_source"]
 
 Images: TypeAlias = str | Path | ImageSource | Dataset[Any] | Sequence[Image.Image] | Tensor | np.ndarray
-"""Everything that `open_source` takes."""
+"""The types that `open_source` accepts."""
 
 
 def open_source(
     images: Images, *, policy: Policy = "raise", limit: int | None = None, seed: int = 0, memory_mib: int = 1024
 ) -> ImageSource:
-    """Opens images as an ordered set with keys and labels.
+    """Open images as an ordered set with keys and labels.
 
-    `images`: a spec string or Path; an ImageSource (returned as it is, with its own policy); a torch Dataset of
-    tensors or PIL images, or of (image, label); a list of PIL images; or a tensor or array `(B, C, H, W)`, uint8 or
-    floats in [0, 1], which are quantised to 8 bits. `limit` keeps a random sample drawn with `seed`, in source order.
-    Decoded images are held up to `memory_mib` in total; those beyond are decoded at every access.
+    Args:
+        images: a source string or path; a torch Dataset of tensors or PIL images, or of pairs (image, label); a list of
+            PIL images; a tensor or array (B, C, H, W), uint8 or floats in [0, 1], which are rounded to 8 bits; or an
+            ImageSource, which is returned as it is, with its own policy.
+        policy: treatment of unreadable images: `raise` an error, `skip` them, or keep them without a score (`nan`).
+        limit: use a random sample of this many images, in the order of the source; None: all.
+        seed: seed of the sample.
+        memory_mib: memory for decoded images in MiB; images beyond it are decoded at every access.
 
-    Raises SourceError when there are no images or the spec is wrong, MissingExtraError for a hub set without the
-    `hub` extra.
+    Raises:
+        SourceError: there are no images, or the source string is wrong.
+        MissingExtraError: a set of the hub is given, and the extra `hub` is not installed.
     """
     check_policy(policy)
     if isinstance(images, ImageSource):
@@ -51,15 +56,9 @@ def open_source(
         source = _open_spec(images, policy, memory_mib)
     else:
         source = ImageSource("images", _list_objects(images), policy=policy, memory_mib=memory_mib)
-    return _limited(source, limit, seed)
-
-
-def _limited(source: ImageSource, limit: int | None, seed: int) -> ImageSource:
-    if limit is None:
-        return source
-    if limit < 1:
+    if limit is not None and limit < 1:
         raise SourceError(f"limit is {limit}; expected at least 1, or None for all images")
-    if limit >= len(source):
+    if limit is None or limit >= len(source):
         return source
     chosen = np.random.default_rng(seed).permutation(len(source))[:limit]
     return source.subset(sorted(chosen.tolist()))
@@ -72,12 +71,12 @@ def _list_objects(images: object) -> Listing:
         return list_dataset(images)
     if isinstance(images, list | tuple):
         return list_pil_images(images)
-    expected = "a spec string, a Path, a Dataset, a list of PIL images, or a tensor (B, C, H, W)"
+    expected = "a source string, a Path, a Dataset, a list of PIL images, or a tensor (B, C, H, W)"
     raise SourceError(f"cannot read images from a {type(images).__name__}; expected {expected}")
 
 
 def parse_source(text: str | Path) -> SourceSpec:
-    """What `open_source` reads in a text; `Path("x")` means the path, also where a named set is called x."""
+    """Parse a source string as `open_source` does; `Path("x")` is the path, even if there is a named set x."""
     if isinstance(text, Path):
         return parse_spec(text.as_posix() if "/" in text.as_posix() else f"./{text}")
     return parse_spec(text, catalog.set_names())
@@ -89,7 +88,7 @@ def _open_spec(text: str | Path, policy: Policy, memory_mib: int) -> ImageSource
     source = ImageSource(
         str(text), listing, policy=policy, variant=spec.variant, strength=spec.strength, memory_mib=memory_mib
     )
-    return source.subset(_of_classes(listing, spec)) if spec.classes else source
+    return source.subset(_filter_classes(listing, spec)) if spec.classes else source
 
 
 def _list_spec(spec: SourceSpec) -> Listing:
@@ -102,25 +101,27 @@ def _list_spec(spec: SourceSpec) -> Listing:
         return list_parquet(local)
     known = catalog.find_entry(spec.location)
     if known is None:
-        raise SourceError(_unknown_set(spec))
+        raise SourceError(_describe_unknown_set(spec))
     if known.hub is None or spec.split not in known.splits:
-        raise SourceError(_absent_set(spec, known))
+        raise SourceError(_describe_missing_set(spec, known))
     return list_hub(known.hub, known.splits[spec.split], known.image_column, known.label_column)
 
 
-def _unknown_set(spec: SourceSpec) -> str:
+def _describe_unknown_set(spec: SourceSpec) -> str:
     near = difflib.get_close_matches(spec.location, sorted(catalog.set_names()), n=4, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}" if near else "see farout list sets"
     splits = catalog.local_splits(spec.location)
     if splits:
-        return f"the set {spec.location} has no split {spec.split!r} here; expected one of {', '.join(splits)}"
+        return (
+            f"the set {spec.location} has no split {spec.split!r} on this machine; expected one of {', '.join(splits)}"
+        )
     return f"{spec.text!r} is neither a path that exists nor a known set; {hint}? A folder is written ./{spec.location}"
 
 
-def _absent_set(spec: SourceSpec, known: catalog.SetEntry) -> str:
-    here = catalog.local_splits(spec.location)
-    if here or (known.hub and spec.split not in known.splits):
-        splits = ", ".join(dict.fromkeys((*here, *(known.splits if known.hub else ()))))
+def _describe_missing_set(spec: SourceSpec, known: catalog.SetEntry) -> str:
+    local = catalog.local_splits(spec.location)
+    if local or (known.hub and spec.split not in known.splits):
+        splits = ", ".join(dict.fromkeys((*local, *(known.splits if known.hub else ()))))
         return f"{known.title} has no split {spec.split!r}; expected one of {splits}"
     return (
         f"{known.title} is not on this machine and has no hub id; {known.by_hand}, then save it as "
@@ -128,22 +129,22 @@ def _absent_set(spec: SourceSpec, known: catalog.SetEntry) -> str:
     )
 
 
-def _of_classes(listing: Listing, spec: SourceSpec) -> list[int]:
-    """Places of the images whose class the filter names: by class name first, then by label number."""
+def _filter_classes(listing: Listing, spec: SourceSpec) -> list[int]:
+    """Return the indices of the images whose class is in the filter: by class name first, then by label."""
     if listing.labels is None:
         raise SourceError(f"{spec.text!r} filters classes, but {spec.location} has no labels")
-    wanted = {label for token in spec.classes for label in _class_labels(token, listing, spec)}
-    chosen = [i for i, label in enumerate(listing.labels) if label in wanted]
+    labels = {label for token in spec.classes for label in _parse_class(token, listing, spec)}
+    chosen = [i for i, label in enumerate(listing.labels) if label in labels]
     if not chosen:
         raise SourceError(f"{spec.text!r} leaves no images: no image is of class {', '.join(spec.classes)}")
     return chosen
 
 
-def _class_labels(token: str, listing: Listing, spec: SourceSpec) -> list[int]:
+def _parse_class(token: str, listing: Listing, spec: SourceSpec) -> list[int]:
     names = listing.class_names or ()
     first, dash, last = token.partition("-")
     if token not in names and dash and first.isdigit() and last.isdigit():
-        return [label for n in range(int(first), int(last) + 1) for label in _class_labels(str(n), listing, spec)]
+        return [label for n in range(int(first), int(last) + 1) for label in _parse_class(str(n), listing, spec)]
     if token in names:
         return [names.index(token)]
     known = range(len(names)) if names else sorted(set(listing.labels or ()))

@@ -25,7 +25,7 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 class ParquetImages:
-    """Random access to the encoded images of a parquet file; holds at most `row_groups` row groups in memory."""
+    """Random access to the encoded images of a parquet file; keeps at most `row_groups` row groups in memory."""
 
     def __init__(self, path: Path, column: str, row_groups: int = 2) -> None:
         self._path, self._column, self._keep = path, column, row_groups
@@ -66,14 +66,14 @@ class ParquetImages:
 def _encoded(cell: object, key: str) -> bytes:
     data = cell.get("bytes") if isinstance(cell, Mapping) else cell
     if not isinstance(data, bytes):
-        raise UnreadableImageError(f"{key}: the row holds no encoded image")
+        raise UnreadableImageError(f"{key}: the row contains no encoded image")
     return data
 
 
 def list_parquet(path: Path) -> Listing:
-    """Lists a parquet file: encoded images (`struct{bytes, path}` or binary), `label` and `group` where present.
+    """List a parquet file with encoded images (`struct{bytes, path}` or binary) and optionally `label`, `group`.
 
-    Class names come from the schema as the `datasets` library writes it, or from a label column of texts.
+    Class names come from the schema that the `datasets` library writes, or from a label column of texts.
     """
     try:
         file = pq.ParquetFile(path)
@@ -81,39 +81,43 @@ def list_parquet(path: Path) -> Listing:
         raise SourceError(f"{path} cannot be read as parquet ({error})") from error
     schema, count = file.schema_arrow, file.metadata.num_rows
     if not count:
-        raise SourceError(f"{path} holds no images: it has 0 rows")
+        raise SourceError(f"{path} contains no images: it has 0 rows")
     column = _image_column(schema, path)
-    label = _first(_LABEL_COLUMNS, schema.names)
-    labels, names = _labels(_values(file, label), _names(schema, label), str(path)) if label else (None, None)
-    groups = encode_groups(_values(file, "group"), str(path)) if "group" in schema.names else None
+    label = _first_present(_LABEL_COLUMNS, schema.names)
+    labels, names = (
+        _encode_labels(_read_column(file, label), _read_class_names(schema, label), str(path))
+        if label
+        else (None, None)
+    )
+    groups = encode_groups(_read_column(file, "group"), str(path)) if "group" in schema.names else None
     return Listing(index_keys(count), ParquetImages(path, column), labels, names, groups)
 
 
-def _values(file: pq.ParquetFile, column: str) -> list[Any]:
+def _read_column(file: pq.ParquetFile, column: str) -> list[Any]:
     return file.read(columns=[column]).column(0).to_pylist()
 
 
-def _first(wanted: Sequence[str], present: Iterable[str]) -> str | None:
+def _first_present(candidates: Sequence[str], present: Iterable[str]) -> str | None:
     names = list(present)
-    return next((name for name in wanted if name in names), None)
+    return next((name for name in candidates if name in names), None)
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
+def _contains_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" for field in kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _image_column(schema: pa.Schema, path: Path) -> str:
-    fitting = [field.name for field in schema if _holds_bytes(field.type)]
-    column = _first(_IMAGE_COLUMNS, fitting) or (fitting[0] if fitting else None)
+    fitting = [field.name for field in schema if _contains_bytes(field.type)]
+    column = _first_present(_IMAGE_COLUMNS, fitting) or (fitting[0] if fitting else None)
     if column is None:
         columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
         raise SourceError(f"{path} has columns {columns}; expected encoded images: struct<bytes, path> or binary")
     return column
 
 
-def _names(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None:
+def _read_class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None:
     raw = (schema.metadata or {}).get(b"huggingface")
     if raw is None or label is None:
         return None
@@ -125,41 +129,38 @@ def _names(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None:
 _Labels = tuple[tuple[int, ...] | None, tuple[str, ...] | None]
 
 
-def _labels(values: Sequence[object], names: tuple[str, ...] | None, where: str) -> _Labels:
-    labels, found = encode_labels(values, where)
+def _encode_labels(values: Sequence[object], names: tuple[str, ...] | None, where: str) -> _Labels:
+    labels, text_names = encode_labels(values, where)
     if any(label == -1 for label in labels):  # the hub's mark of a split whose labels are withheld
         return None, None
     if names is None:
-        return labels, found
+        return labels, text_names
     if not all(0 <= label < len(names) for label in labels):
-        raise SourceError(f"{where} has labels {min(labels)}..{max(labels)} but names {len(names)} classes")
+        raise SourceError(f"{where} has labels {min(labels)}..{max(labels)} but {len(names)} class names")
     return labels, names
 
 
 def list_hub(location: str, split: str, image: str | None = None, label: str | None = None) -> Listing:
-    """Lists a set of the Hugging Face hub, `owner/name` or `owner/name/config`, through the `datasets` library.
+    """List a set of the Hugging Face hub, `owner/name` or `owner/name/config`, with the `datasets` library.
 
-    Code from the hub is never executed. Raises MissingExtraError without that library, and SourceError when the set
-    cannot be loaded: no connection, unknown name or split, or access that must be asked for.
+    Code from the hub is never executed. Raises MissingExtraError without that library, and SourceError if the set
+    cannot be loaded: no connection, unknown name or split, or no access.
     """
     try:
         import datasets
     except ImportError as error:
-        raise MissingExtraError(f'hf://{location} needs the datasets library: pip install "farout[hub]"') from error
+        raise MissingExtraError(f'hf://{location} requires the datasets library: pip install "farout[hub]"') from error
     owner, name, *config = location.split("/")
     try:
         table = datasets.load_dataset(f"{owner}/{name}", name=config[0] if config else None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise SourceError(_hub_failure(location, split, error)) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"hf://{location}:{split} cannot be loaded ({type(error).__name__}: {reason}); check the connection, the "
+            "name, the split and your access, or save the set as $FAROUT_DATA/<name>/<split>.parquet and use "
+            "<name>:<split>"
+        ) from error
     return _list_table(table, f"hf://{location}:{split}", image, label)
-
-
-def _hub_failure(location: str, split: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"hf://{location}:{split} cannot be loaded ({type(error).__name__}: {reason}); check the connection, the name, "
-        "the split and your access, or save the set as $FAROUT_DATA/<name>/<split>.parquet and use <name>:<split>"
-    )
 
 
 class _TableImages:
@@ -183,18 +184,18 @@ def _file_bytes(path: str, key: str) -> bytes:
 
 
 def _list_table(table: Any, where: str, image: str | None = None, label: str | None = None) -> Listing:
-    """Lists a `datasets.Dataset` with an image column."""
+    """List a `datasets.Dataset` with an image column."""
     import datasets
 
     fitting = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    column = image if image in fitting else _first(_IMAGE_COLUMNS, fitting) or (fitting[0] if fitting else None)
+    column = image if image in fitting else _first_present(_IMAGE_COLUMNS, fitting) or (fitting[0] if fitting else None)
     if column is None or not len(table):
         raise SourceError(f"{where} has {len(table)} rows and columns {', '.join(table.features)}; expected images")
-    label = label if label in table.features else _first(_LABEL_COLUMNS, table.features)
+    label = label if label in table.features else _first_present(_LABEL_COLUMNS, table.features)
     labels, names = None, None
     if label is not None:
         names = tuple(getattr(table.features[label], "names", None) or ()) or None
-        labels, names = _labels(list(table[label]), names, where)
+        labels, names = _encode_labels(list(table[label]), names, where)
     groups = encode_groups(list(table["group"]), where) if "group" in table.features else None
     raw = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return Listing(index_keys(len(table)), _TableImages(raw, column), labels, names, groups)

@@ -19,13 +19,13 @@ __all__ = ["apply_variant"]
 def apply_variant(
     image: Tensor, name: str, strength: float | None, identity: str, other: Callable[[int], Tensor]
 ) -> Tensor:
-    """Applies variant `name` to a uint8 image `(C, H, W)`; the result is uint8 with the same number of channels.
+    """Apply variant `name` to a uint8 image (C, H, W); the result is uint8 with the same number of channels.
 
-    `vflip`, `hflip`; `rot90`, `rot180`, `rot270` (anticlockwise); `blur` (Gaussian, `strength` = standard deviation in
-    pixels); `contrast` (`strength` times the distance to the image's mean); `noise` (Gaussian, standard deviation as a
-    fraction of the range); `patch` (a square with side `strength` x the shorter side, pasted from another image of the
-    set). Noise and patches are drawn from `identity`, the image's content hash: they do not depend on order or subset.
-    `other(draw)` gives another image of the set for a non-negative integer.
+    The variants are `vflip`, `hflip`; `rot90`, `rot180`, `rot270` (counterclockwise); `blur` (Gaussian, `strength` =
+    standard deviation in pixels); `contrast` (`strength` times the distance to the image's mean); `noise` (Gaussian,
+    standard deviation as a fraction of the range); `patch` (a square with side `strength` x the shorter side, pasted
+    from another image of the set). Noise and patches are drawn from `identity`, the image's content hash, so that they
+    do not depend on order or subset. `other(draw)` returns another image of the set for a non-negative integer.
     """
     if name not in DEFAULT_STRENGTHS:
         raise ValueError(f"unknown variant {name!r}; expected one of {', '.join(DEFAULT_STRENGTHS)}")
@@ -33,7 +33,7 @@ def apply_variant(
         return _EXACT[name](image).contiguous()
     value = strength if strength is not None else DEFAULT_STRENGTHS[name]
     if value is None:
-        raise ValueError(f"variant {name!r} needs a strength")
+        raise ValueError(f"variant {name!r} requires a strength")
     seed = hashlib.blake2b(f"{name}:{identity}".encode(), digest_size=8).digest()
     draws = np.random.default_rng(int.from_bytes(seed, "big"))
     if name == "patch":
@@ -75,15 +75,15 @@ def _patch(image: Tensor, fraction: float, draws: np.random.Generator, other: Ca
     _, height, width = image.shape
     side = max(1, round(fraction * min(height, width)))
     top, left = int(draws.integers(height - side + 1)), int(draws.integers(width - side + 1))
-    donor = _fit(other(int(draws.integers(2**62))), image)
+    donor = _match_size(other(int(draws.integers(2**62))), image)
     result = image.clone()
     area = (slice(None), slice(top, top + side), slice(left, left + side))
     result[area] = donor[area]
     return result
 
 
-def _fit(donor: Tensor, image: Tensor) -> Tensor:
-    """Brings a donor to the size and channels of the image that receives its patch."""
+def _match_size(donor: Tensor, image: Tensor) -> Tensor:
+    """Convert `donor` to the size and channels of the image that receives its patch."""
     picture = to_pil(donor).convert("L" if image.shape[0] == 1 else "RGB")
     height, width = image.shape[-2:]
     if picture.size != (width, height):

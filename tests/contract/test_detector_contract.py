@@ -288,7 +288,7 @@ def test_empty_and_single_inputs(detector: Detector, folder: Path, tmp_path: Pat
     with pytest.raises(SourceError, match="empty"):
         detector.score([])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match="holds no images"):
+    with pytest.raises(SourceError, match="contains no images"):
         detector.score(tmp_path / "empty")
     assert len(detector.score(str(folder / "000*.png"))) == 1
     black = torch.zeros(1, 1, 8, 8)

@@ -31,11 +31,11 @@ VECTORS, LABELS = curved(60, 0)
 
 @cache
 def short() -> Manifold:
-    """A network hardly trained."""
+    """A network with little training."""
     return fit_manifold(VECTORS, LABELS, SHORT, ["bow", "wave"], seed=3)
 
 
 @cache
 def linear() -> Manifold:
-    """The baseline."""
+    """The linear baseline."""
     return fit_manifold(VECTORS, LABELS, replace(SHORT, map="linear"), 2, seed=3)

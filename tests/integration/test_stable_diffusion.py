@@ -1,4 +1,4 @@
-"""Outliers with a Stable Diffusion folder: tiny, of random weights, from inversion to images."""
+"""NCIS and its stages with a tiny Stable Diffusion folder of random weights."""
 
 import shutil
 from dataclasses import replace
@@ -32,7 +32,7 @@ NAMES, WORDS = ("cat", "dog", "the kite"), {"the kite": "kite bird"}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By what their networks predict."""
+    """By the prediction type of their networks."""
     root = tmp_path_factory.mktemp("sd")
     return {name: stable_diffusion(root / name, name) for name in ("epsilon", "v_prediction")}
 
@@ -56,7 +56,7 @@ def latents(network: DiffusionModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_a_batch_goes_the_way_of_each_image_alone(folders: dict[str, Path], prediction: str) -> None:
+def test_a_batch_gives_the_vectors_of_each_image_alone(folders: dict[str, Path], prediction: str) -> None:
     """The published loop, written out with the libraries' own calls; classes have different prompts."""
     network = loaded(folders[prediction])
     assert network.prediction == prediction
@@ -88,14 +88,14 @@ def test_a_batch_goes_the_way_of_each_image_alone(folders: dict[str, Path], pred
         torch.testing.assert_close(vectors[place], vector.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_company_and_parts_of_the_draws_change_next_to_nothing(folders: dict[str, Path]) -> None:
+def test_batches_and_parts_of_the_draws_change_little(folders: dict[str, Path]) -> None:
     network = loaded(folders["epsilon"])
     x0, keys = latents(network), ["a", "b", "c", "d"]
     inverter = Inverter(network, FEW, 0, CPU)
     whole, losses = inverter(x0, LABELS, keys)
     for some in ([1], [3, 0]):
         vectors, loss = inverter(x0[some], LABELS[some], [keys[place] for place in some])
-        # Adam's first step is as long for a gradient near zero, whose sign is a matter of rounding
+        # Adam's first step has the same length for a gradient near zero, whose sign depends on rounding
         near = (vectors - whole[some]).abs() < 1e-3 * class_table_std(network.conditioning)
         assert float(near.float().mean()) > 0.97
         assert_close(loss, losses[some])
@@ -109,7 +109,7 @@ def test_company_and_parts_of_the_draws_change_next_to_nothing(folders: dict[str
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_the_autoencoder_sees_an_image_once(
+def test_the_autoencoder_encodes_an_image_once(
     folders: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = list[int]()
@@ -122,7 +122,7 @@ def test_the_autoencoder_sees_an_image_once(
     assert sum(seen) == 12
 
 
-# -- the chain --------------------------------------------------------------------------------------------------------
+# -- synthesis --------------------------------------------------------------------------------------------------------
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -168,7 +168,7 @@ def test_a_folder_that_predicts_v(folders: dict[str, Path], images: Path, tmp_pa
     assert made.images == 4
 
 
-def test_names_that_are_no_words_are_refused_before_anything_is_written(
+def test_names_of_several_tokens_are_refused_before_anything_is_written(
     folders: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["synthesize", "ncis", str(images), "--diffusion", str(folders["epsilon"]), "--out", str(tmp_path / "o")]
@@ -181,7 +181,7 @@ def test_names_that_are_no_words_are_refused_before_anything_is_written(
     assert not (tmp_path / "o").exists()
 
 
-def test_contexts_take_any_name(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_contexts_accept_any_name(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
     manifold = replace(SMALL, orthogonal_map="cayley")
     method = NCIS(inversion=replace(FEW, steps=1), manifold=manifold, steps=2, prompts=Prompts(vector="context"))
     given: dict[str, Any] = {"count": 3, "runtime": CPU}
@@ -190,7 +190,7 @@ def test_contexts_take_any_name(folders: dict[str, Path], images: Path, tmp_path
     assert made.images == 3
 
 
-def test_other_generators_have_prompts_of_their_own(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_other_generators_refuse_prompts(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
     for number, name in enumerate("abc"):
         pictures(tmp_path / "letters" / name, 2, seed=number)
     given: dict[str, Any] = {"count": 3, "runtime": CPU}
@@ -235,7 +235,7 @@ def test_the_papers_preset_has_two_templates(folders: dict[str, Path], images: P
     assert set(seen) == {"A high-quality image of the {}"}
 
 
-def test_a_class_s_own_vector_gives_its_samples(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_a_class_vector_gives_the_samples_of_its_class(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
     network = loaded(folders["epsilon"])
     given: dict[str, Any] = {"count": 4, "runtime": CPU}
     method = ClassNoise(scale=0, steps=2, prompts=Prompts(words=WORDS))
@@ -248,7 +248,7 @@ def test_a_class_s_own_vector_gives_its_samples(folders: dict[str, Path], images
 
 
 def test_another_size_of_the_autoencoders_steps(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
-    """Pictures of 16 x 16, latents of half of that, which the network halves once more: 22 makes 11, padded to 12."""
+    """Images of 16 x 16 with latents of half that size, which the network halves again: 22 gives 11, padded to 12."""
     given: dict[str, Any] = {"diffusion": folders["epsilon"], "count": 3, "runtime": CPU}
     prompts = Prompts(words=WORDS)
     for size in (24, 22):
@@ -259,7 +259,7 @@ def test_another_size_of_the_autoencoders_steps(folders: dict[str, Path], images
     assert not (tmp_path / "odd").exists()
 
 
-def test_noise_on_contexts_is_the_images_own(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_noise_on_contexts_depends_on_the_image(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
 
     def made(name: str, noise: float, count: int, size: int) -> torch.Tensor:
         method = ClassNoise(scale=0, steps=2, prompts=Prompts(words=WORDS, context_noise=noise))
@@ -272,10 +272,10 @@ def test_noise_on_contexts_is_the_images_own(folders: dict[str, Path], images: P
     assert int((some.int() - without[:2].int()).abs().max()) > GREY_LEVELS
 
 
-def test_images_are_made_again_under_prompts_of_their_classes(
+def test_images_are_reconstructed_under_prompts_of_their_classes(
     folders: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the original folder, as from a model that was told the classes beforehand; or under the empty prompt."""
+    """From the original folder, from a model loaded with class names, and under the empty prompt."""
     words = ["--diffusion", str(folders["epsilon"]), "--steps", "2", "--device", "cpu", "--precision", "fp32"]
     assert main(["reconstruct", str(images), *words, "--out", str(tmp_path / "o")]) == 0, capsys.readouterr().err
     network = DiffusionModel.load(folders["epsilon"], class_names=NAMES)
@@ -292,7 +292,7 @@ def test_images_are_made_again_under_prompts_of_their_classes(
     assert "has no labels" in capsys.readouterr().err
 
 
-def test_a_folder_without_a_tokenizer_is_named(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_an_error(folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
     shutil.copytree(folders["epsilon"], tmp_path / "m")
     shutil.rmtree(tmp_path / "m" / "tokenizer")
     with pytest.raises(FaroutError, match=r"tokenizer of .* cannot be read"):

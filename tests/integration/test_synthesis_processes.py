@@ -1,4 +1,4 @@
-"""Several processes fill one folder of made images, with the files that one process makes."""
+"""Several processes write the same folder of generated images as one process."""
 
 import shutil
 import warnings
@@ -29,11 +29,11 @@ CPU = Runtime(device="cpu", precision="fp32", batch_size=2, workers=0)
 
 
 def make_all(root: Path, out: Path, **settings: Any) -> dict[str, tuple[int, int]]:
-    """Images of all kinds, and how many are there and made now."""
+    """Run every method; return the numbers of all and of new images."""
     given = {"diffusion": conditional(), "runtime": CPU, **settings}
     found = {
         "sona": SONA(steps=4, reconstructions=True).synthesize(root, out / "sona", count=15, **given),
-        # its manifold is trained, and its stages are the first process's
+        # it trains a manifold, in stages of the main process
         "ncis": NCIS.tiny(None).synthesize(root, out / "ncis", count=5, **given),
         "again": reconstruct(root, out=out / "again", steps=2, **given),
     }
@@ -46,7 +46,7 @@ def command(root: Path, out: Path) -> list[str]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All but what says by what command and in what time."""
+    """All files except those with the command or times."""
     kept = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("config.json", "page.html"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
@@ -79,7 +79,7 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_folder_of_one(images: Path, tmp_path: Path) -> None:
+def test_two_processes_write_the_folder_of_one(images: Path, tmp_path: Path) -> None:
     """The same files, with the same images up to rounding."""
     script, shared, single = tmp_path / "script.py", tmp_path / "two", tmp_path / "one"
     shared.mkdir()
@@ -101,7 +101,7 @@ def test_two_processes_make_the_folder_of_one(images: Path, tmp_path: Path) -> N
     assert (shared / "command" / "page.html").is_file()
 
 
-# what one of them leaves when all are stopped
+# files of processes that were stopped
 
 
 def add(
@@ -123,7 +123,7 @@ def test_manifests_of_stopped_processes_become_one(tmp_path: Path) -> None:
     out = tmp_path / "o"
     add(out, ProcessGroup(cpu), [0, 2])
     shutil.copytree(out, tmp_path / "two")
-    # as the second of two processes, which learns from the first one what is in the folder
+    # as the second of two processes, which gets the content of the folder from the first one
     add(tmp_path / "two", ProcessGroup(cpu), [1, 3])
     lines = (tmp_path / "two" / "manifest.csv").read_text().splitlines(keepends=True)
     (out / "manifest.1.csv").write_text("".join([lines[0], *lines[3:]])[:-4])

@@ -1,4 +1,4 @@
-"""Class vectors with noise, decoded; and the command that makes outliers."""
+"""Class embeddings with noise, their decoding, and the command that generates outliers."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("fresh", [conditional, by_tokens])
-def test_without_noise_they_are_samples_of_the_classes(fresh: Any, images: Path, tmp_path: Path) -> None:
+def test_without_noise_outliers_are_samples_of_the_classes(fresh: Any, images: Path, tmp_path: Path) -> None:
     made = ClassNoise(scale=0, steps=4).synthesize(images, tmp_path / "o", count=5, diffusion=fresh(), runtime=CPU)
     samples = Sampler(fresh(), steps=4, guidance=2.0).sample_images(range(5), [0, 1, 2, 0, 1])
     assert_same_pixels(in_order(made), (samples * 255).round().to(torch.uint8))
@@ -49,8 +49,8 @@ def test_the_noise_has_the_scale_of_the_class_table(images: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("fresh", [conditional, by_tokens])
-def test_outliers_may_be_of_another_size_than_the_generators(fresh: Any, images: Path, tmp_path: Path) -> None:
-    """On disk too; of the generator's own, the same images as without."""
+def test_outliers_can_have_another_size_than_the_generator(fresh: Any, images: Path, tmp_path: Path) -> None:
+    """On disk too; with the generator's own size, the same images as without `size`."""
     given: dict[str, Any] = {"count": 4, "diffusion": fresh(), "runtime": CPU}
     plain, own, large = (
         ClassNoise(steps=2, size=size).synthesize(images, tmp_path / f"o{size}", **given) for size in (None, 8, 12)
@@ -74,7 +74,7 @@ def test_impossible_sizes_are_refused_before_any_work(
         assert f"a multiple of 2, or its own 8 x 8; got {size}" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "o").exists()
     padded = conditional(size=(7, 7))
-    assert padded.with_image_size(7).shape == padded.shape == (1, 8, 8), "its own, which it pads"
+    assert padded.with_image_size(7).shape == padded.shape == (1, 8, 8), "the original size, which the network pads"
 
 
 def test_only_classes_with_images_get_outliers(images: Path, tmp_path: Path) -> None:
@@ -84,10 +84,10 @@ def test_only_classes_with_images_get_outliers(images: Path, tmp_path: Path) -> 
     with pytest.warns(TrapWarning, match=r"knows 1 class \(b\)"):
         made = ClassNoise(steps=2).synthesize(images, tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU)
     assert made.manifest()["class_name"].tolist() == ["a", "c", "a", "c"]
-    assert made.manifest()["label"].tolist() == [0, 2, 0, 2], "numbers are the generator's"
+    assert made.manifest()["label"].tolist() == [0, 2, 0, 2], "labels are those of the generator"
 
 
-def test_other_arguments_do_not_mix_in(images: Path, tmp_path: Path) -> None:
+def test_runs_with_other_arguments_are_refused(images: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"diffusion": conditional(), "runtime": CPU, "count": 2}
     ClassNoise(steps=2).synthesize(images, tmp_path / "o", **given)
     with pytest.raises(
@@ -96,7 +96,7 @@ def test_other_arguments_do_not_mix_in(images: Path, tmp_path: Path) -> None:
         ClassNoise(scale=2.0, guidance=1.0, steps=2).synthesize(images, tmp_path / "o", resume=True, **given)
 
 
-def test_guidance_wants_a_null_condition(images: Path, tmp_path: Path) -> None:
+def test_guidance_requires_a_null_condition(images: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"diffusion": without_null(), "runtime": CPU, "count": 2}
     with pytest.raises(FaroutError, match="no null condition"):
         ClassNoise(steps=2).synthesize(images, tmp_path / "o", **given)
@@ -117,7 +117,7 @@ def test_settings_that_cannot_work_are_refused(images: Path, tmp_path: Path) -> 
         ClassNoise.from_preset("x")
 
 
-def test_decoding_refuses_what_are_no_vectors_of_the_model() -> None:
+def test_decoding_refuses_vectors_of_another_model() -> None:
     sampler = Sampler(conditional(), steps=2)
     space = conditional().conditioning
     assert space is not None
@@ -161,7 +161,7 @@ def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "class_noise" in capsys.readouterr().out
 
 
-def test_a_generator_whose_samples_are_not_recognised_warns(images: Path, tmp_path: Path) -> None:
+def test_a_generator_whose_samples_are_not_recognized_causes_a_warning(images: Path, tmp_path: Path) -> None:
     """An untrained generator and an untrained classifier agree by chance only; the images are the same without it."""
     settings: dict[str, Any] = {"count": 3, "diffusion": conditional(), "runtime": CPU}
     with pytest.warns(TrapWarning, match=r"recognizes \d+% of the generator's own samples"):
@@ -170,8 +170,8 @@ def test_a_generator_whose_samples_are_not_recognised_warns(images: Path, tmp_pa
     assert judged.settings() == plain.settings()
 
 
-def test_a_generator_is_judged_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder: not for every call, and not where the call is refused; another judge judges anew."""
+def test_a_generator_is_checked_once_per_folder(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for every call on a folder, and not for a refused call; another classifier checks again."""
     asked: list[str] = []
     monkeypatch.setattr(
         "farout.synthesis.generator_check.recognition_rate",
@@ -204,8 +204,8 @@ def test_a_run_builds_its_sampler_once(images: Path, tmp_path: Path, monkeypatch
     assert [each.model.b_scale for each in built] == [1.0, 2.0]
 
 
-def test_recognition_is_the_share_of_hits() -> None:
-    """Classes that a classifier without names has in the same order; one that lacks a class is refused."""
+def test_recognition_rate_is_the_share_of_correct_predictions() -> None:
+    """A classifier without class names has the classes in the same order; one that lacks a class is refused."""
     sampler = Sampler(conditional(), steps=2)
     judge, names = classifier(), ("a", "b", "c")
     told = judge.outputs(sampler.sample_images(range(10), [i % 3 for i in range(10)])).logits.argmax(1).tolist()

@@ -49,7 +49,7 @@ FEW = BoundaryConfig(select=3, points=2, candidates=20, kept=2)
 
 
 def units(count: int, dim: int = 16, seed: int = 0, spread: float = 1.0) -> Tensor:
-    """Directions around one."""
+    """Random unit vectors around a common direction."""
     generator = torch.Generator().manual_seed(seed)
     middle = functional.normalize(torch.randn(dim, generator=generator), dim=0)
     noise = torch.randn(count, dim, generator=generator) / math.sqrt(dim)
@@ -58,7 +58,7 @@ def units(count: int, dim: int = 16, seed: int = 0, spread: float = 1.0) -> Tens
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Two of the generator's three classes, which brightness tells apart."""
+    """Two of the generator's three classes, which differ in brightness."""
     for name, low in (("a", 20), ("c", 160)):
         pictures(tmp_path / "labelled" / name, 12, low=low, seed=ord(name))
     return tmp_path / "labelled"
@@ -68,7 +68,7 @@ def method(**settings: Any) -> DreamOOD:
     return DreamOOD(**{"model": MODEL, "alignment": SHORT, "boundary": FEW, "steps": 2, **settings})
 
 
-def made(images: Path, out: Path, how: DreamOOD | None = None, **settings: Any) -> Any:
+def synthesize(images: Path, out: Path, how: DreamOOD | None = None, **settings: Any) -> Any:
     given = {"count": 9, "diffusion": conditional(), "runtime": CPU, **settings}
     return (how or method()).synthesize(images, out, **given)
 
@@ -90,7 +90,7 @@ def test_a_neighbor_that_is_equal_has_distance_zero() -> None:
     assert float(distance_to_kth_neighbor(bank[:3], bank, 1).max()) == 0
 
 
-def test_neighbors_that_there_are_not_are_refused() -> None:
+def test_ranks_beyond_the_bank_are_refused() -> None:
     with pytest.raises(FaroutError, match=r"\(M, D\) and \(N, D\)"):
         distance_to_kth_neighbor(units(3, dim=4), units(3, dim=5), 1)
     with pytest.raises(FaroutError, match="no neighbor number 4 among 3"):
@@ -105,11 +105,11 @@ def test_an_image_is_not_its_own_neighbor() -> None:
     assert boundary.boundary.tolist() == apart.argsort(descending=True)[:4].tolist()
 
 
-def test_the_mended_filter_keeps_the_farthest_and_the_published_one_does_not() -> None:
+def test_the_corrected_filter_keeps_the_farthest_and_the_published_one_does_not() -> None:
     distances = torch.rand(4, 10, generator=torch.Generator().manual_seed(0))
     corrected, published = (select_candidates(distances, 2, filter=name) for name in ("corrected", "published"))
     assert torch.equal(corrected, distances.argsort(dim=1, descending=True)[:, :2])
-    # the released code: a table of candidates by points, filled with what lies point by point
+    # the released code: a table of candidates by points, filled with values stored point by point
     table = distances.flatten().numpy().reshape(10, 4)
     assert published.tolist() == [np.argsort(-table[:, point])[:2].tolist() for point in range(4)]
     kept, wrong = (distances.gather(1, places).mean() for places in (corrected, published))
@@ -118,7 +118,7 @@ def test_the_mended_filter_keeps_the_farthest_and_the_published_one_does_not() -
     assert torch.equal(select_candidates(distances, 2, largest=False), distances.argsort(dim=1)[:, :2])
 
 
-def test_points_lie_on_the_sphere_around_the_boundary() -> None:
+def test_samples_are_on_the_sphere_around_the_boundary() -> None:
     sampling = BoundaryConfig(select=5, points=3, candidates=40, kept=2)
     boundary = ClassBoundary(units(30), sampling, 0, 1)
     drawn = boundary.sample_round(0)
@@ -134,7 +134,7 @@ def test_points_lie_on_the_sphere_around_the_boundary() -> None:
 
 
 @pytest.mark.parametrize(("side", "extreme"), [("outliers", torch.amax), ("inliers", torch.amin)])
-def test_of_all_candidates_the_extreme_ones_are_kept(side: Any, extreme: Any) -> None:
+def test_the_extreme_candidates_are_kept(side: Any, extreme: Any) -> None:
     few, every = (
         ClassBoundary(units(30), BoundaryConfig(side=side, points=3, candidates=25, kept=kept), 0, 0).sample_round(0)
         for kept in (1, 25)
@@ -142,7 +142,7 @@ def test_of_all_candidates_the_extreme_ones_are_kept(side: Any, extreme: Any) ->
     assert torch.equal(few.distances, extreme(every.distances.reshape(25, 3), 0))
 
 
-def test_inliers_are_drawn_around_the_middle() -> None:
+def test_inliers_are_sampled_around_the_center() -> None:
     features = units(40)
     nearest, farthest = (ClassBoundary(features, BoundaryConfig(side=side), 0, 0) for side in ("inliers", "outliers"))
     assert set(nearest.boundary.tolist()).isdisjoint(farthest.boundary.tolist())
@@ -154,14 +154,14 @@ def test_inliers_are_drawn_around_the_middle() -> None:
 
 @pytest.mark.parametrize("noise", [0.28, 1.94])
 @pytest.mark.parametrize("dim", [32, 768])
-def test_the_noise_has_a_length_whatever_the_dimensions(dim: int, noise: float) -> None:
+def test_the_length_of_the_noise_does_not_depend_on_the_dimension(dim: int, noise: float) -> None:
     boundary = ClassBoundary(units(10, dim), BoundaryConfig(noise=noise, candidates=400, kept=400), 0, 0)
     drawn = boundary.sample_round(0)
     cosines = (drawn.vectors * boundary.features[drawn.boundary_rows]).sum(1)
     assert float(cosines.acos().mean()) == pytest.approx(math.atan(noise), rel=0.03)
 
 
-def test_small_classes_have_nearer_neighbors_and_that_is_said() -> None:
+def test_small_classes_use_a_lower_rank_with_a_warning() -> None:
     assert [BoundaryConfig(k=300).neighbor_rank(count) for count in (2, 3, 100, 500, 1000)] == [1, 1, 60, 300, 300]
     assert [BoundaryConfig().neighbor_rank(count) for count in (2, 100, 500)] == [1, 60, 300]
     assert [BoundaryConfig(select=50).boundary_size(count) for count in (2, 100)] == [2, 50]
@@ -174,7 +174,7 @@ def test_small_classes_have_nearer_neighbors_and_that_is_said() -> None:
         BoundaryConfig().check_class_sizes([5, 1], "ab")
 
 
-def test_small_classes_are_no_matter_where_shares_are_asked_for(recwarn: pytest.WarningsRecorder) -> None:
+def test_small_classes_cause_no_warning_with_relative_settings(recwarn: pytest.WarningsRecorder) -> None:
     BoundaryConfig().check_class_sizes([2, 3, 5000], "abc")
     assert not recwarn
 
@@ -199,7 +199,7 @@ def test_the_published_settings() -> None:
 
 
 def test_a_file_grows_by_whole_rounds(tmp_path: Path) -> None:
-    """Round by round or at once, whatever is drawn of other classes, the same points come first."""
+    """Round by round or at once, and whatever other classes there are, the first samples are the same."""
     index, anchor = torch.arange(100, 130), 3 * units(1)[0]
 
     def extended(folder: Path, *wanted: int) -> dict[str, Tensor]:
@@ -214,7 +214,7 @@ def test_a_file_grows_by_whole_rounds(tmp_path: Path) -> None:
     assert torch.allclose(at_once["vectors"].norm(dim=1), torch.full((12,), 3.0))
     assert len(at_once["vectors"].unique(dim=0)) == 12
     other = read_samples(tmp_path / "one")[1]["vectors"]
-    assert not torch.equal(other[:4], at_once["vectors"][:4]), "each class has draws of its own"
+    assert not torch.equal(other[:4], at_once["vectors"][:4]), "each class has its own random numbers"
     before = (tmp_path / "one" / "00002.safetensors").stat().st_mtime_ns
     extended(tmp_path / "one", 12)
     assert (tmp_path / "one" / "00002.safetensors").stat().st_mtime_ns == before
@@ -223,7 +223,7 @@ def test_a_file_grows_by_whole_rounds(tmp_path: Path) -> None:
 # the alignment
 
 
-def test_directions_of_classes_are_checked() -> None:
+def test_class_vectors_without_distinct_directions_are_refused() -> None:
     vectors = torch.eye(3)
     assert torch.equal(normalize_class_vectors(5 * vectors, "abc"), vectors)
     wrong = {
@@ -238,7 +238,7 @@ def test_directions_of_classes_are_checked() -> None:
         normalize_class_vectors(torch.eye(1), "a")
 
 
-def test_a_classifier_of_directions_is_kept_as_any_other(tmp_path: Path) -> None:
+def test_a_classifier_of_directions_is_saved_and_loaded(tmp_path: Path) -> None:
     directions = 10 * torch.eye(5)[:3]
     spec = NetworkSpec("wrn16_1", 3, 1, (8, 8), space=5)
     module = spec.build()
@@ -252,15 +252,15 @@ def test_a_classifier_of_directions_is_kept_as_any_other(tmp_path: Path) -> None
     assert torch.allclose(outputs.logits, 10 * outputs.features[:, :3])
     assert not again.has_maps
     assert not again.head.weight.requires_grad
-    assert "space" not in NetworkSpec("wrn16_1", 3).to_dict(), "hashes of other classifiers stay as they were"
+    assert "space" not in NetworkSpec("wrn16_1", 3).to_dict(), "the hashes of other classifiers do not change"
 
 
-def test_alignment_brings_images_to_their_classes(images: Path, tmp_path: Path) -> None:
+def test_alignment_moves_images_to_their_classes(images: Path, tmp_path: Path) -> None:
     pictures(images / "b", 12, low=90, seed=9)
     shares = []
     for steps in (1, 30):
         how = method(alignment=AlignmentConfig(steps=steps, batch_size=12, warmup=0))
-        made(images, tmp_path / str(steps), how, stage="align")
+        synthesize(images, tmp_path / str(steps), how, stage="align")
         found = read_aligned_images(tmp_path / str(steps) / "align")
         assert torch.allclose(found.features.norm(dim=1), torch.ones(36))
         shares.append(float(found.is_correct.float().mean()))
@@ -270,29 +270,31 @@ def test_alignment_brings_images_to_their_classes(images: Path, tmp_path: Path) 
     nearest = (found.features @ functional.normalize(anchors, dim=1).mT).argmax(1)
     assert torch.equal(nearest == found.labels, found.is_correct)
     head = Classifier.load(tmp_path / "30" / "align" / "classifier").head.weight
-    assert torch.allclose(head, functional.normalize(anchors, dim=1) / 0.1), "the class vectors stay as they are"
+    assert torch.allclose(head, functional.normalize(anchors, dim=1) / 0.1), "the class vectors are not trained"
 
 
-def test_a_poor_alignment_is_told(images: Path, tmp_path: Path) -> None:
+def test_a_poor_alignment_causes_a_warning(images: Path, tmp_path: Path) -> None:
     with pytest.warns(TrapWarning, match="are nearest to their own class's vector"):
-        made(images, tmp_path / "o", method(alignment=AlignmentConfig(steps=1, batch_size=4, warmup=0)), stage="align")
+        synthesize(
+            images, tmp_path / "o", method(alignment=AlignmentConfig(steps=1, batch_size=4, warmup=0)), stage="align"
+        )
 
 
 @pytest.mark.slow
-def test_features_of_varied_images_do_not_depend_on_the_batch(images: Path, tmp_path: Path) -> None:
+def test_features_of_augmented_images_do_not_depend_on_the_batch(images: Path, tmp_path: Path) -> None:
     varied = AlignmentConfig(steps=2, batch_size=8, warmup=0, augmented=True)
     for size in (1, 5):
         runtime = Runtime(device="cpu", precision="fp32", batch_size=size, workers=0)
-        made(images, tmp_path / str(size), method(alignment=varied), stage="align", runtime=runtime)
+        synthesize(images, tmp_path / str(size), method(alignment=varied), stage="align", runtime=runtime)
     plain = AlignmentConfig(steps=2, batch_size=8, warmup=0)
-    made(images, tmp_path / "plain", method(alignment=plain), stage="align")
+    synthesize(images, tmp_path / "plain", method(alignment=plain), stage="align")
     one, five, other = (read_aligned_images(tmp_path / name / "align").features for name in ("1", "5", "plain"))
     assert_close(five, one)
     assert not torch.allclose(one, other, atol=1e-3)
 
 
 def test_an_interrupted_training_goes_on(images: Path, tmp_path: Path) -> None:
-    made(images, tmp_path / "whole", stage="align")
+    synthesize(images, tmp_path / "whole", stage="align")
     update, updates = TrainingRun._update, list[int]()
 
     def interrupted(self: TrainingRun, batches: Any) -> None:
@@ -304,26 +306,26 @@ def test_an_interrupted_training_goes_on(images: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingRun, "_update", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            made(images, tmp_path / "o", stage="align")
+            synthesize(images, tmp_path / "o", stage="align")
         assert (tmp_path / "o" / "align" / "training").is_dir()
-        made(images, tmp_path / "o", stage="align", resume=True)
+        synthesize(images, tmp_path / "o", stage="align", resume=True)
     assert updates == [0, 1, 2, 2, 3], "two updates, one that was lost, two more"
     whole, again = (read_aligned_images(tmp_path / name / "align") for name in ("whole", "o"))
     assert torch.equal(whole.features, again.features)
     assert sorted(path.name for path in (tmp_path / "o" / "align").iterdir()) == ["classifier", "features.safetensors"]
 
 
-# the whole
+# all stages
 
 
 def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
-    """Classes a and c of the generator's three have images; the other is left alone."""
+    """Classes a and c of the generator's three have images; the other one gets no outliers."""
     out = tmp_path / "o"
-    made(images, out, stage="align")
+    synthesize(images, out, stage="align")
     assert set(read_aligned_images(out / "align").labels.tolist()) == {0, 2}
     assert Classifier.load(out / "align" / "classifier").class_names == ("a", "c")
     assert not (out / "samples").exists()
-    made(images, out, stage="sample", resume=True)
+    synthesize(images, out, stage="sample", resume=True)
     drawn = read_samples(out / "samples")
     assert {label: len(each["vectors"]) for label, each in drawn.items()} == {0: 8, 2: 8}, "whole rounds"
     anchors = conditional().conditioning.class_vectors()
@@ -332,7 +334,7 @@ def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
         cosines = functional.cosine_similarity(each["vectors"], anchors[label][None])
         assert torch.allclose(each["cosine"], cosines, atol=1e-6)
     assert not (out / "images").exists()
-    manifest = made(images, out, resume=True).manifest()
+    manifest = synthesize(images, out, resume=True).manifest()
     assert manifest["class_name"].tolist() == ["a", "c"] * 4 + ["a"]
     order = [drawn[label]["distance"][place] for place in range(4) for label in (0, 2)] + [drawn[0]["distance"][4]]
     assert manifest["distance"].tolist() == pytest.approx([float(each) for each in order])
@@ -340,9 +342,9 @@ def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
     assert [key[0] for key in manifest["boundary_image"]] == manifest["class_name"].tolist(), "images of the same class"
 
 
-def test_a_longer_run_draws_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made(images, tmp_path / "whole", stage="sample", count=20)
-    made(images, tmp_path / "o", stage="sample", count=4)
+def test_a_longer_run_continues_the_sampling(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synthesize(images, tmp_path / "whole", stage="sample", count=20)
+    synthesize(images, tmp_path / "o", stage="sample", count=4)
     first = read_samples(tmp_path / "o" / "samples")
     extend, done = dream_ood.extend_samples, []
 
@@ -355,28 +357,28 @@ def test_a_longer_run_draws_on_where_it_stopped(images: Path, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(dream_ood, "extend_samples", stops)
         with pytest.raises(KeyboardInterrupt):
-            made(images, tmp_path / "o", stage="sample", count=20, resume=True)
-    made(images, tmp_path / "o", stage="sample", count=20, resume=True)
+            synthesize(images, tmp_path / "o", stage="sample", count=20, resume=True)
+    synthesize(images, tmp_path / "o", stage="sample", count=20, resume=True)
     whole, again = (read_samples(tmp_path / name / "samples") for name in ("whole", "o"))
     for label, each in whole.items():
         assert all(torch.equal(each[name], again[label][name]) for name in each)
         assert torch.equal(first[label]["vectors"], each["vectors"][: len(first[label]["vectors"])])
 
 
-def test_the_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sampled_vectors_are_decoded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     monkeypatch.setattr(
         "farout.synthesis.class_space.decode_vectors",
         lambda sampler, vectors, *_: seen.append(vectors) or torch.zeros(len(vectors), 1, 8, 8),
     )
-    made(images, tmp_path / "o", count=4)
+    synthesize(images, tmp_path / "o", count=4)
     drawn = read_samples(tmp_path / "o" / "samples")
     expected = [drawn[label]["vectors"][place] for place in (0, 1) for label in (0, 2)]
     assert torch.equal(seen[0], torch.stack(expected))
 
 
 def alike() -> DiffusionModel:
-    """A generator that does not tell two of its classes apart."""
+    """A generator that does not distinguish two of its classes."""
     model = conditional()
     table = model.conditioning._weight.data
     table[2] = 2 * table[0]
@@ -394,27 +396,27 @@ def test_what_cannot_work_is_refused_before_anything_is_written(images: Path, tm
     ]
     for source, settings, message in wrong:
         with pytest.raises(FaroutError, match=message):
-            made(source, tmp_path / "o", **settings)
+            synthesize(source, tmp_path / "o", **settings)
     assert not (tmp_path / "o").exists()
 
 
 def test_directions_of_another_space_are_refused(images: Path, tmp_path: Path) -> None:
-    made(images, tmp_path / "o", stage="align")
+    synthesize(images, tmp_path / "o", stage="align")
     path = tmp_path / "o" / "align" / "features.safetensors"
     found = store.load_tensors(path)
     store.save_tensors(path, {**found, "feature": found["feature"][:, :7]})
     with pytest.raises(StoreError, match="7 dimensions, the generator's class vectors have 32"):
-        made(images, tmp_path / "o", stage="sample", resume=True)
+        synthesize(images, tmp_path / "o", stage="sample", resume=True)
 
 
-def test_other_settings_are_refused_with_the_difference(images: Path, tmp_path: Path) -> None:
-    made(images, tmp_path / "o", stage="align")
+def test_other_settings_are_refused_with_a_list_of_differences(images: Path, tmp_path: Path) -> None:
+    synthesize(images, tmp_path / "o", stage="align")
     for settings, name in (
         ({"boundary": BoundaryConfig(filter="published")}, r"boundary\.filter"),
         ({"alignment": AlignmentConfig(steps=5, batch_size=8, warmup=0)}, r"alignment\.steps"),
     ):
         with pytest.raises(StoreError, match=name):
-            made(images, tmp_path / "o", method(**settings), resume=True)
+            synthesize(images, tmp_path / "o", method(**settings), resume=True)
 
 
 @pytest.mark.parametrize("name", sorted(SYNTHESIZERS))

@@ -47,7 +47,7 @@ def add(writer: ImageWriter, *indices: int) -> None:
 
 
 def fill(writer: ImageWriter, batches: Iterable[Sequence[int]], error: BaseException | None = None) -> None:
-    """Adds batches, and comes to its end by an error or well."""
+    """Add batches, then finish or raise an error."""
     with writer:
         for batch in batches:
             add(writer, *batch)
@@ -56,12 +56,12 @@ def fill(writer: ImageWriter, batches: Iterable[Sequence[int]], error: BaseExcep
         writer.finish()
 
 
-def test_the_next_images_are_made_while_images_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One batch is let go by the next: if `write` waited for its own images, this would never end."""
-    let_go, written, save = threading.Event(), [], _writer.save_png
+def test_images_are_written_while_the_next_batch_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is released by the next call: if `write` waited for its own images, this would never end."""
+    release, written, save = threading.Event(), [], _writer.save_png
 
     def waits(image: Tensor, path: Path, working: Path) -> None:
-        assert let_go.wait(60)
+        assert release.wait(60)
         # the rows of a batch come after its images
         manifest = tmp_path / "o" / "manifest.csv"
         assert not manifest.is_file() or path.name not in manifest.read_text()
@@ -72,7 +72,7 @@ def test_the_next_images_are_made_while_images_are_written(tmp_path: Path, monke
     with opened(tmp_path / "o") as writer:
         add(writer, 0, 1)
         assert (written, writer.images) == ([], 0)
-        let_go.set()
+        release.set()
         add(writer, 2)
         assert writer.images == 2
         assert sorted(written)[:2] == ["000000", "000001"]
@@ -82,7 +82,7 @@ def test_the_next_images_are_made_while_images_are_written(tmp_path: Path, monke
     assert {path.name for path in (tmp_path / "o").iterdir()} == {"config.json", "images", "manifest.csv"}
 
 
-def test_an_interruption_leaves_what_was_given(tmp_path: Path) -> None:
+def test_an_interruption_leaves_the_images_that_were_passed(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fill(opened(tmp_path / "o"), [(3, 1)], KeyboardInterrupt())
     (tmp_path / "o" / ".working-000002").write_text("half")
@@ -91,7 +91,7 @@ def test_an_interruption_leaves_what_was_given(tmp_path: Path) -> None:
     assert not (tmp_path / "o" / ".working-000002").exists()
 
 
-def test_what_goes_wrong_in_a_thread_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_thread_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(image: Tensor, path: Path, working: Path) -> None:
         raise ValueError("no such picture")
 
@@ -107,7 +107,7 @@ def test_what_goes_wrong_in_a_thread_is_raised(tmp_path: Path, monkeypatch: pyte
 
 @contextmanager
 def full_after(images: int) -> Iterator[None]:
-    """Of each picture that follows half is written."""
+    """Only half of each image is written after the first ones."""
     save, lock, left = Image.Image.save, threading.Lock(), [images]
 
     def fills(self: Image.Image, path: Path, **settings: Any) -> None:
@@ -138,7 +138,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["sona", "class_noise", "reconstruct"])
-def test_a_full_disk_leaves_whole_images_and_the_way_on(kind: str, images: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_complete_images_and_says_how_to_continue(kind: str, images: Path, tmp_path: Path) -> None:
     whole = files(make(kind, images, tmp_path / "whole").folder)
     out = tmp_path / "o"
     said = r"cannot be written to: No space left on device; (\d+) images are complete, and .* --resume"
@@ -157,8 +157,8 @@ def test_a_full_disk_leaves_whole_images_and_the_way_on(kind: str, images: Path,
     assert files(out) == whole
 
 
-def test_a_manifest_that_no_longer_fits_has_whole_rows(tmp_path: Path) -> None:
-    """The limit is the system's own: what is too much is written in part."""
+def test_a_manifest_on_a_full_disk_has_complete_rows(tmp_path: Path) -> None:
+    """By a limit of the operating system, which writes the part that fits."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     manifest = tmp_path / "o" / "manifest.csv"

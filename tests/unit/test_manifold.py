@@ -1,4 +1,4 @@
-"""The manifold of class vectors: the paper's rules, densities that are those of the vectors, draws that follow."""
+"""The manifold of class vectors: the paper's rules, densities of the vectors, and sampling."""
 
 import math
 from dataclasses import fields, replace
@@ -35,14 +35,16 @@ def test_the_count_of_invariants_on_data_of_known_rank(rank: int) -> None:
     signs = torch.tensor([[1.0 if index >> bit & 1 else -1.0 for bit in range(rank)] for index in range(2**rank)])
     x = signs @ axes + 3
     assert network_training.count_invariants(x, torch.zeros(len(x)), 1, 5) == [10 - (rank - 1)]
-    assert network_training.count_invariants(x, torch.zeros(len(x)), 1, 100 - 1e-9) == [10], "the first passes anything"
+    assert network_training.count_invariants(x, torch.zeros(len(x)), 1, 100 - 1e-9) == [10], (
+        "the first exceeds any share"
+    )
     both = torch.cat([x, signs[:, :1] @ axes[:1]])
     labels = torch.cat([torch.zeros(len(x)), torch.ones(len(signs))])
     assert network_training.count_invariants(both, labels, 2, 5) == [10 - (rank - 1), 10]
 
 
 def shares(*variances: float) -> Tensor:
-    """Two vectors along each of four axes, whose shares of the variance are these."""
+    """Two vectors along each axis, with these shares of the variance."""
     x = torch.zeros(2 * len(variances), 4)
     for axis, variance in enumerate(variances):
         x[2 * axis : 2 * axis + 2, axis] = torch.tensor([1.0, -1.0]) * variance**0.5
@@ -69,7 +71,7 @@ def test_the_learning_rate_falls_to_a_tenth() -> None:
     assert learning_rate(network_training.training_config(ManifoldConfig(steps=1), 100, seed=0), 0) == rate
 
 
-def test_training_goes_by_that_rate_and_validates_when_due() -> None:
+def test_training_uses_that_learning_rate_and_validates_at_even_intervals() -> None:
     history = short().history
     assert [entry["step"] for entry in history if "held_out_invariants" in entry] == [0, 4, 8, 12]
     updates = [entry for entry in history if "invariant_loss" in entry]
@@ -82,8 +84,8 @@ def test_training_goes_by_that_rate_and_validates_when_due() -> None:
     assert SHORT.total_steps(50_000) == 12
 
 
-def test_two_updates_a_batch_with_one_computation_of_matrices_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reconstruction goes by weights from after the first update, and by the code from before it."""
+def test_two_updates_per_batch_with_one_computation_of_matrices_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reconstruction uses the weights after the first update, and z from before it."""
     torch.manual_seed(0)
     net = VolumePreservingNetwork(DIM, 2)
     calls = []
@@ -132,7 +134,7 @@ def test_the_density_is_that_of_the_vectors(either: Manifold) -> None:
 
 
 def test_a_linear_manifold_is_the_gaussian_of_the_vectors() -> None:
-    """Rotated there and back, nothing but a covariance and what is added to it is left."""
+    """A rotation does not change the covariance and its regularization."""
     rows = torch.tensor([i for i in range(len(LABELS)) if LABELS[i] == 1])
     kept = fit_manifold(VECTORS, LABELS, replace(SHORT, map="linear", held_out=0.0), 2)
     table = VECTORS[rows].double()
@@ -155,8 +157,8 @@ def test_a_weight_in_units_of_the_vectors() -> None:
         assert fitted.gaussians.strength * fitted.scale**2 == pytest.approx(0.01)
 
 
-def test_shrinkage_is_what_held_out_vectors_like_best() -> None:
-    """Few vectors in many directions want much of it, many want little; the grid is searched exactly."""
+def test_shrinkage_maximizes_the_likelihood_of_held_out_vectors() -> None:
+    """Few vectors in many dimensions need more of it than many; the whole grid is searched."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(1200, 12, generator=generator) * torch.linspace(0.05, 3, 12)
     labels, held = torch.arange(1200) % 2, (z[1000:], torch.arange(200) % 2)
@@ -178,10 +180,10 @@ def test_shrinkage_is_what_held_out_vectors_like_best() -> None:
     assert 0 < fitted.gaussians.strength <= 1
 
 
-# -- drawing ------------------------------------------------------------------------------------------------------
+# -- sampling -----------------------------------------------------------------------------------------------------
 
 
-def test_drawn_vectors_come_back_by_the_inverse(either: Manifold) -> None:
+def test_samples_are_mapped_back_by_the_inverse(either: Manifold) -> None:
     drawn = either.sample(8, seed=1)
     assert isinstance(drawn, SampledVectors)
     assert drawn.vectors.shape == (16, DIM)
@@ -192,7 +194,7 @@ def test_drawn_vectors_come_back_by_the_inverse(either: Manifold) -> None:
 
 
 def test_only_the_tail_of_each_round_is_kept(either: Manifold) -> None:
-    """Against densities of all draws of the round, computed anew."""
+    """Compared with the densities of all candidates of the round."""
     drawn = either.sample(8, seed=1)
     for label in (0, 1):
         gaussians = either.gaussians
@@ -218,15 +220,15 @@ def test_the_published_tail_is_the_published_share() -> None:
     assert drawn.distance[:10].min() >= everything.quantile(1 - 0.0031)
 
 
-def test_more_draws_leave_the_first_ones_as_they_were(either: Manifold) -> None:
+def test_more_samples_do_not_change_the_first_ones(either: Manifold) -> None:
     few, many = either.sample(6, seed=1), either.sample(11, seed=1)
     assert_close(few.vectors[:6], many.vectors[:6])
     assert_close(few.vectors[6:], many.vectors[11:17])
-    assert not torch.allclose(many.vectors[4:8], many.vectors[:4], atol=1e-3), "each round is another"
+    assert not torch.allclose(many.vectors[4:8], many.vectors[:4], atol=1e-3), "rounds differ"
     assert not torch.allclose(either.sample(6, seed=2).vectors, few.vectors, atol=1e-3)
 
 
-def test_knobs_of_drawing(either: Manifold) -> None:
+def test_settings_of_sampling(either: Manifold) -> None:
     plain = either.sample(4)
     assert either.sample(4, temperature=2.0).distance.mean() == pytest.approx(4 * float(plain.distance.mean()))
     assert either.sample(4, candidates=400).distance.mean() > plain.distance.mean(), "4 of 400 are farther than 4 of 40"
@@ -237,8 +239,8 @@ def test_knobs_of_drawing(either: Manifold) -> None:
 
 
 @pytest.mark.slow
-def test_every_setting_decides_what_is_drawn() -> None:
-    """But the device, and when a training so short is looked at."""
+def test_every_setting_changes_the_samples() -> None:
+    """Except the device, and the validations of so short a training."""
     other = {
         **{"map": "linear", "layers": 2, "orthogonal_map": "matrix_exp", "center": False, "scale": False},
         **{"pca_variance": 0.1, "steps": 5, "epochs": 1, "batch_size": 30, "learning_rate": 1e-2},
@@ -253,7 +255,7 @@ def test_every_setting_decides_what_is_drawn() -> None:
         assert not torch.equal(fitted.sample(6, seed=1).vectors, plain), name
 
 
-def test_draws_stand_beside_vectors_that_were_not_fitted_to(either: Manifold) -> None:
+def test_distances_of_samples_are_compared_with_held_out_vectors(either: Manifold) -> None:
     compared = either.compare_distances(either.sample(8))
     assert list(compared) == ["sampled", "training", "held_out"]
     assert compared["sampled"]["low"] > compared["training"]["high"]
@@ -263,8 +265,8 @@ def test_draws_stand_beside_vectors_that_were_not_fitted_to(either: Manifold) ->
     assert torch.allclose(rows.sort().values, known.sort().values, atol=1e-6)
 
 
-def test_centring_is_undone() -> None:
-    """What is drawn of shifted vectors is shifted: the released code leaves it at the origin."""
+def test_centering_is_undone() -> None:
+    """Samples of shifted vectors are shifted: the released code leaves them at the origin."""
     for center in (True, False):
         config = replace(SHORT, map="linear", center=center)
         here, there = (fit_manifold(VECTORS + shift, LABELS, config, 2) for shift in (0.0, 50.0))

@@ -1,4 +1,4 @@
-"""How manifolds are trained, what their folders hold, and what they refuse."""
+"""Training of manifolds, their folders, and invalid inputs."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def either(request: pytest.FixtureRequest) -> Manifold:
 
 
 @pytest.mark.parametrize("orthogonal_map", [pytest.param("matrix_exp", marks=pytest.mark.slow), "cayley"])
-def test_training_flattens_curves_better_than_rotations_do(orthogonal_map: str) -> None:
+def test_training_flattens_curves_better_than_rotations(orthogonal_map: str) -> None:
     """A curve has one direction, but no straight line holds it. On vectors that neither map has seen; reconstruction
     improves too, but so short a training does not always beat the rotations there, which are the best of their kind.
     """
@@ -51,7 +51,7 @@ def test_the_best_weights_are_kept() -> None:
     best, last = (fit_manifold(VECTORS, LABELS, replace(config, checkpoint=name), 2) for name in ("best", "last"))
     assert best.history == last.history
     measures = [entry["held_out_invariants"] for entry in best.history[1:] if "held_out_invariants" in entry]
-    assert min(measures) < measures[-1], "or the test says nothing"
+    assert min(measures) < measures[-1], "otherwise the test checks nothing"
     held = 12 * sum(measures[i] for i in [min(range(12), key=measures.__getitem__)])
     z = torch.cat([best.to_flat_space(VECTORS, LABELS)])
     distances = best.distances(VECTORS, LABELS)
@@ -64,7 +64,7 @@ def test_the_best_weights_are_kept() -> None:
 def test_seeds_decide_everything() -> None:
     state = torch.get_rng_state()
     a, b, c = (fit_manifold(VECTORS, LABELS, SHORT, 2, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(torch.get_rng_state(), state), "the caller's randomness is left alone"
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random state does not change"
     assert a.content_hash == b.content_hash != c.content_hash
     assert a.history == b.history
     assert torch.equal(a.sample(4, seed=5).vectors, b.sample(4, seed=5).vectors)
@@ -106,7 +106,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
     assert fit_manifold(VECTORS, LABELS, config, 2, seed=3, checkpoints=tmp_path).content_hash == whole.content_hash
 
 
-def test_another_training_does_not_go_on(tmp_path: Path) -> None:
+def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
     fit_manifold(VECTORS, LABELS, SHORT, 2, checkpoints=tmp_path)
     fit_manifold(VECTORS, LABELS, replace(SHORT, device="auto"), 2, checkpoints=tmp_path)
     wrong: list[tuple[Any, ManifoldConfig, int, str]] = [
@@ -119,7 +119,7 @@ def test_another_training_does_not_go_on(tmp_path: Path) -> None:
             fit_manifold(vectors, LABELS, config, 2, seed, tmp_path)
 
 
-def test_a_part_of_the_vectors() -> None:
+def test_fitting_a_share_of_the_vectors() -> None:
     config = replace(SHORT, map="linear", train_fraction=0.5)
     fitted = fit_manifold(VECTORS, LABELS, config, 2)
     assert fitted.provenance == {"seed": 0, "vectors": 120, "training": 54, "held_out": 12}
@@ -154,7 +154,7 @@ def test_progress_is_displayed() -> None:
 # -- folders ------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_gives_the_same_draws(either: Manifold, tmp_path: Path) -> None:
+def test_a_loaded_manifold_gives_the_same_samples(either: Manifold, tmp_path: Path) -> None:
     either.save(tmp_path / "manifold")
     loaded = Manifold.load(tmp_path / "manifold")
     for ours, theirs in zip(vars(either.sample(5)).values(), vars(loaded.sample(5)).values(), strict=True):
@@ -167,7 +167,7 @@ def test_a_folder_gives_the_same_draws(either: Manifold, tmp_path: Path) -> None
     either.save(tmp_path / "manifold")
 
 
-def test_folders_that_are_not_whole(tmp_path: Path) -> None:
+def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "manifold"
     linear().save(folder)
     tensors = load_file(folder / "manifold.safetensors")
@@ -185,11 +185,11 @@ def test_folders_that_are_not_whole(tmp_path: Path) -> None:
         short().save(folder)
 
 
-# -- what cannot be -----------------------------------------------------------------------------------------------
+# -- invalid inputs -----------------------------------------------------------------------------------------------
 
 
 def test_fewer_vectors_than_dimensions() -> None:
-    """The covariance has no inverse of its own; what is added gives it one, and the user is told how many there are."""
+    """The covariance is singular without regularization, and a warning says how many classes are affected."""
     few = torch.cat([torch.arange(0, 8), torch.arange(20, 120)])
     vectors = torch.cat([VECTORS[LABELS == 0], VECTORS[LABELS == 1][:4]])
     labels = torch.cat([torch.zeros(60, dtype=torch.long), torch.ones(4, dtype=torch.long)])
@@ -214,8 +214,8 @@ def test_fewer_vectors_than_dimensions() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
-def test_few_vectors_in_many_dimensions_lie_no_further_out_than_draws(tmp_path: Path) -> None:
-    """Those that were not fitted to; by the weight that suits many vectors they lie far beyond all draws."""
+def test_held_out_vectors_are_no_farther_than_samples_in_many_dimensions(tmp_path: Path) -> None:
+    """With the fixed weight, which suits many vectors, they are much farther than all samples."""
     generator = torch.Generator().manual_seed(0)
     vectors, labels = torch.randn(100, 64, generator=generator), torch.arange(100) % 2
     linear = ManifoldConfig(map="linear", held_out=0.2, candidates=100)
@@ -244,7 +244,7 @@ def test_classes_too_small_for_a_gaussian() -> None:
         fit_manifold(same, LABELS, SHORT)
 
 
-def test_all_in_one_direction_leaves_a_coordinate() -> None:
+def test_vectors_along_one_direction_keep_a_coordinate() -> None:
     line = torch.linspace(-1, 1, 40)[:, None] * torch.ones(4) + 0.001 * torch.randn(40, 4)
     with pytest.warns(FaroutWarning, match="one is kept"):
         assert fit_manifold(line, torch.zeros(40, dtype=torch.long), SHORT, 1).invariants == 3
@@ -275,7 +275,7 @@ def test_bad_vectors_and_labels() -> None:
     assert short().distances(VECTORS[:0], LABELS[:0]).shape == (0,)
 
 
-def test_a_training_that_diverges_says_so() -> None:
+def test_a_diverging_training_is_reported() -> None:
     with pytest.raises(FaroutError, match=r"the loss is inf .* lower learning_rate"):
         fit_manifold(VECTORS * 1e18, LABELS, replace(SHORT, scale=False, learning_rate=1e18), 2)
 
@@ -325,7 +325,7 @@ def test_the_papers_preset_has_the_papers_numbers() -> None:
     assert list(fitted.compare_distances(fitted.sample(5))) == ["sampled", "training"]
 
 
-def test_a_weight_that_auto_has_no_use_for_is_no_mistake() -> None:
+def test_a_weight_that_auto_does_not_use_is_accepted() -> None:
     given = ManifoldConfig(reg_weight=0.1)
     assert given.resolve_regularization(smallest_class=5, held_out=2, dim=9) == ManifoldConfig(
         regularization="held_out"

@@ -1,4 +1,4 @@
-"""NCIS: its stages' files, what may be shared among outliers, and what the command does with it."""
+"""NCIS: the files of its stages, vectors and noise shared by outliers, and the command."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,29 +41,29 @@ def ncis(**settings: Any) -> NCIS:
     return NCIS(**{"inversion": InversionConfig(steps=1, draws=2), "manifold": SMALL, "steps": 2, **settings})
 
 
-def made(images: Path, out: Path, method: NCIS | None = None, **settings: Any) -> Any:
+def synthesize(images: Path, out: Path, method: NCIS | None = None, **settings: Any) -> Any:
     given = {"count": 9, "diffusion": conditional(), "runtime": CPU, **settings}
     return (method or ncis()).synthesize(images, out, **given)
 
 
 def test_every_stage_leaves_its_files(images: Path, tmp_path: Path) -> None:
-    """Classes a and c of the generator's three have images; the others are left alone."""
+    """Classes a and c of the generator's three have images; the other one gets no outliers."""
     out = tmp_path / "o"
-    made(images, out, stage="embed")
+    synthesize(images, out, stage="embed")
     assert set(read_embeddings(out / "embeddings").labels.tolist()) == {0, 2}
     assert not (out / "manifold").exists()
-    made(images, out, stage="sample", resume=True)
+    synthesize(images, out, stage="sample", resume=True)
     assert Manifold.load(out / "manifold").class_names == ("a", "c")
     drawn = load_file(out / "samples.safetensors")
     assert drawn["labels"].tolist() == [0] * 5 + [2] * 5
     assert not (out / "images").exists()
-    done = made(images, out, resume=True)
+    done = synthesize(images, out, resume=True)
     manifest = done.manifest()
     assert manifest["class_name"].tolist() == ["a", "c"] * 4 + ["a"]
     assert manifest["distance"].tolist() == pytest.approx(drawn["distance"][[0, 5, 1, 6, 2, 7, 3, 8, 4]].tolist())
 
 
-def test_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sampled_vectors_are_decoded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.Tensor, list[int], list[int]]] = []
     monkeypatch.setattr(
         "farout.synthesis.class_space.decode_vectors",
@@ -71,20 +71,20 @@ def test_drawn_vectors_are_what_is_decoded(images: Path, tmp_path: Path, monkeyp
             seen.append((vectors, list(noises), list(labels))) or torch.zeros(len(vectors), 1, 8, 8)
         ),
     )
-    made(images, tmp_path / "o", ncis(images_per_vector=2), count=8)
+    synthesize(images, tmp_path / "o", ncis(images_per_vector=2), count=8)
     vectors, noises, labels = seen[0]
     drawn = load_file(tmp_path / "o" / "samples.safetensors")["vectors"]
     assert torch.equal(vectors, drawn[[0, 2, 0, 2, 1, 3, 1, 3]])
     assert noises == list(range(8))
-    assert labels == [0, 2] * 4, "numbers of the generator's classes a, b and c"
-    made(images, tmp_path / "fixed", ncis(fixed_noise=True), count=4)
+    assert labels == [0, 2] * 4, "labels of the generator's classes a, b and c"
+    synthesize(images, tmp_path / "fixed", ncis(fixed_noise=True), count=4)
     assert seen[1][1] == [0, 0, 0, 0]
-    made(images, tmp_path / "shared", ncis(fixed_noise=True, images_per_vector=2), count=8)
-    assert seen[2][1] == [0, 0, 1, 1] * 2, "images of one vector are no copies"
+    synthesize(images, tmp_path / "shared", ncis(fixed_noise=True, images_per_vector=2), count=8)
+    assert seen[2][1] == [0, 0, 1, 1] * 2, "images of one vector differ"
 
 
-def test_an_interrupted_manifold_goes_on(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made(images, tmp_path / "whole", stage="manifold")
+def test_an_interrupted_manifold_is_resumed(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synthesize(images, tmp_path / "whole", stage="manifold")
     update, updates = TrainingRun._update, list[int]()
 
     def interrupted(self: TrainingRun, batches: Any) -> None:
@@ -95,31 +95,31 @@ def test_an_interrupted_manifold_goes_on(images: Path, tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(TrainingRun, "_update", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            made(images, tmp_path / "o", stage="manifold")
+            synthesize(images, tmp_path / "o", stage="manifold")
     assert list(checkpoint_folders(tmp_path / "o" / "manifold.training")) == [3]
     monkeypatch.setattr(
         TrainingRun, "_update", lambda run, batches: updates.append(run.completed) or update(run, batches)
     )
-    made(images, tmp_path / "o", stage="manifold", resume=True)
-    assert updates == [3], "the last of four batches was left to do"
+    synthesize(images, tmp_path / "o", stage="manifold", resume=True)
+    assert updates == [3], "only the last of four batches was missing"
     hashes = {Manifold.load(tmp_path / name / "manifold").content_hash for name in ("whole", "o")}
     assert len(hashes) == 1
     assert not (tmp_path / "o" / "manifold.training").exists()
     (tmp_path / "o" / "manifold.training").mkdir()  # stopped between the manifold and this
-    made(images, tmp_path / "o", stage="manifold", resume=True)
+    synthesize(images, tmp_path / "o", stage="manifold", resume=True)
     assert not (tmp_path / "o" / "manifold.training").exists()
 
 
-def test_another_manifold_is_refused_with_the_difference(images: Path, tmp_path: Path) -> None:
-    made(images, tmp_path / "o", count=2)
+def test_another_manifold_is_refused_with_the_differing_setting(images: Path, tmp_path: Path) -> None:
+    synthesize(images, tmp_path / "o", count=2)
     with pytest.raises(StoreError, match=r"manifold\.map"):
-        made(images, tmp_path / "o", ncis(manifold=ManifoldConfig(map="linear")), resume=True)
+        synthesize(images, tmp_path / "o", ncis(manifold=ManifoldConfig(map="linear")), resume=True)
 
 
 def test_a_class_of_one_image_is_named(images: Path, tmp_path: Path) -> None:
     pictures(images / "b", 1, seed=5)
     with pytest.raises(FaroutError, match="'b'"):
-        made(images, tmp_path / "o")
+        synthesize(images, tmp_path / "o")
 
 
 def test_settings_are_checked() -> None:
@@ -182,7 +182,7 @@ def test_classes_too_small_to_hold_vectors_out_are_refused_before_anything_is_em
 ) -> None:
     method = ncis(manifold=replace(SMALL, regularization="held_out"))
     with pytest.raises(FaroutError, match="too small to hold vectors out"):
-        made(images, tmp_path / "o", method)
+        synthesize(images, tmp_path / "o", method)
     assert not (tmp_path / "o").exists()
 
 
@@ -190,7 +190,7 @@ def test_images_none_of_which_can_be_read_are_refused(images: Path, tmp_path: Pa
     for path in images.glob("*/*.png"):
         path.write_text("not a picture")
     with pytest.raises(FaroutError, match="class 'a' has 0 vectors"):
-        made(images, tmp_path / "o", policy="skip")
+        synthesize(images, tmp_path / "o", policy="skip")
     assert not (tmp_path / "o").exists()
 
 

@@ -1,4 +1,4 @@
-"""SONA: its guidance against the paper's equations, what the network is asked, and the outliers that come of it."""
+"""SONA: its guidance compared with the equations, and the network rows that it evaluates."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +31,7 @@ LEVELS = noise_levels.leading_levels(SCHEDULE, N)
 
 
 def toy_eps(z: Tensor, t: float, shift: float) -> Tensor:
-    """A smooth denoiser of variance-preserving z (B, C, H, W); conditions differ by `shift`, mostly in places."""
+    """A smooth denoiser of variance-preserving z (B, C, H, W); conditions differ by `shift`, unevenly in space."""
     height, width = z.shape[-2:]
     grid = torch.arange(height * width, dtype=z.dtype).reshape(height, width)
     place = torch.sin(grid * 0.37 + 1) * torch.cos(grid * 0.11)
@@ -68,13 +68,13 @@ def by_hand(z0: Tensor, noise: Tensor, start: int) -> Tensor:
 
 
 def drawn(count: int = 2, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Images and their noise, each its own however many there are."""
+    """Images and their noise, the same for any number of images."""
     both = torch.randn(count, 2, 3, 8, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
     return both[:, 0].tanh(), both[:, 1]
 
 
 @pytest.mark.parametrize("start", [5, 15, 30, 49])
-def test_the_guidance_is_the_cards(start: int) -> None:
+def test_the_guidance_follows_the_equations(start: int) -> None:
     """In float64 and the library's own variables, x = z / sqrt(abar) and sigma."""
     z0, noise = drawn()
     config, state, sigma = SonaConfig().for_steps(N), {}, SCHEDULE.sigma
@@ -91,7 +91,7 @@ def test_the_guidance_is_the_cards(start: int) -> None:
 
 
 class Toy:
-    """`toy_eps` behind the contract of denoisers; a condition is a shift. It counts rows."""
+    """`toy_eps` as a denoiser; a condition is a shift. It counts rows."""
 
     def __init__(self) -> None:
         self.evaluations = 0
@@ -144,7 +144,7 @@ class Unsparing:
 PAPER = SonaConfig().for_steps(N)
 
 
-def test_the_loop_is_the_cards_with_every_image_at_its_own_start() -> None:
+def test_the_loop_follows_the_equations_with_a_start_per_image() -> None:
     """Through the library's DDIM, in float32, all starts in one batch."""
     starts = [5, 15, 30, 49]
     z0, noise = drawn(4)
@@ -155,7 +155,7 @@ def test_the_loop_is_the_cards_with_every_image_at_its_own_start() -> None:
 
 
 @pytest.mark.parametrize("solver", [DDIM(), DPMSolver2M()], ids=["ddim", "2m"])
-def test_what_is_not_asked_for_could_not_have_mattered(solver: Solver) -> None:
+def test_skipped_branches_do_not_change_the_result(solver: Solver) -> None:
     starts = [3, 10, 11, 20, 21, 35]
     spared, whole = Toy(), Toy()
     some, every = (
@@ -167,7 +167,7 @@ def test_what_is_not_asked_for_could_not_have_mattered(solver: Solver) -> None:
     assert spared.evaluations == 3 + 10 + (10 + 3) + (10 + 30) + 63 + 105
 
 
-def test_how_much_of_the_published_layout_is_evaluated() -> None:
+def test_the_share_of_the_published_rows_that_is_evaluated() -> None:
     """The published layout has four rows a step: null, class, class again, target."""
     starts = list(range(1, N))
     published = 4 * sum(starts)
@@ -185,14 +185,14 @@ def test_how_much_of_the_published_layout_is_evaluated() -> None:
     assert shares["early"] == pytest.approx(0.568, abs=1e-3)
 
 
-def test_leaving_out_early_steps_changes_little() -> None:
+def test_skipping_early_steps_changes_little() -> None:
     exact, early = (walked([49], SonaGuide(replace(PAPER, skip=skip))) for skip in ("exact", "early"))
     unguided = walked([49], SonaGuide(replace(PAPER, scale=0.0)))
     assert 0 < float((exact - early).norm()) < 0.1 * float((exact - unguided).norm())
 
 
 @pytest.mark.parametrize("limits", [None, (-0.8, 0.8)])
-def test_up_to_the_first_warm_up_it_is_unconditional_denoising(limits: tuple[float, float] | None) -> None:
+def test_before_the_first_warm_up_denoising_is_unconditional(limits: tuple[float, float] | None) -> None:
     starts = [1, 7, 10]
     guided = walked(starts, SonaGuide(PAPER, limits))
     z0, noise = drawn(3, torch.float32)
@@ -204,7 +204,7 @@ def test_up_to_the_first_warm_up_it_is_unconditional_denoising(limits: tuple[flo
     assert not torch.allclose(walked([11], SonaGuide(PAPER)), without, atol=1e-3)
 
 
-def test_one_image_is_the_same_alone_and_among_others() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     starts = [30, 12, 49]
     together = walked(starts, SonaGuide(PAPER))
     assert_close(together[:1], walked(starts[:1], SonaGuide(PAPER)))
@@ -234,7 +234,7 @@ class Native(nn.Module):
         return {"epsilon": eps, "v_prediction": v, "sample": clean}[self.prediction]
 
 
-def test_every_kind_of_network_is_guided_alike() -> None:
+def test_every_prediction_type_is_guided_equally() -> None:
     kinds: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
     made = [
         walked([12, 22], SonaGuide(PAPER), denoiser=NetworkDenoiser(Native(kind), SCHEDULE, kind)) for kind in kinds
@@ -253,7 +253,7 @@ def directions(seed: int = 0) -> tuple[Tensor, Tensor]:
     return own, target
 
 
-def test_regions_are_shares_of_each_channel_and_keep_apart() -> None:
+def test_regions_are_disjoint_shares_of_each_channel() -> None:
     own, target = directions()
     found = find_regions(own, target, SonaConfig())
     for mask, share in ((found.nuisance_mask, 0.1), (found.class_mask, 0.1)):
@@ -296,7 +296,7 @@ def test_soft_nuisance(soft: Any, weight: Callable[[Tensor], Tensor]) -> None:
     low = torch.quantile(own.abs().flatten(2), 0.1, dim=2)[..., None, None]
     torch.testing.assert_close(found.nuisance_weight, weight(own.abs() / low) * (own.abs() <= low))
     assert torch.equal(found.nuisance_mask, own.abs() <= low)
-    # where all is the same nothing is divided by zero
+    # equal values cause no division by zero
     assert bool(find_regions(torch.zeros_like(own), target, SonaConfig(soft=soft)).nuisance_weight.isfinite().all())
 
 
@@ -313,8 +313,8 @@ def test_each_term_can_be_left_out() -> None:
     for part, mask in zip(parts, (regions.nuisance_mask, regions.class_mask, regions.target_mask), strict=True):
         assert bool((part[~mask].abs() < 1e-12).all())
         assert bool(part[mask].abs().max() > 0)
-    assert bool((parts[1] * own <= 0).all()), "the class is taken out"
-    assert bool((parts[2] * target >= 0).all()), "the target is put in"
+    assert bool((parts[1] * own <= 0).all()), "the class is removed"
+    assert bool((parts[2] * target >= 0).all()), "the target is added"
 
 
 def test_guidance_is_computed_in_full_precision() -> None:
@@ -359,7 +359,7 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_which_methods_can_be_guided(name: str) -> None:
+def test_solvers_that_can_be_guided(name: str) -> None:
     solver = create_solver(name, SCHEDULE)
     if name in ("ddim", "dpm_solver_2m", "unipc", "ndm1"):
         solver.check(path(30)[None], guided=True)
@@ -368,7 +368,7 @@ def test_which_methods_can_be_guided(name: str) -> None:
             solver.check(path(30)[None], guided=True)
 
 
-def test_a_guide_wants_its_branches() -> None:
+def test_a_guide_requires_its_branches() -> None:
     with pytest.raises(FaroutError, match="null, class, target"):
         walked([12], SonaGuide(PAPER), names=("null", "target"))
 

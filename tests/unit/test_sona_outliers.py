@@ -1,4 +1,4 @@
-"""Outliers made of images: their draws and targets, what is refused, what a classifier may reject, and the page."""
+"""Outliers edited from images: random choices, targets, invalid inputs, rejection by a classifier, and the page."""
 
 import shutil
 from pathlib import Path
@@ -46,7 +46,7 @@ def judge(names: str = "ab") -> Classifier:
     return Classifier(made.module, made.mean, made.std, made.preprocessing, class_names=names, network=made.network)
 
 
-def made(images: Any, out: Path, method: Synthesizer | None = None, **settings: Any) -> OutlierFolder:
+def synthesize(images: Any, out: Path, method: Synthesizer | None = None, **settings: Any) -> OutlierFolder:
     given = {"count": 20, "diffusion": generator(), "runtime": CPU, **settings}
     return (method or SONA(steps=6)).synthesize(images, out, **given)
 
@@ -55,15 +55,15 @@ def pixels(folder: OutlierFolder) -> torch.Tensor:
     return in_order(folder).float() / 255
 
 
-# draws
+# random choices
 
 
-def test_classes_take_turns_until_they_run_out() -> None:
+def test_classes_alternate_until_they_have_no_more_images() -> None:
     assert interleave_classes([0, 0, 0, 7, 7, 0]) == [0, 3, 1, 4, 2, 5]
 
 
-def test_every_image_has_its_turn_before_one_comes_again(images: Path, tmp_path: Path) -> None:
-    manifest = made(images, tmp_path / "o").manifest()
+def test_every_image_is_used_before_one_is_repeated(images: Path, tmp_path: Path) -> None:
+    manifest = synthesize(images, tmp_path / "o").manifest()
     keys = open_source(images).keys
     assert sorted(manifest["source"][:8]) == sorted(keys)
     assert manifest["source"][8:16].tolist() == manifest["source"][:8].tolist()
@@ -78,35 +78,38 @@ def test_every_image_has_its_turn_before_one_comes_again(images: Path, tmp_path:
     assert {"guidance.scale", "seed", "targets"} <= set(manifest)
 
 
-def test_a_draw_follows_from_the_image_and_not_from_the_others(images: Path, tmp_path: Path) -> None:
-    """The same images under the same keys, of which some are not there any more."""
-    whole = made(images, tmp_path / "o", count=8)
+def test_random_choices_depend_on_the_image_only(images: Path, tmp_path: Path) -> None:
+    """The same images under the same keys, without some of them."""
+    whole = synthesize(images, tmp_path / "o", count=8)
     fewer = shutil.copytree(images, tmp_path / "fewer")
     (fewer / "a" / "000.png").unlink()
-    some = made(fewer, tmp_path / "s", count=7)
+    some = synthesize(fewer, tmp_path / "s", count=7)
     one, two = (dict(zip(each.manifest()["source"], in_order(each))) for each in (whole, some))
     assert set(one) - set(two) == {"a/000.png"}
     assert_same_pixels(torch.stack([one[key] for key in two]), torch.stack([*two.values()]), SONA_SHARE)
 
 
-def test_the_steps_that_images_go(images: Path, tmp_path: Path) -> None:
-    manifest = made(images, tmp_path / "o", SONA(steps=6, k_min=3, k_max=4)).manifest()
+def test_the_number_of_steps_of_images(images: Path, tmp_path: Path) -> None:
+    manifest = synthesize(images, tmp_path / "o", SONA(steps=6, k_min=3, k_max=4)).manifest()
     assert set(manifest["k"]) == {3, 4}
 
 
-def test_without_guidance_both_are_the_same_images_denoised_again(images: Path, tmp_path: Path) -> None:
-    """The control starts where the method does: it differs in the guidance alone."""
+def test_without_guidance_both_methods_give_the_same_images(images: Path, tmp_path: Path) -> None:
+    """The baseline starts from the same noised images: only the guidance differs."""
     still = SONA(steps=6, guidance=SonaConfig(scale=0.0))
-    one, two = made(images, tmp_path / "a", still), made(images, tmp_path / "b", SDEdit(steps=6, guidance=0.0))
+    one, two = (
+        synthesize(images, tmp_path / "a", still),
+        synthesize(images, tmp_path / "b", SDEdit(steps=6, guidance=0.0)),
+    )
     same = ["source", "target", "k", "level", "repeat"]
     pd.testing.assert_frame_equal(one.manifest()[same], two.manifest()[same])
     assert_same_pixels(in_order(one), in_order(two))
-    guided = made(images, tmp_path / "c", SDEdit(steps=6, guidance=2.0))
+    guided = synthesize(images, tmp_path / "c", SDEdit(steps=6, guidance=2.0))
     assert int((in_order(guided).int() - in_order(two).int()).abs().max()) > GREY_LEVELS
 
 
-def test_few_steps_leave_an_image_as_it_was(images: Path, tmp_path: Path) -> None:
-    found = made(images, tmp_path / "o", SONA(steps=50, k_max=1))
+def test_few_steps_hardly_change_an_image(images: Path, tmp_path: Path) -> None:
+    found = synthesize(images, tmp_path / "o", SONA(steps=50, k_max=1))
     source = open_source(images)
     originals = torch.stack([source[source.keys.index(key)] for key in found.manifest()["source"]]).float() / 255
     assert float((pixels(found) - originals).abs().mean()) < 0.05
@@ -116,7 +119,7 @@ def test_few_steps_leave_an_image_as_it_was(images: Path, tmp_path: Path) -> Non
 def test_kinds_of_targets(images: Path, tmp_path: Path, kind: Any) -> None:
     source = shutil.copytree(images, tmp_path / "three")
     pictures(source / "c", 3, seed=9)
-    found = made(source, tmp_path / "o", SONA(steps=5, targets=kind)).manifest()
+    found = synthesize(source, tmp_path / "o", SONA(steps=5, targets=kind)).manifest()
     targets = set(zip(found["class_name"], found["target"]))
     expected = {
         "unseen": {(own, other) for own in "abc" for other in "de"},
@@ -128,12 +131,12 @@ def test_kinds_of_targets(images: Path, tmp_path: Path, kind: Any) -> None:
     assert len({target for _, target in targets}) > (kind != "none")
 
 
-def test_named_targets_and_what_auto_means(images: Path, tmp_path: Path) -> None:
-    named = made(images, tmp_path / "o", SONA(steps=5, target_classes=("e", "2"))).manifest()
+def test_named_targets_and_auto(images: Path, tmp_path: Path) -> None:
+    named = synthesize(images, tmp_path / "o", SONA(steps=5, target_classes=("e", "2"))).manifest()
     assert set(named["target"]) == {"c", "e"}
     everything = shutil.copytree(images, tmp_path / "all")
     pictures(everything / "c", 3, seed=9)
-    without = made(everything, tmp_path / "p", SONA(steps=5), diffusion=conditional(classes=3)).manifest()
+    without = synthesize(everything, tmp_path / "p", SONA(steps=5), diffusion=conditional(classes=3)).manifest()
     assert set(without["target"]) == {"b + c", "a + c", "a + b"}
 
 
@@ -141,30 +144,30 @@ def test_named_targets_and_what_auto_means(images: Path, tmp_path: Path) -> None
 
 
 def test_latents_are_sampled_for_each_image_alone(images: Path, tmp_path: Path) -> None:
-    """Pictures of 10 x 10 as latents of 5 x 5, which the network wants padded to 6 x 6."""
+    """Images of 10 x 10 as latents of 5 x 5, which the network needs padded to 6 x 6."""
     model = generator(size=(10, 10), autoencoder=autoencoder(latent=1))
     assert (model.latent_shape, model.shape) == ((1, 5, 5), (1, 6, 6))
     with pytest.warns(TrapWarning, match="native size"):
-        whole = made(images, tmp_path / "o", diffusion=model)
+        whole = synthesize(images, tmp_path / "o", diffusion=model)
     for size in (1, 3):
         runtime = Runtime(device="cpu", precision="fp32", workers=0, batch_size=size)
         with pytest.warns(TrapWarning, match="native size"):
-            parts = made(images, tmp_path / str(size), diffusion=model, runtime=runtime)
+            parts = synthesize(images, tmp_path / str(size), diffusion=model, runtime=runtime)
         assert_same_images(parts.folder, whole.folder, SONA_SHARE)
 
 
-def test_values_are_kept_within_those_of_images(images: Path, tmp_path: Path) -> None:
+def test_values_are_clipped_to_the_range_of_images(images: Path, tmp_path: Path) -> None:
     loud = SonaConfig(scale=300.0)
-    clipped, free = (made(images, tmp_path / str(c), SONA(steps=6, guidance=loud, clip=c)) for c in (True, False))
+    clipped, free = (synthesize(images, tmp_path / str(c), SONA(steps=6, guidance=loud, clip=c)) for c in (True, False))
     assert not torch.equal(pixels(clipped), pixels(free))
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm_solver_2m", "unipc"])
-def test_every_solver_that_can_be_guided_makes_outliers(images: Path, tmp_path: Path, solver: str) -> None:
-    assert made(images, tmp_path / "o", SONA(steps=6, solver=solver), count=4).generated == 4
+def test_every_solver_that_can_be_guided_generates_outliers(images: Path, tmp_path: Path, solver: str) -> None:
+    assert synthesize(images, tmp_path / "o", SONA(steps=6, solver=solver), count=4).generated == 4
 
 
-# refusals
+# invalid inputs
 
 
 @pytest.mark.parametrize(
@@ -180,15 +183,15 @@ def test_every_solver_that_can_be_guided_makes_outliers(images: Path, tmp_path: 
         ({"reject": 0.5}, "SONA needs a classifier model"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(
+def test_invalid_inputs_are_refused_before_anything_is_written(
     images: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(FaroutError, match=message):
-        made(images, tmp_path / "o", SONA(**settings))
+        synthesize(images, tmp_path / "o", SONA(**settings))
     assert not (tmp_path / "o").exists()
 
 
-def test_models_and_classifiers_that_do_not_go(images: Path, tmp_path: Path) -> None:
+def test_models_and_classifiers_that_cannot_be_used(images: Path, tmp_path: Path) -> None:
     nameless = generator()
     nameless.conditioning.has_null = False  # type: ignore[union-attr]
     cases: list[tuple[dict[str, Any], str]] = [
@@ -200,7 +203,7 @@ def test_models_and_classifiers_that_do_not_go(images: Path, tmp_path: Path) -> 
     ]
     for settings, message in cases:
         with pytest.raises(FaroutError, match=message):
-            made(images, tmp_path / "o", **settings)
+            synthesize(images, tmp_path / "o", **settings)
     assert not (tmp_path / "o").exists()
 
 
@@ -213,7 +216,7 @@ def test_settings_out_of_range(settings: dict[str, Any]) -> None:
         SONA(**settings)
 
 
-def test_settings_without_use_are_refused_and_presets_stay() -> None:
+def test_settings_without_effect_are_refused_unless_of_a_preset() -> None:
     given: dict[str, Any]
     for given in ({"attempts": 6}, {"targets": "none", "guidance": 3.0}):
         with pytest.raises(FaroutError, match=f"{list(given)[-1]} is .*, which has no effect .*its default is"):
@@ -223,70 +226,73 @@ def test_settings_without_use_are_refused_and_presets_stay() -> None:
     SDEdit.from_preset("paper", targets="none")
 
 
-def test_names_like_those_of_known_classes_are_no_targets(tmp_path: Path) -> None:
+def test_classes_with_similar_names_are_not_targets(tmp_path: Path) -> None:
     for name in ("assault rifle", "newt"):
         pictures(tmp_path / "i" / name, 3)
     model = generator()
     model.conditioning.class_names = ("assault rifle", "newt", "Rifle", "smooth_newt", "cat")  # type: ignore[union-attr]
     with pytest.warns(TrapWarning, match="Rifle, smooth_newt are not used as targets"):
-        found = made(tmp_path / "i", tmp_path / "o", diffusion=model)
+        found = synthesize(tmp_path / "i", tmp_path / "o", diffusion=model)
     assert set(found.manifest()["target"]) == {"cat"}
-    wished = made(tmp_path / "i", tmp_path / "p", SONA(steps=5, target_classes=("Rifle",)), diffusion=model)
+    wished = synthesize(tmp_path / "i", tmp_path / "p", SONA(steps=5, target_classes=("Rifle",)), diffusion=model)
     assert set(wished.manifest()["target"]) == {"Rifle"}
     model.conditioning.class_names = ("assault rifle", "newt", "rifle", "smooth newt", "NEWT")  # type: ignore[union-attr]
     with pytest.warns(TrapWarning), pytest.raises(FaroutError, match="no targets are left"):
-        made(tmp_path / "i", tmp_path / "q", diffusion=model)
+        synthesize(tmp_path / "i", tmp_path / "q", diffusion=model)
 
 
-def test_unreadable_images_never_shift_the_others(images: Path, tmp_path: Path) -> None:
+def test_unreadable_images_do_not_change_the_others(images: Path, tmp_path: Path) -> None:
     damaged = shutil.copytree(images, tmp_path / "damaged")
     (damaged / "b" / "000.png").write_text("not a picture")
     with pytest.raises(UnreadableImageError, match="b/000"):
-        made(damaged, tmp_path / "o")
+        synthesize(damaged, tmp_path / "o")
     assert not (tmp_path / "o").exists()
-    some, whole = made(damaged, tmp_path / "o", policy="skip", count=7), made(images, tmp_path / "w", count=8)
+    some, whole = (
+        synthesize(damaged, tmp_path / "o", policy="skip", count=7),
+        synthesize(images, tmp_path / "w", count=8),
+    )
     one, two = (dict(zip(each.manifest()["source"], in_order(each))) for each in (some, whole))
     assert set(two) - set(one) == {"b/000.png"}
     assert_same_pixels(torch.stack([*one.values()]), torch.stack([two[key] for key in one]), SONA_SHARE)
     for path in damaged.rglob("*.png"):
         path.write_text("not a picture")
     with pytest.raises(FaroutError, match="none of the 8 images"):
-        made(damaged, tmp_path / "n", policy="skip")
+        synthesize(damaged, tmp_path / "n", policy="skip")
 
 
 # quality
 
 
 @pytest.mark.slow
-def test_what_the_classifier_takes_for_its_class_is_drawn_anew(images: Path, tmp_path: Path) -> None:
-    plain = measure_quality(made(images, tmp_path / "a"), open_source(images), judge(), CPU)
+def test_outliers_that_still_show_their_class_are_generated_again(images: Path, tmp_path: Path) -> None:
+    plain = measure_quality(synthesize(images, tmp_path / "a"), open_source(images), judge(), CPU)
     limit = float(plain["source_class_probability"].median())
     picky = SONA(steps=6, reject=limit, attempts=6)
-    found = made(images, tmp_path / "b", picky, classifier=judge())
+    found = synthesize(images, tmp_path / "b", picky, classifier=judge())
     manifest = found.manifest()
     assert float(manifest["source_class_probability"].mean()) < float(plain["source_class_probability"].mean())
     accepted = manifest["source_class_probability"] <= limit
     assert accepted.mean() > (plain["source_class_probability"] <= limit).mean()
     assert manifest["attempt"].max() > 0
-    kept, first = torch.tensor((manifest["attempt"] == 0).tolist()), made(images, tmp_path / "c")
+    kept, first = torch.tensor((manifest["attempt"] == 0).tolist()), synthesize(images, tmp_path / "c")
     assert_same_pixels(in_order(found)[kept], in_order(first)[kept], SONA_SHARE)
     runtime = Runtime(device="cpu", precision="fp32", workers=0, batch_size=3)
-    again = made(images, tmp_path / "d", picky, classifier=judge(), runtime=runtime)
+    again = synthesize(images, tmp_path / "d", picky, classifier=judge(), runtime=runtime)
     assert_same_manifests(again.folder, found.folder)
     assert_same_images(again.folder, found.folder, SONA_SHARE)
     other = judge()
     torch.nn.init.ones_(other.head.bias)
     with pytest.raises(StoreError, match=r"classifier: .* before"):
-        made(images, tmp_path / "b", picky, classifier=other, resume=True)
+        synthesize(images, tmp_path / "b", picky, classifier=other, resume=True)
 
 
-def test_a_classifier_that_only_looks_changes_nothing(images: Path, tmp_path: Path) -> None:
-    plain, seen = made(images, tmp_path / "a"), made(images, tmp_path / "b", classifier=judge())
+def test_a_classifier_without_rejection_changes_nothing(images: Path, tmp_path: Path) -> None:
+    plain, seen = synthesize(images, tmp_path / "a"), synthesize(images, tmp_path / "b", classifier=judge())
     assert (tmp_path / "a" / "manifest.csv").read_bytes() == (tmp_path / "b" / "manifest.csv").read_bytes()
     assert torch.equal(pixels(plain), pixels(seen))
 
 
-def test_colour_similarity() -> None:
+def test_color_similarity() -> None:
     one = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(color_similarity(one, one.flip(3)), torch.ones(2))
     assert color_similarity(torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)).item() == 0
@@ -294,8 +300,8 @@ def test_colour_similarity() -> None:
     assert color_similarity(half, torch.ones(1, 1, 8, 8)).item() == pytest.approx(0.5)
 
 
-def test_quality_is_of_each_outlier_and_its_own_image(images: Path, tmp_path: Path) -> None:
-    found = made(images, tmp_path / "o")
+def test_quality_compares_each_outlier_with_its_source_image(images: Path, tmp_path: Path) -> None:
+    found = synthesize(images, tmp_path / "o")
     rated = measure_quality(found, open_source(images), judge(), CPU).set_index("key")
     manifest = found.manifest().set_index("key")
     assert set(rated.index) == set(manifest.index)
@@ -345,13 +351,13 @@ def test_the_command_writes_a_page_of_pairs(images: Path, tmp_path: Path, capsys
     assert "http" not in page
 
 
-def test_regions_are_pictures_of_guided_steps(images: Path, tmp_path: Path) -> None:
-    found = made(images, tmp_path / "o", SONA(steps=20, pictures=3, k_min=10), count=5)
+def test_region_images_show_guided_steps(images: Path, tmp_path: Path) -> None:
+    found = synthesize(images, tmp_path / "o", SONA(steps=20, pictures=3, k_min=10), count=5)
     for index in range(3):
         picture = np.asarray(Image.open(found.folder / "regions" / f"{index:06d}.png"))
         assert picture.shape == (8, 32, 3)
         shares = picture.reshape(8, 4, 8, 3).mean((0, 2)) / 255
-        assert (np.abs(shares[:, [0, 2]] - 0.1) < 0.02).all(), "a tenth is taken out, a tenth kept"
+        assert (np.abs(shares[:, [0, 2]] - 0.1) < 0.02).all(), "a tenth is removed, a tenth kept"
         assert (shares[:, 1] <= 0.12).all()
     assert not (found.folder / "regions" / "000003.png").exists()
 
@@ -368,7 +374,7 @@ def test_the_papers_preset_has_the_papers_steps() -> None:
 # words
 
 
-def test_words_that_name_what_is_known_are_left_out() -> None:
+def test_words_that_name_known_classes_are_removed() -> None:
     known = ["assault rifle", "Newt", "missile", "t-shirt_top"]
     words = ["rifle", "smooth newt", "Missile", "cat", "CAT", "snow_leopard", "leopard", "shirt", "  ", "rifleman"]
     assert filter_words(words, known) == ("cat", "snow_leopard", "leopard", "shirt", "rifleman")

@@ -1,4 +1,4 @@
-"""Maps that keep volume: they invert, their Jacobian's determinant is one, and they cost what they should."""
+"""Volume-preserving maps: inverse, unit Jacobian determinant, number of parameters, and cost."""
 
 import pytest
 import torch
@@ -39,13 +39,13 @@ def test_the_inverse_undoes_the_map(dim: int, orthogonal_map: str) -> None:
             z = net(x, labels)
             assert (net.inverse(z, labels) - x).abs().max() < 1e-4
             assert (net(net.inverse(x, labels), labels) - x).abs().max() < 1e-4
-        assert (z - x).abs().max() > 0.1, "it does something"
+        assert (z - x).abs().max() > 0.1, "the map is not the identity"
 
 
 @pytest.mark.parametrize("orthogonal_map", MAPS)
 @pytest.mark.parametrize("dim", [2, 5, 8])
-def test_volume_is_kept(dim: int, orthogonal_map: str) -> None:
-    """Or densities of the embedding and of the flat space would differ."""
+def test_the_jacobian_determinant_is_one(dim: int, orthogonal_map: str) -> None:
+    """Otherwise densities of the embedding and of the flat space would differ."""
     net = moved(dim, orthogonal_map).double()
     for label in range(3):
         labels = torch.tensor([label])
@@ -54,7 +54,7 @@ def test_volume_is_kept(dim: int, orthogonal_map: str) -> None:
         assert torch.linalg.det(jacobian).item() == pytest.approx(1, abs=1e-5)
 
 
-def test_the_class_matters_and_the_map_bends() -> None:
+def test_the_map_depends_on_the_class_and_is_not_linear() -> None:
     net = moved(6, "matrix_exp")
     x = 30 * torch.randn(4, 6)  # near zero young sigmoids are almost straight
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_the_class_matters_and_the_map_bends() -> None:
 
 
 def test_the_published_number_of_parameters() -> None:
-    """Counted on the meta device: 36 million weights and exponentials of 768 x 768 say nothing more."""
+    """Counted on the meta device, without computing matrix exponentials of 768 x 768."""
     with torch.device("meta"):
         net = VolumePreservingNetwork(768, 100, layers=4, orthogonal_map="matrix_exp")
     assert sum(parameter.numel() for parameter in net.parameters()) == 36_162_816
@@ -76,14 +76,14 @@ def test_the_published_number_of_parameters() -> None:
 
 
 @pytest.mark.parametrize("orthogonal_map", MAPS)
-def test_layers_start_as_rotations_each_drawn_apart(orthogonal_map: str) -> None:
+def test_layers_are_initialized_as_different_rotations(orthogonal_map: str) -> None:
     torch.manual_seed(0)
     layers = OrthogonalLayers(3, 24, orthogonal_map)
     weight = layers.weight.detach().double()
     assert (weight @ weight.mT - torch.eye(24)).abs().max() < 1e-5
     assert torch.linalg.det(weight).tolist() == pytest.approx([1, 1, 1], abs=1e-4)
     assert layers.bias.abs().max() <= 24**-0.5
-    assert not torch.allclose(weight[0], weight[1]), "each is drawn"
+    assert not torch.allclose(weight[0], weight[1]), "layers differ"
     torch.manual_seed(0)
     lower = torch.empty(3, 24, 24).uniform_(-torch.pi, torch.pi).double().tril(-1)
     assert torch.allclose(weight, torch.matrix_exp(lower - lower.mT), atol=1e-4), "both maps start at the same matrices"
@@ -123,13 +123,13 @@ def test_rotations_are_principal_axes() -> None:
     assert torch.allclose(turned.inverse(z, labels), x, atol=1e-4)
     for label in range(3):
         covariance = z[labels == label].T.cov()
-        assert covariance.diagonal().diff().max() < 0, "by falling variance"
+        assert covariance.diagonal().diff().max() < 0, "by decreasing variance"
         assert (covariance - covariance.diagonal().diag()).abs().max() < 1e-4
         assert z[labels == label].mean(0).abs().max() < 1e-4
         assert abs(abs(torch.linalg.det(turned.axes[label]).item()) - 1) < 1e-5
 
 
-def test_what_cannot_be() -> None:
+def test_invalid_arguments_are_refused() -> None:
     for wrong in ({"dim": 1}, {"classes": 0}, {"layers": 0}):
         with pytest.raises(FaroutError, match="at least 2 dimensions"):
             VolumePreservingNetwork(**{"dim": 4, "classes": 2, **wrong})
@@ -137,5 +137,5 @@ def test_what_cannot_be() -> None:
         VolumePreservingNetwork(4, 2, orthogonal_map="householder")
 
 
-def test_the_room_lists_no_network_as_a_method() -> None:
+def test_networks_are_not_registered_as_methods() -> None:
     assert not {"volume_preserving", "_manifold"} & set(SYNTHESIZERS)

@@ -1,4 +1,4 @@
-"""Networks that know classes which the images are to do without: said once, by name, and only where it is so."""
+"""Warnings about networks that know classes of which there are no images."""
 
 import warnings
 from pathlib import Path
@@ -21,7 +21,7 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "labelled"
 
 
-def told(*given: Any, **networks: Any) -> list[str]:
+def leakage_warnings(*given: Any, **networks: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         warn_about_extra_classes(*given, **networks)
@@ -41,45 +41,45 @@ def test_a_generator_that_knows_more_classes(images: Path, tmp_path: Path) -> No
 
 
 def test_many_classes_are_not_all_named(images: Path) -> None:
-    (message,) = told(open_source(images), conditional(classes=20))
+    (message,) = leakage_warnings(open_source(images), conditional(classes=20))
     assert "knows 17 classes (d, e, f, g, h, i, j, k, l, m, n, o, …)" in message
 
 
 def test_a_generator_that_was_trained_on_images_of_other_classes(images: Path) -> None:
-    """An unconditional one has no names, but a list of what it has seen."""
+    """An unconditional model has no class names, but a list of its training images."""
     whole = open_source(images)
     network = model(trained_on=whole.content_hashes()[:4])
-    (message,) = told(open_source(f"{images}@classes=a"), network)
+    (message,) = leakage_warnings(open_source(f"{images}@classes=a"), network)
     assert "diffusion model was trained on images of 1 class (b)" in message
-    assert told(open_source(f"{images}@classes=a,b"), network) == []
-    assert told(open_source(images / "a"), network) == [], "what is in no set with the images cannot be told"
+    assert leakage_warnings(open_source(f"{images}@classes=a,b"), network) == []
+    assert leakage_warnings(open_source(images / "a"), network) == [], "nothing is known about images of other sets"
     (images / "b" / "000.png").write_text("not a picture")
-    assert told(open_source(f"{images}@classes=a"), network) == [], "its one image that was seen is gone"
+    assert leakage_warnings(open_source(f"{images}@classes=a"), network) == [], "its only training image is unreadable"
 
 
-def test_what_is_told_by_name_is_not_told_again_by_images(images: Path) -> None:
+def test_a_class_is_reported_once(images: Path) -> None:
     network = conditional(classes=2, trained_on=open_source(images).content_hashes())
-    (message,) = told(open_source(f"{images}@classes=a"), network)
+    (message,) = leakage_warnings(open_source(f"{images}@classes=a"), network)
     assert "knows 1 class (b) and was trained on images of 1 class (c)" in message
 
 
 def test_a_classifier_that_knows_more_classes(images: Path) -> None:
     some, judge = open_source(f"{images}@classes=a,c"), classifier()
     judge.class_names = ("a", "b", OUTLIER)
-    assert "the classifier knows 1 class (b)" in told(some, classifier=judge)[0]
-    assert len(told(some, conditional(), judge)) == 2
+    assert "the classifier knows 1 class (b)" in leakage_warnings(some, classifier=judge)[0]
+    assert len(leakage_warnings(some, conditional(), judge)) == 2
     judge.class_names = ("a", "c", OUTLIER)
-    assert told(some, classifier=judge) == []
+    assert leakage_warnings(some, classifier=judge) == []
     judge.class_names = ("0", "1", "2")
-    assert told(some, classifier=judge) == [], "numbers say nothing of names"
+    assert leakage_warnings(some, classifier=judge) == [], "numbers are not class names"
     judge.trained_on = frozenset(open_source(images).content_hashes())
-    assert "the classifier was trained on images of 1 class (b)" in told(some, classifier=judge)[0]
+    assert "the classifier was trained on images of 1 class (b)" in leakage_warnings(some, classifier=judge)[0]
 
 
-def test_the_whole_of_a_part(images: Path) -> None:
+def test_the_full_set_of_a_subset(images: Path) -> None:
     source = open_source(images)
     part = open_source(f"{images}@classes=b,vflip").subset([2, 0])
     assert part.full_source().keys == source.keys
     assert part.full_source().variant == "vflip"
-    assert part.keys == ("b/002.png", "b/000.png"), "it stays as it was"
+    assert part.keys == ("b/002.png", "b/000.png"), "the subset does not change"
     assert torch.equal(source.subset([3]).full_source()[0], source[0])

@@ -1,4 +1,4 @@
-"""Images as class vectors: many at once go the way that each goes alone, and nothing but the vectors moves."""
+"""Inversion of images to class vectors: a batch gives the vectors of each image alone, and only the vectors change."""
 
 import shutil
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def x0() -> Tensor:
     return torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
-def inverted(
+def invert(
     network: DiffusionModel, inversion: InversionConfig = FEW, batch_size: int = 64, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     return Inverter(network, inversion, seed, runtime(batch_size))(x0(), LABELS, KEYS)
@@ -44,7 +44,7 @@ def inverted(
 # -- the method -----------------------------------------------------------------------------------------------------
 
 
-def alone(network: DiffusionModel, inversion: InversionConfig, place: int) -> tuple[Tensor, list[float]]:
+def invert_alone(network: DiffusionModel, inversion: InversionConfig, place: int) -> tuple[Tensor, list[float]]:
     """The published loop for one image, written out with the network's own call."""
     space = network.conditioning
     assert space is not None
@@ -75,22 +75,22 @@ def alone(network: DiffusionModel, inversion: InversionConfig, place: int) -> tu
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("fresh", [conditional, by_tokens])
-def test_a_batch_goes_the_way_of_each_image_alone(fresh: Callable[..., DiffusionModel], prediction: str) -> None:
+def test_a_batch_gives_the_vectors_of_each_image_alone(fresh: Callable[..., DiffusionModel], prediction: str) -> None:
     network = fresh(prediction=prediction)
-    vectors, losses = inverted(network)
+    vectors, losses = invert(network)
     for place in range(5):
-        vector, loss = alone(network, FEW, place)
+        vector, loss = invert_alone(network, FEW, place)
         torch.testing.assert_close(losses[place], torch.tensor(loss), rtol=1e-4, atol=1e-6)
-        # Adam's first step is as long for a gradient near zero, whose sign is a matter of rounding
+        # Adam's first step has the same length for a gradient near zero, whose sign depends on rounding
         near = (vectors[place] - vector).abs() < 1e-3 * class_table_std(network.conditioning)
         assert float(near.float().mean()) > 0.97
 
 
 @pytest.mark.parametrize("batch_size", [2, 4, 32])
-def test_the_batch_hardly_matters(batch_size: int) -> None:
-    """Adam's first step is as long for a gradient near zero, whose sign is a matter of rounding: few numbers differ."""
+def test_the_batch_size_changes_little(batch_size: int) -> None:
+    """Adam's first step has the same length for a gradient near zero, whose sign depends on rounding: few differ."""
     inverter = Inverter(conditional(), FEW, 0, runtime(batch_size))
-    whole, losses = inverted(conditional())
+    whole, losses = invert(conditional())
     near = 1e-3 * class_table_std(inverter.conditioning)
     for some in ([0], [1, 2], [4, 0, 3]):
         vectors, loss = inverter(x0()[some], LABELS[some], [KEYS[place] for place in some])
@@ -102,7 +102,7 @@ def test_only_the_vectors_change() -> None:
     network = conditional()
     weights = {name: value.clone() for name, value in network.network.state_dict().items()}
     learnt = [parameter.requires_grad for parameter in network.network.parameters()]
-    vectors, _ = inverted(network)
+    vectors, _ = invert(network)
     space = network.conditioning
     assert space is not None
     assert not torch.equal(vectors, space.class_vectors()[LABELS])
@@ -111,8 +111,8 @@ def test_only_the_vectors_change() -> None:
     assert all(parameter.grad is None for parameter in network.network.parameters())
 
 
-def test_the_loss_falls() -> None:
-    """On draws that were not taken for it: the vector tells something of the image, not of the noise."""
+def test_the_loss_decreases() -> None:
+    """On other noise than that of the inversion: the vector describes the image, not the noise."""
     network, many = conditional(), InversionConfig(draws=16, steps=15, lr_scale=0.2, stratified=False)
     inverter = Inverter(network, many, 0, runtime(16))
     vectors, _ = inverter(x0(), LABELS, KEYS)
@@ -122,7 +122,7 @@ def test_the_loss_falls() -> None:
     assert bool((after < before).all()), (before, after)
 
 
-def test_the_rate_follows_the_scale_of_the_class_table() -> None:
+def test_the_learning_rate_scales_with_the_class_table() -> None:
     network = conditional()
     space = network.conditioning
     assert space is not None
@@ -132,13 +132,13 @@ def test_the_rate_follows_the_scale_of_the_class_table() -> None:
     assert InversionConfig(lr=0.01).learning_rate(space) == 0.01
     with pytest.raises(FaroutError, match=r"lr_scale=0\.1 would have no effect"):
         InversionConfig(lr=0.01, lr_scale=0.1)
-    # Adam's first step has the rate's length in every coordinate
-    vectors, _ = inverted(network, replace(FEW, steps=1))
+    # Adam's first step has the length of the learning rate in every coordinate
+    vectors, _ = invert(network, replace(FEW, steps=1))
     moved = (vectors - space.class_vectors()[LABELS]).abs()
     assert float((moved / (0.05 * scale)).median()) == pytest.approx(1, abs=1e-3)
 
 
-def test_the_pull_adds_the_squared_distance_from_the_class() -> None:
+def test_the_pull_adds_the_squared_distance_to_the_class_vector() -> None:
     network = conditional()
     space = network.conditioning
     assert space is not None
@@ -150,7 +150,7 @@ def test_the_pull_adds_the_squared_distance_from_the_class() -> None:
     torch.testing.assert_close(two[1] - one[1], torch.full((5, space.dim), 4.0))
 
 
-def test_draws_are_the_images_own() -> None:
+def test_noise_depends_on_the_image() -> None:
     schedule = model().schedule
     assert InversionConfig().timesteps(schedule).tolist() == list(range(1, 1000, 20))
     assert InversionConfig(levels=1000).timesteps(schedule).tolist() == list(range(1000))
@@ -208,7 +208,7 @@ def test_a_resumed_run_has_the_same_bytes(images: Any, tmp_path: Path, monkeypat
     assert len(embed_images(images, labels, network, tmp_path / "p", FEW, runtime=runtime())) == 12
 
 
-def test_other_settings_do_not_mix_in(images: Any, tmp_path: Path) -> None:
+def test_runs_with_other_settings_are_refused(images: Any, tmp_path: Path) -> None:
     labels, out = numbers(images), tmp_path / "e"
     embed_images(images, labels, conditional(), out, FEW, runtime=runtime())
     wrong: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
@@ -249,7 +249,7 @@ def test_what_cannot_work_is_refused(images: Any, tmp_path: Path, monkeypatch: p
         embed_images(images, labels, conditional(), out, FEW, runtime=runtime())
 
 
-def test_unreadable_images_are_left_out(images: Any, tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped(images: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(tmp_path / "labelled", tmp_path / "damaged")
     (folder / "b" / "001.png").write_text("not a picture")
     source = open_source(folder, policy="skip")

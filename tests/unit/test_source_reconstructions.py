@@ -1,4 +1,4 @@
-"""What comes with outliers made of images: the same images made again, for a classifier that learns from both."""
+"""Reconstructions of the source images of edited outliers, for classifiers that are trained with both."""
 
 import warnings
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return two_classes(tmp_path_factory.mktemp("images") / "labelled")
 
 
-def made(
+def synthesize(
     images: Any, out: Path, method: EditingSynthesizer | None = None, *, size: int = 64, **settings: Any
 ) -> OutlierFolder:
     runtime = Runtime(device="cpu", precision="fp32", batch_size=size, workers=0)
@@ -51,13 +51,13 @@ def again(folder: OutlierFolder) -> ReconstructedFolder:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Without `config.json`, which says by what command."""
+    """Without `config.json`, which contains the command."""
     kept = (path for path in folder.rglob("*") if path.is_file() and path.name != "config.json")
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
 class Back(EditingSynthesizer):
-    """What reconstructions are to be: the way back from the start, under the image's own class."""
+    """The expected reconstructions: denoised under the image's own class, without guidance."""
 
     @classmethod
     def tiny(cls, resources: Any) -> "Back":
@@ -71,8 +71,8 @@ class Back(EditingSynthesizer):
         )
 
 
-def test_every_image_is_made_again_once(images: Path, tmp_path: Path) -> None:
-    folder = made(images, tmp_path / "o")
+def test_every_image_is_reconstructed_once(images: Path, tmp_path: Path) -> None:
+    folder = synthesize(images, tmp_path / "o")
     outliers, found = folder.manifest(), again(folder).manifest()
     source = open_source(images)
     assert found.columns[:8].tolist() == [
@@ -88,19 +88,21 @@ def test_every_image_is_made_again_once(images: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("clip", [True, False])
-def test_they_go_the_way_of_their_outlier_under_their_own_class(images: Path, tmp_path: Path, clip: bool) -> None:
+def test_reconstructions_use_the_noise_of_the_outlier_and_their_own_class(
+    images: Path, tmp_path: Path, clip: bool
+) -> None:
     settings: dict[str, Any] = {"steps": 6, "clip": clip}
-    folder = made(images, tmp_path / "o", SONA(k_max=3, reconstructions=True, **settings), count=8)
-    plain = made(images, tmp_path / "p", Back(k_max=3, **settings), count=8)
+    folder = synthesize(images, tmp_path / "o", SONA(k_max=3, reconstructions=True, **settings), count=8)
+    plain = synthesize(images, tmp_path / "p", Back(k_max=3, **settings), count=8)
     assert_same_pixels(in_order(again(folder)), in_order(plain))
     assert int((in_order(folder).int() - in_order(plain).int()).abs().max()) > GREY_LEVELS
-    # from above the middle of the steps a new image would come back
-    high = made(images, tmp_path / "q", SDEdit(k_min=6, k_max=6, reconstructions=True, **settings), count=8)
-    middle = made(images, tmp_path / "r", Back(k_min=3, k_max=3, **settings), count=8)
+    # from higher than half of the steps a new image would result
+    high = synthesize(images, tmp_path / "q", SDEdit(k_min=6, k_max=6, reconstructions=True, **settings), count=8)
+    middle = synthesize(images, tmp_path / "r", Back(k_min=3, k_max=3, **settings), count=8)
     assert_same_pixels(in_order(again(high)), in_order(middle))
 
 
-def test_an_autoencoder_returns_what_outliers_start_from(
+def test_an_autoencoder_decodes_the_latents_that_outliers_start_from(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = conditional(classes=5, autoencoder=autoencoder(latent=1))
@@ -112,7 +114,7 @@ def test_an_autoencoder_returns_what_outliers_start_from(
         return clean[-1]
 
     monkeypatch.setattr(DiffusionModel, "encode", encode)
-    folder = made(images, tmp_path / "o", count=8, diffusion=model)
+    folder = synthesize(images, tmp_path / "o", count=8, diffusion=model)
     monkeypatch.undo()
     (x0,) = clean
     assert_same_pixels(in_order(again(folder)), (model.decode(x0) * 255).round().byte())
@@ -120,25 +122,27 @@ def test_an_autoencoder_returns_what_outliers_start_from(
 
 
 @pytest.mark.parametrize("method", [SONA, SDEdit])
-def test_outliers_are_the_same_with_and_without(images: Path, tmp_path: Path, method: type[EditingSynthesizer]) -> None:
+def test_outliers_are_the_same_with_and_without_reconstructions(
+    images: Path, tmp_path: Path, method: type[EditingSynthesizer]
+) -> None:
     settings: dict[str, Any] = {"classifier": classifier(classes=5)}
     settings["classifier"].class_names = tuple("abcde")
     how = {"steps": 6, "reject": 0.3, "attempts": 3}
-    plain = made(images, tmp_path / "a", method(**how), **settings)
-    both = made(images, tmp_path / "b", method(**how, reconstructions=True), **settings)
+    plain = synthesize(images, tmp_path / "a", method(**how), **settings)
+    both = synthesize(images, tmp_path / "b", method(**how, reconstructions=True), **settings)
     assert (tmp_path / "a" / "manifest.csv").read_bytes() == (tmp_path / "b" / "manifest.csv").read_bytes()
     assert plain.manifest()["attempt"].max() > 0
     assert files(tmp_path / "a" / "images") == files(tmp_path / "b" / "images")
     assert not (tmp_path / "a" / "reconstructions").exists()
     assert both.images == 20
-    # what is rejected is made of the image anew, which is not
-    free = made(images, tmp_path / "c", method(steps=6, reconstructions=True))
+    # rejected outliers are generated again, their reconstructions are not
+    free = synthesize(images, tmp_path / "c", method(steps=6, reconstructions=True))
     assert_same_images(again(free).folder, again(both).folder)
     assert_same_manifests(again(free).folder, again(both).folder)
 
 
-def test_an_interruption_and_a_loss_change_no_bytes(images: Path, tmp_path: Path) -> None:
-    whole = made(images, tmp_path / "whole", size=3)
+def test_interruptions_and_lost_images_change_no_bytes(images: Path, tmp_path: Path) -> None:
+    whole = synthesize(images, tmp_path / "whole", size=3)
     calls, original = [], SONA.generate
 
     def stops(self: SONA, *arguments: Any) -> Any:
@@ -150,23 +154,23 @@ def test_an_interruption_and_a_loss_change_no_bytes(images: Path, tmp_path: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SONA, "generate", stops)
         with pytest.raises(KeyboardInterrupt):
-            made(images, tmp_path / "s", size=3)
+            synthesize(images, tmp_path / "s", size=3)
     (tmp_path / "s" / "images" / "a" / "000000.png").unlink()
     (tmp_path / "s" / "reconstructions" / "images" / "b" / "000001.png").unlink()
-    done = made(images, tmp_path / "s", size=3, resume=True, count=6)
+    done = synthesize(images, tmp_path / "s", size=3, resume=True, count=6)
     assert (done.images, done.generated) == (6, 1)
     (tmp_path / "s" / "reconstructions" / "images" / "b" / "000001.png").unlink()
-    done = made(images, tmp_path / "s", size=3, resume=True)
+    done = synthesize(images, tmp_path / "s", size=3, resume=True)
     assert (done.images, done.generated) == (20, 14)
     assert files(done.folder) == files(whole.folder)
-    assert made(images, tmp_path / "s", resume=True).generated == 0
+    assert synthesize(images, tmp_path / "s", resume=True).generated == 0
 
 
-def test_any_batch_gives_the_same_images(images: Path, tmp_path: Path) -> None:
-    """Up to rounding, also where batches change with a resumed run."""
-    whole = made(images, tmp_path / "whole")
-    made(images, tmp_path / "s", size=7, count=9)
-    done = made(images, tmp_path / "s", size=5, resume=True)
+def test_any_batch_size_gives_the_same_images(images: Path, tmp_path: Path) -> None:
+    """Up to rounding, also if the batch size of a resumed run changes."""
+    whole = synthesize(images, tmp_path / "whole")
+    synthesize(images, tmp_path / "s", size=7, count=9)
+    done = synthesize(images, tmp_path / "s", size=5, resume=True)
     assert (done.images, done.generated) == (20, 11)
     assert_same_images(again(done).folder, again(whole).folder)
     assert_same_images(done.folder, whole.folder, SONA_SHARE)
@@ -174,10 +178,10 @@ def test_any_batch_gives_the_same_images(images: Path, tmp_path: Path) -> None:
         assert_same_manifests(one, two)
 
 
-def test_a_classifier_takes_both_folders_as_they_are(tmp_path: Path) -> None:
+def test_a_classifier_is_trained_with_both_folders(tmp_path: Path) -> None:
     for number, name in enumerate("ab"):
         pictures(tmp_path / "good" / name, 14, low=100 * number, seed=number)
-    folder = made(tmp_path / "good", tmp_path / "o", count=28)
+    folder = synthesize(tmp_path / "good", tmp_path / "o", count=28)
     few = TrainingConfig(steps=3, batch_size=8, warmup=0, ema=None, device="cpu", precision="fp32")
     settings: dict[str, Any] = {"training": few, "alpha": 0.2, "statistics": 5}
     config = ClassifierConfig(network="wrn16_1", crop_padding=0, flip=False)
@@ -192,14 +196,14 @@ def test_a_classifier_takes_both_folders_as_they_are(tmp_path: Path) -> None:
             **settings,
         )
     assert set(learnt.class_names) == set("ab")
-    # those of held-out images are left out
+    # reconstructions of held-out images are not used
     assert 0 < learnt.provenance["reconstructions"]["images"] < 28
 
 
-def test_what_cannot_go_back_is_refused_at_once(images: Path, tmp_path: Path) -> None:
+def test_solvers_that_cannot_reconstruct_are_refused(images: Path, tmp_path: Path) -> None:
     method = SDEdit(solver="pndm4", steps=6, k_min=5, k_max=5, reconstructions=True)
     with pytest.raises(FaroutError, match="warms up"):
-        made(images, tmp_path / "o", method)
+        synthesize(images, tmp_path / "o", method)
     assert not (tmp_path / "o").exists()
 
 
@@ -213,4 +217,4 @@ def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([*words, "--resume"]) == 1
     assert "reconstructions: True before, False now" in capsys.readouterr().err
     with pytest.raises(StoreError, match="reconstructions: True before"):
-        made(images, tmp_path / "o", SDEdit(steps=3), count=4, resume=True)
+        synthesize(images, tmp_path / "o", SDEdit(steps=3), count=4, resume=True)

@@ -1,4 +1,4 @@
-"""Outliers made of images with a Stable Diffusion folder, tiny and of random weights: classes and words as prompts."""
+"""Outliers edited with a tiny Stable Diffusion folder of random weights: classes and words as prompts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(root: Path) -> dict[str, Path]:
-    """By what their networks predict."""
+    """By the prediction type of their networks."""
     return {name: stable_diffusion(root / name, name) for name in PREDICTIONS}
 
 
@@ -62,7 +62,7 @@ def images(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def words(root: Path) -> str:
-    """Four that can be drawn: one of them twice, beside two that are called like classes."""
+    """Four valid words, one of them twice, and two that are named like classes."""
     path = root / "words.txt"
     path.write_text("bird\nCat\n\nsnow_leopard\nkite\n  tin  \nbird\nlion\n", encoding="utf-8")
     return str(path)
@@ -70,12 +70,12 @@ def words(root: Path) -> str:
 
 @pytest.fixture(scope="module")
 def few(root: Path) -> str:
-    """Two that nothing is wrong with."""
+    """Two valid words."""
     (root / "few.txt").write_text("bird\nlion\n")
     return str(root / "few.txt")
 
 
-def made(images: Any, out: Path, method: Synthesizer, diffusion: Any, **settings: Any) -> OutlierFolder:
+def synthesize(images: Any, out: Path, method: Synthesizer, diffusion: Any, **settings: Any) -> OutlierFolder:
     return method.synthesize(images, out, diffusion=diffusion, **{"count": 4, "runtime": CPU, **settings})
 
 
@@ -88,12 +88,12 @@ def pixels(folder: OutlierFolder) -> Tensor:
     return in_order(folder).float() / 255
 
 
-def told(folder: Path, **settings: Any) -> DiffusionModel:
+def load_generator(folder: Path, **settings: Any) -> DiffusionModel:
     space = PromptContexts(TextEncoder.read(folder), NAMES, **settings)
     return DiffusionModel.load(folder, conditioning=space)
 
 
-# -- the chain --------------------------------------------------------------------------------------------------------
+# -- synthesis --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:3 of the 7 words:farout.core.errors.TrapWarning")
@@ -101,36 +101,36 @@ def told(folder: Path, **settings: Any) -> DiffusionModel:
     "prediction",
     ["epsilon", *(pytest.param(name, marks=pytest.mark.slow) for name in PREDICTIONS if name != "epsilon")],
 )
-def test_words_are_put_in_whatever_the_network_predicts(
+def test_words_are_added_with_every_prediction_type(
     folders: dict[str, Path], images: Path, words: str, tmp_path: Path, prediction: str
 ) -> None:
     method = SONA(steps=5, k_min=3, words=words)
     with pytest.warns(
         TrapWarning, match=r"3 of the 7 words of .* \(bird, Cat, kite\): they occur twice, or have names"
     ):
-        whole = made(images, tmp_path / "o", method, folders[prediction])
+        whole = synthesize(images, tmp_path / "o", method, folders[prediction])
     manifest = whole.manifest()
     assert set(manifest["target"]) <= {"bird", "snow leopard", "tin", "lion"}
     assert manifest["target"].nunique() > 1
     assert set(manifest["template"]) == {PAPER_TEMPLATE}
     assert manifest["class_name"].tolist() == [*NAMES, "cat"]
     assert tuple(whole.source()[0].shape) == (3, 16, 16)
-    parts = made(images, tmp_path / "parts", method, folders[prediction], runtime=replace(CPU, batch_size=3))
+    parts = synthesize(images, tmp_path / "parts", method, folders[prediction], runtime=replace(CPU, batch_size=3))
     assert_same_images(parts.folder, whole.folder, SONA_SHARE)
     assert_same_manifests(parts.folder, whole.folder)
 
 
-def test_the_control_is_given_the_same_words(folder: Path, images: Path, few: str, tmp_path: Path) -> None:
-    one = made(images, tmp_path / "a", SONA(steps=6, words=few), folder).manifest()
-    control = made(images, tmp_path / "b", SDEdit(steps=6, guidance=7.5, words=few, targets="words"), folder)
+def test_the_baseline_gets_the_same_words(folder: Path, images: Path, few: str, tmp_path: Path) -> None:
+    one = synthesize(images, tmp_path / "a", SONA(steps=6, words=few), folder).manifest()
+    control = synthesize(images, tmp_path / "b", SDEdit(steps=6, guidance=7.5, words=few, targets="words"), folder)
     same = ["source", "target", "k", "level", "repeat", "template"]
     assert one[same].equals(control.manifest()[same])
 
 
-def test_what_the_text_encoder_is_asked(
+def test_prompts_that_the_text_encoder_gets(
     folder: Path, images: Path, few: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each prompt once, however many outliers want it; underscores are spaces, the table has the last word."""
+    """Each prompt once, however many outliers use it; underscores are spaces, and the word table has precedence."""
     asked = list[str]()
     original = TextEncoder.__call__
 
@@ -139,19 +139,19 @@ def test_what_the_text_encoder_is_asked(
         return original(self, prompts)
 
     monkeypatch.setattr(TextEncoder, "__call__", watched)
-    made(images, tmp_path / "o", SONA(steps=4, words=few), folder, count=20)
+    synthesize(images, tmp_path / "o", SONA(steps=4, words=few), folder, count=20)
     classes = {"a photo of a cat", "a photo of a dog", "a photo of a the kite"}
     assert sorted(asked) == sorted({*classes, "a photo of a bird", "a photo of a lion", ""})
     asked.clear()
     method = SDEdit(steps=4, words=few, templates=("my {}", "one {} here"), class_words={"The Kite": "kite thing"})
-    found = made(images, tmp_path / "p", method, folder, count=20).manifest()
+    found = synthesize(images, tmp_path / "p", method, folder, count=20).manifest()
     assert sorted(asked) == sorted(set(asked))
     assert {"my kite thing", "one kite thing here", "my bird", "one lion here"} <= set(asked)
     assert set(found["template"]) == {"my {}", "one {} here"}
 
 
-def test_classes_and_words_stand_in_one_template(folder: Path, few: str) -> None:
-    model = told(folder)
+def test_class_and_target_use_the_same_template(folder: Path, few: str) -> None:
+    model = load_generator(folder)
     templates = ("a {}", "the {}", "my {} here")
     draw = TargetSampler(model, range(3), "words", prompts=PromptConfig(few, templates))
     generator, seen = torch.Generator().manual_seed(0), set[str]()
@@ -165,7 +165,7 @@ def test_classes_and_words_stand_in_one_template(folder: Path, few: str) -> None
 
 
 def test_words_change_images(folder: Path, images: Path, tmp_path: Path) -> None:
-    """The draws are the same: what differs is what is put in, and how it is said."""
+    """The random choices are the same; only the target and its prompt differ."""
     for name in ("bird", "snow leopard"):
         (tmp_path / f"{name}.txt").write_text(name)
     strong, bird = {"guidance": 30.0}, {"words": str(tmp_path / "bird.txt")}
@@ -176,7 +176,7 @@ def test_words_change_images(folder: Path, images: Path, tmp_path: Path) -> None
         {"targets": "none"},
     )
     found = [
-        pixels(made(images, tmp_path / f"o{number}", SDEdit(steps=6, k_min=5, **variant), folder, count=3))
+        pixels(synthesize(images, tmp_path / f"o{number}", SDEdit(steps=6, k_min=5, **variant), folder, count=3))
         for number, variant in enumerate(variants)
     ]
     for number, one in enumerate(found):
@@ -200,36 +200,36 @@ class Converted(nn.Module):
 
 
 @pytest.mark.slow
-def test_what_the_network_predicts_makes_no_difference(folder: Path, images: Path, few: str, tmp_path: Path) -> None:
-    """One network that answers in eps, v and x0: the same outliers, but for rounding."""
+def test_the_prediction_type_makes_no_difference(folder: Path, images: Path, few: str, tmp_path: Path) -> None:
+    """One network that predicts eps, v or x0 gives the same outliers up to rounding."""
     found = []
     for prediction in PREDICTIONS:
-        model = told(folder)
+        model = load_generator(folder)
         model.network, model.prediction = Converted(model.network, model.schedule, prediction), prediction
-        found.append(pixels(made(images, tmp_path / prediction, SONA(steps=6, k_min=4, words=few), model)))
+        found.append(pixels(synthesize(images, tmp_path / prediction, SONA(steps=6, k_min=4, words=few), model)))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], atol=2 / 255, rtol=0)
-    plain = made(images, tmp_path / "plain", SDEdit(steps=6, k_min=4, words=few, guidance=0.0), folder)
-    assert float((pixels(plain) - found[0]).abs().max()) > 5 / 255, "what is guided differs by more"
+    plain = synthesize(images, tmp_path / "plain", SDEdit(steps=6, k_min=4, words=few, guidance=0.0), folder)
+    assert float((pixels(plain) - found[0]).abs().max()) > 5 / 255, "guided images differ by more"
 
 
-def test_an_interrupted_run_wants_the_same_words(folder: Path, images: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_requires_the_same_words(folder: Path, images: Path, tmp_path: Path) -> None:
     path = tmp_path / "w.txt"
     path.write_text("bird\nlion")
     method = SDEdit(steps=4, words=str(path))
-    whole = made(images, tmp_path / "whole", method, folder)
-    made(images, tmp_path / "o", method, folder, count=3)
-    done = made(images, tmp_path / "o", method, folder, resume=True)
+    whole = synthesize(images, tmp_path / "whole", method, folder)
+    synthesize(images, tmp_path / "o", method, folder, count=3)
+    done = synthesize(images, tmp_path / "o", method, folder, resume=True)
     assert_same_images(done.folder, whole.folder)
     assert_same_manifests(done.folder, whole.folder)
     path.write_text("bird\ntin")
     with pytest.raises(StoreError, match=r"word_list: .* before"):
-        made(images, tmp_path / "o", method, folder, resume=True)
+        synthesize(images, tmp_path / "o", method, folder, resume=True)
 
 
 @pytest.mark.parametrize("targets", ["others", "mixtures", "none"])
 def test_other_targets(folder: Path, images: Path, tmp_path: Path, targets: Any) -> None:
-    found = made(images, tmp_path / "o", SDEdit(steps=4, targets=targets), folder, count=3).manifest()
+    found = synthesize(images, tmp_path / "o", SDEdit(steps=4, targets=targets), folder, count=3).manifest()
     mixed = ["dog + the_kite", "cat + the_kite", "cat + dog"]
     expected = {"mixtures": [[name] for name in mixed], "none": [[""]] * 3}
     others = [[name for name in NAMES if name != own] for own in NAMES]
@@ -253,10 +253,10 @@ def test_lists_of_words(tmp_path: Path) -> None:
 
 
 def test_the_nearest_words(folder: Path, words: str) -> None:
-    """By what the library itself answers at the end of each prompt."""
+    """Compared with the outputs of the library at the end of each prompt."""
     import transformers
 
-    model, said = told(folder), ("bird", "snow leopard", "tin", "lion")
+    model, said = load_generator(folder), ("bird", "snow leopard", "tin", "lion")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
     encoder = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
 
@@ -275,15 +275,15 @@ def test_the_nearest_words(folder: Path, words: str) -> None:
         assert drawn == {said[place] for place in order[label, :2]}
 
 
-def test_a_class_is_known_by_its_name_and_by_what_it_is_called(folder: Path, images: Path, tmp_path: Path) -> None:
+def test_words_are_compared_with_names_and_words_of_classes(folder: Path, images: Path, tmp_path: Path) -> None:
     (tmp_path / "w.txt").write_text("big bird\nthe kite\nlion")
     method = SDEdit(steps=4, words=str(tmp_path / "w.txt"), class_words={"the kite": "bird"})
     with pytest.warns(TrapWarning, match=r"2 of the 3 words .* \(big bird, the kite\)"):
-        found = made(images, tmp_path / "o", method, folder, count=3)
+        found = synthesize(images, tmp_path / "o", method, folder, count=3)
     assert set(found.manifest()["target"]) == {"lion"}
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- invalid inputs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -298,12 +298,12 @@ def test_a_class_is_known_by_its_name_and_by_what_it_is_called(folder: Path, ima
         ({"templates": ("a photo",)}, r"must contain \{\} once"),
     ],
 )
-def test_settings_that_do_not_go(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(FaroutError, match=message):
         SONA(**settings)
 
 
-def test_what_cannot_be_said_is_refused_before_anything_is_written(
+def test_invalid_prompts_are_refused_before_anything_is_written(
     folder: Path, images: Path, few: str, tmp_path: Path
 ) -> None:
     (tmp_path / "known.txt").write_text("cat\nDOG\nkite\n")
@@ -320,11 +320,11 @@ def test_what_cannot_be_said_is_refused_before_anything_is_written(
     ]
     for settings, message in cases:
         with pytest.raises(FaroutError, match=message):
-            made(images, tmp_path / "o", SONA(steps=6, **settings), folder)
+            synthesize(images, tmp_path / "o", SONA(steps=6, **settings), folder)
     assert not (tmp_path / "o").exists()
 
 
-def test_a_list_that_cannot_be_read_is_refused_before_networks_are(
+def test_unreadable_word_lists_are_refused_before_networks_are_loaded(
     folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DiffusionModel, "load", None)
@@ -332,10 +332,10 @@ def test_a_list_that_cannot_be_read_is_refused_before_networks_are(
     for words, message in (("cifar100", "one word a line.* or imagenet; cifar100 cannot"), ("empty.txt", "is empty")):
         path = words if words == "cifar100" else str(tmp_path / words)
         with pytest.raises(FaroutError, match=message):
-            made(images, tmp_path / "o", SONA(words=path), folder)
+            synthesize(images, tmp_path / "o", SONA(words=path), folder)
 
 
-def test_other_generators_have_no_use_for_words(folder: Path, few: str, tmp_path: Path) -> None:
+def test_other_generators_refuse_words(folder: Path, few: str, tmp_path: Path) -> None:
     for number, name in enumerate("abc"):
         pictures(tmp_path / "letters" / name, 2, seed=number)
     cases: tuple[dict[str, Any], ...] = ({"words": few}, {"templates": ("{}",)}, {"class_words": {"a": "b"}})
@@ -343,11 +343,11 @@ def test_other_generators_have_no_use_for_words(folder: Path, few: str, tmp_path
         with pytest.raises(
             FaroutError, match=rf"{next(iter(settings))}=.* would have no effect.* own classes \(class_vectors"
         ):
-            made(tmp_path / "letters", tmp_path / "o", SONA(steps=6, **settings), conditional())
+            synthesize(tmp_path / "letters", tmp_path / "o", SONA(steps=6, **settings), conditional())
     names, prompts = list("abc"), Prompts(vector="context")
     fixed = DiffusionModel.load(folder, class_names=names, prompts=prompts)
     with pytest.raises(FaroutError, match=r"words=.* would have no effect.*text_tokens"):
-        made(tmp_path / "letters", tmp_path / "o", SONA(steps=6, words=few), fixed)
+        synthesize(tmp_path / "letters", tmp_path / "o", SONA(steps=6, words=few), fixed)
     assert not (tmp_path / "o").exists()
 
 
@@ -355,10 +355,8 @@ def test_other_generators_have_no_use_for_words(folder: Path, few: str, tmp_path
 
 
 @pytest.mark.slow
-def test_what_is_saved_of_the_generator_can_be_told_words_too(
-    folder: Path, images: Path, few: str, tmp_path: Path
-) -> None:
-    model = told(folder, words=[("cat", ""), ("dog", ""), ("the", "kite")], template=PAPER_TEMPLATE)
+def test_a_saved_generator_accepts_words(folder: Path, images: Path, few: str, tmp_path: Path) -> None:
+    model = load_generator(folder, words=[("cat", ""), ("dog", ""), ("the", "kite")], template=PAPER_TEMPLATE)
     model.save(tmp_path / "m")
     saved = DiffusionModel.load(tmp_path / "m")
     assert saved.content_hash == model.content_hash
@@ -369,32 +367,34 @@ def test_what_is_saved_of_the_generator_can_be_told_words_too(
     assert torch.equal(*(each.tensors["encoder_hidden_states"] for each in (by_vector, by_label)))
     assert torch.equal(saved.conditioning.to_text_tokens().class_vectors(), vectors)
     method = SDEdit(steps=4, words=few)
-    ways = [made(images, tmp_path / f"o{n}", method, each) for n, each in enumerate((folder, tmp_path / "m", model))]
+    ways = [
+        synthesize(images, tmp_path / f"o{n}", method, each) for n, each in enumerate((folder, tmp_path / "m", model))
+    ]
     for way in ways[1:]:
         assert_same_images(way.folder, ways[0].folder)
         assert_same_manifests(way.folder, ways[0].folder)
     with pytest.raises(FaroutError, match=r"class_words=.* would have no effect"):
-        made(images, tmp_path / "p", SDEdit(words=few, class_words={"cat": "pet"}), tmp_path / "m")
+        synthesize(images, tmp_path / "p", SDEdit(words=few, class_words={"cat": "pet"}), tmp_path / "m")
     with pytest.raises(FaroutError, match="leave class_names and prompts out"):
         DiffusionModel.load(folder, class_names=NAMES, conditioning=model.conditioning)
     with pytest.raises(FaroutError, match="names its own classes"):
         DiffusionModel.load(tmp_path / "m", conditioning=model.conditioning)
 
 
-def test_one_token_prompts_can_be_told_words_too(folder: Path, images: Path, few: str, tmp_path: Path) -> None:
+def test_a_generator_with_token_vectors_accepts_words(folder: Path, images: Path, few: str, tmp_path: Path) -> None:
     """A folder that was saved for NCIS keeps its text encoder."""
     prompts = Prompts(words={"the kite": "kite"})
     DiffusionModel.load(folder, class_names=NAMES, prompts=prompts).save(tmp_path / "m")
     method = SDEdit(steps=4, words=few, class_words={"the kite": "kite"})
-    whole = made(images, tmp_path / "o", method, folder, count=3)
-    other = made(images, tmp_path / "p", SDEdit(steps=4, words=few), tmp_path / "m", count=3)
+    whole = synthesize(images, tmp_path / "o", method, folder, count=3)
+    other = synthesize(images, tmp_path / "p", SDEdit(steps=4, words=few), tmp_path / "m", count=3)
     assert_same_pixels(in_order(whole), in_order(other))
 
 
 def test_the_command_takes_the_original_folder(
     folder: Path, images: Path, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the published settings, but for the images' number; the page has the words."""
+    """With the published settings except the number of images; the page shows the words."""
     (tmp_path / "called.csv").write_text("class,word,suffix\nthe kite,kite,thing\n")
     asked = ["synthesize", "sona", str(images), "--diffusion", str(folder), "--preset", "paper", "--words", words]
     asked += ["--templates", PAPER_TEMPLATE, "the {}", "--nearest", "2", "--class-words", str(tmp_path / "called.csv")]

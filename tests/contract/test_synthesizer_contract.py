@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.numerics,
     pytest.mark.filterwarnings(
         "ignore::farout.core.errors.ShortfallWarning",
-        "ignore:only .* lie nearest to their own class's vector:farout.core.errors.TrapWarning",
+        "ignore:only .* are nearest to their own class's vector:farout.core.errors.TrapWarning",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""Outlier synthesizers. A new one is a file with a subclass of `Synthesizer`, and its line in the table below."""
+"""Outlier synthesizers. A new one is a subclass of `Synthesizer` in a file of its own, and one line in this table."""
 
 from farout.core.registry import Registry
 

@@ -12,8 +12,8 @@ from farout.features.densities import (
     GaussianMixture,
     KernelDensity,
     Mahalanobis,
-    Nearest,
-    Principal,
+    NearestNeighbor,
+    PrincipalComponents,
     ZScore,
     pack_arrays,
     unpack_arrays,
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.numerics
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(400, 4)) @ RNG.normal(size=(4, 4)) + 3
-KINDS = [ZScore, Mahalanobis, GaussianMixture, KernelDensity, Nearest]
+KINDS = [ZScore, Mahalanobis, GaussianMixture, KernelDensity, NearestNeighbor]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +103,7 @@ def test_other_columns_are_refused_and_nan_stays_nan(kind: type) -> None:
 def test_a_shared_covariance_is_scikit_learns() -> None:
     """With as few rows as full covariances would not allow, clumps are still found."""
     table = np.concatenate([TABLE[:60], TABLE[60:120] + 40])
-    fitted = GaussianMixture.fit(table, seed=1, most=4, shared=True)
+    fitted = GaussianMixture.fit(table, seed=1, max_components=4, shared=True)
     assert len(fitted.weights) == 2
     assert np.array_equal(fitted.roots[0], fitted.roots[1])
     theirs = Reference(2, covariance_type="tied")
@@ -116,7 +116,7 @@ def test_one_class_is_the_plain_distance() -> None:
     one = ClassMahalanobis.fit(TABLE, np.zeros(len(TABLE)))
     assert np.allclose(one.score(TABLE), Mahalanobis.fit(TABLE).score(TABLE))
     for labels in (np.arange(len(TABLE)), np.zeros(3)):
-        with pytest.raises(FaroutError, match="one label a row"):
+        with pytest.raises(FaroutError, match="one label per row"):
             ClassMahalanobis.fit(TABLE, labels)
 
 
@@ -138,22 +138,22 @@ def test_kernels_are_scipys_with_the_same_width_in_every_direction() -> None:
 
 
 def test_the_nearest_are_scikit_learns() -> None:
-    fitted = Nearest.fit(TABLE[:50], k=5)
+    fitted = NearestNeighbor.fit(TABLE[:50], k=5)
     z = (TABLE - fitted.mean) / fitted.std
     distances, _ = NearestNeighbors(n_neighbors=5).fit(z[:50]).kneighbors(z)
     assert np.allclose(fitted.score(TABLE), distances[:, 4])
-    assert int(Nearest.fit(TABLE[:3], k=5).k) == 3, "there are no more than there are"
+    assert int(NearestNeighbor.fit(TABLE[:3], k=5).k) == 3, "there are no more than there are"
 
 
 def test_principal_components_part_a_table() -> None:
     """The fewest components that explain the share; what they keep and what they leave make up the whole."""
     plane = np.random.default_rng(1).normal(size=(200, 2)) @ np.random.default_rng(2).normal(size=(2, 5))
-    fitted = Principal.fit(plane, share=0.999)
+    fitted = PrincipalComponents.fit(plane, explained=0.999)
     assert fitted.axes.shape == (5, 2)
     inside, outside = fitted.project(plane)
     assert np.allclose(outside, 0, atol=1e-9)
-    assert Principal.fit(TABLE).axes.shape == (4, 4)
-    few = Principal.fit(TABLE, most=1)
+    assert PrincipalComponents.fit(TABLE).axes.shape == (4, 4)
+    few = PrincipalComponents.fit(TABLE, max_components=1)
     inside, outside = few.project(TABLE)
     z = (TABLE - few.mean) / few.std
     assert np.allclose(inside @ few.axes.T + outside, z)

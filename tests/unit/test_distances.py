@@ -128,7 +128,7 @@ def test_a_class_may_have_one_image_but_not_every_class() -> None:
     labels[0] = 9
     detector = learnt(Mahalanobis, table, labels, classes=True)
     assert np.isfinite(scored(detector, table)["conditional"]).all()
-    with pytest.raises(FaroutError, match="class of two rows"):
+    with pytest.raises(FaroutError, match="class with two rows"):
         learnt(Mahalanobis, table, np.arange(40), classes=True)
 
 

@@ -15,7 +15,7 @@ from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.features.cache import list_cached_features
-from farout.features.extraction import CachedFeatures, extract
+from farout.features.extraction import CachedFeatures, extract_features
 from farout.features.extractor import FeatureExtractor
 from image_files import pixels
 from small import pictures
@@ -139,6 +139,6 @@ def test_an_extraction_that_could_not_be_kept_is_not_begun(
 
 def test_wrong_settings_of_an_extraction_are_named() -> None:
     with pytest.raises(FaroutError, match="batch_size"):
-        extract(torch.rand(2, 3, 8, 8), batch_size=0)
+        extract_features(torch.rand(2, 3, 8, 8), batch_size=0)
     with pytest.raises(FaroutError, match="native"):
-        extract(torch.rand(2, 3, 8, 8), native=(8,))  # type: ignore[arg-type]
+        extract_features(torch.rand(2, 3, 8, 8), native=(8,))  # type: ignore[arg-type]

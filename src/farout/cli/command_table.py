@@ -111,7 +111,7 @@ COMMANDS = {
     "chain": Command("Run several commands from one YAML file.", "cli.chain:chain"),
     "features extract": Command(
         "Compute features of images once, for all later fits and scores.",
-        "features.extraction:extract",
+        "features.extraction:extract_features",
         "cli.commands.features:print_extraction",
     ),
     "features list": Command(

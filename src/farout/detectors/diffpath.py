@@ -139,7 +139,7 @@ class DiffPath(Detector):
     def fit_statistics(self, measurements: Measurements) -> None:
         """Fit the densities of the statistics of normal images."""
         statistics = self._statistics(measurements)
-        self.mixture = GaussianMixture.fit(statistics["six"], seed=self.seed, most=self.config["components"])
+        self.mixture = GaussianMixture.fit(statistics["six"], seed=self.seed, max_components=self.config["components"])
         self.kernels = {name: KernelDensity.fit(statistics[name]) for name in ("curvature", "rate")}
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:

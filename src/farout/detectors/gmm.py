@@ -11,7 +11,7 @@ from torch import Tensor
 from farout.core.errors import FaroutError
 from farout.detectors.feature_detector import VectorDetector
 from farout.detectors.results import Measurements
-from farout.features.densities import GaussianMixture, Principal, pack_arrays, unpack_arrays
+from farout.features.densities import GaussianMixture, PrincipalComponents, pack_arrays, unpack_arrays
 
 __all__ = ["GMM"]
 
@@ -48,7 +48,7 @@ class GMM(VectorDetector):
         super().__init__(**features)
         if dimensions < 1 or components < 1:
             raise FaroutError(f"dimensions and components must be at least 1, got {dimensions} and {components}")
-        self.principal: Principal | None = None
+        self.principal: PrincipalComponents | None = None
         self.mixture: GaussianMixture | None = None
         self.residual_variance = 1.0
 
@@ -56,9 +56,11 @@ class GMM(VectorDetector):
         """Fit principal components, the mixture on them, and the variance of the residual."""
         z = self.vectors(measurements)
         dimensions = min(int(self.config["dimensions"]), max(1, len(z) // 10))
-        self.principal = Principal.fit(z, most=dimensions)
+        self.principal = PrincipalComponents.fit(z, max_components=dimensions)
         projection, residual = self.principal.project(z)
-        self.mixture = GaussianMixture.fit(projection, seed=self.seed, most=self.config["components"], shared=True)
+        self.mixture = GaussianMixture.fit(
+            projection, seed=self.seed, max_components=self.config["components"], shared=True
+        )
         other_dimensions = max(1, residual.shape[1] - projection.shape[1])
         # The columns have variance 1; a residual below a millionth of that is rounding.
         self.residual_variance = max(1e-6, float(np.square(residual).sum(1).mean()) / other_dimensions)
@@ -82,5 +84,5 @@ class GMM(VectorDetector):
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         """Restore the fitted arrays."""
         self.residual_variance = float(state["residual_variance"])
-        self.principal = Principal.from_arrays(unpack_arrays(state, "principal"))
+        self.principal = PrincipalComponents.from_arrays(unpack_arrays(state, "principal"))
         self.mixture = GaussianMixture.from_arrays(unpack_arrays(state, "mixture"))

@@ -19,7 +19,7 @@ from farout.detectors.base import Detector, Measurements
 from farout.detectors.declarations import Requirements
 from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
-from farout.features.densities import GaussianMixture, Mahalanobis, Nearest, pack_arrays, unpack_arrays
+from farout.features.densities import GaussianMixture, Mahalanobis, NearestNeighbor, pack_arrays, unpack_arrays
 
 __all__ = ["MSMA"]
 
@@ -85,7 +85,7 @@ class MSMA(Detector):
         self.levels: tuple[int, ...] = ()
         self.mixture: GaussianMixture | None = None
         self.gaussian: Mahalanobis | None = None
-        self.nearest: Nearest | None = None
+        self.nearest: NearestNeighbor | None = None
 
     def check_networks(
         self, source: ImageSource, diffusion: DiffusionModel | None, classifier: Classifier | None
@@ -150,9 +150,9 @@ class MSMA(Detector):
     def fit_statistics(self, measurements: Measurements) -> None:
         """Fit the densities of the norms of normal images."""
         norms = self._norms(measurements)
-        self.mixture = GaussianMixture.fit(norms, seed=self.seed, most=self.config["components"])
+        self.mixture = GaussianMixture.fit(norms, seed=self.seed, max_components=self.config["components"])
         self.gaussian = Mahalanobis.fit(norms)
-        self.nearest = Nearest.fit(norms, k=self.config["neighbors"])
+        self.nearest = NearestNeighbor.fit(norms, k=self.config["neighbors"])
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`mixture`, `mahalanobis` and `nearest`."""
@@ -175,4 +175,4 @@ class MSMA(Detector):
         """Restore the fitted densities."""
         self.mixture = GaussianMixture.from_arrays(unpack_arrays(state, "mixture"))
         self.gaussian = Mahalanobis.from_arrays(unpack_arrays(state, "mahalanobis"))
-        self.nearest = Nearest.from_arrays(unpack_arrays(state, "nearest"))
+        self.nearest = NearestNeighbor.from_arrays(unpack_arrays(state, "nearest"))

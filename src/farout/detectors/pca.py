@@ -11,7 +11,7 @@ from torch import Tensor
 from farout.core.errors import FaroutError
 from farout.detectors.feature_detector import VectorDetector
 from farout.detectors.results import Measurements
-from farout.features.densities import Principal
+from farout.features.densities import PrincipalComponents
 
 __all__ = ["PCA"]
 
@@ -42,11 +42,11 @@ class PCA(VectorDetector):
         super().__init__(**features)
         if not 0 < variance < 1:
             raise FaroutError(f"variance is a share between 0 and 1, got {variance}")
-        self.principal: Principal | None = None
+        self.principal: PrincipalComponents | None = None
 
     def fit_statistics(self, measurements: Measurements) -> None:
         """Fit the principal components."""
-        self.principal = Principal.fit(self.vectors(measurements), share=self.config["variance"])
+        self.principal = PrincipalComponents.fit(self.vectors(measurements), explained=self.config["variance"])
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`residual` and `fraction`."""
@@ -64,4 +64,4 @@ class PCA(VectorDetector):
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         """Restore the fitted arrays."""
-        self.principal = Principal.from_arrays(state)
+        self.principal = PrincipalComponents.from_arrays(state)

@@ -1,1 +1,1 @@
-"""Frozen backbones and what is built on their features: a cache, distances, diffusion models of features."""
+"""Frozen backbones, a cache of their features, and densities, distances and diffusion models of features."""

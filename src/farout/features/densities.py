@@ -1,4 +1,4 @@
-"""Statistics fitted on tables (n, d): means, covariances, mixtures; kept as arrays. Scores: higher = further out."""
+"""Densities and distances fitted on tables (n, d), stored as arrays; higher scores mean less typical rows."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = [
     "GaussianMixture",
     "KernelDensity",
     "Mahalanobis",
-    "Nearest",
-    "Principal",
+    "NearestNeighbor",
+    "PrincipalComponents",
     "ZScore",
     "pack_arrays",
     "unpack_arrays",
@@ -30,33 +30,33 @@ __all__ = [
 Arrays = Mapping[str, np.ndarray]
 
 
-def _table(x: np.ndarray) -> np.ndarray:
+def _check_table(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x, dtype=np.float64)
     if x.ndim != 2 or len(x) < 2:
         raise FaroutError(f"expected a table (n, d) of at least 2 rows, got shape {x.shape}")
     if not np.isfinite(x).all():
         raise FaroutError(
-            f"{int((~np.isfinite(x)).any(1).sum())} of {len(x)} rows hold values that are not finite numbers"
+            f"{int((~np.isfinite(x)).any(1).sum())} of {len(x)} rows have values that are not finite numbers"
         )
     return x
 
 
-def _standardised(x: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+def _standardize(x: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
     x = np.asarray(x, dtype=np.float64)
-    # one column would broadcast in silence
+    # one column would broadcast without an error
     if x.ndim != 2 or x.shape[1] != len(mean):
         raise FaroutError(f"expected a table (n, {len(mean)}) with the columns fitted on, got shape {x.shape}")
     return (x - mean) / std
 
 
-def _deviations(x: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sample deviations of the columns of `x`, at least float32's resolution of `values`, and 1e-12."""
+def _standard_deviations(x: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sample standard deviations of the columns of `x`, at least 1e-12 and the float32 resolution of `values`."""
     floor = np.maximum(1e-12, np.finfo(np.float32).eps * np.abs(values).max(0))
     return np.maximum(x.std(0, ddof=1), floor)
 
 
-class _Fitted:
-    """Arrays in, arrays out."""
+class FittedStatistics:
+    """Base class of fitted statistics, which are dataclasses of arrays."""
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The fitted arrays by name."""
@@ -64,14 +64,16 @@ class _Fitted:
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> Self:
-        """Rebuilds what `to_arrays` gave; raises StoreError where an array is missing or unknown."""
-        wanted = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        if set(arrays) != wanted:
-            raise StoreError(f"{cls.__name__} requires the arrays {sorted(wanted)}, got {sorted(arrays)}; fit it again")
+        """Restores the result of `to_arrays`; raises StoreError for missing or unknown arrays."""
+        expected = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        if set(arrays) != expected:
+            raise StoreError(
+                f"{cls.__name__} requires the arrays {sorted(expected)}, got {sorted(arrays)}; fit it again"
+            )
         return cls(**arrays)
 
 
-def pack_arrays(parts: Mapping[str, _Fitted]) -> dict[str, np.ndarray]:
+def pack_arrays(parts: Mapping[str, FittedStatistics]) -> dict[str, np.ndarray]:
     """The arrays of several fitted statistics, each named `part.array`."""
     return {f"{part}.{name}": array for part, fitted in parts.items() for name, array in fitted.to_arrays().items()}
 
@@ -83,11 +85,11 @@ def unpack_arrays(arrays: Arrays, part: str) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class ZScore(_Fitted):
-    """z = (x - mean) / std with the sample deviation (ddof = 1), per column (Graham et al. 2023, section 3.3).
+class ZScore(FittedStatistics):
+    """z = (x - mean) / std with the sample standard deviation (ddof = 1), per column (Graham et al. 2023, section 3.3).
 
-    A column that never varies has no scale; its deviation is set to float32's resolution of its values (at least
-    1e-12), so that an equal value has z = 0, one that differs by the rounding of a network is near, any other far out.
+    The standard deviation of a constant column is set to the float32 resolution of its values (at least 1e-12), so that
+    an equal value has z = 0, one that differs by rounding a small z, and any other a large one.
     """
 
     mean: np.ndarray
@@ -96,12 +98,12 @@ class ZScore(_Fitted):
     @classmethod
     def fit(cls, x: np.ndarray) -> Self:
         """From a table (n, d) of at least two rows."""
-        x = _table(x)
-        return cls(x.mean(0), _deviations(x, x))
+        x = _check_table(x)
+        return cls(x.mean(0), _standard_deviations(x, x))
 
     def transform(self, x: np.ndarray) -> np.ndarray:
-        """(n, d); NaN where x is. Raises FaroutError for another number of columns."""
-        return _standardised(x, self.mean, self.std)
+        """The z-scores of a table (n, d); NaN where x is NaN. Raises FaroutError for another number of columns."""
+        return _standardize(x, self.mean, self.std)
 
     def score(self, x: np.ndarray) -> np.ndarray:
         """Mean over columns of z: one-sided, (n,)."""
@@ -112,22 +114,22 @@ class ZScore(_Fitted):
         return np.abs(self.transform(x)).mean(1)
 
 
-def _standard(x: np.ndarray) -> tuple[ZScore, np.ndarray]:
-    """The z scores of a table (n, d) of at least two rows, and the table in them."""
+def _fit_transform(x: np.ndarray) -> tuple[ZScore, np.ndarray]:
+    """The z-score of a table (n, d) of at least two rows, and the transformed table."""
     z = ZScore.fit(x)
     return z, z.transform(x)
 
 
 def _precision(z: np.ndarray) -> np.ndarray:
-    """Inverse of the Ledoit-Wolf shrunk covariance of a table of mean 0; the identity where nothing varies."""
+    """Inverse of the Ledoit-Wolf shrunk covariance of a table of mean 0; the identity for a constant table."""
     if not z.any():
         return np.eye(z.shape[1])
     return LedoitWolf(assume_centered=True).fit(z).precision_
 
 
 @dataclass(frozen=True)
-class Mahalanobis(_Fitted):
-    """(x - mean)^T C^-1 (x - mean) / d, C the Ledoit-Wolf shrunk covariance (2004) of standardised columns, so that
+class Mahalanobis(FittedStatistics):
+    """(x - mean)^T C^-1 (x - mean) / d, C the Ledoit-Wolf shrunk covariance (2004) of standardized columns, so that
     it exists for n < d as well.
     """
 
@@ -138,20 +140,20 @@ class Mahalanobis(_Fitted):
     @classmethod
     def fit(cls, x: np.ndarray) -> Self:
         """From a table (n, d) of at least two rows."""
-        z, table = _standard(x)
+        z, table = _fit_transform(x)
         return cls(z.mean, z.std, _precision(table))
 
     def score(self, x: np.ndarray) -> np.ndarray:
-        """Squared distance divided by d, (n,): about 1 for images like those fitted on."""
-        z = _standardised(x, self.mean, self.std)
+        """Squared distance divided by d, (n,): about 1 for rows like those of the fit."""
+        z = _standardize(x, self.mean, self.std)
         return ((z @ self.precision) * z).sum(1) / z.shape[1]
 
 
 @dataclass(frozen=True)
-class ClassMahalanobis(_Fitted):
+class ClassMahalanobis(FittedStatistics):
     """min over classes c of (x - m_c)^T C^-1 (x - m_c) / d, C the covariance that all classes share (Lee et al. 2018,
-    section 2.1), shrunk as in `Mahalanobis`. Columns are standardised by their deviations within classes; `root` then
-    makes C the identity, and `means` are those of the classes afterwards.
+    section 2.1), shrunk as in `Mahalanobis`. Columns are standardized by their standard deviations within classes;
+    after multiplication with `root` C is the identity, and `means` are the class means in that space.
     """
 
     mean: np.ndarray
@@ -161,51 +163,51 @@ class ClassMahalanobis(_Fitted):
 
     @classmethod
     def fit(cls, x: np.ndarray, labels: np.ndarray) -> Self:
-        """From a table (n, d) and n labels; some class wants two rows, for how far a class spreads."""
-        x = _table(x)
+        """From a table (n, d) and n labels; at least one class requires two rows, for the covariance."""
+        x = _check_table(x)
         classes, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if len(labels) != len(x) or counts.max() < 2:
             given = f"{len(labels)} labels of {len(classes)} classes for {len(x)} rows"
-            raise FaroutError(f"class-wise distances require one label a row and a class of two rows, got {given}")
+            raise FaroutError(f"class-wise distances require one label per row and a class with two rows, got {given}")
         means = np.stack([x[index == number].mean(0) for number in range(len(classes))])
         inner = x - means[index]
-        mean, std = x.mean(0), _deviations(inner, x)
+        mean, std = x.mean(0), _standard_deviations(inner, x)
         root = np.linalg.cholesky(_precision(inner / std))
         return cls(mean, std, ((means - mean) / std) @ root, root)
 
     def score(self, x: np.ndarray) -> np.ndarray:
         """Squared distance to the nearest class, divided by d, (n,)."""
-        white = _standardised(x, self.mean, self.std) @ self.root
-        return np.stack([np.square(white - mean).sum(1) for mean in self.means]).min(0) / white.shape[1]
+        whitened = _standardize(x, self.mean, self.std) @ self.root
+        return np.stack([np.square(whitened - mean).sum(1) for mean in self.means]).min(0) / whitened.shape[1]
 
 
 @dataclass(frozen=True)
-class Principal(_Fitted):
-    """Principal components of standardised columns: eigenvectors (d, k) of their correlation matrix."""
+class PrincipalComponents(FittedStatistics):
+    """Principal components of standardized columns: eigenvectors (d, k) of their correlation matrix."""
 
     mean: np.ndarray
     std: np.ndarray
     axes: np.ndarray
 
     @classmethod
-    def fit(cls, x: np.ndarray, *, share: float = 1.0, most: int | None = None) -> Self:
-        """The fewest components, at least one, that explain `share` of the variance, but no more than `most`."""
-        z, table = _standard(x)
+    def fit(cls, x: np.ndarray, *, explained: float = 1.0, max_components: int | None = None) -> Self:
+        """The fewest components, at least one, that explain this fraction of the variance, at most `max_components`."""
+        z, table = _fit_transform(x)
         variances, axes = np.linalg.eigh(table.T @ table / len(table))
-        explained = np.cumsum(np.maximum(variances[::-1], 0))
-        count = 1 + int(np.searchsorted(explained, share * explained[-1]))
-        return cls(z.mean, z.std, axes[:, ::-1][:, : min(count, most or len(axes))].copy())
+        cumulative = np.cumsum(np.maximum(variances[::-1], 0))
+        count = 1 + int(np.searchsorted(cumulative, explained * cumulative[-1]))
+        return cls(z.mean, z.std, axes[:, ::-1][:, : min(count, max_components or len(axes))].copy())
 
     def project(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Coordinates along the components (n, k), and what they leave of the standardised columns (n, d)."""
-        z = _standardised(x, self.mean, self.std)
-        inside = z @ self.axes
-        return inside, z - inside @ self.axes.T
+        """Coordinates along the components (n, k), and the residual of the standardized columns (n, d)."""
+        z = _standardize(x, self.mean, self.std)
+        coordinates = z @ self.axes
+        return coordinates, z - coordinates @ self.axes.T
 
 
 @dataclass(frozen=True)
-class GaussianMixture(_Fitted):
-    """-log density of a Gaussian mixture on standardised columns; the number of components by BIC."""
+class GaussianMixture(FittedStatistics):
+    """-log density of a Gaussian mixture on standardized columns; the number of components by BIC."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -214,19 +216,19 @@ class GaussianMixture(_Fitted):
     roots: np.ndarray
 
     @classmethod
-    def fit(cls, x: np.ndarray, *, seed: int = 0, most: int = 3, shared: bool = False) -> Self:
-        """From a table (n, d) of at least two rows, with up to `most` components.
+    def fit(cls, x: np.ndarray, *, seed: int = 0, max_components: int = 3, shared: bool = False) -> Self:
+        """From a table (n, d) of at least two rows, with up to `max_components` components.
 
-        Each has its own covariance, which wants 10 d rows a component; or all have one (`shared`), which wants 20 rows
-        a component, and their numbers double from 1.
+        Each component has its own covariance, which requires 10 d rows per component; or all have the same (`shared`),
+        which requires 20 rows per component, with component counts 1, 2, 4, ...
         """
-        z, table = _standard(x)
-        # copies of a row add nothing
+        z, table = _fit_transform(x)
+        # duplicate rows do not count
         rows = len(np.unique(table, axis=0))
-        limit = max(1, min(most, rows // (20 if shared else 10 * table.shape[1])))
+        limit = max(1, min(max_components, rows // (20 if shared else 10 * table.shape[1])))
         counts = [2**i for i in range(limit.bit_length())] if shared else range(1, 1 + limit)
         kind = {"covariance_type": "tied" if shared else "full", "reg_covar": 1e-2, "max_iter": 500, "n_init": 2}
-        # several threads on matrices this small wait for each other
+        # for matrices this small, several threads are slower than one
         with threadpool_limits(1, user_api="blas"):
             fits = [_Mixture(count, random_state=seed, **kind).fit(table) for count in counts]
         best = min(fits, key=lambda mixture: mixture.bic(table))
@@ -235,7 +237,7 @@ class GaussianMixture(_Fitted):
 
     def score(self, x: np.ndarray) -> np.ndarray:
         """-log sum_k w_k N(z; m_k, C_k), (n,), with the Cholesky factors of the inverse covariances."""
-        z = _standardised(x, self.mean, self.std)
+        z = _standardize(x, self.mean, self.std)
         parts = []
         for mean, root in zip(self.means, self.roots, strict=True):
             distance = np.square((z - mean) @ root).sum(1)
@@ -244,10 +246,10 @@ class GaussianMixture(_Fitted):
 
 
 @dataclass(frozen=True)
-class KernelDensity(_Fitted):
-    """-log of the mean of Gaussian kernels N(x; x_i, width^2 I) around the rows x_i fitted on, columns standardised.
+class KernelDensity(FittedStatistics):
+    """-log of the mean of Gaussian kernels N(x; x_i, width^2 I) around the rows x_i of the fit, columns standardized.
 
-    The kernels' deviation follows Scott's rule, n^(-1 / (d + 4)) (1992). Two-sided; meant for one to few columns.
+    The kernel width follows Scott's rule, n^(-1 / (d + 4)) (1992). Two-sided; meant for one to few columns.
     """
 
     mean: np.ndarray
@@ -258,20 +260,20 @@ class KernelDensity(_Fitted):
     @classmethod
     def fit(cls, x: np.ndarray) -> Self:
         """From a table (n, d) of at least two rows."""
-        z, rows = _standard(x)
+        z, rows = _fit_transform(x)
         return cls(z.mean, z.std, rows, np.asarray(len(rows) ** (-1 / (rows.shape[1] + 4))))
 
     def score(self, x: np.ndarray) -> np.ndarray:
-        """-log density of the standardised rows, (n,); far out it grows as the squared distance."""
-        z = _standardised(x, self.mean, self.std)
+        """-log density of the standardized rows, (n,); far from all rows it grows as the squared distance."""
+        z = _standardize(x, self.mean, self.std)
         squares = np.square(cdist(z, self.rows) / self.width)
         normal = z.shape[1] * np.log(self.width * np.sqrt(2 * np.pi)) + np.log(len(self.rows))
         return normal - logsumexp(-0.5 * squares, axis=1)
 
 
 @dataclass(frozen=True)
-class Nearest(_Fitted):
-    """Distance to the k-th nearest of the rows fitted on, columns standardised; brute force."""
+class NearestNeighbor(FittedStatistics):
+    """Distance to the k-th nearest row of the fit, columns standardized; brute force."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -281,11 +283,11 @@ class Nearest(_Fitted):
     @classmethod
     def fit(cls, x: np.ndarray, *, k: int = 1) -> Self:
         """From a table (n, d) of at least two rows; k is at most n."""
-        z, rows = _standard(x)
+        z, rows = _fit_transform(x)
         return cls(z.mean, z.std, rows, np.asarray(min(k, len(rows))))
 
     def score(self, x: np.ndarray) -> np.ndarray:
         """Euclidean distance, (n,)."""
-        distances = cdist(_standardised(x, self.mean, self.std), self.rows)
-        place = int(self.k) - 1
-        return np.partition(distances, place, axis=1)[:, place]
+        distances = cdist(_standardize(x, self.mean, self.std), self.rows)
+        index = int(self.k) - 1
+        return np.partition(distances, index, axis=1)[:, index]

@@ -1,4 +1,4 @@
-"""How pooled features become the vectors that a feature denoiser sees."""
+"""The encoding of pooled features as input vectors of a feature denoiser."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ Standardize = Literal["image", "channel"]
 
 @dataclass(frozen=True)
 class FeatureEncoding:
-    """Features (B, sum of channels), layer by layer -> encoded vectors (B, width), in `groups` of one layer each.
+    """Encodes features (B, sum of channels), layer by layer, as vectors (B, width) in `groups`, one per layer.
 
-    `image`: each layer of each image to mean 0 and standard deviation 1 over its channels, the paper's (Yang et al.
-    2024, section 3.2; unbiased deviation, + 1e-5, as released): what a layer's mean and size say is lost. `channel`:
-    each channel by its mean and deviation over good images. With `summaries`, each layer's mean and log deviation over
-    its channels, standardised over good images, are one group more.
+    `image` scales each layer of each image to mean 0 and standard deviation 1 over its channels, as in the paper (Yang
+    et al. 2024, section 3.2; unbiased standard deviation + 1e-5, as released), which discards a layer's mean and
+    magnitude. `channel` standardizes each channel over normal images. With `summaries`, the mean and log standard
+    deviation of each layer over its channels, standardized over normal images, are an additional group.
 
     Args:
         channels: features per layer.
         standardize: `image` or `channel`.
-        summaries: whether the layers' means and log deviations are appended.
-        shift, scale: (channels + 2 layers,) statistics of good images, set by `fitted`.
+        summaries: whether the layers' means and log standard deviations are appended.
+        shift: means over normal images, (channels + 2 layers,), set by `fit`.
+        scale: standard deviations over normal images, (channels + 2 layers,), set by `fit`.
     """
 
     channels: tuple[int, ...]
@@ -39,9 +40,11 @@ class FeatureEncoding:
 
     def __post_init__(self) -> None:
         if self.standardize not in ("image", "channel"):
-            raise FaroutError(f"features are standardised by 'image' or 'channel', got {self.standardize!r}")
+            raise FaroutError(f"standardize must be 'image' or 'channel', got {self.standardize!r}")
         if min(self.channels, default=0) < 2:
-            raise FaroutError(f"every layer requires two channels or more for a deviation, got {list(self.channels)}")
+            raise FaroutError(
+                f"every layer requires at least two channels for a standard deviation, got {list(self.channels)}"
+            )
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -50,18 +53,18 @@ class FeatureEncoding:
 
     @property
     def width(self) -> int:
-        """Numbers of an encoded image."""
+        """Length of an encoded vector."""
         return sum(self.groups)
 
     def fit(self, features: Tensor) -> FeatureEncoding:
-        """The encoding with the statistics of good images' features (n, sum of channels)."""
-        whole = torch.cat([features.double(), self._summarised(features.double())], dim=1)
-        scale = whole.std(0) if len(whole) > 1 else torch.ones(whole.shape[1])
-        # a channel that never varies has no scale of its own
-        scale = torch.where(scale > 1e-6 * whole.abs().amax(0).clamp(min=1e-6), scale, torch.ones_like(scale))
-        return FeatureEncoding(self.channels, self.standardize, self.summaries, whole.mean(0).float(), scale.float())
+        """The same encoding with the statistics of normal images' features (n, sum of channels)."""
+        values = torch.cat([features.double(), self._summarize(features.double())], dim=1)
+        scale = values.std(0) if len(values) > 1 else torch.ones(values.shape[1])
+        # a constant channel is not scaled
+        scale = torch.where(scale > 1e-6 * values.abs().amax(0).clamp(min=1e-6), scale, torch.ones_like(scale))
+        return FeatureEncoding(self.channels, self.standardize, self.summaries, values.mean(0).float(), scale.float())
 
-    def _summarised(self, features: Tensor) -> Tensor:
+    def _summarize(self, features: Tensor) -> Tensor:
         parts = features.split(self.channels, dim=1)
         means = torch.stack([part.mean(1) for part in parts], dim=1)
         stds = torch.stack([part.std(1) for part in parts], dim=1)
@@ -70,19 +73,19 @@ class FeatureEncoding:
     def __call__(self, features: Tensor) -> Tensor:
         """Encoded vectors, float32.
 
-        Raises FaroutError for another number of features, and where statistics of good images are wanted and lacking.
+        Raises FaroutError for another number of features, and for an encoding that requires `fit` first.
         """
         if features.ndim != 2 or features.shape[1] != sum(self.channels):
             raise FaroutError(f"expected features (B, {sum(self.channels)}), got {tuple(features.shape)}")
         if not len(self.shift) and (self.summaries or self.standardize == "channel"):
-            raise FaroutError("this encoding is not fitted; call fitted(features) first")
+            raise FaroutError("this encoding is not fitted; call fit(features) first")
         count = sum(self.channels)
         shift, scale = self.shift.to(features.device), self.scale.to(features.device)
         if self.standardize == "image":
             parts = features.split(self.channels, dim=1)
-            whole = [(p - p.mean(1, keepdim=True)) / (p.std(1, keepdim=True) + 1e-5) for p in parts]
+            groups = [(p - p.mean(1, keepdim=True)) / (p.std(1, keepdim=True) + 1e-5) for p in parts]
         else:
-            whole = [(features - shift[:count]) / scale[:count]]
+            groups = [(features - shift[:count]) / scale[:count]]
         if self.summaries:
-            whole.append((self._summarised(features) - shift[count:]) / scale[count:])
-        return torch.cat(whole, dim=1).float()
+            groups.append((self._summarize(features) - shift[count:]) / scale[count:])
+        return torch.cat(groups, dim=1).float()

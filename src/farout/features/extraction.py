@@ -1,4 +1,4 @@
-"""Features of images through the cache: what detectors read, and what `farout features extract` computes beforehand."""
+"""Features of images through the cache, for detectors and for `farout features extract`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from farout.data.sources import Images, open_source
 from farout.features.cache import FeatureCache
 from farout.features.extractor import FeatureExtractor
 
-__all__ = ["CachedFeatures", "Extraction", "extract"]
+__all__ = ["CachedFeatures", "Extraction", "extract_features"]
 
 _CPU_CHUNK, _ACCELERATOR_CHUNK = 16, 128
-"""Images prepared and computed at a time; calls of the backbone may be smaller."""
+"""Number of images prepared and computed at a time; calls of the backbone may be smaller."""
 
 
 class CachedFeatures:
@@ -33,10 +33,10 @@ class CachedFeatures:
 
     Args:
         extractor: the backbone, on its device.
-        preprocessing: how images are brought to it.
+        preprocessing: preprocessing of its images.
         batch_size: the most rows of one call of the backbone; `auto`: by memory.
-        precision: of the backbone.
-        root: folder of the cache; None: the user's.
+        precision: precision of the backbone.
+        root: folder of the cache; None: `cache_folder()`.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class CachedFeatures:
         self.cache = FeatureCache(extractor.width, self._settings(), root, extractor.describe())
 
     def _settings(self) -> dict[str, Any]:
-        """All that decides the features but the image and the versions of libraries, which the cache adds."""
+        """All that decides the features except the image and the library versions, which the cache adds."""
         return {
             "content_hash": self.extractor.content_hash,
-            "preprocessing": _deciding(self.preprocessing),
+            "preprocessing": _used_settings(self.preprocessing),
             "precision": self.precision,
             "device": self.extractor.device.type,
         }
 
     def batches(self, source: ImageSource, size: int, workers: int) -> Iterator[Batch]:
-        """Batches of `size` positions of the source, features in place of the images; see `FeatureCache.batches`."""
+        """Batches of `size` images of the source with features instead of pixels; see `FeatureCache.batches`."""
         chunk = _CPU_CHUNK if self.extractor.device.type == "cpu" else _ACCELERATOR_CHUNK
         return self.cache.batches(source, self.preprocessing, size, workers, self._compute, chunk)
 
@@ -69,8 +69,8 @@ class CachedFeatures:
         return self.extractor.pooled_features(images, self.batch_size, self.precision)
 
 
-def _deciding(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Its values without those that its protocol does not use."""
+def _used_settings(preprocessing: Preprocessing) -> dict[str, Any]:
+    """Settings of the preprocessing without those that its protocol does not use."""
     values = preprocessing.to_dict()
     unused = {"direct": {"native", "jpeg_quality"}, "native": {"jpeg_quality"}, "common": set[str]()}
     return {name: value for name, value in values.items() if name not in unused[preprocessing.protocol]}
@@ -78,7 +78,16 @@ def _deciding(preprocessing: Preprocessing) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What `extract` did. computed, found: readable images; seconds: without loading the backbone."""
+    """Result of `extract_features`.
+
+    Attributes:
+        source: name of the source.
+        folder: folder of the features in the cache.
+        computed: number of images whose features were computed.
+        found: number of images whose features were in the cache.
+        unreadable: unreadable images and the reasons.
+        seconds: duration without loading the backbone.
+    """
 
     source: str
     folder: Path
@@ -88,7 +97,7 @@ class Extraction:
     seconds: float
 
 
-def extract(
+def extract_features(
     source: Images,
     *,
     backbone: str = "lite0",
@@ -127,8 +136,8 @@ def extract(
         workers: number of threads that decode images.
 
     Raises:
-        FaroutError: for settings, sources or weights that do not go together.
-        StoreError: where the cache cannot be written.
+        FaroutError: for incompatible settings, sources or weights.
+        StoreError: if the cache cannot be written.
     """
     runtime = Runtime(device, precision, batch_size, workers).resolved()
     if native is not None and (len(native) != 2 or min(native) < 1):

@@ -1,4 +1,4 @@
-"""Pooled and per-position features of images from several depths of a frozen backbone."""
+"""Pooled and per-position features of images from several layers of a frozen backbone."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ KIND = "feature extractor"
 
 
 class FeatureExtractor:
-    """A frozen backbone and its taps.
+    """A frozen backbone and the layers whose features are extracted.
 
     Args:
-        network: gives one feature map (B, c, h, w), or (B, h, w, c) as its `output_fmt` says, per tap.
-        name: timm's name of it.
-        layers: the taps, as timm numbers them.
+        network: returns one feature map (B, c, h, w) per layer, or (B, h, w, c) according to its `output_fmt`.
+        name: name in timm.
+        layers: indices of the layers, as in timm.
         size: side of the square input in pixels.
         mean: mean of each input channel.
         std: standard deviation of each input channel.
-        origin: in words, where the weights come from.
+        origin: description of where the weights come from.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class FeatureExtractor:
         self.mean, self.std = tuple(mean), tuple(std)
         self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
         self.device = torch.device("cpu")
-        # features of transformers are those before the final norm; a few of their channels would drown the others
-        self.normalise = backbones.is_transformer(network)
+        # transformer features are taken before the final norm, where a few channels would dominate the others
+        self.normalize = backbones.is_transformer(network)
         self._channels_last = backbones.is_channels_last(network)
 
     @classmethod
@@ -63,12 +63,12 @@ class FeatureExtractor:
         layers: Sequence[int] | None = None,
         size: int | None = None,
     ) -> Self:
-        """A preset (`lite0`, `b4`, `resnet50`, `dinov2`) or any network of timm's by name.
+        """Builds a preset (`lite0`, `b4`, `resnet50`, `dinov2`) or any timm network by name.
 
         `weights`, `layers` and `size` override the preset's; see `farout.features.backbones.create`, also for errors.
         """
         if layers is not None and not layers:
-            raise FaroutError("layers is empty; name at least one, or leave it out for the backbone's own")
+            raise FaroutError("layers is empty; give at least one, or leave it out for the backbone's default")
         preset = backbones.BACKBONES.get(backbone)
         name = preset.name if preset else backbone
         taps = layers or backbones.default_layers(backbone)
@@ -86,21 +86,21 @@ class FeatureExtractor:
         """Moves the network."""
         self.network.to(device)
         self.device = torch.device(device)
-        self.__dict__.pop("_fast", None)
+        self.__dict__.pop("_folded", None)
         return self
 
     @cached_property
-    def _fast(self) -> nn.Module:
-        """What is run; `network` keeps the weights as they came."""
+    def _folded(self) -> nn.Module:
+        """The network that is evaluated; `network` keeps the original weights."""
         return fold_batch_norm(self.network, self.size)
 
     def pooled_features(self, images: Tensor, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> Tensor:
-        """Images (B, 3, size, size) in [0, 1] -> features (B, width) float32: means over positions, layer by layer."""
+        """Features (B, width) float32 of images (B, 3, size, size) in [0, 1]: means over positions, layer by layer."""
 
-        def call(chunk: Tensor) -> Tensor:
-            return torch.cat([level.float().mean((2, 3)) for level in self._levels(chunk, precision)], dim=1)
+        def pool(chunk: Tensor) -> Tensor:
+            return torch.cat([level.float().mean((2, 3)) for level in self._feature_maps(chunk, precision)], dim=1)
 
-        return self._run(call, images, batch_size)
+        return self._call_network(pool, images, batch_size)
 
     def feature_grid(
         self, images: Tensor, side: int, batch_size: BatchSize = "auto", precision: Precision = "fp32"
@@ -109,37 +109,39 @@ class FeatureExtractor:
         enlarged bilinearly, to one grid.
         """
 
-        def call(chunk: Tensor) -> Tensor:
-            return torch.cat([_to_grid(level.float(), side) for level in self._levels(chunk, precision)], dim=1)
+        def resize(chunk: Tensor) -> Tensor:
+            return torch.cat(
+                [_resize_to_grid(level.float(), side) for level in self._feature_maps(chunk, precision)], dim=1
+            )
 
-        return self._run(call, images, batch_size)
+        return self._call_network(resize, images, batch_size)
 
-    def _run(self, call: Callable[..., Tensor], images: Tensor, batch_size: BatchSize) -> Tensor:
+    def _call_network(self, call: Callable[..., Tensor], images: Tensor, batch_size: BatchSize) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
-            raise FaroutError(f"the backbone takes images (B, 3, H, W), got {tuple(images.shape)}")
+            raise FaroutError(f"the backbone requires images (B, 3, H, W), got {tuple(images.shape)}")
         with torch.no_grad():
             ready = images.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
-            return call_in_chunks(self._fast, call, ready, batch_size=batch_size)
+            return call_in_chunks(self._folded, call, ready, batch_size=batch_size)
 
-    def _levels(self, images: Tensor, precision: Precision) -> list[Tensor]:
+    def _feature_maps(self, images: Tensor, precision: Precision) -> list[Tensor]:
         mean, std = (torch.tensor(v, device=images.device).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
         with autocast(self.device, precision):
-            levels = self._fast((images - mean) / std)
+            levels = self._folded((images - mean) / std)
         if self._channels_last:
             levels = [level.movedim(-1, 1) for level in levels]
-        if not self.normalise:
+        if not self.normalize:
             return levels
         return [functional.layer_norm(v.float().movedim(1, -1), v.shape[1:2]).movedim(-1, 1) for v in levels]
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of the weights and of everything that decides the features but preprocessing and precision."""
+        """SHA-256 of the weights and of all settings that decide the features, except preprocessing and precision."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        described = f"{self.name} {self.layers} {self.size} {self.mean} {self.std} {self.normalise}"
+        described = f"{self.name} {self.layers} {self.size} {self.mean} {self.std} {self.normalize}"
         return store.hash_tensors({**tensors, described: torch.zeros(1)})
 
     def describe(self) -> dict[str, Any]:
-        """For the model card: network, taps, weights."""
+        """Network, layers and weights, for the model card."""
         return {
             "backbone": self.name,
             "weights": self.origin,
@@ -165,23 +167,23 @@ class FeatureExtractor:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Raises StoreError for a folder that is missing, incomplete, altered or of another kind."""
+        """Loads a saved extractor; raises StoreError for a folder that is missing, altered or of another kind."""
         config = store.read_config(folder, KIND)
         network, _ = backbones.create_backbone(config["name"], tuple(config["layers"]), config["size"], "random")
         try:
             network.load_state_dict(store.load_tensors(Path(folder) / "model.safetensors"))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise StoreError(f"the weights in {folder} do not fit timm {timm.__version__} ({reason})") from error
-        found = cls(
+            raise StoreError(f"the weights in {folder} do not match timm {timm.__version__} ({reason})") from error
+        extractor = cls(
             network, config["name"], config["layers"], config["size"], config["mean"], config["std"], config["origin"]
         )
-        if found.content_hash != config["content_hash"]:
+        if extractor.content_hash != config["content_hash"]:
             raise StoreError(f"{folder}: the weights are not those that were saved (their hash differs)")
-        return found
+        return extractor
 
 
-def _to_grid(level: Tensor, side: int) -> Tensor:
+def _resize_to_grid(level: Tensor, side: int) -> Tensor:
     if level.shape[-1] >= side and level.shape[-2] >= side:
         return functional.adaptive_avg_pool2d(level, side)
     return functional.interpolate(level, size=(side, side), mode="bilinear", align_corners=False)

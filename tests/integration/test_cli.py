@@ -14,8 +14,9 @@ from PIL import Image
 from farout import load
 from farout.cli import main
 from farout.cli.command_table import COMMANDS, import_object
+from farout.cli.commands.score import print_scored_folder
 from farout.cli.parsers import CommandParser, parse
-from farout.scoring.folder import read_scores
+from farout.scoring.folder import ScoredFolder, read_scores
 from small import model, pictures
 from tolerances import assert_same_scores
 
@@ -259,13 +260,26 @@ def test_a_damaged_file_stops_a_fit_and_is_listed_by_a_score(
     fit = ["fit", "reconstruction", folder, "--diffusion", place / "model", "--out", tmp_path / "d", *FIT]
     assert damage in refused(capsys, fit, 1)
     assert run(["score", place / "d", folder, "--out", tmp_path / "r", "--limit", "null"]) == 0
-    assert "1 unreadable" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 unreadable" in printed
+    assert f"  unreadable: {damage}: " in printed
     frame = pd.read_csv(tmp_path / "r" / "scores.csv").set_index("key")
     assert frame.loc[damage, "status"] == "unreadable"
     assert pd.isna(frame.loc[damage, "is_ood"])
     assert damage in json.loads((tmp_path / "r" / "manifest.json").read_text())["unreadable"]
     strict = ["score", place / "d", folder, "--out", tmp_path / "s", "--policy", "raise"]
     assert damage in refused(capsys, strict, 1)
+
+
+def test_some_unreadable_images_are_named_and_the_others_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unreadable = {f"{number}.png": "cannot be decoded" for number in range(7)}
+    print_scored_folder(ScoredFolder(tmp_path, {"unreadable": 7}, 0, unreadable, 7, 1.0))
+    printed = capsys.readouterr().out
+    assert printed.count("unreadable: ") == 5
+    assert "  unreadable: 4.png: cannot be decoded\n" in printed
+    assert "and 2 more unreadable images, listed in manifest.json" in printed
 
 
 # -- fit ----------------------------------------------------------------------------------------------------------
@@ -278,6 +292,16 @@ def test_a_fit_keeps_the_resolved_configuration(place: Path) -> None:
     assert config["alpha"] == 0.1
     assert config["provenance"]["images"]["statistics"] >= 30
     assert config["provenance"]["fit_s"] > 0
+
+
+def test_a_fit_says_that_it_replaces_a_detector(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fit", "pca", place / "good", "--size", "32", "--alpha", "0.1", "--out", tmp_path / "d"]
+    assert run(words) == 0
+    assert "is replaced" not in capsys.readouterr().err
+    assert run(words) == 0
+    assert "contains a detector, which is replaced" in capsys.readouterr().err
 
 
 def resolved(*words: object) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from farout.core.errors import FaroutError, ShortfallWarning, TrapWarning
 from farout.core.progress import task
@@ -79,7 +79,7 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
     network = detector.diffusion if requirements.diffusion == "images" else detector.classifier
     if network is not None:
         # the network's own preprocessing, with the native size of the images that are in-distribution in this fit
-        own = network.preprocessing
+        own = cast("DiffusionModel | Classifier", network).preprocessing
         native = Preprocessing.for_source(source, crop=own.crop, largest=1 << 20).native
         detector.preprocessing = replace(own, native=native, protocol=settings.protocol or own.protocol)
     elif not requirements.backbone:

@@ -223,7 +223,9 @@ def _write_tables(
     detector: Detector, source: ImageSource, parts: list[range], out: Path, fdr: float | None
 ) -> dict[str, Any]:
     """Join the parts to `measurements.parquet` and `scores.csv`; returns the counts for the manifest."""
-    scores, unreadable, contents = [], {}, []
+    scores: list[Scores] = []
+    unreadable: dict[str, str] = {}
+    contents: list[str] = []
     with ExitStack() as stack:
         writer = None
         for part in parts:

@@ -181,7 +181,7 @@ def _fit_principal_space(features: Tensor, head: LinearHead, dimensions: int | N
 def _fit_shrunk_gaussians(features: Tensor, classes: Tensor) -> dict[str, Tensor]:
     """Class means, and precisions within classes and of all images together (Ledoit and Wolf 2004)."""
     features = features.double()
-    predicted, index = classes.unique(return_inverse=True)
+    predicted, index = torch.unique(classes, return_inverse=True)
     means = torch.stack([features[index == k].mean(0) for k in range(len(predicted))])
     background = features.mean(0)
     return {
@@ -204,7 +204,7 @@ def _fit_precision(residuals: Tensor) -> Tensor:
 def _fit_empirical_gaussians(features: Tensor, classes: Tensor) -> dict[str, Tensor]:
     """The library's own fit: sums of outer products with 1e-6 on the diagonal, inverted in float32."""
     count, width = features.shape
-    predicted, index = classes.unique(return_inverse=True)
+    predicted, index = torch.unique(classes, return_inverse=True)
     if count <= width + len(predicted):
         raise FaroutError(
             f"an empirical covariance of {width} features requires more than {count} statistics images; "

@@ -279,8 +279,8 @@ class Semantic(FeatureDetector):
     def _compare_layers(self, x0: Tensor, reconstructions: list[Tensor]) -> dict[str, Tensor]:
         """e_g and c_g of every layer, and e_g of the denoiser after the first epoch: (B, level, draw) by name."""
         # float64, since 1 - cos of nearly parallel vectors cancels in float32
-        layers = in_float64(x0[:, None, None]).split(self.layer_widths, dim=-1)
-        x0hat, *first_x0hat = [in_float64(r).split(self.layer_widths, dim=-1) for r in reconstructions]
+        layers = torch.split(in_float64(x0[:, None, None]), self.layer_widths, dim=-1)
+        x0hat, *first_x0hat = [torch.split(in_float64(r), self.layer_widths, dim=-1) for r in reconstructions]
         metrics = {f"error_{g}": (a - b).square().mean(-1) for g, (a, b) in enumerate(zip(layers, x0hat))}
         for g, (a, b) in enumerate(zip(layers, x0hat)):
             metrics[f"angle_{g}"] = 1 - functional.cosine_similarity(a, b, dim=-1)

@@ -43,7 +43,7 @@ VOS = Exposure(loss="vos", queue=4, draws=50, start=0.25)
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes that brightness tells apart."""
+    """Two classes that differ in brightness."""
     folder = tmp_path_factory.mktemp("tree") / "classes"
     for number, (name, low) in enumerate([("dark", 0), ("light", 190)]):
         pictures(folder / name, 40, low=low, spread=60, seed=number)
@@ -52,7 +52,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures as bright as those of the classes, which their order of pixels tells apart."""
+    """Pictures as bright as those of the classes, with another order of pixels."""
     return ordered(tmp_path_factory.mktemp("outliers") / "images", 11)
 
 
@@ -65,7 +65,7 @@ def ordered(folder: Path, count: int, seed: int = 5) -> Path:
     return folder
 
 
-def trained(source: object, out: Path, **settings: object) -> Classifier:
+def train_tiny(source: object, out: Path, **settings: object) -> Classifier:
     given = {"model": CONFIG, "training": FEW, "alpha": 0.1, "statistics": 10, **settings}
     return train_classifier(source, out, **given)
 
@@ -75,7 +75,7 @@ def same(one: Classifier, two: Classifier) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.module.state_dict().items())
 
 
-# outliers beside images
+# outliers next to images
 
 
 def test_large_outliers_are_shrunk_by_the_chosen_kernel() -> None:
@@ -150,9 +150,9 @@ def test_reconstructions_take_the_place_of_a_share_of_the_images(tree: Path, out
     both = exposure_data.add_to(pairs, ("dark", "light"), (), how, 0)
     torch.manual_seed(0)
     items = [both.at(position, position % 80) for position in range(400)]
-    remade = [item for item in items if bool(item[0].any())]
-    assert 70 < len(remade) < 130
-    assert all(int(label) == int(image.mean() > 0.5) for image, label, _ in remade)
+    reconstructed = [item for item in items if bool(item[0].any())]
+    assert 70 < len(reconstructed) < 130
+    assert all(int(label) == int(image.mean() > 0.5) for image, label, _ in reconstructed)
 
 
 # training
@@ -196,10 +196,10 @@ def test_training_repeats_and_resumes_exactly(
 def test_training_in_low_precision(tree: Path, outliers: Path, loss: str) -> None:
     exposure = replace(VOS, start=0.0, queue=2) if loss == "vos" else Exposure(loss=loss)
     outer = None if loss == "vos" else open_source(outliers)
-    made = train_on_source(
+    clf = train_on_source(
         open_source(tree), CONFIG, replace(FEW, precision="bf16"), exposure_data=ExposureData(exposure, outer)
     )
-    assert all(bool(value.isfinite().all()) for value in made.module.state_dict().values())
+    assert all(bool(value.isfinite().all()) for value in clf.module.state_dict().values())
 
 
 def test_a_run_resumes_with_the_same_outliers_only(tree: Path, outliers: Path, tmp_path: Path) -> None:
@@ -216,47 +216,47 @@ def test_a_run_resumes_with_the_same_outliers_only(tree: Path, outliers: Path, t
 def test_the_folder_is_of_the_network_alone_and_tells_of_the_outliers(
     tree: Path, outliers: Path, tmp_path: Path
 ) -> None:
-    made = trained(tree, tmp_path / "c", outliers=str(outliers), exposure=Exposure(limit=7))
+    clf = train_tiny(tree, tmp_path / "c", outliers=str(outliers), exposure=Exposure(limit=7))
     loaded = Classifier.load(tmp_path / "c")
-    assert loaded.content_hash == made.content_hash
+    assert loaded.content_hash == clf.content_hash
     about = json.loads((tmp_path / "c" / "config.json").read_text())["provenance"]
     assert (about["exposure"]["loss"], about["exposure"]["weight"], about["outliers"]["images"]) == ("energy", 1.0, 7)
     sampled = open_outliers(str(outliers), limit=7)
     assert about["outliers"]["data_fingerprint"] == sampled.fingerprint()
     assert not loaded.trained_on & set(sampled.content_hashes())
-    plain = trained(tree, tmp_path / "plain")
+    plain = train_tiny(tree, tmp_path / "plain")
     assert "exposure" not in plain.provenance
-    assert plain.trained_on == made.trained_on
+    assert plain.trained_on == clf.trained_on
 
 
 def test_reconstructions_count_as_seen(tree: Path, outliers: Path, tmp_path: Path) -> None:
     for name, low in [("dark", 0), ("light", 190)]:
         pictures(tmp_path / "again" / name, 3, low=low, spread=60, seed=low + 7)
-    made = trained(tree, tmp_path / "c", outliers=str(outliers), reconstructions=str(tmp_path / "again"))
-    assert set(open_source(tmp_path / "again").content_hashes()) <= made.trained_on
-    assert made.provenance["reconstructions"]["images"] == 6
+    clf = train_tiny(tree, tmp_path / "c", outliers=str(outliers), reconstructions=str(tmp_path / "again"))
+    assert set(open_source(tmp_path / "again").content_hashes()) <= clf.trained_on
+    assert clf.provenance["reconstructions"]["images"] == 6
     # and without outliers, as more images of the classes
-    more = trained(tree, tmp_path / "d", reconstructions=str(tmp_path / "again"))
+    more = train_tiny(tree, tmp_path / "d", reconstructions=str(tmp_path / "again"))
     assert more.provenance["exposure"]["loss"] == "cross_entropy"
 
 
 def test_fewer_outliers_than_a_batch_serve_training_and_validation(tree: Path, outliers: Path) -> None:
     few = open_source(outliers).subset([0, 1])
     training = replace(FEW, validate_every=2, accumulate=2)
-    made = train_on_source(open_source(tree), CONFIG, training, exposure_data=ExposureData(Exposure(start=0.5), few))
-    assert made.provenance["outliers"]["images"] == 2
+    clf = train_on_source(open_source(tree), CONFIG, training, exposure_data=ExposureData(Exposure(start=0.5), few))
+    assert clf.provenance["outliers"]["images"] == 2
 
 
 def test_a_folder_that_a_synthesizer_made(outliers: Path, tmp_path: Path) -> None:
-    made = tmp_path / "made"
-    (made / "images").mkdir(parents=True)
-    (made / "config.json").write_text(json.dumps({"farout": {"kind": "outliers"}}))
-    Image.new("L", (8, 8)).save(made / "preview.png")
+    folder = tmp_path / "made"
+    (folder / "images").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"farout": {"kind": "outliers"}}))
+    Image.new("L", (8, 8)).save(folder / "preview.png")
     for path in outliers.iterdir():
-        (made / "images" / path.name).write_bytes(path.read_bytes())
-    assert len(open_outliers(str(made))) == len(open_source(made)) == 11
-    (made / "config.json").write_text("[]")
-    assert len(open_source(made)) == 12, "of another program"
+        (folder / "images" / path.name).write_bytes(path.read_bytes())
+    assert len(open_outliers(str(folder))) == len(open_source(folder)) == 11
+    (folder / "config.json").write_text("[]")
+    assert len(open_source(folder)) == 12, "of another program"
 
 
 @pytest.mark.slow
@@ -273,8 +273,8 @@ def test_the_energy_of_a_classifier_that_learnt_outliers_tells_them_apart(tree: 
         ("energy", Exposure(), seen),
         ("k+1", Exposure(loss="k+1"), seen),
     ]:
-        made = trained(tree, tmp_path / name, training=training, exposure=exposure, outliers=outer)
-        assert made.provenance["held_out_accuracy"] > 0.8
+        clf = train_tiny(tree, tmp_path / name, training=training, exposure=exposure, outliers=outer)
+        assert clf.provenance["held_out_accuracy"] > 0.8
         score = "extra" if name == "k+1" else "energy"
         detector = Posthoc(score=score).fit(str(tree), None, tmp_path / name, alpha=0.1, statistics=10)
         found[name] = auroc(detector.score(str(fresh)).score, detector.score(str(new)).score)
@@ -283,7 +283,7 @@ def test_the_energy_of_a_classifier_that_learnt_outliers_tells_them_apart(tree: 
 
 
 def test_one_class_more_is_kept_and_left_out_of_the_other_scores(tree: Path, outliers: Path, tmp_path: Path) -> None:
-    made = trained(tree, tmp_path / "c", outliers=str(outliers), exposure=Exposure(loss="k+1"))
+    clf = train_tiny(tree, tmp_path / "c", outliers=str(outliers), exposure=Exposure(loss="k+1"))
     loaded = Classifier.load(tmp_path / "c")
     assert loaded.class_names == ("dark", "light", OUTLIER)
     assert (loaded.classes, count_known_classes(loaded)) == (3, 2)
@@ -292,10 +292,10 @@ def test_one_class_more_is_kept_and_left_out_of_the_other_scores(tree: Path, out
     with pytest.raises(FaroutError, match=r"does not know grey; it knows dark, light$"):
         classifier_indices(loaded, ["grey"])
     with pytest.raises(FaroutError, match=r"2 classes, the classifier 2 classes and one of outliers"):
-        Denoising().check(open_source(tree), conditional(classes=2), made)
+        Denoising().check_networks(open_source(tree), conditional(classes=2), clf)
     loaded.class_names = ("0", "1", OUTLIER)
     assert classifier_indices(loaded, ["dark", "light"]) == [0, 1], "bare numbers are in order"
-    images = torch.stack([PreparedImages(open_source(tree), made.preprocessing)[i] for i in range(3)])
+    images = torch.stack([PreparedImages(open_source(tree), clf.preprocessing)[i] for i in range(3)])
     logits = loaded.outputs(images).logits.double()
     detector = Posthoc(score="energy", odin=True).fit(str(tree), None, tmp_path / "c", alpha=0.1, statistics=10)
     detector.save(tmp_path / "p")
@@ -303,7 +303,7 @@ def test_one_class_more_is_kept_and_left_out_of_the_other_scores(tree: Path, out
     torch.testing.assert_close(torch.from_numpy(scores.score), -logits[:, :2].logsumexp(1), rtol=1e-4, atol=1e-4)
     extra = torch.tensor(scores.indicators["extra"])
     torch.testing.assert_close(extra, logits[:, 2] - logits[:, :2].logsumexp(1), rtol=1e-4, atol=1e-4)
-    trained(tree, tmp_path / "plain")
+    train_tiny(tree, tmp_path / "plain")
     with pytest.raises(FaroutError, match="no class of outliers"):
         Posthoc(score="extra").fit(str(tree), None, tmp_path / "plain", alpha=0.1, statistics=10)
 
@@ -348,7 +348,7 @@ def test_wrong_input_is_refused_before_any_work(
     ]
     for settings, message in cases:
         with pytest.raises(FaroutError, match=message):
-            trained(tree, tmp_path / "c", **settings)
+            train_tiny(tree, tmp_path / "c", **settings)
     assert not (tmp_path / "c").exists()
 
 
@@ -422,9 +422,9 @@ def test_the_command(tree: Path, outliers: Path, tmp_path: Path, capsys: pytest.
     ]:
         assert main([*words, *more, "--out", str(tmp_path / name)]) == 0
         assert Classifier.load(tmp_path / name).provenance["exposure"]["loss"] == loss
-        told = capsys.readouterr().out
-        assert (f"11 outliers from {outliers}, loss {loss}" in told) == (loss != "vos")
-        assert f", 2 classes{' and one of outliers' * (loss == 'k+1')}, " in told
+        printed = capsys.readouterr().out
+        assert (f"11 outliers from {outliers}, loss {loss}" in printed) == (loss != "vos")
+        assert f", 2 classes{' and one of outliers' * (loss == 'k+1')}, " in printed
     assert main([*words, "--loss", "energy", "--out", str(tmp_path / "x")]) == 1
     assert "--outliers FOLDER" in capsys.readouterr().err
     assert main([*words, "--loss", "enrgy", "--out", str(tmp_path / "x")]) == 2
@@ -459,7 +459,7 @@ def test_metrics_over_draws_are_means_of_the_metrics_of_each_draw() -> None:
 
 @pytest.mark.slow
 def test_evaluate_writes_draws(tree: Path, outliers: Path, tmp_path: Path) -> None:
-    trained(tree, tmp_path / "c", outliers=str(outliers))
+    train_tiny(tree, tmp_path / "c", outliers=str(outliers))
     detector = Posthoc().fit(str(tree), None, tmp_path / "c", alpha=0.1, statistics=10)
     detector.save(tmp_path / "p")
     words = ["evaluate", str(tmp_path / "p"), "--id", str(tree), "--ood", str(outliers), "--out", str(tmp_path / "e")]

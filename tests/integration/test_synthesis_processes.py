@@ -129,8 +129,8 @@ def test_manifests_of_stopped_processes_become_one(tmp_path: Path) -> None:
     (out / "manifest.1.csv").write_text("".join([lines[0], *lines[3:]])[:-4])
     shutil.copytree(tmp_path / "two" / "images", out / "images", dirs_exist_ok=True)
     source = open_outliers(out, kind="reconstructions")
-    told = dict(zip(source.keys, read_source_hashes(out, source)))
-    assert [told[f"a/{index:06d}.png"] for index in (0, 1, 2)] == ["hash 0", "hash 1", "hash 2"]
+    hashes = dict(zip(source.keys, read_source_hashes(out, source)))
+    assert [hashes[f"a/{index:06d}.png"] for index in (0, 1, 2)] == ["hash 0", "hash 1", "hash 2"]
     writer = ImageWriter(out, ("a",), 0, "reconstructions")
     writer.begin({"config": {}}, {}, resume=True)
     assert writer.missing(6) == [3, 4, 5]

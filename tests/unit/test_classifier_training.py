@@ -32,24 +32,24 @@ FEW = TrainingConfig(
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes that brightness tells apart."""
+    """Three classes that differ in brightness."""
     folder = tmp_path_factory.mktemp("tree") / "classes"
     for number, (name, low) in enumerate([("cat", 0), ("dog", 90), ("eel", 180)]):
         pictures(folder / name, 30, low=low, spread=60, seed=number)
     return folder
 
 
-def trained(source: object, out: Path, **settings: object) -> Classifier:
+def train_tiny(source: object, out: Path, **settings: object) -> Classifier:
     given = {"model": CONFIG, "training": FEW, "alpha": 0.1, "statistics": 10, **settings}
     return train_classifier(source, out, **given)
 
 
 def test_a_few_steps_learn_what_is_easy(tree: Path, tmp_path: Path) -> None:
-    learnt = trained(tree, tmp_path / "c", training=replace(FEW, steps=60, batch_size=16))
-    assert learnt.provenance["held_out_accuracy"] > 0.9
-    assert learnt.provenance["training_accuracy"] > 0.9
-    assert learnt.class_names == ("cat", "dog", "eel")
-    assert Classifier.load(tmp_path / "c").content_hash == learnt.content_hash
+    clf = train_tiny(tree, tmp_path / "c", training=replace(FEW, steps=60, batch_size=16))
+    assert clf.provenance["held_out_accuracy"] > 0.9
+    assert clf.provenance["training_accuracy"] > 0.9
+    assert clf.class_names == ("cat", "dog", "eel")
+    assert Classifier.load(tmp_path / "c").content_hash == clf.content_hash
     assert not (tmp_path / "c.training").exists()
 
 
@@ -57,32 +57,32 @@ def test_a_few_steps_learn_what_is_easy(tree: Path, tmp_path: Path) -> None:
 def test_any_spelling_of_a_folder_will_do(
     tree: Path, tmp_path: Path, spelling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checkpoints lie beside it, not inside, where they would be in the way of the model."""
+    """Checkpoints are next to it, not inside."""
     (tmp_path / "c").mkdir()
     monkeypatch.chdir(tmp_path / "c" if spelling == "." else tmp_path)
-    learnt = trained(tree, spelling)  # type: ignore[arg-type]
-    assert Classifier.load(tmp_path / "c").content_hash == learnt.content_hash
+    clf = train_tiny(tree, spelling)  # type: ignore[arg-type]
+    assert Classifier.load(tmp_path / "c").content_hash == clf.content_hash
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_the_held_out_part_is_that_of_every_training_command(tree: Path, tmp_path: Path) -> None:
-    learnt = trained(tree, tmp_path / "c")
+    clf = train_tiny(tree, tmp_path / "c")
     source = open_source(tree)
     parts = split_source(source, alpha=0.1, statistics=10, train=True, seed=0)
-    assert learnt.trained_on == {source.content_hash(i) for i in parts.training}
-    assert learnt.provenance["held_out_images"] == len(parts.statistics) + len(parts.calibration)
+    assert clf.trained_on == {source.content_hash(i) for i in parts.training}
+    assert clf.provenance["held_out_images"] == len(parts.statistics) + len(parts.calibration)
 
 
 def test_a_class_filter_keeps_names_and_renumbers(tree: Path, tmp_path: Path) -> None:
     source = open_source(tree)
     assert source.labels is not None
     some = source.subset([i for i, label in enumerate(source.labels) if label != 0])
-    learnt = trained(some, tmp_path / "c")
-    assert learnt.class_names == ("dog", "eel")
-    assert learnt.classes == 2
-    assert 0 <= measure_accuracy(learnt, some) <= 1
+    clf = train_tiny(some, tmp_path / "c")
+    assert clf.class_names == ("dog", "eel")
+    assert clf.classes == 2
+    assert 0 <= measure_accuracy(clf, some) <= 1
     with pytest.raises(FaroutError, match="images of cat"):
-        measure_accuracy(learnt, source)
+        measure_accuracy(clf, source)
 
 
 def test_training_repeats_and_resumes_exactly(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,18 +132,18 @@ def test_validation_sees_images_as_they_are(tree: Path, monkeypatch: pytest.Monk
 
 
 def test_a_moving_average_has_its_batch_norm_statistics(tree: Path) -> None:
-    learnt = train_on_source(open_source(tree), CONFIG, replace(FEW, ema=0.5))
-    assert int(learnt.module.bn1.num_batches_tracked) == 4
-    assert not learnt.module.training
-    assert bool((learnt.module.bn1.running_mean != 0).any())
+    clf = train_on_source(open_source(tree), CONFIG, replace(FEW, ema=0.5))
+    assert int(clf.module.bn1.num_batches_tracked) == 4
+    assert not clf.module.training
+    assert bool((clf.module.bn1.running_mean != 0).any())
 
 
 def test_normalisation_is_of_the_training_images(tree: Path) -> None:
     source = open_source(tree)
     pixels = torch.stack([source[i] for i in range(len(source))]).double() / 255
-    made = CONFIG.build(source, "abc")
-    assert made.mean == pytest.approx([float(pixels.mean())])
-    assert made.std == pytest.approx([float(pixels.std(correction=0))])
+    clf = CONFIG.build(source, "abc")
+    assert clf.mean == pytest.approx([float(pixels.mean())])
+    assert clf.std == pytest.approx([float(pixels.std(correction=0))])
     given = replace(CONFIG, mean=(0.1,), std=(0.2,)).build(source, "abc")
     assert (given.mean, given.std) == ((0.1,), (0.2,))
     black = open_source(torch.zeros(4, 3, 8, 8))
@@ -195,7 +195,7 @@ import test_classifier_training as t
 from dataclasses import replace
 from farout.data.sources import open_source
 training = replace(t.FEW, final_learning_rate=1e-6, checkpoint_every=4)
-t.trained({tree!r}, {out!r}, training=training)
+t.train_tiny({tree!r}, {out!r}, training=training)
 """
 
 
@@ -204,8 +204,8 @@ def test_two_processes_reach_the_floor_and_write_one_folder(tree: Path, tmp_path
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), tree=str(tree), out=str(tmp_path / "c")))
     in_two_processes(script, 180)
-    learnt = Classifier.load(tmp_path / "c")
-    assert "held_out_accuracy" in learnt.provenance
+    clf = Classifier.load(tmp_path / "c")
+    assert "held_out_accuracy" in clf.provenance
     state = (tmp_path / "c.training" / "checkpoints" / "step_00000004" / "state.json").read_text()
     assert '"learning_rate": 1e-06' in state
 
@@ -244,17 +244,17 @@ def test_wrong_input_is_refused_before_any_work(tree: Path, tmp_path: Path, monk
     monkeypatch.setattr(rooms, "train", never)
     plain = pictures(tmp_path / "plain", 12)
     with pytest.raises(FaroutError, match="has no labels"):
-        trained(plain, tmp_path / "c")
+        train_tiny(plain, tmp_path / "c")
     with pytest.raises(FaroutError, match=r"one class \(cat\)"):
-        trained(f"{tree}@classes=cat", tmp_path / "c")
+        train_tiny(f"{tree}@classes=cat", tmp_path / "c")
     with pytest.raises(FaroutError, match="mean"):
-        trained(tree, tmp_path / "c", model=replace(CONFIG, channels=3, mean=(0.5,), std=(0.5,)))
+        train_tiny(tree, tmp_path / "c", model=replace(CONFIG, channels=3, mean=(0.5,), std=(0.5,)))
     with pytest.raises(FaroutError, match="no network 'wrn17_1'"):
-        trained(tree, tmp_path / "c", model=replace(CONFIG, network="wrn17_1"))
+        train_tiny(tree, tmp_path / "c", model=replace(CONFIG, network="wrn17_1"))
     with pytest.raises(FaroutError, match="weights to keep"):
-        trained(tree, tmp_path / "c", keep_weights=True)
+        train_tiny(tree, tmp_path / "c", keep_weights=True)
     with pytest.raises(StoreError, match="not replaced"):
-        trained(tree, tree)
+        train_tiny(tree, tree)
     assert not (tmp_path / "c").exists()
 
 
@@ -263,9 +263,9 @@ def test_an_image_beside_the_class_folders_is_named(tree: Path, tmp_path: Path) 
     shutil.copytree(tree, tmp_path / "t")
     (tmp_path / "t" / "cat" / "003.png").rename(tmp_path / "t" / "stray.png")
     with pytest.raises(FaroutError, match=r"1 images in none of them \(first: stray\.png\)"):
-        trained(tmp_path / "t", tmp_path / "c")
-    with pytest.raises(FaroutError, match="has no labels"):  # a glob has none, wherever its images lie
-        trained(f"{tmp_path / 't'}/**/*.png", tmp_path / "c")
+        train_tiny(tmp_path / "t", tmp_path / "c")
+    with pytest.raises(FaroutError, match="has no labels"):  # a glob has none, also in folders of classes
+        train_tiny(f"{tmp_path / 't'}/**/*.png", tmp_path / "c")
 
 
 def test_a_class_without_images_to_train_on_is_named(tree: Path, tmp_path: Path) -> None:
@@ -281,13 +281,13 @@ def test_a_class_without_images_to_train_on_is_named(tree: Path, tmp_path: Path)
     for i in [*kept, held]:
         (tmp_path / "t" / source.keys[i]).write_bytes((tree / source.keys[i]).read_bytes())
     with pytest.raises(FaroutError, match="train the class eel on"):
-        trained(tmp_path / "t", tmp_path / "c")
+        train_tiny(tmp_path / "t", tmp_path / "c")
 
 
 def test_images_of_other_channels_become_the_classifiers(tree: Path, tmp_path: Path) -> None:
-    learnt = trained(tree, tmp_path / "c", model=replace(CONFIG, channels=3))
-    assert learnt.preprocessing.channels == 3
-    assert len(learnt.mean) == 3
+    clf = train_tiny(tree, tmp_path / "c", model=replace(CONFIG, channels=3))
+    assert clf.preprocessing.channels == 3
+    assert len(clf.mean) == 3
 
 
 def test_accuracy_leaves_out_what_cannot_be_read(tree: Path, tmp_path: Path) -> None:
@@ -296,11 +296,11 @@ def test_accuracy_leaves_out_what_cannot_be_read(tree: Path, tmp_path: Path) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     source = open_source(tmp_path / "t", policy="skip")
-    learnt = train_on_source(source, CONFIG, FEW)
+    clf = train_on_source(source, CONFIG, FEW)
     (tmp_path / "t" / "cat" / "000.png").write_text("not a picture")
     again = open_source(tmp_path / "t", policy="skip")
     readable = [i for i, key in enumerate(source.keys) if key != "cat/000.png"]
-    assert measure_accuracy(learnt, again) == measure_accuracy(learnt, source.subset(readable))
+    assert measure_accuracy(clf, again) == measure_accuracy(clf, source.subset(readable))
 
 
 # given weights
@@ -312,11 +312,11 @@ def test_training_goes_on_from_given_weights(tree: Path, tmp_path: Path) -> None
     path = tmp_path / "weights.pt"
     torch.save(first.module.state_dict(), path)
     known = replace(CONFIG, mean=first.mean, std=first.std)
-    kept = trained(tree, tmp_path / "kept", weights=str(path), keep_weights=True, model=known)
+    kept = train_tiny(tree, tmp_path / "kept", weights=str(path), keep_weights=True, model=known)
     assert kept.trained_on == frozenset()
     assert kept.provenance["weights"] == "weights.pt"
     with pytest.raises(FaroutError, match=r"--model.mean .* --model.std"):
-        trained(tree, tmp_path / "guess", weights=str(path), keep_weights=True)
+        train_tiny(tree, tmp_path / "guess", weights=str(path), keep_weights=True)
     assert all(torch.equal(value, kept.module.state_dict()[name]) for name, value in first.module.state_dict().items())
     slow = replace(FEW, steps=1, learning_rate=1e-8)
     near = train_on_source(source, CONFIG, slow, weights=str(path))
@@ -364,11 +364,11 @@ def test_what_start_weights_have_seen_counts_as_seen(tree: Path, tmp_path: Path)
 def test_an_accuracy_on_images_that_may_have_been_seen_says_so(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    learnt = trained(tree, tmp_path / "c")
+    clf = train_tiny(tree, tmp_path / "c")
     words = ["train", "classifier", str(tree), "--device", "cpu", "--alpha", "0.1", "--statistics", "10"]
-    words += ["--model.mean", str(learnt.mean[0]), "--model.std", str(learnt.std[0]), "--training.steps", "2"]
+    words += ["--model.mean", str(clf.mean[0]), "--model.std", str(clf.std[0]), "--training.steps", "2"]
     words += ["--training.warmup", "0", "--preset", "tiny"]
-    torch.save(learnt.module.state_dict(), tmp_path / "w.pt")
+    torch.save(clf.module.state_dict(), tmp_path / "w.pt")
     for name, more, unseen in [
         ("kept", ["--weights", str(tmp_path / "w.pt"), "--keep-weights"], False),
         ("tuned", ["--weights", str(tmp_path / "w.pt")], False),
@@ -387,14 +387,14 @@ def test_weights_of_another_class_count_are_refused(tree: Path, tmp_path: Path) 
     two = source.subset([i for i, label in enumerate(source.labels) if label < 2])
     torch.save(train_on_source(two, CONFIG, replace(FEW, steps=1)).module.state_dict(), tmp_path / "two.pt")
     with pytest.raises(StoreError, match=r"fc.weight has shape \(2, 64\), expected \(3, 64\)"):
-        trained(tree, tmp_path / "c", weights=str(tmp_path / "two.pt"))
+        train_tiny(tree, tmp_path / "c", weights=str(tmp_path / "two.pt"))
     (tmp_path / "words.pt").write_text("words")
     (tmp_path / "words.txt").write_text("e words")
     for name in ("words.pt", "words.txt"):
         with pytest.raises(StoreError, match=f"{name} is not loaded: it is not a complete file of tensors"):
-            trained(tree, tmp_path / "c", weights=str(tmp_path / name))
+            train_tiny(tree, tmp_path / "c", weights=str(tmp_path / name))
     with pytest.raises(StoreError, match=r"no weights file .* or the folder of a farout classifier"):
-        trained(tree, tmp_path / "c", weights=str(tmp_path / "none.pt"))
+        train_tiny(tree, tmp_path / "c", weights=str(tmp_path / "none.pt"))
 
 
 # the command line
@@ -407,10 +407,10 @@ def test_the_command(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert "3 classes" in shown
     assert "held-out images" in shown
-    made = Classifier.load(tmp_path / "c")
-    assert (made.mean, made.std) == ((0.5,), (0.25,))
-    assert made.provenance["training"]["optimizer"] == "sgd"
-    assert made.provenance["model"]["flip"] is True
+    clf = Classifier.load(tmp_path / "c")
+    assert (clf.mean, clf.std) == ((0.5,), (0.25,))
+    assert clf.provenance["training"]["optimizer"] == "sgd"
+    assert clf.provenance["model"]["flip"] is True
 
 
 def test_wrong_words_have_their_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

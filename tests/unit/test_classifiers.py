@@ -31,9 +31,9 @@ def images(count: int = 5, channels: int = 1, side: int = 8, seed: int = 0) -> T
 
 def named(network: str, side: int = 16, channels: int = 3, classes: int = 4, **spec: object) -> Classifier:
     torch.manual_seed(0)
-    made = NetworkSpec(network, classes, channels, (side, side), **spec)
+    clf = NetworkSpec(network, classes, channels, (side, side), **spec)
     preprocessing = Preprocessing(size=(side, side), channels=channels, native=(side, side))
-    return Classifier(made.build(), MEAN[:channels], STD[:channels], preprocessing, network=made)
+    return Classifier(clf.build(), MEAN[:channels], STD[:channels], preprocessing, network=clf)
 
 
 class Functional(nn.Module):
@@ -96,56 +96,56 @@ def stirred(module: nn.Module) -> nn.Module:
 
 
 def test_one_pass_gives_logits_features_and_maps() -> None:
-    made = named("resnet18")
-    given = made.outputs(images(5, 3, 16), maps=True)
+    clf = named("resnet18")
+    given = clf.outputs(images(5, 3, 16), maps=True)
     assert given.logits.shape == (5, 4)
     assert given.features.shape == (5, 512)
     assert given.maps is not None
     assert given.maps.shape == (5, 512, 2, 2)
     torch.testing.assert_close(given.maps.mean((2, 3)), given.features)
-    torch.testing.assert_close(made.head(given.features), given.logits)
+    torch.testing.assert_close(clf.head(given.features), given.logits)
     normalised = (images(5, 3, 16) - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     with torch.no_grad():
-        torch.testing.assert_close(given.logits, made.module(normalised), rtol=1e-4, atol=1e-5)
-    assert made.outputs(images(5, 3, 16)).maps is None
+        torch.testing.assert_close(given.logits, clf.module(normalised), rtol=1e-4, atol=1e-5)
+    assert clf.outputs(images(5, 3, 16)).maps is None
 
 
 @pytest.mark.parametrize("cut", [1, 2, 5, 9])
 def test_the_batch_does_not_matter(cut: int) -> None:
-    made, given = classifier(), images(9)
-    whole = made.outputs(given, maps=True)
-    parts = [made.outputs(part, maps=True) for part in given.split(cut)]
+    clf, given = classifier(), images(9)
+    whole = clf.outputs(given, maps=True)
+    parts = [clf.outputs(part, maps=True) for part in given.split(cut)]
     for name in ("logits", "features", "maps"):
         assert_close(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
-    assert made.outputs(given[:0]).logits.shape == (0, 3)
+    assert clf.outputs(given[:0]).logits.shape == (0, 3)
 
 
 def test_batch_norm_keeps_its_statistics_whatever_the_mode() -> None:
-    made, given = classifier(), images(9)
-    before = {name: value.clone() for name, value in made.module.state_dict().items()}
-    expected = made.outputs(given).logits
-    made.module.train()
-    assert torch.equal(made.outputs(given).logits, expected)
-    assert made.module.training, "the mode is the caller's"
-    assert all(torch.equal(value, before[name]) for name, value in made.module.state_dict().items())
+    clf, given = classifier(), images(9)
+    before = {name: value.clone() for name, value in clf.module.state_dict().items()}
+    expected = clf.outputs(given).logits
+    clf.module.train()
+    assert torch.equal(clf.outputs(given).logits, expected)
+    assert clf.module.training, "the mode is the caller's"
+    assert all(torch.equal(value, before[name]) for name, value in clf.module.state_dict().items())
 
 
 def test_logits_have_gradients_in_images_and_weights() -> None:
-    made, given = classifier(), images().requires_grad_()
-    made.logits(given).max(1).values.sum().backward()
+    clf, given = classifier(), images().requires_grad_()
+    clf.logits(given).max(1).values.sum().backward()
     assert given.grad is not None
     assert bool((given.grad != 0).any())
-    assert made.head.weight.grad is not None
-    assert torch.allclose(made.logits(given), made.outputs(given).logits, atol=1e-5)
+    assert clf.head.weight.grad is not None
+    assert torch.allclose(clf.logits(given), clf.outputs(given).logits, atol=1e-5)
 
 
 def test_other_sizes_are_resized_and_other_channels_refused() -> None:
-    made = classifier()
-    assert made.outputs(images(2, 1, 20)).logits.shape == (2, 3)
+    clf = classifier()
+    assert clf.outputs(images(2, 1, 20)).logits.shape == (2, 3)
     with pytest.raises(FaroutError, match=r"takes images \(B, 1, H, W\), got \(2, 3, 8, 8\)"):
-        made.outputs(images(2, 3))
+        clf.outputs(images(2, 3))
     with pytest.raises(FaroutError, match="takes images"):
-        made.logits(images(2)[0])
+        clf.logits(images(2)[0])
 
 
 # networks by name
@@ -156,9 +156,9 @@ def test_other_sizes_are_resized_and_other_channels_refused() -> None:
     [("resnet34", 512, True), ("wrn16_2", 128, True), ("wrn40_2", 128, True), ("convnext_atto", 320, True)],
 )
 def test_networks_by_name(network: str, width: int, maps: bool) -> None:
-    made = named(network, side=32)
-    assert (made.width, made.classes, made.has_maps) == (width, 4, maps)
-    assert made.outputs(images(2, 3, 32)).features.shape == (2, width)
+    clf = named(network, side=32)
+    assert (clf.width, clf.classes, clf.has_maps) == (width, 4, maps)
+    assert clf.outputs(images(2, 3, 32)).features.shape == (2, width)
     assert named(network, side=32, channels=1).outputs(images(2, 1, 32)).logits.shape == (2, 4)
 
 
@@ -171,10 +171,10 @@ def test_stems_differ_in_what_they_keep_of_small_images() -> None:
 
 
 def test_a_transformer_has_no_maps_and_says_so() -> None:
-    made = named("vit_tiny_patch16_224", side=16)
-    assert made.outputs(images(2, 3, 16)).features.shape == (2, 192)
+    clf = named("vit_tiny_patch16_224", side=16)
+    assert clf.outputs(images(2, 3, 16)).features.shape == (2, 192)
     with pytest.raises(FaroutError, match="maps"):
-        made.outputs(images(2, 3, 16), maps=True)
+        clf.outputs(images(2, 3, 16), maps=True)
 
 
 @pytest.mark.parametrize(
@@ -197,27 +197,27 @@ def test_networks_that_are_not_there(spec: dict[str, object], message: str) -> N
 
 def test_any_module_is_a_classifier() -> None:
     module = stirred(Functional())
-    made = Classifier.from_module(module, MEAN, STD, size=8, features="answer", class_names="abcd")
-    assert (made.classes, made.width, made.class_names) == (4, 6, ("a", "b", "c", "d"))
-    given = made.outputs(images(3, 3))
-    torch.testing.assert_close(given.features @ made.head.weight.T, given.logits)
-    assert not made.has_maps
+    clf = Classifier.from_module(module, MEAN, STD, size=8, features="answer", class_names="abcd")
+    assert (clf.classes, clf.width, clf.class_names) == (4, 6, ("a", "b", "c", "d"))
+    given = clf.outputs(images(3, 3))
+    torch.testing.assert_close(given.features @ clf.head.weight.T, given.logits)
+    assert not clf.has_maps
 
 
 def test_a_module_that_cannot_be_built_again_is_not_saved(tmp_path: Path) -> None:
-    made = Classifier.from_module(Functional(), MEAN, STD, size=8, features="answer")
+    clf = Classifier.from_module(Functional(), MEAN, STD, size=8, features="answer")
     with pytest.raises(FaroutError, match="pass network="):
-        made.save(tmp_path / "c")
+        clf.save(tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 
 def test_a_named_module_can_be_saved(tmp_path: Path) -> None:
     """Whatever its names and its pooling are, if it computes what the named network computes."""
     module = stirred(OpenOOD())
-    made = Classifier.from_module(module, MEAN, STD, size=16, network="resnet18")
-    assert made.network is not None
-    assert made.network.stem == "small"
-    made.save(tmp_path / "c")
+    clf = Classifier.from_module(module, MEAN, STD, size=16, network="resnet18")
+    assert clf.network is not None
+    assert clf.network.stem == "small"
+    clf.save(tmp_path / "c")
     expected = Classifier.from_module(module, MEAN, STD, size=16).outputs(images(3, 3, 16)).logits
     torch.testing.assert_close(Classifier.load(tmp_path / "c").outputs(images(3, 3, 16)).logits, expected)
     with pytest.raises(FaroutError, match="is not the network wrn16_1"):
@@ -228,9 +228,9 @@ def test_a_residual_network_of_timms_can_be_saved(tmp_path: Path) -> None:
     """Only those of torchvision have a choice of stems."""
     torch.manual_seed(0)
     module = stirred(timm.create_model("resnet10t", num_classes=4))
-    made = Classifier.from_module(module, MEAN, STD, size=32, network="resnet10t")
-    made.save(tmp_path / "c")
-    expected = made.outputs(images(2, 3, 32)).logits
+    clf = Classifier.from_module(module, MEAN, STD, size=32, network="resnet10t")
+    clf.save(tmp_path / "c")
+    expected = clf.outputs(images(2, 3, 32)).logits
     torch.testing.assert_close(Classifier.load(tmp_path / "c").outputs(images(2, 3, 32)).logits, expected)
 
 
@@ -274,10 +274,10 @@ def test_openood_checkpoints(tmp_path: Path, kind: str, head: str) -> None:
         path = tmp_path / "best.ckpt"
         prefixed = {f"module.{name}": value for name, value in tensors.items()}
         torch.save({"state_dict": prefixed} if kind == "wrapped" else tensors, path)
-    made = Classifier.from_weights(path, network="resnet18", mean=MEAN, std=STD, size=16)
-    assert made.classes == 4
+    clf = Classifier.from_weights(path, network="resnet18", mean=MEAN, std=STD, size=16)
+    assert clf.classes == 4
     expected = Classifier.from_module(module, MEAN, STD, size=16, features=head).outputs(images(3, 3, 16)).logits
-    torch.testing.assert_close(made.outputs(images(3, 3, 16)).logits, expected)
+    torch.testing.assert_close(clf.outputs(images(3, 3, 16)).logits, expected)
 
 
 @pytest.mark.parametrize(
@@ -325,13 +325,13 @@ def test_weights_files_that_are_none(tmp_path: Path) -> None:
 
 
 def test_save_and_load_are_exact(tmp_path: Path) -> None:
-    made = classifier()
-    made.trained_on, made.provenance = frozenset({"a" * 32}), {"seed": 3}
-    made.save(tmp_path / "c")
+    clf = classifier()
+    clf.trained_on, clf.provenance = frozenset({"a" * 32}), {"seed": 3}
+    clf.save(tmp_path / "c")
     again = Classifier.load(tmp_path / "c")
     for name in ("content_hash", "class_names", "mean", "std", "preprocessing", "trained_on", "provenance", "network"):
-        assert getattr(again, name) == getattr(made, name), name
-    one, two = made.outputs(images(), maps=True), again.outputs(images(), maps=True)
+        assert getattr(again, name) == getattr(clf, name), name
+    one, two = clf.outputs(images(), maps=True), again.outputs(images(), maps=True)
     assert torch.equal(one.logits, two.logits)
     assert torch.equal(one.maps, two.maps)
     assert {path.name for path in (tmp_path / "c").iterdir()} == {
@@ -341,15 +341,15 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
 
 
 def test_the_hash_is_of_all_that_decides_a_logit() -> None:
-    made = classifier()
-    hashes = {made.content_hash, classifier(classes=4).content_hash}
-    made.mean = (0.4,)
-    hashes.add(made.content_hash)
-    made.class_names = ("x", "y", "z")
-    hashes.add(made.content_hash)
+    clf = classifier()
+    hashes = {clf.content_hash, classifier(classes=4).content_hash}
+    clf.mean = (0.4,)
+    hashes.add(clf.content_hash)
+    clf.class_names = ("x", "y", "z")
+    hashes.add(clf.content_hash)
     with torch.no_grad():
-        made.module.bn1.running_mean[0] += 1e-3
-    hashes.add(made.content_hash)
+        clf.module.bn1.running_mean[0] += 1e-3
+    hashes.add(clf.content_hash)
     assert len(hashes) == 5
 
 
@@ -359,10 +359,10 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     model().save(tmp_path / "diffusion")
     with pytest.raises(StoreError, match="expected a classifier"):
         Classifier.load(tmp_path / "diffusion")
-    made = classifier()
+    clf = classifier()
     with pytest.raises(StoreError, match="not replaced"):
-        made.save(tmp_path / "diffusion")
-    made.save(tmp_path / "c")
+        clf.save(tmp_path / "diffusion")
+    clf.save(tmp_path / "c")
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     (tmp_path / "c" / "config.json").write_text(json.dumps({**config, "mean": [0.1]}))
     with pytest.raises(StoreError, match="hash differs"):
@@ -423,10 +423,10 @@ def test_resized_crops_are_parts_of_the_image() -> None:
 
 
 def test_a_control_with_fresh_weights() -> None:
-    made = classifier()
-    fresh = made.with_random_weights(1)
-    assert (fresh.mean, fresh.class_names, fresh.trained_on) == (made.mean, made.class_names, frozenset())
-    assert not torch.equal(fresh.outputs(images()).logits, made.outputs(images()).logits)
-    assert fresh.content_hash == made.with_random_weights(1).content_hash
+    clf = classifier()
+    fresh = clf.with_random_weights(1)
+    assert (fresh.mean, fresh.class_names, fresh.trained_on) == (clf.mean, clf.class_names, frozenset())
+    assert not torch.equal(fresh.outputs(images()).logits, clf.outputs(images()).logits)
+    assert fresh.content_hash == clf.with_random_weights(1).content_hash
     with pytest.raises(FaroutError, match="fresh weights"):
         Classifier.from_module(Functional(), MEAN, STD, size=8, features="answer").with_random_weights()

@@ -326,9 +326,9 @@ def test_the_presets_with_classes_are_the_card_s() -> None:
     config, training = DiffusionConfig(**PRESETS["cifar"]["model"]), TrainingConfig(**PRESETS["cifar"]["training"])
     assert config.objective == Objective("antithetic", "square", "sum", 0.1, True)
     assert (config.schedule, config.beta_start, config.beta_end) == ("linear", 1e-4, 0.02)
-    wanted = ("adamw", 2e-4, 0.9, 0.999, 0.0, 5000, "constant", 1.0, 0.9999, 128, 160000)
+    expected = ("adamw", 2e-4, 0.9, 0.999, 0.0, 5000, "constant", 1.0, 0.9999, 128, 160000)
     names = "optimizer learning_rate momentum beta2 weight_decay warmup decay clip ema batch_size steps"
-    assert tuple(getattr(training, name) for name in names.split()) == wanted
+    assert tuple(getattr(training, name) for name in names.split()) == expected
     assert DiffusionConfig(**PRESETS["iddpm"]["model"]).schedule == "cosine"
     for name in ("classes", "tokens", "cifar", "iddpm"):
         assert DiffusionConfig(**PRESETS[name]["model"]).classes

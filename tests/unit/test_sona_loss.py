@@ -87,7 +87,7 @@ def test_the_normalized_penalty_is_a_mutual_information() -> None:
     paired = mutual_information(x, x, normalized=True)
     assert float(paired) > 5 * float(plain) > 0
     alone = mutual_information(x[:1].expand(4, -1), y[:4], normalized=True)
-    assert abs(float(alone)) < 1e-4, "what never changes tells nothing"
+    assert abs(float(alone)) < 1e-4, "a constant carries no information"
 
 
 def test_a_row_without_features_is_no_division_by_zero() -> None:
@@ -106,7 +106,7 @@ def test_a_row_without_features_is_no_division_by_zero() -> None:
 
 
 class Flat(nn.Module):
-    """Features are the pixels through a layer and, where wanted, a ReLU."""
+    """Features are the pixels through a layer and, optionally, a ReLU."""
 
     def __init__(self, *, positive: bool = True) -> None:
         super().__init__()
@@ -163,11 +163,11 @@ def test_negative_features_are_named() -> None:
 def test_training_repeats_exactly_in_any_precision(tree: Path, outliers: Path, precision: Any) -> None:
     training = TrainingConfig(**{**vars(FEW), "precision": precision})
     source, outer = open_source(tree), open_outliers(str(outliers))
-    made = [
+    trained = [
         train_on_source(source, CONFIG, training, exposure_data=ExposureData(Exposure(loss="sona"), outer))
         for _ in range(2)
     ]
-    states = [each.module.state_dict() for each in made]
+    states = [each.module.state_dict() for each in trained]
     assert all(bool(value.isfinite().all()) for value in states[0].values())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
@@ -234,8 +234,8 @@ def test_validation_keeps_the_pairs(tree: Path, outliers: Path) -> None:
     training = TrainingConfig(**{**vars(FEW), "validate_every": 2})
     made_of = read_source_keys(outliers)
     exposure_data = ExposureData(Exposure(loss="sona", paired=True), outer, source_keys=made_of)
-    made = train_on_source(source, CONFIG, training, exposure_data=exposure_data)
-    assert made.provenance["exposure"]["paired"] is True
+    clf = train_on_source(source, CONFIG, training, exposure_data=exposure_data)
+    assert clf.provenance["exposure"]["paired"] is True
 
 
 def test_the_command(tree: Path, outliers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,5 +243,5 @@ def test_the_command(tree: Path, outliers: Path, tmp_path: Path, capsys: pytest.
     words += ["--alpha", "0.1", "--statistics", "10", "--training.steps", "2", "--batch-size", "8"]
     words += ["--training.warmup", "0", "--exposure.paired", "--exposure.mutual", "normalized"]
     assert main([*words, "--out", str(tmp_path / "c")]) == 0, capsys.readouterr().err
-    told = Classifier.load(tmp_path / "c").provenance["exposure"]
-    assert (told["loss"], told["mutual"], told["paired"]) == ("sona", "normalized", True)
+    exposure = Classifier.load(tmp_path / "c").provenance["exposure"]
+    assert (exposure["loss"], exposure["mutual"], exposure["paired"]) == ("sona", "normalized", True)

@@ -211,7 +211,7 @@ class Classifier:
                 flat = call_in_chunks(self.module, flat_outputs, x, batch_size=batch_size)
         finally:
             self.module.train(was_training)
-        columns = flat.split([shape.numel() for shape in shapes], dim=1)
+        columns = torch.split(flat, [shape.numel() for shape in shapes], dim=1)
         return Outputs(*[values.reshape(-1, *shape) for values, shape in zip(columns, shapes, strict=True)])
 
     @property

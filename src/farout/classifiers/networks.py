@@ -147,7 +147,7 @@ def _resnet(name: str, classes: int, channels: int, stem: Stem) -> nn.Module:
 def _wide_resnet(depth: int, width: int, classes: int, channels: int) -> nn.Module:
     from pytorch_ood.model import WideResNet  # slow to import: the package imports all its detectors
 
-    class AnySize(WideResNet):
+    class AnySize(WideResNet):  # type: ignore[misc, unused-ignore]  # the library has no types
         """WideResNet for images of any size; the library's own pools 8 x 8 maps only, those of 32 x 32 images."""
 
         def __init__(self) -> None:
@@ -161,7 +161,7 @@ def _wide_resnet(depth: int, width: int, classes: int, channels: int) -> nn.Modu
 
 
 def _timm(spec: NetworkSpec) -> nn.Module:
-    resized = {"img_size": spec.size} if get_input_config(spec.name).fixed_input_size else {}
+    resized: dict[str, Any] = {"img_size": spec.size} if get_input_config(spec.name).fixed_input_size else {}
     try:
         return timm.create_model(
             spec.name, pretrained=False, num_classes=spec.classes, in_chans=spec.channels, **resized

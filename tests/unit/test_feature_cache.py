@@ -223,7 +223,7 @@ def test_a_reader_that_leaves_early_keeps_what_was_computed(source: ImageSource,
 
 def test_long_runs_write_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: ImageSource) -> None:
     """A killed process loses at most one block."""
-    monkeypatch.setattr(module, "_BLOCK", 8)
+    monkeypatch.setattr(module, "_ROWS_PER_FILE", 8)
     cache = FeatureCache(WIDTH, {"kind": "test"}, tmp_path)
     made = cache.batches(source, PLAIN, 8, 0, Counting(), 4)
     next(made)
@@ -344,7 +344,7 @@ def test_a_folder_that_cannot_be_written_costs_time_only(
         made, cache = read(source, tmp_path / "file")
         assert len(features(made)) == 20
         assert "cannot be written" in cache.failure
-    assert warned().count("not kept") == 1
+    assert warned().count("without being stored") == 1
     assert "FAROUT_CACHE" in warned()
 
 

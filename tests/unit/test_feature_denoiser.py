@@ -107,7 +107,7 @@ def test_the_schedule_is_the_papers() -> None:
 def test_the_embedding_of_time_is_cosines_then_sines() -> None:
     """Of raw integer levels; in another order, weights of the paper's would mean something else."""
     network = FeatureDenoiser(6, hidden=8, blocks=1)
-    found = network._waves(torch.tensor([0, 3, 99]))
+    found = network._time_embedding(torch.tensor([0, 3, 99]))
     frequencies = np.array([10000 ** (-k / 4) for k in range(4)])
     for row, t in zip(found.numpy(), (0, 3, 99), strict=True):
         np.testing.assert_allclose(row, [*np.cos(t * frequencies), *np.sin(t * frequencies)], atol=2e-6)
@@ -126,7 +126,7 @@ def test_the_network_is_the_published_formula() -> None:
     def norm(name: str, value: torch.Tensor) -> torch.Tensor:
         return group_norm(value, 1, w[f"{name}.weight"], w[f"{name}.bias"])
 
-    e = apply("time.2", silu(apply("time.0", network._waves(t))))
+    e = apply("time.2", silu(apply("time.0", network._time_embedding(t))))
     h = apply("enter", silu(x))
     for i in range(2):
         u = apply(f"stack.{i}.narrow.2", silu(norm(f"stack.{i}.narrow.0", h)))

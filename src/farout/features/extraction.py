@@ -148,7 +148,7 @@ def extract_features(
     if native is not None:
         preprocessing = replace(preprocessing, native=(native[0], native[1]))
     reader = CachedFeatures(extractor, preprocessing, batch_size, runtime.precision)  # type: ignore[arg-type]  # resolved
-    reader.cache.claim()
+    reader.cache.create_folder()
     started, count = time.perf_counter(), 0
     with progress.task(f"features of {images.name}", len(images)) as bar:
         for batch in reader.batches(images, runtime.images_per_batch((1,)), workers):

@@ -15,20 +15,21 @@ __all__ = ["FeatureDenoiser"]
 
 
 class FeatureDenoiser(ModelMixin, ConfigMixin):
-    """(B, width) noisy features and their level t -> (B, width), zero before training.
+    """Denoises feature vectors (B, width) at levels t; the output is zero before training.
 
     h = Linear(SiLU(x)); in each block u = Linear(SiLU(LN(h))), shifted by Linear(SiLU(e(t))), and
-    h = h + Linear0(Dropout(SiLU(LN(u)))); the answer is Linear0(SiLU(LN(h))). Linear0 starts at zero, LN is a group
+    h = h + Linear0(Dropout(SiLU(LN(u)))); the output is Linear0(SiLU(LN(h))). Linear0 starts at zero, LN is a group
     norm with one group. e(t) = Linear(SiLU(Linear([cos, sin](t f_k)))), f_k = 10000^(-k / (hidden / 2)).
 
     Args:
-        width: features c.
-        hidden, bottleneck: widths of the residual stream and inside a block; None: 2 c, the paper's.
-        embedding: width of the time embedding; None: c, the paper's.
-        blocks: 16 in the paper.
-        dropout: 0 in the paper.
-        input_activation: SiLU on the raw input, as the released code has it; it is not monotone below zero, so part of
-            what negative features say is lost.
+        width: number of features c.
+        hidden: width of the residual stream; None: 2 c, as in the paper.
+        bottleneck: width inside a block; None: 2 c, as in the paper.
+        embedding: width of the time embedding; None: c, as in the paper.
+        blocks: number of blocks; 16 in the paper.
+        dropout: dropout rate; 0 in the paper.
+        input_activation: SiLU on the input, as in the released code; it is not monotone below zero, so part of the
+            information in negative features is lost.
         scale_shift: time also scales u, (1 + s) LN(u) + b, instead of shifting it before its norm.
     """
 
@@ -55,18 +56,18 @@ class FeatureDenoiser(ModelMixin, ConfigMixin):
         self.enter = nn.Linear(width, inner)
         self.time = nn.Sequential(nn.Linear(inner, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU())
         self.stack = nn.ModuleList(_Block(inner, narrow, time, dropout, scale_shift) for _ in range(blocks))
-        self.leave = nn.Sequential(nn.GroupNorm(1, inner), nn.SiLU(), _zero(nn.Linear(inner, width)))
+        self.leave = nn.Sequential(nn.GroupNorm(1, inner), nn.SiLU(), _initialize_with_zeros(nn.Linear(inner, width)))
         self.activation = nn.SiLU() if input_activation else nn.Identity()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, width), t (B,) -> (B, width)."""
-        e = self.time(self._waves(t))
+        e = self.time(self._time_embedding(t))
         h = self.enter(self.activation(x))
         for block in self.stack:
             h = block(h, e)
         return self.leave(h)
 
-    def _waves(self, t: Tensor) -> Tensor:
+    def _time_embedding(self, t: Tensor) -> Tensor:
         k = torch.arange(self.half, device=t.device, dtype=torch.float32)
         angles = t.float()[:, None] * torch.exp(-math.log(10000) * k / self.half)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -79,7 +80,7 @@ class _Block(nn.Module):
         self.narrow = nn.Sequential(nn.GroupNorm(1, inner), nn.SiLU(), nn.Linear(inner, narrow))
         self.time = nn.Linear(time, 2 * narrow if scale_shift else narrow)
         self.norm = nn.GroupNorm(1, narrow)
-        self.widen = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), _zero(nn.Linear(narrow, inner)))
+        self.widen = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), _initialize_with_zeros(nn.Linear(narrow, inner)))
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         u, shift = self.narrow(h), self.time(e)
@@ -89,7 +90,7 @@ class _Block(nn.Module):
         return h + self.widen(self.norm(u) * (1 + scale) + shift)
 
 
-def _zero(layer: nn.Linear) -> nn.Linear:
+def _initialize_with_zeros(layer: nn.Linear) -> nn.Linear:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -1,4 +1,4 @@
-"""A diffusion model of feature vectors: encoding, denoiser, schedule; and an early state of the denoiser beside it."""
+"""A diffusion model of feature vectors: encoding, denoiser, schedule, and an early checkpoint of the denoiser."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ KIND = "feature diffusion model"
 
 
 def paper_schedule() -> NoiseSchedule:
-    """100 levels, betas linear in their square root from .0015 to .0195 (Yang et al. 2024): even the last level keeps
-    abar = .41, for reconstruction looks at the first ones only.
+    """100 levels, betas linear in their square root from .0015 to .0195 (Yang et al. 2024).
+
+    The signal is still strong at the last level (abar = .41), because reconstruction only uses the first ones.
     """
     return NoiseSchedule("scaled_linear", 0.0015, 0.0195, steps=100)
 
 
 class FeatureDiffusion:
-    """Encodes features and denoises them there; the network predicts x0.
+    """Encodes features and denoises the encoded vectors; the network predicts x0.
 
     Args:
         network: the trained denoiser.
-        encoding: from features to the denoiser's space.
-        schedule: the one it was trained with.
-        backbone: content hash of the feature extractor whose features it knows.
-        first: the denoiser after the first pass over the images, for the likelihood-regret score; None: without.
-        gaussian: mean and covariance of the encoded features that it was trained on; None: not known.
-        trained_on: content hashes of the images that the weights have seen.
-        provenance: seed, data fingerprint, training and the like.
+        encoding: maps features to the denoiser's space.
+        schedule: the schedule of its training.
+        backbone: content hash of the feature extractor that it was trained with.
+        first: the denoiser after the first epoch, for the likelihood-regret score; None: without.
+        gaussian: mean and covariance of the encoded training features; None: unknown.
+        trained_on: content hashes of the training images.
+        provenance: seed, data fingerprint, training settings and similar.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class FeatureDiffusion:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """The device of the networks."""
         return next(self.network.parameters()).device
 
     def to(self, device: torch.device | str) -> Self:
@@ -80,11 +81,11 @@ class FeatureDiffusion:
         return {"network": self.network} if self.first is None else {"network": self.network, "first": self.first}
 
     def denoisers(self, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> list[NetworkDenoiser]:
-        """The trained network behind the `Denoiser` contract, and then the early one where there is one."""
+        """The trained network as a denoiser, followed by the early one if there is one."""
         return [NetworkDenoiser(n, self.schedule, "sample", batch_size, precision) for n in self._networks().values()]
 
     def encode(self, features: Tensor) -> Tensor:
-        """Features (B, sum of channels) -> x0 (B, width) on the networks' device."""
+        """Encodes features (B, sum of channels) to x0 (B, width) on the networks' device."""
         return self.encoding(features.to(self.device, torch.float32))
 
     @property
@@ -94,10 +95,10 @@ class FeatureDiffusion:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of the weights and of everything that decides what they compute."""
+        """SHA-256 of the weights and of all settings that decide what they compute."""
         tensors = {f"{n}.{key}": v for n, net in self._networks().items() for key, v in net.state_dict().items()}
         tensors |= {"sigma": self.schedule.sigma, **self._statistics()}
-        tensors[json.dumps([self._plain(), self.backbone], sort_keys=True)] = torch.zeros(1)
+        tensors[json.dumps([self._config(), self.backbone], sort_keys=True)] = torch.zeros(1)
         return store.hash_tensors(tensors)
 
     def _statistics(self) -> dict[str, Tensor]:
@@ -105,8 +106,8 @@ class FeatureDiffusion:
         gaussian = {f"gaussian.{name}": torch.from_numpy(array) for name, array in arrays.items()}
         return {"shift": self.encoding.shift, "scale": self.encoding.scale, **gaussian}
 
-    def _plain(self) -> dict[str, Any]:
-        """Configuration of network and encoding, as JSON knows it."""
+    def _config(self) -> dict[str, Any]:
+        """Configuration of network and encoding, as JSON values."""
         network = {name: value for name, value in dict(self.network.config).items() if not name.startswith("_")}
         encoding = {
             "channels": list(self.encoding.channels),
@@ -116,17 +117,17 @@ class FeatureDiffusion:
         return {"network": network, "encoding": encoding}
 
     def with_random_weights(self, seed: int = 0) -> FeatureDiffusion:
-        """The same model whose networks have random weights, each tensor drawn with its own mean and deviation."""
+        """The same model with random weights, each tensor sampled with its own mean and standard deviation."""
         generator = torch.Generator().manual_seed(seed)
-        twin = copy.copy(self)
-        twin.network, twin.first = copy.deepcopy(self.network), copy.deepcopy(self.first)
-        # the images stay: encoding and covariance have seen them
-        twin.provenance = {"random_weights": seed}
+        model = copy.copy(self)
+        model.network, model.first = copy.deepcopy(self.network), copy.deepcopy(self.first)
+        # trained_on is kept: encoding and covariance depend on the training images
+        model.provenance = {"random_weights": seed}
         with torch.no_grad():
-            for parameter in [p for network in twin._networks().values() for p in network.parameters()]:
+            for parameter in [p for network in model._networks().values() for p in network.parameters()]:
                 drawn = torch.randn(parameter.shape, generator=generator).to(parameter.device)
                 parameter.copy_(parameter.mean() + parameter.std(correction=0) * drawn)
-        return twin
+        return model
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder: `network/` and `first/` in diffusers' layout, the features' statistics, `config.json`."""
@@ -135,7 +136,7 @@ class FeatureDiffusion:
                 network.save_pretrained(temporary / name)
             store.save_tensors(temporary / "statistics.safetensors", self._statistics())
             content = {
-                **self._plain(),
+                **self._config(),
                 "schedule": self.schedule.to_dict(),
                 "backbone": self.backbone,
                 "content_hash": self.content_hash,
@@ -143,9 +144,9 @@ class FeatureDiffusion:
             }
             store.write_config(temporary, KIND, content)
             store.write_hashes(temporary / "trained_on.txt", self.trained_on)
-            (temporary / "README.md").write_text(self._card(), encoding="utf-8")
+            (temporary / "README.md").write_text(self._model_card(), encoding="utf-8")
 
-    def _card(self) -> str:
+    def _model_card(self) -> str:
         lines = [
             "# A farout diffusion model of features",
             "",
@@ -165,13 +166,13 @@ class FeatureDiffusion:
         config = store.read_config(path, KIND)
         statistics = store.load_tensors(path / "statistics.safetensors")
         gaussian = {n.removeprefix("gaussian."): t.numpy() for n, t in statistics.items() if n.startswith("gaussian.")}
-        plain = {**config["encoding"], "channels": tuple(config["encoding"]["channels"])}
+        encoding = {**config["encoding"], "channels": tuple(config["encoding"]["channels"])}
         model = cls(
-            _read(path / "network"),
-            FeatureEncoding(**plain, shift=statistics["shift"], scale=statistics["scale"]),
+            _read_denoiser(path / "network"),
+            FeatureEncoding(**encoding, shift=statistics["shift"], scale=statistics["scale"]),
             NoiseSchedule.from_dict(config["schedule"]),
             config["backbone"],
-            first=_read(path / "first") if (path / "first").is_dir() else None,
+            first=_read_denoiser(path / "first") if (path / "first").is_dir() else None,
             gaussian=Mahalanobis.from_arrays(gaussian) if gaussian else None,
             trained_on=store.read_hashes(path / "trained_on.txt"),
             provenance=config["provenance"],
@@ -181,7 +182,7 @@ class FeatureDiffusion:
         return model
 
 
-def _read(folder: Path) -> FeatureDenoiser:
+def _read_denoiser(folder: Path) -> FeatureDenoiser:
     try:
         return FeatureDenoiser.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, RuntimeError, ValueError) as error:

@@ -19,10 +19,10 @@ PerceptualName = Literal["lite0", "lpips"]
 
 
 class PerceptualDistance(Protocol):
-    """Features of images once, then distances between features."""
+    """Computes features of images, and distances between features."""
 
     def features(self, images: Tensor, batch_size: BatchSize = "auto") -> list[Tensor]:
-        """Feature maps of images (B, C, H, W) in [0, 1], one tensor (B, c, h, w) per depth."""
+        """Feature maps of images (B, C, H, W) in [0, 1], one tensor (B, c, h, w) per layer."""
 
     def distance(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
         """Distances (B,), float32, between two lists of feature maps; 0 for equal images."""
@@ -32,7 +32,7 @@ class PerceptualDistance(Protocol):
 
 
 class _FeatureDistance:
-    """sum over depths of the mean over positions of |f / |f| - g / |g||^2, channels weighted.
+    """Sum over layers of the mean over positions of |w (f / |f| - g / |g|)|^2.
 
     This is LPIPS (Zhang et al. 2018, eq. 1) with the given channel weights; None: all one.
     """
@@ -42,10 +42,10 @@ class _FeatureDistance:
         network: nn.Module,
         mean: Sequence[float],
         std: Sequence[float],
-        smallest: int,
+        min_side: int,
         weights: Sequence[Tensor] | None,
     ) -> None:
-        self.network, self.smallest, self.weights = network, smallest, weights
+        self.network, self.min_side, self.weights = network, min_side, weights
         self.mean = torch.tensor(mean).reshape(1, 3, 1, 1)
         self.std = torch.tensor(std).reshape(1, 3, 1, 1)
 
@@ -56,13 +56,13 @@ class _FeatureDistance:
         return self
 
     def features(self, images: Tensor, batch_size: BatchSize = "auto") -> list[Tensor]:
-        """Unit-normalised feature maps; grey is repeated to three channels, small images are fitted to the network."""
-        ready = (self._fit(images.expand(-1, 3, -1, -1)) - self.mean) / self.std
+        """Unit-normalized feature maps; gray images become three channels, small images are enlarged or padded."""
+        ready = (self._enlarge(images.expand(-1, 3, -1, -1)) - self.mean) / self.std
         ready = ready.contiguous(memory_format=torch.channels_last)
         shapes: list[torch.Size] = []
 
         def call(chunk: Tensor) -> Tensor:
-            maps = [_unit(feature.float()) for feature in self.network(chunk)]
+            maps = [_normalize_channels(feature.float()) for feature in self.network(chunk)]
             shapes[:] = [feature.shape[1:] for feature in maps]
             return torch.cat([feature.flatten(1) for feature in maps], dim=1)
 
@@ -71,21 +71,21 @@ class _FeatureDistance:
         parts = flat.split([shape.numel() for shape in shapes], dim=1)
         return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _fit(self, images: Tensor) -> Tensor:
-        """Bilinear enlargement until the shorter side has the smallest length the features make sense at."""
+    def _enlarge(self, images: Tensor) -> Tensor:
+        """Enlarges bilinearly until the shorter side has the minimum length of the network."""
         side = min(images.shape[-2:])
-        if side >= self.smallest:
+        if side >= self.min_side:
             return images
-        size = [round(length * self.smallest / side) for length in images.shape[-2:]]
+        size = [round(length * self.min_side / side) for length in images.shape[-2:]]
         return functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
     def distance(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-        """Distances (B,), float32, between two lists of unit-normalised feature maps."""
+        """Distances (B,), float32, between two lists of unit-normalized feature maps."""
         total = one[0].new_zeros(len(one[0]))
-        for depth, (f, g) in enumerate(zip(one, other, strict=True)):
+        for layer, (f, g) in enumerate(zip(one, other, strict=True)):
             difference = (f - g).square()
             if self.weights is not None:
-                difference = difference * self.weights[depth].to(difference.device)
+                difference = difference * self.weights[layer].to(difference.device)
             total = total + difference.sum(1).mean((1, 2))
         return total
 
@@ -93,49 +93,51 @@ class _FeatureDistance:
 class _PaddedLPIPS(_FeatureDistance):
     """LPIPS pads small images with black instead of enlarging them, as the reconstruction paper does (28 to 32 px)."""
 
-    def _fit(self, images: Tensor) -> Tensor:
+    def _enlarge(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        x, y = max(0, self.smallest - width), max(0, self.smallest - height)
+        x, y = max(0, self.min_side - width), max(0, self.min_side - height)
         return functional.pad(images, (x // 2, x - x // 2, y // 2, y - y // 2))
 
 
-def _unit(feature: Tensor) -> Tensor:
+def _normalize_channels(feature: Tensor) -> Tensor:
     return feature / (feature.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
 def perceptual_distance(name: PerceptualName) -> PerceptualDistance:
-    """`lite0`: EfficientNet-lite0 features at 64 px or more, all depths, unit weights; needs no hub. `lpips`: LPIPS
-    with AlexNet, version 0.1, the reconstruction paper's.
+    """Creates a perceptual distance.
 
-    Raises FaroutError for another name, MissingExtraError for `lpips` where the package or its AlexNet weights cannot
-    be had.
+    Args:
+        name: `lite0` (EfficientNet-lite0 features at 64 px or more, all layers, unit weights, no downloads) or `lpips`
+            (LPIPS with AlexNet, version 0.1, as in the reconstruction paper).
+
+    Raises FaroutError for another name, MissingExtraError if LPIPS or its AlexNet weights are missing.
     """
     if name == "lite0":
         return _FeatureDistance(create_lite0(), [0.5] * 3, [0.5] * 3, 64, None)
     if name != "lpips":
         raise FaroutError(f"there is no perceptual distance {name!r}; expected lite0 or lpips")
-    return _lpips()
+    return _create_lpips()
 
 
-def _lpips() -> PerceptualDistance:
+def _create_lpips() -> PerceptualDistance:
     try:
         import lpips
     except ImportError as error:
         hint = 'LPIPS requires `pip install "farout[lpips]"`; the built-in distance is perceptual="lite0"'
         raise MissingExtraError(hint) from error
     try:
-        whole = lpips.LPIPS(net="alex", verbose=False)
+        model = lpips.LPIPS(net="alex", verbose=False)
     except OSError as error:
         hint = (
-            f"LPIPS could not fetch torchvision's AlexNet weights ({error}); put alexnet-owt-7be5be79.pth into "
+            f"LPIPS could not download torchvision's AlexNet weights ({error}); put alexnet-owt-7be5be79.pth into "
             f'{torch.hub.get_dir()}/checkpoints, or use the built-in distance perceptual="lite0"'
         )
         raise MissingExtraError(hint) from error
-    whole = whole.eval().requires_grad_(False)
-    weights = [layer.model[-1].weight for layer in whole.lins]
-    # their scaling layer works on [-1, 1]; the same map for [0, 1]
-    mean, std = (whole.scaling_layer.shift.flatten() + 1) / 2, whole.scaling_layer.scale.flatten() / 2
-    return _PaddedLPIPS(whole.net, mean.tolist(), std.tolist(), 32, weights)
+    model = model.eval().requires_grad_(False)
+    weights = [layer.model[-1].weight for layer in model.lins]
+    # the scaling layer of LPIPS expects [-1, 1]; the same normalization for [0, 1]
+    mean, std = (model.scaling_layer.shift.flatten() + 1) / 2, model.scaling_layer.scale.flatten() / 2
+    return _PaddedLPIPS(model.net, mean.tolist(), std.tolist(), 32, weights)
 
 
 def ssim(one: Tensor, other: Tensor, window: int = 7) -> Tensor:

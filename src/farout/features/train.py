@@ -1,4 +1,4 @@
-"""Training a feature denoiser on features that were extracted once."""
+"""Training of a feature denoiser on extracted features."""
 
 from __future__ import annotations
 
@@ -40,37 +40,39 @@ def train_features(
     resume: bool = False,
     fingerprint: str = "",
 ) -> FeatureDiffusion:
-    """Trains a fresh denoiser on features (n, c) of good images, on the paper's schedule.
+    """Trains a denoiser on features (n, c) of normal images, with the schedule of the paper.
 
     Args:
         features: one row per image (or position), float32.
-        hashes: content hashes of the images they are of.
+        hashes: content hashes of the images.
         backbone: content hash of their extractor.
-        encoding: from features to the denoiser's space; its statistics are fitted here.
+        encoding: maps features to the denoiser's space; its statistics are fitted here.
         network: arguments of `FeatureDenoiser` other than the width.
-        training: how it is trained.
-        levels: how training samples levels.
-        first_step: also keep the denoiser as it was after this step, for the likelihood-regret score.
+        training: settings of the training loop.
+        levels: distribution of noise levels in training.
+        first_step: also keep the denoiser after this step, for the likelihood-regret score.
         out: folder of the checkpoints; None: none are kept.
-        resume: go on from the last checkpoint there.
-        fingerprint: which images or positions the features are of; a resumed run must have the same, and the same
+        resume: continue from the last checkpoint in `out`.
+        fingerprint: identifies the images or positions of the features; a resumed run requires the same fingerprint,
             backbone, encoding, network and levels.
 
-    Raises FaroutError for features that are not numbers; StoreError where what is resumed learnt from others.
+    Raises FaroutError for features with NaN; StoreError for a resume with other features or settings.
     """
-    _check_numbers(features)
+    _check_finite(features)
     fitted = encoding.fit(features)
     torch.manual_seed(training.seed)
     denoiser = FeatureDenoiser(fitted.width, **network)
     model = FeatureDiffusion(denoiser, fitted, paper_schedule(), backbone, trained_on=hashes)
-    # networks of one shape may learn from features of another backbone, or otherwise standardised
-    learnt = f"{fingerprint} {backbone} {encoding.standardize} {encoding.summaries} {sorted(network.items())} {levels}"
+    # networks of one shape can be trained on features of another backbone or with another encoding
+    run_fingerprint = (
+        f"{fingerprint} {backbone} {encoding.standardize} {encoding.summaries} {sorted(network.items())} {levels}"
+    )
     if first_step is not None:
         training = replace(training, keep=(*training.keep, first_step))
     with ExitStack() as exits:
         folder = out or Path(exits.enter_context(TemporaryDirectory()))
-        step, data = _step(model.schedule, Objective(levels)), TensorDataset(fitted(features))
-        result = train(denoiser, step, data, training, out=folder, resume=resume, fingerprint=learnt)
+        step, data = _training_step(model.schedule, Objective(levels)), TensorDataset(fitted(features))
+        result = train(denoiser, step, data, training, out=folder, resume=resume, fingerprint=run_fingerprint)
         if first_step is not None:
             model.first = FeatureDenoiser(fitted.width, **network).to(model.device).eval()
             model.first.load_state_dict(checkpoint_weights(step_folder(folder, first_step)))
@@ -85,13 +87,13 @@ def train_features(
     return model
 
 
-def _check_numbers(features: Tensor) -> None:
-    bad = int((~torch.isfinite(features)).any(1).sum())
-    if bad:
-        raise FaroutError(f"{bad} of {len(features)} rows of features are not numbers; look for damaged weights")
+def _check_finite(features: Tensor) -> None:
+    count = int((~torch.isfinite(features)).any(1).sum())
+    if count:
+        raise FaroutError(f"{count} of {len(features)} rows of features are not finite; the weights may be damaged")
 
 
-def _step(schedule: NoiseSchedule, objective: Objective) -> Step:
+def _training_step(schedule: NoiseSchedule, objective: Objective) -> Step:
     def step(network: nn.Module, batch: list[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         return {"loss": denoising_loss(NetworkDenoiser(network, schedule, "sample"), batch[0], generator, objective)}
 

@@ -124,7 +124,7 @@ class CommandParser:
         self.function: Callable[..., Any] = import_object(self.command.function)
         self.parameters = inspect.signature(self.function).parameters
         self.hints = typing.get_type_hints(self.function)
-        self.method: Any = None if method is None else method.load()
+        self.method: Any = method and method.load()
         self.method_name = None if method is None else method.name
         self.presets: Mapping[str, Any] = (
             import_object(self.command.presets) if self.command.presets else getattr(self.method, "presets", {})
@@ -149,7 +149,8 @@ class CommandParser:
         if parameter == "runtime":
             return Runtime
         hint = self.hints[parameter]
-        return next((each for each in (hint, *typing.get_args(hint)) if is_dataclass(each)), None)
+        types = [each for each in (hint, *typing.get_args(hint)) if isinstance(each, type)]
+        return next((each for each in types if is_dataclass(each)), None)
 
     def _build(self, method: RegisteredMethod | None) -> Parser:
         name = self.name if method is None else f"{self.name} {method.name}"

@@ -38,38 +38,38 @@ class Registry(Mapping[str, RegisteredMethod]):
 
     def __init__(self, kind: str, group: str, methods: Mapping[str, tuple[str, str]]) -> None:
         self.kind, self.group = kind, group
-        self._own = {name: _parse(name, target, about) for name, (target, about) in methods.items()}
+        self._own = {name: _make_method(name, target, about) for name, (target, about) in methods.items()}
 
-    def _methods(self) -> dict[str, RegisteredMethod]:
-        others = (_parse(each.name, each.value, f"from {each.module}") for each in entry_points(group=self.group))
+    def _all_methods(self) -> dict[str, RegisteredMethod]:
+        others = (_make_method(e.name, e.value, f"from {e.module}") for e in entry_points(group=self.group))
         return {**{method.name: method for method in others}, **self._own}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._methods())
+        return iter(self._all_methods())
 
     def __len__(self) -> int:
-        return len(self._methods())
+        return len(self._all_methods())
 
     def __getitem__(self, name: str) -> RegisteredMethod:
         """The method of this name; raises FaroutError that suggests similar names."""
         if name in self._own:  # reading the entry points of all installed packages takes time
             return self._own[name]
-        methods = self._methods()
+        methods = self._all_methods()
         if name not in methods:
             raise FaroutError(f"there is no {self.kind} {name!r}; {suggest_names(name, methods)}")
         return methods[name]
 
-    def name_of(self, kind: type) -> str:
+    def name_of(self, cls: type) -> str:
         """The name that a class is registered under; raises FaroutError for a class that is not registered."""
         for method in self.values():
-            if method.class_name == kind.__name__ and (method.module == kind.__module__ or method.load() is kind):
+            if method.class_name == cls.__name__ and (method.module == cls.__module__ or method.load() is cls):
                 return method.name
         raise FaroutError(
-            f"{kind.__name__} is not registered as a {self.kind}: it can be used, but not saved and loaded; add it to "
+            f"{cls.__name__} is not registered as a {self.kind}: it can be used, but not saved and loaded; add it to "
             f"the package's table, or register an entry point of the group {self.group}"
         )
 
 
-def _parse(name: str, target: str, description: str) -> RegisteredMethod:
+def _make_method(name: str, target: str, description: str) -> RegisteredMethod:
     module, _, class_name = target.partition(":")
     return RegisteredMethod(name, module, class_name, description)

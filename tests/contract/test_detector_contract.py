@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images unlike the good ones, and one file that is none."""
+    """Images unlike the normal ones, and one file that is not an image."""
     made = pictures(tmp_path_factory.mktemp("images") / "others", 9, low=0, spread=255)
     (made / "004-broken.png").write_text("not a picture")
     return made
@@ -72,7 +72,7 @@ def detector(request: pytest.FixtureRequest, folder: Path) -> Detector:
 
 @pytest.fixture(scope="module")
 def whole(detector: Detector, folder: Path) -> Scores:
-    """What it says of the good images."""
+    """Scores of the normal images."""
     return detector.score(folder)
 
 
@@ -91,15 +91,15 @@ def test_there_are_detectors() -> None:
 def test_scores_are_numbers_and_p_values(detector: Detector, whole: Scores) -> None:
     assert len(whole) == 60
     assert np.isfinite(whole.score).all()
-    assert len(np.unique(whole.score)) > 30, "scores that hardly differ tell nothing"
+    assert len(np.unique(whole.score)) > 30, "scores that hardly differ distinguish nothing"
     assert ((whole.p_value > 0) & (whole.p_value <= 1)).all()
     assert np.array_equal(whole.is_ood, whole.p_value <= detector.alpha)
     assert whole.measurements is not None
     assert whole.measurements.keys == whole.keys
 
 
-def test_higher_is_further(detector: Detector, others: Path) -> None:
-    """A method may miss much with untrained networks, but noise images lie out further than the calibration median."""
+def test_higher_is_more_anomalous(detector: Detector, others: Path) -> None:
+    """Even with untrained networks, noise images score higher than the median of the calibration images."""
     far = detector.score(others)
     median = np.median(detector.calibration_scores[detector.score_name])
     assert np.nanmedian(far.score) > median
@@ -143,7 +143,7 @@ def test_batch_order_and_threads_do_not_matter(
 
 
 @quick_for("denoising", "knn")
-def test_no_float64_is_wanted_of_the_device(whole: Scores, saved: Path, folder: Path) -> None:
+def test_the_device_needs_no_float64(whole: Scores, saved: Path, folder: Path) -> None:
     """Apple's has none; what is to be exact is computed on the CPU there."""
     loaded = load(saved, cache=False)
     with narrow_device() as name:
@@ -207,7 +207,7 @@ def test_another_model_is_refused(detector: Detector, tmp_path: Path) -> None:
 
 @quick_for("denoising")
 def test_a_linked_model_moves_with_its_detector(detector: Detector, tmp_path: Path) -> None:
-    """A benchmark's folder can be put elsewhere, whether or not something else stands where it was."""
+    """A benchmark's folder can be put elsewhere, whether or not its old path is used again."""
     if not isinstance(detector.diffusion, DiffusionModel):
         pytest.skip("this method has no diffusion model of images")
     diffusion_model(detector).save(tmp_path / "bench" / "networks" / "model")

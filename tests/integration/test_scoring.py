@@ -31,7 +31,7 @@ from tolerances import assert_same_scores
 
 pytestmark = pytest.mark.numerics
 
-RESULTS = ("scores.csv", "measurements.parquet", "manifest.json", "page.html", "plan.json")
+RESULTS = ("scores.csv", "measurements.parquet", "manifest.json", "page.html", "settings.json")
 COUNT = 29
 
 

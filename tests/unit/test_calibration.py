@@ -49,7 +49,7 @@ def test_threshold_and_flag_agree(alpha: float, count: int) -> None:
 
 
 def test_false_alarms_over_200_resplits() -> None:
-    """The mean false-alarm rate at 5 % lies within its Monte Carlo interval, splits made as the detectors make them."""
+    """The mean false-alarm rate at 5 % is within its Monte Carlo interval, with the splits of the detectors."""
     generator = torch.Generator().manual_seed(0)
     pixels = (torch.rand(400, 1, 4, 4, generator=generator) * 255).byte()
     source = open_source(pixels)

@@ -60,16 +60,16 @@ def test_changes_are_distances_of_normalised_outputs() -> None:
     found = compute_changes(f_x, {name: value.reshape(1, 2, 1, -1) for name, value in f_t.items()})
     assert found.shape == (1, 2, 1, len(METRICS))
     a, b, c = (v / v.norm() for v in (clean[0], moved[0], moved[1]))
-    for name, wanted in {
+    for name, expected in {
         "logit_global_l1": [(a - b).abs().sum(), (a - c).abs().sum()],
         "logit_local_l1": [(a - b).abs().sum(), (b - c).abs().sum()],
         "logit_global_l2": [(a - b).norm(), (a - c).norm()],
         "logit_local_argmax": [(a - b)[a.argmax()].abs(), (b - c)[a.argmax()].abs()],
     }.items():
-        torch.testing.assert_close(column(found, name)[0, :, 0], torch.stack(wanted))
+        torch.testing.assert_close(column(found, name)[0, :, 0], torch.stack(expected))
 
 
-def test_post_hoc_scores_are_higher_further_out() -> None:
+def test_posthoc_scores_are_higher_for_unsure_images() -> None:
     sure, unsure = torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([[0.1, 0.0, 0.0]])
     assert (compute_posthoc_scores(unsure) > compute_posthoc_scores(sure)).all()
     torch.testing.assert_close(compute_posthoc_scores(sure)[0, 0], -sure.double().logsumexp(1)[0])
@@ -95,8 +95,8 @@ def test_measured_by_hand(fitted: Denoising) -> None:
     guided = GuidedDenoiser(diffusion.denoiser(), 3.0, diffusion.conditioning.null_condition)
     back = diffusion.decode(DPMSolver2M()(guided, x, path, diffusion.conditioning(y)))
     before, after = recognise.outputs(one.images).logits[0], recognise.outputs(back).logits[0]
-    wanted = (before / before.norm() - after / after.norm()).abs().sum()
-    torch.testing.assert_close(column(measured, "logit_global_l1")[0, 1, 1], wanted, rtol=1e-4, atol=1e-6)
+    expected = (before / before.norm() - after / after.norm()).abs().sum()
+    torch.testing.assert_close(column(measured, "logit_global_l1")[0, 1, 1], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_evaluations_are_as_in_the_cards_table() -> None:
@@ -216,7 +216,7 @@ def test_models_that_do_not_go_together_are_refused(good: Path) -> None:
             made.fit(good, diffusion, recognise, alpha=0.1, statistics=30)
 
 
-def test_guidance_wants_a_null_condition(good: Path) -> None:
+def test_guidance_requires_a_null_condition(good: Path) -> None:
     diffusion = conditional()
     diffusion.conditioning.has_null = False
     with pytest.raises(FaroutError, match="guidance 1"):

@@ -80,7 +80,7 @@ def test_mahalanobis_of_fewer_rows_than_columns() -> None:
 def test_the_mixture_is_scikit_learns() -> None:
     table = np.concatenate([TABLE, TABLE[:200] + 12])
     fitted = GaussianMixture.fit(table, seed=1)
-    assert len(fitted.weights) > 1, "two clumps want more than one component"
+    assert len(fitted.weights) > 1, "two clusters require more than one component"
     z = (table - fitted.mean) / fitted.std
     theirs = Reference(len(fitted.weights))
     theirs.weights_, theirs.means_, theirs.precisions_cholesky_ = fitted.weights, fitted.means, fitted.roots

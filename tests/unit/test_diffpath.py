@@ -32,7 +32,7 @@ def images(count: int, factor: float = 1.0, mean: float = 0.0, seed: int = 0) ->
 
 
 def detector(**arguments: object) -> DiffPath:
-    """With the exact denoiser of that data, which is not clamped unless asked for."""
+    """With the exact denoiser of that data, which is clamped only on request."""
     made = DiffPath(**{"clamp": False, **arguments})
     untrained = model()
     made.preprocessing = untrained.preprocessing
@@ -76,7 +76,7 @@ def test_ten_evaluations_one_a_step() -> None:
 
 @pytest.fixture(scope="module")
 def scored() -> DiffPath:
-    """Good images are a little brighter than the model's."""
+    """Normal images are a little brighter than the model's."""
     made = detector()
     made.statistics = made.measure(images(300, mean=0.1))
     made.fit_statistics(made.statistics)

@@ -67,7 +67,7 @@ def scored(detector: VectorDetector, table: np.ndarray) -> dict[str, np.ndarray]
 
 
 def test_the_distance_is_that_of_the_known_covariance() -> None:
-    """Users rely on the distance being in units of the spread of good images, whatever the channels' scales."""
+    """Users rely on the distance being in units of the spread of normal images, whatever the channels' scales."""
     found = scored(learnt(Mahalanobis, gaussian(20000)), gaussian(50, seed=2))["distance"]
     offset = gaussian(50, seed=2) - 5
     exact = (offset @ linalg.inv(ROOT.T @ ROOT) * offset).sum(1)
@@ -164,7 +164,9 @@ def test_labels_come_from_the_source_and_scoring_needs_none(tree: Path, tmp_path
     assert set(later.with_scoring(classes=False).calibration_scores) == {"distance", "layers"}
 
 
-def test_missing_labels_are_told_before_all_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_labels_are_reported_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
     original = Mahalanobis.measure
     monkeypatch.setattr(Mahalanobis, "measure", lambda self, *a, **k: (calls.append(1), original(self, *a, **k))[1])
@@ -187,7 +189,7 @@ def test_the_neighbor_is_scikit_learns(standardize: str) -> None:
 
 
 def test_few_images_lower_k_and_say_so() -> None:
-    """With 60 images, the 50th neighbour would be nearly the furthest: it would rank images by nothing useful."""
+    """With 60 images, the 50th neighbor would be nearly the farthest one, whose distance ranks images poorly."""
     small, large = learnt(KNN, gaussian(60), k=50), learnt(KNN, gaussian(1000), k=50)
     assert (small.k, large.k) == (1, 10)
     assert learnt(KNN, gaussian(6000), k=50).k == 50
@@ -218,7 +220,7 @@ def test_the_residual_is_scikit_learns(variance: float) -> None:
 
 
 def test_the_fraction_does_not_grow_with_extremity() -> None:
-    """What varies as good images do, only more, is left to `residual`."""
+    """Only `residual` grows for images that vary like normal ones, but more."""
     detector = learnt(PCA, gaussian(400), variance=0.8)
     centre = gaussian(400).mean(0)
     probes = gaussian(30, seed=2) - centre
@@ -293,7 +295,7 @@ def test_the_networks_seed_is_the_fits_and_choices_do_not_train() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [2, 7, 40])
 def test_fewer_images_than_features(kind: type[VectorDetector], count: int) -> None:
-    """A user with a handful of images gets scores, and what is far out is furthest."""
+    """A user with a handful of images gets scores, and far images score highest."""
     wide = np.random.default_rng(10).normal(size=(count, WIDTH)) + 3
     detector = learnt(kind, wide)
     far = wide.mean(0) + 30 * np.random.default_rng(11).normal(size=(20, WIDTH))
@@ -345,7 +347,7 @@ def test_what_is_learnt_comes_back_from_arrays(kind: type[VectorDetector]) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_a_number_is_refused_or_stays_in_its_row(kind: type[VectorDetector]) -> None:
-    """One damaged image must not spoil the scores beside it."""
+    """One damaged image must not change the scores of the others."""
     detector = learnt(kind, gaussian(150))
     probes = gaussian(5, seed=2)
     whole = scored(detector, probes)

@@ -29,7 +29,7 @@ HOTTEST = MapScale().brightest
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A detector with maps, and images of which one cannot be read and one lies in a folder."""
+    """A detector with maps, and images of which one cannot be read and one is in a folder."""
     root = tmp_path_factory.mktemp("overlays")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -78,8 +78,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_score_writes_a_map_of_every_readable_image(place: Path, tmp_path: Path) -> None:
     assert run(["score", place / "d", place / "new", "--out", tmp_path / "r", "--maps", "--highest", 2]) == 0
     maps = contents(tmp_path / "r" / "maps")
-    wanted = {f"{i:03d}.png.png" for i in range(COUNT) if i != 4} | {"line 2/004.png.png"}
-    assert {name for name in maps if name.endswith(".png")} == wanted
+    expected = {f"{i:03d}.png.png" for i in range(COUNT) if i != 4} | {"line 2/004.png.png"}
+    assert {name for name in maps if name.endswith(".png")} == expected
     explanation = "Maps show standard deviations above normal images. Colors begin at 0 and are brightest at 6"
     assert explanation in maps["README.txt"].decode()
     assert Image.open(tmp_path / "r" / "maps" / "000.png.png").size == (224, 224)
@@ -231,7 +231,7 @@ def test_what_is_normal_is_left_as_it_is() -> None:
 
 
 def test_the_scale_is_one_for_all_images() -> None:
-    """A position of 3 deviations looks the same beside one of 3 and beside one of 100."""
+    """A position of 3 deviations looks the same next to one of 3 and next to one of 100."""
     mild, wild = torch.full((2, 40), 3.0), torch.full((2, 40), 3.0)
     wild[:, -1] = 100
     one, two = (np.asarray(draw_overlay(grey(224, 224), heat))[:, :20] for heat in (mild, wild))

@@ -63,7 +63,7 @@ def test_every_layer_weighs_the_same() -> None:
 
 
 def test_the_nearest_is_found_exactly() -> None:
-    """Also where products cancel: a copy of a row of the bank lies at distance 0, far from the origin."""
+    """Also where products cancel: a copy of a row of the bank is at distance 0, far from the origin."""
     torch.manual_seed(0)
     bank = torch.randn(50, 6) + 1000
     vectors = torch.cat([bank[:3], torch.randn(4, 6) + 1000])
@@ -141,7 +141,7 @@ def test_both_maps_point_at_the_damage(fitted: Patches, good: Path, rows: slice,
         assert heat.max() > 4
 
 
-def test_the_damaged_score_further_out(fitted: Patches, good: Path) -> None:
+def test_damaged_images_score_higher(fitted: Patches, good: Path) -> None:
     images = torch.stack([open_source(good)[i] for i in range(10)]).float() / 255
     damaged = images.clone()
     damaged[:, :, 4:12, 20:28] = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -182,7 +182,7 @@ def test_cost_counts_positions_levels_and_draws(fitted: Patches) -> None:
     assert cost.gmacs > 0
 
 
-def test_no_more_images_are_looked_at_than_wanted(good: Path) -> None:
+def test_at_most_max_images_are_used(good: Path) -> None:
     made = Patches(**{**SMALL, "epochs": 1, "max_images": 5}).fit(good, alpha=0.1, statistics=15)
     assert made.diffusion is not None
     assert len(made.diffusion.trained_on) == 5

@@ -84,7 +84,7 @@ def test_scores_of_logits_are_the_librarys() -> None:
     torch.testing.assert_close(found["energy"], written_out)
 
 
-def test_very_confident_images_are_still_told_apart() -> None:
+def test_very_confident_images_have_different_scores() -> None:
     logits = torch.tensor([[30.0, 0.0, 0.0], [35.0, 0.0, 0.0]])
     msp = compute_logit_scores(logits, 0.1, 3)["msp"]
     assert msp[0] > msp[1]
@@ -286,7 +286,7 @@ def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
         Posthoc(**changes)
 
 
-def test_a_classifier_is_wanted(good: Path) -> None:
+def test_a_classifier_is_required(good: Path) -> None:
     with pytest.raises(FaroutError, match="no labels"):
         Posthoc().fit(good, alpha=0.1)
 

@@ -201,7 +201,7 @@ def test_options_fit_score_and_come_back(folder: Path, tmp_path: Path, settings:
     assert_same_scores(detector.score(open_source(folder).subset(reverse)), scores, detector)
 
 
-def test_both_denoisers_lie_in_one_folder(plain: Semantic, folder: Path, tmp_path: Path) -> None:
+def test_both_denoisers_are_saved_in_one_folder(plain: Semantic, folder: Path, tmp_path: Path) -> None:
     plain.save(tmp_path / "d")
     assert (tmp_path / "d" / "diffusion" / "first" / "config.json").is_file()
     model = FeatureDiffusion.load(tmp_path / "d" / "diffusion")
@@ -209,7 +209,7 @@ def test_both_denoisers_lie_in_one_folder(plain: Semantic, folder: Path, tmp_pat
     again = Semantic(size=32).fit(folder, diffusion=tmp_path / "d" / "diffusion", alpha=0.1, statistics=20)
     assert again.diffusion is not None
     assert again.diffusion.content_hash == model.content_hash
-    assert not again.statistics_hashes & model.trained_on, "statistics want images that the denoiser has not seen"
+    assert not again.statistics_hashes & model.trained_on, "statistics images are new to the denoiser"
 
 
 def test_another_backbone_is_refused(plain: Semantic, folder: Path, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_levels_outside_the_schedule_are_refused(folder: Path, levels: tuple[int
 
 
 @pytest.mark.slow
-def test_regret_wants_several_passes(folder: Path) -> None:
+def test_regret_requires_several_epochs(folder: Path) -> None:
     with pytest.raises(FaroutError, match="train for longer"):
         fitted(folder, epochs=1, score="lr")
     assert "lr" not in fitted(folder, epochs=1, score="mse").calibration_scores

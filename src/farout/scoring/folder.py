@@ -31,7 +31,7 @@ __all__ = ["ScoredFolder", "read_scores", "score_folder"]
 
 _PART = 256
 """Images measured between two files on disk."""
-_SETTINGS, _PARTS, _MANIFEST = "plan.json", "parts", "manifest.json"
+_SETTINGS, _PARTS, _MANIFEST = "settings.json", "parts", "manifest.json"
 _MISSING = ["", "nan", "NaN", "NA", "null", "None"]
 """What means "no number" in a column of numbers."""
 

@@ -139,12 +139,12 @@ class _MeanColour(nn.Module):
 
 
 def test_inception_is_called_fid(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fid, "_inception_network", _MeanColour)
+    monkeypatch.setattr(fid, "_load_inception", _MeanColour)
     found = set_distance(root / "one", root / "two", features="inception")
     assert (found.frechet_name, found.kernel_name, found.dimension) == ("FID", "KID", 2)
     set_distance(root / "one", root / "two", features="inception", precision="auto", out=root / "d.json")
     assert json.loads((root / "d.json").read_text())["precision"] == "fp32"
-    with pytest.raises(FaroutError, match=r"in fp32.* bf16 goes with features=lite0"):
+    with pytest.raises(FaroutError, match=r"in fp32.* features=lite0 for bf16"):
         set_distance(root / "one", root / "two", features="inception", precision="bf16")
 
 

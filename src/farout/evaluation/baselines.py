@@ -19,6 +19,7 @@ from farout.detectors.feature_detector import FeatureDetector
 from farout.diffusion.model import DiffusionModel
 from farout.evaluation import trivial_baselines
 from farout.evaluation.trivial_baselines import TrivialBaselines
+from farout.features.feature_diffusion import FeatureDiffusion
 
 __all__ = ["BaselineOptions", "EvaluatedDetector", "fit_baselines", "method_name", "with_random_weights"]
 
@@ -104,7 +105,7 @@ def fit_baselines(detector: Detector, options: BaselineOptions, out: Path) -> It
         return
     source = options.images if options.images is not None else detector.provenance.get("source")
     try:
-        images = open_source(source) if options.images is not None else _open_fitted_images(detector)
+        images = _open_fitted_images(detector) if options.images is None else open_source(options.images)
     except FaroutError as error:
         message = (
             f"no baselines: they cannot be fitted on {source!r} ({error}); give images for them with --baseline-images"
@@ -119,7 +120,9 @@ def fit_baselines(detector: Detector, options: BaselineOptions, out: Path) -> It
             warnings.warn(message, TrapWarning, stacklevel=3)
 
 
-def with_random_weights(detector: Detector) -> tuple[Detector, DiffusionModel | None, Classifier | None]:
+def with_random_weights(
+    detector: Detector,
+) -> tuple[Detector, DiffusionModel | FeatureDiffusion | None, Classifier | None]:
     """The same method, not fitted, and the networks to fit it with: what is learned by the weights alone is lost.
 
     The diffusion model has random weights; if there is none, the classifier; of a method that has neither, the

@@ -1,8 +1,8 @@
-"""How far a set of images is from another in the features of a network: Fréchet and kernel distance.
+"""Distances between two sets of images in the features of a network: Fréchet and kernel distance.
 
-On the features of Inception v3 these are FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018), comparable with
-published figures. On those of the built-in backbone the same arithmetic gives `FD-lite0` and `KD-lite0`: they rank sets
-of images alike, but are other numbers, and never called FID.
+On features of Inception v3 these are FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018), comparable with
+published values. On features of the built-in backbone the same formulas give `FD-lite0` and `KD-lite0`, which rank sets
+of images similarly, but are other numbers and are never called FID.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,16 +35,24 @@ __all__ = ["FeatureName", "SetDistance", "frechet_distance", "kernel_distance", 
 FeatureName = Literal["lite0", "inception"]
 _NAMES = {"lite0": ("FD-lite0", "KD-lite0"), "inception": ("FID", "KID")}
 _INCEPTION_SIDE = 299
-_SUBSETS, _SUBSET = 100, 1000
+_SUBSETS, _LARGEST_SUBSET = 100, 1000
 
 
 @dataclass(frozen=True)
 class SetDistance:
-    """What `set_distance` found.
+    """Result of `set_distance`.
 
-    frechet_name, kernel_name: what the numbers may be called; frechet: the Fréchet distance; kernel, kernel_std: mean
-    and standard deviation of the kernel distance over `subsets` subsets of `subset_size` images of either set;
-    generated, reference: numbers of images; dimension: of the features.
+    Attributes:
+        frechet_name: name of the Fréchet distance: FID or FD-lite0.
+        kernel_name: name of the kernel distance: KID or KD-lite0.
+        frechet: Fréchet distance.
+        kernel: mean of the kernel distance over the subsets.
+        kernel_std: standard deviation of the kernel distance over the subsets.
+        generated: number of generated images.
+        reference: number of real images.
+        dimension: dimension of the features.
+        subsets: number of subsets.
+        subset_size: number of images of either set in one subset.
     """
 
     frechet_name: str
@@ -60,76 +68,89 @@ class SetDistance:
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Fréchet distance of two Gaussians fitted to features (N, D) and (M, D), in float64 (Heusel et al. 2017):
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+    """Fréchet distance of two Gaussians fitted to features, in float64 (Heusel et al. 2017):
 
-    The trace of the root is the sum of the singular values of C1^(1/2) C2^(1/2), which are exact where the
-    covariances are singular too. Raises FaroutError for fewer than two rows or other features.
+        |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+
+    The trace of the square root is the sum of the singular values of C1^(1/2) C2^(1/2), which are exact for singular
+    covariances too.
+
+    Args:
+        first: features (N, D).
+        second: features (M, D).
+
+    Raises:
+        FaroutError: fewer than two rows, or different dimensions.
     """
-    _check(first, second)
-    parts = [np.asarray(each, dtype=np.float64) for each in (first, second)]
-    covariances = [np.atleast_2d(np.cov(part, rowvar=False)) for part in parts]
-    shift = float(np.square(parts[0].mean(0) - parts[1].mean(0)).sum())
-    shared = float(np.linalg.svd(_root(covariances[0]) @ _root(covariances[1]), compute_uv=False).sum())
-    return max(0.0, shift + sum(float(np.trace(each)) for each in covariances) - 2 * shared)
+    _check_features(first, second)
+    (mean_1, root_1, trace_1), (mean_2, root_2, trace_2) = _gaussian_moments(first), _gaussian_moments(second)
+    trace_of_root = float(np.linalg.svd(root_1 @ root_2, compute_uv=False).sum())
+    return max(0.0, float(np.square(mean_1 - mean_2).sum()) + trace_1 + trace_2 - 2 * trace_of_root)
 
 
-def _root(covariance: np.ndarray) -> np.ndarray:
+def _gaussian_moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean, square root of the covariance, and trace of the covariance."""
+    features = np.asarray(features, dtype=np.float64)
+    covariance = np.atleast_2d(np.cov(features, rowvar=False))
     values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    return features.mean(0), root, float(np.trace(covariance))
 
 
 def kernel_distance(
     first: np.ndarray, second: np.ndarray, *, subsets: int = _SUBSETS, subset_size: int | None = None, seed: int = 0
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the squared maximum mean discrepancy of features (N, D) and (M, D), unbiased,
-    under the kernel (x y / D + 1)^3, over random subsets (Bińkowski et al. 2018).
+    """Unbiased squared maximum mean discrepancy under the kernel (x y / D + 1)^3 (Bińkowski et al. 2018).
 
     Args:
-        first: features of one set, (N, D).
-        second: features of the other set, (M, D).
-        subsets: how many subsets are drawn.
-        subset_size: images of either set in one; None: 1000, at most half of the smaller set.
+        first: features (N, D).
+        second: features (M, D).
+        subsets: number of random subsets.
+        subset_size: images of either set in one subset; None: 1000, at most half of the smaller set.
         seed: seed of the subsets.
 
+    Returns:
+        Mean and standard deviation over the subsets.
+
     Raises:
-        FaroutError: for fewer than two rows, other features, or subsets that cannot be drawn.
+        FaroutError: fewer than two rows, different dimensions, or subsets that are larger than a set.
     """
-    _check(first, second)
-    size = _subset_size(len(first), len(second)) if subset_size is None else subset_size
+    _check_features(first, second)
+    size = _default_subset_size(len(first), len(second)) if subset_size is None else subset_size
     if subsets < 1 or not 2 <= size <= min(len(first), len(second)):
         raise FaroutError(
-            f"{subsets} subsets of {size} cannot be drawn of {len(first)} and {len(second)} images; subset_size is at "
-            "least 2 and at most the smaller set"
+            f"{subsets} subsets of {size} cannot be drawn from {len(first)} and {len(second)} images; subset_size is "
+            "at least 2 and at most the size of the smaller set"
         )
     generator = np.random.default_rng(seed)
-    parts = [np.asarray(each, dtype=np.float64) for each in (first, second)]
-    found = [_discrepancy(*(part[generator.permutation(len(part))[:size]] for part in parts)) for _ in range(subsets)]
-    return float(np.mean(found)), float(np.std(found))
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    values = []
+    for _ in range(subsets):
+        x = first[generator.permutation(len(first))[:size]]
+        y = second[generator.permutation(len(second))[:size]]
+        within = _mean_off_diagonal(_kernel(x, x)) + _mean_off_diagonal(_kernel(y, y))
+        values.append(within - 2 * float(_kernel(x, y).mean()))
+    return float(np.mean(values)), float(np.std(values))
 
 
-def _subset_size(first: int, second: int) -> int:
-    return min(_SUBSET, max(2, min(first, second) // 2))
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.asarray((x @ y.T / x.shape[1] + 1) ** 3)
 
 
-def _discrepancy(first: np.ndarray, second: np.ndarray) -> float:
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def mean_of_pairs(values: np.ndarray) -> float:
-        return float((values.sum() - np.trace(values)) / (len(values) * (len(values) - 1)))
-
-    inside = mean_of_pairs(kernel(first, first)) + mean_of_pairs(kernel(second, second))
-    return inside - 2 * float(kernel(first, second).mean())
+def _mean_off_diagonal(values: np.ndarray) -> float:
+    """Mean over pairs of different images, which makes the estimate unbiased."""
+    return float((values.sum() - np.trace(values)) / (len(values) * (len(values) - 1)))
 
 
-def _check(first: np.ndarray, second: np.ndarray) -> None:
+def _default_subset_size(first: int, second: int) -> int:
+    return min(_LARGEST_SUBSET, max(2, min(first, second) // 2))
+
+
+def _check_features(first: np.ndarray, second: np.ndarray) -> None:
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
         raise FaroutError(f"features must have the shapes (N, D) and (M, D), got {first.shape} and {second.shape}")
     if min(len(first), len(second)) < 2:
-        raise FaroutError(
-            f"a distance of sets requires two images of each at least, got {len(first)} and {len(second)}"
-        )
+        raise FaroutError(f"a distance requires at least two images of each set, got {len(first)} and {len(second)}")
 
 
 def set_distance(
@@ -147,8 +168,8 @@ def set_distance(
 ) -> SetDistance:
     """Compute FID and KID of generated images, or the same distances on the built-in backbone.
 
-    Every image is brought to the native size of the real ones first, which are best images that the generator was not
-    trained on.
+    Every image is first resized to the native size of the real images. The real images should not be those that the
+    generator was trained on.
 
     Args:
         generated: generated images: a folder, or any other image source.
@@ -163,113 +184,117 @@ def set_distance(
         workers: number of threads that decode images.
 
     Raises:
-        FaroutError: for an unknown network, fewer than two images, or Inception in another precision than fp32.
-        MissingExtraError: for `inception` without the extra `farout[fid]`.
-        StoreError: where the weights of Inception cannot be fetched.
+        FaroutError: an unknown network, fewer than two images, or Inception in another precision than fp32.
+        MissingExtraError: `inception` without the extra `farout[fid]`.
+        StoreError: the weights of Inception cannot be downloaded.
     """
     if features not in _NAMES:
-        raise FaroutError(f"features are {' or '.join(_NAMES)}, got {features!r}")
-    runtime = Runtime(device, _precision(features, precision), batch_size, workers).resolved()
-    sources = [open_source(each, limit=limit, seed=seed) for each in (generated, source)]
-    read = (_lite0 if features == "lite0" else _inception)(sources[1], runtime)
-    first, second = (read(source) for source in sources)
-    _check(first, second)
-    _warn_of_few(_NAMES[features][0], len(first), len(second), first.shape[1])
-    size = _subset_size(len(first), len(second))
-    kernel, spread = kernel_distance(first, second, subset_size=size, seed=seed)
-    counts = (len(first), len(second), first.shape[1], _SUBSETS, size)
-    found = SetDistance(*_NAMES[features], frechet_distance(first, second), kernel, spread, *counts)
-    if out is not None:
-        about: dict[str, Any] = {"sources": [source.name for source in sources], "limit": limit, "seed": seed}
-        about |= {"features": features, "precision": runtime.precision, "versions": store.versions()}
-        store.write_json(out, {**asdict(found), **about})
-    return found
-
-
-def _precision(features: FeatureName, precision: PrecisionChoice) -> PrecisionChoice:
-    """The precision that features are computed in."""
-    if features == "lite0":
-        return precision
-    if precision not in ("auto", "fp32"):
+        raise FaroutError(f"features must be {' or '.join(_NAMES)}, got {features!r}")
+    if features == "inception" and precision not in ("auto", "fp32"):
         raise FaroutError(
-            f"Inception's features are computed in fp32, as published figures are; precision {precision} goes with "
-            "features=lite0"
+            f"Inception's features are computed in fp32, as published values are; use features=lite0 for {precision}"
         )
-    return "fp32"
-
-
-def _warn_of_few(name: str, generated: int, reference: int, dimension: int) -> None:
-    if min(generated, reference) <= dimension:
+    runtime = Runtime(device, "fp32" if features == "inception" else precision, batch_size, workers).resolved()
+    generated_images, real_images = (open_source(source, limit=limit, seed=seed) for source in (generated, source))
+    extract = (_lite0_features if features == "lite0" else _inception_features)(real_images, runtime)
+    first, second = extract(generated_images), extract(real_images)
+    _check_features(first, second)
+    frechet_name, kernel_name = _NAMES[features]
+    dimension = first.shape[1]
+    if min(len(first), len(second)) <= dimension:
         warnings.warn(
-            f"{name} of {generated} and {reference} images in {dimension} dimensions is biased upwards, because fewer "
-            "images than dimensions do not determine a covariance: compare it with sets of the same size only, or "
-            "look at "
-            "the kernel distance, which has no such bias",
+            f"{frechet_name} of {len(first)} and {len(second)} images in {dimension} dimensions is biased upwards, "
+            "because fewer images than dimensions do not determine a covariance: compare it with sets of the same size "
+            "only, or use the kernel distance, which has no such bias",
             TrapWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
+    subset_size = _default_subset_size(len(first), len(second))
+    kernel, kernel_std = kernel_distance(first, second, subset_size=subset_size, seed=seed)
+    distance = SetDistance(
+        frechet_name=frechet_name,
+        kernel_name=kernel_name,
+        frechet=frechet_distance(first, second),
+        kernel=kernel,
+        kernel_std=kernel_std,
+        generated=len(first),
+        reference=len(second),
+        dimension=dimension,
+        subsets=_SUBSETS,
+        subset_size=subset_size,
+    )
+    if out is not None:
+        settings = {
+            "sources": [generated_images.name, real_images.name],
+            "limit": limit,
+            "seed": seed,
+            "features": features,
+            "precision": runtime.precision,
+            "versions": store.versions(),
+        }
+        store.write_json(out, {**asdict(distance), **settings})
+    return distance
 
 
-Reader = Callable[[ImageSource], np.ndarray]
+Extract = Callable[[ImageSource], np.ndarray]
 """From images to features (N, D)."""
 
 
-def _lite0(reference: ImageSource, runtime: Runtime) -> Reader:
-    """Reads features of the built-in backbone, through the cache."""
+def _lite0_features(reference: ImageSource, runtime: Runtime) -> Extract:
+    """Features of the built-in backbone, from the feature cache if they are stored there."""
     extractor = FeatureExtractor.create("lite0").to(runtime.device)
     preprocessing = Preprocessing.for_source(reference, size=extractor.size, channels=3)
-    reader = CachedFeatures(extractor, preprocessing, runtime.batch_size, runtime.precision)  # type: ignore[arg-type]
+    cached = CachedFeatures(extractor, preprocessing, runtime.batch_size, runtime.precision)  # type: ignore[arg-type]
 
     def features(source: ImageSource) -> Iterator[Tensor]:
-        for batch in reader.batches(source, runtime.images_per_batch((1,)), runtime.workers):
+        for batch in cached.batches(source, runtime.images_per_batch((1,)), runtime.workers):
             assert batch.features is not None
             yield batch.features
 
-    return lambda source: _read(source, preprocessing, features(source))
+    return lambda source: _collect_features(source, preprocessing, features(source))
 
 
-def _inception(reference: ImageSource, runtime: Runtime) -> Reader:
-    """Reads the 2048 pooled features of Inception v3 as torchmetrics has them; they stay in float32."""
-    network = _inception_network().to(runtime.device)
-    native = Preprocessing.for_source(reference, channels=3, largest=10**6)
+def _inception_features(reference: ImageSource, runtime: Runtime) -> Extract:
+    """The 2048 pooled features of torchmetrics' Inception v3, in float32."""
+    network = _load_inception().to(runtime.device)
+    preprocessing = Preprocessing.for_source(reference, channels=3, largest=10**6)
 
     def features(source: ImageSource) -> Iterator[Tensor]:
         size = runtime.images_per_batch((3, _INCEPTION_SIDE, _INCEPTION_SIDE))
-        for batch in iterate_batches(source, native, size, workers=runtime.workers):
+        for batch in iterate_batches(source, preprocessing, size, workers=runtime.workers):
             pixels = quantize(batch.images).to(runtime.device)
             yield network(pixels).reshape(len(pixels), -1).float().cpu()
 
-    return lambda source: _read(source, native, features(source))
+    return lambda source: _collect_features(source, preprocessing, features(source))
 
 
-def _read(source: ImageSource, preprocessing: Preprocessing, features: Iterator[Tensor]) -> np.ndarray:
+def _collect_features(source: ImageSource, preprocessing: Preprocessing, features: Iterator[Tensor]) -> np.ndarray:
     """All features (N, D), with progress; warns of images of another native size."""
-    for trap in find_mismatches(source, preprocessing):
-        # every image is seen in colour here, grey ones included: nothing is lost
-        if "native size" in trap:
-            warnings.warn(trap, TrapWarning, stacklevel=5)
+    for mismatch in find_mismatches(source, preprocessing):
+        # mismatches of the channels do not matter: gray images are converted to RGB without loss
+        if "native size" in mismatch:
+            warnings.warn(mismatch, TrapWarning, stacklevel=4)
     parts: list[Tensor] = []
     with progress.task(f"features of {source.name}", len(source)) as bar, torch.no_grad():
         for part in features:
             parts.append(part)
             bar.advance(len(part))
-    return torch.cat(parts).numpy()
+    return np.asarray(torch.cat(parts).numpy())
 
 
-def _inception_network() -> nn.Module:
+def _load_inception() -> nn.Module:
     try:
         import torch_fidelity  # noqa: F401
         from torchmetrics.image.fid import NoTrainInceptionV3
     except ImportError as error:
-        hint = (
+        raise MissingExtraError(
             'FID requires torchmetrics and torch-fidelity: pip install "farout[fid]"; or use features=lite0 (FD-lite0)'
-        )
-        raise MissingExtraError(hint) from error
+        ) from error
     try:
-        built: Any = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+        network: nn.Module = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
     except OSError as error:  # urllib's errors are OSErrors
         raise StoreError(
-            f"the weights of Inception v3 cannot be fetched ({error}); go online once, or use features=lite0, whose "
+            f"the weights of Inception v3 cannot be downloaded ({error}); go online once, or use features=lite0, whose "
             "weights are installed (and whose distance is FD-lite0, not FID)"
         ) from error
-    return built
+    return network

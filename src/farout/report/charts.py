@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -113,7 +113,8 @@ def roc_curves(scores: Mapping[str, tuple[np.ndarray, np.ndarray]], label: str) 
 
     def draw(axes: Axes) -> None:
         for number, (name, (id_scores, ood_scores)) in enumerate(scores.items()):
-            axes.plot(*roc_points(id_scores, ood_scores), **_line_style(number), label=name)
+            color, dashes = _line_style(number)
+            axes.plot(*roc_points(id_scores, ood_scores), color=color, linestyle=dashes, label=name)
         axes.plot([0, 1], [0, 1], color=_GRID, linewidth=1)
         axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="false positive rate", ylabel="true positive rate")
         axes.set_aspect("equal")
@@ -144,9 +145,9 @@ def cost_scatter(table: pd.DataFrame, xlabel: str, label: str, *, higher_is_chea
     def draw(axes: Axes) -> None:
         cost, auroc = known["cost"].to_numpy(dtype=float), known["auroc"].to_numpy(dtype=float)
         for number, (name, row) in enumerate(known.iterrows()):
-            style = _line_style(number)
+            color, _ = _line_style(number)
             axes.plot(
-                row["cost"], row["auroc"], linestyle="none", color=style["color"], marker="osD^vP"[number % 6],
+                row["cost"], row["auroc"], linestyle="none", color=color, marker="osD^vP"[number % 6],
                 fillstyle="none" if row["is_baseline"] else "full", markersize=8, label=str(name), clip_on=False,
             )  # fmt: skip
         if (cost > 0).any():
@@ -156,7 +157,7 @@ def cost_scatter(table: pd.DataFrame, xlabel: str, label: str, *, higher_is_chea
             axes.xaxis.set_major_formatter(_plain_number)
         front = pareto_front(cost, auroc, higher_is_cheaper=higher_is_cheaper)
         order = np.argsort(cost[front])
-        where = "pre" if higher_is_cheaper else "post"
+        where: Literal["pre", "post"] = "pre" if higher_is_cheaper else "post"
         axes.step(cost[front][order], auroc[front][order], where=where, color=_TEXT, linewidth=1, zorder=1)
         axes.set(xlabel=xlabel, ylabel="AUROC")
         axes.set_ylim(top=1.005)
@@ -181,7 +182,7 @@ def draw_auroc_intervals(axes: Axes, table: pd.DataFrame) -> None:
         errors = np.abs(part[["auroc_low", "auroc_high"]].to_numpy(dtype=float).T - part["auroc"].to_numpy(dtype=float))
         axes.errorbar(
             part["auroc"], rows, xerr=errors, fmt="osD^vP"[number % 6], markersize=5, linewidth=1.2, label=str(name),
-            color=_line_style(number)["color"],
+            color=_line_style(number)[0],
         )  # fmt: skip
     axes.axvline(0.5, color=_GRID, linewidth=1, zorder=0)
     axes.set_yticks(range(len(sets)), [str(name) for name in sets])
@@ -190,15 +191,15 @@ def draw_auroc_intervals(axes: Axes, table: pd.DataFrame) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
 
 
-def _plain_number(value: float, _: int | None = None) -> str:
+def _plain_number(value: float, _: float) -> str:
     """Tick label without the markup of powers that matplotlib writes by default."""
     return f"{value:g}"
 
 
-def _line_style(number: int) -> dict[str, str]:
+def _line_style(number: int) -> tuple[str, str]:
     """Color and dash pattern of a series; colors repeat with the next pattern."""
     dashes = ("-", "--", ":", "-.")[number // len(_SERIES) % 4]
-    return {"color": _SERIES[number % len(_SERIES)], "linestyle": dashes}
+    return _SERIES[number % len(_SERIES)], dashes
 
 
 def _draw(draw: Callable[[Axes], None], label: str, width: float = 6.4, height: float = 2.7) -> Markup:

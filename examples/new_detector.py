@@ -11,7 +11,6 @@
 # %%
 import sys
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,11 +36,6 @@ class GrayLevels(Detector):
     def __init__(self, *, count: int = 8) -> None:
         self.density: Mahalanobis | None = None
 
-    @classmethod
-    def tiny(cls, resources: Any) -> "GrayLevels":
-        """A detector with three quantiles, for the contract tests."""
-        return cls(count=3)
-
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
         """Quantiles of the images (B, C, H, W): vectors (B, count)."""
         gray = batch.images.mean(1).flatten(1)
@@ -58,12 +52,12 @@ class GrayLevels(Detector):
         distance = self.density.score(measurements.vectors["quantiles"].double().numpy())
         return {"distance": torch.from_numpy(distance)}
 
-    def state(self) -> dict[str, np.ndarray]:
+    def get_state(self) -> dict[str, np.ndarray]:
         """The statistics as arrays, for saving."""
         return self.density.to_arrays() if self.density else {}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """The inverse of `state`."""
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Restore the statistics from the arrays of `get_state`."""
         self.density = Mahalanobis.from_arrays(state)
 
 

@@ -124,7 +124,7 @@ class CommandParser:
         self.function: Callable[..., Any] = import_object(self.command.function)
         self.parameters = inspect.signature(self.function).parameters
         self.hints = typing.get_type_hints(self.function)
-        self.method: Any = method and method.load()
+        self.method = _load_class(method)
         self.method_name = None if method is None else method.name
         self.presets: Mapping[str, Any] = (
             import_object(self.command.presets) if self.command.presets else getattr(self.method, "presets", {})
@@ -259,6 +259,10 @@ class CommandParser:
         if "preset" not in self.parameters:
             values.pop("preset", None)
         return {**arguments, **values}
+
+
+def _load_class(method: RegisteredMethod | None) -> Any:
+    return None if method is None else method.load()
 
 
 def _preset_flags(presets: Mapping[str, Any], name: str) -> dict[str, Any]:

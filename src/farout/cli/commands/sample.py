@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+from farout.core.devices import Precision
 from farout.core.runtime import Runtime
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.sample_folder import SampledFolder, write_samples
@@ -44,8 +47,9 @@ def sample(
         runtime: how the network is run.
     """
     runtime = runtime.resolved()
+    precision = cast("Precision", runtime.precision)  # `auto` is resolved
     network = DiffusionModel.load(model).to(runtime.device)
-    sampler = Sampler(network, solver, steps, spacing, guidance, seed, runtime.batch_size, runtime.precision, clamp)
+    sampler = Sampler(network, solver, steps, spacing, guidance, seed, runtime.batch_size, precision, clamp)
     chosen = parse_class_labels(network, classes) if classes else None
     return write_samples(sampler, out, count, classes=chosen, grid=grid)
 

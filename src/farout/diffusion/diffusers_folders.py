@@ -20,6 +20,7 @@ from farout.diffusion.conditioning.prompt_tokens import PromptTokens, read_promp
 from farout.diffusion.conditioning.prompts import Prompts
 from farout.diffusion.conditioning.text_encoder import TextEncoder, has_text_encoder
 from farout.diffusion.schedule import NoiseSchedule
+from farout.diffusion.unets import network_config
 
 __all__ = [
     "class_table_conditioning",
@@ -79,7 +80,7 @@ def requires_class_names(folder: Path) -> bool:
 
 
 def write_network(
-    folder: Path, network: nn.Module, schedule: NoiseSchedule, prediction: str, autoencoder: nn.Module | None
+    folder: Path, network: Any, schedule: NoiseSchedule, prediction: str, autoencoder: Any | None
 ) -> None:
     """Writes `unet/`, `scheduler/`, `vae/` and `model_index.json` as diffusers' pipelines do."""
     network.save_pretrained(folder / "unet")
@@ -199,7 +200,7 @@ def class_table_conditioning(
 
 def read_sample_size(folder: Path, network: nn.Module) -> tuple[int, int]:
     """Height and width of a network's input; raises StoreError if its configuration does not have them."""
-    size: Any = network.config["sample_size"]
+    size: Any = network_config(network)["sample_size"]
     if size is None:
         raise StoreError(f"{folder}: the network's config.json has no sample_size, the side of its input; add it")
     return (size, size) if isinstance(size, int) else (size[0], size[1])

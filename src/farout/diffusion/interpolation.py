@@ -159,7 +159,7 @@ class Interpolator:
         # all in one call, so that the network's batches are full
         indices = [*inner, *inner, *[self._indices[-1]] * count]
         paths = self._denoising_paths([index for index in indices for _ in range(len(a))])
-        x0 = self._solver(self._denoiser, torch.cat(starts), paths.to(a.device)).split(len(a))
+        x0 = torch.split(self._solver(self._denoiser, torch.cat(starts), paths.to(a.device)), len(a))
 
         symmetric = x0[-count:]
         asymmetric_first = [a, *x0[: len(inner)], symmetric[-1]]

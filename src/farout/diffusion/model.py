@@ -25,6 +25,7 @@ from farout.diffusion.conditioning.base import Conditioning
 from farout.diffusion.conditioning.prompts import Prompts
 from farout.diffusion.denoiser import ClampedDenoiser, Denoiser, NetworkDenoiser, Prediction, check_prediction
 from farout.diffusion.schedule import NoiseSchedule
+from farout.diffusion.unets import network_config
 
 __all__ = ["KIND", "DiffusionModel"]
 
@@ -166,14 +167,14 @@ class DiffusionModel:
 
     def _network_factor(self) -> int:
         """Downsampling factor of the network's innermost feature maps."""
-        return int(2 ** (len(self.network.config["block_out_channels"]) - 1))
+        return int(2 ** (len(network_config(self.network)["block_out_channels"]) - 1))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W) of x0 in the network's space."""
         height, width = self._inner_size()
         left, right, top, bottom = self._padding(height, width)
-        return (int(self.network.config["in_channels"]), height + top + bottom, width + left + right)
+        return (int(network_config(self.network)["in_channels"]), height + top + bottom, width + left + right)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -195,8 +196,8 @@ class DiffusionModel:
         described: dict[str, Any] = {
             "prediction": self.prediction,
             "preprocessing": self.preprocessing.to_dict(),
-            "network": _public_config(self.network.config),
-            "autoencoder": None if self.autoencoder is None else _public_config(self.autoencoder.config),
+            "network": _public_config(network_config(self.network)),
+            "autoencoder": None if self.autoencoder is None else _public_config(network_config(self.autoencoder)),
         }
         if self.conditioning is not None:  # keeps the hash of unconditional models
             described["conditioning"] = self.conditioning.describe()
@@ -355,7 +356,7 @@ class DiffusionModel:
         factor = 1 if autoencoder is None else _autoencoder_factor(autoencoder)
         height, width = folders.read_sample_size(path, network)
         size = (height * factor, width * factor)
-        channels = int((network if autoencoder is None else autoencoder).config["in_channels"])
+        channels = int(network_config(network if autoencoder is None else autoencoder)["in_channels"])
         return cls(
             network,
             NoiseSchedule.from_diffusers_config(scheduler),
@@ -369,8 +370,8 @@ class DiffusionModel:
         )
 
 
-def _encode_latents(autoencoder: nn.Module, x: Tensor, noise: Tensor | None) -> Tensor:
-    scale = float(getattr(autoencoder.config, "scaling_factor", 1.0))
+def _encode_latents(autoencoder: Any, x: Tensor, noise: Tensor | None) -> Tensor:
+    scale = float(getattr(network_config(autoencoder), "scaling_factor", 1.0))
 
     def call(x: Tensor, *noise: Tensor) -> Tensor:
         encoded: Any = autoencoder.encode(x)
@@ -383,8 +384,8 @@ def _encode_latents(autoencoder: nn.Module, x: Tensor, noise: Tensor | None) -> 
     return call_in_chunks(autoencoder, call, *given)
 
 
-def _decode_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
-    scale = float(getattr(autoencoder.config, "scaling_factor", 1.0))
+def _decode_latents(autoencoder: Any, latents: Tensor) -> Tensor:
+    scale = float(getattr(network_config(autoencoder), "scaling_factor", 1.0))
     return call_in_chunks(autoencoder, lambda chunk: autoencoder.decode(chunk / scale).sample, latents)
 
 
@@ -394,4 +395,4 @@ def _public_config(config: Any) -> dict[str, Any]:
 
 
 def _autoencoder_factor(autoencoder: nn.Module) -> int:
-    return 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
+    return 2 ** (len(network_config(autoencoder)["block_out_channels"]) - 1)

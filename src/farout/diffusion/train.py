@@ -32,7 +32,7 @@ from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import Objective, denoising_loss, drop_labels
 from farout.diffusion.model import KIND, DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
-from farout.diffusion.unets import build_network, create_conditioning
+from farout.diffusion.unets import build_network, create_conditioning, network_config
 from farout.training.checkpoints import discard_checkpoints, training_folder
 from farout.training.loop import Step, TrainingConfig, train
 
@@ -62,7 +62,7 @@ def build_model(
     """
     if config.classes != (class_names is not None):
         raise FaroutError(f"classes is {config.classes}, the class names are {class_names}; expected both or none")
-    channels = preprocessing.channels if autoencoder is None else int(autoencoder.config["latent_channels"])
+    channels = preprocessing.channels if autoencoder is None else int(network_config(autoencoder)["latent_channels"])
     count = None if class_names is None else len(class_names)
     network = build_network(config.network, channels, max(preprocessing.size), classes=count, dropout=config.dropout)
     conditioning = None
@@ -84,8 +84,8 @@ def build_model(
 class _TrainingData:
     """Training and validation set of a source, its fingerprint and the content hashes of its images."""
 
-    training: Dataset
-    validation: Dataset | None
+    training: Dataset[Any]
+    validation: Dataset[Any] | None
     fingerprint: str
     hashes: list[str] = field(repr=False)
 
@@ -147,7 +147,7 @@ def train_model(
 def _training_fingerprint(fingerprint: str, model: DiffusionModel, objective: Objective) -> str:
     """Everything but the network's shape that decides what is learned; a run resumes only with the same."""
     settings = {
-        "dropout": model.network.config["dropout"],
+        "dropout": network_config(model.network)["dropout"],
         "prediction": model.prediction,
         "data_range": model.data_range,
         "b_scale": model.b_scale,
@@ -198,7 +198,7 @@ def _prepare_data(source: ImageSource, model: DiffusionModel, *, validate: bool)
         check_no_class_is_empty(labels, names or ())
     hashes = [source.content_hash(i) for i in range(len(source))]
     images = PreparedImages(source, model.preprocessing)
-    prepared: Dataset = images if labels is None else LabelledImages(images, labels)
+    prepared: Dataset[Any] = images if labels is None else LabelledImages(images, labels)
     if model.autoencoder is not None:
         latents = _compute_latents(images, len(source), model)
         prepared = TensorDataset(latents) if labels is None else TensorDataset(latents, labels)
@@ -207,7 +207,7 @@ def _prepare_data(source: ImageSource, model: DiffusionModel, *, validate: bool)
     return _TrainingData(training, validation, fingerprint, hashes)
 
 
-def _compute_latents(images: Dataset, count: int, model: DiffusionModel) -> Tensor:
+def _compute_latents(images: Dataset[Any], count: int, model: DiffusionModel) -> Tensor:
     chunks: list[Sequence[int]] = [range(count)[start : start + 32] for start in range(0, count, 32)]
     return torch.cat([model.encode(torch.stack([images[i] for i in chunk])).cpu() for chunk in chunks])
 

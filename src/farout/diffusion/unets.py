@@ -13,7 +13,7 @@ from farout.diffusion.conditioning.base import Conditioning
 from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.conditioning.class_tokens import ClassTokens
 
-__all__ = ["NETWORKS", "NetworkName", "build_network", "create_conditioning"]
+__all__ = ["NETWORKS", "NetworkName", "UNetConfig", "build_network", "create_conditioning", "network_config"]
 
 NetworkName = Literal["tiny", "small", "paper", "cifar", "iddpm", "tokens"]
 
@@ -116,9 +116,19 @@ def build_network(
     }
     import diffusers  # takes seconds; a `DiffusionConfig` requires only the names of the networks
 
+    network: nn.Module
     if preset.cross_attention:
-        return diffusers.UNet2DConditionModel(**common)
-    return diffusers.UNet2DModel(**common, num_class_embeds=None if classes is None else classes + 1)
+        conditional_unet: Any = diffusers.UNet2DConditionModel
+        network = conditional_unet(**common)
+    else:
+        unet: Any = diffusers.UNet2DModel
+        network = unet(**common, num_class_embeds=None if classes is None else classes + 1)
+    return network
+
+
+def network_config(network: nn.Module) -> Any:
+    """The configuration of a network or autoencoder of diffusers, a mapping that also has attributes."""
+    return network.config
 
 
 def _block_types(preset: UNetConfig) -> dict[str, tuple[str, ...]]:
@@ -137,6 +147,6 @@ def create_conditioning(network: nn.Module, class_names: Sequence[str], *, has_n
     import diffusers
 
     if isinstance(network, diffusers.UNet2DConditionModel):
-        width = int(network.config["cross_attention_dim"])
+        width = int(network_config(network)["cross_attention_dim"])
         return ClassTokens.create_random(class_names, CLASS_TOKENS, width, has_null=has_null)
     return ClassVectors(network, class_names, has_null=has_null)

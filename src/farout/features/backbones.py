@@ -26,6 +26,7 @@ __all__ = [
     "create_backbone",
     "create_lite0",
     "default_layers",
+    "feature_channels",
     "get_input_config",
     "is_channels_last",
     "is_transformer",
@@ -98,6 +99,12 @@ def create_lite0() -> nn.Module:
     return create_backbone(BACKBONES["lite0"].name, BACKBONES["lite0"].layers, 224, None)[0]
 
 
+def feature_channels(network: nn.Module) -> list[int]:
+    """Numbers of channels of the feature maps of a network from `create_backbone`."""
+    info: Any = network.feature_info
+    return list(info.channels())
+
+
 def is_transformer(network: nn.Module) -> bool:
     """Whether the feature maps are tokens of blocks, taken before the final norm."""
     return isinstance(network, FeatureGetterNet)
@@ -137,7 +144,7 @@ def default_layers(name: str) -> tuple[int, ...]:
     """
     if name in BACKBONES:
         return BACKBONES[name].layers
-    network = _build_network(name, None, None)
+    network: Any = _build_network(name, None, None)
     if is_transformer(network):
         depth = len(network.model.feature_info)
         return tuple(sorted({depth * (i + 1) // 4 - 1 for i in range(4)} - {-1}))
@@ -173,9 +180,9 @@ def create_backbone(name: str, layers: tuple[int, ...], size: int, weights: str 
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last), origin
 
 
-def _build_network(name: str, layers: tuple[int, ...] | None, size: int | None, **source: Any) -> nn.Module:
-    resized = {"img_size": size} if get_input_config(name).fixed_input_size and size is not None else {}
-    selected = {"out_indices": layers} if layers is not None else {}
+def _build_network(name: str, layers: tuple[int, ...] | None, size: int | None, **source: Any) -> Any:
+    resized: dict[str, Any] = {"img_size": size} if get_input_config(name).fixed_input_size and size is not None else {}
+    selected: dict[str, Any] = {"out_indices": layers} if layers is not None else {}
     try:
         return timm.create_model(name, features_only=True, **selected, **resized, **source)
     except (IndexError, AssertionError, RuntimeError, AttributeError, TypeError, ValueError) as error:
@@ -186,7 +193,7 @@ def _build_with_weights(
     name: str, layers: tuple[int, ...], size: int, tensors: Mapping[str, Tensor], origin: str
 ) -> nn.Module:
     """Loads weights by timm, which converts old names and position embeddings, after checking that none are missing."""
-    complete = timm.create_model(name, pretrained=False)
+    complete: Any = timm.create_model(name, pretrained=False)
     classifier = complete.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
     expected = {key: value for key, value in complete.state_dict().items() if not key.startswith(heads)}

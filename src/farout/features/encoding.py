@@ -65,7 +65,7 @@ class FeatureEncoding:
         return FeatureEncoding(self.channels, self.standardize, self.summaries, values.mean(0).float(), scale.float())
 
     def _summarize(self, features: Tensor) -> Tensor:
-        parts = features.split(self.channels, dim=1)
+        parts = torch.split(features, list(self.channels), dim=1)
         means = torch.stack([part.mean(1) for part in parts], dim=1)
         stds = torch.stack([part.std(1) for part in parts], dim=1)
         return torch.cat([means, (stds + 1e-5).log()], dim=1)
@@ -82,7 +82,7 @@ class FeatureEncoding:
         count = sum(self.channels)
         shift, scale = self.shift.to(features.device), self.scale.to(features.device)
         if self.standardize == "image":
-            parts = features.split(self.channels, dim=1)
+            parts = torch.split(features, list(self.channels), dim=1)
             groups = [(p - p.mean(1, keepdim=True)) / (p.std(1, keepdim=True) + 1e-5) for p in parts]
         else:
             groups = [(features - shift[:count]) / scale[:count]]

@@ -49,7 +49,7 @@ class FeatureExtractor:
     ) -> None:
         self.network, self.name, self.layers, self.size, self.origin = network, name, tuple(layers), size, origin
         self.mean, self.std = tuple(mean), tuple(std)
-        self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
+        self.channels: tuple[int, ...] = tuple(backbones.feature_channels(network))
         self.device = torch.device("cpu")
         # transformer features are taken before the final norm, where a few channels would dominate the others
         self.normalize = backbones.is_transformer(network)

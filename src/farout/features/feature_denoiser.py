@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
@@ -14,7 +14,7 @@ from farout.core.errors import FaroutError
 __all__ = ["FeatureDenoiser"]
 
 
-class FeatureDenoiser(ModelMixin, ConfigMixin):
+class FeatureDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as in diffusers
     """Denoises feature vectors (B, width) at levels t; the output is zero before training.
 
     h = Linear(SiLU(x)); in each block u = Linear(SiLU(LN(h))), shifted by Linear(SiLU(e(t))), and
@@ -33,7 +33,7 @@ class FeatureDenoiser(ModelMixin, ConfigMixin):
         scale_shift: time also scales u, (1 + s) LN(u) + b, instead of shifting it before its norm.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         width: int,
@@ -45,14 +45,14 @@ class FeatureDenoiser(ModelMixin, ConfigMixin):
         input_activation: bool = True,
         scale_shift: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         inner, narrow, time = hidden or 2 * width, bottleneck or 2 * width, embedding or width
         given = [n for n in (width, hidden, bottleneck, embedding, blocks) if n is not None]
         if min(given) < 1 or inner % 2:
             raise FaroutError(
                 f"widths and blocks must be at least 1 and hidden an even number, got {dict(self.config)}"
             )
-        self.half = inner // 2
+        self.num_frequencies = inner // 2
         self.enter = nn.Linear(width, inner)
         self.time = nn.Sequential(nn.Linear(inner, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU())
         self.stack = nn.ModuleList(_Block(inner, narrow, time, dropout, scale_shift) for _ in range(blocks))
@@ -68,8 +68,8 @@ class FeatureDenoiser(ModelMixin, ConfigMixin):
         return self.leave(h)
 
     def _time_embedding(self, t: Tensor) -> Tensor:
-        k = torch.arange(self.half, device=t.device, dtype=torch.float32)
-        angles = t.float()[:, None] * torch.exp(-math.log(10000) * k / self.half)
+        k = torch.arange(self.num_frequencies, device=t.device, dtype=torch.float32)
+        angles = t.float()[:, None] * torch.exp(-math.log(10000) * k / self.num_frequencies)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

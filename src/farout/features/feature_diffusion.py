@@ -74,7 +74,7 @@ class FeatureDiffusion:
     def to(self, device: torch.device | str) -> Self:
         """Moves the networks."""
         for network in self._networks().values():
-            network.to(device)
+            network.to(device)  # type: ignore[arg-type]  # the wrapper of diffusers is typed without self
         return self
 
     def _networks(self) -> dict[str, FeatureDenoiser]:

@@ -68,7 +68,7 @@ class _FeatureDistance:
 
         with torch.no_grad():
             flat = call_in_chunks(self.network, call, ready, batch_size=batch_size)
-        parts = flat.split([shape.numel() for shape in shapes], dim=1)
+        parts = torch.split(flat, [shape.numel() for shape in shapes], dim=1)
         return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _enlarge(self, images: Tensor) -> Tensor:

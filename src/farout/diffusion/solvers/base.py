@@ -130,7 +130,8 @@ class RowDenoiser:
         indices[0] = every
         joined = Condition.join([part.rows(rows[index]) for part, index in zip(self._condition.values(), indices)])
         together = torch.cat(indices)
-        first, *others = self._denoiser(x[together], sigma[together], joined).split([len(index) for index in indices])
+        x0_together = self._denoiser(x[together], sigma[together], joined)
+        first, *others = torch.split(x0_together, [len(index) for index in indices])
         branches = [first, *(first.index_copy(0, index, x0) for index, x0 in zip(indices[1:], others, strict=True))]
         x0, state = guide(dict(zip(self._condition, branches, strict=True)), sigma, state)
         _update_rows(self._guide_state, rows, state, self._count)

@@ -179,7 +179,7 @@ def test_a_class_without_images_to_train_on_is_named(tmp_path: Path) -> None:
         train_model(source, conditional(classes=3), TrainingConfig(steps=1, **QUICK))
 
 
-def test_label_dropout_wants_a_null_row() -> None:
+def test_label_dropout_requires_a_null_row() -> None:
     source = open_source(torch.rand(4, 1, 8, 8))
     with pytest.raises(FaroutError, match="unconditional"):
         train_model(source, model(), TrainingConfig(steps=1), objective=Objective(label_dropout=0.1))

@@ -80,7 +80,7 @@ def test_wrong_shapes_tables_and_networks_are_refused() -> None:
         ClassVectors(tiny_unet(classes=3), ["a", "b", "a"], has_null=True)
 
 
-def test_a_model_without_a_null_condition_says_so() -> None:
+def test_a_missing_null_condition_is_an_error() -> None:
     given = conditional()
     given.conditioning = ClassVectors(given.network, ["a", "b", "c", "d"], has_null=False)
     for call in (
@@ -211,7 +211,7 @@ def test_class_names_become_prompts(folder: Path, tmp_path: Path) -> None:
     )
 
 
-def test_text_wants_names_a_template_and_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_requires_names_a_template_and_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FaroutError, match=r"synthesize.*class_names="):
         DiffusionModel.load(folder)
     with pytest.raises(FaroutError, match=r"contain \{\} once"):

@@ -147,7 +147,7 @@ def test_other_settings_and_versions_have_folders_of_their_own(
     assert len(list_cached_features(tmp_path)) == 3
 
 
-def test_what_is_only_told_decides_nothing(tmp_path: Path) -> None:
+def test_information_for_readers_does_not_change_the_folder(tmp_path: Path) -> None:
     one, other = (FeatureCache(WIDTH, {"kind": 1}, tmp_path, {"weights": path}) for path in ("a", "b"))
     assert one.folder == other.folder
 

@@ -203,7 +203,7 @@ def test_by_image_nothing_of_a_layers_size_is_left() -> None:
 
 
 @pytest.mark.parametrize("summaries", [False, True])
-def test_by_channel_good_images_have_mean_zero_and_deviation_one(summaries: bool) -> None:
+def test_by_channel_normal_images_have_mean_zero_and_deviation_one(summaries: bool) -> None:
     good = vectors(200) * torch.linspace(0.1, 20, 10)
     encoding = FeatureEncoding(GROUPS, "channel", summaries).fit(good)
     encoded = encoding(good)

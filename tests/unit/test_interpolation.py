@@ -123,7 +123,7 @@ def test_the_way_leads_from_one_to_the_other() -> None:
         assert float(near[-1]) < 0.2 * float(near[0])
 
 
-def test_a_pair_does_not_depend_on_its_company() -> None:
+def test_pairs_do_not_depend_on_the_batch() -> None:
     interpolator = Interpolator(model(), "pndm2", steps=6, images_between=2)
     both = interpolator(images(2), images(2, seed=1))
     alone = interpolator(images(2)[1:], images(2, seed=1)[1:])

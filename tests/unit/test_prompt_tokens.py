@@ -113,7 +113,7 @@ def test_gradients_reach_the_vectors_and_no_weight(folder: Path, encoder: TextEn
     torch.testing.assert_close((wanted.grad * direction).sum().double(), difference, rtol=1e-2, atol=0)
 
 
-def test_a_context_does_not_depend_on_its_company_or_on_precision(encoder: TextEncoder) -> None:
+def test_contexts_do_not_depend_on_batch_or_precision(encoder: TextEncoder) -> None:
     space = tokens(encoder)
     labels = torch.arange(21) % 3
     vectors = space.class_vectors()[labels] + 0.01 * torch.randn(21, 6, generator=torch.Generator().manual_seed(0))

@@ -55,7 +55,7 @@ def test_snr_shift_multiplies_the_ratio() -> None:
     torch.testing.assert_close((plain.sigma / shifted.sigma) ** 2, torch.full((1000,), 0.25, dtype=torch.float64))
 
 
-def test_infinite_sigma_wants_a_largest_one() -> None:
+def test_infinite_sigma_requires_sigma_max() -> None:
     betas = (0.5, 1.0)
     with pytest.raises(FaroutError, match="sigma_max"):
         NoiseSchedule("trained", steps=2, betas=betas)

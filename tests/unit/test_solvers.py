@@ -62,7 +62,7 @@ def test_adams_bashforth_orders_rise_on_even_steps() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULE_FREE)
-def test_a_row_in_company_is_the_row_alone(name: str) -> None:
+def test_rows_do_not_depend_on_the_batch(name: str) -> None:
     """Rows of different starts and lengths, finished rows included, end as if each were solved alone."""
     denoiser = oracle()
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
@@ -73,7 +73,7 @@ def test_a_row_in_company_is_the_row_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULE_FREE)
-def test_rows_that_stand_still_cost_nothing(name: str) -> None:
+def test_rows_that_do_not_change_are_not_evaluated(name: str) -> None:
     denoiser = oracle()
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
     sigmas = noise_levels.pad_paths([torch.tensor([1.0, 0.5, 0.2]), torch.tensor([1.0, 0.5]), torch.tensor([1.0])])
@@ -224,7 +224,7 @@ def test_a_guide_can_do_what_guidance_does() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SOLVERS))
-def test_no_float64_is_wanted_of_the_device(name: str) -> None:
+def test_no_float64_on_the_device(name: str) -> None:
     """Apple's has none."""
     path = torch.stack([solver_path(name, noise_levels.even_path(SCHEDULE, 6))] * 2)
     x, solve = path[:, :1] * torch.randn(2, 5), create_solver(name, SCHEDULE)
@@ -240,7 +240,7 @@ def test_no_float64_is_wanted_of_the_device(name: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_bad_paths_are_named() -> None:
+def test_invalid_paths_are_errors() -> None:
     with pytest.raises(FaroutError, match="steps \\+ 1"):
         DDIM()(oracle(), torch.ones(2, 6), torch.ones(3, 2))
     with pytest.raises(FaroutError, match="orders 1 to 4"):

@@ -150,7 +150,7 @@ def starts(name: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_row_in_company_is_the_row_alone(name: str) -> None:
+def test_rows_do_not_depend_on_the_batch(name: str) -> None:
     solver = create_solver(name, LINEAR)
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
     together = solver(oracle(), x, noise_levels.pad_paths(starts(name)))
@@ -159,7 +159,7 @@ def test_a_row_in_company_is_the_row_alone(name: str) -> None:
     assert torch.equal(together[4], x[4])
 
 
-def test_rows_of_probability_flow_pay_for_themselves_alone() -> None:
+def test_rows_of_probability_flow_choose_their_own_steps() -> None:
     """A stiff row does not cost an easy one anything."""
     flow, x = ProbabilityFlow(LINEAR), torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
     sigmas = torch.tensor([[100.0, 0.02], [1.0, 0.9]])

@@ -48,6 +48,15 @@ def test_names_are_text_and_never_markup() -> None:
         assert not re.search("https?:", chart)
 
 
+@pytest.mark.parametrize("high", [1.5, 9.0, 5000.0])
+def test_logarithmic_axes_have_plain_numbers(high: float) -> None:
+    """Formulas are not rendered: their markup would be on the page."""
+    costs = pd.DataFrame({"cost": [0.3, high], "auroc": [0.6, 0.9], "is_baseline": False}, index=["a", "b"])
+    for chart in (distance_histogram({"a": np.array([0.3, high])}, "x", ""), cost_scatter(costs, "x", "")):
+        assert "$" not in chart
+        assert {">1</text>", ">0.5</text>"} & set(re.findall(">[0-9.]+</text>", chart))
+
+
 def test_charts_of_one_page_share_no_ids() -> None:
     ids = [name for chart in charts() for name in set(re.findall(r' id="(.*?)"', chart))]
     assert len(ids) == len(set(ids))

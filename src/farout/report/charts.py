@@ -20,6 +20,7 @@ from farout.detectors.plots import IN_DISTRIBUTION, OUT_OF_DISTRIBUTION, draw_sc
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -81,7 +82,7 @@ def distance_histogram(samples: Mapping[str, np.ndarray], xlabel: str, label: st
             weights = np.full(len(values), 1 / len(values))
             axes.hist(values, edges, weights=weights, histtype="step", linewidth=1.6, color=color, label=name)
         axes.set(xscale="log", xlabel=xlabel, ylabel="share of images")
-        axes.xaxis.set_major_formatter(_plain_number)
+        _label_log_axis(axes.xaxis)
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         axes.legend()
 
@@ -154,7 +155,7 @@ def cost_scatter(table: pd.DataFrame, xlabel: str, label: str, *, higher_is_chea
             lowest = 10 ** math.floor(math.log10(cost[cost > 0].min()))
             # zero cost, such as that of a baseline without a network, has a place left of the logarithmic part
             axes.set_xscale("symlog", linthresh=lowest, linscale=0.4) if (cost == 0).any() else axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(_plain_number)
+            _label_log_axis(axes.xaxis)
         front = pareto_front(cost, auroc, higher_is_cheaper=higher_is_cheaper)
         order = np.argsort(cost[front])
         where: Literal["pre", "post"] = "pre" if higher_is_cheaper else "post"
@@ -191,9 +192,12 @@ def draw_auroc_intervals(axes: Axes, table: pd.DataFrame) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
 
 
-def _plain_number(value: float, _: float) -> str:
-    """Tick label without the markup of powers that matplotlib writes by default."""
-    return f"{value:g}"
+def _label_log_axis(axis: Axis) -> None:
+    """Label powers of ten, and 2 and 5 on a short axis, as plain numbers; matplotlib writes formulas by default."""
+    low, high = axis.get_view_interval()
+    minor_digits = "25" if low > 0 and high < 100 * low else ""
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in minor_digits else "")
 
 
 def _line_style(number: int) -> tuple[str, str]:

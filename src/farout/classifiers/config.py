@@ -39,8 +39,8 @@ class ClassifierConfig:
         crop: crop the central square of this many pixels first; default: no crop.
         protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to
             the network's size) or `common` (native size, then one JPEG encoding).
-        mean: mean of each channel for normalisation, for images in [0, 1]; default: computed on the training images.
-        std: standard deviation of each channel for normalisation; default: computed on the training images.
+        mean: mean of each channel for normalization, for images in [0, 1]; default: computed on the training images.
+        std: standard deviation of each channel for normalization; default: computed on the training images.
     """
 
     network: str = "resnet18"

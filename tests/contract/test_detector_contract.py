@@ -12,7 +12,14 @@ import torch
 
 from farout import load
 from farout.core import store
-from farout.core.errors import FaroutError, NaNScoresWarning, ShortfallWarning, SourceError, StoreError, TrapWarning
+from farout.core.errors import (
+    FaroutError,
+    MisleadingResultWarning,
+    NaNScoresWarning,
+    SourceError,
+    StoreError,
+    TooFewImagesWarning,
+)
 from farout.data.batching import Batch
 from farout.data.sources import open_source
 from farout.detectors import DETECTORS, base
@@ -26,8 +33,8 @@ from tolerances import SCORE_TOLERANCE, assert_same_scores
 pytestmark = [
     pytest.mark.numerics,
     pytest.mark.filterwarnings(
-        "ignore:it is not known which images:farout.core.errors.TrapWarning",
-        "ignore::farout.core.errors.ShortfallWarning",
+        "ignore:it is not known which images:farout.core.errors.MisleadingResultWarning",
+        "ignore::farout.core.errors.TooFewImagesWarning",
     ),
 ]
 
@@ -226,7 +233,7 @@ def test_a_linked_model_moves_with_its_detector(detector: Detector, tmp_path: Pa
 
 @quick_for("denoising")
 def test_another_precision_warns(saved: Path) -> None:
-    with pytest.warns(TrapWarning, match="precision"):
+    with pytest.warns(MisleadingResultWarning, match="precision"):
         load(saved, precision="bf16")
 
 
@@ -345,7 +352,7 @@ def test_presets_can_be_had() -> None:
 @quick_for("denoising", "pca")
 def test_too_few_images_warn_with_counts(detector: Detector, folder: Path) -> None:
     # a method that trains a network may then have too few images for it, and says so after the warning
-    with pytest.warns(ShortfallWarning, match="statistics"), contextlib.suppress(FaroutError):
+    with pytest.warns(TooFewImagesWarning, match="statistics"), contextlib.suppress(FaroutError):
         fitted(_name(detector), folder, statistics=500)
     with pytest.raises(FaroutError, match="too few"):
         fitted(_name(detector), folder, alpha=0.01, limit=30)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from farout import load
 from farout.cli import main
-from farout.core.errors import FaroutError, MissingExtraError, ShortfallWarning, StoreError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, MissingExtraError, StoreError, TooFewImagesWarning
 from farout.data.sources import open_source
 from farout.detectors.fitting import recalibrate, source_spec
 from farout.detectors.mahalanobis import Mahalanobis
@@ -21,7 +21,7 @@ from farout.scoring.folder import score_folder
 from small import latent, model, pictures
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning"),
+    pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.MisleadingResultWarning"),
     pytest.mark.usefixtures("cheap_perceptual"),
 ]
 
@@ -79,7 +79,7 @@ def test_held_out_images_are_used(tmp_path: Path) -> None:
 def test_recalibration_says_what_cannot_work(fitted: Reconstruction, tmp_path: Path) -> None:
     fitted.save(tmp_path / "d")
     few = pictures(tmp_path / "few", 5, seed=3)
-    with pytest.warns(ShortfallWarning, match="cannot flag"):
+    with pytest.warns(TooFewImagesWarning, match="cannot flag"):
         recalibrate(load(tmp_path / "d"), few, alpha=0.01)
     with pytest.raises(FaroutError, match="between 0 and 1"):
         recalibrate(load(tmp_path / "d"), few, alpha=2.0)
@@ -109,7 +109,7 @@ def test_a_refit_that_fails_leaves_nothing_fitted(folder: Path) -> None:
     with pytest.raises(FaroutError, match="at least 2"):
         detector.fit(folder, diffusion=model(), statistics=0)
     assert len(detector.score(folder)) == 60, "refused before anything has changed"
-    with pytest.warns(ShortfallWarning), pytest.raises(FaroutError, match="too few"):
+    with pytest.warns(TooFewImagesWarning), pytest.raises(FaroutError, match="too few"):
         detector.fit(folder, diffusion=model(), alpha=0.001)
     with pytest.raises(FaroutError, match="not been fitted"):
         detector.score(folder)
@@ -131,18 +131,20 @@ def test_color_is_compared_with_the_fitted_images(folder: Path, tmp_path: Path) 
     """A network that requires RGB, and gray images in both sources: no warning."""
     detector = Mahalanobis(size=32).fit(folder, alpha=0.1, statistics=30)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", TrapWarning)
+        warnings.simplefilter("error", MisleadingResultWarning)
         score_folder(detector, folder, tmp_path / "gray")
     (tmp_path / "rgb").mkdir()
     for number, path in enumerate(sorted(folder.glob("*.png"))[:3]):
         with Image.open(path) as picture:
             picture.convert("RGB").save(tmp_path / "rgb" / f"{number}.png")
-    with pytest.warns(TrapWarning, match="3 of 3 sampled images are RGB, and the fitted ones were all gray"):
+    with pytest.warns(
+        MisleadingResultWarning, match="3 of 3 sampled images are RGB, and the fitted ones were all gray"
+    ):
         score_folder(detector, tmp_path / "rgb", tmp_path / "colored")
 
 
 def test_another_value_range_is_named(folder: Path) -> None:
-    with pytest.warns(TrapWarning, match="value range 'minmax', the diffusion model has 'fixed'"):
+    with pytest.warns(MisleadingResultWarning, match="value range 'minmax', the diffusion model has 'fixed'"):
         Reconstruction(levels=(50,), draws=1, normalization="minmax").fit(
             folder, diffusion=model(), alpha=0.1, statistics=30
         )
@@ -163,12 +165,12 @@ def test_a_distance_that_is_not_installed_is_said_before_training(
         Reconstruction().fit(folder, alpha=0.1, statistics=30)
 
 
-@pytest.mark.filterwarnings("ignore:.* is below one half:farout.core.errors.TrapWarning")
+@pytest.mark.filterwarnings("ignore:.* is below one half:farout.core.errors.MisleadingResultWarning")
 def test_seen_images_and_unknown_pasts_are_named(folder: Path, fitted: Reconstruction, tmp_path: Path) -> None:
     far = pictures(tmp_path / "far", 10, low=0, spread=255, seed=2)
-    with pytest.warns(TrapWarning, match="too good"):
+    with pytest.warns(MisleadingResultWarning, match="too good"):
         evaluate(fitted, folder, [far], tmp_path / "out", baselines=BaselineOptions(trivial=False))
-    with pytest.warns(TrapWarning, match="not known"):
+    with pytest.warns(MisleadingResultWarning, match="not known"):
         Reconstruction(levels=(50,), draws=1).fit(folder, diffusion=model(), alpha=0.1, statistics=30)
 
 

@@ -22,8 +22,8 @@ from tolerances import SONA_SHARE, assert_same_images, assert_same_manifests
 pytestmark = [
     pytest.mark.numerics,
     pytest.mark.filterwarnings(
-        "ignore::farout.core.errors.ShortfallWarning",
-        "ignore:only .* are nearest to their own class's vector:farout.core.errors.TrapWarning",
+        "ignore::farout.core.errors.TooFewImagesWarning",
+        "ignore:only .* are nearest to their own class's vector:farout.core.errors.MisleadingResultWarning",
     ),
 ]
 

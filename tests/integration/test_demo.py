@@ -11,8 +11,8 @@ from farout.benchmark.demo import demo
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
-    "ignore:.* sampled images are grey:farout.core.errors.TrapWarning",
-    "ignore:.* is below one half:farout.core.errors.TrapWarning",
+    "ignore:.* sampled images are grey:farout.core.errors.MisleadingResultWarning",
+    "ignore:.* is below one half:farout.core.errors.MisleadingResultWarning",
 )
 def test_a_short_demo_distinguishes_digits_from_clothes(tmp_path: Path) -> None:
     evaluations = list(demo(tmp_path, steps=40, limit=40, images=500, seed=0))

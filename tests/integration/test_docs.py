@@ -19,7 +19,7 @@ from farout.benchmark.yaml_reader import read_benchmark
 from farout.cli.command_table import COMMANDS
 from farout.cli.parsers import parse
 from farout.cli.steps import read_steps
-from farout.core.errors import ShortfallWarning
+from farout.core.errors import TooFewImagesWarning
 from farout.core.runtime import Runtime
 from farout.detectors import DETECTORS
 from farout.synthesis import SYNTHESIZERS
@@ -93,7 +93,7 @@ def test_the_detector_of_the_page_is_listed_fitted_and_loaded_again(package: Pat
     detector = DETECTORS["spectrum"].load().from_preset("fine", bands=3)
     good = pictures(tmp_path / "good", 60)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ShortfallWarning)
+        warnings.simplefilter("ignore", TooFewImagesWarning)
         detector.fit(good, alpha=0.1, statistics=30)
     far = detector.score(pictures(tmp_path / "far", 10, low=0, spread=255, seed=7))
     assert far.is_ood.all()

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from farout.core.errors import ConstantScoresWarning, FaroutError, StoreError, TrapWarning
+from farout.core.errors import ConstantScoresWarning, FaroutError, MisleadingResultWarning, StoreError
 from farout.core.runtime import Runtime
 from farout.data.batching import Batch
 from farout.data.preprocessing import Preprocessing
@@ -206,16 +206,16 @@ def test_controls_are_fitted_on_the_recorded_source(place: Path, monkeypatch: py
 
 
 @pytest.mark.filterwarnings(
-    "ignore:Brightness, :farout.core.errors.FaroutWarning", "ignore::farout.core.errors.ShortfallWarning"
+    "ignore:Brightness, :farout.core.errors.FaroutWarning", "ignore::farout.core.errors.TooFewImagesWarning"
 )
 def test_missing_control_images_warn_and_cost_no_result(place: Path) -> None:
     detector = brightness(place)
     detector.provenance["source"] = "/nowhere/at/all"
-    with pytest.warns(TrapWarning, match="--baseline-images"):
+    with pytest.warns(MisleadingResultWarning, match="--baseline-images"):
         frame = evaluate(detector, place / "test", [place / "far"], place / "missing").metrics
     assert set(frame["detector"]) == {"Brightness"}
     few = pictures(place / "few", 3)
-    with pytest.warns(TrapWarning, match="too few"):
+    with pytest.warns(MisleadingResultWarning, match="too few"):
         frame = evaluate(
             detector, place / "test", [place / "far"], place / "few-out", baselines=BaselineOptions(images=few)
         ).metrics

@@ -9,7 +9,7 @@ import torch
 
 from farout import ClassNoise, open_source
 from farout.classifiers.networks import OUTLIER
-from farout.core.errors import TrapWarning
+from farout.core.errors import MisleadingResultWarning
 from farout.synthesis.leakage import warn_about_extra_classes
 from small import CPU, classifier, conditional, model, pictures
 
@@ -25,14 +25,16 @@ def leakage_warnings(*given: Any, **networks: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         warn_about_extra_classes(*given, **networks)
-    assert all(each.category is TrapWarning for each in found)
+    assert all(each.category is MisleadingResultWarning for each in found)
     return [str(each.message) for each in found]
 
 
 def test_a_generator_that_knows_more_classes(images: Path, tmp_path: Path) -> None:
     some = f"{images}@classes=a,c"
     settings: dict[str, Any] = {"count": 2, "diffusion": conditional(), "runtime": CPU}
-    with pytest.warns(TrapWarning, match=r"diffusion model knows 1 class \(b\), of which .* has no images") as found:
+    with pytest.warns(
+        MisleadingResultWarning, match=r"diffusion model knows 1 class \(b\), of which .* has no images"
+    ) as found:
         ClassNoise(steps=2).synthesize(some, tmp_path / "o", **settings)
     assert len([each for each in found if "has no images" in str(each.message)]) == 1
     with warnings.catch_warnings():

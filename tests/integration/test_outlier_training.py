@@ -22,7 +22,7 @@ from farout.classifiers.outlier_images import ExposedImages, OutlierImages, chec
 from farout.classifiers.presets import PRESETS
 from farout.classifiers.train import train_classifier, train_on_source
 from farout.cli import main
-from farout.core.errors import FaroutError, SourceError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, SourceError
 from farout.data.batching import PreparedImages
 from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
@@ -396,7 +396,7 @@ def test_unreadable_outliers_follow_the_policy(outliers: Path, tmp_path: Path) -
 def test_outliers_of_other_channels_are_converted_and_grey_ones_warned_of(outliers: Path) -> None:
     grey = open_source(outliers)
     how = Preprocessing(size=(8, 8), channels=3, native=(8, 8))
-    with pytest.warns(TrapWarning, match="11 of 11 sampled outliers .* are grey"):
+    with pytest.warns(MisleadingResultWarning, match="11 of 11 sampled outliers .* are grey"):
         check_outliers(grey, (), how)
     assert OutlierImages(grey, how)[0].shape == (3, 8, 8)
     colour = open_source((torch.rand(2, 3, 8, 8) * 255).byte())

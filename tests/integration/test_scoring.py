@@ -398,7 +398,7 @@ def real_write_json(path: Path, content: dict) -> None:
         file.write(json.dumps(content, indent=2) + "\n")
 
 
-@pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning")
+@pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.MisleadingResultWarning")
 def test_selection_at_a_false_discovery_rate(tmp_path: Path) -> None:
     """`selected` is Benjamini-Hochberg's choice among the table's p-values; an image without one is never chosen."""
     good = pictures(tmp_path / "good", 60)

@@ -22,7 +22,7 @@ from small import CPU, conditional, in_order, pictures, stable_diffusion
 from tolerances import GREY_LEVELS, assert_close, assert_same_images, assert_same_manifests, assert_same_pixels
 
 pytest.importorskip("transformers")
-pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")]
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.core.errors.TooFewImagesWarning")]
 
 SMALL = ManifoldConfig(layers=2, steps=4, validations=1, candidates=20, kept=2)
 FEW = InversionConfig(steps=2, draws=4, lr_scale=0.7)

@@ -10,7 +10,7 @@ import torch
 
 from farout import ClassNoise, read_outliers
 from farout.cli import main
-from farout.core.errors import FaroutError, StoreError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, StoreError
 from farout.core.runtime import Runtime
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.sampling import Sampler
@@ -81,7 +81,7 @@ def test_only_classes_with_images_get_outliers(images: Path, tmp_path: Path) -> 
     for path in (images / "b").iterdir():
         path.unlink()
     (images / "b").rmdir()
-    with pytest.warns(TrapWarning, match=r"knows 1 class \(b\)"):
+    with pytest.warns(MisleadingResultWarning, match=r"knows 1 class \(b\)"):
         made = ClassNoise(steps=2).synthesize(images, tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU)
     assert made.manifest()["class_name"].tolist() == ["a", "c", "a", "c"]
     assert made.manifest()["label"].tolist() == [0, 2, 0, 2], "labels are those of the generator"
@@ -164,7 +164,7 @@ def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_generator_whose_samples_are_not_recognized_causes_a_warning(images: Path, tmp_path: Path) -> None:
     """An untrained generator and an untrained classifier agree by chance only; the images are the same without it."""
     settings: dict[str, Any] = {"count": 3, "diffusion": conditional(), "runtime": CPU}
-    with pytest.warns(TrapWarning, match=r"recognizes \d+% of the generator's own samples"):
+    with pytest.warns(MisleadingResultWarning, match=r"recognizes \d+% of the generator's own samples"):
         judged = ClassNoise(steps=2).synthesize(images, tmp_path / "judged", classifier=classifier(), **settings)
     plain = ClassNoise(steps=2).synthesize(images, tmp_path / "plain", **settings)
     assert judged.settings() == plain.settings()
@@ -180,7 +180,7 @@ def test_a_generator_is_checked_once_per_folder(images: Path, tmp_path: Path, mo
     first, second = classifier(), classifier().with_random_weights(1)
     settings: dict[str, Any] = {"count": 3, "diffusion": conditional(), "runtime": CPU}
     for judge, more in ((first, {}), (first, {"resume": True, "count": 5}), (second, {"resume": True})):
-        with pytest.warns(TrapWarning, match="recognizes 50% of the generator's own samples"):
+        with pytest.warns(MisleadingResultWarning, match="recognizes 50% of the generator's own samples"):
             ClassNoise(steps=2).synthesize(images, tmp_path / "o", classifier=judge, **{**settings, **more})
     with pytest.raises(StoreError, match="give --resume"):
         ClassNoise(steps=2).synthesize(images, tmp_path / "o", classifier=first, **settings)
@@ -191,7 +191,7 @@ def test_a_generator_is_checked_once_per_folder(images: Path, tmp_path: Path, mo
     assert asked == [classifier().content_hash, second.content_hash]
 
 
-@pytest.mark.filterwarnings("ignore:the classifier recognizes:farout.core.errors.TrapWarning")
+@pytest.mark.filterwarnings("ignore:the classifier recognizes:farout.core.errors.MisleadingResultWarning")
 def test_a_run_builds_its_sampler_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Sampler] = []
     original = Sampler.__post_init__

@@ -26,7 +26,7 @@ from small import CPU, classifier, conditional, model, pictures
 
 pytestmark = [
     pytest.mark.numerics,
-    pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning"),
+    pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.MisleadingResultWarning"),
 ]
 
 

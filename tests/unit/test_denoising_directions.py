@@ -20,7 +20,9 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
 from farout.evaluation.metrics import auroc
 
-pytestmark = pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:it is not known which images:farout.core.errors.MisleadingResultWarning"
+)
 
 CLASSES, PIXELS, SPREAD = 10, 64, 0.3
 BASIS = torch.linalg.qr(torch.randn(PIXELS, PIXELS, generator=torch.Generator().manual_seed(0)))[0]

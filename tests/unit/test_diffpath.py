@@ -16,7 +16,7 @@ from small import conditional, latent, model
 
 pytestmark = [
     pytest.mark.numerics,
-    pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning"),
+    pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.MisleadingResultWarning"),
 ]
 
 SIZE = 64

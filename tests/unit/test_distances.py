@@ -25,7 +25,7 @@ from farout.features.densities import Mahalanobis as Gaussian
 from small import pictures
 from tolerances import SCORE_TOLERANCE
 
-pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")]
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.core.errors.TooFewImagesWarning")]
 
 CHANNELS = (3, 5, 8)
 WIDTH = sum(CHANNELS)

@@ -17,7 +17,7 @@ from farout.classifiers.networks import NetworkSpec
 from farout.cli import main
 from farout.cli.parsers import parse
 from farout.core import store
-from farout.core.errors import FaroutError, ShortfallWarning, StoreError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, StoreError, TooFewImagesWarning
 from farout.core.runtime import Runtime
 from farout.diffusion.model import DiffusionModel
 from farout.synthesis import SYNTHESIZERS, dream_ood
@@ -38,8 +38,8 @@ from tolerances import assert_close
 pytestmark = [
     pytest.mark.numerics,
     pytest.mark.filterwarnings(
-        r"ignore:the diffusion model knows 1 class \(b\):farout.core.errors.TrapWarning",
-        "ignore:only .* are nearest to their own class's vector:farout.core.errors.TrapWarning",
+        r"ignore:the diffusion model knows 1 class \(b\):farout.core.errors.MisleadingResultWarning",
+        "ignore:only .* are nearest to their own class's vector:farout.core.errors.MisleadingResultWarning",
     ),
 ]
 
@@ -166,9 +166,9 @@ def test_small_classes_use_a_lower_rank_with_a_warning() -> None:
     assert [BoundaryConfig().neighbor_rank(count) for count in (2, 100, 500)] == [1, 60, 300]
     assert [BoundaryConfig(select=50).boundary_size(count) for count in (2, 100)] == [2, 50]
     assert [BoundaryConfig().boundary_size(count) for count in (2, 500)] == [1, 50]
-    with pytest.warns(ShortfallWarning, match=r"2 of 3 classes are too small for k 300; .* 'b' with 20 .* gets 12"):
+    with pytest.warns(TooFewImagesWarning, match=r"2 of 3 classes are too small for k 300; .* 'b' with 20 .* gets 12"):
         BoundaryConfig(k=300).check_class_sizes([500, 20, 30], "abc")
-    with pytest.warns(ShortfallWarning, match=r"1 of 2 .* select 200; .* gets 150"):
+    with pytest.warns(TooFewImagesWarning, match=r"1 of 2 .* select 200; .* gets 150"):
         BoundaryConfig(select=200).check_class_sizes([500, 150], "ab")
     with pytest.raises(FaroutError, match="'b' has 1 readable image,"):
         BoundaryConfig().check_class_sizes([5, 1], "ab")
@@ -274,7 +274,7 @@ def test_alignment_moves_images_to_their_classes(images: Path, tmp_path: Path) -
 
 
 def test_a_poor_alignment_causes_a_warning(images: Path, tmp_path: Path) -> None:
-    with pytest.warns(TrapWarning, match="are nearest to their own class's vector"):
+    with pytest.warns(MisleadingResultWarning, match="are nearest to their own class's vector"):
         synthesize(
             images, tmp_path / "o", method(alignment=AlignmentConfig(steps=1, batch_size=4, warmup=0)), stage="align"
         )

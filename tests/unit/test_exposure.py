@@ -14,7 +14,7 @@ from torch.nn import functional
 from farout.classifiers.losses import CrossEntropy, EnergyHead, free_energy, uniform_cross_entropy
 from farout.classifiers.outlier_exposure import ExposedNetwork, Exposure
 from farout.classifiers.virtual_outliers import VirtualOutliers, sample_largest_radii
-from farout.core.errors import FaroutError, ShortfallWarning
+from farout.core.errors import FaroutError, TooFewImagesWarning
 
 # losses
 
@@ -180,7 +180,7 @@ def test_virtual_outliers_wait_for_full_queues_and_teach_the_last_layer_alone() 
 
 def test_virtual_outliers_that_never_come_are_warned_of() -> None:
     numbers = torch.tensor([0] * 9 + [1])
-    with pytest.warns(ShortfallWarning, match="seen about 100 times"):
+    with pytest.warns(TooFewImagesWarning, match="seen about 100 times"):
         Exposure(loss="vos", queue=101).warn_of_short_training(numbers, 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

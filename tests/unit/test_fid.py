@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from farout.cli import main
-from farout.core.errors import FaroutError, MissingExtraError, StoreError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, MissingExtraError, StoreError
 from farout.evaluation import fid
 from farout.evaluation.fid import frechet_distance, kernel_distance, set_distance
 from small import pictures
@@ -114,7 +114,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sets_of_images(root: Path, tmp_path: Path) -> None:
     """The built-in backbone, whose distance is not called FID; few images are warned of."""
-    with pytest.warns(TrapWarning, match="FD-lite0 of 24 and 24 images in 512 dimensions is biased"):
+    with pytest.warns(MisleadingResultWarning, match="FD-lite0 of 24 and 24 images in 512 dimensions is biased"):
         near = set_distance(root / "one", root / "two", out=tmp_path / "d.json")
     assert (near.frechet_name, near.kernel_name) == ("FD-lite0", "KD-lite0")
     written = json.loads((tmp_path / "d.json").read_text())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from curves import DIM, LABELS, SHORT, VECTORS, curved, linear, short
 from farout.core import progress
-from farout.core.errors import FaroutError, FaroutWarning, ShortfallWarning, StoreError
+from farout.core.errors import FaroutError, FaroutWarning, StoreError, TooFewImagesWarning
 from farout.synthesis.ncis.manifold import Manifold, ManifoldConfig, fit_manifold
 from farout.training.checkpoints import checkpoint_folders
 from farout.training.loop import TrainingRun
@@ -194,26 +194,26 @@ def test_fewer_vectors_than_dimensions() -> None:
     vectors = torch.cat([VECTORS[LABELS == 0], VECTORS[LABELS == 1][:4]])
     labels = torch.cat([torch.zeros(60, dtype=torch.long), torch.ones(4, dtype=torch.long)])
     counts = "1 of 2 classes have no more vectors .* 6 dimensions .*fewest: 4, of 'b'"
-    with pytest.warns(ShortfallWarning, match=counts):
+    with pytest.warns(TooFewImagesWarning, match=counts):
         fitted = fit_manifold(vectors, labels, SHORT, ["a", "b"])
     assert fitted.config.regularization == "held_out"
     assert torch.isfinite(fitted.sample(4).vectors).all()
     assert torch.isfinite(fitted.distances(VECTORS[few], LABELS[few])).all()
     bare = replace(SHORT, map="linear", regularization="relative", reg_weight=0.0)
     with (
-        pytest.warns(ShortfallWarning),
+        pytest.warns(TooFewImagesWarning),
         pytest.raises(FaroutError, match="1 of 2 classes \\('b' for one\\) are singular"),
     ):
         fit_manifold(vectors, labels, bare, ["a", "b"])
     tiny = (VECTORS[:16], LABELS[:16])
-    with pytest.warns(ShortfallWarning, match="too small to hold vectors out"):
+    with pytest.warns(TooFewImagesWarning, match="too small to hold vectors out"):
         none_held = fit_manifold(*tiny, replace(SHORT, map="linear"), 2)
     assert none_held.config.regularization == "relative"
     with pytest.raises(FaroutError, match="too small to hold vectors out"):
         fit_manifold(*tiny, replace(SHORT, regularization="held_out"), 2)
 
 
-@pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
+@pytest.mark.filterwarnings("ignore::farout.core.errors.TooFewImagesWarning")
 def test_held_out_vectors_are_no_farther_than_samples_in_many_dimensions(tmp_path: Path) -> None:
     """With the fixed weight, which suits many vectors, they are much farther than all samples."""
     generator = torch.Generator().manual_seed(0)

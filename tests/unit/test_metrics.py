@@ -8,7 +8,7 @@ import torch
 import torchmetrics.functional.classification as torchmetrics
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, TrapWarning
+from farout.core.errors import ConstantScoresWarning, FaroutError, MisleadingResultWarning, NaNScoresWarning
 from farout.evaluation.intervals import auroc_interval, bootstrap_interval, delong, paired_difference
 from farout.evaluation.metrics import (
     aupr_in,
@@ -142,7 +142,7 @@ def test_nothing_useless_is_perfect() -> None:
 
 
 def test_an_area_below_one_half_warns() -> None:
-    with pytest.warns(TrapWarning, match="below one half"):
+    with pytest.warns(MisleadingResultWarning, match="below one half"):
         detection_metrics(*pair(-1.0), draws=50)
 
 

@@ -22,8 +22,8 @@ from small import CPU, conditional, pictures
 pytestmark = [
     pytest.mark.numerics,
     pytest.mark.filterwarnings(
-        r"ignore:the diffusion model knows 1 class \(b\):farout.core.errors.TrapWarning",
-        "ignore::farout.core.errors.ShortfallWarning",
+        r"ignore:the diffusion model knows 1 class \(b\):farout.core.errors.MisleadingResultWarning",
+        "ignore::farout.core.errors.TooFewImagesWarning",
     ),
 ]
 

@@ -26,7 +26,7 @@ from farout.training.loop import TrainingRun
 from small import pictures
 from tolerances import assert_close
 
-pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")]
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.core.errors.TooFewImagesWarning")]
 
 SMALL = {"size": 64, "side": 8, "hidden": 64, "embedding": 16, "positions": 1500, "epochs": 12, "batch": 64}
 

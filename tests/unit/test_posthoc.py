@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from farout import load
 from farout.classifiers.model import Classifier
-from farout.core.errors import FaroutError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning
 from farout.data.batching import Batch
 from farout.data.sources import open_source
 from farout.detectors.posthoc import Posthoc
@@ -39,7 +39,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fitted(good: Path, **settings: Any) -> Posthoc:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TrapWarning)
+        warnings.simplefilter("ignore", MisleadingResultWarning)
         return Posthoc(**settings).fit(good, classifier=classifier(), alpha=0.1, statistics=30)
 
 
@@ -260,10 +260,10 @@ class Pooled(nn.Module):
 def test_networks_without_maps_score_all_but_shaped_maps(good: Path) -> None:
     torch.manual_seed(0)
     network = Classifier.from_module(Pooled(), [0.5], [0.25], size=8, channels=1)
-    with pytest.warns(TrapWarning, match="not known which images"):
+    with pytest.warns(MisleadingResultWarning, match="not known which images"):
         made = Posthoc().fit(good, classifier=network, alpha=0.1, statistics=30)
     assert set(made.calibration_scores) == NAMES
-    with pytest.raises(FaroutError, match="shaping='pooled'"), pytest.warns(TrapWarning):
+    with pytest.raises(FaroutError, match="shaping='pooled'"), pytest.warns(MisleadingResultWarning):
         Posthoc(shaping="maps").fit(good, classifier=network, alpha=0.1, statistics=30)
 
 
@@ -317,7 +317,7 @@ def test_what_cannot_work_is_refused_before_a_classifier_is_trained(
         Posthoc(score="extra").fit(tmp_path / "tree", alpha=0.1, statistics=15)
 
 
-@pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
+@pytest.mark.filterwarnings("ignore::farout.core.errors.TooFewImagesWarning")
 def test_the_random_control_has_a_fresh_classifier(made: Posthoc, good: Path, tmp_path: Path) -> None:
     from farout.evaluation.baselines import BaselineOptions, fit_baselines
 

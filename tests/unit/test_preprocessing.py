@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from farout.core.errors import FaroutError, SourceError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, SourceError
 from farout.data import preprocessing as module
 from farout.data.preprocessing import Preprocessing, find_mismatches
 from farout.data.sources import open_source
@@ -172,7 +172,7 @@ def test_for_source_takes_the_native_size_without_warning():
 
 def test_for_source_names_the_factor_when_it_shrinks():
     source = open_source(image(3, 96, 192)[None])
-    with pytest.warns(TrapWarning, match="96x192 pixels and are shrunk 3 times to 32x64"):
+    with pytest.warns(MisleadingResultWarning, match="96x192 pixels and are shrunk 3 times to 32x64"):
         prepared = Preprocessing.for_source(source)
     assert prepared.size == (32, 64)
     assert prepared.native == (96, 192)

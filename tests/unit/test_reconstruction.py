@@ -23,7 +23,7 @@ from tolerances import assert_close
 
 pytestmark = [
     pytest.mark.numerics,
-    pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.TrapWarning"),
+    pytest.mark.filterwarnings("ignore:it is not known which images:farout.core.errors.MisleadingResultWarning"),
 ]
 
 SCHEDULE = NoiseSchedule()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from farout import load
-from farout.core.errors import ConstantScoresWarning, FaroutError, ShortfallWarning, StoreError
+from farout.core.errors import ConstantScoresWarning, FaroutError, StoreError, TooFewImagesWarning
 from farout.core.runtime import Runtime
 from farout.data.batching import Batch
 from farout.data.sources import open_source
@@ -23,7 +23,7 @@ from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
 from small import pictures
 from tolerances import assert_close, assert_same_scores
 
-pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")]
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.core.errors.TooFewImagesWarning")]
 
 
 INDICATORS = {"mse", "mfsim", "mfsim_released", "calibrated_mse", "calibrated_mfsim", "distance", "fused"}
@@ -281,7 +281,7 @@ def test_constant_features_are_no_numbers_trouble(folder: Path, monkeypatch: pyt
 
 def test_too_few_images_for_training_say_so(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "few", 12)
-    with pytest.warns(ShortfallWarning), pytest.raises(FaroutError, match="images"):
+    with pytest.warns(TooFewImagesWarning), pytest.raises(FaroutError, match="images"):
         fitted(folder)
 
 

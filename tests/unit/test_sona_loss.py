@@ -18,7 +18,7 @@ from farout.classifiers.outlier_images import find_paired_outliers, open_outlier
 from farout.classifiers.presets import PRESETS
 from farout.classifiers.train import train_classifier, train_on_source
 from farout.cli import main
-from farout.core.errors import FaroutError, SourceError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, SourceError
 from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
 from farout.training.loop import TrainingConfig
@@ -45,7 +45,7 @@ def outliers(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two of each image but four, of which there are three."""
     folder = tmp_path_factory.mktemp("outliers") / "made"
     model = conditional(classes=3)
-    with pytest.warns(TrapWarning, match=r"knows 1 class \(c\)"):
+    with pytest.warns(MisleadingResultWarning, match=r"knows 1 class \(c\)"):
         SONA(steps=3).synthesize(tree, folder, count=84, diffusion=model, runtime=CPU)
     return folder
 

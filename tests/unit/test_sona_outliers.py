@@ -13,7 +13,7 @@ from PIL import Image
 from farout import SONA, SDEdit
 from farout.classifiers.model import Classifier
 from farout.cli import main
-from farout.core.errors import FaroutError, StoreError, TrapWarning, UnreadableImageError
+from farout.core.errors import FaroutError, MisleadingResultWarning, StoreError, UnreadableImageError
 from farout.core.runtime import Runtime
 from farout.data.sources import open_source
 from farout.diffusion.model import DiffusionModel
@@ -27,7 +27,9 @@ from tolerances import GREY_LEVELS, SONA_SHARE, assert_same_images, assert_same_
 
 pytestmark = [
     pytest.mark.numerics,
-    pytest.mark.filterwarnings("ignore:the diffusion model knows [23] classes:farout.core.errors.TrapWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:the diffusion model knows [23] classes:farout.core.errors.MisleadingResultWarning"
+    ),
 ]
 
 
@@ -147,11 +149,11 @@ def test_latents_are_sampled_for_each_image_alone(images: Path, tmp_path: Path) 
     """Images of 10 x 10 as latents of 5 x 5, which the network needs padded to 6 x 6."""
     model = generator(size=(10, 10), autoencoder=autoencoder(latent=1))
     assert (model.latent_shape, model.shape) == ((1, 5, 5), (1, 6, 6))
-    with pytest.warns(TrapWarning, match="native size"):
+    with pytest.warns(MisleadingResultWarning, match="native size"):
         whole = synthesize(images, tmp_path / "o", diffusion=model)
     for size in (1, 3):
         runtime = Runtime(device="cpu", precision="fp32", workers=0, batch_size=size)
-        with pytest.warns(TrapWarning, match="native size"):
+        with pytest.warns(MisleadingResultWarning, match="native size"):
             parts = synthesize(images, tmp_path / str(size), diffusion=model, runtime=runtime)
         assert_same_images(parts.folder, whole.folder, SONA_SHARE)
 
@@ -231,13 +233,13 @@ def test_classes_with_similar_names_are_not_targets(tmp_path: Path) -> None:
         pictures(tmp_path / "i" / name, 3)
     model = generator()
     model.conditioning.class_names = ("assault rifle", "newt", "Rifle", "smooth_newt", "cat")  # type: ignore[union-attr]
-    with pytest.warns(TrapWarning, match="Rifle, smooth_newt are not used as targets"):
+    with pytest.warns(MisleadingResultWarning, match="Rifle, smooth_newt are not used as targets"):
         found = synthesize(tmp_path / "i", tmp_path / "o", diffusion=model)
     assert set(found.manifest()["target"]) == {"cat"}
     wished = synthesize(tmp_path / "i", tmp_path / "p", SONA(steps=5, target_classes=("Rifle",)), diffusion=model)
     assert set(wished.manifest()["target"]) == {"Rifle"}
     model.conditioning.class_names = ("assault rifle", "newt", "rifle", "smooth newt", "NEWT")  # type: ignore[union-attr]
-    with pytest.warns(TrapWarning), pytest.raises(FaroutError, match="no targets are left"):
+    with pytest.warns(MisleadingResultWarning), pytest.raises(FaroutError, match="no targets are left"):
         synthesize(tmp_path / "i", tmp_path / "q", diffusion=model)
 
 

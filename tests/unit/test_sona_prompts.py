@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from farout import SONA, SDEdit
 from farout.cli import main
-from farout.core.errors import FaroutError, StoreError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, StoreError
 from farout.diffusion.conditioning.prompt_contexts import PromptContexts
 from farout.diffusion.conditioning.prompts import Prompts
 from farout.diffusion.conditioning.text_encoder import TextEncoder
@@ -28,8 +28,8 @@ pytest.importorskip("transformers")
 pytestmark = [
     pytest.mark.numerics,
     pytest.mark.filterwarnings(
-        "ignore:.*native size:farout.core.errors.TrapWarning",
-        "ignore:.* sampled images are grey:farout.core.errors.TrapWarning",
+        "ignore:.*native size:farout.core.errors.MisleadingResultWarning",
+        "ignore:.* sampled images are grey:farout.core.errors.MisleadingResultWarning",
     ),
 ]
 
@@ -96,7 +96,7 @@ def load_generator(folder: Path, **settings: Any) -> DiffusionModel:
 # -- synthesis --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:3 of the 7 words:farout.core.errors.TrapWarning")
+@pytest.mark.filterwarnings("ignore:3 of the 7 words:farout.core.errors.MisleadingResultWarning")
 @pytest.mark.parametrize(
     "prediction",
     ["epsilon", *(pytest.param(name, marks=pytest.mark.slow) for name in PREDICTIONS if name != "epsilon")],
@@ -106,7 +106,7 @@ def test_words_are_added_with_every_prediction_type(
 ) -> None:
     method = SONA(steps=5, k_min=3, words=words)
     with pytest.warns(
-        TrapWarning, match=r"3 of the 7 words of .* \(bird, Cat, kite\): they occur twice, or have names"
+        MisleadingResultWarning, match=r"3 of the 7 words of .* \(bird, Cat, kite\): they occur twice, or have names"
     ):
         whole = synthesize(images, tmp_path / "o", method, folders[prediction])
     manifest = whole.manifest()
@@ -267,7 +267,7 @@ def test_the_nearest_words(folder: Path, words: str) -> None:
 
     order = (ends(NAMES) @ ends(said).T).argsort(1, descending=True)
     prompts = PromptConfig(words, ("my {}", PAPER_TEMPLATE), nearest=2)
-    with pytest.warns(TrapWarning, match="not used as targets"):
+    with pytest.warns(MisleadingResultWarning, match="not used as targets"):
         draw = TargetSampler(model, range(3), prompts=prompts)
     generator = torch.Generator().manual_seed(0)
     for label in range(3):
@@ -278,7 +278,7 @@ def test_the_nearest_words(folder: Path, words: str) -> None:
 def test_words_are_compared_with_names_and_words_of_classes(folder: Path, images: Path, tmp_path: Path) -> None:
     (tmp_path / "w.txt").write_text("big bird\nthe kite\nlion")
     method = SDEdit(steps=4, words=str(tmp_path / "w.txt"), class_words={"the kite": "bird"})
-    with pytest.warns(TrapWarning, match=r"2 of the 3 words .* \(big bird, the kite\)"):
+    with pytest.warns(MisleadingResultWarning, match=r"2 of the 3 words .* \(big bird, the kite\)"):
         found = synthesize(images, tmp_path / "o", method, folder, count=3)
     assert set(found.manifest()["target"]) == {"lion"}
 

@@ -27,7 +27,8 @@ from tolerances import GREY_LEVELS, SONA_SHARE, assert_same_images, assert_same_
 pytestmark = [
     pytest.mark.numerics,
     pytest.mark.filterwarnings(
-        r"ignore:the (diffusion model|classifier) knows 3 classes \(c, d, e\):farout.core.errors.TrapWarning"
+        r"ignore:the (diffusion model|classifier) knows 3 classes \(c, d, e\):"
+        "farout.core.errors.MisleadingResultWarning"
     ),
 ]
 

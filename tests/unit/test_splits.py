@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from farout.core.errors import FaroutError, ShortfallWarning, SourceError, UnreadableImageError
+from farout.core.errors import FaroutError, SourceError, TooFewImagesWarning, UnreadableImageError
 from farout.data.sources import open_source
 from farout.data.splits import Split, calibration_size, split_source
 from farout.detectors.reconstruction import Reconstruction
@@ -131,7 +131,7 @@ def test_excluding_everything_is_an_error():
 
 def test_a_shortfall_names_all_three_counts():
     source = open_source(pixels(30))
-    with pytest.warns(ShortfallWarning, match="calibration 19 of 19, statistics 10 of 64, training 1 of 1"):
+    with pytest.warns(TooFewImagesWarning, match="calibration 19 of 19, statistics 10 of 64, training 1 of 1"):
         result = split_source(source, statistics=64, train=True)
     assert disjoint(result)
 
@@ -140,13 +140,13 @@ def test_a_shortfall_says_what_is_left_of_images_that_a_network_has_seen():
     """More images held out when it is trained are what helps; without such a network nothing is said of one."""
     source = open_source(pixels(40))
     seen = [source.content_hash(i) for i in range(15)]
-    with pytest.warns(ShortfallWarning, match=r"statistics 6 of 64.*; 15 were left out .* --statistics N"):
+    with pytest.warns(TooFewImagesWarning, match=r"statistics 6 of 64.*; 15 were left out .* --statistics N"):
         split_source(source, statistics=64, train=False, exclude=seen)
-    with pytest.warns(ShortfallWarning, match=r"\(--statistics\)$"):
+    with pytest.warns(TooFewImagesWarning, match=r"\(--statistics\)$"):
         split_source(source, statistics=64, train=False)
 
 
-@pytest.mark.filterwarnings("ignore::farout.core.errors.ShortfallWarning")
+@pytest.mark.filterwarnings("ignore::farout.core.errors.TooFewImagesWarning")
 @pytest.mark.parametrize("seen", [18, 20])
 def test_a_fit_whose_model_has_seen_nearly_all_images_says_how_to_train_it(tmp_path, seen):
     source = open_source(pictures(tmp_path / "good", 20))
@@ -156,13 +156,13 @@ def test_a_fit_whose_model_has_seen_nearly_all_images_says_how_to_train_it(tmp_p
 
 
 def test_a_very_small_set_still_gives_every_part_something():
-    with pytest.warns(ShortfallWarning, match="calibration 1 of 19"):
+    with pytest.warns(TooFewImagesWarning, match="calibration 1 of 19"):
         result = split_source(open_source(pixels(3)), statistics=2, train=True)
     assert [len(part) for part in parts(result)] == [1, 1, 1]
 
 
 def test_too_little_training_warns():
-    with pytest.warns(ShortfallWarning, match="training 0 of 1;"):
+    with pytest.warns(TooFewImagesWarning, match="training 0 of 1;"):
         split_source(open_source(pixels(2)), alpha=0.5, statistics=1, train=True)
 
 

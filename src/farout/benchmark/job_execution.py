@@ -15,7 +15,7 @@ from farout.benchmark.benchmark_plan import BenchmarkJob, BenchmarkPlan
 from farout.benchmark.error_images import write_error_images
 from farout.classifiers.outlier_exposure import Exposure
 from farout.classifiers.train import train_classifier
-from farout.core.errors import ConstantScoresWarning, TrapWarning
+from farout.core.errors import ConstantScoresWarning, MisleadingResultWarning
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.detectors.base import Detector, load
@@ -179,7 +179,7 @@ def _evaluate_detector(plan: BenchmarkPlan, job: BenchmarkJob, earlier: Mapping[
     no_baselines = BaselineOptions(standard=False, trivial=False)
     with warnings.catch_warnings():  # the column `marker` says the same
         warnings.simplefilter("ignore", ConstantScoresWarning)
-        warnings.filterwarnings("ignore", ".*is below one half", TrapWarning)
+        warnings.filterwarnings("ignore", ".*is below one half", MisleadingResultWarning)
         evaluation = evaluate(
             detector, id_source, ood_sources, job.output, baselines=no_baselines, limit=spec.limit, name=job.entry
         )

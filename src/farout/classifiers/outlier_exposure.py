@@ -24,7 +24,7 @@ from farout.classifiers.outlier_images import (
     find_paired_outliers,
 )
 from farout.classifiers.virtual_outliers import VirtualOutliers
-from farout.core.errors import FaroutError, ShortfallWarning, check_options
+from farout.core.errors import FaroutError, TooFewImagesWarning, check_options
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 from farout.training.config import TrainingConfig
@@ -138,7 +138,7 @@ class Exposure:
                 f"the rarest class will be seen about {expected:.0f} times, and vos draws no virtual outliers before "
                 f"its queue of {self.queue} features is full; train for longer, or give a shorter one "
                 "(--exposure.queue)",
-                ShortfallWarning,
+                TooFewImagesWarning,
                 stacklevel=3,
             )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from farout.core import progress, store
-from farout.core.errors import FaroutError, SourceError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, SourceError
 from farout.data.classes import encode_classes
 from farout.data.image_source import ImageSource
 from farout.data.indices import require_readable_indices
@@ -159,14 +159,14 @@ def check_outliers(outliers: ImageSource, hashes: Collection[str], preprocessing
         warnings.warn(
             f"{shapes.total() - grey} of {shapes.total()} sampled outliers of {outliers.name} have color and become "
             "grey: they may differ in more than what they show",
-            TrapWarning,
+            MisleadingResultWarning,
             stacklevel=3,
         )
     if preprocessing.channels == 3 and grey:
         warnings.warn(
             f"{grey} of {shapes.total()} sampled outliers of {outliers.name} are grey and become RGB: where the images "
             "have color, that alone distinguishes them",
-            TrapWarning,
+            MisleadingResultWarning,
             stacklevel=3,
         )
 

@@ -9,12 +9,12 @@ __all__ = [
     "ConstantScoresWarning",
     "FaroutError",
     "FaroutWarning",
+    "MisleadingResultWarning",
     "MissingExtraError",
     "NaNScoresWarning",
-    "ShortfallWarning",
     "SourceError",
     "StoreError",
-    "TrapWarning",
+    "TooFewImagesWarning",
     "UnreadableImageError",
     "UsageError",
     "check_options",
@@ -58,12 +58,12 @@ class ConstantScoresWarning(FaroutWarning):
     """All scores are equal: they carry no information, and the AUROC is one half by definition."""
 
 
-class ShortfallWarning(FaroutWarning):
+class TooFewImagesWarning(FaroutWarning):
     """There are fewer images than a split or a statistic requires."""
 
 
-class TrapWarning(FaroutWarning):
-    """A known trap of evaluation: native size, value range, precision, AUROC below one half."""
+class MisleadingResultWarning(FaroutWarning):
+    """A result may mislead, for example because of native sizes, value ranges or an AUROC below one half."""
 
 
 def check_options(options: object, kind: str, rules: Iterable[tuple[str, bool, str]]) -> None:

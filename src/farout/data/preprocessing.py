@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from farout.core.errors import FaroutError, SourceError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, SourceError
 from farout.data.decoding import to_pil
 from farout.data.image_source import ImageSource
 
@@ -131,8 +131,8 @@ class Preprocessing:
 
         `native` is the most common native size (after the crop; between equals, the larger area). A given `size` is
         the side of a square. Without it, the network's size is the native one, and where its longer side is above
-        `largest` pixels, that side becomes `largest`, aspect kept, with a TrapWarning that names the factor. Channels
-        are 3 when any sampled image is RGB. Raises SourceError when no sampled image is readable.
+        `largest` pixels, that side becomes `largest`, aspect kept, with a MisleadingResultWarning that names the
+        factor. Channels are 3 when any sampled image is RGB. Raises SourceError when no sampled image is readable.
         """
         shapes = source.shapes()
         if not shapes:
@@ -165,7 +165,7 @@ def _limit_size(native: tuple[int, int], largest: int, name: str) -> tuple[int, 
     warnings.warn(
         f"images of {name} are {native[0]}x{native[1]} pixels and are shrunk {longer / largest:.3g} times to "
         f"{height}x{width}: finer detail is lost; give a size to keep more",
-        TrapWarning,
+        MisleadingResultWarning,
         stacklevel=3,
     )
     return height, width

@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 
 from torch.utils.data import Dataset, Subset
 
-from farout.core.errors import ShortfallWarning, SourceError
+from farout.core.errors import SourceError, TooFewImagesWarning
 from farout.data.image_source import ImageSource
 
 __all__ = ["Groups", "Split", "calibration_size", "exclusion_hint", "log_split", "split_off_validation", "split_source"]
@@ -88,7 +88,7 @@ def split_source(
         SourceError: no calibration or no statistics image would remain.
 
     Warns:
-        ShortfallWarning: a part has fewer images than required.
+        TooFewImagesWarning: a part has fewer images than required.
     """
     if statistics < 0:
         raise SourceError(f"statistics must be 0 images or more, got {statistics}")
@@ -115,7 +115,7 @@ def split_source(
         warnings.warn(
             f"{source.name} has too few images for every part: {text}; give more images, a larger alpha, or fewer "
             f"statistics images (--statistics){exclusion_hint(len(hashes) - count)}",
-            ShortfallWarning,
+            TooFewImagesWarning,
             stacklevel=2,
         )
     return result

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from farout.core.errors import FaroutError, ShortfallWarning, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, TooFewImagesWarning
 from farout.core.progress import task
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
@@ -158,7 +158,7 @@ def recalibrate(
     least = calibration_size(0, alpha)
     if len(new) < least:
         message = f"{len(new)} calibration images cannot flag anything at alpha {alpha}; that takes {least}"
-        warnings.warn(message, ShortfallWarning, stacklevel=2)
+        warnings.warn(message, TooFewImagesWarning, stacklevel=2)
     calibrate(detector, measure_source(detector, source.subset(new), "measuring calibration images"))
     detector.alpha = alpha
     detector.calibration_hashes = frozenset(hashes[i] for i in new)
@@ -211,7 +211,7 @@ def _load_diffusion(detector: DetectorInterface, diffusion: Any) -> DiffusionMod
         raise FaroutError(f"{name} works with a {cls.__name__}, got a {type(model).__name__}")
     if not model.trained_on and "random_weights" not in model.provenance:
         message = "it is not known which images this diffusion model was trained on; fit on images it cannot have seen"
-        warnings.warn(message, TrapWarning, stacklevel=4)
+        warnings.warn(message, MisleadingResultWarning, stacklevel=4)
     return model
 
 
@@ -232,7 +232,7 @@ def _load_classifier(detector: DetectorInterface, classifier: Any, source: Image
     unknown = not model.trained_on or model.provenance.get("weights")
     if unknown and "random_weights" not in model.provenance:
         message = "it is not known which images this classifier was trained on; fit on images it cannot have seen"
-        warnings.warn(message, TrapWarning, stacklevel=4)
+        warnings.warn(message, MisleadingResultWarning, stacklevel=4)
     return model
 
 

@@ -15,7 +15,7 @@ import torch
 
 from farout.core import store
 from farout.core.devices import resolve_device
-from farout.core.errors import FaroutError, StoreError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, StoreError
 from farout.core.runtime import Runtime
 from farout.data.preprocessing import Preprocessing
 from farout.detectors import DETECTORS
@@ -194,5 +194,5 @@ def _adapt_runtime(fitted: Runtime, changes: dict[str, Any]) -> Runtime:
             f"fitted with precision {fitted.precision}, now {runtime.precision}: p-values and flags are not reliable; "
             f"use precision {fitted.precision}, or fit again"
         )
-        warnings.warn(message, TrapWarning, stacklevel=4)
+        warnings.warn(message, MisleadingResultWarning, stacklevel=4)
     return runtime

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from farout.classifiers.model import Classifier
-from farout.core.errors import FaroutError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.detectors import DETECTORS
@@ -110,14 +110,14 @@ def fit_baselines(detector: Detector, options: BaselineOptions, out: Path) -> It
         message = (
             f"no baselines: they cannot be fitted on {source!r} ({error}); give images for them with --baseline-images"
         )
-        warnings.warn(message, TrapWarning, stacklevel=3)
+        warnings.warn(message, MisleadingResultWarning, stacklevel=3)
         return
     for name, fit in fits.items():
         try:
             yield fit(images)
         except FaroutError as error:
             message = f"{name} is left out: it cannot be fitted on {source!r} ({error})"
-            warnings.warn(message, TrapWarning, stacklevel=3)
+            warnings.warn(message, MisleadingResultWarning, stacklevel=3)
 
 
 def with_random_weights(

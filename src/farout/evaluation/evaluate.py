@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from farout.core import store
-from farout.core.errors import FaroutError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.detectors.base import Detector
@@ -144,7 +144,7 @@ def _warn_of_seen_images(detector: Detector, source: ImageSource) -> None:
             f"{count} of {len(source)} images of {source.name} were used to train, fit or calibrate the detector: "
             "its results are too good; evaluate it on other images"
         )
-        warnings.warn(message, TrapWarning, stacklevel=3)
+        warnings.warn(message, MisleadingResultWarning, stacklevel=3)
 
 
 def _score_dataset(evaluated: EvaluatedDetector, source: ImageSource) -> ScoredDataset:

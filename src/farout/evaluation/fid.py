@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from farout.core import progress, store
 from farout.core.chunking import BatchSize
 from farout.core.devices import PrecisionChoice
-from farout.core.errors import FaroutError, MissingExtraError, StoreError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, MissingExtraError, StoreError
 from farout.core.runtime import Runtime
 from farout.data.batching import iterate_batches
 from farout.data.decoding import quantize
@@ -206,7 +206,7 @@ def set_distance(
             f"{frechet_name} of {len(first)} and {len(second)} images in {dimension} dimensions is biased upwards, "
             "because fewer images than dimensions do not determine a covariance: compare it with sets of the same size "
             "only, or use the kernel distance, which has no such bias",
-            TrapWarning,
+            MisleadingResultWarning,
             stacklevel=2,
         )
     subset_size = _default_subset_size(len(first), len(second))
@@ -273,7 +273,7 @@ def _collect_features(source: ImageSource, preprocessing: Preprocessing, feature
     for mismatch in find_mismatches(source, preprocessing):
         # mismatches of the channels do not matter: gray images are converted to RGB without loss
         if "native size" in mismatch:
-            warnings.warn(mismatch, TrapWarning, stacklevel=4)
+            warnings.warn(mismatch, MisleadingResultWarning, stacklevel=4)
     parts: list[Tensor] = []
     with progress.task(f"features of {source.name}", len(source)) as bar, torch.no_grad():
         for part in features:

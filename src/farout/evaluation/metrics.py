@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 from sklearn.metrics import average_precision_score
 
-from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, TrapWarning
+from farout.core.errors import ConstantScoresWarning, FaroutError, MisleadingResultWarning, NaNScoresWarning
 from farout.detectors.calibration import flag_outliers
 from farout.evaluation.intervals import (
     auroc_interval,
@@ -140,8 +140,8 @@ def detection_metrics(
     Warns:
         NaNScoresWarning: some scores are NaN.
         ConstantScoresWarning: all scores are equal.
-        TrapWarning: the whole interval of the AUROC is below one half: the sign of the score is reversed, or the OOD
-            images are simpler than the in-distribution ones.
+        MisleadingResultWarning: the whole interval of the AUROC is below one half: the sign of the score is reversed,
+            or the OOD images are simpler than the in-distribution ones.
     """
     prefix = f"{name}: " if name else ""
     samples = []
@@ -181,7 +181,7 @@ def detection_metrics(
         low, high = _widen_at_bounds(area, area_interval, min(independent_id, independent_ood))
     if high < 0.5:
         message = f"AUROC {area:.3f} is below one half: the OOD images have lower scores than the in-distribution ones"
-        warnings.warn(prefix + message, TrapWarning, stacklevel=2)
+        warnings.warn(prefix + message, MisleadingResultWarning, stacklevel=2)
     return DetectionMetrics(
         auroc=area,
         auroc_low=low,

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from farout.core import store
-from farout.core.errors import FaroutError, StoreError, TrapWarning, UnreadableImageError
+from farout.core.errors import FaroutError, MisleadingResultWarning, StoreError, UnreadableImageError
 from farout.core.progress import task
 from farout.data.image_source import ImageSource, Policy
 from farout.data.preprocessing import find_mismatches
@@ -90,7 +90,7 @@ def score_folder(
         raise FaroutError(f"highest is {highest}, fdr is {fdr}; expected 0 images or more, and a rate between 0 and 1")
     source, out = open_source(images, policy=policy, limit=limit, seed=detector.seed), Path(out)
     for message in find_mismatches(source, detector.preprocessing, fitted_gray=detector.provenance.get("grey", False)):
-        warnings.warn(message, TrapWarning, stacklevel=2)
+        warnings.warn(message, MisleadingResultWarning, stacklevel=2)
     settings = {
         "detector": detector.fingerprint,
         "source": source.name,

@@ -12,7 +12,7 @@ from pathlib import Path
 from farout.classifiers.model import Classifier
 from farout.classifiers.outlier_exposure import count_known_classes
 from farout.core import store
-from farout.core.errors import FaroutError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning
 from farout.core.progress import task
 from farout.diffusion.sampling import Sampler
 
@@ -63,7 +63,7 @@ def classifier_indices(classifier: Classifier, names: Sequence[str]) -> list[int
 
 
 def warn_about_poor_samples(sampler: Sampler, classifier: Classifier, names: Sequence[str], folder: Path) -> None:
-    """Warn (TrapWarning) if `recognition_rate` is below 80 %.
+    """Warn (MisleadingResultWarning) if `recognition_rate` is below 80 %.
 
     The rate is stored in `folder`, a folder of outliers, whose generator and settings never change: later stages and
     resumed runs do not generate the samples again.
@@ -78,6 +78,6 @@ def warn_about_poor_samples(sampler: Sampler, classifier: Classifier, names: Seq
         warnings.warn(
             f"the classifier recognizes {rate:.0%} of the generator's own samples, expected at least {_MIN_RATE:.0%}: "
             "its outliers are anomalous for reasons other than the method; train the diffusion model for longer",
-            TrapWarning,
+            MisleadingResultWarning,
             stacklevel=4,
         )

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 from farout.classifiers.model import Classifier
 from farout.classifiers.outlier_exposure import count_known_classes
-from farout.core.errors import TrapWarning, UnreadableImageError
+from farout.core.errors import MisleadingResultWarning, UnreadableImageError
 from farout.data.classes import class_name, present_class_names
 from farout.data.image_source import ImageSource
 from farout.diffusion.model import DiffusionModel
@@ -20,7 +20,7 @@ _MAX_LISTED = 12
 def warn_about_extra_classes(
     source: ImageSource, diffusion: DiffusionModel | None = None, classifier: Classifier | None = None
 ) -> None:
-    """Warn (TrapWarning) about each network that knows classes of which `source` has no images.
+    """Warn (MisleadingResultWarning) about each network that knows classes of which `source` has no images.
 
     A network knows a class if it has a class of that name, or if images of the class are among its training images.
     The second check needs the other images of the set that `source` is a part of, for instance the held-out classes of
@@ -51,7 +51,7 @@ def _warn_about_network(
             f"the {network} {' and '.join(reasons)}, of which {source.name} has no images: if they are held out for an "
             "evaluation, outliers generated with it leak those classes, and results that use them are too good; use "
             "one that was trained on the other classes alone",
-            TrapWarning,
+            MisleadingResultWarning,
             stacklevel=4,
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from farout.classifiers.model import Classifier
-from farout.core.errors import FaroutError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
 from farout.detectors.argument_checks import check_literals
@@ -161,7 +161,7 @@ class Reconstruction(Detector):
         required, own = self.config["normalization"], diffusion.preprocessing.value_range
         if required != own:
             message = f"the method requires value range {required!r}, the diffusion model has {own!r}; its own is used"
-            warnings.warn(message, TrapWarning, stacklevel=5)
+            warnings.warn(message, MisleadingResultWarning, stacklevel=5)
 
     def _build_paths(self, model: DiffusionModel) -> DenoisingPaths:
         names = ("mode", "levels", "skip", "grid", "steps", "solver")

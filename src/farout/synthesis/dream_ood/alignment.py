@@ -23,7 +23,7 @@ from farout.classifiers.model import Classifier
 from farout.classifiers.train import train_on_source
 from farout.core import store
 from farout.core.devices import Precision
-from farout.core.errors import FaroutError, StoreError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning, StoreError
 from farout.core.progress import task
 from farout.core.runtime import Runtime
 from farout.data.batching import iterate_batches
@@ -189,7 +189,7 @@ def align_images(
             f"only {accuracy:.0%} of the images are nearest to their own class's vector, expected at least "
             f"{_MIN_ACCURACY:.0%}: the boundaries are not those of the classes; train the alignment for longer "
             "(--alignment.steps), or a larger network (--model.network)",
-            TrapWarning,
+            MisleadingResultWarning,
             stacklevel=2,
         )
     return aligned

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from farout.core import store
-from farout.core.errors import FaroutError, ShortfallWarning, StoreError, check_options
+from farout.core.errors import FaroutError, StoreError, TooFewImagesWarning, check_options
 from farout.diffusion.noise import seeded_generator
 
 __all__ = [
@@ -120,7 +120,7 @@ class BoundaryConfig:
                 warnings.warn(
                     f"{too_small} of {len(counts)} classes are too small for {option} {value}; the smallest, {name!r} "
                     f"with {smallest} images, gets {used(smallest)}",
-                    ShortfallWarning,
+                    TooFewImagesWarning,
                     stacklevel=3,
                 )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from farout.classifiers.model import Classifier
 from farout.core.devices import Precision
-from farout.core.errors import FaroutError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning
 from farout.data.image_source import ImageSource
 from farout.data.indices import require_readable_indices
 from farout.data.preprocessing import find_mismatches
@@ -357,7 +357,7 @@ class EditingSynthesizer(Synthesizer):
         if context.classifier is not None:
             _ = editing.class_indices
         for message in find_mismatches(context.source, context.generator.preprocessing):
-            warnings.warn(message, TrapWarning, stacklevel=3)
+            warnings.warn(message, MisleadingResultWarning, stacklevel=3)
 
     def label_of(self, context: SynthesisContext, index: int) -> int:
         """The class of the source image."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from farout.core.errors import FaroutError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning
 from farout.data.classes import present_class_names
 from farout.data.image_source import ImageSource
 from farout.diffusion import diffusers_folders as folders
@@ -104,7 +104,7 @@ class PromptConfig:
         """The words that can be targets, in their order; none if no words are given.
 
         Words that are repeated, or match the name or the word of an in-distribution class (see `filter_words`), are
-        removed, which a TrapWarning reports.
+        removed, which a MisleadingResultWarning reports.
 
         Args:
             conditioning: conditioning of the generator.
@@ -131,7 +131,7 @@ class PromptConfig:
             warnings.warn(
                 f"{len(removed)} of the {len(words)} words of {self.words} are not used as targets "
                 f"({_format_names(removed)}): they occur twice, or have names like classes with images",
-                TrapWarning,
+                MisleadingResultWarning,
                 stacklevel=4,
             )
         for template in self.templates:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from farout.core.errors import FaroutError, TrapWarning
+from farout.core.errors import FaroutError, MisleadingResultWarning
 from farout.diffusion.conditioning.base import Condition, Conditioning
 from farout.diffusion.conditioning.prompt_contexts import PromptContexts
 from farout.diffusion.interpolation import slerp
@@ -56,11 +56,11 @@ class TargetSampler:
         model: a class-conditional diffusion model.
         id_classes: the in-distribution classes.
         kind: `words`: the words of `prompts`, without those that name an in-distribution class (see `filter_words`;
-            a TrapWarning lists the removed ones); `unseen`: classes of the generator that are not in-distribution,
-            filtered in the same way; `others`: any class but the image's own; `mixtures`: the midpoint, by spherical
-            interpolation, of two in-distribution classes other than the image's own; `none`: no target; `auto`:
-            `target_classes` or words if given, else `unseen` if there are such classes, else `mixtures` (which must be
-            requested explicitly for a generator with prompts).
+            a MisleadingResultWarning lists the removed ones); `unseen`: classes of the generator that are not
+            in-distribution, filtered in the same way; `others`: any class but the image's own; `mixtures`: the
+            midpoint, by spherical interpolation, of two in-distribution classes other than the image's own; `none`: no
+            target; `auto`: `target_classes` or words if given, else `unseen` if there are such classes, else
+            `mixtures` (which must be requested explicitly for a generator with prompts).
         target_classes: target classes by name or number.
         prompts: prompt templates and words.
 
@@ -140,7 +140,7 @@ class TargetSampler:
                 warnings.warn(
                     f"the classes {', '.join(similar)} are not used as targets: they have names like classes with "
                     "images; if they are something else, give them as target_classes",
-                    TrapWarning,
+                    MisleadingResultWarning,
                     stacklevel=4,
                 )
             candidates = [label for label in unseen if names[label] in distinct]

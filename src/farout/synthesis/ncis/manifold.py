@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from farout.core import store
-from farout.core.errors import FaroutError, FaroutWarning, ShortfallWarning, StoreError
+from farout.core.errors import FaroutError, FaroutWarning, StoreError, TooFewImagesWarning
 from farout.synthesis.ncis.class_gaussians import ClassGaussians
 from farout.synthesis.ncis.manifold_config import ManifoldConfig
 from farout.synthesis.ncis.network_training import (
@@ -462,7 +462,7 @@ def split_vectors(labels: Tensor, classes: int, config: ManifoldConfig, seed: in
     if config.held_out and not len(held_out_rows):
         if config.regularization == "held_out":
             raise FaroutError("classes are too small to hold vectors out; give more, or regularization='relative'")
-        warnings.warn("classes are too small to hold vectors out; none are held out", ShortfallWarning, stacklevel=3)
+        warnings.warn("classes are too small to hold vectors out; none are held out", TooFewImagesWarning, stacklevel=3)
     return fit_rows, held_out_rows
 
 
@@ -477,6 +477,6 @@ def _warn_about_small_classes(counts: Tensor, names: Sequence[str], dim: int, co
             f"{too_small} of {len(names)} classes have no more vectors to fit to than the {dim} dimensions (the "
             f"fewest: {int(counts[smallest])}, of {names[smallest]!r}): in some directions their variance is that of "
             f"the regularization ({config.regularization}); {advice}",
-            ShortfallWarning,
+            TooFewImagesWarning,
             stacklevel=3,
         )

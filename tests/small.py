@@ -76,7 +76,7 @@ def without_null() -> DiffusionModel:
 
 
 def autoencoder(latent: int = 3, halvings: int = 1) -> diffusers.AutoencoderKL:
-    """Of grey pictures, untrained: `latent` channels of sides that are halved so often."""
+    """Of gray pictures, untrained: `latent` channels of sides that are halved so often."""
     torch.manual_seed(0)
     stages = halvings + 1
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * stages, "up_block_types": ("UpDecoderBlock2D",) * stages}
@@ -85,7 +85,7 @@ def autoencoder(latent: int = 3, halvings: int = 1) -> diffusers.AutoencoderKL:
 
 
 def latent(size: tuple[int, int] = (16, 16), halvings: int = 1, **settings: object) -> DiffusionModel:
-    """As `model`, of grey pictures' latents."""
+    """As `model`, of gray pictures' latents."""
     preprocessing = Preprocessing(size=size, channels=1, native=size)
     inner = autoencoder(halvings=halvings)
     return DiffusionModel(tiny_unet(3), NoiseSchedule(), preprocessing, autoencoder=inner, **settings)
@@ -108,7 +108,7 @@ def attending(channels: int = 1, width: int = 6) -> diffusers.UNet2DConditionMod
 
 
 def by_tokens(classes: int = 3, **settings: object) -> DiffusionModel:
-    """As `conditional`, for pictures of 8 x 8 grey pixels, told its classes by cross-attention to two tokens."""
+    """As `conditional`, for pictures of 8 x 8 gray pixels, told its classes by cross-attention to two tokens."""
     network = attending()
     conditioning = ClassTokens.create_random(string.ascii_lowercase[:classes], 2, 6, has_null=True)
     preprocessing = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
@@ -156,7 +156,7 @@ def in_order(folder: OutlierFolder | ReconstructedFolder) -> Tensor:
 
 
 def pictures(folder: Path, count: int = 40, *, low: int = 100, spread: int = 80, seed: int = 0) -> Path:
-    """Grey pictures of 8 x 8 random pixels between `low` and `low + spread`."""
+    """Gray pictures of 8 x 8 random pixels between `low` and `low + spread`."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     for index in range(count):

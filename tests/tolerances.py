@@ -18,7 +18,7 @@ from farout.detectors.base import Detector, Scores
 
 SCORE_TOLERANCE = 1e-4
 """In standard deviations of the calibration scores: at least a thousand times smaller than what decides anything."""
-GREY_LEVELS = 1
+GRAY_LEVELS = 1
 """Of 255: an image's value may fall on the other side of a rounding boundary when it is stored with 8 bits."""
 SONA_SHARE = 0.6
 """Of the images that SONA makes, the share that has to agree: its regions end where a difference of two predictions
@@ -48,15 +48,15 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_same_pixels(actual: Tensor, expected: Tensor, share: float = 1.0) -> None:
-    """uint8 images (B, C, H, W), of which this share differs by at most one grey level."""
+    """uint8 images (B, C, H, W), of which this share differs by at most one gray level."""
     assert actual.dtype == expected.dtype == torch.uint8
     assert actual.shape == expected.shape
     differences = (actual.int() - expected.int()).abs().flatten(1).amax(1)
-    assert float((differences <= GREY_LEVELS).float().mean()) >= share, differences
+    assert float((differences <= GRAY_LEVELS).float().mean()) >= share, differences
 
 
 def assert_same_images(actual: Path, expected: Path, share: float = 1.0) -> None:
-    """Two folders hold the same PNG files; in this share of them, pixels differ by at most one grey level."""
+    """Two folders hold the same PNG files; in this share of them, pixels differ by at most one gray level."""
     names = sorted(str(path.relative_to(expected)) for path in expected.rglob("*.png"))
     assert names, f"{expected} has no images"
     assert sorted(str(path.relative_to(actual)) for path in actual.rglob("*.png")) == names
@@ -64,7 +64,7 @@ def assert_same_images(actual: Path, expected: Path, share: float = 1.0) -> None
     for name in names:
         one, two = (np.asarray(Image.open(folder / name)).astype(int) for folder in (actual, expected))
         assert one.shape == two.shape, name
-        if np.abs(one - two).max() > GREY_LEVELS:
+        if np.abs(one - two).max() > GRAY_LEVELS:
             unequal.append(name)
     assert len(unequal) <= (1 - share) * len(names), unequal
 

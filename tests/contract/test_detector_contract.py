@@ -303,9 +303,9 @@ def test_empty_and_single_inputs(detector: Detector, folder: Path, tmp_path: Pat
 
 
 def test_other_shapes_are_brought_to_the_models(detector: Detector) -> None:
-    """Grey for RGB and the reverse, and another size, are converted as stated."""
-    colour = torch.rand(2, 3, 20, 14, generator=torch.Generator().manual_seed(0))
-    assert np.isfinite(detector.score(colour).score).all()
+    """Gray for RGB and the reverse, and another size, are converted as stated."""
+    color = torch.rand(2, 3, 20, 14, generator=torch.Generator().manual_seed(0))
+    assert np.isfinite(detector.score(color).score).all()
 
 
 @quick_for("denoising", "pca")

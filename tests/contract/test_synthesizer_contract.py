@@ -215,7 +215,7 @@ def test_runs_with_other_settings_are_refused(
     if "diffusion" in method.needs:
         wrong.append(("diffusion: .* before", {"diffusion": conditional(b_scale=2.0)}))
     for message, settings in wrong:
-        with pytest.raises(StoreError, match=f"made with other settings.*{message}"):
+        with pytest.raises(StoreError, match=f"generated with other settings.*{message}"):
             synthesize(method, images, out, resume=True, **settings)
     assert files(out) == before
 

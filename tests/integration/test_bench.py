@@ -13,7 +13,7 @@ from PIL import Image
 from farout.benchmark.benchmark_plan import plan_benchmark
 from farout.benchmark.image_sets import ImageSets, explain_missing, missing_sets
 from farout.benchmark.job_graph import RECORD_FILE
-from farout.benchmark.presets import about, preset_names
+from farout.benchmark.presets import describe_preset, preset_names
 from farout.benchmark.runner import preview_benchmark
 from farout.benchmark.yaml_reader import parse_benchmark, read_benchmark, to_yaml
 from farout.core.errors import FaroutError, SourceError, StoreError
@@ -154,7 +154,7 @@ def test_presets_can_be_planned(name: str) -> None:
     spec = read_benchmark(name)
     plan = plan_benchmark(spec, "out", missing_sets(spec))
     assert not plan.unused
-    assert about(name) == spec.about != ""
+    assert describe_preset(name) == spec.about != ""
     assert {"near", "far"} == set(spec.ood)
 
 

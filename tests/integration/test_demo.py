@@ -11,7 +11,7 @@ from farout.benchmark.demo import demo
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
-    "ignore:.* sampled images are grey:farout.core.errors.MisleadingResultWarning",
+    "ignore:.* sampled images are gray:farout.core.errors.MisleadingResultWarning",
     "ignore:.* is below one half:farout.core.errors.MisleadingResultWarning",
 )
 def test_a_short_demo_distinguishes_digits_from_clothes(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ NAMES = ("T-shirt/top", "..", "Größe 3.5 μ 犬", '<b onload="x">&', "007")
 
 
 class Plain(Synthesizer):
-    """Grey images, of which there is nothing to tell."""
+    """Gray images, of which there is nothing to tell."""
 
     def generate(self, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]) -> SyntheticImages:
         return SyntheticImages(torch.full((len(indices), 1, 8, 8), 0.5), [""] * len(indices))

@@ -38,7 +38,7 @@ CONFIG = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
 FEW = TrainingConfig(
     steps=4, batch_size=8, optimizer="sgd", learning_rate=0.1, warmup=0, ema=None, device="cpu", precision="fp32"
 )
-VOS = Exposure(loss="vos", queue=4, draws=50, start=0.25)
+VOS = Exposure(loss="vos", queue=4, draws=50, start_fraction=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +130,13 @@ def test_outliers_are_cycled_however_few(tree: Path, outliers: Path) -> None:
     both = ExposedImages(pairs, 0, OutlierImages(few, how))
     assert len(both) == 80
     names = {tuple(OutlierImages(few, how)[i].flatten().tolist()): i for i in range(11)}
-    seen = [names[tuple(both.at(position, position % 80)[2].flatten().tolist())] for position in range(110)]
+    seen = [names[tuple(both.item_at(position, position % 80)[2].flatten().tolist())] for position in range(110)]
     for start in range(0, 110, 11):
         assert sorted(seen[start : start + 11]) == list(range(11))
     assert seen[:11] != seen[11:22]
-    assert torch.equal(both.at(95, 15)[0], pairs[15][0])
+    assert torch.equal(both.item_at(95, 15)[0], pairs[15][0])
     other = ExposedImages(pairs, 1, OutlierImages(few, how))
-    assert [names[tuple(other.at(p, 0)[2].flatten().tolist())] for p in range(11)] != seen[:11]
+    assert [names[tuple(other.item_at(p, 0)[2].flatten().tolist())] for p in range(11)] != seen[:11]
 
 
 def test_reconstructions_take_the_place_of_a_share_of_the_images(tree: Path, outliers: Path, tmp_path: Path) -> None:
@@ -146,10 +146,10 @@ def test_reconstructions_take_the_place_of_a_share_of_the_images(tree: Path, out
     how = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
     assert source.labels is not None
     pairs = torch.utils.data.TensorDataset(torch.zeros(80, 1, 8, 8), torch.tensor(source.labels))
-    exposure_data = ExposureData(Exposure(reconstructed=0.25), open_source(outliers), again)
-    both = exposure_data.add_to(pairs, ("dark", "light"), (), how, 0)
+    exposure_data = ExposureData(Exposure(reconstruction_fraction=0.25), open_source(outliers), again)
+    both = exposure_data.combine_with(pairs, ("dark", "light"), (), how, 0)
     torch.manual_seed(0)
-    items = [both.at(position, position % 80) for position in range(400)]
+    items = [both.item_at(position, position % 80) for position in range(400)]
     reconstructed = [item for item in items if bool(item[0].any())]
     assert 70 < len(reconstructed) < 130
     assert all(int(label) == int(image.mean() > 0.5) for image, label, _ in reconstructed)
@@ -194,7 +194,7 @@ def test_training_repeats_and_resumes_exactly(
 
 @pytest.mark.parametrize("loss", ["energy", "oe", "k+1", "vos"])
 def test_training_in_low_precision(tree: Path, outliers: Path, loss: str) -> None:
-    exposure = replace(VOS, start=0.0, queue=2) if loss == "vos" else Exposure(loss=loss)
+    exposure = replace(VOS, start_fraction=0.0, queue=2) if loss == "vos" else Exposure(loss=loss)
     outer = None if loss == "vos" else open_source(outliers)
     clf = train_on_source(
         open_source(tree), CONFIG, replace(FEW, precision="bf16"), exposure_data=ExposureData(exposure, outer)
@@ -243,7 +243,9 @@ def test_reconstructions_count_as_seen(tree: Path, outliers: Path, tmp_path: Pat
 def test_fewer_outliers_than_a_batch_serve_training_and_validation(tree: Path, outliers: Path) -> None:
     few = open_source(outliers).subset([0, 1])
     training = replace(FEW, validate_every=2, accumulate=2)
-    clf = train_on_source(open_source(tree), CONFIG, training, exposure_data=ExposureData(Exposure(start=0.5), few))
+    clf = train_on_source(
+        open_source(tree), CONFIG, training, exposure_data=ExposureData(Exposure(start_fraction=0.5), few)
+    )
     assert clf.provenance["outliers"]["images"] == 2
 
 
@@ -289,8 +291,8 @@ def test_one_class_more_is_kept_and_left_out_of_the_other_scores(tree: Path, out
     assert (loaded.classes, count_known_classes(loaded)) == (3, 2)
     card = (tmp_path / "c" / "README.md").read_text()
     assert "- classes: dark, light; one more, the last, is of outliers\n" in card
-    with pytest.raises(FaroutError, match=r"does not know grey; it knows dark, light$"):
-        classifier_indices(loaded, ["grey"])
+    with pytest.raises(FaroutError, match=r"does not know gray; it knows dark, light$"):
+        classifier_indices(loaded, ["gray"])
     with pytest.raises(FaroutError, match=r"2 classes, the classifier 2 classes and one of outliers"):
         Denoising().check_networks(open_source(tree), conditional(classes=2), clf)
     loaded.class_names = ("0", "1", OUTLIER)
@@ -321,7 +323,7 @@ def test_the_cards_recipes() -> None:
     assert (cifar["exposure"]["limit"], large["exposure"]["hidden"]) == (6400, 512)
     assert cifar["model"]["mean"] == pytest.approx([v / 255 for v in (125.3, 123.0, 113.9)], abs=5e-5)
     assert cifar["model"]["std"] == pytest.approx([v / 255 for v in (63.0, 62.1, 66.7)], abs=5e-5)
-    assert Exposure(loss="vos").resolved(False) == Exposure(**PRESETS["vos"]["exposure"])
+    assert Exposure(loss="vos").resolve_defaults(False) == Exposure(**PRESETS["vos"]["exposure"])
 
 
 # refusals
@@ -393,17 +395,17 @@ def test_unreadable_outliers_follow_the_policy(outliers: Path, tmp_path: Path) -
         open_outliers(str(tmp_path / "all"), policy="skip")
 
 
-def test_outliers_of_other_channels_are_converted_and_grey_ones_warned_of(outliers: Path) -> None:
-    grey = open_source(outliers)
+def test_outliers_of_other_channels_are_converted_and_gray_ones_warned_of(outliers: Path) -> None:
+    gray = open_source(outliers)
     how = Preprocessing(size=(8, 8), channels=3, native=(8, 8))
-    with pytest.warns(MisleadingResultWarning, match="11 of 11 sampled outliers .* are grey"):
-        check_outliers(grey, (), how)
-    assert OutlierImages(grey, how)[0].shape == (3, 8, 8)
-    colour = open_source((torch.rand(2, 3, 8, 8) * 255).byte())
+    with pytest.warns(MisleadingResultWarning, match="11 of 11 sampled outliers .* are gray"):
+        check_outliers(gray, (), how)
+    assert OutlierImages(gray, how)[0].shape == (3, 8, 8)
+    color = open_source((torch.rand(2, 3, 8, 8) * 255).byte())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_outliers(colour, (), how)
-    assert OutlierImages(colour, replace(how, channels=1))[0].shape == (1, 8, 8)
+        check_outliers(color, (), how)
+    assert OutlierImages(color, replace(how, channels=1))[0].shape == (1, 8, 8)
 
 
 # the command line
@@ -417,7 +419,7 @@ def test_the_command(tree: Path, outliers: Path, tmp_path: Path, capsys: pytest.
         ("default", outer, "energy"),
         ("oe", [*outer, "--loss", "oe", "--exposure.weight", "0.3"], "oe"),
         ("more", [*outer, "--loss=k+1"], "k+1"),
-        ("vos", ["--loss", "vos", "--exposure.queue", "2", "--exposure.start", "0"], "vos"),
+        ("vos", ["--loss", "vos", "--exposure.queue", "2", "--exposure.start-fraction", "0"], "vos"),
         ("preset", [*outer, "--preset", "ncis_tiny", "--exposure.hidden", "4"], "energy"),
     ]:
         assert main([*words, *more, "--out", str(tmp_path / name)]) == 0
@@ -478,11 +480,11 @@ def test_folders_of_the_other_kind_are_refused(tmp_path: Path) -> None:
     assert len(open_outliers(tmp_path / "outliers")) == 2
     assert len(open_outliers(tmp_path / "reconstructions" / "images", kind="reconstructions")) == 2
     for given in (tmp_path / "reconstructions" / "images", f"{tmp_path / 'reconstructions'}@vflip"):
-        with pytest.raises(SourceError, match="holds reconstructions, but outliers are expected"):
+        with pytest.raises(SourceError, match="contains reconstructions, but outliers are expected"):
             open_outliers(given)
-    with pytest.raises(SourceError, match="holds outliers, but reconstructions are expected"):
+    with pytest.raises(SourceError, match="contains outliers, but reconstructions are expected"):
         open_outliers(tmp_path / "outliers", kind="reconstructions")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json").write_text(json.dumps({"farout": {"kind": "outliers"}}))
-    with pytest.raises(SourceError, match="holds no image yet"):
+    with pytest.raises(SourceError, match="contains no image yet"):
         open_outliers(tmp_path / "begun")

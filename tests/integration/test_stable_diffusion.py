@@ -19,7 +19,7 @@ from farout.synthesis.class_space import class_table_std, decode_vectors
 from farout.synthesis.ncis.inversion import InversionConfig, Inverter, read_embeddings
 from farout.synthesis.ncis.manifold import ManifoldConfig
 from small import CPU, conditional, in_order, pictures, stable_diffusion
-from tolerances import GREY_LEVELS, assert_close, assert_same_images, assert_same_manifests, assert_same_pixels
+from tolerances import GRAY_LEVELS, assert_close, assert_same_images, assert_same_manifests, assert_same_pixels
 
 pytest.importorskip("transformers")
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore::farout.core.errors.TooFewImagesWarning")]
@@ -269,7 +269,7 @@ def test_noise_on_contexts_depends_on_the_image(folders: dict[str, Path], images
 
     without, some, more = made("a", 0, 4, 4), made("b", 0.5, 2, 2), made("c", 0.5, 4, 3)
     assert_same_pixels(some, more[:2])
-    assert int((some.int() - without[:2].int()).abs().max()) > GREY_LEVELS
+    assert int((some.int() - without[:2].int()).abs().max()) > GRAY_LEVELS
 
 
 def test_images_are_reconstructed_under_prompts_of_their_classes(

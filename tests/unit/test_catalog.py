@@ -30,14 +30,14 @@ def test_every_set_has_a_way_to_get_it_and_a_licence(name):
     assert row is not None
     assert row.license
     assert row.splits
-    assert row.built_in or row.hub or row.by_hand
+    assert row.built_in or row.hub or row.download_hint
 
 
 def test_no_hub_id_is_said_to_be_tried():
     rows = catalog.list_sets()
-    assert [row["name"] for row in rows if row["hub"] != "-"]
-    assert all(row["hub_status"] == "untested" for row in rows if row["hub"] != "-")
-    assert all(row["hub_status"] == "-" for row in rows if row["hub"] == "-")
+    assert [row["name"] for row in rows if row["hub"]]
+    assert all(row["hub_status"] == "untested" for row in rows if row["hub"])
+    assert all(row["hub_status"] is None for row in rows if row["hub"] is None)
 
 
 def test_names_are_unique():
@@ -102,10 +102,10 @@ def test_where_a_set_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("FAROUT_DATA", str(data))
     monkeypatch.setattr(catalog, "SAMPLE", sample)
     rows = {row["name"]: row for row in catalog.list_sets()}
-    assert rows["mnist"]["where"] == str(data / "mnist")
+    assert rows["mnist"]["location"] == str(data / "mnist")
     assert rows["mnist"]["splits"] == "test"
-    assert rows["sample_digits"]["where"] == "built in"
-    assert rows["svhn"]["where"] == "-"  # only sets marked as built in are taken from the package
+    assert rows["sample_digits"]["location"] == "built in"
+    assert rows["svhn"]["location"] is None  # only sets marked as built in are taken from the package
     assert catalog.find_local("mnist", "train") is None
     assert catalog.find_local("mnist", "test") == data / "mnist" / "test.parquet"
     monkeypatch.delenv("FAROUT_DATA")

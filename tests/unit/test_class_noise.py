@@ -91,7 +91,7 @@ def test_runs_with_other_arguments_are_refused(images: Path, tmp_path: Path) -> 
     given: dict[str, Any] = {"diffusion": conditional(), "runtime": CPU, "count": 2}
     ClassNoise(steps=2).synthesize(images, tmp_path / "o", **given)
     with pytest.raises(
-        StoreError, match=r"made with other settings \(scale: 1.0 before, 2.0 now; guidance: 2.0 before, 1.0 now\)"
+        StoreError, match=r"generated with other settings \(scale: 1.0 before, 2.0 now; guidance: 2.0 before, 1.0 now\)"
     ):
         ClassNoise(scale=2.0, guidance=1.0, steps=2).synthesize(images, tmp_path / "o", resume=True, **given)
 

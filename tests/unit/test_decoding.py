@@ -13,8 +13,8 @@ from image_files import encode
 
 
 @pytest.fixture
-def colours() -> Image.Image:
-    """A 4x6 (height x width) image of random colours."""
+def colors() -> Image.Image:
+    """A 4x6 (height x width) image of random colors."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8))
 
 
@@ -23,26 +23,26 @@ def channels_first(image: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM"])
-def test_lossless_colour_formats_keep_every_pixel(colours, form):
-    assert torch.equal(decode(encode(colours, form), "k"), channels_first(colours))
+def test_lossless_color_formats_keep_every_pixel(colors, form):
+    assert torch.equal(decode(encode(colors, form), "k"), channels_first(colors))
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF"])
-def test_grey_stays_one_channel(colours, form):
-    grey = colours.convert("L")
-    assert torch.equal(decode(encode(grey, form), "k"), torch.from_numpy(np.array(grey))[None])
+def test_gray_stays_one_channel(colors, form):
+    gray = colors.convert("L")
+    assert torch.equal(decode(encode(gray, form), "k"), torch.from_numpy(np.array(gray))[None])
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_exif_orientation_is_honoured_once(colours, form):
+def test_exif_orientation_is_honoured_once(colors, form):
     exif = Image.Exif()
     exif[0x0112] = 6  # the viewer must turn it a quarter clockwise
-    turned = decode(encode(colours, form, exif=exif), "k")
+    turned = decode(encode(colors, form, exif=exif), "k")
     assert turned.shape == (3, 6, 4)
-    assert torch.equal(turned, torch.rot90(channels_first(colours), -1, (1, 2)))
+    assert torch.equal(turned, torch.rot90(channels_first(colors), -1, (1, 2)))
 
 
-def test_palette_gives_its_colours():
+def test_palette_gives_its_colors():
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putdata([0, 1])
@@ -57,7 +57,7 @@ def test_alpha_is_composited_on_white():
     assert torch.equal(decode(encode(image, "PNG"), "k"), expected)
 
 
-def test_transparent_palette_colour_becomes_white():
+def test_transparent_palette_color_becomes_white():
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putdata([0, 1])
@@ -66,7 +66,7 @@ def test_transparent_palette_colour_becomes_white():
     assert result[:, 0, 1].tolist() == [200, 100, 50]
 
 
-def test_grey_with_alpha_becomes_rgb_on_white():
+def test_gray_with_alpha_becomes_rgb_on_white():
     image = Image.new("LA", (2, 1))
     image.putdata([(100, 255), (100, 0)])
     assert decode(encode(image, "PNG"), "k")[:, 0].tolist() == [[100, 255]] * 3
@@ -87,7 +87,7 @@ def test_16_bit_is_scaled_not_clipped(form):
     assert result.tolist() == [[[0, 1, 4, 128, 255]]]
 
 
-def test_32_bit_grey_within_16_bits_is_scaled_and_beyond_is_refused():
+def test_32_bit_gray_within_16_bits_is_scaled_and_beyond_is_refused():
     inside = Image.fromarray(np.array([[0, 65535]], dtype=np.int32))
     assert from_pil(inside).tolist() == [[[0, 255]]]
     beyond = Image.fromarray(np.array([[0, 70000]], dtype=np.int32))
@@ -121,21 +121,21 @@ def test_what_is_no_image_names_its_key(data, reason):
         decode(data, "a/b.png")
 
 
-def test_truncated_jpeg_is_unreadable_not_half_grey():
+def test_truncated_jpeg_is_unreadable_not_half_gray():
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encode(noise, "JPEG")
     with pytest.raises(UnreadableImageError, match=r"^cut\.jpg: .*truncated"):
         decode(data[: len(data) // 2], "cut.jpg")
 
 
-def test_decompression_bomb_is_unreadable(colours, monkeypatch):
+def test_decompression_bomb_is_unreadable(colors, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
     with pytest.raises(UnreadableImageError, match=r"^k: .*exceeds limit"):
-        decode(encode(colours, "PNG"), "k")
+        decode(encode(colors, "PNG"), "k")
 
 
-def test_round_trip_through_pil(colours):
-    for image in (channels_first(colours), channels_first(colours)[:1]):
+def test_round_trip_through_pil(colors):
+    for image in (channels_first(colors), channels_first(colors)[:1]):
         assert torch.equal(from_pil(to_pil(image)), image)
 
 

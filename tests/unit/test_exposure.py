@@ -66,7 +66,7 @@ class Flat(nn.Module):
 
 def exposed(exposure: Exposure, classes: int = 3, start: int = 0) -> ExposedNetwork:
     torch.manual_seed(1)
-    return ExposedNetwork(Flat(classes), "fc", exposure.resolved(exposure.loss != "vos"), CrossEntropy(), start)
+    return ExposedNetwork(Flat(classes), "fc", exposure.resolve_defaults(exposure.loss != "vos"), CrossEntropy(), start)
 
 
 def sample() -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +107,7 @@ def test_without_weight_the_energy_loss_is_plain_cross_entropy() -> None:
 
 def test_the_loss_outside_counts_from_its_start_on() -> None:
     images, labels = sample()
-    learner = exposed(Exposure(loss="energy"), start=2)
+    learner = exposed(Exposure(loss="energy"), start_fraction=2)
     outside = [float(learner.losses(images, labels, torch.Generator())["outlier_loss"].detach()) for _ in range(4)]
     assert [value > 0 for value in outside] == [False, False, True, True]
     assert learner.network.rows == [5, 5, 9, 9]
@@ -118,7 +118,7 @@ def test_the_loss_outside_counts_from_its_start_on() -> None:
 
 def test_virtual_outliers_statistics_are_numpys() -> None:
     generator = torch.Generator().manual_seed(0)
-    virtual = VirtualOutliers(classes=3, width=4, queue=20, draws=100, select=2)
+    virtual = VirtualOutliers(classes=3, width=4, queue=20, draws=100, virtual_per_class=2)
     features, labels = torch.randn(120, 4, generator=generator), torch.arange(120) % 3
     assert not virtual.is_full
     for start in range(0, 120, 15):
@@ -135,7 +135,7 @@ def test_virtual_outliers_statistics_are_numpys() -> None:
 
 
 def test_a_batch_larger_than_the_queue_leaves_its_last_features() -> None:
-    virtual = VirtualOutliers(classes=2, width=1, queue=3, draws=10, select=1)
+    virtual = VirtualOutliers(classes=2, width=1, queue=3, draws=10, virtual_per_class=1)
     virtual.add_features(torch.arange(10.0)[:, None], torch.tensor([0] * 8 + [1] * 2))
     assert sorted(virtual.features[0].flatten().tolist()) == [5, 6, 7]
     assert not virtual.is_full
@@ -156,7 +156,7 @@ def test_virtual_outliers_are_as_unlikely_as_the_least_likely_of_many() -> None:
 def test_virtual_outliers_follow_the_classes_gaussians() -> None:
     """Where all draws are kept, the longest and the shortest."""
     generator = torch.Generator().manual_seed(0)
-    virtual = VirtualOutliers(classes=2, width=3, queue=500, draws=3000, select=3000)
+    virtual = VirtualOutliers(classes=2, width=3, queue=500, draws=3000, virtual_per_class=3000)
     mixing = torch.tensor([[2.0, 0, 0], [1, 0.5, 0], [0, 0, 0.1]])
     for k, centre in enumerate([-10.0, 10.0]):
         virtual.add_features(torch.randn(500, 3, generator=generator) @ mixing.T + centre, torch.full((500,), k))
@@ -169,7 +169,7 @@ def test_virtual_outliers_follow_the_classes_gaussians() -> None:
 
 def test_virtual_outliers_wait_for_full_queues_and_teach_the_last_layer_alone() -> None:
     images, labels = sample()
-    learner = exposed(Exposure(loss="vos", queue=3, draws=20, start=0.0))
+    learner = exposed(Exposure(loss="vos", queue=3, draws=20, start_fraction=0.0))
     outside = [learner.losses(images[:5], labels, torch.Generator().manual_seed(0))["outlier_loss"] for _ in range(4)]
     assert [float(value.detach()) > 0 for value in outside] == [False, False, True, True]
     outside[-1].backward()
@@ -196,11 +196,11 @@ def test_virtual_outliers_that_never_come_are_warned_of() -> None:
     [
         ({"loss": "vso"}, "loss"),
         ({"weight": -1.0}, "weight"),
-        ({"start": 1.0}, "start"),
+        ({"start_fraction": 1.0}, "start_fraction"),
         ({"temperature": 0.0}, "temperature"),
         ({"resize": "lanczos"}, "resize"),
-        ({"reconstructed": 2.0}, "reconstructed"),
-        ({"select": 5, "draws": 4}, "select"),
+        ({"reconstruction_fraction": 2.0}, "reconstruction_fraction"),
+        ({"virtual_per_class": 5, "draws": 4}, "virtual_per_class"),
         ({"limit": 0}, "limit"),
         ({"queue": 1}, "queue"),
         ({"hidden": -1}, "hidden"),
@@ -216,30 +216,40 @@ def test_settings_out_of_range(settings: dict[str, object], message: str) -> Non
     [
         ({"loss": "oe", "hidden": 5}, True, False, r"hidden is 5, and the loss oe .* \(energy, vos do\)"),
         ({"loss": "k+1", "temperature": 2.0}, True, False, "temperature is 2.0, and the loss k"),
-        ({"mutual": "off"}, True, False, r"mutual is 'off', and the loss energy .* \(sona do\)"),
-        ({"loss": "energy", "mutual_weight": 0.1}, True, False, "mutual_weight"),
+        (
+            {"mutual_information": "off"},
+            True,
+            False,
+            r"mutual_information is 'off', and the loss energy .* \(sona do\)",
+        ),
+        ({"loss": "energy", "mutual_information_weight": 0.1}, True, False, "mutual_information_weight"),
         ({"weight": 2.0}, False, False, "weight is 2.0, and the loss cross_entropy"),
-        ({"start": 0.5}, False, True, "start"),
+        ({"start_fraction": 0.5}, False, True, "start_fraction"),
         ({"limit": 5}, False, False, "limit"),
         ({"loss": "vos", "resize": "nearest"}, False, False, "resize .* sona and reconstructions do"),
-        ({"reconstructed": 0.2}, True, False, r"reconstructed is 0.2, .* \(reconstructions do\).* default is 0.5"),
-        *(({"loss": "sona", name: 3}, True, True, name) for name in ("queue", "draws", "select")),
+        (
+            {"reconstruction_fraction": 0.2},
+            True,
+            False,
+            r"reconstruction_fraction is 0.2, .* \(reconstructions do\).* default is 0.5",
+        ),
+        *(({"loss": "sona", name: 3}, True, True, name) for name in ("queue", "draws", "virtual_per_class")),
     ],
 )
 def test_settings_that_nothing_looks_at(
     settings: dict[str, object], outliers: bool, reconstructions: bool, message: str
 ) -> None:
     with pytest.raises(FaroutError, match=f"the exposure option {message}"):
-        Exposure(**settings).resolved(outliers, reconstructions)
+        Exposure(**settings).resolve_defaults(outliers, reconstructions)
 
 
 def test_settings_that_something_looks_at() -> None:
     for settings, outliers, reconstructions in [
-        ({"resize": "nearest", "reconstructed": 0.2}, False, True),
-        ({"hidden": 5, "limit": 7, "start": 0.1}, True, False),
-        ({"loss": "vos", "hidden": 5, "queue": 5, "select": 2}, False, False),
+        ({"resize": "nearest", "reconstruction_fraction": 0.2}, False, True),
+        ({"hidden": 5, "limit": 7, "start_fraction": 0.1}, True, False),
+        ({"loss": "vos", "hidden": 5, "queue": 5, "virtual_per_class": 2}, False, False),
     ]:
-        found = Exposure(**settings).resolved(outliers, reconstructions)
-        assert found.resolved(outliers, reconstructions) == found
-    plain = Exposure().resolved(False)
-    assert plain.resolved(False) == plain
+        found = Exposure(**settings).resolve_defaults(outliers, reconstructions)
+        assert found.resolve_defaults(outliers, reconstructions) == found
+    plain = Exposure().resolve_defaults(False)
+    assert plain.resolve_defaults(False) == plain

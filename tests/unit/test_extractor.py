@@ -155,7 +155,7 @@ def test_a_grid_keeps_means_and_places(lite0: FeatureExtractor) -> None:
     torch.testing.assert_close(grid.mean((2, 3)), lite0.pooled_features(images), rtol=1e-4, atol=1e-5)
 
 
-def test_grey_images_and_vectors_are_refused(small: FeatureExtractor) -> None:
+def test_gray_images_and_vectors_are_refused(small: FeatureExtractor) -> None:
     for shape in ((2, 1, 32, 32), (3, 32, 32)):
         with pytest.raises(FaroutError, match=r"\(B, 3, H, W\)"):
             small.pooled_features(torch.zeros(shape))

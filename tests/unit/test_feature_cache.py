@@ -58,7 +58,7 @@ def computed(source: ImageSource, root: Path, **more: object) -> int:
 
 @pytest.fixture
 def source(tmp_path: Path) -> ImageSource:
-    """Twenty grey pictures with labels."""
+    """Twenty gray pictures with labels."""
     return open_source(write_parquet(tmp_path / "set.parquet", pixels(20), [i % 3 for i in range(20)]))
 
 

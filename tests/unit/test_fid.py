@@ -129,7 +129,7 @@ def test_sets_of_images(root: Path, tmp_path: Path) -> None:
         assert set_distance(root / "one", root / "two", limit=10).generated == 10
 
 
-class _MeanColour(nn.Module):
+class _MeanColor(nn.Module):
     """Stands for Inception: bytes in, features out."""
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class _MeanColour(nn.Module):
 
 
 def test_inception_is_called_fid(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fid, "_load_inception", _MeanColour)
+    monkeypatch.setattr(fid, "_load_inception", _MeanColor)
     found = set_distance(root / "one", root / "two", features="inception")
     assert (found.frechet_name, found.kernel_name, found.dimension) == ("FID", "KID", 2)
     set_distance(root / "one", root / "two", features="inception", precision="auto", out=root / "d.json")

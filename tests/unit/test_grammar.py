@@ -191,21 +191,21 @@ def test_corruptions_do_what_they_say(house):
     assert contrast.mean() == pytest.approx(float(plain.mean()), abs=0.5)
     blur = open_source("fashion_mnist@blur=2")[2].float()
     assert blur.diff(dim=-1).abs().mean() < 0.4 * plain.diff(dim=-1).abs().mean()
-    grey = open_source(torch.full((2, 1, 64, 64), 128, dtype=torch.uint8))
-    noisy = ImageSource("x", grey._store.listing, variant="noise", strength=0.1)[0].float()
+    gray = open_source(torch.full((2, 1, 64, 64), 128, dtype=torch.uint8))
+    noisy = ImageSource("x", gray._store.listing, variant="noise", strength=0.1)[0].float()
     assert noisy.std() == pytest.approx(25.5, rel=0.1)
     assert noisy.mean() == pytest.approx(128, abs=2)
 
 
 def test_every_image_gets_its_own_noise():
-    grey = open_source(torch.stack([torch.full((1, 8, 8), value, dtype=torch.uint8) for value in (100, 101)]))
-    first, second = ImageSource("x", grey._store.listing, variant="noise", strength=0.1)
+    gray = open_source(torch.stack([torch.full((1, 8, 8), value, dtype=torch.uint8) for value in (100, 101)]))
+    first, second = ImageSource("x", gray._store.listing, variant="noise", strength=0.1)
     assert not torch.equal(first + 1, second)
 
 
 def test_patch_comes_from_another_image_of_the_set():
     for value in range(100, 110):  # with two images, a draw that may hit the image itself would do so half of the time
-        flat = torch.stack([torch.full((1, 8, 8), grey, dtype=torch.uint8) for grey in (10, value)])
+        flat = torch.stack([torch.full((1, 8, 8), gray, dtype=torch.uint8) for gray in (10, value)])
         for image in ImageSource("x", open_source(flat)._store.listing, variant="patch", strength=0.5):
             assert image.unique().tolist() == [10, value]
             assert (image == value).sum() in (16, 64 - 16)

@@ -238,7 +238,7 @@ def test_other_settings_do_not_mix_in(images: Path, tmp_path: Path) -> None:
         ({"network": conditional(b_scale=2.0)}, "diffusion: "),
     ]
     for settings, message in wrong:
-        with pytest.raises(StoreError, match=f"made with other settings.*{message}"):
+        with pytest.raises(StoreError, match=f"generated with other settings.*{message}"):
             made(images, tmp_path / "o", resume=True, **settings)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.txt").write_text("a")
@@ -332,7 +332,7 @@ def test_what_came_of_images_that_are_held_out_is_not_learnt(tmp_path: Path) -> 
     assert set(open_source(test).content_hashes()) <= other.trained_on
     held = [i for i, content in enumerate(open_source(good).content_hashes()) if content not in learnt]
     few = made(open_source(good).subset(held), tmp_path / "held", named())
-    with pytest.raises(FaroutError, match=r"images of .* were made from held-out images"):
+    with pytest.raises(FaroutError, match=r"images of .* were generated from held-out images"):
         trained(good, tmp_path / "e", reconstructions=str(few.folder))
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.numerics
 
 
 def gaussian_model() -> DiffusionModel:
-    """Gaussian images of 8 x 8 pixels around grey, whose exact denoiser is known."""
+    """Gaussian images of 8 x 8 pixels around gray, whose exact denoiser is known."""
     root = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 16
     network = model(data_range=(-1.0, 1.0))
     network.schedule = NoiseSchedule("linear", 1e-4, 0.02)
@@ -127,7 +127,7 @@ def test_pairs_do_not_depend_on_the_batch() -> None:
     interpolator = Interpolator(model(), "pndm2", steps=6, images_between=2)
     both = interpolator(images(2), images(2, seed=1))
     alone = interpolator(images(2)[1:], images(2, seed=1)[1:])
-    # an inversion and what is decoded of it amplify rounding; a quarter of a grey level
+    # an inversion and what is decoded of it amplify rounding; a quarter of a gray level
     torch.testing.assert_close(both.first[1:], alone.first, atol=1e-3, rtol=0)
     torch.testing.assert_close(both.symmetric[1:], alone.symmetric, atol=1e-3, rtol=0)
 

@@ -219,7 +219,7 @@ def test_runs_with_other_settings_are_refused(images: Any, tmp_path: Path) -> No
         ("data: ", (images.subset(range(6)), labels[:6], conditional(), out, FEW), {}),
     ]
     for message, given, settings in wrong:
-        with pytest.raises(StoreError, match=f"made with other settings .*{message}"):
+        with pytest.raises(StoreError, match=f"generated with other settings .*{message}"):
             embed_images(*given, **{"runtime": runtime(), **settings})
 
 

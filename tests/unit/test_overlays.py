@@ -213,7 +213,7 @@ def test_no_two_keys_share_a_name() -> None:
 # -- pictures -----------------------------------------------------------------------------------------------------
 
 
-def grey(height: int, width: int, value: int = 100) -> torch.Tensor:
+def gray(height: int, width: int, value: int = 100) -> torch.Tensor:
     return torch.full((1, height, width), value, dtype=torch.uint8)
 
 
@@ -221,7 +221,7 @@ def grey(height: int, width: int, value: int = 100) -> torch.Tensor:
     ("native", "size"), [((8, 8), (224, 224)), ((10, 20), (224, 112)), ((300, 150), (150, 300)), ((224, 1), (1, 224))]
 )
 def test_aspect_is_kept_and_small_images_are_enlarged(native: tuple[int, int], size: tuple[int, int]) -> None:
-    assert draw_overlay(grey(*native), torch.zeros(4, 4)).size == size
+    assert draw_overlay(gray(*native), torch.zeros(4, 4)).size == size
 
 
 def test_what_is_normal_is_left_as_it_is() -> None:
@@ -234,22 +234,22 @@ def test_the_scale_is_one_for_all_images() -> None:
     """A position of 3 deviations looks the same next to one of 3 and next to one of 100."""
     mild, wild = torch.full((2, 40), 3.0), torch.full((2, 40), 3.0)
     wild[:, -1] = 100
-    one, two = (np.asarray(draw_overlay(grey(224, 224), heat))[:, :20] for heat in (mild, wild))
+    one, two = (np.asarray(draw_overlay(gray(224, 224), heat))[:, :20] for heat in (mild, wild))
     assert np.array_equal(one, two)
-    hottest, beyond = (np.asarray(draw_overlay(grey(224, 224), torch.full((2, 2), v))) for v in (HOTTEST, 50.0))
+    hottest, beyond = (np.asarray(draw_overlay(gray(224, 224), torch.full((2, 2), v))) for v in (HOTTEST, 50.0))
     assert np.array_equal(hottest, beyond)
     assert not np.array_equal(one, hottest[:, :20])
 
 
 def test_what_is_not_a_number_never_looks_normal() -> None:
-    nan, hottest = (np.asarray(draw_overlay(grey(224, 224), torch.full((2, 2), v))) for v in (float("nan"), HOTTEST))
+    nan, hottest = (np.asarray(draw_overlay(gray(224, 224), torch.full((2, 2), v))) for v in (float("nan"), HOTTEST))
     assert np.array_equal(nan, hottest)
 
 
 def test_heat_lies_where_it_belongs() -> None:
     heat = torch.zeros(4, 8)
     heat[0, 7] = 6
-    found = np.asarray(draw_overlay(grey(100, 400), heat)).astype(int)
+    found = np.asarray(draw_overlay(gray(100, 400), heat)).astype(int)
     changed = np.abs(found - 100).sum(2) > 0
     rows, columns = np.nonzero(changed)
     assert rows.max() < 50
@@ -257,6 +257,6 @@ def test_heat_lies_where_it_belongs() -> None:
 
 
 def test_a_map_of_a_central_crop_lies_in_the_middle() -> None:
-    found = np.asarray(draw_overlay(grey(300, 400), torch.full((4, 4), 6.0), crop=100)).astype(int)
+    found = np.asarray(draw_overlay(gray(300, 400), torch.full((4, 4), 6.0), crop=100)).astype(int)
     rows, columns = np.nonzero(np.abs(found - 100).sum(2))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (100, 199, 150, 249)

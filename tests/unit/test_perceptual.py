@@ -67,8 +67,8 @@ def test_lpips_is_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         theirs = whole(one * 2 - 1, other * 2 - 1).flatten()
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-6)
-    grey = distance.features(pictures(channels=1, size=28))
-    assert grey[0].shape[-1] == whole.net(torch.zeros(1, 3, 32, 32))[0].shape[-1], "28 px are padded to 32"
+    gray = distance.features(pictures(channels=1, size=28))
+    assert gray[0].shape[-1] == whole.net(torch.zeros(1, 3, 32, 32))[0].shape[-1], "28 px are padded to 32"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -274,7 +274,7 @@ def test_scores_of_constant_metrics_are_numbers() -> None:
 
 
 def test_untrained_models_fit_too() -> None:
-    """A model with size and channels of its own: grey 16 px images, an 8 px network."""
+    """A model with size and channels of its own: gray 16 px images, an 8 px network."""
     made = Reconstruction(levels=(50,), draws=1).fit(images(40).images, diffusion=model(), statistics=10)
     assert made.preprocessing.native == (16, 16)
     assert made.preprocessing.size == (8, 8)

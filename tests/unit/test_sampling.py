@@ -261,7 +261,7 @@ def test_another_configuration_does_not_mix_in(tmp_path: Path) -> None:
         (Sampler(conditional(), steps=4), [0, 1]),
         (Sampler(conditional(b_scale=2.0), steps=4), None),
     ):
-        with pytest.raises(StoreError, match="made with other settings"):
+        with pytest.raises(StoreError, match="generated with other settings"):
             write_samples(other, tmp_path / "s", 3, classes=classes)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.txt").write_text("a")
@@ -302,7 +302,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--classes", "d"], "no class 'd'"),
         (["--solver", "euler"], "solver"),
         (["--solver", "pndm4", "--steps", "2"], "warms up"),
-        ([], "made with other settings"),
+        ([], "generated with other settings"),
     ]
     for more, message in wrong:
         assert main([*words, *more]) in (1, 2)

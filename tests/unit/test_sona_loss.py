@@ -121,7 +121,7 @@ class Flat(nn.Module):
 
 
 def exposed(*, positive: bool = True, **settings: Any) -> ExposedNetwork:
-    exposure = Exposure(loss="sona", **settings).resolved(True)
+    exposure = Exposure(loss="sona", **settings).resolve_defaults(True)
     return ExposedNetwork(Flat(positive=positive), "fc", exposure, CrossEntropy(), 0)
 
 
@@ -132,7 +132,7 @@ def sample() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("mutual", ["reference", "normalized", "off"])
 def test_the_loss_is_its_formula_on_one_batch(mutual: Any) -> None:
     images, labels = sample()
-    learner = exposed(mutual=mutual)
+    learner = exposed(mutual_information=mutual)
     found = learner.losses(images, labels, torch.Generator())
     network = Flat()
     features = network.body(images.flatten(1)).relu()
@@ -154,9 +154,9 @@ def test_the_loss_is_its_formula_on_one_batch(mutual: Any) -> None:
 
 def test_negative_features_are_named() -> None:
     images, labels = sample()
-    with pytest.raises(FaroutError, match=r"not negative.*--exposure\.mutual off"):
+    with pytest.raises(FaroutError, match=r"not negative.*--exposure\.mutual-information off"):
         exposed(positive=False).losses(images, labels, torch.Generator())
-    exposed(positive=False, mutual="off").losses(images, labels, torch.Generator())
+    exposed(positive=False, mutual_information="off").losses(images, labels, torch.Generator())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -175,23 +175,27 @@ def test_training_repeats_exactly_in_any_precision(tree: Path, outliers: Path, p
 def test_the_recipes() -> None:
     paper, small = PRESETS["sona"], PRESETS["sona_tiny"]
     for preset in (paper, small):
-        exposure = Exposure(**preset["exposure"]).resolved(True)
-        assert (exposure.loss, exposure.weight, exposure.mutual_weight, exposure.mutual) == (
+        exposure = Exposure(**preset["exposure"]).resolve_defaults(True)
+        assert (exposure.loss, exposure.weight, exposure.mutual_information_weight, exposure.mutual_information) == (
             *("sona", 0.5, 0.7),
             "reference",
         )
     assert (paper["training"]["batch_size"], paper["model"]["network"]) == (128, "resnet18")
-    assert Exposure(loss="sona").resolved(True).weight == 0.5
+    assert Exposure(loss="sona").resolve_defaults(True).weight == 0.5
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"mutual": "both"}, "mutual is 'both'"), ({"mutual_weight": -1.0}, "mutual_weight")]
+    ("settings", "message"),
+    [
+        ({"mutual_information": "both"}, "mutual_information is 'both'"),
+        ({"mutual_information_weight": -1.0}, "mutual_information_weight"),
+    ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(FaroutError, match=message):
         Exposure(**settings)
     with pytest.raises(FaroutError, match="give some"):
-        Exposure(loss="sona").resolved(False)
+        Exposure(loss="sona").resolve_defaults(False)
 
 
 # pairs
@@ -204,12 +208,12 @@ def test_each_image_is_seen_with_outliers_that_were_made_of_it(tree: Path, outli
     items = TensorDataset(torch.zeros(len(source), 1, 8, 8), torch.tensor(source.labels))
     exposure_data = ExposureData(Exposure(loss="sona", paired=True), outer, source_keys=made_of)
     how = Preprocessing(size=(8, 8), channels=1, native=(8, 8))
-    both = exposure_data.add_to(items, ("a", "b"), (), how, 0, source.keys)
+    both = exposure_data.combine_with(items, ("a", "b"), (), how, 0, source.keys)
     for index in (0, 7, 33):
         own = [place for place, key in enumerate(outer.keys) if made_of[key] == source.keys[index]]
         expected = {tuple(outer[place].flatten().tolist()) for place in own}
         # once in each pass over the images
-        seen = [both.at(40 * turn + 5, index)[2] for turn in range(len(own))]
+        seen = [both.item_at(40 * turn + 5, index)[2] for turn in range(len(own))]
         assert {tuple((each * 255).round().byte().flatten().tolist()) for each in seen} == expected
         assert len(own) in (2, 3)
 
@@ -241,7 +245,7 @@ def test_validation_keeps_the_pairs(tree: Path, outliers: Path) -> None:
 def test_the_command(tree: Path, outliers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "classifier", str(tree), "--preset", "sona_tiny", "--outliers", str(outliers), "--device", "cpu"]
     words += ["--alpha", "0.1", "--statistics", "10", "--training.steps", "2", "--batch-size", "8"]
-    words += ["--training.warmup", "0", "--exposure.paired", "--exposure.mutual", "normalized"]
+    words += ["--training.warmup", "0", "--exposure.paired", "--exposure.mutual_information-information", "normalized"]
     assert main([*words, "--out", str(tmp_path / "c")]) == 0, capsys.readouterr().err
     exposure = Classifier.load(tmp_path / "c").provenance["exposure"]
-    assert (exposure["loss"], exposure["mutual"], exposure["paired"]) == ("sona", "normalized", True)
+    assert (exposure["loss"], exposure["mutual_information"], exposure["paired"]) == ("sona", "normalized", True)

@@ -23,7 +23,7 @@ from farout.synthesis.editing.sona_guidance import SonaConfig
 from farout.synthesis.editing.words import filter_words, find_nearest_words
 from farout.synthesis.quality import color_similarity, measure_quality, summarize_quality, write_quality
 from small import CPU, autoencoder, classifier, conditional, in_order, pictures, two_classes
-from tolerances import GREY_LEVELS, SONA_SHARE, assert_same_images, assert_same_manifests, assert_same_pixels
+from tolerances import GRAY_LEVELS, SONA_SHARE, assert_same_images, assert_same_manifests, assert_same_pixels
 
 pytestmark = [
     pytest.mark.numerics,
@@ -107,7 +107,7 @@ def test_without_guidance_both_methods_give_the_same_images(images: Path, tmp_pa
     pd.testing.assert_frame_equal(one.manifest()[same], two.manifest()[same])
     assert_same_pixels(in_order(one), in_order(two))
     guided = synthesize(images, tmp_path / "c", SDEdit(steps=6, guidance=2.0))
-    assert int((in_order(guided).int() - in_order(two).int()).abs().max()) > GREY_LEVELS
+    assert int((in_order(guided).int() - in_order(two).int()).abs().max()) > GRAY_LEVELS
 
 
 def test_few_steps_hardly_change_an_image(images: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.numerics,
     pytest.mark.filterwarnings(
         "ignore:.*native size:farout.core.errors.MisleadingResultWarning",
-        "ignore:.* sampled images are grey:farout.core.errors.MisleadingResultWarning",
+        "ignore:.* sampled images are gray:farout.core.errors.MisleadingResultWarning",
     ),
 ]
 

@@ -22,7 +22,7 @@ from farout.synthesis.editing.base import EditedBatch, EditingContext, EditingSy
 from farout.synthesis.reconstruct import ReconstructedFolder
 from farout.training.loop import TrainingConfig
 from small import autoencoder, classifier, conditional, in_order, pictures, two_classes
-from tolerances import GREY_LEVELS, SONA_SHARE, assert_same_images, assert_same_manifests, assert_same_pixels
+from tolerances import GRAY_LEVELS, SONA_SHARE, assert_same_images, assert_same_manifests, assert_same_pixels
 
 pytestmark = [
     pytest.mark.numerics,
@@ -96,7 +96,7 @@ def test_reconstructions_use_the_noise_of_the_outlier_and_their_own_class(
     folder = synthesize(images, tmp_path / "o", SONA(k_max=3, reconstructions=True, **settings), count=8)
     plain = synthesize(images, tmp_path / "p", Back(k_max=3, **settings), count=8)
     assert_same_pixels(in_order(again(folder)), in_order(plain))
-    assert int((in_order(folder).int() - in_order(plain).int()).abs().max()) > GREY_LEVELS
+    assert int((in_order(folder).int() - in_order(plain).int()).abs().max()) > GRAY_LEVELS
     # from higher than half of the steps a new image would result
     high = synthesize(images, tmp_path / "q", SDEdit(k_min=6, k_max=6, reconstructions=True, **settings), count=8)
     middle = synthesize(images, tmp_path / "r", Back(k_min=3, k_max=3, **settings), count=8)

@@ -324,10 +324,10 @@ def test_real_sets(data):
     source = open_source("fashion_mnist:test@classes=sandal,bag,vflip", limit=50)
     assert {source.class_names[label] for label in source.labels} == {"sandal", "bag"}
     assert source[0].shape == (1, 28, 28)
-    colour = open_source("cifar10:test", limit=64)
-    prepared = Preprocessing.for_source(colour)
+    color = open_source("cifar10:test", limit=64)
+    prepared = Preprocessing.for_source(color)
     assert prepared.native == (32, 32)
-    (batch,) = iterate_batches(colour, prepared, 64)
+    (batch,) = iterate_batches(color, prepared, 64)
     assert batch.images.shape == (64, 3, 32, 32)
     assert 0.2 < batch.images.mean() < 0.8
     assert len(open_source("textures:test")) == 480

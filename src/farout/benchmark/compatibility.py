@@ -39,7 +39,7 @@ def check_compatibility(spec: BenchmarkSpec, sets: ImageSets) -> None:
         synthesizer, images = outliers.build_synthesizer(), sets.training_images(outliers.source, outliers.limit)
         diffusion, classifier = networks_of(outliers)
         generator = None if diffusion is None else synthesizer.load_diffusion(diffusion, images)
-        runtime = spec.runtime.resolved()
+        runtime = spec.runtime.resolve_auto()
         synthesizer.check(
             SynthesisContext.create(images, Path(), outliers.count, spec.seeds[0], runtime, generator, classifier)
         )

@@ -41,7 +41,7 @@ def explain_missing(source: str, *, hub: bool = False) -> str | None:
         return None if hub else f"{source} is not on this machine; --hub fetches it from the Hugging Face hub"
     assert entry is not None
     path = f"$FAROUT_DATA/{entry.name}/{spec.split}.parquet"
-    return f"{source} is not on this machine; {entry.by_hand}, then save it as {path}"
+    return f"{source} is not on this machine; {entry.download_hint}, then save it as {path}"
 
 
 def missing_sets(spec: BenchmarkSpec, *, hub: bool = False) -> dict[str, str]:

@@ -202,7 +202,7 @@ def _parse_network(entry: Any, where: str, protocol: str) -> NetworkSpec:
         raise FaroutError(f"{where}: {network.folder} is trained already; leave outliers and reconstructions out")
     if network.exposure is not None and network.folder is None:
         try:
-            network.exposure.resolved(network.outliers is not None, network.reconstructions is not None)
+            network.exposure.resolve_defaults(network.outliers is not None, network.reconstructions is not None)
         except FaroutError as error:
             raise FaroutError(f"{where}: {error}") from error
     return network

@@ -35,7 +35,7 @@ class ClassifierConfig:
         resized_crop: augmentation: random resized crops, instead of padding and cropping.
         label_smoothing: share of the target that is distributed over all classes.
         size: side of the network's input in pixels; default: that of the training images, at most 64.
-        channels: 1 (grey) or 3 (RGB); default: as the training images.
+        channels: 1 (gray) or 3 (RGB); default: as the training images.
         crop: crop the central square of this many pixels first; default: no crop.
         protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to
             the network's size) or `common` (native size, then one JPEG encoding).
@@ -112,6 +112,6 @@ def _channel_moments(source: ImageSource, preprocessing: Preprocessing) -> tuple
         image = images[number * len(source) // count].double()
         sums += torch.stack([image.mean((1, 2)), image.square().mean((1, 2))])
     mean, mean_square = sums / count
-    # Images that are all black or white have no deviation; half a grey level does not affect others.
+    # Images that are all black or white have no deviation; half a gray level does not affect others.
     std = (mean_square - mean**2).clamp(min=(0.5 / 255) ** 2).sqrt()
     return tuple(mean.tolist()), tuple(std.tolist())

@@ -21,18 +21,18 @@ class WeightsOrigin:
     """Where weights come from.
 
     Attributes:
-        seen: content hashes of the images that they were trained on, as far as they are known.
-        weights: name of the file whose training images are not known; None if `seen` is complete.
+        trained_on: content hashes of the images that they were trained on, as far as they are known.
+        weights: name of the file whose training images are not known; None if `trained_on` is complete.
         classifier: content hash of the farout classifier that they were saved with.
     """
 
-    seen: frozenset[str] = frozenset()
+    trained_on: frozenset[str] = frozenset()
     weights: str | None = None
     classifier: str | None = None
 
     def may_have_seen(self, hashes: Collection[str]) -> bool:
         """Whether the weights may have been trained on one of the images with these content hashes."""
-        return self.weights is not None or not self.seen.isdisjoint(hashes)
+        return self.weights is not None or not self.trained_on.isdisjoint(hashes)
 
     def to_provenance(self) -> dict[str, str | None]:
         """The entries for the provenance of a classifier that is trained from these weights."""

@@ -59,7 +59,7 @@ class Classifier:
         provenance: command, seed, data fingerprint and the like, kept in `config.json`.
 
     Raises:
-        FaroutError: if these do not go together; the network is tested on one grey image.
+        FaroutError: if these do not go together; the network is tested on one gray image.
     """
 
     def __init__(

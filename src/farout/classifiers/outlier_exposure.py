@@ -49,21 +49,21 @@ _WITH_OUTLIERS: tuple[Loss, ...] = ("energy", "oe", "k+1", "sona")
 
 # The losses that use a setting; settings that are not listed are used by all.
 _USED_BY: dict[str, tuple[Loss, ...]] = {
-    **dict.fromkeys(("weight", "start"), (*_WITH_OUTLIERS, "vos")),
+    **dict.fromkeys(("weight", "start_fraction"), (*_WITH_OUTLIERS, "vos")),
     **dict.fromkeys(("temperature", "hidden"), ("energy", "vos")),
     **dict.fromkeys(("limit", "resize"), _WITH_OUTLIERS),
-    **dict.fromkeys(("mutual", "mutual_weight"), ("sona",)),
-    **dict.fromkeys(("queue", "draws", "select"), ("vos",)),
-    "reconstructed": (),
+    **dict.fromkeys(("mutual_information", "mutual_information_weight"), ("sona",)),
+    **dict.fromkeys(("queue", "draws", "virtual_per_class"), ("vos",)),
+    "reconstruction_fraction": (),
 }
-_USED_BY_RECONSTRUCTIONS = ("resize", "reconstructed")
+_USED_BY_RECONSTRUCTIONS = ("resize", "reconstruction_fraction")
 
 
 @dataclass(frozen=True)
 class Exposure:
     """Outlier exposure.
 
-    A setting that the loss does not use must have its default value (see `resolved`).
+    A setting that the loss does not use must have its default value (see `resolve_defaults`).
 
     The training loss is CE(f(x), y) + weight * L_outliers. A batch has one outlier for each image; images and outliers
     go through the network together, so that batch normalization sees both.
@@ -74,52 +74,60 @@ class Exposure:
             (energy regularizer on virtual outliers, without outlier images) or `cross_entropy` (no outliers); default:
             `energy` with outliers, else `cross_entropy`.
         weight: weight of the loss on outliers; default: 1 for energy and k+1, 0.5 for oe and sona, 0.1 for vos.
-        start: share of the training before the loss on outliers is added; default: 0.4 for vos, else 0.
+        start_fraction: share of the training before the loss on outliers is added; default: 0.4 for vos, else 0.
         temperature: temperature of the energy (energy, vos).
         hidden: hidden units of the head that maps energies to logits (energy, vos); 0: linear.
         limit: use a seeded random sample of this many outliers; default: all.
         resize: interpolation for outliers and reconstructions larger than the images: `both` (`nearest` or `bilinear`,
             drawn per sample), `bilinear`, `nearest`, or `bicubic` as for images.
-        reconstructed: share of the images replaced by reconstructions, if there are any.
-        mutual: penalty of the loss sona: `reference` (as published), `normalized` (independent of the scale of the
-            features) or `off`.
-        mutual_weight: weight of the penalty of the loss sona.
+        reconstruction_fraction: share of the images replaced by reconstructions, if there are any.
+        mutual_information: penalty of the loss sona: `reference` (as published), `normalized` (independent of the
+            scale of the features) or `off`.
+        mutual_information_weight: weight of the penalty of the loss sona.
         paired: pair each image with outliers edited from it, as the manifest says; default: with any outliers.
         queue: features kept per class (vos).
         draws: samples drawn per class, of which the least likely are virtual outliers (vos).
-        select: virtual outliers per class and step (vos).
+        virtual_per_class: virtual outliers per class and step (vos).
     """
 
     loss: Loss | None = None
     weight: float | None = None
-    start: float | None = None
+    start_fraction: float | None = None
     temperature: float = 1.0
     hidden: int = 0
     limit: int | None = None
     resize: Resize = "both"
-    reconstructed: float = 0.5
-    mutual: MutualInformation = "reference"
-    mutual_weight: float = 0.7
+    reconstruction_fraction: float = 0.5
+    mutual_information: MutualInformation = "reference"
+    mutual_information_weight: float = 0.7
     paired: bool = False
     queue: int = 1000
     draws: int = 10000
-    select: int = 1
+    virtual_per_class: int = 1
 
     def __post_init__(self) -> None:
         rules = [
             ("loss", self.loss is None or self.loss in get_args(Loss), f"None, {', '.join(get_args(Loss))}"),
             ("resize", self.resize in get_args(Resize), ", ".join(get_args(Resize))),
             ("weight", self.weight is None or 0 <= self.weight < float("inf"), "None or 0 or more"),
-            ("start", self.start is None or 0 <= self.start < 1, "None or a share in [0, 1)"),
+            (
+                "start_fraction",
+                self.start_fraction is None or 0 <= self.start_fraction < 1,
+                "None or a share in [0, 1)",
+            ),
             ("temperature", 0 < self.temperature < float("inf"), "a positive number"),
             ("hidden", self.hidden >= 0, "0 or more"),
             ("limit", self.limit is None or self.limit >= 1, "None or 1 or more"),
-            ("reconstructed", 0 <= self.reconstructed <= 1, "a share in [0, 1]"),
-            ("mutual", self.mutual in get_args(MutualInformation), ", ".join(get_args(MutualInformation))),
-            ("mutual_weight", 0 <= self.mutual_weight < float("inf"), "0 or more"),
+            ("reconstruction_fraction", 0 <= self.reconstruction_fraction <= 1, "a share in [0, 1]"),
+            (
+                "mutual_information",
+                self.mutual_information in get_args(MutualInformation),
+                ", ".join(get_args(MutualInformation)),
+            ),
+            ("mutual_information_weight", 0 <= self.mutual_information_weight < float("inf"), "0 or more"),
             ("queue", self.queue >= 2, "2 or more"),
             ("draws", self.draws >= 1, "1 or more"),
-            ("select", 1 <= self.select <= self.draws, f"1 to draws ({self.draws})"),
+            ("virtual_per_class", 1 <= self.virtual_per_class <= self.draws, f"1 to draws ({self.draws})"),
         ]
         check_options(self, "exposure option", rules)
 
@@ -152,8 +160,8 @@ class Exposure:
         used = _USED_BY_RECONSTRUCTIONS if has_reconstructions else ()
         return {name: defaults[name] for name, users in _USED_BY.items() if loss not in users and name not in used}
 
-    def resolved(self, has_outliers: bool, has_reconstructions: bool = False) -> Self:
-        """The same settings with the defaults of loss, weight and start filled in.
+    def resolve_defaults(self, has_outliers: bool, has_reconstructions: bool = False) -> Self:
+        """The same settings with the defaults of loss, weight and start_fraction filled in.
 
         Raises:
             FaroutError: if the loss requires outliers and there are none, or does not use those that there are, and for
@@ -173,7 +181,7 @@ class Exposure:
                 "paired requires outliers that were edited from the images, and there are none; give some"
             )
         weight, start = _DEFAULTS[loss]
-        allowed = {"weight": weight, "start": start}  # resolving twice is no mistake
+        allowed = {"weight": weight, "start_fraction": start}  # resolving resolved settings is allowed
         for name, default in self.unused_settings(has_outliers, has_reconstructions).items():
             if getattr(self, name) not in (default, allowed.get(name, default)):
                 users = [", ".join(_USED_BY[name]), "reconstructions" * (name in _USED_BY_RECONSTRUCTIONS)]
@@ -185,7 +193,7 @@ class Exposure:
             self,
             loss=loss,
             weight=weight if self.weight is None else self.weight,
-            start=start if self.start is None else self.start,
+            start_fraction=start if self.start_fraction is None else self.start_fraction,
         )
 
 
@@ -214,7 +222,9 @@ class ExposedNetwork(nn.Module):
         has_energy = exposure.loss in ("energy", "vos")
         self.energy = EnergyHead(exposure.hidden, exposure.temperature) if has_energy else None
         self.virtual_outliers = (
-            VirtualOutliers(layer.out_features, layer.in_features, exposure.queue, exposure.draws, exposure.select)
+            VirtualOutliers(
+                layer.out_features, layer.in_features, exposure.queue, exposure.draws, exposure.virtual_per_class
+            )
             if exposure.loss == "vos"
             else None
         )
@@ -255,18 +265,18 @@ class ExposedNetwork(nn.Module):
             values = self.classifier_loss(logits[:count], labels)
             outlier_loss = self._outlier_loss(logits[:count], logits[count:])
 
-        # L = CE(f(x), y) + weight * L_outliers [+ mutual_weight * I(x; outliers)]
+        # L = CE(f(x), y) + weight * L_outliers [+ mutual_information_weight * I(x; outliers)]
         loss = values["loss"] + (exposure.weight or 0.0) * outlier_loss
         values = {**values, "outlier_loss": outlier_loss}
-        if exposure.loss == "sona" and exposure.mutual != "off" and has_started:
+        if exposure.loss == "sona" and exposure.mutual_information != "off" and has_started:
             if bool((features[:count] < 0).any()):
                 raise FaroutError(
                     "the penalty of the loss sona requires features that are not negative, and this network's are; "
-                    "give --exposure.mutual off, or a network whose features come from a ReLU"
+                    "give --exposure.mutual_information off, or a network whose features come from a ReLU"
                 )
-            is_normalized = exposure.mutual == "normalized"
+            is_normalized = exposure.mutual_information == "normalized"
             penalty = mutual_information(features[:count], features[count:], normalized=is_normalized)
-            loss = loss + exposure.mutual_weight * penalty
+            loss = loss + exposure.mutual_information_weight * penalty
             values["mutual_information"] = penalty
         return {**values, "loss": loss}
 
@@ -297,7 +307,7 @@ class ExposureData:
         source_keys: for paired training, the key of each outlier -> the key of the image that it was edited from.
 
     Raises:
-        FaroutError: if these do not go together, see `Exposure.resolved`.
+        FaroutError: if these do not go together, see `Exposure.resolve_defaults`.
     """
 
     exposure: Exposure = field(default_factory=Exposure)
@@ -306,7 +316,7 @@ class ExposureData:
     source_keys: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        exposure = self.exposure.resolved(self.outliers is not None, self.reconstructions is not None)
+        exposure = self.exposure.resolve_defaults(self.outliers is not None, self.reconstructions is not None)
         object.__setattr__(self, "exposure", exposure)
 
     @property
@@ -314,7 +324,7 @@ class ExposureData:
         """Names of the classes that the loss adds."""
         return (OUTLIER,) if self.exposure.loss == "k+1" else ()
 
-    def add_to(
+    def combine_with(
         self,
         images: Dataset[Any],
         class_names: Sequence[str],
@@ -339,15 +349,17 @@ class ExposureData:
         """
         if self.outliers is None and self.reconstructions is None:
             return images
-        outliers = reconstructions = partners = None
+        outliers = reconstructions = paired_outliers = None
         if self.reconstructions is not None:
             reconstructions = Reconstructions(self.reconstructions, class_names, preprocessing, self.exposure.resize)
         if self.outliers is not None:
             check_outliers(self.outliers, hashes, preprocessing)
             if self.exposure.paired:
-                partners = find_paired_outliers(keys, self.outliers, self.source_keys)
+                paired_outliers = find_paired_outliers(keys, self.outliers, self.source_keys)
             outliers = OutlierImages(self.outliers, preprocessing, self.exposure.resize)
-        return ExposedImages(images, seed, outliers, reconstructions, self.exposure.reconstructed, partners)
+        return ExposedImages(
+            images, seed, outliers, reconstructions, self.exposure.reconstruction_fraction, paired_outliers
+        )
 
     def wrap_network(
         self, module: nn.Module, head: str, classifier_loss: ClassifierLoss, training: TrainingConfig
@@ -355,7 +367,7 @@ class ExposureData:
         """The module to train: the network itself, or an `ExposedNetwork` whose weights are drawn by the seed."""
         if self.exposure.loss == "cross_entropy":
             return module
-        start = round((self.exposure.start or 0) * training.steps) * training.accumulate
+        start = round((self.exposure.start_fraction or 0) * training.steps) * training.accumulate
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(training.seed, "exposure"))
             return ExposedNetwork(module, head, self.exposure, classifier_loss, start)

@@ -62,9 +62,9 @@ def open_outliers(
         folder = _synthetic_folder(images)
         found = None if folder is None else store.kind_of(folder)
         if found not in (None, kind):
-            raise SourceError(f"{images} holds {found}, but {kind} are expected; have the two been exchanged?")
+            raise SourceError(f"{images} contains {found}, but {kind} are expected; have the two been exchanged?")
         if folder is not None and not (folder / "images").is_dir():
-            raise SourceError(f"{images} holds no image yet; run the same command with --resume to generate them")
+            raise SourceError(f"{images} contains no image yet; run the same command with --resume to generate them")
     # Decoded pixels are not cached: OutlierImages keeps the prepared ones, which are smaller.
     source = open_source(images, limit=limit, seed=seed, policy=policy, memory_mib=0)
     readable = require_readable_indices(source)
@@ -154,17 +154,17 @@ def check_outliers(outliers: ImageSource, hashes: Collection[str], preprocessing
             "the distribution; give other outliers"
         )
     shapes = outliers.shapes()
-    grey = sum(count for (channels, _, _), count in shapes.items() if channels == 1)
-    if preprocessing.channels == 1 and grey < shapes.total():
+    gray = sum(count for (channels, _, _), count in shapes.items() if channels == 1)
+    if preprocessing.channels == 1 and gray < shapes.total():
         warnings.warn(
-            f"{shapes.total() - grey} of {shapes.total()} sampled outliers of {outliers.name} have color and become "
-            "grey: they may differ in more than what they show",
+            f"{shapes.total() - gray} of {shapes.total()} sampled outliers of {outliers.name} have color and become "
+            "gray: they may differ in more than what they show",
             MisleadingResultWarning,
             stacklevel=3,
         )
-    if preprocessing.channels == 3 and grey:
+    if preprocessing.channels == 3 and gray:
         warnings.warn(
-            f"{grey} of {shapes.total()} sampled outliers of {outliers.name} are grey and become RGB: where the images "
+            f"{gray} of {shapes.total()} sampled outliers of {outliers.name} are gray and become RGB: where the images "
             "have color, that alone distinguishes them",
             MisleadingResultWarning,
             stacklevel=3,
@@ -240,8 +240,8 @@ class ExposedImages(Dataset[tuple[Tensor, ...]]):
         seed: seed of the permutations.
         outliers: the outliers; None: items remain (image, label).
         reconstructions: items (image, label) that replace images.
-        reconstructed: the share of positions at which they do, drawn from torch's generator.
-        partners: for each image, the indices of the outliers that it is paired with, in turn; None: with any.
+        reconstruction_fraction: the share of positions at which they do, drawn from torch's generator.
+        paired_outliers: for each image, the indices of the outliers that it is paired with, in turn; None: with any.
     """
 
     def __init__(
@@ -250,11 +250,11 @@ class ExposedImages(Dataset[tuple[Tensor, ...]]):
         seed: int,
         outliers: OutlierImages | None = None,
         reconstructions: Reconstructions | None = None,
-        reconstructed: float = 0.0,
-        partners: Sequence[Sequence[int]] | None = None,
+        reconstruction_fraction: float = 0.0,
+        paired_outliers: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.images, self.outliers, self.reconstructions = images, outliers, reconstructions
-        self.reconstructed, self.partners = reconstructed, partners
+        self.reconstruction_fraction, self.paired_outliers = reconstruction_fraction, paired_outliers
         self._outlier_order = None if outliers is None else DataOrder(len(outliers), seed_of(seed, "outliers"))
         self._reconstruction_order = (
             None if reconstructions is None else DataOrder(len(reconstructions), seed_of(seed, "reconstructions"))
@@ -263,16 +263,16 @@ class ExposedImages(Dataset[tuple[Tensor, ...]]):
     def __len__(self) -> int:
         return num_items(self.images)
 
-    def at(self, position: int, index: int) -> tuple[Tensor, ...]:
+    def item_at(self, position: int, index: int) -> tuple[Tensor, ...]:
         """Image (C, H, W), label and, if there are outliers, outlier (C, H, W) at a position of the stream of items."""
         reconstructions, order = self.reconstructions, self._reconstruction_order
-        if reconstructions is not None and order is not None and float(torch.rand(())) < self.reconstructed:
+        if reconstructions is not None and order is not None and float(torch.rand(())) < self.reconstruction_fraction:
             item = reconstructions[order[position]]
         else:
             item = self.images[index]
         if self.outliers is None or self._outlier_order is None:
             return item
-        if self.partners is None:
+        if self.paired_outliers is None:
             return (*item, self.outliers[self._outlier_order[position]])
-        epoch, partners = position // len(self), self.partners[index]
-        return (*item, self.outliers[partners[epoch % len(partners)]])
+        epoch, paired_outliers = position // len(self), self.paired_outliers[index]
+        return (*item, self.outliers[paired_outliers[epoch % len(paired_outliers)]])

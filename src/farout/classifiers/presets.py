@@ -59,17 +59,30 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "sona": {
         "model": {"network": "resnet18", **_IMAGENET},
-        "exposure": {"loss": "sona", "weight": 0.5, "mutual_weight": 0.7, "resize": "bilinear", "reconstructed": 0.5},
+        "exposure": {
+            "loss": "sona",
+            "weight": 0.5,
+            "mutual_information_weight": 0.7,
+            "resize": "bilinear",
+            "reconstruction_fraction": 0.5,
+        },
         "training": {**_SGD, "steps": 406250, "batch_size": 128},
     },
     "sona_tiny": {
         "model": _TINY,
-        "exposure": {"loss": "sona", "weight": 0.5, "mutual_weight": 0.7, "resize": "both"},
+        "exposure": {"loss": "sona", "weight": 0.5, "mutual_information_weight": 0.7, "resize": "both"},
         "training": {**_SGD, "steps": 2000, "batch_size": 128, "warmup": 100},
     },
     "vos": {
         "model": {"network": "wrn40_2", "crop_padding": 4, "flip": True},
-        "exposure": {"loss": "vos", "weight": 0.1, "start": 0.4, "queue": 1000, "draws": 10000, "select": 1},
+        "exposure": {
+            "loss": "vos",
+            "weight": 0.1,
+            "start_fraction": 0.4,
+            "queue": 1000,
+            "draws": 10000,
+            "virtual_per_class": 1,
+        },
         "training": {**_SGD, "steps": 39100, "batch_size": 128},
     },
 }

@@ -112,14 +112,14 @@ def train_on_source(
     result = train(
         exposure_data.wrap_network(classifier.module, classifier.head_name, loss, training),
         step,
-        exposure_data.add_to(training_set, names, hashes, classifier.preprocessing, training.seed, keys),
+        exposure_data.combine_with(training_set, names, hashes, classifier.preprocessing, training.seed, keys),
         training,
         out=out,
         validation=validation_set,
         resume=resume,
         fingerprint=" ".join(fingerprint),
     )
-    classifier.trained_on = origin.seen.union(hashes, exposure_data.reconstruction_hashes())
+    classifier.trained_on = origin.trained_on.union(hashes, exposure_data.reconstruction_hashes())
     classifier.provenance = {
         "source": source.name,
         "data_fingerprint": source.fingerprint(),
@@ -228,7 +228,7 @@ def train_classifier(
         StoreError: for weights that do not fit.
     """
     store.check_replaceable(out, KIND)
-    exposure.resolved(outliers is not None, reconstructions is not None)
+    exposure.resolve_defaults(outliers is not None, reconstructions is not None)
     if keep_weights:
         _check_kept_weights(weights, model, exposure, outliers or reconstructions)
     exposure_data = ExposureData(
@@ -249,7 +249,7 @@ def train_classifier(
     held_out = images.subset(sorted([*parts.statistics, *parts.calibration]))
     if keep_weights:
         trained, origin = _build_classifier(training_images, model, class_names, weights, seed)
-        trained.trained_on, trained.provenance = origin.seen, {"source": images.name, **origin.to_provenance()}
+        trained.trained_on, trained.provenance = origin.trained_on, {"source": images.name, **origin.to_provenance()}
     else:
         used_outliers, outlier_sources = _without_held_out(exposure_data.outliers, outliers, held_out)
         used_reconstructions, reconstruction_sources = _without_held_out(
@@ -296,8 +296,8 @@ def _without_held_out(
     kept = [i for i, content in enumerate(source_hashes) if content is None or content not in held_out_hashes]
     if not kept:
         raise FaroutError(
-            f"all {len(synthetic)} images of {synthetic.name} were made from held-out images; generate some from other "
-            "images"
+            f"all {len(synthetic)} images of {synthetic.name} were generated from held-out images; generate some "
+            "from other images"
         )
     kept_hashes = [source_hashes[i] for i in kept]
     return synthetic.subset(kept), frozenset(content for content in kept_hashes if content)

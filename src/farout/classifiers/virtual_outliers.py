@@ -19,23 +19,23 @@ class VirtualOutliers(nn.Module):
 
     A queue keeps the latest `queue` features of each class. They give the mean of each class and one covariance shared
     by the classes, S = (1 / n) sum (z - m_y)(z - m_y)^T + 1e-4 I. Of `draws` samples of each class's Gaussian the
-    `select` least likely ones are outliers. All state is in buffers, so that a resumed training continues exactly; of
-    several processes, the features of the main process are kept.
+    `virtual_per_class` least likely ones are outliers. All state is in buffers, so that a resumed
+    training continues exactly; of several processes, the features of the main process are kept.
 
     Args:
         classes: number of classes K.
         width: number of features D.
         queue: features kept per class.
         draws: samples per class from which the outliers are selected.
-        select: outliers per class, at most `draws`.
+        virtual_per_class: outliers per class, at most `draws`.
     """
 
     features: Tensor
     counts: Tensor
 
-    def __init__(self, classes: int, width: int, queue: int, draws: int, select: int) -> None:
+    def __init__(self, classes: int, width: int, queue: int, draws: int, virtual_per_class: int) -> None:
         super().__init__()
-        self.draws, self.select = draws, select
+        self.draws, self.virtual_per_class = draws, virtual_per_class
         self.register_buffer("features", torch.zeros(classes, queue, width))
         self.register_buffer("counts", torch.zeros(classes, dtype=torch.int64))
 
@@ -71,7 +71,7 @@ class VirtualOutliers(nn.Module):
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> Tensor:
-        """Outliers (K * `select`, D), class by class; all randomness comes from `generator`, a CPU generator.
+        """Outliers (K * `virtual_per_class`, D), class by class; random numbers come from the CPU `generator`.
 
         The direction and the length of a standard normal vector are independent, and its likelihood depends on the
         length only. So directions are drawn for the selected samples only, and their lengths as the largest of
@@ -79,8 +79,8 @@ class VirtualOutliers(nn.Module):
         """
         means, covariance = self.statistics()
         classes, width = means.shape
-        directions = torch.randn(classes, self.select, width, generator=generator)
-        uniform = torch.rand(classes, self.select, generator=generator, dtype=torch.float64)
+        directions = torch.randn(classes, self.virtual_per_class, width, generator=generator)
+        uniform = torch.rand(classes, self.virtual_per_class, generator=generator, dtype=torch.float64)
         radii = sample_largest_radii(uniform, width, self.draws)
         normals = directions / directions.norm(dim=2, keepdim=True) * radii[..., None].float()
         with torch.autocast(means.device.type, enabled=False):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from farout.benchmark.presets import about, preset_names
+from farout.benchmark.presets import describe_preset, preset_names
 from farout.cli.command_table import COMMANDS, import_object
 from farout.cli.flags import format_flags
 from farout.cli.tables import new_table, print_table
@@ -21,7 +21,7 @@ __all__ = ["list_presets", "show_list"]
 
 def show_list(words: Sequence[str]) -> int:
     """List detectors, synthesizers, named sets (and which are on this machine) or presets."""
-    listings: dict[str, Callable[[], list[dict[str, str]]]] = {
+    listings: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "detectors": lambda: _list_methods(DETECTORS),
         "synthesizers": lambda: _list_methods(SYNTHESIZERS),
         "sets": _list_sets,
@@ -42,16 +42,14 @@ def show_list(words: Sequence[str]) -> int:
     return 0
 
 
-def _list_sets() -> list[dict[str, str]]:
+def _list_sets() -> list[dict[str, Any]]:
     """How each named set is written as a source, and where it comes from."""
     return [
         {
             "name": row["name"],
             "description": f"{row['title']}, {row['size']}, {row['license']}",
             "splits": row["splits"],
-            "location": row["where"]
-            if row["where"] != "-"
-            else (f"hub: {row['hub']}" if row["hub"] != "-" else row["by_hand"]),
+            "location": row["location"] or (f"hub: {row['hub']}" if row["hub"] else row["download_hint"]),
         }
         for row in catalog.list_sets()
     ]
@@ -75,7 +73,7 @@ def list_presets() -> list[dict[str, str]]:
         for command, presets in owners.items()
         for name, settings in presets.items()
     ]
-    rows += [{"command": "bench", "preset": name, "settings": about(name)} for name in preset_names()]
+    rows += [{"command": "bench", "preset": name, "settings": describe_preset(name)} for name in preset_names()]
     return rows + [
         {"command": "chain", "preset": name, "settings": "steps: " + ", ".join(list_commands(name))}
         for name in builtin_chains()

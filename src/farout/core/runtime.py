@@ -43,7 +43,7 @@ class Runtime:
         if self.workers < 0:
             raise FaroutError(f"workers is {self.workers}; expected 0 or more threads")
 
-    def resolved(self) -> Runtime:
+    def resolve_auto(self) -> Runtime:
         """The same settings with `auto` replaced by the device and precision of this machine.
 
         Raises:

@@ -147,7 +147,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StoreError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise StoreError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+        raise StoreError(f"{path} contains a {type(content).__name__}, expected a JSON object")
     return content
 
 
@@ -184,7 +184,7 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
     if not isinstance(head, dict) or "kind" not in head:
         raise StoreError(f"{folder} was not written by farout; expected a farout {kind} folder")
     if head["kind"] != kind:
-        raise StoreError(f"{folder} holds a farout {head['kind']}, expected a {kind}")
+        raise StoreError(f"{folder} contains a farout {head['kind']}, expected a {kind}")
     if head.get("format", 0) > FORMAT:
         raise StoreError(f"{folder} has layout {head['format']}, this farout reads up to {FORMAT}; upgrade farout")
     return content
@@ -226,7 +226,7 @@ def resume_config(folder: str | Path, kind: str, settings: Mapping[str, Any], ab
     ]
     if differences:
         raise StoreError(
-            f"{folder} holds {kind} made with other settings ({'; '.join(differences)}); give another folder"
+            f"{folder} contains {kind} generated with other settings ({'; '.join(differences)}); give another folder"
         )
 
 

@@ -49,7 +49,7 @@ class SetEntry:
     image_column: str = "image"
     label_column: str | None = "label"
     splits: Mapping[str, str] = field(default_factory=lambda: dict(_TRAIN_TEST))
-    by_hand: str = "get it from its authors' page"
+    download_hint: str = "get it from its authors' page"
     built_in: bool = False
 
 
@@ -108,7 +108,7 @@ _ENTRIES = (
         splits={"train": "train", "test": "valid"},
     ),
     SetEntry("imagenet_1k", "ImageNet-1k", _IMAGENET, "varies", 3, "jpeg", "ILSVRC/imagenet-1k", splits=_VALIDATION),
-    SetEntry("imagenet_200", "ImageNet-200 (OpenOOD)", _IMAGENET, "varies", 3, "jpeg", by_hand=_OPENOOD),
+    SetEntry("imagenet_200", "ImageNet-200 (OpenOOD)", _IMAGENET, "varies", 3, "jpeg", download_hint=_OPENOOD),
     SetEntry("imagenet_100", "ImageNet-100", _IMAGENET, "varies", 3, "jpeg", "clane9/imagenet-100", splits=_VALIDATION),
     SetEntry(
         "imagenet_o",
@@ -118,7 +118,7 @@ _ENTRIES = (
         3,
         "jpeg",
         splits=_TEST,
-        by_hand="get it from the natural adversarial examples repository (hendrycks/natural-adv-examples)",
+        download_hint="get it from the natural adversarial examples repository (hendrycks/natural-adv-examples)",
     ),
     SetEntry(
         "imagenet_v2",
@@ -128,7 +128,7 @@ _ENTRIES = (
         3,
         "jpeg",
         splits=_TEST,
-        by_hand="get imagenetv2-matched-frequency from its authors (modestyachts/ImageNetV2)",
+        download_hint="get imagenetv2-matched-frequency from its authors (modestyachts/ImageNetV2)",
     ),
     SetEntry(
         "imagenet_c",
@@ -138,7 +138,7 @@ _ENTRIES = (
         3,
         "jpeg",
         splits=_TEST,
-        by_hand="get it from its authors (hendrycks/robustness)",
+        download_hint="get it from its authors (hendrycks/robustness)",
     ),
     SetEntry(
         "imagenet_r",
@@ -153,11 +153,15 @@ _ENTRIES = (
         _TEST,
     ),
     SetEntry("textures", "Describable Textures (DTD)", "research only", "varies", 3, "jpeg", "tanganke/dtd"),
-    SetEntry("places365", "Places365", "non-commercial research", "varies", 3, "jpeg", splits=_TEST, by_hand=_OPENOOD),
-    SetEntry("lsun_crop", "LSUN (crop)", "unclear", "32x32", 3, "lossless", splits=_TEST, by_hand=_ODIN),
-    SetEntry("lsun_resize", "LSUN (resize)", "unclear", "32x32", 3, "lossless", splits=_TEST, by_hand=_ODIN),
-    SetEntry("isun", "iSUN", "unclear", "32x32", 3, "lossless", splits=_TEST, by_hand=_ODIN),
-    SetEntry("inaturalist", "iNaturalist (OOD subset)", "unclear", "varies", 3, "jpeg", splits=_TEST, by_hand=_OPENOOD),
+    SetEntry(
+        "places365", "Places365", "non-commercial research", "varies", 3, "jpeg", splits=_TEST, download_hint=_OPENOOD
+    ),
+    SetEntry("lsun_crop", "LSUN (crop)", "unclear", "32x32", 3, "lossless", splits=_TEST, download_hint=_ODIN),
+    SetEntry("lsun_resize", "LSUN (resize)", "unclear", "32x32", 3, "lossless", splits=_TEST, download_hint=_ODIN),
+    SetEntry("isun", "iSUN", "unclear", "32x32", 3, "lossless", splits=_TEST, download_hint=_ODIN),
+    SetEntry(
+        "inaturalist", "iNaturalist (OOD subset)", "unclear", "varies", 3, "jpeg", splits=_TEST, download_hint=_OPENOOD
+    ),
     SetEntry(
         "sun",
         "SUN (OOD subset)",
@@ -166,12 +170,14 @@ _ENTRIES = (
         3,
         "jpeg",
         splits=_TEST,
-        by_hand="get the subset of Huang and Li (2021) from their code (deeplearning-wisc/large_scale_ood)",
+        download_hint="get the subset of Huang and Li (2021) from their code (deeplearning-wisc/large_scale_ood)",
     ),
-    SetEntry("ssb_hard", "SSB-hard", _IMAGENET, "varies", 3, "jpeg", splits=_TEST, by_hand=_OPENOOD),
-    SetEntry("ninco", "NINCO", "MIT (images: several)", "varies", 3, "jpeg", splits=_TEST, by_hand=_OPENOOD),
-    SetEntry("openimage_o", "OpenImage-O", "CC BY 2.0 (images)", "varies", 3, "jpeg", splits=_TEST, by_hand=_OPENOOD),
-    SetEntry("species", "Species", "unclear", "varies", 3, "jpeg", splits=_TEST, by_hand=_OPENOOD),
+    SetEntry("ssb_hard", "SSB-hard", _IMAGENET, "varies", 3, "jpeg", splits=_TEST, download_hint=_OPENOOD),
+    SetEntry("ninco", "NINCO", "MIT (images: several)", "varies", 3, "jpeg", splits=_TEST, download_hint=_OPENOOD),
+    SetEntry(
+        "openimage_o", "OpenImage-O", "CC BY 2.0 (images)", "varies", 3, "jpeg", splits=_TEST, download_hint=_OPENOOD
+    ),
+    SetEntry("species", "Species", "unclear", "varies", 3, "jpeg", splits=_TEST, download_hint=_OPENOOD),
     SetEntry(
         "medmnist",
         "MedMNIST v2",
@@ -179,7 +185,7 @@ _ENTRIES = (
         "28x28",
         3,
         "lossless",
-        by_hand="get one of its .npz files from its authors (pip install medmnist), and give that file as a path",
+        download_hint="get one of its .npz files from its authors (pip install medmnist), and give that file as a path",
     ),
 )
 
@@ -272,31 +278,32 @@ def local_splits(name: str) -> list[str]:
     return sorted({file.stem for folder in _local_folders(name) for file in folder.glob("*.parquet")})
 
 
-def list_sets() -> list[dict[str, str]]:
-    """Return one row of texts per set, in the order of the catalog.
+def list_sets() -> list[dict[str, str | None]]:
+    """Return one row per set, in the order of the catalog.
 
-    `where` is the folder on this machine, `built in`, or `-`; `splits` are those in that folder, else those of the hub.
+    `location` is the folder on this machine, `built in`, or None; `splits` are those in that folder, else those of the
+    hub; `hub` and `hub_status` are None for a set that is not on the hub, `download_hint` for one that needs none.
     """
     return [
         {
             "name": item.name,
             "title": item.title,
-            "where": _locate(item.name),
+            "location": _locate(item.name),
             "splits": " ".join(local_splits(item.name) or item.splits),
             "size": item.size,
             "channels": str(item.channels),
             "coding": item.coding,
             "license": item.license,
-            "hub": item.hub or "-",
-            "hub_status": "untested" if item.hub else "-",
-            "by_hand": "" if item.hub or item.built_in else item.by_hand,
+            "hub": item.hub,
+            "hub_status": "untested" if item.hub else None,
+            "download_hint": None if item.hub or item.built_in else item.download_hint,
         }
         for item in _ENTRIES
     ]
 
 
-def _locate(name: str) -> str:
+def _locate(name: str) -> str | None:
     folders = [folder for folder in _local_folders(name) if any(folder.glob("*.parquet"))]
     if not folders:
-        return "-"
+        return None
     return "built in" if folders[0].parent == SAMPLE else str(folders[0])

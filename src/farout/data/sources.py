@@ -124,7 +124,7 @@ def _describe_missing_set(spec: SourceSpec, known: catalog.SetEntry) -> str:
         splits = ", ".join(dict.fromkeys((*local, *(known.splits if known.hub else ()))))
         return f"{known.title} has no split {spec.split!r}; expected one of {splits}"
     return (
-        f"{known.title} is not on this machine and has no hub id; {known.by_hand}, then save it as "
+        f"{known.title} is not on this machine and has no hub id; {known.download_hint}, then save it as "
         f"$FAROUT_DATA/{spec.location}/{spec.split}.parquet, or give its folder as a path"
     )
 

@@ -103,7 +103,7 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
         "source": source_spec(images),
         "limit": settings.limit,
         "data_fingerprint": source.fingerprint(),
-        "grey": is_all_gray(source),
+        "gray": is_all_gray(source),
         "images": {
             "training": len(training_images),
             "statistics": len(statistics_images),

@@ -133,7 +133,7 @@ class DetectorInterface(Configured, ABC):
 
     def attach_networks(self, diffusion: DiffusionModel | FeatureDiffusion | None, runtime: Runtime) -> None:
         """Set diffusion model and runtime, move all networks to the runtime's device and prepare them."""
-        self.runtime = runtime.resolved()
+        self.runtime = runtime.resolve_auto()
         self.diffusion = diffusion or self.diffusion
         for network in (self.diffusion, self.classifier, self.features):
             if network is not None:

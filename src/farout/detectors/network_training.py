@@ -86,7 +86,7 @@ def _classifier_config(detector: DetectorInterface, settings: FitSettings) -> Cl
     if settings.classifier_preset not in CLASSIFIER_PRESETS:
         known = ", ".join(CLASSIFIER_PRESETS)
         raise FaroutError(f"there is no classifier preset {settings.classifier_preset!r}; expected one of {known}")
-    _exposure(settings).resolved(has_outliers=False)  # rejects presets that require outliers
+    _exposure(settings).resolve_defaults(has_outliers=False)  # rejects presets that require outliers
     config = ClassifierConfig(**CLASSIFIER_PRESETS[settings.classifier_preset]["model"])
     if detector.requirements.diffusion == "images":
         diffusion = _diffusion_config(detector, settings)

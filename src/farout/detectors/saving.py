@@ -188,7 +188,7 @@ def _adapt_runtime(fitted: Runtime, changes: dict[str, Any]) -> Runtime:
         resolve_device(device)
     except FaroutError:
         device = "auto"
-    runtime = replace(fitted, **{"device": device, **changes}).resolved()
+    runtime = replace(fitted, **{"device": device, **changes}).resolve_auto()
     if runtime.precision != fitted.precision:
         message = (
             f"fitted with precision {fitted.precision}, now {runtime.precision}: p-values and flags are not reliable; "

@@ -42,7 +42,7 @@ class DiffusionConfig:
         value_range: `fixed`, or `minmax`: scale each image to [0, 1] by its own minimum and maximum (the reconstruction
             paper).
         size: side of the network's input in pixels; default: that of the training images, at most 64.
-        channels: 1 (grey) or 3 (RGB); default: as the training images.
+        channels: 1 (gray) or 3 (RGB); default: as the training images.
         crop: crop the central square of this many pixels first; default: no crop.
         protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to
             the network's size) or `common` (native size, then one JPEG encoding).

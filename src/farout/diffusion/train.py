@@ -251,7 +251,7 @@ def train_diffusion(
     Raises:
         FaroutError: for settings that do not go together, and a training that cannot go on; see `train_model`.
         SourceError: for images that cannot be split, and labels that are missing.
-        StoreError: where `out` holds something else, an autoencoder that cannot be read, and a resume that differs.
+        StoreError: where `out` contains something else, an autoencoder that cannot be read, and a resume that differs.
     """
     store.check_replaceable(out, KIND)
     images = open_source(source, limit=limit, seed=seed, policy=policy)

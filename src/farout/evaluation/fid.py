@@ -194,7 +194,7 @@ def set_distance(
         raise FaroutError(
             f"Inception's features are computed in fp32, as published values are; use features=lite0 for {precision}"
         )
-    runtime = Runtime(device, "fp32" if features == "inception" else precision, batch_size, workers).resolved()
+    runtime = Runtime(device, "fp32" if features == "inception" else precision, batch_size, workers).resolve_auto()
     generated_images, real_images = (open_source(source, limit=limit, seed=seed) for source in (generated, source))
     extract = (_lite0_features if features == "lite0" else _inception_features)(real_images, runtime)
     first, second = extract(generated_images), extract(real_images)

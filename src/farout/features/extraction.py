@@ -139,7 +139,7 @@ def extract_features(
         FaroutError: for incompatible settings, sources or weights.
         StoreError: if the cache cannot be written.
     """
-    runtime = Runtime(device, precision, batch_size, workers).resolved()
+    runtime = Runtime(device, precision, batch_size, workers).resolve_auto()
     if native is not None and (len(native) != 2 or min(native) < 1):
         raise FaroutError(f"native is {native}; expected a height and a width in pixels")
     images = open_source(source, limit=limit, seed=seed, policy=policy)

@@ -89,7 +89,7 @@ def score_folder(
     if highest < 0 or (fdr is not None and not 0 < fdr < 1):
         raise FaroutError(f"highest is {highest}, fdr is {fdr}; expected 0 images or more, and a rate between 0 and 1")
     source, out = open_source(images, policy=policy, limit=limit, seed=detector.seed), Path(out)
-    for message in find_mismatches(source, detector.preprocessing, fitted_gray=detector.provenance.get("grey", False)):
+    for message in find_mismatches(source, detector.preprocessing, fitted_gray=detector.provenance.get("gray", False)):
         warnings.warn(message, MisleadingResultWarning, stacklevel=2)
     settings = {
         "detector": detector.fingerprint,

@@ -291,7 +291,7 @@ class Synthesizer(Configured, ABC):
             raise FaroutError(f"{type(self).__name__} has no stage {stage!r}; it has {', '.join(self.stages)}")
         stages = self.stages if stage is None else self.stages[: self.stages.index(stage) + 1]
         source = open_source(images, policy=policy, limit=limit, seed=seed)
-        runtime = (runtime or Runtime()).resolved()
+        runtime = (runtime or Runtime()).resolve_auto()
         processes = join_processes(runtime.device)
         if source.labels is None:
             raise SourceError(

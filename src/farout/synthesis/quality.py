@@ -60,7 +60,7 @@ def measure_quality(
 
     Raises FaroutError if the classifier lacks a class.
     """
-    runtime = (runtime or Runtime()).resolved()
+    runtime = (runtime or Runtime()).resolve_auto()
     manifest = outliers.manifest().set_index("key")
     present = {class_name(source, label) for label in set(source.labels or ())}
     names = [name for name in outliers.settings()["class_names"] if name in present]

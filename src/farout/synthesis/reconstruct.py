@@ -80,7 +80,7 @@ def reconstruct(
         StoreError: if `out` contains other files, contains reconstructions and `resume` is not set, or contains
             reconstructions that were generated with other settings, which the message lists.
     """
-    runtime = (runtime or Runtime()).resolved()
+    runtime = (runtime or Runtime()).resolve_auto()
     processes = join_processes(runtime.device)
     source = open_source(images, policy=policy, limit=limit, seed=seed)
     if isinstance(diffusion, str | Path):

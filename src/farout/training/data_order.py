@@ -64,8 +64,8 @@ class DataOrder:
 class _SeededItems(Dataset[Any]):
     """Items by (position, index); torch's generator is seeded by the position before each item.
 
-    So random augmentation is the same for any number of worker processes. Data with a method `at(position, index)`
-    are asked through it: their items may depend on the position, too.
+    So random augmentation is the same for any number of worker processes. If the data set has
+    `item_at(position, index)`, it is called instead of `[index]`: such items may depend on the position, too.
     """
 
     def __init__(self, data: Dataset[Any], *seed: object) -> None:
@@ -74,8 +74,8 @@ class _SeededItems(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         position, index = key
         torch.default_generator.manual_seed(seed_of(*self.seed, position))
-        at = getattr(self.data, "at", None)
-        return self.data[index] if at is None else at(position, index)
+        item_at = getattr(self.data, "item_at", None)
+        return self.data[index] if item_at is None else item_at(position, index)
 
 
 def make_loader(

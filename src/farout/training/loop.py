@@ -66,7 +66,8 @@ def train(
     Args:
         network: the network with its initial weights; parameters with `requires_grad=False` are not changed.
         step: turns a batch into losses (see `Step`). It gets the network itself, also in several processes.
-        data: items by index, or by `at(position, index)` if it has this method, collated into batches by torch's rules.
+        data: items by index, or by `item_at(position, index)` if the data set has it, collated by torch's
+            rules.
         config: the training settings.
         out: folder of the checkpoints (see `training.checkpoints`). They are written after each multiple of
             `checkpoint_every` and the steps in `keep` (kept), after the best validation so far, after the step that
@@ -102,7 +103,8 @@ def train(
         raise FaroutError("resume, tensorboard, checkpoint_every and keep require a folder, but out is None; give one")
     if out is not None and not resume and any(step_folder(out, 0).parent.glob("step_*")):
         raise FaroutError(
-            f"{out} holds checkpoints of an earlier run; give --resume (resume=True) or another folder, or remove them"
+            f"{out} contains checkpoints of an earlier run; give --resume (resume=True) or another folder, or "
+            "remove them"
         )
 
     run = TrainingRun(network, step, data, config, out, sets, fingerprint, description, items, short_last_batch)
@@ -430,7 +432,7 @@ class TrainingRun:
             if self.average is not None:
                 self.average.load_state_dict(checkpoint_weights(folder, average=True))
         except RuntimeError as error:
-            raise StoreError(f"{folder} holds the weights of another network: {error}") from error
+            raise StoreError(f"{folder} contains the weights of another network: {error}") from error
         self.optimizer.load_state_dict(read_optimizer(folder))
         self.scaler.load_state_dict(state["scaler"])
         self.completed = self.last_saved_step = state["step"]

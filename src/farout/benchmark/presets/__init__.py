@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-__all__ = ["about", "preset_file", "preset_names"]
+__all__ = ["describe_preset", "preset_file", "preset_names"]
 
 
 def preset_names() -> list[str]:
@@ -18,7 +18,7 @@ def preset_file(name: str) -> Path:
     return Path(__file__).parent / f"{name}.yaml"
 
 
-def about(name: str) -> str:
+def describe_preset(name: str) -> str:
     """The description in the file, one line."""
     found = re.search(r"^about: *(.+)$", preset_file(name).read_text(encoding="utf-8"), re.MULTILINE)
     return found[1].strip("\"'") if found else ""

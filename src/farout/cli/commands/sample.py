@@ -46,7 +46,7 @@ def sample(
         clamp: clamp the estimated clean image to the valid pixel range at every step (not for latents).
         runtime: how the network is run.
     """
-    runtime = runtime.resolved()
+    runtime = runtime.resolve_auto()
     precision = cast("Precision", runtime.precision)  # `auto` is resolved
     network = DiffusionModel.load(model).to(runtime.device)
     sampler = Sampler(network, solver, steps, spacing, guidance, seed, runtime.batch_size, precision, clamp)

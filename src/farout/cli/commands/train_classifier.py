@@ -12,7 +12,7 @@ __all__ = ["check_settings", "print_classifier"]
 
 def check_settings(*, exposure: Exposure, outliers: str | None, reconstructions: str | None, **others: Any) -> None:
     """Raises FaroutError for outliers without a loss that uses them, and the reverse."""
-    exposure.resolved(outliers is not None, reconstructions is not None)
+    exposure.resolve_defaults(outliers is not None, reconstructions is not None)
 
 
 def print_classifier(classifier: Classifier) -> None:

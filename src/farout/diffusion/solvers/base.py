@@ -6,7 +6,7 @@ level to another.
 
 `sigmas` has shape (B, steps + 1): every row of a batch has its own path, so that images at different noise levels share
 one batch. Sigma falls along a path (denoising) or rises (inversion). Shorter paths are padded by repeating their last
-sigma (`noise_levels.pad`). A row whose sigma does not change in a step is neither evaluated nor changed.
+sigma (`noise_levels.pad_paths`). A row whose sigma does not change in a step is neither evaluated nor changed.
 """
 
 from __future__ import annotations

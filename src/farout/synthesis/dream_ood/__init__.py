@@ -129,8 +129,8 @@ class DreamOOD(VectorSynthesizer):
         aligned, conditioning = read_aligned_images(folder), class_conditioning(context.generator)
         if aligned.features.shape[1] != conditioning.dim:
             raise StoreError(
-                f"{folder} holds directions of {aligned.features.shape[1]} dimensions, the generator's class vectors "
-                f"have {conditioning.dim}; remove it and align the images again"
+                f"{folder} contains directions of {aligned.features.shape[1]} dimensions, the generator's "
+                f"class vectors have {conditioning.dim}; remove it and align the images again"
             )
         class_vectors = conditioning.class_vectors().cpu()
         count = self._sample_index(context, context.count - 1) + 1

@@ -232,6 +232,6 @@ def read_aligned_images(folder: str | Path) -> AlignedImages:
     """Read the result of `align_images`; raises StoreError if it is missing, cut short or something else."""
     tensors = store.load_tensors(Path(folder) / _FEATURES_FILE)
     if set(tensors) != {"index", "label", "feature", "is_correct"}:
-        raise StoreError(f"{folder} holds no features of images; remove it and align them again")
+        raise StoreError(f"{folder} contains no features of images; remove it and align them again")
     # the memory alignment of a mapped file changes the last bits of what is computed with its tensors
     return AlignedImages(*(tensors[name].clone() for name in ("index", "label", "feature", "is_correct")))

@@ -279,5 +279,5 @@ def read_samples(folder: str | Path) -> dict[int, dict[str, Tensor]]:
 def _read_class_samples(path: Path) -> dict[str, Tensor]:
     tensors = store.load_tensors(path)
     if set(tensors) != {"vectors", "index", "class_distances", *SAMPLE_COLUMNS}:
-        raise StoreError(f"{path} holds no samples; remove it and sample them again")
+        raise StoreError(f"{path} contains no samples; remove it and sample them again")
     return tensors

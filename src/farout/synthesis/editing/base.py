@@ -253,7 +253,8 @@ class EditingSynthesizer(Synthesizer):
     An original Stable Diffusion folder gets prompts of the images' own classes, from their names and a template, and
     can be given words as targets; its null condition is the empty prompt. Words that are repeated, or match the name of
     a class with images (rifle and assault rifle), are removed, which a warning reports; a list of which no word is left
-    is an error. Each prompt is encoded once. Images are cropped to the generator's size, not squashed as published.
+    is an error. Each prompt is encoded once. Images are cropped to the generator's size, which keeps
+    the aspect ratio (the published code does not).
 
     A method implements `denoise`.
 

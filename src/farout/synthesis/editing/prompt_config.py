@@ -124,13 +124,13 @@ class PromptConfig:
         removed = list((Counter(words) - Counter(kept)).elements())
         if not kept:
             raise FaroutError(
-                f"no targets are left: all of the {len(words)} words of {self.words} ({_format_names(removed)}) are "
-                f"called like classes that have images ({_format_names(id_names[::2])}); give other words"
+                f"no targets are left: all of the {len(words)} words of {self.words} ({_format_names(removed)}) "
+                f"have the same names as in-distribution classes ({_format_names(id_names[::2])}); give other words"
             )
         if removed:
             warnings.warn(
                 f"{len(removed)} of the {len(words)} words of {self.words} are not used as targets "
-                f"({_format_names(removed)}): they occur twice, or have names like classes with images",
+                f"({_format_names(removed)}): they occur twice, or have the same names as in-distribution classes",
                 MisleadingResultWarning,
                 stacklevel=4,
             )
@@ -143,8 +143,10 @@ class PromptConfig:
     ) -> dict[int, Sequence[int]]:
         """For each in-distribution class, the words that can be its target: all, or the nearest.
 
-        Word i has the number K + i, after the K classes. Nearness is the cosine similarity of `TextEncoder.summaries`
-        of the prompts in the first template. Raises FaroutError if there are fewer than `nearest` words.
+        Word i has the number K + i, after the K classes. Nearness is the cosine similarity of
+        `TextEncoder.pooled_outputs` of the prompts in the first template.
+
+        Raises FaroutError if there are fewer than `nearest` words.
         """
         if self.nearest is None:
             numbers = range(conditioning.num_classes, conditioning.num_classes + len(words))

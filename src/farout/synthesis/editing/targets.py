@@ -138,8 +138,8 @@ class TargetSampler:
             similar = [names[label] for label in unseen if names[label] not in distinct]
             if similar:
                 warnings.warn(
-                    f"the classes {', '.join(similar)} are not used as targets: they have names like classes with "
-                    "images; if they are something else, give them as target_classes",
+                    f"the classes {', '.join(similar)} are not used as targets: they have the same names as "
+                    "in-distribution classes; if they are something else, give them as target_classes",
                     MisleadingResultWarning,
                     stacklevel=4,
                 )

@@ -283,7 +283,7 @@ def embed_images(
     """
     if len(labels) != len(source):
         raise FaroutError(f"{len(source)} images require a label each, got {len(labels)}")
-    folder, runtime = Path(out), (runtime or Runtime()).resolved()
+    folder, runtime = Path(out), (runtime or Runtime()).resolve_auto()
     inverter = Inverter(model.to(runtime.device), config, seed, runtime)
     check_labels(labels, inverter.conditioning.num_classes)
     settings = {"config": asdict(config), "seed": seed, **describe_inputs(source, labels, model, runtime)}
@@ -325,9 +325,9 @@ def read_embeddings(folder: str | Path) -> Embeddings:
         empty = torch.empty(0, dtype=torch.int64)
         return Embeddings(empty, empty, torch.empty(0, 0), torch.empty(0, 0))
     if any(set(shard) != {"index", "label", "embedding", "loss"} for shard in shards):
-        raise StoreError(f"{folder} holds files that are not shards of embeddings; give another folder")
+        raise StoreError(f"{folder} contains files that are not shards of embeddings; give another folder")
     tensors = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
     index, order = tensors["index"].sort()
     if len(set(index.tolist())) < len(index):
-        raise StoreError(f"{folder} holds some images twice; remove it and embed them again")
+        raise StoreError(f"{folder} contains some images twice; remove it and embed them again")
     return Embeddings(index, tensors["label"][order], tensors["embedding"][order], tensors["loss"][order])

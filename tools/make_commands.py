@@ -26,10 +26,10 @@ to change a setting.
 
 Exit status: 0: success; 1: error in the input; 2: wrong usage; 130: interrupted.
 """
-TRAINING_FLAGS = {"network_preset", "model", "training"}
+TRAINING_FLAGS = {"diffusion_preset", "model", "training"}
 """Settings of a network that is trained if none is given; they are described once, under `train diffusion`."""
 TRAINING_NOTE = (
-    "Without `--diffusion`, a diffusion model is trained with the settings of `--network-preset` (default:\n"
+    "Without `--diffusion`, a diffusion model is trained with the settings of `--diffusion-preset` (default:\n"
     "{default}), which `--model.…` and `--training.…` override as in [train diffusion](#train-diffusion)."
 )
 COMMON_FLAGS = ("help", "config", "print_config")
@@ -72,7 +72,7 @@ def describe_methods(name: str) -> list[str]:
             for title, actions in flags_by_group(parser).items()
         }
         notes = [preset_table(f"{name} {method}")]
-        notes += [TRAINING_NOTE.format(default=a.default) for _, a in parser.flags() if a.dest == "network_preset"]
+        notes += [TRAINING_NOTE.format(default=a.default) for _, a in parser.flags() if a.dest == "diffusion_preset"]
         parts.append(describe_command(f"### {name} {method}", parser, sections, "\n\n".join(filter(None, notes))))
     return parts
 

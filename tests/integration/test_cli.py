@@ -180,7 +180,7 @@ def test_version_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
         (["score", "a", "b", "--out", "c", "--batch-siz", "4"], 2, ["did you mean batch-size"]),
         (["fit", "reconstruction", "a", "--out", "b", "--levels", "[50,x]"], 2, ["--levels", "list of"]),
         (["fit", "reconstruction", "a", "--out", "b", "--preset", "papr"], 2, ["papr", "did you mean paper"]),
-        (["fit", "reconstruction", "a", "--out", "b", "--network-preset", "big"], 2, ["big", "tiny, small, paper"]),
+        (["fit", "reconstruction", "a", "--out", "b", "--diffusion-preset", "big"], 2, ["big", "tiny, small, paper"]),
         (["fit", "reconstruction", "a", "--out", "b", "--training.steps", "0"], 1, ["steps", "1 or more"]),
         (["fit", "reconstruction", "a", "--out", "b", "--link"], 1, ["--link requires --diffusion"]),
         (["score", "a", "b", "--out", "c", "--fdr", "nan"], 2, ["--fdr must be a number"]),

@@ -107,7 +107,7 @@ def test_without_weight_the_energy_loss_is_plain_cross_entropy() -> None:
 
 def test_the_loss_outside_counts_from_its_start_on() -> None:
     images, labels = sample()
-    learner = exposed(Exposure(loss="energy"), start_fraction=2)
+    learner = exposed(Exposure(loss="energy"), start=2)
     outside = [float(learner.losses(images, labels, torch.Generator())["outlier_loss"].detach()) for _ in range(4)]
     assert [value > 0 for value in outside] == [False, False, True, True]
     assert learner.network.rows == [5, 5, 9, 9]

@@ -272,7 +272,7 @@ class ExposedNetwork(nn.Module):
             if bool((features[:count] < 0).any()):
                 raise FaroutError(
                     "the penalty of the loss sona requires features that are not negative, and this network's are; "
-                    "give --exposure.mutual_information off, or a network whose features come from a ReLU"
+                    "give --exposure.mutual-information off, or a network whose features come from a ReLU"
                 )
             is_normalized = exposure.mutual_information == "normalized"
             penalty = mutual_information(features[:count], features[count:], normalized=is_normalized)

@@ -41,7 +41,7 @@ _SHORT_FORMS = {
 }
 """Flags of `farout train` that may be written without their prefix."""
 _NETWORK_FLAGS = {
-    "diffusion": ("network_preset", "model", "training"),
+    "diffusion": ("diffusion_preset", "model", "training"),
     "classifier": ("classifier_preset", "classifier_steps"),
 }
 """Networks that `farout fit` trains if they are not given, and the flags of that training."""
@@ -172,7 +172,7 @@ class CommandParser:
             names = ", ".join(import_object(COMMANDS["train diffusion"].presets))
             text = _PRESET_HELP.format(what="settings of the diffusion model, if one is trained", names=names)
             preset = self.method.requirements.diffusion_preset
-            parser.add_argument("--network-preset", type=str, default=preset, help=text)
+            parser.add_argument("--diffusion-preset", type=str, default=preset, help=text)
         added = {each.name for each in (*required, *positional)}
         parser.add_parameters(self.function, skip=added | self.unused | {"method", "arguments", *self.groups})
         if self.method is not None:
@@ -197,7 +197,7 @@ class CommandParser:
     def _skipped_fields(self, key: str) -> set[str]:
         """The fields of a group that are not flags of the command."""
         if key == "settings":
-            return {"network", "training", "runtime"} | (self.unused & set(_NETWORK_FLAGS["classifier"]))
+            return {"diffusion_config", "training", "runtime"} | (self.unused & set(_NETWORK_FLAGS["classifier"]))
         return {"training": {"seed"}, "runtime": set(self.command.unused_runtime)}.get(key, set())
 
     def _flags_of(self, key: str) -> list[str]:
@@ -234,7 +234,7 @@ class CommandParser:
         """Makes the settings of the chosen presets the defaults."""
         if self.trains_images:
             presets = import_object(COMMANDS["train diffusion"].presets)
-            self.parser.set_defaults(_preset_flags(presets, chosen["network_preset"]))
+            self.parser.set_defaults(_preset_flags(presets, chosen["diffusion_preset"]))
         if self.command.presets:
             self.parser.set_defaults(_preset_flags(self.presets, chosen["preset"]))
         elif self.presets and chosen["preset"] is not None:
@@ -255,7 +255,7 @@ class CommandParser:
         if self.method is not None:
             arguments["method"] = self.method_name
             arguments["arguments"] = {key: values.pop(key) for key in self.method().config}
-        values.pop("network_preset", None)
+        values.pop("diffusion_preset", None)
         if "preset" not in self.parameters:
             values.pop("preset", None)
         return {**arguments, **values}

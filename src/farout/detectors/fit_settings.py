@@ -31,7 +31,7 @@ class FitSettings:
         protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to
             the network's size) or `common` (native size, then one JPEG encoding); default: as the given diffusion
             model, else `native`.
-        network: settings of the diffusion model that is trained if none is given; None: the method's preset.
+        diffusion_config: settings of the diffusion model that is trained if none is given; None: the method's preset.
         training: settings of that training; None: the method's preset.
         classifier_preset: preset of `farout train classifier` used if no classifier is given.
         classifier_steps: number of training steps of that classifier; default: the preset's.
@@ -47,7 +47,7 @@ class FitSettings:
     policy: Literal["raise", "skip"] = "raise"
     statistics: int | None = None
     protocol: Protocol | None = None
-    network: DiffusionConfig | None = None
+    diffusion_config: DiffusionConfig | None = None
     training: TrainingConfig | None = None
     classifier_preset: str = "tiny"
     classifier_steps: int | None = None

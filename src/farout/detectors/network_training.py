@@ -42,7 +42,7 @@ def check_networks(detector: DetectorInterface, images: ImageSource, settings: F
 
 
 def train_diffusion(detector: DetectorInterface, images: ImageSource, settings: FitSettings) -> DiffusionModel:
-    """Train a diffusion model of images; `settings.network` and `settings.training` override the method's preset."""
+    """Train a diffusion model of images; `settings.diffusion_config` and `settings.training` override the method's preset."""
     config = _diffusion_config(detector, settings)
     preset = DIFFUSION_PRESETS[detector.requirements.diffusion_preset]
     training = settings.resolve_training(settings.training or TrainingConfig(**preset["training"]))
@@ -75,7 +75,7 @@ def train_classifier(detector: DetectorInterface, images: ImageSource, settings:
 
 def _diffusion_config(detector: DetectorInterface, settings: FitSettings) -> DiffusionConfig:
     preset = DIFFUSION_PRESETS[detector.requirements.diffusion_preset]
-    config = settings.network or DiffusionConfig(**preset["model"])
+    config = settings.diffusion_config or DiffusionConfig(**preset["model"])
     if settings.protocol is not None:
         config = replace(config, protocol=settings.protocol)
     return detector.configure_diffusion(config)

@@ -66,7 +66,7 @@ def fit(
     detector: Detector = DETECTORS[method].load()(**arguments)
     detector.provenance["preset"] = preset or ""
     checkpoints = settings.checkpoints or training_folder(out)
-    settings = replace(settings, checkpoints=checkpoints, runtime=runtime, network=model, training=training)
+    settings = replace(settings, checkpoints=checkpoints, runtime=runtime, diffusion_config=model, training=training)
     started = time.perf_counter()
     detector.fit(source, diffusion, classifier, **vars(settings))
     detector.provenance["fit_s"] = round(time.perf_counter() - started, 1)

@@ -295,7 +295,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     with pytest.raises(FaroutError, match=words):
         Denoising(**settings).fit(tmp_path, alpha=0.1)
     with pytest.raises(FaroutError, match="classes"):
-        Denoising().fit(tmp_path, alpha=0.1, network=DiffusionConfig())
+        Denoising().fit(tmp_path, alpha=0.1, diffusion_config=DiffusionConfig())
 
 
 def test_networks_that_are_lacking_are_trained(tmp_path: Path) -> None:

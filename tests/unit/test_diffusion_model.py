@@ -59,7 +59,7 @@ def test_old_checkpoints_lie_at_the_root(tmp_path: Path, safe: bool) -> None:
     diffusers.DDPMScheduler().save_pretrained(tmp_path)
     foreign = DiffusionModel.load(tmp_path)
     assert foreign.schedule == NoiseSchedule("linear", 1e-4, 0.02)
-    assert foreign.schedule.steps == 1000
+    assert foreign.schedule.num_levels == 1000
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (28, 28), (5, 6)])

@@ -165,7 +165,7 @@ def test_level_zero_is_the_autoencoder_alone() -> None:
         ({"level": 0.0}, "no autoencoder"),
         ({"level": 0.0, "max_level": 0.5}, "no autoencoder"),
         ({"steps": 0}, "at least 1 step"),
-        ({"spacing": "even"}, "grid or geometric"),
+        ({"spacing": "trailing"}, "even or geometric"),
         ({"solver": "euler"}, "no solver 'euler'"),
         ({"solver": "pndm4", "steps": 2}, "warms up"),
         ({"solver": "pndm4", "level": 0.002, "max_level": 0.5}, "warms up"),

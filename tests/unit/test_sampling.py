@@ -83,7 +83,7 @@ def test_guidance_is_the_papers_mixture() -> None:
 
 def test_paths_start_at_the_largest_level() -> None:
     network = model()
-    for spacing in ("grid", "geometric"):
+    for spacing in ("even", "geometric"):
         path = Sampler(network, steps=10, spacing=spacing).path
         assert path[0] == network.schedule.sigma[-1].float()
         assert len(path) == 11
@@ -108,7 +108,7 @@ def test_leading_levels_are_those_of_stable_diffusion(steps: int) -> None:
     assert levels[-2:] == [1, 0]
     assert levels[0] == 1000 - 1000 // steps + 1
 
-    sample = image_noise(["0", "1"], network.shape, 0, network.schedule.steps - 1, 0)
+    sample = image_noise(["0", "1"], network.shape, 0, network.schedule.num_levels - 1, 0)
     for t in scheduler.timesteps:
         with torch.no_grad():
             answer = network.network(sample, t).sample
@@ -146,7 +146,7 @@ def test_the_papers_presets_walk_stable_diffusions_levels() -> None:
         (model, {"steps": 0}, "steps must be 1 to 1000"),
         (model, {"steps": 0, "spacing": "geometric"}, "steps must be 1 or more"),
         (model, {"steps": 1001, "spacing": "leading"}, "steps must be 1 to 1000"),
-        (model, {"spacing": "trailing"}, "spacing is 'trailing'; expected one of grid, geometric, leading"),
+        (model, {"spacing": "trailing"}, "spacing is 'trailing'; expected one of even, geometric, leading"),
         (model, {"batch_size": 0}, "batch_size is 0; expected auto, or at least 1"),
         (model, {"count": 0}, "at least 1"),
     ],
@@ -173,7 +173,7 @@ def test_classes_by_name_or_number() -> None:
 
 def test_a_folder_of_samples_is_a_source_with_labels(tmp_path: Path) -> None:
     sampler = Sampler(conditional(), steps=4)
-    done = write_samples(sampler, tmp_path / "s", 7, grid=True)
+    done = write_samples(sampler, tmp_path / "s", 7, contact_sheet=True)
     assert (done.images, done.new) == (7, 7)
     source = open_source(tmp_path / "s")
     assert source.class_names == ("a", "b", "c")
@@ -187,7 +187,7 @@ def test_a_folder_of_samples_is_a_source_with_labels(tmp_path: Path) -> None:
         **{"key": "b/000004.png", "index": 4, "label": 1, "class": "b", "seed": 0, "solver": "dpm_solver_2m"},
         **{"steps": 4, "guidance": 1.0, "model": conditional().content_hash},
     }
-    with Image.open(tmp_path / "s-grid.png") as sheet:
+    with Image.open(tmp_path / "s-contact-sheet.png") as sheet:
         margin = sheet.width - (3 * 50 + 2)
         assert (0 < margin < 30, sheet.height) == (True, 3 * 50 + 2)
         names = np.asarray(sheet)[:, :margin, 0] > 200
@@ -292,10 +292,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     model().save(tmp_path / "plain")
     words = ["sample", str(tmp_path / "m"), "--out", str(tmp_path / "s"), "--count", "4", "--steps", "5"]
     words += ["--solver", "pndm2", "--device", "cpu", "--precision", "fp32"]
-    assert main([*words, "--classes", "c,a", "--guidance", "2", "--grid"]) == 0
+    assert main([*words, "--classes", "c,a", "--guidance", "2", "--contact-sheet"]) == 0
     printed = capsys.readouterr().out
     assert "4 images" in printed
-    assert "s-grid.png" in printed
+    assert "s-contact-sheet.png" in printed
     assert sorted(path.name for path in (tmp_path / "s").glob("*/*.png")) == [f"{i:06d}.png" for i in range(4)]
     assert {path.parent.name for path in (tmp_path / "s").glob("*/*.png")} == {"a", "c"}
     wrong = [

@@ -15,7 +15,7 @@ ALL = [
     NoiseSchedule("cosine"),
     NoiseSchedule("sigmoid", 1e-4, 0.02),
     NoiseSchedule("scaled_linear", snr_shift=0.25),
-    NoiseSchedule("trained", steps=3, betas=(0.1, 0.2, 0.3)),
+    NoiseSchedule("trained", num_levels=3, betas=(0.1, 0.2, 0.3)),
 ]
 
 
@@ -42,7 +42,7 @@ def test_the_schedule_is_diffusers(schedule: NoiseSchedule) -> None:
 @pytest.mark.parametrize("schedule", ALL, ids=lambda s: f"{s.kind}-{s.snr_shift}")
 def test_levels_convert_there_and_back_without_loss(schedule: NoiseSchedule) -> None:
     assert NoiseSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
-    t = torch.arange(schedule.steps)
+    t = torch.arange(schedule.num_levels)
     sigma = schedule.sigma_of(t)
     assert torch.equal(schedule.t_of(sigma.float()), t.double())
     torch.testing.assert_close(1 / (1 + sigma**2), schedule.abar)
@@ -58,8 +58,8 @@ def test_snr_shift_multiplies_the_ratio() -> None:
 def test_infinite_sigma_requires_sigma_max() -> None:
     betas = (0.5, 1.0)
     with pytest.raises(FaroutError, match="sigma_max"):
-        NoiseSchedule("trained", steps=2, betas=betas)
-    assert float(NoiseSchedule("trained", steps=2, betas=betas, sigma_max=150).sigma[-1]) == 150
+        NoiseSchedule("trained", num_levels=2, betas=betas)
+    assert float(NoiseSchedule("trained", num_levels=2, betas=betas, sigma_max=150).sigma[-1]) == 150
 
 
 def test_bad_values_are_named() -> None:

@@ -66,7 +66,7 @@ def test_rows_do_not_depend_on_the_batch(name: str) -> None:
     """Rows of different starts and lengths, finished rows included, end as if each were solved alone."""
     denoiser = oracle()
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
-    starts = [noise_levels.grid_path(SCHEDULE, start, 10) for start in (30, 200, 10, 90)]
+    starts = [noise_levels.strided_path(SCHEDULE, start, 10) for start in (30, 200, 10, 90)]
     together = SCHEDULE_FREE[name](denoiser, x, noise_levels.pad_paths(starts))
     alone = torch.cat([SCHEDULE_FREE[name](denoiser, x[i : i + 1], starts[i][None]) for i in range(4)])
     assert_close(together, alone)
@@ -121,7 +121,7 @@ def test_plms_is_diffusers_and_the_papers() -> None:
     scheduler.set_timesteps(100)
     x = 30 * torch.randn(2, 6, generator=torch.Generator().manual_seed(3))
     denoiser = oracle()
-    ours = PLMS()(denoiser, x, noise_levels.grid_path(SCHEDULE, 991, 10).repeat(2, 1))
+    ours = PLMS()(denoiser, x, noise_levels.strided_path(SCHEDULE, 991, 10).repeat(2, 1))
     assert denoiser.evaluations == 2 * 101
     theirs = run_theirs(scheduler, x, oracle())
     torch.testing.assert_close(vp(ours.double(), SCHEDULE.sigma[0]), theirs, atol=2e-4, rtol=2e-4)
@@ -173,7 +173,7 @@ def test_evaluations_of_the_papers_grid(skip: int, starts: int, evaluations: int
     assert len(labels) == starts
     denoiser = oracle()
     x = torch.randn(starts, 6, generator=torch.Generator().manual_seed(0))
-    PLMS()(denoiser, x, noise_levels.pad_paths([noise_levels.grid_path(SCHEDULE, label, 10) for label in labels]))
+    PLMS()(denoiser, x, noise_levels.pad_paths([noise_levels.strided_path(SCHEDULE, label, 10) for label in labels]))
     assert denoiser.evaluations == evaluations
 
 

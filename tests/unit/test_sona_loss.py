@@ -245,7 +245,7 @@ def test_validation_keeps_the_pairs(tree: Path, outliers: Path) -> None:
 def test_the_command(tree: Path, outliers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "classifier", str(tree), "--preset", "sona_tiny", "--outliers", str(outliers), "--device", "cpu"]
     words += ["--alpha", "0.1", "--statistics", "10", "--training.steps", "2", "--batch-size", "8"]
-    words += ["--training.warmup", "0", "--exposure.paired", "--exposure.mutual_information-information", "normalized"]
+    words += ["--training.warmup", "0", "--exposure.paired", "--exposure.mutual-information", "normalized"]
     assert main([*words, "--out", str(tmp_path / "c")]) == 0, capsys.readouterr().err
     exposure = Classifier.load(tmp_path / "c").provenance["exposure"]
     assert (exposure["loss"], exposure["mutual_information"], exposure["paired"]) == ("sona", "normalized", True)

@@ -106,7 +106,7 @@ def test_words_are_added_with_every_prediction_type(
 ) -> None:
     method = SONA(steps=5, k_min=3, words=words)
     with pytest.warns(
-        MisleadingResultWarning, match=r"3 of the 7 words of .* \(bird, Cat, kite\): they occur twice, or have names"
+        MisleadingResultWarning, match=r"3 of the 7 words of .* \(bird, Cat, kite\): they occur twice, or have the same"
     ):
         whole = synthesize(images, tmp_path / "o", method, folders[prediction])
     manifest = whole.manifest()

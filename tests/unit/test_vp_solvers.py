@@ -34,7 +34,7 @@ def even_schedule() -> NoiseSchedule:
     """A schedule whose sigma rises by 0.02 a level."""
     abar = 1 / (1 + (0.1 + 0.02 * torch.arange(201, dtype=torch.float64)) ** 2)
     betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-    return NoiseSchedule("trained", steps=201, betas=tuple(betas.tolist()))
+    return NoiseSchedule("trained", num_levels=201, betas=tuple(betas.tolist()))
 
 
 def error(name: str, schedule: NoiseSchedule, levels: Tensor) -> float:
@@ -144,8 +144,8 @@ def test_impossible_paths_are_named() -> None:
 
 def starts(name: str) -> list[Tensor]:
     """Paths of different starts, lengths and directions; one stands still."""
-    falling = [noise_levels.grid_path(LINEAR, start, 20) for start in (399, 99, 219)]
-    every = [*falling, noise_levels.grid_path(LINEAR, 159, 20).flip(0), falling[0][:1]]
+    falling = [noise_levels.strided_path(LINEAR, start, 20) for start in (399, 99, 219)]
+    every = [*falling, noise_levels.strided_path(LINEAR, 159, 20).flip(0), falling[0][:1]]
     return [solver_path(name, path) for path in every]
 
 
@@ -186,7 +186,7 @@ class _Classes:
 def test_conditions_go_with_their_rows(name: str) -> None:
     """Each row ends near the mean of its own class, also when rows leave the batch or skip stages."""
     means = torch.tensor([[4.0, 0.0], [0.0, 4.0], [-4.0, -4.0]])
-    levels = [solver_path(name, noise_levels.grid_path(LINEAR, start, 20)) for start in (999, 599, 799)]
+    levels = [solver_path(name, noise_levels.strided_path(LINEAR, start, 20)) for start in (999, 599, 799)]
     sigmas = noise_levels.pad_paths(levels)
     noise = torch.randn(3, 2, generator=torch.Generator().manual_seed(3))
     found = create_solver(name, LINEAR)(_Classes(), sigmas[:, :1] * noise, sigmas, Condition({"mean": means}))
@@ -195,7 +195,7 @@ def test_conditions_go_with_their_rows(name: str) -> None:
 
 def test_a_row_that_starts_late_warms_up_on_its_own() -> None:
     """Steps that stand still come first for one row: its three RK4 steps are its first three, not the batch's."""
-    path = noise_levels.grid_path(LINEAR, 199, 20)
+    path = noise_levels.strided_path(LINEAR, 199, 20)
     late = torch.cat([path[:1].expand(2), path])
     early = torch.cat([path, path[-1:].expand(2)])
     x = torch.randn(1, 6).repeat(2, 1)

@@ -86,7 +86,7 @@ class DiffPath(Detector):
     ) -> None:
         """Reject more steps than the schedule has."""
         assert diffusion is not None
-        levels, steps = diffusion.schedule.steps, self.config["steps"]
+        levels, steps = diffusion.schedule.num_levels, self.config["steps"]
         if steps >= levels:
             raise FaroutError(f"steps must be 2 to {levels - 1}, one less than the schedule's levels, got {steps}")
 
@@ -95,7 +95,7 @@ class DiffPath(Detector):
         model = self.diffusion
         if model is None:
             raise FaroutError("DiffPath requires a diffusion model")
-        steps, last = int(self.config["steps"]), model.schedule.steps
+        steps, last = int(self.config["steps"]), model.schedule.num_levels
         # The last step ends at the schedule's largest sigma, where the network is not evaluated.
         levels = [*(last * step // steps for step in range(steps)), last - 1]
         self.path = model.schedule.sigma_of(torch.tensor(levels)).float().to(model.device)

@@ -98,7 +98,7 @@ class MSMA(Detector):
         """The levels t in ascending order; raises FaroutError for levels outside the schedule."""
         schedule = model.schedule
         if self.config["levels"] is not None:
-            return sort_levels(self.config["levels"], schedule.steps)
+            return sort_levels(self.config["levels"], schedule.num_levels)
         low, high = model.x0_range or (0.0, 1.0)  # the values that images have in the network's space
         requested = torch.tensor([self.config["lowest"], self.config["highest"]], dtype=torch.float64) * (high - low)
         ends = requested.clamp(schedule.sigma[0], schedule.sigma[-1])

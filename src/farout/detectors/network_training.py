@@ -42,7 +42,7 @@ def check_networks(detector: DetectorInterface, images: ImageSource, settings: F
 
 
 def train_diffusion(detector: DetectorInterface, images: ImageSource, settings: FitSettings) -> DiffusionModel:
-    """Train a diffusion model of images; `settings.diffusion_config` and `settings.training` override the method's preset."""
+    """Train a diffusion model of images with the given settings, or those of the method's preset."""
     config = _diffusion_config(detector, settings)
     preset = DIFFUSION_PRESETS[detector.requirements.diffusion_preset]
     training = settings.resolve_training(settings.training or TrainingConfig(**preset["training"]))

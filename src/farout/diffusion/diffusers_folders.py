@@ -221,7 +221,7 @@ def model_card(parameters: int, config: dict[str, Any]) -> str:
         "# A farout diffusion model",
         "",
         f"- network: {parameters:,} parameters, predicts {config['prediction']}",
-        f"- schedule: {schedule['kind']}, {schedule['steps']} levels",
+        f"- schedule: {schedule['kind']}, {schedule['num_levels']} levels",
         f"- images: {preprocessing['channels']} x {preprocessing['size'][0]} x {preprocessing['size'][1]}",
         *([] if classes is None else [f"- classes: {_describe_classes(classes)}"]),
         f"- content hash: {config['content_hash']}",

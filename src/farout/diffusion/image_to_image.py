@@ -25,7 +25,7 @@ __all__ = ["DEFAULT_STEPS", "DenoisingSpacing", "ImageToImage"]
 
 DEFAULT_STEPS = 10
 """Denoising steps of solvers that are not adaptive."""
-DenoisingSpacing = Literal["grid", "geometric"]
+DenoisingSpacing = Literal["even", "geometric"]
 """How the levels of the denoising path are spaced: the kinds of `Spacing` that can start at any level."""
 
 
@@ -50,9 +50,9 @@ class ImageToImage:
         max_level: each image has its own level, drawn uniformly between `level` and this one; None: always `level`.
         classes: denoise each image under its class, if the model is class-conditional; False: under the null condition.
         solver: a name in `farout.diffusion.solvers.registry.SOLVERS`.
-        steps: denoising steps; None: 10, or chosen by an adaptive solver. With `grid` a low level has at most as many
+        steps: denoising steps; None: 10, or chosen by an adaptive solver. With `even` a low level has at most as many
             steps as there are levels below it.
-        spacing: of the levels of the denoising path: `grid` (evenly in t) or `geometric` (evenly in log sigma).
+        spacing: of the levels of the denoising path: `even` (evenly in t) or `geometric` (evenly in log sigma).
         seed: level and noise of an image depend only on (seed, its content); the noise is the same for any level.
         batch_size: the most rows of one network call; `auto`: by memory.
         precision: precision of the network.
@@ -68,7 +68,7 @@ class ImageToImage:
     classes: bool = True
     solver: str = "dpm_solver_2m"
     steps: int | None = None
-    spacing: DenoisingSpacing = "grid"
+    spacing: DenoisingSpacing = "even"
     seed: int = 0
     batch_size: BatchSize = "auto"
     precision: Precision = "fp32"
@@ -85,7 +85,7 @@ class ImageToImage:
         check_batch_size(self.batch_size)
         if self.spacing not in get_args(DenoisingSpacing) or (self.steps is not None and self.steps < 1):
             given = f"steps is {self.steps}, spacing is {self.spacing!r}"
-            raise FaroutError(f"{given}; expected at least 1 step, and a spacing of grid or geometric")
+            raise FaroutError(f"{given}; expected at least 1 step, and a spacing of even or geometric")
         if is_adaptive(self.solver) and self.steps is not None:
             raise FaroutError(f"{self.solver} chooses its own steps; leave out steps={self.steps}")
         conditioning = self.model.conditioning
@@ -123,14 +123,14 @@ class ImageToImage:
         """How many of the T levels an image passes, at a fraction of the way from `level` to `max_level`."""
         highest = self.level if self.max_level is None else self.max_level
         level = self.level + fraction * (highest - self.level)
-        return max(int(highest > 0), round(level * self.model.schedule.steps))
+        return max(int(highest > 0), round(level * self.model.schedule.num_levels))
 
     def _path(self, num_levels: int) -> Tensor:
         """sigmas of the denoising path, as the solver expects them."""
         schedule = self.model.schedule
         if num_levels == 0:
             return torch.zeros(2)
-        if self.spacing == "grid":
+        if self.spacing == "even":
             path = noise_levels.even_path(schedule, min(self._steps, num_levels), num_levels - 1)
         else:
             path = noise_levels.geometric_path(schedule, num_levels - 1, self._steps)
@@ -138,7 +138,7 @@ class ImageToImage:
 
     def image_levels(self, keys: Sequence[str]) -> list[float]:
         """The level of each image, as a fraction of the schedule, rounded to one of its levels."""
-        return [self._draw(key)[0] / self.model.schedule.steps for key in keys]
+        return [self._draw(key)[0] / self.model.schedule.num_levels for key in keys]
 
     def _draw(self, key: str) -> tuple[int, Tensor]:
         """The number of levels and the noise of one image."""

@@ -83,7 +83,7 @@ def denoising_loss(
 
     Each row has its own level and noise, from `generator`, a CPU generator, so that they do not depend on the device.
     """
-    t = sample_levels(len(x0), denoiser.schedule.steps, objective.levels, generator)
+    t = sample_levels(len(x0), denoiser.schedule.num_levels, objective.levels, generator)
     sigma = denoiser.schedule.sigma_of(t).to(torch.float32)
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
     x = x0 + expand_dims(sigma, x0) * noise

@@ -15,10 +15,10 @@ __all__ = [
     "even_path",
     "falling_path",
     "geometric_path",
-    "grid_path",
     "leading_levels",
     "leading_path",
     "pad_paths",
+    "strided_path",
 ]
 
 
@@ -32,9 +32,9 @@ def pad_paths(paths: Sequence[Tensor]) -> Tensor:
     return torch.stack(rows).to(torch.float32)
 
 
-def grid_path(schedule: NoiseSchedule, start: int, spacing: int) -> Tensor:
-    """sigmas of the levels start, start - spacing, ... above 0, then of level 0: (steps + 1,)."""
-    levels = [*range(start, 0, -spacing), 0]
+def strided_path(schedule: NoiseSchedule, start: int, stride: int) -> Tensor:
+    """sigmas of the levels start, start - stride, ... above 0, then of level 0: (steps + 1,)."""
+    levels = [*range(start, 0, -stride), 0]
     return schedule.sigma_of(torch.tensor(levels)).to(torch.float32)
 
 
@@ -63,7 +63,7 @@ def even_levels(schedule: NoiseSchedule, steps: int, start: int | None = None) -
 
     Raises FaroutError unless 1 <= steps <= start + 1.
     """
-    count = schedule.steps if start is None else start + 1
+    count = schedule.num_levels if start is None else start + 1
     if not 1 <= steps <= count:
         raise FaroutError(f"steps must be 1 to {count}, the number of levels, got {steps}")
     return [round(count * (number + 1) / steps) - 1 for number in range(steps)]
@@ -81,10 +81,10 @@ def leading_levels(schedule: NoiseSchedule, steps: int) -> list[int]:
 
     Raises FaroutError unless 1 <= steps <= T.
     """
-    if not 1 <= steps <= schedule.steps:
-        raise FaroutError(f"steps must be 1 to {schedule.steps}, the number of levels, got {steps}")
-    first = int(steps <= schedule.steps // 2)
-    return [schedule.steps * number // steps + first for number in range(steps)]
+    if not 1 <= steps <= schedule.num_levels:
+        raise FaroutError(f"steps must be 1 to {schedule.num_levels}, the number of levels, got {steps}")
+    first = int(steps <= schedule.num_levels // 2)
+    return [schedule.num_levels * number // steps + first for number in range(steps)]
 
 
 def leading_path(schedule: NoiseSchedule, steps: int) -> Tensor:

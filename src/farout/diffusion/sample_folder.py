@@ -37,14 +37,14 @@ class SampledFolder:
         images: number of images in the folder, including those of an earlier, longer run.
         requested: number of images that were requested.
         new: number of images that were sampled by this call.
-        grid: the contact sheet, if it was requested.
+        contact_sheet: the contact sheet, if it was requested.
     """
 
     folder: Path
     images: int
     requested: int
     new: int
-    grid: Path | None
+    contact_sheet: Path | None
 
 
 def write_samples(
@@ -53,7 +53,7 @@ def write_samples(
     count: int,
     *,
     classes: Sequence[int] | None = None,
-    grid: bool = False,
+    contact_sheet: bool = False,
 ) -> SampledFolder:
     """Samples images 0 to count - 1 into `out`; images that exist are not sampled again.
 
@@ -66,7 +66,7 @@ def write_samples(
         out: the folder.
         count: number of images, all classes together.
         classes: labels of the sampled classes; None: all classes of a conditional model.
-        grid: also write `<out>-grid.png` next to the folder, a contact sheet with one row per class.
+        contact_sheet: also write `<out>-contact-sheet.png` next to the folder, a contact sheet with one row per class.
 
     Raises:
         FaroutError: for a count below 1, an empty list of classes or unknown ones, and images with NaN.
@@ -91,7 +91,9 @@ def write_samples(
                     save_png(image, layout.path(index), layout.out / _WORKING)
                     bar.advance()
     total = layout.write_manifest()
-    return SampledFolder(layout.out, total, count, len(missing), layout.write_grid(count) if grid else None)
+    return SampledFolder(
+        layout.out, total, count, len(missing), layout.write_contact_sheet(count) if contact_sheet else None
+    )
 
 
 class _FolderLayout:
@@ -148,7 +150,7 @@ class _FolderLayout:
                 class_entry = {} if labels is None else {"label": labels[0], "class": self.names[labels[0]]}
                 yield {"key": self.key(index), "index": index, **class_entry, **settings}
 
-    def write_grid(self, count: int) -> Path:
+    def write_contact_sheet(self, count: int) -> Path:
         """Writes the first images of each class in one row; those of an unconditional model fill a square."""
         if self.classes is None:
             columns = min(_MAX_COLUMNS, round(count**0.5) or 1)
@@ -156,7 +158,7 @@ class _FolderLayout:
         else:
             step = len(self.classes)
             rows = [range(first, count, step)[:_MAX_COLUMNS] for first in range(min(step, count, _MAX_ROWS))]
-        path = self.out.resolve().with_name(f"{self.out.resolve().name}-grid.png")
+        path = self.out.resolve().with_name(f"{self.out.resolve().name}-contact-sheet.png")
         with store.atomic_file(path) as temporary:
             sheet = _draw_contact_sheet([[self.path(index) for index in row] for row in rows])
             if self.classes is not None:

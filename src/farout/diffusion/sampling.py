@@ -26,7 +26,7 @@ __all__ = ["DEFAULT_STEPS", "Sampler", "Spacing", "parse_class_labels", "sample"
 
 DEFAULT_STEPS = 20
 """Steps of solvers that are not adaptive."""
-Spacing = Literal["grid", "geometric", "leading"]
+Spacing = Literal["even", "geometric", "leading"]
 """How the levels of a path are spaced: evenly in t down from the largest, in log sigma, or in t up from 1."""
 
 
@@ -64,7 +64,7 @@ class Sampler:
         model: the diffusion model; images are sampled on its device.
         solver: a name in `farout.diffusion.solvers.registry.SOLVERS`.
         steps: steps from the largest noise level to none; None: 20, or chosen by an adaptive solver.
-        spacing: of the levels of the path: `grid` (evenly in t; of 1000 in 50 steps 999, 979, ..., 19), `geometric`
+        spacing: of the levels of the path: `even` (evenly in t; of 1000 in 50 steps 999, 979, ..., 19), `geometric`
             (evenly in log sigma) or `leading` (evenly in t from 1 up: 981, ..., 21, 1; as in Stable Diffusion).
         guidance: scale s of null + s (conditional - null); 1 is conditional; the paper's omega is s - 1.
         seed: image i depends only on (seed, i) and its class.
@@ -80,7 +80,7 @@ class Sampler:
     model: DiffusionModel
     solver: str = "dpm_solver_2m"
     steps: int | None = None
-    spacing: Spacing = "grid"
+    spacing: Spacing = "even"
     guidance: float = 1.0
     seed: int = 0
     batch_size: BatchSize = "auto"
@@ -125,13 +125,13 @@ class Sampler:
     def path(self) -> Tensor:
         """sigmas from the schedule's largest down, as the solver expects them; see `noise_levels`."""
         schedule = self.model.schedule
-        if self.spacing == "grid":
+        if self.spacing == "even":
             return solver_path(self.solver, noise_levels.even_path(schedule, self._steps))
         if self.spacing == "leading":
             return solver_path(self.solver, noise_levels.leading_path(schedule, self._steps))
         if self._steps < 1:
             raise FaroutError(f"steps must be 1 or more, got {self._steps}")
-        return solver_path(self.solver, noise_levels.geometric_path(schedule, schedule.steps - 1, self._steps))
+        return solver_path(self.solver, noise_levels.geometric_path(schedule, schedule.num_levels - 1, self._steps))
 
     @property
     def images_per_batch(self) -> int:
@@ -165,7 +165,7 @@ class Sampler:
         """The images with these indices under any condition of the model, one row each; see `sample_images`."""
         model = self.model
         keys = [str(index) for index in indices]
-        noise = image_noise(keys, model.shape, self.seed, model.schedule.steps - 1, 0).to(model.device)
+        noise = image_noise(keys, model.shape, self.seed, model.schedule.num_levels - 1, 0).to(model.device)
         sigmas = self.path.to(model.device).repeat(len(keys), 1)
         # at the first level a variance-preserving sample is the noise itself: x = x_vp / sqrt(abar)
         x = noise * expand_dims((1 + sigmas[:, 0] ** 2).sqrt(), noise)
@@ -186,7 +186,7 @@ def sample(
     labels: Sequence[int] | None = None,
     solver: str = "dpm_solver_2m",
     steps: int | None = None,
-    spacing: Spacing = "grid",
+    spacing: Spacing = "even",
     guidance: float = 1.0,
     seed: int = 0,
     batch_size: BatchSize = "auto",

@@ -29,7 +29,7 @@ _DIFFUSERS_NAMES = {
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A discrete noise schedule of `steps` levels, t = 0 (least noise) to steps - 1.
+    """A discrete noise schedule of T levels, t = 0 (least noise) to T - 1.
 
     Args:
         kind: `scaled_linear`: beta_t = (sqrt(b0) + t/(T-1) (sqrt(b1) - sqrt(b0)))^2, the reconstruction paper's;
@@ -38,7 +38,7 @@ class NoiseSchedule:
             `trained`: the given `betas`.
         beta_start: first beta (unused by `cosine` and `trained`).
         beta_end: last beta (unused by `cosine` and `trained`).
-        steps: number of levels T.
+        num_levels: number of levels T.
         snr_shift: f multiplies the signal-to-noise ratio at every level: SNR' = f abar / (1 - abar).
         sigma_max: the largest sigma, needed where the schedule ends in abar = 0 (infinite sigma).
         betas: the betas of `trained`.
@@ -50,7 +50,7 @@ class NoiseSchedule:
     kind: ScheduleKind = "scaled_linear"
     beta_start: float = 0.0015
     beta_end: float = 0.0195
-    steps: int = 1000
+    num_levels: int = 1000
     snr_shift: float = 1.0
     sigma_max: float | None = None
     betas: tuple[float, ...] | None = None
@@ -60,14 +60,14 @@ class NoiseSchedule:
             raise FaroutError(
                 f"there is no schedule {self.kind!r}; expected one of {', '.join(get_args(ScheduleKind))}"
             )
-        if self.steps < 2 or self.snr_shift <= 0:
+        if self.num_levels < 2 or self.snr_shift <= 0:
             raise FaroutError(
-                f"a schedule requires steps >= 2 and snr_shift > 0, got {self.steps} and {self.snr_shift}"
+                f"a schedule requires num_levels >= 2 and snr_shift > 0, got {self.num_levels} and {self.snr_shift}"
             )
         if (self.kind == "trained") != (self.betas is not None):
             raise FaroutError(f"schedule kind {self.kind!r} requires betas exactly if it is 'trained'")
-        if self.betas is not None and len(self.betas) != self.steps:
-            raise FaroutError(f"{len(self.betas)} betas were given for {self.steps} steps")
+        if self.betas is not None and len(self.betas) != self.num_levels:
+            raise FaroutError(f"{len(self.betas)} betas were given for {self.num_levels} levels")
         betas = self.betas or (self.beta_start, self.beta_end)
         if not all(0 < beta <= 1 for beta in betas):
             raise FaroutError(f"betas must be above 0 and at most 1, got {min(betas):g} to {max(betas):g}")
@@ -89,7 +89,7 @@ class NoiseSchedule:
         return sigma if self.sigma_max is None else sigma.clamp(max=self.sigma_max)
 
     def _betas(self) -> Tensor:
-        ramp = torch.linspace(0, 1, self.steps, dtype=torch.float64)
+        ramp = torch.linspace(0, 1, self.num_levels, dtype=torch.float64)
         low, high = self.beta_start, self.beta_end
         if self.kind == "linear":
             return low + ramp * (high - low)
@@ -98,7 +98,7 @@ class NoiseSchedule:
         if self.kind == "sigmoid":
             return torch.sigmoid(12 * ramp - 6) * (high - low) + low
         if self.kind == "cosine":
-            edges = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+            edges = torch.arange(self.num_levels + 1, dtype=torch.float64) / self.num_levels
             curve = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
             return (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
         return torch.tensor(self.betas, dtype=torch.float64)
@@ -109,10 +109,10 @@ class NoiseSchedule:
         Raises FaroutError for t outside 0 to T - 1.
         """
         t = torch.as_tensor(t, dtype=torch.float64)
-        if t.numel() and not (float(t.min()) >= 0 and float(t.max()) <= self.steps - 1):
-            raise FaroutError(f"t must be in 0 to {self.steps - 1}, got {float(t.min()):g} to {float(t.max()):g}")
+        if t.numel() and not (float(t.min()) >= 0 and float(t.max()) <= self.num_levels - 1):
+            raise FaroutError(f"t must be in 0 to {self.num_levels - 1}, got {float(t.min()):g} to {float(t.max()):g}")
         below = t.floor().long()
-        above = (below + 1).clamp(max=self.steps - 1)
+        above = (below + 1).clamp(max=self.num_levels - 1)
         log = self.sigma.log()
         between = torch.lerp(log[below], log[above], t - below).exp()
         return torch.where(t == below, self.sigma[below], between)
@@ -124,10 +124,10 @@ class NoiseSchedule:
         """
         log_sigma = sigma.detach().cpu().double().clamp(min=1e-30).log()
         log = self.sigma.log()
-        above = torch.searchsorted(log, log_sigma.contiguous()).clamp(1, self.steps - 1)
+        above = torch.searchsorted(log, log_sigma.contiguous()).clamp(1, self.num_levels - 1)
         low, high = log[above - 1], log[above]
         weight = torch.where(high > low, (log_sigma - low) / (high - low).clamp(min=1e-30), torch.zeros_like(low))
-        t = (above - 1 + weight).clamp(0, self.steps - 1)
+        t = (above - 1 + weight).clamp(0, self.num_levels - 1)
         nearest = t.round()
         return torch.where((log[nearest.long()] - log_sigma).abs() < 1e-6, nearest, t)
 
@@ -135,7 +135,7 @@ class NoiseSchedule:
         """The configuration of a diffusers scheduler with the same schedule."""
         config: dict[str, Any] = {
             "_class_name": "DDPMScheduler",
-            "num_train_timesteps": self.steps,
+            "num_train_timesteps": self.num_levels,
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
             "clip_sample": False,
@@ -155,7 +155,9 @@ class NoiseSchedule:
     def from_dict(cls, arguments: dict[str, Any]) -> NoiseSchedule:
         """The schedule with the arguments of `to_dict`, also after they were stored as JSON."""
         betas = arguments.get("betas")
-        return cls(**{**arguments, "betas": None if betas is None else tuple(betas)})
+        # models that were saved before the release call the number of levels `steps`
+        named = {"num_levels" if name == "steps" else name: value for name, value in arguments.items()}
+        return cls(**{**named, "betas": None if betas is None else tuple(betas)})
 
     @classmethod
     def from_diffusers_config(cls, config: dict[str, Any]) -> NoiseSchedule:
@@ -164,14 +166,14 @@ class NoiseSchedule:
         Raises FaroutError for an unknown schedule, such as that of flow matching, and for betas that are rescaled to
         end in abar = 0.
         """
-        steps = int(config.get("num_train_timesteps", 1000))
+        num_levels = int(config.get("num_train_timesteps", 1000))
         if config.get("rescale_betas_zero_snr"):
             raise FaroutError(
                 "this scheduler rescales its betas to end in abar = 0 (rescale_betas_zero_snr), where sigma "
                 "is infinite; such a model cannot be loaded"
             )
         if config.get("trained_betas") is not None:
-            return cls(kind="trained", steps=steps, betas=tuple(config["trained_betas"]))
+            return cls(kind="trained", num_levels=num_levels, betas=tuple(config["trained_betas"]))
         names = {theirs: ours for ours, theirs in _DIFFUSERS_NAMES.items()}
         name = config.get("beta_schedule")
         if name not in names:
@@ -179,4 +181,4 @@ class NoiseSchedule:
                 f"beta schedule {name!r} of this scheduler is not supported; expected one of {sorted(names)}"
             )
         start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-        return cls(kind=names[name], beta_start=start, beta_end=end, steps=steps)  # type: ignore[arg-type]
+        return cls(kind=names[name], beta_start=start, beta_end=end, num_levels=num_levels)  # type: ignore[arg-type]

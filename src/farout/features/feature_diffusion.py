@@ -32,7 +32,7 @@ def paper_schedule() -> NoiseSchedule:
 
     The signal is still strong at the last level (abar = .41), because reconstruction only uses the first ones.
     """
-    return NoiseSchedule("scaled_linear", 0.0015, 0.0195, steps=100)
+    return NoiseSchedule("scaled_linear", 0.0015, 0.0195, num_levels=100)
 
 
 class FeatureDiffusion:
@@ -152,7 +152,10 @@ class FeatureDiffusion:
             "",
             f"- network: {self.parameters:,} parameters, predicts x0",
         ]
-        lines += [f"- schedule: {self.schedule.kind}, {self.schedule.steps} levels", f"- backbone: {self.backbone}"]
+        lines += [
+            f"- schedule: {self.schedule.kind}, {self.schedule.num_levels} levels",
+            f"- backbone: {self.backbone}",
+        ]
         lines += [f"- {name}: {value}" for name, value in self.provenance.items()]
         return "\n".join([*lines, "", "Load it with `farout.FeatureDiffusion.load(folder)`.", ""])
 

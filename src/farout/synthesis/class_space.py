@@ -128,7 +128,7 @@ class VectorSynthesizer(Synthesizer):
         solver: one of `ddim`, `heun`, `dpm_solver_2m`, `unipc`, `plms`, `pndm2`, `pndm4`, `ndm1`, `ndm4` or
             `probability_flow`.
         steps: number of solver steps from noise to image; default: 20 (probability_flow chooses its own).
-        spacing: spacing of the steps: `grid` (even in t), `geometric` (even in log sigma) or `leading` (even in t from
+        spacing: spacing of the steps: `even` (even in t), `geometric` (even in log sigma) or `leading` (even in t from
             1 up, as for Stable Diffusion: 981, …, 21, 1).
         guidance: scale of classifier-free guidance; 1: none, as models without label dropout need; 2 suits small
             models, 7.5 Stable Diffusion.
@@ -144,7 +144,7 @@ class VectorSynthesizer(Synthesizer):
         *,
         solver: str = "dpm_solver_2m",
         steps: int | None = None,
-        spacing: Spacing = "grid",
+        spacing: Spacing = "even",
         guidance: float = 2.0,
         size: int | None = None,
         prompts: Prompts = Prompts(),  # noqa: B008

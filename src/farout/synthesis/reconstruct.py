@@ -36,7 +36,7 @@ def reconstruct(
     classes: bool = True,
     solver: str = "dpm_solver_2m",
     steps: int | None = None,
-    spacing: DenoisingSpacing = "grid",
+    spacing: DenoisingSpacing = "even",
     seed: int = 0,
     resume: bool = False,
     limit: int | None = None,

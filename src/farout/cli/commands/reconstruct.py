@@ -23,7 +23,7 @@ def reconstruct(
     classes: bool = True,
     solver: str = "dpm_solver_2m",
     steps: int | None = None,
-    spacing: DenoisingSpacing = "grid",
+    spacing: DenoisingSpacing = "even",
     seed: int = 0,
     resume: bool = False,
     limit: int | None = None,
@@ -44,7 +44,7 @@ def reconstruct(
         solver: one of `ddim`, `heun`, `dpm_solver_2m`, `unipc`, `plms`, `pndm2`, `pndm4`, `ndm1`, `ndm4` or
             `probability_flow`.
         steps: number of denoising steps; default: 10 (probability_flow chooses its own).
-        spacing: spacing of the steps: `grid` (even in t) or `geometric` (even in log sigma).
+        spacing: spacing of the steps: `even` (even in t) or `geometric` (even in log sigma).
         seed: seed of the level and noise of each image, together with its key.
         resume: continue an interrupted run in the folder.
         limit: use a seeded random sample of this many images; default: all.

@@ -22,9 +22,9 @@ def sample(
     guidance: float = 1.0,
     solver: str = "dpm_solver_2m",
     steps: int | None = None,
-    spacing: Spacing = "grid",
+    spacing: Spacing = "even",
     seed: int = 0,
-    grid: bool = False,
+    contact_sheet: bool = False,
     clamp: bool = True,
     runtime: Runtime,
 ) -> SampledFolder:
@@ -39,10 +39,10 @@ def sample(
         solver: one of `ddim`, `heun`, `dpm_solver_2m`, `unipc`, `plms`, `pndm2`, `pndm4`, `ndm1`, `ndm4` or
             `probability_flow`.
         steps: number of solver steps from noise to image; default: 20 (probability_flow chooses its own).
-        spacing: spacing of the steps: `grid` (even in t), `geometric` (even in log sigma) or `leading` (even in t from
+        spacing: spacing of the steps: `even` (even in t), `geometric` (even in log sigma) or `leading` (even in t from
             1 up, as for Stable Diffusion: 981, …, 21, 1).
         seed: seed of the noise; each image depends only on the seed and on its own number.
-        grid: also write OUT-grid.png, a grid of some of the images.
+        contact_sheet: also write OUT-contact-sheet.png, a picture of some of the images, one row per class.
         clamp: clamp the estimated clean image to the valid pixel range at every step (not for latents).
         runtime: how the network is run.
     """
@@ -51,7 +51,7 @@ def sample(
     network = DiffusionModel.load(model).to(runtime.device)
     sampler = Sampler(network, solver, steps, spacing, guidance, seed, runtime.batch_size, precision, clamp)
     chosen = parse_class_labels(network, classes) if classes else None
-    return write_samples(sampler, out, count, classes=chosen, grid=grid)
+    return write_samples(sampler, out, count, classes=chosen, contact_sheet=contact_sheet)
 
 
 def print_sampled_folder(result: SampledFolder) -> None:
@@ -60,5 +60,5 @@ def print_sampled_folder(result: SampledFolder) -> None:
     if result.images > result.requested:
         earlier = f", {result.requested} requested: the folder has more images from an earlier run"
     print(f"{result.images} images, {result.new} new{earlier}")
-    for path in filter(None, (result.folder, result.grid)):
+    for path in filter(None, (result.folder, result.contact_sheet)):
         print(f"  {path}")

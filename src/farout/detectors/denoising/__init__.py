@@ -178,7 +178,7 @@ class Denoising(Detector):
         _check_same_preprocessing(diffusion, classifier)
         if self.config["condition"] == "class":
             _check_same_classes(diffusion, classifier, guided=self.is_guided)
-        sort_levels(self.levels, diffusion.schedule.steps)
+        sort_levels(self.levels, diffusion.schedule.num_levels)
         create_solver(self.config["solver"], diffusion.schedule).check(self._build_paths(diffusion.schedule))
         if self.config["labels"] == "true":
             names = {class_name(source, label) for label in source.labels or ()}
@@ -192,7 +192,7 @@ class Denoising(Detector):
         paths = [
             noise_levels.geometric_path(schedule, t, steps)
             if spacing is None
-            else noise_levels.grid_path(schedule, t, spacing)
+            else noise_levels.strided_path(schedule, t, spacing)
             for t in self.levels
         ]
         return noise_levels.pad_paths([solver_path(self.config["solver"], path) for path in paths])

@@ -34,7 +34,7 @@ def invert_images(model: DiffusionModel, denoiser: Denoiser, images: Tensor, con
 
     DDIM is run upwards to the last level T in steps of 20 levels; x / sqrt(1 + sigma_T^2) is then nearly pure noise.
     """
-    last = model.schedule.steps - 1
+    last = model.schedule.num_levels - 1
     levels = [*range(0, last, _SPACING), last]
     sigmas = model.schedule.sigma_of(torch.tensor(levels)).float().to(model.device)
     x_T = DDIM()(denoiser, model.encode(images), sigmas.expand(len(images), -1), condition)

@@ -137,7 +137,7 @@ class Patches(FeatureDetector):
                 f"expected 1 or more of each of {counts}, max_images {max_images} >= 2 and 0 < share {share} <= 1"
             )
         self._training_config(1)  # rejects values out of range
-        self.levels = sort_levels(levels, paper_schedule().steps)
+        self.levels = sort_levels(levels, paper_schedule().num_levels)
         self.reset_statistics()
 
     def reset_statistics(self) -> None:

@@ -62,13 +62,13 @@ def build_denoising_paths(
 ) -> DenoisingPaths:
     """Build the paths of a mode, see `Reconstruction`; raises FaroutError for levels that the schedule lacks."""
     if mode == "exact":
-        levels = sort_levels(paper_levels(skip, grid) if levels is None else levels, schedule.steps, lowest=1)
-        paths = [noise_levels.grid_path(schedule, t, _SPACING) for t in levels]
+        levels = sort_levels(paper_levels(skip, grid) if levels is None else levels, schedule.num_levels, lowest=1)
+        paths = [noise_levels.strided_path(schedule, t, _SPACING) for t in levels]
         return DenoisingPaths(levels, noise_levels.pad_paths(paths), PLMS(), float(schedule.abar[0].sqrt()))
     if mode == "oneshot":
-        levels = sort_levels(ONESHOT_LEVELS if levels is None else levels, schedule.steps)
+        levels = sort_levels(ONESHOT_LEVELS if levels is None else levels, schedule.num_levels)
         paths = [noise_levels.geometric_path(schedule, t, 1) for t in levels]
         return DenoisingPaths(levels, noise_levels.pad_paths(paths), create_solver("ddim", schedule), 1.0)
-    levels = sort_levels(FAST_LEVELS if levels is None else levels, schedule.steps)
+    levels = sort_levels(FAST_LEVELS if levels is None else levels, schedule.num_levels)
     paths = [noise_levels.geometric_path(schedule, t, min(steps, max(1, t // 40))) for t in levels]
     return DenoisingPaths(levels, noise_levels.pad_paths(paths), create_solver(solver, schedule), 1.0)

@@ -24,7 +24,7 @@ StepNoise = Callable[[int], Tensor]
 
 def check_sampler(sampler: str, levels: tuple[int, ...], steps: int, schedule: NoiseSchedule) -> None:
     """Raise FaroutError for levels outside the schedule, repeated levels, and less than one step."""
-    sort_levels(levels, schedule.steps, lowest=1 if sampler == "released" else 0)
+    sort_levels(levels, schedule.num_levels, lowest=1 if sampler == "released" else 0)
     if steps < 1:
         raise FaroutError(f"steps must be at least 1, got {steps}")
 

@@ -27,7 +27,7 @@ class VPTime:
         self.schedule = schedule
         # -log abar = log(1 + sigma^2), with abar = 1 at t = -1
         self._log_decay = np.concatenate([[0.0], np.log1p(schedule.sigma.numpy() ** 2)])
-        self._curve = PchipInterpolator(np.arange(-1, schedule.steps, dtype=np.float64), self._log_decay)
+        self._curve = PchipInterpolator(np.arange(-1, schedule.num_levels, dtype=np.float64), self._log_decay)
         self._derivative = self._curve.derivative()
 
     def sigma_of(self, t: Tensor) -> Tensor:

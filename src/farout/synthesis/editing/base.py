@@ -166,7 +166,7 @@ class EditingContext:
 
     def level_of(self, k: int) -> float:
         """The noise level at the start of K steps, as a share of the schedule."""
-        return (self.levels[k - 1] + 1) / self.model.schedule.steps
+        return (self.levels[k - 1] + 1) / self.model.schedule.num_levels
 
     def path(self, k: int) -> Tensor:
         """The sigmas of K steps down to 0, as the solver expects them."""

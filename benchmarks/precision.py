@@ -48,7 +48,7 @@ def main() -> None:
         detector.fit(arguments.images, limit=arguments.fit_limit, **networks, runtime=runtime)
         scores, flags = {}, {}
         for precision in ("fp32", "bf16"):
-            detector.attach_networks(detector.diffusion, Runtime(precision=precision, cache=False))
+            detector.attach_runtime(Runtime(precision=precision, cache=False))
             tables = [detector.score(source, limit=arguments.count) for source in (arguments.id, arguments.ood)]
             scores[precision] = np.concatenate([table.score for table in tables])
             flags[precision] = np.concatenate([table.is_ood for table in tables])

@@ -141,10 +141,10 @@ def test_batch_order_and_threads_do_not_matter(
     kept = detector.runtime
     torch.set_num_threads(threads)
     try:
-        detector.attach_networks(detector.diffusion, replace(kept, batch_size=size, workers=1 + size % 3, cache=False))
+        detector.attach_runtime(replace(kept, batch_size=size, workers=1 + size % 3, cache=False))
         scores = detector.score(source.subset(order.tolist()))
     finally:
-        detector.attach_networks(detector.diffusion, kept)
+        detector.attach_runtime(kept)
         torch.set_num_threads(1)
     assert_same_scores(scores, whole, detector)
 
@@ -154,7 +154,7 @@ def test_the_device_needs_no_float64(whole: Scores, saved: Path, folder: Path) -
     """Apple's has none; what is to be exact is computed on the CPU there."""
     loaded = load(saved, cache=False)
     with narrow_device() as name:
-        loaded.attach_networks(loaded.diffusion, replace(loaded.runtime, device=name))
+        loaded.attach_runtime(replace(loaded.runtime, device=name))
         other = loaded.score(open_source(folder).subset(range(8)))
     assert whole.measurements is not None
     assert other.measurements is not None

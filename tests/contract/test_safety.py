@@ -144,8 +144,8 @@ def test_color_is_compared_with_the_fitted_images(folder: Path, tmp_path: Path) 
 
 
 def test_another_value_range_is_named(folder: Path) -> None:
-    with pytest.warns(MisleadingResultWarning, match="value range 'minmax', the diffusion model has 'fixed'"):
-        Reconstruction(levels=(50,), draws=1, normalization="minmax").fit(
+    with pytest.warns(MisleadingResultWarning, match="value_range is 'minmax', but the diffusion model has 'fixed'"):
+        Reconstruction(levels=(50,), draws=1, value_range="minmax").fit(
             folder, diffusion=model(), alpha=0.1, statistics=30
         )
 

@@ -22,7 +22,6 @@ from farout.detectors.declarations import HeatMaps
 from farout.detectors.reconstruction import Reconstruction
 from farout.evaluation.trivial_baselines import TrivialBaselines
 from farout.report import rendering
-from farout.report.heat_colors import MapScale
 from farout.report.rendering import png_data_url
 from farout.report.score_page import _color_map
 from farout.scoring.folder import score_folder
@@ -170,7 +169,7 @@ def test_the_scale_of_maps_is_the_detectors(good: Path, images: Path, tmp_path: 
     assert "Maps show mean absolute differences (dark: 0, brightest: 0.25 or more)" in page
     shown = {name: data for data, name in re.findall(r'src="(data:[^"]*)"[^>]*><figcaption>(.*?)</figcaption>', page)}
     assert set(shown) == {"image", "reconstruction", "halved", "blurred", "map"}
-    assert shown["blurred"] == shown["map"] == png_data_url(_color_map(torch.ones(1, 8, 8), MapScale(brightest=1.0))[0])
+    assert shown["blurred"] == shown["map"] == png_data_url(_color_map(torch.ones(1, 8, 8), 1.0)[0])
     assert shown["halved"] == png_data_url(torch.full((1, 8, 8), 0.25))
 
 
@@ -227,7 +226,7 @@ def placed(good: Path, tmp_path: Path) -> tuple[Detector, Path]:
 
 def test_the_nearest_good_images_stand_below(placed: tuple[Detector, Path], tmp_path: Path) -> None:
     detector, own = placed
-    score_folder(detector, own, tmp_path / "r", highest=60)
+    score_folder(detector, own, tmp_path / "r", top_images=60)
     page = (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
     cards = re.split(r'<div class="card[" ]', page)[1:]
     assert len(cards) == 60

@@ -57,23 +57,23 @@ def detector(place: Path) -> Detector:
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_PART", 8)
+    monkeypatch.setattr(scoring, "_IMAGES_PER_PART", 8)
 
 
 @pytest.fixture(scope="module")
 def whole(place: Path, detector: Detector) -> dict[str, bytes]:
     """What an uninterrupted run writes."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(scoring, "_PART", 8)
+    patch.setattr(scoring, "_IMAGES_PER_PART", 8)
     done = score_folder(detector, place / "new", place / "whole")
     patch.undo()
     assert done.scored_now == COUNT
     return contents(place / "whole")
 
 
-def score_folder(*given: Any, highest: int = 4, **settings: Any) -> ScoredFolder:
+def score_folder(*given: Any, top_images: int = 4, **settings: Any) -> ScoredFolder:
     """With few pictures on the page, which are measured again for their maps."""
-    return scoring.score_folder(*given, highest=highest, **settings)
+    return scoring.score_folder(*given, top_images=top_images, **settings)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -101,7 +101,7 @@ import pyarrow.parquet as pq
 from farout.scoring import folder as scoring
 from farout.cli import main
 torch.set_num_threads(1)
-scoring._PART = 8
+scoring._IMAGES_PER_PART = 8
 write, written = pq.write_table, []
 def dying(table, path, **more):
     written.append(path)
@@ -111,7 +111,7 @@ def dying(table, path, **more):
             file.truncate(100)
         os.kill(os.getpid(), signal.SIGKILL)
 scoring.pq.write_table = dying
-main(["score", sys.argv[1], sys.argv[2], "--out", sys.argv[3], "--highest", "4"])
+main(["score", sys.argv[1], sys.argv[2], "--out", sys.argv[3], "--top-images", "4"])
 """
 
 
@@ -173,7 +173,7 @@ def test_a_finished_folder_is_left_as_it_is(
 
 def test_another_number_of_pictures_rewrites_the_page_only(place: Path, detector: Detector, tmp_path: Path) -> None:
     shutil.copytree(place / "whole", tmp_path / "r")
-    assert score_folder(detector, place / "new", tmp_path / "r", highest=3).scored_now == 0
+    assert score_folder(detector, place / "new", tmp_path / "r", top_images=3).scored_now == 0
     assert (tmp_path / "r" / "page.html").read_text().count('<p class="name">') == 3
     assert (tmp_path / "r" / "scores.csv").read_bytes() == (place / "whole" / "scores.csv").read_bytes()
 
@@ -236,7 +236,7 @@ def store_parts(detector: Detector, images: Path, out: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         score_folder(detector, images, out)
     patch.undo()
-    scoring._PART = 8
+    scoring._IMAGES_PER_PART = 8
 
 
 def test_foreign_folders_are_not_touched(place: Path, detector: Detector, tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_images_are_streamed(place: Path, detector: Detector, tmp_path: Path, mo
         return original(self, batch, maps)
 
     monkeypatch.setattr(Reconstruction, "measure", counting)
-    score_folder(detector, place / "new", tmp_path / "r", highest=0)
+    score_folder(detector, place / "new", tmp_path / "r", top_images=0)
     assert max(len(batch.keys) for batch in seen) == detector.batch_size == 5
     assert on_disk == sorted(on_disk)
     assert on_disk[-1] == (COUNT - 1) // 8, "all parts but the last are written when the last is measured"
@@ -299,7 +299,7 @@ def test_the_tables_read_back_to_the_last_bit(
     place: Path, detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All images in one part are measured in the batches in which the detector measures them by itself."""
-    monkeypatch.setattr(scoring, "_PART", 1000)
+    monkeypatch.setattr(scoring, "_IMAGES_PER_PART", 1000)
     score_folder(detector, place / "new", tmp_path / "r")
     direct, read = detector.score(place / "new"), read_scores(tmp_path / "r")
     assert read.keys == direct.keys
@@ -409,7 +409,7 @@ def test_selection_at_a_false_discovery_rate(tmp_path: Path) -> None:
     assert table["selected"].tolist() == benjamini_hochberg(table["p_value"], 0.4).tolist()
     assert table["selected"].any()
     assert not table.loc[table["key"] == "broken.png", "selected"].any()
-    for wrong in ({"fdr": 40.0}, {"fdr": 0.0}, {"highest": -1}):
+    for wrong in ({"fdr": 40.0}, {"fdr": 0.0}, {"top_images": -1}):
         with pytest.raises(FaroutError, match="a rate between 0 and 1"):
             score_folder(fitted, some, tmp_path / "wrong", **wrong)
     assert not (tmp_path / "wrong").exists()

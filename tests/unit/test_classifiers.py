@@ -197,7 +197,7 @@ def test_networks_that_are_not_there(spec: dict[str, object], message: str) -> N
 
 def test_any_module_is_a_classifier() -> None:
     module = stirred(Functional())
-    clf = Classifier.from_module(module, MEAN, STD, size=8, features="answer", class_names="abcd")
+    clf = Classifier.from_module(module, MEAN, STD, size=8, head="answer", class_names="abcd")
     assert (clf.classes, clf.width, clf.class_names) == (4, 6, ("a", "b", "c", "d"))
     given = clf.outputs(images(3, 3))
     torch.testing.assert_close(given.features @ clf.head.weight.T, given.logits)
@@ -205,7 +205,7 @@ def test_any_module_is_a_classifier() -> None:
 
 
 def test_a_module_that_cannot_be_built_again_is_not_saved(tmp_path: Path) -> None:
-    clf = Classifier.from_module(Functional(), MEAN, STD, size=8, features="answer")
+    clf = Classifier.from_module(Functional(), MEAN, STD, size=8, head="answer")
     with pytest.raises(FaroutError, match="pass network="):
         clf.save(tmp_path / "c")
     assert not (tmp_path / "c").exists()
@@ -237,13 +237,13 @@ def test_a_residual_network_of_timms_can_be_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": "body"}, "not a linear layer.*answer"),
-        ({"features": "unused"}, "not that of its layer 'unused'"),
+        ({"head": "body"}, "not a linear layer.*answer"),
+        ({"head": "unused"}, "not that of its layer 'unused'"),
         ({}, "not that of its layer 'unused'"),  # the last one registered
-        ({"features": "answer", "class_names": "abc"}, "3 class names for a network of 4"),
-        ({"features": "answer", "channels": 1}, "mean"),
-        ({"features": "answer", "std": (0.1, 0, 0.1)}, "positive"),
-        ({"features": "answer", "channels": 1, "mean": [0.5], "std": [0.5]}, "does not take images"),
+        ({"head": "answer", "class_names": "abc"}, "3 class names for a network of 4"),
+        ({"head": "answer", "channels": 1}, "mean"),
+        ({"head": "answer", "std": (0.1, 0, 0.1)}, "positive"),
+        ({"head": "answer", "channels": 1, "mean": [0.5], "std": [0.5]}, "does not take images"),
     ],
 )
 def test_modules_that_do_not_fit(changes: dict[str, object], message: str) -> None:
@@ -276,7 +276,7 @@ def test_openood_checkpoints(tmp_path: Path, kind: str, head: str) -> None:
         torch.save({"state_dict": prefixed} if kind == "wrapped" else tensors, path)
     clf = Classifier.from_weights(path, network="resnet18", mean=MEAN, std=STD, size=16)
     assert clf.classes == 4
-    expected = Classifier.from_module(module, MEAN, STD, size=16, features=head).outputs(images(3, 3, 16)).logits
+    expected = Classifier.from_module(module, MEAN, STD, size=16, head=head).outputs(images(3, 3, 16)).logits
     torch.testing.assert_close(clf.outputs(images(3, 3, 16)).logits, expected)
 
 
@@ -429,4 +429,4 @@ def test_a_control_with_fresh_weights() -> None:
     assert not torch.equal(fresh.outputs(images()).logits, clf.outputs(images()).logits)
     assert fresh.content_hash == clf.with_random_weights(1).content_hash
     with pytest.raises(FaroutError, match="fresh weights"):
-        Classifier.from_module(Functional(), MEAN, STD, size=8, features="answer").with_random_weights()
+        Classifier.from_module(Functional(), MEAN, STD, size=8, head="answer").with_random_weights()

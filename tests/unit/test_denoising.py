@@ -104,7 +104,8 @@ def test_evaluations_are_as_in_the_cards_table() -> None:
     for made in (Denoising.from_preset("paper"), Denoising(), Denoising.from_preset("released")):
         made.classifier = classifier()
         made.preprocessing = made.classifier.preprocessing
-        made.attach_networks(conditional(), CPU)
+        made.diffusion = conditional()
+        made.attach_runtime(CPU)
         counted.append(made.cost().nfe)
     assert counted == [120, 48, 288]
 
@@ -237,9 +238,9 @@ def test_guidance_requires_a_null_condition(good: Path) -> None:
         ({"noise": "shard"}, "neighbor"),
         ({"condition": "classes"}, "none"),
         ({"use_levels": (300, 5)}, "use_levels"),
-        ({"condition": "none", "guidance": 2.0}, "guidance is 2.0, which has no effect without a condition"),
-        ({"condition": "none", "labels": "true"}, "labels is 'true', which has no effect"),
-        ({"grid": 20, "steps": 3}, "steps is 3, which has no effect with grid"),
+        ({"condition": "none", "guidance": 2.0}, "guidance is 2.0, but is only used with condition class"),
+        ({"condition": "none", "labels": "true"}, "labels is 'true', but is only used"),
+        ({"grid": 20, "steps": 3}, "steps is 3, but is only used without grid"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict, words: str) -> None:

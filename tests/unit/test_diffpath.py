@@ -8,7 +8,7 @@ from torch import Tensor
 from farout.core.errors import FaroutError
 from farout.core.runtime import Runtime
 from farout.data.batching import Batch
-from farout.detectors.calibration import calibrate
+from farout.detectors.calibration import set_calibration
 from farout.detectors.diffpath import DiffPath
 from farout.diffusion.denoiser import GaussianDenoiser
 from farout.diffusion.schedule import NoiseSchedule
@@ -36,7 +36,8 @@ def detector(**arguments: object) -> DiffPath:
     made = DiffPath(**{"clamp": False, **arguments})
     untrained = model()
     made.preprocessing = untrained.preprocessing
-    made.attach_networks(untrained, Runtime())
+    made.diffusion = untrained
+    made.attach_runtime(Runtime())
     exact = GaussianDenoiser(torch.zeros(SIZE), torch.diag(SPREAD**2))
     made.denoiser = untrained.clamp_x0(exact) if made.config["clamp"] else exact
     return made
@@ -70,7 +71,8 @@ def test_ten_evaluations_one_a_step() -> None:
     for arguments, count in (({}, 10), ({"steps": 5}, 5), ({"clamp": False}, 10)):
         made = DiffPath(**arguments)
         made.preprocessing = model().preprocessing
-        made.attach_networks(model(), Runtime())
+        made.diffusion = model()
+        made.attach_runtime(Runtime())
         assert made.cost().nfe == count
 
 
@@ -80,7 +82,7 @@ def scored() -> DiffPath:
     made = detector()
     made.statistics = made.measure(images(300, mean=0.1))
     made.fit_statistics(made.statistics)
-    calibrate(made, made.measure(images(200, mean=0.1, seed=1)))
+    set_calibration(made, made.measure(images(200, mean=0.1, seed=1)))
     return made
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from farout.core.errors import FaroutError
 from farout.core.runtime import Runtime
 from farout.data.batching import Batch
-from farout.detectors.calibration import calibrate
+from farout.detectors.calibration import set_calibration
 from farout.detectors.msma import MSMA
 from farout.diffusion.denoiser import GaussianDenoiser
 from farout.diffusion.schedule import NoiseSchedule
@@ -38,7 +38,8 @@ def detector(**arguments: object) -> MSMA:
     made = MSMA(**arguments)
     untrained = model(data_range=(0.0, 1.0))
     made.preprocessing = untrained.preprocessing
-    made.attach_networks(untrained, Runtime())
+    made.diffusion = untrained
+    made.attach_runtime(Runtime())
     made.denoiser = GaussianDenoiser(torch.full((SIZE,), 0.5), BASIS @ torch.diag(SPREAD**2) @ BASIS.T)
     return made
 
@@ -62,21 +63,23 @@ def test_norms_are_those_of_the_gaussian_score() -> None:
 def test_levels_are_even_in_log_sigma_between_the_ends() -> None:
     """In the schedule's reach; sigma is that of pixels in [0, 1], whatever range the network has."""
     schedule = NoiseSchedule()
-    sigmas = schedule.sigma[list(detector(lowest=0.1, highest=1.0, count=4).levels)]
+    sigmas = schedule.sigma[list(detector(sigma_min=0.1, sigma_max=1.0, count=4).levels)]
     torch.testing.assert_close(sigmas, 10 ** torch.linspace(-1, 0, 4, dtype=torch.float64), rtol=0.05, atol=0)
-    wide = MSMA(lowest=0.1, highest=1.0, count=4)
-    wide.attach_networks(model(data_range=(-1.0, 1.0)), Runtime())
+    wide = MSMA(sigma_min=0.1, sigma_max=1.0, count=4)
+    wide.diffusion = model(data_range=(-1.0, 1.0))
+    wide.attach_runtime(Runtime())
     torch.testing.assert_close(schedule.sigma[list(wide.levels)], 2 * sigmas, rtol=0.05, atol=0)
-    whole = detector(lowest=1e-9, highest=1e9, count=7)
+    whole = detector(sigma_min=1e-9, sigma_max=1e9, count=7)
     assert (whole.levels[0], whole.levels[-1], len(whole.levels)) == (0, 999, 7)
     assert detector(levels=(30, 10)).levels == (10, 30)
-    assert len(detector(lowest=0.04, highest=0.05, count=50).levels) < 50, "what rounds to one level counts once"
+    assert len(detector(sigma_min=0.04, sigma_max=0.05, count=50).levels) < 50, "what rounds to one level counts once"
 
 
 def test_ten_evaluations_and_no_noise() -> None:
     made = MSMA.from_preset("paper")
     made.preprocessing = model().preprocessing
-    made.attach_networks(model(), Runtime())
+    made.diffusion = model()
+    made.attach_runtime(Runtime())
     assert made.cost().nfe == made.rows_per_image == 10
     assert torch.equal(norms(made, images(3)), norms(made, images(3)))
 
@@ -86,7 +89,7 @@ def scored() -> MSMA:
     made = detector()
     made.statistics = made.measure(images(300))
     made.fit_statistics(made.statistics)
-    calibrate(made, made.measure(images(200, seed=1)))
+    set_calibration(made, made.measure(images(200, seed=1)))
     return made
 
 
@@ -116,14 +119,14 @@ def test_it_works_on_latents_and_with_a_null_condition() -> None:
     ("arguments", "message"),
     [
         ({"count": 0}, "at least 1"),
-        ({"lowest": 1.0, "highest": 0.5}, "lowest < highest"),
+        ({"sigma_min": 1.0, "sigma_max": 0.5}, "sigma_min < sigma_max"),
         ({"score": "best"}, "best"),
-        ({"levels": (50, 100), "count": 2}, "count is 2, which has no effect with levels"),
-        ({"levels": (50, 100), "highest": 2.0}, "highest is 2.0"),
+        ({"levels": (50, 100), "count": 2}, "count is 2, but is only used without levels"),
+        ({"levels": (50, 100), "sigma_max": 2.0}, "sigma_max is 2.0"),
         ({"levels": (50, 2000)}, "999"),
         ({"levels": (50, 50)}, "different"),
         ({"levels": ()}, "different"),
-        ({"lowest": 1e3, "highest": 1e4}, "outside the schedule"),
+        ({"sigma_min": 1e3, "sigma_max": 1e4}, "outside the schedule"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:

@@ -16,15 +16,15 @@ from farout.core.errors import FaroutError
 from farout.data.batching import Batch
 from farout.data.decoding import from_pil
 from farout.detectors.base import Detector
+from farout.detectors.declarations import HeatMaps
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
-from farout.report.heat_colors import MapScale
 from farout.report.overlays import draw_overlay, overlay_path, write_overlays
 from small import model, pictures
 
 COUNT = 11
 
-HOTTEST = MapScale().brightest
+HOTTEST = HeatMaps.maximum
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_score_writes_a_map_of_every_readable_image(place: Path, tmp_path: Path) -> None:
-    assert run(["score", place / "d", place / "new", "--out", tmp_path / "r", "--maps", "--highest", 2]) == 0
+    assert run(["score", place / "d", place / "new", "--out", tmp_path / "r", "--maps", "--top-images", 2]) == 0
     maps = contents(tmp_path / "r" / "maps")
     expected = {f"{i:03d}.png.png" for i in range(COUNT) if i != 4} | {"line 2/004.png.png"}
     assert {name for name in maps if name.endswith(".png")} == expected
@@ -87,7 +87,7 @@ def test_score_writes_a_map_of_every_readable_image(place: Path, tmp_path: Path)
 
 
 def test_a_scored_folder_can_get_maps_afterwards(place: Path, tmp_path: Path) -> None:
-    words = ["score", place / "d", place / "new", "--out", tmp_path / "r", "--highest", 2]
+    words = ["score", place / "d", place / "new", "--out", tmp_path / "r", "--top-images", 2]
     assert run(words) == 0
     assert not (tmp_path / "r" / "maps").exists()
     scores = (tmp_path / "r" / "scores.csv").read_bytes()

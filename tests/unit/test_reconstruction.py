@@ -11,7 +11,7 @@ from farout.core.errors import FaroutError
 from farout.core.runtime import Runtime
 from farout.data.batching import Batch
 from farout.data.preprocessing import Preprocessing
-from farout.detectors.calibration import calibrate
+from farout.detectors.calibration import set_calibration
 from farout.detectors.reconstruction import Reconstruction
 from farout.detectors.reconstruction.denoising_paths import build_denoising_paths, paper_levels
 from farout.detectors.reconstruction.metrics import METRICS
@@ -51,7 +51,8 @@ def detector(**arguments: object) -> Reconstruction:
     exact = DiffusionModel(Gaussian(MEAN, SPREAD), SCHEDULE, preprocessing, data_range=(0.0, 1.0))
     made = Reconstruction(**arguments)
     made.preprocessing = preprocessing
-    made.attach_networks(exact, Runtime())
+    made.diffusion = exact
+    made.attach_runtime(Runtime())
     return made
 
 
@@ -165,7 +166,7 @@ def scored() -> Reconstruction:
     made = detector(levels=LEVELS)
     made.statistics = made.measure_statistics(images(150))
     made.fit_statistics(made.statistics)
-    calibrate(made, made.measure(images(150, seed=1)))
+    set_calibration(made, made.measure(images(150, seed=1)))
     return made
 
 
@@ -249,10 +250,10 @@ def test_paper_preset_is_the_papers() -> None:
         ({"levels": ()}, "different"),
         ({"perceptual": "alex"}, "lpips"),
         ({"grid": "papers"}, "released"),
-        ({"skip": 8}, "skip is 8, which has no effect"),
+        ({"skip": 8}, "skip is 8, but is only used in mode exact without levels"),
         ({"mode": "exact", "levels": (50,), "grid": "released"}, "mode exact without levels"),
-        ({"steps": 3}, "steps is 3, which has no effect in the mode oneshot"),
-        ({"mode": "exact", "solver": "ddim"}, "give mode fast"),
+        ({"steps": 3}, "steps is 3, but is only used in mode fast"),
+        ({"mode": "exact", "solver": "ddim"}, "in mode fast"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:

@@ -11,7 +11,7 @@ from farout.benchmark.results_folder import ScoredFolder, read_scored_folders
 from farout.data.decoding import save_png, to_pil
 from farout.data.sources import open_source
 from farout.detectors.base import Detector, Scores
-from farout.report.heat_colors import MapScale
+from farout.detectors.declarations import HeatMaps
 from farout.report.overlays import FOLDER, draw_overlay, overlay_path
 
 __all__ = ["MAX_IMAGES", "list_error_images", "rank_errors", "write_error_images"]
@@ -45,7 +45,7 @@ def write_error_images(detector: Detector, folder: Path, sources: Sequence[str])
         sources: names of the sources, the in-distribution one first. Score folders of other sources may be from an
             earlier run and are left alone.
     """
-    scale = MapScale.of(detector)
+    heat_maps = detector.heat_maps or HeatMaps()
     for scored in read_scored_folders(folder):
         if scored.source not in sources:
             continue
@@ -58,10 +58,12 @@ def write_error_images(detector: Detector, folder: Path, sources: Sequence[str])
             assert measured.maps is not None
             for row, index in enumerate(batch.indices):
                 name = overlay_path(images.keys[index])
-                heat_map = draw_overlay(images[index], measured.maps[row], detector.preprocessing.crop, scale)
+                heat_map = draw_overlay(
+                    images[index], measured.maps[row], detector.preprocessing.crop, heat_maps.maximum
+                )
                 save_png(heat_map, scored.folder / FOLDER / name)
                 for kind, pictures in measured.pictures.items():
-                    if detector.heat_maps is not None and kind not in detector.heat_maps.pictures:
+                    if kind not in heat_maps.pictures:
                         save_png(to_pil(pictures[row]), scored.folder / _PICTURES_FOLDER / kind / name)
 
 

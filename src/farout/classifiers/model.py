@@ -52,7 +52,7 @@ class Classifier:
         mean: mean of each channel, for images in [0, 1]: the network's input is (x - mean) / std.
         std: standard deviation of each channel.
         preprocessing: how images become the tensors (C, H, W) that the network takes.
-        features: name of the last linear layer; None: it is found.
+        head: name of the last linear layer; None: it is found.
         class_names: name of each class; None: their numbers.
         network: configuration from which `module` can be built; None: the classifier cannot be saved.
         trained_on: content hashes of the images that the weights have seen.
@@ -69,7 +69,7 @@ class Classifier:
         std: Sequence[float],
         preprocessing: Preprocessing,
         *,
-        features: str | None = None,
+        head: str | None = None,
         class_names: Sequence[str] | None = None,
         network: NetworkSpec | None = None,
         trained_on: Collection[str] = (),
@@ -85,7 +85,7 @@ class Classifier:
             raise FaroutError(
                 f"mean {list(mean)} and std {list(std)}: expected {channels} numbers each, those of std positive"
             )
-        self.head_name = find_head(module, features)
+        self.head_name = find_head(module, head)
         probe = torch.full((1, channels, *preprocessing.size), 0.5, device=self.device)
         try:
             self.pool_name = find_pool(self.module, self.head_name, self.normalize(probe))
@@ -237,7 +237,7 @@ class Classifier:
         *,
         size: int | tuple[int, int],
         channels: int = 3,
-        features: str | None = None,
+        head: str | None = None,
         class_names: Sequence[str] | None = None,
         network: str | NetworkSpec | None = None,
     ) -> Classifier:
@@ -249,7 +249,7 @@ class Classifier:
             std: standard deviation of each channel.
             size: size of the images in pixels: a side, or (height, width).
             channels: 1 or 3.
-            features: name of the last linear layer; None: the last one registered.
+            head: name of the last linear layer; None: the last one registered.
             class_names: name of each class; None: their numbers.
             network: name or configuration of the network (see `NetworkSpec`); without it the classifier cannot be
                 saved. The network is built with these weights and must give the same logits.
@@ -258,7 +258,7 @@ class Classifier:
             FaroutError: if the module does not take such images, or is not the named network.
         """
         preprocessing = _preprocessing_of_size(size, channels)
-        classifier = cls(module, mean, std, preprocessing, features=features, class_names=class_names)
+        classifier = cls(module, mean, std, preprocessing, head=head, class_names=class_names)
         if network is None:
             return classifier
         if isinstance(network, NetworkSpec):

@@ -43,29 +43,22 @@ class Configured:
         """Adds arguments to `config`; the first call, by the constructor of the most derived class, creates it."""
         if not hasattr(self, "config"):
             self.config = {}
-            self._initialize_state()
+            self.provenance = {}
         self.config |= arguments
 
-    def _initialize_state(self) -> None:
-        """Sets attributes that are not arguments; called once, before the body of any constructor."""
-        self.provenance = {}
-
-    def _check_unused(self, condition: str, *names: str) -> None:
+    def _check_unused(self, use: str, *names: str) -> None:
         """Raises FaroutError for arguments that have no effect but were changed.
 
         A value is unchanged if it is the default, or the value of one of the presets.
 
         Args:
-            condition: when the arguments have no effect, and how to change that, for the message.
+            use: when the arguments have an effect, for the message, such as "in mode fast".
             names: names of the arguments.
         """
         for name in names:
             value, default = self.config[name], _default_of(type(self), name)
             if value not in (default, *(preset.get(name, default) for preset in self.presets.values())):
-                raise FaroutError(
-                    f"{name} is {value!r}, which has no effect {condition}, or leave {name} out (its default is "
-                    f"{default!r})"
-                )
+                raise FaroutError(f"{name} is {value!r}, but is only used {use}; leave it out (default {default!r})")
 
     @classmethod
     def from_preset(cls, name: str, **arguments: Any) -> Self:

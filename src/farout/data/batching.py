@@ -33,7 +33,8 @@ class Batch:
         labels: int64 (B,), or None if the source has no labels.
         indices: indices of the images in the source.
         features: stored features (B, width) that replace the images, or None.
-        hashes: content hashes of the images, or empty.
+        identities: for each image its content hash with the variant applied, which seeds its random numbers; default:
+            the keys.
     """
 
     keys: tuple[str, ...]
@@ -41,12 +42,11 @@ class Batch:
     labels: Tensor | None
     indices: tuple[int, ...]
     features: Tensor | None = None
-    hashes: tuple[str, ...] = ()
+    identities: tuple[str, ...] = ()
 
-    @property
-    def identities(self) -> tuple[str, ...]:
-        """The seed text of each image's random numbers: its content hash, or its key if no hashes are given."""
-        return self.hashes or self.keys
+    def __post_init__(self) -> None:
+        if not self.identities:
+            object.__setattr__(self, "identities", self.keys)
 
 
 def iterate_batches(
@@ -96,7 +96,7 @@ def prefetch(loads: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
 def _load_batch(source: ImageSource, preprocessing: Preprocessing, span: range) -> Batch:
     indices: list[int] = []
     prepared: list[Tensor] = []
-    hashes: list[str] = []
+    identities: list[str] = []
     for index in span:
         try:
             pixels = source[index]
@@ -107,10 +107,10 @@ def _load_batch(source: ImageSource, preprocessing: Preprocessing, span: range) 
             continue  # the source lists it by key and reason
         indices.append(index)
         prepared.append(image)
-        hashes.append(identity)
+        identities.append(identity)
     images = torch.stack(prepared) if prepared else torch.zeros(0, preprocessing.channels, *preprocessing.size)
     labels = None if source.labels is None else torch.tensor([source.labels[i] for i in indices], dtype=torch.int64)
-    return Batch(tuple(source.keys[i] for i in indices), images, labels, tuple(indices), hashes=tuple(hashes))
+    return Batch(tuple(source.keys[i] for i in indices), images, labels, tuple(indices), identities=tuple(identities))
 
 
 class PreparedImages(Dataset[Tensor]):

@@ -91,14 +91,9 @@ class Detector(DetectorInterface):
         Statistics and calibration are fitted again from the stored measurements; no network runs. Raises FaroutError
         for arguments that change the measurements.
         """
-        from farout.detectors.fitting import copy_with_scoring
+        from farout.detectors.fitting import copy_with_scoring  # scoring does not import the settings of training
 
         return copy_with_scoring(self, arguments)
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the detector has been fitted or loaded."""
-        return bool(self.calibration_scores)
 
     def cost(self) -> Cost:
         """Count network evaluations and multiply-accumulates of one image."""

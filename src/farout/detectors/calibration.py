@@ -16,12 +16,12 @@ from farout.detectors.results import Measurements
 
 __all__ = [
     "benjamini_hochberg",
-    "calibrate",
     "check_alpha",
     "check_fitted",
     "compute_p_values",
     "flag_outliers",
     "score_threshold",
+    "set_calibration",
     "warn_about_scores",
 ]
 
@@ -29,7 +29,7 @@ _ROUNDING = 1 + 1e-12
 """A p-value k / (n + 1) that equals alpha on paper may differ from it in the last bit."""
 
 
-def calibrate(detector: DetectorInterface, measurements: Measurements) -> None:
+def set_calibration(detector: DetectorInterface, measurements: Measurements) -> None:
     """Use these measurements for the p-values; raises FaroutError where one of their scores is not a number."""
     scores = {name: value.double().numpy() for name, value in detector.compute_scores(measurements).items()}
     invalid = sorted(name for name, value in scores.items() if not np.isfinite(value).all())
@@ -41,7 +41,7 @@ def calibrate(detector: DetectorInterface, measurements: Measurements) -> None:
 
 def check_fitted(detector: DetectorInterface) -> None:
     """Raise FaroutError unless the detector has been fitted."""
-    if not detector.calibration_scores:
+    if not detector.is_fitted:
         raise FaroutError(
             f"this {type(detector).__name__} has not been fitted; call fit(images) or farout.load(folder)"
         )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from farout.classifiers.model import Classifier
 from farout.core.devices import in_float64
 from farout.core.errors import FaroutError
 from farout.data.batching import Batch
@@ -22,6 +21,9 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.solvers.base import Evaluation
 from farout.diffusion.solvers.ddim import DDIM
 from farout.features.densities import GaussianMixture, KernelDensity, pack_arrays, unpack_arrays
+
+if TYPE_CHECKING:  # importing classifiers takes seconds, and the method uses none
+    from farout.classifiers.model import Classifier
 
 __all__ = ["DiffPath"]
 

@@ -17,7 +17,7 @@ from farout.data.preprocessing import Preprocessing, Protocol
 from farout.data.splits import calibration_size
 from farout.detectors.argument_checks import check_literals
 from farout.detectors.base import Detector
-from farout.detectors.calibration import calibrate, check_alpha, check_fitted
+from farout.detectors.calibration import check_alpha, check_fitted, set_calibration
 from farout.detectors.declarations import Requirements
 from farout.detectors.results import Measurements, Scores
 from farout.features.encoding import FeatureEncoding
@@ -92,7 +92,9 @@ class FeatureDetector(Detector):
         return self.runtime.images_per_batch((1,))
 
     def load_batches(self, source: ImageSource) -> Iterator[Batch]:
-        """Load features instead of images, from the feature cache where it contains them."""
+        """With the cache: batches of features, computed where they are missing. Without it: batches of images, whose
+        features `pooled_features` computes.
+        """
         if not self.runtime.cache:
             yield from super().load_batches(source)
             return
@@ -179,7 +181,7 @@ class VectorDetector(FeatureDetector):
         order = np.random.default_rng(seed).permutation(count)
         self.statistics = measurements.select(np.sort(order[held_out:]).tolist())
         self.fit_statistics(self.statistics)
-        calibrate(self, measurements.select(np.sort(order[:held_out]).tolist()))
+        set_calibration(self, measurements.select(np.sort(order[:held_out]).tolist()))
         return self
 
     def score_features(self, features: np.ndarray | Tensor) -> Scores:

@@ -17,7 +17,7 @@ from farout.data.preprocessing import Preprocessing, is_all_gray
 from farout.data.source_spec import parse_spec
 from farout.data.sources import open_source
 from farout.data.splits import Split, calibration_size, exclusion_hint, log_split, split_source
-from farout.detectors.calibration import calibrate, check_alpha, check_fitted
+from farout.detectors.calibration import check_alpha, check_fitted, set_calibration
 from farout.detectors.fit_settings import FitSettings
 from farout.detectors.interface import DetectorInterface
 from farout.detectors.networks import diffusion_class
@@ -63,18 +63,18 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
     if requirements.backbone:
         # features of the training images need the backbone on its device
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
-        detector.attach_networks(None, settings.runtime)
+        detector.attach_runtime(settings.runtime)
 
     if requirements.diffusion == "images" or requirements.classifier:
         from farout.detectors import network_training  # loads diffusers and scikit-learn
 
-        network_training.check_networks(detector, source, settings)
+        network_training.check_with_untrained_networks(detector, source, settings)
         if requirements.classifier and detector.classifier is None:
             detector.classifier = network_training.train_classifier(detector, training_images, settings)
         if requirements.diffusion == "images" and detector.diffusion is None:
             detector.diffusion = network_training.train_diffusion(detector, training_images, settings)
     if requirements.diffusion == "features" and detector.diffusion is None:
-        detector.diffusion = detector.train_features_diffusion(training_images, settings)
+        detector.diffusion = detector.train_feature_diffusion(training_images, settings)
 
     network = detector.diffusion if requirements.diffusion == "images" else detector.classifier
     if network is not None:
@@ -84,7 +84,7 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
         detector.preprocessing = replace(own, native=native, protocol=settings.protocol or own.protocol)
     elif not requirements.backbone:
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
-    detector.attach_networks(detector.diffusion, settings.runtime)
+    detector.attach_runtime(settings.runtime)
 
     detector.prepare_statistics(statistics_images)
     detector.statistics = measure_source(
@@ -95,7 +95,7 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
             "measurements of the statistics images are not all numbers; look for damaged images or weights"
         )
     detector.fit_statistics(detector.statistics)
-    calibrate(detector, measure_source(detector, calibration_images, "measuring calibration images"))
+    set_calibration(detector, measure_source(detector, calibration_images, "measuring calibration images"))
     detector.statistics_hashes = frozenset(source.content_hash(i) for i in parts.statistics)
     detector.calibration_hashes = frozenset(source.content_hash(i) for i in parts.calibration)
     detector.provenance = {
@@ -159,7 +159,7 @@ def recalibrate(
     if len(new) < least:
         message = f"{len(new)} calibration images cannot flag anything at alpha {alpha}; that takes {least}"
         warnings.warn(message, TooFewImagesWarning, stacklevel=2)
-    calibrate(detector, measure_source(detector, source.subset(new), "measuring calibration images"))
+    set_calibration(detector, measure_source(detector, source.subset(new), "measuring calibration images"))
     detector.alpha = alpha
     detector.calibration_hashes = frozenset(hashes[i] for i in new)
     # a new dictionary: copies with other scoring arguments share the old one
@@ -176,15 +176,15 @@ def copy_with_scoring(detector: D, arguments: dict[str, Any]) -> D:
         known = ", ".join(sorted(detector.scoring_arguments))
         raise FaroutError(f"{', '.join(others)} cannot be changed after the fit, only {known}; fit again")
     copy = type(detector)(**{**detector.config, **arguments})
-    copy.features, copy.classifier = detector.features, detector.classifier
+    copy.diffusion, copy.classifier, copy.features = detector.diffusion, detector.classifier, detector.features
     copy.preprocessing, copy.alpha, copy.seed = detector.preprocessing, detector.alpha, detector.seed
     copy.statistics, copy.statistics_hashes = detector.statistics, detector.statistics_hashes
     copy.calibration_hashes = detector.calibration_hashes
     copy.provenance, copy.linked_model = detector.provenance, detector.linked_model
-    copy.attach_networks(detector.diffusion, detector.runtime)
+    copy.attach_runtime(detector.runtime)
     copy.set_state(detector.get_state())
     copy.fit_statistics(copy.statistics)
-    calibrate(copy, detector.calibration)
+    set_calibration(copy, detector.calibration)
     return copy
 
 
@@ -224,7 +224,7 @@ def _load_classifier(detector: DetectorInterface, classifier: Any, source: Image
         return None
     if not required:
         raise FaroutError(f"{name} uses no classifier; leave it out")
-    from farout.classifiers.model import Classifier
+    from farout.classifiers.model import Classifier  # loads timm, which a detector without classifier does not need
 
     model = Classifier.load(classifier) if isinstance(classifier, str | Path) else classifier
     if not isinstance(model, Classifier):

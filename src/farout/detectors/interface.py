@@ -86,6 +86,11 @@ class DetectorInterface(Configured, ABC):
         """Restore the arrays of `get_state`."""
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether the detector has been fitted or loaded."""
+        return bool(self.calibration_scores)
+
+    @property
     def score_name(self) -> str:
         """The indicator that is the method's score."""
         return str(self.config["score"])
@@ -115,9 +120,9 @@ class DetectorInterface(Configured, ABC):
         Networks that are to be trained are given untrained.
         """
 
-    def train_features_diffusion(self, images: ImageSource, settings: FitSettings) -> FeatureDiffusion:
+    def train_feature_diffusion(self, images: ImageSource, settings: FitSettings) -> FeatureDiffusion:
         """Train the diffusion model of a method that requires one of features."""
-        raise FaroutError(f"{type(self).__name__} does not implement train_features_diffusion")
+        raise FaroutError(f"{type(self).__name__} does not implement train_feature_diffusion")
 
     def prepare_networks(self) -> None:
         """Check and prepare networks, noise and levels, once networks and runtime are set."""
@@ -131,10 +136,9 @@ class DetectorInterface(Configured, ABC):
 
     # Networks, batches and reports.
 
-    def attach_networks(self, diffusion: DiffusionModel | FeatureDiffusion | None, runtime: Runtime) -> None:
-        """Set diffusion model and runtime, move all networks to the runtime's device and prepare them."""
+    def attach_runtime(self, runtime: Runtime) -> None:
+        """Set the runtime, move all networks to its device and prepare them."""
         self.runtime = runtime.resolve_auto()
-        self.diffusion = diffusion or self.diffusion
         for network in (self.diffusion, self.classifier, self.features):
             if network is not None:
                 network.to(self.runtime.device)
@@ -148,7 +152,7 @@ class DetectorInterface(Configured, ABC):
 
     @property
     def precision(self) -> Precision:
-        """Precision of the networks, which `attach_networks` has resolved."""
+        """Precision of the networks, which `attach_runtime` has resolved."""
         return cast("Precision", self.runtime.precision)
 
     @property

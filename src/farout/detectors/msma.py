@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from farout.classifiers.model import Classifier
 from farout.core.devices import in_float64
 from farout.core.errors import FaroutError
 from farout.data.batching import Batch
@@ -20,6 +19,9 @@ from farout.detectors.declarations import Requirements
 from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.features.densities import GaussianMixture, Mahalanobis, NearestNeighbor, pack_arrays, unpack_arrays
+
+if TYPE_CHECKING:  # importing classifiers takes seconds, and the method uses none
+    from farout.classifiers.model import Classifier
 
 __all__ = ["MSMA"]
 
@@ -44,11 +46,11 @@ class MSMA(Detector):
     information criterion, and no more than the number of statistics images allows.
 
     Args:
-        levels: noise levels t; default: `count` levels from `lowest` to `highest`, evenly spaced in log sigma.
+        levels: noise levels t; default: `count` levels from `sigma_min` to `sigma_max`, evenly spaced in log sigma.
         count: maximum number of levels; levels with the same t count once.
-        lowest: smallest sigma of those levels, for pixels in [0, 1] (for latents: in their own units), at least the
+        sigma_min: smallest sigma of those levels, for pixels in [0, 1] (for latents: in their own units), at least the
             schedule's.
-        highest: largest sigma of those levels, in the same units, at most the schedule's.
+        sigma_max: largest sigma of those levels, in the same units, at most the schedule's.
         components: maximum number of Gaussians of the mixture.
         neighbors: rank of the neighbor whose distance is the indicator `nearest`.
         score: indicator used as score: `mixture` or `mahalanobis` (negative log density), or `nearest`.
@@ -59,7 +61,14 @@ class MSMA(Detector):
     # levels at which the prediction of an untrained network depends on the image
     test_arguments: ClassVar[Mapping[str, Any]] = {"levels": (200, 500, 900)}
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {"count": 10, "lowest": 0.01, "highest": 1.0, "components": 20, "neighbors": 5, "score": "mixture"},
+        "paper": {
+            "count": 10,
+            "sigma_min": 0.01,
+            "sigma_max": 1.0,
+            "components": 20,
+            "neighbors": 5,
+            "score": "mixture",
+        },
     }
     diffusion: DiffusionModel | None = None
 
@@ -68,8 +77,8 @@ class MSMA(Detector):
         *,
         levels: tuple[int, ...] | None = None,
         count: int = 10,
-        lowest: float = 0.01,
-        highest: float = 1.0,
+        sigma_min: float = 0.01,
+        sigma_max: float = 1.0,
         components: int = 20,
         neighbors: int = 5,
         score: Literal["mixture", "mahalanobis", "nearest"] = "mixture",
@@ -78,10 +87,12 @@ class MSMA(Detector):
         if min(count, components, neighbors) < 1:
             given = f"{count}, {components} and {neighbors}"
             raise FaroutError(f"count, components and neighbors must be at least 1, got {given}")
-        if not 0 < lowest < highest:
-            raise FaroutError(f"lowest and highest must satisfy 0 < lowest < highest, got {lowest:g} and {highest:g}")
+        if not 0 < sigma_min < sigma_max:
+            raise FaroutError(
+                f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {sigma_min:g} and {sigma_max:g}"
+            )
         if levels is not None:
-            self._check_unused("with levels; leave levels out", "count", "lowest", "highest")
+            self._check_unused("without levels", "count", "sigma_min", "sigma_max")
         self.levels: tuple[int, ...] = ()
         self.mixture: GaussianMixture | None = None
         self.gaussian: Mahalanobis | None = None
@@ -100,12 +111,14 @@ class MSMA(Detector):
         if self.config["levels"] is not None:
             return sort_levels(self.config["levels"], schedule.num_levels)
         low, high = model.x0_range or (0.0, 1.0)  # the values that images have in the network's space
-        requested = torch.tensor([self.config["lowest"], self.config["highest"]], dtype=torch.float64) * (high - low)
+        requested = torch.tensor([self.config["sigma_min"], self.config["sigma_max"]], dtype=torch.float64) * (
+            high - low
+        )
         ends = requested.clamp(schedule.sigma[0], schedule.sigma[-1])
         if not ends[0] < ends[1]:
             raise FaroutError(
                 f"sigma from {requested[0]:g} to {requested[1]:g} in the network's space is outside the schedule's "
-                f"{schedule.sigma[0]:g} to {schedule.sigma[-1]:g}; change lowest and highest, or give levels"
+                f"{schedule.sigma[0]:g} to {schedule.sigma[-1]:g}; change sigma_min and sigma_max, or give levels"
             )
         ramp = torch.linspace(0, 1, self.config["count"], dtype=torch.float64)
         sigmas = torch.lerp(ends[0].log(), ends[1].log(), ramp).exp()

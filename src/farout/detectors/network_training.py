@@ -26,10 +26,10 @@ from farout.diffusion.train import build_model, train_model
 from farout.features.feature_diffusion import FeatureDiffusion
 from farout.training.config import TrainingConfig
 
-__all__ = ["check_networks", "train_classifier", "train_diffusion"]
+__all__ = ["check_with_untrained_networks", "train_classifier", "train_diffusion"]
 
 
-def check_networks(detector: DetectorInterface, images: ImageSource, settings: FitSettings) -> None:
+def check_with_untrained_networks(detector: DetectorInterface, images: ImageSource, settings: FitSettings) -> None:
     """Let the method reject images, networks and settings; networks that are missing are built untrained."""
     diffusion, classifier = detector.diffusion, detector.classifier
     if diffusion is None and detector.requirements.diffusion == "images":

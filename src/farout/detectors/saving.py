@@ -19,7 +19,7 @@ from farout.core.errors import FaroutError, MisleadingResultWarning, StoreError
 from farout.core.runtime import Runtime
 from farout.data.preprocessing import Preprocessing
 from farout.detectors import DETECTORS
-from farout.detectors.calibration import calibrate, check_fitted
+from farout.detectors.calibration import check_fitted, set_calibration
 from farout.detectors.interface import DetectorInterface
 from farout.detectors.networks import diffusion_class
 from farout.detectors.results import Measurements
@@ -113,12 +113,13 @@ def load(folder: Path, runtime: dict[str, Any]) -> Any:
         detector.classifier = _load_network(Classifier, folder / "classifier", config["classifier"])
     if config["diffusion"] is not None:
         _load_diffusion(detector, folder, config["diffusion"])
-    detector.attach_networks(detector.diffusion, _adapt_runtime(Runtime(**config["runtime"]), runtime))
+    detector.attach_runtime(_adapt_runtime(Runtime(**config["runtime"]), runtime))
     if config["state"]:
         state = store.load_tensors(folder / "fitted.safetensors")
         detector.set_state({name: tensor.numpy() for name, tensor in state.items()})
     detector.statistics = Measurements.read_parquet(folder / "statistics.parquet")
-    calibrate(detector, Measurements.read_parquet(folder / "calibration.parquet"))
+    # sorted scores are not saved but recomputed from the measurements
+    set_calibration(detector, Measurements.read_parquet(folder / "calibration.parquet"))
     return detector
 
 

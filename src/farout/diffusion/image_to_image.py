@@ -136,23 +136,23 @@ class ImageToImage:
             path = noise_levels.geometric_path(schedule, num_levels - 1, self._steps)
         return solver_path(self.solver, path)
 
-    def image_levels(self, keys: Sequence[str]) -> list[float]:
+    def image_levels(self, identities: Sequence[str]) -> list[float]:
         """The level of each image, as a fraction of the schedule, rounded to one of its levels."""
-        return [self._draw(key)[0] / self.model.schedule.num_levels for key in keys]
+        return [self._draw(identity)[0] / self.model.schedule.num_levels for identity in identities]
 
-    def _draw(self, key: str) -> tuple[int, Tensor]:
+    def _draw(self, identity: str) -> tuple[int, Tensor]:
         """The number of levels and the noise of one image."""
-        generator = seeded_generator(self.seed, "round trip", key)
+        generator = seeded_generator(self.seed, "round trip", identity)
         fraction = float(torch.rand((), generator=generator))
         return self._num_levels(fraction), torch.randn(self.model.shape, generator=generator)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, keys: Sequence[str], labels: Sequence[int] | None = None) -> Tensor:
+    def __call__(self, images: Tensor, identities: Sequence[str], labels: Sequence[int] | None = None) -> Tensor:
         """Reconstructs images (B, C, H, W) that were preprocessed for the model; float32 in [0, 1], on the CPU.
 
         Args:
             images: in [0, 1].
-            keys: their content hashes (`Batch.identities`), which seed their levels and noise.
+            identities: see `Batch.identities`; they seed their levels and noise.
             labels: their classes, required if `uses_classes`.
 
         Raises FaroutError for missing labels, and for a label that the model does not have.
@@ -167,7 +167,7 @@ class ImageToImage:
                 )
             condition = conditioning(torch.tensor(list(labels), dtype=torch.int64, device=model.device))
         x0 = model.encode(images)
-        level_counts, noise = zip(*(self._draw(key) for key in keys), strict=True)
+        level_counts, noise = zip(*(self._draw(identity) for identity in identities), strict=True)
         sigmas = noise_levels.pad_paths([self._path(count) for count in level_counts]).to(x0.device)
         x = x0 + expand_dims(sigmas[:, 0], x0) * torch.stack(noise).to(x0.device)
         denoiser = model.clamp_x0(model.denoiser(self.batch_size, self.precision))

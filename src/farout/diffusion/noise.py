@@ -28,19 +28,19 @@ def shared_noise(shape: Sequence[int], seed: int, level: int | float, repeat: in
     return torch.randn(tuple(shape), generator=seeded_generator(seed, "shared", float(level), repeat))
 
 
-def image_noise(keys: Sequence[str], shape: Sequence[int], seed: int, level: int | float, repeat: int) -> Tensor:
-    """float32 noise (B, *shape) whose row i depends only on (seed, keys[i], level, repeat).
+def image_noise(identities: Sequence[str], shape: Sequence[int], seed: int, level: int | float, repeat: int) -> Tensor:
+    """float32 noise (B, *shape) whose row i depends only on (seed, identities[i], level, repeat).
 
-    The keys of images of a source are their content hashes (`Batch.identities`).
+    `Batch.identities` has the identities of the images of a source.
     """
-    generators = [seeded_generator(seed, "image", key, float(level), repeat) for key in keys]
+    generators = [seeded_generator(seed, "image", identity, float(level), repeat) for identity in identities]
     rows = [torch.randn(tuple(shape), generator=generator) for generator in generators]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
 def noise_table(
     kind: NoiseKind,
-    keys: Sequence[str],
+    identities: Sequence[str],
     shape: Sequence[int],
     seed: int,
     levels: Sequence[int | float],
@@ -52,7 +52,7 @@ def noise_table(
 
     Args:
         kind: `image`: each image has its own noise; `shared`: all have the same (expanded, not copied).
-        keys: keys of the images.
+        identities: identities of the images (`Batch.identities`).
         shape: shape of the noise of one image.
         seed: seed of all noise.
         levels: noise levels t; each has its own noise.
@@ -70,8 +70,8 @@ def noise_table(
             if kind == "shared":
                 drawn = shared_noise(shape, seed, level, repeat)[None]
             else:
-                drawn = image_noise(keys, shape, seed, level, repeat)
+                drawn = image_noise(identities, shape, seed, level, repeat)
             noise += [drawn, -drawn] if antithetic else [drawn]
         table.append(torch.stack(noise[:draws], dim=1))
     stacked = torch.stack(table, dim=1)
-    return stacked.expand(len(keys), *stacked.shape[1:])
+    return stacked.expand(len(identities), *stacked.shape[1:])

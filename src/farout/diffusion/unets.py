@@ -144,7 +144,7 @@ def _block_types(preset: UNetConfig) -> dict[str, tuple[str, ...]]:
 
 def create_conditioning(network: nn.Module, class_names: Sequence[str], *, has_null: bool) -> Conditioning:
     """The conditioning of a network that `build_network` built with these classes."""
-    import diffusers
+    import diffusers  # takes seconds, see `build_network`
 
     if isinstance(network, diffusers.UNet2DConditionModel):
         width = int(network_config(network)["cross_attention_dim"])

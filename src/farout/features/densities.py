@@ -79,7 +79,7 @@ def pack_arrays(parts: Mapping[str, FittedStatistics]) -> dict[str, np.ndarray]:
 
 
 def unpack_arrays(arrays: Arrays, part: str) -> dict[str, np.ndarray]:
-    """The arrays of one part of `pack`; empty where it holds none."""
+    """The arrays of one part of the result of `pack_arrays`; empty if there is none."""
     start = f"{part}."
     return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
 

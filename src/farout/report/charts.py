@@ -208,7 +208,7 @@ def _line_style(number: int) -> tuple[str, str]:
 
 def _draw(draw: Callable[[Axes], None], label: str, width: float = 6.4, height: float = 2.7) -> Markup:
     """A figure in the pages' style, drawn by `draw` on its axes, as inline SVG with `label` for screen readers."""
-    from matplotlib import rc_context
+    from matplotlib import rc_context  # takes long to import, see the top of this module
     from matplotlib.figure import Figure
 
     with rc_context(_STYLE):  # type: ignore[arg-type]

@@ -19,13 +19,13 @@ from farout.data.image_source import Policy
 from farout.data.sources import open_source
 from farout.detectors.base import Detector
 from farout.detectors.calibration import check_fitted
-from farout.report.heat_colors import MapScale, colorize
+from farout.detectors.declarations import HeatMaps
+from farout.report.heat_colors import colorize, normalize_map
 
 __all__ = ["FOLDER", "check_has_maps", "draw_overlay", "overlay_path", "write_overlays"]
 
 FOLDER = "maps"
 """Folder of the overlays inside a folder of scores."""
-_DEFAULT_SCALE = MapScale()
 _SMALLEST_SIDE = 224
 _OPACITY = 0.75
 _UNSAFE_CHARACTERS = re.compile(r'[\x00-\x1f\x7f<>:"\\|?*%]')
@@ -71,8 +71,8 @@ def write_overlays(
     check_fitted(detector)
     source, out = open_source(images, policy=policy, limit=limit, seed=detector.seed), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    scale = MapScale.of(detector)
-    (out / "README.txt").write_text(_README.format(unit=scale.unit, brightest=scale.brightest), encoding="utf-8")
+    heat_maps = detector.heat_maps or HeatMaps()
+    (out / "README.txt").write_text(_README.format(unit=heat_maps.unit, brightest=heat_maps.maximum), encoding="utf-8")
     paths = {index: out / overlay_path(key) for index, key in enumerate(source.keys)}
     missing = {index for index, path in paths.items() if not path.is_file()}
     blocks = blocks_containing(missing, detector.batch_size, len(source))
@@ -86,7 +86,9 @@ def write_overlays(
                 assert maps is not None
                 for index, anomaly_map in zip(indices, maps, strict=True):
                     if index in missing:
-                        picture = draw_overlay(source[index], anomaly_map, detector.preprocessing.crop, scale)
+                        picture = draw_overlay(
+                            source[index], anomaly_map, detector.preprocessing.crop, heat_maps.maximum
+                        )
                         save_png(picture, paths[index], out / ".working")
                         count += 1
             bar.advance(len(batch.keys))
@@ -112,7 +114,7 @@ def _safe_name(part: str) -> str:
 
 
 def draw_overlay(
-    image: Tensor, anomaly_map: Tensor, crop: int | None = None, scale: MapScale = _DEFAULT_SCALE
+    image: Tensor, anomaly_map: Tensor, crop: int | None = None, maximum: float = HeatMaps.maximum
 ) -> Image.Image:
     """Draw a map over its image; the higher the value, the more opaque.
 
@@ -120,7 +122,7 @@ def draw_overlay(
         image: (C, H, W), uint8, in its native size; it is enlarged until the longer side has at least 224 pixels.
         anomaly_map: (h, w); NaN is drawn in the brightest color, because it is never normal.
         crop: side of the central crop that the map covers; None: the whole image.
-        scale: color scale.
+        maximum: value from which on the color is at its strongest.
 
     Returns:
         RGB picture in the aspect ratio of the image.
@@ -135,7 +137,7 @@ def draw_overlay(
     map_height, map_width = (
         max(1, round(part * total / side)) for part, total, side in zip(covered, size[::-1], (height, width))
     )
-    resized = Image.fromarray(scale.normalize(anomaly_map).numpy()).resize(
+    resized = Image.fromarray(normalize_map(anomaly_map, maximum).numpy()).resize(
         (map_width, map_height), Image.Resampling.BILINEAR
     )
     values = np.zeros(size[::-1], dtype=np.float32)

@@ -47,7 +47,7 @@ def nearest_normal_images(
 
     Returns:
         By key, the nearest images with the Euclidean distance of the embeddings scaled to length 1 (0 to 2); empty if
-        the detector has no `embedding`.
+        `compute_embedding` returns None.
     """
     if (
         not keys

@@ -15,7 +15,7 @@ from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector
 from farout.detectors.calibration import benjamini_hochberg, score_threshold
 from farout.report.charts import score_histogram
-from farout.report.heat_colors import MapScale, colorize
+from farout.report.heat_colors import colorize, normalize_map
 from farout.report.reference_images import highest_calibration_images, nearest_normal_images
 from farout.report.rendering import png_data_url, render_template
 from farout.report.thumbnails import SourceImages
@@ -33,7 +33,7 @@ def write_score_page(
     manifest: dict[str, Any],
     out: Path,
     *,
-    highest: int,
+    top_images: int,
 ) -> Path:
     """Write `page.html`, one file without requests to other hosts.
 
@@ -46,7 +46,7 @@ def write_score_page(
         frame: table of `scores.csv`.
         manifest: counts and settings of the run.
         out: folder of the page; contains `measurements.parquet`.
-        highest: number of images shown, those with the highest scores.
+        top_images: number of images shown, those with the highest scores.
 
     Returns:
         Path of the page.
@@ -54,28 +54,28 @@ def write_score_page(
     ranked = frame[frame["status"] == "ok"].sort_values(["score", "key"], ascending=[False, True])
     scores = ranked["score"].to_numpy(dtype=float)
     calibration = detector.calibration_scores[detector.score_name]
-    limit = score_threshold(calibration, detector.alpha)
+    threshold = score_threshold(calibration, detector.alpha)
     rate = detector.alpha if manifest["fdr"] is None else manifest["fdr"]
     ranked = ranked.assign(
         selected=benjamini_hochberg(ranked["p_value"], rate),
         calibration_quantile=np.searchsorted(calibration, scores) / len(calibration),
     )
     flagged = ranked[ranked["is_ood"].eq(True) | ranked["selected"]]
-    images, shown = SourceImages(hub=False), ranked.head(highest)
+    images, shown = SourceImages(hub=False), ranked.head(top_images)
     html = render_template(
         "score_page.html",
         manifest=manifest,
         about={**manifest["about"], "versions": manifest["versions"]},
         score_name=detector.score_name,
         scored=len(ranked),
-        threshold=limit if np.isfinite(limit) else None,
+        threshold=threshold if np.isfinite(threshold) else None,
         smallest_p=1 / (len(calibration) + 1),
         chart=score_histogram(
             {f"{len(calibration)} calibration images": calibration, f"{len(ranked)} scored images": scores},
-            limit,
+            threshold,
             "Histogram of the scores of calibration and scored images",
         ),
-        map_scale=MapScale.of(detector) if detector.heat_maps is not None else None,
+        heat_maps=detector.heat_maps,
         false_discovery_rate=rate,
         flagged_count=len(flagged),
         selected_count=int(flagged["selected"].sum()),
@@ -94,23 +94,23 @@ def _pictures(detector: Detector, source: ImageSource, keys: list[str]) -> dict[
     """By key, data URLs by caption: the image, the pictures of its measurements that are shown, and its map."""
     if not keys:
         return {}
-    index_of, scale = {key: index for index, key in enumerate(source.keys)}, MapScale.of(detector)
+    index_of, heat_maps = {key: index for index, key in enumerate(source.keys)}, detector.heat_maps
     selected = source.subset([index_of[key] for key in keys])
     pictures: dict[str, dict[str, str]] = {}
     for batch in iterate_batches(selected, detector.preprocessing, detector.batch_size):
         shown = {"image": batch.images}
-        if detector.heat_maps is not None:
+        if heat_maps is not None:
             measured = detector.measure(batch, maps=True)
             for name, values in measured.pictures.items():
-                is_map = name in detector.heat_maps.pictures
-                shown[name] = _color_map(values[:, 0], scale) if is_map else values
+                is_map = name in heat_maps.pictures
+                shown[name] = _color_map(values[:, 0], heat_maps.maximum) if is_map else values
             if measured.maps is not None:
-                shown["map"] = _color_map(measured.maps, scale)
+                shown["map"] = _color_map(measured.maps, heat_maps.maximum)
         for row, key in enumerate(batch.keys):
             pictures[key] = {caption: png_data_url(values[row]) for caption, values in shown.items()}
     return pictures
 
 
-def _color_map(values: torch.Tensor, scale: MapScale) -> torch.Tensor:
+def _color_map(values: torch.Tensor, maximum: float) -> torch.Tensor:
     """Maps (B, H, W) as colors (B, 3, H, W)."""
-    return torch.from_numpy(colorize(scale.normalize(values).numpy(), "magma")).movedim(-1, 1)
+    return torch.from_numpy(colorize(normalize_map(values, maximum).numpy(), "magma")).movedim(-1, 1)

@@ -29,9 +29,9 @@ from farout.report.score_page import write_score_page
 
 __all__ = ["ScoredFolder", "read_scores", "score_folder"]
 
-_PART = 256
+_IMAGES_PER_PART = 256
 """Images measured between two files on disk."""
-_SETTINGS, _PARTS, _MANIFEST = "settings.json", "parts", "manifest.json"
+_SETTINGS_FILE, _PARTS, _MANIFEST = "settings.json", "parts", "manifest.json"
 _MISSING = ["", "nan", "NaN", "NA", "null", "None"]
 """What means "no number" in a column of numbers."""
 
@@ -64,7 +64,7 @@ def score_folder(
     *,
     limit: int | None = None,
     policy: Policy = "nan",
-    highest: int = 24,
+    top_images: int = 24,
     fdr: float | None = None,
 ) -> ScoredFolder:
     """Score images into a folder: `scores.csv`, `measurements.parquet`, `manifest.json` and `page.html`.
@@ -77,17 +77,19 @@ def score_folder(
         out: folder of the results.
         limit: a seeded sample of this many images.
         policy: for an unreadable image: `nan` (listed, without score), `skip` or `raise`.
-        highest: number of images with the highest scores on the page.
+        top_images: number of images with the highest scores on the page.
         fdr: adds a column `selected`: images chosen by Benjamini-Hochberg at this false discovery rate.
 
     Raises:
-        FaroutError: for a detector that is not fitted, a negative `highest`, or a rate that is not between 0 and 1.
+        FaroutError: for a detector that is not fitted, a negative `top_images`, or a rate that is not between 0 and 1.
         StoreError: when `out` contains the results of another detector, source or setting, or of other images with the
             same names.
     """
     check_fitted(detector)
-    if highest < 0 or (fdr is not None and not 0 < fdr < 1):
-        raise FaroutError(f"highest is {highest}, fdr is {fdr}; expected 0 images or more, and a rate between 0 and 1")
+    if top_images < 0 or (fdr is not None and not 0 < fdr < 1):
+        raise FaroutError(
+            f"top_images is {top_images}, fdr is {fdr}; expected 0 images or more, and a rate between 0 and 1"
+        )
     source, out = open_source(images, policy=policy, limit=limit, seed=detector.seed), Path(out)
     for message in find_mismatches(source, detector.preprocessing, fitted_gray=detector.provenance.get("gray", False)):
         warnings.warn(message, MisleadingResultWarning, stacklevel=2)
@@ -97,12 +99,14 @@ def score_folder(
         "policy": source.policy,
         "fdr": fdr,
         "images": len(source),
-        "part": _PART,
+        "images_per_part": _IMAGES_PER_PART,
         "keys": _hash(source.keys),
         "runtime": {"device": detector.runtime.device.partition(":")[0], "precision": detector.runtime.precision},
     }
     _open_folder(out, settings)
-    parts = [range(start, min(start + _PART, len(source))) for start in range(0, len(source), _PART)]
+    parts = [
+        range(start, min(start + _IMAGES_PER_PART, len(source))) for start in range(0, len(source), _IMAGES_PER_PART)
+    ]
     if (out / _MANIFEST).is_file() and (out / "scores.csv").is_file():
         manifest, scored_now, seconds = store.read_json(out / _MANIFEST), 0, 0.0
         _check_content(_hash([_hash_content(source.subset(part)) for part in parts]), manifest["content"], out)
@@ -111,9 +115,9 @@ def score_folder(
         scored_now = _measure_parts(detector, source, parts, out)
         seconds = time.perf_counter() - started
         manifest = settings | _write_tables(detector, source, parts, out, fdr)
-    if manifest.get("highest") != highest or not (out / "page.html").is_file():
-        manifest["highest"] = highest
-        write_score_page(detector, source, _read_table(out / "scores.csv"), manifest, out, highest=highest)
+    if manifest.get("top_images") != top_images or not (out / "page.html").is_file():
+        manifest["top_images"] = top_images
+        write_score_page(detector, source, _read_table(out / "scores.csv"), manifest, out, top_images=top_images)
         # the manifest is written last: a folder with a manifest is finished
         store.write_json(out / _MANIFEST, manifest)
     shutil.rmtree(out / _PARTS, ignore_errors=True)
@@ -168,13 +172,13 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> None:
     """Create the folder or continue in it; raises StoreError when it contains something else."""
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out} is a file; give a folder for the results")
-    if not (out / _SETTINGS).is_file():
+    if not (out / _SETTINGS_FILE).is_file():
         existing = out.iterdir() if out.is_dir() else ()
-        others = sorted(path.name for path in existing if not path.name.startswith(f".{_SETTINGS}."))
+        others = sorted(path.name for path in existing if not path.name.startswith(f".{_SETTINGS_FILE}."))
         if others:
             raise StoreError(f"{out} is not empty ({', '.join(others[:3])}, …); give a new folder for the results")
-        store.write_json(out / _SETTINGS, settings)
-    before = store.read_json(out / _SETTINGS)
+        store.write_json(out / _SETTINGS_FILE, settings)
+    before = store.read_json(out / _SETTINGS_FILE)
     differences = [
         f"{name}: {before.get(name)} before, {value} now"
         for name, value in settings.items()
@@ -184,7 +188,7 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> None:
         raise StoreError(f"{out} contains another run ({'; '.join(differences)}); give a new folder or remove it")
     (out / _PARTS).mkdir(exist_ok=True)
     # temporary files of a run that was killed
-    for name in (_SETTINGS, _MANIFEST, "scores.csv", "measurements.parquet", "page.html"):
+    for name in (_SETTINGS_FILE, _MANIFEST, "scores.csv", "measurements.parquet", "page.html"):
         for temporary in out.glob(f".{name}.*"):
             temporary.unlink()
 
@@ -211,8 +215,8 @@ def _measure_parts(detector: Detector, source: ImageSource, parts: list[range], 
                 if batch.keys:
                     measurements.append(detector.measure(batch))
                 bar.advance(len(batch.keys))
-            facts = {"unreadable": images.unreadable, "empty": not measurements, "content": _hash_content(images)}
-            store.write_json(path.with_suffix(".json"), facts)
+            part_info = {"unreadable": images.unreadable, "empty": not measurements, "content": _hash_content(images)}
+            store.write_json(path.with_suffix(".json"), part_info)
             with store.atomic_file(path) as temporary:
                 if measurements:
                     Measurements.join(measurements).write_parquet(temporary)
@@ -230,11 +234,11 @@ def _write_tables(
         writer = None
         for part in parts:
             path, keys = _part_path(out, part), source.keys[part.start : part.stop]
-            facts = store.read_json(path.with_suffix(".json"))
-            unreadable |= facts["unreadable"]
-            contents.append(facts["content"])
+            part_info = store.read_json(path.with_suffix(".json"))
+            unreadable |= part_info["unreadable"]
+            contents.append(part_info["content"])
             part_scores = Scores.empty(detector.calibration_scores)
-            if not facts["empty"]:
+            if not part_info["empty"]:
                 measurements = Measurements.read_parquet(path)
                 part_scores = detector.score_measurements(measurements)
                 part_scores.measurements = None  # one part in memory at a time

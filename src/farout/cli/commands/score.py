@@ -8,6 +8,7 @@ from typing import Any
 from farout.cli.output import print_existing
 from farout.data.image_source import Policy
 from farout.detectors.base import load
+from farout.report.overlays import FOLDER, check_has_maps, write_overlays
 from farout.scoring.folder import ScoredFolder, score_folder
 
 __all__ = ["print_scored_folder", "score"]
@@ -23,7 +24,7 @@ def score(
     out: str,
     limit: int | None = None,
     policy: Policy = "nan",
-    highest: int = 24,
+    top_images: int = 24,
     fdr: float | None = None,
     maps: bool = False,
     runtime: dict[str, Any],
@@ -36,19 +37,17 @@ def score(
         out: folder of the results; an interrupted run continues there.
         limit: use a seeded random sample of this many images; default: all.
         policy: what to do with an unreadable image: `nan` (list it without a score), `skip` it, or `raise` an error.
-        highest: number of images with the highest scores in the report.
+        top_images: number of images with the highest scores in the report.
         fdr: add a table column that selects images by Benjamini-Hochberg at this false discovery rate.
         maps: also write a heat map of every image to OUT/maps (patches, reconstruction and denoising only).
         runtime: runtime settings that replace those of the fit.
     """
     fitted = load(detector, **runtime)
-    if not maps:
-        return score_folder(fitted, source, out, limit=limit, policy=policy, highest=highest, fdr=fdr)
-    from farout.report.overlays import FOLDER, check_has_maps, write_overlays  # imports matplotlib's color maps
-
-    check_has_maps(fitted)
-    scored = score_folder(fitted, source, out, limit=limit, policy=policy, highest=highest, fdr=fdr)
-    write_overlays(fitted, source, Path(out) / FOLDER, limit=limit, policy=policy)
+    if maps:
+        check_has_maps(fitted)
+    scored = score_folder(fitted, source, out, limit=limit, policy=policy, top_images=top_images, fdr=fdr)
+    if maps:
+        write_overlays(fitted, source, Path(out) / FOLDER, limit=limit, policy=policy)
     return scored
 
 

@@ -68,7 +68,6 @@ def synthesize(
         seed=seed,
         resume=resume,
         stage=stage,
-        policy=policy,
         runtime=runtime,
     )
     if is_main_process():

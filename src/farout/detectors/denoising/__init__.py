@@ -149,9 +149,9 @@ class Denoising(Detector):
             raise FaroutError(f"the score either requires a cascade: one of {', '.join(POSTHOC)}")
         if condition == "none":
             unused = ("labels",) if guidance == 1 else ("guidance", "labels")  # a guidance of 1 means none
-            self._check_unused("without a condition; give condition class", *unused)
+            self._check_unused("with condition class", *unused)
         if grid is not None:
-            self._check_unused("with grid; leave grid out", "steps")
+            self._check_unused("without grid", "steps")
         self.levels, self.draws = tuple(sorted(levels)), draws
         self.is_guided = condition == "class" and guidance != 1
         self.reset_statistics()

@@ -164,7 +164,7 @@ class Patches(FeatureDetector):
 
     # Training.
 
-    def train_features_diffusion(self, images: ImageSource, settings: FitSettings) -> FeatureDiffusion:
+    def train_feature_diffusion(self, images: ImageSource, settings: FitSettings) -> FeatureDiffusion:
         """Train the denoiser on features at sampled positions, some of which become the bank."""
         if len(images) < 2:
             hint = "give more images, fewer for the statistics, or a larger alpha"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from farout.classifiers.model import Classifier
 from farout.core.errors import FaroutError, MisleadingResultWarning
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
@@ -27,6 +26,9 @@ from farout.diffusion.noise import noise_table
 from farout.diffusion.solvers.base import Evaluation
 from farout.features.densities import GaussianMixture, Mahalanobis, ZScore, pack_arrays, unpack_arrays
 from farout.features.perceptual import PerceptualName, perceptual_distance
+
+if TYPE_CHECKING:  # importing classifiers takes seconds, and the method uses none
+    from farout.classifiers.model import Classifier
 
 __all__ = ["Reconstruction"]
 
@@ -68,7 +70,7 @@ class Reconstruction(Detector):
         min_t: use only levels above this t.
         max_t: use only levels below this t.
         t_skip: use every t_skip-th of the remaining levels.
-        normalization: value range of a network trained in this fit: `fixed` (images in [-1, 1]) or `minmax` (each image
+        value_range: value range of a network trained in this fit: `fixed` (images in [-1, 1]) or `minmax` (each image
             in [0, 1], the paper).
     """
 
@@ -87,7 +89,7 @@ class Reconstruction(Detector):
             "perceptual": "lpips",
             "metrics": ("mse", "perceptual"),
             "score": "mean_z",
-            "normalization": "minmax",
+            "value_range": "minmax",
         },
         "exact": {"mode": "exact", "skip": 16, "draws": 1, "score": "mean_z"},
         "fast": {"mode": "fast", "draws": 1, "score": "mean_z"},
@@ -114,7 +116,7 @@ class Reconstruction(Detector):
         min_t: int = -1,
         max_t: int = 1000,
         t_skip: int = 1,
-        normalization: Literal["fixed", "minmax"] = "fixed",
+        value_range: Literal["fixed", "minmax"] = "fixed",
     ) -> None:
         check_literals(self)
         unknown = sorted({*metrics, *density_metrics} - set(METRICS))
@@ -127,9 +129,9 @@ class Reconstruction(Detector):
         if score not in _INDICATORS:
             raise FaroutError(f"there is no score {score!r}; expected one of {', '.join(_INDICATORS)}")
         if mode != "exact" or levels is not None:
-            self._check_unused("but on the paper's grid; give mode exact without levels", "skip", "grid")
+            self._check_unused("in mode exact without levels", "skip", "grid")
         if mode != "fast":
-            self._check_unused(f"in the mode {mode}; give mode fast", "steps", "solver")
+            self._check_unused("in mode fast", "steps", "solver")
         self.draws = draws
         self.z: ZScore | None = None
         self.mahalanobis: Mahalanobis | None = None
@@ -143,8 +145,8 @@ class Reconstruction(Detector):
         self.error_square: Tensor | None = None
 
     def configure_diffusion(self, config: DiffusionConfig) -> DiffusionConfig:
-        """Set the value range that `normalization` requires."""
-        if self.config["normalization"] == "minmax":
+        """Set the value range that `value_range` requires."""
+        if self.config["value_range"] == "minmax":
             return replace(config, value_range="minmax", data_range="unit")
         return config
 
@@ -156,11 +158,11 @@ class Reconstruction(Detector):
         Warns of a diffusion model with another value range.
         """
         assert diffusion is not None
-        self._indices_scored(self._build_paths(diffusion).levels)
+        self._check_scored_levels(self._build_paths(diffusion).levels)
         perceptual_distance(self.config["perceptual"])
-        required, own = self.config["normalization"], diffusion.preprocessing.value_range
-        if required != own:
-            message = f"the method requires value range {required!r}, the diffusion model has {own!r}; its own is used"
+        value_range, own = self.config["value_range"], diffusion.preprocessing.value_range
+        if value_range != own:
+            message = f"value_range is {value_range!r}, but the diffusion model has {own!r}, which is used"
             warnings.warn(message, MisleadingResultWarning, stacklevel=5)
 
     def _build_paths(self, model: DiffusionModel) -> DenoisingPaths:
@@ -173,7 +175,7 @@ class Reconstruction(Detector):
         if model is None:
             raise FaroutError("Reconstruction requires a diffusion model")
         self.paths = self._build_paths(model)
-        self._indices_scored(self.paths.levels)
+        self._check_scored_levels(self.paths.levels)
         self.denoiser: NetworkDenoiser = model.denoiser(self.runtime.batch_size, self.precision)
         self.distance = perceptual_distance(self.config["perceptual"])
         self.distance.to(model.device)
@@ -265,18 +267,21 @@ class Reconstruction(Detector):
         images = batch.images.to(reconstructions.device)[:, None, None]
         return (reconstructions - images).square().mean((2, 3)).cpu()
 
-    def _indices_scored(self, levels: tuple[float, ...]) -> list[int]:
-        """Indices of the levels that count in the scores; raises FaroutError when there are none."""
+    def _scored_level_indices(self, levels: tuple[float, ...]) -> list[int]:
+        """Indices of the levels that count in the scores."""
         min_t, max_t, t_skip = (self.config[name] for name in ("min_t", "max_t", "t_skip"))
-        indices = [index for index, t in enumerate(levels) if min_t < t < max_t][::t_skip]
-        if not indices:
-            raise FaroutError(f"min_t={min_t}, max_t={max_t}, t_skip={t_skip} leave none of the levels {list(levels)}")
-        return indices
+        return [index for index, t in enumerate(levels) if min_t < t < max_t][::t_skip]
+
+    def _check_scored_levels(self, levels: tuple[float, ...]) -> None:
+        """Raise FaroutError if no level counts in the scores."""
+        if not self._scored_level_indices(levels):
+            given = ", ".join(f"{name}={self.config[name]}" for name in ("min_t", "max_t", "t_skip"))
+            raise FaroutError(f"{given} leave none of the levels {list(levels)}")
 
     def _metrics(self, measurements: Measurements) -> np.ndarray:
         """m_t: (B, level, metric) float64, draws averaged, for the levels that count in the scores."""
         assert measurements.values is not None
-        return measurements.values[:, self._indices_scored(measurements.levels)].double().mean(2).numpy()
+        return measurements.values[:, self._scored_level_indices(measurements.levels)].double().mean(2).numpy()
 
     def _log_metrics(self, metrics: np.ndarray) -> np.ndarray:
         """log m_t: (B, level * density metric)."""

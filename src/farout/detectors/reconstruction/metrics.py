@@ -59,7 +59,9 @@ def perceptual_distances(
     n = len(reconstructions) // len(images)
     count = max(1, _FEATURE_MAPS // n)
     parts = []
-    for some, theirs in zip(torch.split(images, count), torch.split(reconstructions, count * n), strict=True):
-        originals = [feature.repeat_interleave(n, 0) for feature in distance.features(some, batch_size)]
-        parts.append(distance.distance(originals, distance.features(theirs, batch_size)))
+    for image_chunk, reconstruction_chunk in zip(
+        torch.split(images, count), torch.split(reconstructions, count * n), strict=True
+    ):
+        originals = [feature.repeat_interleave(n, 0) for feature in distance.features(image_chunk, batch_size)]
+        parts.append(distance.distance(originals, distance.features(reconstruction_chunk, batch_size)))
     return torch.cat(parts)

@@ -175,9 +175,9 @@ class Semantic(FeatureDetector):
         self._training_config(1)  # rejects values out of range
         check_sampler(sampler, levels, steps, paper_schedule())
         if sampler != "ddim":
-            self._check_unused(f"with the sampler {sampler}; give sampler ddim", "steps", "eta")
+            self._check_unused("with sampler ddim", "steps", "eta")
         if epochs is not None:
-            self._check_unused("with epochs; leave epochs out", "updates")
+            self._check_unused("without epochs", "updates")
         self.levels, self.draws = tuple(sorted(levels)), draws
         self.reset_statistics()
 
@@ -188,7 +188,7 @@ class Semantic(FeatureDetector):
 
     # Training.
 
-    def train_features_diffusion(self, images: ImageSource, settings: FitSettings) -> FeatureDiffusion:
+    def train_feature_diffusion(self, images: ImageSource, settings: FitSettings) -> FeatureDiffusion:
         """Train the denoiser of the images' features, and store their mean and covariance with it."""
         if len(images) < 2:
             hint = "give more images, fewer for the statistics, or a larger alpha"

@@ -307,7 +307,7 @@ class EditingSynthesizer(Synthesizer):
         self.k_min, self.k_max = k_min, max(1, steps - 1) if k_max is None else k_max
         self.clip, self.reject, self.attempts, self.reconstructions = clip, reject, attempts, reconstructions
         if reject is None:
-            self._check_unused("where nothing is rejected; give reject, a probability", "attempts")
+            self._check_unused("with reject", "attempts")
         if not 1 <= self.k_min <= self.k_max <= steps:
             raise FaroutError(
                 f"images take k_min to k_max of the steps, 1 <= k_min <= k_max <= steps; got {k_min}, {self.k_max} and "

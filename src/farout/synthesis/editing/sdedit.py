@@ -32,7 +32,7 @@ class SDEdit(EditingSynthesizer):
         if guidance < 0:
             raise FaroutError(f"guidance must be 0 or more, got {guidance}")
         if self.targets == "none":
-            self._check_unused("without a target; give other targets than none", "guidance")
+            self._check_unused("with targets other than none", "guidance")
         self.guidance = guidance
 
     @classmethod

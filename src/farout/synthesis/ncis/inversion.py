@@ -136,13 +136,13 @@ class Inverter:
         self.max_rows = _MAX_GRADIENT_ROWS if runtime.batch_size == "auto" else runtime.batch_size
         self.sigmas = model.schedule.sigma_of(config.timesteps(model.schedule)).float()
 
-    def __call__(self, x0: Tensor, labels: Tensor, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def __call__(self, x0: Tensor, labels: Tensor, identities: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Vectors (B, D) and the loss before each step (B, steps), float32, on the CPU.
 
         Args:
             x0: the encoded images (B, …).
             labels: their classes (B,).
-            keys: their content hashes (`Batch.identities`), the seeds of their noise.
+            identities: see `Batch.identities`; they seed the noise.
         """
         labels = check_labels(labels, self.conditioning.num_classes).cpu()
         class_vectors = self.conditioning.class_vectors().cpu()[labels].to(x0.device)
@@ -151,7 +151,7 @@ class Inverter:
         losses = []
         with _frozen_weights(self.model.network):
             for step in range(self.config.steps):
-                loss, vectors.grad = self.loss_and_gradient(x0, vectors, class_vectors, keys, step, labels)
+                loss, vectors.grad = self.loss_and_gradient(x0, vectors, class_vectors, identities, step, labels)
                 losses.append(loss)
                 optimizer.step()
         return vectors.cpu(), torch.stack(losses, dim=1).cpu()
@@ -161,7 +161,7 @@ class Inverter:
         x0: Tensor,
         vectors: Tensor,
         class_vectors: Tensor,
-        keys: Sequence[str],
+        identities: Sequence[str],
         step: int,
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ class Inverter:
             x0: the encoded images (B, …).
             vectors: e, (B, D).
             class_vectors: e_y, (B, D).
-            keys: content hashes of the images.
+            identities: see `Batch.identities`; they seed the noise.
             step: number of the step, which determines the noise.
             labels: the classes (B,), for models whose class vector is one token in the prompt of its class.
         """
@@ -183,7 +183,7 @@ class Inverter:
         for first in range(0, len(x0), images_per_call):
             rows = slice(first, first + images_per_call)
             row_labels = None if labels is None else labels[rows]
-            loss, gradient = self._denoising_loss(x0[rows], vectors[rows].detach(), row_labels, keys[rows], step)
+            loss, gradient = self._denoising_loss(x0[rows], vectors[rows].detach(), row_labels, identities[rows], step)
             losses.append(loss)
             gradients.append(gradient)
         # + R |e - e_y|^2
@@ -191,11 +191,11 @@ class Inverter:
         return torch.cat(losses) + pull * offset.square().sum(1), torch.cat(gradients) + 2 * pull * offset
 
     def _denoising_loss(
-        self, x0: Tensor, vectors: Tensor, labels: Tensor | None, keys: Sequence[str], step: int
+        self, x0: Tensor, vectors: Tensor, labels: Tensor | None, identities: Sequence[str], step: int
     ) -> tuple[Tensor, Tensor]:
         """The mean squared errors (B,) of a few images and their gradients (B, D), in calls of at most `max_rows`."""
         draws = self.config.draws
-        samples = [self.config.sample_noise(key, x0.shape[1:], step, self.seed) for key in keys]
+        samples = [self.config.sample_noise(identity, x0.shape[1:], step, self.seed) for identity in identities]
         indices = torch.stack([indices for indices, _ in samples])
         noise = torch.stack([noise for _, noise in samples])
         loss, gradient = x0.new_zeros(len(x0)), torch.zeros_like(vectors)

@@ -8,10 +8,10 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from farout.cli.argument_parser import Parser, format_default, format_usage
+from farout.cli.command_parser import CommandParser
 from farout.cli.command_table import COMMANDS, import_object
 from farout.cli.lists import list_presets, show_list
-from farout.cli.parser import Parser, format_default, format_usage
-from farout.cli.parsers import CommandParser
 
 PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
 HEAD = """# Commands

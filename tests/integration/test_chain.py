@@ -17,9 +17,9 @@ from farout import load
 from farout.benchmark.job_graph import RECORD_FILE
 from farout.classifiers.model import Classifier
 from farout.cli import main
+from farout.cli.command_parser import command_parameters, parse, positional_parameters
 from farout.cli.command_table import COMMANDS
 from farout.cli.flags import format_flags
-from farout.cli.parsers import command_parameters, parse, positional_parameters
 from farout.cli.steps import INPUT_SETTINGS, builtin_chains, read_steps
 from farout.detectors import DETECTORS
 from farout.diffusion.model import DiffusionModel

@@ -13,9 +13,9 @@ from PIL import Image
 
 from farout import load
 from farout.cli import main
+from farout.cli.command_parser import CommandParser, parse
 from farout.cli.command_table import COMMANDS, import_object
 from farout.cli.commands.score import print_scored_folder
-from farout.cli.parsers import CommandParser, parse
 from farout.scoring.folder import ScoredFolder, read_scores
 from small import model, pictures
 from tolerances import assert_same_scores

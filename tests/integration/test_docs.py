@@ -16,8 +16,8 @@ import pytest
 
 import farout
 from farout.benchmark.yaml_reader import read_benchmark
+from farout.cli.command_parser import parse
 from farout.cli.command_table import COMMANDS
-from farout.cli.parsers import parse
 from farout.cli.steps import read_steps
 from farout.core.errors import TooFewImagesWarning
 from farout.core.runtime import Runtime

@@ -15,7 +15,7 @@ from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.model import Classifier
 from farout.classifiers.networks import NetworkSpec
 from farout.cli import main
-from farout.cli.parsers import parse
+from farout.cli.command_parser import parse
 from farout.core import store
 from farout.core.errors import FaroutError, MisleadingResultWarning, StoreError, TooFewImagesWarning
 from farout.core.runtime import Runtime

@@ -45,15 +45,17 @@ def _run_command(name: str, words: list[str]) -> int:
         from farout.cli.lists import show_list
 
         return show_list(words)
-    from farout.cli import output, parsers
+    from farout.cli import output
+    from farout.cli.command_parser import parse
 
-    output.quiet_libraries()
-    call = parsers.parse(name, words)
+    output.configure_logging()
+    call = parse(name, words)
     if name == "chain":  # shows the progress of each step itself
         call()
     else:
         with output.progress():
-            output.print_result(name, call())
+            result = call()
+        output.print_result(name, result)
     return 0
 
 

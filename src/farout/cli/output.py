@@ -27,10 +27,10 @@ from farout.core import progress as core_progress
 from farout.core.devices import is_main_process
 from farout.core.errors import FaroutWarning
 
-__all__ = ["print_existing", "print_result", "progress", "quiet_libraries"]
+__all__ = ["configure_logging", "print_existing", "print_result", "progress"]
 
 
-def quiet_libraries() -> None:
+def configure_logging() -> None:
     """Writes warnings and the progress of farout to the error stream, one line each, and silences other libraries."""
     root = logging.getLogger()
     if not any(isinstance(handler, _StderrHandler) for handler in root.handlers):
@@ -97,6 +97,7 @@ def progress() -> Iterator[None]:
             TimeRemainingColumn(elapsed_when_finished=False, table_column=number),
             TextColumn("{task.fields[note]}", table_column=text),
             console=console,
+            redirect_stdout=sys.stdout.isatty(),  # else what is printed would go to the error stream
         ) as bars,
         core_progress.show(_RichBars(bars)),
     ):

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from farout.benchmark.job_graph import Job
+from farout.cli.command_parser import ParsedCommand, command_parameters, parse_settings, positional_parameters
 from farout.cli.command_table import COMMANDS, find_command
 from farout.cli.flags import format_flags, format_value
-from farout.cli.parsers import ParsedCommand, command_parameters, parse_settings, positional_parameters
 from farout.core.errors import FaroutError, suggest_names
 from farout.data import catalog
 from farout.data.sources import open_source

@@ -104,7 +104,7 @@ class Parser(jsonargparse.ArgumentParser):
             if isinstance(given, Mapping):
                 return self.parse_object(_normalize_keys(given))
             words = [word for word in given if not (partial and word.startswith("--print-config"))]
-            return self.parse_args(self._join_lists(words))
+            return self.parse_args(self._rewrite_words(words))
         except argparse.ArgumentError as error:
             raise UsageError(f"{self._explain(str(error))} (see `{self.prog} --help`)") from error
         finally:
@@ -122,9 +122,9 @@ class Parser(jsonargparse.ArgumentParser):
                 if action.help != argparse.SUPPRESS:
                     yield (group.title or "").partition(". ")[0], action
 
-    def _join_lists(self, words: Sequence[str]) -> list[str]:
-        """Writes lists as jsonargparse reads them, `--ood A B` as `--ood=["A","B"]`, and `--config` first, because
-        what comes later overrides.
+    def _rewrite_words(self, words: Sequence[str]) -> list[str]:
+        """Writes lists as jsonargparse reads them, `--ood A B` as `--ood=["A","B"]`, None as `null`, and `--config`
+        first, because what comes later overrides.
         """
         rest, files, joined = list(words), list[str](), list[str]()
         while rest:
@@ -136,7 +136,12 @@ class Parser(jsonargparse.ArgumentParser):
             action = self._option_string_actions.get(flag)
             item = None if action is None else list_item_type(action)
             if item is None:
-                joined.append(word)
+                is_none = action is not None and (value == "None" if equals else rest[:1] == ["None"])
+                if is_none and type(None) in typing.get_args(_type_of(action)):
+                    joined.append(f"{flag}=null")  # descriptions say None, YAML says null
+                    del rest[: 0 if equals else 1]
+                else:
+                    joined.append(word)
                 continue
             values = [value] if equals else []
             while not equals and rest and not re.match(r"--?[A-Za-z]", rest[0]):
@@ -160,7 +165,8 @@ class Parser(jsonargparse.ArgumentParser):
         unknown = unknown or re.match(r"(?:Group '(?P<group>.+)' does not accept option|Option) '(.+?)'", message)
         if unknown:
             name = ".".join(filter(None, unknown.groups())).replace("_", "-")
-            return f"there is no flag --{name}; {suggest_names(name, [flag[2:] for flag in flags.values()])}"
+            shown = [flag[2:] for flag in flags.values() if flag.startswith("--") and flag != "--print_shtab"]
+            return f"there is no flag --{name}; {suggest_names(name, shown)}"
         invalid = re.match(r'(?:Parser key|.*?key) "([^"]+)"', message)
         expected = None if invalid is None or invalid[1] not in flags else _type_of(self.action_of(invalid[1]))
         if invalid is None or expected is None:

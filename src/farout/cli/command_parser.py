@@ -23,8 +23,8 @@ from typing import Any
 
 import docstring_parser
 
+from farout.cli.argument_parser import Parser
 from farout.cli.command_table import COMMANDS, import_object
-from farout.cli.parser import Parser
 from farout.core.config import flatten_config
 from farout.core.errors import UsageError, suggest_names
 from farout.core.registry import RegisteredMethod
@@ -131,15 +131,17 @@ class CommandParser:
         )
         requires = self.method.requirements if name == "fit" else None
         self.trains_images = requires is not None and requires.diffusion == "images"
-        self.unused = {"preset"}
+        self.skipped_parameters = {"preset"}  # `_build` adds --preset itself, with the names of the presets
         if requires is not None:
-            self.unused |= set() if requires.diffusion is not None else {"diffusion", "link"}
-            self.unused |= set() if self.trains_images else {"model", "training"}
-            self.unused |= set() if requires.classifier else {"classifier", *_NETWORK_FLAGS["classifier"]}
+            self.skipped_parameters |= set() if requires.diffusion is not None else {"diffusion", "link"}
+            self.skipped_parameters |= set() if self.trains_images else {"model", "training"}
+            self.skipped_parameters |= set() if requires.classifier else {"classifier", *_NETWORK_FLAGS["classifier"]}
         elif self.method is not None and len(self.method.stages) == 1:
-            self.unused |= {"stage"}
+            self.skipped_parameters |= {"stage"}
         self.groups = {
-            key: config for key in self.parameters if key not in self.unused and (config := self._dataclass_of(key))
+            key: config
+            for key in self.parameters
+            if key not in self.skipped_parameters and (config := self._dataclass_of(key))
         }
         self.parser = self._build(method)
         self._apply_presets(self.parser.get_defaults())
@@ -174,7 +176,9 @@ class CommandParser:
             preset = self.method.requirements.diffusion_preset
             parser.add_argument("--diffusion-preset", type=str, default=preset, help=text)
         added = {each.name for each in (*required, *positional)}
-        parser.add_parameters(self.function, skip=added | self.unused | {"method", "arguments", *self.groups})
+        parser.add_parameters(
+            self.function, skip=added | self.skipped_parameters | {"method", "arguments", *self.groups}
+        )
         if self.method is not None:
             nested = {key: value for key, value in self.method().config.items() if is_dataclass(value)}
             parser.add_parameters(self.method, skip=nested)
@@ -197,7 +201,9 @@ class CommandParser:
     def _skipped_fields(self, key: str) -> set[str]:
         """The fields of a group that are not flags of the command."""
         if key == "settings":
-            return {"diffusion_config", "training", "runtime"} | (self.unused & set(_NETWORK_FLAGS["classifier"]))
+            return {"diffusion_config", "training", "runtime"} | (
+                self.skipped_parameters & set(_NETWORK_FLAGS["classifier"])
+            )
         return {"training": {"seed"}, "runtime": set(self.command.unused_runtime)}.get(key, set())
 
     def _flags_of(self, key: str) -> list[str]:
@@ -208,6 +214,7 @@ class CommandParser:
     def parse(self, given: Sequence[str] | Mapping[str, Any]) -> ParsedCommand:
         """Parses words, or settings by name."""
         defaults = self.parser.get_defaults()
+        # the partial passes only read --preset and --loss, which decide the defaults of the final pass
         chosen = self.parser.parse(given, partial=True)
         if self.name == "fit":
             _check_network_flags(vars(chosen.as_flat()), vars(defaults.as_flat()))

@@ -66,7 +66,7 @@ def main() -> None:
                 print(f"square {side:.0%}, pixel AUROC, {name}: {area:.3f} ({low:.3f} to {high:.3f})", flush=True)
             pairs = np.arange(len(images))  # a pasted and its untouched image are resampled together
             for name in scores:
-                metrics = detection_metrics(clean[name], scores[name], groups=(pairs, pairs))
+                metrics = detection_metrics(clean[name], scores[name], image_ids=(pairs, pairs))
                 interval = f"({metrics.auroc_low:.3f} to {metrics.auroc_high:.3f})"
                 print(f"square {side:.0%}, image AUROC, {name}: {metrics.auroc:.3f} {interval}", flush=True)
             if arguments.overlays is not None:

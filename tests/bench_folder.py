@@ -47,7 +47,7 @@ def write_results(
                             "indicator": indicator,
                             "id": inside,
                             "ood": source,
-                            "group": ("far", "near")[place % 2],
+                            "ood_group": ("far", "near")[place % 2],
                             "role": "test",
                             "seed": seed,
                             **vars(found),
@@ -93,7 +93,7 @@ def _write(folder: Path, source: str, scores: Scores) -> None:
 
 def _tables(folder: Path, metrics: pd.DataFrame, inside: str, outside: Sequence[str]) -> None:
     metrics.to_csv(folder / "metrics.csv", index=False)
-    by_group = metrics.groupby(["detector", "indicator", "group"], sort=False)
+    by_group = metrics.groupby(["detector", "indicator", "ood_group"], sort=False)
     spread = by_group[["auroc", "fpr95"]].std().add_suffix("_std")
     groups = by_group[["auroc", "fpr95"]].mean().join(spread).assign(sets=by_group["ood"].nunique(), untested=0)
     groups.reset_index().to_csv(folder / "groups.csv", index=False)

@@ -14,7 +14,6 @@ from farout.data.sources import open_source
 from farout.detectors.fitting import recalibrate, source_spec
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
-from farout.evaluation.baselines import BaselineOptions
 from farout.evaluation.evaluate import evaluate
 from farout.evaluation.trivial_baselines import TrivialBaselines
 from farout.scoring.folder import score_folder
@@ -169,7 +168,7 @@ def test_a_distance_that_is_not_installed_is_said_before_training(
 def test_seen_images_and_unknown_pasts_are_named(folder: Path, fitted: Reconstruction, tmp_path: Path) -> None:
     far = pictures(tmp_path / "far", 10, low=0, spread=255, seed=2)
     with pytest.warns(MisleadingResultWarning, match="too good"):
-        evaluate(fitted, folder, [far], tmp_path / "out", baselines=BaselineOptions(trivial=False))
+        evaluate(fitted, folder, [far], tmp_path / "out", trivial_baselines=False)
     with pytest.warns(MisleadingResultWarning, match="not known"):
         Reconstruction(levels=(50,), draws=1).fit(folder, diffusion=model(), alpha=0.1, statistics=30)
 

@@ -98,7 +98,7 @@ def test_one_table_contains_every_detector_and_baseline(out: Path) -> None:
     assert list(metrics.columns) == [*COLUMNS, "bench", "marker"]
     assert set(metrics["detector"]) == NAMES | BASELINES
     own = metrics[metrics["indicator"] == "score"].set_index("detector")
-    assert set(own["group"]) == {"held out"}, "the benchmark's own groups"
+    assert set(own["ood_group"]) == {"held out"}, "the benchmark's own groups"
     assert set(own["ood"]) == {"sample_fashion:test@classes=2"}, "sets that are not here have no rows"
     assert set(own["bench"]) == {"tiny"}
     assert (own["images_per_s"] > 0).all()
@@ -119,12 +119,12 @@ def test_every_job_has_its_folder(out: Path) -> None:
     assert {path.name for path in (out / "evaluations").iterdir()} == {f"{name}-0" for name in NAMES | BASELINES}
     scores = list((out / "evaluations" / "mahalanobis, random weights-0" / "scores").glob("*/scores.csv"))
     assert len(scores) == 2
-    pairs = table(out / "evaluations" / "posthoc-0" / "paired.csv")
+    pairs = table(out / "evaluations" / "posthoc-0" / "differences.csv")
     assert set(pairs["first"]) == {"posthoc"}
-    groups = table(out / "metrics.csv")[["ood", "group"]].drop_duplicates()
-    assert pairs[["ood", "group"]].drop_duplicates().to_numpy().tolist() == groups.to_numpy().tolist()
+    groups = table(out / "metrics.csv")[["ood", "ood_group"]].drop_duplicates()
+    assert pairs[["ood", "ood_group"]].drop_duplicates().to_numpy().tolist() == groups.to_numpy().tolist()
     assert set(pairs["second"]) == (NAMES | BASELINES) - {"posthoc"}
-    back = table(out / "evaluations" / "exposed-0" / "paired.csv").set_index("second")
+    back = table(out / "evaluations" / "exposed-0" / "differences.csv").set_index("second")
     there = pairs.set_index("second").loc["exposed"]
     assert there["difference"] == pytest.approx(-back.loc["posthoc", "difference"])
 

@@ -39,7 +39,8 @@ def plan(seeds: tuple[int, ...] = (0, 1)) -> BenchmarkPlan:
 def row(detector: str, ood: str, seed: int, auroc: float, marker: str = "", **more: Any) -> dict[str, Any]:
     known = {
         "bench": "hand_made", "detector": detector, "indicator": "score", "id": "i", "ood": ood, "seed": seed,
-        "group": "far" if ood == FAR else "near", "auroc": auroc, "auroc_low": auroc - 0.1, "auroc_high": auroc + 0.1,
+        "ood_group": "far" if ood == FAR else "near",
+        "auroc": auroc, "auroc_low": auroc - 0.1, "auroc_high": auroc + 0.1,
         "aupr_in": 0.5, "aupr_out": 0.5, "fpr95": 1 - auroc, "false_alarm": 0.05, "detection": 0.5, "nfe": 1,
         "gmacs": 0.02, "images_per_s": 120.4, "fit_s": 1.0, "n_id": 20, "n_ood": 10, "marker": marker,
     }  # fmt: skip
@@ -70,7 +71,7 @@ PAIRS = pd.DataFrame(
 
 
 def test_means_over_sets_and_seeds() -> None:
-    found = mean_by_group(plan(), ROWS).set_index(["detector", "group"])
+    found = mean_by_group(plan(), ROWS).set_index(["detector", "ood_group"])
     near = found.loc[("knn", "near")]
     assert near["auroc"] == pytest.approx(0.8)
     assert near["auroc_std"] == pytest.approx(np.std([0.7, 0.9], ddof=1)), "over seeds, of the means over sets"
@@ -200,7 +201,7 @@ def test_rows_are_marked(tmp_path: Path) -> None:
         "baseline;size;overlap;constant",
         "baseline;size;overlap;below half",
     ], "sets that are not in the benchmark are left out"
-    assert set(found["group"]) == {"near"}
+    assert set(found["ood_group"]) == {"near"}
     assert set(found["bench"]) == {"hand_made"}
     methods = [pd.read_csv(tmp_path / "metrics.csv").assign(detector=name).iloc[:2] for name in ("knn", "a_b")]
     scored = []

@@ -29,5 +29,5 @@ def test_a_short_demo_distinguishes_digits_from_clothes(tmp_path: Path) -> None:
     assert set(frames["reconstruction"]["detector"]) == {"reconstruction", "trivial_baselines"}
     baselines = set(frames["semantic"]["detector"]) - {"semantic"}
     assert {"mahalanobis", "trivial_baselines"} <= baselines
-    paired = pd.read_csv(tmp_path / "semantic" / "results" / "paired.csv")
+    paired = pd.read_csv(tmp_path / "semantic" / "results" / "differences.csv")
     assert set(paired["second"]) == baselines, "methods without diffusion are compared with the method"

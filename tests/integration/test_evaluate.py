@@ -22,7 +22,7 @@ from farout.detectors.base import Detector, Measurements
 from farout.detectors.mahalanobis import Mahalanobis
 from farout.detectors.reconstruction import Reconstruction
 from farout.evaluation import metrics
-from farout.evaluation.baselines import BaselineOptions, with_random_weights
+from farout.evaluation.baselines import with_random_weights
 from farout.evaluation.evaluate import COLUMNS, evaluate, evaluate_scores
 from farout.evaluation.metrics import auroc
 from farout.evaluation.trivial_baselines import INDICATORS, TrivialBaselines
@@ -31,10 +31,10 @@ from small import model, pictures
 
 pytestmark = pytest.mark.usefixtures("cheap_perceptual", "few_draws")
 
-NOTHING = BaselineOptions(standard=False, trivial=False)
+NOTHING = {"standard_baselines": False, "trivial_baselines": False}
 
 DESIGN = (
-    "detector, preset, indicator, protocol, id, ood, group, role, seed, auroc, auroc_low, auroc_high, aupr_in, "
+    "detector, preset, indicator, protocol, id, ood, ood_group, role, seed, auroc, auroc_low, auroc_high, aupr_in, "
     "aupr_out, fpr95, fpr95_low, fpr95_high, alpha, false_alarm, detection, nfe, gmacs, images_per_s, peak_mib, "
     "fit_s, n_id, n_ood"
 )
@@ -90,7 +90,7 @@ def table(place: Path, detector: Detector) -> pd.DataFrame:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ood = [place / "far", f"{place / 'test'}@vflip"]
-        evaluate(detector, place / "test", ood, place / "out", baselines=BaselineOptions(random_weights=True))
+        evaluate(detector, place / "test", ood, place / "out", random_weights_baseline=True)
     return pd.read_csv(place / "out" / "metrics.csv", keep_default_na=False, na_values=[""])
 
 
@@ -153,7 +153,7 @@ def test_roles_come_from_the_catalogue(place: Path) -> None:
     ood = [f"{inside}@rot90", f"{inside}@hflip", place / "far", "sample_digits:test"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        frame = evaluate(detector, inside, ood, place / "roles", limit=12, baselines=NOTHING).metrics
+        frame = evaluate(detector, inside, ood, place / "roles", limit=12, **NOTHING).metrics
     own = frame[frame["indicator"] == "score"]
     assert own["role"].tolist() == ["dev", "test", "test", "test"]
 
@@ -198,10 +198,8 @@ def test_controls_are_fitted_on_the_recorded_source(place: Path, monkeypatch: py
     detector = brightness(place)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        evaluate(detector, place / "test", [place / "far"], place / "c1", baselines=BaselineOptions(limit=55))
-        evaluate(
-            detector, place / "test", [place / "far"], place / "c2", baselines=BaselineOptions(images=place / "test")
-        )
+        evaluate(detector, place / "test", [place / "far"], place / "c1", baseline_limit=55)
+        evaluate(detector, place / "test", [place / "far"], place / "c2", baseline_images=place / "test")
     assert seen == [(str(place / "good"), 55), (str(place / "test"), 1000)]
 
 
@@ -216,9 +214,7 @@ def test_missing_control_images_warn_and_cost_no_result(place: Path) -> None:
     assert set(frame["detector"]) == {"Brightness"}
     few = pictures(place / "few", 3)
     with pytest.warns(MisleadingResultWarning, match="too few"):
-        frame = evaluate(
-            detector, place / "test", [place / "far"], place / "few-out", baselines=BaselineOptions(images=few)
-        ).metrics
+        frame = evaluate(detector, place / "test", [place / "far"], place / "few-out", baseline_images=few).metrics
     assert len(frame) == 3
 
 
@@ -232,7 +228,7 @@ def test_variants_of_the_same_images_are_resampled_together(place: Path) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flipped = f"{place / 'test'}@vflip"
-        frame = evaluate(brightness(place), place / "test", [flipped], place / "flips", baselines=NOTHING).metrics
+        frame = evaluate(brightness(place), place / "test", [flipped], place / "flips", **NOTHING).metrics
     row = frame[frame["indicator"] == "score"].iloc[0]
     assert row["auroc"] == row["auroc_low"] == row["auroc_high"] == 0.5
 
@@ -241,10 +237,10 @@ def test_unreadable_images_on_both_sides_are_no_shared_images(place: Path, tmp_p
     a, b = pictures(tmp_path / "a", 15, seed=11), pictures(tmp_path / "b", 15, seed=12)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        before = evaluate(brightness(place), a, [b], tmp_path / "o1", baselines=NOTHING).metrics
+        before = evaluate(brightness(place), a, [b], tmp_path / "o1", **NOTHING).metrics
         for folder in (a, b):
             (folder / "zz.png").write_text("no")
-        after = evaluate(brightness(place), a, [b], tmp_path / "o2", baselines=NOTHING).metrics
+        after = evaluate(brightness(place), a, [b], tmp_path / "o2", **NOTHING).metrics
     columns = ["auroc", "auroc_low", "auroc_high", "n_id", "n_ood"]
     pd.testing.assert_frame_equal(before[columns], after[columns])
 
@@ -254,7 +250,7 @@ def test_sources_without_a_name_are_not_confused(place: Path, tmp_path: Path) ->
     """Two tensors of as many images have the same keys; the second must not be given the scores of the first."""
     generator = torch.Generator().manual_seed(0)
     dark, light = (torch.rand(20, 1, 8, 8, generator=generator) / 2 + low for low in (0, 0.5))
-    frame = evaluate(brightness(place), dark, [light], tmp_path / "o", baselines=NOTHING).metrics
+    frame = evaluate(brightness(place), dark, [light], tmp_path / "o", **NOTHING).metrics
     assert frame[frame["indicator"] == "score"]["auroc"].item() == 1.0
 
 
@@ -265,10 +261,10 @@ def test_an_evaluation_goes_on_without_measuring_again(
     given = (detector, place / "test", [place / "far"], tmp_path / "o")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        first = evaluate(*given, baselines=NOTHING).metrics
+        first = evaluate(*given, **NOTHING).metrics
         probes = []
         monkeypatch.setattr(Brightness, "measure", _only_probe(Brightness.measure, probes))
-        second = evaluate(*given, baselines=NOTHING).metrics
+        second = evaluate(*given, **NOTHING).metrics
     columns = first.columns.drop(["images_per_s", "peak_mib"])
     pd.testing.assert_frame_equal(first[columns], second[columns])
 
@@ -283,16 +279,16 @@ def _only_probe(original: Any, probes: list) -> Any:
 
 
 def test_tables_of_an_earlier_run_do_not_stay(place: Path, tmp_path: Path) -> None:
-    made, optional = brightness(place), {"paired.csv", "draws.csv"}
+    made, optional = brightness(place), {"differences.csv", "subsets.csv"}
 
     def there() -> set[str]:
         return {path.name for path in (tmp_path / "o").iterdir()} & optional
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        evaluate(made, place / "test", [place / "far"], tmp_path / "o", ood_draws=2)
+        evaluate(made, place / "test", [place / "far"], tmp_path / "o", ood_subsets=2)
         assert there() == optional
-        evaluate(made, place / "test", [place / "far"], tmp_path / "o", baselines=BaselineOptions(trivial=False))
+        evaluate(made, place / "test", [place / "far"], tmp_path / "o", trivial_baselines=False)
     assert not there()
 
 
@@ -302,9 +298,9 @@ def test_no_sources_is_an_error(place: Path, tmp_path: Path) -> None:
             evaluate(brightness(place), place / "test", wrong, tmp_path / "o")
 
 
-def test_controls_want_images() -> None:
-    with pytest.raises(FaroutError, match="must be at least 1, got 0"):
-        BaselineOptions(limit=0)
+def test_baselines_require_images(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(FaroutError, match="baseline_limit is 0; expected 1 or more"):
+        evaluate(brightness(place), place / "test", [place / "far"], tmp_path / "o", baseline_limit=0)
 
 
 # -- anyone's scores ----------------------------------------------------------------------------------------------
@@ -347,9 +343,7 @@ def test_constant_scores_warn_and_are_worth_one_half(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.* are not numbers:farout.core.errors.NaNScoresWarning")
 def test_a_constant_indicator_is_worth_one_half_and_is_named(place: Path) -> None:
     with pytest.warns(ConstantScoresWarning, match="constant, .*far: all scores are equal"):
-        frame = evaluate(
-            brightness(place), place / "test", [place / "far"], place / "constant", baselines=NOTHING
-        ).metrics
+        frame = evaluate(brightness(place), place / "test", [place / "far"], place / "constant", **NOTHING).metrics
     assert frame[frame["indicator"] == "constant"]["auroc"].item() == 0.5
 
 

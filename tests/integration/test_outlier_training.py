@@ -465,8 +465,8 @@ def test_evaluate_writes_draws(tree: Path, outliers: Path, tmp_path: Path) -> No
     detector = Posthoc().fit(str(tree), None, tmp_path / "c", alpha=0.1, statistics=10)
     detector.save(tmp_path / "p")
     words = ["evaluate", str(tmp_path / "p"), "--id", str(tree), "--ood", str(outliers), "--out", str(tmp_path / "e")]
-    assert main([*words, "--ood-draws", "3", "--no-trivial-baselines", "--no-standard-baselines"]) == 0
-    table = pd.read_csv(tmp_path / "e" / "draws.csv")
+    assert main([*words, "--ood-subsets", "3", "--no-trivial-baselines", "--no-standard-baselines"]) == 0
+    table = pd.read_csv(tmp_path / "e" / "subsets.csv")
     assert set(table.indicator) >= {"score", "energy", "msp"}
     assert set(table.draws) == {3}
     assert table.auroc.between(0, 1).all()

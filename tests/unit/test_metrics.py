@@ -100,7 +100,7 @@ def test_images_that_share_a_source_are_resampled_together() -> None:
     """The same images on both sides (variants): scores blind to the variant give one half, and no width."""
     scores = RNG.normal(size=80)
     ids = np.arange(80)
-    with_groups = detection_metrics(scores, scores, groups=(ids, ids), draws=200)
+    with_groups = detection_metrics(scores, scores, image_ids=(ids, ids), draws=200)
     assert (with_groups.auroc, with_groups.auroc_low, with_groups.auroc_high) == (0.5, 0.5, 0.5)
     without = detection_metrics(scores, scores, draws=50)
     assert without.auroc_high - without.auroc_low > 0.1
@@ -169,7 +169,7 @@ def test_perfect_rates_keep_an_interval_with_and_without_groups() -> None:
     """Fifty images do not prove an FPR of exactly 0, nor an AUROC of exactly 1."""
     inside, outside, ids = np.arange(50.0), np.arange(100.0, 150.0), np.arange(50)
     for groups in (None, (ids, ids), (ids // 5, ids // 5)):
-        found = detection_metrics(inside, outside, groups=groups, draws=50)
+        found = detection_metrics(inside, outside, image_ids=groups, draws=50)
         assert (found.auroc, found.auroc_high, found.fpr95, found.fpr95_low) == (1, 1, 0, 0)
         units = 10 if groups is not None and len(np.unique(groups[0])) == 10 else 50
         assert found.auroc_low == pytest.approx(0.05 ** (1 / units))
@@ -186,10 +186,10 @@ def test_grouped_draws_are_whole_groups() -> None:
         chosen = names[generator.integers(0, len(names), len(names))]
         drawn = [np.concatenate([side[ids == g] for g in chosen]) for side, ids in zip((inside, outside), groups)]
         areas.append(auroc(*drawn))
-    found = detection_metrics(inside, outside, groups=groups, draws=60, seed=3)
+    found = detection_metrics(inside, outside, image_ids=groups, draws=60, seed=3)
     assert (found.auroc_low, found.auroc_high) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])))
     with pytest.raises(FaroutError, match="one id per score"):
-        detection_metrics(inside, outside, groups=(groups[0][:-1], groups[1]))
+        detection_metrics(inside, outside, image_ids=(groups[0][:-1], groups[1]))
 
 
 def test_a_draw_without_one_side_is_left_out() -> None:
@@ -197,7 +197,7 @@ def test_a_draw_without_one_side_is_left_out() -> None:
     ids = np.array([0, 1]), np.array([1, 2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = paired_difference((np.r_[0.0, 1], np.r_[2.0, 3]), (np.r_[0.0, 3], np.r_[2.0, 1]), groups=ids)
+        found = paired_difference((np.r_[0.0, 1], np.r_[2.0, 3]), (np.r_[0.0, 3], np.r_[2.0, 1]), image_ids=ids)
     assert found.value == 0.5
     assert found.low <= found.value <= found.high
 
@@ -208,7 +208,7 @@ def test_three_images_do_not_decide() -> None:
     assert not paired_difference(perfect, constant).is_significant
     assert not paired_difference(constant, perfect).is_significant
     ids = np.arange(3)
-    assert not paired_difference(perfect, constant, groups=(ids, ids)).is_significant, "every draw is the same"
+    assert not paired_difference(perfect, constant, image_ids=(ids, ids)).is_significant, "every draw is the same"
     rates = paired_difference(perfect, constant, metric=fpr95)
     assert rates.low < rates.value == -1 < rates.high
     many = np.arange(200.0)

@@ -319,9 +319,16 @@ def test_what_cannot_work_is_refused_before_a_classifier_is_trained(
 
 @pytest.mark.filterwarnings("ignore::farout.core.errors.TooFewImagesWarning")
 def test_the_random_control_has_a_fresh_classifier(made: Posthoc, good: Path, tmp_path: Path) -> None:
-    from farout.evaluation.baselines import BaselineOptions, fit_baselines
+    from farout.evaluation.baselines import fit_baselines
 
-    given = BaselineOptions(standard=False, trivial=False, random_weights=True, images=str(good))
-    (rated,) = fit_baselines(made, given, tmp_path)
+    (rated,) = fit_baselines(
+        made,
+        tmp_path,
+        standard_baselines=False,
+        trivial_baselines=False,
+        random_weights_baseline=True,
+        baseline_images=str(good),
+        baseline_limit=1000,
+    )
     assert rated.detector.classifier.provenance["random_weights"] == 0
     assert rated.detector.fingerprint != made.fingerprint

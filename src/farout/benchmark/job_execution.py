@@ -22,7 +22,7 @@ from farout.detectors.base import Detector, load
 from farout.detectors.fit_settings import FitSettings
 from farout.diffusion.config import DiffusionConfig
 from farout.diffusion.train import train_diffusion
-from farout.evaluation.baselines import BaselineOptions, with_random_weights
+from farout.evaluation.baselines import with_random_weights
 from farout.evaluation.evaluate import evaluate, write_table
 from farout.evaluation.trivial_baselines import NAME as TRIVIAL
 from farout.evaluation.trivial_baselines import TrivialBaselines
@@ -176,12 +176,18 @@ def _evaluate_detector(plan: BenchmarkPlan, job: BenchmarkJob, earlier: Mapping[
     id_source, *ood_sources = job.sources
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    no_baselines = BaselineOptions(standard=False, trivial=False)
     with warnings.catch_warnings():  # the column `marker` says the same
         warnings.simplefilter("ignore", ConstantScoresWarning)
         warnings.filterwarnings("ignore", ".*is below one half", MisleadingResultWarning)
         evaluation = evaluate(
-            detector, id_source, ood_sources, job.output, baselines=no_baselines, limit=spec.limit, name=job.entry
+            detector,
+            id_source,
+            ood_sources,
+            job.output,
+            limit=spec.limit,
+            standard_baselines=False,
+            trivial_baselines=False,
+            name=job.entry,
         )
     if detector.heat_maps is not None and job.entry in spec.detectors:
         write_error_images(detector, job.output / "scores", job.sources)

@@ -46,7 +46,7 @@ MARKERS = {
 }
 """Words of the column `marker` with their meaning; sets that are not available have no rows."""
 GROUP_COLUMNS = [
-    "bench", "detector", "indicator", "group", "auroc", "auroc_std", "aupr_in", "aupr_out", "fpr95", "fpr95_std",
+    "bench", "detector", "indicator", "ood_group", "auroc", "auroc_std", "aupr_in", "aupr_out", "fpr95", "fpr95_std",
     "false_alarm", "detection", "sets", "untested", "seeds", "marker",
 ]  # fmt: skip
 """Columns of `groups.csv`: means over seeds of the means over sets. `_std`: standard deviation over seeds (n - 1).
@@ -80,7 +80,7 @@ def collect_metrics(
     tables = []
     for job, datasets in scored:
         table = pd.read_csv(job.output / "metrics.csv", keep_default_na=False, na_values=[""], dtype={"preset": str})
-        table = table[table["ood"].isin(plan.scored_ood_sources)].fillna({"preset": "", "group": "", "role": ""})
+        table = table[table["ood"].isin(plan.scored_ood_sources)].fillna({"preset": "", "ood_group": "", "role": ""})
         constant = _constant_indicators(datasets)
         detector_markers = _markers_of_detector(plan, job)
         markers = []
@@ -95,7 +95,7 @@ def collect_metrics(
                 found.add("best")
             markers.append(_join_markers(found))
         groups = table["ood"].map(plan.spec.group_of)
-        tables.append(table.assign(group=groups, bench=plan.spec.name, marker=markers))
+        tables.append(table.assign(ood_group=groups, bench=plan.spec.name, marker=markers))
     if not tables:
         raise FaroutError(f"nothing of the benchmark {plan.spec.name} is evaluated yet")
     return pd.concat(tables, ignore_index=True)[[*COLUMNS, "bench", "marker"]]
@@ -146,7 +146,7 @@ def _markers_of_detector(plan: BenchmarkPlan, job: BenchmarkJob) -> set[str]:
 def mean_by_group(plan: BenchmarkPlan, metrics: pd.DataFrame) -> pd.DataFrame:
     """Means over the sets of a group and over seeds, see `GROUP_COLUMNS`."""
     rows = []
-    for (detector, indicator, group), part in metrics.groupby(["detector", "indicator", "group"], sort=False):
+    for (detector, indicator, group), part in metrics.groupby(["detector", "indicator", "ood_group"], sort=False):
         by_seed = part.groupby("seed")[_AVERAGED_COLUMNS].mean()
         deviation = by_seed.std(ddof=1)
         means: dict[Any, float] = by_seed.mean().to_dict()
@@ -156,7 +156,7 @@ def mean_by_group(plan: BenchmarkPlan, metrics: pd.DataFrame) -> pd.DataFrame:
                 "bench": plan.spec.name,
                 "detector": detector,
                 "indicator": indicator,
-                "group": group,
+                "ood_group": group,
                 **means,
                 **{f"{name}_std": deviation[name] for name in ("auroc", "fpr95")},
                 "sets": part.loc[part["auroc"].notna(), "ood"].nunique(),

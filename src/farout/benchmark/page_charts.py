@@ -78,7 +78,7 @@ def draw_cost_charts(results: BenchmarkResults) -> list[Chart]:
     """The mean AUROC on every group of sets against every cost."""
     own, costs = results.groups[results.groups["indicator"] == METHOD_SCORE], mean_costs(results)
     charts = []
-    for group, part in own.groupby("group", sort=False):
+    for group, part in own.groupby("ood_group", sort=False):
         mean_auroc = part.groupby("detector", sort=False)["auroc"].mean()
         for column, (title, higher_is_cheaper) in _PLOTTED_COSTS.items():
             if column not in costs or not costs[column].notna().any():

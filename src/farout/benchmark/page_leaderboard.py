@@ -62,7 +62,7 @@ class LeaderboardRow:
 def list_columns(results: BenchmarkResults) -> list[LeaderboardColumn]:
     """The groups, then the sets."""
     columns = []
-    for group, part in results.groups.groupby("group", sort=False):
+    for group, part in results.groups.groupby("ood_group", sort=False):
         counts = {
             name: int(part[name].max()) for name in ("sets", "untested") if name in part and part[name].notna().any()
         }
@@ -76,14 +76,14 @@ def list_columns(results: BenchmarkResults) -> list[LeaderboardColumn]:
     for pair in results.pairs:
         rows = results.metrics[(results.metrics["id"] == pair.id) & (results.metrics["ood"] == pair.ood)]
         first = rows.iloc[0]
-        note = ", ".join(part for part in (first.get("group", ""), "dev" * (first.get("role") == "dev")) if part)
+        note = ", ".join(part for part in (first.get("ood_group", ""), "dev" * (first.get("role") == "dev")) if part)
         columns.append(LeaderboardColumn(pair.title, note, results.markers_of_pair(pair), pair=pair))
     return columns
 
 
 def list_rows(results: BenchmarkResults, columns: Sequence[LeaderboardColumn]) -> list[LeaderboardRow]:
     """A row per detector and indicator: own scores first, then by the AUROC of the first column, highest first."""
-    by_set, by_group = _summarize(results.metrics, ["id", "ood"]), _summarize(results.groups, ["group"])
+    by_set, by_group = _summarize(results.metrics, ["id", "ood"]), _summarize(results.groups, ["ood_group"])
     markers: dict[Any, dict[str, None]] = {}
     table = results.metrics
     keys = zip(table["detector"], table["indicator"], table["id"], table["ood"])

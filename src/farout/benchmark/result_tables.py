@@ -55,9 +55,9 @@ def make_tables(plan: BenchmarkPlan, metrics: pd.DataFrame, groups: pd.DataFrame
 def _mean_rows(
     plan: BenchmarkPlan, own: pd.DataFrame, groups: pd.DataFrame, names: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[tuple[Cell, ...], ...]]:
-    shown_groups = [group for group in plan.spec.ood if (groups["group"] == group).any()]
+    shown_groups = [group for group in plan.spec.ood if (groups["ood_group"] == group).any()]
     heads = [f"{group} {metric}" for group in shown_groups for metric in ("AUROC", "FPR95")]
-    by_group = {(row["detector"], row["group"]): row for row in groups.to_dict("records")}
+    by_group = {(row["detector"], row["ood_group"]): row for row in groups.to_dict("records")}
     costs = own.groupby("detector")[list(COST_COLUMNS)].mean()
     rows = []
     for name in names:

@@ -28,8 +28,8 @@ __all__ = [
 ]
 
 _METRICS_COLUMNS = ("detector", "indicator", "id", "ood", "seed", "marker", "auroc", "fpr95", "aupr_in", "aupr_out")
-_GROUPS_COLUMNS = ("detector", "indicator", "group", "auroc")
-_TEXT_COLUMNS = ("bench", "detector", "indicator", "id", "ood", "group", "role", "marker")
+_GROUPS_COLUMNS = ("detector", "indicator", "ood_group", "auroc")
+_TEXT_COLUMNS = ("bench", "detector", "indicator", "id", "ood", "ood_group", "role", "marker")
 _DETECTOR_MARKERS, _SET_MARKERS = ("baseline", "pretrained"), ("size", "overlap")
 """Markers that all rows of a detector, or of a set, have; the others belong to single rows."""
 

@@ -122,8 +122,8 @@ def run_benchmark(plan: BenchmarkPlan, *, redo: bool = False) -> Iterator[Finish
 def write_report(plan: BenchmarkPlan) -> BenchmarkReport:
     """Write the tables of all finished evaluations; no network runs.
 
-    `metrics.csv` and `metrics.parquet`: all rows; `groups.csv`: means; `evaluations/*/paired.csv`: paired differences
-    to the other detectors; `results.md`, `results.tex`; `provenance.json`; `page.html`.
+    `metrics.csv` and `metrics.parquet`: all rows; `groups.csv`: means; `evaluations/*/differences.csv`: paired
+    differences to the other detectors; `results.md`, `results.tex`; `provenance.json`; `page.html`.
 
     Raises FaroutError if nothing is evaluated yet, and for results with other settings; StoreError if the folder
     contains something else.
@@ -141,7 +141,7 @@ def write_report(plan: BenchmarkPlan) -> BenchmarkReport:
     scored = [(job, read_scored_datasets(job, opened[job.seed])) for job in evaluations]
 
     differences = paired_differences(scored)
-    differences["group"] = differences["ood"].map(plan.spec.group_of)
+    differences["ood_group"] = differences["ood"].map(plan.spec.group_of)
     metrics = collect_metrics(plan, scored, facts, differences)
     groups = mean_by_group(plan, metrics)
     tables = make_tables(plan, metrics, groups)
@@ -150,7 +150,7 @@ def write_report(plan: BenchmarkPlan) -> BenchmarkReport:
     paths = _write_tables(plan, metrics, groups, tables)
     for job in evaluations:
         of_job = differences[(differences["first"] == job.entry) & (differences["seed"] == job.seed)]
-        write_table(of_job[DIFFERENCE_COLUMNS], job.output / "paired.csv")
+        write_table(of_job[DIFFERENCE_COLUMNS], job.output / "differences.csv")
     page = write_benchmark_page(plan.out)
     return BenchmarkReport(plan, metrics, groups, tuple(tables), unfinished, (*paths, page))
 

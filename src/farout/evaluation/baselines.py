@@ -17,35 +17,11 @@ from farout.detectors import DETECTORS
 from farout.detectors.base import Detector
 from farout.detectors.feature_detector import FeatureDetector
 from farout.diffusion.model import DiffusionModel
-from farout.evaluation import trivial_baselines
+from farout.evaluation.trivial_baselines import NAME as TRIVIAL_BASELINES
 from farout.evaluation.trivial_baselines import TrivialBaselines
 from farout.features.feature_diffusion import FeatureDiffusion
 
-__all__ = ["BaselineOptions", "EvaluatedDetector", "fit_baselines", "method_name", "with_random_weights"]
-
-
-@dataclass(frozen=True)
-class BaselineOptions:
-    """Which baselines are evaluated together with a detector.
-
-    Args:
-        standard: the methods that the detector names as its baselines.
-        trivial: trivial baselines, which need no network.
-        random_weights: the same detector with random weights, see `with_random_weights`.
-        images: source that the baselines are fitted on; None: that of the detector.
-        limit: maximum number of images that trivial baselines and random weights are fitted on; None: all. Standard
-            baselines are fitted on all images.
-    """
-
-    standard: bool = True
-    trivial: bool = True
-    random_weights: bool = False
-    images: Any = None
-    limit: int | None = 1000
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise FaroutError(f"the limit of images for baselines must be at least 1, got {self.limit}")
+__all__ = ["EvaluatedDetector", "fit_baselines", "method_name", "with_random_weights"]
 
 
 @dataclass
@@ -63,8 +39,17 @@ def method_name(detector: Detector) -> str:
     return names.get(type(detector).__name__, type(detector).__name__)
 
 
-def fit_baselines(detector: Detector, options: BaselineOptions, out: Path) -> Iterator[EvaluatedDetector]:
-    """Fit the baselines of a detector with its alpha, seed, runtime and protocol.
+def fit_baselines(
+    detector: Detector,
+    out: Path,
+    *,
+    standard_baselines: bool,
+    trivial_baselines: bool,
+    random_weights_baseline: bool,
+    baseline_images: Any,
+    baseline_limit: int | None,
+) -> Iterator[EvaluatedDetector]:
+    """Fit the baselines of a detector with its alpha, seed, runtime and protocol; see `evaluate` for the arguments.
 
     A baseline that cannot be fitted is left out with a warning that states the reason.
     """
@@ -84,28 +69,28 @@ def fit_baselines(detector: Detector, options: BaselineOptions, out: Path) -> It
         return EvaluatedDetector(name, fitted, scores_folder / name)
 
     def fit_trivial(images: ImageSource) -> EvaluatedDetector:
-        fitted = TrivialBaselines().fit(images, limit=options.limit, **common)
-        return EvaluatedDetector(trivial_baselines.NAME, fitted, scores_folder / trivial_baselines.NAME)
+        fitted = TrivialBaselines().fit(images, limit=baseline_limit, **common)
+        return EvaluatedDetector(TRIVIAL_BASELINES, fitted, scores_folder / TRIVIAL_BASELINES)
 
     def fit_random_weights(images: ImageSource) -> EvaluatedDetector:
         baseline, diffusion, classifier = with_random_weights(detector)
-        fitted = baseline.fit(images, diffusion, classifier, limit=options.limit, **common)
+        fitted = baseline.fit(images, diffusion, classifier, limit=baseline_limit, **common)
         name = f"{method_name(detector)}_random_weights"
         return EvaluatedDetector(name, fitted, scores_folder / name)
 
     fits: dict[str, Callable[[ImageSource], EvaluatedDetector]] = {}
-    if options.standard:
+    if standard_baselines:
         fits |= {name: partial(fit_standard, name) for name in detector.baselines}
-    if options.trivial:
-        fits[trivial_baselines.NAME] = fit_trivial
+    if trivial_baselines:
+        fits[TRIVIAL_BASELINES] = fit_trivial
     has_network = any(network is not None for network in (detector.diffusion, detector.classifier, detector.features))
-    if options.random_weights and has_network:
+    if random_weights_baseline and has_network:
         fits["random_weights"] = fit_random_weights
     if not fits:
         return
-    source = options.images if options.images is not None else detector.provenance.get("source")
+    source = baseline_images if baseline_images is not None else detector.provenance.get("source")
     try:
-        images = _open_fitted_images(detector) if options.images is None else open_source(options.images)
+        images = _open_fitted_images(detector) if baseline_images is None else open_source(baseline_images)
     except FaroutError as error:
         message = (
             f"no baselines: they cannot be fitted on {source!r} ({error}); give images for them with --baseline-images"

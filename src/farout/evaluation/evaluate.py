@@ -19,7 +19,7 @@ from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.detectors.base import Detector
 from farout.detectors.calibration import check_fitted, compute_p_values
-from farout.evaluation.baselines import BaselineOptions, EvaluatedDetector, fit_baselines, method_name
+from farout.evaluation.baselines import EvaluatedDetector, fit_baselines, method_name
 from farout.evaluation.metrics import detection_metrics, detection_rate, false_alarm_rate
 from farout.evaluation.ood_subsets import average_over_subsets
 from farout.evaluation.results import Evaluation
@@ -44,7 +44,7 @@ COLUMNS = [
     "protocol",
     "id",
     "ood",
-    "group",
+    "ood_group",
     "role",
     "seed",
     "auroc",
@@ -76,13 +76,17 @@ def evaluate(
     out: str | Path,
     *,
     limit: int | None = None,
-    baselines: BaselineOptions | None = None,
-    ood_draws: int = 0,
+    standard_baselines: bool = True,
+    trivial_baselines: bool = True,
+    random_weights_baseline: bool = False,
+    baseline_images: Any = None,
+    baseline_limit: int | None = 1000,
+    ood_subsets: int = 0,
     name: str | None = None,
 ) -> Evaluation:
     """Score in-distribution and out-of-distribution images, and compute metrics for every indicator of the detector.
 
-    Writes `metrics.csv`, the scores in `scores/`, and `paired.csv`: the differences between the detector and each
+    Writes `metrics.csv`, the scores in `scores/`, and `differences.csv`: the differences between the detector and each
     baseline on the same images. An interrupted evaluation continues when called again.
 
     Args:
@@ -91,18 +95,26 @@ def evaluate(
         ood_sources: out-of-distribution sources.
         out: folder of the results.
         limit: use a seeded random sample of this many images of each source; None: all.
-        baselines: what is evaluated for comparison; None: the baselines that the detector names, and trivial ones.
-        ood_draws: number of random subsets of the out-of-distribution images, over which averages of the metrics are
-            written to `draws.csv`, as in many papers (see `average_over_subsets`); 0: none.
+        standard_baselines: also evaluate the methods that the detector names as its baselines.
+        trivial_baselines: also evaluate trivial baselines, which need no network.
+        random_weights_baseline: also evaluate the same detector with random weights, see `with_random_weights`.
+        baseline_images: source that the baselines are fitted on; None: that of the detector.
+        baseline_limit: maximum number of images that trivial baselines and random weights are fitted on; None: all.
+            Standard baselines are fitted on all images.
+        ood_subsets: number of random subsets of the out-of-distribution images, over which averages of the metrics are
+            written to `subsets.csv`, as in many papers (see `average_over_subsets`); 0: none.
         name: name of the detector in the tables; None: that of its method.
 
     Raises:
-        FaroutError: the detector is not fitted, there is no out-of-distribution source, or `ood_draws` is negative.
+        FaroutError: the detector is not fitted, there is no out-of-distribution source, `ood_subsets` is
+            negative, or `baseline_limit` is less than 1.
         StoreError: the folder contains scores of another detector or of other images.
     """
     check_fitted(detector)
-    if ood_draws < 0:
-        raise FaroutError(f"ood_draws is {ood_draws}; expected 0 or more")
+    if ood_subsets < 0:
+        raise FaroutError(f"ood_subsets is {ood_subsets}; expected 0 or more")
+    if baseline_limit is not None and baseline_limit < 1:
+        raise FaroutError(f"baseline_limit is {baseline_limit}; expected 1 or more")
     if isinstance(ood_sources, str) or not len(ood_sources):
         raise FaroutError(f"out-of-distribution sources must be a list of at least one source, got {ood_sources!r}")
     out = Path(out)
@@ -112,7 +124,16 @@ def evaluate(
     _warn_of_seen_images(detector, sources[0])
 
     own = EvaluatedDetector(name or method_name(detector), detector, out / "scores")
-    evaluated = [own, *fit_baselines(detector, baselines or BaselineOptions(), out)]
+    baselines = fit_baselines(
+        detector,
+        out,
+        standard_baselines=standard_baselines,
+        trivial_baselines=trivial_baselines,
+        random_weights_baseline=random_weights_baseline,
+        baseline_images=baseline_images,
+        baseline_limit=baseline_limit,
+    )
+    evaluated = [own, *baselines]
     datasets = [[_score_dataset(each, source) for source in sources] for each in evaluated]
     rows = [row for each, scored in zip(evaluated, datasets) for row in _metric_rows(each, scored)]
     metrics = pd.DataFrame(rows, columns=COLUMNS)
@@ -125,12 +146,12 @@ def evaluate(
     ]
     differences = pd.DataFrame(compared, columns=DIFFERENCE_COLUMNS)
     if len(differences):
-        paths.append(write_table(differences, out / "paired.csv"))
+        paths.append(write_table(differences, out / "differences.csv"))
     subsets = None
-    if ood_draws:
-        averages = [row for each, scored in zip(evaluated, datasets) for row in _subset_rows(each, scored, ood_draws)]
+    if ood_subsets:
+        averages = [row for each, scored in zip(evaluated, datasets) for row in _subset_rows(each, scored, ood_subsets)]
         subsets = pd.DataFrame(averages)
-        paths.append(write_table(subsets, out / "draws.csv"))
+        paths.append(write_table(subsets, out / "subsets.csv"))
     paths += [str(own.folder / folder_name(source) / "page.html") for source in sources[1:]]
     return Evaluation(metrics, differences, subsets, tuple(paths))
 
@@ -168,7 +189,7 @@ def _metric_rows(evaluated: EvaluatedDetector, datasets: Sequence[ScoredDataset]
             metrics = detection_metrics(
                 id_scores,
                 ood_scores[indicator],
-                groups=ids,
+                image_ids=ids,
                 seed=detector.seed,
                 name=f"{evaluated.name}, {own_name}, {ood.source.name}",
             )
@@ -192,9 +213,9 @@ def _metric_rows(evaluated: EvaluatedDetector, datasets: Sequence[ScoredDataset]
 
 
 def _subset_rows(
-    evaluated: EvaluatedDetector, datasets: Sequence[ScoredDataset], draws: int
+    evaluated: EvaluatedDetector, datasets: Sequence[ScoredDataset], count: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `draws.csv`: every indicator on random subsets of every out-of-distribution dataset."""
+    """Rows of `subsets.csv`: every indicator on random subsets of every out-of-distribution dataset."""
     in_distribution, *others = datasets
     for ood in others:
         ood_scores = scores_by_indicator(ood.scores)
@@ -203,7 +224,7 @@ def _subset_rows(
                 "detector": evaluated.name,
                 "indicator": indicator,
                 **dataset_columns(in_distribution.source.name, ood.source.name),
-                **average_over_subsets(id_scores, ood_scores[indicator], draws, seed=evaluated.detector.seed),
+                **average_over_subsets(id_scores, ood_scores[indicator], count, seed=evaluated.detector.seed),
             }
 
 
@@ -218,7 +239,7 @@ def _write_metrics(metrics: pd.DataFrame, out: Path) -> str:
     """Write `metrics.csv`, and remove the tables of an earlier evaluation that this one may not write."""
     path = out / "metrics.csv"
     if path.is_file():
-        for name in ("paired.csv", "draws.csv"):
+        for name in ("differences.csv", "subsets.csv"):
             (out / name).unlink(missing_ok=True)
     return write_table(metrics, path)
 

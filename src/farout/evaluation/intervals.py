@@ -70,9 +70,9 @@ def rule_of_three(count: int) -> float:
     return float(1 - 0.05 ** (1 / count))
 
 
-def count_independent(groups: tuple[np.ndarray, np.ndarray] | None, *samples: np.ndarray) -> list[int]:
-    """Number of independent images in each sample: its scores, or the original images behind them in `groups`."""
-    return [len(sample) for sample in samples] if groups is None else [len(np.unique(ids)) for ids in groups]
+def count_independent(image_ids: tuple[np.ndarray, np.ndarray] | None, *samples: np.ndarray) -> list[int]:
+    """Number of independent images in each sample: its scores, or the original images behind them in `image_ids`."""
+    return [len(sample) for sample in samples] if image_ids is None else [len(np.unique(ids)) for ids in image_ids]
 
 
 def dense_ranks(id_scores: np.ndarray, ood_scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,15 +106,15 @@ class _GroupedIndices:
 
 
 def _bootstrap_indices(
-    n_id: int, n_ood: int, groups: tuple[np.ndarray, np.ndarray] | None, draws: int, seed: int
+    n_id: int, n_ood: int, image_ids: tuple[np.ndarray, np.ndarray] | None, draws: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Indices of resampled in-distribution and OOD scores, one bootstrap sample at a time."""
     generator = np.random.default_rng(seed)
-    if groups is None:
+    if image_ids is None:
         for _ in range(draws):
             yield generator.integers(0, n_id, n_id), generator.integers(0, n_ood, n_ood)
         return
-    images, image_of_score = np.unique(np.concatenate(groups), return_inverse=True)
+    images, image_of_score = np.unique(np.concatenate(image_ids), return_inverse=True)
     id_scores, ood_scores = (_GroupedIndices(part, len(images)) for part in np.split(image_of_score, [n_id]))
     for _ in range(draws):
         resampled = generator.integers(0, len(images), len(images))
@@ -126,7 +126,7 @@ def bootstrap_interval(
     id_scores: np.ndarray,
     ood_scores: np.ndarray,
     *,
-    groups: tuple[np.ndarray, np.ndarray] | None = None,
+    image_ids: tuple[np.ndarray, np.ndarray] | None = None,
     draws: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
@@ -136,11 +136,11 @@ def bootstrap_interval(
         metric: function of in-distribution and OOD scores.
         id_scores: (N,).
         ood_scores: (M,).
-        groups: ids of the original image behind every score of both samples; resample these instead of scores.
+        image_ids: ids of the original image behind every score of both samples; resample these instead of scores.
         draws: number of bootstrap samples.
         seed: seed of the resampling.
     """
-    resampled = _bootstrap_indices(len(id_scores), len(ood_scores), groups, draws, seed)
+    resampled = _bootstrap_indices(len(id_scores), len(ood_scores), image_ids, draws, seed)
     values = [metric(id_scores[id_rows], ood_scores[ood_rows]) for id_rows, ood_rows in resampled]
     low, high = np.nanquantile(values, [0.025, 0.975])
     return float(low), float(high)
@@ -165,20 +165,20 @@ def paired_difference(
     second: tuple[np.ndarray, np.ndarray],
     *,
     metric: Metric | None = None,
-    groups: tuple[np.ndarray, np.ndarray] | None = None,
+    image_ids: tuple[np.ndarray, np.ndarray] | None = None,
     draws: int = 1000,
     seed: int = 0,
 ) -> Difference:
     """Difference of two detectors, each given as (id_scores, ood_scores) of the same images in the same order.
 
-    Without `metric` and `groups`: AUROC with DeLong's covariance (DeLong et al. 1988); otherwise a paired bootstrap.
+    Without `metric` and `image_ids`: AUROC with DeLong's covariance (DeLong et al. 1988); otherwise a paired bootstrap.
     A difference without variance, such as that of a perfect and a constant detector, is widened by `rule_of_three`.
 
     Args:
         first: scores of the first detector.
         second: scores of the second detector.
         metric: function of in-distribution and OOD scores; None: AUROC.
-        groups: as in `bootstrap_interval`.
+        image_ids: as in `bootstrap_interval`.
         draws: number of bootstrap samples.
         seed: seed of the resampling.
 
@@ -193,19 +193,19 @@ def paired_difference(
     if any(np.isnan(scores).any() for pair in detectors for scores in pair):
         raise FaroutError("a paired difference requires scores that are numbers; leave out images without both scores")
     (id_first, ood_first), (id_second, ood_second) = detectors
-    if metric is None and groups is None:
+    if metric is None and image_ids is None:
         return _delong_difference(id_first, ood_first, id_second, ood_second)
     if metric is None:
         metric = auroc_of_ranks
         (id_first, ood_first), (id_second, ood_second) = dense_ranks(*detectors[0]), dense_ranks(*detectors[1])
     values = [
         metric(id_first[id_rows], ood_first[ood_rows]) - metric(id_second[id_rows], ood_second[ood_rows])
-        for id_rows, ood_rows in _bootstrap_indices(len(id_first), len(ood_first), groups, draws, seed)
+        for id_rows, ood_rows in _bootstrap_indices(len(id_first), len(ood_first), image_ids, draws, seed)
     ]
     low, high = np.nanquantile(values, [0.025, 0.975])
     value = metric(id_first, ood_first) - metric(id_second, ood_second)
     # all bootstrap samples agree on a difference: a few images would decide with certainty
-    margin = rule_of_three(min(count_independent(groups, id_first, ood_first))) if low == high and value else 0.0
+    margin = rule_of_three(min(count_independent(image_ids, id_first, ood_first))) if low == high and value else 0.0
     return Difference(value, float(low) - margin, float(high) + margin)
 
 

@@ -121,7 +121,7 @@ def detection_metrics(
     id_scores: Any,
     ood_scores: Any,
     *,
-    groups: tuple[np.ndarray, np.ndarray] | None = None,
+    image_ids: tuple[np.ndarray, np.ndarray] | None = None,
     draws: int = 1000,
     seed: int = 0,
     name: str = "",
@@ -131,7 +131,7 @@ def detection_metrics(
     Args:
         id_scores: one score per in-distribution image, (N,).
         ood_scores: one score per OOD image, (M,).
-        groups: ids of the original image behind every score of both sets, if variants of one image are in both;
+        image_ids: ids of the original image behind every score of both sets, if variants of one image are in both;
             intervals then resample original images instead of scores.
         draws: number of bootstrap samples.
         seed: seed of the bootstrap.
@@ -152,13 +152,13 @@ def detection_metrics(
             message = f"{prefix}{missing} of {len(scores)} {label} scores are not numbers and are left out"
             warnings.warn(message, NaNScoresWarning, stacklevel=2)
         samples.append(scores)
-    if groups is not None:
-        if [len(ids) for ids in groups] != [len(scores) for scores in samples]:
-            lengths = [len(ids) for ids in groups], [len(scores) for scores in samples]
-            raise FaroutError(f"groups require one id per score, got {lengths[0]} ids for {lengths[1]} scores")
-        groups = (
-            np.asarray(groups[0])[~np.isnan(samples[0])],
-            np.asarray(groups[1])[~np.isnan(samples[1])],
+    if image_ids is not None:
+        if [len(ids) for ids in image_ids] != [len(scores) for scores in samples]:
+            lengths = [len(ids) for ids in image_ids], [len(scores) for scores in samples]
+            raise FaroutError(f"image_ids require one id per score, got {lengths[0]} ids for {lengths[1]} scores")
+        image_ids = (
+            np.asarray(image_ids[0])[~np.isnan(samples[0])],
+            np.asarray(image_ids[1])[~np.isnan(samples[1])],
         )
     id_known, ood_known = (scores[~np.isnan(scores)] for scores in samples)
     if not len(id_known) or not len(ood_known):
@@ -168,16 +168,16 @@ def detection_metrics(
         message = f"{prefix}all scores are equal; the AUROC is one half by definition"
         warnings.warn(message, ConstantScoresWarning, stacklevel=2)
 
-    independent_id, independent_ood = count_independent(groups, id_known, ood_known)
+    independent_id, independent_ood = count_independent(image_ids, id_known, ood_known)
     fpr = fpr95(id_known, ood_known)
-    fpr_interval = bootstrap_interval(fpr95, id_known, ood_known, groups=groups, draws=draws, seed=seed)
+    fpr_interval = bootstrap_interval(fpr95, id_known, ood_known, image_ids=image_ids, draws=draws, seed=seed)
     fpr_low, fpr_high = _widen_at_bounds(fpr, fpr_interval, independent_ood)
-    if groups is None:
+    if image_ids is None:
         area, low, high = auroc_interval(id_known, ood_known)
     else:
         area = auroc(id_known, ood_known)
         ranks = dense_ranks(id_known, ood_known)
-        area_interval = bootstrap_interval(auroc_of_ranks, *ranks, groups=groups, draws=draws, seed=seed)
+        area_interval = bootstrap_interval(auroc_of_ranks, *ranks, image_ids=image_ids, draws=draws, seed=seed)
         low, high = _widen_at_bounds(area, area_interval, min(independent_id, independent_ood))
     if high < 0.5:
         message = f"AUROC {area:.3f} is below one half: the OOD images have lower scores than the in-distribution ones"

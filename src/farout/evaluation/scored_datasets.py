@@ -28,8 +28,8 @@ __all__ = [
 
 METHOD_SCORE = "score"
 """Name in tables of the indicator that a method uses as its score."""
-DIFFERENCE_COLUMNS = ["first", "second", "id", "ood", "group", "role", "difference", "low", "high"]
-"""Columns of `paired.csv`: AUROC of the first detector minus that of the second, with its 95 % interval."""
+DIFFERENCE_COLUMNS = ["first", "second", "id", "ood", "ood_group", "role", "difference", "low", "high"]
+"""Columns of `differences.csv`: AUROC of the first detector minus that of the second, with its 95 % interval."""
 
 
 @dataclass
@@ -59,11 +59,11 @@ def folder_name(source: ImageSource) -> str:
 
 
 def dataset_columns(id_name: str, ood_name: str) -> dict[str, str]:
-    """Columns `id`, `ood`, `group` (near or far) and `role` (dev or test) of a pair of sources."""
+    """Columns `id`, `ood`, `ood_group` (near or far) and `role` (dev or test) of a pair of sources."""
     return {
         "id": id_name,
         "ood": ood_name,
-        "group": catalog.ood_group(id_name, ood_name),
+        "ood_group": catalog.ood_group(id_name, ood_name),
         "role": catalog.ood_role(id_name, ood_name),
     }
 
@@ -88,8 +88,8 @@ def compare_detectors(
         if not len(id_first) or not len(ood_first):
             continue
         ids = shared_image_ids(first_id, first_ood)
-        groups = None if ids is None else (ids[0][id_rows], ids[1][ood_rows])
-        difference = paired_difference((id_first, ood_first), (id_second, ood_second), groups=groups, seed=seed)
+        image_ids = None if ids is None else (ids[0][id_rows], ids[1][ood_rows])
+        difference = paired_difference((id_first, ood_first), (id_second, ood_second), image_ids=image_ids, seed=seed)
         yield {
             "first": first_name,
             "second": second_name,

@@ -9,7 +9,6 @@ from typing import Any
 from farout.cli.tables import new_table, print_table
 from farout.core.errors import FaroutError
 from farout.detectors.base import load
-from farout.evaluation.baselines import BaselineOptions
 from farout.evaluation.evaluate import evaluate as evaluate_detector
 from farout.evaluation.evaluate import evaluate_scores
 from farout.evaluation.results import Evaluation
@@ -33,7 +32,7 @@ def evaluate(
     random_weights_baseline: bool = False,
     baseline_images: str | None = None,
     baseline_limit: int | None = 1000,
-    ood_draws: int = 0,
+    ood_subsets: int = 0,
     runtime: dict[str, Any],
 ) -> Evaluation:
     """Evaluate a detector, or given scores, on out-of-distribution images.
@@ -51,24 +50,26 @@ def evaluate(
         random_weights_baseline: also evaluate the same detector with random weights.
         baseline_images: images to fit the baselines on; default: those of the detector's fit.
         baseline_limit: maximum number of images to fit the trivial baselines and the random weights on.
-        ood_draws: also write OUT/draws.csv: metrics over this many random draws with one out-of-distribution image per
-            five in-distribution images, as in many papers; 0: off.
+        ood_subsets: also write OUT/subsets.csv: metrics over this many random subsets with one out-of-distribution
+            image per five in-distribution images, as in many papers; 0: off.
         runtime: runtime settings that replace those of the fit.
     """
     if scores:
         return evaluate_scores(scores, out)
-    if detector is None or id is None or not ood or out is None:
-        raise FaroutError("evaluate requires DETECTOR --id SOURCE --ood SOURCE... --out DIR, or --scores FILE FILE...")
+    assert detector is not None  # by `check_settings`
+    assert out is not None
     return evaluate_detector(
         load(detector, **runtime),
         id,
         ood,
         out,
         limit=limit,
-        baselines=BaselineOptions(
-            standard_baselines, trivial_baselines, random_weights_baseline, baseline_images, baseline_limit
-        ),
-        ood_draws=ood_draws,
+        standard_baselines=standard_baselines,
+        trivial_baselines=trivial_baselines,
+        random_weights_baseline=random_weights_baseline,
+        baseline_images=baseline_images,
+        baseline_limit=baseline_limit,
+        ood_subsets=ood_subsets,
     )
 
 

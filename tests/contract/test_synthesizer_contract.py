@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,10 +53,10 @@ def whole(method: type[Synthesizer], images: Path, tmp_path_factory: pytest.Temp
 def synthesize(
     method: type[Synthesizer], images: Any, out: Path, *, batch_size: int = 64, **settings: Any
 ) -> OutlierFolder:
-    judge = classifier() if "classifier" in method.needs else None
+    judge = classifier() if method.requirements.classifier else None
     given: dict[str, Any] = {"diffusion": conditional(), "classifier": judge, "count": COUNT}
     runtime = Runtime(device="cpu", precision="fp32", batch_size=batch_size, workers=0)
-    tiny = method.tiny(SimpleNamespace(diffusion=conditional(), classifier=classifier()))
+    tiny = method(**method.test_arguments)
     return tiny.synthesize(images, out, **{**given, "runtime": runtime, **settings})
 
 
@@ -93,7 +92,7 @@ def test_a_folder_of_outliers_is_a_source_with_a_manifest(whole: OutlierFolder, 
 
 
 def test_every_setting_is_stored(whole: OutlierFolder, method: type[Synthesizer]) -> None:
-    tiny = method.tiny(SimpleNamespace(diffusion=conditional(), classifier=classifier()))
+    tiny = method(**method.test_arguments)
     settings = whole.settings()
     assert settings["method"] in NAMES
     assert set(settings["config"]) == set(flatten_config(tiny.config))
@@ -212,7 +211,7 @@ def test_runs_with_other_settings_are_refused(
         ("precision: fp32 before, bf16 now", {"runtime": Runtime(device="cpu", precision="bf16", workers=0)}),
         ("data: .* before", {"limit": 30}),
     ]
-    if "diffusion" in method.needs:
+    if method.requirements.diffusion:
         wrong.append(("diffusion: .* before", {"diffusion": conditional(b_scale=2.0)}))
     for message, settings in wrong:
         with pytest.raises(StoreError, match=f"generated with other settings.*{message}"):
@@ -265,10 +264,10 @@ def test_invalid_inputs_are_refused_before_anything_is_written(
         (strange, {}, "images of zebra"),
         (images, {"count": 0}, "count must be at least 1"),
     ]
-    if "diffusion" in method.needs:
-        wrong.append((images, {"diffusion": None}, "needs a diffusion model"))
+    if method.requirements.diffusion:
+        wrong.append((images, {"diffusion": None}, "requires a diffusion model"))
         wrong.append((images, {"diffusion": tmp_path / "nowhere"}, "nowhere"))
-    if "classes" in method.needs:
+    if method.requirements.class_conditional:
         wrong.append((images, {"diffusion": model()}, "unconditional"))
     for source, settings, message in wrong:
         with pytest.raises((FaroutError, SourceError), match=message):

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,10 +23,6 @@ class Plain(Synthesizer):
 
     def generate(self, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]) -> SyntheticImages:
         return SyntheticImages(torch.full((len(indices), 1, 8, 8), 0.5), [""] * len(indices))
-
-    @classmethod
-    def tiny(cls, resources: Any) -> Synthesizer:
-        return cls()
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def make_all(root: Path, out: Path, **settings: Any) -> dict[str, tuple[int, int
     found = {
         "sona": SONA(steps=4, reconstructions=True).synthesize(root, out / "sona", count=15, **given),
         # it trains a manifold, in stages of the main process
-        "ncis": NCIS.tiny(None).synthesize(root, out / "ncis", count=5, **given),
+        "ncis": NCIS(**NCIS.test_arguments).synthesize(root, out / "ncis", count=5, **given),
         "again": reconstruct(root, out=out / "again", steps=2, **given),
     }
     return {name: (folder.images, folder.generated) for name, folder in found.items()}
@@ -133,7 +133,7 @@ def test_manifests_of_stopped_processes_become_one(tmp_path: Path) -> None:
     assert [hashes[f"a/{index:06d}.png"] for index in (0, 1, 2)] == ["hash 0", "hash 1", "hash 2"]
     writer = ImageWriter(out, ("a",), 0, "reconstructions")
     writer.begin({"config": {}}, {}, resume=True)
-    assert writer.missing(6) == [3, 4, 5]
+    assert writer.missing_indices(6) == [3, 4, 5]
     assert not (out / "manifest.1.csv").exists()
     add(out, ProcessGroup(cpu), [4, 3])
     add(out, ProcessGroup(cpu), [5], finish=True)

@@ -71,10 +71,10 @@ def test_images_are_written_while_the_next_batch_is_computed(tmp_path: Path, mon
     monkeypatch.setattr(_writer, "save_png", waits)
     with opened(tmp_path / "o") as writer:
         add(writer, 0, 1)
-        assert (written, writer.images) == ([], 0)
+        assert (written, writer.num_images) == ([], 0)
         release.set()
         add(writer, 2)
-        assert writer.images == 2
+        assert writer.num_images == 2
         assert sorted(written)[:2] == ["000000", "000001"]
         writer.finish()
     assert sorted(written) == ["000000", "000001", "000002"]
@@ -87,7 +87,7 @@ def test_an_interruption_leaves_the_images_that_were_passed(tmp_path: Path) -> N
         fill(opened(tmp_path / "o"), [(3, 1)], KeyboardInterrupt())
     (tmp_path / "o" / ".working-000002").write_text("half")
     again = opened(tmp_path / "o", resume=True)
-    assert (again.images, again.missing(4)) == (2, [0, 2])
+    assert (again.num_images, again.missing_indices(4)) == (2, [0, 2])
     assert not (tmp_path / "o" / ".working-000002").exists()
 
 
@@ -99,7 +99,7 @@ def test_errors_of_a_thread_are_raised(tmp_path: Path, monkeypatch: pytest.Monke
     for name, batches in {"o": [(0,), (1,)], "p": [(0,)]}.items():
         with pytest.raises(ValueError, match="no such picture"):
             fill(opened(tmp_path / name), batches)
-    assert opened(tmp_path / "o", resume=True).images == 0
+    assert opened(tmp_path / "o", resume=True).num_images == 0
 
 
 # full disks
@@ -172,6 +172,6 @@ def test_a_manifest_on_a_full_disk_has_complete_rows(tmp_path: Path) -> None:
     assert manifest.stat().st_size < 300
     assert [row["index"] for row in csv.DictReader(manifest.read_text().splitlines())] == list("012345678")
     again = opened(tmp_path / "o", resume=True)
-    assert again.missing(12) == [9, 10, 11]
+    assert again.missing_indices(12) == [9, 10, 11]
     fill(again, [(9, 10, 11)])
     assert list(read_manifest_rows(tmp_path / "o")[1]) == list(range(12))

@@ -173,7 +173,9 @@ def test_a_class_of_one_image_is_refused_before_anything_is_embedded(tmp_path: P
     pictures(tmp_path / "few" / "a", 5)
     pictures(tmp_path / "few" / "b", 1)
     with pytest.raises(FaroutError, match="class 'b' has 1 vector"):
-        NCIS.tiny(None).synthesize(tmp_path / "few", tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU)
+        NCIS(**NCIS.test_arguments).synthesize(
+            tmp_path / "few", tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU
+        )
     assert not (tmp_path / "o").exists()
 
 
@@ -195,7 +197,7 @@ def test_images_none_of_which_can_be_read_are_refused(images: Path, tmp_path: Pa
 
 
 def test_held_out_distances_are_shown_as_soon_as_there_is_a_manifold(images: Path, tmp_path: Path) -> None:
-    done = NCIS.tiny(None).synthesize(
+    done = NCIS(**NCIS.test_arguments).synthesize(
         images, tmp_path / "o", count=4, diffusion=conditional(), runtime=CPU, stage="manifold"
     )
     text = write_outlier_page(done, open_source(images)).read_text(encoding="utf-8")

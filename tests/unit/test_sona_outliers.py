@@ -182,7 +182,7 @@ def test_every_solver_that_can_be_guided_generates_outliers(images: Path, tmp_pa
         ({"solver": "plms"}, "plms evaluates the network more than once per step"),
         ({"solver": "euler"}, "there is no solver 'euler'"),
         ({"steps": 2000}, "steps must be 1 to 1000"),
-        ({"reject": 0.5}, "SONA needs a classifier model"),
+        ({"reject": 0.5}, "SONA requires a classifier"),
     ],
 )
 def test_invalid_inputs_are_refused_before_anything_is_written(

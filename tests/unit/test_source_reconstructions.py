@@ -60,10 +60,6 @@ def files(folder: Path) -> dict[str, bytes]:
 class Back(EditingSynthesizer):
     """The expected reconstructions: denoised under the image's own class, without guidance."""
 
-    @classmethod
-    def tiny(cls, resources: Any) -> "Back":
-        return cls()
-
     def denoise(self, editing: EditingContext, batch: NoisedBatch, indices: Sequence[int]) -> EditedBatch:
         limits = editing.clip_range
         denoiser = editing.denoiser if limits is None else ClampedDenoiser(editing.denoiser, *limits)

@@ -259,12 +259,12 @@ def _check_references(spec: BenchmarkSpec) -> None:
 
     for name, outlier_spec in spec.outliers.items():
         where, synthesizer = f"outliers.{name}", outlier_spec.build_synthesizer()
-        needs_diffusion = bool({"diffusion", "classes"} & synthesizer.needs)
-        uses = {"diffusion": needs_diffusion, "classifier": "classifier" in synthesizer.required_inputs}
+        required = synthesizer.requirements
+        uses = {"diffusion": required.diffusion, "classifier": required.classifier}
         _check_networks(uses, outlier_spec, where)
         network = spec.networks.get(outlier_spec.diffusion or "")
         is_conditional = network is None or network.folder is not None or getattr(network.model, "classes", False)
-        if "classes" in synthesizer.needs and not is_conditional:
+        if required.class_conditional and not is_conditional:
             raise FaroutError(
                 f"{where}: {outlier_spec.method} requires a class-conditional diffusion model; give "
                 f"{outlier_spec.diffusion} model.classes"

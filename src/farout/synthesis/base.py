@@ -26,6 +26,7 @@ from farout.data.indices import require_readable_indices
 from farout.data.sources import open_source
 from farout.diffusion.model import DiffusionModel
 from farout.synthesis import SYNTHESIZERS
+from farout.synthesis.declarations import SynthesisRequirements
 from farout.synthesis.generated_folder import GeneratedFolder, OutlierFolder, ReconstructedFolder, read_outliers
 from farout.synthesis.leakage import warn_about_extra_classes
 from farout.synthesis.writer import ImageWriter
@@ -124,7 +125,7 @@ class SynthesisContext:
     def generator(self) -> DiffusionModel:
         """The diffusion model; raises FaroutError if there is none."""
         if self.diffusion is None:
-            raise FaroutError("this synthesizer needs a diffusion model; give diffusion=FOLDER (or a DiffusionModel)")
+            raise FaroutError("this synthesizer requires a diffusion model; give diffusion=FOLDER or a model")
         return self.diffusion
 
 
@@ -165,19 +166,16 @@ class SyntheticImages:
 class Synthesizer(Configured, ABC):
     """A method that generates synthetic outliers. The arguments of the constructor are its configuration.
 
-    A method implements `generate` and `tiny` and sets `needs`. A method that works in several stages lists them in
+    A method implements `generate` and sets `requirements`. A method that works in several stages lists them in
     `stages` and implements `run_stage` for all stages but the last one, which generates the images.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"labels"})
-    """Required inputs: `labels` (always), `diffusion`, `classes` (a class-conditional model), `classifier`."""
+    requirements: SynthesisRequirements = SynthesisRequirements()
+    """The networks that are required; the settings of an instance may require more."""
     stages: ClassVar[tuple[str, ...]] = ("images",)
     """Names of the stages in their order; the last one generates the images."""
-
-    @property
-    def required_inputs(self) -> frozenset[str]:
-        """The inputs that this configuration requires: `needs`, and those that its settings require."""
-        return self.needs
+    test_arguments: ClassVar[Mapping[str, Any]] = {}
+    """Arguments with which the method runs in seconds on tiny untrained networks, for the contract tests."""
 
     # -- what a method implements --------------------------------------------------------------------------------
 
@@ -188,15 +186,6 @@ class Synthesizer(Configured, ABC):
         Each outlier depends only on its index, its class and the seed, not on the other outliers of the batch.
         """
 
-    @classmethod
-    @abstractmethod
-    def tiny(cls, resources: Any) -> Synthesizer:
-        """A configuration that runs in seconds, for the contract tests.
-
-        Args:
-            resources: `resources.diffusion` is a tiny class-conditional model, `resources.classifier` a classifier.
-        """
-
     def load_diffusion(self, given: DiffusionModel | str | Path, source: ImageSource) -> DiffusionModel:
         """Load the diffusion model; a method may configure it with the class names of `source`."""
         return DiffusionModel.load(given) if isinstance(given, str | Path) else given
@@ -204,7 +193,7 @@ class Synthesizer(Configured, ABC):
     def check(self, context: SynthesisContext) -> None:
         """Raise FaroutError for inputs that cannot work; called before anything is written."""
 
-    def check_generator(self, context: SynthesisContext) -> None:
+    def warn_about_generator(self, context: SynthesisContext) -> None:
         """Warn about a poor generator; called once, after the folder is opened and before the first stage."""
 
     def run_stage(self, context: SynthesisContext, stage: str) -> None:
@@ -222,7 +211,7 @@ class Synthesizer(Configured, ABC):
         """The class of outlier `index`; by default the classes that have images alternate."""
         return context.classes[index % len(context.classes)]
 
-    def count_reconstructions(self, context: SynthesisContext) -> int:
+    def num_reconstructions(self, context: SynthesisContext) -> int:
         """The number of outliers, from the first one, whose source images `generate` also reconstructs."""
         return 0
 
@@ -233,7 +222,7 @@ class Synthesizer(Configured, ABC):
         except FaroutError:  # a class that is not registered
             name = type(self).__name__
         # a classifier that only checks the generator does not change the images
-        uses_classifier = context.classifier is not None and "classifier" in self.required_inputs
+        uses_classifier = context.classifier is not None and self.requirements.classifier
         return {
             "method": name,
             "config": flatten_config(self.config),
@@ -315,12 +304,12 @@ class Synthesizer(Configured, ABC):
             "provenance": self.provenance,
         }
         writer.begin(self.image_settings(context), about, resume=resume)
-        if self.count_reconstructions(context):
+        if self.num_reconstructions(context):
             reconstruction_writer.begin(self.image_settings(context), about, resume=resume)
 
         def run_early_stages() -> None:
             if stages == self.stages:
-                self.check_generator(context)
+                self.warn_about_generator(context)
             for name in stages:
                 if name != self.stages[-1]:
                     self.run_stage(context, name)
@@ -329,7 +318,7 @@ class Synthesizer(Configured, ABC):
         generated = 0
         if stages == self.stages:
             generated = self._generate_missing(context, writer, reconstruction_writer)
-        return OutlierFolder(Path(out), writer.images, count, generated)
+        return OutlierFolder(Path(out), writer.num_images, count, generated)
 
     def _check_networks(
         self, diffusion: DiffusionModel | None, classifier: Classifier | str | Path | None, device: str
@@ -337,23 +326,24 @@ class Synthesizer(Configured, ABC):
         """Load the classifier and check that the required networks are given; both on `device`."""
         if isinstance(classifier, str | Path):
             classifier = Classifier.load(classifier)
-        for name, network in (("diffusion", diffusion), ("classifier", classifier)):
-            if name in self.required_inputs and network is None:
-                raise FaroutError(f"{type(self).__name__} needs a {name} model; give {name}=FOLDER")
-        if "classes" in self.needs and diffusion is not None and diffusion.conditioning is None:
+        if self.requirements.diffusion and diffusion is None:
+            raise FaroutError(f"{type(self).__name__} requires a diffusion model; give diffusion=FOLDER")
+        if self.requirements.classifier and classifier is None:
+            raise FaroutError(f"{type(self).__name__} requires a classifier; give classifier=FOLDER")
+        if self.requirements.class_conditional and diffusion is not None and diffusion.conditioning is None:
             raise FaroutError(
-                f"{type(self).__name__} needs a class-conditional diffusion model, and this one is unconditional; "
+                f"{type(self).__name__} requires a class-conditional diffusion model, and this one is unconditional; "
                 "train one with `farout train diffusion SOURCE --preset classes`"
             )
-        used = diffusion if "diffusion" in self.needs else None
+        used = diffusion if self.requirements.diffusion else None
         return used and used.to(device), classifier and classifier.to(device)
 
     def _generate_missing(
         self, context: SynthesisContext, writer: ImageWriter, reconstruction_writer: ImageWriter
     ) -> int:
         """Generate and write the images that the folders lack; return the number of new outliers of all processes."""
-        missing = writer.missing(context.count)
-        to_reconstruct = reconstruction_writer.missing(min(context.count, self.count_reconstructions(context)))
+        missing = writer.missing_indices(context.count)
+        to_reconstruct = reconstruction_writer.missing_indices(min(context.count, self.num_reconstructions(context)))
         batch_size = context.runtime.images_per_batch(self.image_shape(context))
         # batches with fixed boundaries are computed whole, so that a resumed run writes the same bytes
         batches = writer.processes.split_between_processes(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,16 +26,13 @@ class ClassNoise(VectorSynthesizer):
         scale: standard deviation of the noise, relative to that of the class embeddings; 0 gives images of the classes.
     """
 
+    test_arguments: ClassVar[Mapping[str, Any]] = {"steps": 3}
+
     def __init__(self, *, scale: float = 1.0, **decoding: Any) -> None:
         super().__init__(**decoding)
         if scale < 0:
             raise FaroutError(f"scale must be 0 or more, got {scale}")
         self.scale = scale
-
-    @classmethod
-    def tiny(cls, resources: Any) -> ClassNoise:
-        """Three solver steps."""
-        return cls(steps=3)
 
     def find_vectors(self, context: SynthesisContext, indices: Sequence[int], labels: Sequence[int]) -> ClassVectors:
         """Class embeddings with noise."""

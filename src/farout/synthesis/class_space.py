@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import seeded_generator
 from farout.diffusion.sampling import Sampler, Spacing
 from farout.synthesis.base import SynthesisContext, Synthesizer, SyntheticImages
+from farout.synthesis.declarations import SynthesisRequirements
 from farout.synthesis.generator_check import classifier_indices, warn_about_poor_samples
 
 __all__ = [
@@ -137,7 +138,7 @@ class VectorSynthesizer(Synthesizer):
         prompts: prompts of the classes for a Stable Diffusion folder; other generators know their classes.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"diffusion", "classes", "labels"})
+    requirements = SynthesisRequirements(diffusion=True, class_conditional=True)
 
     def __init__(
         self,
@@ -215,7 +216,7 @@ class VectorSynthesizer(Synthesizer):
         if context.classifier is not None:
             classifier_indices(context.classifier, class_conditioning(context.generator).class_names)
 
-    def check_generator(self, context: SynthesisContext) -> None:
+    def warn_about_generator(self, context: SynthesisContext) -> None:
         """Warn if the given classifier recognizes fewer than 80 % of the generator's own samples."""
         if context.classifier is not None:
             names = class_conditioning(context.generator).class_names

@@ -116,7 +116,7 @@ def reconstruct(
 
     preprocessing, generated = model.preprocessing, 0
     size = runtime.images_per_batch((preprocessing.channels, *preprocessing.size))
-    missing = set(writer.missing(len(source)))
+    missing = set(writer.missing_indices(len(source)))
     # batches with fixed boundaries are computed whole, so that a resumed run writes the same bytes
     planned = [
         index
@@ -139,4 +139,6 @@ def reconstruct(
                 generated += len(missing.intersection(indices))
             bar.advance(len(batch.keys))
         writer.finish()
-    return ReconstructedFolder(Path(out), writer.images, len(source), sum(writer.processes.gather_objects(generated)))
+    return ReconstructedFolder(
+        Path(out), writer.num_images, len(source), sum(writer.processes.gather_objects(generated))
+    )

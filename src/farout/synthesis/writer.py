@@ -106,12 +106,12 @@ class ImageWriter:
         """Path of image `index` within `images/`."""
         return f"{index:06d}.png" if label is None else f"{self._class_folders[label]}/{index:06d}.png"
 
-    def missing(self, count: int) -> list[int]:
+    def missing_indices(self, count: int) -> list[int]:
         """The indices below `count` without an image; the same in all processes after `begin`."""
         return [index for index in range(count) if index not in self._rows]
 
     @property
-    def images(self) -> int:
+    def num_images(self) -> int:
         """The number of images in the folder."""
         return len(self._rows)
 
@@ -181,7 +181,7 @@ class ImageWriter:
         try:
             yield
         except OSError as error:
-            complete = f"at least {self.images}" if self.processes.num_processes > 1 else self.images
+            complete = f"at least {self.num_images}" if self.processes.num_processes > 1 else self.num_images
             raise StoreError(
                 f"{self.folder} cannot be written to: {error.strerror or error}; {complete} images are complete, "
                 "and the same command with --resume (resume=True) continues from there"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -86,6 +86,13 @@ class DreamOOD(VectorSynthesizer):
     All use the corrected filter (`--boundary.filter published` for that of the released code).
     """
 
+    test_arguments: ClassVar[Mapping[str, Any]] = {
+        "model": ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False),
+        "alignment": AlignmentConfig(steps=3, batch_size=8, warmup=0),
+        "boundary": BoundaryConfig(points=2, candidates=8, kept=1),
+        "steps": 3,
+    }
+
     def __init__(
         self,
         *,
@@ -96,13 +103,6 @@ class DreamOOD(VectorSynthesizer):
     ) -> None:
         super().__init__(**decoding)
         self.model, self.alignment, self.boundary = model, alignment, boundary
-
-    @classmethod
-    def tiny(cls, resources: Any) -> DreamOOD:
-        """A few training batches and candidates, three solver steps."""
-        model = ClassifierConfig(network="wrn16_1", crop_padding=1, flip=False)
-        boundary = BoundaryConfig(points=2, candidates=8, kept=1)
-        return cls(model=model, alignment=AlignmentConfig(steps=3, batch_size=8, warmup=0), boundary=boundary, steps=3)
 
     def check(self, context: SynthesisContext) -> None:
         """Raise FaroutError for class vectors without a direction, fewer than two classes, and a class with fewer than

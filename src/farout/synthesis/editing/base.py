@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from farout.diffusion.solvers.base import Solver
 from farout.diffusion.solvers.registry import create_solver, solver_path
 from farout.synthesis.base import ReconstructedImages, SynthesisContext, Synthesizer, SyntheticImages
 from farout.synthesis.class_space import class_conditioning
+from farout.synthesis.declarations import SynthesisRequirements
 from farout.synthesis.editing.prompt_config import PAPER_TEMPLATE, PromptConfig
 from farout.synthesis.editing.targets import Target, TargetKind, TargetSampler
 from farout.synthesis.generator_check import classifier_indices
@@ -129,7 +130,7 @@ class EditingContext:
         self.levels = noise_levels.leading_levels(self.model.schedule, method.steps)
 
     @cached_property
-    def order(self) -> list[int]:
+    def source_order(self) -> list[int]:
         """Indices of the readable images, with alternating classes: outlier i is edited from image i mod M."""
         labels, readable = self.context.labels.tolist(), require_readable_indices(self.context.source)
         return [readable[position] for position in interleave_classes([labels[index] for index in readable])]
@@ -168,14 +169,14 @@ class EditingContext:
         """The noise level at the start of K steps, as a share of the schedule."""
         return (self.levels[k - 1] + 1) / self.model.schedule.num_levels
 
-    def path(self, k: int) -> Tensor:
+    def sigma_path(self, k: int) -> Tensor:
         """The sigmas of K steps down to 0, as the solver expects them."""
         return solver_path(self.method.solver, noise_levels.falling_path(self.model.schedule, self.levels[:k]))
 
-    def plan(self, index: int, attempt: int) -> EditPlan:
+    def draw_plan(self, index: int, attempt: int) -> EditPlan:
         """Draw the plan of outlier `index`."""
-        repeat, position = divmod(index, len(self.order))
-        source_index = self.order[position]
+        repeat, position = divmod(index, len(self.source_order))
+        source_index = self.source_order[position]
         label = int(self.context.labels[source_index])
         names = (self.context.source.identity(source_index), repeat, *([attempt] if attempt else []))
         generator = seeded_generator(self.context.seed, "deformation", *names)
@@ -191,7 +192,7 @@ class EditingContext:
         images = [self.model.preprocessing(self.context.source[plan.index]) for plan in plans]
         latent_noise = [plan.latent_noise for plan in plans if plan.latent_noise is not None]
         x0 = self.model.encode(torch.stack(images), torch.stack(latent_noise) if latent_noise else None)
-        sigmas = noise_levels.pad_paths([self.path(plan.k) for plan in plans]).to(x0.device)
+        sigmas = noise_levels.pad_paths([self.sigma_path(plan.k) for plan in plans]).to(x0.device)
         x = x0 + expand_dims(sigmas[:, 0], x0) * torch.stack([plan.noise for plan in plans]).to(x0.device)
         class_condition = Condition.join([plan.target.class_condition for plan in plans])
         targets = [plan.target.condition for plan in plans if plan.target.condition is not None]
@@ -213,14 +214,14 @@ class EditingContext:
         With an autoencoder: decode the latents that the outliers start from (level 0). Otherwise each image is noised
         with the noise of its outlier and denoised by the same solver under its own class, without guidance.
         """
-        rows = [row for row, index in enumerate(indices) if index < len(self.order)]
+        rows = [row for row, index in enumerate(indices) if index < len(self.source_order)]
         if not rows:
             return None
         plans, x0, levels = [batch.plans[row] for row in rows], batch.x0[rows], [0.0] * len(rows)
         if self.model.autoencoder is None:
             counts = [self.reconstruction_steps(plan.k) for plan in plans]
             levels = [self.level_of(count) for count in counts]
-            sigmas = noise_levels.pad_paths([self.path(count) for count in counts]).to(x0.device)
+            sigmas = noise_levels.pad_paths([self.sigma_path(count) for count in counts]).to(x0.device)
             noise = torch.stack([plan.noise for plan in plans]).to(x0.device)
             denoiser: Denoiser = self.denoiser
             if self.clip_range is not None:
@@ -281,7 +282,7 @@ class EditingSynthesizer(Synthesizer):
             training of a classifier with these outliers.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"diffusion", "classes", "labels"})
+    requirements = SynthesisRequirements(diffusion=True, class_conditional=True)
 
     def __init__(
         self,
@@ -308,6 +309,8 @@ class EditingSynthesizer(Synthesizer):
         self.clip, self.reject, self.attempts, self.reconstructions = clip, reject, attempts, reconstructions
         if reject is None:
             self._check_unused("with reject", "attempts")
+        else:
+            self.requirements = replace(self.requirements, classifier=True)
         if not 1 <= self.k_min <= self.k_max <= steps:
             raise FaroutError(
                 f"images take k_min to k_max of the steps, 1 <= k_min <= k_max <= steps; got {k_min}, {self.k_max} and "
@@ -315,11 +318,6 @@ class EditingSynthesizer(Synthesizer):
             )
         if attempts < 1 or (reject is not None and not 0 <= reject < 1):
             raise FaroutError(f"reject must be a probability below 1, attempts 1 or more; got {reject} and {attempts}")
-
-    @property
-    def required_inputs(self) -> frozenset[str]:
-        """With `reject`, also a classifier."""
-        return self.needs | ({"classifier"} if self.reject is not None else set())
 
     # -- what a method implements --------------------------------------------------------------------------------
 
@@ -349,12 +347,12 @@ class EditingSynthesizer(Synthesizer):
             raise missing_null_condition()
         editing = self._editing_context(context)
         extremes = (self.k_min, self.k_max)
-        self.check_solver(editing.solver, noise_levels.pad_paths([editing.path(k) for k in extremes]))
+        self.check_solver(editing.solver, noise_levels.pad_paths([editing.sigma_path(k) for k in extremes]))
         if self.reconstructions and context.generator.autoencoder is None:
             steps = [editing.reconstruction_steps(k) for k in extremes]
-            editing.solver.check(noise_levels.pad_paths([editing.path(k) for k in steps]))
+            editing.solver.check(noise_levels.pad_paths([editing.sigma_path(k) for k in steps]))
         # building these raises the errors of targets, images and classifier
-        _ = editing.target_sampler, editing.order
+        _ = editing.target_sampler, editing.source_order
         if context.classifier is not None:
             _ = editing.class_indices
         for message in find_mismatches(context.source, context.generator.preprocessing):
@@ -362,12 +360,12 @@ class EditingSynthesizer(Synthesizer):
 
     def label_of(self, context: SynthesisContext, index: int) -> int:
         """The class of the source image."""
-        order = self._editing_context(context).order
+        order = self._editing_context(context).source_order
         return int(context.labels[order[index % len(order)]])
 
-    def count_reconstructions(self, context: SynthesisContext) -> int:
+    def num_reconstructions(self, context: SynthesisContext) -> int:
         """One reconstruction for each image, if requested."""
-        return len(self._editing_context(context).order) if self.reconstructions else 0
+        return len(self._editing_context(context).source_order) if self.reconstructions else 0
 
     def _editing_context(self, context: SynthesisContext) -> EditingContext:
         return context.cached("editing", lambda: EditingContext(self, context))
@@ -379,7 +377,7 @@ class EditingSynthesizer(Synthesizer):
         Reconstructions use the first draw.
         """
         editing = self._editing_context(context)
-        batch = editing.add_noise([editing.plan(index, 0) for index in indices])
+        batch = editing.add_noise([editing.draw_plan(index, 0) for index in indices])
         best = self._edit(editing, batch, indices, 0)
         max_probability = 1.0 if self.reject is None else self.reject
         for attempt in range(1, self.attempts):
@@ -387,7 +385,7 @@ class EditingSynthesizer(Synthesizer):
             if not rejected:
                 break
             rejected_indices = [indices[row] for row in rejected]
-            new_batch = editing.add_noise([editing.plan(index, attempt) for index in rejected_indices])
+            new_batch = editing.add_noise([editing.draw_plan(index, attempt) for index in rejected_indices])
             new_outliers = self._edit(editing, new_batch, rejected_indices, attempt)
             for row, outlier in zip(rejected, new_outliers, strict=True):
                 best[row] = min(best[row], outlier, key=lambda each: each.source_class_probability)
@@ -397,7 +395,7 @@ class EditingSynthesizer(Synthesizer):
             "target": [plan.target.name for plan in plans],
             "k": [plan.k for plan in plans],
             "level": [editing.level_of(plan.k) for plan in plans],
-            "repeat": [index // len(editing.order) for index in indices],
+            "repeat": [index // len(editing.source_order) for index in indices],
             "source_hash": [context.source.content_hash(plan.index) for plan in plans],
         }
         if any(plan.target.template for plan in plans):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from farout.core.errors import FaroutError
@@ -27,6 +27,8 @@ class SDEdit(EditingSynthesizer):
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"steps": 50, "guidance": 7.5}}
 
+    test_arguments: ClassVar[Mapping[str, Any]] = {"steps": 6, "targets": "mixtures"}
+
     def __init__(self, *, guidance: float = 2.0, **editing: Any) -> None:
         super().__init__(**editing)
         if guidance < 0:
@@ -34,11 +36,6 @@ class SDEdit(EditingSynthesizer):
         if self.targets == "none":
             self._check_unused("with targets other than none", "guidance")
         self.guidance = guidance
-
-    @classmethod
-    def tiny(cls, resources: Any) -> SDEdit:
-        """Six steps."""
-        return cls(steps=6, targets="mixtures")
 
     def denoise(self, editing: EditingContext, batch: NoisedBatch, indices: Sequence[int]) -> EditedBatch:
         """Denoise under the target."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +43,8 @@ class SONA(EditingSynthesizer):
         }
     }
 
+    test_arguments: ClassVar[Mapping[str, Any]] = {"steps": 6, "targets": "mixtures"}
+
     def __init__(
         self,
         *,
@@ -54,11 +56,6 @@ class SONA(EditingSynthesizer):
         if pictures < 0:
             raise FaroutError(f"pictures must be 0 or more, got {pictures}")
         self.guidance, self.pictures = guidance, pictures
-
-    @classmethod
-    def tiny(cls, resources: Any) -> SONA:
-        """Six steps."""
-        return cls(steps=6, targets="mixtures")
 
     def check_solver(self, solver: Solver, sigmas: Tensor) -> None:
         """Raise FaroutError for solvers that evaluate the network more than once per step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -60,6 +60,12 @@ class NCIS(VectorSynthesizer):
         "linear": {"manifold": ManifoldConfig(map="linear")},
     }
 
+    test_arguments: ClassVar[Mapping[str, Any]] = {
+        "inversion": InversionConfig(steps=1, draws=2),
+        "manifold": ManifoldConfig(layers=2, steps=4, validations=1, candidates=20, kept=5),
+        "steps": 3,
+    }
+
     def __init__(
         self,
         *,
@@ -74,12 +80,6 @@ class NCIS(VectorSynthesizer):
             raise FaroutError(f"images_per_vector must be 1 or more, got {images_per_vector}")
         self.inversion, self.manifold = inversion, manifold
         self.images_per_vector, self.fixed_noise = images_per_vector, fixed_noise
-
-    @classmethod
-    def tiny(cls, resources: Any) -> NCIS:
-        """One inversion step, a few training batches, three solver steps."""
-        manifold = ManifoldConfig(layers=2, steps=4, validations=1, candidates=20, kept=5)
-        return cls(inversion=InversionConfig(steps=1, draws=2), manifold=manifold, steps=3)
 
     def check(self, context: SynthesisContext) -> None:
         """Raise FaroutError for unreadable images, noise levels that the schedule lacks, and classes that are too small

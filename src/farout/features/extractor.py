@@ -65,7 +65,8 @@ class FeatureExtractor:
     ) -> Self:
         """Builds a preset (`lite0`, `b4`, `resnet50`, `dinov2`) or any timm network by name.
 
-        `weights`, `layers` and `size` override the preset's; see `farout.features.backbones.create`, also for errors.
+        `weights`, `layers` and `size` override the preset's; see `farout.features.backbones.create_backbone`, also
+        for errors.
         """
         if layers is not None and not layers:
             raise FaroutError("layers is empty; give at least one, or leave it out for the backbone's default")

@@ -136,8 +136,8 @@ class Parser(jsonargparse.ArgumentParser):
             action = self._option_string_actions.get(flag)
             item = None if action is None else list_item_type(action)
             if item is None:
-                is_none = action is not None and (value == "None" if equals else rest[:1] == ["None"])
-                if is_none and type(None) in typing.get_args(_type_of(action)):
+                is_none = value == "None" if equals else rest[:1] == ["None"]
+                if is_none and action is not None and type(None) in typing.get_args(_type_of(action)):
                     joined.append(f"{flag}=null")  # descriptions say None, YAML says null
                     del rest[: 0 if equals else 1]
                 else:

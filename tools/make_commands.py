@@ -24,7 +24,8 @@ is turned on by `--x` and off by `--no-x`. Where `--device`, `--precision`, `--b
 have no default, the setting of the fit or of the benchmark is used. The pages of the [methods](index.md) explain when
 to change a setting.
 
-Exit status: 0: success; 1: error in the input; 2: wrong usage; 130: interrupted.
+Exit status: 0: success; 1: a value or an input is refused; 2: wrong usage (an unknown
+command, method or flag, a missing argument, a value of the wrong type); 130: interrupted.
 """
 TRAINING_FLAGS = {"diffusion_preset", "model", "training"}
 """Settings of a network that is trained if none is given; they are described once, under `train diffusion`."""

@@ -1,6 +1,5 @@
 """What every detector keeps, written once: a new detector passes these without a line written for it."""
 
-import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -351,10 +350,10 @@ def test_presets_can_be_had() -> None:
 
 @quick_for("denoising", "pca")
 def test_too_few_images_warn_with_counts(detector: Detector, folder: Path) -> None:
-    # a method that trains a network may then have too few images for it, and says so after the warning
-    with pytest.warns(TooFewImagesWarning, match="statistics"), contextlib.suppress(FaroutError):
-        fitted(_name(detector), folder, statistics=500)
-    with pytest.raises(FaroutError, match="too few"):
+    if detector.requirements.diffusion != "features":  # a training takes half of them, so that they are few by design
+        with pytest.warns(TooFewImagesWarning, match="statistics"):
+            fitted(_name(detector), folder, statistics=500)
+    with pytest.raises(FaroutError, match="needs 99 images"):
         fitted(_name(detector), folder, alpha=0.01, limit=30)
 
 

@@ -75,11 +75,20 @@ def test_held_out_images_are_used(tmp_path: Path) -> None:
     assert not (detector.calibration_hashes | detector.statistics_hashes) & set(seen)
 
 
-def test_recalibration_says_what_cannot_work(fitted: Reconstruction, tmp_path: Path) -> None:
+def test_recalibration_says_what_cannot_work(
+    fitted: Reconstruction, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fitted.save(tmp_path / "d")
     few = pictures(tmp_path / "few", 5, seed=3)
     with pytest.warns(TooFewImagesWarning, match="cannot flag"):
         recalibrate(load(tmp_path / "d"), few, alpha=0.01)
+    before = load(tmp_path / "d").fingerprint
+    assert main(["calibrate", str(tmp_path / "d"), str(few), "--alpha", "0.01"]) == 1
+    assert "99 needed); give more images, a larger alpha, or --out" in capsys.readouterr().err
+    assert load(tmp_path / "d").fingerprint == before, "a detector that works is kept"
+    assert main(["calibrate", str(tmp_path / "d"), str(few), "--alpha", "0.01", "--out", str(tmp_path / "e")]) == 0
+    with pytest.warns(TooFewImagesWarning, match=r"with 5 calibration images no p-value reaches alpha 0\.01"):
+        score_folder(load(tmp_path / "e"), few, tmp_path / "scores")
     with pytest.raises(FaroutError, match="between 0 and 1"):
         recalibrate(load(tmp_path / "d"), few, alpha=2.0)
 
@@ -108,7 +117,7 @@ def test_a_refit_that_fails_leaves_nothing_fitted(folder: Path) -> None:
     with pytest.raises(FaroutError, match="at least 2"):
         detector.fit(folder, diffusion=model(), statistics=0)
     assert len(detector.score(folder)) == 60, "refused before anything has changed"
-    with pytest.warns(TooFewImagesWarning), pytest.raises(FaroutError, match="too few"):
+    with pytest.raises(FaroutError, match="needs 999 images"):
         detector.fit(folder, diffusion=model(), alpha=0.001)
     with pytest.raises(FaroutError, match="not been fitted"):
         detector.score(folder)

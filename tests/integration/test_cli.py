@@ -469,11 +469,18 @@ def test_evaluate_rates_anyones_tables(tmp_path: Path, capsys: pytest.CaptureFix
     assert "key and score" in refused(capsys, ["evaluate", "--scores", names[0], tmp_path / "other.csv"], 1)
 
 
-def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from farout.cli.commands import demo
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "run_demo", interrupted)
-    assert "run the same command again" in refused(capsys, ["demo"], 130)
+    assert "run the same command again to continue" in refused(capsys, ["demo"], 130)
+    monkeypatch.setattr("farout.diffusion.train.open_source", interrupted)
+    train = ["train", "diffusion", "images", "--out", tmp_path / "model"]
+    assert "run the same command again to continue" in refused(capsys, train, 130)
+    (tmp_path / "model.training" / "checkpoints").mkdir(parents=True)
+    assert "add --resume to the same command to continue" in refused(capsys, train, 130)

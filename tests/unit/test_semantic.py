@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from farout import load
-from farout.core.errors import ConstantScoresWarning, FaroutError, StoreError, TooFewImagesWarning
+from farout.core.errors import ConstantScoresWarning, FaroutError, StoreError
 from farout.core.runtime import Runtime
 from farout.data.batching import Batch
 from farout.data.sources import open_source
@@ -281,7 +281,7 @@ def test_constant_features_are_no_numbers_trouble(folder: Path, monkeypatch: pyt
 
 def test_too_few_images_for_training_say_so(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "few", 12)
-    with pytest.warns(TooFewImagesWarning), pytest.raises(FaroutError, match="images"):
+    with pytest.raises(FaroutError, match="1 images are left to train"):
         fitted(folder)
 
 

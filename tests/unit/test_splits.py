@@ -129,20 +129,36 @@ def test_excluding_everything_is_an_error():
         split_source(source, statistics=1, train=False, exclude=[source.content_hash(i) for i in range(20)])
 
 
-def test_a_shortfall_names_all_three_counts():
-    source = open_source(pixels(30))
-    with pytest.warns(TooFewImagesWarning, match="calibration 19 of 19, statistics 10 of 64, training 1 of 1"):
-        result = split_source(source, statistics=64, train=True)
+def test_a_training_gets_at_least_as_many_images_as_the_statistics():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the number of statistics images is a maximum
+        result = split_source(open_source(pixels(120)), statistics=400, train=True)
+    assert [len(part) for part in parts(result)] == [48, 48, 24]
     assert disjoint(result)
+
+
+def test_a_shortfall_names_the_parts_that_are_short():
+    with pytest.warns(TooFewImagesWarning, match=r"few images: 11 instead of 64 for the statistics \([^)]*\)$"):
+        result = split_source(open_source(pixels(30)), statistics=64, train=False)
+    assert disjoint(result)
+
+
+def test_too_few_statistics_are_an_error_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(SourceError, match=r"alpha 0\.001 needs 999 images.* has 30;"):
+            split_source(open_source(pixels(30)), alpha=0.001, statistics=64, train=False, min_statistics=2)
 
 
 def test_a_shortfall_says_what_is_left_of_images_that_a_network_has_seen():
     """More images held out when it is trained are what helps; without such a network nothing is said of one."""
     source = open_source(pixels(40))
     seen = [source.content_hash(i) for i in range(15)]
-    with pytest.warns(TooFewImagesWarning, match=r"statistics 6 of 64.*; 15 were left out .* --statistics N"):
+    with pytest.warns(
+        TooFewImagesWarning, match=r"6 instead of 64 for the statistics.*; 15 were left out .* --statistics N"
+    ):
         split_source(source, statistics=64, train=False, exclude=seen)
-    with pytest.warns(TooFewImagesWarning, match=r"\(--statistics\)$"):
+    with pytest.warns(TooFewImagesWarning, match=r"less precise\)$"):
         split_source(source, statistics=64, train=False)
 
 
@@ -156,13 +172,13 @@ def test_a_fit_whose_model_has_seen_nearly_all_images_says_how_to_train_it(tmp_p
 
 
 def test_a_very_small_set_still_gives_every_part_something():
-    with pytest.warns(TooFewImagesWarning, match="calibration 1 of 19"):
+    with pytest.warns(TooFewImagesWarning, match="1 instead of 19 for the calibration"):
         result = split_source(open_source(pixels(3)), statistics=2, train=True)
     assert [len(part) for part in parts(result)] == [1, 1, 1]
 
 
 def test_too_little_training_warns():
-    with pytest.warns(TooFewImagesWarning, match="training 0 of 1;"):
+    with pytest.warns(TooFewImagesWarning, match="none for the training"):
         split_source(open_source(pixels(2)), alpha=0.5, statistics=1, train=True)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 
 from farout.cli.command_table import COMMANDS, find_command
 from farout.core.errors import FaroutError, UsageError, suggest_names
@@ -12,6 +14,8 @@ from farout.core.errors import FaroutError, UsageError, suggest_names
 __all__ = ["main"]
 
 _HELP_FLAGS = {"-h", "--help"}
+_TRAININGS = ("fit", "train diffusion", "train classifier")
+_RESUMABLE = (*_TRAININGS, "synthesize", "reconstruct")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _print_error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except KeyboardInterrupt:
-        where = "" if name in ("chain", "bench") else ", where possible (training: with --resume)"
-        return _print_error(f"interrupted; run the same command again to continue{where}", 130)
+        return _print_error(f"interrupted; {_how_to_continue(name, words)}", 130)
 
 
 def _run_command(name: str, words: list[str]) -> int:
@@ -57,6 +60,20 @@ def _run_command(name: str, words: list[str]) -> int:
             result = call()
         output.print_result(name, result)
     return 0
+
+
+def _how_to_continue(name: str | None, words: Sequence[str]) -> str:
+    """What to do after an interruption; a command that has begun to write checkpoints or images needs `--resume`."""
+    again = "run the same command again to continue"
+    if name not in _RESUMABLE or "--resume" in words:
+        return again
+    out = next((word.partition("=")[2] or after for word, after in pairwise([*words, ""]) if _is_out(word)), "")
+    begun = Path(f"{out.rstrip('/')}.training", "checkpoints") if name in _TRAININGS else Path(out, "config.json")
+    return "add --resume to the same command to continue" if begun.exists() or not out else again
+
+
+def _is_out(word: str) -> bool:
+    return word.partition("=")[0] == "--out"
 
 
 def _print_error(message: str, status: int) -> int:

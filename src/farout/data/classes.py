@@ -70,7 +70,10 @@ def check_no_class_is_empty(numbers: Tensor, names: Sequence[str]) -> None:
     """Raise FaroutError if a class has no training image; `numbers` are the class indices of the training images."""
     empty = [name for index, name in enumerate(names) if not bool((numbers == index).any())]
     if empty:
-        raise FaroutError(f"no image is left to train the class {', '.join(empty)} on; give more images of it")
+        raise FaroutError(
+            f"no image is left to train the class {', '.join(empty)} on; give more images of it, "
+            "or hold out fewer (--statistics 20)"
+        )
 
 
 def _require_labels(source: ImageSource) -> tuple[int, ...]:

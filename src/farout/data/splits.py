@@ -67,11 +67,13 @@ def split_source(
     seed: int = 0,
     exclude: Collection[str] = (),
     groups: Groups = "none",
+    min_statistics: int = 1,
 ) -> Split:
     """Split a source into calibration, statistics and training images.
 
-    Calibration gets max(20 %, ceil(1 / alpha) - 1) images first, then statistics get `statistics` images (all others if
-    `train` is False), then training gets the rest. At least one group of images is left for each later part.
+    Calibration gets max(20 %, ceil(1 / alpha) - 1) images first. Without training, statistics get all others. With
+    training, statistics get `statistics` images, at most half of what calibration leaves, and training gets the rest.
+    At least one group of images is left for each later part.
 
     Args:
         source: the images; unreadable ones are left out, or raise an error if the policy is `raise`.
@@ -83,9 +85,10 @@ def split_source(
             left out of every part.
         groups: `folder` keeps the images of one parent folder (or `group` column) together; a sequence contains the
             group of every image.
+        min_statistics: number of statistics images below which the split is refused.
 
     Raises:
-        SourceError: no calibration or no statistics image would remain.
+        SourceError: no calibration image, or fewer than `min_statistics` statistics images would remain.
 
     Warns:
         TooFewImagesWarning: a part has fewer images than required.
@@ -98,26 +101,38 @@ def split_source(
     kept = [block for block in blocks if not any(hashes[i] in excluded for i in block)]
     ranked = sorted(kept, key=lambda block: min(_seeded_hash(hashes[i], seed) for i in block))
     count = sum(map(len, ranked))
-    required = (calibration_size(count, alpha), statistics, 1 if train else 0)
+    required = calibration_size(count, alpha)
+    hint = exclusion_hint(len(hashes) - count)
     if len(ranked) < 2:
         raise SourceError(
             f"{source.name} cannot be split: {len(source)} images leave {len(ranked)} distinct images or groups; "
-            f"expected at least 2, better {required[0]} for calibration and {required[1]} for statistics"
-            f"{exclusion_hint(len(hashes) - count)}"
+            f"expected at least 2, better {required} for calibration and {statistics} for statistics{hint}"
         )
-    calibration, rest = _take_blocks(ranked, required[0], spare=2 if train else 1)
-    statistics_blocks, training = _take_blocks(rest, required[1], spare=1) if train else (rest, [])
+    calibration, rest = _take_blocks(ranked, required, spare=2 if train else 1)
+    if train:
+        # training gets at least as many images as the statistics
+        statistics = min(statistics, max(2, sum(map(len, rest)) // 2))
+        statistics_blocks, training = _take_blocks(rest, statistics, spare=1)
+    else:
+        statistics_blocks, training = rest, []
     result = Split(*(tuple(sorted(chain(*part))) for part in (training, statistics_blocks, calibration)))
-    counts = (len(result.calibration), len(result.statistics), len(result.training))
-    if any(number < minimum for number, minimum in zip(counts, required)):
-        parts = zip(("calibration", "statistics", "training"), counts, required)
-        text = ", ".join(f"{part} {number} of {minimum}" for part, number, minimum in parts)
-        warnings.warn(
-            f"{source.name} has too few images for every part: {text}; give more images, a larger alpha, or fewer "
-            f"statistics images (--statistics){exclusion_hint(len(hashes) - count)}",
-            TooFewImagesWarning,
-            stacklevel=2,
+    if len(result.statistics) < min_statistics:
+        raise SourceError(
+            f"calibration at alpha {alpha} needs {required} images, and the statistics {min_statistics} or more; "
+            f"{source.name} has {count}; give more images or a larger alpha{hint}"
         )
+    shortfalls = []
+    if len(result.calibration) < required:
+        shortfalls.append(f"{len(result.calibration)} instead of {required} for the calibration (p-values are coarser)")
+    if len(result.statistics) < statistics:
+        shortfalls.append(
+            f"{len(result.statistics)} instead of {statistics} for the statistics (scores are less precise)"
+        )
+    if train and not result.training:
+        shortfalls.append("none for the training")
+    if shortfalls:
+        message = f"{source.name} has few images: {', '.join(shortfalls)}{hint}"
+        warnings.warn(message, TooFewImagesWarning, stacklevel=2)
     return result
 
 

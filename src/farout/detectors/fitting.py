@@ -16,7 +16,7 @@ from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing, is_all_gray
 from farout.data.source_spec import parse_spec
 from farout.data.sources import open_source
-from farout.data.splits import Split, calibration_size, exclusion_hint, log_split, split_source
+from farout.data.splits import Split, calibration_size, log_split, split_source
 from farout.detectors.calibration import check_alpha, check_fitted, set_calibration
 from farout.detectors.fit_settings import FitSettings
 from farout.detectors.interface import DetectorInterface
@@ -137,10 +137,12 @@ def recalibrate(
     limit: int | None = None,
     alpha: float | None = None,
     policy: Literal["raise", "skip"] = "raise",
+    must_flag: bool = False,
 ) -> D:
     """Compute the p-values of a fitted detector from other normal images; nothing is trained.
 
-    Images that the networks or the statistics have seen are left out. Raises FaroutError when no others are left.
+    Images that the networks or the statistics have seen are left out. Raises FaroutError when no others are left, and
+    with `must_flag` also when there are too few to flag anything at alpha, which is else a warning.
     """
     check_fitted(detector)
     alpha = detector.alpha if alpha is None else alpha
@@ -157,7 +159,9 @@ def recalibrate(
         logger.warning("%d of %d images were used to fit this detector and are left out", used, len(source))
     least = calibration_size(0, alpha)
     if len(new) < least:
-        message = f"{len(new)} calibration images cannot flag anything at alpha {alpha}; that takes {least}"
+        message = f"{len(new)} calibration images cannot flag anything at alpha {alpha} ({least} needed)"
+        if must_flag:
+            raise FaroutError(f"{message}; give more images, a larger alpha, or --out to write it anyway")
         warnings.warn(message, TooFewImagesWarning, stacklevel=2)
     set_calibration(detector, measure_source(detector, source.subset(new), "measuring calibration images"))
     detector.alpha = alpha
@@ -242,26 +246,16 @@ def _split_source(detector: DetectorInterface, source: ImageSource, settings: Fi
         requirements.classifier and detector.classifier is None
     )
     count = settings.statistics or requirements.statistics
-    if train and settings.statistics is None:
-        # at most half of what the calibration leaves, so that images are left to train on
-        remaining = len(source) - calibration_size(len(source), alpha)
-        count = min(count, max(2, remaining // 2))
-    seen = detector.trained_on
     parts = split_source(
         source,
         alpha=alpha,
         statistics=count,
         train=train,
         seed=settings.seed,
-        exclude=seen,
+        exclude=detector.trained_on,
         groups=settings.groups,
+        min_statistics=2,
     )
-    if len(parts.statistics) < 2:
-        counts = (
-            f"calibration at alpha {alpha} takes {len(parts.calibration)}, the statistics get {len(parts.statistics)}"
-        )
-        hint = exclusion_hint(sum(content in seen for content in source.content_hashes()))
-        raise FaroutError(f"{len(source)} images are too few: {counts}; give more images or a larger alpha{hint}")
     if requirements.more_statistics:
         return parts
     # The statistics keep `count` images, chosen by hash so that the order of the source does not matter. The others go

@@ -242,7 +242,7 @@ def train_diffusion(
             model of pixels.
         limit: use a seeded random sample of this many images; default: all.
         alpha: hold out enough images for a later calibration at this false-alarm rate.
-        statistics: number of images to hold out for the statistics of a later fit.
+        statistics: number of images to hold out for the statistics of a later fit; at most as many as are trained on.
         groups: `folder`: keep images of one folder in the same part of the split.
         policy: what to do with an unreadable image: `raise` an error, or `skip` it.
         seed: seed of the sample, split, weights and noise.

@@ -17,11 +17,18 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from farout.core import store
-from farout.core.errors import FaroutError, MisleadingResultWarning, StoreError, UnreadableImageError
+from farout.core.errors import (
+    FaroutError,
+    MisleadingResultWarning,
+    StoreError,
+    TooFewImagesWarning,
+    UnreadableImageError,
+)
 from farout.core.progress import task
 from farout.data.image_source import ImageSource, Policy
 from farout.data.preprocessing import find_mismatches
 from farout.data.sources import open_source
+from farout.data.splits import calibration_size
 from farout.detectors.base import Detector, Measurements, Scores
 from farout.detectors.calibration import benjamini_hochberg, check_fitted, warn_about_scores
 from farout.detectors.saving import describe_detector
@@ -93,6 +100,10 @@ def score_folder(
     source, out = open_source(images, policy=policy, limit=limit, seed=detector.seed), Path(out)
     for message in find_mismatches(source, detector.preprocessing, fitted_gray=detector.provenance.get("gray", False)):
         warnings.warn(message, MisleadingResultWarning, stacklevel=2)
+    calibration_images = len(detector.calibration)
+    if calibration_images < calibration_size(0, detector.alpha):
+        message = f"with {calibration_images} calibration images no p-value reaches alpha {detector.alpha}"
+        warnings.warn(f"{message}, so nothing can be flagged", TooFewImagesWarning, stacklevel=2)
     settings = {
         "detector": detector.fingerprint,
         "source": source.name,
@@ -184,6 +195,11 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> None:
         for name, value in settings.items()
         if before.get(name) != value
     ]
+    if before.get("detector") != settings["detector"]:
+        raise StoreError(
+            f"{out} contains scores of another detector (or of this one before it was fitted or calibrated again); "
+            "give a new folder or remove it"
+        )
     if differences:
         raise StoreError(f"{out} contains another run ({'; '.join(differences)}); give a new folder or remove it")
     (out / _PARTS).mkdir(exist_ok=True)

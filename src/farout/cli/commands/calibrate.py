@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from farout.core import store
@@ -27,7 +28,8 @@ def calibrate(
         detector: folder of a fitted detector.
         source: normal images: a named set, folder, glob, file, or hf://owner/name:split; images used in the fit are
             left out.
-        out: folder of the recalibrated detector; default: replace the given one.
+        out: folder of the recalibrated detector; default: replace the given one,
+            unless the images are too few to flag anything at alpha.
         limit: use a seeded random sample of this many images; default: all.
         alpha: new false-alarm rate; default: that of the fit.
         policy: what to do with an unreadable image: `raise` an error, or `skip` it.
@@ -35,6 +37,9 @@ def calibrate(
     """
     if out is not None:
         store.check_replaceable(out, "detector")
-    recalibrated = recalibrate(load(detector, **runtime), source, limit=limit, alpha=alpha, policy=policy)
+    # a detector that works is not replaced by one that can flag nothing
+    replaces = out is None or Path(out).resolve() == Path(detector).resolve()
+    fitted = load(detector, **runtime)
+    recalibrated = recalibrate(fitted, source, limit=limit, alpha=alpha, policy=policy, must_flag=replaces)
     recalibrated.save(out or detector)
     return recalibrated

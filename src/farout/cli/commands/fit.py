@@ -10,7 +10,7 @@ from typing import Any
 
 from farout.core import store
 from farout.core.devices import num_processes
-from farout.core.errors import FaroutError
+from farout.core.errors import FaroutError, StoreError
 from farout.core.runtime import Runtime
 from farout.detectors import DETECTORS
 from farout.detectors.base import Detector
@@ -61,7 +61,10 @@ def fit(
     if num_processes() > 1:
         raise FaroutError("fit runs in one process; to train in several, use `farout train diffusion` first")
     store.check_replaceable(out, "detector")
-    if Path(out).exists():
+    if store.kind_of(out) == "detector":
+        earlier = store.read_config(out, "detector").get("method", method)
+        if earlier != method:
+            raise StoreError(f"{out} contains a fitted {earlier} detector; give another folder or remove it")
         logger.warning("%s contains a detector, which is replaced when the new one is fitted", out)
     detector: Detector = DETECTORS[method].load()(**arguments)
     detector.provenance["preset"] = preset or ""

@@ -97,11 +97,17 @@ def test_there_are_detectors() -> None:
 def test_scores_are_numbers_and_p_values(detector: Detector, whole: Scores) -> None:
     assert len(whole) == 60
     assert np.isfinite(whole.score).all()
-    assert len(np.unique(whole.score)) > 30, "scores that hardly differ distinguish nothing"
     assert ((whole.p_value > 0) & (whole.p_value <= 1)).all()
     assert np.array_equal(whole.is_ood, whole.p_value <= detector.alpha)
     assert whole.measurements is not None
     assert whole.measurements.keys == whole.keys
+    assert repr(detector).endswith(f"alpha=0.1, {len(detector.statistics)} statistics, 12 calibration images)")
+
+
+def test_scores_of_new_images_differ(detector: Detector, tmp_path: Path) -> None:
+    """Images that the fit has not seen: statistics images may all have the score 0, their distance to themselves."""
+    scores = detector.score(pictures(tmp_path / "new", 60, seed=1))
+    assert len(np.unique(scores.score)) > 3, "scores that hardly differ distinguish nothing"
 
 
 def test_higher_is_more_anomalous(detector: Detector, others: Path) -> None:
@@ -338,6 +344,7 @@ def test_an_unfitted_detector_says_so(folder: Path) -> None:
         detector = DETECTORS[name].load()()
         with pytest.raises(FaroutError, match="not been fitted"):
             detector.score(folder)
+        assert repr(detector).endswith("not fitted)")
 
 
 def test_presets_can_be_had() -> None:

@@ -142,7 +142,7 @@ def test_every_card_is_there_with_its_numbers(page: str, folder: Path) -> None:
 def test_pictures_are_those_of_the_method(page: str, detector: Detector) -> None:
     captions = set(re.findall(r"<figcaption>(.*?)</figcaption>", page))
     maps = isinstance(detector, Reconstruction)
-    assert captions == ({"image", "reconstruction", "map"} if maps else {"image"})
+    assert captions == ({"image", "reconstruction", "map"} if maps else set()), "a single picture needs no caption"
     assert ("Maps show" in page) == maps
 
 
@@ -197,6 +197,16 @@ def test_too_few_calibration_images_flag_nothing_and_show_no_threshold(
     page = (tmp_path / "r" / "page.html").read_text()
     assert "threshold" not in page
     assert "nothing is flagged" in page
+    assert "would be flagged" not in page
+
+
+def test_settings_are_yaml_without_empty_entries(detector: Detector, folder: Path) -> None:
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    settings = dict(re.findall(r'<dt>(.*?)</dt><dd class="yaml">(.*?)</dd>', page, re.DOTALL))
+    if isinstance(detector, Reconstruction):
+        assert settings["method"] == "reconstruction"
+        assert "levels: [50, 200]" in settings["config"].splitlines()
+    assert not [text for text in settings.values() if not text or "None" in text or "null" in text]
 
 
 class Placed(TrivialBaselines):
@@ -287,21 +297,28 @@ def test_flagged_and_selected_images_are_listed(detector: Detector, images: Path
     page = (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
     table = re.search(r'<table class="list wide sortable">(.*?)</table>', page, re.DOTALL)
     assert table is not None
-    rows = [[html.unescape(cell) for cell in row] for row in re.findall("<tr>" + 4 * "<td[^>]*>(.*?)</td>", table[1])]
+    cells = (5 if fdr else 3) * "<td[^>]*>(.*?)</td>"
+    rows = [[html.unescape(cell) for cell in row] for row in re.findall(f"<tr>{cells}</tr>", table[1])]
     scored = frame[frame["status"] == "ok"].sort_values("score", ascending=False)
-    chosen = benjamini_hochberg(scored["p_value"], fdr or detector.alpha)
-    some = scored.assign(chosen=chosen)[(scored["is_ood"].astype(str) == "True") | chosen]
+    flagged = scored["is_ood"].astype(str) == "True"
+    if fdr is None:
+        assert [row[0] for row in rows] == scored["key"][flagged].tolist()
+        assert "selected" not in page.lower(), "nobody asked for a selection"
+        return
+    chosen = benjamini_hochberg(scored["p_value"], fdr)
+    some = scored.assign(chosen=chosen, flagged=flagged)[flagged | chosen]
     assert [row[0] for row in rows] == some["key"].tolist()
-    assert [row[3] for row in rows] == ["yes" if one else "no" for one in some["chosen"]]
+    assert [row[3] for row in rows] == ["yes" if one else "no" for one in some["flagged"]]
+    assert [row[4] for row in rows] == ["yes" if one else "no" for one in some["chosen"]]
     assert page.count("; selected") == int(chosen.sum())
-    if fdr:
-        assert chosen.tolist() == scored["selected"].tolist()
-        assert chosen.any(), "a test without selected images would say nothing"
+    assert f"<summary>{flagged.sum()} flagged, {chosen.sum()} selected</summary>" in page
+    assert chosen.tolist() == scored["selected"].tolist()
+    assert chosen.any(), "a test without selected images would say nothing"
 
 
 @needs_chromium
 def test_a_browser_shows_it_without_scrolling_sideways(folder: Path) -> None:
-    assert check_layout(folder / "page.html") >= 1 + 2 + 4 + 2, "details, two search boxes, and the heads of two tables"
+    assert check_layout(folder / "page.html") >= 1 + 2 + 3 + 2, "details, two search boxes, and the heads of two tables"
 
 
 USE_TABLE = """(() => {

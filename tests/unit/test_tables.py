@@ -1,5 +1,7 @@
 """Measurements and scores come back from their tables as they went in."""
 
+from dataclasses import replace
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -61,10 +63,12 @@ def test_scores_are_summarized() -> None:
     html = scores._repr_html_()
     assert "12 images, 2 flagged, 1 unreadable" in html
     assert html.count("<tr") == 1 + 10
-    assert "2 more rows" in html
-    assert "<b>bold" not in html
-    assert "&lt;b&gt;bold" in html
-    assert "more rows" not in notebook_scores(3)._repr_html_()
+    assert "10 highest of 11 scores" in html
+    assert html.index(">10.png<") < html.index(">9.png<") < html.index(">1.png<")
+    short = notebook_scores(3)._repr_html_()
+    assert "<b>bold" not in short
+    assert "&lt;b&gt;bold" in short
+    assert "highest" not in short
 
 
 def test_the_threshold_separates_flagged_scores() -> None:
@@ -78,6 +82,10 @@ def test_scores_are_plotted() -> None:
     scores = notebook_scores()
     assert scores.plot(axes) is axes
     assert [list(line.get_xdata()) for line in axes.lines] == [[8.5, 8.5]]
-    assert axes.get_legend_handles_labels()[1] == ["11 images", "threshold 8.5"]
+    assert axes.get_legend_handles_labels()[1] == ["11 scored images", "threshold 8.5"]
+    known = replace(scores, calibration=np.array([1.0, 2.0]), calibration_threshold=4.0)
+    axes = Figure().add_subplot()
+    assert known.plot(axes) is axes
+    assert axes.get_legend_handles_labels()[1] == ["2 calibration images", "11 scored images", "threshold 4"]
     matplotlib.use("agg")
     assert scores.plot().figure is not None

@@ -46,6 +46,10 @@ class Configured:
             self.provenance = {}
         self.config |= arguments
 
+    def get_changed_arguments(self) -> dict[str, Any]:
+        """The arguments of the constructor that are not the default."""
+        return {name: value for name, value in self.config.items() if value != _default_of(type(self), name)}
+
     def _check_unused(self, use: str, *names: str) -> None:
         """Raises FaroutError for arguments that have no effect but were changed.
 

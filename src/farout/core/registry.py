@@ -59,11 +59,18 @@ class Registry(Mapping[str, RegisteredMethod]):
             raise FaroutError(f"there is no {self.kind} {name!r}; {suggest_names(name, methods)}")
         return methods[name]
 
-    def name_of(self, cls: type) -> str:
-        """The name that a class is registered under; raises FaroutError for a class that is not registered."""
+    def find_name(self, cls: type) -> str | None:
+        """The name that a class is registered under; None for a class that is not registered."""
         for method in self.values():
             if method.class_name == cls.__name__ and (method.module == cls.__module__ or method.load() is cls):
                 return method.name
+        return None
+
+    def name_of(self, cls: type) -> str:
+        """The name that a class is registered under; raises FaroutError for a class that is not registered."""
+        name = self.find_name(cls)
+        if name is not None:
+            return name
         raise FaroutError(
             f"{cls.__name__} is not registered as a {self.kind}: it can be used, but not saved and loaded; add it to "
             f"the package's table, or register an entry point of the group {self.group}"

@@ -11,7 +11,13 @@ from farout.core.progress import task
 from farout.data.image_source import Policy
 from farout.data.sources import open_source
 from farout.detectors import saving
-from farout.detectors.calibration import check_fitted, compute_p_values, flag_outliers, warn_about_scores
+from farout.detectors.calibration import (
+    check_fitted,
+    compute_p_values,
+    flag_outliers,
+    score_threshold,
+    warn_about_scores,
+)
 from farout.detectors.cost import Cost, measure_cost
 from farout.detectors.interface import DetectorInterface
 from farout.detectors.results import Measurements, Scores
@@ -80,10 +86,21 @@ class Detector(DetectorInterface):
             score = value.double().numpy()
             indicators[name] = np.where(finite & np.isfinite(score), score, np.nan)
         score = indicators[self.score_name]
-        p_value = compute_p_values(score, self.calibration_scores[self.score_name])
+        calibration = self.calibration_scores[self.score_name]
+        p_value = compute_p_values(score, calibration)
         status = tuple(np.where(np.isnan(score), "not a number", "ok").tolist())
         is_ood = flag_outliers(p_value, self.alpha)
-        return Scores(measurements.keys, score, p_value, is_ood, status, indicators, measurements)
+        return Scores(
+            keys=measurements.keys,
+            score=score,
+            p_value=p_value,
+            is_ood=is_ood,
+            status=status,
+            indicators=indicators,
+            measurements=measurements,
+            calibration=calibration,
+            calibration_threshold=score_threshold(calibration, self.alpha),
+        )
 
     def with_scoring(self, **arguments: Any) -> Self:
         """Return a detector with other scoring arguments (see `scoring_arguments`), such as `score`.

@@ -63,6 +63,7 @@ class DetectorInterface(Configured, ABC):
     calibration: Measurements
     calibration_hashes: frozenset[str] = frozenset()
     calibration_scores: Mapping[str, np.ndarray] = MappingProxyType({})  # by indicator, sorted
+    loaded_from: Path | None = None  # folder that the detector was loaded from
     linked_model: Path | None = None  # folder of the diffusion model that is linked, not copied
     cache_hits: int = 0  # images whose features came from the cache
 
@@ -84,6 +85,16 @@ class DetectorInterface(Configured, ABC):
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         """Restore the arrays of `get_state`."""
+
+    def __repr__(self) -> str:
+        shown = self.get_changed_arguments()
+        if "score" in self.config:
+            shown["score"] = self.config["score"]
+        arguments = [f"{name}={value!r}" for name, value in shown.items()]
+        if not self.is_fitted:
+            return f"{type(self).__name__}({', '.join([*arguments, 'not fitted'])})"
+        counts = f"{len(self.statistics)} statistics, {len(self.calibration)} calibration images"
+        return f"{type(self).__name__}({', '.join([*arguments, f'alpha={self.alpha}', counts])})"
 
     @property
     def is_fitted(self) -> bool:

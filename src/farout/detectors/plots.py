@@ -21,8 +21,9 @@ def draw_score_histogram(
 ) -> None:
     """Draw the share of images in each score interval, one filled outline per sample.
 
-    The axis ends at the 98th percentile of all scores, or later where it would cut off the threshold or more than
-    0.5 % of the first sample; higher scores are counted in the last bar, which the axis label says.
+    The axis ends at the highest score if that makes it at most 1.5 times as long, otherwise at the 98th percentile of
+    all scores, or later where it would cut off the threshold or more than 0.5 % of the first sample; higher scores are
+    then counted in the last bar, which the axis label says.
 
     Args:
         axes: matplotlib axes to draw on.
@@ -41,6 +42,8 @@ def draw_score_histogram(
     ends = [threshold] if threshold is not None and np.isfinite(threshold) else []
     low = min([float(pooled.min()), *ends])
     high = max([float(np.quantile(pooled, 0.98)), float(np.quantile(first, 0.995)), *ends])
+    if pooled.max() - low <= 1.5 * (high - low):  # nothing is gained by a shorter axis
+        high = max(high, float(pooled.max()))
     edges = np.linspace(low, high if high > low else low + 1, bins + 1)
     for (label, scores), color in zip(known.items(), (IN_DISTRIBUTION, OUT_OF_DISTRIBUTION, "#7a7a7a")):
         weights = np.full(len(scores), 1 / len(scores))
@@ -51,7 +54,8 @@ def draw_score_histogram(
     for limit in ends:
         axes.axvline(limit, color="#333333", linestyle="--", linewidth=1.2, label=f"threshold {limit:.4g}")
     if pooled.max() > edges[-1]:
-        axes.set_xlabel(f"score (the last bar includes all scores above {edges[-1]:.3g})")
+        limit_text = f"{edges[-1]:.3g}".replace("-", "\N{MINUS SIGN}")  # as on the axis
+        axes.set_xlabel(f"score (the last bar includes all scores above {limit_text})")
     axes.margins(x=0)
     # above the bars, which leave no corner free in general
     axes.legend(

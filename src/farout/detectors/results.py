@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError, StoreError
+from farout.core.notebook import render_table
 from farout.detectors.plots import draw_score_histogram
 
 if TYPE_CHECKING:
@@ -155,6 +156,9 @@ class Scores:
         status: `ok`, `unreadable` or `not a number`.
         indicators: every score of the method by name, float64 (B,).
         measurements: what the scores were computed from.
+        calibration: scores of the detector's calibration images, sorted; None if unknown, as for a table of a file.
+        calibration_threshold: score above which images are flagged, infinite if the calibration is too small to flag
+            any; None if unknown.
     """
 
     keys: tuple[str, ...]
@@ -164,6 +168,8 @@ class Scores:
     status: tuple[str, ...]
     indicators: Mapping[str, np.ndarray]
     measurements: Measurements | None = None
+    calibration: np.ndarray | None = None
+    calibration_threshold: float | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -172,11 +178,11 @@ class Scores:
         return f"Scores({self._summary()})"
 
     def _repr_html_(self) -> str:
-        """HTML for notebooks: counts, and the first rows of the table."""
-        rows = self.to_frame().head(10)
-        table = rows.to_html(index=False, float_format=lambda value: f"{value:.4g}", na_rep="", border=0)
-        more = f"<p>… {len(self) - len(rows)} more rows</p>" if len(self) > len(rows) else ""
-        return f"<p>{self._summary()}</p>{table}{more}"
+        """HTML for notebooks: counts, and the rows with the highest scores."""
+        rows = self.to_frame().sort_values(["score", "key"], ascending=[False, True]).head(10)
+        scored = int(np.isfinite(self.score).sum())
+        caption = f"<p>{len(rows)} highest of {scored} scores</p>" if scored > len(rows) else ""
+        return f"<p>{self._summary()}</p>{caption}{render_table(rows, '.4g')}"
 
     def _summary(self) -> str:
         counts = Counter(status for status in self.status if status != "ok")
@@ -185,9 +191,13 @@ class Scores:
 
     @property
     def threshold(self) -> float:
-        """Score above which images are flagged, as far as these images tell: midway between the highest score that is
+        """Score above which images are flagged.
+
+        If the detector's threshold is unknown, it is estimated from the flags: midway between the highest score that is
         not flagged and the lowest that is; infinite if no image is flagged.
         """
+        if self.calibration_threshold is not None:
+            return self.calibration_threshold
         flagged = self.score[self.is_ood]
         others = self.score[~self.is_ood & ~np.isnan(self.score)]
         if not len(flagged):
@@ -195,7 +205,7 @@ class Scores:
         return float((flagged.min() + others.max()) / 2 if len(others) else flagged.min())
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw a histogram of the scores with the threshold above which images are flagged.
+        """Draw a histogram of the scores, with those of the calibration images if they are known, and the threshold.
 
         Args:
             axes: matplotlib axes to draw on; None: a new figure.
@@ -204,7 +214,10 @@ class Scores:
             from matplotlib import pyplot
 
             axes = pyplot.subplots()[1]
-        draw_score_histogram(axes, {f"{int(np.isfinite(self.score).sum())} images": self.score}, self.threshold)
+        samples = {f"{int(np.isfinite(self.score).sum())} scored images": self.score}
+        if self.calibration is not None:
+            samples = {f"{len(self.calibration)} calibration images": self.calibration, **samples}
+        draw_score_histogram(axes, samples, self.threshold)
         return axes
 
     def to_frame(self) -> pd.DataFrame:
@@ -256,6 +269,8 @@ class Scores:
                 name: np.concatenate([part.indicators[name] for part in parts]) for name in parts[0].indicators
             },
             measurements=Measurements.join(measurements) if measurements else None,
+            calibration=parts[-1].calibration,
+            calibration_threshold=parts[-1].calibration_threshold,
         )
 
     def reindex(self, keys: tuple[str, ...]) -> Scores:
@@ -272,4 +287,6 @@ class Scores:
             status=tuple((*self.status, "unreadable")[i] for i in indices),
             indicators={name: np.append(value, np.nan)[indices] for name, value in self.indicators.items()},
             measurements=self.measurements,
+            calibration=self.calibration,
+            calibration_threshold=self.calibration_threshold,
         )

@@ -98,6 +98,7 @@ def load(folder: Path, runtime: dict[str, Any]) -> Any:
         detector: DetectorInterface = method(**arguments)
     except (FaroutError, TypeError) as error:
         raise StoreError(f"{folder} has settings that this version rejects; fit it again: {error}") from error
+    detector.loaded_from = folder
     detector.alpha, detector.seed = config["alpha"], config["seed"]
     detector.preprocessing = Preprocessing.from_dict(config["preprocessing"])
     detector.provenance = config["provenance"]
@@ -142,7 +143,7 @@ def describe_detector(detector: DetectorInterface) -> dict[str, Any]:
     """Method, configuration, runtime and counts, for the model card and the reports."""
     features = {} if detector.features is None else {"features": detector.features.describe()}
     return {
-        "method": type(detector).__name__,
+        "method": DETECTORS.find_name(type(detector)) or type(detector).__name__,
         "config": detector.config,
         **features,
         "runtime": asdict(detector.runtime),

@@ -35,8 +35,7 @@ class EvaluatedDetector:
 
 def method_name(detector: Detector) -> str:
     """Name of the method in `farout list detectors`; the class name of a method that is not registered."""
-    names = {entry.class_name: entry.name for entry in DETECTORS.values()}
-    return names.get(type(detector).__name__, type(detector).__name__)
+    return DETECTORS.find_name(type(detector)) or type(detector).__name__
 
 
 def fit_baselines(

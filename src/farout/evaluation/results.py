@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from farout.core.notebook import render_table
 from farout.evaluation.scored_datasets import METHOD_SCORE
 from farout.report.charts import draw_auroc_intervals
 
@@ -65,7 +66,7 @@ class Evaluation:
                 "false alarms": rows["false_alarm"],
             }
         )
-        return str(table.to_html(index=False, float_format=lambda value: f"{value:.3f}", na_rep="", border=0))
+        return render_table(table, ".3f")
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the AUROC of every detector and set with its 95 % interval.

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 
 from farout.core import store
+from farout.core.config import flatten_config
 from farout.data.batching import iterate_batches
 from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector
@@ -23,7 +25,7 @@ from farout.report.thumbnails import SourceImages
 __all__ = ["write_score_page"]
 
 _LISTED_ROWS = 500
-"""Maximum number of rows in the table of flagged images."""
+"""Maximum number of rows in the table of flagged and selected images."""
 
 
 def write_score_page(
@@ -55,20 +57,22 @@ def write_score_page(
     scores = ranked["score"].to_numpy(dtype=float)
     calibration = detector.calibration_scores[detector.score_name]
     threshold = score_threshold(calibration, detector.alpha)
-    rate = detector.alpha if manifest["fdr"] is None else manifest["fdr"]
-    ranked = ranked.assign(
-        selected=benjamini_hochberg(ranked["p_value"], rate),
-        calibration_quantile=np.searchsorted(calibration, scores) / len(calibration),
-    )
-    flagged = ranked[ranked["is_ood"].eq(True) | ranked["selected"]]
+    false_discovery_rate = manifest["fdr"]
+    is_selected = np.zeros(len(ranked), dtype=bool)
+    if false_discovery_rate is not None:
+        is_selected = benjamini_hochberg(ranked["p_value"], false_discovery_rate)
+    ranked = ranked.assign(selected=is_selected, calibration_below=np.searchsorted(calibration, scores))
+    listed = ranked[ranked["is_ood"].eq(True) | ranked["selected"]]
     images, shown = SourceImages(hub=False), ranked.head(top_images)
     html = render_template(
         "score_page.html",
         manifest=manifest,
-        about={**manifest["about"], "versions": manifest["versions"]},
+        detector_folder=detector.loaded_from,
+        settings=_format_settings({**manifest["about"], "versions": manifest["versions"]}),
         score_name=detector.score_name,
         scored=len(ranked),
         threshold=threshold if np.isfinite(threshold) else None,
+        expected_flags=detector.alpha * len(ranked),
         smallest_p=1 / (len(calibration) + 1),
         chart=score_histogram(
             {f"{len(calibration)} calibration images": calibration, f"{len(ranked)} scored images": scores},
@@ -76,10 +80,10 @@ def write_score_page(
             "Histogram of the scores of calibration and scored images",
         ),
         heat_maps=detector.heat_maps,
-        false_discovery_rate=rate,
-        flagged_count=len(flagged),
-        selected_count=int(flagged["selected"].sum()),
-        flagged=flagged.head(_LISTED_ROWS).to_dict("records"),
+        false_discovery_rate=false_discovery_rate,
+        listed_count=len(listed),
+        selected_count=int(is_selected.sum()),
+        listed=listed.head(_LISTED_ROWS).to_dict("records"),
         shown=shown.to_dict("records"),
         pictures=_pictures(detector, source, shown["key"].tolist()),
         neighbors=nearest_normal_images(detector, out / "measurements.parquet", shown["key"].tolist(), images),
@@ -88,6 +92,27 @@ def write_score_page(
     with store.atomic_file(out / "page.html") as temporary:
         temporary.write_text(html, encoding="utf-8")
     return out / "page.html"
+
+
+def _format_settings(settings: dict[str, Any]) -> dict[str, str]:
+    """Each setting in YAML; None and empty values are left out. The same for a manifest that was read from JSON."""
+
+    def drop_empty(value: Any) -> Any:
+        if isinstance(value, dict):
+            parts = {name: drop_empty(part) for name, part in flatten_config(value).items()}
+            return {name: part for name, part in parts.items() if part not in (None, "", {}, [])}
+        return [drop_empty(part) for part in value] if isinstance(value, list | tuple) else value
+
+    def format_value(value: Any) -> str:
+        text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1000)
+        return text.removesuffix("...\n").strip()  # YAML ends a document that is one number with dots
+
+    return {
+        name: "\n".join(f"{key}: {format_value(part)}" for key, part in value.items())
+        if isinstance(value, dict)
+        else format_value(value)
+        for name, value in drop_empty(settings).items()
+    }
 
 
 def _pictures(detector: Detector, source: ImageSource, keys: list[str]) -> dict[str, dict[str, str]]:

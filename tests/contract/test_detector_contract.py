@@ -335,8 +335,18 @@ def test_choices_need_no_network(detector: Detector, monkeypatch: pytest.MonkeyP
     for name in detector.calibration_scores:
         if "score" in detector.scoring_arguments:
             assert detector.with_scoring(score=name).score_name == name
-    with pytest.raises(FaroutError, match="cannot be changed after the fit"):
+    with pytest.raises(FaroutError, match="has no argument 'nonsense'"):
         detector.with_scoring(nonsense=1)
+
+
+def test_an_unknown_argument_suggests_a_similar_one() -> None:
+    """Also an argument of a base class, which the method passes on."""
+    for name in ("semantic", "knn"):
+        method = DETECTORS[name].load()
+        with pytest.raises(FaroutError, match=rf"^{method.__name__}\(\) has no argument 'scor'; did you mean score\?"):
+            method(scor="x")
+        with pytest.raises(TypeError, match="did you mean standardize"):
+            method(standardise="image")
 
 
 def test_an_unfitted_detector_says_so(folder: Path) -> None:

@@ -191,8 +191,8 @@ def test_a_dry_run_lists_jobs_with_inputs_and_settings(
     assert bench(file, "--out", tmp_path / "new", "--dry-run") == 0
     text = capsys.readouterr().out
     assert not (tmp_path / "new").exists()
-    assert re.search(r"networks/exposed-0 +to do +outliers/noise-0 .*preset: ncis_tiny", text)
-    assert "training.steps: 2" in text
+    assert re.search(r"networks/exposed-0 +to do +outliers/noise-0 .*--preset ncis_tiny", text)
+    assert "--training.steps 2" in text
     assert "15 jobs, 15 to do" in text
     assert "untested (far): svhn:test" in text
 

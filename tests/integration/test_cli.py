@@ -1,6 +1,7 @@
 """The command line: what is typed is understood, wrong words get one clear line, and nothing ends in a traceback."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -167,8 +168,8 @@ def test_version_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
         (["scor", "a"], 2, ["scor", "did you mean score"]),
         (["train", "a"], 2, ["train diffusion"]),
         (["list", "set"], 2, ["did you mean sets"]),
-        (["fit", "reconstructoin", "a", "--out", "b"], 1, ["reconstructoin", "did you mean reconstruction"]),
-        (["fit", "--out", "b"], 2, ["METHOD", "reconstruction"]),
+        (["fit", "reconstructoin", "a", "--out", "b"], 2, ["reconstructoin", "did you mean reconstruction"]),
+        (["fit", "--out", "b"], 2, ["METHOD", "`farout fit --help` lists the methods"]),
         (["score", "a", "b"], 2, ["--out"]),
         (["score", "--out", "b"], 2, ["DETECTOR", "SOURCE"]),
         (
@@ -177,7 +178,7 @@ def test_version_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
             ["--batch-size", "whole number or auto", "many"],
         ),
         (["score", "a", "b", "--out", "c", "--policy", "ignore"], 2, ["--policy", "raise", "skip", "nan", "ignore"]),
-        (["score", "a", "b", "--out", "c", "--batch-siz", "4"], 2, ["did you mean batch-size"]),
+        (["score", "a", "b", "--out", "c", "--batch-siz", "4"], 2, ["did you mean --batch-size?"]),
         (["fit", "reconstruction", "a", "--out", "b", "--levels", "[50,x]"], 2, ["--levels", "list of"]),
         (["fit", "reconstruction", "a", "--out", "b", "--preset", "papr"], 2, ["papr", "did you mean paper"]),
         (["fit", "reconstruction", "a", "--out", "b", "--diffusion-preset", "big"], 2, ["big", "tiny, small, paper"]),
@@ -192,10 +193,10 @@ def test_version_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
         (["fid", "a", "b", "--workers=-1"], 1, ["workers is -1", "0 or more"]),
         (["demo", "--out", "nowhere/demo", "--limit", "0"], 1, ["limit must be at least 1"]),
         (["demo", "--out", "nowhere/demo", "--steps", "0"], 1, ["steps is 0"]),
-        (["evaluate", "a", "--id", "b"], 1, ["DETECTOR --id SOURCE --ood"]),
-        (["evaluate", "a", "--scores", "b", "c"], 1, ["--scores"]),
-        (["evaluate", "--scores", "b", "c", "--limit", "5"], 1, ["limit has no effect"]),
-        (["evaluate", "--scores", "b", "c", "--batch-size", "5"], 1, ["batch_size has no effect"]),
+        (["evaluate", "a", "--id", "b"], 2, ["missing --ood, --out (see `farout evaluate --help`)"]),
+        (["evaluate", "a", "--scores", "b", "c"], 2, ["--scores"]),
+        (["evaluate", "--scores", "b", "c", "--limit", "5"], 2, ["limit has no effect"]),
+        (["evaluate", "--scores", "b", "c", "--batch-size", "5"], 2, ["batch_size has no effect"]),
         (
             ["fit", "reconstruction", "a", "--out", "b", "--diffusion", "c", "--training.batch-size", "5"],
             2,
@@ -225,7 +226,10 @@ def test_mistakes_in_the_input_get_one_line(place: Path, tmp_path: Path, capsys:
     assert "did you mean" in refused(capsys, [*fit, "sample_fashon:train"], 1)
     assert "no split" in refused(capsys, [*fit, "sample_fashion:tset"], 1)
     few = pictures(tmp_path / "few", 3)
-    assert "too few" in refused(capsys, [*fit, few], 1)
+    assert "needs 9 images" in refused(capsys, [*fit, few], 1)
+    other = ["fit", "knn", place / "good", "--out", place / "d"]
+    assert "contains a fitted reconstruction detector; give another folder" in refused(capsys, other, 1)
+    assert "is not a detector folder" in refused(capsys, ["score", few, few, "--out", out], 1)
     train = ["train", "diffusion", few, "--out", out, "--model.size", "0"]
     assert "expected positive pixels" in refused(capsys, train, 1)
     for rate in ("0", "2"):
@@ -405,12 +409,11 @@ def test_score_then_score_again(place: Path, tmp_path: Path, capsys: pytest.Capt
     words = ["score", place / "d", place / "far", "--out", tmp_path / "r", "--batch-size", "4"]
     assert run(words) == 0
     first = capsys.readouterr().out
-    assert "10 ok" in first
-    assert "10 newly scored" in first
+    assert re.match(r"10 images: 10 scored \(\d+ flagged\); all new\n", first)
     for file in ("scores.csv", "measurements.parquet", "manifest.json", "page.html"):
         assert str(tmp_path / "r" / file) in first.replace("\n", "")
     assert run(words) == 0
-    assert "0 newly scored" in capsys.readouterr().out
+    assert "; none new" in capsys.readouterr().out
     other = [*words[:2], place / "near", *words[3:]]
     assert "another run" in refused(capsys, other, 1)
     foreign = pictures(tmp_path / "mine", 2)

@@ -146,7 +146,7 @@ def test_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ([*words], 1, "give --resume"),
         ([*words, "--resume", "--seed", "1"], 1, "seed: 0 before, 1 now"),
         ([*words, "--preset", "paper"], 2, "no flag --preset"),
-        (["synthesize", "clas_noise", *words[2:]], 1, "no synthesizer 'clas_noise'; did you mean class_noise?"),
+        (["synthesize", "clas_noise", *words[2:]], 2, "no synthesizer 'clas_noise'; did you mean class_noise?"),
         (["synthesize", "--out", "o"], 2, "METHOD SOURCE --diffusion DIR --out DIR"),
         (["synthesize", "class_noise", str(images), "--out", "o"], 2, "missing --diffusion"),
     ]

@@ -80,7 +80,9 @@ def test_an_existing_path_with_an_at_sign_is_a_path(tmp_path):
 
 
 def test_unknown_sets_get_near_matches():
-    with pytest.raises(SourceError, match=r"did you mean fashion_mnist.*\./fashion_mnits"):
+    with pytest.raises(
+        SourceError, match=r"'fashion_mnits' is neither an existing path nor a named set .* did you mean fashion_mnist"
+    ):
         open_source("fashion_mnits")
 
 
@@ -209,3 +211,9 @@ def test_patch_comes_from_another_image_of_the_set():
         for image in ImageSource("x", open_source(flat)._store.listing, variant="patch", strength=0.5):
             assert image.unique().tolist() == [10, value]
             assert (image == value).sum() in (16, 64 - 16)
+
+
+def test_a_missing_folder_and_an_unknown_name_are_described_alike(tmp_path):
+    for text in ("nowhere", f"{tmp_path}/nowhere/"):
+        with pytest.raises(SourceError, match="neither an existing path nor a named set"):
+            open_source(text)

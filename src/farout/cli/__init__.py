@@ -58,7 +58,7 @@ def _run_command(name: str, words: list[str]) -> int:
     else:
         with output.progress():
             result = call()
-        output.print_result(name, result)
+        output.print_result(name, result, call.arguments)
     return 0
 
 

@@ -165,8 +165,8 @@ class Parser(jsonargparse.ArgumentParser):
         unknown = unknown or re.match(r"(?:Group '(?P<group>.+)' does not accept option|Option) '(.+?)'", message)
         if unknown:
             name = ".".join(filter(None, unknown.groups())).replace("_", "-")
-            shown = [flag[2:] for flag in flags.values() if flag.startswith("--") and flag != "--print_shtab"]
-            return f"there is no flag --{name}; {suggest_names(name, shown)}"
+            shown = [flag for flag in flags.values() if flag.startswith("--") and flag != "--print_shtab"]
+            return f"there is no flag --{name}; {suggest_names(f'--{name}', shown)}"
         invalid = re.match(r'(?:Parser key|.*?key) "([^"]+)"', message)
         expected = None if invalid is None or invalid[1] not in flags else _type_of(self.action_of(invalid[1]))
         if invalid is None or expected is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from farout.benchmark.result_tables import COST_COLUMNS, list_untested
 from farout.benchmark.runner import BenchmarkReport, DryRun, preview_benchmark, run_benchmark, write_report
 from farout.benchmark.specification import BenchmarkSpec
 from farout.benchmark.yaml_reader import read_benchmark
+from farout.cli.flags import format_flags
 from farout.cli.tables import new_table, print_table
 from farout.core.devices import num_processes
 from farout.core.errors import FaroutError
@@ -79,6 +81,9 @@ def show_bench(result: DryRun | Iterator[FinishedJob | BenchmarkReport]) -> None
 
 def _show_dry_run(dry_run: DryRun) -> None:
     plan, states = dry_run.plan, dry_run.states
+    shared = {job.sources for job in plan.jobs if job.kind == "evaluations"}
+    if len(shared) == 1:
+        print(f"evaluated sources: {', '.join(*shared)}")
     table = new_table()
     table.add_column("job", overflow="fold")
     table.add_column("state", no_wrap=True)
@@ -86,7 +91,7 @@ def _show_dry_run(dry_run: DryRun) -> None:
     table.add_column("settings", overflow="fold")
     for job in plan.jobs:
         state = "done" if job.name in states.finished else "outdated" if job.name in states.outdated else "to do"
-        table.add_row(job.name, state, ", ".join(job.inputs), _describe_settings(plan.spec, job))
+        table.add_row(job.name, state, ", ".join(job.inputs), _describe_settings(plan.spec, job, len(shared) > 1))
     print_table(table)
     print(f"{len(plan.jobs)} jobs, {len(plan.jobs) - len(states.finished)} to do")
     for name, reason in states.outdated.items():
@@ -99,10 +104,10 @@ def _show_dry_run(dry_run: DryRun) -> None:
         print(dry_run.obstacle)
 
 
-def _describe_settings(spec: BenchmarkSpec, job: BenchmarkJob) -> str:
-    """The settings of a job that differ from the defaults of its method or configuration."""
+def _describe_settings(spec: BenchmarkSpec, job: BenchmarkJob, show_sources: bool) -> str:
+    """The settings of a job that differ from the defaults of its method or configuration, as flags."""
     if job.kind == "evaluations":
-        return f"sources: {', '.join(job.sources)}"
+        return f"sources: {', '.join(job.sources)}" if show_sources else ""
     if job.baseline_of is not None:
         return f"{job.baseline_of} with random weights"
     entry = spec.section(job.kind)[job.entry]
@@ -115,7 +120,7 @@ def _describe_settings(spec: BenchmarkSpec, job: BenchmarkJob) -> str:
         named |= named.pop("arguments")
         defaults |= type(method)().config
     defaults |= {name: type(value)() for name, value in named.items() if is_dataclass(value)}  # type: ignore[misc]
-    return ", ".join(_changed_settings(named, defaults))
+    return shlex.join(_changed_settings(named, defaults))
 
 
 def _changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -123,7 +128,7 @@ def _changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any], 
         if is_dataclass(value) and not isinstance(value, type):
             yield from _changed_settings(vars(value), vars(defaults[name]), f"{prefix}{name}.")
         elif value != defaults.get(name):
-            yield f"{prefix}{name}: {value}"
+            yield from format_flags(f"{prefix}{name}", value)
 
 
 def _show_report(report: BenchmarkReport) -> None:

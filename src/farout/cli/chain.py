@@ -53,7 +53,8 @@ def chain(yaml: str, *, out: str, redo: bool = False, dry_run: bool = False) -> 
         print(f"[{step.number}/{len(steps)}] {step.name}: writing {job.output}", flush=True)
         try:
             resume = {"resume": True} if earlier is not None and "resume" in step.settings else {}
-            output.print_result(step.command, step.parse(folder, **resume)())
+            call = step.parse(folder, **resume)
+            output.print_result(step.command, call(), call.arguments)
         except FaroutError as error:
             raise FaroutError(f"{step}: {error}") from error
 

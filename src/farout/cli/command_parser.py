@@ -26,7 +26,7 @@ import docstring_parser
 from farout.cli.argument_parser import Parser
 from farout.cli.command_table import COMMANDS, import_object
 from farout.core.config import flatten_config
-from farout.core.errors import UsageError, suggest_names
+from farout.core.errors import FaroutError, UsageError, suggest_names
 from farout.core.registry import RegisteredMethod
 from farout.core.runtime import Runtime
 
@@ -77,14 +77,18 @@ def parse(name: str, words: Sequence[str]) -> ParsedCommand:
         return CommandParser(name).parse(words)
     methods = import_object(COMMANDS[name].methods)
     if words and not words[0].startswith("-"):
-        return CommandParser(name, methods[words[0]]).parse(words[1:])
+        try:
+            method = methods[words[0]]
+        except FaroutError as error:
+            raise UsageError(str(error)) from error
+        return CommandParser(name, method).parse(words[1:])
     usage = f"farout {name} METHOD {_usage(command_parameters(name))}"
     if {"-h", "--help"} & set(words):
         print(f"usage: {usage}\n\n{COMMANDS[name].summary}\n\nmethods:")
         print(*(f"  {method.name:<18}{method.description}" for method in methods.values()), sep="\n")
         print(f"\n`farout {name} METHOD --help` shows the settings.")
         raise SystemExit(0)
-    raise UsageError(f"expected `{usage}`; methods: {', '.join(methods)}")
+    raise UsageError(f"expected `{usage}`; `farout {name} --help` lists the methods")
 
 
 def parse_settings(name: str, settings: Mapping[str, Any], method: str | None = None) -> ParsedCommand:

@@ -18,6 +18,7 @@ class Command:
         summary: one line for `farout --help`.
         function: "module:function" within farout. The signature of the function defines the flags.
         printer: "module:function" of the function that prints the result; empty: the command prints by itself.
+        prints_folder: whether the printer is also given the arguments, for the folder that the result is written to.
         check: "module:function" of a function that is called with the same settings before anything is loaded, and
             raises FaroutError for settings that exclude each other.
         presets: "module:NAME" of the presets that `--preset` chooses from; presets of methods belong to the method.
@@ -29,6 +30,7 @@ class Command:
     summary: str
     function: str
     printer: str = ""
+    prints_folder: bool = False
     check: str = ""
     presets: str = ""
     methods: str = ""
@@ -41,12 +43,14 @@ COMMANDS = {
         "Train a diffusion model on images.",
         "diffusion.train:train_diffusion",
         "cli.commands.train_diffusion:print_diffusion_model",
+        prints_folder=True,
         presets="diffusion.config:PRESETS",
     ),
     "train classifier": Command(
         "Train a classifier on labelled images.",
         "classifiers.train:train_classifier",
         "cli.commands.train_classifier:print_classifier",
+        prints_folder=True,
         check="cli.commands.train_classifier:check_settings",
         presets="classifiers.presets:PRESETS",
     ),
@@ -54,6 +58,7 @@ COMMANDS = {
         "Fit a detector to normal images.",
         "cli.commands.fit:fit",
         "cli.commands.fit:print_detector",
+        prints_folder=True,
         methods="detectors:DETECTORS",
     ),
     "score": Command(
@@ -64,7 +69,8 @@ COMMANDS = {
     "calibrate": Command(
         "Recompute a detector's p-values from other normal images, without training.",
         "cli.commands.calibrate:calibrate",
-        "cli.commands.fit:print_detector",
+        "cli.commands.calibrate:print_calibration",
+        prints_folder=True,
     ),
     "evaluate": Command(
         "Evaluate a detector, or given scores, on out-of-distribution images.",

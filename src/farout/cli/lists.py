@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -90,4 +91,4 @@ def _format_preset(settings: Mapping[str, Any]) -> str:
             words += format_flags(name, {field: getattr(value, field) for field in changed})
         else:
             words += format_flags(name, value)
-    return " ".join(words)
+    return shlex.join(words) or "(the defaults)"

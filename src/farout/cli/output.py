@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,14 @@ def progress() -> Iterator[None]:
         yield
 
 
-def print_result(command: str, result: Any) -> None:
-    """Prints the result of a command; of several processes, the first one does."""
-    printer: Callable[[Any], None] = import_object(COMMANDS[command].printer)
-    if is_main_process():
+def print_result(command: str, result: Any, arguments: Mapping[str, Any]) -> None:
+    """Prints the result of a command with these arguments; of several processes, the first one does."""
+    printer: Callable[..., None] = import_object(COMMANDS[command].printer)
+    if not is_main_process():
+        return
+    if COMMANDS[command].prints_folder:
+        printer(result, arguments)
+    else:
         printer(result)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, Self
 
-from farout.core.errors import FaroutError
+from farout.core.errors import FaroutError, UnknownArgumentError, suggest_names
 
 __all__ = ["Configured", "flatten_config"]
 
@@ -98,12 +98,30 @@ def _record_before(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def wrapped_init(self: Configured, *args: Any, **kwargs: Any) -> None:
+        known = _argument_names(type(self))
+        for name in kwargs:
+            if name not in known:
+                raise UnknownArgumentError(
+                    f"{type(self).__name__}() has no argument {name!r}; {suggest_names(name, known)}"
+                )
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         self._record_arguments({name: bound.arguments[name] for name in named})
         init(self, *args, **kwargs)
 
     return wrapped_init
+
+
+def _argument_names(cls: type) -> list[str]:
+    """The arguments of the constructor, with those that `**arguments` pass on to base classes."""
+    names: list[str] = []
+    for base in cls.__mro__:
+        if issubclass(base, Configured) and "__init__" in vars(base):
+            parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+            names += [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return names
 
 
 def _default_of(cls: type, name: str) -> Any:

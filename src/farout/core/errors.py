@@ -15,6 +15,7 @@ __all__ = [
     "SourceError",
     "StoreError",
     "TooFewImagesWarning",
+    "UnknownArgumentError",
     "UnreadableImageError",
     "UsageError",
     "check_options",
@@ -44,6 +45,10 @@ class MissingExtraError(FaroutError, ImportError):
 
 class UsageError(FaroutError):
     """Wrong usage of the command line: exit status 2."""
+
+
+class UnknownArgumentError(FaroutError, TypeError):
+    """A constructor or function has no argument of this name."""
 
 
 class FaroutWarning(UserWarning):

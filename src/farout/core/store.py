@@ -40,6 +40,8 @@ __all__ = [
     "write_json",
 ]
 
+_COMMANDS = {"detector": "fit", "diffusion model": "train diffusion", "classifier": "train classifier"}
+"""Command that writes a folder of a kind."""
 FORMAT = 1
 """Version of the folder layout; folders of a newer version are refused."""
 
@@ -179,6 +181,9 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise StoreError(f"there is no folder {folder}; expected a farout {kind} folder")
+    if not (folder / "config.json").is_file():
+        hint = f"; make one with `farout {_COMMANDS[kind]}`" if kind in _COMMANDS else ""
+        raise StoreError(f"{folder} is not a {kind} folder (config.json is missing){hint}")
     content = read_json(folder / "config.json")
     head = content.pop("farout", None)
     if not isinstance(head, dict) or "kind" not in head:

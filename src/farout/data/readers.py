@@ -40,7 +40,7 @@ def list_path(location: str) -> Listing:
         return _list_file(path)
     if re.search(r"[*?\[]", location):
         return _list_glob(str(path))
-    raise SourceError(f"there is no file or folder {location}; give a path that exists, a glob, or a named set")
+    raise SourceError(f"{location!r} is neither an existing path nor a named set (`farout list sets`)")
 
 
 def _list_file(path: Path) -> Listing:

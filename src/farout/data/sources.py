@@ -109,13 +109,13 @@ def _list_spec(spec: SourceSpec) -> Listing:
 
 def _describe_unknown_set(spec: SourceSpec) -> str:
     near = difflib.get_close_matches(spec.location, sorted(catalog.set_names()), n=4, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}" if near else "see farout list sets"
     splits = catalog.local_splits(spec.location)
     if splits:
         return (
             f"the set {spec.location} has no split {spec.split!r} on this machine; expected one of {', '.join(splits)}"
         )
-    return f"{spec.text!r} is neither a path that exists nor a known set; {hint}? A folder is written ./{spec.location}"
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    return f"{spec.text!r} is neither an existing path nor a named set (`farout list sets`){hint}"
 
 
 def _describe_missing_set(spec: SourceSpec, known: catalog.SetEntry) -> str:

@@ -124,7 +124,7 @@ class VectorDetector(FeatureDetector):
 
     Args:
         standardize: `image`: scale the features of each layer of each image to mean 0 and standard deviation 1 (higher
-            AUROC on dev sources); `none`: do not scale.
+            AUROC on changed training images); `none`: do not scale.
     """
 
     test_arguments: ClassVar[Mapping[str, Any]] = {"size": 32}

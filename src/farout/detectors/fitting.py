@@ -9,7 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from farout.core.errors import FaroutError, MisleadingResultWarning, TooFewImagesWarning
+from farout.core.errors import (
+    FaroutError,
+    MisleadingResultWarning,
+    TooFewImagesWarning,
+    UnknownArgumentError,
+    suggest_names,
+)
 from farout.core.progress import task
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
@@ -177,8 +183,15 @@ def copy_with_scoring(detector: D, arguments: dict[str, Any]) -> D:
     check_fitted(detector)
     others = sorted(set(arguments) - detector.scoring_arguments)
     if others:
-        known = ", ".join(sorted(detector.scoring_arguments))
-        raise FaroutError(f"{', '.join(others)} cannot be changed after the fit, only {known}; fit again")
+        name = type(detector).__name__
+        for argument in others:
+            if argument not in detector.config:
+                hint = suggest_names(argument, detector.config)
+                raise UnknownArgumentError(f"{name} has no argument {argument!r}; {hint}")
+        changeable = " and ".join(sorted(detector.scoring_arguments)) or "nothing"
+        raise FaroutError(
+            f"{', '.join(others)} cannot be changed after the fit; only {changeable} can be changed (or fit again)"
+        )
     copy = type(detector)(**{**detector.config, **arguments})
     copy.diffusion, copy.classifier, copy.features = detector.diffusion, detector.classifier, detector.features
     copy.preprocessing, copy.alpha, copy.seed = detector.preprocessing, detector.alpha, detector.seed

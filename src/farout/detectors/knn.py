@@ -26,8 +26,8 @@ class KNN(VectorDetector):
     search is exact.
 
     Args:
-        k: rank of the neighbor; at most 1 % of the stored images. The paper uses 50 of 50,000; on dev sources 1 is
-            better than 10, and 10 better than 46.
+        k: rank of the neighbor; at most 1 % of the stored images. The paper uses 50 of 50,000; on changed
+            training images 1 is better than 10, and 10 better than 46.
         bank: maximum number of normal images stored, a random sample of more; more take longer to search.
         score: indicator used as score: `distance` to the k-th neighbor, or `mean` distance to the k nearest.
     """

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+import yaml
 
 from farout.core import store
 from farout.core.devices import resolve_device
@@ -77,15 +78,26 @@ def save(detector: DetectorInterface, folder: Path, link: Path | None) -> None:
         }
         store.write_config(temporary, KIND, content)
         facts = {**describe_detector(detector), **detector.provenance}
+        plain = json.loads(json.dumps(facts, default=str))  # tuples as lists
         card = [
             f"# A farout detector: {facts.pop('method')}",
             "",
-            *(f"- {name}: {value}" for name, value in facts.items()),
+            "```yaml",
+            yaml.safe_dump(_drop_empty(plain), sort_keys=False, allow_unicode=True, width=1000).rstrip(),
+            "```",
             "",
             "Score images with `farout score FOLDER SOURCE --out RESULTS`.",
             "",
         ]
         (temporary / "README.md").write_text("\n".join(card), encoding="utf-8")
+
+
+def _drop_empty(value: Any) -> Any:
+    """The value without entries that are None or empty, at any depth."""
+    if not isinstance(value, dict):
+        return value
+    entries = {key: _drop_empty(each) for key, each in value.items()}
+    return {key: each for key, each in entries.items() if each is not None and each not in ("", [], {})}
 
 
 def load(folder: Path, runtime: dict[str, Any]) -> Any:

@@ -158,7 +158,8 @@ class _FolderLayout:
         else:
             step = len(self.classes)
             rows = [range(first, count, step)[:_MAX_COLUMNS] for first in range(min(step, count, _MAX_ROWS))]
-        path = self.out.resolve().with_name(f"{self.out.resolve().name}-contact-sheet.png")
+        name = f"{self.out.resolve().name}-contact-sheet.png"
+        path = self.out.parent / name if self.out.name not in ("", "..") else self.out.resolve().with_name(name)
         with store.atomic_file(path) as temporary:
             sheet = _draw_contact_sheet([[self.path(index) for index in row] for row in rows])
             if self.classes is not None:

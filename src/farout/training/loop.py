@@ -103,8 +103,7 @@ def train(
         raise FaroutError("resume, tensorboard, checkpoint_every and keep require a folder, but out is None; give one")
     if out is not None and not resume and any(step_folder(out, 0).parent.glob("step_*")):
         raise FaroutError(
-            f"{out} contains checkpoints of an earlier run; give --resume (resume=True) or another folder, or "
-            "remove them"
+            f"{out} contains checkpoints of an earlier run; continue it with --resume (resume=True), or remove it"
         )
 
     run = TrainingRun(network, step, data, config, out, sets, fingerprint, description, items, short_last_batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from farout.core import store
 from farout.detectors.base import Detector, load
 from farout.detectors.fitting import recalibrate
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "print_calibration"]
 
 
 def calibrate(
@@ -43,3 +44,9 @@ def calibrate(
     recalibrated = recalibrate(fitted, source, limit=limit, alpha=alpha, policy=policy, must_flag=replaces)
     recalibrated.save(out or detector)
     return recalibrated
+
+
+def print_calibration(detector: Detector, arguments: Mapping[str, Any]) -> None:
+    """Prints the number of calibration images, the false-alarm rate and the folder."""
+    counts = f"{len(detector.calibration)} calibration images, alpha {detector.alpha}"
+    print(f"{type(detector).__name__} calibrated: {counts}; written to {arguments['out'] or arguments['detector']}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from farout.cli.tables import new_table, print_table
-from farout.core.errors import FaroutError
+from farout.core.errors import UsageError
 from farout.detectors.base import load
 from farout.evaluation.evaluate import evaluate as evaluate_detector
 from farout.evaluation.evaluate import evaluate_scores
@@ -83,18 +83,21 @@ def check_settings(
     runtime: Mapping[str, Any],
     **others: Any,
 ) -> None:
-    """Raises FaroutError for score tables together with settings of a detector's evaluation, and for missing
+    """Raises UsageError for score tables together with settings of a detector's evaluation, and for missing
     settings.
     """
     if scores:
         if detector is not None or id is not None or ood:
-            raise FaroutError("--scores evaluates score tables; leave out the detector, --id and --ood")
+            raise UsageError("--scores evaluates score tables; leave out the detector, --id and --ood")
         parameters = inspect.signature(evaluate).parameters
         unused = [*runtime, *(name for name, value in others.items() if value != parameters[name].default)]
         if unused:
-            raise FaroutError(f"with --scores, {', '.join(unused)} has no effect; leave it out")
-    elif detector is None or id is None or not ood or out is None:
-        raise FaroutError("evaluate requires DETECTOR --id SOURCE --ood SOURCE... --out DIR, or --scores FILE FILE...")
+            raise UsageError(f"with --scores, {', '.join(unused)} has no effect; leave it out")
+        return
+    given = {"DETECTOR": detector, "--id": id, "--ood": ood, "--out": out}
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        raise UsageError(f"missing {', '.join(missing)} (see `farout evaluate --help`)")
 
 
 def print_metrics(evaluation: Evaluation) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,9 @@ def fit(
     return detector
 
 
-def print_detector(detector: Detector) -> None:
-    """Prints the number of images that the detector was fitted on, its score and its false-alarm rate."""
+def print_detector(detector: Detector, arguments: Mapping[str, Any]) -> None:
+    """Prints the number of images that the detector was fitted on, its score, its false-alarm rate and its folder."""
     about = describe_detector(detector)
     counts = f"{about['statistics_images']} statistics and {about['calibration_images']} calibration images"
-    print(f"{about['method']} fitted: {counts}, score {detector.score_name}, alpha {detector.alpha}")
+    settings = f"score {detector.score_name}, alpha {detector.alpha}"
+    print(f"{about['method']} fitted: {counts}, {settings}; written to {arguments['out']}")

@@ -53,8 +53,10 @@ def score(
 
 def print_scored_folder(scored: ScoredFolder) -> None:
     """Prints the number of images by status, the number of flagged images, unreadable images, and the files."""
-    counts = ", ".join(f"{count} {status}" for status, count in scored.counts.items())
-    print(f"{counts}; {scored.flagged} flagged; {scored.scored_now} newly scored")
+    total = sum(scored.counts.values())
+    others = "".join(f", {count} {status}" for status, count in scored.counts.items() if status != "ok")
+    new = {0: "none", total: "all"}.get(scored.scored_now, str(scored.scored_now))
+    print(f"{total} images: {scored.counts.get('ok', 0)} scored ({scored.flagged} flagged){others}; {new} new")
     for key, reason in list(scored.unreadable.items())[:_SHOWN_UNREADABLE]:
         print(f"  unreadable: {key}: {reason}")
     if len(scored.unreadable) > _SHOWN_UNREADABLE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from farout.classifiers.model import Classifier
@@ -15,11 +16,12 @@ def check_settings(*, exposure: Exposure, outliers: str | None, reconstructions:
     exposure.resolve_defaults(outliers is not None, reconstructions is not None)
 
 
-def print_classifier(classifier: Classifier) -> None:
-    """Prints the numbers of training images, classes and parameters, and the accuracy on held-out images."""
+def print_classifier(classifier: Classifier, arguments: Mapping[str, Any]) -> None:
+    """Prints numbers of training images, classes and parameters, the folder, and the accuracy on held-out images."""
     about = classifier.provenance
-    images = f"trained on {about['images']} images" if "images" in about else "given weights used without training"
-    print(f"{images}, {describe_classes(classifier)}, {classifier.parameters:,} parameters")
+    images = f"trained on {about['images']} images" if "images" in about else "with the given weights, not trained"
+    size = f"{describe_classes(classifier)} ({classifier.parameters:,} parameters)"
+    print(f"Classifier {images}, {size}; written to {arguments['out']}")
     for kind in ("outliers", "reconstructions"):
         if kind in about:
             print(f"{about[kind]['images']} {kind} from {about[kind]['source']}, loss {about['exposure']['loss']}")

@@ -65,7 +65,8 @@ class Posthoc(Detector):
     images are images that the classifier was not trained on, whereas the papers use its training images.
 
     Args:
-        score: indicator used as score (vim has the highest AUROC on dev sources); the others are written too.
+        score: indicator used as score (vim has the highest AUROC on changed training images); the others are written
+            too.
         odin: also compute ODIN, which needs two more passes and a gradient; implied by score=odin.
         odin_step: step size of ODIN's perturbation, for images in [0, 1].
         odin_temperature: temperature of ODIN.

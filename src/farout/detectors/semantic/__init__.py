@@ -63,9 +63,9 @@ class Semantic(FeatureDetector):
             with the level as its K).
         steps: number of steps of `ddim`.
         eta: share of fresh noise in the steps of `ddim`: 0 is deterministic, 1 as published.
-        score: indicator used as score: `mfsim_released` (without the first layer; highest AUROC on dev sources),
-            `mfsim` or `mse` (the paper's), `lr`, `calibrated_mse`, `calibrated_mfsim`, `distance` (no diffusion) or
-            `fused`.
+        score: indicator used as score: `mfsim_released` (without the first layer; highest AUROC on changed training
+            images), `mfsim` or `mse` (the paper's), `lr`, `calibrated_mse`, `calibrated_mfsim`, `distance` (no
+            diffusion) or `fused`.
         lr_sign: sign of the indicator `lr`: 1: errors that fall more in training score higher, as released; -1: they
             score lower, as in the paper. Neither is reliable.
         regret: keep the denoiser of the first training epoch too, for the indicator `lr` only; doubles the evaluations.

@@ -129,8 +129,8 @@ class TargetSampler:
             if len(id_classes) < 3:
                 raise FaroutError(
                     "no targets are left: a mixture of two classes other than the image's own requires three classes "
-                    f"with images, there are {len(id_classes)}; give target_classes, targets others or none, or a "
-                    "generator that knows more classes"
+                    f"with images, there are {len(id_classes)}; give --targets others, --targets none, "
+                    "--target-classes (in Python targets=, target_classes=), or a generator that knows more classes"
                 )
             self.is_mixture, candidates = True, id_classes
         else:
@@ -147,7 +147,8 @@ class TargetSampler:
         if not candidates or len(names) < 2:
             raise FaroutError(
                 "no targets are left: no class of this generator is outside the distribution under a name of its own; "
-                "give target_classes, targets mixtures or none, or a generator that knows more classes"
+                "give --targets mixtures, --targets none, --target-classes (in Python targets=, target_classes=), or a "
+                "generator that knows more classes"
             )
         self.choices = {label: [choice for choice in candidates if choice != label] for label in id_classes}
 

@@ -59,7 +59,7 @@ def test_class_per_folder_tree_gives_labels(tmp_path):
 def test_empty_and_missing_places_are_errors(tmp_path):
     with pytest.raises(SourceError, match="contains no images"):
         open_source(tmp_path)
-    with pytest.raises(SourceError, match="there is no file or folder"):
+    with pytest.raises(SourceError, match="neither an existing path"):
         open_source(tmp_path / "nowhere")
     with pytest.raises(SourceError, match="matches 0 paths"):
         open_source(f"{tmp_path}/*.png")

@@ -14,7 +14,13 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from farout.core.errors import ConstantScoresWarning, FaroutError, MisleadingResultWarning, StoreError
+from farout.core.errors import (
+    ConstantScoresWarning,
+    FaroutError,
+    MisleadingResultWarning,
+    StoreError,
+    TooFewImagesWarning,
+)
 from farout.core.runtime import Runtime
 from farout.data.batching import Batch
 from farout.data.preprocessing import Preprocessing
@@ -213,9 +219,25 @@ def test_missing_control_images_warn_and_cost_no_result(place: Path) -> None:
         frame = evaluate(detector, place / "test", [place / "far"], place / "missing").metrics
     assert set(frame["detector"]) == {"Brightness"}
     few = pictures(place / "few", 3)
-    with pytest.warns(MisleadingResultWarning, match="too few"):
+    with pytest.warns(MisleadingResultWarning, match="calibration at alpha 0.1 needs"):
         frame = evaluate(detector, place / "test", [place / "far"], place / "few-out", baseline_images=few).metrics
     assert len(frame) == 3
+
+
+def test_messages_of_the_baselines_name_them(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The detector's warnings are not repeated as if they were about it, and each split is logged once."""
+    detector = brightness(place)
+    caplog.set_level("INFO")
+    with pytest.warns(TooFewImagesWarning, match=r"^baselines \(trivial_baselines\): "):
+        evaluate(detector, place / "test", [place / "far"], place / "named", baseline_images=place / "good", limit=10)
+    assert not [text for text in caplog.messages if "split into" in text and not text.startswith("baselines (")]
+    detector.calibration_hashes = frozenset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluate(detector, place / "test", [place / "far"], place / "recalibrated", limit=10)
+    assert any(
+        text.startswith("baselines (trivial_baselines) are calibrated on 12 images of") for text in caplog.messages
+    )
 
 
 # -- images that belong together ----------------------------------------------------------------------------------

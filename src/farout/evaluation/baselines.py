@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from farout.classifiers.model import Classifier
-from farout.core.errors import FaroutError, MisleadingResultWarning
+from farout.core.errors import FaroutError, FaroutWarning, MisleadingResultWarning
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.detectors import DETECTORS
@@ -22,6 +24,9 @@ from farout.evaluation.trivial_baselines import TrivialBaselines
 from farout.features.feature_diffusion import FeatureDiffusion
 
 __all__ = ["EvaluatedDetector", "fit_baselines", "method_name", "with_random_weights"]
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,7 +52,7 @@ def fit_baselines(
     random_weights_baseline: bool,
     baseline_images: Any,
     baseline_limit: int | None,
-) -> Iterator[EvaluatedDetector]:
+) -> list[EvaluatedDetector]:
     """Fit the baselines of a detector with its alpha, seed, runtime and protocol; see `evaluate` for the arguments.
 
     A baseline that cannot be fitted is left out with a warning that states the reason.
@@ -86,7 +91,7 @@ def fit_baselines(
     if random_weights_baseline and has_network:
         fits["random_weights"] = fit_random_weights
     if not fits:
-        return
+        return []
     source = baseline_images if baseline_images is not None else detector.provenance.get("source")
     try:
         images = _open_fitted_images(detector) if baseline_images is None else open_source(baseline_images)
@@ -95,13 +100,75 @@ def fit_baselines(
             f"no baselines: they cannot be fitted on {source!r} ({error}); give images for them with --baseline-images"
         )
         warnings.warn(message, MisleadingResultWarning, stacklevel=3)
-        return
+        return []
+    fitted, messages = [], _FitMessages()
     for name, fit in fits.items():
         try:
-            yield fit(images)
+            with messages.collect(name):
+                fitted.append(fit(images))
         except FaroutError as error:
             message = f"{name} is left out: it cannot be fitted on {source!r} ({error})"
             warnings.warn(message, MisleadingResultWarning, stacklevel=3)
+    messages.report()
+    _report_calibrations(detector, fitted, images)
+    return fitted
+
+
+@dataclass
+class _FitMessages:
+    """Warnings and splits of several fits, to be reported once with the names of the fits that have them in common."""
+
+    names: dict[tuple[type[Warning] | None, str], list[str]] = field(default_factory=dict)
+    """Names of the fits by message, with the category of a warning and None for the log of a split."""
+
+    @contextmanager
+    def collect(self, name: str) -> Iterator[None]:
+        """Collect the messages of a fit."""
+
+        def add(category: type[Warning] | None, text: str) -> None:
+            names = self.names.setdefault((category, text), [])
+            if name not in names:
+                names.append(name)
+
+        def collect_split(record: logging.LogRecord) -> bool:
+            add(None, record.getMessage())
+            return False
+
+        splits_logger = logging.getLogger("farout.data.splits")
+        splits_logger.addFilter(collect_split)
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                yield
+        finally:
+            splits_logger.removeFilter(collect_split)
+            for warning in caught:
+                add(warning.category, str(warning.message))
+
+    def report(self) -> None:
+        """Report every message once."""
+        for (category, text), names in self.names.items():
+            message = f"baselines ({', '.join(names)}): {text}"
+            if category is None:
+                logger.info(message)
+            elif issubclass(category, FaroutWarning):
+                warnings.warn(message, category, stacklevel=4)
+            else:  # of another library
+                warnings.warn(text, category, stacklevel=4)
+
+
+def _report_calibrations(detector: Detector, baselines: list[EvaluatedDetector], images: ImageSource) -> None:
+    """Log how many images each baseline is calibrated on where these are not the detector's."""
+    names: dict[int, list[str]] = {}
+    for baseline in baselines:
+        if baseline.detector.calibration_hashes != detector.calibration_hashes:
+            names.setdefault(len(baseline.detector.calibration), []).append(baseline.name)
+    about = detector.provenance
+    own = about.get("calibration_source") or about.get("source") or "images in memory"
+    for count, group in names.items():
+        logger.info(
+            "baselines (%s) are calibrated on %d images of %s, the detector on %d of %s",
+            ", ".join(group), count, images.name, len(detector.calibration), own,
+        )  # fmt: skip
 
 
 def with_random_weights(

@@ -192,6 +192,7 @@ def _metric_rows(evaluated: EvaluatedDetector, datasets: Sequence[ScoredDataset]
                 image_ids=ids,
                 seed=detector.seed,
                 name=f"{evaluated.name}, {own_name}, {ood.source.name}",
+                check_direction=indicator == METHOD_SCORE,
             )
             yield {
                 "detector": evaluated.name,
@@ -282,7 +283,12 @@ def evaluate_scores(files: Sequence[str | Path], out: str | Path | None = None) 
     for file in files[1:]:
         ood = scores_by_indicator(read_scores(file))
         for indicator in (name for name in in_distribution if name in ood):
-            metrics = detection_metrics(in_distribution[indicator], ood[indicator], name=f"{indicator}, {file}")
+            metrics = detection_metrics(
+                in_distribution[indicator],
+                ood[indicator],
+                name=f"{indicator}, {file}",
+                check_direction=indicator == METHOD_SCORE,
+            )
             columns = {"detector": "given", "indicator": indicator, "id": str(files[0]), "ood": str(file)}
             rows.append({**columns, **asdict(metrics)})
     metrics_table = pd.DataFrame(rows).reindex(columns=COLUMNS)

@@ -125,6 +125,7 @@ def detection_metrics(
     draws: int = 1000,
     seed: int = 0,
     name: str = "",
+    check_direction: bool = True,
 ) -> DetectionMetrics:
     """Compute all metrics of a pair of sets.
 
@@ -136,6 +137,7 @@ def detection_metrics(
         draws: number of bootstrap samples.
         seed: seed of the bootstrap.
         name: name of what is evaluated, for the warnings.
+        check_direction: whether to warn of an AUROC below one half.
 
     Warns:
         NaNScoresWarning: some scores are NaN.
@@ -179,7 +181,7 @@ def detection_metrics(
         ranks = dense_ranks(id_known, ood_known)
         area_interval = bootstrap_interval(auroc_of_ranks, *ranks, image_ids=image_ids, draws=draws, seed=seed)
         low, high = _widen_at_bounds(area, area_interval, min(independent_id, independent_ood))
-    if high < 0.5:
+    if check_direction and high < 0.5:
         message = f"AUROC {area:.3f} is below one half: the OOD images have lower scores than the in-distribution ones"
         warnings.warn(prefix + message, MisleadingResultWarning, stacklevel=2)
     return DetectionMetrics(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -113,9 +114,14 @@ def print_metrics(evaluation: Evaluation) -> None:
         table.add_column(title, no_wrap=True)
     for row in own.to_dict("records"):
         auroc = f"{row['auroc']:.3f} ({row['auroc_low']:.3f}-{row['auroc_high']:.3f})"
-        numbers = [f"{row[column]:.{1 if column == 'images_per_s' else 3}f}" for column in columns]
+        numbers = [
+            "–" if math.isnan(row[column]) else f"{row[column]:.{1 if column == 'images_per_s' else 3}f}"
+            for column in columns
+        ]
         table.add_row(str(row["detector"]), str(row["ood"]), auroc, *numbers)
     print_table(table)
+    if "images_per_s" in columns and own["images_per_s"].isna().any():
+        print("–: not measured, because features or scores were stored before")
     for pair in evaluation.differences.to_dict("records"):
         if pair["difference"] == pair["difference"]:  # not NaN
             interval = f"{pair['difference']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})"

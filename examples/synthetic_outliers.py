@@ -18,7 +18,7 @@ import torch
 from torchvision.utils import make_grid
 
 import farout
-from farout.evaluation.metrics import evaluate
+from farout.evaluation.metrics import detection_metrics
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-output/synthetic_outliers")
 train, test = "sample_fashion:train@classes=0,2,4-7", "sample_fashion:test@classes=0,2,4-7"
@@ -77,5 +77,5 @@ classifiers = {
 # %%
 for name, classifier in classifiers.items():
     detector = farout.Posthoc(score="energy").fit(train, classifier=classifier, limit=600, statistics=150)
-    metrics = evaluate(detector.score(test, limit=150).score, detector.score(new_classes, limit=150).score)
+    metrics = detection_metrics(detector.score(test, limit=150).score, detector.score(new_classes, limit=150).score)
     print(f"{name}: AUROC {metrics.auroc:.3f} ({metrics.auroc_low:.3f} to {metrics.auroc_high:.3f})")

@@ -67,13 +67,14 @@ def split_source(
     seed: int = 0,
     exclude: Collection[str] = (),
     groups: Groups = "none",
+    limit_statistics: bool = True,
     min_statistics: int = 1,
 ) -> Split:
     """Split a source into calibration, statistics and training images.
 
     Calibration gets max(20 %, ceil(1 / alpha) - 1) images first. Without training, statistics get all others. With
-    training, statistics get `statistics` images, at most half of what calibration leaves, and training gets the rest.
-    At least one group of images is left for each later part.
+    training, statistics get `statistics` images, and training gets the rest. At least one group of images is left for
+    each later part.
 
     Args:
         source: the images; unreadable ones are left out, or raise an error if the policy is `raise`.
@@ -85,6 +86,7 @@ def split_source(
             left out of every part.
         groups: `folder` keeps the images of one parent folder (or `group` column) together; a sequence contains the
             group of every image.
+        limit_statistics: with training, give the statistics at most half of the images that calibration leaves.
         min_statistics: number of statistics images below which the split is refused.
 
     Raises:
@@ -110,8 +112,8 @@ def split_source(
         )
     calibration, rest = _take_blocks(ranked, required, spare=2 if train else 1)
     if train:
-        # training gets at least as many images as the statistics
-        statistics = min(statistics, max(2, sum(map(len, rest)) // 2))
+        if limit_statistics:
+            statistics = min(statistics, max(2, sum(map(len, rest)) // 2))
         statistics_blocks, training = _take_blocks(rest, statistics, spare=1)
     else:
         statistics_blocks, training = rest, []

@@ -267,6 +267,7 @@ def _split_source(detector: DetectorInterface, source: ImageSource, settings: Fi
         seed=settings.seed,
         exclude=detector.trained_on,
         groups=settings.groups,
+        limit_statistics=settings.statistics is None,
         min_statistics=2,
     )
     if requirements.more_statistics:

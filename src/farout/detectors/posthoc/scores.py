@@ -51,9 +51,9 @@ class LinearHead:
     """
 
     def __init__(self, layer: torch.nn.Linear, classes: int | None = None) -> None:
-        self.weight = layer.weight.detach().double().cpu()[:classes]
+        self.weight = layer.weight.detach().cpu().double()[:classes]  # a device may have no float64
         zeros = torch.zeros(len(self.weight), dtype=torch.float64)
-        self.bias = zeros if layer.bias is None else layer.bias.detach().double().cpu()[:classes]
+        self.bias = zeros if layer.bias is None else layer.bias.detach().cpu().double()[:classes]
 
     def __call__(self, features: Tensor) -> Tensor:
         """Logits (n, K), also of feature maps (n, D, 1, 1)."""

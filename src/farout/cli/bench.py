@@ -120,7 +120,8 @@ def _describe_settings(spec: BenchmarkSpec, job: BenchmarkJob, show_sources: boo
         named |= named.pop("arguments")
         defaults |= type(method)().config
     defaults |= {name: type(value)() for name, value in named.items() if is_dataclass(value)}  # type: ignore[misc]
-    return shlex.join(_changed_settings(named, defaults))
+    first = [str(named.pop(name)) for name in ("kind", "method") if name in named]
+    return shlex.join([*first, *_changed_settings(named, defaults)])
 
 
 def _changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

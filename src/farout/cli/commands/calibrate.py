@@ -9,6 +9,7 @@ from typing import Any, Literal
 from farout.core import store
 from farout.detectors.base import Detector, load
 from farout.detectors.fitting import recalibrate
+from farout.detectors.saving import describe_detector
 
 __all__ = ["calibrate", "print_calibration"]
 
@@ -48,5 +49,6 @@ def calibrate(
 
 def print_calibration(detector: Detector, arguments: Mapping[str, Any]) -> None:
     """Prints the number of calibration images, the false-alarm rate and the folder."""
-    counts = f"{len(detector.calibration)} calibration images, alpha {detector.alpha}"
-    print(f"{type(detector).__name__} calibrated: {counts}; written to {arguments['out'] or arguments['detector']}")
+    method, folder = describe_detector(detector)["method"], arguments["out"] or arguments["detector"]
+    counts = f"{len(detector.calibration)} calibration images"
+    print(f"{method} calibrated: {counts}, alpha {detector.alpha}; written to {folder}")

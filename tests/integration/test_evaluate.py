@@ -228,6 +228,7 @@ def test_messages_of_the_baselines_name_them(place: Path, caplog: pytest.LogCapt
     """The detector's warnings are not repeated as if they were about it, and each split is logged once."""
     detector = brightness(place)
     caplog.set_level("INFO")
+    caplog.clear()  # the fit of the detector may have been logged
     with pytest.warns(TooFewImagesWarning, match=r"^baselines \(trivial_baselines\): "):
         evaluate(detector, place / "test", [place / "far"], place / "named", baseline_images=place / "good", limit=10)
     assert not [text for text in caplog.messages if "split into" in text and not text.startswith("baselines (")]

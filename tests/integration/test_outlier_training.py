@@ -426,7 +426,7 @@ def test_the_command(tree: Path, outliers: Path, tmp_path: Path, capsys: pytest.
         assert Classifier.load(tmp_path / name).provenance["exposure"]["loss"] == loss
         printed = capsys.readouterr().out
         assert (f"11 outliers from {outliers}, loss {loss}" in printed) == (loss != "vos")
-        assert f", 2 classes{' and one of outliers' * (loss == 'k+1')}, " in printed
+        assert f", 2 classes{' and one of outliers' * (loss == 'k+1')} (" in printed
     assert main([*words, "--loss", "energy", "--out", str(tmp_path / "x")]) == 1
     assert "--outliers FOLDER" in capsys.readouterr().err
     assert main([*words, "--loss", "enrgy", "--out", str(tmp_path / "x")]) == 2

@@ -108,7 +108,7 @@ def attending(channels: int = 1, width: int = 6) -> diffusers.UNet2DConditionMod
 
 
 def by_tokens(classes: int = 3, **settings: object) -> DiffusionModel:
-    """As `conditional`, for pictures of 8 x 8 gray pixels, told its classes by cross-attention to two tokens."""
+    """As `conditional`, for images of 8 x 8 gray pixels, conditioned on classes by cross-attention to two tokens."""
     network = attending()
     conditioning = ClassTokens.create_random(string.ascii_lowercase[:classes], 2, 6, has_null=True)
     preprocessing = Preprocessing(size=(8, 8), channels=1, native=(8, 8))

@@ -208,9 +208,9 @@ def test_recognition_rate_is_the_share_of_correct_predictions() -> None:
     """A classifier without class names has the classes in the same order; one that lacks a class is refused."""
     sampler = Sampler(conditional(), steps=2)
     judge, names = classifier(), ("a", "b", "c")
-    told = judge.outputs(sampler.sample_images(range(10), [i % 3 for i in range(10)])).logits.argmax(1).tolist()
-    wanted = sum(place == number % 3 for number, place in enumerate(told)) / 10
-    assert recognition_rate(sampler, judge, names, 10) == wanted
+    predictions = judge.outputs(sampler.sample_images(range(10), [i % 3 for i in range(10)])).logits.argmax(1).tolist()
+    expected_rate = sum(place == number % 3 for number, place in enumerate(predictions)) / 10
+    assert recognition_rate(sampler, judge, names, 10) == expected_rate
     judge.class_names = ("a", "b", "d")
     with pytest.raises(FaroutError, match="does not know c"):
         recognition_rate(sampler, judge, names)

@@ -151,9 +151,9 @@ def test_color_is_compared_with_the_fitted_images(folder: Path, tmp_path: Path) 
         score_folder(detector, tmp_path / "rgb", tmp_path / "colored")
 
 
-def test_another_value_range_is_named(folder: Path) -> None:
-    with pytest.warns(MisleadingResultWarning, match="value_range is 'minmax', but the diffusion model has 'fixed'"):
-        Reconstruction(levels=(50,), draws=1, value_range="minmax").fit(
+def test_another_scaling_is_named(folder: Path) -> None:
+    with pytest.warns(MisleadingResultWarning, match="scaling is 'minmax', but the diffusion model has 'fixed'"):
+        Reconstruction(levels=(50,), draws=1, scaling="minmax").fit(
             folder, diffusion=model(), alpha=0.1, statistics=30
         )
 

@@ -77,7 +77,7 @@ def test_filling_keeps_the_aspect_and_cuts_the_centre(shape):
 
 def test_what_was_stored_before_keeps_its_identity():
     plain = Preprocessing((12, 12), 3, (12, 12))
-    assert set(plain.to_dict()) == {"size", "channels", "native", "protocol", "crop", "value_range", "jpeg_quality"}
+    assert set(plain.to_dict()) == {"size", "channels", "native", "protocol", "crop", "scaling", "jpeg_quality"}
     filling = Preprocessing((12, 12), 3, (12, 12), kernel="bilinear", fill=True)
     for each in (plain, filling):
         assert Preprocessing.from_dict(json.loads(json.dumps(each.to_dict()))) == each
@@ -113,7 +113,7 @@ def test_gray_is_replicated_and_rgb_becomes_luminance():
 
 
 def test_min_max_does_not_see_brightness_or_contrast():
-    prepare = Preprocessing((16, 16), 3, (16, 16), value_range="minmax")
+    prepare = Preprocessing((16, 16), 3, (16, 16), scaling="minmax")
     pixels = image() % 100
     result = prepare(pixels)
     assert torch.allclose(prepare(pixels * 2 + 50), result, atol=1e-6)
@@ -124,13 +124,13 @@ def test_min_max_does_not_see_brightness_or_contrast():
 def test_min_max_is_taken_over_all_channels():
     pixels = torch.zeros(3, 2, 2, dtype=torch.uint8)
     pixels[1], pixels[2] = 50, 100
-    result = Preprocessing((2, 2), 3, (2, 2), value_range="minmax")(pixels)
+    result = Preprocessing((2, 2), 3, (2, 2), scaling="minmax")(pixels)
     assert result.amax((1, 2)).tolist() == [0, 0.5, 1]
 
 
 def test_min_max_of_a_constant_image_is_zero_not_nan():
     constant = torch.full((3, 16, 16), 77, dtype=torch.uint8)
-    assert torch.equal(Preprocessing((16, 16), 3, (16, 16), value_range="minmax")(constant), torch.zeros(3, 16, 16))
+    assert torch.equal(Preprocessing((16, 16), 3, (16, 16), scaling="minmax")(constant), torch.zeros(3, 16, 16))
 
 
 def test_a_model_gets_its_preprocessing_back():
@@ -146,7 +146,7 @@ def test_a_model_gets_its_preprocessing_back():
         {"size": (0, 4)},
         {"channels": 4},
         {"protocol": "other"},
-        {"value_range": "z"},
+        {"scaling": "z"},
         {"jpeg_quality": 0},
         {"crop": 0},
         {"kernel": "x"},

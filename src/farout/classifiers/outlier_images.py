@@ -190,7 +190,7 @@ class OutlierImages(Dataset[Tensor]):
         self.kernels: tuple[Kernel, ...] = ("nearest", "bilinear") if resize == "both" else (resize,)
         self._prepared: Tensor | None = None
         shape = (len(source), len(self.kernels), preprocessing.channels, *preprocessing.size)
-        if torch.Size(shape).numel() <= _MEMORY_LIMIT and preprocessing.value_range == "fixed":
+        if torch.Size(shape).numel() <= _MEMORY_LIMIT and preprocessing.scaling == "fixed":
             self._prepared = torch.empty(shape, dtype=torch.uint8)
             with progress.task(f"preparing {source.name}", len(source)) as bar:
                 for index in range(len(source)):

@@ -22,10 +22,10 @@ from farout.core.errors import FaroutError, MisleadingResultWarning, SourceError
 from farout.data.decoding import to_pil
 from farout.data.image_source import ImageSource
 
-__all__ = ["Kernel", "Preprocessing", "Protocol", "ValueRange", "find_mismatches", "is_all_gray"]
+__all__ = ["Kernel", "Preprocessing", "Protocol", "Scaling", "find_mismatches", "is_all_gray"]
 
 Protocol = Literal["native", "direct", "common"]
-ValueRange = Literal["fixed", "minmax"]
+Scaling = Literal["fixed", "minmax"]
 Kernel = Literal["bicubic", "bilinear", "nearest"]
 """Interpolation of the resizing; bicubic and bilinear are antialiased."""
 
@@ -50,7 +50,7 @@ class Preprocessing:
     native: tuple[int, int]
     protocol: Protocol = "native"
     crop: int | None = None
-    value_range: ValueRange = "fixed"
+    scaling: Scaling = "fixed"
     jpeg_quality: int = 90
     kernel: Kernel = "bicubic"
     fill: bool = False
@@ -63,9 +63,9 @@ class Preprocessing:
             raise FaroutError(
                 f"channels {self.channels} (expected 1 or 3), jpeg_quality {self.jpeg_quality} (1 to 100)"
             )
-        if self.protocol not in get_args(Protocol) or self.value_range not in get_args(ValueRange):
-            choices = f"{', '.join(get_args(Protocol))} and {', '.join(get_args(ValueRange))}"
-            raise FaroutError(f"protocol {self.protocol!r}, value_range {self.value_range!r}: expected {choices}")
+        if self.protocol not in get_args(Protocol) or self.scaling not in get_args(Scaling):
+            choices = f"{', '.join(get_args(Protocol))} and {', '.join(get_args(Scaling))}"
+            raise FaroutError(f"protocol {self.protocol!r}, scaling {self.scaling!r}: expected {choices}")
         if self.kernel not in get_args(Kernel):
             raise FaroutError(f"kernel {self.kernel!r}: expected {', '.join(get_args(Kernel))}")
 
@@ -77,7 +77,7 @@ class Preprocessing:
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
             raise ValueError(f"got {image.dtype} of shape {tuple(image.shape)}, expected uint8 (1 or 3, H, W)")
         pixels = image if self._is_identity(image) else self._through_pillow(image, shrink)
-        return _min_max(pixels) if self.value_range == "minmax" else pixels.float() / 255
+        return _min_max(pixels) if self.scaling == "minmax" else pixels.float() / 255
 
     def _is_identity(self, image: Tensor) -> bool:
         """Whether no step changes the pixels, so that Pillow is not required."""
@@ -124,7 +124,7 @@ class Preprocessing:
         channels: int | None = None,
         protocol: Protocol = "native",
         crop: int | None = None,
-        value_range: ValueRange = "fixed",
+        scaling: Scaling = "fixed",
         largest: int = 64,
     ) -> Preprocessing:
         """Return the preprocessing of a model that is fitted to `source`, with sizes from a sample of 64 images.
@@ -146,7 +146,7 @@ class Preprocessing:
             native=native,
             protocol=protocol,
             crop=crop,
-            value_range=value_range,
+            scaling=scaling,
         )
 
 

@@ -39,7 +39,7 @@ class DiffusionConfig:
         flip: flip images horizontally with probability 0.5 in training.
         b_scale: factor on the images before noise is added.
         data_range: `symmetric`: images in [-1, 1]; `unit`: images in [0, 1] (the reconstruction paper).
-        value_range: `fixed`, or `minmax`: scale each image to [0, 1] by its own minimum and maximum (the reconstruction
+        scaling: `fixed`, or `minmax`: scale each image to [0, 1] by its own minimum and maximum (the reconstruction
             paper).
         size: side of the network's input in pixels; default: that of the training images, at most 64.
         channels: 1 (gray) or 3 (RGB); default: as the training images.
@@ -63,7 +63,7 @@ class DiffusionConfig:
     flip: bool = False
     b_scale: float = 1.0
     data_range: Literal["symmetric", "unit"] = "symmetric"
-    value_range: Literal["fixed", "minmax"] = "fixed"
+    scaling: Literal["fixed", "minmax"] = "fixed"
     size: int | None = None
     channels: int | None = None
     crop: int | None = None
@@ -81,7 +81,7 @@ class DiffusionConfig:
             channels=self.channels,
             protocol=self.protocol,
             crop=self.crop,
-            value_range=self.value_range,
+            scaling=self.scaling,
         )
 
     @property
@@ -116,7 +116,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {"steps": 20000, "batch_size": 256, "learning_rate": 2e-4, "ema": 0.9995},
     },
     "paper": {
-        "model": {"network": "paper", "data_range": "unit", "value_range": "minmax"},
+        "model": {"network": "paper", "data_range": "unit", "scaling": "minmax"},
         "training": {
             "steps": 95000,
             "batch_size": 180,

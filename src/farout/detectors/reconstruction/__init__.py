@@ -70,7 +70,7 @@ class Reconstruction(Detector):
         min_t: use only levels above this t.
         max_t: use only levels below this t.
         t_skip: use every t_skip-th of the remaining levels.
-        value_range: value range of a network trained in this fit: `fixed` (images in [-1, 1]) or `minmax` (each image
+        scaling: scaling of the images of a network trained in this fit: `fixed` ([-1, 1]) or `minmax` (each image
             in [0, 1], the paper).
     """
 
@@ -89,7 +89,7 @@ class Reconstruction(Detector):
             "perceptual": "lpips",
             "metrics": ("mse", "perceptual"),
             "score": "mean_z",
-            "value_range": "minmax",
+            "scaling": "minmax",
         },
         "exact": {"mode": "exact", "skip": 16, "draws": 1, "score": "mean_z"},
         "fast": {"mode": "fast", "draws": 1, "score": "mean_z"},
@@ -116,7 +116,7 @@ class Reconstruction(Detector):
         min_t: int = -1,
         max_t: int = 1000,
         t_skip: int = 1,
-        value_range: Literal["fixed", "minmax"] = "fixed",
+        scaling: Literal["fixed", "minmax"] = "fixed",
     ) -> None:
         check_literals(self)
         unknown = sorted({*metrics, *density_metrics} - set(METRICS))
@@ -145,9 +145,9 @@ class Reconstruction(Detector):
         self.error_square: Tensor | None = None
 
     def configure_diffusion(self, config: DiffusionConfig) -> DiffusionConfig:
-        """Set the value range that `value_range` requires."""
-        if self.config["value_range"] == "minmax":
-            return replace(config, value_range="minmax", data_range="unit")
+        """Set the scaling and the data range that `scaling` requires."""
+        if self.config["scaling"] == "minmax":
+            return replace(config, scaling="minmax", data_range="unit")
         return config
 
     def check_networks(
@@ -155,14 +155,14 @@ class Reconstruction(Detector):
     ) -> None:
         """Reject levels that the schedule lacks and a perceptual distance that is not installed.
 
-        Warns of a diffusion model with another value range.
+        Warns of a diffusion model with another scaling.
         """
         assert diffusion is not None
         self._check_scored_levels(self._build_paths(diffusion).levels)
         perceptual_distance(self.config["perceptual"])
-        value_range, own = self.config["value_range"], diffusion.preprocessing.value_range
-        if value_range != own:
-            message = f"value_range is {value_range!r}, but the diffusion model has {own!r}, which is used"
+        scaling, own = self.config["scaling"], diffusion.preprocessing.scaling
+        if scaling != own:
+            message = f"scaling is {scaling!r}, but the diffusion model has {own!r}, which is used"
             warnings.warn(message, MisleadingResultWarning, stacklevel=5)
 
     def _build_paths(self, model: DiffusionModel) -> DenoisingPaths:

@@ -1,4 +1,4 @@
-"""Readers of Python objects: lists of PIL images and torch Datasets."""
+"""Readers of Python objects: arrays, lists of PIL images and torch Datasets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from farout.core.errors import SourceError, UnreadableImageError
 from farout.data.decoding import from_pil, to_uint8, unreadable_errors
 from farout.data.file_listing import Listing, encode_labels, index_keys
 
-__all__ = ["list_dataset", "list_pil_images"]
+__all__ = ["list_array", "list_dataset", "list_pil_images"]
 
 
 class _PILReader:
@@ -97,3 +97,26 @@ def _read_targets(dataset: Dataset[Any], count: int) -> list[object]:
     if targets is None or len(targets) != count:
         targets = [dataset[i][1] for i in range(count)]
     return [value.item() if isinstance(value, Tensor | np.generic) else value for value in targets]
+
+
+def list_array(images: np.ndarray | Tensor, labels: Sequence[object] | None = None, where: str = "images") -> Listing:
+    """List pixels (B, C, H, W) in memory: uint8, or floats in [0, 1], which are rounded to 8 bits."""
+    tensor = images.detach().cpu() if isinstance(images, Tensor) else _from_numpy(images, where)
+    if tensor.ndim != 4:
+        hint = "; add the channel: images[:, None]" if tensor.ndim == 3 else ""
+        raise SourceError(f"{where} have shape {tuple(tensor.shape)}, expected (B, C, H, W){hint}")
+    if not len(tensor):
+        raise SourceError(f"{where} are empty: shape {tuple(tensor.shape)}; give at least one image")
+    pixels = to_uint8(tensor, where)
+    if labels is not None and len(labels) != len(pixels):
+        raise SourceError(
+            f"{where} contain {len(pixels)} images and {len(labels)} labels; expected one label per image"
+        )
+    codes, names = (None, None) if labels is None else encode_labels(labels, where)
+    return Listing(index_keys(len(pixels)), pixels.__getitem__, codes, names, in_memory=True)
+
+
+def _from_numpy(images: np.ndarray, where: str) -> Tensor:
+    if images.dtype.kind != "f" and images.dtype != np.uint8:
+        raise SourceError(f"{where} have type {images.dtype}, expected uint8 or floats in [0, 1]; convert them first")
+    return torch.from_numpy(np.ascontiguousarray(images))

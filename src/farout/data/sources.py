@@ -20,8 +20,8 @@ from farout.core.errors import SourceError
 from farout.data import catalog
 from farout.data.file_listing import Listing
 from farout.data.image_source import ImageSource, Policy, check_policy
-from farout.data.in_memory import list_dataset, list_pil_images
-from farout.data.readers import list_array, list_path
+from farout.data.in_memory import list_array, list_dataset, list_pil_images
+from farout.data.readers import list_path
 from farout.data.source_spec import SourceSpec, parse_spec
 from farout.data.tables import list_hub, list_parquet
 

@@ -1,0 +1,147 @@
+"""Names of files, keys and classes as text: reversible encoding for tables, safe printing, paths given by users.
+
+A file name is any sequence of bytes without NUL and `/`. Python represents bytes that are not UTF-8 as surrogates,
+which no text file and no parquet column can hold; control characters tear tables and steer terminals; some first
+characters make a spreadsheet evaluate a cell. `encode_key` replaces only these, so that usual names stay as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+from farout.core.errors import FaroutError
+
+__all__ = [
+    "decode_key",
+    "encode_key",
+    "expand_path",
+    "find_equivalent_name",
+    "find_equivalent_path",
+    "normalize_name",
+    "printable",
+]
+
+_CONTROLS = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
+"""C0, DEL and C1; line and paragraph separators; all bidirectional controls; the byte-order mark."""
+_ENCODED = re.compile(
+    "[\ud800-\udfff" + _CONTROLS + "]+"  # a run, because its bytes decide together how it is decoded
+    "|%(?=[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4})"
+    "|(?:(?<=^)|(?<=;)|(?<=^ )|(?<=; ))[=+@\uff0b\uff1d\uff20\uff0d-]"  # spreadsheets may take `;` for a separator
+)
+_ESCAPE = re.compile("((?:%[0-9A-Fa-f]{2})+)|%u([0-9A-Fa-f]{4})")
+_INVISIBLE = re.compile(f"[\ud800-\udfff{_CONTROLS}]")
+
+
+def encode_key(text: str) -> str:
+    """Percent-encode what tables, terminals and spreadsheets cannot hold as it is; `decode_key` is the inverse.
+
+    Encoded as `%XX` per byte of UTF-8: bytes that are not UTF-8, control characters, line separators, bidirectional
+    controls, a `%` that begins what looks like such a code, and a first character that makes a spreadsheet evaluate the
+    cell (`=`, `+`, `-`, `@`). Surrogates that no file name contains on POSIX become `%uXXXX`. Every other text is
+    returned unchanged, and the result is always valid Unicode on one line.
+    """
+    return _ENCODED.sub(lambda match: _encode_run(match[0]), text)
+
+
+def _encode_run(run: str) -> str:
+    data = run.encode("utf-8", "surrogatepass")
+    try:
+        data = run.encode("utf-8", "surrogateescape")
+        reversible = data.decode("utf-8", "surrogateescape") == run
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        reversible = False
+    if reversible:
+        return "".join(f"%{byte:02X}" for byte in data)
+    if len(run) == 1:
+        return f"%u{ord(run):04X}"
+    # bytes that would be read as another character together, such as an escaped C3 A9 for an e with acute accent
+    return "".join(f"%u{ord(sign):04X}" if "\ud800" <= sign <= "\udfff" else _encode_run(sign) for sign in run)
+
+
+def decode_key(key: str) -> str:
+    """Return the text of which `encode_key` made this key."""
+    return _ESCAPE.sub(_decode_match, key)
+
+
+def _decode_match(match: re.Match[str]) -> str:
+    if match[2] is not None:
+        return chr(int(match[2], 16))
+    return bytes.fromhex(match[1].replace("%", "")).decode("utf-8", "surrogateescape")
+
+
+def printable(text: object, *, multiline: bool = False) -> str:
+    r"""Text for terminals and logs: control characters, bidirectional controls and undecodable bytes as `\x1b`.
+
+    Args:
+        text: a text, a path, or any object.
+        multiline: keep line feeds and tabs, for messages of several lines.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        sign = match[0]
+        if multiline and sign in "\n\t":
+            return sign
+        code = ord(sign)
+        if 0xDC80 <= code <= 0xDCFF:  # an undecodable byte of a file name
+            code -= 0xDC00
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+    return _INVISIBLE.sub(escape, str(text))
+
+
+def expand_path(path: str | Path) -> Path:
+    """Return a path given by a user, with `~` and `~user` expanded.
+
+    The result never begins with `~`, so that a second expansion changes nothing: a file that is really called `~x`
+    (no user of that name, or given as `./~x`) is returned as an absolute path.
+
+    Raises:
+        FaroutError: the path begins with `~/` and there is no home folder.
+    """
+    text = os.fspath(path)
+    if not Path(text).parts or not Path(text).parts[0].startswith("~"):
+        return Path(text)
+    if not text.startswith("~"):  # ./~/x
+        return Path(os.getcwd(), text)
+    expanded = os.path.expanduser(text)
+    of_this_user = Path(text).parts[0] == "~"
+    if of_this_user and (expanded.startswith("~") or os.environ.get("HOME") == ""):
+        raise FaroutError(f"{text}: there is no home folder to replace ~ by; set HOME, or give the whole path")
+    return Path(os.getcwd(), text) if expanded.startswith("~") else Path(expanded)
+
+
+def normalize_name(text: str) -> str:
+    """Return the text in Unicode normalization form C, in which names are compared.
+
+    The same name may be stored with composed or decomposed accents; systems and archives differ.
+    """
+    return unicodedata.normalize("NFC", text)
+
+
+def find_equivalent_name(name: str, known: Iterable[str]) -> str | None:
+    """Return the one known name that is equal or differs only in its Unicode normalization form; None otherwise."""
+    names = list(known)
+    if name in names:
+        return name
+    wanted = normalize_name(name)
+    equivalent = [other for other in names if normalize_name(other) == wanted]
+    return equivalent[0] if len(equivalent) == 1 else None
+
+
+def find_equivalent_path(path: Path) -> Path:
+    """Return the path that exists and differs at most in Unicode normalization form; the path itself if there is none.
+
+    Where several names of a folder match, none is taken.
+    """
+    if os.path.lexists(path) or path.parent == path:
+        return path
+    parent = find_equivalent_path(path.parent)
+    try:
+        name = find_equivalent_name(path.name, os.listdir(parent))
+    except OSError:
+        return path
+    return path if name is None else parent / name

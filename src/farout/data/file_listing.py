@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from farout.core.errors import SourceError
+from farout.core.names import normalize_name
 
 __all__ = ["Listing", "check_keys", "encode_groups", "encode_labels", "index_keys"]
 
@@ -51,25 +56,98 @@ def check_keys(keys: Sequence[str], where: str) -> tuple[str, ...]:
 
 def encode_groups(values: Sequence[object], where: str) -> tuple[str, ...]:
     """Convert group values to names; raises SourceError for empty ones, which would join unrelated images."""
-    missing = sum(value is None or value == "" for value in values)
+    missing = [row for row, value in enumerate(values) if _is_missing(value)]
     if missing:
-        raise SourceError(f"{missing} of {len(values)} groups in {where} are empty; name the group of every image")
+        raise SourceError(
+            f"{len(missing)} of {len(values)} groups in {where} are empty (first: row {missing[0]}); name the group of "
+            "every image"
+        )
     return tuple(str(value) for value in values)
 
 
-def encode_labels(values: Sequence[object], where: str) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
+_CANONICAL_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+
+
+def encode_labels(values: Sequence[object] | np.ndarray, where: str) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
     """Convert label values to integers and class names.
 
-    Integers are labels as they are, without names. Other values are class names; their labels are the indices of the
-    sorted distinct names. Raises SourceError for empty values.
+    | values | labels |
+    |---|---|
+    | integers, and texts that are all written as `0`, `12` or `-1` | as they are, without names |
+    | other texts, such as `01` and `1`, and booleans | indices of the sorted distinct texts, which are the names |
+    | floats without a fraction | integers |
+    | one number or text in a list each, as in an array of shape (N, 1) | that number or text |
+    | lists of zeros and a single one (one-hot) | index of the one |
+
+    Args:
+        values: one value per image.
+        where: file and column of the values, for messages.
+
+    Raises:
+        SourceError: values are empty, not numbers, not integers, lists that are not one-hot, or of several types.
     """
-    missing = sum(value is None or value == "" for value in values)
+    cells = [_to_scalar(value) for value in values]
+    missing = [row for row, cell in enumerate(cells) if _is_missing(cell)]
     if missing:
-        raise SourceError(f"{missing} of {len(values)} labels in {where} are empty; fill them in, or drop the column")
-    texts = [str(value) for value in values]
-    try:
+        raise SourceError(
+            f"{len(missing)} of {len(cells)} labels in {where} are empty (first: row {missing[0]}); fill them in, or "
+            "drop the column"
+        )
+    kinds = {type(cell) for cell in cells}
+    if kinds == {list}:
+        cells = _decode_one_hot(cells, where)
+        kinds = {type(cell) for cell in cells}
+    if kinds <= {int, float}:
+        fractions = [cell for cell in cells if isinstance(cell, float) and not cell.is_integer()]
+        if fractions:
+            raise SourceError(f"{where} has labels such as {fractions[0]:g}; expected integers or class names")
+        return _check_labels([int(cell) for cell in cells], where), None
+    if kinds not in ({str}, {bool}):
+        names = " and ".join(sorted(_TYPE_NAMES.get(kind, kind.__name__) for kind in kinds))
+        raise SourceError(f"the labels in {where} are {names}; expected only integers, or only texts")
+    texts = [normalize_name(str(cell)) for cell in cells]
+    if all(_CANONICAL_INTEGER.fullmatch(text) for text in texts):
         return tuple(int(text) for text in texts), None
-    except ValueError:
-        names = sorted(set(texts))
-        index_of = {name: index for index, name in enumerate(names)}
-        return tuple(index_of[text] for text in texts), tuple(names)
+    class_names = sorted(set(texts))
+    index_of = {name: index for index, name in enumerate(class_names)}
+    return tuple(index_of[text] for text in texts), tuple(class_names)
+
+
+_TYPE_NAMES = {int: "integers", float: "numbers", bool: "booleans", str: "texts", list: "lists", dict: "tables"}
+
+
+def _to_scalar(value: Any) -> Any:
+    """Convert scalars of numpy and torch to Python, arrays to lists, and bytes to text."""
+    if isinstance(value, np.ndarray | np.generic | Tensor):
+        value = value.tolist()
+    if isinstance(value, tuple | list):
+        return _to_scalar(value[0]) if len(value) == 1 else list(value)
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _decode_one_hot(cells: Sequence[list[Any]], where: str) -> list[int]:
+    lengths = {len(cell) for cell in cells}
+    if len(lengths) != 1:
+        raise SourceError(
+            f"the labels in {where} are lists of {min(lengths)} to {max(lengths)} values; expected one label"
+        )
+    for row, cell in enumerate(cells):
+        if not all(isinstance(value, int | float) and value in (0, 1) for value in cell) or sum(cell) != 1:
+            shown = ", ".join(map(str, cell[:8])) + (", …" if len(cell) > 8 else "")
+            raise SourceError(
+                f"{where} has the label [{shown}] in row {row}; expected one label per image, or one-hot labels: zeros "
+                "and a single one"
+            )
+    return [cell.index(1) for cell in cells]
+
+
+def _check_labels(labels: Sequence[int], where: str) -> tuple[int, ...]:
+    """Return the labels; raises SourceError for numbers that 64 bits cannot hold."""
+    wrong = next((label for label in labels if not -(2**63) <= label < 2**63), None)
+    if wrong is not None:
+        raise SourceError(f"{where} has the label {wrong:.3g}; expected integers of 64 bits, or class names")
+    return tuple(labels)

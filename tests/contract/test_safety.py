@@ -153,9 +153,7 @@ def test_color_is_compared_with_the_fitted_images(folder: Path, tmp_path: Path) 
 
 def test_another_scaling_is_named(folder: Path) -> None:
     with pytest.warns(MisleadingResultWarning, match="scaling is 'minmax', but the diffusion model has 'fixed'"):
-        Reconstruction(levels=(50,), draws=1, scaling="minmax").fit(
-            folder, diffusion=model(), alpha=0.1, statistics=30
-        )
+        Reconstruction(levels=(50,), draws=1, scaling="minmax").fit(folder, diffusion=model(), alpha=0.1, statistics=30)
 
 
 def test_a_distance_that_is_not_installed_is_said_before_training(

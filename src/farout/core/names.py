@@ -18,9 +18,11 @@ from farout.core.errors import FaroutError
 __all__ = [
     "decode_key",
     "encode_key",
+    "encode_name",
     "expand_path",
     "find_equivalent_name",
     "find_equivalent_path",
+    "find_path",
     "normalize_name",
     "printable",
 ]
@@ -71,6 +73,11 @@ def _decode_match(match: re.Match[str]) -> str:
     if match[2] is not None:
         return chr(int(match[2], 16))
     return bytes.fromhex(match[1].replace("%", "")).decode("utf-8", "surrogateescape")
+
+
+def encode_name(text: str) -> str:
+    """Encode the name of a class, group or source like a key, in Unicode normalization form C."""
+    return encode_key(normalize_name(text))
 
 
 def printable(text: object, *, multiline: bool = False) -> str:
@@ -133,15 +140,31 @@ def find_equivalent_name(name: str, known: Iterable[str]) -> str | None:
 
 
 def find_equivalent_path(path: Path) -> Path:
-    """Return the path that exists and differs at most in Unicode normalization form; the path itself if there is none.
+    """Return the path with each name replaced by the existing one that differs only in Unicode normalization form.
 
-    Where several names of a folder match, none is taken.
+    Names that exist stay, and so do those that no name or several names of their folder match.
     """
     if os.path.lexists(path) or path.parent == path:
         return path
     parent = find_equivalent_path(path.parent)
     try:
         name = find_equivalent_name(path.name, os.listdir(parent))
-    except OSError:
-        return path
-    return path if name is None else parent / name
+    except (OSError, ValueError):
+        name = None
+    return parent / (name or path.name)
+
+
+def find_path(text: str | Path) -> Path:
+    """Return the path of an input given by a user: as it is, in the other normalization form, or encoded by farout.
+
+    The result is that of `expand_path` if nothing exists under any of these names.
+
+    Raises:
+        FaroutError: the path begins with `~/` and there is no home folder.
+    """
+    path = find_equivalent_path(expand_path(text))
+    if not os.path.lexists(path) and decode_key(str(text)) != str(text):
+        decoded = find_equivalent_path(expand_path(decode_key(str(text))))
+        if os.path.lexists(decoded):
+            return decoded
+    return path

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from farout.core.errors import FaroutError, SourceError
+from farout.core.names import find_path
 from farout.data.batching import PreparedImages
 from farout.data.image_source import ImageSource
 
@@ -79,7 +79,7 @@ def check_no_class_is_empty(numbers: Tensor, names: Sequence[str]) -> None:
 def _require_labels(source: ImageSource) -> tuple[int, ...]:
     if source.labels is None:
         outside = [key for key in source.keys if "/" not in key]
-        if 0 < len(outside) < len(source.keys) and Path(source.name).is_dir():
+        if 0 < len(outside) < len(source.keys) and find_path(source.name).is_dir():
             raise SourceError(
                 f"{source.name} has class folders, and {len(outside)} images in none of them (first: {outside[0]}); "
                 "move them into the folders of their classes"

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from farout.core.errors import SourceError
-from farout.core.names import normalize_name
+from farout.core.names import encode_name
 
 __all__ = ["Listing", "check_keys", "encode_groups", "encode_labels", "index_keys"]
 
@@ -23,10 +23,10 @@ class Listing:
     """A set of images that are not decoded yet.
 
     Attributes:
-        keys: unique key of each image.
+        keys: unique key of each image, encoded by `farout.core.names.encode_key`.
         read: returns image i as uint8 (C, H, W), or raises UnreadableImageError.
         labels: label of each image, or None.
-        class_names: name of each label, or None.
+        class_names: name of each label, encoded by `farout.core.names.encode_name`, or None.
         groups: group of each image, or None.
         in_memory: whether the pixels are in memory already, so that caching them would only copy them.
     """
@@ -62,7 +62,7 @@ def encode_groups(values: Sequence[object], where: str) -> tuple[str, ...]:
             f"{len(missing)} of {len(values)} groups in {where} are empty (first: row {missing[0]}); name the group of "
             "every image"
         )
-    return tuple(str(value) for value in values)
+    return tuple(encode_name(str(value)) for value in values)
 
 
 _CANONICAL_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
@@ -105,9 +105,10 @@ def encode_labels(values: Sequence[object] | np.ndarray, where: str) -> tuple[tu
     if kinds not in ({str}, {bool}):
         names = " and ".join(sorted(_TYPE_NAMES.get(kind, kind.__name__) for kind in kinds))
         raise SourceError(f"the labels in {where} are {names}; expected only integers, or only texts")
-    texts = [normalize_name(str(cell)) for cell in cells]
+    texts = [str(cell) for cell in cells]
     if all(_CANONICAL_INTEGER.fullmatch(text) for text in texts):
         return tuple(int(text) for text in texts), None
+    texts = [encode_name(text) for text in texts]
     class_names = sorted(set(texts))
     index_of = {name: index for index, name in enumerate(class_names)}
     return tuple(index_of[text] for text in texts), tuple(class_names)

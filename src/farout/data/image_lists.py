@@ -8,7 +8,7 @@ from pathlib import Path
 
 from farout.core.errors import SourceError
 from farout.data.file_listing import Listing, check_keys, encode_groups, encode_labels
-from farout.data.image_files import FileReader
+from farout.data.image_files import FileReader, find_listed_file
 
 __all__ = ["list_csv"]
 
@@ -25,10 +25,12 @@ def list_csv(path: Path) -> Listing:
     column = next((name for name in ("path", "image", "file", "filename", "key") if name in rows[0]), None)
     if column is None:
         raise SourceError(f"{path} has columns {', '.join(map(str, rows[0]))}; expected one named path")
-    keys = check_keys([cell.replace("\\", "/") for cell in _read_column(rows, column, path)], str(path))
+    cells = [cell.replace("\\", "/") for cell in _read_column(rows, column, path)]
+    located = [find_listed_file(path.parent, cell) for cell in cells]
+    keys = check_keys([key for key, _ in located], str(path))
     labels, names = encode_labels([row["label"] for row in rows], str(path)) if "label" in rows[0] else (None, None)
     groups = encode_groups([row["group"] for row in rows], str(path)) if "group" in rows[0] else None
-    return Listing(keys, FileReader(keys, [path.parent / key for key in keys]), labels, names, groups)
+    return Listing(keys, FileReader(keys, [file for _, file in located]), labels, names, groups)
 
 
 def _read_column(rows: Sequence[Mapping[str, str | None]], name: str, path: Path) -> tuple[str, ...]:

@@ -120,7 +120,7 @@ class ImageSource(Dataset[Tensor]):
     UnreadableImageError.
 
     Attributes:
-        name: the source as it was given.
+        name: the source as it was given, encoded by `farout.core.names.encode_name`; `open_source` opens it again.
         keys: key of each image.
         labels: label of each image, or None; a class filter keeps the original labels.
         class_names: name of each label, or None.

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from farout.core.errors import SourceError, UnreadableImageError
+from farout.core.names import encode_name
 from farout.data.decoding import from_pil, to_uint8, unreadable_errors
 from farout.data.file_listing import Listing, encode_labels, index_keys
 
@@ -88,7 +89,7 @@ def list_dataset(dataset: Dataset[Any]) -> Listing:
     labels, names = encode_labels(_read_targets(dataset, count), type(dataset).__name__)
     classes = getattr(dataset, "classes", None)
     if names is None and isinstance(classes, list | tuple):
-        names = tuple(map(str, classes))
+        names = tuple(encode_name(str(name)) for name in classes)
     return Listing(index_keys(count), reader, labels, names)
 
 

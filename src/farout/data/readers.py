@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from farout.core.errors import SourceError
+from farout.core.names import decode_key, encode_key, encode_name, find_path, normalize_name
 from farout.core.store import kind_of, read_json
 from farout.data.array_files import list_npz
 from farout.data.file_listing import Listing
@@ -29,7 +30,7 @@ CLASSES_FILE = "farout-classes.json"
 
 def list_path(location: str) -> Listing:
     """List a folder, a glob, a .parquet/.csv/.npz file or one image; raises SourceError if there are no images."""
-    path = Path(location).expanduser()
+    path = find_path(location)
     if path.is_dir():
         return _list_folder(path)
     if path.is_file():
@@ -48,7 +49,8 @@ def _list_file(path: Path) -> Listing:
     if suffix == ".npz":
         return list_npz(path)
     if suffix in SUFFIXES:
-        return Listing((path.name,), FileReader((path.name,), (path,)), groups=(".",))
+        key = encode_key(path.name)
+        return Listing((key,), FileReader((key,), (path,)), groups=(".",))
     raise SourceError(f"{path} is not an image source; expected a folder, .parquet, .csv, .npz, or an image file")
 
 
@@ -70,36 +72,35 @@ def _list_folder(root: Path) -> Listing:
         raise SourceError(
             f"the folder {root} contains no images (looked for {', '.join(sorted(SUFFIXES))}, recursively)"
         )
-    keys = tuple(sorted(files_found))
-    labels, names = _class_folders(keys)
-    return Listing(
-        keys, FileReader(keys, [root / key for key in keys]), labels, _read_class_names(root, names), _parents(keys)
-    )
+    pairs = sorted((encode_key(name), name) for name in files_found)
+    keys = tuple(key for key, _ in pairs)
+    labels, names = _class_folders(keys, root)
+    return Listing(keys, FileReader(keys, [root / name for _, name in pairs]), labels, names, _parents(keys))
 
 
 def _parents(keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(key.rpartition("/")[0] or "." for key in keys)
 
 
-def _class_folders(keys: Sequence[str]) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
-    """Return labels and class names if every image is directly in a first-level subfolder, else None."""
+def _class_folders(keys: Sequence[str], root: Path) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
+    """Return labels and class names if every image is directly in a first-level subfolder, else None.
+
+    The class of a folder is its name, or that in `CLASSES_FILE`. The labels are in the order of the folders' names.
+    """
     if any(key.count("/") != 1 for key in keys):
         return None, None
     parents = _parents(keys)
-    names = tuple(sorted(set(parents)))
+    folders = {parent: encode_name(decode_key(parent)) for parent in sorted(set(parents))}
+    names = tuple(sorted(set(folders.values())))
     index_of = {name: index for index, name in enumerate(names)}
-    return tuple(index_of[parent] for parent in parents), names
-
-
-def _read_class_names(root: Path, folders: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """Return the class of each folder: from `CLASSES_FILE`, otherwise the name of the folder."""
+    labels = tuple(index_of[folders[parent]] for parent in parents)
     path = root / CLASSES_FILE
-    if folders is None or not path.is_file():
-        return folders
+    if not path.is_file():
+        return labels, names
     classes = read_json(path)
     if not all(isinstance(name, str) for name in classes.values()):
         raise SourceError(f"{path} must contain a class name for each folder; correct or remove it")
-    return tuple(classes.get(folder, folder) for folder in folders)
+    return labels, tuple(normalize_name(classes.get(name, name)) for name in names)
 
 
 def _list_glob(pattern: str) -> Listing:
@@ -110,7 +111,7 @@ def _list_glob(pattern: str) -> Listing:
         kinds = ", ".join(sorted(SUFFIXES))
         raise SourceError(f"the glob {pattern} matches {len(matches)} paths and no images (looked for {kinds})")
     root = _fixed_part(pattern)
-    pairs = sorted((path.relative_to(root).as_posix(), path) for path in paths)
+    pairs = sorted((encode_key(path.relative_to(root).as_posix()), path) for path in paths)
     keys = tuple(key for key, _ in pairs)
     return Listing(keys, FileReader(keys, [path for _, path in pairs]), groups=_parents(keys))
 

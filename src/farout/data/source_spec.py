@@ -10,12 +10,13 @@ Modifiers, separated by commas: one variant (`vflip`, `blur=2`) and one class fi
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from farout.core.errors import SourceError
+from farout.core.errors import FaroutError, SourceError
+from farout.core.names import find_path
 
 __all__ = ["DEFAULT_STRENGTHS", "SourceSpec", "parse_spec"]
 
@@ -82,8 +83,8 @@ def parse_spec(text: str, known: frozenset[str] = frozenset()) -> SourceSpec:
 
 def _exists(text: str) -> bool:
     try:
-        return Path(text).exists()
-    except (OSError, ValueError):
+        return os.path.exists(find_path(text))
+    except FaroutError:  # ~ without a home folder: reported when the path is opened
         return False
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from farout.core.errors import SourceError
+from farout.core.names import encode_name
 from farout.data import catalog
 from farout.data.file_listing import Listing
 from farout.data.image_source import ImageSource, Policy, check_policy
@@ -86,7 +87,12 @@ def _open_spec(text: str | Path, policy: Policy, memory_mib: int) -> ImageSource
     spec = parse_source(text)
     listing = _list_spec(spec)
     source = ImageSource(
-        str(text), listing, policy=policy, variant=spec.variant, strength=spec.strength, memory_mib=memory_mib
+        encode_name(str(text)),
+        listing,
+        policy=policy,
+        variant=spec.variant,
+        strength=spec.strength,
+        memory_mib=memory_mib,
     )
     return source.subset(_filter_classes(listing, spec)) if spec.classes else source
 
@@ -143,9 +149,11 @@ def _filter_classes(listing: Listing, spec: SourceSpec) -> list[int]:
 def _parse_class(token: str, listing: Listing, spec: SourceSpec) -> list[int]:
     names = listing.class_names or ()
     first, dash, last = token.partition("-")
-    if token not in names and dash and first.isdigit() and last.isdigit():
+    if encode_name(token) not in names and dash and first.isdigit() and last.isdigit():
         return [label for n in range(int(first), int(last) + 1) for label in _parse_class(str(n), listing, spec)]
-    if token in names:
+    if encode_name(token) in names:
+        return [names.index(encode_name(token))]
+    if token in names:  # as farout shows it
         return [names.index(token)]
     known = range(len(names)) if names else sorted(set(listing.labels or ()))
     if token.isdigit() and int(token) in known:

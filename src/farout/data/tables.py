@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from farout.core.errors import MissingExtraError, SourceError, UnreadableImageError
+from farout.core.names import encode_name
 from farout.data.decoding import decode
 from farout.data.file_listing import Listing, encode_groups, encode_labels, index_keys
 
@@ -123,7 +124,7 @@ def _read_class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...] |
         return None
     feature = json.loads(raw).get("info", {}).get("features", {}).get(label, {})
     names = feature.get("names")
-    return tuple(str(name) for name in names) if isinstance(names, list) else None
+    return tuple(encode_name(str(name)) for name in names) if isinstance(names, list) else None
 
 
 _Labels = tuple[tuple[int, ...] | None, tuple[str, ...] | None]
@@ -194,7 +195,7 @@ def _list_table(table: Any, where: str, image: str | None = None, label: str | N
     label = label if label in table.features else _first_present(_LABEL_COLUMNS, table.features)
     labels, names = None, None
     if label is not None:
-        names = tuple(getattr(table.features[label], "names", None) or ()) or None
+        names = tuple(map(encode_name, getattr(table.features[label], "names", None) or ())) or None
         labels, names = _encode_labels(list(table[label]), names, where)
     groups = encode_groups(list(table["group"]), where) if "group" in table.features else None
     raw = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))

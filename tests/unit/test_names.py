@@ -126,4 +126,5 @@ def test_names_match_in_either_normal_form(tmp_path):
     (tmp_path / decomposed).mkdir()
     (tmp_path / decomposed / "é.png").touch()
     assert find_equivalent_path(tmp_path / composed / unicodedata.normalize("NFD", "é.png")).is_file()
-    assert find_equivalent_path(tmp_path / composed / "x.png") == tmp_path / composed / "x.png"
+    assert find_equivalent_path(tmp_path / composed / "x.png") == tmp_path / decomposed / "x.png"
+    assert find_equivalent_path(tmp_path / "e" / "x.png") == tmp_path / "e" / "x.png"

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from farout.core.errors import SourceError, UnreadableImageError
-from farout.data.decoding import content_hash, decode, from_pil, to_pil, to_uint8
+from farout.data.decoding import content_hash, decode, from_pil, scale_to_uint8, to_pil, to_uint8
+from farout.data.read_settings import ReadSettings
 from image_files import encode
 
 
@@ -24,20 +25,20 @@ def channels_first(image: Image.Image) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM"])
 def test_lossless_color_formats_keep_every_pixel(colors, form):
-    assert torch.equal(decode(encode(colors, form), "k"), channels_first(colors))
+    assert torch.equal(decode(encode(colors, form), "k").values, channels_first(colors))
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF"])
 def test_gray_stays_one_channel(colors, form):
     gray = colors.convert("L")
-    assert torch.equal(decode(encode(gray, form), "k"), torch.from_numpy(np.array(gray))[None])
+    assert torch.equal(decode(encode(gray, form), "k").values, torch.from_numpy(np.array(gray))[None])
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
 def test_exif_orientation_is_honoured_once(colors, form):
     exif = Image.Exif()
     exif[0x0112] = 6  # the viewer must turn it a quarter clockwise
-    turned = decode(encode(colors, form, exif=exif), "k")
+    turned = decode(encode(colors, form, exif=exif), "k").values
     assert turned.shape == (3, 6, 4)
     assert torch.equal(turned, torch.rot90(channels_first(colors), -1, (1, 2)))
 
@@ -47,21 +48,21 @@ def test_palette_gives_its_colors():
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putdata([0, 1])
     expected = torch.tensor([[[10, 200]], [[20, 100]], [[30, 50]]], dtype=torch.uint8)
-    assert torch.equal(decode(encode(image, "PNG"), "k"), expected)
+    assert torch.equal(decode(encode(image, "PNG"), "k").values, expected)
 
 
 def test_alpha_is_composited_on_white():
     image = Image.new("RGBA", (3, 1))
     image.putdata([(255, 0, 0, 255), (255, 0, 0, 0), (0, 0, 0, 51)])
     expected = torch.tensor([[[255, 255, 204]], [[0, 255, 204]], [[0, 255, 204]]], dtype=torch.uint8)
-    assert torch.equal(decode(encode(image, "PNG"), "k"), expected)
+    assert torch.equal(decode(encode(image, "PNG"), "k").values, expected)
 
 
 def test_transparent_palette_color_becomes_white():
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putdata([0, 1])
-    result = decode(encode(image, "PNG", transparency=0), "k")
+    result = decode(encode(image, "PNG", transparency=0), "k").values
     assert result[:, 0, 0].tolist() == [255, 255, 255]
     assert result[:, 0, 1].tolist() == [200, 100, 50]
 
@@ -69,12 +70,12 @@ def test_transparent_palette_color_becomes_white():
 def test_gray_with_alpha_becomes_rgb_on_white():
     image = Image.new("LA", (2, 1))
     image.putdata([(100, 255), (100, 0)])
-    assert decode(encode(image, "PNG"), "k")[:, 0].tolist() == [[100, 255]] * 3
+    assert decode(encode(image, "PNG"), "k").values[:, 0].tolist() == [[100, 255]] * 3
 
 
 def test_cmyk_becomes_rgb():
     image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # full magenta and yellow is red
-    red, green, blue = decode(encode(image, "TIFF"), "k")[:, 0, 0].tolist()
+    red, green, blue = decode(encode(image, "TIFF"), "k").values[:, 0, 0].tolist()
     assert red > 250
     assert green < 5
     assert blue < 5
@@ -84,32 +85,31 @@ def test_cmyk_becomes_rgb():
 def test_16_bit_is_scaled_not_clipped(form):
     values = np.array([[0, 257, 1000, 32768, 65535]], dtype=np.uint16)
     result = decode(encode(Image.fromarray(values), form), "k")
-    assert result.tolist() == [[[0, 1, 4, 128, 255]]]
+    assert scale_to_uint8(result.values, result.value_range).tolist() == [[[0, 1, 4, 128, 255]]]
 
 
-def test_32_bit_gray_within_16_bits_is_scaled_and_beyond_is_refused():
-    inside = Image.fromarray(np.array([[0, 65535]], dtype=np.int32))
-    assert from_pil(inside).tolist() == [[[0, 255]]]
-    beyond = Image.fromarray(np.array([[0, 70000]], dtype=np.int32))
-    with pytest.raises(UnreadableImageError, match="70000"):
-        from_pil(beyond)
+def test_32_bit_gray_requires_a_value_range():
+    values = from_pil(Image.fromarray(np.array([[0, 70000]], dtype=np.int32)))
+    with pytest.raises(UnreadableImageError, match=r"0 to 70000.*--value-range 0:131071"):
+        scale_to_uint8(values, None)
+    assert scale_to_uint8(values, (0, 70000)).tolist() == [[[0, 255]]]
 
 
 def test_float_tiff_in_the_unit_range():
     image = Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
-    assert decode(encode(image, "TIFF"), "k").tolist() == [[[0, 128, 255]]]
+    assert scale_to_uint8(decode(encode(image, "TIFF"), "k").values, None).tolist() == [[[0, 128, 255]]]
 
 
 def test_one_bit_becomes_black_and_white():
     image = Image.new("1", (2, 1))
     image.putdata([0, 1])
-    assert decode(encode(image, "PNG"), "k").tolist() == [[[0, 255]]]
+    assert decode(encode(image, "PNG"), "k").values.tolist() == [[[0, 255]]]
 
 
 def test_first_frame_of_an_animation():
     frames = [Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert decode(data, "k")[:, 0, 0].tolist() == [255, 0, 0]
+    assert decode(data, "k").values[:, 0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,9 @@ def test_truncated_jpeg_is_unreadable_not_half_gray():
         decode(data[: len(data) // 2], "cut.jpg")
 
 
-def test_decompression_bomb_is_unreadable(colors, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
-    with pytest.raises(UnreadableImageError, match=r"^k: .*exceeds limit"):
-        decode(encode(colors, "PNG"), "k")
+def test_more_pixels_than_the_limit_are_unreadable(colors):
+    with pytest.raises(UnreadableImageError, match=r"^k: .*the limit is 4 \(--max-pixels\)"):
+        decode(encode(colors, "PNG"), "k", ReadSettings(max_pixels=4))
 
 
 def test_round_trip_through_pil(colors):

@@ -9,6 +9,7 @@ __all__ = [
     "ConstantScoresWarning",
     "FaroutError",
     "FaroutWarning",
+    "LeftOutWarning",
     "MisleadingResultWarning",
     "MissingExtraError",
     "NaNScoresWarning",
@@ -65,6 +66,10 @@ class ConstantScoresWarning(FaroutWarning):
 
 class TooFewImagesWarning(FaroutWarning):
     """There are fewer images than a split or a statistic requires."""
+
+
+class LeftOutWarning(FaroutWarning):
+    """Files, frames or images of a source are left out; the message counts them by reason."""
 
 
 class MisleadingResultWarning(FaroutWarning):

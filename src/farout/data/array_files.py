@@ -11,11 +11,12 @@ import numpy as np
 from farout.core.errors import SourceError
 from farout.data.file_listing import Listing
 from farout.data.in_memory import list_array
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 
 __all__ = ["list_npz"]
 
 
-def list_npz(path: Path) -> Listing:
+def list_npz(path: Path, reading: ReadSettings = DEFAULT_READING) -> Listing:
     """List the array `images` (or the first with three or four axes) with `labels`, or `x_images` with `x_labels`."""
     try:
         with np.load(path, allow_pickle=False) as arrays:

@@ -1,89 +1,383 @@
-"""Conversion of encoded bytes, PIL images and arrays to uint8 tensors.
+"""Conversion of encoded bytes, PIL images and arrays to tensors, and of all values to 8 bits.
 
 | input | output |
 |---|---|
 | gray (`L`), one bit (`1`) | 1 channel, 0..255 |
-| 16-bit gray (`I;16`, `I` within 0..65535) | 1 channel, scaled: round(value / 257), never clipped |
-| floating-point gray (`F`) within 0..1 | 1 channel, round(value * 255) |
+| gray with more than 8 bits or floating point (`I;16`, `I`, `F`), DICOM | 1 channel, native values; `scale_to_uint8` |
+| RGB with 16 bits a channel (PNG; TIFF with the extra `tiff`), EXR | 3 channels, native values; `scale_to_uint8` |
 | RGB, YCbCr, HSV, CMYK | 3 channels, through PIL's conversion to RGB |
 | palette | 3 channels, the palette's colors |
 | alpha, or a transparent color, in any mode | 3 channels, composited on white |
-| several frames (GIF, TIFF) | the first frame |
+| several frames (GIF, TIFF, WebP, APNG) | one frame, the first unless another is chosen |
 
-EXIF orientation is applied. 16-bit RGB files are read by PIL with 8 bits a channel (the high byte).
+EXIF orientation is applied. Only the formats of `FORMATS` are decoded, whatever else Pillow has: PostScript would start
+Ghostscript, and others are stubs that call handlers of other packages.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import struct
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from farout.core import store
 from farout.core.errors import FaroutError, SourceError, UnreadableImageError
+from farout.data.read_settings import DEFAULT_READING, ReadSettings, ValueRange, format_value_range
 
-__all__ = ["content_hash", "decode", "from_pil", "quantize", "save_png", "to_pil", "to_uint8", "unreadable_errors"]
+__all__ = [
+    "EXTRA_OF_SUFFIX",
+    "FORMATS",
+    "DecodedImage",
+    "content_hash",
+    "count_frames",
+    "decode",
+    "from_pil",
+    "full_range",
+    "image_suffixes",
+    "quantize",
+    "save_png",
+    "scale_to_uint8",
+    "to_pil",
+    "to_uint8",
+    "unreadable_errors",
+]
 
-_BROKEN = (
-    OSError,  # also PIL's UnidentifiedImageError and truncated files
-    SyntaxError,  # PIL raises it for broken PNG and JPEG headers
-    ValueError,
-    EOFError,
-    OverflowError,
-    IndexError,
-    KeyError,
-    TypeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-"""Exceptions that Pillow's decoders raise for broken data; any other exception is a bug and is not caught."""
+FORMATS: Mapping[str, tuple[str, ...]] = {
+    "AVIF": (".avif",),
+    "BMP": (".bmp",),
+    "CUR": (".cur",),
+    "DDS": (".dds",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "ICNS": (".icns",),
+    "ICO": (".ico",),
+    "JPEG": (".jfif", ".jpe", ".jpeg", ".jpg"),
+    "JPEG2000": (".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx"),
+    "MPO": (".mpo",),
+    "PCX": (".pcx",),
+    "PNG": (".apng", ".png"),
+    "PPM": (".pbm", ".pfm", ".pgm", ".pnm", ".ppm"),
+    "PSD": (".psd",),
+    "QOI": (".qoi",),
+    "SGI": (".bw", ".rgb", ".rgba", ".sgi"),
+    "SUN": (".ras",),
+    "TGA": (".icb", ".tga", ".vda", ".vst"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "XBM": (".xbm",),
+    "XPM": (".xpm",),
+}
+"""Pillow's formats that are decoded, and the suffixes by which folders and globs recognize them."""
+
+_EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "heic": ("pillow_heif", (".heic", ".heics", ".heif", ".heifs", ".hif")),
+    "dicom": ("pydicom", (".dcm", ".dic", ".dicom")),
+    "exr": ("OpenEXR", (".exr",)),
+}
+"""Extra of the package -> the module that it installs, and the suffixes that this module reads."""
+
+EXTRA_OF_SUFFIX: Mapping[str, str] = {suffix: extra for extra, (_, all_of) in _EXTRAS.items() for suffix in all_of}
+"""Suffix -> the extra that reads it."""
+
+_RECOGNIZED_BY_CONTENT = tuple(name for name in FORMATS if name != "TGA")
+"""TGA has no signature: almost any bytes are a TGA image, so that only a suffix can tell."""
+
+_MULTI_FRAME = frozenset({"GIF", "TIFF", "WEBP", "PNG", "AVIF", "HEIF"})
+"""Formats whose further frames are images like the first; those of MPO and ICO are other versions of it."""
 
 
-def decode(data: bytes, key: str) -> Tensor:
-    """Decode one encoded image to uint8 (C, H, W), C in {1, 3}, native size.
+@dataclass(frozen=True)
+class DecodedImage:
+    """One image as its file stores it.
 
-    Raises UnreadableImageError, starting with `key`, for data that is not a complete image.
+    Attributes:
+        values: (C, H, W), C in {1, 3}: uint8 pixels, or values of another type that `scale_to_uint8` converts.
+        value_range: the values that are black and white according to the file, or None.
+        frames: the number of frames of the file.
+    """
+
+    values: Tensor
+    value_range: ValueRange | None = None
+    frames: int = 1
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes, in lower case, that count as images; those of extras only where the extra is installed."""
+    has_avif = features.check("avif")  # not in Pillow before 11.3
+    suffixes = {suffix for name, all_of in FORMATS.items() if has_avif or name != "AVIF" for suffix in all_of}
+    installed = {extra for extra, (module, _) in _EXTRAS.items() if importlib.util.find_spec(module) is not None}
+    return frozenset(suffixes | {suffix for suffix, extra in EXTRA_OF_SUFFIX.items() if extra in installed})
+
+
+def decode(
+    data: bytes, key: str, reading: ReadSettings = DEFAULT_READING, frame: int = 0, suffix: str | None = None
+) -> DecodedImage:
+    """Decode one encoded image in native size.
+
+    Args:
+        data: the content of the file.
+        key: key of the image, for messages.
+        reading: limits.
+        frame: index of the frame.
+        suffix: suffix of the file, which distinguishes formats without signature (TGA); default: that of the key.
+
+    Raises:
+        UnreadableImageError: starting with `key`, for whatever a decoder raises.
     """
     if not data:
         raise UnreadableImageError(f"{key}: the file is empty")
-    with unreadable_errors(key), Image.open(io.BytesIO(data)) as image:
-        image.load()
-        return from_pil(image)
+    suffix = Path(key).suffix if suffix is None else suffix
+    with unreadable_errors(key):
+        if _is_dicom(data, suffix):
+            return _decode_dicom(data, reading, frame)
+        if data[:4] == b"\x76\x2f\x31\x01":
+            return _decode_exr(data, reading)
+        deep = _decode_16_bit_color(data, reading, frame)
+        if deep is not None:
+            return deep
+        with _open_with_pillow(data, suffix, reading) as image:
+            frames = getattr(image, "n_frames", 1) if image.format in _MULTI_FRAME else 1
+            if frame:
+                image.seek(frame)
+            value_range = _range_of_tags(image)
+            image.load()
+            return DecodedImage(from_pil(image), value_range, frames)
+
+
+def count_frames(data: bytes, key: str, reading: ReadSettings = DEFAULT_READING) -> int:
+    """Return the number of frames of an encoded image without decoding it; raises UnreadableImageError."""
+    suffix = Path(key).suffix
+    with unreadable_errors(key):
+        if _is_dicom(data, suffix):
+            return int(_read_dicom(data, header_only=True).get("NumberOfFrames") or 1)
+        if data[:4] == b"\x76\x2f\x31\x01":
+            return 1
+        with _open_with_pillow(data, suffix, reading) as image:
+            return getattr(image, "n_frames", 1) if image.format in _MULTI_FRAME else 1
 
 
 @contextmanager
 def unreadable_errors(key: str) -> Iterator[None]:
-    """Convert what Pillow raises for broken data to an UnreadableImageError that starts with `key`."""
+    """Convert whatever a decoder raises to an UnreadableImageError that starts with `key`.
+
+    Decoders raise almost anything for broken data, also MemoryError for sizes that a header invents.
+    """
     try:
         yield
     except UnreadableImageError as error:
         raise UnreadableImageError(f"{key}: {error}") from error
-    except _BROKEN as error:
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not an image in a format that Pillow can read"
-        else:
-            reason = f"{error} ({type(error).__name__})" if str(error) else type(error).__name__
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(f"{key}: not an image in a format that farout reads") from error
+    except Exception as error:
+        reason = f"{error} ({type(error).__name__})" if str(error) else type(error).__name__
         raise UnreadableImageError(f"{key}: {reason}") from error
 
 
-def from_pil(image: Image.Image) -> Tensor:
-    """Convert a PIL image to uint8 (C, H, W) by the table of this module.
+def _is_dicom(data: bytes, suffix: str) -> bool:
+    return data[128:132] == b"DICM" or suffix.lower() in _EXTRAS["dicom"][1]
 
-    Raises UnreadableImageError (without a key) for values whose range is not known, so that 8 bits would be a guess.
+
+def _check_pixels(width: int, height: int, reading: ReadSettings) -> None:
+    if width < 1 or height < 1:
+        raise UnreadableImageError(f"the image has {width} x {height} pixels")
+    if width * height > reading.max_pixels:
+        raise UnreadableImageError(
+            f"the image has {width} x {height} pixels, and the limit is {reading.max_pixels} (--max-pixels)"
+        )
+
+
+def _open_with_pillow(data: bytes, suffix: str, reading: ReadSettings) -> Image.Image:
+    """Open an image lazily with one of the formats of `FORMATS`; the pixel limit is checked before decoding."""
+    if Image.MAX_IMAGE_PIXELS is not None and reading.max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = reading.max_pixels  # Pillow's own limit, which has no argument
+    formats = [*_RECOGNIZED_BY_CONTENT, *(["TGA"] if suffix.lower() in FORMATS["TGA"] else [])]
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1") and b"avif" not in data[12:64]:
+        _require_extra("heic")
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        formats = ["HEIF"]
+    Image.init()  # loads all formats, of which Pillow loads the common ones only
+    image = Image.open(io.BytesIO(data), formats=[name for name in formats if name in Image.OPEN])
+    _check_pixels(*image.size, reading)
+    return image
+
+
+def _require_extra(extra: str) -> None:
+    module, suffixes = _EXTRAS[extra]
+    if importlib.util.find_spec(module) is None:
+        raise UnreadableImageError(f'{suffixes[0]} files require an extra: pip install "farout[{extra}]"')
+
+
+def _range_of_tags(image: Image.Image) -> ValueRange | None:
+    """Return the values of black and white that a file of more than 8 bits states, or None."""
+    if not image.mode.startswith("I"):
+        return None
+    if image.format == "PPM":  # Pillow scales them to 16 bits by the maximum in their header
+        return 0.0, 65535.0
+    tags: Any = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))
+    depth = bits[0] if isinstance(bits, tuple) else bits
+    if 8 < depth < 16:
+        return 0.0, float(2**depth - 1)
+    for tag in (281, 341):  # MaxSampleValue, SMaxSampleValue: some programs write the maximum of this one image
+        top = tags.get(tag)
+        top = top[0] if isinstance(top, tuple) and top else top
+        if isinstance(top, int | float) and 255 < top < 65535:
+            return 0.0, float(2 ** int(top).bit_length() - 1)
+    return None
+
+
+def _decode_16_bit_color(data: bytes, reading: ReadSettings, frame: int) -> DecodedImage | None:
+    """Decode PNG and TIFF files with 16 bits in several channels, of which Pillow keeps 8; None for other files."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 25 and data[24] == 16 and data[25] in (2, 4, 6):
+        width, height = struct.unpack(">II", data[16:24])
+        _check_pixels(width, height, reading)
+        from torchvision.io import ImageReadMode, decode_png
+
+        values = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+        return DecodedImage(_composite_on_white(values.numpy(), 65535.0))
+    if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return None
+    with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
+        _check_pixels(*image.size, reading)
+        if frame:
+            image.seek(frame)
+        tags: Any = getattr(image, "tag_v2", {})
+        bits, frames = tags.get(258, (1,)), getattr(image, "n_frames", 1)
+    if not isinstance(bits, tuple) or len(bits) < 2 or max(bits) <= 8:
+        return None
+    if importlib.util.find_spec("tifffile") is None:
+        raise UnreadableImageError(
+            f'a TIFF file of {len(bits)} channels with {max(bits)} bits requires an extra: pip install "farout[tiff]"'
+        )
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages[frame]
+        values = np.asarray(page.asarray())
+        if page.axes == "YXS":
+            values = values.transpose(2, 0, 1)
+    top = float(np.iinfo(values.dtype).max) if values.dtype.kind == "u" else 1.0
+    depth = max(bits)
+    value_range = (0.0, float(2**depth - 1)) if values.dtype.kind == "u" and 8 < depth < 16 else None
+    return DecodedImage(_composite_on_white(values, top), value_range, frames)
+
+
+def _composite_on_white(values: np.ndarray, white: float) -> Tensor:
+    """Convert (C, H, W) with 1 to 4 channels to 1 or 3; channels 2 and 4 are alpha, from 0 to `white`."""
+    if values.ndim != 3 or values.shape[0] not in (1, 2, 3, 4):
+        raise UnreadableImageError(f"the image has shape {values.shape}, expected 1 to 4 channels")
+    if values.shape[0] in (2, 4):
+        alpha = values[-1:].astype(np.float64) / white
+        composited = values[:-1] * alpha + white * (1 - alpha)
+        values = np.rint(composited).astype(values.dtype) if values.dtype.kind in "ui" else composited
+    return _to_tensor(values)
+
+
+def _to_tensor(values: np.ndarray) -> Tensor:
+    """Convert native values to a tensor of type uint8, uint16, int32 or float32."""
+    kind = values.dtype.kind
+    if values.dtype not in (np.uint8, np.uint16):
+        if kind in "iu" and values.size and int(values.min()) >= -(2**31) and int(values.max()) < 2**31:
+            values = values.astype(np.int32)
+        else:
+            values = values.astype(np.float32)
+    # a copy: arrays of PIL images are read-only, and torch has no foreign byte orders
+    return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
+
+
+def _read_dicom(data: bytes, header_only: bool) -> Any:
+    _require_extra("dicom")
+    import pydicom
+
+    return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=header_only, force=data[128:132] != b"DICM")
+
+
+def _decode_dicom(data: bytes, reading: ReadSettings, frame: int) -> DecodedImage:
+    """Decode a DICOM image: rescaled values (Hounsfield units for CT), with the window of the file as its range.
+
+    The window is that of the linear function (DICOM PS3.3, C.11.2.1.2.1). Without a window the range is that of the
+    stored bits. MONOCHROME1, where low values are white, is inverted.
     """
+    header = _read_dicom(data, header_only=True)
+    _check_pixels(int(header.get("Columns") or 0), int(header.get("Rows") or 0), reading)
+    frames = int(header.get("NumberOfFrames") or 1)
+    from pydicom.pixels.utils import pixel_array
+
+    values = np.asarray(pixel_array(_read_dicom(data, header_only=False), index=frame if frames > 1 else None))
+    if header.get("SamplesPerPixel", 1) == 3:
+        bits = int(header.get("BitsStored", 8))
+        color = _to_tensor(values.transpose(2, 0, 1))
+        return DecodedImage(color, None if bits <= 8 else (0.0, float(2**bits - 1)), frames)
+    bits, signed = int(header.BitsStored), bool(header.get("PixelRepresentation"))
+    low, high = (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if signed else (0.0, 2.0**bits - 1)
+    slope, offset = float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)
+    values = values.astype(np.float32) * np.float32(slope) + np.float32(offset)
+    low, high = sorted((low * slope + offset, high * slope + offset))
+    center, width = (_first_number(header.get(name)) for name in ("WindowCenter", "WindowWidth"))
+    if center is not None and width is not None and width > 1:
+        low, high = center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2
+    if header.get("PhotometricInterpretation") == "MONOCHROME1":
+        values, low, high = -values, -high, -low
+    return DecodedImage(_to_tensor(values)[None], (low, high), frames)
+
+
+def _first_number(value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    return float(value if isinstance(value, str | int | float) else value[0] if hasattr(value, "__len__") else value)
+
+
+def _decode_exr(data: bytes, reading: ReadSettings) -> DecodedImage:
+    """Decode the channels R, G, B, or Y, of an EXR file; it has no range of its own."""
+    _require_extra("exr")
+    import tempfile
+
+    import OpenEXR
+
+    width, height = _exr_size(data)
+    _check_pixels(width, height, reading)
+    with tempfile.NamedTemporaryFile(suffix=".exr") as file:  # the library reads paths only
+        file.write(data)
+        file.flush()
+        with OpenEXR.File(file.name, separate_channels=True) as opened:
+            channels = {name: np.asarray(channel.pixels) for name, channel in opened.channels().items()}
+    names = next((each for each in (("R", "G", "B"), ("Y",)) if set(each) <= set(channels)), None)
+    if names is None:
+        raise UnreadableImageError(f"the EXR file has channels {', '.join(channels)}; expected R, G, B or Y")
+    return DecodedImage(_to_tensor(np.stack([channels[name] for name in names]).astype(np.float32)))
+
+
+def _exr_size(data: bytes) -> tuple[int, int]:
+    """Return width and height from the attribute `dataWindow` (type box2i) of an EXR header."""
+    name = b"dataWindow\0box2i\0"
+    start = data.find(name)
+    if start < 0 or len(data) < start + len(name) + 20:
+        raise UnreadableImageError("the EXR header has no dataWindow")
+    x0, y0, x1, y1 = struct.unpack("<4i", data[start + len(name) + 4 : start + len(name) + 20])
+    return x1 - x0 + 1, y1 - y0 + 1
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """Convert a PIL image to (C, H, W) by the table of this module: uint8, or native values of the modes I and F."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        return torch.from_numpy(_gray_to_8_bits(np.asarray(image)))[None]
+        return _to_tensor(np.asarray(image))[None]
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
@@ -95,15 +389,48 @@ def from_pil(image: Image.Image) -> Tensor:
     return torch.from_numpy(array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
-def _gray_to_8_bits(values: np.ndarray) -> np.ndarray:
-    low, high = float(values.min()), float(values.max())
-    if values.dtype.kind == "f":
-        top, scale = 1.0, 255.0
+def scale_to_uint8(values: Tensor, value_range: ValueRange | None) -> Tensor:
+    """Convert native values (C, H, W) to uint8: round(255 (v - low) / (high - low)), clipped; uint8 is unchanged.
+
+    Args:
+        values: pixels, native values.
+        value_range: the values that become black and white. None: 0 to 65535 for uint16, and [0, 1] for floating
+            point, where other values are an error; the range of other types is not known.
+
+    Raises:
+        UnreadableImageError: the values contain NaN, or a value range is required. The message has no key.
+    """
+    if values.dtype == torch.uint8:
+        return values
+    array = values.numpy()
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise UnreadableImageError("the image contains NaN or infinite values")
+    if value_range is None:
+        low, high = float(array.min()), float(array.max())
+        if array.dtype == np.uint16:
+            value_range = (0.0, 65535.0)
+        elif array.dtype.kind == "f" and low >= 0 and high <= 1:
+            value_range = (0.0, 1.0)
+        else:
+            raise UnreadableImageError(_describe_unknown_range(str(array.dtype), low, high))
+    bottom, top = value_range
+    scaled = (array.astype(np.float64) - bottom) * (255 / (top - bottom))
+    return torch.from_numpy(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+
+
+def full_range(kind: np.dtype[Any]) -> ValueRange:
+    """Return the values that a type can hold for uint16, and [0, 1] for others, which `scale_to_uint8` checks."""
+    return (0.0, 65535.0) if kind == np.uint16 else (0.0, 1.0)
+
+
+def _describe_unknown_range(kind: str, low: float, high: float) -> str:
+    """Return the message for values of a type without a usual range, with the likely range."""
+    if low >= 0:
+        top = 1 if high <= 1 else 2 ** max(8, int(high).bit_length()) - 1
+        likely = format_value_range((0, top))
     else:
-        top, scale = 65535.0, 1 / 257
-    if not (low >= 0 and high <= top):
-        raise UnreadableImageError(f"gray values {low:g}..{high:g}, expected 0..{top:g}; save it with 8 or 16 bits")
-    return np.rint(values.astype(np.float64) * scale).astype(np.uint8)
+        likely = f"{low:g}:{high:g}"
+    return f"{kind} values from {low:g} to {high:g} have no usual range; give it, for example --value-range {likely}"
 
 
 def to_pil(image: Tensor) -> Image.Image:

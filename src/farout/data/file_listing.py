@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from farout.core.errors import SourceError
 from farout.core.names import encode_name
+from farout.data.decoding import DecodedImage
 
 __all__ = ["Listing", "check_keys", "encode_groups", "encode_labels", "index_keys"]
 
@@ -24,19 +25,22 @@ class Listing:
 
     Attributes:
         keys: unique key of each image, encoded by `farout.core.names.encode_key`.
-        read: returns image i as uint8 (C, H, W), or raises UnreadableImageError.
+        read: returns image i, or raises UnreadableImageError.
         labels: label of each image, or None.
         class_names: name of each label, encoded by `farout.core.names.encode_name`, or None.
         groups: group of each image, or None.
         in_memory: whether the pixels are in memory already, so that caching them would only copy them.
+        left_out: what the source contains and the set does not: description, such as ".heic (install farout[heic])",
+            and number of files.
     """
 
     keys: tuple[str, ...]
-    read: Callable[[int], Tensor]
+    read: Callable[[int], DecodedImage]
     labels: tuple[int, ...] | None = None
     class_names: tuple[str, ...] | None = None
     groups: tuple[str, ...] | None = None
     in_memory: bool = False
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def index_keys(count: int) -> tuple[str, ...]:

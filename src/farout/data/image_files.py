@@ -6,11 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
-from farout.core.errors import UnreadableImageError
 from farout.core.names import decode_key, encode_key, expand_path, find_equivalent_path
-from farout.data.decoding import decode
+from farout.data.decoding import DecodedImage, decode, unreadable_errors
+from farout.data.read_settings import ReadSettings
+from farout.data.untrusted_files import read_bytes
 
 __all__ = ["FileReader", "find_listed_file"]
 
@@ -29,15 +28,16 @@ def find_listed_file(folder: Path, name: str) -> tuple[str, Path]:
 
 
 class FileReader:
-    """Reads image files by index."""
+    """Reads image files by index; `frames` are the frames of files with several, by default the first of each."""
 
-    def __init__(self, keys: Sequence[str], paths: Sequence[Path]) -> None:
-        self._keys, self._paths = tuple(keys), tuple(paths)
+    def __init__(
+        self, keys: Sequence[str], paths: Sequence[Path], reading: ReadSettings, frames: Sequence[int] | None = None
+    ) -> None:
+        self._keys, self._paths, self._reading = tuple(keys), tuple(paths), reading
+        self._frames = None if frames is None else tuple(frames)
 
-    def __call__(self, index: int) -> Tensor:
-        key = self._keys[index]
-        try:
-            data = self._paths[index].read_bytes()
-        except OSError as error:
-            raise UnreadableImageError(f"{key}: {error.strerror or error} ({type(error).__name__})") from error
-        return decode(data, key)
+    def __call__(self, index: int) -> DecodedImage:
+        key, path = self._keys[index], self._paths[index]
+        with unreadable_errors(key):
+            data = read_bytes(path, self._reading.max_bytes)
+        return decode(data, key, self._reading, 0 if self._frames is None else self._frames[index], path.suffix)

@@ -9,11 +9,12 @@ from pathlib import Path
 from farout.core.errors import SourceError
 from farout.data.file_listing import Listing, check_keys, encode_groups, encode_labels
 from farout.data.image_files import FileReader, find_listed_file
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 
 __all__ = ["list_csv"]
 
 
-def list_csv(path: Path) -> Listing:
+def list_csv(path: Path, reading: ReadSettings = DEFAULT_READING) -> Listing:
     """List a table with the columns `path` (or `image`, `file`, `filename`, `key`), and optionally `label`, `group`."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -30,7 +31,7 @@ def list_csv(path: Path) -> Listing:
     keys = check_keys([key for key, _ in located], str(path))
     labels, names = encode_labels([row["label"] for row in rows], str(path)) if "label" in rows[0] else (None, None)
     groups = encode_groups([row["group"] for row in rows], str(path)) if "group" in rows[0] else None
-    return Listing(keys, FileReader(keys, [file for _, file in located]), labels, names, groups)
+    return Listing(keys, FileReader(keys, [file for _, file in located], reading), labels, names, groups)
 
 
 def _read_column(rows: Sequence[Mapping[str, str | None]], name: str, path: Path) -> tuple[str, ...]:

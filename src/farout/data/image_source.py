@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -15,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from farout.core import progress
-from farout.core.errors import SourceError, UnreadableImageError
-from farout.data.decoding import content_hash
+from farout.core.errors import LeftOutWarning, MisleadingResultWarning, SourceError, UnreadableImageError
+from farout.data.decoding import DecodedImage, content_hash, full_range, scale_to_uint8, unreadable_errors
 from farout.data.file_listing import Listing
+from farout.data.read_settings import DEFAULT_READING, ReadSettings, ValueRange, format_value_range
 from farout.data.variants import apply_variant
 
 __all__ = ["ImageSource", "Policy", "check_policy"]
@@ -57,57 +60,146 @@ def _read_slot(slot: _Slot) -> Tensor:
     return torch.from_numpy(block[start : start + math.prod(shape)].reshape(shape))
 
 
+_RequestedRange = ValueRange | Literal["full"] | None
+"""The requested value range; `full`: that of the file's tags, else of its type; None: of its tags, else estimated."""
+
+
+@dataclass
+class _RangeUse:
+    """How images of more than 8 bits use their value range.
+
+    Attributes:
+        images: the number of such images.
+        low, high: the smallest and the largest value.
+        value_range: the widest range that one of them was converted with.
+        clipped: the number of images with values outside their range.
+    """
+
+    images: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+    value_range: ValueRange = (0.0, 0.0)
+    clipped: int = 0
+
+    def add(self, low: float, high: float, value_range: ValueRange) -> None:
+        """Count an image with these extreme values."""
+        self.images += 1
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.clipped += low < value_range[0] or high > value_range[1]
+        if value_range[1] - value_range[0] > self.value_range[1] - self.value_range[0]:
+            self.value_range = value_range
+
+
 class _ImageStore:
     """Decoded pixels, content hashes and read errors of a set, shared by its subsets; bounded by a memory budget."""
 
     def __init__(self, listing: Listing, memory_mib: int) -> None:
         self.listing, self._budget = listing, memory_mib * 2**20
-        self._pixels: dict[int, _Slot] = {}
-        self._hashes: dict[int, str] = {}
-        self.failures: dict[int, str] = {}
+        # by index and requested value range; None for images of 8 bits, which have no other range
+        self._pixels: dict[tuple[int, _RequestedRange], _Slot] = {}
+        self._hashes: dict[tuple[int, _RequestedRange], str] = {}
+        self.failures: dict[tuple[int, _RequestedRange], str] = {}
+        self.further_frames: dict[int, int] = {}
+        self.range_use: dict[_RequestedRange, _RangeUse] = {}
+        self._estimated: ValueRange | None = None
+        self._is_estimated = False
         self.cached_bytes, self._arena = 0, _PixelArena()
-        self._lock = threading.Lock()
+        self._lock, self._estimate_lock = threading.Lock(), threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_lock": None, "_pixels": {}, "cached_bytes": 0, "_arena": _PixelArena()}
+        return {
+            **vars(self),
+            "_lock": None,
+            "_estimate_lock": None,
+            "_pixels": {},
+            "cached_bytes": 0,
+            "_arena": _PixelArena(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.Lock())
+        vars(self).update(state, _lock=threading.Lock(), _estimate_lock=threading.Lock())
 
-    def pixels(self, index: int) -> Tensor:
+    def pixels(self, index: int, requested: _RequestedRange) -> Tensor:
         """Return the native uint8 pixels, which callers must not modify; raises UnreadableImageError."""
-        slot = self._pixels.get(index)
-        if slot is not None:
-            return _read_slot(slot)
-        if index in self.failures:
-            raise UnreadableImageError(self.failures[index])
+        for key in ((index, None), (index, requested)):
+            if key in self._pixels:
+                return _read_slot(self._pixels[key])
+            if key in self.failures:
+                raise UnreadableImageError(self.failures[key])
+        key = (index, None)
         try:
-            image = self.listing.read(index)
+            decoded = self.listing.read(index)
+            if decoded.frames > 1:
+                self.further_frames[index] = decoded.frames - 1
+            if decoded.values.dtype != torch.uint8:
+                key = (index, requested)
+                image = self._convert(decoded, requested, self.listing.keys[index])
+            else:
+                image = decoded.values
         except UnreadableImageError as error:
-            self.failures[index] = str(error)
+            self.failures[key] = str(error)
             raise
         if not self.listing.in_memory:
             size = image.numel() + 256  # the slot itself
             with self._lock:
-                if index not in self._pixels and self.cached_bytes + size <= self._budget:
-                    self._pixels[index] = self._arena.store(image)
+                if key not in self._pixels and self.cached_bytes + size <= self._budget:
+                    self._pixels[key] = self._arena.store(image)
                     self.cached_bytes += size
         return image
 
-    def hash(self, index: int, pixels: Tensor | None = None) -> str:
-        """Return the content hash of the native pixels, computed once; `pixels`: the pixels, if already decoded."""
-        if index not in self._hashes:
-            self._hashes[index] = content_hash(self.pixels(index) if pixels is None else pixels)
-        return self._hashes[index]
+    def _convert(self, decoded: DecodedImage, requested: _RequestedRange, key: str) -> Tensor:
+        """Convert values of more than 8 bits to 8 bits."""
+        value_range = requested if isinstance(requested, tuple) else decoded.value_range
+        if value_range is None and requested is None:
+            value_range = self.estimate_range()
+        with unreadable_errors(key):
+            pixels = scale_to_uint8(decoded.values, value_range)
+            values = decoded.values.numpy()
+            with self._lock:
+                use = self.range_use.setdefault(requested, _RangeUse())
+                use.add(float(values.min()), float(values.max()), value_range or full_range(values.dtype))
+        return pixels
 
-    def donor(self, index: int, draw: int) -> Tensor:
+    def estimate_range(self) -> ValueRange | None:
+        """Return the value range of images of more than 8 bits whose files state none, from up to 256 images.
+
+        For integers of 0 and more it is 0 to 2^k - 1, with the least k >= 8 that contains all values of the sample: 12
+        for values of 12 bits in 16-bit files. None for other values, which have no usual range.
+        """
+        with self._estimate_lock:
+            if not self._is_estimated:
+                tops = []
+                count = len(self.listing.keys)
+                for index in sorted({number * count // 256 for number in range(256)}):
+                    try:
+                        decoded = self.listing.read(index)
+                    except UnreadableImageError:
+                        continue  # reported when the image itself is read
+                    if decoded.values.dtype == torch.uint8 or decoded.value_range is not None:
+                        continue
+                    values = decoded.values.numpy()
+                    is_integer = values.dtype.kind in "iu" and values.size > 0 and values.min() >= 0
+                    tops.append(int(values.max()) if is_integer else -1)
+                if tops and min(tops) >= 0:
+                    self._estimated = 0.0, float(2 ** max(8, max(tops).bit_length()) - 1)
+                self._is_estimated = True
+        return self._estimated
+
+    def hash(self, index: int, requested: _RequestedRange, pixels: Tensor | None = None) -> str:
+        """Return the content hash of the native pixels, computed once; `pixels`: the pixels, if already decoded."""
+        if (index, requested) not in self._hashes:
+            content = content_hash(self.pixels(index, requested) if pixels is None else pixels)
+            self._hashes[(index, requested)] = content
+        return self._hashes[(index, requested)]
+
+    def donor(self, index: int, draw: int, requested: _RequestedRange) -> Tensor:
         """Return another readable image of the set, chosen by the random integer `draw`."""
         count = len(self.listing.keys)
         for step in range(count):
             candidate = (draw + step) % count
             if candidate != index or count == 1:
                 try:
-                    return self.pixels(candidate)
+                    return self.pixels(candidate, requested)
                 except UnreadableImageError:
                     continue  # recorded in `failures`, and reported when the image itself is read
         raise SourceError("the variant patch requires a second readable image in the set")
@@ -126,6 +218,8 @@ class ImageSource(Dataset[Tensor]):
         class_names: name of each label, or None.
         groups: parent folder of each file, or the `group` column of a table, or None.
         policy: treatment of unreadable images in batches and splits.
+        reading: how image files become 8-bit pixels.
+        left_out: what the source contains and the set does not: description and number of files.
     """
 
     keys: tuple[str, ...]
@@ -142,8 +236,9 @@ class ImageSource(Dataset[Tensor]):
         variant: str | None = None,
         strength: float | None = None,
         memory_mib: int = 1024,
+        reading: ReadSettings = DEFAULT_READING,
     ) -> None:
-        self.name, self.policy = name, policy
+        self.name, self.policy, self.reading, self.left_out = name, policy, reading, dict(listing.left_out)
         self._variant, self._strength = variant, strength
         self._store = _ImageStore(listing, memory_mib)
         self._select(range(len(listing.keys)))
@@ -164,21 +259,72 @@ class ImageSource(Dataset[Tensor]):
     @property
     def unreadable(self) -> dict[str, str]:
         """The reason by key of each image that was unreadable so far; grows as images are read."""
-        failures = dict(self._store.failures)
+        requested = self._requested_range
+        failures = {i: reason for (i, used), reason in self._store.failures.items() if used in (None, requested)}
         if not failures:
             return {}
         return {k: failures[i].removeprefix(f"{k}: ") for k, i in zip(self.keys, self._indices) if i in failures}
+
+    @property
+    def _requested_range(self) -> _RequestedRange:
+        return cast(_RequestedRange, self.reading.value_range)
+
+    @property
+    def value_range(self) -> ValueRange | None:
+        """The declared value range, else the estimated one if images that were read needed it, else None."""
+        if isinstance(self.reading.value_range, tuple):
+            return self.reading.value_range
+        return self._store.estimate_range() if self._store.range_use.get(None) else None
+
+    @property
+    def further_frames(self) -> dict[str, int]:
+        """By key of each image that was read: the number of frames of its file that are not in the set."""
+        if self.reading.frames == "all" or not self._store.further_frames:
+            return {}
+        counts = dict(self._store.further_frames)
+        return {key: counts[index] for key, index in zip(self.keys, self._indices) if index in counts}
+
+    def warn_about_reading(self) -> None:
+        """Warn of what was found while images were read: unreadable ones that are skipped, further frames of files,
+        a value range that is hardly used, and values outside it.
+        """
+        if self.policy == "skip" and self.unreadable:
+            reasons = [f"{key}: {reason}" for key, reason in self.unreadable.items()]
+            more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+            message = f"{len(reasons)} of {len(self)} images could not be read: {'; '.join(reasons[:5])}{more}"
+            warnings.warn(f"{self.name}: {message}", LeftOutWarning, stacklevel=3)
+        if self.further_frames:
+            files, frames = len(self.further_frames), sum(self.further_frames.values())
+            message = f"{files} files have several frames; {frames} frames after the first are left out (--frames all)"
+            warnings.warn(f"{self.name}: {message}", LeftOutWarning, stacklevel=3)
+        use = self._store.range_use.get(self._requested_range)
+        if use is None:
+            return
+        low, high = use.value_range
+        values = f"values from {use.low:g} to {use.high:g}"
+        if (min(use.high, high) - max(use.low, low)) * 4 < high - low:
+            message = (
+                f"{use.images} images with more than 8 bits have {values}, a small part of the value range "
+                f"{format_value_range(use.value_range)}: few gray levels are left; declare it (--value-range LOW:HIGH)"
+            )
+            warnings.warn(f"{self.name}: {message}", MisleadingResultWarning, stacklevel=3)
+        elif use.clipped and not isinstance(self.reading.value_range, tuple):
+            message = f"{use.clipped} images have values outside the value range {format_value_range(use.value_range)}"
+            warnings.warn(f"{self.name}: {message}, which are clipped", MisleadingResultWarning, stacklevel=3)
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Tensor:
         index = self._indices[index]
-        pixels = self._store.pixels(index)
+        requested, store = self._requested_range, self._store
+        pixels = store.pixels(index, requested)
         if self._variant is None:
             return pixels.clone()
-        identity, store = self._store.hash(index), self._store
-        return apply_variant(pixels, self._variant, self._strength, identity, lambda draw: store.donor(index, draw))
+        identity = store.hash(index, requested)
+        return apply_variant(
+            pixels, self._variant, self._strength, identity, lambda draw: store.donor(index, draw, requested)
+        )
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
@@ -211,9 +357,17 @@ class ImageSource(Dataset[Tensor]):
         view.policy = check_policy(policy)
         return view
 
+    def with_value_range(self, value_range: ValueRange | Literal["full"] | None) -> ImageSource:
+        """Return the same images with this value range, unless one was declared when the source was opened."""
+        if self.reading.value_range is not None or value_range is None:
+            return self
+        view = self.subset(range(len(self)))
+        view.reading = replace(self.reading, value_range=value_range)
+        return view
+
     def content_hash(self, index: int) -> str:
         """Return the blake2b hash of shape and native pixels, before the variant; raises UnreadableImageError."""
-        return self._store.hash(self._indices[index])
+        return self._store.hash(self._indices[index], self._requested_range)
 
     def identity(self, index: int, pixels: Tensor | None = None) -> str:
         """Return the content hash with the variant applied: the seed text of the image's random numbers.
@@ -226,22 +380,32 @@ class ImageSource(Dataset[Tensor]):
             UnreadableImageError: the image cannot be read.
         """
         if self._variant is None:
-            return self._store.hash(self._indices[index], pixels)
+            return self._store.hash(self._indices[index], self._requested_range, pixels)
         return content_hash(self[index] if pixels is None else pixels)
 
     def content_hashes(self) -> tuple[str | None, ...]:
-        """Return all content hashes; None for an unreadable image, which raises an error if the policy is `raise`."""
+        """Return all content hashes; None for an unreadable image.
+
+        If the policy is `raise`, all images are read first, and then one error names the unreadable ones.
+        """
         hashes: list[str | None] = []
+        failures: list[str] = []
         with progress.task(f"reading {self.name}", len(self)) as bar:
             for index in range(len(self)):
                 try:
                     hashes.append(self.content_hash(index))
                 except UnreadableImageError as error:
-                    if self.policy == "raise":
-                        hint = "repair or remove it, or leave such images out with the policy skip (--policy skip)"
-                        raise UnreadableImageError(f"{error}; {hint}") from error
+                    failures.append(str(error))
                     hashes.append(None)
                 bar.advance()
+        if failures and self.policy == "raise":
+            hint = "repair or remove them, or leave such images out with the policy skip (--policy skip)"
+            if len(failures) == 1:
+                raise UnreadableImageError(f"{failures[0]}; {hint.replace('them', 'it')}")
+            shown = "\n  ".join([*failures[:5], *([f"and {len(failures) - 5} more"] if len(failures) > 5 else [])])
+            raise UnreadableImageError(
+                f"{len(failures)} of {len(self)} images of {self.name} cannot be read; {hint}:\n  {shown}"
+            )
         return tuple(hashes)
 
     def fingerprint(self) -> str:
@@ -257,7 +421,7 @@ class ImageSource(Dataset[Tensor]):
         counts: Counter[tuple[int, int, int]] = Counter()
         for index in (number * len(self) // count for number in range(count)):
             try:
-                channels, height, width = self._store.pixels(self._indices[index]).shape
+                channels, height, width = self._store.pixels(self._indices[index], self._requested_range).shape
             except UnreadableImageError:
                 continue  # recorded in `unreadable`
             counts[(channels, height, width)] += 1

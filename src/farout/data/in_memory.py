@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from farout.core.errors import SourceError, UnreadableImageError
 from farout.core.names import encode_name
-from farout.data.decoding import from_pil, to_uint8, unreadable_errors
+from farout.data.decoding import DecodedImage, from_pil, to_uint8, unreadable_errors
 from farout.data.file_listing import Listing, encode_labels, index_keys
 
 __all__ = ["list_array", "list_dataset", "list_pil_images"]
@@ -25,8 +25,8 @@ class _PILReader:
     def __init__(self, pictures: Sequence[Image.Image]) -> None:
         self._pictures = tuple(pictures)
 
-    def __call__(self, index: int) -> Tensor:
-        return _to_pixels(self._pictures[index], str(index))
+    def __call__(self, index: int) -> DecodedImage:
+        return DecodedImage(_to_pixels(self._pictures[index], str(index)))
 
 
 def list_pil_images(pictures: Sequence[object]) -> Listing:
@@ -60,13 +60,13 @@ class _DatasetReader:
     def __init__(self, dataset: Dataset[Any], labelled: bool) -> None:
         self._dataset, self._labelled = dataset, labelled
 
-    def __call__(self, index: int) -> Tensor:
+    def __call__(self, index: int) -> DecodedImage:
         key = str(index)
         try:
             item = self._dataset[index]
         except (OSError, SyntaxError) as error:
             raise UnreadableImageError(f"{key}: {error} ({type(error).__name__})") from error
-        return _to_pixels(item[0] if self._labelled else item, key)
+        return DecodedImage(_to_pixels(item[0] if self._labelled else item, key))
 
 
 def list_dataset(dataset: Dataset[Any]) -> Listing:
@@ -114,7 +114,17 @@ def list_array(images: np.ndarray | Tensor, labels: Sequence[object] | None = No
             f"{where} contain {len(pixels)} images and {len(labels)} labels; expected one label per image"
         )
     codes, names = (None, None) if labels is None else encode_labels(labels, where)
-    return Listing(index_keys(len(pixels)), pixels.__getitem__, codes, names, in_memory=True)
+    return Listing(index_keys(len(pixels)), _ArrayReader(pixels), codes, names, in_memory=True)
+
+
+class _ArrayReader:
+    """Returns images of a batch in memory by index."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        self._pixels = pixels
+
+    def __call__(self, index: int) -> DecodedImage:
+        return DecodedImage(self._pixels[index])
 
 
 def _from_numpy(images: np.ndarray, where: str) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from farout.core.errors import FaroutError, MisleadingResultWarning, SourceError
 from farout.data.decoding import to_pil
 from farout.data.image_source import ImageSource
+from farout.data.read_settings import ReadSettings, ValueRange
 
 __all__ = ["Kernel", "Preprocessing", "Protocol", "Scaling", "find_mismatches", "is_all_gray"]
 
@@ -42,7 +43,9 @@ class Preprocessing:
     The protocol `native` resizes all images to the native size of the in-distribution images first, so that blur alone
     cannot distinguish them; `direct` omits this, as some papers do. Sizes are (height, width) in pixels; resizing is
     by `kernel` with antialiasing and does not keep the aspect ratio. With `fill` the first resize keeps it: the image
-    covers the target, and the rest is cut off on both sides. Raises FaroutError for values out of range.
+    covers the target, and the rest is cut off on both sides. `value_range` is the range of the fitted images with more
+    than 8 bits, which are converted to 8 bits when they are read; scored images are converted alike. Raises FaroutError
+    for values out of range.
     """
 
     size: tuple[int, int]
@@ -54,6 +57,7 @@ class Preprocessing:
     jpeg_quality: int = 90
     kernel: Kernel = "bicubic"
     fill: bool = False
+    value_range: ValueRange | None = None
 
     def __post_init__(self) -> None:
         sizes = (*self.size, *self.native, self.crop if self.crop is not None else 1)
@@ -66,6 +70,7 @@ class Preprocessing:
         if self.protocol not in get_args(Protocol) or self.scaling not in get_args(Scaling):
             choices = f"{', '.join(get_args(Protocol))} and {', '.join(get_args(Scaling))}"
             raise FaroutError(f"protocol {self.protocol!r}, scaling {self.scaling!r}: expected {choices}")
+        ReadSettings(value_range=self.value_range)  # raises for a wrong range
         if self.kernel not in get_args(Kernel):
             raise FaroutError(f"kernel {self.kernel!r}: expected {', '.join(get_args(Kernel))}")
 
@@ -99,11 +104,11 @@ class Preprocessing:
         return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for `config.json`; `kernel` and `fill` only if they differ from their defaults, so that
-        the hash of older models stays the same.
+        """Return plain values for `config.json`; `kernel`, `fill` and `value_range` only if they differ from their
+        defaults, so that the hash of older models stays the same.
         """
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-        late = {"kernel": "bicubic", "fill": False}
+        late = {"kernel": "bicubic", "fill": False, "value_range": None}
         return {name: value for name, value in plain.items() if name not in late or value != late[name]}
 
     @classmethod
@@ -147,6 +152,7 @@ class Preprocessing:
             protocol=protocol,
             crop=crop,
             scaling=scaling,
+            value_range=source.value_range,
         )
 
 

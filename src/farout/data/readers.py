@@ -12,53 +12,50 @@ from farout.core.errors import SourceError
 from farout.core.names import decode_key, encode_key, encode_name, find_path, normalize_name
 from farout.core.store import kind_of, read_json
 from farout.data.array_files import list_npz
+from farout.data.decoding import image_suffixes
 from farout.data.file_listing import Listing
 from farout.data.image_files import FileReader
 from farout.data.image_lists import list_csv
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.tables import list_parquet
 
-__all__ = ["CLASSES_FILE", "SUFFIXES", "list_path"]
-
-SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
-)
-"""File endings, in any case, that count as images in folders and globs."""
+__all__ = ["CLASSES_FILE", "list_path"]
 
 CLASSES_FILE = "farout-classes.json"
 """JSON file next to the class folders that maps folders to classes, for class names that no folder can have."""
 
 
-def list_path(location: str) -> Listing:
+def list_path(location: str, reading: ReadSettings = DEFAULT_READING) -> Listing:
     """List a folder, a glob, a .parquet/.csv/.npz file or one image; raises SourceError if there are no images."""
     path = find_path(location)
     if path.is_dir():
-        return _list_folder(path)
+        return _list_folder(path, reading)
     if path.is_file():
-        return _list_file(path)
+        return _list_file(path, reading)
     if re.search(r"[*?\[]", location):
-        return _list_glob(str(path))
+        return _list_glob(str(path), reading)
     raise SourceError(f"{location!r} is neither an existing path nor a named set (`farout list sets`)")
 
 
-def _list_file(path: Path) -> Listing:
+def _list_file(path: Path, reading: ReadSettings) -> Listing:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return list_parquet(path)
+        return list_parquet(path, reading)
     if suffix == ".csv":
-        return list_csv(path)
+        return list_csv(path, reading)
     if suffix == ".npz":
-        return list_npz(path)
-    if suffix in SUFFIXES:
+        return list_npz(path, reading)
+    if suffix in image_suffixes():
         key = encode_key(path.name)
-        return Listing((key,), FileReader((key,), (path,)), groups=(".",))
+        return Listing((key,), FileReader((key,), (path,), reading), groups=(".",))
     raise SourceError(f"{path} is not an image source; expected a folder, .parquet, .csv, .npz, or an image file")
 
 
 def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in image_suffixes()
 
 
-def _list_folder(root: Path) -> Listing:
+def _list_folder(root: Path, reading: ReadSettings) -> Listing:
     """List the images below `root`, without hidden files and folders; links to folders are not followed.
 
     Of a folder that farout has written, only its `images/` are listed: it also contains figures.
@@ -70,12 +67,13 @@ def _list_folder(root: Path) -> Listing:
         files_found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if _is_image(name)]
     if not files_found:
         raise SourceError(
-            f"the folder {root} contains no images (looked for {', '.join(sorted(SUFFIXES))}, recursively)"
+            f"the folder {root} contains no images (looked for {', '.join(sorted(image_suffixes()))}, recursively)"
         )
     pairs = sorted((encode_key(name), name) for name in files_found)
     keys = tuple(key for key, _ in pairs)
     labels, names = _class_folders(keys, root)
-    return Listing(keys, FileReader(keys, [root / name for _, name in pairs]), labels, names, _parents(keys))
+    reader = FileReader(keys, [root / name for _, name in pairs], reading)
+    return Listing(keys, reader, labels, names, _parents(keys))
 
 
 def _parents(keys: Sequence[str]) -> tuple[str, ...]:
@@ -103,17 +101,17 @@ def _class_folders(keys: Sequence[str], root: Path) -> tuple[tuple[int, ...] | N
     return labels, tuple(normalize_name(classes.get(name, name)) for name in names)
 
 
-def _list_glob(pattern: str) -> Listing:
+def _list_glob(pattern: str, reading: ReadSettings) -> Listing:
     # a pattern with several ** finds a path several times
     matches = sorted({Path(match) for match in glob.glob(pattern, recursive=True)})
     paths = [path for path in matches if path.is_file() and _is_image(path.name)]
     if not paths:
-        kinds = ", ".join(sorted(SUFFIXES))
+        kinds = ", ".join(sorted(image_suffixes()))
         raise SourceError(f"the glob {pattern} matches {len(matches)} paths and no images (looked for {kinds})")
     root = _fixed_part(pattern)
     pairs = sorted((encode_key(path.relative_to(root).as_posix()), path) for path in paths)
     keys = tuple(key for key, _ in pairs)
-    return Listing(keys, FileReader(keys, [path for _, path in pairs]), groups=_parents(keys))
+    return Listing(keys, FileReader(keys, [path for _, path in pairs], reading), groups=_parents(keys))
 
 
 def _fixed_part(pattern: str) -> Path:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from farout.core.errors import SourceError
+from farout.core.errors import LeftOutWarning, SourceError
 from farout.core.names import encode_name
 from farout.data import catalog
 from farout.data.file_listing import Listing
 from farout.data.image_source import ImageSource, Policy, check_policy
 from farout.data.in_memory import list_array, list_dataset, list_pil_images
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.readers import list_path
 from farout.data.source_spec import SourceSpec, parse_spec
 from farout.data.tables import list_hub, list_parquet
@@ -33,7 +35,13 @@ Images: TypeAlias = str | Path | ImageSource | Dataset[Any] | Sequence[Image.Ima
 
 
 def open_source(
-    images: Images, *, policy: Policy = "raise", limit: int | None = None, seed: int = 0, memory_mib: int = 1024
+    images: Images,
+    *,
+    policy: Policy = "raise",
+    limit: int | None = None,
+    seed: int = 0,
+    memory_mib: int = 1024,
+    reading: ReadSettings = DEFAULT_READING,
 ) -> ImageSource:
     """Open images as an ordered set with keys and labels.
 
@@ -45,6 +53,7 @@ def open_source(
         limit: use a random sample of this many images, in the order of the source; None: all.
         seed: seed of the sample.
         memory_mib: memory for decoded images in MiB; images beyond it are decoded at every access.
+        reading: how image files become 8-bit pixels; an ImageSource keeps its own settings.
 
     Raises:
         SourceError: there are no images, or the source string is wrong.
@@ -54,11 +63,14 @@ def open_source(
     if isinstance(images, ImageSource):
         source = images
     elif isinstance(images, str | Path):
-        source = _open_spec(images, policy, memory_mib)
+        source = _open_spec(images, policy, memory_mib, reading)
     else:
-        source = ImageSource("images", _list_objects(images), policy=policy, memory_mib=memory_mib)
+        source = ImageSource("images", _list_objects(images), policy=policy, memory_mib=memory_mib, reading=reading)
     if limit is not None and limit < 1:
         raise SourceError(f"limit is {limit}; expected at least 1, or None for all images")
+    if source.left_out and source is not images:
+        left_out = ", ".join(f"{count} {what}" for what, count in source.left_out.items())
+        warnings.warn(f"left out of {source.name}: {left_out}", LeftOutWarning, stacklevel=2)
     if limit is None or limit >= len(source):
         return source
     chosen = np.random.default_rng(seed).permutation(len(source))[:limit]
@@ -83,9 +95,9 @@ def parse_source(text: str | Path) -> SourceSpec:
     return parse_spec(text, catalog.set_names())
 
 
-def _open_spec(text: str | Path, policy: Policy, memory_mib: int) -> ImageSource:
+def _open_spec(text: str | Path, policy: Policy, memory_mib: int, reading: ReadSettings) -> ImageSource:
     spec = parse_source(text)
-    listing = _list_spec(spec)
+    listing = _list_spec(spec, reading)
     source = ImageSource(
         encode_name(str(text)),
         listing,
@@ -93,24 +105,25 @@ def _open_spec(text: str | Path, policy: Policy, memory_mib: int) -> ImageSource
         variant=spec.variant,
         strength=spec.strength,
         memory_mib=memory_mib,
+        reading=reading,
     )
     return source.subset(_filter_classes(listing, spec)) if spec.classes else source
 
 
-def _list_spec(spec: SourceSpec) -> Listing:
+def _list_spec(spec: SourceSpec, reading: ReadSettings) -> Listing:
     if spec.kind == "path":
-        return list_path(spec.location)
+        return list_path(spec.location, reading)
     if spec.kind == "hub":
-        return list_hub(spec.location, spec.split)
+        return list_hub(spec.location, spec.split, reading=reading)
     local = catalog.find_local(spec.location, spec.split)
     if local is not None:
-        return list_parquet(local)
+        return list_parquet(local, reading)
     known = catalog.find_entry(spec.location)
     if known is None:
         raise SourceError(_describe_unknown_set(spec))
     if known.hub is None or spec.split not in known.splits:
         raise SourceError(_describe_missing_set(spec, known))
-    return list_hub(known.hub, known.splits[spec.split], known.image_column, known.label_column)
+    return list_hub(known.hub, known.splits[spec.split], known.image_column, known.label_column, reading)
 
 
 def _describe_unknown_set(spec: SourceSpec) -> str:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from farout.core.errors import MissingExtraError, SourceError, UnreadableImageError
 from farout.core.names import encode_name
-from farout.data.decoding import decode
+from farout.data.decoding import DecodedImage, decode, unreadable_errors
 from farout.data.file_listing import Listing, encode_groups, encode_labels, index_keys
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
+from farout.data.untrusted_files import read_bytes
 
 __all__ = ["ParquetImages", "list_hub", "list_parquet"]
 
@@ -28,8 +29,8 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label")
 class ParquetImages:
     """Random access to the encoded images of a parquet file; keeps at most `row_groups` row groups in memory."""
 
-    def __init__(self, path: Path, column: str, row_groups: int = 2) -> None:
-        self._path, self._column, self._keep = path, column, row_groups
+    def __init__(self, path: Path, column: str, reading: ReadSettings = DEFAULT_READING, row_groups: int = 2) -> None:
+        self._path, self._column, self._reading, self._keep = path, column, reading, row_groups
         self._open()
         sizes = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._ends = np.cumsum(sizes)
@@ -46,8 +47,8 @@ class ParquetImages:
         vars(self).update(state)
         self._open()
 
-    def __call__(self, index: int) -> Tensor:
-        return decode(_encoded(self._cell(index), str(index)), str(index))
+    def __call__(self, index: int) -> DecodedImage:
+        return decode(_encoded(self._cell(index), str(index)), str(index), self._reading)
 
     def _cell(self, index: int) -> object:
         group = int(np.searchsorted(self._ends, index, side="right"))
@@ -71,7 +72,7 @@ def _encoded(cell: object, key: str) -> bytes:
     return data
 
 
-def list_parquet(path: Path) -> Listing:
+def list_parquet(path: Path, reading: ReadSettings = DEFAULT_READING) -> Listing:
     """List a parquet file with encoded images (`struct{bytes, path}` or binary) and optionally `label`, `group`.
 
     Class names come from the schema that the `datasets` library writes, or from a label column of texts.
@@ -91,7 +92,7 @@ def list_parquet(path: Path) -> Listing:
         else (None, None)
     )
     groups = encode_groups(_read_column(file, "group"), str(path)) if "group" in schema.names else None
-    return Listing(index_keys(count), ParquetImages(path, column), labels, names, groups)
+    return Listing(index_keys(count), ParquetImages(path, column, reading), labels, names, groups)
 
 
 def _read_column(file: pq.ParquetFile, column: str) -> list[Any]:
@@ -141,7 +142,13 @@ def _encode_labels(values: Sequence[object], names: tuple[str, ...] | None, wher
     return labels, names
 
 
-def list_hub(location: str, split: str, image: str | None = None, label: str | None = None) -> Listing:
+def list_hub(
+    location: str,
+    split: str,
+    image: str | None = None,
+    label: str | None = None,
+    reading: ReadSettings = DEFAULT_READING,
+) -> Listing:
     """List a set of the Hugging Face hub, `owner/name` or `owner/name/config`, with the `datasets` library.
 
     Code from the hub is never executed. Raises MissingExtraError without that library, and SourceError if the set
@@ -161,30 +168,31 @@ def list_hub(location: str, split: str, image: str | None = None, label: str | N
             "name, the split and your access, or save the set as $FAROUT_DATA/<name>/<split>.parquet and use "
             "<name>:<split>"
         ) from error
-    return _list_table(table, f"hf://{location}:{split}", image, label)
+    return _list_table(table, f"hf://{location}:{split}", image, label, reading)
 
 
 class _TableImages:
     """Random access to the encoded images of a `datasets` table, which is memory-mapped."""
 
-    def __init__(self, table: Any, column: str) -> None:
-        self._table, self._column = table, column
+    def __init__(self, table: Any, column: str, reading: ReadSettings) -> None:
+        self._table, self._column, self._reading = table, column, reading
 
-    def __call__(self, index: int) -> Tensor:
+    def __call__(self, index: int) -> DecodedImage:
         cell = self._table[index][self._column]
         if isinstance(cell, Mapping) and cell.get("bytes") is None and cell.get("path"):
-            return decode(_file_bytes(str(cell["path"]), str(index)), str(index))
-        return decode(_encoded(cell, str(index)), str(index))
+            with unreadable_errors(f"{index}: {cell['path']}"):
+                data = read_bytes(str(cell["path"]), self._reading.max_bytes)
+            return decode(data, str(index), self._reading)
+        return decode(_encoded(cell, str(index)), str(index), self._reading)
 
 
-def _file_bytes(path: str, key: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UnreadableImageError(f"{key}: {path}: {error.strerror or error}") from error
-
-
-def _list_table(table: Any, where: str, image: str | None = None, label: str | None = None) -> Listing:
+def _list_table(
+    table: Any,
+    where: str,
+    image: str | None = None,
+    label: str | None = None,
+    reading: ReadSettings = DEFAULT_READING,
+) -> Listing:
     """List a `datasets.Dataset` with an image column."""
     import datasets
 
@@ -199,4 +207,4 @@ def _list_table(table: Any, where: str, image: str | None = None, label: str | N
         labels, names = _encode_labels(list(table[label]), names, where)
     groups = encode_groups(list(table["group"]), where) if "group" in table.features else None
     raw = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return Listing(index_keys(len(table)), _TableImages(raw, column), labels, names, groups)
+    return Listing(index_keys(len(table)), _TableImages(raw, column, reading), labels, names, groups)

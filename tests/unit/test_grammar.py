@@ -55,6 +55,8 @@ def test_a_source_string_has_one_meaning(text, expected):
         ("mnist@blur=x", "expected a number"),
         ("mnist@patch=1.5", "at most 1"),
         ("mnist@classes=", "empty class"),
+        ("x.npz@array=", "requires one name after array="),
+        ("x.npz@array=a,array=b", "requires one name after array="),
         ("hf://justaname", "not a hub id"),
     ],
 )
@@ -143,6 +145,40 @@ def test_class_filter_mistakes_are_named(house):
 def test_numbered_class_folders_are_filtered_by_their_names(tmp_path):
     write_folder(tmp_path, pixels(3), ["2/a.png", "10/b.png", "30/c.png"])  # sorted as text: 10, 2, 30
     assert open_source(f"{tmp_path}/@classes=2").keys == ("2/a.png",)
+
+
+def test_texts_that_look_like_numbers_are_classes_by_their_text(tmp_path):
+    write_folder(tmp_path, pixels(3), ["a.png", "b.png", "c.png"])
+    (tmp_path / "list.csv").write_text("path,label\na.png,01\nb.png,1\nc.png,001\n")
+    for label, key in [("01", "a.png"), ("1", "b.png"), ("001", "c.png")]:
+        assert open_source(f"{tmp_path}/list.csv@classes={label}").keys == (key,)
+    with pytest.raises(SourceError, match=r"unknown class '0' .*(did you mean|classes are 001, 01, 1)"):
+        open_source(f"{tmp_path}/list.csv@classes=0")  # no index of the names
+
+
+def test_negative_labels_are_filtered(tmp_path):
+    write_folder(tmp_path, pixels(3), ["a.png", "b.png", "c.png"])
+    (tmp_path / "list.csv").write_text("path,label\na.png,-1\nb.png,1\nc.png,-1\n")
+    assert open_source(f"{tmp_path}/list.csv@classes=-1").keys == ("a.png", "c.png")
+
+
+def test_names_of_arrays_columns_and_classes_may_contain_separators(tmp_path):
+    spec = parse_spec("x.parquet@column=image/encoded,label=a@b,vflip", SETS)
+    assert (spec.location, spec.column, spec.label, spec.variant) == ("x.parquet", "image/encoded", "a@b", "vflip")
+    assert parse_spec("mnist@classes=T-shirt/top,bag", SETS).classes == ("T-shirt/top", "bag")
+    folder = write_folder(tmp_path / "a@label=1", pixels(1), ["a.png"])
+    assert open_source(f"{folder}/*.png").keys == ("a.png",)
+
+
+def test_an_existing_file_or_folder_may_have_a_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.npz").touch()
+    (tmp_path / "data").mkdir()
+    for text, location in [("x.npz:test", "x.npz"), ("./data:test", "./data"), (f"{tmp_path}/x.npz:test@vflip", None)]:
+        spec = parse_spec(text, SETS)
+        assert (spec.kind, spec.location, spec.split) == ("path", location or f"{tmp_path}/x.npz", "test")
+    assert parse_spec("data:test", SETS).kind == "named"
+    assert parse_spec("./nowhere:test", SETS).location == "./nowhere:test"
 
 
 def test_limit_is_a_seeded_sample_in_source_order(house):

@@ -14,6 +14,7 @@ __all__ = [
     "MissingExtraError",
     "NaNScoresWarning",
     "SourceError",
+    "SourceWarning",
     "StoreError",
     "TooFewImagesWarning",
     "UnknownArgumentError",
@@ -74,6 +75,10 @@ class LeftOutWarning(FaroutWarning):
 
 class MisleadingResultWarning(FaroutWarning):
     """A result may mislead, for example because of native sizes, value ranges or an AUROC below one half."""
+
+
+class SourceWarning(FaroutWarning):
+    """Something in an image source is not used, or is used by a rule that the user may not expect: columns, labels."""
 
 
 def check_options(options: object, kind: str, rules: Iterable[tuple[str, bool, str]]) -> None:

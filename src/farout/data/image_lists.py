@@ -1,41 +1,214 @@
-"""Readers of lists of image files: csv tables. An image file is read when the image is accessed."""
+"""Readers of lists of image files: csv, tsv, jsonl and txt. An image file is read when the image is accessed.
+
+The tables have a column of paths, relative to the table or absolute, and optionally columns of labels, groups and keys
+(`farout.data.columns`). A .txt file has one path per line, or, as OpenOOD's image lists, a path and a label.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from farout.core.errors import SourceError
-from farout.data.file_listing import Listing, check_keys, encode_groups, encode_labels
+from farout.core.errors import SourceError, UnreadableImageError
+from farout.data.columns import (
+    GROUP_COLUMNS,
+    PATH_COLUMNS,
+    find_column,
+    find_columns,
+    read_groups,
+    read_keys,
+    read_labels,
+)
+from farout.data.file_listing import Listing, check_keys
 from farout.data.image_files import FileReader, find_listed_file
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
+from farout.data.source_spec import NO_SELECTION, Selection
+from farout.data.untrusted_files import read_bytes
 
-__all__ = ["list_csv"]
+__all__ = ["LIST_SUFFIXES", "list_image_table"]
+
+LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")
+"""File endings of lists of image files."""
+
+_UNDECODED = re.compile("[\ud800-\udfff]")
 
 
-def list_csv(path: Path, reading: ReadSettings = DEFAULT_READING) -> Listing:
-    """List a table with the columns `path` (or `image`, `file`, `filename`, `key`), and optionally `label`, `group`."""
+def list_image_table(
+    path: Path, reading: ReadSettings = DEFAULT_READING, selection: Selection = NO_SELECTION
+) -> Listing:
+    """List the image files of a table; raises SourceError if it cannot be read or has no column of paths."""
+    selection.check_used("column", "label", where=str(path), kind="a list of image files")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"{path} cannot be read as csv ({error}); expected UTF-8 text with a header line") from error
+        text = _decode_text(read_bytes(path, reading.max_bytes), path)
+    except UnreadableImageError as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
+        return _list_lines(path, text, reading, selection)
+    columns, rows = _parse_json_lines(text, path) if suffix in (".jsonl", ".ndjson") else _parse_csv(text, path)
     if not rows:
         raise SourceError(f"{path} lists no images; expected a header line and one line per image")
-    column = next((name for name in ("path", "image", "file", "filename", "key") if name in rows[0]), None)
-    if column is None:
-        raise SourceError(f"{path} has columns {', '.join(map(str, rows[0]))}; expected one named path")
-    cells = [cell.replace("\\", "/") for cell in _read_column(rows, column, path)]
-    located = [find_listed_file(path.parent, cell) for cell in cells]
-    keys = check_keys([key for key, _ in located], str(path))
-    labels, names = encode_labels([row["label"] for row in rows], str(path)) if "label" in rows[0] else (None, None)
-    groups = encode_groups([row["group"] for row in rows], str(path)) if "group" in rows[0] else None
+    if selection.column:
+        column = find_column(selection.column, columns, str(path), "column")
+    else:
+        found = find_columns(columns, PATH_COLUMNS)
+        if not found:
+            raise SourceError(
+                f"{path} has columns {', '.join(columns)}; expected one named path, file_name, image, … "
+                f"(@column={columns[0]} names it)"
+            )
+        column = found[0]
+
+    def read(name: str) -> Sequence[Any]:
+        index = columns.index(name)
+        return [row[index] for row in rows]
+
+    others = [name for name in columns if name != column]
+    if any(isinstance(cell, str) and _UNDECODED.search(cell) for name in others for cell in (name, *read(name))):
+        raise SourceError(
+            f"{path} is not UTF-8 text: some bytes outside the column {column} cannot be decoded; save it as UTF-8"
+        )
+    label_columns = [name for name in others if find_columns([name], (*GROUP_COLUMNS, "key")) == []]
+    _, labels, names = read_labels(others, read, str(path), chosen=selection.label, others=label_columns)
+    _, groups = read_groups(others, read, str(path))
+    located = [_locate(cell, path.parent) for cell in _check_paths(read(column), f"{path}, column {column}")]
+    keys = read_keys(others, read, str(path)) or check_keys([key for key, _ in located], str(path))
     return Listing(keys, FileReader(keys, [file for _, file in located], reading), labels, names, groups)
 
 
-def _read_column(rows: Sequence[Mapping[str, str | None]], name: str, path: Path) -> tuple[str, ...]:
-    cells = tuple(row[name] or "" for row in rows)
-    if "" in cells:
-        raise SourceError(f"{path}: the column {name} is empty in row {cells.index('') + 1}; fill it in")
-    return cells
+def _decode_text(data: bytes, path: Path) -> str:
+    """Decode UTF-8, or UTF-16 and UTF-32 by their byte-order marks or the zero bytes of their first character.
+
+    Bytes that are not UTF-8 are kept, because file names may contain them: they become surrogates.
+    """
+    marks = {
+        codecs.BOM_UTF8: "utf-8-sig",
+        codecs.BOM_UTF32_LE: "utf-32",
+        codecs.BOM_UTF32_BE: "utf-32",
+        codecs.BOM_UTF16_LE: "utf-16",
+        codecs.BOM_UTF16_BE: "utf-16",
+    }
+    encoding = next((name for mark, name in marks.items() if data.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and b"\0" in data[:2]:
+        encoding = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    try:
+        return data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} cannot be read as {encoding} text ({error.reason}); save it as UTF-8") from error
+
+
+_Table = tuple[list[str], list[list[Any]]]
+
+
+def _parse_csv(text: str, path: Path) -> _Table:
+    """Return the columns and rows of a text with a header line, separated by commas, semicolons, tabs or bars."""
+    first, _, rest = text.partition("\n")
+    given = re.fullmatch(r"sep=(.)\s*", first)  # written by spreadsheets
+    separators = ["\t", ",", ";", "|"] if path.suffix.lower() == ".tsv" else [",", ";", "\t", "|"]
+    separators = [given[1]] if given else separators
+    text = rest if given else text
+    try:
+        headers = {separator: next(csv.reader(io.StringIO(text), delimiter=separator), []) for separator in separators}
+        separator = max(separators, key=lambda sign: len(headers[sign]))
+        header = headers[separator]
+        spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])  # path, label
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=spaced, strict=True)
+        rows, lines = [], []
+        for row in reader:
+            if any(row):
+                rows.append(row)
+                lines.append(reader.line_num)
+    except csv.Error as error:
+        raise SourceError(f"{path} cannot be read as csv ({error})") from error
+    columns = [name.strip() for name in rows[0]] if rows else []
+    repeated = sorted({name for name in columns if name and columns.count(name) > 1})
+    if repeated:
+        raise SourceError(f"{path} has several columns called {', '.join(repeated)}; give every column its own name")
+    for row, line in zip(rows[1:], lines[1:]):
+        if any(row[len(columns) :]):
+            raise SourceError(
+                f"{path} has {len(row)} values up to line {line} and {len(columns)} columns; put values that contain "
+                f"{separator!r} in double quotes"
+            )
+    width = len(columns)
+    return columns, [row[:width] + [""] * (width - len(row)) for row in rows[1:]]
+
+
+def _parse_json_lines(text: str, path: Path) -> _Table:
+    """Return the columns and rows of a text with a JSON object per line; what an object lacks is None."""
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            expected = "expected an object per line"
+            raise SourceError(f"{path}, line {number} cannot be read as JSON ({error}); {expected}") from error
+        if not isinstance(record, dict):
+            raise SourceError(f"{path}, line {number} contains a {type(record).__name__}; expected an object per line")
+        records.append(record)
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    return columns, [[record.get(name) for name in columns] for record in records]
+
+
+def _list_lines(path: Path, text: str, reading: ReadSettings, selection: Selection) -> Listing:
+    """List a text with one path per line, or with a path and an integer label per line as in OpenOOD's lists.
+
+    The paths are relative to the folder of the list, or to the next folder above in which the first of them exists, or
+    in a folder `images_*` there, as in the data folder of OpenOOD.
+    """
+    selection.check_used(where=str(path), kind="a list of paths without columns")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise SourceError(f"{path} lists no images; expected one path per line, or a path and a label")
+    matches = [re.fullmatch(r"(.*\S)\s+(-?[0-9]+)", line) for line in lines]
+    labels, names = None, None
+    if all(matches):
+        cells = [match[1] for match in matches if match]
+        _, labels, names = read_labels(["label"], lambda _: [match[2] for match in matches if match], str(path))
+    elif not any(matches):
+        cells = lines
+    else:
+        number = next(i for i, match in enumerate(matches) if bool(match) != bool(matches[0]))
+        raise SourceError(
+            f"{path} has lines with and without a label (line {number + 1}: {lines[number]!r}); give every image a "
+            "label, or none; paths that end in a number after a space require a .csv file"
+        )
+    root = _find_root(path, cells[0])
+    located = [_locate(cell, root) for cell in cells]
+    keys = check_keys([key for key, _ in located], str(path))
+    return Listing(keys, FileReader(keys, [file for _, file in located], reading), labels, names)
+
+
+def _find_root(path: Path, first: str) -> Path:
+    roots = [root for folder in path.absolute().parents for root in (folder, *sorted(folder.glob("images_*")))]
+    root = next((root for root in roots if _locate(first, root)[1].is_file()), None)
+    if root is None:
+        raise SourceError(
+            f"{path}: the first listed file, {first}, exists neither in the folder of the list nor in a folder above it"
+        )
+    return root
+
+
+def _check_paths(cells: Sequence[Any], where: str) -> list[str]:
+    for row, cell in enumerate(cells):
+        if not isinstance(cell, str) or not cell:
+            found = "empty" if cell in (None, "") else f"a {type(cell).__name__}"
+            raise SourceError(f"{where} is {found} in row {row + 1}; expected the path of an image")
+    return list(cells)
+
+
+def _locate(cell: str, folder: Path) -> tuple[str, Path]:
+    """Return the key and the path of a cell, relative to the folder; backslashes may be separators of Windows."""
+    key, path = find_listed_file(folder, PurePosixPath(cell).as_posix())
+    if "\\" in cell and not os.path.lexists(path):
+        key, path = find_listed_file(folder, PurePosixPath(cell.replace("\\", "/")).as_posix())
+    return key, path

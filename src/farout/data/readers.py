@@ -15,8 +15,9 @@ from farout.data.array_files import list_npz
 from farout.data.decoding import image_suffixes
 from farout.data.file_listing import Listing
 from farout.data.image_files import FileReader
-from farout.data.image_lists import list_csv
+from farout.data.image_lists import LIST_SUFFIXES, list_image_table
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
+from farout.data.source_spec import NO_SELECTION, Selection
 from farout.data.tables import list_parquet
 
 __all__ = ["CLASSES_FILE", "list_path"]
@@ -25,24 +26,24 @@ CLASSES_FILE = "farout-classes.json"
 """JSON file next to the class folders that maps folders to classes, for class names that no folder can have."""
 
 
-def list_path(location: str, reading: ReadSettings = DEFAULT_READING) -> Listing:
+def list_path(location: str, reading: ReadSettings = DEFAULT_READING, selection: Selection = NO_SELECTION) -> Listing:
     """List a folder, a glob, a .parquet/.csv/.npz file or one image; raises SourceError if there are no images."""
     path = find_path(location)
     if path.is_dir():
         return _list_folder(path, reading)
     if path.is_file():
-        return _list_file(path, reading)
+        return _list_file(path, reading, selection)
     if re.search(r"[*?\[]", location):
         return _list_glob(str(path), reading)
     raise SourceError(f"{location!r} is neither an existing path nor a named set (`farout list sets`)")
 
 
-def _list_file(path: Path, reading: ReadSettings) -> Listing:
+def _list_file(path: Path, reading: ReadSettings, selection: Selection) -> Listing:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return list_parquet(path, reading)
-    if suffix == ".csv":
-        return list_csv(path, reading)
+    if suffix in LIST_SUFFIXES:
+        return list_image_table(path, reading, selection)
     if suffix == ".npz":
         return list_npz(path, reading)
     if suffix in image_suffixes():

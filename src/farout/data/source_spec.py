@@ -1,11 +1,13 @@
-"""Parser of image source strings: location, split, variant and class filter. No image is read.
+"""Parser of image source strings: location, split, variant, class filter and selected columns. No image is read.
 
     name[:split][@modifiers]      a named set (default split: `train`): `fashion_mnist`, `cifar10:test`
     hf://owner/name[/config][:split][@modifiers]                            a set on the Hugging Face hub
-    path[@modifiers]              a folder, a glob, a .parquet, .csv or .npz file, or one image file
+    path[:split][@modifiers]      a folder, a glob, a table, a file of arrays, or one image file; only files and folders
+                                  with several splits have a split: `pathmnist.npz:test`, `./data:train`
 
-Modifiers, separated by commas: one variant (`vflip`, `blur=2`) and one class filter (`classes=0-7`, `classes=0,3,5`,
-`classes=sandal,bag`). What exists as a path, or holds a separator or a drive letter, is a path.
+Modifiers, separated by commas: one variant (`vflip`, `blur=2`), one class filter (`classes=0-7`, `classes=0,3,5`,
+`classes=sandal,bag`), and the names of what is read: `array=test_images` of an .npz file, `column=photo` of a table,
+`label=category` for the labels of both. What exists as a path, or holds a separator or a drive letter, is a path.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Literal
 from farout.core.errors import FaroutError, SourceError
 from farout.core.names import find_path
 
-__all__ = ["DEFAULT_STRENGTHS", "SourceSpec", "parse_spec"]
+__all__ = ["DEFAULT_STRENGTHS", "NO_SELECTION", "Selection", "SourceSpec", "parse_spec"]
 
 Kind = Literal["named", "path", "hub"]
 
@@ -37,6 +39,38 @@ DEFAULT_STRENGTHS: dict[str, float | None] = {
 
 _HUB = "hf://"
 _WILD = re.compile(r"[*?\[]")
+_SPLIT = re.compile(r"[\w.-]+")
+_NAMES = re.compile(r"@(?=(?:array|column|label|classes)=)")
+"""The start of modifiers whose values may contain `/` and `@`: columns such as `image/encoded`, classes."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is read of a file with several arrays, columns or splits; an empty text: not given.
+
+    Attributes:
+        split: split of a file or folder with several.
+        array: array of the images in an .npz file.
+        column: column of the images, or of their paths, in a table.
+        label: array or column of the labels.
+    """
+
+    split: str = ""
+    array: str = ""
+    column: str = ""
+    label: str = ""
+
+    def check_used(self, *used: str, where: str, kind: str) -> None:
+        """Raise SourceError if something is given that is not in `used`, because `where` is of another kind."""
+        for name in ("split", "array", "column", "label"):
+            value = getattr(self, name)
+            if value and name not in used:
+                given = f":{value}" if name == "split" else f"@{name}={value}"
+                raise SourceError(f"{where} is {kind}, for which {given} has no meaning; leave it out")
+
+
+NO_SELECTION = Selection()
+"""Nothing is given: the usual names of arrays and columns are used."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +81,13 @@ class SourceSpec:
         text: the string.
         kind: named set, path, or set of the Hugging Face hub.
         location: name of the set, path, or hub id.
-        split: split of the set; empty for paths.
+        split: split of the set, or of a file or folder with several; empty: none is given for a path.
         variant: modification of the images, or None.
         strength: strength of the variant, or None.
         classes: class names, labels and ranges of labels of the class filter; empty: all classes.
+        array: array of the images in an .npz file; empty: not given.
+        column: column of the images, or of their paths, in a table; empty: not given.
+        label: array or column of the labels; empty: not given.
     """
 
     text: str
@@ -60,6 +97,14 @@ class SourceSpec:
     variant: str | None = None
     strength: float | None = None
     classes: tuple[str, ...] = ()
+    array: str = ""
+    column: str = ""
+    label: str = ""
+
+    @property
+    def selection(self) -> Selection:
+        """The selected split, array and columns."""
+        return Selection(self.split, self.array, self.column, self.label)
 
 
 def parse_spec(text: str, known: frozenset[str] = frozenset()) -> SourceSpec:
@@ -76,9 +121,9 @@ def parse_spec(text: str, known: frozenset[str] = frozenset()) -> SourceSpec:
     if not text.strip():
         raise SourceError("the image source is empty; give a named set, a folder, a glob, a file, or hf://owner/name")
     head, modifiers = _split_modifiers(text)
-    variant, strength, classes = _parse_modifiers(modifiers, text)
+    variant, strength, classes, names = _parse_modifiers(modifiers, text)
     kind, location, split = _parse_location(head, known)
-    return SourceSpec(text, kind, location, split, variant, strength, classes)
+    return SourceSpec(text, kind, location, split, variant, strength, classes, **names)
 
 
 def _exists(text: str) -> bool:
@@ -90,8 +135,13 @@ def _exists(text: str) -> bool:
 
 def _split_modifiers(text: str) -> tuple[str, str]:
     """Split at the last `@`, unless that `@` is part of a path."""
+    if _exists(text):
+        return text, ""
+    named = _NAMES.search(text)
+    if named and named.start() and not _exists(text[: named.end()] + re.split(r"[/\\]", text[named.end() :])[0]):
+        return text[: named.start()], text[named.end() :]
     head, mark, tail = text.rpartition("@")
-    if not mark or not head or _exists(text) or "/" in tail or "\\" in tail:
+    if not mark or not head or "/" in tail or "\\" in tail:
         return text, ""
     if not tail:
         raise SourceError(f"{text!r} ends in '@' without a modifier; expected e.g. {head}@vflip, or drop the '@'")
@@ -112,7 +162,12 @@ def _parse_location(head: str, known: frozenset[str]) -> tuple[Kind, str, str]:
             raise SourceError(
                 f"{head!r} is a named set and also an existing path; write ./{head} for the path, {alternative}"
             )
+        before, _, after = head.rpartition(":")
+        if before and _SPLIT.fullmatch(after) and not _exists(head) and _exists(before):
+            return "path", before, after
         return "path", head, ""
+    if "." in name and _SPLIT.fullmatch(split) and name not in known and _exists(name):
+        return "path", name, split
     return "named", name, split or "train"
 
 
@@ -121,9 +176,13 @@ def _is_path(head: str) -> bool:
     return "/" in head or "\\" in head or drive or head in (".", "..") or bool(_WILD.search(head)) or _exists(head)
 
 
-def _parse_modifiers(text: str, source: str) -> tuple[str | None, float | None, tuple[str, ...]]:
+_Modifiers = tuple[str | None, float | None, tuple[str, ...], dict[str, str]]
+
+
+def _parse_modifiers(text: str, source: str) -> _Modifiers:
     variants: list[tuple[str, float | None]] = []
     classes: list[str] = []
+    names: dict[str, str] = {}
     in_classes = False
     for part in (p.strip() for p in text.split(",")) if text else ():
         name, _, value = part.partition("=")
@@ -133,21 +192,27 @@ def _parse_modifiers(text: str, source: str) -> tuple[str | None, float | None, 
         elif name == "classes" and not classes:
             classes.append(value.strip())
             in_classes = True
+        elif name in ("array", "column", "label") and "=" in part:
+            if not value.strip() or name in names:
+                raise SourceError(f"{source!r} requires one name after {name}=, such as {name}={_EXAMPLES[name]}")
+            names[name] = value.strip()
+            in_classes = False
         elif in_classes:
             classes.append(part)
         else:
             raise SourceError(
                 f"unknown modifier {part!r} in {source!r}, and no path of that name exists; expected one of "
-                f"{', '.join(DEFAULT_STRENGTHS)}, classes=..."
+                f"{', '.join(DEFAULT_STRENGTHS)}, classes=..., array=..., column=..., label=..."
             )
     if len(variants) > 1:
         raise SourceError(f"{source!r} has {len(variants)} variants; expected one of {', '.join(DEFAULT_STRENGTHS)}")
     if "" in classes:
         raise SourceError(f"{source!r} has an empty class; expected e.g. classes=0-7, classes=0,3,5 or class names")
     variant, strength = variants[0] if variants else (None, None)
-    return variant, strength, tuple(classes)
+    return variant, strength, tuple(classes), names
 
 
+_EXAMPLES = {"array": "test_images", "column": "photo", "label": "category"}
 _RANGES = {"blur": (0.0, 100.0), "contrast": (0.0, 100.0), "noise": (0.0, 1.0), "patch": (0.0, 1.0)}
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,7 +113,7 @@ def _open_spec(text: str | Path, policy: Policy, memory_mib: int, reading: ReadS
 
 def _list_spec(spec: SourceSpec, reading: ReadSettings) -> Listing:
     if spec.kind == "path":
-        return list_path(spec.location, reading)
+        return list_path(spec.location, reading, spec.selection)
     if spec.kind == "hub":
         return list_hub(spec.location, spec.split, reading=reading)
     local = catalog.find_local(spec.location, spec.split)
@@ -162,15 +163,22 @@ def _filter_classes(listing: Listing, spec: SourceSpec) -> list[int]:
 def _parse_class(token: str, listing: Listing, spec: SourceSpec) -> list[int]:
     names = listing.class_names or ()
     first, dash, last = token.partition("-")
-    if encode_name(token) not in names and dash and first.isdigit() and last.isdigit():
+    if encode_name(token) not in names and dash and _is_number(first) and _is_number(last):
         return [label for n in range(int(first), int(last) + 1) for label in _parse_class(str(n), listing, spec)]
     if encode_name(token) in names:
         return [names.index(encode_name(token))]
     if token in names:  # as farout shows it
         return [names.index(token)]
     known = range(len(names)) if names else sorted(set(listing.labels or ()))
-    if token.isdigit() and int(token) in known:
+    # an index is no class where the names look like numbers: of the names 01 and 1, 0 means neither
+    if re.fullmatch(r"-?[0-9]{1,18}", token) and int(token) in known and not any(map(_is_number, names)):
         return [int(token)]
     near = difflib.get_close_matches(token, names, n=3)
-    expected = f"did you mean {', '.join(near)}?" if near else f"labels are {min(known)}..{max(known)}"
+    expected = f"labels are {min(known)}..{max(known)}"
+    if near or any(map(_is_number, names)):
+        expected = f"did you mean {', '.join(near)}?" if near else f"classes are {', '.join(names[:20])}"
     raise SourceError(f"unknown class {token!r} in {spec.text!r}; {expected}")
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()

@@ -1,0 +1,137 @@
+"""Which column of a table holds the images, their labels, groups and keys, by the usual names of columns."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+
+from farout.core.errors import SourceError, SourceWarning
+from farout.core.names import decode_key, encode_key, normalize_name
+from farout.data.file_listing import check_keys, encode_groups, encode_labels
+
+__all__ = [
+    "GROUP_COLUMNS",
+    "LABEL_COLUMNS",
+    "PATH_COLUMNS",
+    "find_column",
+    "find_columns",
+    "read_groups",
+    "read_keys",
+    "read_labels",
+    "warn_about_source",
+]
+
+PATH_COLUMNS = (
+    *("path", "file_path", "filepath", "image_path", "img_path", "file_name", "filename", "image_file", "image_name"),
+    *("file", "image", "img", "key", "id"),
+)
+"""Columns with the paths of image files, the first that exists is used."""
+
+LABEL_COLUMNS = (
+    *("label", "labels", "target", "targets", "class", "class_name", "class_label", "category", "y", "fine_label"),
+)
+"""Columns with labels, the first that exists is used."""
+
+GROUP_COLUMNS = ("group", "groups", "patient", "patient_id", "subject", "subject_id", "video", "video_id")
+"""Columns with groups, the first that exists is used."""
+
+ReadColumn = Callable[[str], Sequence[object]]
+"""Returns the values of a column."""
+
+
+def find_columns(columns: Sequence[str], candidates: Sequence[str]) -> list[str]:
+    """Return the columns whose name is a candidate, in the order of the candidates.
+
+    Case, surrounding spaces, and the characters between words are not significant: `File Name` is `file_name`.
+    """
+    normalized = [re.sub(r"[\s-]+", "_", normalize_name(name).strip().casefold()) for name in columns]
+    return [column for name in candidates for column, normal in zip(columns, normalized) if normal == name]
+
+
+def find_column(name: str, columns: Sequence[str], where: str, modifier: str) -> str:
+    """Return the column that a modifier names, exactly or else up to case; raises SourceError if there is none."""
+    alike = [column for column in columns if column.strip().casefold() == name.casefold()]
+    if name in columns or len(alike) == 1:
+        return name if name in columns else alike[0]
+    raise SourceError(f"{where} has no column {name!r} (@{modifier}={name}); its columns are {', '.join(columns)}")
+
+
+def read_labels(
+    columns: Sequence[str], read: ReadColumn, where: str, *, chosen: str = "", others: Sequence[str] = ()
+) -> tuple[str, tuple[int, ...] | None, tuple[str, ...] | None]:
+    """Return the column of the labels (empty: none), the labels and the class names.
+
+    Labels that are all -1, the hub's mark of a split whose labels are withheld, are no labels, with a warning.
+
+    Args:
+        columns: names of all columns.
+        read: returns the values of a column.
+        where: the file, for messages.
+        chosen: the column that the user has named.
+        others: columns of no known meaning, one of which may contain labels.
+    """
+    if chosen:
+        column = find_column(chosen, columns, where, "label")
+    else:
+        found = find_columns(columns, LABEL_COLUMNS)
+        if not found:
+            if others:
+                warn_about_source(
+                    f"{where} has no labels: none of the columns {', '.join(others)} is called {_join(LABEL_COLUMNS)}; "
+                    f"if one contains labels, add @label={others[0]}"
+                )
+            return "", None, None
+        column = found[0]
+        if len(found) > 1:
+            warn_about_source(
+                f"{where} has several columns of labels: {', '.join(found)}; {column} is used, add @label={found[1]} "
+                "for another"
+            )
+    labels, names = encode_labels(read(column), f"{where}, column {column}")
+    if all(label == -1 for label in labels) and names is None:
+        warn_about_source(f"{where}, column {column}: all labels are -1 (withheld), so that the images have no labels")
+        return column, None, None
+    return column, labels, names
+
+
+def read_groups(columns: Sequence[str], read: ReadColumn, where: str) -> tuple[str, tuple[str, ...] | None]:
+    """Return the column of the groups (empty: none) and the groups; a column `group` must be complete."""
+    found = find_columns(columns, GROUP_COLUMNS)
+    if not found:
+        return "", None
+    column = found[0]
+    try:
+        return column, encode_groups(read(column), f"{where}, column {column}")
+    except SourceError as error:
+        if find_columns([column], ("group", "groups")):
+            raise
+        warn_about_source(f"{error}; the column is not used as the group")
+        return column, None
+
+
+def read_keys(columns: Sequence[str], read: ReadColumn, where: str) -> tuple[str, ...] | None:
+    """Return the keys in the column `key`, or None without it; raises SourceError for empty and equal keys."""
+    found = find_columns(columns, ("key",))
+    if not found:
+        return None
+    column = found[0]
+    values = read(column)
+    for row, value in enumerate(values):
+        if not isinstance(value, str | int) or value == "":
+            raise SourceError(
+                f"{where}, column {column} contains {value!r} in row {row}; expected the key of every image, a text or "
+                "an integer"
+            )
+    texts = map(str, values)
+    keys = [text if encode_key(decode_key(text)) == text else encode_key(text) for text in texts]  # or keys of farout
+    return check_keys(keys, f"{where}, column {column}")
+
+
+def warn_about_source(message: str) -> None:
+    """Give a SourceWarning, attributed to the caller of `open_source`."""
+    warnings.warn(message, SourceWarning, stacklevel=2)
+
+
+def _join(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -32,6 +32,8 @@ class Listing:
         in_memory: whether the pixels are in memory already, so that caching them would only copy them.
         left_out: what the source contains and the set does not: description, such as ".heic (install farout[heic])",
             and number of files.
+        splits: why these are several sets, such as the splits of a benchmark, rather than one set of normal images, and
+            what to give instead; None if nothing says so.
     """
 
     keys: tuple[str, ...]
@@ -41,6 +43,7 @@ class Listing:
     groups: tuple[str, ...] | None = None
     in_memory: bool = False
     left_out: Mapping[str, int] = field(default_factory=dict)
+    splits: str | None = None
 
 
 def index_keys(count: int) -> tuple[str, ...]:

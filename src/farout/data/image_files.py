@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from farout.core.errors import UnreadableImageError
 from farout.core.names import decode_key, encode_key, expand_path, find_equivalent_path
 from farout.data.decoding import DecodedImage, decode, unreadable_errors
 from farout.data.read_settings import ReadSettings
@@ -28,16 +29,32 @@ def find_listed_file(folder: Path, name: str) -> tuple[str, Path]:
 
 
 class FileReader:
-    """Reads image files by index; `frames` are the frames of files with several, by default the first of each."""
+    """Reads image files by index.
+
+    Args:
+        keys: key of each image.
+        paths: its file.
+        reading: limits.
+        frames: its frame, for files with several; by default the first.
+        problems: why an image cannot be read, by key, for those of which that is known.
+    """
 
     def __init__(
-        self, keys: Sequence[str], paths: Sequence[Path], reading: ReadSettings, frames: Sequence[int] | None = None
+        self,
+        keys: Sequence[str],
+        paths: Sequence[Path],
+        reading: ReadSettings,
+        frames: Sequence[int] | None = None,
+        problems: Mapping[str, str] | None = None,
     ) -> None:
         self._keys, self._paths, self._reading = tuple(keys), tuple(paths), reading
         self._frames = None if frames is None else tuple(frames)
+        self._problems = dict(problems or {})
 
     def __call__(self, index: int) -> DecodedImage:
         key, path = self._keys[index], self._paths[index]
         with unreadable_errors(key):
+            if key in self._problems:
+                raise UnreadableImageError(self._problems[key])
             data = read_bytes(path, self._reading.max_bytes)
         return decode(data, key, self._reading, 0 if self._frames is None else self._frames[index], path.suffix)

@@ -16,7 +16,7 @@ from farout.core import progress, store
 from farout.core.chunking import blocks_containing
 from farout.core.errors import FaroutError
 from farout.data.decoding import save_png
-from farout.data.readers import CLASSES_FILE
+from farout.data.folders import CLASSES_FILE
 from farout.diffusion.sampling import Sampler
 
 __all__ = ["KIND", "SampledFolder", "class_folder_names", "write_class_names", "write_samples"]

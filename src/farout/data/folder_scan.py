@@ -1,0 +1,267 @@
+"""Walking through folders: links are followed without loops, and what cannot be entered is reported, not skipped."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from farout.core.errors import SourceError
+from farout.data.file_names import is_hidden, is_image_name, is_system_folder, suffix_of
+
+__all__ = ["FolderScan", "GlobMatches", "expand_braces", "has_wildcards", "match_glob", "scan_folder", "split_pattern"]
+
+_MOST_BRACE_PATTERNS = 100_000
+_WILDCARDS = re.compile(r"[*?\[]")
+_BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+
+
+@dataclass
+class FolderScan:
+    """What a folder and its subfolders contain; paths are relative to it, with `/`.
+
+    Attributes:
+        files: files, in the order of the folders; hidden ones are left out.
+        folders: the folder itself (an empty path) and its subfolders that were entered.
+        problems: why an image file cannot be read or a folder cannot be entered; the path of a folder ends with `/`.
+        left_out: what was not entered: description and number.
+    """
+
+    files: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def scan_folder(root: Path) -> FolderScan:
+    """List the files below `root`; raises SourceError if the folder itself cannot be read.
+
+    Hidden files and folders are left out. System folders, such as `@eaDir`, are not entered, and their files are
+    counted. A link to a folder is followed, unless the folder is listed under its own name, was reached through another
+    link, or contains the link: no folder is listed twice, and loops end.
+    """
+    scan = FolderScan()
+    start = os.path.realpath(root)
+    entered = {start}
+    waiting = [("", start)]
+    links: list[tuple[str, str, str]] = []  # path of the link, its target, the folder that contains it
+    while waiting or links:
+        if not waiting:  # links come last, so that a folder is listed under its own name
+            links.sort(reverse=True)
+            path, target, container = links.pop()
+            if target in entered or _contains(target, container) or _contains(target, start):
+                scan.left_out["link(s) to folders that are listed already"] += 1
+                continue
+            entered.add(target)
+            waiting.append((path, target))
+        path, real = waiting.pop()
+        try:
+            with os.scandir(real) as iterator:
+                entries = sorted(iterator, key=lambda entry: entry.name)
+        except OSError as error:
+            if not path:
+                raise SourceError(f"the folder {root} cannot be read: {error.strerror or error}") from error
+            scan.problems[f"{path}/"] = f"the folder cannot be read: {error.strerror or error}"
+            continue
+        scan.folders.append(path)
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            entry_path = f"{path}/{entry.name}" if path else entry.name
+            try:
+                is_folder = entry.is_dir()
+                if not is_folder and entry.is_symlink():
+                    entry.stat()
+            except OSError as error:
+                _add_problem(scan, entry, entry_path, error)
+                continue
+            if not is_folder:
+                scan.files.append(entry_path)
+            elif is_system_folder(entry.name):
+                _count_system_folder(scan, entry)
+            elif entry.is_symlink():
+                links.append((entry_path, os.path.realpath(entry.path), real))
+            elif entry.path in entered:  # reached through a link before
+                scan.left_out["link(s) to folders that are listed already"] += 1
+            else:
+                entered.add(entry.path)
+                waiting.append((entry_path, entry.path))
+    return scan
+
+
+def _contains(folder: str, other: str) -> bool:
+    return other == folder or other.startswith(folder.rstrip("/") + "/")
+
+
+def _add_problem(scan: FolderScan, entry: os.DirEntry[str], path: str, error: OSError) -> None:
+    """Report a link that leads nowhere, or an entry whose kind cannot be found out.
+
+    It is an image if its name says so, and a folder if it has no suffix; files of other kinds are only counted.
+    """
+    reason = error.strerror or str(error)
+    if entry.is_symlink():
+        reason = f"a link to {os.readlink(entry.path)}, which cannot be followed: {reason}"
+    if is_image_name(entry.name):
+        scan.problems[path] = reason
+    elif not suffix_of(entry.name):
+        scan.problems[f"{path}/"] = reason
+    else:
+        scan.files.append(path)
+
+
+def _count_system_folder(scan: FolderScan, entry: os.DirEntry[str]) -> None:
+    count = 0
+    unreadable: list[OSError] = []
+    for _, folders, files in os.walk(entry.path, onerror=unreadable.append):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        count += sum(not is_hidden(name) for name in files)
+    if count:
+        scan.left_out[f"in {entry.name}"] += count
+    if unreadable:
+        scan.left_out[f"in {entry.name} (cannot be read)"] += len(unreadable)
+
+
+@dataclass
+class GlobMatches:
+    """What a pattern matches; paths are relative to the root of the pattern.
+
+    Attributes:
+        files: matching files, sorted.
+        folders: number of matching folders.
+        problems: as in `FolderScan`.
+        left_out: as in `FolderScan`.
+    """
+
+    files: list[str]
+    folders: int
+    problems: dict[str, str]
+    left_out: Counter[str]
+
+
+def has_wildcards(text: str) -> bool:
+    """Whether a text contains a wildcard of a glob, or braces with alternatives or a range."""
+    return bool(_WILDCARDS.search(text) or _BRACES.search(text))
+
+
+def split_pattern(pattern: str) -> tuple[Path, str]:
+    """Split a pattern into the folder that contains all matches and the rest of the pattern.
+
+    What exists as a path is a path: in `set[1]/*.png`, an existing folder `set[1]` is meant, not `set1`.
+    """
+    parts = Path(pattern).parts
+    for count, part in enumerate(parts):
+        if has_wildcards(part) and not os.path.lexists(Path(*parts[: count + 1])):
+            return Path(*parts[:count]), "/".join(parts[count:])
+    return Path(*parts[:-1]), parts[-1]
+
+
+def match_glob(root: Path, pattern: str) -> GlobMatches:
+    """Find what a pattern below `root` matches: `*`, `?`, `[a-c]`, `**` for any subfolders, and braces.
+
+    A wildcard does not match a hidden name. Brackets that match nothing as a wildcard are taken literally.
+
+    Raises:
+        SourceError: a path of a pattern with braces does not exist, or there are too many.
+    """
+    matches = _Matcher(root)
+    for expanded in expand_braces(re.sub(r"\*\*/(?:\*\*/)+", "**/", pattern)):
+        before = len(matches.found) + len(matches.problems)
+        matches.add("", tuple(expanded.split("/")))
+        if before == len(matches.found) + len(matches.problems) and "[" in expanded:
+            matches.add("", tuple(expanded.replace("[", "[[]").split("/")))
+        is_missing = before == len(matches.found) + len(matches.problems)
+        if is_missing and expanded != pattern and not has_wildcards(expanded):
+            raise SourceError(f"{root / expanded}, which is part of {root / pattern}, does not exist")
+    files = sorted(path for path in matches.found if not os.path.isdir(root / path))
+    return GlobMatches(files, len(matches.found) - len(files), matches.problems, matches.left_out)
+
+
+class _Matcher:
+    """Collects the paths below a root that match patterns; a folder that cannot be read is a problem."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._done = root, set[tuple[str, tuple[str, ...]]]()
+        self.found: set[str] = set()
+        self.problems: dict[str, str] = {}
+        self.left_out: Counter[str] = Counter()
+
+    def add(self, folder: str, parts: tuple[str, ...]) -> None:
+        """Find what matches the components of a pattern below `folder`."""
+        if (folder, parts) in self._done:  # a pattern with several ** finds a path several times
+            return
+        self._done.add((folder, parts))
+        part, rest = parts[0], parts[1:]
+        if part == "**":
+            scan = scan_folder(self._root / folder)
+            self.problems |= {_join(folder, path): reason for path, reason in scan.problems.items()}
+            self.left_out += scan.left_out
+            if not rest:
+                self.found |= {_join(folder, path) for path in scan.files}
+                return
+            for subfolder in scan.folders:
+                self.add(_join(folder, subfolder), rest)
+            return
+        for name in self._matching_names(folder, part):
+            path = _join(folder, name)
+            if not rest:
+                self._add_match(path)
+            elif os.path.isdir(self._root / path):
+                self.add(path, rest)
+
+    def _matching_names(self, folder: str, part: str) -> Iterator[str]:
+        if not _WILDCARDS.search(part):
+            if os.path.lexists(self._root / folder / part):
+                yield part
+            return
+        try:
+            names = os.listdir(self._root / folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            if not folder:
+                raise SourceError(f"the folder {self._root} cannot be read: {error.strerror or error}") from error
+            self.problems[f"{folder}/"] = f"the folder cannot be read: {error.strerror or error}"
+            return
+        for name in names:
+            if fnmatch.fnmatchcase(name, part) and not (name.startswith(".") and not part.startswith(".")):
+                yield name
+
+    def _add_match(self, path: str) -> None:
+        full = self._root / path
+        if os.path.islink(full) and not os.path.exists(full) and is_image_name(path):
+            self.problems[path] = f"a link to {os.readlink(full)}, which cannot be followed"
+        else:
+            self.found.add(path)
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder and name else folder or name
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return the patterns that braces stand for: `{000..003}` for numbers, `{a,b}` for alternatives."""
+    patterns = [pattern]
+    while match := _BRACES.search(patterns[0]):
+        inner = match[1]
+        numbers = _RANGE.fullmatch(inner)
+        if numbers is None and "," not in inner:
+            raise SourceError(f"{{{inner}}} in {pattern} is not a range; expected numbers, such as {{000..123}}")
+        choices = inner.split(",") if numbers is None else _expand_range(numbers[1], numbers[2], pattern)
+        if len(choices) * len(patterns) > _MOST_BRACE_PATTERNS:
+            raise SourceError(f"{pattern} stands for more than {_MOST_BRACE_PATTERNS} paths; give a glob")
+        patterns = [text.replace(match[0], choice, 1) for text in patterns for choice in choices]
+    return patterns
+
+
+def _expand_range(first: str, last: str, pattern: str) -> list[str]:
+    start, end = int(first), int(last)
+    if abs(end - start) >= _MOST_BRACE_PATTERNS:
+        raise SourceError(f"{pattern} stands for more than {_MOST_BRACE_PATTERNS} paths; give a glob")
+    width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+    step = 1 if end >= start else -1
+    return [f"{number:0{width}d}" for number in range(start, end + step, step)]

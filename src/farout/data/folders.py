@@ -1,0 +1,144 @@
+"""Readers of folders and globs of image files. An image file is read when the image is accessed.
+
+Every file that is not hidden is listed as an image, listed with the reason why it cannot be read, or counted in
+`Listing.left_out`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from farout.core.errors import SourceError
+from farout.core.names import encode_key, normalize_name
+from farout.core.store import kind_of, read_json
+from farout.data.archives import is_archive_name, list_archives
+from farout.data.file_listing import Listing
+from farout.data.file_names import count_by_suffix, find_system_folder, is_image_name, join_counts, limit_descriptions
+from farout.data.folder_layout import class_folders, describe_splits, find_mask_folders, parent_folders
+from farout.data.folder_scan import match_glob, scan_folder, split_pattern
+from farout.data.image_files import FileReader
+from farout.data.read_settings import ReadSettings
+
+__all__ = ["CLASSES_FILE", "list_folder", "list_glob", "list_image_file"]
+
+CLASSES_FILE = "farout-classes.json"
+"""JSON file next to the class folders that maps folders to classes, for class names that no folder can have."""
+
+
+def list_image_file(path: Path, reading: ReadSettings) -> Listing:
+    """List one image file; its key is its name."""
+    return _list_files(path.parent, [path.name], {}, {}, reading)
+
+
+def list_folder(root: Path, reading: ReadSettings) -> Listing:
+    """List the images below a folder, with the class folders as labels.
+
+    Of a folder that farout has written, only its `images/` are listed: it also contains figures. Folders of masks of a
+    data set for segmentation, such as `ground_truth/` next to `test/`, are left out and counted. A folder without
+    images that contains archives is listed as they are.
+
+    Raises SourceError if there are no images, or the folder cannot be read.
+    """
+    root = root / "images" if (root / "images").is_dir() and kind_of(root) is not None else root
+    scan = scan_folder(root)
+    images = [path for path in scan.files if is_image_name(path)]
+    others = [path for path in scan.files if not is_image_name(path)]
+    if not images and not scan.problems:
+        archives = [path for path in others if is_archive_name(path)]
+        left_out = scan.left_out + count_by_suffix(path for path in others if not is_archive_name(path))
+        if archives:
+            return list_archives(root, archives, reading, left_out)
+        counts = join_counts(limit_descriptions(left_out))
+        raise SourceError(
+            f"the folder {root} contains no images; " + (f"it contains {counts}" if counts else "it is empty")
+        )
+    left_out, masks = scan.left_out, find_mask_folders(images)
+    for folder in masks:
+        count = sum(path.startswith(f"{folder}/") for path in images)
+        left_out[f"in {folder.rpartition('/')[2]}/ (masks)"] += count
+    images = [path for path in images if not path.startswith(tuple(f"{folder}/" for folder in masks))]
+    paths = [*images, *scan.problems]
+    # a folder that cannot be entered belongs to the class that contains it, or is one
+    depth = images[0].count("/") if images else 1
+    classed = [*images, *("/".join(path.split("/")[:-1][:depth]) + "/" for path in scan.problems)]
+    codes, class_names = class_folders(classed)
+    if class_names is not None:
+        class_names = _read_class_names(root, class_names)
+        others = [path for path in others if path != CLASSES_FILE]
+    left_out += count_by_suffix(others)
+    return _list_files(
+        root,
+        paths,
+        scan.problems,
+        left_out,
+        reading,
+        labels=None if codes is None else dict(zip(paths, codes)),
+        class_names=class_names,
+        splits=describe_splits([*images, *(f"{folder}/" for folder in masks)], str(root)),
+    )
+
+
+def _list_files(
+    root: Path,
+    paths: Iterable[str],
+    problems: Mapping[str, str],
+    left_out: Mapping[str, int],
+    reading: ReadSettings,
+    *,
+    labels: Mapping[str, int] | None = None,
+    class_names: tuple[str, ...] | None = None,
+    splits: str | None = None,
+) -> Listing:
+    """List the files `paths` below `root`, in the order of their keys; `problems` and `labels` are by path."""
+    pairs = sorted((encode_key(path), path) for path in paths)
+    keys, paths = tuple(key for key, _ in pairs), [path for _, path in pairs]
+    reasons = {key: problems[path] for key, path in pairs if path in problems}
+    reader = FileReader(keys, [root / path for path in paths], reading, problems=reasons)
+    codes = None if labels is None else tuple(labels[path] for path in paths)
+    groups = tuple(map(encode_key, parent_folders(paths)))
+    return Listing(keys, reader, codes, class_names, groups, left_out=limit_descriptions(left_out), splits=splits)
+
+
+def _read_class_names(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the class of each folder: from `CLASSES_FILE`, otherwise the name of the folder."""
+    path = root / CLASSES_FILE
+    if not path.is_file():
+        return folders
+    classes = read_json(path)
+    if not all(isinstance(name, str) for name in classes.values()):
+        raise SourceError(f"{path} must contain a class name for each folder; correct or remove it")
+    return tuple(normalize_name(classes.get(folder, folder)) for folder in folders)
+
+
+def list_glob(pattern: str, reading: ReadSettings) -> Listing:
+    """List what a glob matches: images, or else archives; `{000..003}` and `{a,b}` in braces are expanded.
+
+    Raises SourceError if nothing of that kind matches.
+    """
+    root, rest = split_pattern(pattern)
+    matches = match_glob(root, rest)
+    left_out: Counter[str] = matches.left_out
+    given = frozenset(rest.split("/"))
+    files = []
+    for path in matches.files:
+        system_folder = find_system_folder(path)
+        if system_folder is None or system_folder in given:
+            files.append(path)
+        else:
+            left_out[f"in {system_folder}"] += 1
+    if matches.folders and "**" not in given:
+        left_out[f"folder(s) (give '{pattern}/**/*' to list their images)"] += matches.folders
+    images = [path for path in files if is_image_name(path)]
+    if not images and not matches.problems:
+        archives = [path for path in files if is_archive_name(path)]
+        left_out += count_by_suffix(path for path in files if not is_archive_name(path))
+        if archives:
+            return list_archives(root, archives, reading, left_out)
+        counts = join_counts(limit_descriptions(left_out))
+        found = f"matches no images, but {counts}" if counts else "matches nothing"
+        hint = "; write [[] for a bracket that belongs to a name" if "[" in pattern else ""
+        raise SourceError(f"the glob {pattern} {found}{hint}")
+    left_out += count_by_suffix(path for path in files if not is_image_name(path))
+    return _list_files(root, [*images, *matches.problems], matches.problems, left_out, reading)

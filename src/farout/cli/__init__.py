@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 from farout.cli.command_table import COMMANDS, find_command
-from farout.core.errors import FaroutError, UsageError, suggest_names
+from farout.core.errors import FaroutError, ReadError, UsageError, suggest_names
+from farout.core.file_errors import describe_system_error
+from farout.core.interruption import Interruption, handle_signals, received_interruption
+from farout.core.names import expand_path, printable
 
 __all__ = ["main"]
 
+_ISSUES = "https://github.com/farout/farout/issues"
 _HELP_FLAGS = {"-h", "--help"}
 _TRAININGS = ("fit", "train diffusion", "train classifier")
 _RESUMABLE = (*_TRAININGS, "synthesize", "reconstruct")
@@ -21,25 +26,65 @@ _RESUMABLE = (*_TRAININGS, "synthesize", "reconstruct")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
-    Returns the exit status: 0; 1 for an error in the input; 2 for wrong usage; 130 when interrupted.
+    Returns the exit status: 0; 1 for an error in the input or of the system; 2 for wrong usage; 130, 143 or 129 when
+    SIGINT, SIGTERM or SIGHUP ended the command. Other exceptions are errors in the program: they are raised.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     name = find_command(words)
+    _open_missing_streams()
+    with handle_signals():
+        try:
+            status = _print_overview(words) if name is None else _run_command(name, words[len(name.split()) :])
+            if sys.stdout is not None:
+                sys.stdout.flush()  # an error is reported here; at the end of the process it would be a traceback
+            return status
+        except SystemExit as end:  # after --help and --print-config
+            return end.code if isinstance(end.code, int) else 0
+        except UsageError as error:
+            return _print_error(str(error), 2)
+        except FaroutError as error:
+            return _print_error(str(error), 1)
+        except KeyboardInterrupt as error:
+            return _end_interrupted(received_interruption() or error, name, words)
+        except Exception as error:
+            signal = received_interruption()
+            if signal is not None:  # it may also have ended worker processes, whose end is reported first
+                return _end_interrupted(signal, name, words)
+            if isinstance(error, BrokenPipeError):  # `farout list sets | head`
+                return 0
+            message = describe_system_error(error, _find_out(words))
+            if message is None:
+                error.add_note(f"This is an error in farout or one of its libraries; please report it at {_ISSUES}")
+                raise
+            return _print_error(message, 1)
+        finally:
+            _discard_broken_output()
+
+
+def _end_interrupted(error: KeyboardInterrupt, name: str | None, words: Sequence[str]) -> int:
+    interruption = error if isinstance(error, Interruption) else Interruption()
+    if os.environ.get("RANK", "0") != "0":  # one of several processes gives the message
+        return interruption.exit_status
+    return _print_error(f"{interruption}; {_how_to_continue(name, words)}", interruption.exit_status)
+
+
+def _discard_broken_output() -> None:
+    """Send output that cannot be written nowhere, so that Python does not fail with it once more at exit."""
     try:
-        return _print_overview(words) if name is None else _run_command(name, words[len(name.split()) :])
-    except SystemExit as end:  # after --help and --print-config
-        return end.code if isinstance(end.code, int) else 0
-    except UsageError as error:
-        return _print_error(str(error), 2)
-    except FaroutError as error:
-        return _print_error(str(error), 1)
-    except BrokenPipeError:  # `farout list sets | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        return _print_error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
-    except KeyboardInterrupt:
-        return _print_error(f"interrupted; {_how_to_continue(name, words)}", 130)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_missing_streams() -> None:
+    """Connect closed standard streams to nothing; else the next file that is opened would become one of them."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 def _run_command(name: str, words: list[str]) -> int:
@@ -48,6 +93,10 @@ def _run_command(name: str, words: list[str]) -> int:
         from farout.cli.lists import show_list
 
         return show_list(words)
+    try:
+        os.getcwd()  # without one, torch ends the process
+    except OSError as error:
+        raise ReadError("the current folder", "it no longer exists", error.errno, "change to another one") from error
     from farout.cli import output
     from farout.cli.command_parser import parse
 
@@ -67,17 +116,22 @@ def _how_to_continue(name: str | None, words: Sequence[str]) -> str:
     again = "run the same command again to continue"
     if name not in _RESUMABLE or "--resume" in words:
         return again
-    out = next((word.partition("=")[2] or after for word, after in pairwise([*words, ""]) if _is_out(word)), "")
+    out = _find_out(words)
     begun = Path(f"{out.rstrip('/')}.training", "checkpoints") if name in _TRAININGS else Path(out, "config.json")
     return "add --resume to the same command to continue" if begun.exists() or not out else again
 
 
-def _is_out(word: str) -> bool:
-    return word.partition("=")[0] == "--out"
+def _find_out(words: Sequence[str]) -> str:
+    """What is given as `--out`; empty if it is not among the words."""
+    pairs = pairwise([*words, ""])
+    out = next((word.partition("=")[2] or after for word, after in pairs if word.partition("=")[0] == "--out"), "")
+    return str(expand_path(out)) if out else ""
 
 
 def _print_error(message: str, status: int) -> int:
-    print(f"farout: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError, ValueError):  # the error stream may be closed
+        if sys.stderr is not None:
+            print(f"farout: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     return status
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 __all__ = [
     "ConstantScoresWarning",
@@ -13,6 +14,7 @@ __all__ = [
     "MisleadingResultWarning",
     "MissingExtraError",
     "NaNScoresWarning",
+    "ReadError",
     "SourceError",
     "SourceWarning",
     "StoreError",
@@ -20,6 +22,7 @@ __all__ = [
     "UnknownArgumentError",
     "UnreadableImageError",
     "UsageError",
+    "WriteError",
     "check_options",
     "suggest_names",
 ]
@@ -39,6 +42,34 @@ class UnreadableImageError(FaroutError, ValueError):
 
 class StoreError(FaroutError, ValueError):
     """A model or score folder that is missing, incomplete, of another kind or version, or altered."""
+
+
+class _FileError(FaroutError, OSError):
+    """A file or folder that the system does not let farout use; also an OSError, with its `errno` and `strerror`."""
+
+    _action = ""
+
+    def __init__(self, path: object, reason: str, errno: int | None = None, hint: str = "") -> None:
+        super().__init__(errno, reason, str(path))
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:  # by default, an OSError is copied to other processes by its arguments
+        return type(self), (self.filename, self.strerror, self.errno, self.hint)
+
+    def __str__(self) -> str:
+        return f"cannot {self._action} {self.filename}: {self.strerror}{f'; {self.hint}' if self.hint else ''}"
+
+
+class ReadError(_FileError):
+    """A file or folder that cannot be read: "cannot read PATH: REASON"."""
+
+    _action = "read"
+
+
+class WriteError(_FileError):
+    """A file or folder that cannot be written, such as on a full disk: "cannot write PATH: REASON"."""
+
+    _action = "write"
 
 
 class MissingExtraError(FaroutError, ImportError):

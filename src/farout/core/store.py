@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from farout.core.errors import StoreError
+from farout.core.file_errors import write_errors
+from farout.core.interruption import defer_interruption
 
 __all__ = [
     "atomic_file",
@@ -62,19 +64,20 @@ def atomic_file(path: str | Path, temporary: Path | None = None) -> Iterator[Pat
         temporary: the temporary path; with a fixed one, killed runs leave at most one file. None: a new name.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    working = temporary
-    if working is None:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        working = Path(name)
-    try:
-        yield working
-        if temporary is None:
-            working.chmod(_default_mode(folder=False))
-        os.replace(working, path)
-    finally:
-        working.unlink(missing_ok=True)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        working = temporary
+        if working is None:
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            os.close(handle)
+            working = Path(name)
+        try:
+            yield working
+            if temporary is None:
+                working.chmod(_default_mode(folder=False))
+            os.replace(working, path)
+        finally:
+            working.unlink(missing_ok=True)
 
 
 def check_replaceable(path: str | Path, kind: str) -> None:
@@ -107,14 +110,16 @@ def atomic_folder(path: str | Path, kind: str | None) -> Iterator[Path]:
     path = Path(os.path.abspath(path))  # so that `.` has a name
     if kind is not None:
         check_replaceable(path, kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(_default_mode(folder=True))
-        _replace_folder(path, temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(_default_mode(folder=True))
+            with defer_interruption():  # between two renames, neither the old nor the new folder is in place
+                _replace_folder(path, temporary)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _replace_folder(path: Path, new: Path) -> None:
@@ -126,7 +131,7 @@ def _replace_folder(path: Path, new: Path) -> None:
     os.replace(path, old)
     try:
         os.replace(new, path)
-    except OSError:
+    except BaseException:  # also Ctrl-C
         os.replace(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)

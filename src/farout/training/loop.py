@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch.utils.data import Dataset
 from farout.core import progress
 from farout.core.devices import autocast, join_processes, resolve_precision
 from farout.core.errors import FaroutError, StoreError
+from farout.core.interruption import Interruption, defer_interruption, received_interruption
 from farout.training.checkpoints import (
     checkpoint_weights,
     describe_differences,
@@ -175,6 +178,7 @@ class TrainingRun:
         self.last_saved_step, self.last_validated_step, self.last_saved_time = 0, 0, time.monotonic()
         # An interruption can come at any point; these tell whether the weights are those of a completed update.
         self.is_consistent = True
+        self.must_end = False  # one of several processes received a signal
         self.buffers = [buffer.clone() for buffer in network.buffers()]
 
     def run(self) -> TrainingResult:
@@ -204,14 +208,23 @@ class TrainingRun:
             batches = iter(make_loader(self.data, self._batch_indices(), seed, config.workers, pin_memory=is_cuda))
             if self.completed:
                 bar.skip(self.completed)
+            # several processes end after the same update; one that ended alone would leave the others waiting for it
+            is_alone = self.processes.num_processes == 1
             try:
-                self._validate_and_save()  # an interrupted run may not have got to it
-                while self.completed < config.steps:
-                    self._update(batches)
-                    self._validate_and_save()
-                    bar.advance(1, self._describe_losses())
-            except KeyboardInterrupt:
-                self._save_interrupted()
+                with nullcontext() if is_alone else defer_interruption():
+                    self._validate_and_save()  # an interrupted run may not have got to it
+                    while self.completed < config.steps:
+                        self._update(batches)
+                        self._validate_and_save()
+                        bar.advance(1, self._describe_losses())
+                        if self.must_end:
+                            raise received_interruption() or Interruption(signal.SIGTERM)
+            except BaseException as error:
+                # a signal may also end worker processes, whose end is then reported first
+                if isinstance(error, KeyboardInterrupt) or received_interruption() is not None:
+                    self._save_interrupted()
+                if self.must_end:
+                    self.processes.wait_for_everyone()  # a launcher ends the others when the first one has ended
                 raise
             finally:
                 self.log.close()
@@ -249,37 +262,42 @@ class TrainingRun:
             group["lr"] = rate
         means = RunningMeans()
         parts = [self._backward(next(batches), part) for part in range(config.accumulate)]
-        for losses_of_parts in zip(*parts, strict=True):
-            names = sorted(losses_of_parts[0])
-            losses = torch.stack([torch.stack([part[name] for part in losses_of_parts]).sum() for name in names])
-            for parameter in self.trainable:
-                if parameter.grad is None:  # unused in this step, perhaps in this process only
-                    parameter.grad = torch.zeros_like(parameter)
-            self.processes.average([parameter.grad for parameter in self.trainable if parameter.grad is not None])
-            self.processes.average([losses])
-            self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.trainable, config.clip or math.inf)
-            numbers = torch.cat([losses, norm.float().reshape(1)]).tolist()  # one wait for the device per update
-            values = dict(zip([*names, "grad_norm"], numbers, strict=True))
-            self._check_finite(values)
-            means.add(values)
+        with ExitStack() as whole_update:
+            for losses_of_parts in zip(*parts, strict=True):
+                names = sorted(losses_of_parts[0])
+                losses = torch.stack([torch.stack([part[name] for part in losses_of_parts]).sum() for name in names])
+                for parameter in self.trainable:
+                    if parameter.grad is None:  # unused in this step, perhaps in this process only
+                        parameter.grad = torch.zeros_like(parameter)
+                self.processes.average([parameter.grad for parameter in self.trainable if parameter.grad is not None])
+                signals = losses.new_tensor([float(received_interruption() is not None)])
+                self.processes.average([losses, signals])
+                self.must_end = self.processes.num_processes > 1 and bool(signals)
+                self.scaler.unscale_(self.optimizer)
+                norm = nn.utils.clip_grad_norm_(self.trainable, config.clip or math.inf)
+                numbers = torch.cat([losses, norm.float().reshape(1)]).tolist()  # one wait for the device per update
+                values = dict(zip([*names, "grad_norm"], numbers, strict=True))
+                self._check_finite(values)
+                means.add(values)
 
-            self.is_consistent = False
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad()
-        self.processes.broadcast(self.network.buffers())
-        if self.average is not None and config.ema is not None:
-            decay = min(config.ema, (1 + self.completed) / (10 + self.completed))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
-                for average, buffer in zip(self.average.buffers(), self.network.buffers(), strict=True):
-                    average.copy_(buffer)
-        self.buffers = [buffer.clone() for buffer in self.network.buffers()]
-        self.completed += 1
-        values = {**means.pop(), "learning_rate": rate}
-        self.log.add_update(self.completed, values, is_last=self.completed == config.steps)
-        self.is_consistent = True
+                if self.is_consistent:
+                    whole_update.enter_context(defer_interruption())  # so that a checkpoint can be written after it
+                    self.is_consistent = False
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.optimizer.zero_grad()
+            self.processes.broadcast(self.network.buffers())
+            if self.average is not None and config.ema is not None:
+                decay = min(config.ema, (1 + self.completed) / (10 + self.completed))
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
+                    for average, buffer in zip(self.average.buffers(), self.network.buffers(), strict=True):
+                        average.copy_(buffer)
+            self.buffers = [buffer.clone() for buffer in self.network.buffers()]
+            self.completed += 1
+            values = {**means.pop(), "learning_rate": rate}
+            self.log.add_update(self.completed, values, is_last=self.completed == config.steps)
+            self.is_consistent = True
 
     def _backward(self, batch: Any, part: int) -> Iterator[Losses]:
         """Add the gradients of one part of a batch; yield its share of the mean losses, update by update."""

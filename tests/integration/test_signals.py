@@ -1,0 +1,156 @@
+"""SIGINT, SIGTERM and SIGHUP end a command cleanly: what is finished is kept, and one message says how to continue."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from farout.cli import main
+from farout.core.interruption import Interruption, defer_interruption, handle_signals, received_interruption
+from small import pictures
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows does not send these signals to processes")
+
+TRAINING = ["--model.size", "8", "--training.steps", "100000", "--training.batch-size", "2", "--statistics", "20"]
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+def send_and_wait(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.02)
+
+
+# -- in this process: the handlers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", STATUS)
+def test_a_signal_raises_an_interruption_and_handlers_are_restored(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Interruption) as raised, handle_signals():
+        send_and_wait(number)
+    assert raised.value.exit_status == STATUS[number]
+    assert signal.getsignal(number) == before
+
+
+def test_ignored_signals_and_foreign_handlers_stay_in_place() -> None:
+    def foreign(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, foreign)
+    try:
+        with handle_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, "nohup"
+            assert signal.getsignal(signal.SIGTERM) == foreign
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+def test_other_threads_and_library_use_install_no_handlers() -> None:
+    before = [signal.getsignal(number) for number in STATUS]
+    seen: list[object] = []
+
+    def list_sets() -> None:
+        with handle_signals():
+            seen.extend(signal.getsignal(number) for number in STATUS)
+
+    thread = threading.Thread(target=list_sets)
+    thread.start()
+    thread.join()
+    assert seen == before
+    assert main(["--version"]) == 0
+    assert [signal.getsignal(number) for number in STATUS] == before
+
+
+def test_a_deferred_signal_raises_when_the_step_is_complete() -> None:
+    done = []
+
+    def work() -> None:
+        with defer_interruption():
+            with defer_interruption():
+                send_and_wait(signal.SIGTERM)
+                done.append(1)
+            assert received_interruption() is not None
+            done.append(2)
+        done.append(3)
+
+    with pytest.raises(Interruption), handle_signals():
+        work()
+    assert done == [1, 2]
+
+
+def test_two_signals_of_one_event_count_once() -> None:
+    """`timeout` sends SIGTERM to its child and to the group; a closed terminal may send SIGHUP twice."""
+
+    def work() -> None:
+        try:
+            send_and_wait(signal.SIGTERM)
+        finally:
+            send_and_wait(signal.SIGHUP)
+
+    with pytest.raises(Interruption), handle_signals():
+        work()
+
+
+# -- real processes --------------------------------------------------------------------------------------------------
+
+
+def start(words: Sequence[object], **options: object) -> subprocess.Popen[str]:
+    """A process of the command line in a session of its own."""
+    command = [sys.executable, "-m", "farout", *map(str, words)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+    )  # type: ignore[call-overload]
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 300) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > ends:
+            process.kill()
+            pytest.fail(f"{process.args} did not get there: {process.communicate()}")
+        time.sleep(0.05)
+
+
+def wait_for_line(process: subprocess.Popen[str], pattern: str) -> None:
+    """Wait until the error stream has a line with the pattern."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if re.search(pattern, line):
+            return
+    pytest.fail(f"{process.args} ended without {pattern!r}")
+
+
+def end(process: subprocess.Popen[str], number: signal.Signals) -> str:
+    """Send the signal; returns the one line about it."""
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == STATUS[number], errors
+    assert "Traceback" not in errors
+    messages = [line for line in errors.splitlines() if line.startswith("farout: ")]
+    assert len(messages) == 1, errors
+    return messages[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STATUS)
+def test_a_training_writes_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
+    images, out = pictures(tmp_path / "images", 40), tmp_path / "model"
+    train = ["train", "diffusion", images, "--out", out, "--alpha", "0.2", *TRAINING]
+    process = start(train)
+    wait_for_line(process, "training.*[1-9]/100000 steps")
+    message = end(process, number)
+    assert message.endswith("; add --resume to the same command to continue")
+    names = [path.name for path in (tmp_path / "model.training" / "checkpoints").iterdir()]
+    assert len(names) == 1, names
+    assert re.fullmatch(r"step_\d{8}", names[0])
+    assert not out.exists()

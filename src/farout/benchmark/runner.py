@@ -172,8 +172,8 @@ def _write_tables(
 ) -> tuple[Path, ...]:
     out = plan.out
     write_table(metrics, out / "metrics.csv")
-    with store.atomic_file(out / "metrics.parquet") as temporary:
-        metrics.to_parquet(temporary, index=False)
+    with store.atomic_file(out / "metrics.parquet") as temporary, temporary.open("wb") as file:
+        metrics.to_parquet(file, index=False)  # pyarrow opens only paths in UTF-8
     write_table(groups, out / "groups.csv")
     texts = {
         "results.md": to_markdown(plan, metrics, tables, _describe_machine()),

@@ -10,10 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from farout.cli.command_table import COMMANDS, find_command
+from farout.cli.terminal import configure_streams, print_text, print_traceback
 from farout.core.errors import FaroutError, ReadError, UsageError, suggest_names
 from farout.core.file_errors import describe_system_error
 from farout.core.interruption import Interruption, handle_signals, received_interruption
-from farout.core.names import expand_path, printable
+from farout.core.names import expand_path
 
 __all__ = ["main"]
 
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns the exit status: 0; 1 for an error in the input or of the system; 2 for wrong usage; 130, 143 or 129 when
     SIGINT, SIGTERM or SIGHUP ended the command. Other exceptions are errors in the program: they are raised.
     """
+    configure_streams()
+    if arguments is None:
+        sys.excepthook = print_traceback
     words = sys.argv[1:] if arguments is None else list(arguments)
     name = find_command(words)
     _open_missing_streams()
@@ -131,7 +135,7 @@ def _find_out(words: Sequence[str]) -> str:
 def _print_error(message: str, status: int) -> int:
     with suppress(OSError, ValueError):  # the error stream may be closed
         if sys.stderr is not None:
-            print(f"farout: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+            print_text(f"farout: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
 
 

@@ -18,6 +18,7 @@ from farout.benchmark.specification import BenchmarkSpec
 from farout.benchmark.yaml_reader import read_benchmark
 from farout.cli.flags import format_flags
 from farout.cli.tables import new_table, print_table
+from farout.cli.terminal import print_text
 from farout.core.devices import num_processes
 from farout.core.errors import FaroutError
 
@@ -76,14 +77,14 @@ def show_bench(result: DryRun | Iterator[FinishedJob | BenchmarkReport]) -> None
         text = "already done" if item.seconds is None else f"{item.seconds:.1f} s"
         if item.seconds is not None and item.seconds_left:
             text += f"; about {format_duration(item.seconds_left)} left"
-        print(f"[{item.number}/{item.total}] {item.job.name}: {text}", flush=True)
+        print_text(f"[{item.number}/{item.total}] {item.job.name}: {text}", flush=True)
 
 
 def _show_dry_run(dry_run: DryRun) -> None:
     plan, states = dry_run.plan, dry_run.states
     shared = {job.sources for job in plan.jobs if job.kind == "evaluations"}
     if len(shared) == 1:
-        print(f"evaluated sources: {', '.join(*shared)}")
+        print_text(f"evaluated sources: {', '.join(*shared)}")
     table = new_table()
     table.add_column("job", overflow="fold")
     table.add_column("state", no_wrap=True)
@@ -93,15 +94,15 @@ def _show_dry_run(dry_run: DryRun) -> None:
         state = "done" if job.name in states.finished else "outdated" if job.name in states.outdated else "to do"
         table.add_row(job.name, state, ", ".join(job.inputs), _describe_settings(plan.spec, job, len(shared) > 1))
     print_table(table)
-    print(f"{len(plan.jobs)} jobs, {len(plan.jobs) - len(states.finished)} to do")
+    print_text(f"{len(plan.jobs)} jobs, {len(plan.jobs) - len(states.finished)} to do")
     for name, reason in states.outdated.items():
-        print(f"outdated: {name} ({reason}); --redo deletes it and runs it again")
+        print_text(f"outdated: {name} ({reason}); --redo deletes it and runs it again")
     for name in plan.unused:
-        print(f"unused: {name}")
+        print_text(f"unused: {name}")
     for line in list_untested(plan):
-        print(line)
+        print_text(line)
     if dry_run.obstacle:
-        print(dry_run.obstacle)
+        print_text(dry_run.obstacle)
 
 
 def _describe_settings(spec: BenchmarkSpec, job: BenchmarkJob, show_sources: bool) -> str:
@@ -143,8 +144,8 @@ def _show_report(report: BenchmarkReport) -> None:
             table.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in row))
         print_table(table)
     for line in list_untested(report.plan):
-        print(line)
+        print_text(line)
     if report.unfinished:
-        print(f"{len(report.unfinished)} jobs are not finished yet")
+        print_text(f"{len(report.unfinished)} jobs are not finished yet")
     for path in report.paths:
-        print(path)
+        print_text(path)

@@ -10,6 +10,7 @@ from typing import Any
 from farout.benchmark.job_graph import Job, JobGraph
 from farout.cli import output
 from farout.cli.steps import read_steps
+from farout.cli.terminal import print_text
 from farout.core.devices import num_processes
 from farout.core.errors import FaroutError
 
@@ -40,7 +41,7 @@ def chain(yaml: str, *, out: str, redo: bool = False, dry_run: bool = False) -> 
     """
     steps, folder = {step.out: step for step in read_steps(yaml)}, Path(out)
     if dry_run:
-        print(*(shlex.join(["farout", *step.command_line(folder)]) for step in steps.values()), sep="\n")
+        print_text(*(shlex.join(["farout", *step.command_line(folder)]) for step in steps.values()), sep="\n")
         return
     if num_processes() > 1:
         raise FaroutError("a chain runs in one process; to train in several, run the commands that --dry-run prints")
@@ -50,7 +51,7 @@ def chain(yaml: str, *, out: str, redo: bool = False, dry_run: bool = False) -> 
 
     def run_step(job: Job, earlier: Mapping[str, Any] | None) -> None:
         step = steps[job.name]
-        print(f"[{step.number}/{len(steps)}] {step.name}: writing {job.output}", flush=True)
+        print_text(f"[{step.number}/{len(steps)}] {step.name}: writing {job.output}", flush=True)
         try:
             resume = {"resume": True} if earlier is not None and "resume" in step.settings else {}
             call = step.parse(folder, **resume)
@@ -62,5 +63,5 @@ def chain(yaml: str, *, out: str, redo: bool = False, dry_run: bool = False) -> 
         for finished in graph.run(f"chain {Path(yaml).stem}", run_step):
             if finished.seconds is None:
                 job = finished.job
-                print(f"[{finished.number}/{finished.total}] {steps[job.name].name}: already done in {job.output}")
-    print("results:", *(f"  {job.output}  ({steps[job.name].name})" for job in graph.jobs), sep="\n")
+                print_text(f"[{finished.number}/{finished.total}] {steps[job.name].name}: already done in {job.output}")
+    print_text("results:", *(f"  {job.output}  ({steps[job.name].name})" for job in graph.jobs), sep="\n")

@@ -25,6 +25,7 @@ import docstring_parser
 
 from farout.cli.argument_parser import Parser
 from farout.cli.command_table import COMMANDS, import_object
+from farout.cli.terminal import print_text
 from farout.core.config import flatten_config
 from farout.core.errors import FaroutError, UsageError, suggest_names
 from farout.core.registry import RegisteredMethod
@@ -84,9 +85,9 @@ def parse(name: str, words: Sequence[str]) -> ParsedCommand:
         return CommandParser(name, method).parse(words[1:])
     usage = f"farout {name} METHOD {_usage(command_parameters(name))}"
     if {"-h", "--help"} & set(words):
-        print(f"usage: {usage}\n\n{COMMANDS[name].summary}\n\nmethods:")
-        print(*(f"  {method.name:<18}{method.description}" for method in methods.values()), sep="\n")
-        print(f"\n`farout {name} METHOD --help` shows the settings.")
+        print_text(f"usage: {usage}\n\n{COMMANDS[name].summary}\n\nmethods:")
+        print_text(*(f"  {method.name:<18}{method.description}" for method in methods.values()), sep="\n")
+        print_text(f"\n`farout {name} METHOD --help` shows the settings.")
         raise SystemExit(0)
     raise UsageError(f"expected `{usage}`; `farout {name} --help` lists the methods")
 

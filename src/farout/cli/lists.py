@@ -11,6 +11,7 @@ from farout.benchmark.presets import describe_preset, preset_names
 from farout.cli.command_table import COMMANDS, import_object
 from farout.cli.flags import format_flags
 from farout.cli.tables import new_table, print_table
+from farout.cli.terminal import print_text
 from farout.core.errors import UsageError, suggest_names
 from farout.core.registry import Registry
 from farout.data import catalog
@@ -29,7 +30,7 @@ def show_list(words: Sequence[str]) -> int:
         "presets": list_presets,
     }
     if not words or set(words) & {"-h", "--help"}:
-        print(f"usage: farout list {{{','.join(listings)}}}\n\n{show_list.__doc__}")
+        print_text(f"usage: farout list {{{','.join(listings)}}}\n\n{show_list.__doc__}")
         return 0
     if words[0] not in listings or len(words) > 1:
         raise UsageError(f"there is no list {' '.join(words)!r}; {suggest_names(words[0], listings)}")

@@ -23,9 +23,11 @@ from rich.progress import (
 from rich.table import Column
 
 from farout.cli.command_table import COMMANDS, import_object
+from farout.cli.terminal import print_text
 from farout.core import progress as core_progress
 from farout.core.devices import is_main_process
 from farout.core.errors import FaroutWarning
+from farout.core.names import printable
 
 __all__ = ["configure_logging", "print_existing", "print_result", "progress"]
 
@@ -42,7 +44,7 @@ def configure_logging() -> None:
 
     def show_on_one_line(message: Any, category: type[Warning], *location: Any, **options: Any) -> None:
         if issubclass(category, FaroutWarning) and is_main_process():
-            print(f"warning: {message}", file=sys.stderr)
+            print_text(f"warning: {message}", file=sys.stderr)
 
     warnings.showwarning = show_on_one_line
 
@@ -57,7 +59,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints one record."""
-        print(self.format(record), file=sys.stderr)
+        print_text(self.format(record), file=sys.stderr)
 
 
 class _RichBars:
@@ -68,11 +70,11 @@ class _RichBars:
 
     def open(self, description: str, total: int | None, unit: str) -> int:
         """Adds a bar and returns its number."""
-        return self.bars.add_task(description, total=total, note="")
+        return self.bars.add_task(printable(description), total=total, note="")
 
     def advance(self, number: int, units: int, note: str, seconds_left: float | None) -> None:
         """Advances a bar."""
-        self.bars.update(TaskID(number), advance=units, note=note)
+        self.bars.update(TaskID(number), advance=units, note=printable(note))
 
     def close(self, number: int) -> None:
         """Stops the clock of a bar."""
@@ -90,12 +92,12 @@ def progress() -> Iterator[None]:
     number, text = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
     with (
         Progress(
-            TextColumn("{task.description}", table_column=text),
+            TextColumn("{task.description}", table_column=text, markup=False),  # a name may contain `[b]`
             BarColumn(bar_width=10),
             MofNCompleteColumn(table_column=number),
             TimeElapsedColumn(table_column=number),
             TimeRemainingColumn(elapsed_when_finished=False, table_column=number),
-            TextColumn("{task.fields[note]}", table_column=text),
+            TextColumn("{task.fields[note]}", table_column=text, markup=False),
             console=console,
             redirect_stdout=sys.stdout.isatty(),  # else what is printed would go to the error stream
         ) as bars,
@@ -119,4 +121,4 @@ def print_existing(folder: Path, *names: str) -> None:
     """Prints the paths of those files of a folder that exist."""
     for path in (folder / name for name in names):
         if path.exists():
-            print(f"  {path}")
+            print_text(f"  {path}")

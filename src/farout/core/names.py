@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,13 +17,16 @@ from pathlib import Path
 from farout.core.errors import FaroutError
 
 __all__ = [
+    "decode_file_name",
     "decode_key",
+    "encode_file_name",
     "encode_key",
     "encode_name",
     "expand_path",
     "find_equivalent_name",
     "find_equivalent_path",
     "find_path",
+    "is_utf8",
     "normalize_name",
     "printable",
 ]
@@ -35,6 +39,7 @@ _ENCODED = re.compile(
     "|(?:(?<=^)|(?<=;)|(?<=^ )|(?<=; ))[=+@\uff0b\uff1d\uff20\uff0d-]"  # spreadsheets may take `;` for a separator
 )
 _ESCAPE = re.compile("((?:%[0-9A-Fa-f]{2})+)|%u([0-9A-Fa-f]{4})")
+_UNDECODED = re.compile("[\udc80-\udcff]+")
 _INVISIBLE = re.compile(f"[\ud800-\udfff{_CONTROLS}]")
 
 
@@ -75,9 +80,50 @@ def _decode_match(match: re.Match[str]) -> str:
     return bytes.fromhex(match[1].replace("%", "")).decode("utf-8", "surrogateescape")
 
 
+def encode_file_name(name: str) -> str:
+    """Encode the name or path of a file as a key, which is the same in every locale.
+
+    Python decodes file names by the locale: under `LC_ALL=POSIX` without its UTF-8 mode, all non-ASCII bytes become
+    surrogates. Here they are always read as UTF-8.
+    """
+    return encode_key(_decode_as_utf8(name))
+
+
+def decode_file_name(key: str) -> str:
+    """Return the name of the file of which `encode_file_name` made this key."""
+    return _encode_for_file_system(decode_key(key))
+
+
 def encode_name(text: str) -> str:
     """Encode the name of a class, group or source like a key, in Unicode normalization form C."""
-    return encode_key(normalize_name(text))
+    return encode_key(normalize_name(_decode_as_utf8(text)))
+
+
+def _decode_as_utf8(text: str) -> str:
+    if sys.getfilesystemencoding() == "utf-8":
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # not from the file system or the command line
+        return text
+
+
+def _encode_for_file_system(text: str) -> str:
+    if sys.getfilesystemencoding() == "utf-8":
+        return text
+    try:
+        return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return text
+
+
+def is_utf8(path: str | Path) -> bool:
+    """Return whether the bytes of a path are UTF-8; some libraries in C++ and Rust open no other paths."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeError:
+        return False
+    return True
 
 
 def printable(text: object, *, multiline: bool = False) -> str:
@@ -92,12 +138,12 @@ def printable(text: object, *, multiline: bool = False) -> str:
         sign = match[0]
         if multiline and sign in "\n\t":
             return sign
-        code = ord(sign)
-        if 0xDC80 <= code <= 0xDCFF:  # an undecodable byte of a file name
-            code -= 0xDC00
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+        return f"\\x{ord(sign):02x}" if sign < "\u0100" else f"\\u{ord(sign):04x}"
 
-    return _INVISIBLE.sub(escape, str(text))
+    decoded = _UNDECODED.sub(
+        lambda run: run[0].encode("ascii", "surrogateescape").decode("utf-8", "backslashreplace"), str(text)
+    )
+    return _INVISIBLE.sub(escape, decoded)
 
 
 def expand_path(path: str | Path) -> Path:
@@ -110,6 +156,10 @@ def expand_path(path: str | Path) -> Path:
         FaroutError: the path begins with `~/` and there is no home folder.
     """
     text = os.fspath(path)
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # from a file in UTF-8, in a locale with another encoding
+        text = _encode_for_file_system(text)
     if not Path(text).parts or not Path(text).parts[0].startswith("~"):
         return Path(text)
     if not text.startswith("~"):  # ./~/x
@@ -134,8 +184,8 @@ def find_equivalent_name(name: str, known: Iterable[str]) -> str | None:
     names = list(known)
     if name in names:
         return name
-    wanted = normalize_name(name)
-    equivalent = [other for other in names if normalize_name(other) == wanted]
+    wanted = encode_name(name)
+    equivalent = [other for other in names if encode_name(other) == wanted]
     return equivalent[0] if len(equivalent) == 1 else None
 
 
@@ -164,7 +214,7 @@ def find_path(text: str | Path) -> Path:
     """
     path = find_equivalent_path(expand_path(text))
     if not os.path.lexists(path) and decode_key(str(text)) != str(text):
-        decoded = find_equivalent_path(expand_path(decode_key(str(text))))
+        decoded = find_equivalent_path(expand_path(decode_file_name(str(text))))
         if os.path.lexists(decoded):
             return decoded
     return path

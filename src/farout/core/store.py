@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from farout.core.errors import StoreError
 from farout.core.file_errors import write_errors
 from farout.core.interruption import defer_interruption
+from farout.core.names import is_utf8, printable
 
 __all__ = [
     "atomic_file",
@@ -173,7 +174,8 @@ def read_hashes(path: str | Path) -> frozenset[str]:
 
 def write_config(folder: str | Path, kind: str, content: Mapping[str, Any]) -> None:
     """Write `config.json` of a farout folder: its kind, layout version, library versions, command, and `content`."""
-    head = {"farout": {"kind": kind, "format": FORMAT, "versions": versions(), "command": shlex.join(sys.argv)}}
+    command = printable(shlex.join(sys.argv))
+    head = {"farout": {"kind": kind, "format": FORMAT, "versions": versions(), "command": command}}
     write_json(Path(folder) / "config.json", {**head, **content})
 
 
@@ -253,7 +255,8 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise StoreError(f"{path} is missing; the folder is incomplete")
     try:
-        return load_file(path)
+        # safetensors opens only paths in UTF-8
+        return load_file(path) if is_utf8(path) else load(path.read_bytes())
     except SafetensorError as error:
         raise StoreError(f"{path} cannot be read as safetensors ({error})") from error
 

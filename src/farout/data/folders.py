@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from farout.core.errors import SourceError
-from farout.core.names import encode_key, normalize_name
+from farout.core.names import encode_file_name, normalize_name
 from farout.core.store import kind_of, read_json
 from farout.data.archives import is_archive_name, list_archives
 from farout.data.file_listing import Listing
@@ -92,12 +92,12 @@ def _list_files(
     splits: str | None = None,
 ) -> Listing:
     """List the files `paths` below `root`, in the order of their keys; `problems` and `labels` are by path."""
-    pairs = sorted((encode_key(path), path) for path in paths)
+    pairs = sorted((encode_file_name(path), path) for path in paths)
     keys, paths = tuple(key for key, _ in pairs), [path for _, path in pairs]
     reasons = {key: problems[path] for key, path in pairs if path in problems}
     reader = FileReader(keys, [root / path for path in paths], reading, problems=reasons)
     codes = None if labels is None else tuple(labels[path] for path in paths)
-    groups = tuple(map(encode_key, parent_folders(paths)))
+    groups = tuple(map(encode_file_name, parent_folders(paths)))
     return Listing(keys, reader, codes, class_names, groups, left_out=limit_descriptions(left_out), splits=splits)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from farout.core.errors import UnreadableImageError
-from farout.core.names import decode_key, encode_key, expand_path, find_equivalent_path
+from farout.core.names import decode_file_name, encode_file_name, expand_path, find_equivalent_path
 from farout.data.decoding import DecodedImage, decode, unreadable_errors
 from farout.data.read_settings import ReadSettings
 from farout.data.untrusted_files import read_bytes
@@ -21,11 +21,11 @@ def find_listed_file(folder: Path, name: str) -> tuple[str, Path]:
     The name may itself be a key, as in a table of scores, and may differ in its Unicode normalization form.
     """
     path = find_equivalent_path(expand_path(name) if name.startswith("~/") else folder / name)
-    if decode_key(name) != name and not os.path.lexists(path):
-        decoded = find_equivalent_path(folder / decode_key(name))
+    if decode_file_name(name) != name and not os.path.lexists(path):
+        decoded = find_equivalent_path(folder / decode_file_name(name))
         if os.path.lexists(decoded):
             return name, decoded
-    return encode_key(name), path
+    return encode_file_name(name), path
 
 
 class FileReader:

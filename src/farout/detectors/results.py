@@ -130,7 +130,8 @@ class Measurements:
 
     def write_parquet(self, path: Path) -> None:
         """Write the table as parquet."""
-        pq.write_table(self.to_table(), path, compression="zstd")
+        with path.open("wb") as file:  # pyarrow opens only paths in UTF-8
+            pq.write_table(self.to_table(), file, compression="zstd")
 
     @classmethod
     def read_parquet(cls, path: Path) -> Measurements:
@@ -138,8 +139,8 @@ class Measurements:
         if not path.is_file():
             raise StoreError(f"{path} is missing; the folder is incomplete")
         try:
-            # by default, older versions add a column for each folder of the path that is named like `seed=0`
-            return cls.from_table(pq.read_table(path, partitioning=None))
+            with path.open("rb") as file:
+                return cls.from_table(pq.read_table(file))
         except (pa.ArrowInvalid, OSError) as error:
             raise StoreError(f"{path} cannot be read as parquet ({error})") from error
 

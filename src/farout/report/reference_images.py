@@ -55,7 +55,8 @@ def nearest_normal_images(
         or detector.compute_embedding(detector.statistics.select([0])) is None
     ):
         return {}
-    table = pq.read_table(measurement_file, partitioning=None, filters=[("key", "in", list(keys))])
+    with measurement_file.open("rb") as file:  # pyarrow opens only paths in UTF-8
+        table = pq.read_table(file, filters=[("key", "in", list(keys))])
     scored = Measurements.from_table(table)
     queries, total = _unit_embeddings(detector, scored), len(detector.statistics)
     chunks = [range(start, min(start + _CHUNK_SIZE, total)) for start in range(0, total, _CHUNK_SIZE)]

@@ -23,7 +23,8 @@ def render_template(template: str, **values: Any) -> str:
     )
     environment.filters["breakable"] = _split_at_punctuation
     environment.filters["cost"] = _format_cost
-    return environment.get_template(template).render(**values)
+    text = environment.get_template(template).render(**values)
+    return text.encode("utf-8", "backslashreplace").decode()  # paths may contain bytes that are not UTF-8
 
 
 def _split_at_punctuation(text: str) -> list[str]:

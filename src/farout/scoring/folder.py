@@ -151,7 +151,8 @@ def read_scores(path: str | Path) -> Scores:
 
 def _read_table(file: Path) -> pd.DataFrame:
     if file.suffix == ".parquet":
-        return pd.read_parquet(file)
+        with file.open("rb") as opened:  # pyarrow opens only paths in UTF-8
+            return pd.read_parquet(opened)
     # keys such as "NA" or "007" are strings, and scores are read to the last bit
     missing = {name: _MISSING for name in pd.read_csv(file, nrows=0).columns if name != "key"}
     return pd.read_csv(file, dtype={"key": str}, keep_default_na=False, na_values=missing, float_precision="round_trip")
@@ -261,7 +262,8 @@ def _write_tables(
                 table = measurements.to_table()
                 if writer is None:  # no file where no image could be read
                     temporary = stack.enter_context(store.atomic_file(out / "measurements.parquet"))
-                    writer = stack.enter_context(pq.ParquetWriter(temporary, table.schema, compression="zstd"))
+                    file = stack.enter_context(temporary.open("wb"))  # pyarrow opens only paths in UTF-8
+                    writer = stack.enter_context(pq.ParquetWriter(file, table.schema, compression="zstd"))
                 writer.write_table(table)
             scores.append(part_scores if source.policy == "skip" else part_scores.reindex(keys))
     joined = Scores.join(scores)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from farout.cli.terminal import print_text
 from farout.core import store
 from farout.detectors.base import Detector, load
 from farout.detectors.fitting import recalibrate
@@ -51,4 +52,4 @@ def print_calibration(detector: Detector, arguments: Mapping[str, Any]) -> None:
     """Prints the number of calibration images, the false-alarm rate and the folder."""
     method, folder = describe_detector(detector)["method"], arguments["out"] or arguments["detector"]
     counts = f"{len(detector.calibration)} calibration images"
-    print(f"{method} calibrated: {counts}, alpha {detector.alpha}; written to {folder}")
+    print_text(f"{method} calibrated: {counts}, alpha {detector.alpha}; written to {folder}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from farout.cli.tables import new_table, print_table
+from farout.cli.terminal import print_text
 from farout.core.errors import UsageError
 from farout.detectors.base import load
 from farout.evaluation.evaluate import evaluate as evaluate_detector
@@ -121,10 +122,10 @@ def print_metrics(evaluation: Evaluation) -> None:
         table.add_row(str(row["detector"]), str(row["ood"]), auroc, *numbers)
     print_table(table)
     if "images_per_s" in columns and own["images_per_s"].isna().any():
-        print("–: not measured, because features or scores were stored before")
+        print_text("–: not measured, because features or scores were stored before")
     for pair in evaluation.differences.to_dict("records"):
         if pair["difference"] == pair["difference"]:  # not NaN
             interval = f"{pair['difference']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})"
-            print(f"AUROC difference {pair['first']} - {pair['second']}, {pair['ood']}: {interval}")
+            print_text(f"AUROC difference {pair['first']} - {pair['second']}, {pair['ood']}: {interval}")
     for path in evaluation.paths:
-        print(path)
+        print_text(path)

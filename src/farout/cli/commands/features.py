@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from farout.cli.tables import new_table, print_table
+from farout.cli.terminal import print_text
 from farout.features.cache import CachedFeatureSet, cache_folder, clear_cache, list_cached_features
 from farout.features.extraction import Extraction
 
@@ -35,19 +36,19 @@ def clear_features(name: str | None = None) -> list[CachedFeatureSet]:
 def print_extraction(extraction: Extraction) -> None:
     """Prints counts, the reasons of up to five unreadable images, the folder and the speed."""
     unreadable = f", {len(extraction.unreadable)} unreadable" if extraction.unreadable else ""
-    print(f"{extraction.source}: {extraction.computed} computed, {extraction.found} already stored{unreadable}")
+    print_text(f"{extraction.source}: {extraction.computed} computed, {extraction.found} already stored{unreadable}")
     for key, reason in list(extraction.unreadable.items())[:5]:
-        print(f"  {key}: {reason}")
-    print(f"  {extraction.folder}")
+        print_text(f"  {key}: {reason}")
+    print_text(f"  {extraction.folder}")
     images = extraction.computed + extraction.found
-    print(f"  {extraction.seconds:.1f} s, {images / max(extraction.seconds, 1e-9):.1f} images/s")
+    print_text(f"  {extraction.seconds:.1f} s, {images / max(extraction.seconds, 1e-9):.1f} images/s")
 
 
 def print_stored_features(sets: list[CachedFeatureSet]) -> None:
     """Prints one row per set of features."""
     folder = cache_folder() / "features"
     if not sets:
-        print(f"no features are stored in {folder}; `farout features extract SOURCE` computes them")
+        print_text(f"no features are stored in {folder}; `farout features extract SOURCE` computes them")
         return
     table = new_table()
     table.add_column("name", no_wrap=True)
@@ -58,7 +59,7 @@ def print_stored_features(sets: list[CachedFeatureSet]) -> None:
     for each in sets:
         table.add_row(each.folder.name, *_describe_settings(each.settings), str(each.images), f"{each.mib:.1f}")
     print_table(table)
-    print(f"{sum(each.mib for each in sets):.1f} MiB in {folder}")
+    print_text(f"{sum(each.mib for each in sets):.1f} MiB in {folder}")
 
 
 def _describe_settings(settings: dict[str, Any]) -> list[str]:
@@ -75,4 +76,4 @@ def _describe_settings(settings: dict[str, Any]) -> list[str]:
 def print_deleted_features(sets: list[CachedFeatureSet]) -> None:
     """Prints the number and size of the deleted folders."""
     images, mib = sum(each.images for each in sets), sum(each.mib for each in sets)
-    print(f"deleted {len(sets)} feature folders ({images} images, {mib:.1f} MiB) from {cache_folder()}")
+    print_text(f"deleted {len(sets)} feature folders ({images} images, {mib:.1f} MiB) from {cache_folder()}")

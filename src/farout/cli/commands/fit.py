@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from farout.cli.terminal import print_text
 from farout.core import store
 from farout.core.devices import num_processes
 from farout.core.errors import FaroutError, StoreError
@@ -84,4 +85,4 @@ def print_detector(detector: Detector, arguments: Mapping[str, Any]) -> None:
     about = describe_detector(detector)
     counts = f"{about['statistics_images']} statistics and {about['calibration_images']} calibration images"
     settings = f"score {detector.score_name}, alpha {detector.alpha}"
-    print(f"{about['method']} fitted: {counts}, {settings}; written to {arguments['out']}")
+    print_text(f"{about['method']} fitted: {counts}, {settings}; written to {arguments['out']}")

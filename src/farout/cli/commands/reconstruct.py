@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from farout.cli.output import print_existing
+from farout.cli.terminal import print_text
 from farout.core.runtime import Runtime
 from farout.diffusion.image_to_image import DenoisingSpacing
 from farout.synthesis.reconstruct import ReconstructedFolder
@@ -72,5 +73,5 @@ def reconstruct(
 def print_reconstructed_folder(result: ReconstructedFolder) -> None:
     """Prints the number of reconstructions and the paths."""
     requested = f", {result.requested} requested" if result.images != result.requested else ""
-    print(f"{result.images} reconstructions, {result.generated} new{requested}")
+    print_text(f"{result.images} reconstructions, {result.generated} new{requested}")
     print_existing(result.folder, "images", "manifest.csv", "page.html")

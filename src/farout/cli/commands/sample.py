@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from farout.cli.terminal import print_text
 from farout.core.devices import Precision
 from farout.core.runtime import Runtime
 from farout.diffusion.model import DiffusionModel
@@ -59,6 +60,6 @@ def print_sampled_folder(result: SampledFolder) -> None:
     earlier = ""
     if result.images > result.requested:
         earlier = f", {result.requested} requested: the folder has more images from an earlier run"
-    print(f"{result.images} images, {result.new} new{earlier}")
+    print_text(f"{result.images} images, {result.new} new{earlier}")
     for path in filter(None, (result.folder, result.contact_sheet)):
-        print(f"  {path}")
+        print_text(f"  {path}")

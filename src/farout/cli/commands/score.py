@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from farout.cli.output import print_existing
+from farout.cli.terminal import print_text
 from farout.data.image_source import Policy
 from farout.detectors.base import load
 from farout.report.overlays import FOLDER, check_has_maps, write_overlays
@@ -56,9 +57,11 @@ def print_scored_folder(scored: ScoredFolder) -> None:
     total = sum(scored.counts.values())
     others = "".join(f", {count} {status}" for status, count in scored.counts.items() if status != "ok")
     new = {0: "none", total: "all"}.get(scored.scored_now, str(scored.scored_now))
-    print(f"{total} images: {scored.counts.get('ok', 0)} scored ({scored.flagged} flagged){others}; {new} new")
+    print_text(f"{total} images: {scored.counts.get('ok', 0)} scored ({scored.flagged} flagged){others}; {new} new")
     for key, reason in list(scored.unreadable.items())[:_SHOWN_UNREADABLE]:
-        print(f"  unreadable: {key}: {reason}")
+        print_text(f"  unreadable: {key}: {reason}")
     if len(scored.unreadable) > _SHOWN_UNREADABLE:
-        print(f"  … and {len(scored.unreadable) - _SHOWN_UNREADABLE} more unreadable images, listed in manifest.json")
+        print_text(
+            f"  … and {len(scored.unreadable) - _SHOWN_UNREADABLE} more unreadable images, listed in manifest.json"
+        )
     print_existing(scored.folder, "scores.csv", "measurements.parquet", "manifest.json", "page.html")

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from farout.classifiers.model import Classifier
 from farout.cli.output import print_existing
+from farout.cli.terminal import print_text
 from farout.core.devices import is_main_process, resolve_device
 from farout.core.runtime import Runtime
 from farout.data.sources import open_source
@@ -83,5 +84,5 @@ def synthesize(
 def print_outlier_folder(outliers: OutlierFolder) -> None:
     """Prints the number of outliers and the paths."""
     requested = f", {outliers.requested} requested" if outliers.images != outliers.requested else ""
-    print(f"{outliers.images} outliers, {outliers.generated} new{requested}")
+    print_text(f"{outliers.images} outliers, {outliers.generated} new{requested}")
     print_existing(outliers.folder, "images", "reconstructions", "manifest.csv", "quality.csv", "page.html")

@@ -7,6 +7,7 @@ from typing import Any
 
 from farout.classifiers.model import Classifier
 from farout.classifiers.outlier_exposure import Exposure, describe_classes
+from farout.cli.terminal import print_text
 
 __all__ = ["check_settings", "print_classifier"]
 
@@ -21,13 +22,13 @@ def print_classifier(classifier: Classifier, arguments: Mapping[str, Any]) -> No
     about = classifier.provenance
     images = f"trained on {about['images']} images" if "images" in about else "with the given weights, not trained"
     size = f"{describe_classes(classifier)} ({classifier.parameters:,} parameters)"
-    print(f"Classifier {images}, {size}; written to {arguments['out']}")
+    print_text(f"Classifier {images}, {size}; written to {arguments['out']}")
     for kind in ("outliers", "reconstructions"):
         if kind in about:
-            print(f"{about[kind]['images']} {kind} from {about[kind]['source']}, loss {about['exposure']['loss']}")
+            print_text(f"{about[kind]['images']} {kind} from {about[kind]['source']}, loss {about['exposure']['loss']}")
     # only the first of several processes measures the accuracy
     if "held_out_accuracy" in about:
-        print(f"accuracy {about['held_out_accuracy']:.3f} on {about['held_out_images']} held-out images")
+        print_text(f"accuracy {about['held_out_accuracy']:.3f} on {about['held_out_images']} held-out images")
     elif "possibly_seen_accuracy" in about:
         count = f"{about['possibly_seen_images']} images (which the given weights may have seen)"
-        print(f"accuracy {about['possibly_seen_accuracy']:.3f} on {count}")
+        print_text(f"accuracy {about['possibly_seen_accuracy']:.3f} on {count}")

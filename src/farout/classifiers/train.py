@@ -31,6 +31,7 @@ from farout.data.classes import (
     labelled_fingerprint,
 )
 from farout.data.image_source import ImageSource
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.sources import open_source
 from farout.data.splits import log_split, split_off_validation, split_source
 from farout.training.checkpoints import discard_checkpoints, training_folder
@@ -188,6 +189,7 @@ def train_classifier(
     statistics: int = 400,
     groups: Literal["none", "folder"] = "none",
     policy: Literal["raise", "skip"] = "raise",
+    reading: ReadSettings = DEFAULT_READING,
     seed: int = 0,
     resume: bool = False,
 ) -> Classifier:
@@ -219,6 +221,7 @@ def train_classifier(
         statistics: number of images to hold out for the statistics of a later fit; at most as many as are trained on.
         groups: `folder`: keep images of one folder in the same part of the split.
         policy: what to do with an unreadable image: `raise` an error, or `skip` it.
+        reading: how image files are read.
         seed: seed of the sample, split, weights and augmentation.
         resume: continue training from the last checkpoint.
 
@@ -239,10 +242,11 @@ def train_classifier(
         else open_outliers(reconstructions, policy=policy, kind="reconstructions"),
         source_keys=read_source_keys(outliers) if exposure.paired and outliers is not None else {},
     )
-    images = open_source(source, limit=limit, seed=seed, policy=policy)
+    images = open_source(source, limit=limit, seed=seed, policy=policy, reading=reading)
     class_names = class_names_of(images)
     parts = split_source(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
     log_split(images, parts)
+    images.warn_about_reading()
     settings = replace(training, seed=seed)
     folder = training_folder(out)
     training_images = images.subset(parts.training)

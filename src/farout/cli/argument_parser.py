@@ -140,6 +140,8 @@ class Parser(jsonargparse.ArgumentParser):
                 if is_none and action is not None and type(None) in typing.get_args(_type_of(action)):
                     joined.append(f"{flag}=null")  # descriptions say None, YAML says null
                     del rest[: 0 if equals else 1]
+                elif action is not None and not equals and re.match(r"-[0-9.]", rest[0] if rest else ""):
+                    joined.append(f"{flag}={rest.pop(0)}")  # argparse takes -1000:3000 for a flag
                 else:
                     joined.append(word)
                 continue

@@ -36,6 +36,12 @@ class ReadSettings:
     max_pixels: int = 89_478_485
     max_bytes: int = 2**30
 
+    def to_dict(self) -> dict[str, str]:
+        """Return the settings that decide pixels and keys, as plain values."""
+        value_range = self.value_range
+        text = format_value_range(value_range) if isinstance(value_range, tuple) else str(value_range)
+        return {"value_range": text, "frames": self.frames}
+
     def __post_init__(self) -> None:
         if isinstance(self.value_range, str) and self.value_range != FULL_RANGE:
             object.__setattr__(self, "value_range", parse_value_range(self.value_range))

@@ -9,7 +9,7 @@ import numpy as np
 
 from farout.core.progress import task
 from farout.data.image_source import Policy
-from farout.data.sources import open_source
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.detectors import saving
 from farout.detectors.calibration import (
     check_fitted,
@@ -57,22 +57,31 @@ class Detector(DetectorInterface):
         fit(self, images, diffusion, classifier, FitSettings(**settings))
         return self
 
-    def score(self, images: Any, *, limit: int | None = None, policy: Policy = "nan") -> Scores:
+    def score(
+        self,
+        images: Any,
+        *,
+        limit: int | None = None,
+        policy: Policy = "nan",
+        reading: ReadSettings = DEFAULT_READING,
+    ) -> Scores:
         """Score every image of a source, in its order.
 
         Args:
             images: any image source.
             limit: a seeded sample of this many images.
             policy: for an unreadable image: `nan` (a row without score), `skip` (no row) or `raise`.
+            reading: how image files are read; without a value range, that of the fitted images is used.
         """
         check_fitted(self)
-        source = open_source(images, policy=policy, limit=limit, seed=self.seed)
+        source = self.open_images(images, policy=policy, limit=limit, reading=reading)
         parts = [Scores.empty(self.calibration_scores)]
         with task("scoring", len(source)) as bar:
             for batch in self.load_batches(source):
                 if batch.keys:
                     parts.append(self.score_measurements(self.measure(batch)))
                 bar.advance(len(batch.keys))
+        source.warn_about_reading()
         scores = Scores.join(parts)
         warn_about_scores(scores.score, source.name)
         return scores if source.policy == "skip" else scores.reindex(source.keys)

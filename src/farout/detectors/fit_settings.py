@@ -9,6 +9,7 @@ from typing import Literal
 
 from farout.core.runtime import Runtime
 from farout.data.preprocessing import Protocol
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.diffusion.config import DiffusionConfig
 from farout.training.config import TrainingConfig
 
@@ -38,6 +39,7 @@ class FitSettings:
         checkpoints: folder of the training checkpoints; default: OUT.training (in Python: no checkpoints).
         resume: continue training from the last checkpoint.
         runtime: how networks are run.
+        reading: how image files are read.
     """
 
     limit: int | None = None
@@ -54,6 +56,7 @@ class FitSettings:
     checkpoints: Path | None = None
     resume: bool = False
     runtime: Runtime = field(default_factory=Runtime)
+    reading: ReadSettings = DEFAULT_READING
 
     def resolve_training(self, training: TrainingConfig) -> TrainingConfig:
         """Returns the training settings with the seed of the fit, and with its device and precision instead of

@@ -20,6 +20,7 @@ from farout.core.progress import task
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing, is_all_gray
+from farout.data.read_settings import DEFAULT_READING, ReadSettings, format_value_range
 from farout.data.source_spec import parse_spec
 from farout.data.sources import open_source
 from farout.data.splits import Split, calibration_size, log_split, split_source
@@ -52,9 +53,12 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
     check_alpha(settings.alpha)
     if settings.statistics is not None and settings.statistics < 2:
         raise FaroutError(f"statistics require at least 2 images, got {settings.statistics}")
-    source = open_source(images, limit=settings.limit, seed=settings.seed, policy=settings.policy)
+    source = open_source(
+        images, limit=settings.limit, seed=settings.seed, policy=settings.policy, reading=settings.reading
+    )
     detector.diffusion = _load_diffusion(detector, diffusion)
     detector.classifier = _load_classifier(detector, classifier, source)
+    source = _with_range_of_networks(detector, source)
     detector.calibration_scores = {}  # a detector whose fit fails is not fitted, whatever an earlier fit has left
     detector.reset_statistics()
     if requirements.backbone:
@@ -65,10 +69,16 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
         source.subset(indices) for indices in (parts.training, parts.statistics, parts.calibration)
     )
     log_split(source, parts)
+    source.warn_about_reading()
+    if source.value_range is not None and source.reading.value_range is None:
+        text = format_value_range(source.value_range)
+        logger.info("value range %s, estimated from the images; another is given with --value-range", text)
     detector.alpha, detector.seed = settings.alpha, settings.seed
     if requirements.backbone:
         # features of the training images need the backbone on its device
-        detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
+        detector.preprocessing = replace(
+            detector.build_preprocessing(source, settings.protocol), value_range=source.value_range
+        )
         detector.attach_runtime(settings.runtime)
 
     if requirements.diffusion == "images" or requirements.classifier:
@@ -87,9 +97,13 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
         # the network's own preprocessing, with the native size of the images that are in-distribution in this fit
         own = cast("DiffusionModel | Classifier", network).preprocessing
         native = Preprocessing.for_source(source, crop=own.crop, largest=1 << 20).native
-        detector.preprocessing = replace(own, native=native, protocol=settings.protocol or own.protocol)
+        detector.preprocessing = replace(
+            own, native=native, protocol=settings.protocol or own.protocol, value_range=source.value_range
+        )
     elif not requirements.backbone:
-        detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
+        detector.preprocessing = replace(
+            detector.build_preprocessing(source, settings.protocol), value_range=source.value_range
+        )
     detector.attach_runtime(settings.runtime)
 
     detector.prepare_statistics(statistics_images)
@@ -115,6 +129,9 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
             "statistics": len(statistics_images),
             "calibration": len(calibration_images),
         },
+        "unreadable": len(source.unreadable),
+        "left_out": source.left_out,
+        "further_frames": sum(source.further_frames.values()),
         "groups": settings.groups if isinstance(settings.groups, str) else "given",
     }
 
@@ -144,6 +161,7 @@ def recalibrate(
     alpha: float | None = None,
     policy: Literal["raise", "skip"] = "raise",
     must_flag: bool = False,
+    reading: ReadSettings = DEFAULT_READING,
 ) -> D:
     """Compute the p-values of a fitted detector from other normal images; nothing is trained.
 
@@ -153,11 +171,12 @@ def recalibrate(
     check_fitted(detector)
     alpha = detector.alpha if alpha is None else alpha
     check_alpha(alpha)
-    source = open_source(images, limit=limit, seed=detector.seed, policy=policy)
+    source = detector.open_images(images, limit=limit, policy=policy, reading=reading)
     seen = detector.statistics_hashes | detector.trained_on
     hashes = {i: content for i, content in enumerate(source.content_hashes()) if content is not None}
     new = [i for i, content in hashes.items() if content not in seen]
     used = len(hashes) - len(new)
+    source.warn_about_reading()
     if not new:
         readable = f"{len(hashes)} of {len(source)} images can be read"
         raise FaroutError(f"{readable}, and {used} of these were used to fit this detector; calibrate on others")
@@ -214,6 +233,20 @@ def source_spec(images: Any) -> str | None:
     if spec.kind != "path":
         return text
     return str(Path(spec.location).expanduser().resolve()) + text.removeprefix(spec.location)
+
+
+def _with_range_of_networks(detector: DetectorInterface, source: ImageSource) -> ImageSource:
+    """Return the source with the value range that the given networks were trained with, unless another is declared."""
+    for network in (detector.diffusion, detector.classifier):
+        preprocessing = getattr(network, "preprocessing", None)
+        value_range = None if preprocessing is None else preprocessing.value_range
+        if value_range is not None:
+            source = source.with_value_range(value_range)
+            if source.reading.value_range != value_range:
+                name = type(network).__name__
+                message = f"the {name} was trained with the value range {format_value_range(value_range)}"
+                warnings.warn(f"{message}, and another is given", MisleadingResultWarning, stacklevel=4)
+    return source
 
 
 def _load_diffusion(detector: DetectorInterface, diffusion: Any) -> DiffusionModel | FeatureDiffusion | None:

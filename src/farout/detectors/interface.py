@@ -16,8 +16,10 @@ from farout.core.devices import Precision
 from farout.core.errors import FaroutError
 from farout.core.runtime import Runtime
 from farout.data.batching import Batch, iterate_batches
-from farout.data.image_source import ImageSource
+from farout.data.image_source import ImageSource, Policy
 from farout.data.preprocessing import Preprocessing, Protocol
+from farout.data.read_settings import DEFAULT_READING, FULL_RANGE, ReadSettings
+from farout.data.sources import open_source
 from farout.detectors.declarations import HeatMaps, Requirements
 from farout.detectors.results import Measurements
 
@@ -176,6 +178,18 @@ class DetectorInterface(Configured, ABC):
         """Number of images measured together."""
         shape = (self.preprocessing.channels, *self.preprocessing.size)
         return self.runtime.images_per_batch(shape, self.rows_per_image)
+
+    def open_images(
+        self,
+        images: Any,
+        *,
+        limit: int | None = None,
+        policy: Policy = "nan",
+        reading: ReadSettings = DEFAULT_READING,
+    ) -> ImageSource:
+        """Open images that are to be scored, with the value range of the fitted ones unless `reading` has another."""
+        source = open_source(images, policy=policy, limit=limit, seed=self.seed, reading=reading)
+        return source.with_value_range(self.preprocessing.value_range or FULL_RANGE)
 
     def load_batches(self, source: ImageSource) -> Iterator[Batch]:
         """Load `batch_size` images at a time for `measure`; unreadable images are missing in their batch."""

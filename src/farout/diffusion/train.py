@@ -23,6 +23,7 @@ from farout.data.classes import (
 )
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.sources import open_source
 from farout.data.splits import log_split, split_off_validation, split_source
 from farout.diffusion import diffusers_folders as folders
@@ -224,6 +225,7 @@ def train_diffusion(
     statistics: int = 400,
     groups: Literal["none", "folder"] = "none",
     policy: Literal["raise", "skip"] = "raise",
+    reading: ReadSettings = DEFAULT_READING,
     seed: int = 0,
     resume: bool = False,
 ) -> DiffusionModel:
@@ -245,6 +247,7 @@ def train_diffusion(
         statistics: number of images to hold out for the statistics of a later fit; at most as many as are trained on.
         groups: `folder`: keep images of one folder in the same part of the split.
         policy: what to do with an unreadable image: `raise` an error, or `skip` it.
+        reading: how image files are read.
         seed: seed of the sample, split, weights and noise.
         resume: continue training from the last checkpoint.
 
@@ -254,13 +257,14 @@ def train_diffusion(
         StoreError: where `out` contains something else, an autoencoder that cannot be read, and a resume that differs.
     """
     store.check_replaceable(out, KIND)
-    images = open_source(source, limit=limit, seed=seed, policy=policy)
+    images = open_source(source, limit=limit, seed=seed, policy=policy, reading=reading)
     torch.manual_seed(seed)
     inner = None if autoencoder is None else folders.read_autoencoder(Path(autoencoder))
     new_model = build_model(model, model.preprocess(images), inner, model.class_names(images))
     _check_objective(new_model, model.objective)
     parts = split_source(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
     log_split(images, parts)
+    images.warn_about_reading()
     settings = replace(training, seed=seed)
     folder = training_folder(out)
     trained = train_model(

@@ -16,7 +16,7 @@ import torch
 from farout.core import store
 from farout.core.errors import FaroutError, MisleadingResultWarning
 from farout.data.image_source import ImageSource
-from farout.data.sources import open_source
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.detectors.base import Detector
 from farout.detectors.calibration import check_fitted, compute_p_values
 from farout.evaluation.baselines import EvaluatedDetector, fit_baselines, method_name
@@ -83,6 +83,7 @@ def evaluate(
     baseline_limit: int | None = 1000,
     ood_subsets: int = 0,
     name: str | None = None,
+    reading: ReadSettings = DEFAULT_READING,
 ) -> Evaluation:
     """Score in-distribution and out-of-distribution images, and compute metrics for every indicator of the detector.
 
@@ -104,6 +105,7 @@ def evaluate(
         ood_subsets: number of random subsets of the out-of-distribution images, over which averages of the metrics are
             written to `subsets.csv`, as in many papers (see `average_over_subsets`); 0: none.
         name: name of the detector in the tables; None: that of its method.
+        reading: how image files are read; without a value range, that of the fitted images is used.
 
     Raises:
         FaroutError: the detector is not fitted, there is no out-of-distribution source, `ood_subsets` is
@@ -118,9 +120,7 @@ def evaluate(
     if isinstance(ood_sources, str) or not len(ood_sources):
         raise FaroutError(f"out-of-distribution sources must be a list of at least one source, got {ood_sources!r}")
     out = Path(out)
-    sources = [
-        open_source(images, policy="nan", limit=limit, seed=detector.seed) for images in (id_source, *ood_sources)
-    ]
+    sources = [detector.open_images(images, limit=limit, reading=reading) for images in (id_source, *ood_sources)]
     _warn_of_seen_images(detector, sources[0])
 
     own = EvaluatedDetector(name or method_name(detector), detector, out / "scores")

@@ -16,7 +16,7 @@ from farout.core.errors import FaroutError
 from farout.core.progress import task
 from farout.data.decoding import save_png, to_pil
 from farout.data.image_source import Policy
-from farout.data.sources import open_source
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.detectors.base import Detector
 from farout.detectors.calibration import check_fitted
 from farout.detectors.declarations import HeatMaps
@@ -46,7 +46,13 @@ def check_has_maps(detector: Detector) -> None:
 
 
 def write_overlays(
-    detector: Detector, images: Any, out: str | Path, *, limit: int | None = None, policy: Policy = "nan"
+    detector: Detector,
+    images: Any,
+    out: str | Path,
+    *,
+    limit: int | None = None,
+    policy: Policy = "nan",
+    reading: ReadSettings = DEFAULT_READING,
 ) -> int:
     """Write `out/<key>.png`, the image with its map, for every readable image.
 
@@ -60,6 +66,7 @@ def write_overlays(
         out: folder of the overlays.
         limit: use a seeded random sample of this many images, as in `score_folder`; None: all.
         policy: what to do with an unreadable image: leave it out, or `raise`.
+        reading: how image files are read, as in `score_folder`.
 
     Returns:
         Number of files written by this call.
@@ -69,7 +76,7 @@ def write_overlays(
     """
     check_has_maps(detector)
     check_fitted(detector)
-    source, out = open_source(images, policy=policy, limit=limit, seed=detector.seed), Path(out)
+    source, out = detector.open_images(images, policy=policy, limit=limit, reading=reading), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     heat_maps = detector.heat_maps or HeatMaps()
     (out / "README.txt").write_text(_README.format(unit=heat_maps.unit, brightest=heat_maps.maximum), encoding="utf-8")

@@ -27,7 +27,7 @@ from farout.core.errors import (
 from farout.core.progress import task
 from farout.data.image_source import ImageSource, Policy
 from farout.data.preprocessing import find_mismatches
-from farout.data.sources import open_source
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.splits import calibration_size
 from farout.detectors.base import Detector, Measurements, Scores
 from farout.detectors.calibration import benjamini_hochberg, check_fitted, warn_about_scores
@@ -73,6 +73,7 @@ def score_folder(
     policy: Policy = "nan",
     top_images: int = 24,
     fdr: float | None = None,
+    reading: ReadSettings = DEFAULT_READING,
 ) -> ScoredFolder:
     """Score images into a folder: `scores.csv`, `measurements.parquet`, `manifest.json` and `page.html`.
 
@@ -86,6 +87,7 @@ def score_folder(
         policy: for an unreadable image: `nan` (listed, without score), `skip` or `raise`.
         top_images: number of images with the highest scores on the page.
         fdr: adds a column `selected`: images chosen by Benjamini-Hochberg at this false discovery rate.
+        reading: how image files are read; without a value range, that of the fitted images is used.
 
     Raises:
         FaroutError: for a detector that is not fitted, a negative `top_images`, or a rate that is not between 0 and 1.
@@ -97,7 +99,7 @@ def score_folder(
         raise FaroutError(
             f"top_images is {top_images}, fdr is {fdr}; expected 0 images or more, and a rate between 0 and 1"
         )
-    source, out = open_source(images, policy=policy, limit=limit, seed=detector.seed), Path(out)
+    source, out = detector.open_images(images, policy=policy, limit=limit, reading=reading), Path(out)
     for message in find_mismatches(source, detector.preprocessing, fitted_gray=detector.provenance.get("gray", False)):
         warnings.warn(message, MisleadingResultWarning, stacklevel=2)
     calibration_images = len(detector.calibration)
@@ -108,6 +110,7 @@ def score_folder(
         "detector": detector.fingerprint,
         "source": source.name,
         "policy": source.policy,
+        "reading": source.reading.to_dict(),
         "fdr": fdr,
         "images": len(source),
         "images_per_part": _IMAGES_PER_PART,
@@ -132,6 +135,7 @@ def score_folder(
         # the manifest is written last: a folder with a manifest is finished
         store.write_json(out / _MANIFEST, manifest)
     shutil.rmtree(out / _PARTS, ignore_errors=True)
+    source.warn_about_reading()
     return ScoredFolder(out, manifest["counts"], manifest["flagged"], manifest["unreadable"], scored_now, seconds)
 
 
@@ -280,5 +284,7 @@ def _write_tables(
         "counts": dict(sorted(Counter(joined.status).items())),
         "flagged": int(joined.is_ood.sum()),
         "unreadable": unreadable,
+        "left_out": source.left_out,
+        "further_frames": sum(source.further_frames.values()),
         "versions": store.versions(),
     }

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from farout.cli.terminal import print_text
 from farout.core import store
+from farout.data.read_settings import ReadSettings
 from farout.detectors.base import Detector, load
 from farout.detectors.fitting import recalibrate
 from farout.detectors.saving import describe_detector
@@ -23,6 +24,7 @@ def calibrate(
     limit: int | None = None,
     alpha: float | None = None,
     policy: Literal["raise", "skip"] = "raise",
+    reading: ReadSettings,
     runtime: dict[str, Any],
 ) -> Detector:
     """Recompute a detector's p-values from other normal images, without training.
@@ -36,6 +38,7 @@ def calibrate(
         limit: use a seeded random sample of this many images; default: all.
         alpha: new false-alarm rate; default: that of the fit.
         policy: what to do with an unreadable image: `raise` an error, or `skip` it.
+        reading: how image files are read.
         runtime: runtime settings that replace those of the fit.
     """
     if out is not None:
@@ -43,7 +46,9 @@ def calibrate(
     # a detector that works is not replaced by one that can flag nothing
     replaces = out is None or Path(out).resolve() == Path(detector).resolve()
     fitted = load(detector, **runtime)
-    recalibrated = recalibrate(fitted, source, limit=limit, alpha=alpha, policy=policy, must_flag=replaces)
+    recalibrated = recalibrate(
+        fitted, source, limit=limit, alpha=alpha, policy=policy, must_flag=replaces, reading=reading
+    )
     recalibrated.save(out or detector)
     return recalibrated
 

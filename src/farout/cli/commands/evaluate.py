@@ -10,6 +10,7 @@ from typing import Any
 from farout.cli.tables import new_table, print_table
 from farout.cli.terminal import print_text
 from farout.core.errors import UsageError
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.detectors.base import load
 from farout.evaluation.evaluate import evaluate as evaluate_detector
 from farout.evaluation.evaluate import evaluate_scores
@@ -35,6 +36,7 @@ def evaluate(
     baseline_images: str | None = None,
     baseline_limit: int | None = 1000,
     ood_subsets: int = 0,
+    reading: ReadSettings,
     runtime: dict[str, Any],
 ) -> Evaluation:
     """Evaluate a detector, or given scores, on out-of-distribution images.
@@ -54,6 +56,7 @@ def evaluate(
         baseline_limit: maximum number of images to fit the trivial baselines and the random weights on.
         ood_subsets: also write OUT/subsets.csv: metrics over this many random subsets with one out-of-distribution
             image per five in-distribution images, as in many papers; 0: off.
+        reading: how image files are read.
         runtime: runtime settings that replace those of the fit.
     """
     if scores:
@@ -66,6 +69,7 @@ def evaluate(
         ood,
         out,
         limit=limit,
+        reading=reading,
         standard_baselines=standard_baselines,
         trivial_baselines=trivial_baselines,
         random_weights_baseline=random_weights_baseline,
@@ -82,6 +86,7 @@ def check_settings(
     ood: Sequence[str],
     scores: Sequence[str],
     out: str | None,
+    reading: ReadSettings,
     runtime: Mapping[str, Any],
     **others: Any,
 ) -> None:
@@ -92,7 +97,8 @@ def check_settings(
         if detector is not None or id is not None or ood:
             raise UsageError("--scores evaluates score tables; leave out the detector, --id and --ood")
         parameters = inspect.signature(evaluate).parameters
-        unused = [*runtime, *(name for name, value in others.items() if value != parameters[name].default)]
+        changed = [name for name, value in vars(reading).items() if value != getattr(DEFAULT_READING, name)]
+        unused = [*runtime, *changed, *(name for name, value in others.items() if value != parameters[name].default)]
         if unused:
             raise UsageError(f"with --scores, {', '.join(unused)} has no effect; leave it out")
         return

@@ -14,6 +14,7 @@ from farout.core import store
 from farout.core.devices import num_processes
 from farout.core.errors import FaroutError, StoreError
 from farout.core.runtime import Runtime
+from farout.data.read_settings import ReadSettings
 from farout.detectors import DETECTORS
 from farout.detectors.base import Detector
 from farout.detectors.fit_settings import FitSettings
@@ -38,6 +39,7 @@ def fit(
     preset: str | None = None,
     arguments: dict[str, Any],
     settings: FitSettings,
+    reading: ReadSettings,
     runtime: Runtime,
     model: DiffusionConfig | None = None,
     training: TrainingConfig | None = None,
@@ -54,6 +56,7 @@ def fit(
         preset: preset that `arguments` started from.
         arguments: settings of the method.
         settings: settings of the fit.
+        reading: how image files are read.
         runtime: how networks are run.
         model: settings of the diffusion model that is trained if none is given.
         training: settings of that training.
@@ -71,7 +74,14 @@ def fit(
     detector: Detector = DETECTORS[method].load()(**arguments)
     detector.provenance["preset"] = preset or ""
     checkpoints = settings.checkpoints or training_folder(out)
-    settings = replace(settings, checkpoints=checkpoints, runtime=runtime, diffusion_config=model, training=training)
+    settings = replace(
+        settings,
+        checkpoints=checkpoints,
+        runtime=runtime,
+        reading=reading,
+        diffusion_config=model,
+        training=training,
+    )
     started = time.perf_counter()
     detector.fit(source, diffusion, classifier, **vars(settings))
     detector.provenance["fit_s"] = round(time.perf_counter() - started, 1)

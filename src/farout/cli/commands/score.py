@@ -8,6 +8,7 @@ from typing import Any
 from farout.cli.output import print_existing
 from farout.cli.terminal import print_text
 from farout.data.image_source import Policy
+from farout.data.read_settings import ReadSettings
 from farout.detectors.base import load
 from farout.report.overlays import FOLDER, check_has_maps, write_overlays
 from farout.scoring.folder import ScoredFolder, score_folder
@@ -28,6 +29,7 @@ def score(
     top_images: int = 24,
     fdr: float | None = None,
     maps: bool = False,
+    reading: ReadSettings,
     runtime: dict[str, Any],
 ) -> ScoredFolder:
     """Score images with a detector: table, measurements and HTML report.
@@ -41,14 +43,17 @@ def score(
         top_images: number of images with the highest scores in the report.
         fdr: add a table column that selects images by Benjamini-Hochberg at this false discovery rate.
         maps: also write a heat map of every image to OUT/maps (patches, reconstruction and denoising only).
+        reading: how image files are read.
         runtime: runtime settings that replace those of the fit.
     """
     fitted = load(detector, **runtime)
     if maps:
         check_has_maps(fitted)
-    scored = score_folder(fitted, source, out, limit=limit, policy=policy, top_images=top_images, fdr=fdr)
+    scored = score_folder(
+        fitted, source, out, limit=limit, policy=policy, top_images=top_images, fdr=fdr, reading=reading
+    )
     if maps:
-        write_overlays(fitted, source, Path(out) / FOLDER, limit=limit, policy=policy)
+        write_overlays(fitted, source, Path(out) / FOLDER, limit=limit, policy=policy, reading=reading)
     return scored
 
 

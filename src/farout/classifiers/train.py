@@ -31,6 +31,7 @@ from farout.data.classes import (
     labelled_fingerprint,
 )
 from farout.data.image_source import ImageSource
+from farout.data.normal_images import check_one_set
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.sources import open_source
 from farout.data.splits import log_split, split_off_validation, split_source
@@ -243,6 +244,7 @@ def train_classifier(
         source_keys=read_source_keys(outliers) if exposure.paired and outliers is not None else {},
     )
     images = open_source(source, limit=limit, seed=seed, policy=policy, reading=reading)
+    check_one_set(images)
     class_names = class_names_of(images)
     parts = split_source(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)
     log_split(images, parts)

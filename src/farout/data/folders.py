@@ -6,6 +6,7 @@ Every file that is not hidden is listed as an image, listed with the reason why 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ def list_folder(root: Path, reading: ReadSettings) -> Listing:
 
     Raises SourceError if there are no images, or the folder cannot be read.
     """
-    root = root / "images" if (root / "images").is_dir() and kind_of(root) is not None else root
+    root = root / "images" if os.path.isdir(root / "images") and kind_of(root) is not None else root
     scan = scan_folder(root)
     images = [path for path in scan.files if is_image_name(path)]
     others = [path for path in scan.files if not is_image_name(path)]

@@ -220,6 +220,7 @@ class ImageSource(Dataset[Tensor]):
         policy: treatment of unreadable images in batches and splits.
         reading: how image files become 8-bit pixels.
         left_out: what the source contains and the set does not: description and number of files.
+        splits: why these are several sets rather than one, and what to give instead; None if nothing says so.
     """
 
     keys: tuple[str, ...]
@@ -239,6 +240,7 @@ class ImageSource(Dataset[Tensor]):
         reading: ReadSettings = DEFAULT_READING,
     ) -> None:
         self.name, self.policy, self.reading, self.left_out = name, policy, reading, dict(listing.left_out)
+        self.splits = listing.splits
         self._variant, self._strength = variant, strength
         self._store = _ImageStore(listing, memory_mib)
         self._select(range(len(listing.keys)))

@@ -38,7 +38,7 @@ DEFAULT_STRENGTHS: dict[str, float | None] = {
 """The default strength of every variant; None: the variant has no strength."""
 
 _HUB = "hf://"
-_WILD = re.compile(r"[*?\[]")
+_WILD = re.compile(r"[*?\[]|\{[^{}]*(?:,|\.\.)[^{}]*\}")
 _SPLIT = re.compile(r"[\w.-]+")
 _NAMES = re.compile(r"@(?=(?:array|column|label|classes)=)")
 """The start of modifiers whose values may contain `/` and `@`: columns such as `image/encoded`, classes."""

@@ -19,6 +19,7 @@ from farout.core.errors import (
 from farout.core.progress import task
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
+from farout.data.normal_images import check_normal_images
 from farout.data.preprocessing import Preprocessing, is_all_gray
 from farout.data.read_settings import DEFAULT_READING, ReadSettings, format_value_range
 from farout.data.source_spec import parse_spec
@@ -56,6 +57,7 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
     source = open_source(
         images, limit=settings.limit, seed=settings.seed, policy=settings.policy, reading=settings.reading
     )
+    check_normal_images(source)
     detector.diffusion = _load_diffusion(detector, diffusion)
     detector.classifier = _load_classifier(detector, classifier, source)
     source = _with_range_of_networks(detector, source)
@@ -172,6 +174,7 @@ def recalibrate(
     alpha = detector.alpha if alpha is None else alpha
     check_alpha(alpha)
     source = detector.open_images(images, limit=limit, policy=policy, reading=reading)
+    check_normal_images(source)
     seen = detector.statistics_hashes | detector.trained_on
     hashes = {i: content for i, content in enumerate(source.content_hashes()) if content is not None}
     new = [i for i, content in hashes.items() if content not in seen]

@@ -22,6 +22,7 @@ from farout.data.classes import (
     labelled_fingerprint,
 )
 from farout.data.image_source import ImageSource
+from farout.data.normal_images import check_one_set
 from farout.data.preprocessing import Preprocessing
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.sources import open_source
@@ -258,6 +259,7 @@ def train_diffusion(
     """
     store.check_replaceable(out, KIND)
     images = open_source(source, limit=limit, seed=seed, policy=policy, reading=reading)
+    check_one_set(images)
     torch.manual_seed(seed)
     inner = None if autoencoder is None else folders.read_autoencoder(Path(autoencoder))
     new_model = build_model(model, model.preprocess(images), inner, model.class_names(images))

@@ -168,8 +168,6 @@ def test_tensors_and_arrays():
         source = open_source(given)
         assert source.keys == ("0", "1", "2")
         assert torch.equal(source[1], images[1])
-    with pytest.raises(SourceError, match=r"images\[:, None\]"):
-        open_source(torch.zeros(3, 8, 8))
     with pytest.raises(SourceError, match="0 to 255"):
         open_source(torch.tensor([0.0, 255.0]).reshape(1, 1, 1, 2))
     with pytest.raises(SourceError, match="empty"):
@@ -184,8 +182,6 @@ def test_lists_of_pictures_are_sources():
     assert torch.equal(source[1], images[1])
     with pytest.raises(SourceError, match="empty"):
         open_source([])
-    with pytest.raises(SourceError, match="item 1 of the list is a str"):
-        open_source([Image.new("L", (2, 2)), "x.png"])
 
 
 def test_a_broken_picture_is_one_unreadable_image():

@@ -1,133 +1,305 @@
-"""Readers of Python objects: arrays, lists of PIL images and torch Datasets."""
+"""Readers of Python objects in memory: arrays, lists, mappings and iterators of images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from farout.core.errors import SourceError, UnreadableImageError
-from farout.core.names import encode_name
-from farout.data.decoding import DecodedImage, from_pil, to_uint8, unreadable_errors
-from farout.data.file_listing import Listing, encode_labels, index_keys
+from farout.core.names import encode_key, expand_path
+from farout.data.decoding import DecodedImage
+from farout.data.file_listing import Listing, check_keys, encode_labels, index_keys
+from farout.data.image_objects import (
+    NO_LABEL,
+    FailedItem,
+    UnsupportedImageError,
+    check_image,
+    check_range,
+    class_of,
+    decode_object,
+    describe_error,
+    is_one_image,
+    path_of,
+    split_item,
+)
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 
-__all__ = ["list_array", "list_dataset", "list_pil_images"]
+__all__ = [
+    "encode_item_labels",
+    "list_array",
+    "list_items",
+    "list_iterable",
+    "list_mapping",
+    "probe_indices",
+]
 
-
-class _PILReader:
-    """Converts PIL images by index."""
-
-    def __init__(self, pictures: Sequence[Image.Image]) -> None:
-        self._pictures = tuple(pictures)
-
-    def __call__(self, index: int) -> DecodedImage:
-        return DecodedImage(_to_pixels(self._pictures[index], str(index)))
-
-
-def list_pil_images(pictures: Sequence[object]) -> Listing:
-    """List PIL images; raises SourceError if the sequence is empty or contains anything else."""
-    if not pictures:
-        raise SourceError("the list of images is empty; give at least one PIL image")
-    wrong = next((i for i, picture in enumerate(pictures) if not isinstance(picture, Image.Image)), None)
-    if wrong is not None:
-        kind = type(pictures[wrong]).__name__
-        raise SourceError(f"item {wrong} of the list is a {kind}, expected PIL images; stack tensors to (B, C, H, W)")
-    return Listing(index_keys(len(pictures)), _PILReader([p for p in pictures if isinstance(p, Image.Image)]))
-
-
-def _to_pixels(image: object, key: str) -> Tensor:
-    """Convert one item to uint8 (C, H, W); a wrong type or range is a SourceError, not an unreadable image."""
-    if isinstance(image, Image.Image):
-        with unreadable_errors(key):
-            return from_pil(image)
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image))
-    if not isinstance(image, Tensor):
-        raise SourceError(f"item {key} is a {type(image).__name__}, expected a tensor or PIL image, or (image, label)")
-    if image.ndim != 3:
-        raise SourceError(f"item {key} has shape {tuple(image.shape)}, expected (C, H, W)")
-    return to_uint8(image.detach().cpu(), f"item {key}")
+_ITEM_BYTES = 256
+"""Memory that an item needs in addition to its pixels, roughly."""
 
 
-class _DatasetReader:
-    """Reads the images of a torch Dataset by index."""
+def list_array(
+    images: np.ndarray | Tensor,
+    labels: Sequence[object] | None = None,
+    where: str = "images",
+    reading: ReadSettings = DEFAULT_READING,
+) -> Listing:
+    """List the images of an array or tensor, of values as `decode_object` reads them.
 
-    def __init__(self, dataset: Dataset[Any], labelled: bool) -> None:
-        self._dataset, self._labelled = dataset, labelled
+    The shape is that of one image (see `farout.data.image_objects`) or of a batch: (N, C, H, W) or (N, H, W, C) with
+    C = 1, 3 or 4; (N, H, W) if neither N nor W can be a number of channels. With labels, (N, H, W) is a batch if there
+    are N labels. Where the channels are is decided as for one image.
 
-    def __call__(self, index: int) -> DecodedImage:
-        key = str(index)
-        try:
-            item = self._dataset[index]
-        except (OSError, SyntaxError) as error:
-            raise UnreadableImageError(f"{key}: {error} ({type(error).__name__})") from error
-        return DecodedImage(_to_pixels(item[0] if self._labelled else item, key))
-
-
-def list_dataset(dataset: Dataset[Any]) -> Listing:
-    """List a torch Dataset of images, or of pairs (image, label). Its items must be the same at every access.
-
-    Labels come from the attribute `targets` of the Dataset if it has one; otherwise all items are read once. The names
-    of integer labels come from its attribute `classes`; texts are class names themselves. Raises SourceError for a
-    Dataset without length or items, and for items of another type.
+    Raises:
+        SourceError: the array has another shape or type, is empty, or has not one label per image.
     """
-    if not hasattr(dataset, "__len__"):
-        raise SourceError(f"{type(dataset).__name__} has no length; expected a Dataset with __len__ and __getitem__")
-    count = len(dataset)
-    if not count:
-        raise SourceError(f"{type(dataset).__name__} is empty; give at least one image")
-    labelled = isinstance(dataset[0], tuple | list)
-    reader = _DatasetReader(dataset, labelled)
-    reader(0)
-    if not labelled:
-        return Listing(index_keys(count), reader)
-    labels, names = encode_labels(_read_targets(dataset, count), type(dataset).__name__)
-    classes = getattr(dataset, "classes", None)
-    if names is None and isinstance(classes, list | tuple):
-        names = tuple(encode_name(str(name)) for name in classes)
-    return Listing(index_keys(count), reader, labels, names)
-
-
-def _read_targets(dataset: Dataset[Any], count: int) -> list[object]:
-    targets = getattr(dataset, "targets", None)
-    if targets is None or len(targets) != count:
-        targets = [dataset[i][1] for i in range(count)]
-    return [value.item() if isinstance(value, Tensor | np.generic) else value for value in targets]
-
-
-def list_array(images: np.ndarray | Tensor, labels: Sequence[object] | None = None, where: str = "images") -> Listing:
-    """List pixels (B, C, H, W) in memory: uint8, or floats in [0, 1], which are rounded to 8 bits."""
-    tensor = images.detach().cpu() if isinstance(images, Tensor) else _from_numpy(images, where)
-    if tensor.ndim != 4:
-        hint = "; add the channel: images[:, None]" if tensor.ndim == 3 else ""
-        raise SourceError(f"{where} have shape {tuple(tensor.shape)}, expected (B, C, H, W){hint}")
-    if not len(tensor):
-        raise SourceError(f"{where} are empty: shape {tuple(tensor.shape)}; give at least one image")
-    pixels = to_uint8(tensor, where)
-    if labels is not None and len(labels) != len(pixels):
+    if isinstance(images, np.ndarray) and images.dtype == object:
+        return list_items(list(images.reshape(-1)), where, reading)
+    shape = tuple(images.shape)
+    count = None if labels is None else len(labels)
+    if is_one_image(shape) and not (len(shape) == 3 and count == shape[0] != 1):
+        images = images[None]
+    elif len(shape) == 3 and 2 in (shape[0], shape[-1]) and count != shape[0]:
         raise SourceError(
-            f"{where} contain {len(pixels)} images and {len(labels)} labels; expected one label per image"
+            f"{where} have shape {shape}, which is no batch (N, C, H, W) or (N, H, W, C); for gray images (N, H, W) "
+            "add the axis of the channels: images[:, None]"
         )
-    codes, names = (None, None) if labels is None else encode_labels(labels, where)
-    return Listing(index_keys(len(pixels)), _ArrayReader(pixels), codes, names, in_memory=True)
+    elif len(shape) not in (3, 4):
+        raise SourceError(f"{where} have shape {shape}, expected (N, C, H, W), (N, H, W, C), or one image (C, H, W)")
+    if not len(images):
+        raise SourceError(f"{where} are empty: shape {shape}; give at least one image")
+    if count is not None and count != len(images):
+        raise SourceError(f"{where} contain {len(images)} images and {count} labels; expected one label per image")
+    try:
+        check_image(images[0], "0")
+    except UnsupportedImageError as error:
+        reason = str(error).removeprefix("0: ")
+        raise SourceError(f"{where} have shape {shape} and type {images.dtype}; each image has {reason}") from error
+    keys = index_keys(len(images))
+    codes, names = (None, None) if labels is None else encode_item_labels([(None, one) for one in labels], where, keys)
+    reader = _ObjectReader(images, keys, reading)
+    _check_probes(reader, len(images), reading)
+    final = images.dtype in (torch.uint8, np.uint8) and 4 not in (images.shape[1], images.shape[-1])
+    return Listing(keys, reader, codes, names, in_memory=final)
 
 
-class _ArrayReader:
-    """Returns images of a batch in memory by index."""
+class _ObjectReader:
+    """Converts images by index."""
 
-    def __init__(self, pixels: Tensor) -> None:
-        self._pixels = pixels
+    def __init__(
+        self, images: Sequence[object] | np.ndarray | Tensor, keys: Sequence[str], reading: ReadSettings
+    ) -> None:
+        self._images, self._keys, self._reading = images, tuple(keys), reading
 
     def __call__(self, index: int) -> DecodedImage:
-        return DecodedImage(self._pixels[index])
+        return decode_object(self._images[index], self._keys[index], self._reading)
 
 
-def _from_numpy(images: np.ndarray, where: str) -> Tensor:
-    if images.dtype.kind != "f" and images.dtype != np.uint8:
-        raise SourceError(f"{where} have type {images.dtype}, expected uint8 or floats in [0, 1]; convert them first")
-    return torch.from_numpy(np.ascontiguousarray(images))
+def list_items(items: Sequence[object], where: str = "the list", reading: ReadSettings = DEFAULT_READING) -> Listing:
+    """List images of any types that `decode_object` reads, also mixed, or pairs (image, label).
+
+    The keys of paths are the paths, those of other images their indices.
+
+    Raises:
+        SourceError: there are no items, none of them is an image, or labels are missing or no classes.
+    """
+    if not items:
+        raise SourceError(f"{where} of images is empty; give at least one image")
+    return _list_pairs([split_item(item) for item in items], where, reading)
+
+
+def list_mapping(images: Mapping[Any, object], reading: ReadSettings = DEFAULT_READING) -> Listing:
+    """List the values of a mapping, images or pairs (image, label) as in `list_items`, by its keys."""
+    if not images:
+        raise SourceError("the dict of images is empty; expected {key: image}")
+    keys = check_keys([encode_key(str(key)) for key in images], "the dict")
+    return _list_pairs([split_item(item) for item in images.values()], "the dict", reading, keys)
+
+
+def _list_pairs(
+    pairs: Sequence[tuple[object, object]], where: str, reading: ReadSettings, keys: tuple[str, ...] | None = None
+) -> Listing:
+    images = [image for image, _ in pairs]
+    groups = None
+    if keys is None:
+        paths = [path_of(image) for image in images]
+        keys = check_keys([str(i) if path is None else encode_key(path) for i, path in enumerate(paths)], where)
+        groups = None if None in paths else tuple(key.rpartition("/")[0] or "." for key in keys)
+    _check_frames(images, where)
+    _check_some_image(images, keys, where)
+    labels, names = encode_item_labels(pairs, where, keys)
+    reader = _ObjectReader(images, keys, reading)
+    if isinstance(images[0], np.ndarray | Tensor):
+        _check_probes(reader, len(images), reading)
+    final = all(_is_final(image) for image in images)
+    return Listing(keys, reader, labels, names, groups, in_memory=final)
+
+
+def _check_frames(images: Sequence[object], where: str) -> None:
+    """Raise SourceError for a PIL image with several frames that is in the list more than once.
+
+    `list(ImageSequence.Iterator(image))` is such a list; all of its items would be read as the same frame.
+    """
+    stacks = Counter(id(image) for image in images if isinstance(image, Image.Image) and hasattr(image, "n_frames"))
+    if any(count > 1 for count in stacks.values()):
+        raise SourceError(
+            f"{where} contains the same PIL image several times, which is one frame; copy each frame: "
+            "[frame.copy() for frame in ImageSequence.Iterator(image)]"
+        )
+
+
+def probe_indices(count: int) -> list[int]:
+    """Return up to eight indices, evenly spaced: the items that are read when a set is opened."""
+    return sorted({number * count // 8 for number in range(8)})
+
+
+def _check_probes(read: Callable[[int], DecodedImage], count: int, reading: ReadSettings) -> None:
+    """Read some images; raises SourceError if they all, the first included, are no images or have no usual range."""
+    indices = probe_indices(count)
+    unsupported: dict[int, UnsupportedImageError] = {}
+    for index in indices:
+        try:
+            check_range(read(index), str(index), reading)
+        except UnsupportedImageError as error:
+            unsupported[index] = error
+        except UnreadableImageError:
+            continue  # one image, reported when it is read again
+    if len(unsupported) == len(indices):
+        raise SourceError(f"item {unsupported[0]}") from unsupported[0]
+
+
+def _is_final(image: object) -> bool:
+    """Whether the image is in memory as the pixels that it is read as, so that a copy would save nothing."""
+    values = image.values if isinstance(image, DecodedImage) else image
+    return isinstance(values, np.ndarray | Tensor) and values.dtype in (np.uint8, torch.uint8)
+
+
+def _check_some_image(images: Sequence[object], keys: Sequence[str], where: str) -> None:
+    """Raise SourceError if no item can be an image; a single one that cannot is an unreadable image."""
+    first: str | None = None
+    for image, key in zip(images, keys):
+        try:
+            _check_item(image, key)
+            return
+        except UnsupportedImageError as error:
+            first = first or str(error)
+    more = f" (none of the {len(images)} items of {where} is an image)" if len(images) > 1 else ""
+    raise SourceError(f"item {first}{more}")
+
+
+def _check_item(image: object, key: str) -> None:
+    path = path_of(image)
+    if path is None:
+        check_image(image, key)
+        return
+    place = expand_path(path)
+    if place.is_dir():
+        raise UnsupportedImageError(f"{key}: this is a folder; give the folder itself as the source, not in a list")
+    if not os.path.lexists(place):
+        raise UnsupportedImageError(
+            f"{key}: there is no such file; a list contains paths of images, and a source such as cifar10:test or a "
+            "glob is given as a text, without a list"
+        )
+
+
+def encode_item_labels(
+    pairs: Sequence[tuple[object, object]], where: str, keys: Sequence[str]
+) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
+    """Return integer labels and class names of pairs (image, label); None if no item has a label, or all are None.
+
+    An item that could not be read has the label of the first other one, which is used nowhere.
+
+    Raises:
+        SourceError: a label is no class, see `class_of`, or some items have none.
+    """
+    known = [(key, label) for key, (image, label) in zip(keys, pairs) if label is not NO_LABEL or _is_image(image, key)]
+    if all(label is NO_LABEL for _, label in known):
+        return None, None
+    missing = [key for key, label in known if label is NO_LABEL]
+    if missing:
+        raise SourceError(
+            f"{len(missing)} of {len(pairs)} items of {where} have no label (first: {missing[0]}), and the others "
+            "have; give a label to all or none"
+        )
+    classes = {key: class_of(label, key) for key, label in known}
+    if all(value is None for value in classes.values()):
+        return None, None
+    first = next(iter(classes.values()))
+    return encode_labels([classes.get(key, first) for key in keys], where)
+
+
+def _is_image(image: object, key: str) -> bool:
+    try:
+        check_image(image, key)
+    except UnsupportedImageError:
+        return False
+    return not isinstance(image, FailedItem)
+
+
+def list_iterable(
+    iterable: Iterable[object], where: str, memory_mib: int = 1024, reading: ReadSettings = DEFAULT_READING
+) -> Listing:
+    """Read an iterator once and list its items as `list_items` does.
+
+    Pixels are copied, because an iterator may use the same array again; paths and encoded bytes are kept as they are.
+
+    Raises:
+        SourceError: the images need more memory than `memory_mib`, or the iterator ends with an error.
+    """
+    pairs: list[tuple[object, object]] = []
+    size, limit = 0, memory_mib * 2**20
+    iterator, failure = iter(iterable), None
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            break
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - code of the user may raise anything; reported as unreadable
+            failure = error
+            pairs.append((FailedItem(describe_error(error)), NO_LABEL))
+            size += _ITEM_BYTES
+        else:
+            failure = None
+            image, label = split_item(item)
+            image, held = _copy_image(image, reading)
+            pairs.append((image, label))
+            size += held
+        if size > limit:
+            raise SourceError(
+                f"{where} has more than {memory_mib} MiB of images ({len(pairs) - 1} images fit), which are read once "
+                "and kept in memory; give a Dataset with __getitem__ or image files, or open_source(…, memory_mib=…)"
+            )
+    if failure is not None:  # a generator ends with its first error, whatever would have come after it
+        raise SourceError(
+            f"{where} ended with an error after {len(pairs) - 1} items: {describe_error(failure)}; of a Dataset with "
+            "__getitem__, a faulty item is one unreadable image"
+        ) from failure
+    if not pairs:
+        raise SourceError(f"{where} is empty; give at least one image")
+    return _list_pairs(pairs, where, reading)
+
+
+def _copy_image(image: object, reading: ReadSettings) -> tuple[object, int]:
+    """Return an image that nobody else changes, and the bytes that it needs."""
+    if isinstance(image, bytearray | memoryview | io.BytesIO):
+        image = image.getvalue() if isinstance(image, io.BytesIO) else bytes(image)
+    if isinstance(image, bytes):
+        return image, _ITEM_BYTES + len(image)
+    if image is None or isinstance(image, Mapping) or path_of(image) is not None:
+        return image, _ITEM_BYTES
+    try:
+        decoded = decode_object(image, "", reading)
+    except UnreadableImageError as error:
+        return FailedItem(str(error).removeprefix(": "), isinstance(error, UnsupportedImageError)), _ITEM_BYTES
+    decoded = replace(decoded, values=decoded.values.clone())
+    return decoded, _ITEM_BYTES + decoded.values.nbytes

@@ -9,21 +9,21 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from farout.core.errors import LeftOutWarning, SourceError
 from farout.core.names import encode_name
 from farout.data import catalog
 from farout.data.file_listing import Listing
 from farout.data.image_source import ImageSource, Policy, check_policy
-from farout.data.in_memory import list_array, list_dataset, list_pil_images
+from farout.data.python_objects import list_object
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.readers import list_path
 from farout.data.source_spec import SourceSpec, parse_spec
@@ -31,8 +31,20 @@ from farout.data.tables import list_hub, list_parquet
 
 __all__ = ["Images", "open_source", "parse_source"]
 
-Images: TypeAlias = str | Path | ImageSource | Dataset[Any] | Sequence[Image.Image] | Tensor | np.ndarray
-"""The types that `open_source` accepts."""
+Images: TypeAlias = (
+    str
+    | Path
+    | ImageSource
+    | Dataset[Any]
+    | DataLoader[Any]
+    | Image.Image
+    | Tensor
+    | np.ndarray
+    | bytes
+    | Mapping[Any, Any]
+    | Iterable[Any]
+)
+"""The types that `open_source` accepts: a source string, a path, or a Python object, see docs/images.md."""
 
 
 def open_source(
@@ -66,7 +78,9 @@ def open_source(
     elif isinstance(images, str | Path):
         source = _open_spec(images, policy, memory_mib, reading)
     else:
-        source = ImageSource("images", _list_objects(images), policy=policy, memory_mib=memory_mib, reading=reading)
+        source = ImageSource(
+            "images", list_object(images, memory_mib, reading), policy=policy, memory_mib=memory_mib, reading=reading
+        )
     if limit is not None and limit < 1:
         raise SourceError(f"limit is {limit}; expected at least 1, or None for all images")
     if source.left_out and source is not images:
@@ -76,17 +90,6 @@ def open_source(
         return source
     chosen = np.random.default_rng(seed).permutation(len(source))[:limit]
     return source.subset(sorted(chosen.tolist()))
-
-
-def _list_objects(images: object) -> Listing:
-    if isinstance(images, Tensor | np.ndarray):
-        return list_array(images)
-    if isinstance(images, Dataset):
-        return list_dataset(images)
-    if isinstance(images, list | tuple):
-        return list_pil_images(images)
-    expected = "a source string, a Path, a Dataset, a list of PIL images, or a tensor (B, C, H, W)"
-    raise SourceError(f"cannot read images from a {type(images).__name__}; expected {expected}")
 
 
 def parse_source(text: str | Path) -> SourceSpec:

@@ -20,7 +20,7 @@ from farout.data.file_listing import Listing, encode_groups, encode_labels, inde
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.untrusted_files import read_bytes
 
-__all__ = ["ParquetImages", "list_hub", "list_parquet"]
+__all__ = ["ParquetImages", "list_hub", "list_parquet", "list_table"]
 
 _IMAGE_COLUMNS = ("image", "img", "images")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -168,7 +168,7 @@ def list_hub(
             "name, the split and your access, or save the set as $FAROUT_DATA/<name>/<split>.parquet and use "
             "<name>:<split>"
         ) from error
-    return _list_table(table, f"hf://{location}:{split}", image, label, reading)
+    return list_table(table, f"hf://{location}:{split}", image, label, reading)
 
 
 class _TableImages:
@@ -186,7 +186,7 @@ class _TableImages:
         return decode(_encoded(cell, str(index)), str(index), self._reading)
 
 
-def _list_table(
+def list_table(
     table: Any,
     where: str,
     image: str | None = None,

@@ -36,15 +36,17 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
         raise UnreadableImageError(f"{error.strerror or error} ({type(error).__name__})") from error
     except ValueError as error:  # a zero byte in the path
         raise UnreadableImageError(str(error)) from error
-    with os.fdopen(handle, "rb") as file:
-        try:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a special file")
-                raise UnreadableImageError(f"this is {kind}, not a regular file")
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a special file")
+            raise UnreadableImageError(f"this is {kind}, not a regular file")
+        with os.fdopen(handle, "rb", closefd=False) as file:
             data = file.read(limit + 1)  # files of some file systems have a size of 0
-        except OSError as error:
-            raise UnreadableImageError(f"{error.strerror or error} ({type(error).__name__})") from error
+    except OSError as error:
+        raise UnreadableImageError(f"{error.strerror or error} ({type(error).__name__})") from error
+    finally:
+        os.close(handle)
     if len(data) > limit:
         size = max(status.st_size, len(data))
         raise UnreadableImageError(f"the file has {size} bytes, and the limit is {limit} (max_bytes)")

@@ -39,6 +39,7 @@ from farout.data.read_settings import DEFAULT_READING, ReadSettings, ValueRange,
 __all__ = [
     "EXTRA_OF_SUFFIX",
     "FORMATS",
+    "MULTI_FRAME_SUFFIXES",
     "DecodedImage",
     "content_hash",
     "count_frames",
@@ -96,6 +97,11 @@ _RECOGNIZED_BY_CONTENT = tuple(name for name in FORMATS if name != "TGA")
 
 _MULTI_FRAME = frozenset({"GIF", "TIFF", "WEBP", "PNG", "AVIF", "HEIF"})
 """Formats whose further frames are images like the first; those of MPO and ICO are other versions of it."""
+
+MULTI_FRAME_SUFFIXES = frozenset(
+    suffix for name in sorted(_MULTI_FRAME & set(FORMATS)) for suffix in FORMATS[name]
+) | frozenset((*_EXTRAS["heic"][1], *_EXTRAS["dicom"][1]))
+"""Suffixes of the formats that may have several frames."""
 
 
 @dataclass(frozen=True)

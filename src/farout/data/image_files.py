@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from farout.core.errors import UnreadableImageError
@@ -35,7 +36,7 @@ class FileReader:
         keys: key of each image.
         paths: its file.
         reading: limits.
-        frames: its frame, for files with several; by default the first.
+        frames: its frame, where the frames of files with several are images of their own; None: the first.
         problems: why an image cannot be read, by key, for those of which that is known.
     """
 
@@ -57,4 +58,6 @@ class FileReader:
             if key in self._problems:
                 raise UnreadableImageError(self._problems[key])
             data = read_bytes(path, self._reading.max_bytes)
-        return decode(data, key, self._reading, 0 if self._frames is None else self._frames[index], path.suffix)
+        if self._frames is None:
+            return decode(data, key, self._reading, suffix=path.suffix)
+        return replace(decode(data, key, self._reading, self._frames[index], path.suffix), frames=1)

@@ -281,7 +281,7 @@ class ImageSource(Dataset[Tensor]):
     @property
     def further_frames(self) -> dict[str, int]:
         """By key of each image that was read: the number of frames of its file that are not in the set."""
-        if self.reading.frames == "all" or not self._store.further_frames:
+        if not self._store.further_frames:
             return {}
         counts = dict(self._store.further_frames)
         return {key: counts[index] for key, index in zip(self.keys, self._indices) if index in counts}
@@ -304,15 +304,15 @@ class ImageSource(Dataset[Tensor]):
             return
         low, high = use.value_range
         values = f"values from {use.low:g} to {use.high:g}"
-        if (min(use.high, high) - max(use.low, low)) * 4 < high - low:
+        if use.clipped and not isinstance(self.reading.value_range, tuple):
+            message = f"{use.clipped} images have values outside the value range {format_value_range(use.value_range)}"
+            warnings.warn(f"{self.name}: {message}, which are clipped", MisleadingResultWarning, stacklevel=3)
+        elif (min(use.high, high) - max(use.low, low)) * 4 < high - low:
             message = (
                 f"{use.images} images with more than 8 bits have {values}, a small part of the value range "
                 f"{format_value_range(use.value_range)}: few gray levels are left; declare it (--value-range LOW:HIGH)"
             )
             warnings.warn(f"{self.name}: {message}", MisleadingResultWarning, stacklevel=3)
-        elif use.clipped and not isinstance(self.reading.value_range, tuple):
-            message = f"{use.clipped} images have values outside the value range {format_value_range(use.value_range)}"
-            warnings.warn(f"{self.name}: {message}, which are clipped", MisleadingResultWarning, stacklevel=3)
 
     def __len__(self) -> int:
         return len(self._indices)

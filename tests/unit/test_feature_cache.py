@@ -368,15 +368,22 @@ def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for name in ("FAROUT_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     assert cache_folder() == tmp_path / ".cache" / "farout"
-
-    def homeless() -> Path:
-        raise RuntimeError("no home")
-
-    monkeypatch.setattr(module.Path, "home", homeless)
+    monkeypatch.setenv("HOME", "")
     with pytest.raises(StoreError, match="FAROUT_CACHE"):
         cache_folder()
     monkeypatch.setenv("FAROUT_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
+
+
+def test_features_are_computed_without_a_home_folder(source, monkeypatch, warned) -> None:
+    monkeypatch.setenv("HOME", "")
+    for name in ("FAROUT_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    made, cache = read(source, None)
+    assert len(features(made)) == 20
+    assert "no home folder" in warned()
+    with pytest.raises(StoreError, match="FAROUT_CACHE"):
+        cache.create_folder()
 
 
 def test_list_and_clear(source: ImageSource, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from farout.benchmark.specification import SECTIONS, BenchmarkSpec, DetectorSpec
 from farout.benchmark.validation import to_plain_values
 from farout.benchmark.yaml_reader import random_weights_name
 from farout.core.errors import FaroutError
+from farout.core.names import expand_path
 from farout.evaluation.trivial_baselines import NAME as TRIVIAL
 
 __all__ = ["BenchmarkJob", "BenchmarkPlan", "plan_benchmark"]
@@ -94,12 +95,12 @@ def plan_benchmark(spec: BenchmarkSpec, out: str | Path, missing: Mapping[str, s
     baselines = _random_weights_baselines(spec)
     jobs: dict[str, BenchmarkJob] = {}
     for seed in spec.seeds:
-        _add_jobs_of_seed(jobs, spec, Path(out), seed, ood_sources, baselines)
+        _add_jobs_of_seed(jobs, spec, expand_path(out), seed, ood_sources, baselines)
     used = {f"{job.kind}.{job.entry}" for job in jobs.values()}
     used |= {f"networks.{name}" for name, network in spec.networks.items() if network.folder is not None}
     named = [f"{section}.{name}" for section in SECTIONS for name in spec.section(section)]
     unused = tuple(key for key in named if key not in used)
-    return BenchmarkPlan(spec, Path(out), tuple(jobs.values()), missing, baselines, unused)
+    return BenchmarkPlan(spec, expand_path(out), tuple(jobs.values()), missing, baselines, unused)
 
 
 def _add_jobs_of_seed(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from farout.core.errors import FaroutError
+from farout.core.names import expand_path
 from farout.detectors.base import Detector
 from farout.detectors.reconstruction import Reconstruction
 from farout.detectors.semantic import Semantic
@@ -45,9 +46,9 @@ def demo(out: str | Path, *, steps: int, limit: int, images: int | None, seed: i
     count = 1000 if images is None else images
     settings: dict[str, Any] = {"limit": count, "seed": seed, "statistics": min(200, count // 4)}
     semantic = Semantic(updates=200).fit(TRAIN, **settings)
-    yield _save_and_evaluate(semantic, Path(out) / "semantic", limit)
+    yield _save_and_evaluate(semantic, expand_path(out) / "semantic", limit)
     reconstruction = Reconstruction().fit(TRAIN, training=training, **settings)
-    yield _save_and_evaluate(reconstruction, Path(out) / "reconstruction", limit)
+    yield _save_and_evaluate(reconstruction, expand_path(out) / "reconstruction", limit)
 
 
 def _save_and_evaluate(detector: Detector, out: Path, limit: int) -> Evaluation:

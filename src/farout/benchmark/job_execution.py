@@ -16,6 +16,7 @@ from farout.benchmark.error_images import write_error_images
 from farout.classifiers.outlier_exposure import Exposure
 from farout.classifiers.train import train_classifier
 from farout.core.errors import ConstantScoresWarning, MisleadingResultWarning
+from farout.core.names import find_path
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.detectors.base import Detector, load
@@ -123,7 +124,7 @@ def _fit_detector(plan: BenchmarkPlan, job: BenchmarkJob) -> None:
     classifier = _folder_of(plan, "networks", entry.classifier, job.seed)
     limit = entry.limit or plan.spec.train_limit
     # a diffusion model on this machine is linked, not copied into the folder of every detector
-    link = Path(diffusion) if diffusion is not None and not diffusion.startswith("hf://") else None
+    link = find_path(diffusion) if diffusion is not None and not diffusion.startswith("hf://") else None
     _fit_and_save(plan, job, entry.build_detector(), (diffusion, classifier), limit, entry.statistics, link)
 
 

@@ -23,6 +23,7 @@ from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.outlier_exposure import Exposure
 from farout.classifiers.presets import PRESETS as CLASSIFIER_PRESETS
 from farout.core.errors import FaroutError, suggest_names
+from farout.core.names import find_path
 from farout.core.registry import Registry
 from farout.data.preprocessing import Protocol
 from farout.detectors import DETECTORS
@@ -68,7 +69,7 @@ def read_benchmark(
     """
     text = str(benchmark)
     if Path(text).suffix or re.search(r"[/\\]", text):
-        path = Path(text)
+        path = find_path(text)
     elif text in preset_names():
         path = preset_file(text)
     else:
@@ -188,7 +189,7 @@ def _parse_network(entry: Any, where: str, protocol: str) -> NetworkSpec:
         values["exposure"] = build(Exposure, given, f"{where}.exposure", base={**base_exposure, **unused})
     network = build(NetworkSpec, values, where)
 
-    if network.folder is not None and not network.folder.startswith("hf://") and not Path(network.folder).is_dir():
+    if network.folder is not None and not network.folder.startswith("hf://") and not find_path(network.folder).is_dir():
         raise FaroutError(f"{where}: there is no folder {network.folder}")
     if network.model.protocol != protocol:
         raise FaroutError(

@@ -10,6 +10,7 @@ from torch import nn
 
 from farout.classifiers.model import KIND, Classifier
 from farout.classifiers.weights import WEIGHTS_HINT, load_weights
+from farout.core.names import find_path
 from farout.core.store import kind_of
 from farout.features.backbones import read_weights
 
@@ -51,7 +52,7 @@ def load_initial_weights(module: nn.Module, weights: str | Path, name: str) -> W
     Raises:
         StoreError: for weights that are missing, damaged or do not fit.
     """
-    path = Path(weights)
+    path = find_path(weights)
     load_weights(module, read_weights(path, WEIGHTS_HINT), str(weights), name)
     folder = path if path.is_dir() else path.parent
     if (not path.is_dir() and path.name != "model.safetensors") or kind_of(folder) != KIND:

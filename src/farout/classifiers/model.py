@@ -19,6 +19,7 @@ from farout.core import store
 from farout.core.chunking import BatchSize, call_in_chunks
 from farout.core.devices import Precision, autocast
 from farout.core.errors import FaroutError, StoreError
+from farout.core.names import find_path
 from farout.data.preprocessing import Preprocessing
 from farout.diffusion.diffusers_folders import local_folder
 from farout.features.backbones import read_weights
@@ -314,7 +315,7 @@ class Classifier:
         Raises:
             StoreError: for a file that cannot be read or does not fit; the message names what is missing or unexpected.
         """
-        tensors = read_weights(Path(path), WEIGHTS_HINT)
+        tensors = read_weights(find_path(path), WEIGHTS_HINT)
         preprocessing = _preprocessing_of_size(size, channels)
         draft = NetworkSpec(network, classes or 2, channels, preprocessing.size, stem).build()
         head = find_head(draft)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from farout.core import progress, store
 from farout.core.errors import FaroutError, MisleadingResultWarning, SourceError
+from farout.core.names import find_path
 from farout.data.classes import encode_classes
 from farout.data.image_source import ImageSource
 from farout.data.indices import require_readable_indices
@@ -74,7 +75,7 @@ def open_outliers(
 def _synthetic_folder(images: str | Path) -> Path | None:
     """The folder written by farout that a source names, directly or by its subfolder `images`; None for others."""
     spec = parse_source(images)
-    path = Path(spec.location).expanduser()
+    path = find_path(spec.location)
     folders = (path, path.parent) if path.name == "images" else (path,)
     return next((each for each in folders if spec.kind == "path" and store.kind_of(each) in get_args(Kind)), None)
 

@@ -13,6 +13,7 @@ from farout.cli.steps import read_steps
 from farout.cli.terminal import print_text
 from farout.core.devices import num_processes
 from farout.core.errors import FaroutError
+from farout.core.names import expand_path
 
 __all__ = ["chain"]
 
@@ -39,7 +40,7 @@ def chain(yaml: str, *, out: str, redo: bool = False, dry_run: bool = False) -> 
 
     Raises FaroutError that names the step: see `read_steps`, and for results that have other settings.
     """
-    steps, folder = {step.out: step for step in read_steps(yaml)}, Path(out)
+    steps, folder = {step.out: step for step in read_steps(yaml)}, expand_path(out)
     if dry_run:
         print_text(*(shlex.join(["farout", *step.command_line(folder)]) for step in steps.values()), sep="\n")
         return

@@ -28,6 +28,7 @@ from farout.cli.command_table import COMMANDS, import_object
 from farout.cli.terminal import print_text
 from farout.core.config import flatten_config
 from farout.core.errors import FaroutError, UsageError, suggest_names
+from farout.core.names import expand_path
 from farout.core.registry import RegisteredMethod
 from farout.core.runtime import Runtime
 
@@ -235,7 +236,8 @@ class CommandParser:
         parsed.pop("config", None)
         settings = vars(parsed.as_flat())
         _check_numbers(settings)
-        arguments = self._arguments(dict(self.parser.instantiate(parsed)))
+        values = {name: _expand_home(value) for name, value in self.parser.instantiate(parsed).items()}
+        arguments = self._arguments(values)
         if self.method is not None:
             self.method(**arguments["arguments"])  # raises for values out of range
         if self.command.check:
@@ -271,6 +273,14 @@ class CommandParser:
         if "preset" not in self.parameters:
             values.pop("preset", None)
         return {**arguments, **values}
+
+
+def _expand_home(value: Any) -> Any:
+    """Replaces `~` in paths and image sources; shells do so only at the beginning of a word, and YAML files never."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_expand_home, value))
+    is_below_home = isinstance(value, str) and (value == "~" or value.startswith("~/"))
+    return str(expand_path(value)) if is_below_home else value
 
 
 def _load_class(method: RegisteredMethod | None) -> Any:

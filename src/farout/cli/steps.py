@@ -16,6 +16,7 @@ from farout.cli.command_parser import ParsedCommand, command_parameters, parse_s
 from farout.cli.command_table import COMMANDS, find_command
 from farout.cli.flags import format_flags, format_value
 from farout.core.errors import FaroutError, suggest_names
+from farout.core.names import find_path
 from farout.data import catalog
 from farout.data.sources import open_source
 
@@ -142,7 +143,7 @@ def read_steps(chain: str) -> list[ChainStep]:
 
 
 def _read_chain(chain: str) -> dict[str, Any]:
-    path = builtin_chains().get(chain, Path(chain))
+    path = builtin_chains().get(chain) or find_path(chain)
     if not path.is_file():
         raise FaroutError(f"{chain!r} is neither a file nor a built-in chain; {suggest_names(chain, builtin_chains())}")
     try:
@@ -215,7 +216,7 @@ def _check_step(step: ChainStep, outs: Sequence[str]) -> None:
             if _split_name(value, step.earlier_outs)[0] is not None:
                 continue
             # what is on a hub is checked by the command itself
-            if key in _FILE_SETTINGS and not value.startswith("hf://") and not Path(value).exists():
+            if key in _FILE_SETTINGS and not value.startswith("hf://") and not find_path(value).exists():
                 raise FaroutError(f"{key} is {value!r}, which neither exists nor is the out of an earlier step")
             if key in _IMAGE_SETTINGS and not catalog.needs_hub(value):
                 open_source(value)

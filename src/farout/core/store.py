@@ -23,7 +23,7 @@ from safetensors.torch import load, load_file, save_file
 from farout.core.errors import StoreError
 from farout.core.file_errors import write_errors
 from farout.core.interruption import defer_interruption
-from farout.core.names import is_utf8, printable
+from farout.core.names import expand_path, is_utf8, printable
 
 __all__ = [
     "atomic_file",
@@ -56,6 +56,11 @@ def _default_mode(folder: bool) -> int:
     return (0o777 if folder else 0o666) & ~mask
 
 
+def _temporary_prefix(path: Path) -> str:
+    """The beginning of temporary names; short, because the name itself may be as long as the file system allows."""
+    return f".{path.name[:40]}."
+
+
 @contextmanager
 def atomic_file(path: str | Path, temporary: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path next to `path` and rename it to `path` at the end; after an error nothing is left.
@@ -64,12 +69,12 @@ def atomic_file(path: str | Path, temporary: Path | None = None) -> Iterator[Pat
         path: the file to write.
         temporary: the temporary path; with a fixed one, killed runs leave at most one file. None: a new name.
     """
-    path = Path(path)
+    path = expand_path(path)
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         working = temporary
         if working is None:
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            handle, name = tempfile.mkstemp(prefix=_temporary_prefix(path), dir=path.parent)
             os.close(handle)
             working = Path(name)
         try:
@@ -86,7 +91,7 @@ def check_replaceable(path: str | Path, kind: str) -> None:
 
     Called before long work starts, so that no files are lost and no work is wasted.
     """
-    path = Path(path)
+    path = expand_path(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     try:
@@ -108,12 +113,12 @@ def atomic_folder(path: str | Path, kind: str | None) -> Iterator[Path]:
     Raises:
         StoreError: if `path` is something else than a folder of that kind.
     """
-    path = Path(os.path.abspath(path))  # so that `.` has a name
+    path = Path(os.path.abspath(expand_path(path)))  # so that `.` has a name
     if kind is not None:
         check_replaceable(path, kind)
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(path), dir=path.parent))
         try:
             yield temporary
             temporary.chmod(_default_mode(folder=True))
@@ -147,7 +152,7 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object. Raises StoreError if the file is missing or is not one."""
-    path = Path(path)
+    path = expand_path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -161,12 +166,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def write_hashes(path: str | Path, hashes: Collection[str]) -> None:
     """Write content hashes of images, sorted, one per line."""
-    Path(path).write_text("".join(f"{line}\n" for line in sorted(hashes)), encoding="utf-8")
+    expand_path(path).write_text("".join(f"{line}\n" for line in sorted(hashes)), encoding="utf-8")
 
 
 def read_hashes(path: str | Path) -> frozenset[str]:
     """Read content hashes. Raises StoreError if the file is missing, because seen images would count as unseen."""
-    path = Path(path)
+    path = expand_path(path)
     if not path.is_file():
         raise StoreError(f"{path} is missing, which lists the images that were seen; the folder is incomplete")
     return frozenset(path.read_text(encoding="utf-8").split())
@@ -176,7 +181,7 @@ def write_config(folder: str | Path, kind: str, content: Mapping[str, Any]) -> N
     """Write `config.json` of a farout folder: its kind, layout version, library versions, command, and `content`."""
     command = printable(shlex.join(sys.argv))
     head = {"farout": {"kind": kind, "format": FORMAT, "versions": versions(), "command": command}}
-    write_json(Path(folder) / "config.json", {**head, **content})
+    write_json(expand_path(folder) / "config.json", {**head, **content})
 
 
 def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
@@ -185,7 +190,7 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
     Raises:
         StoreError: for a missing folder, a folder of another kind, or one of a newer layout version.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     if not folder.is_dir():
         raise StoreError(f"there is no folder {folder}; expected a farout {kind} folder")
     if not (folder / "config.json").is_file():
@@ -204,7 +209,7 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
 
 def kind_of(folder: str | Path) -> str | None:
     """The kind of a farout folder according to its `config.json`; None for other folders."""
-    path = Path(folder) / "config.json"
+    path = expand_path(folder) / "config.json"
     try:
         head = read_json(path).get("farout") if path.is_file() else None
     except StoreError:  # JSON of another program
@@ -224,7 +229,7 @@ def resume_config(folder: str | Path, kind: str, settings: Mapping[str, Any], ab
     Raises:
         StoreError: if the folder is something else, or was written with other settings, which the message lists.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     check_replaceable(folder, kind)
     if not (folder / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -251,7 +256,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file. Raises StoreError if it is missing, cut short or altered."""
-    path = Path(path)
+    path = expand_path(path)
     if not path.is_file():
         raise StoreError(f"{path} is missing; the folder is incomplete")
     try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from farout.core.names import expand_path
 from farout.data.source_spec import parse_spec
 
 __all__ = [
@@ -250,7 +251,7 @@ def ood_group(id_name: str, ood_name: str) -> Literal["near", "far", ""]:
 def _local_folders(name: str) -> list[Path]:
     """Return the folders of a set on this machine: in $FAROUT_DATA first, then in the package."""
     data = os.environ.get("FAROUT_DATA")
-    bases = ([Path(data)] if data else []) + ([SAMPLE] if name in _TABLE and _TABLE[name].built_in else [])
+    bases = ([expand_path(data)] if data else []) + ([SAMPLE] if name in _TABLE and _TABLE[name].built_in else [])
     return [base / name for base in bases if (base / name).is_dir()]
 
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from farout.core.names import expand_path, find_path
 from farout.core.progress import task
 from farout.data.image_source import Policy
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
@@ -137,7 +138,7 @@ class Detector(DetectorInterface):
             folder: a new folder, or that of a detector, which is replaced.
             link: a folder that contains the diffusion model: its path and hash are written instead of a copy.
         """
-        saving.save(self, Path(folder), link or self.linked_model)
+        saving.save(self, expand_path(folder), link or self.linked_model)
 
 
 def load(folder: str | Path, **runtime: Any) -> Detector:
@@ -145,5 +146,5 @@ def load(folder: str | Path, **runtime: Any) -> Detector:
 
     Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
     """
-    detector: Detector = saving.load(Path(folder), runtime)
+    detector: Detector = saving.load(find_path(folder), runtime)
     return detector

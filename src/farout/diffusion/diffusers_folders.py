@@ -12,6 +12,7 @@ from torch import nn
 
 from farout.core import store
 from farout.core.errors import FaroutError, MissingExtraError, StoreError
+from farout.core.names import find_path
 from farout.diffusion.conditioning.base import Conditioning
 from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.conditioning.class_tokens import ClassTokens, TextTokens
@@ -49,7 +50,7 @@ def local_folder(folder: str | Path) -> Path:
     Raises StoreError for a missing folder or an unreachable hub, MissingExtraError without `huggingface_hub`.
     """
     if not str(folder).startswith("hf://"):
-        path = Path(folder)
+        path = find_path(folder)
         if not path.is_dir():
             raise StoreError(f"there is no folder {path}; models on the hub have the form hf://owner/name")
         return path

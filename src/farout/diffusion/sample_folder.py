@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from farout.core import progress, store
 from farout.core.chunking import blocks_containing
 from farout.core.errors import FaroutError
+from farout.core.names import expand_path
 from farout.data.decoding import save_png
 from farout.data.folders import CLASSES_FILE
 from farout.diffusion.sampling import Sampler
@@ -80,7 +81,7 @@ def write_samples(
     if classes is None and conditioning is not None:
         classes = range(conditioning.num_classes)
     sampler.condition(None if classes is None else list(classes))
-    layout = _FolderLayout(sampler, Path(out), None if classes is None else tuple(classes))
+    layout = _FolderLayout(sampler, expand_path(out), None if classes is None else tuple(classes))
     layout.open()
     missing = {index for index in range(count) if not layout.path(index).is_file()}
     with progress.task(f"images into {out}", len(missing)) as bar:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from farout.core import store
 from farout.core.devices import is_main_process, resolve_device
 from farout.core.errors import FaroutError
+from farout.core.names import find_path
 from farout.data.batching import PreparedImages
 from farout.data.classes import (
     LabelledImages,
@@ -261,7 +262,7 @@ def train_diffusion(
     images = open_source(source, limit=limit, seed=seed, policy=policy, reading=reading)
     check_one_set(images)
     torch.manual_seed(seed)
-    inner = None if autoencoder is None else folders.read_autoencoder(Path(autoencoder))
+    inner = None if autoencoder is None else folders.read_autoencoder(find_path(autoencoder))
     new_model = build_model(model, model.preprocess(images), inner, model.class_names(images))
     _check_objective(new_model, model.objective)
     parts = split_source(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)

@@ -15,6 +15,7 @@ import torch
 
 from farout.core import store
 from farout.core.errors import FaroutError, MisleadingResultWarning
+from farout.core.names import expand_path
 from farout.data.image_source import ImageSource
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.detectors.base import Detector
@@ -119,7 +120,7 @@ def evaluate(
         raise FaroutError(f"baseline_limit is {baseline_limit}; expected 1 or more")
     if isinstance(ood_sources, str) or not len(ood_sources):
         raise FaroutError(f"out-of-distribution sources must be a list of at least one source, got {ood_sources!r}")
-    out = Path(out)
+    out = expand_path(out)
     sources = [detector.open_images(images, limit=limit, reading=reading) for images in (id_source, *ood_sources)]
     _warn_of_seen_images(detector, sources[0])
 
@@ -292,5 +293,5 @@ def evaluate_scores(files: Sequence[str | Path], out: str | Path | None = None) 
             columns = {"detector": "given", "indicator": indicator, "id": str(files[0]), "ood": str(file)}
             rows.append({**columns, **asdict(metrics)})
     metrics_table = pd.DataFrame(rows).reindex(columns=COLUMNS)
-    paths = () if out is None else (_write_metrics(metrics_table, Path(out)),)
+    paths = () if out is None else (_write_metrics(metrics_table, expand_path(out)),)
     return Evaluation(metrics_table, paths=paths)

@@ -21,6 +21,7 @@ from farout.core import progress, store
 from farout.core.chunking import BatchSize
 from farout.core.devices import PrecisionChoice
 from farout.core.errors import FaroutError, MisleadingResultWarning, MissingExtraError, StoreError
+from farout.core.names import expand_path
 from farout.core.runtime import Runtime
 from farout.data.batching import iterate_batches
 from farout.data.decoding import quantize
@@ -232,7 +233,7 @@ def set_distance(
             "precision": runtime.precision,
             "versions": store.versions(),
         }
-        store.write_json(out, {**asdict(distance), **settings})
+        store.write_json(expand_path(out), {**asdict(distance), **settings})
     return distance
 
 

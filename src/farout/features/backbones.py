@@ -19,6 +19,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from farout.core.errors import FaroutError, StoreError
+from farout.core.names import find_path
 
 __all__ = [
     "BACKBONES",
@@ -171,7 +172,7 @@ def create_backbone(name: str, layers: tuple[int, ...], size: int, weights: str 
         torch.default_generator.manual_seed(0)  # not torch.manual_seed, which seeds accelerators too
         network, origin = _build_network(name, layers, size), "random (seed 0)"
     elif weights is not None:
-        tensors = read_weights(Path(weights))
+        tensors = read_weights(find_path(weights))
         network, origin = _build_with_weights(name, layers, size, tensors, Path(weights).name), f"file {weights}"
     elif name.partition(".")[0] == "tf_efficientnet_lite0":
         network, origin = _build_with_weights(name, layers, size, _lite0_weights(), _PACKAGE), f"package {_PACKAGE}"

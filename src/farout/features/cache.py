@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from farout.core import store
-from farout.core.errors import StoreError, UnreadableImageError
+from farout.core.errors import FaroutError, StoreError, UnreadableImageError
+from farout.core.names import expand_path
 from farout.data.batching import Batch, prefetch
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
@@ -50,10 +51,12 @@ def cache_folder() -> Path:
     Raises StoreError if neither is known.
     """
     given = os.environ.get("FAROUT_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    if given:
+        return expand_path(given)
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
     try:
-        return Path(given).expanduser() if given else Path(home or Path.home() / ".cache") / "farout"
-    except RuntimeError as error:
+        return expand_path(user_cache) / "farout"
+    except FaroutError as error:
         raise StoreError("there is no home folder for the feature cache; set FAROUT_CACHE to a folder") from error
 
 
@@ -73,7 +76,8 @@ class _LookUp:
 class FeatureCache:
     """The cache of one kind of features.
 
-    If the folder cannot be written, one warning is logged, and features are computed without being stored.
+    If there is no folder, or it cannot be written, one warning is logged, and features are computed without being
+    stored.
 
     Args:
         width: number of features per image.
@@ -92,9 +96,13 @@ class FeatureCache:
         versions = {name: store.versions()[name] for name in ("torch", "timm", "pillow")}
         all_settings = {"format": FORMAT, "width": width, "versions": versions, **settings}
         name = hashlib.sha256(json.dumps(all_settings, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder = (root or cache_folder()) / "features" / name
-        self.type = np.dtype([("image", "S32"), ("features", "<f4", (width,))])
         self.settings, self.hits, self.failure = {**all_settings, "about": about or {}}, 0, ""
+        try:
+            self.folder = (root or cache_folder()) / "features" / name
+        except StoreError as error:  # no home folder, as in many containers
+            self.folder, self.failure = Path(os.devnull, name), str(error)
+            _warn_once(f"features are computed without being stored: {error}")
+        self.type = np.dtype([("image", "S32"), ("features", "<f4", (width,))])
         self._index: dict[bytes, tuple[np.ndarray, int]] = {}
         self._read_files: set[str] = set()
         self._unwritten: dict[bytes, np.ndarray] = {}
@@ -220,6 +228,8 @@ class FeatureCache:
 
     def create_folder(self) -> None:
         """Creates the folder; raises StoreError if it cannot be written, before any features are computed."""
+        if self.failure:
+            raise StoreError(self.failure)
         try:
             self._write_settings()
         except OSError as error:

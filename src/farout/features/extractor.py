@@ -16,6 +16,7 @@ from farout.core import store
 from farout.core.chunking import BatchSize, call_in_chunks
 from farout.core.devices import Precision, autocast
 from farout.core.errors import FaroutError, StoreError
+from farout.core.names import expand_path
 from farout.features import backbones
 from farout.features.batch_norm_folding import fold_batch_norm
 
@@ -172,7 +173,7 @@ class FeatureExtractor:
         config = store.read_config(folder, KIND)
         network, _ = backbones.create_backbone(config["name"], tuple(config["layers"]), config["size"], "random")
         try:
-            network.load_state_dict(store.load_tensors(Path(folder) / "model.safetensors"))
+            network.load_state_dict(store.load_tensors(expand_path(folder) / "model.safetensors"))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise StoreError(f"the weights in {folder} do not match timm {timm.__version__} ({reason})") from error

@@ -13,6 +13,7 @@ from farout.core import progress, store
 from farout.core.chunking import BatchSize
 from farout.core.devices import PrecisionChoice, resolve_device, resolve_precision
 from farout.core.errors import FaroutError, SourceError
+from farout.core.names import expand_path
 from farout.core.runtime import Runtime
 from farout.data.batching import iterate_batches
 from farout.data.decoding import save_png
@@ -123,7 +124,9 @@ def write_interpolations(
         urls = [{name: [png_data_url(image) for image in strip[name]] for name in _STRIPS} for strip in strips]
         page = render_template("interpolation_page.html", about=about, strips=urls, versions=store.versions())
         (folder / "page.html").write_text(page, encoding="utf-8")
-    return InterpolatedFolder(Path(out), pairs, pairs * images_between * len(_STRIPS), about["reconstruction_error"])
+    return InterpolatedFolder(
+        expand_path(out), pairs, pairs * images_between * len(_STRIPS), about["reconstruction_error"]
+    )
 
 
 def _interpolate_pairs(

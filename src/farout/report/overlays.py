@@ -13,6 +13,7 @@ from torch import Tensor
 
 from farout.core.chunking import blocks_containing
 from farout.core.errors import FaroutError
+from farout.core.names import expand_path
 from farout.core.progress import task
 from farout.data.decoding import save_png, to_pil
 from farout.data.image_source import Policy
@@ -76,7 +77,7 @@ def write_overlays(
     """
     check_has_maps(detector)
     check_fitted(detector)
-    source, out = detector.open_images(images, policy=policy, limit=limit, reading=reading), Path(out)
+    source, out = detector.open_images(images, policy=policy, limit=limit, reading=reading), expand_path(out)
     out.mkdir(parents=True, exist_ok=True)
     heat_maps = detector.heat_maps or HeatMaps()
     (out / "README.txt").write_text(_README.format(unit=heat_maps.unit, brightest=heat_maps.maximum), encoding="utf-8")

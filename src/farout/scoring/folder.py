@@ -24,6 +24,7 @@ from farout.core.errors import (
     TooFewImagesWarning,
     UnreadableImageError,
 )
+from farout.core.names import expand_path, find_path
 from farout.core.progress import task
 from farout.data.image_source import ImageSource, Policy
 from farout.data.preprocessing import find_mismatches
@@ -99,7 +100,7 @@ def score_folder(
         raise FaroutError(
             f"top_images is {top_images}, fdr is {fdr}; expected 0 images or more, and a rate between 0 and 1"
         )
-    source, out = detector.open_images(images, policy=policy, limit=limit, reading=reading), Path(out)
+    source, out = detector.open_images(images, policy=policy, limit=limit, reading=reading), expand_path(out)
     for message in find_mismatches(source, detector.preprocessing, fitted_gray=detector.provenance.get("gray", False)):
         warnings.warn(message, MisleadingResultWarning, stacklevel=2)
     calibration_images = len(detector.calibration)
@@ -141,7 +142,7 @@ def score_folder(
 
 def read_scores(path: str | Path) -> Scores:
     """Read scores from a scored folder or from any `.csv` or `.parquet` table with columns key and score."""
-    path = Path(path)
+    path = find_path(path)
     file = path / "scores.csv" if path.is_dir() else path
     if not file.is_file():
         raise StoreError(f"there is no score table {file}")

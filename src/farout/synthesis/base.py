@@ -18,6 +18,7 @@ from farout.core.chunking import blocks_containing
 from farout.core.config import Configured, flatten_config
 from farout.core.devices import join_processes
 from farout.core.errors import FaroutError, SourceError
+from farout.core.names import expand_path
 from farout.core.progress import task
 from farout.core.runtime import Runtime
 from farout.data.classes import encode_classes, present_class_names
@@ -289,13 +290,13 @@ class Synthesizer(Configured, ABC):
             )
         model = None if diffusion is None else self.load_diffusion(diffusion, source)
         networks = self._check_networks(model, classifier, runtime.device)
-        context = SynthesisContext.create(source, Path(out), count, seed, runtime, *networks)
+        context = SynthesisContext.create(source, expand_path(out), count, seed, runtime, *networks)
         self.check(context)
         warn_about_extra_classes(source, context.diffusion, context.classifier)
 
         writer = ImageWriter(out, context.class_names, seed, OutlierFolder.kind, processes)
         reconstruction_writer = ImageWriter(
-            Path(out) / RECONSTRUCTIONS, context.class_names, seed, ReconstructedFolder.kind, processes
+            expand_path(out) / RECONSTRUCTIONS, context.class_names, seed, ReconstructedFolder.kind, processes
         )
         about = {
             "source": source.name,
@@ -318,7 +319,7 @@ class Synthesizer(Configured, ABC):
         generated = 0
         if stages == self.stages:
             generated = self._generate_missing(context, writer, reconstruction_writer)
-        return OutlierFolder(Path(out), writer.num_images, count, generated)
+        return OutlierFolder(expand_path(out), writer.num_images, count, generated)
 
     def _check_networks(
         self, diffusion: DiffusionModel | None, classifier: Classifier | str | Path | None, device: str

@@ -12,6 +12,7 @@ import pandas as pd
 
 from farout.core import store
 from farout.core.errors import StoreError
+from farout.core.names import find_path
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 
@@ -92,7 +93,7 @@ class ReconstructedFolder(GeneratedFolder):
 
 def read_outliers(folder: str | Path) -> OutlierFolder:
     """Open a folder of outliers; raises StoreError for a missing folder or one of another kind."""
-    path = Path(folder)
+    path = find_path(folder)
     store.read_config(path, OutlierFolder.kind)
     count = len(read_manifest_rows(path)[1])
     return OutlierFolder(path, count, count, 0)

@@ -11,6 +11,7 @@ import torch
 from farout.core.chunking import blocks_containing
 from farout.core.devices import join_processes
 from farout.core.errors import FaroutError, SourceError
+from farout.core.names import expand_path
 from farout.core.progress import task
 from farout.core.runtime import Runtime
 from farout.data.batching import iterate_batches
@@ -140,5 +141,5 @@ def reconstruct(
             bar.advance(len(batch.keys))
         writer.finish()
     return ReconstructedFolder(
-        Path(out), writer.num_images, len(source), sum(writer.processes.gather_objects(generated))
+        expand_path(out), writer.num_images, len(source), sum(writer.processes.gather_objects(generated))
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from farout.core import store
 from farout.core.devices import ProcessGroup
 from farout.core.errors import StoreError
+from farout.core.names import expand_path
 from farout.data.decoding import save_png
 from farout.diffusion.sample_folder import class_folder_names, write_class_names
 from farout.synthesis.generated_folder import IMAGES, MANIFEST, ManifestRows, read_manifest_rows
@@ -55,7 +56,7 @@ class ImageWriter:
         kind: str,
         processes: ProcessGroup | None = None,
     ) -> None:
-        self.folder, self.class_names, self.seed, self.kind = Path(folder), tuple(class_names), seed, kind
+        self.folder, self.class_names, self.seed, self.kind = expand_path(folder), tuple(class_names), seed, kind
         self.processes = ProcessGroup(torch.device("cpu")) if processes is None else processes
         self._manifest = self.folder / (
             MANIFEST if self.processes.is_main_process else _PARTIAL_MANIFEST.format(self.processes.process_index)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from farout.core import store
 from farout.core.errors import StoreError
+from farout.core.names import expand_path
 from farout.training.config import TrainingConfig
 
 __all__ = [
@@ -48,13 +49,13 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 def training_folder(out: str | Path) -> Path:
     """The folder of the checkpoints of a model that will be saved as `out`: a folder next to it."""
-    path = Path(os.path.abspath(out))
+    path = Path(os.path.abspath(expand_path(out)))
     return path.with_name(f"{path.name}.training")
 
 
 def step_folder(out: str | Path, step: int) -> Path:
     """The folder of the checkpoint after `step` updates, in the training folder `out`."""
-    return Path(out) / "checkpoints" / f"step_{step:08d}"
+    return expand_path(out) / "checkpoints" / f"step_{step:08d}"
 
 
 def checkpoint_folders(out: str | Path) -> dict[int, Path]:
@@ -72,7 +73,7 @@ def newest_checkpoint(out: str | Path) -> Path | None:
 
 
 def _step_folders(out: str | Path) -> dict[int, Path]:
-    folders = [folder for folder in (Path(out) / "checkpoints").glob("step_*") if folder.is_dir()]
+    folders = [folder for folder in (expand_path(out) / "checkpoints").glob("step_*") if folder.is_dir()]
     matches = [(_NAME.fullmatch(folder.name), folder) for folder in folders]
     return {int(match[1]): folder for match, folder in matches if match}
 
@@ -139,7 +140,7 @@ def prune_checkpoints(out: str | Path, keep: Collection[int | None], every: int)
 
     The temporary folders that a killed run left behind are removed, too.
     """
-    for incomplete in (Path(out) / "checkpoints").glob(".step_*"):
+    for incomplete in (expand_path(out) / "checkpoints").glob(".step_*"):
         shutil.rmtree(incomplete, ignore_errors=True)
     for step, folder in _step_folders(out).items():
         if step not in keep and not (every and step % every == 0):

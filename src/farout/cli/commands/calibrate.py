@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from farout.cli.terminal import print_text
 from farout.core import store
+from farout.core.names import expand_path, find_path
 from farout.data.read_settings import ReadSettings
 from farout.detectors.base import Detector, load
 from farout.detectors.fitting import recalibrate
@@ -44,7 +44,7 @@ def calibrate(
     if out is not None:
         store.check_replaceable(out, "detector")
     # a detector that works is not replaced by one that can flag nothing
-    replaces = out is None or Path(out).resolve() == Path(detector).resolve()
+    replaces = out is None or expand_path(out).resolve() == find_path(detector).resolve()
     fitted = load(detector, **runtime)
     recalibrated = recalibrate(
         fitted, source, limit=limit, alpha=alpha, policy=policy, must_flag=replaces, reading=reading

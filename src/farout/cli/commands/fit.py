@@ -6,13 +6,13 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from farout.cli.terminal import print_text
 from farout.core import store
 from farout.core.devices import num_processes
 from farout.core.errors import FaroutError, StoreError
+from farout.core.names import find_path
 from farout.core.runtime import Runtime
 from farout.data.read_settings import ReadSettings
 from farout.detectors import DETECTORS
@@ -85,7 +85,7 @@ def fit(
     started = time.perf_counter()
     detector.fit(source, diffusion, classifier, **vars(settings))
     detector.provenance["fit_s"] = round(time.perf_counter() - started, 1)
-    detector.save(out, link=Path(str(diffusion)) if link else None)
+    detector.save(out, link=find_path(str(diffusion)) if link else None)
     discard_checkpoints(checkpoints, training or TrainingConfig())
     return detector
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from farout.cli.output import print_existing
 from farout.cli.terminal import print_text
+from farout.core.names import expand_path
 from farout.data.image_source import Policy
 from farout.data.read_settings import ReadSettings
 from farout.detectors.base import load
@@ -53,7 +53,7 @@ def score(
         fitted, source, out, limit=limit, policy=policy, top_images=top_images, fdr=fdr, reading=reading
     )
     if maps:
-        write_overlays(fitted, source, Path(out) / FOLDER, limit=limit, policy=policy, reading=reading)
+        write_overlays(fitted, source, expand_path(out) / FOLDER, limit=limit, policy=policy, reading=reading)
     return scored
 
 

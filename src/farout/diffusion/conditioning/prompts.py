@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from farout.core.errors import FaroutError
+from farout.core.names import find_path
 
 __all__ = [
     "TEMPLATE",
@@ -146,7 +147,7 @@ def read_word_table(table: Mapping[str, str] | str) -> dict[str, Word]:
         entries: list[tuple[Any, Any]] = list(table.items())
     elif (kind := Path(table).suffix.lower()) in (".csv", ".yaml", ".yml"):
         try:
-            content = Path(table).read_text(encoding="utf-8-sig")
+            content = find_path(table).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise FaroutError(f"the table of words {table} cannot be read ({error})") from error
         entries = _parse_csv(table, content) if kind == ".csv" else _parse_yaml(table, content)

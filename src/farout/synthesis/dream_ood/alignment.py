@@ -24,6 +24,7 @@ from farout.classifiers.train import train_on_source
 from farout.core import store
 from farout.core.devices import Precision
 from farout.core.errors import FaroutError, MisleadingResultWarning, StoreError
+from farout.core.names import expand_path
 from farout.core.progress import task
 from farout.core.runtime import Runtime
 from farout.data.batching import iterate_batches
@@ -225,12 +226,12 @@ def _compute_directions(
 
 def has_aligned_images(folder: str | Path) -> bool:
     """Whether `align_images` has finished in this folder."""
-    return (Path(folder) / _FEATURES_FILE).is_file()
+    return (expand_path(folder) / _FEATURES_FILE).is_file()
 
 
 def read_aligned_images(folder: str | Path) -> AlignedImages:
     """Read the result of `align_images`; raises StoreError if it is missing, cut short or something else."""
-    tensors = store.load_tensors(Path(folder) / _FEATURES_FILE)
+    tensors = store.load_tensors(expand_path(folder) / _FEATURES_FILE)
     if set(tensors) != {"index", "label", "feature", "is_correct"}:
         raise StoreError(f"{folder} contains no features of images; remove it and align them again")
     # the memory alignment of a mapped file changes the last bits of what is computed with its tensors

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from farout.core import store
 from farout.core.errors import FaroutError, StoreError, TooFewImagesWarning, check_options
+from farout.core.names import expand_path
 from farout.diffusion.noise import seeded_generator
 
 __all__ = [
@@ -273,7 +274,7 @@ def extend_samples(folder: Path, boundary: ClassBoundary, index: Tensor, class_v
 
 def read_samples(folder: str | Path) -> dict[int, dict[str, Tensor]]:
     """Read the files of `extend_samples`, by label; raises StoreError for incomplete or other files."""
-    return {int(path.stem): _read_class_samples(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+    return {int(path.stem): _read_class_samples(path) for path in sorted(expand_path(folder).glob("*.safetensors"))}
 
 
 def _read_class_samples(path: Path) -> dict[str, Tensor]:

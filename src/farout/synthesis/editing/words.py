@@ -11,6 +11,7 @@ from torch.nn import functional
 from torchvision.models import ResNet18_Weights
 
 from farout.core.errors import FaroutError
+from farout.core.names import find_path
 from farout.diffusion.conditioning.prompts import read_word_table
 
 __all__ = ["filter_words", "find_nearest_words", "format_name", "read_word_list"]
@@ -32,7 +33,7 @@ def read_word_list(words: str) -> tuple[str, ...]:
         names = [word.prompt("{}") for word in read_word_table(words).values()]
     else:
         try:
-            names = Path(words).read_text(encoding="utf-8-sig").splitlines()
+            names = find_path(words).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise FaroutError(
                 f"words requires a text file with one word a line, a table .csv or .yaml, or imagenet; {words} cannot "

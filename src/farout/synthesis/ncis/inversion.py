@@ -26,6 +26,7 @@ from farout.core import store
 from farout.core.chunking import blocks_containing
 from farout.core.devices import Precision
 from farout.core.errors import FaroutError, StoreError
+from farout.core.names import expand_path
 from farout.core.progress import task
 from farout.core.runtime import Runtime
 from farout.data.batching import iterate_batches
@@ -283,7 +284,7 @@ def embed_images(
     """
     if len(labels) != len(source):
         raise FaroutError(f"{len(source)} images require a label each, got {len(labels)}")
-    folder, runtime = Path(out), (runtime or Runtime()).resolve_auto()
+    folder, runtime = expand_path(out), (runtime or Runtime()).resolve_auto()
     inverter = Inverter(model.to(runtime.device), config, seed, runtime)
     check_labels(labels, inverter.conditioning.num_classes)
     settings = {"config": asdict(config), "seed": seed, **describe_inputs(source, labels, model, runtime)}
@@ -320,7 +321,7 @@ def read_embeddings(folder: str | Path) -> Embeddings:
     that is in two shards.
     """
     store.read_config(folder, KIND)
-    shards = [store.load_tensors(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+    shards = [store.load_tensors(path) for path in sorted(expand_path(folder).glob("*.safetensors"))]
     if not shards:
         empty = torch.empty(0, dtype=torch.int64)
         return Embeddings(empty, empty, torch.empty(0, 0), torch.empty(0, 0))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from farout.core import store
 from farout.core.errors import FaroutError, FaroutWarning, StoreError, TooFewImagesWarning
+from farout.core.names import find_path
 from farout.synthesis.ncis.class_gaussians import ClassGaussians
 from farout.synthesis.ncis.manifold_config import ManifoldConfig
 from farout.synthesis.ncis.network_training import (
@@ -265,7 +266,7 @@ class Manifold:
 
         Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
         """
-        path = Path(folder)
+        path = find_path(folder)
         content = store.read_config(path, KIND)
         # the memory alignment of a mapped file changes the last bits of what is computed with its tensors
         tensors = {name: tensor.clone() for name, tensor in store.load_tensors(path / "manifold.safetensors").items()}

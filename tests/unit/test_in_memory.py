@@ -3,6 +3,7 @@
 import io
 import pickle
 import struct
+import sys
 import warnings
 from collections import deque, namedtuple
 
@@ -23,7 +24,7 @@ from torch.utils.data import (
 )
 from torchvision import datasets as vision
 
-from farout.core.errors import MisleadingResultWarning, SourceError, UnreadableImageError
+from farout.core.errors import MisleadingResultWarning, MissingExtraError, SourceError, UnreadableImageError
 from farout.data.batching import iterate_batches
 from farout.data.preprocessing import Preprocessing
 from farout.data.read_settings import ReadSettings
@@ -320,8 +321,14 @@ def test_the_frames_of_one_picture_are_not_the_same_frame():
     frames[0].save(out, format="TIFF", save_all=True, append_images=frames[1:])
     stack = Image.open(out)
     assert len(set(open_source(ImageSequence.Iterator(stack)).content_hashes())) == 3
-    with pytest.raises(SourceError, match=r"\.copy\(\)"):
+    with pytest.raises(SourceError, match=r"frame\.copy\(\)"):
         open_source(list(ImageSequence.Iterator(stack)))
+    stack.seek(1)
+    assert torch.equal(open_source(stack)[0], pixels(3)[1])
+    stack.seek(0)
+    first = open_source([stack])
+    assert torch.equal(first[0], pixels(3)[0])
+    assert first.further_frames == {"0": 2}
 
 
 def test_a_broken_picture_is_one_unreadable_image():
@@ -718,6 +725,22 @@ def test_hub_datasets_of_other_columns(hub, tmp_path):
     assert torch.equal(open_source(paths)[3], IMAGES[3])
     with pytest.raises(SourceError, match="text"):
         open_source(hub.Dataset.from_dict({"text": ["a", "b"]}))
+
+
+def test_folders_of_save_to_disk(hub, tmp_path, monkeypatch):
+    hub.DatasetDict(train=hub_set(hub), test=hub_set(hub).select([4, 0])).save_to_disk(tmp_path / "sets")
+    with pytest.raises(SourceError, match=r"several sets.*sets/train, .*sets/test"):
+        open_source(tmp_path / "sets")
+    source = open_source(f"{tmp_path}/sets/test@classes=dog")
+    assert (source.keys, source.labels, source.class_names) == (("0",), (1,), ("cat", "dog"))
+    assert torch.equal(source[0], IMAGES[4])
+    for part in (tmp_path / "sets" / "test").glob("*.arrow"):
+        part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(SourceError, match="cannot be read"):
+        open_source(tmp_path / "sets" / "test")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match=r"farout\[hub\]"):
+        open_source(tmp_path / "sets" / "train")
 
 
 def test_sets_of_splits_are_refused_with_their_names(hub):

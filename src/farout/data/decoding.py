@@ -44,10 +44,12 @@ __all__ = [
     "content_hash",
     "count_frames",
     "decode",
+    "frames_of",
     "from_pil",
     "full_range",
     "image_suffixes",
     "quantize",
+    "range_of_tags",
     "save_png",
     "scale_to_uint8",
     "to_pil",
@@ -155,10 +157,10 @@ def decode(
         if deep is not None:
             return deep
         with _open_with_pillow(data, suffix, reading) as image:
-            frames = getattr(image, "n_frames", 1) if image.format in _MULTI_FRAME else 1
+            frames = frames_of(image)
             if frame:
                 image.seek(frame)
-            value_range = _range_of_tags(image)
+            value_range = range_of_tags(image)
             image.load()
             return DecodedImage(from_pil(image), value_range, frames)
 
@@ -172,7 +174,7 @@ def count_frames(data: bytes, key: str, reading: ReadSettings = DEFAULT_READING)
         if data[:4] == b"\x76\x2f\x31\x01":
             return 1
         with _open_with_pillow(data, suffix, reading) as image:
-            return getattr(image, "n_frames", 1) if image.format in _MULTI_FRAME else 1
+            return frames_of(image)
 
 
 @contextmanager
@@ -229,7 +231,12 @@ def _require_extra(extra: str) -> None:
         raise UnreadableImageError(f'{suffixes[0]} files require an extra: pip install "farout[{extra}]"')
 
 
-def _range_of_tags(image: Image.Image) -> ValueRange | None:
+def frames_of(image: Image.Image) -> int:
+    """Return the number of frames of an image that are images like the first."""
+    return getattr(image, "n_frames", 1) if image.format in _MULTI_FRAME else 1
+
+
+def range_of_tags(image: Image.Image) -> ValueRange | None:
     """Return the values of black and white that a file of more than 8 bits states, or None."""
     if not image.mode.startswith("I"):
         return None

@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from farout.core.errors import SourceError, UnreadableImageError
-from farout.core.names import expand_path
+from farout.core.names import expand_path, find_equivalent_path
 from farout.data.columns import LABEL_COLUMNS, find_columns
-from farout.data.decoding import DecodedImage, decode, from_pil, unreadable_errors
+from farout.data.decoding import DecodedImage, decode, frames_of, from_pil, range_of_tags, unreadable_errors
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.untrusted_files import read_bytes
 
@@ -160,7 +160,7 @@ def check_image(image: object, key: str) -> None:
             raise image.error(key)
         return
     if not _is_array_like(image):
-        raise UnsupportedImageError(f"{key}: {_describe(image)}, expected an image; see docs/images.md for the types")
+        raise UnsupportedImageError(f"{key}: {_describe(image)}, expected an image")
     shape, kind = _shape_of(image), getattr(image, "dtype", None)
     if len(shape) == 1 and kind in (np.uint8, torch.uint8):
         return  # encoded bytes, as torchvision.io.read_file and cv2.imencode return them
@@ -250,9 +250,11 @@ def decode_object(image: object, key: str, reading: ReadSettings = DEFAULT_READI
     with unreadable_errors(key):
         if isinstance(image, Image.Image):
             _check_pixels(image.height, image.width, reading)
+            value_range = range_of_tags(image)
+            frames = frames_of(image) if image.tell() == 0 else 1  # another frame was chosen by the user
             with _LOADING:
                 image.load()
-            return DecodedImage(from_pil(image))
+            return DecodedImage(from_pil(image), value_range, frames)
         values = _to_array(image)
         if values.ndim == 1:
             return decode(values.tobytes(), key, reading)
@@ -262,7 +264,7 @@ def decode_object(image: object, key: str, reading: ReadSettings = DEFAULT_READI
 
 def _decode_file(path: str, key: str, reading: ReadSettings) -> DecodedImage:
     try:
-        data = read_bytes(expand_path(path), reading.max_bytes)
+        data = read_bytes(find_equivalent_path(expand_path(path)), reading.max_bytes)
     except UnreadableImageError as error:
         raise UnreadableImageError(f"{key}: {error}") from error
     return decode(data, key, reading, suffix=Path(path).suffix)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from farout.core.errors import SourceError, UnreadableImageError
-from farout.core.names import encode_key, expand_path
+from farout.core.names import encode_file_name, encode_key, expand_path, find_equivalent_path
 from farout.data.decoding import DecodedImage
 from farout.data.file_listing import Listing, check_keys, encode_labels, index_keys
 from farout.data.image_objects import (
@@ -131,7 +131,7 @@ def _list_pairs(
     groups = None
     if keys is None:
         paths = [path_of(image) for image in images]
-        keys = check_keys([str(i) if path is None else encode_key(path) for i, path in enumerate(paths)], where)
+        keys = check_keys([str(i) if path is None else encode_file_name(path) for i, path in enumerate(paths)], where)
         groups = None if None in paths else tuple(key.rpartition("/")[0] or "." for key in keys)
     _check_frames(images, where)
     _check_some_image(images, keys, where)
@@ -200,7 +200,7 @@ def _check_item(image: object, key: str) -> None:
     if path is None:
         check_image(image, key)
         return
-    place = expand_path(path)
+    place = find_equivalent_path(expand_path(path))
     if place.is_dir():
         raise UnsupportedImageError(f"{key}: this is a folder; give the folder itself as the source, not in a list")
     if not os.path.lexists(place):

@@ -6,7 +6,6 @@ import io
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from farout.core.errors import SourceError
-from farout.core.names import encode_name
 from farout.data.file_listing import Listing
-from farout.data.image_objects import LABEL_NAMES
+from farout.data.hub_datasets import list_hub_dataset
 from farout.data.in_memory import list_array, list_items, list_iterable, list_mapping
 from farout.data.loaders import list_loader
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
-from farout.data.tables import list_table
 from farout.data.torch_datasets import list_dataset
 
 __all__ = ["list_object"]
@@ -52,11 +49,8 @@ def list_object(images: Any, memory_mib: int = 1024, reading: ReadSettings = DEF
     if isinstance(images, Set):
         raise SourceError(f"a {name} has no order, so that its images have no keys; give a list or a dict")
     hub = sys.modules.get("datasets")  # an object of this library exists only if it is imported
-    if hub is not None and isinstance(images, hub.DatasetDict | hub.IterableDatasetDict):
-        splits = ", ".join(f"[{split!r}]" for split in images)
-        raise SourceError(f"a {name} contains several sets; give one of them: {splits}")
-    if hub is not None and isinstance(images, hub.Dataset):
-        return _list_hub_dataset(images, reading)
+    if hub is not None and isinstance(images, hub.Dataset | hub.DatasetDict | hub.IterableDatasetDict):
+        return list_hub_dataset(images, f"the {name}", reading)
     if isinstance(images, DataLoader):
         return list_loader(images, lambda dataset: list_object(dataset, memory_mib, reading), memory_mib, reading)
     if isinstance(images, Dataset):
@@ -75,20 +69,3 @@ def list_object(images: Any, memory_mib: int = 1024, reading: ReadSettings = DEF
         f"cannot read images from a {name}; expected a source string, a path, an image, an array or tensor, a list or "
         "dict of images or paths, a Dataset, or a DataLoader"
     )
-
-
-def _list_hub_dataset(dataset: Any, reading: ReadSettings) -> Listing:
-    """List a `datasets.Dataset`: by its image column, or as a Dataset of dicts if it has a transform or other types."""
-    hub = sys.modules["datasets"]
-    features = dataset.features
-    if dataset.format["type"] != "custom":
-        if any(isinstance(feature, hub.Image) for feature in features.values()):
-            return list_table(dataset.with_format(None), "the Dataset", reading=reading)
-        is_nested = any(not isinstance(features[name], hub.Value | hub.ClassLabel) for name in features)
-        dataset = dataset.with_format("numpy" if is_nested else None)
-    listing = list_dataset(dataset, reading=reading)
-    label = next((name for name in LABEL_NAMES if name in features), None)
-    names = tuple(map(encode_name, getattr(features.get(label), "names", None) or ()))
-    if listing.labels is None or listing.class_names or not all(0 <= each < len(names) for each in listing.labels):
-        return listing
-    return replace(listing, class_names=names)

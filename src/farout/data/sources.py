@@ -22,6 +22,7 @@ from farout.core.errors import LeftOutWarning, SourceError
 from farout.core.names import encode_name
 from farout.data import catalog
 from farout.data.file_listing import Listing
+from farout.data.hub_datasets import find_saved_dataset, list_saved_dataset
 from farout.data.image_source import ImageSource, Policy, check_policy
 from farout.data.python_objects import list_object
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
@@ -116,6 +117,9 @@ def _open_spec(text: str | Path, policy: Policy, memory_mib: int, reading: ReadS
 
 def _list_spec(spec: SourceSpec, reading: ReadSettings) -> Listing:
     if spec.kind == "path":
+        saved = find_saved_dataset(spec.location)
+        if saved is not None:
+            return list_saved_dataset(saved, reading)
         return list_path(spec.location, reading, spec.selection)
     if spec.kind == "hub":
         return list_hub(spec.location, spec.split, reading=reading)

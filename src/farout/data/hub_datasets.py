@@ -1,0 +1,82 @@
+"""Readers of Hugging Face Datasets: objects in Python, and folders written by `Dataset.save_to_disk`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from farout.core.errors import MissingExtraError, SourceError
+from farout.core.names import encode_name, find_path
+from farout.core.store import read_json
+from farout.data.columns import find_columns
+from farout.data.file_listing import Listing
+from farout.data.image_objects import LABEL_NAMES
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
+from farout.data.tables import list_table
+from farout.data.torch_datasets import list_dataset
+
+__all__ = ["find_saved_dataset", "list_hub_dataset", "list_saved_dataset"]
+
+
+def list_hub_dataset(dataset: Any, where: str = "the Dataset", reading: ReadSettings = DEFAULT_READING) -> Listing:
+    """List a `datasets.Dataset`: by its image column, or as a Dataset of dicts if it has a transform or other types.
+
+    Raises:
+        SourceError: it is a DatasetDict, or has no images.
+    """
+    hub = sys.modules["datasets"]
+    if isinstance(dataset, hub.DatasetDict | hub.IterableDatasetDict):
+        splits = ", ".join(f"[{split!r}]" for split in dataset)
+        raise SourceError(f"{where} contains several sets; give one of them: {splits or 'there is none'}")
+    features = dataset.features
+    if dataset.format["type"] != "custom":
+        if any(isinstance(feature, hub.Image) for feature in features.values()):
+            return list_table(dataset.with_format(None), where, reading=reading)
+        is_nested = not all(isinstance(feature, hub.Value | hub.ClassLabel) for feature in features.values())
+        dataset = dataset.with_format("numpy" if is_nested else None)
+    listing = list_dataset(dataset, reading=reading)
+    label = next(iter(find_columns(list(features), LABEL_NAMES)), None)
+    names = () if label is None else tuple(map(encode_name, getattr(features[label], "names", None) or ()))
+    if listing.labels is None or listing.class_names or not all(0 <= each < len(names) for each in listing.labels):
+        return listing
+    return replace(listing, class_names=names)
+
+
+def find_saved_dataset(location: str) -> Path | None:
+    """Return the folder if `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote it, else None."""
+    folder = find_path(location)
+    if (folder / "dataset_dict.json").is_file():
+        return folder
+    is_saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return folder if is_saved else None
+
+
+def list_saved_dataset(folder: Path, reading: ReadSettings = DEFAULT_READING) -> Listing:
+    """List a folder written by `Dataset.save_to_disk`.
+
+    Raises:
+        SourceError: the folder contains several sets, or cannot be read.
+        MissingExtraError: the extra `hub` is not installed.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = read_json(folder / "dataset_dict.json").get("splits")
+        names = [str(split) for split in splits] if isinstance(splits, list) else []
+        paths = ", ".join(str(folder / name) for name in names) or "there is none"
+        raise SourceError(f"{folder} contains several sets; give one of them: {paths}")
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError(
+            f'{folder} was written by the datasets library, which reading it requires: pip install "farout[hub]"'
+        ) from error
+    try:
+        dataset = datasets.Dataset.load_from_disk(str(folder.absolute()))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SourceError(
+            f"{folder} looks like a folder of Dataset.save_to_disk, but cannot be read "
+            f"({type(error).__name__}: {reason}); save it again"
+        ) from error
+    return list_hub_dataset(dataset, str(folder), reading)

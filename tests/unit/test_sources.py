@@ -123,8 +123,8 @@ def test_npz_never_unpickles_and_names_its_shape(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.array([{"a": 1}], dtype=object))
     with pytest.raises(SourceError, match="without pickle"):
         open_source(tmp_path / "x.npz")
-    np.savez(tmp_path / "y.npz", images=np.zeros((2, 8, 8, 4), dtype=np.uint8))
-    with pytest.raises(SourceError, match=r"\(2, 8, 8, 4\)"):
+    np.savez(tmp_path / "y.npz", images=np.zeros((2, 8, 8, 5), dtype=np.uint8))
+    with pytest.raises(SourceError, match=r"\(2, 8, 8, 5\)"):
         open_source(tmp_path / "y.npz")
 
 

@@ -12,8 +12,10 @@ from farout.data.file_listing import check_keys, encode_groups, encode_labels
 
 __all__ = [
     "GROUP_COLUMNS",
+    "KEY_COLUMNS",
     "LABEL_COLUMNS",
     "PATH_COLUMNS",
+    "attach_class_names",
     "find_column",
     "find_columns",
     "read_groups",
@@ -29,12 +31,27 @@ PATH_COLUMNS = (
 """Columns with the paths of image files, the first that exists is used."""
 
 LABEL_COLUMNS = (
-    *("label", "labels", "target", "targets", "class", "class_name", "class_label", "category", "y", "fine_label"),
+    *(
+        "label",
+        "labels",
+        "target",
+        "targets",
+        "class",
+        "class_name",
+        "class_label",
+        "category",
+        "y",
+        "fine_label",
+        "cls",
+    ),
 )
 """Columns with labels, the first that exists is used."""
 
 GROUP_COLUMNS = ("group", "groups", "patient", "patient_id", "subject", "subject_id", "video", "video_id")
 """Columns with groups, the first that exists is used."""
+
+KEY_COLUMNS = ("key", "__key__")
+"""Columns with keys."""
 
 ReadColumn = Callable[[str], Sequence[object]]
 """Returns the values of a column."""
@@ -95,6 +112,24 @@ def read_labels(
     return column, labels, names
 
 
+def attach_class_names(
+    labels: tuple[int, ...], names: tuple[str, ...] | None, declared: tuple[str, ...] | None, where: str
+) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
+    """Return labels and class names, the names being `declared` outside the column if the labels are integers.
+
+    A label of -1 (unknown) has no name. Raises SourceError for other labels beyond the declared names.
+    """
+    if declared is None or names is not None:
+        return labels, names
+    wrong = next((row for row, label in enumerate(labels) if not -1 <= label < len(declared)), None)
+    if wrong is not None:
+        raise SourceError(
+            f"{where} has the label {labels[wrong]} in row {wrong}, but {len(declared)} class names are declared; "
+            f"expected 0 to {len(declared) - 1}"
+        )
+    return labels, declared
+
+
 def read_groups(columns: Sequence[str], read: ReadColumn, where: str) -> tuple[str, tuple[str, ...] | None]:
     """Return the column of the groups (empty: none) and the groups; a column `group` must be complete."""
     found = find_columns(columns, GROUP_COLUMNS)
@@ -111,8 +146,8 @@ def read_groups(columns: Sequence[str], read: ReadColumn, where: str) -> tuple[s
 
 
 def read_keys(columns: Sequence[str], read: ReadColumn, where: str) -> tuple[str, ...] | None:
-    """Return the keys in the column `key`, or None without it; raises SourceError for empty and equal keys."""
-    found = find_columns(columns, ("key",))
+    """Return the keys in the column `key` or `__key__`, None without it; raises SourceError for empty or equal keys."""
+    found = find_columns(columns, KEY_COLUMNS)
     if not found:
         return None
     column = found[0]

@@ -16,7 +16,7 @@ from farout.core.errors import SourceError
 from farout.core.names import encode_name
 from farout.data.decoding import DecodedImage
 
-__all__ = ["Listing", "check_keys", "encode_groups", "encode_labels", "index_keys"]
+__all__ = ["Listing", "check_count", "check_keys", "encode_groups", "encode_labels", "index_keys"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,21 @@ class Listing:
 def index_keys(count: int) -> tuple[str, ...]:
     """Return the indices of a set as strings, its keys if there are no names."""
     return tuple(str(i) for i in range(count))
+
+
+_KEY_BYTES = 128
+"""Memory that the key of an image needs, roughly."""
+
+
+def check_count(count: int, where: str, max_bytes: int) -> None:
+    """Raise SourceError for a set without images, or with so many, by its header, that their keys exceed the limit."""
+    if not count:
+        raise SourceError(f"{where} contains no images: it has 0 rows")
+    if count * _KEY_BYTES > max_bytes:
+        raise SourceError(
+            f"{where} has {count} images, whose keys need about {count * _KEY_BYTES} bytes of memory, and the limit is "
+            f"{max_bytes} (--max-bytes); read it in parts"
+        )
 
 
 def check_keys(keys: Sequence[str], where: str) -> tuple[str, ...]:

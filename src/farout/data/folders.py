@@ -17,11 +17,20 @@ from farout.core.store import kind_of, read_json
 from farout.data.archives import is_archive_name, list_archives
 from farout.data.decoding import MULTI_FRAME_SUFFIXES, count_frames
 from farout.data.file_listing import Listing, check_keys
-from farout.data.file_names import count_by_suffix, find_system_folder, is_image_name, join_counts, limit_descriptions
+from farout.data.file_names import (
+    count_by_suffix,
+    find_system_folder,
+    is_image_name,
+    join_counts,
+    limit_descriptions,
+    suffix_of,
+)
 from farout.data.folder_layout import class_folders, describe_splits, find_mask_folders, parent_folders
 from farout.data.folder_scan import match_glob, scan_folder, split_pattern
 from farout.data.image_files import FileReader
+from farout.data.parquet_files import choose_shards, list_parquet
 from farout.data.read_settings import ReadSettings
+from farout.data.source_spec import NO_SELECTION, Selection
 from farout.data.untrusted_files import read_bytes
 
 __all__ = ["CLASSES_FILE", "list_folder", "list_glob", "list_image_file"]
@@ -35,12 +44,12 @@ def list_image_file(path: Path, reading: ReadSettings) -> Listing:
     return _list_files(path.parent, [path.name], {}, {}, reading)
 
 
-def list_folder(root: Path, reading: ReadSettings) -> Listing:
+def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SELECTION) -> Listing:
     """List the images below a folder, with the class folders as labels.
 
     Of a folder that farout has written, only its `images/` are listed: it also contains figures. Folders of masks of a
     data set for segmentation, such as `ground_truth/` next to `test/`, are left out and counted. A folder without
-    images that contains archives is listed as they are.
+    images that contains archives, or the parquet files of one set, is listed as they are.
 
     Raises SourceError if there are no images, or the folder cannot be read.
     """
@@ -49,6 +58,11 @@ def list_folder(root: Path, reading: ReadSettings) -> Listing:
     images = [path for path in scan.files if is_image_name(path)]
     others = [path for path in scan.files if not is_image_name(path)]
     if not images and not scan.problems:
+        tables = [path for path in others if suffix_of(path) == ".parquet"]
+        if tables and kind_of(root) is None:
+            left_out = limit_descriptions(scan.left_out + count_by_suffix(set(others) - set(tables)))
+            return list_parquet(choose_shards(root, tables, selection.split), reading, selection, left_out, str(root))
+        selection.check_used(where=str(root), kind="a folder without parquet files")
         archives = [path for path in others if is_archive_name(path)]
         left_out = scan.left_out + count_by_suffix(path for path in others if not is_archive_name(path))
         if archives:
@@ -57,6 +71,7 @@ def list_folder(root: Path, reading: ReadSettings) -> Listing:
         raise SourceError(
             f"the folder {root} contains no images; " + (f"it contains {counts}" if counts else "it is empty")
         )
+    selection.check_used(where=str(root), kind="a folder of image files")
     left_out, masks = scan.left_out, find_mask_folders(images)
     for folder in masks:
         count = sum(path.startswith(f"{folder}/") for path in images)
@@ -137,8 +152,10 @@ def _read_class_names(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(normalize_name(classes.get(folder, folder)) for folder in folders)
 
 
-def list_glob(pattern: str, reading: ReadSettings) -> Listing:
-    """List what a glob matches: images, or else archives; `{000..003}` and `{a,b}` in braces are expanded.
+def list_glob(pattern: str, reading: ReadSettings, selection: Selection = NO_SELECTION) -> Listing:
+    """List what a glob matches: images, or else parquet files of one set, or else archives.
+
+    `{000..003}` and `{a,b}` in braces are expanded.
 
     Raises SourceError if nothing of that kind matches.
     """
@@ -157,6 +174,12 @@ def list_glob(pattern: str, reading: ReadSettings) -> Listing:
         left_out[f"folder(s) (give '{pattern}/**/*' to list their images)"] += matches.folders
     images = [path for path in files if is_image_name(path)]
     if not images and not matches.problems:
+        tables = [path for path in files if suffix_of(path) == ".parquet"]
+        if tables:
+            left_out += count_by_suffix(set(files) - set(tables))
+            paths = [root / path for path in tables]
+            return list_parquet(paths, reading, selection, limit_descriptions(left_out), pattern)
+        selection.check_used(where=pattern, kind="a glob without parquet files")
         archives = [path for path in files if is_archive_name(path)]
         left_out += count_by_suffix(path for path in files if not is_archive_name(path))
         if archives:
@@ -165,5 +188,6 @@ def list_glob(pattern: str, reading: ReadSettings) -> Listing:
         found = f"matches no images, but {counts}" if counts else "matches nothing"
         hint = "; write [[] for a bracket that belongs to a name" if "[" in pattern else ""
         raise SourceError(f"the glob {pattern} {found}{hint}")
+    selection.check_used(where=pattern, kind="a glob of image files")
     left_out += count_by_suffix(path for path in files if not is_image_name(path))
     return _list_files(root, [*images, *matches.problems], matches.problems, left_out, reading)

@@ -19,6 +19,7 @@ from typing import Any
 from farout.core.errors import SourceError, UnreadableImageError
 from farout.data.columns import (
     GROUP_COLUMNS,
+    KEY_COLUMNS,
     PATH_COLUMNS,
     find_column,
     find_columns,
@@ -75,7 +76,7 @@ def list_image_table(
         raise SourceError(
             f"{path} is not UTF-8 text: some bytes outside the column {column} cannot be decoded; save it as UTF-8"
         )
-    label_columns = [name for name in others if find_columns([name], (*GROUP_COLUMNS, "key")) == []]
+    label_columns = [name for name in others if find_columns([name], (*GROUP_COLUMNS, *KEY_COLUMNS)) == []]
     _, labels, names = read_labels(others, read, str(path), chosen=selection.label, others=label_columns)
     _, groups = read_groups(others, read, str(path))
     located = [_locate(cell, path.parent) for cell in _check_paths(read(column), f"{path}, column {column}")]

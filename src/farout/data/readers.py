@@ -9,15 +9,15 @@ from pathlib import Path
 from farout.core.errors import SourceError
 from farout.core.names import find_path
 from farout.data.archives import is_archive_name, list_archive_file
-from farout.data.array_files import list_npz
+from farout.data.array_files import ARRAY_SUFFIXES, list_array_file
 from farout.data.file_listing import Listing
 from farout.data.file_names import is_image_name
 from farout.data.folder_scan import has_wildcards
 from farout.data.folders import list_folder, list_glob, list_image_file
 from farout.data.image_lists import LIST_SUFFIXES, list_image_table
+from farout.data.parquet_files import list_parquet
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.source_spec import NO_SELECTION, Selection
-from farout.data.tables import list_parquet
 
 __all__ = ["list_path"]
 
@@ -32,16 +32,14 @@ def list_path(location: str, reading: ReadSettings = DEFAULT_READING, selection:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         if has_wildcards(location):
-            selection.check_used(where=location, kind="a glob")
-            return list_glob(str(path), reading)
+            return list_glob(str(path), reading, selection)
         if os.path.islink(path):
             raise SourceError(f"{path} is a link to {os.readlink(path)}, which does not exist") from None
         raise SourceError(f"{location!r} is neither an existing path nor a named set (`farout list sets`)") from None
     except (OSError, ValueError) as error:
         raise SourceError(f"{location!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISDIR(mode):
-        selection.check_used(where=str(path), kind="a folder")
-        return list_folder(path, reading)
+        return list_folder(path, reading, selection)
     if not stat.S_ISREG(mode):
         raise SourceError(f"{path} is a named pipe, a socket or a device; expected a folder or a regular file")
     return _list_file(path, reading, selection)
@@ -50,11 +48,11 @@ def list_path(location: str, reading: ReadSettings = DEFAULT_READING, selection:
 def _list_file(path: Path, reading: ReadSettings, selection: Selection) -> Listing:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return list_parquet(path, reading)
+        return list_parquet(path, reading, selection)
     if suffix in LIST_SUFFIXES:
         return list_image_table(path, reading, selection)
-    if suffix == ".npz":
-        return list_npz(path, reading)
+    if suffix in ARRAY_SUFFIXES:
+        return list_array_file(path, reading, selection)
     if is_archive_name(path.name):
         selection.check_used(where=str(path), kind="an archive")
         return list_archive_file(path, reading)
@@ -62,5 +60,6 @@ def _list_file(path: Path, reading: ReadSettings, selection: Selection) -> Listi
         selection.check_used(where=str(path), kind="an image file")
         return list_image_file(path, reading)
     raise SourceError(
-        f"{path} is not an image source; expected a folder, .parquet, .csv, .npz, .zip, .tar, or an image file"
+        f"{path} is not an image source; expected a folder, .parquet, .csv, .tsv, .jsonl, .txt, .npz, .npy, "
+        ".zip, .tar, or an image file"
     )

@@ -24,11 +24,12 @@ from farout.data import catalog
 from farout.data.file_listing import Listing
 from farout.data.hub_datasets import find_saved_dataset, list_saved_dataset
 from farout.data.image_source import ImageSource, Policy, check_policy
+from farout.data.parquet_files import list_parquet
 from farout.data.python_objects import list_object
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.readers import list_path
 from farout.data.source_spec import SourceSpec, parse_spec
-from farout.data.tables import list_hub, list_parquet
+from farout.data.tables import list_hub
 
 __all__ = ["Images", "open_source", "parse_source"]
 
@@ -122,16 +123,18 @@ def _list_spec(spec: SourceSpec, reading: ReadSettings) -> Listing:
             return list_saved_dataset(saved, reading)
         return list_path(spec.location, reading, spec.selection)
     if spec.kind == "hub":
-        return list_hub(spec.location, spec.split, reading=reading)
+        return list_hub(spec.location, spec.split, reading=reading, selection=spec.selection)
     local = catalog.find_local(spec.location, spec.split)
     if local is not None:
-        return list_parquet(local, reading)
+        return list_parquet(local, reading, spec.selection, where=f"{spec.location}:{spec.split}")
     known = catalog.find_entry(spec.location)
     if known is None:
         raise SourceError(_describe_unknown_set(spec))
     if known.hub is None or spec.split not in known.splits:
         raise SourceError(_describe_missing_set(spec, known))
-    return list_hub(known.hub, known.splits[spec.split], known.image_column, known.label_column, reading)
+    return list_hub(
+        known.hub, known.splits[spec.split], known.image_column, known.label_column, reading, spec.selection
+    )
 
 
 def _describe_unknown_set(spec: SourceSpec) -> str:

@@ -331,6 +331,26 @@ def test_the_frames_of_one_picture_are_not_the_same_frame():
     assert first.further_frames == {"0": 2}
 
 
+def test_all_frames_of_items(tmp_path):
+    out = io.BytesIO()
+    frames = [picture(image) for image in pixels(3)]
+    frames[0].save(out, format="TIFF", save_all=True, append_images=frames[1:])
+    path = tmp_path / "stack.tif"
+    path.write_bytes(out.getvalue())
+    items = [(path, 5), (Image.open(path), 6), (out.getvalue(), 7), (IMAGES[0], 8), (tmp_path / "missing.tif", 9)]
+    source = open_source(items, reading=ReadSettings(frames="all"))
+    stack = f"{tmp_path}/stack.tif"
+    assert source.keys[:6] == (f"{stack}#0", f"{stack}#1", f"{stack}#2", "1#0", "1#1", "1#2")
+    assert source.keys[6:] == ("2#0", "2#1", "2#2", "3", f"{tmp_path}/missing.tif")
+    assert source.labels == (5, 5, 5, 6, 6, 6, 7, 7, 7, 8, 9)
+    assert source.groups[2:5] == (stack, "1", "1")
+    for index in (8, 3, 1, 5, 0, 4, 2, 7, 6):
+        assert torch.equal(source[index], pixels(3)[index % 3])
+    assert list(read_all(source)[1]) == [f"{tmp_path}/missing.tif"]
+    assert source.further_frames == {}
+    assert sum(open_source(items[:3]).with_policy("nan")[i] is not None for i in range(3)) == 3
+
+
 def test_a_broken_picture_is_one_unreadable_image():
     """Pillow opens files lazily; its decoders raise more than OSError for what is broken."""
 

@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from farout.core.errors import SourceError, UnreadableImageError
+from farout.core.errors import SourceError
 from farout.core.names import encode_file_name, normalize_name
 from farout.core.store import kind_of, read_json
 from farout.data.archives import is_archive_name, list_archives
-from farout.data.decoding import MULTI_FRAME_SUFFIXES, count_frames
 from farout.data.file_listing import Listing, check_keys
 from farout.data.file_names import (
     count_by_suffix,
@@ -27,11 +26,10 @@ from farout.data.file_names import (
 )
 from farout.data.folder_layout import class_folders, describe_splits, find_mask_folders, parent_folders
 from farout.data.folder_scan import match_glob, scan_folder, split_pattern
-from farout.data.image_files import FileReader
+from farout.data.image_files import FileReader, count_file_frames
 from farout.data.parquet_files import choose_shards, list_parquet
 from farout.data.read_settings import ReadSettings
 from farout.data.source_spec import NO_SELECTION, Selection
-from farout.data.untrusted_files import read_bytes
 
 __all__ = ["CLASSES_FILE", "list_folder", "list_glob", "list_image_file"]
 
@@ -119,7 +117,7 @@ def _list_files(
     groups = tuple(map(encode_file_name, parent_folders(paths)))
     frames = None
     if reading.frames == "all":
-        counts = [1 if path in problems else _count_frames_of(root / path, reading) for path in paths]
+        counts = [1 if path in problems else count_file_frames(root / path, reading) for path in paths]
         expanded = [(index, frame) for index, count in enumerate(counts) for frame in range(count)]
         groups = tuple(keys[index] if counts[index] > 1 else groups[index] for index, _ in expanded)
         keys = check_keys(
@@ -129,16 +127,6 @@ def _list_files(
     reader = FileReader(keys, [root / path for path in paths], reading, frames, reasons)
     codes = None if labels is None else tuple(labels[path] for path in paths)
     return Listing(keys, reader, codes, class_names, groups, left_out=limit_descriptions(left_out), splits=splits)
-
-
-def _count_frames_of(path: Path, reading: ReadSettings) -> int:
-    """Return the number of frames of an image file; 1 if it cannot be read, which is reported with the image."""
-    if path.suffix.lower() not in MULTI_FRAME_SUFFIXES:
-        return 1
-    try:
-        return max(1, count_frames(read_bytes(path, reading.max_bytes), path.name, reading))
-    except UnreadableImageError:
-        return 1
 
 
 def _read_class_names(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:

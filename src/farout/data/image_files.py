@@ -9,11 +9,11 @@ from pathlib import Path
 
 from farout.core.errors import UnreadableImageError
 from farout.core.names import decode_file_name, encode_file_name, expand_path, find_equivalent_path
-from farout.data.decoding import DecodedImage, decode, unreadable_errors
+from farout.data.decoding import MULTI_FRAME_SUFFIXES, DecodedImage, count_frames, decode, unreadable_errors
 from farout.data.read_settings import ReadSettings
 from farout.data.untrusted_files import read_bytes
 
-__all__ = ["FileReader", "find_listed_file"]
+__all__ = ["FileReader", "count_file_frames", "find_listed_file"]
 
 
 def find_listed_file(folder: Path, name: str) -> tuple[str, Path]:
@@ -27,6 +27,16 @@ def find_listed_file(folder: Path, name: str) -> tuple[str, Path]:
         if os.path.lexists(decoded):
             return name, decoded
     return encode_file_name(name), path
+
+
+def count_file_frames(path: Path, reading: ReadSettings) -> int:
+    """Return the number of frames of an image file; 1 if it cannot be read, which is reported with the image."""
+    if path.suffix.lower() not in MULTI_FRAME_SUFFIXES:
+        return 1
+    try:
+        return max(1, count_frames(read_bytes(path, reading.max_bytes), path.name, reading))
+    except UnreadableImageError:
+        return 1
 
 
 class FileReader:

@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,16 @@ from torch import Tensor
 from farout.core.errors import SourceError, UnreadableImageError
 from farout.core.names import expand_path, find_equivalent_path
 from farout.data.columns import LABEL_COLUMNS, find_columns
-from farout.data.decoding import DecodedImage, decode, frames_of, from_pil, range_of_tags, unreadable_errors
+from farout.data.decoding import (
+    DecodedImage,
+    count_frames,
+    decode,
+    frames_of,
+    from_pil,
+    range_of_tags,
+    unreadable_errors,
+)
+from farout.data.image_files import count_file_frames
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.untrusted_files import read_bytes
 
@@ -32,11 +41,13 @@ __all__ = [
     "LABEL_NAMES",
     "NO_LABEL",
     "FailedItem",
+    "Frame",
     "UnsupportedImageError",
     "can_be_image",
     "check_image",
     "check_range",
     "class_of",
+    "count_frames_of",
     "decode_object",
     "describe_error",
     "is_one_image",
@@ -61,7 +72,7 @@ class _NoLabel:
 NO_LABEL = _NoLabel()
 
 _LOADING = threading.Lock()
-"""Pillow loads an image at first use; two threads must not load the same one."""
+"""A PIL image has a position and is loaded at first use, so that two threads must not use the same one."""
 
 
 class UnsupportedImageError(UnreadableImageError):
@@ -153,7 +164,7 @@ def check_image(image: object, key: str) -> None:
     """
     if isinstance(image, Image.Image | bytes | bytearray | memoryview | io.BytesIO | str | os.PathLike):
         return
-    if isinstance(image, DecodedImage) or _is_encoded_cell(image):
+    if isinstance(image, DecodedImage | Frame) or _is_encoded_cell(image):
         return
     if isinstance(image, FailedItem):
         if image.is_unsupported:
@@ -223,6 +234,37 @@ def _check_shape(shape: tuple[int, ...], key: str) -> None:
         raise UnsupportedImageError(f"{key}: shape {shape}, an image without pixels")
 
 
+@dataclass(frozen=True)
+class Frame:
+    """One frame of an image with several.
+
+    Attributes:
+        image: a path, encoded bytes, or a PIL image.
+        index: which frame.
+    """
+
+    image: object
+    index: int
+
+
+def count_frames_of(image: object, reading: ReadSettings) -> int:
+    """Return the number of frames of an image; 1 if it cannot be read, which is reported with the image."""
+    path = path_of(image)
+    try:
+        if path is not None:
+            return count_file_frames(find_equivalent_path(expand_path(path)), reading)
+        if isinstance(image, bytes | bytearray | memoryview | io.BytesIO):
+            return max(1, count_frames(_to_bytes(image), "", reading))
+        # Another than the first frame of a PIL image was chosen by the user.
+        return frames_of(image) if isinstance(image, Image.Image) and image.tell() == 0 else 1
+    except (UnreadableImageError, OSError, ValueError):  # of a closed PIL image
+        return 1
+
+
+def _to_bytes(image: bytes | bytearray | memoryview | io.BytesIO) -> bytes:
+    return image.getvalue() if isinstance(image, io.BytesIO) else bytes(image)
+
+
 def decode_object(image: object, key: str, reading: ReadSettings = DEFAULT_READING) -> DecodedImage:
     """Convert one image to native values (C, H, W).
 
@@ -230,6 +272,13 @@ def decode_object(image: object, key: str, reading: ReadSettings = DEFAULT_READI
         UnsupportedImageError: the object is no image, see `check_image`.
         UnreadableImageError: the image cannot be read, for whatever reason; the message starts with `key`.
     """
+    if isinstance(image, Frame):
+        return replace(_decode_frame(image.image, key, reading, image.index), frames=1)
+    return _decode_frame(image, key, reading, None)
+
+
+def _decode_frame(image: Any, key: str, reading: ReadSettings, frame: int | None) -> DecodedImage:
+    """Convert an image, or one frame of it; None: the first frame, or that which a PIL image is at."""
     if image is None:
         raise UnreadableImageError(f"{key}: the item is None")
     if isinstance(image, FailedItem):
@@ -238,36 +287,46 @@ def decode_object(image: object, key: str, reading: ReadSettings = DEFAULT_READI
         return image
     path = path_of(image)
     if path is not None:
-        return _decode_file(path, key, reading)
-    if isinstance(image, io.BytesIO):
-        image = image.getvalue()
-    if isinstance(image, bytes | bytearray | memoryview):
-        return decode(bytes(image), key, reading)
-    if isinstance(image, Mapping) and _is_encoded_cell(image):
-        data, place = image.get("bytes"), image.get("path")
-        return decode(data, key, reading) if isinstance(data, bytes) else _decode_file(str(place), key, reading)
+        return _decode_file(path, key, reading, frame)
+    if isinstance(image, bytes | bytearray | memoryview | io.BytesIO):
+        return decode(_to_bytes(image), key, reading, frame or 0)
+    if _is_encoded_cell(image):
+        data = image.get("bytes")
+        if isinstance(data, bytes):
+            return decode(data, key, reading, frame or 0)
+        return _decode_file(str(image.get("path")), key, reading, frame)
     check_image(image, key)
+    if isinstance(image, Image.Image):
+        with unreadable_errors(key), _LOADING:
+            return _decode_pil(image, reading, frame)
     with unreadable_errors(key):
-        if isinstance(image, Image.Image):
-            _check_pixels(image.height, image.width, reading)
-            value_range = range_of_tags(image)
-            frames = frames_of(image) if image.tell() == 0 else 1  # another frame was chosen by the user
-            with _LOADING:
-                image.load()
-            return DecodedImage(from_pil(image), value_range, frames)
         values = _to_array(image)
-        if values.ndim == 1:
-            return decode(values.tobytes(), key, reading)
-        _check_shape(values.shape, key)  # of the values themselves, whatever the object said
+    if values.ndim == 1 and values.dtype == np.uint8:
+        return decode(values.tobytes(), key, reading)
+    _check_shape(values.shape, key)  # of the values themselves, whatever the object said
+    with unreadable_errors(key):
         return DecodedImage(_to_channels_first(values, reading))
 
 
-def _decode_file(path: str, key: str, reading: ReadSettings) -> DecodedImage:
+def _decode_pil(image: Image.Image, reading: ReadSettings, frame: int | None) -> DecodedImage:
+    _check_pixels(image.height, image.width, reading)
+    position = image.tell()
+    frames = frames_of(image) if position == 0 else 1
+    if frame is not None:
+        image.seek(frame)
     try:
+        value_range = range_of_tags(image)
+        image.load()
+        return DecodedImage(from_pil(image), value_range, frames)
+    finally:
+        if frame is not None:
+            image.seek(position)
+
+
+def _decode_file(path: str, key: str, reading: ReadSettings, frame: int | None) -> DecodedImage:
+    with unreadable_errors(key):
         data = read_bytes(find_equivalent_path(expand_path(path)), reading.max_bytes)
-    except UnreadableImageError as error:
-        raise UnreadableImageError(f"{key}: {error}") from error
-    return decode(data, key, reading, suffix=Path(path).suffix)
+    return decode(data, key, reading, frame or 0, Path(path).suffix)
 
 
 def _check_pixels(height: int, width: int, reading: ReadSettings) -> None:

@@ -21,10 +21,12 @@ from farout.data.file_listing import Listing, check_keys, encode_labels, index_k
 from farout.data.image_objects import (
     NO_LABEL,
     FailedItem,
+    Frame,
     UnsupportedImageError,
     check_image,
     check_range,
     class_of,
+    count_frames_of,
     decode_object,
     describe_error,
     is_one_image,
@@ -128,12 +130,21 @@ def _list_pairs(
     pairs: Sequence[tuple[object, object]], where: str, reading: ReadSettings, keys: tuple[str, ...] | None = None
 ) -> Listing:
     images = [image for image, _ in pairs]
+    _check_frames(images, where)
     groups = None
     if keys is None:
         paths = [path_of(image) for image in images]
         keys = check_keys([str(i) if path is None else encode_file_name(path) for i, path in enumerate(paths)], where)
         groups = None if None in paths else tuple(key.rpartition("/")[0] or "." for key in keys)
-    _check_frames(images, where)
+    if reading.frames == "all":
+        counts = [count_frames_of(image, reading) for image in images]
+        if max(counts) > 1:  # the frames of an image are a group, as those of a file in a folder
+            groups = tuple(keys[i] if counts[i] > 1 or groups is None else groups[i] for i in range(len(keys)))
+            expanded = [(i, frame) for i, count in enumerate(counts) for frame in range(count)]
+            images = [Frame(images[i], frame) if counts[i] > 1 else images[i] for i, frame in expanded]
+            pairs = [(image, pairs[i][1]) for image, (i, _) in zip(images, expanded)]
+            groups = tuple(groups[i] for i, _ in expanded)
+            keys = check_keys([f"{keys[i]}#{frame}" if counts[i] > 1 else keys[i] for i, frame in expanded], where)
     _check_some_image(images, keys, where)
     labels, names = encode_item_labels(pairs, where, keys)
     reader = _ObjectReader(images, keys, reading)

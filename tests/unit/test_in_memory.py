@@ -181,6 +181,7 @@ def test_nan_makes_one_image_unreadable():
         ((IMAGES, torch.arange(5)), "concatenate"),
         ([None, None], "None"),
         (["cifar10:test"], "there is no such file.*without a list"),
+        (["x" * 300, "a\0b", "~nobody/x"], "there is no such file"),
         (["a.png", "b.png"], "item a.png: there is no such file"),
         ({"images": IMAGES, "labels": torch.arange(5)}, "item images: shape"),
     ],

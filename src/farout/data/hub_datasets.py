@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -47,9 +48,10 @@ def list_hub_dataset(dataset: Any, where: str = "the Dataset", reading: ReadSett
 def find_saved_dataset(location: str) -> Path | None:
     """Return the folder if `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote it, else None."""
     folder = find_path(location)
-    if (folder / "dataset_dict.json").is_file():
+    # os.path.isfile is False where the folder cannot be entered or its name is too long, and Path.is_file raises
+    if os.path.isfile(folder / "dataset_dict.json"):
         return folder
-    is_saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    is_saved = os.path.isfile(folder / "state.json") and os.path.isfile(folder / "dataset_info.json")
     return folder if is_saved else None
 
 

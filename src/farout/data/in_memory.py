@@ -212,7 +212,7 @@ def _check_item(image: object, key: str) -> None:
         check_image(image, key)
         return
     place = find_equivalent_path(expand_path(path))
-    if place.is_dir():
+    if os.path.isdir(place):
         raise UnsupportedImageError(f"{key}: this is a folder; give the folder itself as the source, not in a list")
     if not os.path.lexists(place):
         raise UnsupportedImageError(

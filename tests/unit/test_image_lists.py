@@ -9,9 +9,10 @@ import warnings
 import pytest
 import torch
 
-from farout.core.errors import SourceError, SourceWarning, UnreadableImageError
+from farout.core.errors import LeftOutWarning, SourceError, SourceWarning, UnreadableImageError
+from farout.data.read_settings import ReadSettings
 from farout.data.sources import open_source
-from image_files import pixels, write_folder
+from image_files import picture, pixels, write_folder
 
 
 @pytest.fixture
@@ -241,3 +242,48 @@ def test_plain_lists_of_paths(folder):
         open_text(folder, "Read me first.\n", "README.txt")
     with pytest.raises(SourceError, match="lists no images"):
         open_text(folder, "\n", "files.txt")
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_metadata_in_a_folder_labels_its_images(folder, name):
+    rows = [("b c.png", "dog"), ("d/é.png", "cat"), ("gone.png", "cat")]
+    table = "\n".join(["file_name,label", *(f"{path},{label}" for path, label in rows)])
+    lines = "\n".join(json.dumps({"file_name": path, "label": label}) for path, label in rows)
+    (folder / name).write_text(lines if name.endswith("jsonl") else table, encoding="utf-8")
+    (folder / "notes.txt").touch()
+    with pytest.warns(LeftOutWarning, match=rf"1 \.txt, 1 image\(s\) that {name} does not list|does not list, 1 \.txt"):
+        source = open_source(folder)
+    assert source.keys == ("b c.png", "d/é.png", "gone.png")
+    assert named_labels(source) == ["dog", "cat", "cat"]
+    assert torch.equal(source[1], pixels(3)[2])
+    with pytest.raises(UnreadableImageError, match=r"^gone\.png"):
+        source[2]
+
+
+def test_metadata_without_labels_leaves_the_class_folders(tmp_path):
+    write_folder(tmp_path, pixels(3), ["a/1.png", "a/2.png", "b/3.png"])
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na/1.png,x\nb/3.png,y\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = open_source(tmp_path)
+    assert named_labels(source) == ["a", "b"]
+
+
+def test_other_tables_called_metadata_are_counted(folder):
+    (folder / "metadata.csv").write_text("camera,date\nx,2026\n")
+    with pytest.warns(LeftOutWarning, match=r"1 \.csv"):
+        assert len(open_source(folder)) == 3
+    (folder / "metadata.csv").write_text("file_name\na.png\n")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
+    with pytest.raises(SourceError, match=r"contains metadata\.csv and metadata\.jsonl; keep one"):
+        open_source(folder)
+
+
+def test_all_frames_of_listed_files(folder):
+    frames = [picture(image) for image in pixels(3, seed=4)]
+    frames[0].save(folder / "s.tif", save_all=True, append_images=frames[1:])
+    (folder / "list.csv").write_text("path,label\ns.tif,x\na.png,y\n")
+    source = open_source(folder / "list.csv", reading=ReadSettings(frames="all"))
+    assert source.keys == ("s.tif#0", "s.tif#1", "s.tif#2", "a.png")
+    assert named_labels(source) == ["x", "x", "x", "y"]
+    assert torch.equal(source[2], pixels(3, seed=4)[2])

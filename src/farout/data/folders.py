@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from farout.core.errors import SourceError
 from farout.core.names import encode_file_name, normalize_name
 from farout.core.store import kind_of, read_json
 from farout.data.archives import is_archive_name, list_archives
-from farout.data.file_listing import Listing, check_keys
+from farout.data.file_listing import Listing
 from farout.data.file_names import (
     count_by_suffix,
     find_system_folder,
@@ -26,7 +27,8 @@ from farout.data.file_names import (
 )
 from farout.data.folder_layout import class_folders, describe_splits, find_mask_folders, parent_folders
 from farout.data.folder_scan import match_glob, scan_folder, split_pattern
-from farout.data.image_files import FileReader, count_file_frames
+from farout.data.image_files import list_image_files
+from farout.data.image_lists import find_metadata, list_image_table
 from farout.data.parquet_files import choose_shards, list_parquet
 from farout.data.read_settings import ReadSettings
 from farout.data.source_spec import NO_SELECTION, Selection
@@ -46,7 +48,8 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
     """List the images below a folder, with the class folders as labels.
 
     Of a folder that farout has written, only its `images/` are listed: it also contains figures. Folders of masks of a
-    data set for segmentation, such as `ground_truth/` next to `test/`, are left out and counted. A folder without
+    data set for segmentation, such as `ground_truth/` next to `test/`, are left out and counted. The images are those
+    of `metadata.csv` or `metadata.jsonl`, with its labels, if there is one with a column `file_name`. A folder without
     images that contains archives, or the parquet files of one set, is listed as they are.
 
     Raises SourceError if there are no images, or the folder cannot be read.
@@ -83,8 +86,9 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
     if class_names is not None:
         class_names = _read_class_names(root, class_names)
         others = [path for path in others if path != CLASSES_FILE]
-    left_out += count_by_suffix(others)
-    return _list_files(
+    metadata = find_metadata(root, others)
+    left_out += count_by_suffix(path for path in others if path != metadata)
+    listing = _list_files(
         root,
         paths,
         scan.problems,
@@ -94,6 +98,24 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
         class_names=class_names,
         splits=describe_splits([*images, *(f"{folder}/" for folder in masks)], str(root)),
     )
+    return listing if metadata is None else _select_by_metadata(listing, root / metadata, reading)
+
+
+def _select_by_metadata(listing: Listing, metadata: Path, reading: ReadSettings) -> Listing:
+    """Return the images of a folder that its table of metadata lists, with the labels of the table.
+
+    Listed files that do not exist are unreadable, images that are not listed are counted. If the table has no labels,
+    the class folders give them.
+    """
+    table = list_image_table(metadata, reading)
+    listed = set(table.keys)
+    folder_labels = dict(zip(listing.keys, listing.labels or ()))
+    if table.labels is None and listed <= set(folder_labels):
+        labels = tuple(folder_labels[key] for key in table.keys)
+        table = replace(table, labels=labels, class_names=listing.class_names)
+    unlisted = sum(key not in listed for key in listing.keys)
+    left_out = limit_descriptions({**listing.left_out, f"image(s) that {metadata.name} does not list": unlisted})
+    return replace(table, groups=table.groups or tuple(parent_folders(table.keys)), left_out=left_out)
 
 
 def _list_files(
@@ -107,26 +129,21 @@ def _list_files(
     class_names: tuple[str, ...] | None = None,
     splits: str | None = None,
 ) -> Listing:
-    """List the files `paths` below `root`, in the order of their keys; `problems` and `labels` are by path.
-
-    Where all frames are read, those of a file with several have the keys `file#0`, `file#1`, ... and are a group.
-    """
+    """List the files `paths` below `root`, in the order of their keys; `problems` and `labels` are by path."""
     pairs = sorted((encode_file_name(path), path) for path in paths)
     keys, paths = tuple(key for key, _ in pairs), [path for _, path in pairs]
-    reasons = {key: problems[path] for key, path in pairs if path in problems}
-    groups = tuple(map(encode_file_name, parent_folders(paths)))
-    frames = None
-    if reading.frames == "all":
-        counts = [1 if path in problems else count_file_frames(root / path, reading) for path in paths]
-        expanded = [(index, frame) for index, count in enumerate(counts) for frame in range(count)]
-        groups = tuple(keys[index] if counts[index] > 1 else groups[index] for index, _ in expanded)
-        keys = check_keys(
-            [f"{keys[index]}#{frame}" if counts[index] > 1 else keys[index] for index, frame in expanded], str(root)
-        )
-        paths, frames = [paths[index] for index, _ in expanded], [frame for _, frame in expanded]
-    reader = FileReader(keys, [root / path for path in paths], reading, frames, reasons)
-    codes = None if labels is None else tuple(labels[path] for path in paths)
-    return Listing(keys, reader, codes, class_names, groups, left_out=limit_descriptions(left_out), splits=splits)
+    return list_image_files(
+        keys,
+        [root / path for path in paths],
+        reading,
+        str(root),
+        problems={key: problems[path] for key, path in pairs if path in problems},
+        labels=None if labels is None else tuple(labels[path] for path in paths),
+        class_names=class_names,
+        groups=tuple(map(encode_file_name, parent_folders(paths))),
+        left_out=limit_descriptions(left_out),
+        splits=splits,
+    )
 
 
 def _read_class_names(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Reading of image files by index."""
+"""Listing of image files whose paths are known, and reading them by index."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from farout.core.errors import UnreadableImageError
 from farout.core.names import decode_file_name, encode_file_name, expand_path, find_equivalent_path
 from farout.data.decoding import MULTI_FRAME_SUFFIXES, DecodedImage, count_frames, decode, unreadable_errors
+from farout.data.file_listing import Listing, check_keys
 from farout.data.read_settings import ReadSettings
 from farout.data.untrusted_files import read_bytes
 
-__all__ = ["FileReader", "count_file_frames", "find_listed_file"]
+__all__ = ["FileReader", "count_file_frames", "find_listed_file", "list_image_files"]
 
 
 def find_listed_file(folder: Path, name: str) -> tuple[str, Path]:
@@ -71,3 +72,55 @@ class FileReader:
         if self._frames is None:
             return decode(data, key, self._reading, suffix=path.suffix)
         return replace(decode(data, key, self._reading, self._frames[index], path.suffix), frames=1)
+
+
+def list_image_files(
+    keys: Sequence[str],
+    paths: Sequence[Path],
+    reading: ReadSettings,
+    where: str,
+    *,
+    problems: Mapping[str, str] | None = None,
+    labels: Sequence[int] | None = None,
+    class_names: tuple[str, ...] | None = None,
+    groups: Sequence[str] | None = None,
+    left_out: Mapping[str, int] | None = None,
+    splits: str | None = None,
+) -> Listing:
+    """List image files.
+
+    Where all frames are read, those of a file with several have the keys `file#0`, `file#1`, ... and are a group.
+
+    Args:
+        keys: key of each image.
+        paths: its file.
+        reading: limits and frames.
+        where: name of the set, for messages.
+        problems: why an image cannot be read, by key, for those of which that is known.
+        labels, class_names, groups, left_out, splits: as in `Listing`, per file.
+
+    Raises:
+        SourceError: a key occurs more than once.
+    """
+    problems = problems or {}
+    keys, frames = check_keys(keys, where), None
+    if reading.frames == "all":
+        counts = [1 if key in problems else count_file_frames(path, reading) for key, path in zip(keys, paths)]
+        expanded = [(index, frame) for index, count in enumerate(counts) for frame in range(count)]
+        if max(counts) > 1:
+            own = groups or keys
+            groups = [keys[index] if counts[index] > 1 else own[index] for index, _ in expanded]
+        labels = None if labels is None else [labels[index] for index, _ in expanded]
+        paths, frames = [paths[index] for index, _ in expanded], [frame for _, frame in expanded]
+        keys = check_keys(
+            [f"{keys[index]}#{frame}" if counts[index] > 1 else keys[index] for index, frame in expanded], where
+        )
+    return Listing(
+        keys,
+        FileReader(keys, paths, reading, frames, problems),
+        None if labels is None else tuple(labels),
+        class_names,
+        None if groups is None else tuple(groups),
+        left_out=dict(left_out or {}),
+        splits=splits,
+    )

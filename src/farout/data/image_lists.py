@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,13 +27,13 @@ from farout.data.columns import (
     read_keys,
     read_labels,
 )
-from farout.data.file_listing import Listing, check_keys
-from farout.data.image_files import FileReader, find_listed_file
+from farout.data.file_listing import Listing
+from farout.data.image_files import find_listed_file, list_image_files
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.source_spec import NO_SELECTION, Selection
 from farout.data.untrusted_files import read_bytes
 
-__all__ = ["LIST_SUFFIXES", "list_image_table"]
+__all__ = ["LIST_SUFFIXES", "find_metadata", "list_image_table", "locate_file"]
 
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")
 """File endings of lists of image files."""
@@ -79,9 +79,37 @@ def list_image_table(
     label_columns = [name for name in others if find_columns([name], (*GROUP_COLUMNS, *KEY_COLUMNS)) == []]
     _, labels, names = read_labels(others, read, str(path), chosen=selection.label, others=label_columns)
     _, groups = read_groups(others, read, str(path))
-    located = [_locate(cell, path.parent) for cell in _check_paths(read(column), f"{path}, column {column}")]
-    keys = read_keys(others, read, str(path)) or check_keys([key for key, _ in located], str(path))
-    return Listing(keys, FileReader(keys, [file for _, file in located], reading), labels, names, groups)
+    located = [locate_file(cell, path.parent) for cell in _check_paths(read(column), f"{path}, column {column}")]
+    return list_image_files(
+        read_keys(others, read, str(path)) or [key for key, _ in located],
+        [file for _, file in located],
+        reading,
+        str(path),
+        labels=labels,
+        class_names=names,
+        groups=groups,
+    )
+
+
+def find_metadata(folder: Path, names: Collection[str]) -> str | None:
+    """Return the file among `names` that labels the images of a folder, as the `datasets` library's imagefolder does.
+
+    It is `metadata.csv` or `metadata.jsonl` with a column `file_name`. Raises SourceError if there are both.
+    """
+    found = [name for name in names if name.lower() in ("metadata.csv", "metadata.jsonl")]
+    tables = [name for name in found if "file_name" in _read_columns(folder / name)]
+    if len(tables) > 1:
+        raise SourceError(f"{folder} contains {' and '.join(tables)}; keep one of them, or give it as the source")
+    return tables[0] if tables else None
+
+
+def _read_columns(path: Path) -> list[str]:
+    try:
+        text = _decode_text(read_bytes(path, DEFAULT_READING.max_bytes), path)
+        columns, _ = _parse_json_lines(text, path) if path.suffix.lower() == ".jsonl" else _parse_csv(text, path)
+    except (SourceError, UnreadableImageError):
+        return []
+    return columns
 
 
 def _decode_text(data: bytes, path: Path) -> str:
@@ -184,14 +212,20 @@ def _list_lines(path: Path, text: str, reading: ReadSettings, selection: Selecti
             "label, or none; paths that end in a number after a space require a .csv file"
         )
     root = _find_root(path, cells[0])
-    located = [_locate(cell, root) for cell in cells]
-    keys = check_keys([key for key, _ in located], str(path))
-    return Listing(keys, FileReader(keys, [file for _, file in located], reading), labels, names)
+    located = [locate_file(cell, root) for cell in cells]
+    return list_image_files(
+        [key for key, _ in located],
+        [file for _, file in located],
+        reading,
+        str(path),
+        labels=labels,
+        class_names=names,
+    )
 
 
 def _find_root(path: Path, first: str) -> Path:
     roots = [root for folder in path.absolute().parents for root in (folder, *sorted(folder.glob("images_*")))]
-    root = next((root for root in roots if _locate(first, root)[1].is_file()), None)
+    root = next((root for root in roots if locate_file(first, root)[1].is_file()), None)
     if root is None:
         raise SourceError(
             f"{path}: the first listed file, {first}, exists neither in the folder of the list nor in a folder above it"
@@ -207,7 +241,7 @@ def _check_paths(cells: Sequence[Any], where: str) -> list[str]:
     return list(cells)
 
 
-def _locate(cell: str, folder: Path) -> tuple[str, Path]:
+def locate_file(cell: str, folder: Path) -> tuple[str, Path]:
     """Return the key and the path of a cell, relative to the folder; backslashes may be separators of Windows."""
     key, path = find_listed_file(folder, PurePosixPath(cell).as_posix())
     if "\\" in cell and not os.path.lexists(path):

@@ -36,7 +36,8 @@ from farout.data.columns import (
 )
 from farout.data.decoding import DecodedImage, decode, unreadable_errors
 from farout.data.file_listing import Listing, check_count, check_keys, index_keys
-from farout.data.image_files import FileReader, find_listed_file
+from farout.data.image_files import list_image_files
+from farout.data.image_lists import locate_file
 from farout.data.image_objects import decode_object
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.source_spec import NO_SELECTION, Selection
@@ -101,16 +102,23 @@ def list_parquet(
     if column.kind == "path":
         folders = [shard.path.parent for shard in shards for _ in range(shard.num_rows)]
         located = [
-            ("", None) if not isinstance(cell, str) or not cell else find_listed_file(folder, cell)
-            for folder, cell in zip(folders, read(column.name))
+            locate_file(cell, folder) if isinstance(cell, str) and cell else (f"row {row}", None)
+            for row, (folder, cell) in enumerate(zip(folders, read(column.name)))
         ]
-        keys = keys or check_keys(
-            [key or f"row {row}" for row, (key, _) in enumerate(located)], f"{where}, column {column.name}"
+        keys = keys or check_keys([key for key, _ in located], f"{where}, column {column.name}")
+        return list_image_files(
+            keys,
+            [file or Path() for _, file in located],
+            reading,
+            where,
+            problems={
+                key: f"the column {column.name} is empty" for key, (_, file) in zip(keys, located) if file is None
+            },
+            labels=labels,
+            class_names=names,
+            groups=groups,
+            left_out=left_out,
         )
-        problems = {key: f"the column {column.name} is empty" for key, (_, file) in zip(keys, located) if file is None}
-        files = [file or Path() for _, file in located]
-        reader: Any = FileReader(keys, files, reading, problems=problems)
-        return Listing(keys, reader, labels, names, groups, left_out=dict(left_out or {}))
     keys = keys or index_keys(count)
     _check_row_groups(shards, column, reading)
     reader = ParquetImages([shard.path for shard in shards], column.parts, keys, reading)
@@ -407,7 +415,7 @@ class ParquetImages:
         if isinstance(cell, list | np.ndarray):
             return np.asarray(cell)
         if isinstance(path, str) and path:
-            _, file = find_listed_file(folder, path)
+            _, file = locate_file(path, folder)
             with unreadable_errors(path):
                 return read_bytes(file, self._reading.max_bytes)
         raise UnreadableImageError("the row contains no encoded image")

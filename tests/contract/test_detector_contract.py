@@ -249,6 +249,7 @@ def test_a_device_that_is_not_here_gives_way(detector: Detector, tmp_path: Path,
     config = store.read_json(tmp_path / "d" / "config.json")
     config["runtime"] |= {"device": elsewhere, "precision": "fp32"}
     store.write_json(tmp_path / "d" / "config.json", config)
+    store.write_folder_hashes(tmp_path / "d")
     assert load(tmp_path / "d").runtime.device not in (elsewhere, "auto")
 
 

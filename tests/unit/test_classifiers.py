@@ -15,6 +15,7 @@ from torch.nn import functional
 from farout.classifiers.augment import random_crop, random_flip, random_resized_crop
 from farout.classifiers.model import Classifier
 from farout.classifiers.networks import NetworkSpec
+from farout.core import store
 from farout.core.errors import FaroutError, StoreError
 from farout.data.preprocessing import Preprocessing
 from small import classifier, model
@@ -335,7 +336,7 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
     assert torch.equal(one.logits, two.logits)
     assert torch.equal(one.maps, two.maps)
     assert {path.name for path in (tmp_path / "c").iterdir()} == {
-        "config.json", "model.safetensors", "trained_on.txt", "README.md"
+        "config.json", "hashes.json", "model.safetensors", "trained_on.txt", "README.md"
     }  # fmt: skip
     assert "wrn16_1" in (tmp_path / "c" / "README.md").read_text()
 
@@ -365,10 +366,14 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     clf.save(tmp_path / "c")
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     (tmp_path / "c" / "config.json").write_text(json.dumps({**config, "mean": [0.1]}))
+    with pytest.raises(StoreError, match=r"config\.json was changed"):
+        Classifier.load(tmp_path / "c")
+    store.write_folder_hashes(tmp_path / "c")
     with pytest.raises(StoreError, match="hash differs"):
         Classifier.load(tmp_path / "c")
     (tmp_path / "c" / "model.safetensors").write_text("words")
-    with pytest.raises(StoreError, match="safetensors"):
+    store.write_folder_hashes(tmp_path / "c")
+    with pytest.raises(StoreError, match="cannot be read as safetensors"):
         Classifier.load(tmp_path / "c")
     (tmp_path / "c" / "model.safetensors").unlink()
     with pytest.raises(StoreError, match="missing"):

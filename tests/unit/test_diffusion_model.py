@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
+from farout.core import store
 from farout.core.errors import FaroutError, StoreError
 from farout.data.preprocessing import Preprocessing
 from farout.diffusion import train
@@ -161,8 +162,12 @@ def break_folder(folder: Path, how: str) -> None:
     ],
 )
 def test_broken_folders_are_refused(tmp_path: Path, how: str, message: str) -> None:
+    """By the hashes of the files; and where somebody has written the hashes anew, by what the files contain."""
     model().save(tmp_path / "m")
     break_folder(tmp_path / "m", how)
+    with pytest.raises(StoreError, match=r"diffusion_pytorch_model.*(missing|changed)|config.json|trained_on|layout"):
+        DiffusionModel.load(tmp_path / "m")
+    store.write_folder_hashes(tmp_path / "m")
     with pytest.raises(StoreError, match=message):
         DiffusionModel.load(tmp_path / "m")
 

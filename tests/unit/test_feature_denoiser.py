@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from farout.core import store
 from farout.core.errors import FaroutError, StoreError
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import denoising_loss
@@ -298,6 +299,9 @@ def test_altered_weights_are_refused(file: str, tmp_path: Path) -> None:
     tensors = load_file(path)
     name = sorted(tensors)[-1]
     save_file({**tensors, name: tensors[name] * 1.001 + 1e-3}, path)
+    with pytest.raises(StoreError, match=f"{path.name} was changed"):
+        FeatureDiffusion.load(tmp_path / "m")
+    store.write_folder_hashes(tmp_path / "m")
     with pytest.raises(StoreError, match="hash differs"):
         FeatureDiffusion.load(tmp_path / "m")
     path.unlink()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from curves import DIM, LABELS, SHORT, VECTORS, curved, linear, short
-from farout.core import progress
+from farout.core import progress, store
 from farout.core.errors import FaroutError, FaroutWarning, StoreError, TooFewImagesWarning
 from farout.synthesis.ncis.manifold import Manifold, ManifoldConfig, fit_manifold
 from farout.training.checkpoints import checkpoint_folders
@@ -172,10 +172,14 @@ def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
     linear().save(folder)
     tensors = load_file(folder / "manifold.safetensors")
     save_file({**tensors, "means": tensors["means"] + 1}, folder / "manifold.safetensors")
+    with pytest.raises(StoreError, match=r"manifold\.safetensors was changed"):
+        Manifold.load(folder)
+    store.write_folder_hashes(folder)
     with pytest.raises(StoreError, match="hash differs"):
         Manifold.load(folder)
     save_file({"means": tensors["means"]}, folder / "manifold.safetensors")
-    with pytest.raises(StoreError, match="not a complete manifold"):
+    store.write_folder_hashes(folder)
+    with pytest.raises(StoreError, match="manifold cannot be loaded"):
         Manifold.load(folder)
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, "farout": {"kind": "detector", "format": 1}}))

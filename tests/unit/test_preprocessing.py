@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision import transforms
 
 from farout.core.errors import FaroutError, MisleadingResultWarning, SourceError
+from farout.core.schema import create_dataclass
 from farout.data import preprocessing as module
 from farout.data.preprocessing import Preprocessing, find_mismatches
 from farout.data.sources import open_source
@@ -80,7 +81,7 @@ def test_what_was_stored_before_keeps_its_identity():
     assert set(plain.to_dict()) == {"size", "channels", "native", "protocol", "crop", "scaling", "jpeg_quality"}
     filling = Preprocessing((12, 12), 3, (12, 12), kernel="bilinear", fill=True)
     for each in (plain, filling):
-        assert Preprocessing.from_dict(json.loads(json.dumps(each.to_dict()))) == each
+        assert create_dataclass(Preprocessing, json.loads(json.dumps(each.to_dict())), "") == each
 
 
 def test_common_protocol_encodes_once_after_the_native_size(monkeypatch):
@@ -135,9 +136,9 @@ def test_min_max_of_a_constant_image_is_zero_not_nan():
 
 def test_a_model_gets_its_preprocessing_back():
     prepared = Preprocessing((12, 20), 1, (28, 28), "common", 24, "minmax", 75)
-    assert Preprocessing.from_dict(json.loads(json.dumps(prepared.to_dict()))) == prepared
+    assert create_dataclass(Preprocessing, json.loads(json.dumps(prepared.to_dict())), "") == prepared
     with pytest.raises(FaroutError, match="gamma"):
-        Preprocessing.from_dict({**prepared.to_dict(), "gamma": 2})
+        create_dataclass(Preprocessing, {**prepared.to_dict(), "gamma": 2}, "config.json")
 
 
 @pytest.mark.parametrize(

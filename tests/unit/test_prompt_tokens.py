@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from farout.core import store
 from farout.core.errors import FaroutError, StoreError
 from farout.diffusion.conditioning.prompt_tokens import PromptTokens
 from farout.diffusion.conditioning.prompts import Prompts, Word, read_word_table, resolve_class_words
@@ -275,6 +276,7 @@ def test_a_saved_model_keeps_its_text_encoder(folder: Path, tmp_path: Path) -> N
     with torch.no_grad():
         next(other.conditioning.encoder.module.parameters())[0] += 1
     other.conditioning.encoder.write(tmp_path / "m")
+    store.write_folder_hashes(tmp_path / "m")
     with pytest.raises(StoreError, match="hash differs"):
         DiffusionModel.load(tmp_path / "m")
 

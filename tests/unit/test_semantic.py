@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from farout import load
+from farout.core import store
 from farout.core.errors import ConstantScoresWarning, FaroutError, StoreError
 from farout.core.runtime import Runtime
 from farout.data.batching import Batch
@@ -222,6 +223,9 @@ def test_another_backbone_is_refused(plain: Semantic, folder: Path, tmp_path: Pa
     other.save(tmp_path / "other")
     for file in (tmp_path / "other" / "features").iterdir():
         (tmp_path / "d" / "features" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(StoreError, match=r"features.hashes\.json was changed"):
+        load(tmp_path / "d")
+    store.write_folder_hashes(tmp_path / "d")
     with pytest.raises(StoreError, match="not the one"):
         load(tmp_path / "d")
 

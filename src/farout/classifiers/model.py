@@ -20,6 +20,8 @@ from farout.core.chunking import BatchSize, call_in_chunks
 from farout.core.devices import Precision, autocast
 from farout.core.errors import FaroutError, StoreError
 from farout.core.names import find_path
+from farout.core.network_size import check_network
+from farout.core.schema import Schema, check_content, create_dataclass
 from farout.data.preprocessing import Preprocessing
 from farout.diffusion.diffusers_folders import local_folder
 from farout.features.backbones import read_weights
@@ -28,6 +30,18 @@ __all__ = ["KIND", "Classifier", "Outputs"]
 
 KIND = "classifier"
 """What `config.json` calls a folder of this class."""
+
+
+class _Content(Schema):
+    """`config.json` of a classifier; `network` and `preprocessing` are checked by what they are passed to."""
+
+    network: dict[str, Any]
+    mean: list[float]
+    std: list[float]
+    class_names: list[str]
+    preprocessing: dict[str, Any]
+    content_hash: str
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -362,19 +376,25 @@ class Classifier:
         """
         path = local_folder(folder)
         config = store.read_config(path, KIND)
-        spec = NetworkSpec.from_dict(config["network"])
-        module = spec.build()
-        load_weights(module, store.load_tensors(path / "model.safetensors"), str(path), spec.name)
-        classifier = cls(
-            module,
-            config["mean"],
-            config["std"],
-            Preprocessing.from_dict(config["preprocessing"]),
-            class_names=config["class_names"],
-            network=spec,
-            trained_on=store.read_hashes(path / "trained_on.txt"),
-            provenance=config["provenance"],
-        )
+        where = str(path / "config.json")
+        check_content(config, _Content, where)
+        spec = create_dataclass(NetworkSpec, config["network"], f"{where}: network")
+        preprocessing = create_dataclass(Preprocessing, config["preprocessing"], f"{where}: preprocessing")
+        store.check_hashes(path)
+        with store.explain_load_errors(path):
+            check_network(spec.build, path / "model.safetensors", spec.name)
+            module = spec.build()
+            load_weights(module, store.load_tensors(path / "model.safetensors"), str(path), spec.name)
+            classifier = cls(
+                module,
+                config["mean"],
+                config["std"],
+                preprocessing,
+                class_names=config["class_names"],
+                network=spec,
+                trained_on=store.read_hashes(path / "trained_on.txt"),
+                provenance=config["provenance"],
+            )
         if classifier.content_hash != config["content_hash"]:
             raise StoreError(f"{path}: the weights are not those that were saved (their hash differs)")
         return classifier

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast, get_args
@@ -102,11 +102,6 @@ class NetworkSpec:
         """The configuration as JSON values; `space` is left out if it is None."""
         values = {**asdict(self), "size": list(self.size)}
         return values if self.space is not None else {name: values[name] for name in values if name != "space"}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> NetworkSpec:
-        """The inverse of `to_dict`."""
-        return cls(**{**values, "size": tuple(values["size"])})
 
 
 class CosineNetwork(nn.Module):

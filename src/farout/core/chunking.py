@@ -22,6 +22,7 @@ _CPU_BUDGET = 64 * 2**20  # bytes up to which a call on a CPU has at least `_MIN
 _MIN_CPU_ROWS = 4
 _ACCELERATOR_SHARE = 64  # on an accelerator, 1 / 64 of the device's memory
 _MAX_ROWS = 4096
+_MAX_BATCH_SIZE = 1_000_000
 
 # Values in the largest activation of one row, by network and input shapes. The memory that a network needs does not
 # follow from its configuration (timm, diffusers and the user's own modules), so it is measured once, on one row.
@@ -29,9 +30,9 @@ _largest_activations: WeakKeyDictionary[nn.Module, dict[tuple[torch.Size, ...], 
 
 
 def check_batch_size(batch_size: BatchSize) -> BatchSize:
-    """The batch size as given. Raises FaroutError unless it is `auto` or an integer of at least 1."""
-    if batch_size != "auto" and batch_size < 1:
-        raise FaroutError(f"batch_size is {batch_size}; expected auto, or at least 1")
+    """The batch size as given. Raises FaroutError unless it is `auto` or an integer from 1 to a million."""
+    if batch_size != "auto" and not 1 <= batch_size <= _MAX_BATCH_SIZE:
+        raise FaroutError(f"batch_size is {batch_size}; expected auto, or at least 1 and at most {_MAX_BATCH_SIZE:,}")
     return batch_size
 
 

@@ -14,6 +14,7 @@ __all__ = ["Runtime"]
 
 _CPU_MEMORY, _ACCELERATOR_MEMORY = 256 * 2**20, 2 * 2**30
 _CPU_IMAGES, _ACCELERATOR_IMAGES = 64, 256
+_MAX_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Runtime:
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
-        if self.workers < 0:
-            raise FaroutError(f"workers is {self.workers}; expected 0 or more threads")
+        if not 0 <= self.workers <= _MAX_WORKERS:
+            raise FaroutError(f"workers is {self.workers}; expected 0 or more threads, at most {_MAX_WORKERS}")
 
     def resolve_auto(self) -> Runtime:
         """The same settings with `auto` replaced by the device and precision of this machine.

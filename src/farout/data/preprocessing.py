@@ -7,9 +7,9 @@ integer arithmetic: the result does not depend on threads or batches.
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,7 @@ Protocol = Literal["native", "direct", "common"]
 Scaling = Literal["fixed", "minmax"]
 Kernel = Literal["bicubic", "bilinear", "nearest"]
 """Interpolation of the resizing; bicubic and bilinear are antialiased."""
+_MAX_SIDE, _MAX_PIXELS = 2**16, 2**28
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Preprocessing:
         sizes = (*self.size, *self.native, self.crop if self.crop is not None else 1)
         if len(self.size) != 2 or len(self.native) != 2 or min(sizes) < 1:
             raise FaroutError(f"size {self.size}, native {self.native}, crop {self.crop}: expected positive pixels")
+        if max(math.prod(self.size), math.prod(self.native)) > _MAX_PIXELS or max(*self.size, *self.native) > _MAX_SIDE:
+            raise FaroutError(
+                f"size {self.size}, native {self.native}: expected sides of at most {_MAX_SIDE:,} pixels, and at most "
+                f"{_MAX_PIXELS:,} pixels"
+            )
         if self.channels not in (1, 3) or not 1 <= self.jpeg_quality <= 100:
             raise FaroutError(
                 f"channels {self.channels} (expected 1 or 3), jpeg_quality {self.jpeg_quality} (1 to 100)"
@@ -110,15 +116,6 @@ class Preprocessing:
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
         late = {"kernel": "bicubic", "fill": False, "value_range": None}
         return {name: value for name, value in plain.items() if name not in late or value != late[name]}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`; raises FaroutError for unknown or missing entries, and for values out of range."""
-        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        try:
-            return cls(**plain)
-        except TypeError as error:
-            raise FaroutError(f"not a preprocessing: {dict(values)} ({error})") from error
 
     @classmethod
     def for_source(

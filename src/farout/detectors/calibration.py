@@ -18,6 +18,7 @@ __all__ = [
     "benjamini_hochberg",
     "check_alpha",
     "check_fitted",
+    "check_seed",
     "compute_p_values",
     "flag_outliers",
     "score_threshold",
@@ -51,6 +52,12 @@ def check_alpha(alpha: float) -> None:
     """Raise FaroutError unless alpha is between 0 and 1."""
     if not 0 < alpha < 1:
         raise FaroutError(f"alpha is a false-alarm rate between 0 and 1, got {alpha}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise FaroutError unless the seed is an integer from 0 to 2^63 - 1, which every random generator accepts."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise FaroutError(f"seed is {seed!r}; expected an integer from 0 to 2^63 - 1")
 
 
 def compute_p_values(scores: ArrayLike, calibration: ArrayLike) -> np.ndarray:

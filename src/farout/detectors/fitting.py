@@ -25,7 +25,7 @@ from farout.data.read_settings import DEFAULT_READING, ReadSettings, format_valu
 from farout.data.source_spec import parse_spec
 from farout.data.sources import open_source
 from farout.data.splits import Split, calibration_size, log_split, split_source
-from farout.detectors.calibration import check_alpha, check_fitted, set_calibration
+from farout.detectors.calibration import check_alpha, check_fitted, check_seed, set_calibration
 from farout.detectors.fit_settings import FitSettings
 from farout.detectors.interface import DetectorInterface
 from farout.detectors.networks import diffusion_class
@@ -52,6 +52,7 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
     """Fit a detector to normal images; see `Detector.fit`."""
     requirements = detector.requirements
     check_alpha(settings.alpha)
+    check_seed(settings.seed)
     if settings.statistics is not None and settings.statistics < 2:
         raise FaroutError(f"statistics require at least 2 images, got {settings.statistics}")
     source = open_source(

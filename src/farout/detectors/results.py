@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError, StoreError
+from farout.core.files import open_regular_file
 from farout.core.notebook import render_table
 from farout.detectors.plots import draw_score_histogram
 
@@ -136,13 +137,18 @@ class Measurements:
     @classmethod
     def read_parquet(cls, path: Path) -> Measurements:
         """Read a parquet table; raises StoreError when it is missing or damaged."""
-        if not path.is_file():
-            raise StoreError(f"{path} is missing; the folder is incomplete")
         try:
-            with path.open("rb") as file:
+            with open_regular_file(path) as file:
                 return cls.from_table(pq.read_table(file))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise StoreError(f"{path} cannot be read as parquet ({error})") from error
+        except FileNotFoundError:
+            raise StoreError(f"{path} is missing; the folder is incomplete") from None
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+        except (pa.ArrowException, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise StoreError(f"{path} cannot be read as a table of measurements ({reason})") from error
 
 
 @dataclass

@@ -8,16 +8,18 @@ import os
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 import torch
 import yaml
+from pydantic import Field
 
 from farout.core import store
 from farout.core.devices import resolve_device
 from farout.core.errors import FaroutError, MisleadingResultWarning, StoreError
 from farout.core.runtime import Runtime
+from farout.core.schema import Schema, check_arguments, check_content, create_dataclass
 from farout.data.preprocessing import Preprocessing
 from farout.detectors import DETECTORS
 from farout.detectors.calibration import check_fitted, set_calibration
@@ -33,6 +35,30 @@ __all__ = ["KIND", "compute_fingerprint", "describe_detector", "load", "save"]
 
 KIND = "detector"
 N = TypeVar("N", "FeatureExtractor", "Classifier")
+
+
+class _DiffusionContent(Schema):
+    """The diffusion model of a detector: its content hash, and its folder, within that of the detector or outside."""
+
+    path: str
+    relative_path: str | None = None
+    hash: str
+
+
+class _DetectorContent(Schema):
+    """`config.json` of a detector; `config`, `runtime` and `preprocessing` are checked by what they are passed to."""
+
+    method: str
+    config: dict[str, Any]
+    runtime: dict[str, Any]
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    preprocessing: dict[str, Any]
+    provenance: dict[str, Any]
+    state: list[str]
+    diffusion: _DiffusionContent | None
+    features: str | None
+    classifier: str | None
 
 
 def save(detector: DetectorInterface, folder: Path, link: Path | None) -> None:
@@ -103,16 +129,29 @@ def _drop_empty(value: Any) -> Any:
 def load(folder: Path, runtime: dict[str, Any]) -> Any:
     """Load a detector; see `farout.detectors.base.load`."""
     config = store.read_config(folder, KIND)
-    method = DETECTORS[config["method"]].load()
-    # JSON has only lists; sequences in configurations are tuples
-    arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in config["config"].items()}
+    where = str(folder / "config.json")
+    check_content(config, _DetectorContent, where)
     try:
-        detector: DetectorInterface = method(**arguments)
-    except (FaroutError, TypeError) as error:
+        method = DETECTORS[config["method"]].load()
+        detector: DetectorInterface = method(**check_arguments(method, config["config"], "config"))
+    except (FaroutError, TypeError, ValueError) as error:
         raise StoreError(f"{folder} has settings that this version rejects; fit it again: {error}") from error
+    fitted_runtime = create_dataclass(Runtime, config["runtime"], f"{where}: runtime")
+    detector.preprocessing = create_dataclass(Preprocessing, config["preprocessing"], f"{where}: preprocessing")
+    # values first: the message about a value says more than that the file was changed
+    store.check_hashes(folder)
+    with store.explain_load_errors(folder):
+        _load_parts(detector, folder, config)
+    detector.attach_runtime(_adapt_runtime(fitted_runtime, runtime))
+    with store.explain_load_errors(folder):
+        _load_fitted(detector, folder, config["state"])
+    return detector
+
+
+def _load_parts(detector: DetectorInterface, folder: Path, config: dict[str, Any]) -> None:
+    """Load the networks and the lists of images."""
     detector.loaded_from = folder
     detector.alpha, detector.seed = config["alpha"], config["seed"]
-    detector.preprocessing = Preprocessing.from_dict(config["preprocessing"])
     detector.provenance = config["provenance"]
     detector.statistics_hashes = store.read_hashes(folder / "statistics.txt")
     detector.calibration_hashes = store.read_hashes(folder / "calibration.txt")
@@ -126,14 +165,20 @@ def load(folder: Path, runtime: dict[str, Any]) -> Any:
         detector.classifier = _load_network(Classifier, folder / "classifier", config["classifier"])
     if config["diffusion"] is not None:
         _load_diffusion(detector, folder, config["diffusion"])
-    detector.attach_runtime(_adapt_runtime(Runtime(**config["runtime"]), runtime))
-    if config["state"]:
+
+
+def _load_fitted(detector: DetectorInterface, folder: Path, state_names: list[str]) -> None:
+    """Load the fitted arrays, the statistics and the calibration, once the networks are ready."""
+    if state_names:
         state = store.load_tensors(folder / "fitted.safetensors")
+        if sorted(state) != sorted(state_names):
+            raise StoreError(f"{folder / 'fitted.safetensors'} has {sorted(state)}, expected {sorted(state_names)}")
         detector.set_state({name: tensor.numpy() for name, tensor in state.items()})
     detector.statistics = Measurements.read_parquet(folder / "statistics.parquet")
     # sorted scores are not saved but recomputed from the measurements
     set_calibration(detector, Measurements.read_parquet(folder / "calibration.parquet"))
-    return detector
+    if not len(detector.calibration):
+        raise StoreError(f"{folder / 'calibration.parquet'} has no images")
 
 
 def compute_fingerprint(detector: DetectorInterface) -> str:
@@ -178,7 +223,8 @@ def _load_network(cls: type[N], folder: Path, content_hash: str) -> N:
 
 def _load_diffusion(detector: DetectorInterface, folder: Path, entry: dict[str, str]) -> None:
     """Load the diffusion model; a linked model may have been moved together with the detector."""
-    assert detector.requirements.diffusion is not None
+    if detector.requirements.diffusion is None:
+        raise StoreError(f"{folder} names a diffusion model, which its method does not use")
     cls = diffusion_class(detector.requirements.diffusion)
     candidates = [folder / entry[name] for name in ("path", "relative_path") if name in entry]
     existing = [path for path in candidates if path.is_dir()]

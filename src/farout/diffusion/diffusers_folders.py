@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from farout.core import store
 from farout.core.errors import FaroutError, MissingExtraError, StoreError
 from farout.core.names import find_path
+from farout.core.network_size import limit_parameters, read_shapes
 from farout.diffusion.conditioning.base import Conditioning
 from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.conditioning.class_tokens import ClassTokens, TextTokens
@@ -126,9 +127,20 @@ def _read_module(folder: Path, known: dict[str, Any]) -> nn.Module:
     if not files:
         raise StoreError(f"{folder} has no weights (*.safetensors or *.bin); the folder is incomplete")
     try:
-        return known[name].from_pretrained(folder, local_files_only=True)
-    except (OSError, RuntimeError, ValueError, json.JSONDecodeError) as error:
-        raise StoreError(f"the weights in {folder} cannot be read ({error})") from error
+        with limit_parameters(sum(map(_count_parameters, files)), f"the {name} of its config.json", folder):
+            return known[name].from_pretrained(folder, local_files_only=True)
+    except StoreError:
+        raise
+    except Exception as error:  # a configuration of another form raises nearly any exception
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StoreError(f"the {name} in {folder} cannot be loaded ({reason})") from error
+
+
+def _count_parameters(weights: Path) -> int:
+    """Number of values in a weights file; for a pickle, whose header is not read, its bytes."""
+    if weights.suffix == ".safetensors":
+        return sum(map(math.prod, read_shapes(weights).values()))
+    return weights.stat().st_size
 
 
 def write_conditioning(folder: Path, conditioning: Conditioning | None) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +20,7 @@ from farout.core import store
 from farout.core.chunking import BatchSize, call_in_chunks
 from farout.core.devices import Precision
 from farout.core.errors import FaroutError, StoreError
+from farout.core.schema import Schema, check_content, create_dataclass
 from farout.data.preprocessing import Preprocessing
 from farout.diffusion import diffusers_folders as folders
 from farout.diffusion.conditioning.base import Conditioning
@@ -33,6 +35,19 @@ KIND = "diffusion model"
 """What `config.json` calls a folder of this class."""
 _TEXT_MODEL_RESIZING: dict[str, Any] = {"kernel": "bilinear", "fill": True}
 """Preprocessing of text-conditional models, which are trained on cropped images that keep their aspect ratio."""
+
+
+class _Content(Schema):
+    """`config.json` of a diffusion model; schedule and preprocessing are checked by what they are passed to."""
+
+    prediction: Prediction
+    data_range: Annotated[list[float], Field(min_length=2, max_length=2)]
+    b_scale: Annotated[float, Field(gt=0)]
+    schedule: dict[str, Any]
+    preprocessing: dict[str, Any]
+    conditioning: dict[str, Any] | None
+    content_hash: str
+    provenance: dict[str, Any]
 
 
 class DiffusionModel:
@@ -325,20 +340,26 @@ class DiffusionModel:
         if class_names is not None or prompts is not None or conditioning is not None:
             raise FaroutError(f"{path} was written by farout and names its own classes; leave class_names out")
         config = store.read_config(path, KIND)
-        network, autoencoder = folders.read_networks(path)
-        conditioning = folders.read_conditioning(path, network, config.get("conditioning"))
-        model = cls(
-            network,
-            NoiseSchedule.from_dict(config["schedule"]),
-            Preprocessing.from_dict(config["preprocessing"]),
-            prediction=config["prediction"],
-            data_range=tuple(config["data_range"]),
-            b_scale=config["b_scale"],
-            autoencoder=autoencoder,
-            conditioning=conditioning,
-            trained_on=store.read_hashes(path / "trained_on.txt"),
-            provenance=config["provenance"],
-        )
+        where = str(path / "config.json")
+        check_content(config, _Content, where)
+        schedule = create_dataclass(NoiseSchedule, config["schedule"], f"{where}: schedule")
+        preprocessing = create_dataclass(Preprocessing, config["preprocessing"], f"{where}: preprocessing")
+        store.check_hashes(path)
+        with store.explain_load_errors(path):
+            network, autoencoder = folders.read_networks(path)
+            conditioning = folders.read_conditioning(path, network, config["conditioning"])
+            model = cls(
+                network,
+                schedule,
+                preprocessing,
+                prediction=config["prediction"],
+                data_range=tuple(config["data_range"]),
+                b_scale=config["b_scale"],
+                autoencoder=autoencoder,
+                conditioning=conditioning,
+                trained_on=store.read_hashes(path / "trained_on.txt"),
+                provenance=config["provenance"],
+            )
         if model.content_hash != config["content_hash"]:
             raise StoreError(f"{path}: the weights are not those that were saved (their hash differs)")
         return model
@@ -352,22 +373,23 @@ class DiffusionModel:
         # first, because it may raise for the names
         text_conditioning = conditioning or folders.text_conditioning(path, class_names, prompts)
         network, autoencoder = folders.read_networks(path)
+        table = text_conditioning or folders.class_table_conditioning(path, network, class_names)
         scheduler = folders.read_scheduler(path)
         factor = 1 if autoencoder is None else _autoencoder_factor(autoencoder)
         height, width = folders.read_sample_size(path, network)
         size = (height * factor, width * factor)
         channels = int(network_config(network if autoencoder is None else autoencoder)["in_channels"])
-        return cls(
-            network,
-            NoiseSchedule.from_diffusers_config(scheduler),
-            Preprocessing(
-                size=size, channels=channels, native=size, **({} if text_conditioning is None else _TEXT_MODEL_RESIZING)
-            ),
-            prediction=scheduler.get("prediction_type", "epsilon"),
-            autoencoder=autoencoder,
-            conditioning=text_conditioning or folders.class_table_conditioning(path, network, class_names),
-            provenance={"loaded_from": str(path)},
-        )
+        resizing = {} if text_conditioning is None else _TEXT_MODEL_RESIZING
+        with store.explain_load_errors(path):
+            return cls(
+                network,
+                NoiseSchedule.from_diffusers_config(scheduler),
+                Preprocessing(size=size, channels=channels, native=size, **resizing),
+                prediction=scheduler.get("prediction_type", "epsilon"),
+                autoencoder=autoencoder,
+                conditioning=table,
+                provenance={"loaded_from": str(path)},
+            )
 
 
 def _encode_latents(autoencoder: Any, x: Tensor, noise: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from farout.core.errors import FaroutError
 __all__ = ["NoiseSchedule", "ScheduleKind"]
 
 ScheduleKind = Literal["scaled_linear", "linear", "cosine", "sigmoid", "trained"]
+_MAX_LEVELS = 100_000
 _DIFFUSERS_NAMES = {
     "scaled_linear": "scaled_linear",
     "linear": "linear",
@@ -60,9 +61,10 @@ class NoiseSchedule:
             raise FaroutError(
                 f"there is no schedule {self.kind!r}; expected one of {', '.join(get_args(ScheduleKind))}"
             )
-        if self.num_levels < 2 or self.snr_shift <= 0:
+        if not 2 <= self.num_levels <= _MAX_LEVELS or not 0 < self.snr_shift < math.inf:
             raise FaroutError(
-                f"a schedule requires num_levels >= 2 and snr_shift > 0, got {self.num_levels} and {self.snr_shift}"
+                f"a schedule requires num_levels from 2 to {_MAX_LEVELS:,} and snr_shift > 0, got {self.num_levels} "
+                f"and {self.snr_shift}"
             )
         if (self.kind == "trained") != (self.betas is not None):
             raise FaroutError(f"schedule kind {self.kind!r} requires betas exactly if it is 'trained'")
@@ -150,14 +152,6 @@ class NoiseSchedule:
     def to_dict(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, arguments: dict[str, Any]) -> NoiseSchedule:
-        """The schedule with the arguments of `to_dict`, also after they were stored as JSON."""
-        betas = arguments.get("betas")
-        # models that were saved before the release call the number of levels `steps`
-        named = {"num_levels" if name == "steps" else name: value for name, value in arguments.items()}
-        return cls(**{**named, "betas": None if betas is None else tuple(betas)})
 
     @classmethod
     def from_diffusers_config(cls, config: dict[str, Any]) -> NoiseSchedule:

@@ -19,11 +19,13 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from farout.core.errors import FaroutError, StoreError
+from farout.core.files import open_regular_file
 from farout.core.names import find_path
 
 __all__ = [
     "BACKBONES",
     "BackbonePreset",
+    "build_network",
     "create_backbone",
     "create_lite0",
     "default_layers",
@@ -145,7 +147,7 @@ def default_layers(name: str) -> tuple[int, ...]:
     """
     if name in BACKBONES:
         return BACKBONES[name].layers
-    network: Any = _build_network(name, None, None)
+    network: Any = build_network(name, None, None)
     if is_transformer(network):
         depth = len(network.model.feature_info)
         return tuple(sorted({depth * (i + 1) // 4 - 1 for i in range(4)} - {-1}))
@@ -170,7 +172,7 @@ def create_backbone(name: str, layers: tuple[int, ...], size: int, weights: str 
         raise FaroutError(f"layers must be distinct indices from 0 and size at least 1, got {list(layers)} and {size}")
     if weights == "random":
         torch.default_generator.manual_seed(0)  # not torch.manual_seed, which seeds accelerators too
-        network, origin = _build_network(name, layers, size), "random (seed 0)"
+        network, origin = build_network(name, layers, size), "random (seed 0)"
     elif weights is not None:
         tensors = read_weights(find_path(weights))
         network, origin = _build_with_weights(name, layers, size, tensors, Path(weights).name), f"file {weights}"
@@ -181,7 +183,15 @@ def create_backbone(name: str, layers: tuple[int, ...], size: int, weights: str 
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last), origin
 
 
-def _build_network(name: str, layers: tuple[int, ...] | None, size: int | None, **source: Any) -> Any:
+def build_network(name: str, layers: tuple[int, ...] | None, size: int | None, **source: Any) -> Any:
+    """A network of timm that returns feature maps; raises FaroutError for levels or a size that it does not have.
+
+    Args:
+        name: name in timm.
+        layers: its feature levels; None: all.
+        size: side of the input in pixels; None: the network's own.
+        **source: where its weights come from, for timm; without, they are random.
+    """
     resized: dict[str, Any] = {"img_size": size} if get_input_config(name).fixed_input_size and size is not None else {}
     selected: dict[str, Any] = {"out_indices": layers} if layers is not None else {}
     try:
@@ -207,7 +217,7 @@ def _build_with_weights(
             f"the weights in {origin} do not match {name}: {wrong[0]} has shape {tuple(tensors[wrong[0]].shape)}, "
             f"expected {tuple(expected[wrong[0]].shape)}"
         )
-    return _build_network(name, layers, size, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(tensors)})
+    return build_network(name, layers, size, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(tensors)})
 
 
 def read_weights(path: Path, hint: str = _WEIGHTS_HINT) -> dict[str, Tensor]:
@@ -226,6 +236,7 @@ def read_weights(path: Path, hint: str = _WEIGHTS_HINT) -> dict[str, Tensor]:
         raise StoreError(f"there is no weights file {path}; {hint}")
     try:
         if path.suffix == ".safetensors":
+            open_regular_file(path).close()
             return load_file(path)
         tensors = torch.load(path, weights_only=True, map_location="cpu")
     except OSError as error:
@@ -245,11 +256,11 @@ def _download_network(name: str, layers: tuple[int, ...], size: int) -> nn.Modul
     config = get_input_config(name)
     if not (config.hf_hub_id or config.url):
         raise StoreError(f"there are no published weights of {name}; {_WEIGHTS_HINT}")
-    _build_network(
+    build_network(
         name, layers, size
     )  # errors of the arguments are raised here; all others below come from the download
     try:
-        return _build_network(name, layers, size, pretrained=True)
+        return build_network(name, layers, size, pretrained=True)
     except Exception as error:
         cause = error.__cause__ or error
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import timm
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,12 +18,28 @@ from farout.core.chunking import BatchSize, call_in_chunks
 from farout.core.devices import Precision, autocast
 from farout.core.errors import FaroutError, StoreError
 from farout.core.names import expand_path
+from farout.core.network_size import check_network
+from farout.core.schema import Schema, check_content
 from farout.features import backbones
 from farout.features.batch_norm_folding import fold_batch_norm
 
 __all__ = ["KIND", "FeatureExtractor"]
 
 KIND = "feature extractor"
+_MAX_SIZE, _MAX_PARAMETERS = 4096, 10**10
+"""Largest side of the input in pixels; parameters of the largest network, of which some layers may not be saved."""
+
+
+class _Content(Schema):
+    """`config.json` of a feature extractor."""
+
+    name: str
+    layers: list[Annotated[int, Field(ge=0, lt=1000)]]
+    size: Annotated[int, Field(ge=1, le=_MAX_SIZE)]
+    mean: list[float]
+    std: list[Annotated[float, Field(gt=0)]]
+    origin: str
+    content_hash: str
 
 
 class FeatureExtractor:
@@ -170,16 +187,22 @@ class FeatureExtractor:
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Loads a saved extractor; raises StoreError for a folder that is missing, altered or of another kind."""
+        folder = expand_path(folder)
         config = store.read_config(folder, KIND)
-        network, _ = backbones.create_backbone(config["name"], tuple(config["layers"]), config["size"], "random")
-        try:
-            network.load_state_dict(store.load_tensors(expand_path(folder) / "model.safetensors"))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise StoreError(f"the weights in {folder} do not match timm {timm.__version__} ({reason})") from error
-        extractor = cls(
-            network, config["name"], config["layers"], config["size"], config["mean"], config["std"], config["origin"]
-        )
+        check_content(config, _Content, str(folder / "config.json"))
+        store.check_hashes(folder)
+        name, layers, size = config["name"], tuple(config["layers"]), config["size"]
+        weights = folder / "model.safetensors"
+        with store.explain_load_errors(folder):
+            check_network(
+                lambda: backbones.build_network(name, layers, size),
+                weights,
+                f"{name} of timm {timm.__version__}",
+                largest=_MAX_PARAMETERS,
+            )
+            network, _ = backbones.create_backbone(name, layers, size, "random")
+            network.load_state_dict(store.load_tensors(weights))
+            extractor = cls(network, name, layers, size, config["mean"], config["std"], config["origin"])
         if extractor.content_hash != config["content_hash"]:
             raise StoreError(f"{folder}: the weights are not those that were saved (their hash differs)")
         return extractor

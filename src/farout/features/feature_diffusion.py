@@ -15,16 +15,35 @@ from farout.core import store
 from farout.core.chunking import BatchSize
 from farout.core.devices import Precision
 from farout.core.errors import StoreError
+from farout.core.network_size import check_network
+from farout.core.schema import Schema, check_content, create_dataclass
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.diffusers_folders import local_folder
 from farout.diffusion.schedule import NoiseSchedule
 from farout.features.densities import Mahalanobis
-from farout.features.encoding import FeatureEncoding
+from farout.features.encoding import FeatureEncoding, Standardize
 from farout.features.feature_denoiser import FeatureDenoiser
 
 __all__ = ["KIND", "FeatureDiffusion", "paper_schedule"]
 
 KIND = "feature diffusion model"
+
+
+class _EncodingContent(Schema):
+    channels: list[int]
+    standardize: Standardize
+    summaries: bool
+
+
+class _Content(Schema):
+    """`config.json` of a feature diffusion model; the schedule is checked by what it is passed to."""
+
+    network: dict[str, Any]
+    encoding: _EncodingContent
+    schedule: dict[str, Any]
+    backbone: str
+    content_hash: str
+    provenance: dict[str, Any]
 
 
 def paper_schedule() -> NoiseSchedule:
@@ -167,25 +186,37 @@ class FeatureDiffusion:
         """
         path = local_folder(folder)
         config = store.read_config(path, KIND)
+        where = str(path / "config.json")
+        check_content(config, _Content, where)
+        schedule = create_dataclass(NoiseSchedule, config["schedule"], f"{where}: schedule")
+        store.check_hashes(path)
+        with store.explain_load_errors(path):
+            model = cls._read(path, config, schedule)
+        if model.content_hash != config["content_hash"]:
+            raise StoreError(f"{path}: the weights are not those that were saved (their hash differs)")
+        return model
+
+    @classmethod
+    def _read(cls, path: Path, config: dict[str, Any], schedule: NoiseSchedule) -> FeatureDiffusion:
         statistics = store.load_tensors(path / "statistics.safetensors")
         gaussian = {n.removeprefix("gaussian."): t.numpy() for n, t in statistics.items() if n.startswith("gaussian.")}
         encoding = {**config["encoding"], "channels": tuple(config["encoding"]["channels"])}
-        model = cls(
+        return cls(
             _read_denoiser(path / "network"),
             FeatureEncoding(**encoding, shift=statistics["shift"], scale=statistics["scale"]),
-            NoiseSchedule.from_dict(config["schedule"]),
+            schedule,
             config["backbone"],
             first=_read_denoiser(path / "first") if (path / "first").is_dir() else None,
             gaussian=Mahalanobis.from_arrays(gaussian) if gaussian else None,
             trained_on=store.read_hashes(path / "trained_on.txt"),
             provenance=config["provenance"],
         )
-        if model.content_hash != config["content_hash"]:
-            raise StoreError(f"{path}: the weights are not those that were saved (their hash differs)")
-        return model
 
 
 def _read_denoiser(folder: Path) -> FeatureDenoiser:
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    arguments = {name: value for name, value in store.read_json(folder / "config.json").items() if name[0] != "_"}
+    check_network(lambda: FeatureDenoiser(**arguments), weights, "the network of its config.json")
     try:
         return FeatureDenoiser.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, RuntimeError, ValueError) as error:

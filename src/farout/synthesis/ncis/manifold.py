@@ -21,6 +21,7 @@ from torch import Tensor
 from farout.core import store
 from farout.core.errors import FaroutError, FaroutWarning, StoreError, TooFewImagesWarning
 from farout.core.names import find_path
+from farout.core.schema import Schema, check_content, create_dataclass
 from farout.synthesis.ncis.class_gaussians import ClassGaussians
 from farout.synthesis.ncis.manifold_config import ManifoldConfig
 from farout.synthesis.ncis.network_training import (
@@ -45,6 +46,19 @@ __all__ = [
 ]
 
 KIND = "manifold"
+
+
+class _Content(Schema):
+    """`config.json` of a manifold; `config` is checked by what it is passed to."""
+
+    config: dict[str, Any]
+    class_names: list[str]
+    scale: float
+    invariants: int
+    strength: float | list[float]
+    content_hash: str
+    provenance: dict[str, Any]
+    history: list[dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -268,14 +282,17 @@ class Manifold:
         """
         path = find_path(folder)
         content = store.read_config(path, KIND)
+        check_content(content, _Content, str(path / "config.json"))
+        config = create_dataclass(ManifoldConfig, content["config"], f"{path / 'config.json'}: config")
+        store.check_hashes(path)
         # the memory alignment of a mapped file changes the last bits of what is computed with its tensors
         tensors = {name: tensor.clone() for name, tensor in store.load_tensors(path / "manifold.safetensors").items()}
 
         def select(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-        try:
-            config, names = ManifoldConfig(**content["config"]), tuple(content["class_names"])
+        with store.explain_load_errors(path):
+            names = tuple(content["class_names"])
             weights = select("network.")
             network: FlatteningMap
             if config.map == "linear":
@@ -295,8 +312,6 @@ class Manifold:
                 history=content["history"],
                 provenance=content["provenance"],
             )
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise StoreError(f"{path} is not a complete manifold ({error}); fit it again") from error
         if manifold.content_hash != content["content_hash"]:
             raise StoreError(f"{path}: the numbers are not those that were saved (their hash differs)")
         return manifold

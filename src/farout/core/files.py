@@ -1,0 +1,100 @@
+"""Reading regular files only, hashing them, and flushing files to disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from contextlib import suppress
+from io import BufferedReader
+from pathlib import Path
+
+__all__ = [
+    "flush_file",
+    "flush_folder",
+    "hash_file",
+    "open_regular_file",
+    "read_file",
+]
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+# opening a named pipe without a writer would wait for one
+_READ_FLAGS = (
+    os.O_RDONLY
+    | getattr(os, "O_BINARY", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_NOCTTY", 0)
+)
+_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+"""Answers of file systems that cannot flush a file or a folder."""
+
+
+def open_regular_file(path: str | Path) -> BufferedReader:
+    """Open a regular file for reading; never waits, unlike `open`, which waits for the writer of a named pipe.
+
+    Raises OSError for a file that cannot be opened, and for a folder, named pipe, socket or device.
+    """
+    try:
+        descriptor = os.open(path, _READ_FLAGS)
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, f"not a file name: {error}", str(path)) from error
+    try:
+        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+        if kind != stat.S_IFREG:
+            raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'something else')}, not a file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_file(path: str | Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes; raises OSError for any other."""
+    with open_regular_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else b""
+    if size > limit or len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+    return content
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a regular file as hexadecimal digits; raises OSError for a file that cannot be read."""
+    with open_regular_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_file(path: str | Path) -> None:
+    """Write a file that the operating system may still hold in memory to disk, so that it survives a power failure.
+
+    Raises OSError if the disk is full or fails.
+    """
+    _flush(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+
+
+def flush_folder(path: str | Path) -> None:
+    """Write the names in a folder to disk, after files were renamed in it; does nothing where that is impossible."""
+    if os.name == "posix":
+        _flush(path, os.O_RDONLY)
+
+
+def _flush(path: str | Path, flags: int) -> None:
+    descriptor = -1
+    try:
+        descriptor = os.open(path, flags)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        if descriptor >= 0:
+            with suppress(OSError):
+                os.close(descriptor)

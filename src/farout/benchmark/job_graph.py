@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +14,8 @@ from typing import Any
 
 from farout.core import progress, store
 from farout.core.errors import FaroutError, StoreError
+from farout.core.names import find_path
+from farout.data.sources import parse_source
 from farout.training.checkpoints import training_folder
 
 __all__ = ["RECORD_FILE", "FinishedJob", "Job", "JobGraph", "JobStates", "flatten_settings", "format_duration"]
@@ -20,6 +24,22 @@ RECORD_FILE = "farout-jobs.json"
 """In the folder of a job graph: the settings of every job that was started, and whether it is finished."""
 
 _SHOWN_DIFFERENCES = 4
+_PATH_SETTINGS = frozenset(
+    {
+        "source",
+        "generated",
+        "train",
+        "id",
+        "ood",
+        "baseline_images",
+        "outliers",
+        "reconstructions",
+        "scores",
+        "detector",
+    }
+    | {"model", "diffusion", "classifier", "weights", "folder"}
+)
+"""Settings whose value may be an image source, a file or a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +191,8 @@ class JobGraph:
                 seconds = None
                 if job.name not in finished:
                     earlier, started = self.records.get(job.name), time.perf_counter()
-                    record = {"settings": dict(job.settings), "sources": list(job.sources), "kind": job.kind}
+                    settings = {name: self._to_recorded(name, value) for name, value in job.settings.items()}
+                    record = {"settings": settings, "sources": list(job.sources), "kind": job.kind}
                     self._record(job, {**(earlier or {}), **record, "done": False})
                     waiting = [other for other in self.jobs[number:] if other.name not in finished]
                     with progress.show(_TimeLeft(bar, progress.current_display(), self.estimate_seconds(waiting))):
@@ -181,6 +202,11 @@ class JobGraph:
                 bar.advance(note=job.name)
                 waiting = [other for other in self.jobs[number:] if other.name not in finished]
                 yield FinishedJob(job, number, len(self.jobs), seconds, self.estimate_seconds(waiting))
+
+    def _to_recorded(self, name: str, value: Any) -> Any:
+        """The value of a setting as it is recorded: that of a path does not depend on the working directory."""
+        is_result = isinstance(value, str) and re.split(r"[/\\@]", value)[0] in {job.name for job in self.jobs}
+        return _absolute_source(value) if name.rpartition(".")[2] in _PATH_SETTINGS and not is_result else value
 
     def _record(self, job: Job, record: dict[str, Any]) -> None:
         self.records[job.name] = record
@@ -236,8 +262,28 @@ def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
     return flat
 
 
+def _are_equal(before: Any, now: Any) -> bool:
+    """Whether two values of a setting are equal, or are ways to write the same source or path."""
+    if isinstance(before, list | tuple) and isinstance(now, list | tuple) and len(before) == len(now):
+        return all(_are_equal(*pair) for pair in zip(before, now))
+    if before == now or not (isinstance(before, str) and isinstance(now, str)):
+        return bool(before == now)
+    return _absolute_source(before) == _absolute_source(now)
+
+
+def _absolute_source(value: Any) -> Any:
+    """A source or path that exists, in the form that is equal for all ways to write it; other values unchanged."""
+    if isinstance(value, list | tuple):
+        return [_absolute_source(each) for each in value]
+    try:
+        spec = parse_source(value) if isinstance(value, str) else None
+    except FaroutError:  # another text
+        return value
+    return spec.canonical if spec and spec.kind == "path" and os.path.exists(find_path(spec.location)) else value
+
+
 def _describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    names = [name for name in dict.fromkeys([*now, *before]) if before.get(name) != now.get(name)]
+    names = [name for name in dict.fromkeys([*now, *before]) if not _are_equal(before.get(name), now.get(name))]
     listed = [f"{name}: {before.get(name)} before, {now.get(name)} now" for name in names[:_SHOWN_DIFFERENCES]]
     more = len(names) - len(listed)
     return "; ".join([*listed, *([f"and {more} more"] if more else [])])

@@ -23,7 +23,7 @@ from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.outlier_exposure import Exposure
 from farout.classifiers.presets import PRESETS as CLASSIFIER_PRESETS
 from farout.core.errors import FaroutError, suggest_names
-from farout.core.names import find_path
+from farout.core.names import encode_name, find_path
 from farout.core.registry import Registry
 from farout.data.preprocessing import Protocol
 from farout.detectors import DETECTORS
@@ -103,6 +103,7 @@ def parse_benchmark(content: Mapping[str, Any]) -> BenchmarkSpec:
         raise FaroutError(f"ood requires lists of sources by group, such as near and far, got {values['ood']!r}")
     # a single source need not be a list
     values["ood"] = {name: [each] if isinstance(each, str) else each for name, each in values["ood"].items()}
+    values |= {name: _encode_sources(values[name]) for name in ("train", "id", "ood")}
     protocol = values.get("protocol", BenchmarkSpec.protocol)
     if protocol not in get_args(Protocol):
         raise FaroutError(f"protocol must be one of {', '.join(get_args(Protocol))}, got {protocol!r}")
@@ -134,6 +135,15 @@ def parse_benchmark(content: Mapping[str, Any]) -> BenchmarkSpec:
     spec = build(BenchmarkSpec, values, "")
     _check_references(spec)
     return spec
+
+
+def _encode_sources(value: Any) -> Any:
+    """Write sources as in the tables of results, where they are names of columns and rows."""
+    if isinstance(value, Mapping):
+        return {name: _encode_sources(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode_sources(each) for each in value]
+    return encode_name(value) if isinstance(value, str) else value
 
 
 def to_yaml(spec: BenchmarkSpec) -> str:

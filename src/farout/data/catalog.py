@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from farout.core.names import expand_path
-from farout.data.source_spec import parse_spec
+from farout.data.source_spec import SourceSpec, parse_spec
 
 __all__ = [
     "FAR",
@@ -232,7 +232,7 @@ def ood_role(id_name: str, ood_spec: str) -> Literal["dev", "test"]:
     report them), held-out classes, the same corruptions of test images, and all other sets are `test`.
     """
     inlier, outlier = parse_spec(id_name, set_names()), parse_spec(ood_spec, set_names())
-    same = (inlier.kind, inlier.location) == (outlier.kind, outlier.location)
+    same = (inlier.kind, _place(inlier)) == (outlier.kind, _place(outlier))
     training = outlier.kind == "path" or outlier.split == "train"
     same_classes = not inlier.classes or inlier.classes == outlier.classes
     return "dev" if same and training and outlier.variant in _DEV_VARIANTS and same_classes else "test"
@@ -241,11 +241,16 @@ def ood_role(id_name: str, ood_spec: str) -> Literal["dev", "test"]:
 def ood_group(id_name: str, ood_name: str) -> Literal["near", "far", ""]:
     """Return the OpenOOD group of an OOD source; `near` for other classes of the same set; empty for no group."""
     inlier, outlier = parse_spec(id_name, set_names()), parse_spec(ood_name, set_names())
-    if inlier.location == outlier.location:
+    if _place(inlier) == _place(outlier):
         return "near" if outlier.variant is None and outlier.classes and outlier.classes != inlier.classes else ""
     if outlier.location in NEAR.get(inlier.location, ()):
         return "near"
     return "far" if outlier.location in FAR.get(inlier.location, ()) else ""
+
+
+def _place(spec: SourceSpec) -> str:
+    """The location, equal for all ways to write a path."""
+    return replace(spec, split="", modifiers="").canonical
 
 
 def _local_folders(name: str) -> list[Path]:

@@ -220,6 +220,7 @@ class ImageSource(Dataset[Tensor]):
         policy: treatment of unreadable images in batches and splits.
         reading: how image files become 8-bit pixels.
         left_out: what the source contains and the set does not: description and number of files.
+        location: the source in the same text for every way to write it, see `SourceSpec.canonical`; empty for objects.
         splits: why these are several sets rather than one, and what to give instead; None if nothing says so.
     """
 
@@ -238,8 +239,10 @@ class ImageSource(Dataset[Tensor]):
         strength: float | None = None,
         memory_mib: int = 1024,
         reading: ReadSettings = DEFAULT_READING,
+        location: str = "",
     ) -> None:
         self.name, self.policy, self.reading, self.left_out = name, policy, reading, dict(listing.left_out)
+        self.location = location
         self.splits = listing.splits
         self._variant, self._strength = variant, strength
         self._store = _ImageStore(listing, memory_mib)

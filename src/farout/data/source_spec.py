@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from farout.core.errors import FaroutError, SourceError
-from farout.core.names import find_path
+from farout.core.names import encode_file_name, encode_name, find_path
 
 __all__ = ["DEFAULT_STRENGTHS", "NO_SELECTION", "Selection", "SourceSpec", "parse_spec"]
 
@@ -88,6 +88,7 @@ class SourceSpec:
         array: array of the images in an .npz file; empty: not given.
         column: column of the images, or of their paths, in a table; empty: not given.
         label: array or column of the labels; empty: not given.
+        modifiers: all modifiers as written.
     """
 
     text: str
@@ -100,6 +101,18 @@ class SourceSpec:
     array: str = ""
     column: str = ""
     label: str = ""
+    modifiers: str = ""
+
+    @property
+    def canonical(self) -> str:
+        """A source string that is equal for all ways to write the same source, and opens it from any working directory.
+
+        Paths are absolute, without links; the split of a set is given. The text is encoded like `ImageSource.name`.
+        """
+        location = encode_file_name(str(find_path(self.location).resolve())) if self.kind == "path" else self.location
+        split = f":{self.split}" if self.split else ""
+        modifiers = f"@{encode_name(self.modifiers)}" if self.modifiers else ""
+        return f"{_HUB if self.kind == 'hub' else ''}{location}{split}{modifiers}"
 
     @property
     def selection(self) -> Selection:
@@ -123,7 +136,7 @@ def parse_spec(text: str, known: frozenset[str] = frozenset()) -> SourceSpec:
     head, modifiers = _split_modifiers(text)
     variant, strength, classes, names = _parse_modifiers(modifiers, text)
     kind, location, split = _parse_location(head, known)
-    return SourceSpec(text, kind, location, split, variant, strength, classes, **names)
+    return SourceSpec(text, kind, location, split, variant, strength, classes, **names, modifiers=modifiers)
 
 
 def _exists(text: str) -> bool:

@@ -112,6 +112,7 @@ def _open_spec(text: str | Path, policy: Policy, memory_mib: int, reading: ReadS
         strength=spec.strength,
         memory_mib=memory_mib,
         reading=reading,
+        location=spec.canonical,
     )
     return source.subset(_filter_classes(listing, spec)) if spec.classes else source
 

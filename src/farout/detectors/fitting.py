@@ -22,8 +22,7 @@ from farout.data.image_source import ImageSource
 from farout.data.normal_images import check_normal_images
 from farout.data.preprocessing import Preprocessing, is_all_gray
 from farout.data.read_settings import DEFAULT_READING, ReadSettings, format_value_range
-from farout.data.source_spec import parse_spec
-from farout.data.sources import open_source
+from farout.data.sources import open_source, parse_source
 from farout.data.splits import Split, calibration_size, log_split, split_source
 from farout.detectors.calibration import check_alpha, check_fitted, check_seed, set_calibration
 from farout.detectors.fit_settings import FitSettings
@@ -232,11 +231,7 @@ def source_spec(images: Any) -> str | None:
     """A specification that opens the same images from any working directory; None for images given as objects."""
     if not isinstance(images, str | Path):
         return None
-    text = str(images)
-    spec = parse_spec(text)
-    if spec.kind != "path":
-        return text
-    return str(Path(spec.location).expanduser().resolve()) + text.removeprefix(spec.location)
+    return parse_source(images).canonical
 
 
 def _with_range_of_networks(detector: DetectorInterface, source: ImageSource) -> ImageSource:

@@ -110,6 +110,7 @@ def score_folder(
     settings = {
         "detector": detector.fingerprint,
         "source": source.name,
+        "location": source.location,
         "policy": source.policy,
         "reading": source.reading.to_dict(),
         "fdr": fdr,
@@ -199,7 +200,7 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> None:
     differences = [
         f"{name}: {before.get(name)} before, {value} now"
         for name, value in settings.items()
-        if before.get(name) != value
+        if before.get(name) != value and not (name == "source" and before.get("location"))
     ]
     if before.get("detector") != settings["detector"]:
         raise StoreError(

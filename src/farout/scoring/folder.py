@@ -200,7 +200,8 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> None:
     differences = [
         f"{name}: {before.get(name)} before, {value} now"
         for name, value in settings.items()
-        if before.get(name) != value and not (name == "source" and before.get("location"))
+        if before.get(name) != value
+        and name != ("source" if settings["location"] == before.get("location") else "location")
     ]
     if before.get("detector") != settings["detector"]:
         raise StoreError(

@@ -279,11 +279,46 @@ def test_some_unreadable_images_are_named_and_the_others_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unreadable = {f"{number}.png": "cannot be decoded" for number in range(7)}
-    print_scored_folder(ScoredFolder(tmp_path, {"unreadable": 7}, 0, unreadable, 7, 1.0))
+    print_scored_folder(ScoredFolder(tmp_path, {"ok": 3, "unreadable": 7}, 0, unreadable, 3, 1.0))
     printed = capsys.readouterr().out
+    assert printed.startswith("10 images: 3 scored (0 flagged), 7 unreadable; all new\n")
     assert printed.count("unreadable: ") == 5
     assert "  unreadable: 4.png: cannot be decoded\n" in printed
     assert "and 2 more unreadable images, listed in manifest.json" in printed
+
+
+@pytest.mark.parametrize("policy", ["nan", "skip"])
+def test_a_score_of_nothing_but_unreadable_images_fails_after_it_has_written_them(
+    policy: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.png").write_text("not a picture")
+    for _ in range(2):
+        assert run(["score", place / "d", tmp_path / "images", "--out", tmp_path / "r", "--policy", policy]) == 1
+        printed = capsys.readouterr()
+        assert "; none new" in printed.out
+        assert "no image could be read: all 3 are unreadable (0.png: not an image" in printed.err
+        assert len(json.loads((tmp_path / "r" / "manifest.json").read_text())["unreadable"]) == 3
+        assert len(pd.read_csv(tmp_path / "r" / "scores.csv")) == (3 if policy == "nan" else 0)
+
+
+def test_a_benchmark_with_its_splits_is_refused_by_fit_and_scored_without_masks(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "bottle"
+    for name in ("train/good", "test/bent", "ground_truth/bent"):
+        pictures(root / name, 2)
+    fit = ["fit", "reconstruction", root, "--diffusion", place / "model", "--out", tmp_path / "d", *FIT]
+    assert f"give {root}/train/good" in refused(capsys, fit, 1)
+    for words in (["calibrate", place / "d", root], ["train", "diffusion", root, "--out", tmp_path / "m"]):
+        assert f"give {root}/train/good" in refused(capsys, words, 1)
+    assert run(["score", place / "d", root, "--out", tmp_path / "r"]) == 0
+    assert "2 in ground_truth/ (masks)" in caplog.text
+    keys = pd.read_csv(tmp_path / "r" / "scores.csv")["key"]
+    assert len(keys) == 4
+    assert not keys.str.startswith("ground_truth").any()
+    assert json.loads((tmp_path / "r" / "manifest.json").read_text())["left_out"] == {"in ground_truth/ (masks)": 2}
 
 
 # -- fit ----------------------------------------------------------------------------------------------------------

@@ -173,7 +173,8 @@ def _score_dataset(evaluated: EvaluatedDetector, source: ImageSource) -> ScoredD
     """Score a source; the speed is known only if no scores or features were stored before."""
     cache_hits = evaluated.detector.cache_hits
     done = score_folder(evaluated.detector, source, evaluated.folder / folder_name(source), top_images=12)
-    is_complete_run = done.scored_now == len(source) and evaluated.detector.cache_hits == cache_hits
+    readable = len(source) - len(done.unreadable)
+    is_complete_run = done.scored_now == readable and evaluated.detector.cache_hits == cache_hits
     speed = done.scored_now / done.seconds if is_complete_run else float("nan")
     return ScoredDataset(source, read_scores(done.folder), speed)
 

@@ -53,7 +53,7 @@ class ScoredFolder:
         counts: number of images by status.
         flagged: number of images with `is_ood`.
         unreadable: reasons by key.
-        scored_now: number of images measured in this call.
+        scored_now: number of images measured in this call, without the unreadable ones.
         seconds: time of these measurements.
     """
 
@@ -231,20 +231,21 @@ def _measure_parts(detector: Detector, source: ImageSource, parts: list[range], 
             _check_content(_hash_content(source.subset(part)), content, out)
         else:
             missing.append(part)
-    count = sum(map(len, missing))
-    with task(f"scoring {source.name}", count) as bar:
+    measured = 0
+    with task(f"scoring {source.name}", sum(map(len, missing))) as bar:
         for part in missing:
             images, path, measurements = source.subset(part), _part_path(out, part), []
             for batch in detector.load_batches(images):
                 if batch.keys:
                     measurements.append(detector.measure(batch))
+                    measured += len(batch.keys)
                 bar.advance(len(batch.keys))
             part_info = {"unreadable": images.unreadable, "empty": not measurements, "content": _hash_content(images)}
             store.write_json(path.with_suffix(".json"), part_info)
             with store.atomic_file(path) as temporary:
                 if measurements:
                     Measurements.join(measurements).write_parquet(temporary)
-    return count
+    return measured
 
 
 def _write_tables(

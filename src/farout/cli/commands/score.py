@@ -6,6 +6,7 @@ from typing import Any
 
 from farout.cli.output import print_existing
 from farout.cli.terminal import print_text
+from farout.core.errors import FaroutError
 from farout.core.names import expand_path
 from farout.data.image_source import Policy
 from farout.data.read_settings import ReadSettings
@@ -58,10 +59,14 @@ def score(
 
 
 def print_scored_folder(scored: ScoredFolder) -> None:
-    """Prints the number of images by status, the number of flagged images, unreadable images, and the files."""
+    """Prints the number of images by status, the number of flagged images, unreadable images, and the files.
+
+    Raises FaroutError if no image could be read: the results are written, but they contain no scores.
+    """
     total = sum(scored.counts.values())
+    readable = total - scored.counts.get("unreadable", 0)
     others = "".join(f", {count} {status}" for status, count in scored.counts.items() if status != "ok")
-    new = {0: "none", total: "all"}.get(scored.scored_now, str(scored.scored_now))
+    new = {readable: "all", 0: "none"}.get(scored.scored_now, str(scored.scored_now))
     print_text(f"{total} images: {scored.counts.get('ok', 0)} scored ({scored.flagged} flagged){others}; {new} new")
     for key, reason in list(scored.unreadable.items())[:_SHOWN_UNREADABLE]:
         print_text(f"  unreadable: {key}: {reason}")
@@ -70,3 +75,6 @@ def print_scored_folder(scored: ScoredFolder) -> None:
             f"  … and {len(scored.unreadable) - _SHOWN_UNREADABLE} more unreadable images, listed in manifest.json"
         )
     print_existing(scored.folder, "scores.csv", "measurements.parquet", "manifest.json", "page.html")
+    if scored.unreadable and not readable:
+        key, reason = next(iter(scored.unreadable.items()))
+        raise FaroutError(f"no image could be read: all {len(scored.unreadable)} are unreadable ({key}: {reason})")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
-from farout.core.errors import FaroutError, SourceError, UnreadableImageError
+from farout.core.errors import FaroutError, LeftOutWarning, SourceError, UnreadableImageError
 from farout.data import catalog
 from farout.data.decoding import to_pil
 from farout.data.image_source import ImageSource
@@ -72,7 +73,9 @@ class SourceImages:
             try:
                 if not self.hub and not catalog.is_local(name):
                     raise SourceError(f"{name} is not on this machine")
-                source = open_source(name, policy="nan")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", LeftOutWarning)  # shown when the source was scored or fitted
+                    source = open_source(name, policy="nan")
                 self._sources[name] = (source, {key: index for index, key in enumerate(source.keys)})
             except (FaroutError, OSError) as error:
                 self._sources[name], self.missing[name] = None, str(error)

@@ -304,3 +304,18 @@ def test_a_zip_with_separators_of_windows(tmp_path):
             entry.filename, entry.create_system = name.replace("/", "\\"), 0
             archive.writestr(entry, data)
     assert open_all(tmp_path / "x.zip").class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def test_frames_of_a_member_are_images_on_request(tmp_path, suffix):
+    frames = [picture(image) for image in pixels(3)]
+    stack = encode(frames[0], "TIFF", save_all=True, append_images=frames[1:])
+    path = write(tmp_path / f"x{suffix}", {"cat/stack.tif": stack, "dog/1.png": IMAGES[3]})
+    assert len(open_all(path)) == 2
+    assert open_all(path).further_frames == {"cat/stack.tif": 2}
+    source = open_all(path, ReadSettings(frames="all"))
+    assert source.keys == ("cat/stack.tif#0", "cat/stack.tif#1", "cat/stack.tif#2", "dog/1.png")
+    assert source.labels == (0, 0, 0, 1)
+    assert source.groups == ("cat/stack.tif",) * 3 + ("dog",)
+    assert torch.equal(torch.stack(list(source)), pixels(4))
+    assert not source.further_frames

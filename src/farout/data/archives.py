@@ -17,7 +17,8 @@ from typing import Any
 
 from farout.core.errors import SourceError, UnreadableImageError
 from farout.core.names import encode_key
-from farout.data.decoding import DecodedImage, decode, unreadable_errors
+from farout.data.columns import LABEL_COLUMNS, find_columns
+from farout.data.decoding import MULTI_FRAME_SUFFIXES, DecodedImage, count_frames, decode, unreadable_errors
 from farout.data.file_listing import Listing, encode_labels
 from farout.data.file_names import (
     count_by_suffix,
@@ -29,6 +30,7 @@ from farout.data.file_names import (
     suffix_of,
 )
 from farout.data.folder_layout import class_folders, describe_splits, find_mask_folders, parent_folders
+from farout.data.image_files import expand_frames
 from farout.data.read_settings import ReadSettings
 
 __all__ = ["is_archive_name", "list_archive_file", "list_archives"]
@@ -37,7 +39,6 @@ _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", "
 _PROGRAMS = {b"\x1f\x8b": "gunzip -k", b"BZh": "bunzip2 -k", b"\xfd7zXZ": "unxz -k", b"\x28\xb5\x2f\xfd": "unzstd"}
 """First bytes of compressed files -> the command that decompresses them."""
 _LABEL_SUFFIXES = ("cls", "class", "label")
-_LABEL_FIELDS = ("label", "labels", "cls", "class", "class_name", "category", "target", "y")
 _MOST_LABEL_BYTES = 2**20
 _TAR_BLOCK = 512
 _ZIP_HEADER = 30
@@ -124,24 +125,50 @@ def _list_members(
     else:
         codes, classes = class_folders(names)
     splits = describe_splits([*names, *sorted(mask_folders)], where)
-    reader = _MemberReader(keys, archives, listed, reading)
+    frames: Sequence[int] | None = None
+    if reading.frames == "all":
+        frame_counts = [_count_frames(path, member, reading) for path, member in zip(archives, listed)]
+        keys, frame_groups, indices, frames = expand_frames(keys, groups, frame_counts, where)
+        groups = tuple(frame_groups or ())
+        codes = None if codes is None else tuple(codes[index] for index in indices)
+        archives, listed = tuple(archives[index] for index in indices), tuple(listed[index] for index in indices)
+    reader = _MemberReader(keys, archives, listed, reading, frames)
     return Listing(keys, reader, codes, classes, groups, left_out=limit_descriptions(counts), splits=splits)
 
 
+def _count_frames(path: Path, member: _Member, reading: ReadSettings) -> int:
+    """Return the number of frames of a member; 1 if it cannot be read, which is reported with the image."""
+    if suffix_of(member.name) not in MULTI_FRAME_SUFFIXES:
+        return 1
+    try:
+        with unreadable_errors(member.name):
+            data = _read_member(path, member, reading.max_bytes)
+        return max(1, count_frames(data, member.name, reading))
+    except UnreadableImageError:
+        return 1
+
+
 class _MemberReader:
-    """Reads images in archives by index."""
+    """Reads images in archives by index; `frames` as in `FileReader`."""
 
     def __init__(
-        self, keys: Sequence[str], archives: Sequence[Path], members: Sequence[_Member], reading: ReadSettings
+        self,
+        keys: Sequence[str],
+        archives: Sequence[Path],
+        members: Sequence[_Member],
+        reading: ReadSettings,
+        frames: Sequence[int] | None,
     ) -> None:
         self._keys, self._archives, self._members = tuple(keys), tuple(archives), tuple(members)
-        self._reading = reading
+        self._reading, self._frames = reading, None if frames is None else tuple(frames)
 
     def __call__(self, index: int) -> DecodedImage:
         key, member = self._keys[index], self._members[index]
         with unreadable_errors(key):
             data = _read_member(self._archives[index], member, self._reading.max_bytes)
-        return decode(data, key, self._reading, suffix=suffix_of(member.name))
+        if self._frames is None:
+            return decode(data, key, self._reading, suffix=suffix_of(member.name))
+        return replace(decode(data, key, self._reading, self._frames[index], suffix_of(member.name)), frames=1)
 
 
 def _read_member(path: Path, member: _Member, limit: int) -> bytes:
@@ -305,4 +332,5 @@ def _read_label(path: Path, member: _Member, *, is_table: bool) -> Any:
         raise SourceError(f"{path}: the label in {member.name} cannot be read ({error})") from error
     if not isinstance(table, dict):
         return None
-    return next((table[field] for field in _LABEL_FIELDS if field in table), None)
+    fields = find_columns(list(table), LABEL_COLUMNS)
+    return table[fields[0]] if fields else None

@@ -115,7 +115,8 @@ def _select_by_metadata(listing: Listing, metadata: Path, reading: ReadSettings)
         table = replace(table, labels=labels, class_names=listing.class_names)
     unlisted = sum(key not in listed for key in listing.keys)
     left_out = limit_descriptions({**listing.left_out, f"image(s) that {metadata.name} does not list": unlisted})
-    return replace(table, groups=table.groups or tuple(parent_folders(table.keys)), left_out=left_out)
+    groups = table.groups or tuple(parent_folders(table.keys))
+    return replace(table, groups=groups, left_out=left_out, splits=listing.splits)
 
 
 def _list_files(

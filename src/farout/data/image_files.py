@@ -14,7 +14,7 @@ from farout.data.file_listing import Listing, check_keys
 from farout.data.read_settings import ReadSettings
 from farout.data.untrusted_files import read_bytes
 
-__all__ = ["FileReader", "count_file_frames", "find_listed_file", "list_image_files"]
+__all__ = ["FileReader", "count_file_frames", "expand_frames", "find_listed_file", "list_image_files"]
 
 
 def find_listed_file(folder: Path, name: str) -> tuple[str, Path]:
@@ -38,6 +38,22 @@ def count_file_frames(path: Path, reading: ReadSettings) -> int:
         return max(1, count_frames(read_bytes(path, reading.max_bytes), path.name, reading))
     except UnreadableImageError:
         return 1
+
+
+def expand_frames(
+    keys: Sequence[str], groups: Sequence[str] | None, counts: Sequence[int], where: str
+) -> tuple[tuple[str, ...], Sequence[str] | None, list[int], list[int]]:
+    """Make every frame of every file an image: return their keys, groups, indices of the file, and frames.
+
+    The frames of a file with several have the keys `file#0`, `file#1`, ... and are a group. `counts` are the numbers of
+    frames. Raises SourceError if another file has one of these keys.
+    """
+    expanded = [(index, frame) for index, count in enumerate(counts) for frame in range(count)]
+    if max(counts) > 1:
+        own = groups or keys
+        groups = [keys[index] if counts[index] > 1 else own[index] for index, _ in expanded]
+    frame_keys = [f"{keys[index]}#{frame}" if counts[index] > 1 else keys[index] for index, frame in expanded]
+    return check_keys(frame_keys, where), groups, [index for index, _ in expanded], [frame for _, frame in expanded]
 
 
 class FileReader:
@@ -106,15 +122,9 @@ def list_image_files(
     keys, frames = check_keys(keys, where), None
     if reading.frames == "all":
         counts = [1 if key in problems else count_file_frames(path, reading) for key, path in zip(keys, paths)]
-        expanded = [(index, frame) for index, count in enumerate(counts) for frame in range(count)]
-        if max(counts) > 1:
-            own = groups or keys
-            groups = [keys[index] if counts[index] > 1 else own[index] for index, _ in expanded]
-        labels = None if labels is None else [labels[index] for index, _ in expanded]
-        paths, frames = [paths[index] for index, _ in expanded], [frame for _, frame in expanded]
-        keys = check_keys(
-            [f"{keys[index]}#{frame}" if counts[index] > 1 else keys[index] for index, frame in expanded], where
-        )
+        keys, groups, indices, frames = expand_frames(keys, groups, counts, where)
+        labels = None if labels is None else [labels[index] for index in indices]
+        paths = [paths[index] for index in indices]
     return Listing(
         keys,
         FileReader(keys, paths, reading, frames, problems),

@@ -173,6 +173,29 @@ def test_labels_of_other_forms(tmp_path, labels, expected):
     assert open_source(tmp_path / "x.npz").labels == expected
 
 
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [("XTrain", "YTrain"), ("trainX", "trainY"), ("Xtrain", "ytrain"), ("train_data", "train_target"), ("X", "y")],
+)
+def test_labels_are_found_by_the_words_of_the_names(tmp_path, images, labels):
+    np.savez(tmp_path / "x.npz", **{images: gray(5), labels: np.arange(5), "XTest": gray(2), "YTest": np.arange(2)})
+    assert open_source(f"{tmp_path}/x.npz@array={images}").labels == (0, 1, 2, 3, 4)
+    assert open_source(f"{tmp_path}/x.npz:test").labels == (0, 1)
+
+
+def test_arrays_of_labels_of_another_form_are_explained(tmp_path):
+    np.savez(tmp_path / "x.npz", images=gray(5), labels=gray(5))
+    with pytest.warns(SourceWarning, match=r"labels \(5, 8, 8\) uint8 has not one label per image"):
+        assert open_source(tmp_path / "x.npz").labels is None
+    np.savez(tmp_path / "y.npz", image=np.zeros((8, 8, 3), np.uint8), label=3)
+    assert open_source(tmp_path / "y.npz").labels == (3,)
+    np.savez(tmp_path / "z.npz", x=np.zeros((10, 784), np.uint8), y=np.arange(10))
+    with pytest.raises(
+        SourceError, match=r"shape \(10, 784\) and 10 labels: if each row is an image, save it as \(10, H"
+    ):
+        open_source(tmp_path / "z.npz")
+
+
 def test_wrong_labels_are_errors_that_name_the_array(tmp_path):
     np.savez(tmp_path / "x.npz", images=gray(5), labels=np.arange(4))
     with pytest.raises(SourceError, match=r"array images contains 5 images, and the array labels has 4 labels"):

@@ -149,6 +149,30 @@ def test_the_column_of_paths_can_be_named(folder):
         open_text(folder, "path\na.png\n", suffix="@array=x")
 
 
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("path,label\ra.png,x\rb c.png,y\r", ("a.png", "b c.png")),
+        ("path ;label\na.png ;x\n b c.png;y\n", ("a.png", "b c.png")),
+        (",path,label\n0,a.png,x\n1,b c.png,y\n", ("a.png", "b c.png")),
+    ],
+)
+def test_tables_of_other_programs(folder, text, keys):
+    source = open_text(folder, text)
+    assert source.keys == keys
+    assert torch.equal(source[1], pixels(3)[1])
+    assert named_labels(source) == ["x", "y"]
+
+
+def test_a_missing_header_and_urls_are_explained(folder):
+    with pytest.raises(SourceError, match="the first line must contain the names of the columns"):
+        open_text(folder, "a.png,x\nb c.png,y\n")
+    with pytest.raises(UnreadableImageError, match=r"a URL; download the file"):
+        open_text(folder, "path\nhttps://example.org/a.png\n")[0]
+    with pytest.raises(SourceError, match=r"c15, and 34 more; expected one named path"):
+        open_text(folder, ",".join(f"c{i}" for i in range(50)) + "\n" + "x," * 49 + "x\n")
+
+
 def test_groups_have_usual_names_too(folder):
     assert open_text(folder, "path,patient\na.png,p1\nb c.png,p2\n").groups == ("p1", "p2")
     with pytest.raises(SourceError, match=r"1 of 2 groups in .*list\.csv, column group"):
@@ -165,7 +189,7 @@ def test_groups_have_usual_names_too(folder):
         ("path,label\na.png,1.5,2\n", "3 values up to line 2 and 2 columns"),
         ('path,label\n"a.png,1\nb c.png,2\n', "cannot be read as csv"),
         ("path,label,label\na.png,1,2\n", "several columns called label"),
-        ("path,label\n,1\n", "column path is empty in row 1"),
+        ("path,label\n,1\n", "column path is empty in row 0"),
         ("", "lists no images"),
         ("\n\n", "lists no images"),
         ("path,label\n", "lists no images"),
@@ -207,7 +231,7 @@ def test_json_lines(folder, name):
     [
         ('{"path": "a.png"}\n{"path": \n', r"line 2 cannot be read as JSON"),
         ('["a.png"]\n', "line 1 contains a list"),
-        ('{"path": 3}\n', "column path is a int in row 1"),
+        ('{"path": 3}\n', "column path is a int in row 0"),
         (
             '{"path": "a.png", "label": 1}\n{"path": "b c.png"}\n',
             r"1 of 2 labels .* column label are empty \(first: row 1\)",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
+import shutil
 import warnings
 
 import numpy as np
@@ -98,6 +100,31 @@ def test_nested_fields_are_named_with_dots(tmp_path):
     path = write(tmp_path / "x.parquet", sample=pa.array(cells))
     assert torch.equal(open_source(path)[2], pixels(3)[2])
     assert torch.equal(open_source(f"{path}@column=sample.photo")[1], pixels(3)[1])
+    path = write(
+        tmp_path / "y.parquet", image=encoded(pixels(3)), info=[{"breed": "01"}, {"breed": "1"}, {"breed": "1"}]
+    )
+    assert open_source(f"{path}@label=info.breed").labels == (0, 1, 1)
+
+
+def test_columns_of_equal_names_are_refused(tmp_path):
+    data = pa.array(encoded(pixels(2)))
+    pq.write_table(pa.Table.from_arrays([data, data], names=["image", "image"]), tmp_path / "x.parquet")
+    with pytest.raises(SourceError, match=r"x\.parquet has several columns called image"):
+        open_source(tmp_path / "x.parquet")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are Unicode there")
+def test_a_path_that_is_not_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system has only names of UTF-8")
+    write_parquet(tmp_path / "x.parquet", pixels(3), ["a", "b", "a"])
+    shutil.move(tmp_path / "x.parquet", folder / "x.parquet")
+    source = open_source(folder / "x.parquet")
+    assert source.labels == (0, 1, 0)
+    assert torch.equal(pickle.loads(pickle.dumps(source))[2], pixels(3)[2])  # noqa: S301 - our own bytes
 
 
 def test_lists_of_one_image_and_arrays_of_pixels(tmp_path):

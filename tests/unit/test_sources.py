@@ -94,7 +94,7 @@ def test_csv_is_relative_to_its_own_folder(tmp_path):
         ("path,label\na.png,1\nb.png,\n", "1 of 2 labels"),
         ("name\na.png\n", "expected one named path"),
         ("path\n", "lists no images"),
-        ("path,x\n,1\n", "empty in row 1"),
+        ("path,x\n,1\n", "empty in row 0"),
         ("path,group\na.png,g\nb.png,\n", "1 of 2 groups"),
     ],
 )

@@ -106,14 +106,15 @@ def list_array_file(
         where = f"{path}, array {name}"
         _check_size(headers[name], where, reading)
 
-        def read(array: str) -> np.ndarray:
+        def read(array: str) -> Any:
             _check_size(headers[array], f"{path}, array {array}", reading)
             with archive.open(members[array]) as stream:
                 stream.read(headers[array].offset)
                 return _read_values(stream, headers[array])
 
-        column, labels, names = _read_labels(headers, name, read, path, selection)
-        count = _count_images(headers[name].shape, headers[column].shape[0] if column else None, where)
+        column, labels, names = _read_labels(headers, name, lambda array: np.atleast_1d(read(array)), path, selection)
+        num_labels = None if labels is None else len(labels)
+        count = _count_images(headers[name].shape, num_labels, where)
         groups = None
         if count is not None:
             others = [each for each, header in headers.items() if header.shape == (count,) and each != column]
@@ -242,6 +243,9 @@ def _list_images(
 
 
 def _words(name: str) -> frozenset[str]:
+    """Return the words of a name: train and images of `train_images`, x and train of `x_train`, `XTrain`, `xtrain`."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    name = re.sub(r"(?i)(?<![a-z])([xy])(?=train|test|val|dev)", r"\1_", name)
     return frozenset(re.split(r"[\W_]+", name.casefold())) - {""}
 
 
@@ -300,6 +304,11 @@ def _count_images(shape: tuple[int, ...], num_labels: int | None, where: str) ->
     if len(shape) == 4:
         return shape[0]
     if len(shape) == 2:
+        if num_labels == shape[0] > 1:
+            raise SourceError(
+                f"{where} has shape {shape} and {num_labels} labels: if each row is an image, save it as "
+                f"({shape[0]}, H, W); expected one label for one image"
+            )
         return None
     if num_labels == shape[0]:
         return shape[0]
@@ -318,7 +327,7 @@ def _read_labels(
     others = [name for name in headers if name != images]
     if selection.label:
         return read_labels(others, read, str(path), chosen=selection.label)
-    labels = [name for name in others if _words(name) & _LABEL_WORDS and len(headers[name].shape) in (1, 2)]
+    labels = [name for name in others if _words(name) & _LABEL_WORDS and len(headers[name].shape) < 3]
     split = _words(images) - _IMAGE_WORDS
     found = [name for name in labels if _words(name) - _LABEL_WORDS == split]
     if not found:
@@ -331,6 +340,11 @@ def _read_labels(
         warn_about_source(f"{path} has several arrays of labels: {', '.join(found)}; {found[0]} is used (@label=NAME)")
     if found:
         return read_labels(others, read, str(path), chosen=found[0])
+    wrong = [name for name in others if _words(name) & _LABEL_WORDS and _words(name) - _LABEL_WORDS == split]
+    if wrong:
+        described = ", ".join(f"{name} {headers[name]}" for name in wrong)
+        warn_about_source(f"{path} has no labels for {images}: {described} has not one label per image")
+        return "", None, None
     count = headers[images].shape[0]
     unknown = [name for name in others if headers[name].shape in ((count,), (count, 1)) and name not in labels]
     if unknown and headers[images].has_image_shape and len(headers[images].shape) > 2:

@@ -18,6 +18,7 @@ __all__ = [
     "attach_class_names",
     "find_column",
     "find_columns",
+    "join_names",
     "read_groups",
     "read_keys",
     "read_labels",
@@ -57,6 +58,12 @@ ReadColumn = Callable[[str], Sequence[object]]
 """Returns the values of a column."""
 
 
+def join_names(names: Sequence[str]) -> str:
+    """Return names for a message; long and many names are cut."""
+    shown = [name if len(name) <= 60 else f"{name[:60]}…" for name in names[:16]]
+    return ", ".join([*shown, *([f"and {len(names) - 16} more"] if len(names) > 16 else [])]) or "none"
+
+
 def find_columns(columns: Sequence[str], candidates: Sequence[str]) -> list[str]:
     """Return the columns whose name is a candidate, in the order of the candidates.
 
@@ -71,7 +78,7 @@ def find_column(name: str, columns: Sequence[str], where: str, modifier: str) ->
     alike = [column for column in columns if column.strip().casefold() == name.casefold()]
     if name in columns or len(alike) == 1:
         return name if name in columns else alike[0]
-    raise SourceError(f"{where} has no column {name!r} (@{modifier}={name}); its columns are {', '.join(columns)}")
+    raise SourceError(f"{where} has no column {name!r} (@{modifier}={name}); its columns are {join_names(columns)}")
 
 
 def read_labels(
@@ -95,8 +102,8 @@ def read_labels(
         if not found:
             if others:
                 warn_about_source(
-                    f"{where} has no labels: none of the columns {', '.join(others)} is called {_join(LABEL_COLUMNS)}; "
-                    f"if one contains labels, add @label={others[0]}"
+                    f"{where} has no labels: none of the columns {join_names(others)} is called "
+                    f"{_join(LABEL_COLUMNS)}; if one contains labels, add @label={others[0]}"
                 )
             return "", None, None
         column = found[0]

@@ -23,11 +23,13 @@ from farout.data.columns import (
     PATH_COLUMNS,
     find_column,
     find_columns,
+    join_names,
     read_groups,
     read_keys,
     read_labels,
 )
 from farout.data.file_listing import Listing
+from farout.data.file_names import is_image_name
 from farout.data.image_files import find_listed_file, list_image_files
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.source_spec import NO_SELECTION, Selection
@@ -38,6 +40,7 @@ __all__ = ["LIST_SUFFIXES", "find_metadata", "list_image_table", "locate_file"]
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")
 """File endings of lists of image files."""
 
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://")
 _UNDECODED = re.compile("[\ud800-\udfff]")
 
 
@@ -61,9 +64,11 @@ def list_image_table(
     else:
         found = find_columns(columns, PATH_COLUMNS)
         if not found:
+            hint = f"@column={columns[0][:60]} names another"
+            if any(is_image_name(name) for name in columns):
+                hint = "the first line must contain the names of the columns"
             raise SourceError(
-                f"{path} has columns {', '.join(columns)}; expected one named path, file_name, image, … "
-                f"(@column={columns[0]} names it)"
+                f"{path} has columns {join_names(columns)}; expected one named path, file_name, image, …; {hint}"
             )
         column = found[0]
 
@@ -80,11 +85,14 @@ def list_image_table(
     _, labels, names = read_labels(others, read, str(path), chosen=selection.label, others=label_columns)
     _, groups = read_groups(others, read, str(path))
     located = [locate_file(cell, path.parent) for cell in _check_paths(read(column), f"{path}, column {column}")]
+    keys = read_keys(others, read, str(path)) or [key for key, _ in located]
+    urls = {key: "a URL; download the file" for key, cell in zip(keys, read(column)) if _URL.match(cell)}
     return list_image_files(
-        read_keys(others, read, str(path)) or [key for key, _ in located],
+        keys,
         [file for _, file in located],
         reading,
         str(path),
+        problems=urls,
         labels=labels,
         class_names=names,
         groups=groups,
@@ -138,6 +146,7 @@ _Table = tuple[list[str], list[list[Any]]]
 
 def _parse_csv(text: str, path: Path) -> _Table:
     """Return the columns and rows of a text with a header line, separated by commas, semicolons, tabs or bars."""
+    text = text if "\n" in text else text.replace("\r", "\n")
     first, _, rest = text.partition("\n")
     given = re.fullmatch(r"sep=(.)\s*", first)  # written by spreadsheets
     separators = ["\t", ",", ";", "|"] if path.suffix.lower() == ".tsv" else [",", ";", "\t", "|"]
@@ -237,13 +246,22 @@ def _check_paths(cells: Sequence[Any], where: str) -> list[str]:
     for row, cell in enumerate(cells):
         if not isinstance(cell, str) or not cell:
             found = "empty" if cell in (None, "") else f"a {type(cell).__name__}"
-            raise SourceError(f"{where} is {found} in row {row + 1}; expected the path of an image")
+            raise SourceError(f"{where} is {found} in row {row}; expected the path of an image")
     return list(cells)
 
 
 def locate_file(cell: str, folder: Path) -> tuple[str, Path]:
-    """Return the key and the path of a cell, relative to the folder; backslashes may be separators of Windows."""
-    key, path = find_listed_file(folder, PurePosixPath(cell).as_posix())
-    if "\\" in cell and not os.path.lexists(path):
-        key, path = find_listed_file(folder, PurePosixPath(cell.replace("\\", "/")).as_posix())
-    return key, path
+    """Return the key and the path of a cell, relative to the folder.
+
+    If no file has the name as it is, backslashes are separators of Windows, and spaces around the name belong to the
+    table.
+    """
+    located = find_listed_file(folder, PurePosixPath(cell).as_posix())
+    for name in (cell.replace("\\", "/"), cell.strip(), cell.replace("\\", "/").strip()):
+        if os.path.lexists(located[1]):
+            return located
+        if name != cell:
+            other = find_listed_file(folder, PurePosixPath(name).as_posix())
+            if os.path.lexists(other[1]) or "\\" in cell:
+                located = other
+    return located

@@ -7,6 +7,7 @@ names (`farout.data.columns`), or by name where several may contain images.
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -29,6 +30,7 @@ from farout.data.columns import (
     attach_class_names,
     find_column,
     find_columns,
+    join_names,
     read_groups,
     read_keys,
     read_labels,
@@ -76,6 +78,9 @@ def list_parquet(
     selection.check_used("split", "column", "label", where=where, kind="a parquet file")
     shards = [_Shard.read(path) for path in paths]
     schema = shards[0].schema
+    repeated = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if repeated:
+        raise SourceError(f"{paths[0]} has several columns called {join_names(repeated)}; give each its own name")
     for shard in shards[1:]:
         _check_same_columns(shards[0], shard)
     count = sum(shard.num_rows for shard in shards)
@@ -93,7 +98,14 @@ def list_parquet(
         and _is_scalar(field.type)
         and not find_columns([field.name], (*GROUP_COLUMNS, *KEY_COLUMNS, *PATH_COLUMNS))
     ]
-    label, labels, names = read_labels(columns, read, where, chosen=selection.label, others=others)
+    nested = [".".join(parts) for field in schema for parts in _find_nested(field.type, (field.name,))]
+    label, labels, names = read_labels(
+        columns if selection.label in schema.names else [*columns, *nested],
+        read,
+        where,
+        chosen=selection.label,
+        others=others,
+    )
     if labels is not None:
         declared = _read_class_names(shards, label)
         labels, names = attach_class_names(labels, names, declared, f"{where}, column {label}")
@@ -149,7 +161,7 @@ class _Shard:
     @classmethod
     def read(cls, path: Path) -> _Shard:
         """Read the header; raises SourceError."""
-        with _parquet_errors(path), pq.ParquetFile(path) as file:
+        with _parquet_errors(path), _open_parquet(path) as file:
             return cls(path, file.schema_arrow, file.metadata)
 
     @property
@@ -163,17 +175,29 @@ class _Shard:
         Equal texts are one object: repeated ones need little space in the file, and must not in memory.
         """
         texts = _text_columns(self.metadata, name)
-        with _parquet_errors(self.path), pq.ParquetFile(self.path, read_dictionary=texts) as file:
+        top, *fields = [name] if name in self.schema.names else name.split(".")
+        with _parquet_errors(self.path), _open_parquet(self.path, read_dictionary=texts) as file:
             values: list[Any] = []
-            for chunk in file.read(columns=[name]).column(name).chunks:
+            for chunk in file.read(columns=[name]).column(top).chunks:
                 if pa.types.is_dictionary(chunk.type):
                     dictionary = chunk.dictionary.to_pylist()
                     values += [None if index is None else dictionary[index] for index in chunk.indices.to_pylist()]
                 else:
                     values += chunk.to_pylist()
+        for field in fields:
+            values = [value.get(field) if isinstance(value, Mapping) else None for value in values]
         if len(values) != self.num_rows:
             raise SourceError(f"{self.path}, column {name} has {len(values)} rows, and the file {self.num_rows}")
         return values
+
+
+def _open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
+    """Open a parquet file; pyarrow itself opens only paths that are UTF-8."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return pq.ParquetFile(pa.PythonFile(path.open("rb"), mode="r"), **{**options, "memory_map": False})
+    return pq.ParquetFile(path, **options)
 
 
 def _text_columns(metadata: pq.FileMetaData, *names: str) -> list[str]:
@@ -256,6 +280,13 @@ def _find_image_columns(kind: pa.DataType, parts: tuple[str, ...]) -> list[_Imag
     return []
 
 
+def _find_nested(kind: pa.DataType, parts: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Return the fields of nested columns that contain single values."""
+    if pa.types.is_struct(kind):
+        return [nested for field in kind for nested in _find_nested(field.type, (*parts, field.name))]
+    return [parts] if len(parts) > 1 and _is_scalar(kind) else []
+
+
 def _choose_column(schema: pa.Schema, where: str, selection: Selection) -> _ImageColumn:
     """Return the column of the images."""
     found = [column for field in schema for column in _find_image_columns(field.type, (field.name,))]
@@ -284,7 +315,7 @@ def _choose_column(schema: pa.Schema, where: str, selection: Selection) -> _Imag
                 f"(@column={others[0]})"
             )
         return chosen
-    described = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    described = join_names([f"{field.name}: {field.type}" for field in schema])
     if candidates:
         names = ", ".join(column.label for column in candidates)
         raise SourceError(
@@ -370,7 +401,7 @@ class ParquetImages:
         sizes: list[int] = []
         self._row_groups: list[tuple[int, int]] = []  # number of the file, number of the row group in it
         for number, path in enumerate(paths):
-            with _parquet_errors(path), pq.ParquetFile(path) as file:
+            with _parquet_errors(path), _open_parquet(path) as file:
                 for group in range(file.num_row_groups):
                     sizes.append(file.metadata.row_group(group).num_rows)
                     self._row_groups.append((number, group))
@@ -436,8 +467,9 @@ class ParquetImages:
                 self._files.popitem(last=False)[1].close()
             # a file stores repeated images once; read as a dictionary, they need as little memory
             path, dotted = self._paths[number], ".".join(self._parts)
-            texts = _text_columns(pq.read_metadata(path), dotted, f"{dotted}.bytes")
-            self._files[number] = pq.ParquetFile(path, memory_map=True, read_dictionary=texts)
+            with _open_parquet(path) as file:
+                texts = _text_columns(file.metadata, dotted, f"{dotted}.bytes")
+            self._files[number] = _open_parquet(path, memory_map=True, read_dictionary=texts)
         self._files.move_to_end(number)
         return self._files[number]
 

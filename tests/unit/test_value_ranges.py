@@ -252,7 +252,7 @@ def test_frames_are_left_out_with_a_count_or_read(tmp_path: Path) -> None:
     write_stack(tmp_path / "scan.tif", 20)
     first = open_source(tmp_path)
     assert [int(image.max()) for image in first] == [0]
-    with pytest.warns(LeftOutWarning, match=r"1 files have several frames; 19 frames after the first are left out"):
+    with pytest.warns(LeftOutWarning, match=r"19 frames after the first of 1 file\(s\) are left out"):
         first.warn_about_reading()
     every = open_source(tmp_path, reading=ReadSettings(frames="all"))
     assert every.keys == tuple(f"scan.tif#{index}" for index in sorted(range(20)))

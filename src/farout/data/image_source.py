@@ -300,7 +300,7 @@ class ImageSource(Dataset[Tensor]):
             warnings.warn(f"{self.name}: {message}", LeftOutWarning, stacklevel=3)
         if self.further_frames:
             files, frames = len(self.further_frames), sum(self.further_frames.values())
-            message = f"{files} files have several frames; {frames} frames after the first are left out (--frames all)"
+            message = f"{frames} frames after the first of {files} file(s) are left out (--frames all)"
             warnings.warn(f"{self.name}: {message}", LeftOutWarning, stacklevel=3)
         use = self._store.range_use.get(self._requested_range)
         if use is None:
@@ -407,9 +407,9 @@ class ImageSource(Dataset[Tensor]):
             hint = "repair or remove them, or leave such images out with the policy skip (--policy skip)"
             if len(failures) == 1:
                 raise UnreadableImageError(f"{failures[0]}; {hint.replace('them', 'it')}")
-            shown = "\n  ".join([*failures[:5], *([f"and {len(failures) - 5} more"] if len(failures) > 5 else [])])
+            shown = "; ".join([*failures[:5], *([f"and {len(failures) - 5} more"] if len(failures) > 5 else [])])
             raise UnreadableImageError(
-                f"{len(failures)} of {len(self)} images of {self.name} cannot be read; {hint}:\n  {shown}"
+                f"{len(failures)} of {len(self)} images of {self.name} cannot be read ({shown}); {hint}"
             )
         return tuple(hashes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 import farout
 from farout.core.errors import FaroutError, LeftOutWarning, MisleadingResultWarning, UnreadableImageError
+from farout.core.schema import create_dataclass
 from farout.data.decoding import FORMATS, decode, image_suffixes, scale_to_uint8
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
@@ -130,7 +132,8 @@ def test_values_beyond_the_estimated_range_are_clipped_with_a_warning(tmp_path: 
 
 def test_the_value_range_is_part_of_a_preprocessing() -> None:
     preprocessing = Preprocessing((8, 8), 1, (8, 8), value_range=(0.0, 4095.0))
-    assert Preprocessing.from_dict(preprocessing.to_dict()) == preprocessing
+    stored = json.loads(json.dumps(preprocessing.to_dict()))
+    assert create_dataclass(Preprocessing, stored, "config.json") == preprocessing
     with pytest.raises(FaroutError, match="value range"):
         Preprocessing((8, 8), 1, (8, 8), value_range=(5.0, 1.0))
 

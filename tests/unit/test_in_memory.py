@@ -6,6 +6,7 @@ import struct
 import sys
 import warnings
 from collections import deque, namedtuple
+from enum import IntEnum
 
 import numpy as np
 import pandas as pd
@@ -57,6 +58,10 @@ def read_all(source):
 
 
 IMAGES = pixels(5, 3)
+
+
+class Level(IntEnum):
+    LOW, HIGH = 0, 2
 
 
 # ---------------------------------------------------------------- one image, arrays, tensors
@@ -183,7 +188,10 @@ def test_nan_makes_one_image_unreadable():
         (["cifar10:test"], "there is no such file.*without a list"),
         (["x" * 300, "a\0b", "~nobody/x"], "there is no such file"),
         (["a.png", "b.png"], "item a.png: there is no such file"),
-        ({"images": IMAGES, "labels": torch.arange(5)}, "item images: shape"),
+        ({"images": IMAGES, "labels": [0]}, "5 images and not as many labels"),
+        ({"cat": [IMAGES[0], IMAGES[1]], "dog": [IMAGES[2], IMAGES[3]]}, "label of item cat is a Tensor"),
+        ({"": IMAGES[0]}, "empty key"),
+        ([""], "the path is empty"),
     ],
     ids=str,
 )
@@ -257,6 +265,9 @@ def test_dicts_give_their_keys():
     assert open_source({"a": (IMAGES[0], 3), "b": (IMAGES[1], 1)}).labels == (3, 1)
     with pytest.raises(SourceError, match="more than once"):
         open_source({1: IMAGES[0], "1": IMAGES[1]})
+    for columns in ({"images": IMAGES, "labels": torch.arange(5)}, {"image": list(IMAGES), "label": [0, 1, 2, 3, 4]}):
+        source = open_source(columns)
+        assert (source.keys, source.labels) == (("0", "1", "2", "3", "4"), (0, 1, 2, 3, 4))
 
 
 def test_object_arrays_are_lists():
@@ -398,8 +409,34 @@ def test_any_error_of_an_item_is_one_unreadable_image():
         open_source(Items(IMAGES[0], RuntimeError("bad")))[1]
     with pytest.raises(KeyboardInterrupt):
         open_source(Items(IMAGES[0], KeyboardInterrupt()))
-    with pytest.raises(MemoryError):
-        open_source(Items((IMAGES[0], 0), MemoryError()))
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA")):  # of the machine, not of one image
+        with pytest.raises(type(error)):
+            open_source(Items((IMAGES[0], 0), error))
+
+
+def test_code_of_a_dataset_that_fails_elsewhere():
+    class Failing(Items):
+        @property
+        def classes(self):
+            raise ZeroDivisionError
+
+        targets = classes
+
+        def __repr__(self):
+            raise ZeroDivisionError
+
+    class SilentError(Exception):
+        def __str__(self):
+            raise ZeroDivisionError
+
+    assert open_source(Failing(*zip(IMAGES, range(5)))).labels == (0, 1, 2, 3, 4)
+    assert read_all(open_source(Items(IMAGES[0], SilentError())))[1] == {"1": "SilentError"}
+    assert read_all(open_source(Items(IMAGES[0], OSError("a\r\n\x1b[31m"))))[1]["1"].isprintable()
+    wrong = Subset(TensorDataset(IMAGES, torch.arange(5)), [3, 9, 2])
+    assert list(read_all(open_source(wrong))[1]) == ["1"]
+    with pytest.raises(SourceError, match="division by zero"):
+        open_source(type("Broken", (Items,), {"__len__": lambda self: 1 / 0})())
+    assert len(open_source(ConcatDataset([Items(), Items(*IMAGES)]))) == 5
 
 
 def test_a_faulty_image_keeps_its_label():
@@ -422,6 +459,8 @@ def test_a_faulty_image_keeps_its_label():
         ([np.eye(3, dtype=bool)[i] for i in (2, 0, 1)], (2, 0, 1), None),
         ([2.0, torch.tensor(0.0), np.float32(1)], (2, 0, 1), None),
         ([None, None, None], None, None),
+        ([Level.HIGH, Level.LOW, Level.HIGH], (2, 0, 2), None),
+        ([torch.eye(3)[[2]], torch.eye(3)[[0]], torch.eye(3)[[1]]], (2, 0, 1), None),
     ],
     ids=str,
 )
@@ -499,7 +538,7 @@ def test_tensor_datasets():
     assert open_source(TensorDataset(IMAGES, torch.eye(5))).labels == (0, 1, 2, 3, 4)
     assert open_source(TensorDataset(IMAGES, torch.arange(5)[:, None])).labels == (0, 1, 2, 3, 4)
     assert open_source(TensorDataset(IMAGES.permute(0, 2, 3, 1))).shapes() == {(3, 8, 8): 5}
-    with pytest.raises(SourceError, match=r"item 0: torch.float32 values from 0 to 2"):
+    with pytest.raises(SourceError, match=r"item 0: float32 values from 0 to 2"):
         open_source(TensorDataset(IMAGES.float()))
 
 

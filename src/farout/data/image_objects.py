@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from farout.core.errors import SourceError, UnreadableImageError
-from farout.core.names import expand_path, find_equivalent_path
+from farout.core.names import expand_path, find_equivalent_path, printable
 from farout.data.columns import LABEL_COLUMNS, find_columns
 from farout.data.decoding import (
     DecodedImage,
@@ -98,9 +99,13 @@ class FailedItem:
 
 
 def describe_error(error: Exception) -> str:
-    """Return message and type of an error, the message on one line."""
-    text = " ".join(str(error).split())
-    return f"{text} ({type(error).__name__})" if text else type(error).__name__
+    """Return message and type of an error that code of the user raised, on one line."""
+    name = type(error).__name__
+    try:
+        text = printable(" ".join(str(error).split()))
+    except Exception:  # noqa: BLE001 - its own __str__ may fail as well
+        return name
+    return f"{text} ({name})" if text else name
 
 
 def split_item(item: object) -> tuple[object, object]:
@@ -141,7 +146,7 @@ def _shape_of(value: Any) -> tuple[int, ...]:
     """Return the shape that an array-like object claims to have; one axis of length 0 if it is no shape."""
     try:
         return tuple(int(length) for length in value.shape)
-    except (TypeError, ValueError):
+    except Exception:  # noqa: BLE001 - code of the user
         return (0,)
 
 
@@ -200,7 +205,8 @@ def check_range(decoded: DecodedImage, key: str, reading: ReadSettings) -> None:
             hint = f"for -1 to 1 pass (x + 1) / 2, or open the source with {hint}"
         else:
             hint = f"declare their range: open_source(…, reading={hint})"
-        raise UnsupportedImageError(f"{key}: {values.dtype} values from {low:g} to {high:g}, expected [0, 1]; {hint}")
+        kind = f"{values.dtype} values".removeprefix("torch.")
+        raise UnsupportedImageError(f"{key}: {kind} from {low:g} to {high:g} have no usual range; {hint}")
 
 
 def _describe(image: object) -> str:
@@ -341,7 +347,7 @@ def _check_pixels(height: int, width: int, reading: ReadSettings) -> None:
 def _to_array(image: object) -> np.ndarray[Any, np.dtype[Any]]:
     if isinstance(image, Tensor):
         image = image.detach().cpu().resolve_conj().resolve_neg()
-        if image.dtype == torch.bfloat16:
+        if image.is_floating_point() and image.dtype not in (torch.float16, torch.float32, torch.float64):
             image = image.float()
         return image.numpy()
     if isinstance(image, np.ma.MaskedArray) and np.ma.is_masked(image):
@@ -402,9 +408,12 @@ def class_of(label: object, key: str) -> int | float | str | bool | list[Any] | 
         SourceError: the label is no class, such as 0.5 or an image.
     """
     if isinstance(label, Tensor | np.ndarray | np.generic):
-        label = label.tolist() if label.ndim < 2 or math.prod(label.shape) == 1 else label
+        is_vector = label.ndim < 2 or math.prod(label.shape) == max(label.shape)  # also (1, K)
+        label = label.reshape(-1).tolist() if is_vector else label
     while isinstance(label, list | tuple) and len(label) == 1:
         label = label[0]
+    if isinstance(label, Enum):
+        label = label.value if isinstance(label.value, int | str) else label.name
     if isinstance(label, bytes):
         label = label.decode("utf-8", "backslashreplace")
     if isinstance(label, list | tuple) and all(isinstance(value, bool | int | float) for value in label):
@@ -412,4 +421,7 @@ def class_of(label: object, key: str) -> int | float | str | bool | list[Any] | 
     if label is None or isinstance(label, str | int | bool) or (isinstance(label, float) and label.is_integer()):
         return label
     shown = f"{label!r}" if isinstance(label, float) else _describe(label).replace("the item is ", "")
-    raise SourceError(f"the label of item {key} is {shown}; expected an integer, a text or a one-hot vector")
+    raise SourceError(
+        f"the label of item {key} is {shown}; expected an integer, a text or a one-hot vector; or "
+        "give the images without labels"
+    )

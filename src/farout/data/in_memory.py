@@ -118,12 +118,28 @@ def list_items(items: Sequence[object], where: str = "the list", reading: ReadSe
     return _list_pairs([split_item(item) for item in items], where, reading)
 
 
-def list_mapping(images: Mapping[Any, object], reading: ReadSettings = DEFAULT_READING) -> Listing:
-    """List the values of a mapping, images or pairs (image, label) as in `list_items`, by its keys."""
+def list_mapping(images: Mapping[Any, Any], reading: ReadSettings = DEFAULT_READING) -> Listing:
+    """List the values of a mapping, images or pairs (image, label) as in `list_items`, by its keys.
+
+    A dict of columns, as `{"image": […], "label": […]}`, is a list of its rows.
+    """
     if not images:
         raise SourceError("the dict of images is empty; expected {key: image}")
-    keys = check_keys([encode_key(str(key)) for key in images], "the dict")
-    return _list_pairs([split_item(item) for item in images.values()], "the dict", reading, keys)
+    column: Any
+    labels: Any
+    column, labels = split_item(images)
+    if column is not images and (isinstance(column, list) or len(getattr(column, "shape", ())) == 4):
+        if labels is NO_LABEL:
+            return list_items(list(column), "the dict", reading)
+        if not hasattr(labels, "__len__") or len(labels) != len(column):
+            raise SourceError(f"the dict has {len(column)} images and not as many labels; expected one label per image")
+        return _list_pairs(list(zip(column, labels)), "the dict", reading)
+    keys = [encode_key(str(key)) for key in images]
+    if "" in keys:
+        raise SourceError("the dict has an empty key; give every image a key")
+    return _list_pairs(
+        [split_item(item) for item in images.values()], "the dict", reading, check_keys(keys, "the dict")
+    )
 
 
 def _list_pairs(
@@ -211,6 +227,8 @@ def _check_item(image: object, key: str) -> None:
     if path is None:
         check_image(image, key)
         return
+    if not path:
+        raise UnsupportedImageError(f"{key}: the path is empty")
     place = find_equivalent_path(expand_path(path))
     if os.path.isdir(place):
         raise UnsupportedImageError(f"{key}: this is a folder; give the folder itself as the source, not in a list")
@@ -267,13 +285,17 @@ def list_iterable(
     """
     pairs: list[tuple[object, object]] = []
     size, limit = 0, memory_mib * 2**20
-    iterator, failure = iter(iterable), None
+    failure: Exception | None = None
+    try:
+        iterator = iter(iterable)
+    except Exception as error:
+        raise SourceError(f"{where} cannot be read: {describe_error(error)}") from error
     while True:
         try:
             item = next(iterator)
         except StopIteration:
             break
-        except MemoryError:
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - code of the user may raise anything; reported as unreadable
             failure = error

@@ -86,7 +86,7 @@ def _order_of(loader: DataLoader[Any]) -> list[int]:
     """Return the indices in the order of the DataLoader, also those of a last batch that it drops."""
     sampler = getattr(loader.batch_sampler, "sampler", None) or loader.sampler
     random = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-    hint = "its keys would not identify images; give its Dataset, or shuffle=False"
+    hint = "its keys would not identify images; give its Dataset or a Subset of it, or shuffle=False"
     if isinstance(sampler, random) or (isinstance(sampler, DistributedSampler) and sampler.shuffle):
         raise SourceError(f"the DataLoader shuffles its images ({type(sampler).__name__}), so that {hint}")
 

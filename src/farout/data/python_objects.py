@@ -44,6 +44,10 @@ def list_object(images: Any, memory_mib: int = 1024, reading: ReadSettings = DEF
         raise SourceError("cannot read images from a DataFrame; give a column, such as table['path'], or a .csv file")
     if isinstance(images, pd.Series | pd.Index | deque):
         return list_items(list(images), name, reading)
+    if isinstance(images, Tensor) and images.is_nested:
+        return list_items(list(images.unbind()), "the nested tensor", reading)
+    if isinstance(images, np.lib.npyio.NpzFile):
+        raise SourceError(f"give the path of the .npz file, or one of its arrays: {', '.join(images.files)}")
     if isinstance(images, Tensor | np.ndarray):
         return list_array(images, where="images", reading=reading)
     if isinstance(images, Set):

@@ -56,7 +56,7 @@ def list_dataset(dataset: Any, memory_mib: int = 1024, reading: ReadSettings = D
         listing = list_iterable(dataset, name, memory_mib, reading)
         return replace(listing, class_names=listing.class_names or _fitting_names(dataset, listing.labels))
     if type(dataset) is ConcatDataset:
-        parts = dataset.datasets
+        parts: list[Any] = [part for part in dataset.datasets if len(part)]  # type: ignore[arg-type]
         return _join(parts, [list_dataset(part, memory_mib, reading) for part in parts], name)
     count = _length_of(dataset, name)
     reader = _DatasetReader(dataset, reading)
@@ -77,9 +77,10 @@ def list_dataset(dataset: Any, memory_mib: int = 1024, reading: ReadSettings = D
 def _length_of(dataset: Any, name: str) -> int:
     try:
         count = len(dataset)
-    except (TypeError, NotImplementedError) as error:
+    except Exception as error:
         raise SourceError(
-            f"{name} has no length; expected a Dataset with __len__ and __getitem__, or with __iter__"
+            f"{name} has no length: {describe_error(error)}; expected a Dataset with __len__ and __getitem__, or an "
+            "IterableDataset"
         ) from error
     if not count:
         raise SourceError(f"{name} is empty; give at least one image")
@@ -107,7 +108,7 @@ class _DatasetReader:
         try:
             with self._lock:
                 return split_item(self._dataset[index])
-        except MemoryError:
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - code of the user may raise anything; one unreadable image
             return FailedItem(describe_error(error)), NO_LABEL
@@ -183,7 +184,7 @@ def _known_labels(dataset: Any) -> Sequence[object] | None:
     """Return the labels of all items where they are known without reading images, else None."""
     if type(dataset) is Subset:
         known = _known_labels(dataset.dataset)
-        return None if known is None else [known[int(index)] for index in dataset.indices]
+        return None if known is None else _select(known, dataset.indices)
     if type(dataset) is TensorDataset:
         return list(dataset.tensors[1]) if len(dataset.tensors) > 1 else None
     vision = sys.modules.get("torchvision.datasets")
@@ -219,8 +220,8 @@ def _fitting_names(dataset: Any, labels: Sequence[int] | None) -> tuple[str, ...
     targets = _attribute(dataset, "targets")
     if isinstance(targets, Tensor | np.ndarray):
         targets = targets.tolist()
-    if type(dataset) is Subset and targets is not None:
-        targets = [targets[int(index)] for index in dataset.indices]
+    if type(dataset) is Subset and isinstance(targets, list | tuple):
+        targets = _select(targets, dataset.indices)
     if isinstance(targets, list) and len(targets) == len(labels) and list(targets) != list(labels):
         return None
     names = tuple(
@@ -232,7 +233,17 @@ def _fitting_names(dataset: Any, labels: Sequence[int] | None) -> tuple[str, ...
 
 def _attribute(dataset: Any, name: str) -> Any:
     """Return an attribute of a Dataset, or of the Dataset that it is a Subset of."""
-    return _attribute(dataset.dataset, name) if type(dataset) is Subset else getattr(dataset, name, None)
+    try:
+        return _attribute(dataset.dataset, name) if type(dataset) is Subset else getattr(dataset, name, None)
+    except Exception:  # noqa: BLE001 - a property of the user
+        return None
+
+
+def _select(values: Sequence[object], indices: Sequence[int]) -> list[object] | None:
+    try:
+        return [values[int(index)] for index in indices]
+    except IndexError:  # the items that are not there are unreadable images
+        return None
 
 
 def _join(parts: Sequence[Any], listings: Sequence[Listing], name: str) -> Listing:

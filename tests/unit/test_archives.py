@@ -262,6 +262,10 @@ def test_archives_that_cannot_be_read_say_why(tmp_path):
         (tmp_path / name).write_bytes(gzip.compress(write_tar(tmp_path / "z.tar", TREE).read_bytes()))
         with pytest.raises(SourceError, match=r"compressed as a whole.*gunzip"):
             open_source(tmp_path / name)
+    write_tar(tmp_path / "really.zip", TREE)
+    assert open_all(tmp_path / "really.zip").class_names == ("cat", "dog"), "recognized by its content"
+    write_zip(tmp_path / "really.tar", TREE)
+    assert open_all(tmp_path / "really.tar").class_names == ("cat", "dog")
     (tmp_path / "z.tar").write_bytes(IMAGES[0] * 20)
     with pytest.raises(SourceError, match="cannot be read as a tar archive"):
         open_source(tmp_path / "z.tar")

@@ -196,7 +196,7 @@ except Exception as error:
 
 def test_a_folder_without_images_says_what_it_contains(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match="contains no images; it is empty"):
+    with pytest.raises(SourceError, match="contains no images; it is empty, or all its files are hidden"):
         open_source(tmp_path / "empty")
     write(tmp_path / "other", "a.txt", "b.mp4", "c.mp4")
     with pytest.raises(SourceError, match=r"contains no images; it contains 2 \.mp4, 1 \.txt"):

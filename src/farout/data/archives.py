@@ -206,7 +206,7 @@ def _read_members(path: Path, left_out: Counter[str]) -> dict[str, _Member]:
     If several have the same name, the last one counts, as when the archive is extracted.
     """
     members: dict[str, _Member] = {}
-    for member in _list_zip(path) if suffix_of(path.name) == ".zip" else _list_tar(path):
+    for member in _list_zip(path) if _is_zip(path) else _list_tar(path):
         system_folder = find_system_folder(member.name)
         if system_folder is not None:
             left_out[f"in {system_folder}"] += 1
@@ -214,6 +214,17 @@ def _read_members(path: Path, left_out: Counter[str]) -> dict[str, _Member]:
             left_out["replaced by a later member of the same name"] += member.name in members
             members[member.name] = member
     return members
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether an archive is a zip file rather than a tar archive: by its first bytes, otherwise by its suffix."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_TAR_BLOCK)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+    is_tar = head[257:262] == b"ustar"
+    return not is_tar and (head.startswith(b"PK") or suffix_of(path.name) == ".zip")
 
 
 def _clean_name(name: str) -> str:
@@ -252,7 +263,7 @@ def _list_tar(path: Path) -> list[_Member]:
                     f"a .tar file ({program}), or extract it and give the folder"
                 )
             file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as archive:
+            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
                 for entry in archive:
                     if not entry.isdir():
                         listed.append(_to_member(entry, members))

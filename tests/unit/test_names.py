@@ -14,9 +14,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from farout.core.csv_files import format_rows, read_csv, write_csv
 from farout.core.errors import FaroutError
 from farout.core.names import (
     decode_key,
+    encode_cell,
     encode_key,
     expand_path,
     find_equivalent_name,
@@ -128,3 +130,45 @@ def test_names_match_in_either_normal_form(tmp_path):
     assert find_equivalent_path(tmp_path / composed / unicodedata.normalize("NFD", "é.png")).is_file()
     assert find_equivalent_path(tmp_path / composed / "x.png") == tmp_path / decomposed / "x.png"
     assert find_equivalent_path(tmp_path / "e" / "x.png") == tmp_path / "e" / "x.png"
+
+
+@given(st.lists(any_text, min_size=1, max_size=4), st.floats(allow_nan=False, allow_infinity=False))
+@example(["007"], 0.1)
+@example(["NA", "nan", "", "None"], 1e-300)
+@example(["1e5", "True", "1_0", "%41"], -0.30000000000000004)
+def test_tables_are_read_back_as_they_were_written(tmp_path_factory, names, number):
+    path = tmp_path_factory.mktemp("tables") / "t.csv"
+    keys = [encode_key(name) for name in names]
+    count = len(names)
+    table = pd.DataFrame({"key": keys, "score": [number] * count, "is_ood": [True] * count, "text": names})
+    write_csv(table, path)
+    read = read_csv(path, texts=("key", "text"))
+    assert list(read["key"]) == keys
+    assert [decode_key(key) for key in read["key"]] == names
+    assert list(read["score"]) == [number] * count
+    assert read["is_ood"].dtype == bool
+    assert list(read["text"]) == [encode_cell(name) for name in names]
+    assert path.read_bytes().count(b"\n") == 1 + count
+    assert b"\r" not in path.read_bytes()
+    appended = format_rows(list(table), table.to_dict("records"), header=True)
+    assert appended.encode() == path.read_bytes()
+
+
+def test_columns_become_numbers_only_if_all_their_cells_are(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("key,a,b,c,d,e\n1,1,1.5,True,x,1_0\n2,2,NA,,1,10\n", encoding="utf-8")
+    table = read_csv(path)
+    assert list(table["key"]) == ["1", "2"]
+    assert table["a"].dtype == "int64"
+    assert table["b"].isna().tolist() == [False, True]
+    assert table["c"].tolist()[0] is True
+    assert list(table["d"]) == ["x", "1"]
+    assert list(table["e"]) == ["1_0", "10"]
+
+
+@given(any_text)
+def test_cells_are_encoded_once(text):
+    cell = encode_cell(text)
+    assert encode_cell(cell) == cell == encode_cell(encode_cell(cell))
+    assert encode_cell(encode_key(text)) == encode_key(text)
+    assert cell[:1] not in ("=", "+", "-", "@")

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from farout.benchmark.benchmark_plan import BenchmarkJob, BenchmarkPlan
+from farout.core.csv_files import read_csv
 from farout.core.errors import FaroutError
 from farout.data.image_source import ImageSource
-from farout.evaluation.evaluate import COLUMNS
+from farout.evaluation.evaluate import COLUMNS, TEXT_COLUMNS
 from farout.evaluation.scored_datasets import (
     DIFFERENCE_COLUMNS,
     METHOD_SCORE,
@@ -79,8 +80,8 @@ def collect_metrics(
     lower = significantly_lower(plan, differences)
     tables = []
     for job, datasets in scored:
-        table = pd.read_csv(job.output / "metrics.csv", keep_default_na=False, na_values=[""], dtype={"preset": str})
-        table = table[table["ood"].isin(plan.scored_ood_sources)].fillna({"preset": "", "ood_group": "", "role": ""})
+        table = read_csv(job.output / "metrics.csv", texts=TEXT_COLUMNS)
+        table = table[table["ood"].isin(plan.scored_ood_sources)]
         constant = _constant_indicators(datasets)
         detector_markers = _markers_of_detector(plan, job)
         markers = []

@@ -12,9 +12,11 @@ import yaml
 
 from farout.benchmark.metrics import split_markers
 from farout.core import store
+from farout.core.csv_files import read_csv
 from farout.core.errors import StoreError
 from farout.data.image_source import Policy
 from farout.detectors.base import Scores
+from farout.evaluation.evaluate import TEXT_COLUMNS
 from farout.scoring.folder import read_scores
 
 __all__ = [
@@ -29,7 +31,7 @@ __all__ = [
 
 _METRICS_COLUMNS = ("detector", "indicator", "id", "ood", "seed", "marker", "auroc", "fpr95", "aupr_in", "aupr_out")
 _GROUPS_COLUMNS = ("detector", "indicator", "ood_group", "auroc")
-_TEXT_COLUMNS = ("bench", "detector", "indicator", "id", "ood", "ood_group", "role", "marker")
+_TEXT_COLUMNS = (*TEXT_COLUMNS, "bench", "marker")
 _DETECTOR_MARKERS, _SET_MARKERS = ("baseline", "pretrained"), ("size", "overlap")
 """Markers that all rows of a detector, or of a set, have; the others belong to single rows."""
 
@@ -158,13 +160,10 @@ def _read_table(path: Path, required: tuple[str, ...]) -> pd.DataFrame:
     """A table in which empty cells of text columns are empty strings."""
     if not path.is_file():
         raise StoreError(f"{path} is missing; the folder is incomplete or is not that of a benchmark")
-    table = pd.read_csv(path, keep_default_na=False, na_values=["", "nan"], dtype=dict.fromkeys(_TEXT_COLUMNS, str))
+    table = read_csv(path, texts=_TEXT_COLUMNS)
     missing = [name for name in required if name not in table]
     if missing:
         raise StoreError(f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
-    for name in _TEXT_COLUMNS:
-        if name in table:
-            table[name] = table[name].fillna("")
     return table if "bench" in table else table.assign(bench="benchmark")
 
 

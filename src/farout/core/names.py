@@ -19,6 +19,7 @@ from farout.core.errors import FaroutError
 __all__ = [
     "decode_file_name",
     "decode_key",
+    "encode_cell",
     "encode_file_name",
     "encode_key",
     "encode_name",
@@ -33,11 +34,12 @@ __all__ = [
 
 _CONTROLS = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
 """C0, DEL and C1; line and paragraph separators; all bidirectional controls; the byte-order mark."""
-_ENCODED = re.compile(
-    "[\ud800-\udfff" + _CONTROLS + "]+"  # a run, because its bytes decide together how it is decoded
-    "|%(?=[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4})"
+_UNSAFE = (
+    f"[\ud800-\udfff{_CONTROLS}]+"  # a run, because its bytes decide together how it is decoded
     "|(?:(?<=^)|(?<=;)|(?<=^ )|(?<=; ))[=+@\uff0b\uff1d\uff20\uff0d-]"  # spreadsheets may take `;` for a separator
 )
+_UNSAFE_IN_CELL = re.compile(_UNSAFE)
+_UNSAFE_IN_KEY = re.compile(_UNSAFE + "|%(?=[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4})")
 _ESCAPE = re.compile("((?:%[0-9A-Fa-f]{2})+)|%u([0-9A-Fa-f]{4})")
 _UNDECODED = re.compile("[\udc80-\udcff]+")
 _INVISIBLE = re.compile(f"[\ud800-\udfff{_CONTROLS}]")
@@ -51,7 +53,7 @@ def encode_key(text: str) -> str:
     cell (`=`, `+`, `-`, `@`). Surrogates that no file name contains on POSIX become `%uXXXX`. Every other text is
     returned unchanged, and the result is always valid Unicode on one line.
     """
-    return _ENCODED.sub(lambda match: _encode_run(match[0]), text)
+    return _UNSAFE_IN_KEY.sub(lambda match: _encode_run(match[0]), text)
 
 
 def _encode_run(run: str) -> str:
@@ -67,6 +69,11 @@ def _encode_run(run: str) -> str:
         return f"%u{ord(run):04X}"
     # bytes that would be read as another character together, such as an escaped C3 A9 for an e with acute accent
     return "".join(f"%u{ord(sign):04X}" if "\ud800" <= sign <= "\udfff" else _encode_run(sign) for sign in run)
+
+
+def encode_cell(text: str) -> str:
+    """Percent-encode like `encode_key`, but for `%`: keys and other encoded texts stay as they are."""
+    return _UNSAFE_IN_CELL.sub(lambda match: _encode_run(match[0]), text)
 
 
 def decode_key(key: str) -> str:

@@ -13,9 +13,9 @@ import pandas as pd
 import psutil
 import torch
 
-from farout.core import store
+from farout.core.csv_files import write_csv
 from farout.core.errors import FaroutError, MisleadingResultWarning
-from farout.core.names import expand_path
+from farout.core.names import encode_name, expand_path
 from farout.data.image_source import ImageSource
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.detectors.base import Detector
@@ -36,7 +36,7 @@ from farout.evaluation.scored_datasets import (
 )
 from farout.scoring.folder import read_scores, score_folder
 
-__all__ = ["COLUMNS", "evaluate", "evaluate_scores", "peak_memory_mib", "write_table"]
+__all__ = ["COLUMNS", "TEXT_COLUMNS", "evaluate", "evaluate_scores", "peak_memory_mib", "write_table"]
 
 COLUMNS = [
     "detector",
@@ -68,6 +68,9 @@ COLUMNS = [
     "n_ood",
 ]
 """Columns of `metrics.csv`: fractions, not percent."""
+
+TEXT_COLUMNS = ("detector", "preset", "indicator", "protocol", "id", "ood", "ood_group", "role")
+"""Those that contain texts, which stay as they are when the table is read: a detector may be called 1 or nan."""
 
 
 def evaluate(
@@ -233,8 +236,7 @@ def _subset_rows(
 
 def write_table(table: pd.DataFrame, path: Path) -> str:
     """Write a CSV table; returns its path as text."""
-    with store.atomic_file(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n")
+    write_csv(table, path)
     return str(path)
 
 
@@ -282,7 +284,8 @@ def evaluate_scores(files: Sequence[str | Path], out: str | Path | None = None) 
         )
     in_distribution = scores_by_indicator(read_scores(files[0]))
     rows = []
-    for file in files[1:]:
+    names = [encode_name(str(file)) for file in files]
+    for file, name in zip(files[1:], names[1:], strict=True):
         ood = scores_by_indicator(read_scores(file))
         for indicator in (name for name in in_distribution if name in ood):
             metrics = detection_metrics(
@@ -291,7 +294,7 @@ def evaluate_scores(files: Sequence[str | Path], out: str | Path | None = None) 
                 name=f"{indicator}, {file}",
                 check_direction=indicator == METHOD_SCORE,
             )
-            columns = {"detector": "given", "indicator": indicator, "id": str(files[0]), "ood": str(file)}
+            columns = {"detector": "given", "indicator": indicator, "id": names[0], "ood": name}
             rows.append({**columns, **asdict(metrics)})
     metrics_table = pd.DataFrame(rows).reindex(columns=COLUMNS)
     paths = () if out is None else (_write_metrics(metrics_table, expand_path(out)),)

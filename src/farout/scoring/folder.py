@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from farout.core import store
+from farout.core.csv_files import read_csv, write_csv
 from farout.core.errors import (
     FaroutError,
     MisleadingResultWarning,
@@ -40,8 +41,6 @@ __all__ = ["ScoredFolder", "read_scores", "score_folder"]
 _IMAGES_PER_PART = 256
 """Images measured between two files on disk."""
 _SETTINGS_FILE, _PARTS, _MANIFEST = "settings.json", "parts", "manifest.json"
-_MISSING = ["", "nan", "NaN", "NA", "null", "None"]
-"""What means "no number" in a column of numbers."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +158,7 @@ def _read_table(file: Path) -> pd.DataFrame:
     if file.suffix == ".parquet":
         with file.open("rb") as opened:  # pyarrow opens only paths in UTF-8
             return pd.read_parquet(opened)
-    # keys such as "NA" or "007" are strings, and scores are read to the last bit
-    missing = {name: _MISSING for name in pd.read_csv(file, nrows=0).columns if name != "key"}
-    return pd.read_csv(file, dtype={"key": str}, keep_default_na=False, na_values=missing, float_precision="round_trip")
+    return read_csv(file)
 
 
 def _hash(texts: Sequence[str]) -> str:
@@ -280,8 +277,7 @@ def _write_tables(
     frame = joined.to_frame()
     if fdr is not None:
         frame.insert(4, "selected", benjamini_hochberg(joined.p_value, fdr))
-    with store.atomic_file(out / "scores.csv") as temporary:
-        frame.to_csv(temporary, index=False, lineterminator="\n")
+    write_csv(frame, out / "scores.csv")
     return {
         "content": _hash(contents),
         "about": describe_detector(detector),

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from farout.core import store
+from farout.core.csv_files import read_csv
 from farout.core.errors import StoreError
 from farout.core.names import find_path
 from farout.data.image_source import ImageSource
@@ -71,8 +72,7 @@ class GeneratedFolder:
         path = self.folder / MANIFEST
         if not path.is_file():
             raise StoreError(f"{path} is missing: no image has been generated yet, or the folder is incomplete")
-        text_columns = dict.fromkeys(("key", "source", "class_name"), str)
-        table = pd.read_csv(path, dtype=text_columns, keep_default_na=False, encoding="utf-8")
+        table = read_csv(path, texts=("key", "source", "class_name"), missing=())
         settings = self.settings()
         names = ("method", "diffusion", "classifier", "precision")
         constants = {**settings["config"], **{name: settings[name] for name in names if name in settings}}

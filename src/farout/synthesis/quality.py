@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from farout.classifiers.model import Classifier
-from farout.core import store
+from farout.core.csv_files import write_csv
 from farout.core.progress import task
 from farout.core.runtime import Runtime
 from farout.data.batching import iterate_batches
@@ -95,8 +95,7 @@ def write_quality(quality: pd.DataFrame | None, outliers: OutlierFolder) -> None
     if quality is None:
         path.unlink(missing_ok=True)
         return
-    with store.atomic_file(path) as temporary:
-        quality.to_csv(temporary, index=False)
+    write_csv(quality, path)
 
 
 def summarize_quality(quality: pd.DataFrame) -> list[dict[str, Any]]:

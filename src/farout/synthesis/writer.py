@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from farout.core import store
+from farout.core.csv_files import format_rows
 from farout.core.devices import ProcessGroup
 from farout.core.errors import StoreError
 from farout.core.names import expand_path
@@ -208,7 +207,7 @@ class ImageWriter:
                 self._set_columns(columns)
                 self._rows |= rows
         if self._columns:
-            text = _format_csv(self._columns, [self._rows[index] for index in sorted(self._rows)], header=True)
+            text = format_rows(self._columns, [self._rows[index] for index in sorted(self._rows)], header=True)
             with self._explain_disk_errors(), store.atomic_file(self.folder / MANIFEST) as temporary:
                 temporary.write_text(text, encoding="utf-8", newline="")
         for part in parts:
@@ -216,21 +215,12 @@ class ImageWriter:
         return self._columns, self._rows
 
 
-def _format_csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, header: bool) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def _append_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows to a CSV file; after an error the file is unchanged."""
     old_size = path.stat().st_size if path.is_file() else 0
     try:
         with path.open("a", newline="", encoding="utf-8") as file:
-            file.write(_format_csv(columns, rows, header=not old_size))
+            file.write(format_rows(columns, rows, header=not old_size))
     except OSError:
         if old_size:
             os.truncate(path, old_size)

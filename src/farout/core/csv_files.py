@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from farout.core import store
 from farout.core.names import encode_cell
-from farout.core.store import atomic_file
 
 __all__ = ["format_rows", "read_csv", "write_csv"]
 
@@ -29,7 +29,7 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> None:
     for position, kind in enumerate(safe.dtypes):
         if not pd.api.types.is_numeric_dtype(kind):
             safe.isetitem(position, np.array([_encode_text(cell) for cell in safe.iloc[:, position]], dtype=object))
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with store.atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         safe.to_csv(file, index=False, lineterminator="\n")
 
 

@@ -70,7 +70,8 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
             return list_archives(root, archives, reading, left_out)
         counts = join_counts(limit_descriptions(left_out))
         raise SourceError(
-            f"the folder {root} contains no images; " + (f"it contains {counts}" if counts else "it is empty, or all its files are hidden")
+            f"the folder {root} contains no images; "
+            + (f"it contains {counts}" if counts else "it is empty, or all its files are hidden")
         )
     selection.check_used(where=str(root), kind="a folder of image files")
     left_out, masks = scan.left_out, find_mask_folders(images)

@@ -9,7 +9,6 @@ import numpy as np
 
 from farout.benchmark.results_folder import ScoredFolder, read_scored_folders
 from farout.data.decoding import save_png, to_pil
-from farout.data.sources import open_source
 from farout.detectors.base import Detector, Scores
 from farout.detectors.declarations import HeatMaps
 from farout.report.overlays import FOLDER, draw_overlay, overlay_path
@@ -50,7 +49,7 @@ def write_error_images(detector: Detector, folder: Path, sources: Sequence[str])
         if scored.source not in sources:
             continue
         errors = rank_errors(scored.scores, scored.source == sources[0])[:MAX_IMAGES]
-        source = open_source(scored.source, policy=scored.policy, seed=detector.seed)
+        source = detector.open_images(scored.source, policy=scored.policy)
         index_of = {key: index for index, key in enumerate(source.keys)}
         images = source.subset([index_of[scored.scores.keys[int(error)]] for error in errors])
         for batch in detector.load_batches(images):

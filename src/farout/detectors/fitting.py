@@ -124,6 +124,7 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
         "preset": detector.provenance.get("preset", ""),
         "source": source_spec(images),
         "limit": settings.limit,
+        "frames": settings.reading.frames,
         "data_fingerprint": source.fingerprint(),
         "gray": is_all_gray(source),
         "images": {

@@ -191,6 +191,11 @@ class DetectorInterface(Configured, ABC):
         source = open_source(images, policy=policy, limit=limit, seed=self.seed, reading=reading)
         return source.with_value_range(self.preprocessing.value_range or FULL_RANGE)
 
+    @property
+    def reading_of_fit(self) -> ReadSettings:
+        """How the images of the fit are read again."""
+        return ReadSettings(self.preprocessing.value_range, self.provenance.get("frames", "first"))
+
     def load_batches(self, source: ImageSource) -> Iterator[Batch]:
         """Load `batch_size` images at a time for `measure`; unreadable images are missing in their batch."""
         return iterate_batches(source, self.preprocessing, self.batch_size, workers=self.runtime.workers)

@@ -199,7 +199,9 @@ def _open_fitted_images(detector: Detector) -> ImageSource:
     about = detector.provenance
     if about.get("source") is None:
         raise FaroutError("the detector was fitted on images in memory")
-    images = open_source(about["source"], limit=about["limit"], seed=detector.seed, policy="skip")
+    images = open_source(
+        about["source"], limit=about["limit"], seed=detector.seed, policy="skip", reading=detector.reading_of_fit
+    )
     if images.fingerprint() != about["data_fingerprint"]:
         raise FaroutError(f"{about['source']} no longer contains the images that the detector was fitted on")
     return images

@@ -63,7 +63,7 @@ def write_score_page(
         is_selected = benjamini_hochberg(ranked["p_value"], false_discovery_rate)
     ranked = ranked.assign(selected=is_selected, calibration_below=np.searchsorted(calibration, scores))
     listed = ranked[ranked["is_ood"].eq(True) | ranked["selected"]]
-    images, shown = SourceImages(hub=False), ranked.head(top_images)
+    images, shown = SourceImages(hub=False, reading=detector.reading_of_fit), ranked.head(top_images)
     html = render_template(
         "score_page.html",
         manifest=manifest,

@@ -14,6 +14,7 @@ from farout.core.errors import FaroutError, LeftOutWarning, SourceError, Unreada
 from farout.data import catalog
 from farout.data.decoding import to_pil
 from farout.data.image_source import ImageSource
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.sources import open_source
 from farout.report.rendering import data_url
 
@@ -40,13 +41,14 @@ class SourceImages:
 
     Args:
         hub: whether sets on a hub may be downloaded; if not, they count as unavailable.
+        reading: how image files are read.
 
     Attributes:
         missing: why a source cannot be opened, by source name.
     """
 
-    def __init__(self, *, hub: bool) -> None:
-        self.hub = hub
+    def __init__(self, *, hub: bool, reading: ReadSettings = DEFAULT_READING) -> None:
+        self.hub, self.reading = hub, reading
         self.missing: dict[str, str] = {}
         self._sources: dict[str, tuple[ImageSource, dict[str, int]] | None] = {}
 
@@ -75,7 +77,7 @@ class SourceImages:
                     raise SourceError(f"{name} is not on this machine")
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", LeftOutWarning)  # shown when the source was scored or fitted
-                    source = open_source(name, policy="nan")
+                    source = open_source(name, policy="nan", reading=self.reading)
                 self._sources[name] = (source, {key: index for index, key in enumerate(source.keys)})
             except (FaroutError, OSError) as error:
                 self._sources[name], self.missing[name] = None, str(error)

@@ -289,6 +289,8 @@ class Synthesizer(Configured, ABC):
                 "or a table with labels"
             )
         model = None if diffusion is None else self.load_diffusion(diffusion, source)
+        if model is not None:
+            source = source.with_value_range(model.preprocessing.value_range)
         networks = self._check_networks(model, classifier, runtime.device)
         context = SynthesisContext.create(source, expand_path(out), count, seed, runtime, *networks)
         self.check(context)

@@ -90,6 +90,7 @@ def reconstruct(
         prompt_names = (present_class_names(source) or ("image",)) if folders.requires_class_names(folder) else None
         diffusion = DiffusionModel.load(folder, class_names=prompt_names)
     model = diffusion.to(runtime.device)
+    source = source.with_value_range(model.preprocessing.value_range)
     precision: Any = runtime.precision  # resolved, so not `auto`
     reconstruction = ImageToImage(
         model, level, max_level, classes, solver, steps, spacing, seed, runtime.batch_size, precision

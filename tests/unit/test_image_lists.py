@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import warnings
+from pathlib import PurePosixPath
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from farout.core.errors import LeftOutWarning, SourceError, SourceWarning, UnreadableImageError
+from farout.core.names import decode_key, normalize_name
 from farout.data.read_settings import ReadSettings
 from farout.data.sources import open_source
 from image_files import picture, pixels, write_folder
@@ -311,3 +316,28 @@ def test_all_frames_of_listed_files(folder):
     assert source.keys == ("s.tif#0", "s.tif#1", "s.tif#2", "a.png")
     assert named_labels(source) == ["x", "x", "x", "y"]
     assert torch.equal(source[2], pixels(3, seed=4)[2])
+
+
+CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+
+
+@given(
+    rows=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=5, unique_by=lambda row: str(PurePosixPath(row[0]))),
+    separator=st.sampled_from(",;\t|"),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    end=st.sampled_from(["\n", "\r\n"]),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_every_table_that_csv_writes_is_read_as_it_is(tmp_path, rows, separator, encoding, quoting, end):
+    with (tmp_path / "x.csv").open("w", newline="", encoding=encoding) as file:
+        writer = csv.writer(file, delimiter=separator, quoting=quoting, lineterminator=end)
+        writer.writerows([("path", "label"), *rows])
+    try:
+        source = open_source(tmp_path / "x.csv")
+    except SourceError as error:  # two spellings of one file
+        assert "more than once" in str(error)  # noqa: PT017
+        return
+    assert len(source) == len(rows)
+    names = [str(label) if source.class_names is None else source.class_names[label] for label in source.labels]
+    assert [decode_key(name) for name in names] == [normalize_name(label) for _, label in rows]

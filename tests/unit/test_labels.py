@@ -8,9 +8,11 @@ from decimal import Decimal
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from farout.core.errors import SourceError
-from farout.core.names import decode_key
+from farout.core.names import decode_key, normalize_name
 from farout.data.file_listing import encode_groups, encode_labels
 
 
@@ -95,6 +97,40 @@ def test_other_labels_are_errors_that_name_the_column(values, message):
     with pytest.raises(SourceError, match=message) as caught:
         encode_labels(values, "x, column y")
     assert "x, column y" in str(caught.value)
+
+
+@given(st.lists(st.text(min_size=1), min_size=1))
+@example(["1", "01"])
+@example(["-1", "-0"])
+@example(["\u0661", "1"])
+def test_any_texts_can_be_recovered_from_their_labels(texts):
+    labels, names = encode_labels(texts, "x")
+    recovered = [str(label) if names is None else decode_key(names[label]) for label in labels]
+    assert recovered == [normalize_name(text) for text in texts]
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1))
+def test_any_integers_of_64_bits_are_their_own_labels(values):
+    assert encode_labels(values, "x") == (tuple(values), None)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@given(st.lists(ANYTHING, min_size=1, max_size=5))
+def test_whatever_is_no_label_is_an_error_that_names_the_column(values):
+    try:
+        labels, _ = encode_labels(values, "x, column y")
+    except SourceError as error:
+        message = str(error)
+    else:
+        message = "x, column y"
+        assert len(labels) == len(values)
+    assert "x, column y" in message
 
 
 def test_class_names_are_compared_in_normal_form():

@@ -767,7 +767,16 @@ def test_hub_datasets(hub):
     assert torch.equal(source[3], IMAGES[3].flip(1))
     assert (source.labels, source.class_names) == ((0, 1, 0, 1, 1), ("cat", "dog"))
     stream = open_source(data.to_iterable_dataset())
-    assert (stream.labels, torch.equal(stream[3], IMAGES[3])) == ((0, 1, 0, 1, 1), True)
+    assert (stream.labels, stream.class_names) == ((0, 1, 0, 1, 1), ("cat", "dog"))
+    assert torch.equal(stream[3], IMAGES[3])
+    part = open_source(Subset(data, [4, 0]))
+    assert (part.labels, part.class_names) == ((1, 0), ("cat", "dog"))
+    pictures = [picture(image) for image in IMAGES]
+    both = hub.Dataset.from_dict(
+        {"mask": pictures, "photo": pictures}, hub.Features({"mask": hub.Image(), "photo": hub.Image()})
+    )
+    with pytest.raises(SourceError, match="several columns of images: mask, photo; keep one"):
+        open_source(both)
 
 
 def test_hub_datasets_of_other_columns(hub, tmp_path):

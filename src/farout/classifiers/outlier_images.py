@@ -72,15 +72,17 @@ def open_outliers(
     return source if len(readable) == len(source) else source.subset(readable)
 
 
-def _synthetic_folder(images: str | Path) -> Path | None:
+def _synthetic_folder(images: Any) -> Path | None:
     """The folder written by farout that a source names, directly or by its subfolder `images`; None for others."""
+    if not isinstance(images, str | Path):
+        return None
     spec = parse_source(images)
     path = find_path(spec.location)
     folders = (path, path.parent) if path.name == "images" else (path,)
     return next((each for each in folders if spec.kind == "path" and store.kind_of(each) in get_args(Kind)), None)
 
 
-def _read_manifests(images: str | Path) -> list[dict[str, str]]:
+def _read_manifests(images: Any) -> list[dict[str, str]]:
     """The manifest of a folder of synthetic images; an interrupted run of several processes left one of each."""
     folder = _synthetic_folder(images)
     rows: list[dict[str, str]] = []
@@ -90,7 +92,7 @@ def _read_manifests(images: str | Path) -> list[dict[str, str]]:
     return rows
 
 
-def read_source_hashes(images: str | Path, source: ImageSource) -> tuple[str | None, ...]:
+def read_source_hashes(images: Any, source: ImageSource) -> tuple[str | None, ...]:
     """For each synthetic image, the content hash of the image that it was generated from, or None if unknown.
 
     Args:
@@ -101,7 +103,7 @@ def read_source_hashes(images: str | Path, source: ImageSource) -> tuple[str | N
     return tuple(hashes.get(key) or None for key in source.keys)
 
 
-def read_source_keys(images: str | Path) -> dict[str, str]:
+def read_source_keys(images: Any) -> dict[str, str]:
     """The key of each outlier -> the key of the image that it was edited from.
 
     Raises:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from farout.core.errors import MissingExtraError, SourceError
-from farout.core.names import encode_name, find_path
+from farout.core.names import find_path
 from farout.core.store import read_json
 from farout.data.columns import find_columns
 from farout.data.file_listing import Listing
-from farout.data.image_objects import LABEL_NAMES
+from farout.data.parquet_files import IMAGE_COLUMNS
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.tables import list_table
 from farout.data.torch_datasets import list_dataset
@@ -32,17 +31,15 @@ def list_hub_dataset(dataset: Any, where: str = "the Dataset", reading: ReadSett
         splits = ", ".join(f"[{split!r}]" for split in dataset)
         raise SourceError(f"{where} contains several sets; give one of them: {splits or 'there is none'}")
     features = dataset.features
-    if dataset.format["type"] != "custom":
-        if any(isinstance(feature, hub.Image) for feature in features.values()):
-            return list_table(dataset.with_format(None), where, reading=reading)
-        is_nested = not all(isinstance(feature, hub.Value | hub.ClassLabel) for feature in features.values())
-        dataset = dataset.with_format("numpy" if is_nested else None)
-    listing = list_dataset(dataset, reading=reading)
-    label = next(iter(find_columns(list(features), LABEL_NAMES)), None)
-    names = () if label is None else tuple(map(encode_name, getattr(features[label], "names", None) or ()))
-    if listing.labels is None or listing.class_names or not all(0 <= each < len(names) for each in listing.labels):
-        return listing
-    return replace(listing, class_names=names)
+    if dataset.format["type"] == "custom":
+        return list_dataset(dataset, reading=reading)
+    images = [name for name, feature in features.items() if isinstance(feature, hub.Image)]
+    if len(images) > 1 and not find_columns(images, IMAGE_COLUMNS):
+        raise SourceError(f"{where} has several columns of images: {', '.join(images)}; keep one: remove_columns([…])")
+    if images:
+        return list_table(dataset.with_format(None), where, reading=reading)
+    is_nested = not all(isinstance(feature, hub.Value | hub.ClassLabel) for feature in features.values())
+    return list_dataset(dataset.with_format("numpy" if is_nested else None), reading=reading)
 
 
 def find_saved_dataset(location: str) -> Path | None:

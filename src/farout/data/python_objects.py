@@ -55,6 +55,8 @@ def list_object(images: Any, memory_mib: int = 1024, reading: ReadSettings = DEF
     hub = sys.modules.get("datasets")  # an object of this library exists only if it is imported
     if hub is not None and isinstance(images, hub.Dataset | hub.DatasetDict | hub.IterableDatasetDict):
         return list_hub_dataset(images, f"the {name}", reading)
+    if hub is not None and isinstance(images, hub.IterableDataset):
+        return list_dataset(images, memory_mib, reading)
     if isinstance(images, DataLoader):
         return list_loader(images, lambda dataset: list_object(dataset, memory_mib, reading), memory_mib, reading)
     if isinstance(images, Dataset):

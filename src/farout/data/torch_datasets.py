@@ -18,9 +18,11 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDatas
 from farout.core import progress
 from farout.core.errors import MisleadingResultWarning, SourceError, UnreadableImageError
 from farout.core.names import encode_name
+from farout.data.columns import find_columns
 from farout.data.decoding import DecodedImage
 from farout.data.file_listing import Listing, encode_labels, index_keys
 from farout.data.image_objects import (
+    LABEL_NAMES,
     NO_LABEL,
     FailedItem,
     UnsupportedImageError,
@@ -52,7 +54,7 @@ def list_dataset(dataset: Any, memory_mib: int = 1024, reading: ReadSettings = D
         SourceError: the Dataset has no length or no items, none of its first items is an image, or a label is no class.
     """
     name = type(dataset).__name__
-    if isinstance(dataset, IterableDataset):
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         listing = list_iterable(dataset, name, memory_mib, reading)
         return replace(listing, class_names=listing.class_names or _fitting_names(dataset, listing.labels))
     if type(dataset) is ConcatDataset:
@@ -210,11 +212,14 @@ def _agree(known: Sequence[object], pairs: Mapping[int, tuple[object, object]]) 
 
 
 def _fitting_names(dataset: Any, labels: Sequence[int] | None) -> tuple[str, ...] | None:
-    """Return the names in `classes` if they name these labels, else None.
+    """Return the names in `classes`, or of the labels of a Hugging Face Dataset, if they name these labels, else None.
 
     A transform of the targets may give other labels than those that the classes are named by.
     """
-    classes = _attribute(dataset, "classes")
+    classes, features = _attribute(dataset, "classes"), _attribute(dataset, "features")
+    if classes is None and isinstance(features, Mapping):
+        column = next(iter(find_columns([name for name in features if isinstance(name, str)], LABEL_NAMES)), None)
+        classes = None if column is None else getattr(features[column], "names", None)
     if labels is None or not isinstance(classes, list | tuple | np.ndarray) or not len(classes):
         return None
     targets = _attribute(dataset, "targets")

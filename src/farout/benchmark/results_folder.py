@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from farout.benchmark.metrics import split_markers
 from farout.core import store
 from farout.core.csv_files import read_csv
 from farout.core.errors import StoreError
+from farout.core.yaml_files import parse_yaml
 from farout.data.image_source import Policy
 from farout.detectors.base import Scores
 from farout.evaluation.evaluate import TEXT_COLUMNS
@@ -98,7 +98,7 @@ class BenchmarkResults:
     @property
     def about(self) -> str:
         """The description in the specification; may be empty."""
-        spec = yaml.safe_load(self.spec)
+        spec = parse_yaml(self.spec, "the specification")
         return str(spec.get("about") or "") if isinstance(spec, dict) else ""
 
     @property

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
-
 from farout.benchmark.presets import preset_file, preset_names
 from farout.benchmark.specification import (
     SECTIONS,
@@ -25,6 +23,7 @@ from farout.classifiers.presets import PRESETS as CLASSIFIER_PRESETS
 from farout.core.errors import FaroutError, suggest_names
 from farout.core.names import encode_name, find_path
 from farout.core.registry import Registry
+from farout.core.yaml_files import describe_kind, dump_yaml, read_yaml
 from farout.data.preprocessing import Protocol
 from farout.detectors import DETECTORS
 from farout.diffusion.config import PRESETS as DIFFUSION_PRESETS
@@ -74,13 +73,14 @@ def read_benchmark(
         path = preset_file(text)
     else:
         raise FaroutError(f"there is no benchmark {text!r}; {suggest_names(text, preset_names())}; a file is NAME.yaml")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         known = ", ".join(preset_names())
-        raise FaroutError(f"there is no file {path}; give a YAML file, or a preset: {known}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FaroutError(f"{path} is not a YAML file ({' '.join(str(error).split())})") from error
+        raise FaroutError(f"there is no file {path}; give a YAML file, or a preset: {known}")
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise FaroutError(
+            f"{path} contains {describe_kind(content)}; expected settings by name, such as `train: SOURCE`"
+        )
     values = {"name": path.stem, **require_mapping(content, str(path))}
     values["runtime"] = {**require_mapping(values.get("runtime"), "runtime"), **(runtime or {})}
     overrides = {"limit": limit, "seeds": seeds}
@@ -155,7 +155,7 @@ def to_yaml(spec: BenchmarkSpec) -> str:
             for name, entry in content[section].items()
         }
     content["detectors"] = [{"name": name, **entry} for name, entry in content["detectors"].items()]
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(content, width=120)
 
 
 def _name_detectors(items: Any) -> dict[str, dict[str, Any]]:

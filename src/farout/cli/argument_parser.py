@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import re
 import types
 import typing
@@ -14,14 +15,32 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jsonargparse
+from jsonargparse._actions import _ActionConfigLoad
 
 from farout.core.errors import UsageError, suggest_names
+from farout.core.names import find_path
+from farout.core.yaml_files import YAMLError, describe_kind, dump_yaml, parse_yaml, read_yaml
 
 __all__ = ["Parser", "format_default", "format_usage", "list_item_type"]
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 _VALUE_NAMES = {int: "N", float: "X"}
 _LIST_TYPES = (tuple, list, abc.Sequence)
+
+
+_PARSER_MODE = "farout"
+_IMPORTING_KEYS = frozenset({"class_path", "init_args", "dict_kwargs", "__path__"})
+"""Keys with a meaning for jsonargparse, which imports the object that a class_path names."""
+
+
+def _parse_value(text: str) -> Any:
+    """The value of a word on the command line, by the same rules as in YAML files."""
+    value = parse_yaml(text, "the value")
+    # `#x`, `&x` and `x:` are empty in YAML, but here more likely the name of something
+    return text if value is None and text != "null" else value
+
+
+jsonargparse.set_loader(_PARSER_MODE, _parse_value, (YAMLError,))
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -35,6 +54,7 @@ class Parser(jsonargparse.ArgumentParser):
 
     def __init__(self, command: str, arguments: str, description: str) -> None:
         super().__init__(
+            parser_mode=_PARSER_MODE,
             prog=command,
             usage=f"{command} {arguments}",
             description=description,
@@ -102,7 +122,7 @@ class Parser(jsonargparse.ArgumentParser):
             action.required = not partial
         try:
             if isinstance(given, Mapping):
-                return self.parse_object(_normalize_keys(given))
+                return self.parse_object(self._check_types(_normalize_keys(given)))
             words = [word for word in given if not (partial and word.startswith("--print-config"))]
             return self.parse_args(self._rewrite_words(words))
         except argparse.ArgumentError as error:
@@ -130,10 +150,14 @@ class Parser(jsonargparse.ArgumentParser):
         while rest:
             word = rest.pop(0)
             flag, equals, value = word.partition("=")
-            if flag == "--config" and (equals or rest):
-                files.append(f"--config={value if equals else rest.pop(0)}")
-                continue
             action = self._option_string_actions.get(flag)
+            is_group = isinstance(action, _ActionConfigLoad)
+            if (flag == "--config" or is_group) and (equals or rest):
+                settings = _read_settings(value if equals else rest.pop(0))
+                settings = settings if is_group else self._check_types(settings)
+                line = dump_yaml(settings, default_flow_style=True, width=math.inf).strip()
+                (joined if is_group else files).append(f"{flag}={line}")
+                continue
             item = None if action is None else list_item_type(action)
             if item is None:
                 is_none = value == "None" if equals else rest[:1] == ["None"]
@@ -158,9 +182,27 @@ class Parser(jsonargparse.ArgumentParser):
                 joined.append(flag)
         return files + joined
 
+    def _check_types(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings of a file, with a whole number as text where text is expected, such as a folder called 2024.
+
+        Raises UsageError for text in the place of nested settings: jsonargparse would take it for a class or a file.
+        """
+        checked = dict(settings)
+        for action in self._actions:
+            value = settings.get(action.dest)
+            if value is None:
+                continue
+            if isinstance(action, _ActionConfigLoad) and not isinstance(value, Mapping):
+                raise UsageError(f"{action.dest} must be settings by name, got {describe_kind(value)}")
+            if type(value) is int and _union_members(_type_of(action)) == [str]:
+                checked[action.dest] = str(value)
+            elif isinstance(value, list) and list_item_type(action) is str:
+                checked[action.dest] = [str(each) if type(each) is int else each for each in value]
+        return checked
+
     def _explain(self, message: str) -> str:
         """Shortens a message of jsonargparse to one line."""
-        flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+        flags = {action.dest: next(iter(action.option_strings), action.dest) for action in self._actions}
         if missing := re.match(r"the following arguments are required: (.*)", message):
             return "missing " + ", ".join(flags.get(n.strip("-"), n.upper()) for n in missing[1].split(", "))
         unknown = re.match(r"[Uu]nrecognized arguments: --([\w.-]+)", message)
@@ -192,8 +234,22 @@ class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
         super().start_section(heading and heading.partition(". ")[0])
 
 
+def _read_settings(path: str) -> dict[str, Any]:
+    """The settings in a YAML file; raises UsageError if it has something else."""
+    try:
+        content = read_yaml(find_path(path))
+    except YAMLError as error:
+        raise UsageError(str(error)) from error
+    if not isinstance(content, dict | None):
+        raise UsageError(f"{path} contains {describe_kind(content)}; expected lines of settings, such as `alpha: 0.1`")
+    return _normalize_keys(content or {})
+
+
 def _normalize_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with `batch-size` as batch_size."""
+    for key in settings:
+        if key in _IMPORTING_KEYS:
+            raise UsageError(f"there is no setting {key!r}")
     return {
         str(key).replace("-", "_"): _normalize_keys(value) if isinstance(value, Mapping) else value
         for key, value in settings.items()

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from farout.benchmark.job_graph import Job
 from farout.cli.command_parser import ParsedCommand, command_parameters, parse_settings, positional_parameters
 from farout.cli.command_table import COMMANDS, find_command
 from farout.cli.flags import format_flags, format_value
 from farout.core.errors import FaroutError, suggest_names
 from farout.core.names import find_path
+from farout.core.yaml_files import read_yaml
 from farout.data import catalog
 from farout.data.sources import open_source
 
@@ -144,12 +143,9 @@ def read_steps(chain: str) -> list[ChainStep]:
 
 def _read_chain(chain: str) -> dict[str, Any]:
     path = builtin_chains().get(chain) or find_path(chain)
-    if not path.is_file():
+    if not path.exists():
         raise FaroutError(f"{chain!r} is neither a file nor a built-in chain; {suggest_names(chain, builtin_chains())}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FaroutError(f"{chain} is not valid YAML: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("steps"), list) or not content["steps"]:
         raise FaroutError(f"{chain} has no steps; expected YAML with `steps:`, and in that list e.g. {_EXAMPLE}")
     unknown = [key for key in content if key not in ("source", "steps")]

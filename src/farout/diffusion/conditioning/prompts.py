@@ -10,10 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
 from farout.core.errors import FaroutError
 from farout.core.names import find_path
+from farout.core.yaml_files import describe_kind, read_yaml
 
 __all__ = [
     "TEMPLATE",
@@ -146,11 +145,7 @@ def read_word_table(table: Mapping[str, str] | str) -> dict[str, Word]:
     if isinstance(table, Mapping):
         entries: list[tuple[Any, Any]] = list(table.items())
     elif (kind := Path(table).suffix.lower()) in (".csv", ".yaml", ".yml"):
-        try:
-            content = find_path(table).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FaroutError(f"the table of words {table} cannot be read ({error})") from error
-        entries = _parse_csv(table, content) if kind == ".csv" else _parse_yaml(table, content)
+        entries = _read_csv(table) if kind == ".csv" else _read_yaml(table)
     elif table in WORD_TABLES:
         entries = list(WORD_TABLES[table].items())
     else:
@@ -169,7 +164,11 @@ def read_word_table(table: Mapping[str, str] | str) -> dict[str, Word]:
     return words
 
 
-def _parse_csv(table: str, content: str) -> list[tuple[Any, Any]]:
+def _read_csv(table: str) -> list[tuple[Any, Any]]:
+    try:
+        content = find_path(table).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FaroutError(f"the table of words {table} cannot be read ({error})") from error
     reader = csv.DictReader(content.splitlines())
     columns = set(reader.fieldnames or ())
     if not {"class", "word"} <= columns <= {"class", "word", "suffix"}:
@@ -183,13 +182,10 @@ def _parse_csv(table: str, content: str) -> list[tuple[Any, Any]]:
     return [(row["class"], f"{row['word']} {row.get('suffix') or ''}") for row in rows]
 
 
-def _parse_yaml(table: str, content: str) -> list[tuple[Any, Any]]:
-    try:
-        entries = yaml.safe_load(content)
-    except yaml.YAMLError as error:
-        raise FaroutError(f"{table} is not valid YAML ({error})") from error
+def _read_yaml(table: str) -> list[tuple[Any, Any]]:
+    entries = read_yaml(find_path(table))
     if not isinstance(entries, dict):
-        raise FaroutError(f"{table} requires lines `class: word`, got a {type(entries).__name__}")
+        raise FaroutError(f"{table} requires lines `class: word`, got {describe_kind(entries)}")
     return list(entries.items())
 
 

@@ -85,7 +85,9 @@ class ChainStep:
         body = self._resolve_body(folder)
         typed = [p.name for p in positional_parameters(command_parameters(self.command)) if p.name in body]
         rest = [word for key, value in body.items() if key not in typed for word in format_flags(key, value)]
-        return [*self.name.split(), *(format_value(body[name]) for name in typed), *rest]
+        values = [format_value(body[name]) for name in typed]
+        # a path that begins like a flag would be read as one
+        return [*self.name.split(), *(f"./{value}" if value.startswith("-") else value for value in values), *rest]
 
     def parse(self, folder: Path | None = None, **more: Any) -> ParsedCommand:
         """The parsed command, with `more` settings; with `folder`, names of results become paths in it."""

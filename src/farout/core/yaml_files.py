@@ -134,67 +134,65 @@ class _Loader(yaml.SafeLoader):
         self.nodes: list[yaml.Node] = []  # keeps the ids unique
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         before = self.count
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self.sizes:
-                raise yaml.composer.ComposerError(None, None, "an alias inside of its own anchor", event.start_mark)
+                raise _problem("an alias inside of its own anchor", event)
             self.count += self.sizes[id(node)]
         else:
-            tag = getattr(event, "tag", None)
-            if tag not in (None, "!", *_PLAIN_TAGS):
-                problem = "a tag (!); only plain values are allowed, and text that begins with ! must be quoted"
-                raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+            if getattr(event, "tag", None) not in (None, "!", *_PLAIN_TAGS):
+                raise _problem(
+                    "a tag (!); only plain values are allowed, and text that begins with ! must be quoted", event
+                )
             self.depth += 1
             self.count += 1
             if self.depth > MAX_DEPTH:
-                problem = f"lists and mappings are nested more than {MAX_DEPTH} deep"
-                raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+                raise _problem(f"lists and mappings are nested more than {MAX_DEPTH} deep", event)
             node = super().compose_node(parent, index)
             self.depth -= 1
+            if isinstance(node, yaml.MappingNode):
+                self._check_keys(node)
             if node is not None:
                 self.sizes[id(node)] = self.count - before
                 self.nodes.append(node)
         if self.count > MAX_VALUES:
-            problem = f"more than {MAX_VALUES:,} values, counting what aliases (*) repeat"
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+            raise _problem(f"more than {MAX_VALUES:,} values, counting what aliases (*) repeat", event)
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
+    def _check_keys(self, node: yaml.MappingNode) -> None:
         keys = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                problem = "a list or a mapping as a key; expected text"
-                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                raise _problem("a list or a mapping as a key; expected text", key)
             if key.value in keys:
-                problem = f"the key {key.value[:80]!r} is given twice"
-                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                raise _problem(f"the key {key.value[:80]!r} is given twice", key)
             keys.add(key.value)
-        return node
 
     def construct_integer(self, node: yaml.ScalarNode) -> int:
-        text = self.construct_scalar(node)
-        base = {"0x": 16, "0o": 8}.get(text[:2], 10)
+        text = str(self.construct_scalar(node))
         try:
-            return int(text, base)
-        except ValueError as error:  # an explicit !!int, or too many digits
-            raise yaml.constructor.ConstructorError(
-                None, None, "a whole number was expected", node.start_mark
-            ) from error
+            return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
+        except ValueError as error:  # an explicit !!int
+            raise _problem("a whole number was expected", node) from error
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
         try:
-            return self.construct_yaml_float(node)
-        except ValueError as error:
-            raise yaml.constructor.ConstructorError(None, None, "a number was expected", node.start_mark) from error
+            return float(self.construct_yaml_float(node))
+        except ValueError as error:  # an explicit !!float
+            raise _problem("a number was expected", node) from error
 
     def construct_boolean(self, node: yaml.ScalarNode) -> bool:
-        text = self.construct_scalar(node).lower()
-        if text not in ("true", "false"):
-            raise yaml.constructor.ConstructorError(None, None, "true or false was expected", node.start_mark)
+        text = str(self.construct_scalar(node)).lower()
+        if text not in ("true", "false"):  # an explicit !!bool
+            raise _problem("true or false was expected", node)
         return text == "true"
+
+
+def _problem(text: str, place: Any) -> yaml.MarkedYAMLError:
+    """The error for an event or a node of the parser."""
+    return yaml.MarkedYAMLError(problem=text, problem_mark=place.start_mark)
 
 
 for _tag, _pattern, _first in _RESOLVERS:

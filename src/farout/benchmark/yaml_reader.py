@@ -23,7 +23,7 @@ from farout.classifiers.presets import PRESETS as CLASSIFIER_PRESETS
 from farout.core.errors import FaroutError, suggest_names
 from farout.core.names import encode_name, find_path
 from farout.core.registry import Registry
-from farout.core.yaml_files import describe_kind, dump_yaml, read_yaml
+from farout.core.yaml_files import YAMLError, describe_kind, dump_yaml, read_yaml
 from farout.data.preprocessing import Protocol
 from farout.detectors import DETECTORS
 from farout.diffusion.config import PRESETS as DIFFUSION_PRESETS
@@ -76,7 +76,10 @@ def read_benchmark(
     if not path.exists():
         known = ", ".join(preset_names())
         raise FaroutError(f"there is no file {path}; give a YAML file, or a preset: {known}")
-    content = read_yaml(path)
+    try:
+        content = read_yaml(path)
+    except YAMLError as error:
+        raise FaroutError(f"{path} is not a YAML file ({error})") from error
     if not isinstance(content, dict):
         raise FaroutError(
             f"{path} contains {describe_kind(content)}; expected settings by name, such as `train: SOURCE`"

@@ -204,7 +204,8 @@ class Parser(jsonargparse.ArgumentParser):
         """Shortens a message of jsonargparse to one line."""
         flags = {action.dest: next(iter(action.option_strings), action.dest) for action in self._actions}
         if missing := re.match(r"the following arguments are required: (.*)", message):
-            return "missing " + ", ".join(flags.get(n.strip("-"), n.upper()) for n in missing[1].split(", "))
+            names = [name.strip("-") for name in missing[1].split(", ")]
+            return "missing " + ", ".join(f if (f := flags.get(n, n)).startswith("-") else f.upper() for n in names)
         unknown = re.match(r"[Uu]nrecognized arguments: --([\w.-]+)", message)
         unknown = unknown or re.match(r"(?:Group '(?P<group>.+)' does not accept option|Option) '(.+?)'", message)
         if unknown:

@@ -142,6 +142,14 @@ def test_shards_are_given_by_glob_braces_or_folder(tmp_path):
     assert len(source) == 6
 
 
+def test_shards_of_several_splits_are_no_normal_images(tmp_path):
+    for name in ("train-000.tar", "train-001.tar", "val-000.tar", "other.tar"):
+        write_tar(tmp_path / name, TREE)
+    with pytest.raises(SourceError, match=r"splits \(train, val\); give one of them, such as '.*/train\*\.tar'"):
+        check_one_set(open_all(tmp_path))
+    check_one_set(open_all(f"{tmp_path}/train*.tar"))
+
+
 def test_braces_need_no_separator(tmp_path, monkeypatch):
     for shard in range(2):
         write_tar(tmp_path / f"s-{shard}.tar", {"0.png": IMAGES[shard]})

@@ -13,7 +13,7 @@ import pytest
 
 from farout.core.errors import LeftOutWarning, MisleadingResultWarning, SourceError, UnreadableImageError
 from farout.core.names import decode_key
-from farout.data.folder_layout import class_folders, describe_splits, find_mask_folders
+from farout.data.folder_layout import class_folders, describe_splits, find_masks
 from farout.data.folder_scan import expand_braces
 from farout.data.image_source import ImageSource
 from farout.data.normal_images import check_normal_images, check_one_set
@@ -305,18 +305,25 @@ def test_splits_are_recognized_by_their_folders(paths, advice):
 @pytest.mark.parametrize(
     ("paths", "masks"),
     [
-        (MVTEC, ("ground_truth",)),
-        (["Data/Images/Normal/0.png", "Data/Masks/Anomaly/0.png"], ("Data/Masks",)),
-        (["images/a/0.png", "labels/a/0.png"], ("labels",)),
-        (["test_public/good/0.png", "test_public/bad/0.png", "test_public/ground_truth/bad/0.png"],
-         ("test_public/ground_truth",)),
-        (["mask/0.png", "no_mask/0.png"], ()),
-        (["labels/0.png", "bottles/0.png"], ()),
-        (["ground_truth/0.png"], ()),
+        (MVTEC, ["ground_truth/bent/0_mask.png"]),
+        (["Data/Images/Normal/0.png", "Data/Masks/Anomaly/0.png"], ["Data/Masks/Anomaly/0.png"]),
+        (["images/a/0.png", "labels/a/0.png"], ["labels/a/0.png"]),
+        (["test_public/good/0.png", "test_public/ground_truth/bad/0.png"], ["test_public/ground_truth/bad/0.png"]),
+        (["a/good/rgb/0.png", "a/good/gt/0.png"], ["a/good/gt/0.png"]),
+        (["Train/0.PNG", "Train/1.PNG", "Train/Label/0_label.PNG"], ["Train/Label/0_label.PNG"]),
+        (["0.jpg", "masks/0.png"], ["masks/0.png"]),
+        (["kos01/Part0.jpg", "kos01/Part0_label.bmp"], ["kos01/Part0_label.bmp"]),
+        (["train/1.png", "train/1_GT.png", "train/2_GT.png"], ["train/1_GT.png"]),
+        (["s/0001.jpg", "s/0001.mask.png"], ["s/0001.mask.png"]),
+        (["mask/0.png", "no_mask/0.png"], []),
+        (["masks/0.png", "9.png"], []),
+        (["labels/0.png", "bottles/0.png"], []),
+        (["ground_truth/0.png"], []),
+        (["person_mask.png", "mask.png", "price label.png", "price.png"], []),
     ],
-)  # fmt: skip
-def test_folders_of_masks_are_recognized_next_to_images(paths, masks):
-    assert find_mask_folders(paths) == masks
+)
+def test_masks_are_recognized_next_to_their_images(paths, masks):
+    assert list(find_masks(paths)) == masks
 
 
 def test_brackets_of_an_existing_name_are_no_pattern(tmp_path):

@@ -29,7 +29,7 @@ from farout.data.file_names import (
     limit_descriptions,
     suffix_of,
 )
-from farout.data.folder_layout import class_folders, describe_splits, find_mask_folders, parent_folders
+from farout.data.folder_layout import class_folders, describe_splits, find_masks, parent_folders
 from farout.data.image_files import expand_frames
 from farout.data.read_settings import ReadSettings
 
@@ -95,22 +95,20 @@ def _list_members(
 ) -> Listing:
     counts = Counter(left_out)
     rows: list[tuple[str, str, str, Path, _Member, Any]] = []  # key, group, name, archive, member, label
-    mask_folders: set[str] = set()
+    layout: set[str] = set()
     for path, prefix in zip(paths, prefixes):
         members = _read_members(path, counts)
         images = [name for name in members if is_image_name(name)]
         labels, label_files = _read_labels(path, members, images)
         others = members.keys() - images - label_files
-        masks = tuple(f"{folder}/" for folder in find_mask_folders(images))
-        mask_folders.update(masks)
+        masks = find_masks(images)
+        layout.update(images)
         counts.update(count_by_suffix(others))
+        counts.update(masks.values())
         for name, group in zip(images, parent_folders(images)):
-            mask = next((folder for folder in masks if name.startswith(folder)), None)
-            if mask is None:
+            if name not in masks:
                 key, group = _encode_member_name(prefix + name), (prefix + group).removesuffix("/.")
                 rows.append((key, _encode_member_name(group), name, path, members[name], labels.get(name)))
-            else:
-                counts[f"in {mask.split('/')[-2]}/ (masks)"] += 1
     if not rows:
         found = join_counts(limit_descriptions(counts)) or "nothing"
         is_nested = any(is_archive_name(f"x{what}") for what in counts)
@@ -124,7 +122,7 @@ def _list_members(
         codes, classes = encode_labels(values, where)
     else:
         codes, classes = class_folders(names)
-    splits = describe_splits([*names, *sorted(mask_folders)], where)
+    splits = describe_splits(layout, where)
     frames: Sequence[int] | None = None
     if reading.frames == "all":
         frame_counts = [_count_frames(path, member, reading) for path, member in zip(archives, listed)]

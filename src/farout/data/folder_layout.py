@@ -11,7 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from farout.core.names import encode_name
 
-__all__ = ["class_folders", "describe_splits", "find_mask_folders", "normal_class", "parent_folders"]
+__all__ = [
+    "class_folders",
+    "describe_splits",
+    "describe_splits_of_archives",
+    "find_masks",
+    "normal_class",
+    "parent_folders",
+]
 
 _SPLIT_WORDS = {
     "train": "train",
@@ -57,6 +64,8 @@ _MASK_FOLDERS = frozenset(
 )
 """Names, in lower case, of folders of segmentation masks, if a folder of images is next to them."""
 
+_MASK_SUFFIX = re.compile(r"(.+)[._-](?:gt|ground_?truth|labels?|masks?|seg|segmentation)", re.IGNORECASE)
+
 _IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "jpegimages", "photos", "rgb"})
 
 _NORMAL_CLASSES = ("good", "ok", "normal", "nominal", "healthy", "non_defective", "defect_free")
@@ -94,17 +103,43 @@ def normal_class(names: Iterable[str]) -> str | None:
     return next((by_lower_name[name] for name in _NORMAL_CLASSES if name in by_lower_name), None)
 
 
-def find_mask_folders(paths: Iterable[str]) -> tuple[str, ...]:
-    """Return the folders of segmentation masks: those of a usual name, next to a folder of images or of a split."""
-    masks = []
+def find_masks(paths: Sequence[str]) -> dict[str, str]:
+    """Return the images that are segmentation masks, each with a description of where the masks are.
+
+    They are in a folder of a usual name, such as `ground_truth`, next to a folder of images or of a split, or next to
+    images of the same names; or their name is that of an image in the same folder with an addition: `0001_mask.png`.
+    """
+    files: dict[str, set[str]] = defaultdict(set)  # folder -> its images, without suffix
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        files[folder].add(name.rpartition(".")[0])
+    mask_folders: dict[str, str] = {}
     for folder, subfolders in _subfolders(paths).items():
         names = {name.lower() for name in subfolders}
         is_next_to_images = any(
             name in _IMAGE_FOLDERS or name in _NORMAL_CLASSES or _split_of(name) is not None for name in names
         )
-        if is_next_to_images:
-            masks += [_join(folder, name) for name in subfolders if name.lower() in _MASK_FOLDERS]
-    return tuple(sorted(masks))
+        for name in subfolders:
+            stems = {_without_mask_suffix(stem) or stem for stem in files[_join(folder, name)]}
+            if name.lower() in _MASK_FOLDERS and (is_next_to_images or (stems and stems <= files[folder])):
+                mask_folders[f"{_join(folder, name)}/"] = f"in {name}/ (masks)"
+    masks = {}
+    for path in paths:
+        mask_folder = next((folder for folder in mask_folders if path.startswith(folder)), None)
+        folder, _, name = path.rpartition("/")
+        stem = name.rpartition(".")[0]
+        image = _without_mask_suffix(stem)
+        if mask_folder is not None:
+            masks[path] = mask_folders[mask_folder]
+        elif image is not None and image in files[folder]:
+            masks[path] = f"named *{stem[len(image) :]} (masks)"
+    return masks
+
+
+def _without_mask_suffix(stem: str) -> str | None:
+    """Return the name of the image to which a mask of this name belongs; None if the name is not that of a mask."""
+    match = _MASK_SUFFIX.fullmatch(stem)
+    return match[1] if match else None
 
 
 def describe_splits(paths: Iterable[str], where: str) -> str | None:
@@ -135,6 +170,21 @@ def describe_splits(paths: Iterable[str], where: str) -> str | None:
         f"{_join(where, found)} contains {reasons[found]}{others}: a data set with its splits, not one set of images; "
         f"give {choice} (to use all images nevertheless, give a glob: '{_join(where, '**/*')}')"
     )
+
+
+def describe_splits_of_archives(names: Sequence[str], where: str) -> str | None:
+    """As `describe_splits`, for a folder with archives whose names begin with a split: `train-0.tar`, `val-0.tar`."""
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        match = re.match(r"[a-z]+", name.rpartition("/")[2].lower())
+        if match and match[0] in _SPLIT_WORDS:
+            found.setdefault(_SPLIT_WORDS[match[0]], match[0])
+    if len(found) < 2:
+        return None
+    best = found.get("train", next(iter(found.values())))
+    pattern = _join(where, f"{best}*{names[0][names[0].rfind('.') :]}")
+    splits = ", ".join(found.values())
+    return f"{where} contains archives of several splits ({splits}); give one of them, such as '{pattern}'"
 
 
 def _subfolders(paths: Iterable[str]) -> Mapping[str, set[str]]:

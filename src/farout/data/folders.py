@@ -25,7 +25,13 @@ from farout.data.file_names import (
     limit_descriptions,
     suffix_of,
 )
-from farout.data.folder_layout import class_folders, describe_splits, find_mask_folders, parent_folders
+from farout.data.folder_layout import (
+    class_folders,
+    describe_splits,
+    describe_splits_of_archives,
+    find_masks,
+    parent_folders,
+)
 from farout.data.folder_scan import match_glob, scan_folder, split_pattern
 from farout.data.image_files import list_image_files
 from farout.data.image_lists import find_metadata, list_image_table
@@ -67,18 +73,17 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
         archives = [path for path in others if is_archive_name(path)]
         left_out = scan.left_out + count_by_suffix(path for path in others if not is_archive_name(path))
         if archives:
-            return list_archives(root, archives, reading, left_out)
+            listing = list_archives(root, archives, reading, left_out)
+            return replace(listing, splits=describe_splits_of_archives(archives, str(root)) or listing.splits)
         counts = join_counts(limit_descriptions(left_out))
         raise SourceError(
             f"the folder {root} contains no images; "
             + (f"it contains {counts}" if counts else "it is empty, or all its files are hidden")
         )
     selection.check_used(where=str(root), kind="a folder of image files")
-    left_out, masks = scan.left_out, find_mask_folders(images)
-    for folder in masks:
-        count = sum(path.startswith(f"{folder}/") for path in images)
-        left_out[f"in {folder.rpartition('/')[2]}/ (masks)"] += count
-    images = [path for path in images if not path.startswith(tuple(f"{folder}/" for folder in masks))]
+    splits, masks = describe_splits(images, str(root)), find_masks(images)
+    left_out = scan.left_out + Counter(masks.values())
+    images = [path for path in images if path not in masks]
     paths = [*images, *scan.problems]
     # a folder that cannot be entered belongs to the class that contains it, or is one
     depth = images[0].count("/") if images else 1
@@ -97,7 +102,7 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
         reading,
         labels=None if codes is None else dict(zip(paths, codes)),
         class_names=class_names,
-        splits=describe_splits([*images, *(f"{folder}/" for folder in masks)], str(root)),
+        splits=splits,
     )
     return listing if metadata is None else _select_by_metadata(listing, root / metadata, reading)
 

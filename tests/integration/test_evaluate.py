@@ -106,6 +106,16 @@ def brightness(place: Path) -> Detector:
         return Brightness().fit(place / "good", alpha=0.1, statistics=30)
 
 
+def test_sources_given_as_objects_have_rows_of_their_own(place: Path, tmp_path: Path) -> None:
+    images = torch.rand(3, 12, 3, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = evaluate(brightness(place), images[0], [images[1], list(images[2])], tmp_path / "out", **NOTHING)
+        assert dict.fromkeys(found.metrics["ood"]) == {"images 2": None, "images 3": None}
+        with pytest.raises(FaroutError, match="must be a list of at least one source, got a Tensor"):
+            evaluate(brightness(place), images[0], images[1], tmp_path / "out")
+
+
 # -- the table ----------------------------------------------------------------------------------------------------
 
 

@@ -121,10 +121,14 @@ def evaluate(
         raise FaroutError(f"ood_subsets is {ood_subsets}; expected 0 or more")
     if baseline_limit is not None and baseline_limit < 1:
         raise FaroutError(f"baseline_limit is {baseline_limit}; expected 1 or more")
-    if isinstance(ood_sources, str) or not len(ood_sources):
-        raise FaroutError(f"out-of-distribution sources must be a list of at least one source, got {ood_sources!r}")
+    if not isinstance(ood_sources, list | tuple) or not ood_sources:
+        given = repr(ood_sources) if isinstance(ood_sources, str | list | tuple) else f"a {type(ood_sources).__name__}"
+        raise FaroutError(f"out-of-distribution sources must be a list of at least one source, got {given}")
     out = expand_path(out)
     sources = [detector.open_images(images, limit=limit, reading=reading) for images in (id_source, *ood_sources)]
+    unnamed = [source for images, source in zip((id_source, *ood_sources), sources) if _has_no_name(images)]
+    for number, source in enumerate(unnamed if len(unnamed) > 1 else [], 1):
+        source.name = f"{source.name} {number}"  # otherwise their rows in the tables would be named alike
     _warn_of_seen_images(detector, sources[0])
 
     own = EvaluatedDetector(name or method_name(detector), detector, out / "scores")
@@ -158,6 +162,11 @@ def evaluate(
         paths.append(write_table(subsets, out / "subsets.csv"))
     paths += [str(own.folder / folder_name(source) / "page.html") for source in sources[1:]]
     return Evaluation(metrics, differences, subsets, tuple(paths))
+
+
+def _has_no_name(images: object) -> bool:
+    """Whether a source is given as a Python object, all of which have the same name."""
+    return not isinstance(images, str | Path | ImageSource)
 
 
 def _warn_of_seen_images(detector: Detector, source: ImageSource) -> None:

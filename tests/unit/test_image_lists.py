@@ -308,6 +308,18 @@ def test_other_tables_called_metadata_are_counted(folder):
         open_source(folder)
 
 
+def test_damaged_metadata_is_an_error_and_another_label_can_be_named(folder):
+    (folder / "metadata.csv").write_text('file_name,label\n"a.png,x\n')
+    with pytest.raises(SourceError, match=r"metadata\.csv cannot be read as csv"):
+        open_source(folder)
+    (folder / "metadata.csv").write_text(
+        "file_name,label,kind\na.png,x,1\nb c.png,x,2\nd/é.png,y,2\n", encoding="utf-8"
+    )
+    assert open_source(f"{folder}@label=kind").labels == (1, 2, 2)
+    with pytest.raises(SourceError, match=r"a folder of image files with metadata\.csv, for which @column=x"):
+        open_source(f"{folder}@column=x")
+
+
 def test_all_frames_of_listed_files(folder):
     frames = [picture(image) for image in pixels(3, seed=4)]
     frames[0].save(folder / "s.tif", save_all=True, append_images=frames[1:])
@@ -326,12 +338,11 @@ CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
     separator=st.sampled_from(",;\t|"),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]),
     quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
-    end=st.sampled_from(["\n", "\r\n"]),
 )
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-def test_every_table_that_csv_writes_is_read_as_it_is(tmp_path, rows, separator, encoding, quoting, end):
+def test_every_table_that_csv_writes_is_read_as_it_is(tmp_path, rows, separator, encoding, quoting):
     with (tmp_path / "x.csv").open("w", newline="", encoding=encoding) as file:
-        writer = csv.writer(file, delimiter=separator, quoting=quoting, lineterminator=end)
+        writer = csv.writer(file, delimiter=separator, quoting=quoting)
         writer.writerows([("path", "label"), *rows])
     try:
         source = open_source(tmp_path / "x.csv")

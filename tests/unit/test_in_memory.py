@@ -798,7 +798,7 @@ def test_hub_datasets_of_other_columns(hub, tmp_path):
 
 def test_folders_of_save_to_disk(hub, tmp_path, monkeypatch):
     hub.DatasetDict(train=hub_set(hub), test=hub_set(hub).select([4, 0])).save_to_disk(tmp_path / "sets")
-    with pytest.raises(SourceError, match=r"several sets.*sets/train, .*sets/test"):
+    with pytest.raises(SourceError, match=r"several sets.*sets:train, .*sets:test"):
         open_source(tmp_path / "sets")
     source = open_source(f"{tmp_path}/sets/test@classes=dog")
     assert (source.keys, source.labels, source.class_names) == (("0",), (1,), ("cat", "dog"))

@@ -80,7 +80,9 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
             f"the folder {root} contains no images; "
             + (f"it contains {counts}" if counts else "it is empty, or all its files are hidden")
         )
-    selection.check_used(where=str(root), kind="a folder of image files")
+    metadata = find_metadata(root, others)
+    kind = "a folder of image files" if metadata is None else f"a folder of image files with {metadata}"
+    selection.check_used(*(["label"] if metadata else []), where=str(root), kind=kind)
     splits, masks = describe_splits(images, str(root)), find_masks(images)
     left_out = scan.left_out + Counter(masks.values())
     images = [path for path in images if path not in masks]
@@ -92,7 +94,6 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
     if class_names is not None:
         class_names = _read_class_names(root, class_names)
         others = [path for path in others if path != CLASSES_FILE]
-    metadata = find_metadata(root, others)
     left_out += count_by_suffix(path for path in others if path != metadata)
     listing = _list_files(
         root,
@@ -104,16 +105,16 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
         class_names=class_names,
         splits=splits,
     )
-    return listing if metadata is None else _select_by_metadata(listing, root / metadata, reading)
+    return listing if metadata is None else _select_by_metadata(listing, root / metadata, reading, selection)
 
 
-def _select_by_metadata(listing: Listing, metadata: Path, reading: ReadSettings) -> Listing:
+def _select_by_metadata(listing: Listing, metadata: Path, reading: ReadSettings, selection: Selection) -> Listing:
     """Return the images of a folder that its table of metadata lists, with the labels of the table.
 
     Listed files that do not exist are unreadable, images that are not listed are counted. If the table has no labels,
     the class folders give them.
     """
-    table = list_image_table(metadata, reading)
+    table = list_image_table(metadata, reading, selection)
     listed = set(table.keys)
     folder_labels = dict(zip(listing.keys, listing.labels or ()))
     if table.labels is None and listed <= set(folder_labels):

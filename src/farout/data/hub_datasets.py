@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ from farout.data.columns import find_columns
 from farout.data.file_listing import Listing
 from farout.data.parquet_files import IMAGE_COLUMNS
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
+from farout.data.source_spec import NO_SELECTION, Selection
 from farout.data.tables import list_table
 from farout.data.torch_datasets import list_dataset
 
 __all__ = ["find_saved_dataset", "list_hub_dataset", "list_saved_dataset"]
 
 
-def list_hub_dataset(dataset: Any, where: str = "the Dataset", reading: ReadSettings = DEFAULT_READING) -> Listing:
+def list_hub_dataset(
+    dataset: Any,
+    where: str = "the Dataset",
+    reading: ReadSettings = DEFAULT_READING,
+    selection: Selection = NO_SELECTION,
+) -> Listing:
     """List a `datasets.Dataset`: by its image column, or as a Dataset of dicts if it has a transform or other types.
 
     Raises:
@@ -32,12 +39,17 @@ def list_hub_dataset(dataset: Any, where: str = "the Dataset", reading: ReadSett
         raise SourceError(f"{where} contains several sets; give one of them: {splits or 'there is none'}")
     features = dataset.features
     if dataset.format["type"] == "custom":
+        selection.check_used(where=where, kind="a Dataset with a transform")
         return list_dataset(dataset, reading=reading)
     images = [name for name, feature in features.items() if isinstance(feature, hub.Image)]
-    if len(images) > 1 and not find_columns(images, IMAGE_COLUMNS):
-        raise SourceError(f"{where} has several columns of images: {', '.join(images)}; keep one: remove_columns([…])")
+    if len(images) > 1 and not selection.column and not find_columns(images, IMAGE_COLUMNS):
+        raise SourceError(
+            f"{where} has several columns of images: {', '.join(images)}; keep one: in Python remove_columns([…]), "
+            f"or of a folder with @column={images[0]}"
+        )
     if images:
-        return list_table(dataset.with_format(None), where, reading=reading)
+        return list_table(dataset.with_format(None), where, reading=reading, selection=selection)
+    selection.check_used(where=where, kind="a Dataset without columns of encoded images")
     is_nested = not all(isinstance(feature, hub.Value | hub.ClassLabel) for feature in features.values())
     return list_dataset(dataset.with_format("numpy" if is_nested else None), reading=reading)
 
@@ -52,18 +64,22 @@ def find_saved_dataset(location: str) -> Path | None:
     return folder if is_saved else None
 
 
-def list_saved_dataset(folder: Path, reading: ReadSettings = DEFAULT_READING) -> Listing:
-    """List a folder written by `Dataset.save_to_disk`.
+def list_saved_dataset(
+    folder: Path, reading: ReadSettings = DEFAULT_READING, selection: Selection = NO_SELECTION
+) -> Listing:
+    """List a folder written by `Dataset.save_to_disk`, or the selected split of one of `DatasetDict.save_to_disk`.
 
     Raises:
-        SourceError: the folder contains several sets, or cannot be read.
+        SourceError: the folder contains several sets and none of them is selected, or cannot be read.
         MissingExtraError: the extra `hub` is not installed.
     """
     if (folder / "dataset_dict.json").is_file():
         splits = read_json(folder / "dataset_dict.json").get("splits")
         names = [str(split) for split in splits] if isinstance(splits, list) else []
-        paths = ", ".join(str(folder / name) for name in names) or "there is none"
-        raise SourceError(f"{folder} contains several sets; give one of them: {paths}")
+        if selection.split not in names:
+            paths = ", ".join(f"{folder}:{name}" for name in names) or "there is none"
+            raise SourceError(f"{folder} contains several sets; give one of them: {paths}")
+        folder, selection = folder / selection.split, replace(selection, split="")
     try:
         import datasets
     except ImportError as error:
@@ -78,4 +94,4 @@ def list_saved_dataset(folder: Path, reading: ReadSettings = DEFAULT_READING) ->
             f"{folder} looks like a folder of Dataset.save_to_disk, but cannot be read "
             f"({type(error).__name__}: {reason}); save it again"
         ) from error
-    return list_hub_dataset(dataset, str(folder), reading)
+    return list_hub_dataset(dataset, str(folder), reading, selection)

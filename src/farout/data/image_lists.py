@@ -102,22 +102,26 @@ def list_image_table(
 def find_metadata(folder: Path, names: Collection[str]) -> str | None:
     """Return the file among `names` that labels the images of a folder, as the `datasets` library's imagefolder does.
 
-    It is `metadata.csv` or `metadata.jsonl` with a column `file_name`. Raises SourceError if there are both.
+    It is `metadata.csv` or `metadata.jsonl` with a column `file_name`. Raises SourceError if there are both, or it is
+    damaged.
     """
-    found = [name for name in names if name.lower() in ("metadata.csv", "metadata.jsonl")]
-    tables = [name for name in found if "file_name" in _read_columns(folder / name)]
+    tables = []
+    for name in names:
+        if name.lower() not in ("metadata.csv", "metadata.jsonl"):
+            continue
+        try:
+            data = read_bytes(folder / name, DEFAULT_READING.max_bytes)
+        except UnreadableImageError:
+            continue
+        text = _decode_text(data, folder / name) if b"f" in data else ""
+        if "file_name" not in text:  # a table of another program, which need not be readable
+            continue
+        parse = _parse_json_lines if name.lower().endswith(".jsonl") else _parse_csv
+        if "file_name" in parse(text, folder / name)[0]:
+            tables.append(name)
     if len(tables) > 1:
         raise SourceError(f"{folder} contains {' and '.join(tables)}; keep one of them, or give it as the source")
     return tables[0] if tables else None
-
-
-def _read_columns(path: Path) -> list[str]:
-    try:
-        text = _decode_text(read_bytes(path, DEFAULT_READING.max_bytes), path)
-        columns, _ = _parse_json_lines(text, path) if path.suffix.lower() == ".jsonl" else _parse_csv(text, path)
-    except (SourceError, UnreadableImageError):
-        return []
-    return columns
 
 
 def _decode_text(data: bytes, path: Path) -> str:

@@ -121,7 +121,7 @@ def _list_spec(spec: SourceSpec, reading: ReadSettings) -> Listing:
     if spec.kind == "path":
         saved = find_saved_dataset(spec.location)
         if saved is not None:
-            return list_saved_dataset(saved, reading)
+            return list_saved_dataset(saved, reading, spec.selection)
         return list_path(spec.location, reading, spec.selection)
     if spec.kind == "hub":
         return list_hub(spec.location, spec.split, reading=reading, selection=spec.selection)

@@ -303,6 +303,21 @@ def test_a_score_of_nothing_but_unreadable_images_fails_after_it_has_written_the
         assert len(pd.read_csv(tmp_path / "r" / "scores.csv")) == (3 if policy == "nan" else 0)
 
 
+def test_a_fit_names_all_unreadable_images_at_once_or_says_how_many_it_skips(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pictures(tmp_path / "images", 44)
+    for name in "abcd":
+        (folder / f"{name}.png").write_text("not a picture")
+    fit = ["fit", "reconstruction", folder, "--diffusion", place / "model", "--out", tmp_path / "d", *FIT]
+    message = refused(capsys, fit, 1)
+    assert "4 of 48 images" in message
+    assert all(f"{name}.png: not an image" in message for name in "abcd")
+    assert main([*map(str, fit), "--policy", "skip"]) == 0  # shows warnings
+    assert "4 of 48 images could not be read: a.png: not an image" in capsys.readouterr().err
+    assert json.loads((tmp_path / "d" / "config.json").read_text())["provenance"]["unreadable"] == 4
+
+
 def test_a_benchmark_with_its_splits_is_refused_by_fit_and_scored_without_masks(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

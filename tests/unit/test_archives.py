@@ -244,6 +244,13 @@ def test_a_tar_cut_anywhere_is_an_error(tmp_path):
     (tmp_path / "x.tar").write_bytes(broken)
     with pytest.raises(SourceError, match="incomplete or damaged at byte 1024"):
         open_source(tmp_path / "x.tar")
+    loop = bytearray(whole)  # a size below 0 leads back to the same header
+    loop[1024 + 124 : 1024 + 136] = b"\xff" * 10 + (-1024).to_bytes(2, "big", signed=True)
+    header = loop[1024:1536]
+    loop[1024 + 148 : 1024 + 156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 8 * 32)
+    (tmp_path / "x.tar").write_bytes(loop)
+    with pytest.raises(SourceError, match=r"is damaged: cat/2\.png has -1024 bytes"):
+        open_source(tmp_path / "x.tar")
     (tmp_path / "x.tar").write_bytes(whole + whole)
     with pytest.raises(SourceError, match="data after its end"):
         open_source(tmp_path / "x.tar")

@@ -263,6 +263,8 @@ def _list_tar(path: Path) -> list[_Member]:
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
                 for entry in archive:
+                    if entry.size < 0:  # from here on, tarfile would read the same headers again and again
+                        raise SourceError(f"{path} is damaged: {entry.name} has {entry.size} bytes")
                     if not entry.isdir():
                         listed.append(_to_member(entry, members))
                         members[listed[-1].name] = listed[-1]

@@ -17,7 +17,7 @@ from farout.core.yaml_files import parse_yaml
 from farout.data.image_source import Policy
 from farout.detectors.base import Scores
 from farout.evaluation.evaluate import TEXT_COLUMNS
-from farout.scoring.folder import read_scores
+from farout.scoring.folder import read_manifest, read_scores
 
 __all__ = [
     "BenchmarkResults",
@@ -171,6 +171,6 @@ def read_scored_folders(folder: Path) -> list[ScoredFolder]:
     """The score folders in a folder, sorted by name; empty if the folder does not exist."""
     scored = []
     for path in sorted(folder.glob("*/manifest.json")):
-        manifest = store.read_json(path)
+        manifest = read_manifest(path.parent)
         scored.append(ScoredFolder(path.parent, str(manifest["source"]), manifest["policy"], read_scores(path.parent)))
     return scored

@@ -20,7 +20,7 @@ from farout.core.chunking import BatchSize, call_in_chunks
 from farout.core.devices import Precision, autocast
 from farout.core.errors import FaroutError, StoreError
 from farout.core.names import find_path
-from farout.core.network_size import check_network
+from farout.core.network_size import limit_parameters
 from farout.core.schema import Schema, check_content, create_dataclass
 from farout.data.preprocessing import Preprocessing
 from farout.diffusion.diffusers_folders import local_folder
@@ -382,9 +382,10 @@ class Classifier:
         preprocessing = create_dataclass(Preprocessing, config["preprocessing"], f"{where}: preprocessing")
         store.check_hashes(path)
         with store.explain_load_errors(path):
-            check_network(spec.build, path / "model.safetensors", spec.name)
-            module = spec.build()
-            load_weights(module, store.load_tensors(path / "model.safetensors"), str(path), spec.name)
+            tensors = store.load_tensors(path / "model.safetensors")
+            with limit_parameters(sum(map(torch.numel, tensors.values())), spec.name, path):
+                module = spec.build()
+            load_weights(module, tensors, str(path), spec.name)
             classifier = cls(
                 module,
                 config["mean"],

@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = [
     "ConstantScoresWarning",
+    "DamagedFileWarning",
     "FaroutError",
     "FaroutWarning",
     "LeftOutWarning",
@@ -86,6 +87,10 @@ class UnknownArgumentError(FaroutError, TypeError):
 
 class FaroutWarning(UserWarning):
     """Base class of all warnings of this library."""
+
+
+class DamagedFileWarning(FaroutWarning):
+    """A file that farout wrote was changed or cut short; what it contained is computed again."""
 
 
 class NaNScoresWarning(FaroutWarning):

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 
-from farout.core.errors import FaroutError, MissingExtraError, StoreError
+from farout.core.errors import FaroutError, MissingExtraError, StoreError, WriteError
 from farout.core.file_errors import write_errors
 from farout.core.files import flush_file, flush_folder, hash_file, open_regular_file, read_file
 from farout.core.interruption import defer_interruption
@@ -46,6 +46,7 @@ __all__ = [
     "read_config",
     "read_hashes",
     "read_json",
+    "read_sealed_json",
     "resume_config",
     "save_tensors",
     "versions",
@@ -53,6 +54,7 @@ __all__ = [
     "write_folder_hashes",
     "write_hashes",
     "write_json",
+    "write_sealed_json",
 ]
 
 _COMMANDS = {"detector": "fit", "diffusion model": "train diffusion", "classifier": "train classifier"}
@@ -65,6 +67,7 @@ _MAX_JSON_BYTES, _MAX_JSON_DEPTH = 2**28, 100
 _MAX_LIST_BYTES = 2**31
 _UNHASHED = re.compile(r"README\.md|\..*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 """Model cards, hidden files and what systems add by themselves: they decide no score and may come and go."""
+_SEAL = "sha256"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -157,6 +160,10 @@ def atomic_folder(path: str | Path, kind: str | None) -> Iterator[Path]:
             with defer_interruption():  # between two renames, neither the old nor the new folder is in place
                 _replace_folder(path, temporary)
             flush_folder(path.parent)
+        except WriteError as error:  # of a file in the temporary folder, whose name means nothing to the user
+            if temporary not in Path(error.filename).parents:
+                raise
+            raise WriteError(path, error.strerror or str(error), error.errno, error.hint) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -196,6 +203,24 @@ def read_json(path: str | Path) -> dict[str, Any]:
             digits, deep nesting, and text that is not valid Unicode.
     """
     return _parse_json(path, _read_text(expand_path(path), _MAX_JSON_BYTES))
+
+
+def write_sealed_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """As `write_json`, with an additional last entry `sha256`: the hash of the others."""
+    plain = json.loads(json.dumps(content, allow_nan=False))  # as it is read back
+    write_json(path, {**plain, _SEAL: _hash_json(plain)})
+
+
+def read_sealed_json(path: str | Path) -> dict[str, Any]:
+    """Read what `write_sealed_json` wrote, without the hash; raises StoreError if any entry was changed."""
+    content = read_json(path)
+    if content.pop(_SEAL, None) != _hash_json(content):
+        raise StoreError(f"{path} was changed: its SHA-256 is not the one that it contains")
+    return content
+
+
+def _hash_json(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_format_json(content).encode()).hexdigest()
 
 
 def _read_text(path: str | Path, limit: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,11 @@ def local_folder(folder: str | Path) -> Path:
 
 
 def is_farout_folder(folder: Path) -> bool:
-    """Whether farout wrote the folder, according to its `config.json`."""
-    path = folder / "config.json"
-    return path.is_file() and "farout" in store.read_json(path)
+    """Whether farout wrote the folder: diffusers writes no `hashes.json`, and nothing of farout to `config.json`."""
+    config = folder / "config.json"
+    return os.path.lexists(folder / store.HASHES_FILE) or (
+        os.path.lexists(config) and "farout" in store.read_json(config)
+    )
 
 
 def requires_class_names(folder: Path) -> bool:
@@ -216,7 +219,12 @@ def read_sample_size(folder: Path, network: nn.Module) -> tuple[int, int]:
     size: Any = network_config(network)["sample_size"]
     if size is None:
         raise StoreError(f"{folder}: the network's config.json has no sample_size, the side of its input; add it")
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise StoreError(
+            f"{folder}: sample_size in the network's config.json is {size!r:.100}; expected one or two sides"
+        )
+    return sides
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +16,7 @@ from farout.core import store
 from farout.core.chunking import BatchSize
 from farout.core.devices import Precision
 from farout.core.errors import StoreError
-from farout.core.network_size import check_network
+from farout.core.network_size import limit_parameters, read_shapes
 from farout.core.schema import Schema, check_content, create_dataclass
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.diffusers_folders import local_folder
@@ -214,10 +215,10 @@ class FeatureDiffusion:
 
 
 def _read_denoiser(folder: Path) -> FeatureDenoiser:
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    arguments = {name: value for name, value in store.read_json(folder / "config.json").items() if name[0] != "_"}
-    check_network(lambda: FeatureDenoiser(**arguments), weights, "the network of its config.json")
+    shapes = read_shapes(folder / "diffusion_pytorch_model.safetensors")
+    store.read_json(folder / "config.json")  # raises for what diffusers cannot read
     try:
-        return FeatureDenoiser.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        with limit_parameters(sum(map(math.prod, shapes.values())), "the network of its config.json", folder):
+            return FeatureDenoiser.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise StoreError(f"the weights in {folder} cannot be read ({error})") from error

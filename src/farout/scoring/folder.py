@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
 from farout.core import store
 from farout.core.csv_files import read_csv, write_csv
 from farout.core.errors import (
+    DamagedFileWarning,
     FaroutError,
     MisleadingResultWarning,
     StoreError,
     TooFewImagesWarning,
     UnreadableImageError,
 )
+from farout.core.files import hash_file
 from farout.core.names import expand_path, find_path
 from farout.core.progress import task
+from farout.core.schema import Schema, check_content
 from farout.data.image_source import ImageSource, Policy
 from farout.data.preprocessing import find_mismatches
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
@@ -36,11 +42,32 @@ from farout.detectors.calibration import benjamini_hochberg, check_fitted, warn_
 from farout.detectors.saving import describe_detector
 from farout.report.score_page import write_score_page
 
-__all__ = ["ScoredFolder", "read_scores", "score_folder"]
+__all__ = ["ScoredFolder", "read_manifest", "read_scores", "score_folder"]
 
 _IMAGES_PER_PART = 256
 """Images measured between two files on disk."""
-_SETTINGS_FILE, _PARTS, _MANIFEST = "settings.json", "parts", "manifest.json"
+_SETTINGS_FILE, _PARTS, _MANIFEST, _MEASUREMENTS = "settings.json", "parts", "manifest.json", "measurements.parquet"
+
+
+class _ManifestContent(BaseModel):
+    """What is read of `manifest.json`; other entries are for people and for the page."""
+
+    source: str
+    policy: Literal["raise", "skip", "nan"]
+    content: str
+    files: dict[str, str]
+    counts: dict[str, int]
+    flagged: int
+    unreadable: dict[str, str]
+
+
+class _PartContent(Schema):
+    """The file next to the measurements of a part."""
+
+    unreadable: dict[str, str]
+    empty: bool
+    content: str
+    measurements: str
 
 
 @dataclass(frozen=True)
@@ -122,8 +149,9 @@ def score_folder(
     parts = [
         range(start, min(start + _IMAGES_PER_PART, len(source))) for start in range(0, len(source), _IMAGES_PER_PART)
     ]
-    if (out / _MANIFEST).is_file() and (out / "scores.csv").is_file():
-        manifest, scored_now, seconds = store.read_json(out / _MANIFEST), 0, 0.0
+    manifest = _read_finished(out, source, parts)
+    if manifest is not None:
+        scored_now, seconds = 0, 0.0
         _check_content(_hash([_hash_content(source.subset(part)) for part in parts]), manifest["content"], out)
     else:
         started = time.perf_counter()
@@ -134,7 +162,7 @@ def score_folder(
         manifest["top_images"] = top_images
         write_score_page(detector, source, _read_table(out / "scores.csv"), manifest, out, top_images=top_images)
         # the manifest is written last: a folder with a manifest is finished
-        store.write_json(out / _MANIFEST, manifest)
+        store.write_sealed_json(out / _MANIFEST, manifest)
     shutil.rmtree(out / _PARTS, ignore_errors=True)
     source.warn_about_reading()
     return ScoredFolder(out, manifest["counts"], manifest["flagged"], manifest["unreadable"], scored_now, seconds)
@@ -144,14 +172,90 @@ def read_scores(path: str | Path) -> Scores:
     """Read scores from a scored folder or from any `.csv` or `.parquet` table with columns key and score."""
     path = find_path(path)
     file = path / "scores.csv" if path.is_dir() else path
+    if path.is_dir() and os.path.lexists(path / _MANIFEST):
+        _check_file(path, read_manifest(path), file.name)
+    elif path.is_dir() and os.path.lexists(path / _SETTINGS_FILE):
+        raise StoreError(f"{path} is not finished; run the same `farout score` again")
     if not file.is_file():
         raise StoreError(f"there is no score table {file}")
     try:
         return Scores.from_frame(_read_table(file))
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {error.strerror or error}") from error
     except FaroutError as error:
         raise StoreError(f"{file}: {error}") from error
-    except (ValueError, TypeError) as error:
+    except (pa.ArrowException, LookupError, OverflowError, TypeError, ValueError) as error:
         raise StoreError(f"{file} cannot be read as a score table ({error}); expected columns key and score") from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a scored folder; raises StoreError if it is missing, or was changed after it was written."""
+    manifest = store.read_sealed_json(folder / _MANIFEST)
+    check_content(manifest, _ManifestContent, str(folder / _MANIFEST))
+    return manifest
+
+
+def _check_file(folder: Path, manifest: dict[str, Any], name: str) -> None:
+    """Raise StoreError unless a file of the results is as it was written."""
+    try:
+        is_unchanged = hash_file(folder / name) == manifest["files"].get(name)
+    except FileNotFoundError:
+        raise StoreError(f"{folder / name} is missing") from None
+    except OSError as error:
+        raise StoreError(f"{folder / name} cannot be read: {error.strerror or error}") from error
+    if not is_unchanged:
+        raise StoreError(
+            f"{folder / name} was changed after it was written (its SHA-256 is not that of {_MANIFEST}); run the same "
+            "`farout score` again, or give an edited table as a file, under another name"
+        )
+
+
+def _read_finished(out: Path, source: ImageSource, parts: list[range]) -> dict[str, Any] | None:
+    """The manifest of finished results; None if they are not finished.
+
+    Damaged results are named in a warning and count as not finished. If the measurements are not damaged, the parts are
+    restored from them, so that no network runs again.
+    """
+    if not os.path.lexists(out / _MANIFEST):
+        return None
+    manifest = None
+    try:
+        manifest = read_manifest(out)
+        for name in manifest["files"]:
+            _check_file(out, manifest, name)
+        return manifest
+    except StoreError as error:
+        what = str(error).partition(";")[0]
+        warnings.warn(f"{what}; the results are written again", DamagedFileWarning, stacklevel=3)
+    if manifest is not None:
+        contents = [_hash_content(source.subset(part)) for part in parts]
+        _check_content(_hash(contents), manifest["content"], out)
+        with suppress(StoreError):
+            _check_file(out, manifest, _MEASUREMENTS)
+            _restore_parts(source, parts, contents, manifest["unreadable"], out)
+    _remove(out / _MANIFEST)  # last: an interruption in between leaves damaged results, not unfinished ones
+    return None
+
+
+def _restore_parts(
+    source: ImageSource, parts: list[range], contents: list[str], unreadable: dict[str, str], out: Path
+) -> None:
+    """Write the parts of finished results from their measurements."""
+    measurements = Measurements.read_parquet(out / _MEASUREMENTS)
+    rows = {key: row for row, key in enumerate(measurements.keys)}
+    for part, content in zip(parts, contents, strict=True):
+        keys = source.keys[part.start : part.stop]
+        found = [rows[key] for key in keys if key in rows]
+        reasons = {key: unreadable[key] for key in keys if key in unreadable}
+        _write_part(_part_path(out, part), measurements.select(found) if found else None, reasons, content)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder that is in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _read_table(file: Path) -> pd.DataFrame:
@@ -192,8 +296,8 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> None:
         others = sorted(path.name for path in existing if not path.name.startswith(f".{_SETTINGS_FILE}."))
         if others:
             raise StoreError(f"{out} is not empty ({', '.join(others[:3])}, …); give a new folder for the results")
-        store.write_json(out / _SETTINGS_FILE, settings)
-    before = store.read_json(out / _SETTINGS_FILE)
+        store.write_sealed_json(out / _SETTINGS_FILE, settings)
+    before = store.read_sealed_json(out / _SETTINGS_FILE)
     differences = [
         f"{name}: {before.get(name)} before, {value} now"
         for name, value in settings.items()
@@ -222,10 +326,9 @@ def _measure_parts(detector: Detector, source: ImageSource, parts: list[range], 
     """Write the measurements of each part to a file of its own, unless it exists; returns the images measured."""
     missing = []
     for part in parts:
-        path = _part_path(out, part)
-        if path.is_file():
-            content = store.read_json(path.with_suffix(".json"))["content"]
-            _check_content(_hash_content(source.subset(part)), content, out)
+        part_info = _read_part_info(_part_path(out, part))
+        if part_info is not None:
+            _check_content(_hash_content(source.subset(part)), part_info["content"], out)
         else:
             missing.append(part)
     measured = 0
@@ -237,12 +340,40 @@ def _measure_parts(detector: Detector, source: ImageSource, parts: list[range], 
                     measurements.append(detector.measure(batch))
                     measured += len(batch.keys)
                 bar.advance(len(batch.keys))
-            part_info = {"unreadable": images.unreadable, "empty": not measurements, "content": _hash_content(images)}
-            store.write_json(path.with_suffix(".json"), part_info)
-            with store.atomic_file(path) as temporary:
-                if measurements:
-                    Measurements.join(measurements).write_parquet(temporary)
+            joined = Measurements.join(measurements) if measurements else None
+            _write_part(path, joined, images.unreadable, _hash_content(images))
     return measured
+
+
+def _write_part(path: Path, measurements: Measurements | None, unreadable: dict[str, str], content: str) -> None:
+    """Write the measurements of a part, and then what is known about it: a part with both files is complete."""
+    with store.atomic_file(path) as temporary:
+        if measurements is not None:
+            measurements.write_parquet(temporary)
+    part_info = {
+        "unreadable": unreadable,
+        "empty": measurements is None,
+        "content": content,
+        "measurements": hash_file(path),
+    }
+    store.write_sealed_json(path.with_suffix(".json"), part_info)
+
+
+def _read_part_info(path: Path) -> dict[str, Any] | None:
+    """What `_write_part` wrote; None for a part that is not complete or, with a warning, damaged."""
+    if not os.path.lexists(path) or not os.path.lexists(path.with_suffix(".json")):
+        return None
+    try:
+        part_info = store.read_sealed_json(path.with_suffix(".json"))
+        check_content(part_info, _PartContent, str(path.with_suffix(".json")))
+        if hash_file(path) != part_info["measurements"]:
+            raise StoreError(f"{path} was changed after it was written")
+    except (StoreError, OSError) as error:
+        warnings.warn(f"{error}; these images are measured again", DamagedFileWarning, stacklevel=4)
+        _remove(path)
+        _remove(path.with_suffix(".json"))
+        return None
+    return part_info
 
 
 def _write_tables(
@@ -256,7 +387,7 @@ def _write_tables(
         writer = None
         for part in parts:
             path, keys = _part_path(out, part), source.keys[part.start : part.stop]
-            part_info = store.read_json(path.with_suffix(".json"))
+            part_info = store.read_sealed_json(path.with_suffix(".json"))
             unreadable |= part_info["unreadable"]
             contents.append(part_info["content"])
             part_scores = Scores.empty(detector.calibration_scores)
@@ -266,7 +397,7 @@ def _write_tables(
                 part_scores.measurements = None  # one part in memory at a time
                 table = measurements.to_table()
                 if writer is None:  # no file where no image could be read
-                    temporary = stack.enter_context(store.atomic_file(out / "measurements.parquet"))
+                    temporary = stack.enter_context(store.atomic_file(out / _MEASUREMENTS))
                     file = stack.enter_context(temporary.open("wb"))  # pyarrow opens only paths in UTF-8
                     writer = stack.enter_context(pq.ParquetWriter(file, table.schema, compression="zstd"))
                 writer.write_table(table)
@@ -278,8 +409,10 @@ def _write_tables(
     if fdr is not None:
         frame.insert(4, "selected", benjamini_hochberg(joined.p_value, fdr))
     write_csv(frame, out / "scores.csv")
+    written = [name for name in ("scores.csv", _MEASUREMENTS) if (out / name).is_file()]
     return {
         "content": _hash(contents),
+        "files": {name: hash_file(out / name) for name in written},
         "about": describe_detector(detector),
         "counts": dict(sorted(Counter(joined.status).items())),
         "flagged": int(joined.is_ood.sum()),

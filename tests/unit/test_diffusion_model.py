@@ -216,7 +216,8 @@ def test_networks_that_predict_something_else_are_refused(tmp_path: Path) -> Non
 
 def test_a_network_that_does_not_say_its_size_is_refused(tmp_path: Path) -> None:
     model().save(tmp_path)
-    (tmp_path / "config.json").unlink()
+    for name in ("config.json", "hashes.json"):  # what is left is a folder of diffusers
+        (tmp_path / name).unlink()
     path = tmp_path / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": None}))
     with pytest.raises(StoreError, match="sample_size"):

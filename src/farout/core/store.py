@@ -334,8 +334,9 @@ def check_hashes(folder: str | Path) -> None:
         raise StoreError(f"{error.filename} cannot be read: {error.strerror or error}") from error
     for name, expected in files.items():
         if name not in existing:
-            problem = "cannot be read" if os.path.lexists(folder / name) else "is missing, the folder is incomplete"
-            raise StoreError(f"{folder / name} {problem}; {_RESTORE}")
+            what = "the weights " if name.endswith(".safetensors") else ""
+            problem = "cannot be read" if os.path.lexists(folder / name) else "are missing" if what else "is missing"
+            raise StoreError(f"{what}{folder / name} {problem}, the folder is incomplete; {_RESTORE}")
         try:
             found = hash_file(folder / name)
         except OSError as error:

@@ -377,7 +377,7 @@ def test_damaged_files_are_source_errors_or_unreadable_images(tmp_path):
         with pytest.raises(SourceError, match=r"x\.parquet cannot be read as parquet"):
             open_source(path)
     random = np.random.default_rng(0)
-    for _ in range(150):
+    for _ in range(300):
         damaged = bytearray(data)
         for place in random.integers(0, len(data), 5):
             damaged[place] ^= 1 << int(random.integers(8))

@@ -162,6 +162,7 @@ class _Shard:
     def read(cls, path: Path) -> _Shard:
         """Read the header; raises SourceError."""
         with _parquet_errors(path), _open_parquet(path) as file:
+            str(file.schema_arrow)  # decodes all names, some of which may be damaged
             return cls(path, file.schema_arrow, file.metadata)
 
     @property
@@ -174,11 +175,13 @@ class _Shard:
 
         Equal texts are one object: repeated ones need little space in the file, and must not in memory.
         """
-        texts = _text_columns(self.metadata, name)
         top, *fields = [name] if name in self.schema.names else name.split(".")
-        with _parquet_errors(self.path), _open_parquet(self.path, read_dictionary=texts) as file:
-            values: list[Any] = []
-            for chunk in file.read(columns=[name]).column(top).chunks:
+        values: list[Any] = []
+        with _parquet_errors(self.path):
+            texts = _text_columns(self.metadata, name)
+            with _open_parquet(self.path, read_dictionary=texts) as file:
+                chunks = file.read(columns=[name]).column(top).chunks
+            for chunk in chunks:
                 if pa.types.is_dictionary(chunk.type):
                     dictionary = chunk.dictionary.to_pylist()
                     values += [None if index is None else dictionary[index] for index in chunk.indices.to_pylist()]
@@ -334,13 +337,14 @@ def _check_row_groups(shards: Sequence[_Shard], column: _ImageColumn, reading: R
     """Raise SourceError for a row group whose images exceed the byte limit when they are decompressed."""
     for shard in shards:
         for number in range(shard.metadata.num_row_groups):
-            group = shard.metadata.row_group(number)
-            chunks = [group.column(index) for index in range(group.num_columns)]
-            size = sum(
-                chunk.total_uncompressed_size
-                for chunk in chunks
-                if chunk.path_in_schema.split(".")[0] == column.name.split(".")[0]
-            )
+            with _parquet_errors(shard.path):
+                group = shard.metadata.row_group(number)
+                chunks = [group.column(index) for index in range(group.num_columns)]
+                size = sum(
+                    chunk.total_uncompressed_size
+                    for chunk in chunks
+                    if chunk.path_in_schema.split(".")[0] == column.name.split(".")[0]
+                )
             if size > reading.max_bytes:
                 raise SourceError(
                     f"{shard.path}, column {column.label}: row group {number} needs {size} bytes of memory, and the "

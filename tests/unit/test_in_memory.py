@@ -236,6 +236,7 @@ def test_keys_of_paths_are_the_paths(tmp_path, monkeypatch):
     assert open_source([("b/1.png", "dog"), ("a/1.png", "cat")]).class_names == ("cat", "dog")
     with pytest.raises(SourceError, match="more than once"):
         open_source(["a/1.png", "a/1.png"])
+    assert open_source(np.array(["b/1.png", "a/1.png"])).keys == ("b/1.png", "a/1.png")
     with pytest.raises(SourceError, match="folder itself"):
         open_source(["a", "b"])
     scored, unreadable = read_all(open_source(["missing.png", "a/1.png", "a"]))
@@ -285,6 +286,8 @@ def test_objects_that_convert_to_arrays():
             return self.values
 
     assert len(open_source(Foreign(IMAGES.numpy()))) == 5
+    pairs = [(Foreign(IMAGES[n].numpy()), Foreign(np.array(n))) for n in (3, 1)]
+    assert open_source(iter(pairs)).labels == (3, 1)
     scored, unreadable = read_all(open_source([IMAGES[0], Foreign(np.zeros(7), (3, 8, 8)), Foreign(np.zeros(7), 3)]))
     assert scored == ["0"]
     assert list(unreadable) == ["1", "2"]
@@ -505,6 +508,8 @@ def test_names_of_classes_only_if_they_fit():
     assert open_source(Items(*pairs, classes=[("a", "A"), ("b",), ("c",)])).class_names == ("a, A", "b", "c")
     for unfit in (["a", "b"], ["a", "a", "b"], 3, [], None, "abc"):
         assert open_source(Items(*pairs, classes=unfit)).class_names is None
+    texts = Items(*pairs, classes=["a", "b", "c"], targets=list("abcba"))
+    assert open_source(texts).class_names == ("a", "b", "c")
     other_targets = Items(*pairs, classes=["a", "b", "c"], targets=[1, 2, 0, 2, 1])  # the names are those of targets
     assert open_source(other_targets).class_names is None
     assert open_source(Subset(Items(*pairs, classes=["a", "b", "c"]), [3, 0])).class_names == ("a", "b", "c")
@@ -670,6 +675,21 @@ def test_iterable_datasets():
     assert source.class_names == ("a", "b")
     assert torch.equal(source[4], IMAGES[4])
     assert open_source(DataLoader(Stream(*IMAGES), batch_size=2)).fingerprint() == open_source(IMAGES).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "as_item", [lambda i, n: i, lambda i, n: (i, torch.tensor(n)), lambda i, n: {"image": i, "label": n}]
+)
+def test_data_loaders_without_batches(as_item):
+    items = [as_item(image, 4 - n) for n, image in enumerate(IMAGES)]
+    labels = None if isinstance(items[0], torch.Tensor) else (4, 3, 2, 1, 0)
+    batches = [torch.utils.data.default_collate(items[:2]), torch.utils.data.default_collate(items[2:])]
+    for given in (Stream(*items), Stream(*batches)):
+        source = open_source(DataLoader(given, batch_size=None))
+        assert source.labels == labels
+        assert [source[i].equal(IMAGES[i]) for i in range(5)] == [True] * 5
+    unbatched = open_source(DataLoader(Items(*items), batch_size=None, collate_fn=lambda item: item))
+    assert (len(unbatched), unbatched.labels) == (5, labels)
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"batch_size": None}, {"batch_size": 4, "num_workers": 1}])

@@ -407,6 +407,8 @@ def class_of(label: object, key: str) -> int | float | str | bool | list[Any] | 
     Raises:
         SourceError: the label is no class, such as 0.5 or an image.
     """
+    if _is_array_like(label) and not isinstance(label, Tensor | np.ndarray | np.generic):
+        label = np.asarray(label)  # arrays of TensorFlow and JAX
     if isinstance(label, Tensor | np.ndarray | np.generic):
         is_vector = label.ndim < 2 or math.prod(label.shape) == max(label.shape)  # also (1, K)
         label = label.reshape(-1).tolist() if is_vector else label

@@ -104,7 +104,12 @@ def _order_of(loader: DataLoader[Any]) -> list[int]:
 
 def _items_of(loader: DataLoader[Any]) -> Iterator[object]:
     for batch in loader:
-        yield from _split_batch(batch)
+        # With batch_size=None a DataLoader gives the items of its Dataset, which may be batches themselves.
+        image = split_item(batch)[0] if loader.batch_sampler is None else None
+        if image is None or len(getattr(image, "shape", ())) == 4:
+            yield from _split_batch(batch)
+        else:
+            yield batch
 
 
 def _split_batch(batch: Any) -> list[Any]:

@@ -42,8 +42,9 @@ def list_object(images: Any, memory_mib: int = 1024, reading: ReadSettings = DEF
         return list_items([images], name, reading)
     if isinstance(images, pd.DataFrame):
         raise SourceError("cannot read images from a DataFrame; give a column, such as table['path'], or a .csv file")
-    if isinstance(images, pd.Series | pd.Index | deque):
-        return list_items(list(images), name, reading)
+    is_text_array = isinstance(images, np.ndarray) and images.dtype.kind in "UT"  # of paths
+    if is_text_array or isinstance(images, pd.Series | pd.Index | deque):
+        return list_items([*images], name, reading)
     if isinstance(images, Tensor) and images.is_nested:
         return list_items(list(images.unbind()), "the nested tensor", reading)
     if isinstance(images, np.lib.npyio.NpzFile):

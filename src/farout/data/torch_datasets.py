@@ -63,7 +63,7 @@ def list_dataset(dataset: Any, memory_mib: int = 1024, reading: ReadSettings = D
     count = _length_of(dataset, name)
     reader = _DatasetReader(dataset, reading)
     pairs = _probe(reader, count, name)
-    if all(label is NO_LABEL for _, label in pairs.values()):
+    if pairs and all(label is NO_LABEL for _, label in pairs.values()):
         return Listing(index_keys(count), reader)
     known = _known_labels(dataset)
     if known is not None and len(known) == count and _agree(known, pairs):
@@ -227,7 +227,8 @@ def _fitting_names(dataset: Any, labels: Sequence[int] | None) -> tuple[str, ...
         targets = targets.tolist()
     if type(dataset) is Subset and isinstance(targets, list | tuple):
         targets = _select(targets, dataset.indices)
-    if isinstance(targets, list) and len(targets) == len(labels) and list(targets) != list(labels):
+    is_number = isinstance(targets, list) and all(isinstance(target, int | np.integer) for target in targets)
+    if is_number and len(targets) == len(labels) and targets != list(labels):
         return None
     names = tuple(
         encode_name(", ".join(map(str, name)) if isinstance(name, tuple | list) else str(name)) for name in classes

@@ -21,7 +21,7 @@ from farout.classifiers.config import ClassifierConfig
 from farout.classifiers.outlier_exposure import Exposure
 from farout.classifiers.presets import PRESETS as CLASSIFIER_PRESETS
 from farout.core.errors import FaroutError, suggest_names
-from farout.core.names import encode_name, find_path
+from farout.core.names import encode_name_once, find_path
 from farout.core.registry import Registry
 from farout.core.yaml_files import YAMLError, describe_kind, dump_yaml, read_yaml
 from farout.data.preprocessing import Protocol
@@ -146,7 +146,7 @@ def _encode_sources(value: Any) -> Any:
         return {name: _encode_sources(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_encode_sources(each) for each in value]
-    return encode_name(value) if isinstance(value, str) else value
+    return encode_name_once(value) if isinstance(value, str) else value
 
 
 def to_yaml(spec: BenchmarkSpec) -> str:

@@ -18,7 +18,7 @@ import jsonargparse
 from jsonargparse._actions import _ActionConfigLoad
 
 from farout.core.errors import UsageError, suggest_names
-from farout.core.names import find_path
+from farout.core.names import encode_file_name, find_path
 from farout.core.yaml_files import YAMLError, describe_kind, dump_yaml, parse_yaml, read_yaml
 
 __all__ = ["Parser", "format_default", "format_usage", "list_item_type"]
@@ -160,10 +160,14 @@ class Parser(jsonargparse.ArgumentParser):
                 continue
             item = None if action is None else list_item_type(action)
             if item is None:
+                is_text = action is not None and str in _union_members(_type_of(action))
                 is_none = value == "None" if equals else rest[:1] == ["None"]
                 if is_none and action is not None and type(None) in typing.get_args(_type_of(action)):
                     joined.append(f"{flag}=null")  # descriptions say None, YAML says null
                     del rest[: 0 if equals else 1]
+                elif is_text and re.match(r"[#&!]|~$", value if equals else "".join(rest[:1])):
+                    name = value if equals else rest.pop(0)
+                    joined.append(f"{flag}={'~/' if name == '~' else f'./{name}'}")  # YAML takes `#x` for nothing
                 elif action is not None and not equals and re.match(r"-[0-9.]", rest[0] if rest else ""):
                     joined.append(f"{flag}={rest.pop(0)}")  # argparse takes -1000:3000 for a flag
                 else:
@@ -174,10 +178,11 @@ class Parser(jsonargparse.ArgumentParser):
                 if values and item is not str and not re.match(r"-?[0-9.]", rest[0]):
                     break  # `--levels 50 200 images/`: the folder is not a level
                 values.append(rest.pop(0))
-            if len(values) == 1 and (values[0].startswith("[") or values[0] == "null"):
+            if len(values) == 1 and (re.fullmatch(r"\[.*\]", values[0], re.DOTALL) or values[0] == "null"):
                 joined.append(f"{flag}={values[0]}")
             elif values:
-                joined.append(f"{flag}={json.dumps(values) if item is str else '[' + ','.join(values) + ']'}")
+                items = map(_quote_text, values) if item is str else values
+                joined.append(f"{flag}=[{','.join(items)}]")
             else:
                 joined.append(flag)
         return files + joined
@@ -244,6 +249,14 @@ def _read_settings(path: str) -> dict[str, Any]:
     if not isinstance(content, dict | None):
         raise UsageError(f"{path} contains {describe_kind(content)}; expected lines of settings, such as `alpha: 0.1`")
     return _normalize_keys(content or {})
+
+
+def _quote_text(text: str) -> str:
+    """A text as YAML has it; file names that are not UTF-8, which YAML cannot contain, are encoded like keys."""
+    if re.search("[\ud800-\udfff]", text):
+        text = encode_file_name(text)
+    quoted = json.dumps(text, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\ufeff\ufffe\uffff]", lambda sign: f"\\u{ord(sign[0]):04x}", quoted)
 
 
 def _normalize_keys(settings: Mapping[str, Any]) -> dict[str, Any]:

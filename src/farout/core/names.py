@@ -23,6 +23,7 @@ __all__ = [
     "encode_file_name",
     "encode_key",
     "encode_name",
+    "encode_name_once",
     "expand_path",
     "find_equivalent_name",
     "find_equivalent_path",
@@ -104,6 +105,11 @@ def decode_file_name(key: str) -> str:
 def encode_name(text: str) -> str:
     """Encode the name of a class, group or source like a key, in Unicode normalization form C."""
     return encode_key(normalize_name(_decode_as_utf8(text)))
+
+
+def encode_name_once(text: str) -> str:
+    """Encode a name like `encode_name`, unless it already is encoded, as a name copied from a table of results."""
+    return text if encode_name(decode_key(text)) == text else encode_name(text)
 
 
 def _decode_as_utf8(text: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from farout.core.errors import LeftOutWarning, SourceError
-from farout.core.names import encode_name
+from farout.core.names import decode_key, encode_name, encode_name_once
 from farout.data import catalog
 from farout.data.file_listing import Listing
 from farout.data.hub_datasets import find_saved_dataset, list_saved_dataset
@@ -105,7 +105,7 @@ def _open_spec(text: str | Path, policy: Policy, memory_mib: int, reading: ReadS
     spec = parse_source(text)
     listing = _list_spec(spec, reading)
     source = ImageSource(
-        encode_name(str(text)),
+        encode_name_once(str(text)),
         listing,
         policy=policy,
         variant=spec.variant,
@@ -178,8 +178,9 @@ def _parse_class(token: str, listing: Listing, spec: SourceSpec) -> list[int]:
         return [label for n in range(int(first), int(last) + 1) for label in _parse_class(str(n), listing, spec)]
     if encode_name(token) in names:
         return [names.index(encode_name(token))]
-    if token in names:  # as farout shows it
-        return [names.index(token)]
+    shown = (token, encode_name(decode_key(token)))  # as farout shows it; `%2C` is a comma in a name
+    if any(name in names for name in shown):
+        return [names.index(name) for name in shown if name in names][:1]
     known = range(len(names)) if names else sorted(set(listing.labels or ()))
     # an index is no class where the names look like numbers: of the names 01 and 1, 0 means neither
     if re.fullmatch(r"-?[0-9]{1,18}", token) and int(token) in known and not any(map(_is_number, names)):

@@ -15,7 +15,7 @@ import torch
 
 from farout.core.csv_files import write_csv
 from farout.core.errors import FaroutError, MisleadingResultWarning
-from farout.core.names import encode_name, expand_path
+from farout.core.names import encode_name_once, expand_path
 from farout.data.image_source import ImageSource
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.detectors.base import Detector
@@ -293,7 +293,7 @@ def evaluate_scores(files: Sequence[str | Path], out: str | Path | None = None) 
         )
     in_distribution = scores_by_indicator(read_scores(files[0]))
     rows = []
-    names = [encode_name(str(file)) for file in files]
+    names = [encode_name_once(str(file)) for file in files]
     for file, name in zip(files[1:], names[1:], strict=True):
         ood = scores_by_indicator(read_scores(file))
         for indicator in (name for name in in_distribution if name in ood):

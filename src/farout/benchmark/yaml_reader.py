@@ -80,7 +80,7 @@ def read_benchmark(
         content = read_yaml(path)
     except YAMLError as error:
         raise FaroutError(f"{path} is not a YAML file ({error})") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict | None):
         raise FaroutError(
             f"{path} contains {describe_kind(content)}; expected settings by name, such as `train: SOURCE`"
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from farout.core.errors import MissingExtraError, SourceError, UnreadableImageError
+from farout.core.hub import explain_failure, hub_access
 from farout.core.names import encode_name
 from farout.data.columns import (
     attach_class_names,
@@ -44,15 +45,17 @@ def list_hub(
     except ImportError as error:
         raise MissingExtraError(f'hf://{location} requires the datasets library: pip install "farout[hub]"') from error
     owner, name, *config = location.split("/")
-    try:
-        table = datasets.load_dataset(f"{owner}/{name}", name=config[0] if config else None, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(
-            f"hf://{location}:{split} cannot be loaded ({type(error).__name__}: {reason}); check the connection, the "
-            "name, the split and your access, or save the set as $FAROUT_DATA/<name>/<split>.parquet and use "
-            "<name>:<split>"
-        ) from error
+    with hub_access() as obstacle:
+        try:
+            table = datasets.load_dataset(f"{owner}/{name}", name=config[0] if config else None, split=split)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = explain_failure(error, obstacle)
+            if reason != obstacle:
+                reason = f"{type(error).__name__}: {reason}"
+            raise SourceError(
+                f"hf://{location}:{split} cannot be loaded ({reason}); check the connection, the name, the split and "
+                "your access, or save the set as $FAROUT_DATA/<name>/<split>.parquet and use <name>:<split>"
+            ) from error
     return list_table(table, f"hf://{location}:{split}", image, label, reading, selection)
 
 

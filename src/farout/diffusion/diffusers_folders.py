@@ -13,6 +13,7 @@ from torch import nn
 
 from farout.core import store
 from farout.core.errors import FaroutError, MissingExtraError, StoreError
+from farout.core.hub import explain_failure, hub_access
 from farout.core.names import find_path
 from farout.core.network_size import limit_parameters, read_shapes
 from farout.diffusion.conditioning.base import Conditioning
@@ -62,13 +63,14 @@ def local_folder(folder: str | Path) -> Path:
         raise MissingExtraError('models from the hub require `pip install "farout[hub]"`') from error
     name = str(folder).removeprefix("hf://")
     patterns = ["*.json", "*.safetensors", "*.bin", "tokenizer/*.txt", "trained_on.txt"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise StoreError(
-            f"{folder} cannot be downloaded ({reason}); download it by other means and give the folder"
-        ) from error
+    with hub_access() as obstacle:
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            reason = explain_failure(error, obstacle)
+            raise StoreError(
+                f"{folder} cannot be downloaded ({reason}); download it by other means and give the folder"
+            ) from error
 
 
 def is_farout_folder(folder: Path) -> bool:

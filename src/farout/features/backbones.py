@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from farout.core.errors import FaroutError, StoreError
 from farout.core.files import open_regular_file
+from farout.core.hub import explain_failure, hub_access
 from farout.core.names import find_path
 
 __all__ = [
@@ -259,11 +260,12 @@ def _download_network(name: str, layers: tuple[int, ...], size: int) -> nn.Modul
     build_network(
         name, layers, size
     )  # errors of the arguments are raised here; all others below come from the download
-    try:
-        return build_network(name, layers, size, pretrained=True)
-    except Exception as error:
-        cause = error.__cause__ or error
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        raise StoreError(
-            f"the weights of {name} cannot be downloaded from the hub ({reason}); {_WEIGHTS_HINT}"
-        ) from error
+    with hub_access() as obstacle:
+        try:
+            return build_network(name, layers, size, pretrained=True)
+        except Exception as error:
+            reason = explain_failure(error if obstacle else error.__cause__ or error, obstacle)
+            origin = config.hf_hub_id or config.url
+            raise StoreError(
+                f"the weights of {name} ({origin}) cannot be downloaded from the hub ({reason}); {_WEIGHTS_HINT}"
+            ) from error

@@ -365,7 +365,7 @@ def test_repeated_images_need_little_memory(tmp_path):
 def test_row_groups_beyond_the_limit_are_refused_by_the_header(tmp_path):
     rng = np.random.default_rng(0)
     path = write(tmp_path / "x.parquet", image=[rng.bytes(1000) for _ in range(100)], label=list(range(100)))
-    with pytest.raises(SourceError, match=r"x\.parquet, column image: row group 0 needs \d+ bytes .*--max-bytes"):
+    with pytest.raises(SourceError, match=r"x\.parquet: row group 0 needs \d+ bytes .*--max-bytes"):
         open_source(path, reading=ReadSettings(max_bytes=50_000))
 
 

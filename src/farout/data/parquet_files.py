@@ -132,7 +132,7 @@ def list_parquet(
             left_out=left_out,
         )
     keys = keys or index_keys(count)
-    _check_row_groups(shards, column, reading)
+    _check_row_groups(shards, reading)
     reader = ParquetImages([shard.path for shard in shards], column.parts, keys, reading)
     return Listing(keys, reader, labels, names, groups, left_out=dict(left_out or {}))
 
@@ -333,22 +333,17 @@ def _choose_column(schema: pa.Schema, where: str, selection: Selection) -> _Imag
     return _ImageColumn(paths[0], (paths[0],), "path")
 
 
-def _check_row_groups(shards: Sequence[_Shard], column: _ImageColumn, reading: ReadSettings) -> None:
-    """Raise SourceError for a row group whose images exceed the byte limit when they are decompressed."""
+def _check_row_groups(shards: Sequence[_Shard], reading: ReadSettings) -> None:
+    """Raise SourceError for a row group that exceeds the byte limit when it is decompressed."""
     for shard in shards:
         for number in range(shard.metadata.num_row_groups):
+            # of all columns: RowGroupMetaData.column() ends the process if the statistics of the column are damaged
             with _parquet_errors(shard.path):
-                group = shard.metadata.row_group(number)
-                chunks = [group.column(index) for index in range(group.num_columns)]
-                size = sum(
-                    chunk.total_uncompressed_size
-                    for chunk in chunks
-                    if chunk.path_in_schema.split(".")[0] == column.name.split(".")[0]
-                )
+                size = shard.metadata.row_group(number).total_byte_size
             if size > reading.max_bytes:
                 raise SourceError(
-                    f"{shard.path}, column {column.label}: row group {number} needs {size} bytes of memory, and the "
-                    f"limit is {reading.max_bytes} (--max-bytes); smaller row groups also need less memory"
+                    f"{shard.path}: row group {number} needs {size} bytes of memory, and the limit is "
+                    f"{reading.max_bytes} (--max-bytes); smaller row groups also need less memory"
                 )
 
 

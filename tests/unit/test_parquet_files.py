@@ -198,7 +198,10 @@ def test_a_key_column_gives_the_keys(tmp_path):
 def test_labels_of_minus_one_are_kept_unless_all_are(tmp_path):
     source = open_source(write_parquet(tmp_path / "x.parquet", pixels(3), [1, -1, 0]))
     assert source.labels == (1, -1, 0)
-    named = open_source(write_parquet(tmp_path / "y.parquet", pixels(3), [1, -1, 0], ["a", "b"]))
+    path = write_parquet(tmp_path / "y.parquet", pixels(3), [1, -1, 0], ["a", "b"])
+    with pytest.warns(SourceWarning, match=r"column label: 1 of 3 labels are -1 .*@classes=0-1 leaves them out"):
+        named = open_source(path)
+    assert open_source(f"{path}@classes=0-1").keys == ("0", "2")
     assert (named.labels, named.class_names) == ((1, -1, 0), ("a", "b"))
     with pytest.warns(SourceWarning, match=r"z\.parquet, column label: all labels are -1"):
         assert open_source(write_parquet(tmp_path / "z.parquet", pixels(3), [-1, -1, -1])).labels is None

@@ -257,6 +257,29 @@ def test_hub_set_through_datasets(house, monkeypatch):
     assert asked[-1] == ("uoft-cs/cifar10", None, "test", {})
 
 
+def test_columns_of_a_hub_set_are_named(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    columns = {
+        "photo": [picture(image) for image in pixels(3)],
+        "mask": [picture(image) for image in pixels(3, seed=1)],
+    }
+    table = datasets.Dataset.from_dict(
+        {**columns, "label": ["x", "y", "x"], "breed": ["01", "1", "001"]},
+        features=datasets.Features(
+            {name: datasets.Image() for name in columns}
+            | {name: datasets.Value("string") for name in ("label", "breed")}
+        ),
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: table)
+    with pytest.raises(SourceError, match=r"several columns of images: photo, mask; name one: @column=photo"):
+        open_source("hf://me/set")
+    source = open_source("hf://me/set@column=mask,label=breed")
+    assert torch.equal(source[2], pixels(3, seed=1)[2])
+    assert source.class_names == ("001", "01", "1")
+    with pytest.raises(SourceError, match="column label contains no images; those that do are photo, mask"):
+        open_source("hf://me/set@column=label")
+
+
 def test_hub_failures_say_what_to_do(monkeypatch):
     datasets = pytest.importorskip("datasets")
 

@@ -124,7 +124,7 @@ def attach_class_names(
 ) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
     """Return labels and class names, the names being `declared` outside the column if the labels are integers.
 
-    A label of -1 (unknown) has no name. Raises SourceError for other labels beyond the declared names.
+    A label of -1 (unknown) has no name, and causes a warning. Raises SourceError for other labels beyond the names.
     """
     if declared is None or names is not None:
         return labels, names
@@ -133,6 +133,12 @@ def attach_class_names(
         raise SourceError(
             f"{where} has the label {labels[wrong]} in row {wrong}, but {len(declared)} class names are declared; "
             f"expected 0 to {len(declared) - 1}"
+        )
+    unknown = labels.count(-1)
+    if unknown:
+        warn_about_source(
+            f"{where}: {unknown} of {len(labels)} labels are -1 (unknown), which is kept as a class of its own; "
+            f"@classes=0-{len(declared) - 1} leaves them out"
         )
     return labels, declared
 

@@ -567,6 +567,19 @@ def test_subsets_and_concatenations():
     assert read_all(broken)[1] == {"6": "bad (RuntimeError)"}
 
 
+def test_datasets_made_of_sources_keep_labels(tmp_path):
+    write_folder(tmp_path, IMAGES[:4], ["a/1.png", "a/2.png", "b/1.png", "c/1.png"])
+    (tmp_path / "c" / "2.png").write_bytes(b"broken")
+    source = open_source(tmp_path)
+    loaded = open_source(DataLoader(source, batch_size=2))
+    assert (loaded.keys, loaded.labels, loaded.class_names) == (source.keys, source.labels, ("a", "b", "c"))
+    part = open_source(Subset(source, [3, 4, 0]))
+    assert (part.keys, part.labels, part.class_names) == (("0", "1", "2"), (2, 2, 0), ("a", "b", "c"))
+    scored, unreadable = read_all(open_source(ConcatDataset([source, Subset(source, [4, 2])])))
+    assert scored == ["0", "1", "2", "3", "6"]
+    assert list(unreadable) == ["4", "5"]
+
+
 def test_image_folders_with_a_transform_of_the_targets(tmp_path):
     names = ["a/1.png", "a/2.png", "b/1.png", "c/1.png"]
     write_folder(tmp_path, IMAGES[:4], names)

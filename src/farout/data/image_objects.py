@@ -105,6 +105,8 @@ def describe_error(error: Exception) -> str:
         text = printable(" ".join(str(error).split()))
     except Exception:  # noqa: BLE001 - its own __str__ may fail as well
         return name
+    if isinstance(error, UnreadableImageError):
+        return text
     return f"{text} ({name})" if text else name
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -75,6 +76,8 @@ def open_source(
         MissingExtraError: a set of the hub is given, and the extra `hub` is not installed.
     """
     check_policy(policy)
+    if isinstance(images, os.PathLike):
+        images = Path(images)
     if isinstance(images, ImageSource):
         source = images
     elif isinstance(images, str | Path):

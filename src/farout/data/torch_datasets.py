@@ -33,6 +33,7 @@ from farout.data.image_objects import (
     describe_error,
     split_item,
 )
+from farout.data.image_source import ImageSource
 from farout.data.in_memory import encode_item_labels, list_iterable, probe_indices
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 
@@ -60,12 +61,17 @@ def list_dataset(dataset: Any, memory_mib: int = 1024, reading: ReadSettings = D
     if type(dataset) is ConcatDataset:
         parts: list[Any] = [part for part in dataset.datasets if len(part)]  # type: ignore[arg-type]
         return _join(parts, [list_dataset(part, memory_mib, reading) for part in parts], name)
+    if isinstance(dataset, ImageSource):
+        return Listing(
+            dataset.keys, _SourceReader(dataset), dataset.labels, dataset.class_names, dataset.groups, in_memory=True
+        )
     count = _length_of(dataset, name)
     reader = _DatasetReader(dataset, reading)
     pairs = _probe(reader, count, name)
-    if pairs and all(label is NO_LABEL for _, label in pairs.values()):
-        return Listing(index_keys(count), reader)
     known = _known_labels(dataset)
+    is_unlabeled = bool(pairs) and all(label is NO_LABEL for _, label in pairs.values())
+    if is_unlabeled and (known is None or not _is_part_of_source(dataset)):
+        return Listing(index_keys(count), reader)
     if known is not None and len(known) == count and _agree(known, pairs):
         classes = [class_of(label, str(index)) for index, label in enumerate(known)]
         labels, names = None, None
@@ -87,6 +93,21 @@ def _length_of(dataset: Any, name: str) -> int:
     if not count:
         raise SourceError(f"{name} is empty; give at least one image")
     return count
+
+
+class _SourceReader:
+    """Reads the images of an ImageSource, for a DataLoader or ConcatDataset of it."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self._source = source
+
+    def __call__(self, index: int) -> DecodedImage:
+        return DecodedImage(self._source[index])
+
+
+def _is_part_of_source(dataset: Any) -> bool:
+    """Whether the Dataset is an ImageSource or a Subset of one, whose items are images without their labels."""
+    return _is_part_of_source(dataset.dataset) if type(dataset) is Subset else isinstance(dataset, ImageSource)
 
 
 class _DatasetReader:
@@ -187,6 +208,8 @@ def _known_labels(dataset: Any) -> Sequence[object] | None:
     if type(dataset) is Subset:
         known = _known_labels(dataset.dataset)
         return None if known is None else _select(known, dataset.indices)
+    if isinstance(dataset, ImageSource):
+        return dataset.labels
     if type(dataset) is TensorDataset:
         return list(dataset.tensors[1]) if len(dataset.tensors) > 1 else None
     vision = sys.modules.get("torchvision.datasets")
@@ -208,7 +231,10 @@ def _known_labels(dataset: Any) -> Sequence[object] | None:
 
 
 def _agree(known: Sequence[object], pairs: Mapping[int, tuple[object, object]]) -> bool:
-    return all(class_of(known[index], str(index)) == class_of(label, str(index)) for index, (_, label) in pairs.items())
+    return all(
+        label is NO_LABEL or class_of(known[index], str(index)) == class_of(label, str(index))
+        for index, (_, label) in pairs.items()
+    )
 
 
 def _fitting_names(dataset: Any, labels: Sequence[int] | None) -> tuple[str, ...] | None:
@@ -217,6 +243,8 @@ def _fitting_names(dataset: Any, labels: Sequence[int] | None) -> tuple[str, ...
     A transform of the targets may give other labels than those that the classes are named by.
     """
     classes, features = _attribute(dataset, "classes"), _attribute(dataset, "features")
+    if classes is None and _is_part_of_source(dataset):
+        classes = _attribute(dataset, "class_names")
     if classes is None and isinstance(features, Mapping):
         column = next(iter(find_columns([name for name in features if isinstance(name, str)], LABEL_NAMES)), None)
         classes = None if column is None else getattr(features[column], "names", None)

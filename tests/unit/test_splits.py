@@ -72,13 +72,40 @@ def test_the_seed_changes_the_split_and_repeats_it():
     assert split_source(source, statistics=10, train=True, seed=1) != first
 
 
-def test_copies_never_stand_on_both_sides():
+def test_copies_never_stand_on_both_sides_and_count_once_where_nothing_is_trained():
     images = pixels(50).repeat(2, 1, 1, 1)
     result = split_source(open_source(images), statistics=10, train=True)
     assert disjoint(result)
-    assert set().union(*parts(result)) == set(range(100))
-    for part in parts(result):
-        assert {i % 50 for i in part if i < 50} == {i % 50 for i in part if i >= 50}
+    assert {i % 50 for i in range(100)} == {i % 50 for part in parts(result) for i in part}
+    assert (len(result.calibration), len(result.statistics), len(result.training)) == (19, 10, 42)
+    assert sorted(i % 50 for i in result.unused) == sorted(i % 50 for i in (*result.statistics, *result.calibration))
+    assert {i for i in result.training if i < 50} == {i - 50 for i in result.training if i >= 50}
+    assert result.copies == 50
+
+
+def test_copies_are_no_calibration_images():
+    """60 files of 12 images: with 20 calibration files, 38 % of new normal images were flagged at alpha 0.05."""
+    source = open_source(pixels(12).repeat(5, 1, 1, 1))
+    expected = r"11 instead of 19 for the calibration.* alpha 0\.05; 48 of 60 images are copies of others: 12 distinct"
+    with pytest.warns(TooFewImagesWarning, match=expected):
+        result = split_source(source, statistics=1, train=False)
+    assert (len(result.calibration), len(result.statistics)) == (11, 1)
+    with pytest.raises(SourceError, match=r"needs 19 images.* 60 images in 12 distinct .*; 48 of 60 images are copies"):
+        split_source(source, statistics=10, train=False, min_statistics=2)
+
+
+def test_the_chance_of_a_group_to_be_calibrated_does_not_grow_with_its_size():
+    """Else the calibration images would be those of the large bursts, and others too rare among them."""
+    images = pixels(100)
+    names = [f"burst {i // 50}" if i < 50 else f"single {i}" for i in range(100)]
+    first = [
+        any(
+            i < 50
+            for i in split_source(open_source(images), statistics=5, train=False, seed=seed, groups=names).calibration
+        )
+        for seed in range(60)
+    ]
+    assert 12 <= sum(first) <= 35, "the burst is one of 51 groups, of which 19 are for the calibration"
 
 
 def test_folders_are_kept_whole(tmp_path):
@@ -87,7 +114,8 @@ def test_folders_are_kept_whole(tmp_path):
         folder.mkdir(exist_ok=True)
         Image.fromarray(array).save(folder / f"{i:02}.png")
     source = open_source(tmp_path)
-    result = split_source(source, statistics=10, train=True, groups="folder")
+    result = split_source(source, alpha=0.2, statistics=10, train=True, groups="folder")
+    assert len(result.calibration) == 4, "one image of a folder"
     owners = [{source.groups[i] for i in part} for part in parts(result)]
     assert all(owners)
     assert len(set().union(*owners)) == sum(map(len, owners))
@@ -99,9 +127,15 @@ def test_given_groups_and_copies_chain_together():
     images = pixels(60)
     images[10] = images[0]  # joins group g0 with group g1
     names = [f"g{i // 10}" for i in range(60)]
-    result = split_source(open_source(images), statistics=5, train=True, groups=names)
-    (home,) = [part for part in parts(result) if 0 in part]
-    assert set(range(20)) <= home
+    result = split_source(open_source(images), alpha=0.5, statistics=1, train=True, groups=names)
+    homes = {
+        name
+        for name, part in zip(("training", "statistics", "calibration"), parts(result))
+        for i in part
+        if names[i] in ("g0", "g1")
+    }
+    assert len(homes) == 1
+    assert not homes & {"training"} or set(range(20)) <= set(result.training)
 
 
 def test_groups_of_another_length_or_kind_are_refused():

@@ -21,6 +21,7 @@ from farout.core.errors import LeftOutWarning, MisleadingResultWarning, SourceEr
 from farout.data.decoding import DecodedImage, content_hash, full_range, scale_to_uint8, unreadable_errors
 from farout.data.file_listing import Listing
 from farout.data.read_settings import DEFAULT_READING, ReadSettings, ValueRange, format_value_range
+from farout.data.thumbnails import make_thumbnail
 from farout.data.variants import apply_variant
 
 __all__ = ["ImageSource", "Policy", "check_policy"]
@@ -98,6 +99,7 @@ class _ImageStore:
         # by index and requested value range; None for images of 8 bits, which have no other range
         self._pixels: dict[tuple[int, _RequestedRange], _Slot] = {}
         self._hashes: dict[tuple[int, _RequestedRange], str] = {}
+        self._thumbnails: dict[tuple[int, _RequestedRange], bytes] = {}
         self.failures: dict[tuple[int, _RequestedRange], str] = {}
         self.further_frames: dict[int, int] = {}
         self.range_use: dict[_RequestedRange, _RangeUse] = {}
@@ -191,6 +193,14 @@ class _ImageStore:
             content = content_hash(self.pixels(index, requested) if pixels is None else pixels)
             self._hashes[(index, requested)] = content
         return self._hashes[(index, requested)]
+
+    def thumbnail(self, index: int, requested: _RequestedRange) -> bytes:
+        """Return the thumbnail of the native pixels, computed once; the hash comes from the same decoded pixels."""
+        if (index, requested) not in self._thumbnails:
+            pixels = self.pixels(index, requested)
+            self.hash(index, requested, pixels)
+            self._thumbnails[(index, requested)] = make_thumbnail(pixels)
+        return self._thumbnails[(index, requested)]
 
     def donor(self, index: int, draw: int, requested: _RequestedRange) -> Tensor:
         """Return another readable image of the set, chosen by the random integer `draw`."""
@@ -374,6 +384,10 @@ class ImageSource(Dataset[Tensor]):
         """Return the blake2b hash of shape and native pixels, before the variant; raises UnreadableImageError."""
         return self._store.hash(self._indices[index], self._requested_range)
 
+    def thumbnail(self, index: int) -> bytes:
+        """Return the small copy that near-copies are found on, before the variant; raises UnreadableImageError."""
+        return self._store.thumbnail(self._indices[index], self._requested_range)
+
     def identity(self, index: int, pixels: Tensor | None = None) -> str:
         """Return the content hash with the variant applied: the seed text of the image's random numbers.
 
@@ -388,16 +402,21 @@ class ImageSource(Dataset[Tensor]):
             return self._store.hash(self._indices[index], self._requested_range, pixels)
         return content_hash(self[index] if pixels is None else pixels)
 
-    def content_hashes(self) -> tuple[str | None, ...]:
+    def content_hashes(self, *, thumbnails: bool = False) -> tuple[str | None, ...]:
         """Return all content hashes; None for an unreadable image.
 
         If the policy is `raise`, all images are read first, and then one error names the unreadable ones.
+
+        Args:
+            thumbnails: also compute the thumbnails, from the same decoded pixels.
         """
         hashes: list[str | None] = []
         failures: list[str] = []
         with progress.task(f"reading {self.name}", len(self)) as bar:
             for index in range(len(self)):
                 try:
+                    if thumbnails:
+                        self.thumbnail(index)
                     hashes.append(self.content_hash(index))
                 except UnreadableImageError as error:
                     failures.append(str(error))

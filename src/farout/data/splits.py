@@ -1,7 +1,9 @@
-"""Seeded splits by content: training, statistics and calibration share no image and no group.
+"""Seeded splits by content: training, statistics and calibration share no image, no near-copy and no group.
 
-Images are ordered by `sha256("{seed}:{content hash}")`, so that a split does not depend on names or order, and adding
-images to a set moves few images to another part. Equal images and images of one group stay together.
+Groups of images are ordered by `sha256("{seed}:{content hash}")` of one of their images, so that a split does not
+depend on names or order, and adding images to a set moves few images to another part. Equal images, near-copies and
+images of one given group stay together. Statistics use one of several near-copies, and calibration one image of a
+group: p-values compare a new image with independent ones.
 """
 
 from __future__ import annotations
@@ -11,33 +13,107 @@ import logging
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal, TypeVar
 
+import numpy as np
 from torch.utils.data import Dataset, Subset
 
 from farout.core.errors import SourceError, TooFewImagesWarning
 from farout.data.image_source import ImageSource
+from farout.data.near_copies import find_near_copies
 
-__all__ = ["Groups", "Split", "calibration_size", "exclusion_hint", "log_split", "split_off_validation", "split_source"]
+__all__ = [
+    "GroupedImages",
+    "Groups",
+    "Split",
+    "calibration_size",
+    "exclusion_hint",
+    "group_images",
+    "log_split",
+    "split_off_validation",
+    "split_source",
+]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Groups = Literal["none", "folder"] | Sequence[str]
-"""Images that stay together, in addition to equal ones: none, those of a folder or `group` column, or of a name."""
+Groups = Literal["near_copies", "folder", "none"] | Sequence[str]
+"""Images that stay together, in addition to equal ones: near-copies, those and a folder or `group` column, or none; a
+sequence contains the group of every image, whose near-copies stay together as well."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of the images of each part of a source, ascending and disjoint."""
+    """Indices of the images of each part of a source, ascending and disjoint.
+
+    Attributes:
+        training, statistics, calibration: the parts.
+        unused: near-copies of statistics and calibration images, and further images of their groups.
+        copies: number of images that are copies or near-copies of others in the source.
+    """
 
     training: tuple[int, ...]
     statistics: tuple[int, ...]
     calibration: tuple[int, ...]
+    unused: tuple[int, ...] = ()
+    copies: int = 0
+
+
+@dataclass(frozen=True)
+class GroupedImages:
+    """The readable images of a source, in groups that stay together.
+
+    Attributes:
+        keys: key of each image of the source.
+        hashes: content hash by index.
+        distinct: number of the distinct image by index: near-copies, and equal images, have the same.
+        groups: indices of the images of each group.
+        has_near_copies: whether some images are near-copies, not only equal.
+    """
+
+    keys: Sequence[str]
+    hashes: dict[int, str]
+    distinct: dict[int, int]
+    groups: list[list[int]]
+    has_near_copies: bool
+
+    @property
+    def copies(self) -> int:
+        """Number of images that are copies or near-copies of others."""
+        return len(self.hashes) - len(set(self.distinct.values()))
+
+    def describe_copies(self) -> str:
+        """Return a clause with the number of copies and of distinct images; empty if there are no copies."""
+        if not self.copies:
+            return ""
+        total = len(self.hashes)
+        distinct = f"{total - self.copies} distinct images"
+        if self.copies == 1:
+            return f"1 of {total} images is a {'near-' * self.has_near_copies}copy of another: {distinct}"
+        kind = "copies or near-copies" if self.has_near_copies else "copies"
+        return f"{self.copies} of {total} images are {kind} of others: {distinct}"
+
+    def rank_groups(self, seed: int) -> list[list[int]]:
+        """Return the groups in the seeded order, which does not depend on their sizes."""
+        return sorted(self.groups, key=lambda group: _seeded_hash(self.first_hash(group), seed))
+
+    def first_hash(self, group: Sequence[int]) -> str:
+        """Return the smallest content hash of a group, which identifies it."""
+        return min(self.hashes[i] for i in group)
+
+    def choose_image(self, group: Sequence[int], seed: int) -> int:
+        """Choose one image of a group; of equal images, that with the first key."""
+        return min(group, key=lambda i: (_seeded_hash(self.hashes[i], seed), self.keys[i]))
+
+    def choose_distinct(self, group: Sequence[int], seed: int) -> list[int]:
+        """Choose one of all near-copies in a group each."""
+        copies: dict[int, list[int]] = defaultdict(list)
+        for i in group:
+            copies[self.distinct[i]].append(i)
+        return [self.choose_image(images, seed) for images in copies.values()]
 
 
 def calibration_size(count: int, alpha: float) -> int:
@@ -58,6 +134,40 @@ def exclusion_hint(seen: int) -> str:
     ) * bool(seen)
 
 
+def group_images(source: ImageSource, groups: Groups = "near_copies") -> GroupedImages:
+    """Find the images that must stay in one part of a split.
+
+    Args:
+        source: the images; unreadable ones are left out, or raise an error if the policy is `raise`.
+        groups: see `split_source`.
+
+    Raises:
+        SourceError: the source has no folders or groups, or the number of group names is not that of the images.
+    """
+    given = _group_names(source, groups)
+    find = groups != "none"
+    hashes = {i: text for i, text in enumerate(source.content_hashes(thumbnails=find)) if text is not None}
+    contents = {content: i for i, content in sorted(hashes.items(), reverse=True)}
+    ordered = sorted(contents)
+    labels = np.arange(len(ordered))
+    if find and ordered:
+        thumbnails = np.frombuffer(b"".join(source.thumbnail(contents[content]) for content in ordered), np.uint8)
+        found = find_near_copies(thumbnails.reshape(len(ordered), -1))
+        labels = found.labels
+        if found.is_restricted:
+            logger.warning(
+                "%s: more than half of the images resemble one another; only those that hardly differ count as "
+                "near-copies. If several show one scene, give their groups (--groups folder, or a column group)",
+                source.name,
+            )
+    label_of = dict(zip(ordered, labels.tolist()))
+    distinct = {i: label_of[content] for i, content in hashes.items()}
+    blocks = _join_groups(distinct, given)
+    return GroupedImages(
+        source.keys, hashes, distinct, blocks, has_near_copies=len(set(label_of.values())) < len(ordered)
+    )
+
+
 def split_source(
     source: ImageSource,
     *,
@@ -66,15 +176,16 @@ def split_source(
     train: bool,
     seed: int = 0,
     exclude: Collection[str] = (),
-    groups: Groups = "none",
+    groups: Groups = "near_copies",
     limit_statistics: bool = True,
     min_statistics: int = 1,
+    max_statistics: int | None = None,
 ) -> Split:
     """Split a source into calibration, statistics and training images.
 
-    Calibration gets max(20 %, ceil(1 / alpha) - 1) images first. Without training, statistics get all others. With
-    training, statistics get `statistics` images, and training gets the rest. At least one group of images is left for
-    each later part.
+    Calibration gets one image of max(20 %, ceil(1 / alpha) - 1) groups first. Without training, statistics get all
+    others. With training, statistics get `statistics` images, and training gets the rest. At least one group of images
+    is left for each later part. Statistics contain one image of several near-copies.
 
     Args:
         source: the images; unreadable ones are left out, or raise an error if the policy is `raise`.
@@ -84,10 +195,12 @@ def split_source(
         seed: seed of the order.
         exclude: content hashes of images that a given network was trained on: they, their copies and their groups are
             left out of every part.
-        groups: `folder` keeps the images of one parent folder (or `group` column) together; a sequence contains the
-            group of every image.
+        groups: images that stay together: `near_copies`; `folder`: near-copies, and the images of one parent folder (or
+            `group` column); `none`: only equal images; a sequence: near-copies, and the images of one group.
         limit_statistics: with training, give the statistics at most half of the images that calibration leaves.
-        min_statistics: number of statistics images below which the split is refused.
+        min_statistics: number of distinct statistics images below which the split is refused.
+        max_statistics: number of statistics images above which groups, chosen by content hash, go to the calibration as
+            far as it lacks images because of `exclude`; the others are unused. None: no limit.
 
     Raises:
         SourceError: no calibration image, or fewer than `min_statistics` statistics images would remain.
@@ -97,31 +210,51 @@ def split_source(
     """
     if statistics < 0:
         raise SourceError(f"statistics must be 0 images or more, got {statistics}")
-    hashes = {i: content for i, content in enumerate(source.content_hashes()) if content is not None}
-    blocks = _join_equal_images(hashes, _group_names(source, groups))
+    images = group_images(source, groups)
     excluded = frozenset(exclude)
-    kept = [block for block in blocks if not any(hashes[i] in excluded for i in block)]
-    ranked = sorted(kept, key=lambda block: min(_seeded_hash(hashes[i], seed) for i in block))
+    ranked = [group for group in images.rank_groups(seed) if not any(images.hashes[i] in excluded for i in group)]
     count = sum(map(len, ranked))
-    required = calibration_size(count, alpha)
-    hint = exclusion_hint(len(hashes) - count)
+    required = calibration_size(len(ranked), alpha)
+    about_copies = f"; {images.describe_copies()}" if images.copies else ""
+    hint = about_copies + exclusion_hint(len(images.hashes) - count)
     if len(ranked) < 2:
         raise SourceError(
             f"{source.name} cannot be split: {len(source)} images leave {len(ranked)} distinct images or groups; "
             f"expected at least 2, better {required} for calibration and {statistics} for statistics{hint}"
         )
-    calibration, rest = _take_blocks(ranked, required, spare=2 if train else 1)
+
+    def count_distinct(group: list[int]) -> int:
+        return len({images.distinct[i] for i in group})
+
+    calibration_groups, rest = _take_groups(ranked, required, spare=2 if train else 1)
     if train:
         if limit_statistics:
-            statistics = min(statistics, max(2, sum(map(len, rest)) // 2))
-        statistics_blocks, training = _take_blocks(rest, statistics, spare=1)
+            statistics = min(statistics, max(2, sum(map(count_distinct, rest)) // 2))
+        statistics_groups, training = _take_groups(rest, statistics, spare=1, size=count_distinct)
     else:
-        statistics_blocks, training = rest, []
-    result = Split(*(tuple(sorted(chain(*part))) for part in (training, statistics_blocks, calibration)))
+        statistics_groups, training = rest, []
+    chosen = [i for group in statistics_groups for i in images.choose_distinct(group, seed)]
+    if max_statistics is not None and len(chosen) > max_statistics:
+        # chosen by hash so that the order of the source does not matter
+        by_hash = sorted(statistics_groups, key=images.first_hash)
+        kept, others = _take_groups(by_hash, max_statistics, spare=0, size=count_distinct)
+        missing = max(0, calibration_size(len(images.groups), alpha) - len(calibration_groups))
+        calibration_groups += others[:missing]
+        chosen = [i for group in kept for i in images.choose_distinct(group, seed)]
+        chosen = sorted(chosen, key=lambda i: images.hashes[i])[:max_statistics]
+    calibration = [images.choose_image(group, seed) for group in calibration_groups]
+    used = {*calibration, *chosen, *(i for group in training for i in group)}
+    result = Split(
+        training=tuple(sorted(i for group in training for i in group)),
+        statistics=tuple(sorted(chosen)),
+        calibration=tuple(sorted(calibration)),
+        unused=tuple(sorted({i for group in ranked for i in group} - used)),
+        copies=images.copies,
+    )
     if len(result.statistics) < min_statistics:
         raise SourceError(
             f"calibration at alpha {alpha} needs {required} images, and the statistics {min_statistics} or more; "
-            f"{source.name} has {count}; give more images or a larger alpha{hint}"
+            f"{source.name} has {_count_groups(count, len(ranked))}; give more images or a larger alpha{hint}"
         )
     shortfalls = []
     if len(result.calibration) < required:
@@ -132,10 +265,18 @@ def split_source(
         )
     if train and not result.training:
         shortfalls.append("none for the training")
+    if len(result.calibration) < calibration_size(0, alpha):
+        shortfalls.append(f"too few distinct images or groups to flag anything at alpha {alpha}")
     if shortfalls:
         message = f"{source.name} has few images: {', '.join(shortfalls)}{hint}"
         warnings.warn(message, TooFewImagesWarning, stacklevel=2)
+    elif images.copies:
+        logger.info("%s: %s", source.name, images.describe_copies())
     return result
+
+
+def _count_groups(images: int, groups: int) -> str:
+    return f"{images}" if images == groups else f"{images} images in {groups} distinct images or groups"
 
 
 def log_split(source: ImageSource, parts: Split) -> None:
@@ -146,7 +287,9 @@ def log_split(source: ImageSource, parts: Split) -> None:
         "calibration": len(parts.calibration),
     }
     text = ", ".join(f"{count} for {part}" for part, count in counts.items() if count)
-    logger.info("%s: %d images split into %s", source.name, sum(counts.values()), text)
+    if parts.unused:
+        text += f"; {len(parts.unused)} are not used: copies of these, or of the same groups"
+    logger.info("%s: %d images split into %s", source.name, sum(counts.values()) + len(parts.unused), text)
 
 
 def split_off_validation(
@@ -176,21 +319,22 @@ def _seeded_hash(content: str, seed: int) -> str:
 
 
 def _group_names(source: ImageSource, groups: Groups) -> Sequence[str] | None:
-    if groups == "none":
+    if isinstance(groups, str) and groups in ("none", "near_copies"):
         return None
     names: Sequence[str] | None = source.groups if isinstance(groups, str) else groups
     if isinstance(groups, str) and groups != "folder":
-        raise SourceError(f"groups is {groups!r}; expected none, folder, or the group of each image")
+        expected = "near_copies, folder, none, or the group of each image"
+        raise SourceError(f"groups is {groups!r}; expected {expected}")
     if names is None:
-        raise SourceError(f"{source.name} has no folders or group column to group by; use groups='none'")
+        raise SourceError(f"{source.name} has no folders or group column to group by; use groups='near_copies'")
     if len(names) != len(source):
         raise SourceError(f"{len(names)} group names for {len(source)} images of {source.name}; expected one per image")
     return names
 
 
-def _join_equal_images(hashes: dict[int, str], groups: Sequence[str] | None) -> list[list[int]]:
-    """Return blocks of indices that must stay together: connected by equal content or group, also through others."""
-    parent = {i: i for i in hashes}
+def _join_groups(distinct: dict[int, int], names: Sequence[str] | None) -> list[list[int]]:
+    """Return groups of indices that must stay together: connected by near-copies or names, also through others."""
+    parent = {i: i for i in distinct}
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -198,22 +342,24 @@ def _join_equal_images(hashes: dict[int, str], groups: Sequence[str] | None) -> 
             i = parent[i]
         return i
 
-    first: dict[tuple[str, str], int] = {}
-    for i, content in hashes.items():
-        for shared in (("content", content), *((("group", groups[i]),) if groups is not None else ())):
+    first: dict[tuple[str, int | str], int] = {}
+    for i, number in distinct.items():
+        for shared in (("distinct", number), *((("name", names[i]),) if names is not None else ())):
             parent[root(i)] = root(first.setdefault(shared, i))
-    blocks: dict[int, list[int]] = defaultdict(list)
-    for i in hashes:
-        blocks[root(i)].append(i)
-    return list(blocks.values())
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i in distinct:
+        groups[root(i)].append(i)
+    return list(groups.values())
 
 
-def _take_blocks(ranked: list[list[int]], count: int, spare: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Take the first blocks with `count` images together, at least one block, and leave `spare` blocks if possible."""
+def _take_groups(
+    ranked: list[list[int]], count: int, spare: int, size: Callable[[list[int]], int] = lambda group: 1
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Take the first groups with a total size of `count`, at least one, and leave `spare` groups if possible."""
     taken = 0
     maximum = max(1, len(ranked) - spare)
-    for number, block in enumerate(ranked):
+    for number, group in enumerate(ranked):
         if taken >= count or number >= maximum:
             return (ranked[:number], ranked[number:]) if number else (ranked[:1], ranked[1:])
-        taken += len(block)
+        taken += size(group)
     return ranked, []

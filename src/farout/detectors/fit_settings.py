@@ -25,8 +25,9 @@ class FitSettings:
         alpha: false-alarm rate: images with p-value <= alpha are flagged; calibration gets max(20 %, ceil(1/alpha) - 1)
             images.
         seed: seed of the sample, split, weights and noise.
-        groups: `folder`: keep images of one folder in the same part of the split; in Python also a group name per
-            image.
+        groups: images that stay in the same part of the split and count once for the p-values: `near_copies` (bursts,
+            video frames, recompressed or augmented images), `folder` (these, and all images of one folder or value of
+            the column `group`), or `none` (equal images only); in Python also a group name per image.
         policy: what to do with an unreadable image: `raise` an error, or `skip` it.
         statistics: number of images for the statistics; default: the method's own number.
         protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to
@@ -45,7 +46,7 @@ class FitSettings:
     limit: int | None = None
     alpha: float = 0.05
     seed: int = 0
-    groups: Literal["none", "folder"] | Sequence[str] = "none"
+    groups: Literal["near_copies", "folder", "none"] | Sequence[str] = "near_copies"
     policy: Literal["raise", "skip"] = "raise"
     statistics: int | None = None
     protocol: Protocol | None = None

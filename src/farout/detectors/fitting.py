@@ -23,7 +23,7 @@ from farout.data.normal_images import check_normal_images
 from farout.data.preprocessing import Preprocessing, is_all_gray
 from farout.data.read_settings import DEFAULT_READING, ReadSettings, format_value_range
 from farout.data.sources import open_source, parse_source
-from farout.data.splits import Split, calibration_size, log_split, split_source
+from farout.data.splits import Groups, Split, calibration_size, group_images, log_split, split_source
 from farout.detectors.calibration import check_alpha, check_fitted, check_seed, set_calibration
 from farout.detectors.fit_settings import FitSettings
 from farout.detectors.interface import DetectorInterface
@@ -131,6 +131,8 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
             "training": len(training_images),
             "statistics": len(statistics_images),
             "calibration": len(calibration_images),
+            "unused": len(parts.unused),
+            "copies": parts.copies,
         },
         "unreadable": len(source.unreadable),
         "left_out": source.left_out,
@@ -165,11 +167,13 @@ def recalibrate(
     policy: Literal["raise", "skip"] = "raise",
     must_flag: bool = False,
     reading: ReadSettings = DEFAULT_READING,
+    groups: Groups = "near_copies",
 ) -> D:
     """Compute the p-values of a fitted detector from other normal images; nothing is trained.
 
-    Images that the networks or the statistics have seen are left out. Raises FaroutError when no others are left, and
-    with `must_flag` also when there are too few to flag anything at alpha, which is else a warning.
+    Images that the networks or the statistics have seen are left out, with their near-copies and groups, and one image
+    of each other group is used; see `FitSettings` for `groups`. Raises FaroutError when no others are left, and with
+    `must_flag` also when there are too few to flag anything at alpha, which is else a warning.
     """
     check_fitted(detector)
     alpha = detector.alpha if alpha is None else alpha
@@ -177,18 +181,29 @@ def recalibrate(
     source = detector.open_images(images, limit=limit, policy=policy, reading=reading)
     check_normal_images(source)
     seen = detector.statistics_hashes | detector.trained_on
-    hashes = {i: content for i, content in enumerate(source.content_hashes()) if content is not None}
-    new = [i for i, content in hashes.items() if content not in seen]
-    used = len(hashes) - len(new)
+    grouped = group_images(source, groups)
+    hashes = grouped.hashes
+    is_seen = {i for i, content in hashes.items() if content in seen}
+    new_groups = [group for group in grouped.groups if is_seen.isdisjoint(group)]
+    new = sorted(grouped.choose_image(group, detector.seed) for group in new_groups)
     source.warn_about_reading()
     if not new:
         readable = f"{len(hashes)} of {len(source)} images can be read"
-        raise FaroutError(f"{readable}, and {used} of these were used to fit this detector; calibrate on others")
-    if used:
-        logger.warning("%d of %d images were used to fit this detector and are left out", used, len(source))
+        raise FaroutError(
+            f"{readable}, and {len(is_seen)} of these were used to fit this detector; calibrate on others"
+        )
+    if is_seen:
+        logger.warning("%d of %d images were used to fit this detector and are left out", len(is_seen), len(source))
+        related = len(hashes) - sum(map(len, new_groups)) - len(is_seen)
+        if related:
+            logger.warning("%d near-copies of these, or images of their groups, are left out, too", related)
+    if grouped.copies:
+        logger.info("%s: %s", source.name, grouped.describe_copies())
     least = calibration_size(0, alpha)
     if len(new) < least:
         message = f"{len(new)} calibration images cannot flag anything at alpha {alpha} ({least} needed)"
+        if grouped.copies:
+            message += f"; {grouped.describe_copies()}"
         if must_flag:
             raise FaroutError(f"{message}; give more images, a larger alpha, or --out to write it anyway")
         warnings.warn(message, TooFewImagesWarning, stacklevel=2)
@@ -292,7 +307,7 @@ def _split_source(detector: DetectorInterface, source: ImageSource, settings: Fi
         requirements.classifier and detector.classifier is None
     )
     count = settings.statistics or requirements.statistics
-    parts = split_source(
+    return split_source(
         source,
         alpha=alpha,
         statistics=count,
@@ -302,12 +317,5 @@ def _split_source(detector: DetectorInterface, source: ImageSource, settings: Fi
         groups=settings.groups,
         limit_statistics=settings.statistics is None,
         min_statistics=2,
+        max_statistics=None if requirements.more_statistics else count,
     )
-    if requirements.more_statistics:
-        return parts
-    # The statistics keep `count` images, chosen by hash so that the order of the source does not matter. The others go
-    # to the calibration as far as it lacks images because the networks have seen them.
-    ranked = sorted(parts.statistics, key=source.content_hash)
-    missing = max(0, calibration_size(len(source), alpha) - len(parts.calibration))
-    calibration = sorted([*parts.calibration, *ranked[count : count + missing]])
-    return replace(parts, statistics=tuple(sorted(ranked[:count])), calibration=tuple(calibration))

@@ -225,7 +225,7 @@ def train_diffusion(
     limit: int | None = None,
     alpha: float = 0.05,
     statistics: int = 400,
-    groups: Literal["none", "folder"] = "none",
+    groups: Literal["near_copies", "folder", "none"] = "near_copies",
     policy: Literal["raise", "skip"] = "raise",
     reading: ReadSettings = DEFAULT_READING,
     seed: int = 0,
@@ -247,7 +247,9 @@ def train_diffusion(
         limit: use a seeded random sample of this many images; default: all.
         alpha: hold out enough images for a later calibration at this false-alarm rate.
         statistics: number of images to hold out for the statistics of a later fit; at most as many as are trained on.
-        groups: `folder`: keep images of one folder in the same part of the split.
+        groups: images that stay in the same part of the split: `near_copies` (bursts, video frames, recompressed or
+            augmented images), `folder` (these, and all images of one folder or value of the column `group`), or `none`
+            (equal images only).
         policy: what to do with an unreadable image: `raise` an error, or `skip` it.
         reading: how image files are read.
         seed: seed of the sample, split, weights and noise.

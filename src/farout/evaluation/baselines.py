@@ -53,9 +53,10 @@ def fit_baselines(
     baseline_images: Any,
     baseline_limit: int | None,
 ) -> list[EvaluatedDetector]:
-    """Fit the baselines of a detector with its alpha, seed, runtime and protocol; see `evaluate` for the arguments.
+    """Fit the baselines of a detector with its alpha, seed, runtime, protocol and groups.
 
-    A baseline that cannot be fitted is left out with a warning that states the reason.
+    The arguments are those of `evaluate`. A baseline that cannot be fitted is left out with a warning that states the
+    reason.
     """
     scores_folder = out / "baseline_scores"
     common: dict[str, Any] = {
@@ -64,6 +65,8 @@ def fit_baselines(
         "runtime": detector.runtime,
         "protocol": detector.preprocessing.protocol,
     }
+    if baseline_images is None and detector.provenance.get("groups") in ("folder", "none"):
+        common["groups"] = detector.provenance["groups"]
 
     def fit_standard(name: str, images: ImageSource) -> EvaluatedDetector:
         method = DETECTORS[name].load()

@@ -23,6 +23,7 @@ def calibrate(
     out: str | None = None,
     limit: int | None = None,
     alpha: float | None = None,
+    groups: Literal["near_copies", "folder", "none"] = "near_copies",
     policy: Literal["raise", "skip"] = "raise",
     reading: ReadSettings,
     runtime: dict[str, Any],
@@ -37,6 +38,8 @@ def calibrate(
             unless the images are too few to flag anything at alpha.
         limit: use a seeded random sample of this many images; default: all.
         alpha: new false-alarm rate; default: that of the fit.
+        groups: images that count once: `near_copies` (bursts, video frames, recompressed or augmented images), `folder`
+            (these, and all images of one folder or value of the column `group`), or `none` (equal images only).
         policy: what to do with an unreadable image: `raise` an error, or `skip` it.
         reading: how image files are read.
         runtime: runtime settings that replace those of the fit.
@@ -47,7 +50,14 @@ def calibrate(
     replaces = out is None or expand_path(out).resolve() == find_path(detector).resolve()
     fitted = load(detector, **runtime)
     recalibrated = recalibrate(
-        fitted, source, limit=limit, alpha=alpha, policy=policy, must_flag=replaces, reading=reading
+        fitted,
+        source,
+        limit=limit,
+        alpha=alpha,
+        policy=policy,
+        must_flag=replaces,
+        reading=reading,
+        groups=groups,
     )
     recalibrated.save(out or detector)
     return recalibrated

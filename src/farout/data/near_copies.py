@@ -6,9 +6,10 @@ on thumbnails, by distances relative to those between random images of the same 
     d(x, y)^2 = (r^2 + (w p)^2) / s^2 + c^2 / s^2
 
 with p the root mean square difference of two thumbnails, r what remains of it after a shift of up to a fifteenth of the
-side, a gain and an offset, c the difference of the colors, w = 0.12, and s the median of p over random pairs with x
-or with y, the smaller of the two. x and y are near-copies if d is below a quarter of the usual distance to the next
-image that is no near-copy. Because of this, images of a set of which all look alike are not near-copies of each other.
+side, a gain and an offset, c the difference of the colors, w = 0.12, and s the upper quartile of p over random pairs
+with x or with y, the smaller of the two. x and y are near-copies if d is below a quarter of the usual distance to the
+next image that is no near-copy. Because of this, images of a set of which all look alike are not near-copies of each
+other. One of the images may also be mirrored.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _FIRST_THRESHOLD = 0.08
 _SPACING_SHARE = 0.25
 """Near-copies are nearer than this share of the usual distance between distinct images."""
 _LARGEST_THRESHOLD = 0.2
+_HARDLY_ANY_DIFFERENCE = 0.02
+"""Differences by noise and JPEG of good quality are below."""
 _CONTRAST_WEIGHT = 0.3
 """Weight of the difference relative to the images' own contrast: plain or nearly black images are distinct."""
 _PARTNERS = 16
@@ -77,16 +80,17 @@ def find_near_copies(thumbnails: np.ndarray) -> NearCopies:
     if count < 3:  # there is no other image to compare with
         return NearCopies(np.arange(count), 0.0)
     comparison = _Comparison(thumbnails)
-    for with_shift in (True, False):
-        comparison.compare_shifted(with_shift)
-        labels, threshold = _group_below_spacing(comparison)
-        if _largest_share(labels) <= 0.5:
-            return NearCopies(labels, threshold, is_restricted=not with_shift)
-    while threshold > 0.02:
+    labels, threshold = _group_below_spacing(comparison)
+    if _largest_share(labels) <= 0.5:
+        return NearCopies(labels, threshold)
+    # Is it one burst, or a set whose images differ by degrees, such as one shape at random places?
+    comparison.compare_shifted(False)
+    if _largest_share(_group(comparison, _HARDLY_ANY_DIFFERENCE)) > 0.5:
+        return NearCopies(labels, threshold)
+    labels, threshold = _group_below_spacing(comparison)
+    while _largest_share(labels) > 0.5 and threshold > _HARDLY_ANY_DIFFERENCE:
         threshold /= 2
         labels = _group(comparison, threshold)
-        if _largest_share(labels) <= 0.5:
-            break
     return NearCopies(labels, threshold, is_restricted=True)
 
 
@@ -174,7 +178,10 @@ class _Comparison:
             self.with_shift, self._known = with_shift, (np.empty(0, np.int64), np.empty(0))
 
     def _measure_scale(self) -> np.ndarray:
-        """Median root mean square difference of each thumbnail to those at fixed steps in the (random) order."""
+        """Upper quartile of the difference of each thumbnail to those at fixed steps in the (random) order.
+
+        It is that to other scenes also where up to three quarters of the images show one scene.
+        """
         steps = sorted({1 + number * (self.count - 1) // _PARTNERS for number in range(_PARTNERS)})
         scale = np.empty(self.count)
         for start in range(0, self.count, _PAIRS_PER_BLOCK):
@@ -183,7 +190,7 @@ class _Comparison:
             for step in steps:
                 x, y = self._images(block), self._images((block + step) % self.count)
                 differences.append(np.sqrt(_mean_square(x[0] - y[0]) + _mean_square(x[1] - y[1])))
-            scale[block] = np.median(differences, axis=0)
+            scale[block] = np.quantile(differences, 0.75, axis=0)
         return scale
 
     def _images(self, index: np.ndarray, mirror: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -203,7 +210,7 @@ class _Comparison:
         found = []
         for mirrored, descriptors in enumerate((self._descriptors, self._mirrored_descriptors)):
             _, neighbors = tree.query(descriptors[queries], k=min(_NEIGHBORS + 1 - 2 * mirrored, len(chosen)))
-            first, second = np.repeat(queries, neighbors.shape[1]), chosen[neighbors.ravel()]
+            first, second = np.repeat(queries, neighbors.size // len(queries)), chosen[neighbors.ravel()]
             ordered = np.stack([np.minimum(first, second), np.maximum(first, second)], 1)
             ordered = np.unique(ordered[first != second], axis=0)
             found.append(np.column_stack([ordered, np.full(len(ordered), mirrored)]))

@@ -355,6 +355,20 @@ def test_shards_of_different_columns_are_refused(tmp_path):
         open_source(tmp_path)
 
 
+def test_a_split_of_one_file_has_no_meaning(tmp_path):
+    path = write_parquet(tmp_path / "x.parquet", pixels(2))
+    with pytest.raises(SourceError, match="one parquet file, for which :train has no meaning"):
+        open_source(f"{path}:train")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of POSIX")
+def test_a_named_pipe_among_shards_does_not_wait(tmp_path):
+    write_parquet(tmp_path / "1.parquet", pixels(2))
+    os.mkfifo(tmp_path / "2.parquet")
+    with pytest.raises(SourceError, match=r"2\.parquet .*not a regular file"):
+        open_source(f"{tmp_path}/*.parquet")
+
+
 def test_repeated_images_need_little_memory(tmp_path):
     """A file of 1 MiB that repeats one cell a thousand times is not inflated to 1 GiB."""
     cell = np.random.default_rng(0).bytes(2**20)

@@ -69,13 +69,17 @@ def find_columns(columns: Sequence[str], candidates: Sequence[str]) -> list[str]
 
     Case, surrounding spaces, and the characters between words are not significant: `File Name` is `file_name`.
     """
-    normalized = [re.sub(r"[\s-]+", "_", normalize_name(name).strip().casefold()) for name in columns]
+    normalized = [_normalize(name) for name in columns]
     return [column for name in candidates for column, normal in zip(columns, normalized) if normal == name]
 
 
+def _normalize(column: str) -> str:
+    return re.sub(r"[\s-]+", "_", normalize_name(column).strip().casefold())
+
+
 def find_column(name: str, columns: Sequence[str], where: str, modifier: str) -> str:
-    """Return the column that a modifier names, exactly or else up to case; raises SourceError if there is none."""
-    alike = [column for column in columns if column.strip().casefold() == name.casefold()]
+    """Return the column that a modifier names, exactly or else as `find_columns` compares; raises SourceError."""
+    alike = [column for column in columns if _normalize(column) == _normalize(name)]
     if name in columns or len(alike) == 1:
         return name if name in columns else alike[0]
     raise SourceError(f"{where} has no column {name!r} (@{modifier}={name}); its columns are {join_names(columns)}")

@@ -195,7 +195,9 @@ class _Shard:
 
 
 def _open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
-    """Open a parquet file; pyarrow itself opens only paths that are UTF-8."""
+    """Open a parquet file; pyarrow itself opens only paths that are UTF-8, and waits for a named pipe."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("it is not a regular file")
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:

@@ -48,6 +48,7 @@ def list_path(location: str, reading: ReadSettings = DEFAULT_READING, selection:
 def _list_file(path: Path, reading: ReadSettings, selection: Selection) -> Listing:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
+        selection.check_used("column", "label", where=str(path), kind="one parquet file")
         return list_parquet(path, reading, selection)
     if suffix in LIST_SUFFIXES:
         return list_image_table(path, reading, selection)

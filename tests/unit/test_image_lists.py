@@ -259,6 +259,10 @@ def test_lists_of_openood_are_relative_to_their_data_folder(tmp_path):
     assert source.labels == (3, 5)
     assert source.keys == ("cifar10/test/cat/1.png", "cifar10/test/dog/2.png")
     assert torch.equal(source[1], pixels(2)[1])
+    source = open_text(lists, "cifar10/gone.png 3\ncifar10/test/dog/2.png 5\n", "first_gone.txt")
+    assert torch.equal(source[1], pixels(2)[1])
+    with pytest.raises(UnreadableImageError, match=r"^cifar10/gone\.png: No such file"):
+        source[0]
     with pytest.warns(SourceWarning, match="all labels are -1"):
         assert open_text(lists, "cifar10/test/cat/1.png -1\n", "test_ood.txt").labels is None
 
@@ -267,7 +271,7 @@ def test_plain_lists_of_paths(folder):
     assert open_text(folder, "a.png\nb c.png\n\n", "files.txt").keys == ("a.png", "b c.png")
     with pytest.raises(SourceError, match=r"with and without a label \(line 2"):
         open_text(folder, "a.png 1\nb c.png\n", "files.txt")
-    with pytest.raises(SourceError, match=r"first listed file, Read me first\., exists neither"):
+    with pytest.raises(SourceError, match=r"first listed files, Read me first\., …, exist neither"):
         open_text(folder, "Read me first.\n", "README.txt")
     with pytest.raises(SourceError, match="lists no images"):
         open_text(folder, "\n", "files.txt")

@@ -224,7 +224,7 @@ def _list_lines(path: Path, text: str, reading: ReadSettings, selection: Selecti
             f"{path} has lines with and without a label (line {number + 1}: {lines[number]!r}); give every image a "
             "label, or none; paths that end in a number after a space require a .csv file"
         )
-    root = _find_root(path, cells[0])
+    root = _find_root(path, cells)
     located = [locate_file(cell, root) for cell in cells]
     return list_image_files(
         [key for key, _ in located],
@@ -236,14 +236,21 @@ def _list_lines(path: Path, text: str, reading: ReadSettings, selection: Selecti
     )
 
 
-def _find_root(path: Path, first: str) -> Path:
-    roots = [root for folder in path.absolute().parents for root in (folder, *sorted(folder.glob("images_*")))]
-    root = next((root for root in roots if locate_file(first, root)[1].is_file()), None)
-    if root is None:
-        raise SourceError(
-            f"{path}: the first listed file, {first}, exists neither in the folder of the list nor in a folder above it"
-        )
-    return root
+def _find_root(path: Path, cells: Sequence[str]) -> Path:
+    """Return the folder that the paths are relative to: the nearest in which one of the first files exists."""
+    first = cells[:20]  # a single file may be missing
+    for folder in path.absolute().parents:
+        try:
+            subfolders = sorted(entry.path for entry in os.scandir(folder) if entry.name.startswith("images_"))
+        except OSError:  # a folder above the list that may not be read
+            subfolders = []
+        for root in (folder, *map(Path, subfolders)):
+            if any(os.path.isfile(locate_file(cell, root)[1]) for cell in first):
+                return root
+    raise SourceError(
+        f"{path}: the first listed files, {join_names(first[:2])}, …, exist neither in the folder of the list nor in a "
+        "folder above it"
+    )
 
 
 def _check_paths(cells: Sequence[Any], where: str) -> list[str]:

@@ -7,12 +7,15 @@ import io
 import json
 import pickle
 import tarfile
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from farout.core.errors import LeftOutWarning, SourceError
 from farout.core.names import decode_key
@@ -213,6 +216,32 @@ def test_links_in_a_tar_stay_in_it(tmp_path):
     assert "not a regular file" in source.unreadable["pipe.png"]
     assert source.content_hash(source.keys.index("hard.png")) == source.content_hash(source.keys.index("a/1.png"))
     assert source.content_hash(source.keys.index("a/soft.png")) == source.content_hash(source.keys.index("a/1.png"))
+
+
+FOLDERS = st.sampled_from(["", ".", "..", "a", "cat", "é", "=x", "a\r", "@eaDir", ".h", "%41", "#"])
+STEMS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/\\"), min_size=1, max_size=6)
+SUFFIXES = st.sampled_from([".png", ".PNG", ".txt", ".zip", "", ".heic.bak"])
+NAMES = st.builds(
+    lambda folders, stem, suffix: "/".join([*folders, stem + suffix]), st.lists(FOLDERS, max_size=3), STEMS, SUFFIXES
+)
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+@settings(max_examples=60, deadline=None)
+@given(names=st.lists(NAMES, min_size=1, max_size=8, unique=True))
+def test_every_member_is_an_image_hidden_or_counted(suffix, names):
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / f"x{suffix}", {**dict.fromkeys(names, IMAGES[0]), "last.png": IMAGES[1]})
+        source = open_all(path)
+        keys = list(map(decode_key, source.keys))
+        assert len(keys) == len(set(keys))
+        for key in source.keys:
+            assert (Path("/out") / key).resolve().is_relative_to("/out"), key
+            assert key == key.strip("\r\n")
+        parts = [[part for part in name.split("/") if part not in ("", ".", "..")] for name in {*names, "last.png"}]
+        hidden = sum("@eaDir" not in part[:-1] and any(name.startswith(".") for name in part) for part in parts if part)
+        assert len(keys) + sum(source.left_out.values()) + hidden == len({*names, "last.png"})
+        assert not source.unreadable
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar"])

@@ -222,6 +222,16 @@ def test_special_files_in_a_folder_are_unreadable_at_once(tmp_path):
     assert len(source) == 3
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.zip", "a.parquet", "metadata.csv", "farout-classes.json"])
+def test_named_pipes_of_other_kinds_are_counted_and_never_opened(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    for source in (tmp_path, f"{tmp_path}/*"):
+        with pytest.raises(SourceError, match=r"contains no images|matches no images"):
+            open_source(source)
+    write(tmp_path, "c/1.png")
+    assert sum(open_all(tmp_path).left_out.values()) == 1
+
+
 def test_names_that_differ_only_by_case_are_different_images_and_classes(tmp_path):
     source = open_all(write(tmp_path, "Cat/x.png", "cat/x.png", "cat/X.png"))
     assert source.keys == ("Cat/x.png", "cat/X.png", "cat/x.png")

@@ -65,13 +65,13 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
     images = [path for path in scan.files if is_image_name(path)]
     others = [path for path in scan.files if not is_image_name(path)]
     if not images and not scan.problems:
-        tables = [path for path in others if suffix_of(path) == ".parquet"]
+        tables = [path for path in others if suffix_of(path) == ".parquet" and os.path.isfile(root / path)]
         if tables and kind_of(root) is None:
             left_out = limit_descriptions(scan.left_out + count_by_suffix(set(others) - set(tables)))
             return list_parquet(choose_shards(root, tables, selection.split), reading, selection, left_out, str(root))
         selection.check_used(where=str(root), kind="a folder without parquet files")
-        archives = [path for path in others if is_archive_name(path)]
-        left_out = scan.left_out + count_by_suffix(path for path in others if not is_archive_name(path))
+        archives = [path for path in others if is_archive_name(path) and os.path.isfile(root / path)]
+        left_out = scan.left_out + count_by_suffix(set(others) - set(archives))
         if archives:
             listing = list_archives(root, archives, reading, left_out)
             return replace(listing, splits=describe_splits_of_archives(archives, str(root)) or listing.splits)
@@ -91,7 +91,7 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
     depth = images[0].count("/") if images else 1
     classed = [*images, *("/".join(path.split("/")[:-1][:depth]) + "/" for path in scan.problems)]
     codes, class_names = class_folders(classed)
-    if class_names is not None:
+    if class_names is not None and os.path.isfile(root / CLASSES_FILE):
         class_names = _read_class_names(root, class_names)
         others = [path for path in others if path != CLASSES_FILE]
     left_out += count_by_suffix(path for path in others if path != metadata)
@@ -157,8 +157,6 @@ def _list_files(
 def _read_class_names(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     """Return the class of each folder: from `CLASSES_FILE`, otherwise the name of the folder."""
     path = root / CLASSES_FILE
-    if not path.is_file():
-        return folders
     classes = read_json(path)
     if not all(isinstance(name, str) for name in classes.values()):
         raise SourceError(f"{path} must contain a class name for each folder; correct or remove it")
@@ -187,14 +185,14 @@ def list_glob(pattern: str, reading: ReadSettings, selection: Selection = NO_SEL
         left_out[f"folder(s) (give '{pattern}/**/*' to list their images)"] += matches.folders
     images = [path for path in files if is_image_name(path)]
     if not images and not matches.problems:
-        tables = [path for path in files if suffix_of(path) == ".parquet"]
+        tables = [path for path in files if suffix_of(path) == ".parquet" and os.path.isfile(root / path)]
         if tables:
             left_out += count_by_suffix(set(files) - set(tables))
             paths = [root / path for path in tables]
             return list_parquet(paths, reading, selection, limit_descriptions(left_out), pattern)
         selection.check_used(where=pattern, kind="a glob without parquet files")
-        archives = [path for path in files if is_archive_name(path)]
-        left_out += count_by_suffix(path for path in files if not is_archive_name(path))
+        archives = [path for path in files if is_archive_name(path) and os.path.isfile(root / path)]
+        left_out += count_by_suffix(set(files) - set(archives))
         if archives:
             return list_archives(root, archives, reading, left_out)
         counts = join_counts(limit_descriptions(left_out))

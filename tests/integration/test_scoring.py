@@ -18,7 +18,7 @@ import torch
 
 from farout import load
 from farout.core import store
-from farout.core.errors import FaroutError, NaNScoresWarning, StoreError
+from farout.core.errors import DamagedFileWarning, FaroutError, NaNScoresWarning, StoreError
 from farout.core.runtime import Runtime
 from farout.data.batching import Batch
 from farout.detectors.base import Detector
@@ -413,3 +413,122 @@ def test_selection_at_a_false_discovery_rate(tmp_path: Path) -> None:
         with pytest.raises(FaroutError, match="a rate between 0 and 1"):
             score_folder(fitted, some, tmp_path / "wrong", **wrong)
     assert not (tmp_path / "wrong").exists()
+
+
+# -- damaged results ----------------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def cut_lines(path: Path) -> None:
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-3]))
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [cut, edit, cut_lines, Path.unlink])
+def test_a_damaged_table_is_written_again_without_networks(
+    damage: Any, place: Path, detector: Detector, whole: dict[str, bytes], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As after a spreadsheet has saved it."""
+    out = tmp_path / "r"
+    shutil.copytree(place / "whole", out)
+    damage(out / "scores.csv")
+    with pytest.raises(StoreError, match=r"scores\.csv"):
+        read_scores(out)
+    seen = measured(monkeypatch)
+    with pytest.warns(DamagedFileWarning, match=r"scores\.csv .*the results are written again"):
+        done = score_folder(detector, place / "new", out)
+    assert not seen, "the measurements are intact"
+    assert (done.scored_now, done.counts) == (0, {"ok": COUNT - 1, "unreadable": 1})
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("damage", [cut, edit, Path.unlink, make_folder])
+@pytest.mark.parametrize("file", ["measurements.parquet", "manifest.json"])
+def test_other_damaged_results_are_measured_again(
+    damage: Any, file: str, place: Path, detector: Detector, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "r"
+    shutil.copytree(place / "whole", out)
+    damage(out / file)
+    if (out / "measurements.parquet").is_dir():
+        (out / "measurements.parquet").rmdir()
+    if file == "manifest.json":
+        with pytest.raises(StoreError, match=r"manifest\.json|not finished"):
+            read_scores(out)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = score_folder(detector, place / "new", out)
+    assert done.scored_now == COUNT - 1
+    is_unfinished = (file, damage) == ("manifest.json", Path.unlink)
+    assert any(issubclass(each.category, DamagedFileWarning) for each in caught) != is_unfinished
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("counts", {"ok": 5}), ("flagged", 3), ("unreadable", {}), ("files", {}), ("policy", "skip")]
+)
+def test_an_edited_manifest_is_noticed(
+    place: Path, whole: dict[str, bytes], tmp_path: Path, name: str, value: Any
+) -> None:
+    out = tmp_path / "r"
+    shutil.copytree(place / "whole", out)
+    manifest = store.read_json(out / "manifest.json")
+    store.write_json(out / "manifest.json", {**manifest, name: value})
+    with pytest.raises(StoreError, match=r"manifest\.json was changed"):
+        read_scores(out)
+
+
+def test_settings_that_were_changed_are_named(
+    place: Path, detector: Detector, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "r"
+    shutil.copytree(place / "whole", out)
+    cut(out / "settings.json")
+    with pytest.raises(StoreError, match=r"settings\.json"):
+        score_folder(detector, place / "new", out)
+
+
+@pytest.mark.parametrize("damage", [cut, edit, Path.unlink])
+@pytest.mark.parametrize("suffix", [".parquet", ".json"])
+def test_damaged_parts_are_measured_again(
+    damage: Any, suffix: str, place: Path, detector: Detector, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    store_parts(detector, place / "new", tmp_path / "r")
+    damage(tmp_path / "r" / "parts" / f"000000008{suffix}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = score_folder(detector, place / "new", tmp_path / "r")
+    assert done.scored_now == 8
+    assert any(issubclass(each.category, DamagedFileWarning) for each in caught) == (damage is not Path.unlink)
+    assert contents(tmp_path / "r") == whole
+
+
+def test_other_images_are_not_scored_into_damaged_results(detector: Detector, tmp_path: Path) -> None:
+    incoming = pictures(tmp_path / "incoming", 10, seed=1)
+    score_folder(detector, incoming, tmp_path / "r")
+    cut(tmp_path / "r" / "scores.csv")
+    shutil.rmtree(incoming)
+    pictures(incoming, 10, seed=2)
+    with pytest.warns(DamagedFileWarning), pytest.raises(StoreError, match="other images of the same names"):
+        score_folder(detector, incoming, tmp_path / "r")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b'key,score\n"a', b"\xff\xfe", b"PAR1"])
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_tables_of_others_that_cannot_be_read(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StoreError, match=name):
+        read_scores(tmp_path / name)

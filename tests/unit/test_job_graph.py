@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from farout.benchmark.job_graph import Job, JobGraph, flatten_settings, format_duration
-from farout.core import progress
-from farout.core.errors import FaroutError
+from farout.core import progress, store
+from farout.core.errors import FaroutError, StoreError
 
 
 def jobs(folder: Path, steps: int = 1, sources: tuple[str, ...] = ("id", "ood")) -> list[Job]:
@@ -51,6 +51,32 @@ def run(folder: Path, failing: str = "", **changes: Any) -> list[str]:
 def test_finished_jobs_are_not_run_again(tmp_path: Path) -> None:
     assert run(tmp_path) == ["network", "detector", "evaluation", "other"]
     assert run(tmp_path) == []
+
+
+def test_damaged_results_are_named_and_run_again_on_request(tmp_path: Path) -> None:
+    run(tmp_path)
+    (tmp_path / "evaluation" / "metrics.csv").write_text("auroc\n1.0\n")
+    with pytest.raises(FaroutError, match=r"results of evaluation are damaged: .*metrics\.csv was changed.*--redo"):
+        run(tmp_path)
+    JobGraph(tmp_path, jobs(tmp_path)).delete_outdated()
+    assert run(tmp_path) == ["evaluation"]
+    store.write_folder_hashes(tmp_path / "network")
+    assert run(tmp_path) == []
+    (tmp_path / "network" / "model.safetensors").write_text("added")
+    with pytest.raises(FaroutError, match=r"results of network are damaged: .*model\.safetensors was added"):
+        run(tmp_path)
+    JobGraph(tmp_path, jobs(tmp_path)).delete_outdated()
+    assert run(tmp_path) == ["network", "detector", "evaluation"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"jobs": []}, {"jobs": {"network": 1}}, {"jobs": {"network": {"settings": {}, "done": True}}}, {"jobs": "x"}],
+)
+def test_a_record_that_is_none_is_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+    store.write_json(tmp_path / "farout-jobs.json", content)
+    with pytest.raises(StoreError, match=r"farout-jobs\.json is not a record of jobs"):
+        JobGraph(tmp_path, jobs(tmp_path))
 
 
 def test_an_interrupted_run_continues_with_the_interrupted_job(tmp_path: Path) -> None:

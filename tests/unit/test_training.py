@@ -333,6 +333,30 @@ def test_a_broken_checkpoint_is_ignored(tmp_path: Path, caplog: pytest.LogCaptur
     assert set(checkpoint_folders(tmp_path)) == {2, 4, 6, 8}
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "folder", "text"])
+def test_every_damage_of_a_checkpoint_is_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
+    """Training continues from the checkpoint before it."""
+    train(_linear(), _plain_step, _data(), replace(BASE, steps=4, checkpoint_every=2), out=tmp_path)
+    path = step_folder(tmp_path, 4) / name
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage == "flip":
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    else:
+        path.write_bytes({"cut": content[:middle], "empty": b"", "text": b"words"}[damage])
+    assert list(checkpoint_folders(tmp_path)) == [2]
+    assert "step_00000004 is ignored" in caplog.text
+    if name == "model.safetensors":
+        with pytest.raises(StoreError, match=r"model\.safetensors"):
+            checkpoint_weights(step_folder(tmp_path, 4), average=False)
+
+
 def test_a_resume_without_checkpoint_starts_anew(tmp_path: Path) -> None:
     assert train(_linear(), _plain_step, _data(), BASE, out=tmp_path, resume=True).steps == 8
 

@@ -15,6 +15,7 @@ from farout.benchmark.benchmark_plan import BenchmarkJob, BenchmarkPlan
 from farout.benchmark.error_images import write_error_images
 from farout.classifiers.outlier_exposure import Exposure
 from farout.classifiers.train import train_classifier
+from farout.core import store
 from farout.core.errors import ConstantScoresWarning, MisleadingResultWarning
 from farout.core.names import find_path
 from farout.data.image_source import ImageSource
@@ -46,7 +47,8 @@ def execute_job(plan: BenchmarkPlan, job: BenchmarkJob, earlier: Mapping[str, An
         job: one of its jobs.
         earlier: the record of an earlier run of the job, if there was one.
     """
-    if job.kind in ("networks", "detectors") and (job.output / "config.json").is_file():
+    is_complete = (job.output / "config.json").is_file() and not store.describe_damage(job.output)
+    if job.kind in ("networks", "detectors") and is_complete:
         return {}  # complete: the run was killed between writing the folder and writing the record
     if job.kind == "networks":
         _train_network(plan, job)

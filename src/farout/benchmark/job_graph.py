@@ -12,9 +12,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from pydantic import BaseModel
+
 from farout.core import progress, store
-from farout.core.errors import FaroutError, StoreError
+from farout.core.errors import FaroutError
+from farout.core.files import hash_file
 from farout.core.names import find_path
+from farout.core.schema import check_content
 from farout.data.sources import parse_source
 from farout.training.checkpoints import training_folder
 
@@ -84,10 +88,12 @@ class JobStates:
     Attributes:
         finished: names of jobs that need not be run.
         outdated: name of the job -> reason. All other jobs are run for the first time, or resumed.
+        damaged: name of the job whose results were changed after they were written -> which file.
     """
 
     finished: frozenset[str]
     outdated: Mapping[str, str]
+    damaged: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,9 @@ class JobGraph:
         self.records: dict[str, dict[str, Any]] = {}
         path = folder / RECORD_FILE
         if path.is_file():
-            self.records = store.read_json(path).get("jobs", {})
-            if not isinstance(self.records, dict):
-                raise StoreError(f"{path} is not a record of jobs; give another folder")
+            content = store.read_json(path)
+            check_content(content, _RecordContent, f"{path} is not a record of jobs; give another folder: it")
+            self.records = content.get("jobs", {})
 
     def states(self) -> JobStates:
         """Compare the results in the folder with the jobs.
@@ -132,6 +138,7 @@ class JobGraph:
         """
         finished: set[str] = set()
         outdated: dict[str, str] = {}
+        damaged: dict[str, str] = {}
         for job in self.jobs:
             record, written = self.records.get(job.name), job.written_paths
             if record is None:
@@ -147,12 +154,19 @@ class JobGraph:
             if written and reason:
                 outdated[job.name] = reason
             elif record["done"] and complete.exists() and record["sources"] == list(job.sources):
-                finished.add(job.name)
-        return JobStates(frozenset(finished), outdated)
+                damage = _describe_damage(complete, record.get("sha256")) or store.describe_damage(job.output)
+                if damage:
+                    damaged[job.name] = damage
+                elif _has_intact_scores(job.output):  # damaged scores are computed again when the job is run again
+                    finished.add(job.name)
+        return JobStates(frozenset(finished), outdated, damaged)
 
     def check(self) -> JobStates:
         """As `states`; raises FaroutError that lists what differs where results are outdated."""
         states = self.states()
+        if states.damaged:
+            first, reason = next(iter(states.damaged.items()))
+            raise FaroutError(f"the results of {first} are damaged: {reason}; give --redo to run it again")
         if states.outdated:
             first, reason = next(iter(states.outdated.items()))
             titles = {job.name: str(job) for job in self.jobs}
@@ -164,7 +178,8 @@ class JobGraph:
 
     def delete_outdated(self) -> None:
         """Delete the results that do not fit the present settings, and those that were computed from them."""
-        outdated = self.states().outdated
+        states = self.states()
+        outdated = {**states.outdated, **states.damaged}
         for job in self.jobs:
             if job.name in outdated:
                 for path in job.written_paths:
@@ -198,7 +213,8 @@ class JobGraph:
                     with progress.show(_TimeLeft(bar, progress.current_display(), self.estimate_seconds(waiting))):
                         result = execute(job, earlier) or {}
                     seconds = round(time.perf_counter() - started, 1)
-                    self._record(job, {**record, **result, "seconds": seconds, "done": True})
+                    sha256 = _hash_output(job.output / job.completed_by if job.completed_by else job.output)
+                    self._record(job, {**record, **result, "seconds": seconds, "sha256": sha256, "done": True})
                 bar.advance(note=job.name)
                 waiting = [other for other in self.jobs[number:] if other.name not in finished]
                 yield FinishedJob(job, number, len(self.jobs), seconds, self.estimate_seconds(waiting))
@@ -223,6 +239,45 @@ class JobGraph:
         overall = mean(seconds for _, seconds in durations)
         by_kind = {kind: mean(each for other, each in durations if other == kind) for kind, _ in durations}
         return sum(by_kind.get(job.kind, overall) for job in jobs)
+
+
+def _has_intact_scores(output: Path) -> bool:
+    if not any(output.rglob("manifest.json")):
+        return True
+    from farout.scoring.folder import has_intact_scores  # loads torch, which chains without scores do not need
+
+    return has_intact_scores(output)
+
+
+def _hash_output(path: Path) -> str | None:
+    """SHA-256 of a file that completes a job; None for a folder, whose own list of hashes is checked."""
+    return hash_file(path) if path.is_file() else None
+
+
+def _describe_damage(path: Path, sha256: str | None) -> str:
+    """How the file that completes a job differs from what was written; "" if it does not."""
+    try:
+        is_unchanged = sha256 is None or hash_file(path) == sha256
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror or error}"
+    return "" if is_unchanged else f"{path} was changed after it was written"
+
+
+class _JobContent(BaseModel):
+    """What is read of the record of a job; kinds of jobs have further entries."""
+
+    settings: dict[str, Any]
+    sources: list[str]
+    done: bool
+    kind: str | None = None
+    seconds: float | None = None
+    sha256: str | None = None
+
+
+class _RecordContent(BaseModel):
+    """What is read of the record of a job graph."""
+
+    jobs: dict[str, _JobContent] = {}
 
 
 class _TimeLeft:

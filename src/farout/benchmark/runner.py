@@ -30,6 +30,7 @@ from farout.benchmark.result_tables import ResultTable, make_tables, to_latex, t
 from farout.benchmark.yaml_reader import to_yaml
 from farout.core import store
 from farout.core.errors import FaroutError, StoreError
+from farout.core.schema import check_content
 from farout.evaluation.evaluate import write_table
 from farout.evaluation.scored_datasets import DIFFERENCE_COLUMNS
 
@@ -189,7 +190,9 @@ def _write_tables(
 def _collect_facts(plan: BenchmarkPlan, sets: ImageSets) -> dict[str, dict[str, Any]]:
     """Facts about every available source; those that an earlier run has written are not computed again."""
     path = plan.out / _PROVENANCE_FILE
-    known = store.read_json(path).get("sources", {}) if path.is_file() else {}
+    content = store.read_json(path) if path.is_file() else {}
+    check_content(content.get("sources", {}), dict[str, dict[str, Any]], f"{path}: sources")
+    known = content.get("sources", {})
     sources = dict.fromkeys([plan.spec.train, plan.spec.id, *plan.scored_ood_sources])
     return {source: known.get(source) or sets.facts(source).to_dict() for source in sources}
 

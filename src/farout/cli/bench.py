@@ -91,10 +91,14 @@ def _show_dry_run(dry_run: DryRun) -> None:
     table.add_column("inputs", overflow="fold")
     table.add_column("settings", overflow="fold")
     for job in plan.jobs:
-        state = "done" if job.name in states.finished else "outdated" if job.name in states.outdated else "to do"
+        state = "to do"
+        for name, jobs in (("done", states.finished), ("outdated", states.outdated), ("damaged", states.damaged)):
+            state = name if job.name in jobs else state
         table.add_row(job.name, state, ", ".join(job.inputs), _describe_settings(plan.spec, job, len(shared) > 1))
     print_table(table)
     print_text(f"{len(plan.jobs)} jobs, {len(plan.jobs) - len(states.finished)} to do")
+    for name, reason in states.damaged.items():
+        print_text(f"damaged: {name} ({reason}); --redo deletes it and runs it again")
     for name, reason in states.outdated.items():
         print_text(f"outdated: {name} ({reason}); --redo deletes it and runs it again")
     for name in plan.unused:

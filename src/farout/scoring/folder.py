@@ -42,7 +42,7 @@ from farout.detectors.calibration import benjamini_hochberg, check_fitted, warn_
 from farout.detectors.saving import describe_detector
 from farout.report.score_page import write_score_page
 
-__all__ = ["ScoredFolder", "read_manifest", "read_scores", "score_folder"]
+__all__ = ["ScoredFolder", "has_intact_scores", "read_manifest", "read_scores", "score_folder"]
 
 _IMAGES_PER_PART = 256
 """Images measured between two files on disk."""
@@ -193,6 +193,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = store.read_sealed_json(folder / _MANIFEST)
     check_content(manifest, _ManifestContent, str(folder / _MANIFEST))
     return manifest
+
+
+def has_intact_scores(folder: Path) -> bool:
+    """Whether a scored folder, or all that are in a folder, are as they were written."""
+    try:
+        for path in sorted(folder.rglob(_MANIFEST)):
+            if (path.parent / _SETTINGS_FILE).is_file():
+                manifest = read_manifest(path.parent)
+                for name in manifest["files"]:
+                    _check_file(path.parent, manifest, name)
+    except StoreError:
+        return False
+    return True
 
 
 def _check_file(folder: Path, manifest: dict[str, Any], name: str) -> None:

@@ -8,12 +8,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from farout.classifiers.model import Classifier
 from farout.classifiers.outlier_exposure import count_known_classes
 from farout.core import store
 from farout.core.errors import FaroutError, MisleadingResultWarning
 from farout.core.progress import task
+from farout.core.schema import Schema, check_content
 from farout.diffusion.sampling import Sampler
 
 __all__ = ["classifier_indices", "recognition_rate", "warn_about_poor_samples"]
@@ -21,6 +25,13 @@ __all__ = ["classifier_indices", "recognition_rate", "warn_about_poor_samples"]
 _RESULT_FILE = "generator_check.json"
 _BATCH_SIZE, _MIN_SAMPLES, _MIN_SAMPLES_PER_CLASS = 64, 100, 5
 _MIN_RATE = 0.8
+
+
+class _ResultContent(Schema):
+    """The file that stores the rate."""
+
+    classifier: str
+    recognition_rate: Annotated[float, Field(ge=0, le=1)]
 
 
 def recognition_rate(sampler: Sampler, classifier: Classifier, names: Sequence[str], count: int | None = None) -> float:
@@ -69,7 +80,10 @@ def warn_about_poor_samples(sampler: Sampler, classifier: Classifier, names: Seq
     resumed runs do not generate the samples again.
     """
     path, classifier_hash = folder / _RESULT_FILE, classifier.content_hash
-    result = store.read_json(path) if path.is_file() else {}
+    result: dict[str, Any] = {}
+    if path.is_file():
+        result = store.read_json(path)
+        check_content(result, _ResultContent, str(path))
     if result.get("classifier") != classifier_hash:
         result = {"classifier": classifier_hash, "recognition_rate": recognition_rate(sampler, classifier, names)}
         store.write_json(path, result)

@@ -11,7 +11,6 @@ The layout, below the training folder::
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -21,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from farout.core import store
 from farout.core.errors import StoreError
+from farout.core.files import hash_file
 from farout.core.names import expand_path
+from farout.core.schema import check_content
 from farout.training.config import TrainingConfig
 
 __all__ = [
@@ -45,6 +47,12 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8,})")
+
+
+class _StateContent(BaseModel):
+    """What this module reads of `state.json`; the training loop adds its own entries."""
+
+    files: dict[str, str]
 
 
 def training_folder(out: str | Path) -> Path:
@@ -80,22 +88,23 @@ def _step_folders(out: str | Path) -> dict[int, Path]:
 
 def _is_intact(folder: Path) -> bool:
     try:
-        files = read_state(folder).get("files")
-        if not isinstance(files, dict):
-            raise StoreError(f"{folder / 'state.json'} lists no files; expected their SHA-256")
-        for name, expected in files.items():
-            path = folder / name
-            if not path.is_file() or _sha256(path) != expected:
-                raise StoreError(f"{path} is missing or differs from what was written")
+        for name in read_state(folder)["files"]:
+            _check_file(folder, name)
     except StoreError as error:
         logger.warning("the checkpoint %s is ignored: %s", folder, error)
         return False
     return True
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_file(folder: Path, name: str) -> None:
+    """Raise StoreError unless a file of a checkpoint is as it was written."""
+    path = folder / name
+    try:
+        is_unchanged = hash_file(path) == read_state(folder)["files"].get(name)
+    except OSError as error:
+        raise StoreError(f"{path} is missing or cannot be read: {error.strerror or error}") from error
+    if not is_unchanged:
+        raise StoreError(f"{path} differs from what was written")
 
 
 def checkpoint_weights(folder: str | Path, average: bool = True) -> dict[str, Tensor]:
@@ -103,13 +112,18 @@ def checkpoint_weights(folder: str | Path, average: bool = True) -> dict[str, Te
 
     Raises StoreError if the file is missing or cut short.
     """
-    averaged = Path(folder) / "ema.safetensors"
-    return store.load_tensors(averaged if average and averaged.exists() else Path(folder) / "model.safetensors")
+    folder = Path(folder)
+    name = "ema.safetensors" if average and "ema.safetensors" in read_state(folder)["files"] else "model.safetensors"
+    _check_file(folder, name)
+    return store.load_tensors(folder / name)
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
-    """The content of `state.json` of one checkpoint. Raises StoreError if it is missing or not JSON."""
-    return store.read_json(Path(folder) / "state.json")
+    """The content of `state.json` of one checkpoint. Raises StoreError if it is missing or was changed."""
+    path = Path(folder) / "state.json"
+    state = store.read_sealed_json(path)
+    check_content(state, _StateContent, str(path))
+    return state
 
 
 def read_optimizer(folder: str | Path) -> dict[str, Any]:
@@ -131,8 +145,8 @@ def write_checkpoint(
         if average is not None:
             store.save_tensors(temporary / "ema.safetensors", average)
         torch.save(optimizer, temporary / "optimizer.pt")
-        files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        store.write_json(temporary / "state.json", {**state, "files": files})
+        files = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
+        store.write_sealed_json(temporary / "state.json", {**state, "files": files})
 
 
 def prune_checkpoints(out: str | Path, keep: Collection[int | None], every: int) -> None:

@@ -22,7 +22,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from farout.core import progress
+from farout.core import progress, store
 from farout.core.devices import autocast, join_processes, resolve_precision
 from farout.core.errors import FaroutError, StoreError
 from farout.core.interruption import Interruption, defer_interruption, received_interruption
@@ -437,7 +437,10 @@ class TrainingRun:
 
     def load(self, folder: Path) -> None:
         """Restore a checkpoint; raises StoreError if it belongs to another run or network."""
-        state = read_state(folder)
+        with store.explain_load_errors(folder):
+            self._restore(folder, read_state(folder))
+
+    def _restore(self, folder: Path, state: dict[str, Any]) -> None:
         differences = describe_differences(_resumable_settings(state), _resumable_settings(self._state()))
         if differences:
             raise StoreError(

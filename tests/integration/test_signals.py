@@ -141,16 +141,125 @@ def end(process: subprocess.Popen[str], number: signal.Signals) -> str:
     return messages[0]
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("signals") / "images", 40)
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in out.with_name(f"{out.name}.training").glob("checkpoints/*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", STATUS)
-def test_a_training_writes_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
-    images, out = pictures(tmp_path / "images", 40), tmp_path / "model"
+def test_a_training_writes_a_checkpoint(number: signal.Signals, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
     train = ["train", "diffusion", images, "--out", out, "--alpha", "0.2", *TRAINING]
     process = start(train)
-    wait_for_line(process, "training.*[1-9]/100000 steps")
+    wait_for_line(process, r"training: [1-9]\d*/100000 steps")
     message = end(process, number)
     assert message.endswith("; add --resume to the same command to continue")
-    names = [path.name for path in (tmp_path / "model.training" / "checkpoints").iterdir()]
-    assert len(names) == 1, names
-    assert re.fullmatch(r"step_\d{8}", names[0])
+    (checkpoint,) = checkpoints(out)
+    assert re.fullmatch(r"step_\d{8}", checkpoint)
     assert not out.exists()
+
+    steps = int(checkpoint.removeprefix("step_"))
+    process = start([*train, "--resume"])
+    wait_for_line(process, rf"training: {steps + 1}/100000 steps")
+    assert end(process, number).endswith("; run the same command again to continue")
+    assert checkpoints(out) > [checkpoint], "continued from there"
+
+
+@pytest.mark.slow
+def test_ignored_signals_stay_ignored(images: Path, tmp_path: Path) -> None:
+    """As under `nohup`, and as `timeout` and shells send SIGTERM: twice."""
+    out = tmp_path / "model"
+    process = start(
+        ["train", "diffusion", images, "--out", out, "--alpha", "0.2", *TRAINING],
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    wait_for_line(process, r"training: [1-9]\d*/100000 steps")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(2)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)
+    end(process, signal.SIGTERM)
+    assert checkpoints(out)
+
+
+@pytest.mark.slow
+def test_worker_processes_and_a_signal_to_the_group(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    process = start(
+        ["train", "diffusion", images, "--out", out, "--alpha", "0.2", *TRAINING, "--training.workers", "2"]
+    )
+    wait_for_line(process, r"training: [1-9]\d*/100000 steps")
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    assert len(checkpoints(out)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_several_processes_end_together(number: signal.Signals, images: Path, tmp_path: Path) -> None:
+    """The launcher passes the signal on to processes that may have received it already."""
+    out, words = tmp_path / "model", ["--nproc-per-node", "2", "--master-port", str(29700 + number), "-m", "farout"]
+    train = ["train", "diffusion", images, "--out", out, "--alpha", "0.2", *TRAINING]
+    command = [sys.executable, "-m", "torch.distributed.run", *words, *map(str, train)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_line(process, r"training: [1-9]\d*/100000 steps")
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    messages = [line for line in errors.splitlines() if line.startswith("farout: ")]
+    assert len(messages) == 1, errors
+    assert messages[0].endswith("; add --resume to the same command to continue")
+    assert len(checkpoints(out)) == 1
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    # the step after the first signal takes long: torch waits for a lock that nobody releases
+    script = """
+import sys, time
+from farout.cli import main
+from farout.training import loop
+loop.TrainingRun._save_interrupted = lambda self: time.sleep(600)
+sys.exit(main(sys.argv[1:]))
+"""
+    train = ["train", "diffusion", images, "--out", out, "--alpha", "0.2", *TRAINING]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, train)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for_line(process, r"training: [1-9]\d*/100000 steps")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STATUS)
+def test_a_score_keeps_what_is_finished(number: signal.Signals, tmp_path: Path) -> None:
+    from farout import PCA
+
+    many = pictures(tmp_path / "many", 800)
+    PCA(size=32).fit(pictures(tmp_path / "good", 60), statistics=30, alpha=0.1).save(tmp_path / "d")
+    score = ["score", tmp_path / "d", many, "--workers", "0", "--no-cache"]
+    whole = start([*score, "--out", tmp_path / "whole"])
+    _, errors = whole.communicate(timeout=500)
+    assert whole.returncode == 0, errors
+    process = start([*score, "--out", tmp_path / "r"])
+    wait_for(lambda: list((tmp_path / "r" / "parts").glob("*.parquet")), process)
+    assert end(process, number).endswith("; run the same command again to continue")
+    left = sorted(path.name for path in (tmp_path / "r").rglob("*") if path.is_file())
+    assert not [name for name in left if name.startswith(".")], "nothing half-written"
+    assert "scores.csv" not in left
+    again = start([*score, "--out", tmp_path / "r"])
+    _, errors = again.communicate(timeout=500)
+    assert again.returncode == 0, errors
+    assert (tmp_path / "r" / "scores.csv").read_bytes() == (tmp_path / "whole" / "scores.csv").read_bytes()

@@ -42,7 +42,9 @@ def test_missing_weights_and_sets_are_named_at_once(offline: None) -> None:
 
 
 def test_a_server_that_does_not_answer_is_not_waited_for(silent_server: None) -> None:
-    assert "does not answer" in hub.find_hub_obstacle() or "timed out" in hub.find_hub_obstacle()
+    begins = time.monotonic()
+    assert "127.0.0.1" in hub.find_hub_obstacle()
+    assert time.monotonic() - begins < 10
 
 
 def test_the_offline_mode_of_users_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

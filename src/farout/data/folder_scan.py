@@ -6,10 +6,11 @@ import fnmatch
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from farout.core import store
 from farout.core.errors import SourceError
 from farout.data.file_names import is_hidden, is_image_name, is_system_folder, suffix_of
 
@@ -41,9 +42,10 @@ class FolderScan:
 def scan_folder(root: Path) -> FolderScan:
     """List the files below `root`; raises SourceError if the folder itself cannot be read.
 
-    Hidden files and folders are left out. System folders, such as `@eaDir`, are not entered, and their files are
-    counted. A link to a folder is followed, unless the folder is listed under its own name, was reached through another
-    link, or contains the link: no folder is listed twice, and loops end.
+    Hidden files and folders are left out. System folders, such as `@eaDir`, and folders that farout wrote, such as
+    results of an earlier score, are not entered, and their files are counted. A link to a folder is followed, unless
+    the folder is listed under its own name, was reached through another link, or contains the link: no folder is listed
+    twice, and loops end.
     """
     scan = FolderScan()
     start = os.path.realpath(root)
@@ -68,6 +70,9 @@ def scan_folder(root: Path) -> FolderScan:
                 raise SourceError(f"the folder {root} cannot be read: {error.strerror or error}") from error
             scan.problems[f"{path}/"] = f"the folder cannot be read: {error.strerror or error}"
             continue
+        if path and _is_result(real, {entry.name for entry in entries}):
+            _count_files(scan, real, f"in {os.path.basename(path)} (written by farout)")
+            continue
         scan.folders.append(path)
         for entry in entries:
             if is_hidden(entry.name):
@@ -83,7 +88,7 @@ def scan_folder(root: Path) -> FolderScan:
             if not is_folder:
                 scan.files.append(entry_path)
             elif is_system_folder(entry.name):
-                _count_system_folder(scan, entry)
+                _count_files(scan, entry.path, f"in {entry.name}")
             elif entry.is_symlink():
                 links.append((entry_path, os.path.realpath(entry.path), real))
             elif entry.path in entered:  # reached through a link before
@@ -114,16 +119,24 @@ def _add_problem(scan: FolderScan, entry: os.DirEntry[str], path: str, error: OS
         scan.files.append(path)
 
 
-def _count_system_folder(scan: FolderScan, entry: os.DirEntry[str]) -> None:
+def _is_result(folder: str, names: Collection[str]) -> bool:
+    """Whether farout wrote the folder: a model, detector, generated images, scores, a benchmark or a chain."""
+    if "farout-jobs.json" in names or ("settings.json" in names and {"parts", "manifest.json"} & set(names)):
+        return True
+    return "config.json" in names and store.kind_of(folder) is not None
+
+
+def _count_files(scan: FolderScan, folder: str, description: str) -> None:
+    """Count the files of a folder that is not entered."""
     count = 0
     unreadable: list[OSError] = []
-    for _, folders, files in os.walk(entry.path, onerror=unreadable.append):
+    for _, folders, files in os.walk(folder, onerror=unreadable.append):
         folders[:] = [name for name in folders if not is_hidden(name)]
         count += sum(not is_hidden(name) for name in files)
     if count:
-        scan.left_out[f"in {entry.name}"] += count
+        scan.left_out[description] += count
     if unreadable:
-        scan.left_out[f"in {entry.name} (cannot be read)"] += len(unreadable)
+        scan.left_out[f"{description} (cannot be read)"] += len(unreadable)
 
 
 @dataclass

@@ -87,7 +87,8 @@ def list_array_file(
         selection.check_used(where=str(path), kind="a file of one array")
         with _read_errors(path), path.open("rb") as file:
             header = _read_header(file)
-            count = _count_images(header.shape, None, str(path)) if _check_is_image(header, str(path)) else 0
+            _check_is_image(header, str(path))
+            count = _count_images(header.shape, None, str(path))
             if header.offset + header.nbytes > path.stat().st_size:
                 raise ValueError(f"its header announces {header.nbytes} bytes, more than the file has")
             if header.is_fortran or count is None:
@@ -286,7 +287,7 @@ def _choose_array(headers: Mapping[str, _Header], path: Path, selection: Selecti
     raise SourceError(f"{path} has several arrays that can be images: {listed}; name one: {path}@array={fitting[0]}")
 
 
-def _check_is_image(header: _Header, where: str) -> bool:
+def _check_is_image(header: _Header, where: str) -> None:
     if header.dtype.hasobject:
         raise SourceError(f"{where} contains Python objects, which are not read without pickle; save numbers")
     if not header.has_image_shape:
@@ -294,7 +295,6 @@ def _check_is_image(header: _Header, where: str) -> bool:
             f"{where} has shape and type {header}; expected numbers of shape (H, W), (H, W, C), (N, H, W), "
             "(N, C, H, W) or (N, H, W, C) with C = 1, 3 or 4"
         )
-    return True
 
 
 def _count_images(shape: tuple[int, ...], num_labels: int | None, where: str) -> int | None:

@@ -110,10 +110,9 @@ def find_metadata(folder: Path, names: Collection[str]) -> str | None:
         if name.lower() not in ("metadata.csv", "metadata.jsonl"):
             continue
         try:
-            data = read_bytes(folder / name, DEFAULT_READING.max_bytes)
-        except UnreadableImageError:
+            text = _decode_text(read_bytes(folder / name, DEFAULT_READING.max_bytes), folder / name)
+        except (SourceError, UnreadableImageError):
             continue
-        text = _decode_text(data, folder / name) if b"f" in data else ""
         if "file_name" not in text:  # a table of another program, which need not be readable
             continue
         parse = _parse_json_lines if name.lower().endswith(".jsonl") else _parse_csv

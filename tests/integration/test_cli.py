@@ -301,6 +301,8 @@ def test_a_score_of_nothing_but_unreadable_images_fails_after_it_has_written_the
         assert "no image could be read: all 3 are unreadable (0.png: not an image" in printed.err
         assert len(json.loads((tmp_path / "r" / "manifest.json").read_text())["unreadable"]) == 3
         assert len(pd.read_csv(tmp_path / "r" / "scores.csv")) == (3 if policy == "nan" else 0)
+    fit = ["fit", "reconstruction", tmp_path / "images", "--diffusion", place / "model", "--out", tmp_path / "d"]
+    assert "3 cannot be read, such as 0.png: not an image" in refused(capsys, [*fit, "--policy", "skip"], 1)
 
 
 def test_a_fit_names_all_unreadable_images_at_once_or_says_how_many_it_skips(

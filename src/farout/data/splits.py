@@ -218,9 +218,11 @@ def split_source(
     about_copies = f"; {images.describe_copies()}" if images.copies else ""
     hint = about_copies + exclusion_hint(len(images.hashes) - count)
     if len(ranked) < 2:
+        reasons = [f"{key}: {reason}" for key, reason in source.unreadable.items()]
+        about_unreadable = f" ({len(reasons)} cannot be read, such as {reasons[0]})" if reasons else ""
         raise SourceError(
-            f"{source.name} cannot be split: {len(source)} images leave {len(ranked)} distinct images or groups; "
-            f"expected at least 2, better {required} for calibration and {statistics} for statistics{hint}"
+            f"{source.name} cannot be split: {len(source)} images{about_unreadable} leave {len(ranked)} distinct images or "
+            f"groups; expected at least 2, better {required} for calibration and {statistics} for statistics{hint}"
         )
 
     def count_distinct(group: list[int]) -> int:

@@ -147,6 +147,15 @@ def test_values_are_scaled_by_their_range_not_by_their_type():
     assert open_source(rounded)[0].max() == 255
 
 
+def test_a_range_may_be_set_after_opening():
+    ct = np.linspace(-1000, 3000, 320, dtype=np.float32).reshape(5, 1, 8, 8)
+    source = open_source(ct, require_range=False)
+    assert source.with_value_range((-1000, 3000))[4].max() == 255
+    assert len(read_all(source)[1]) == 5
+    some = np.concatenate([ct[:1], np.zeros((4, 1, 8, 8), np.float32)])
+    assert list(read_all(open_source(some))[1]) == ["0"]
+
+
 def test_nan_makes_one_image_unreadable():
     values = IMAGES.float() / 255
     values[3, 0, 0, 0] = float("nan")

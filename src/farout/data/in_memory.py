@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,6 @@ from farout.data.image_objects import (
     Frame,
     UnsupportedImageError,
     check_image,
-    check_range,
     class_of,
     count_frames_of,
     decode_object,
@@ -87,10 +86,8 @@ def list_array(
         raise SourceError(f"{where} have shape {shape} and type {images.dtype}; each image has {reason}") from error
     keys = index_keys(len(images))
     codes, names = (None, None) if labels is None else encode_item_labels([(None, one) for one in labels], where, keys)
-    reader = _ObjectReader(images, keys, reading)
-    _check_probes(reader, len(images), reading)
     final = images.dtype in (torch.uint8, np.uint8) and 4 not in (images.shape[1], images.shape[-1])
-    return Listing(keys, reader, codes, names, in_memory=final)
+    return Listing(keys, _ObjectReader(images, keys, reading), codes, names, in_memory=final)
 
 
 class _ObjectReader:
@@ -163,11 +160,8 @@ def _list_pairs(
             keys = check_keys([f"{keys[i]}#{frame}" if counts[i] > 1 else keys[i] for i, frame in expanded], where)
     _check_some_image(images, keys, where)
     labels, names = encode_item_labels(pairs, where, keys)
-    reader = _ObjectReader(images, keys, reading)
-    if isinstance(images[0], np.ndarray | Tensor):
-        _check_probes(reader, len(images), reading)
     final = all(_is_final(image) for image in images)
-    return Listing(keys, reader, labels, names, groups, in_memory=final)
+    return Listing(keys, _ObjectReader(images, keys, reading), labels, names, groups, in_memory=final)
 
 
 def _check_frames(images: Sequence[object], where: str) -> None:
@@ -186,21 +180,6 @@ def _check_frames(images: Sequence[object], where: str) -> None:
 def probe_indices(count: int) -> list[int]:
     """Return up to eight indices, evenly spaced: the items that are read when a set is opened."""
     return sorted({number * count // 8 for number in range(8)})
-
-
-def _check_probes(read: Callable[[int], DecodedImage], count: int, reading: ReadSettings) -> None:
-    """Read some images; raises SourceError if they all, the first included, are no images or have no usual range."""
-    indices = probe_indices(count)
-    unsupported: dict[int, UnsupportedImageError] = {}
-    for index in indices:
-        try:
-            check_range(read(index), str(index), reading)
-        except UnsupportedImageError as error:
-            unsupported[index] = error
-        except UnreadableImageError:
-            continue  # one image, reported when it is read again
-    if len(unsupported) == len(indices):
-        raise SourceError(f"item {unsupported[0]}") from unsupported[0]
 
 
 def _is_final(image: object) -> bool:

@@ -14,15 +14,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from farout.core.errors import SourceError
+from farout.core.errors import SourceError, UnreadableImageError
 from farout.data.file_listing import Listing
 from farout.data.hub_datasets import list_hub_dataset
-from farout.data.in_memory import list_array, list_items, list_iterable, list_mapping
+from farout.data.image_objects import UnsupportedImageError, check_range
+from farout.data.in_memory import list_array, list_items, list_iterable, list_mapping, probe_indices
 from farout.data.loaders import list_loader
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.torch_datasets import list_dataset
 
-__all__ = ["list_object"]
+__all__ = ["check_value_range", "list_object"]
 
 
 def list_object(images: Any, memory_mib: int = 1024, reading: ReadSettings = DEFAULT_READING) -> Listing:
@@ -76,3 +77,22 @@ def list_object(images: Any, memory_mib: int = 1024, reading: ReadSettings = DEF
         f"cannot read images from a {name}; expected a source string, a path, an image, an array or tensor, a list or "
         "dict of images or paths, a Dataset, or a DataLoader"
     )
+
+
+def check_value_range(listing: Listing, reading: ReadSettings) -> None:
+    """Read some images; raises SourceError if the values of all of them, the first included, have no usual range.
+
+    A single image of such values, among others, is an unreadable image.
+    """
+    unsupported: dict[int, UnsupportedImageError] = {}
+    indices = probe_indices(len(listing.keys))
+    for index in indices:
+        try:
+            check_range(listing.read(index), listing.keys[index], reading)
+            return
+        except UnsupportedImageError as error:
+            unsupported[index] = error
+        except UnreadableImageError:
+            continue  # reported when it is read again
+    if 0 in unsupported:
+        raise SourceError(f"item {unsupported[0]}") from unsupported[0]

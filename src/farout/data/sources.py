@@ -26,7 +26,7 @@ from farout.data.file_listing import Listing
 from farout.data.hub_datasets import find_saved_dataset, list_saved_dataset
 from farout.data.image_source import ImageSource, Policy, check_policy
 from farout.data.parquet_files import list_parquet
-from farout.data.python_objects import list_object
+from farout.data.python_objects import check_value_range, list_object
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.readers import list_path
 from farout.data.source_spec import SourceSpec, parse_spec
@@ -58,18 +58,20 @@ def open_source(
     seed: int = 0,
     memory_mib: int = 1024,
     reading: ReadSettings = DEFAULT_READING,
+    require_range: bool = True,
 ) -> ImageSource:
     """Open images as an ordered set with keys and labels.
 
     Args:
-        images: a source string or path; a torch Dataset of tensors or PIL images, or of pairs (image, label); a list of
-            PIL images; a tensor or array (B, C, H, W), uint8 or floats in [0, 1], which are rounded to 8 bits; or an
-            ImageSource, which is returned as it is, with its own policy.
+        images: a source string or path; a Python object of images, see docs/images.md; or an ImageSource, which is
+            returned as it is, with its own policy.
         policy: treatment of unreadable images: `raise` an error, `skip` them, or keep them without a score (`nan`).
         limit: use a random sample of this many images, in the order of the source; None: all.
         seed: seed of the sample.
         memory_mib: memory for decoded images in MiB; images beyond it are decoded at every access.
         reading: how image files become 8-bit pixels; an ImageSource keeps its own settings.
+        require_range: raise an error for Python objects whose values have no usual range, such as an array of floats
+            from 0 to 255; False if `ImageSource.with_value_range` sets it afterwards.
 
     Raises:
         SourceError: there are no images, or the source string is wrong.
@@ -83,9 +85,10 @@ def open_source(
     elif isinstance(images, str | Path):
         source = _open_spec(images, policy, memory_mib, reading)
     else:
-        source = ImageSource(
-            "images", list_object(images, memory_mib, reading), policy=policy, memory_mib=memory_mib, reading=reading
-        )
+        listing = list_object(images, memory_mib, reading)
+        if require_range:
+            check_value_range(listing, reading)
+        source = ImageSource("images", listing, policy=policy, memory_mib=memory_mib, reading=reading)
     if limit is not None and limit < 1:
         raise SourceError(f"limit is {limit}; expected at least 1, or None for all images")
     if source.left_out and source is not images:

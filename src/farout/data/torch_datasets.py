@@ -27,7 +27,6 @@ from farout.data.image_objects import (
     FailedItem,
     UnsupportedImageError,
     check_image,
-    check_range,
     class_of,
     decode_object,
     describe_error,
@@ -185,7 +184,6 @@ def _probe(reader: _DatasetReader, count: int, name: str) -> dict[int, tuple[obj
             pairs[index] = (image, label)
         try:
             first = decode_object(image, str(index), reader.reading)
-            check_range(first, str(index), reader.reading)
             is_random = is_random or not torch.equal(first.values, reader(index).values)
         except UnsupportedImageError as error:
             unsupported[index] = error

@@ -55,7 +55,12 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
     if settings.statistics is not None and settings.statistics < 2:
         raise FaroutError(f"statistics require at least 2 images, got {settings.statistics}")
     source = open_source(
-        images, limit=settings.limit, seed=settings.seed, policy=settings.policy, reading=settings.reading
+        images,
+        limit=settings.limit,
+        seed=settings.seed,
+        policy=settings.policy,
+        reading=settings.reading,
+        require_range=diffusion is None and classifier is None,  # the networks may have one
     )
     check_normal_images(source)
     detector.diffusion = _load_diffusion(detector, diffusion)

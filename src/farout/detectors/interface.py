@@ -188,8 +188,16 @@ class DetectorInterface(Configured, ABC):
         reading: ReadSettings = DEFAULT_READING,
     ) -> ImageSource:
         """Open images that are to be scored, with the value range of the fitted ones unless `reading` has another."""
-        source = open_source(images, policy=policy, limit=limit, seed=self.seed, reading=reading)
-        return source.with_value_range(self.preprocessing.value_range or FULL_RANGE)
+        value_range = self.preprocessing.value_range
+        source = open_source(
+            images,
+            policy=policy,
+            limit=limit,
+            seed=self.seed,
+            reading=reading,
+            require_range=value_range is None,
+        )
+        return source.with_value_range(value_range or FULL_RANGE)
 
     @property
     def reading_of_fit(self) -> ReadSettings:

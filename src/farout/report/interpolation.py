@@ -95,7 +95,8 @@ def write_interpolations(
     network = model if isinstance(model, DiffusionModel) else DiffusionModel.load(model).to(resolve_device(device))
     resolved_precision = resolve_precision(precision, network.device)
     interpolator = Interpolator(network, solver, steps, images_between, batch_size, resolved_precision)
-    images = open_source(source, limit=2 * pairs, seed=seed).with_value_range(network.preprocessing.value_range)
+    images = open_source(source, limit=2 * pairs, seed=seed, require_range=False)
+    images = images.with_value_range(network.preprocessing.value_range)
     if len(images) < 2 * pairs:
         raise SourceError(f"{images.name} has {len(images)} images, {pairs} pairs require {2 * pairs}")
     # image p is paired with image p + pairs; the two follow one another in the subset

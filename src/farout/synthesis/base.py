@@ -280,7 +280,7 @@ class Synthesizer(Configured, ABC):
         if stage is not None and stage not in self.stages:
             raise FaroutError(f"{type(self).__name__} has no stage {stage!r}; it has {', '.join(self.stages)}")
         stages = self.stages if stage is None else self.stages[: self.stages.index(stage) + 1]
-        source = open_source(images, policy=policy, limit=limit, seed=seed)
+        source = open_source(images, policy=policy, limit=limit, seed=seed, require_range=diffusion is None)
         runtime = (runtime or Runtime()).resolve_auto()
         processes = join_processes(runtime.device)
         if source.labels is None:

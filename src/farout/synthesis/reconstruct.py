@@ -83,7 +83,7 @@ def reconstruct(
     """
     runtime = (runtime or Runtime()).resolve_auto()
     processes = join_processes(runtime.device)
-    source = open_source(images, policy=policy, limit=limit, seed=seed)
+    source = open_source(images, policy=policy, limit=limit, seed=seed, require_range=False)
     if isinstance(diffusion, str | Path):
         folder = folders.local_folder(diffusion)
         # without class names, one prompt that is never used

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import warnings
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from farout.core.errors import LeftOutWarning, SourceError, SourceWarning, UnreadableImageError
+from farout.data.parquet_files import list_parquet
 from farout.data.read_settings import ReadSettings
 from farout.data.sources import open_source
 from image_files import encode, picture, pixels, write_folder, write_parquet
@@ -113,13 +115,10 @@ def test_columns_of_equal_names_are_refused(tmp_path):
         open_source(tmp_path / "x.parquet")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="file names are Unicode there")
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
 def test_a_path_that_is_not_utf8(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
-    try:
-        folder.mkdir()
-    except OSError:
-        pytest.skip("this file system has only names of UTF-8")
+    folder.mkdir()
     write_parquet(tmp_path / "x.parquet", pixels(3), ["a", "b", "a"])
     shutil.move(tmp_path / "x.parquet", folder / "x.parquet")
     source = open_source(folder / "x.parquet")
@@ -365,8 +364,10 @@ def test_a_split_of_one_file_has_no_meaning(tmp_path):
 def test_a_named_pipe_among_shards_does_not_wait(tmp_path):
     write_parquet(tmp_path / "1.parquet", pixels(2))
     os.mkfifo(tmp_path / "2.parquet")
-    with pytest.raises(SourceError, match=r"2\.parquet .*not a regular file"):
-        open_source(f"{tmp_path}/*.parquet")
+    with pytest.warns(LeftOutWarning, match=r"1 \.parquet"):
+        assert len(open_source(f"{tmp_path}/*.parquet")) == 2
+    with pytest.raises(SourceError, match=r"2\.parquet .*regular file"):
+        list_parquet([tmp_path / "1.parquet", tmp_path / "2.parquet"])
 
 
 def test_repeated_images_need_little_memory(tmp_path):

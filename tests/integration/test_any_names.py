@@ -14,6 +14,8 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import farout
@@ -21,10 +23,11 @@ from farout.cli import main
 from farout.cli.output import progress
 from farout.cli.tables import new_table, print_table
 from farout.core.errors import FaroutError
-from farout.core.names import decode_key
+from farout.core.names import decode_key, encode_name
 from farout.core.progress import task
 from farout.data.catalog import ood_role
 from farout.data.sources import open_source, parse_source
+from farout.diffusion.sample_folder import class_folder_names, write_class_names
 from farout.scoring.folder import read_scores, score_folder
 from small import pictures
 
@@ -265,3 +268,21 @@ def test_a_traceback_shows_control_characters(tmp_path):
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert b"OSError: \\x1b[31m" in finished.stderr
     assert b"\x1b" not in finished.stderr.replace(b"\\x1b", b"")
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=()), min_size=1), min_size=1, max_size=4))
+@example([" .-.x", "=b", "%41", "a/b"])
+@example(["masks", "train", "lost+found", "images"])
+@settings(max_examples=30, deadline=None)
+def test_classes_of_generated_images_are_read_back(tmp_path_factory, texts):
+    names = list(dict.fromkeys(map(encode_name, texts)))
+    folders = class_folder_names(names)
+    root = tmp_path_factory.mktemp("generated") / "images"
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        Image.new("L", (4, 4)).save(root / folder / "0.png")
+    write_class_names(root, names)
+    source = open_source(root)
+    assert sorted(source.keys) == sorted(f"{folder}/0.png" for folder in folders)
+    classes = {key.split("/")[0]: source.class_names[label] for key, label in zip(source.keys, source.labels)}
+    assert classes == dict(zip(folders, names))

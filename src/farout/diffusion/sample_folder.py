@@ -17,6 +17,8 @@ from farout.core.chunking import blocks_containing
 from farout.core.errors import FaroutError
 from farout.core.names import expand_path
 from farout.data.decoding import save_png
+from farout.data.file_names import is_system_folder
+from farout.data.folder_layout import find_masks
 from farout.data.folders import CLASSES_FILE
 from farout.diffusion.sampling import Sampler
 
@@ -172,11 +174,16 @@ class _FolderLayout:
 def class_folder_names(names: Sequence[str]) -> list[str]:
     """A folder name per class that is valid on every file system; `T-shirt/top` becomes `T-shirt_top`.
 
-    No name is `images`, because of a farout folder with such a subfolder only that one is read.
+    No name is `images`, because of a farout folder with such a subfolder only that one is read, and none is taken for
+    a folder of masks or of a system, whose images are not read.
     """
-    plain = [re.sub(r"[^\w +.-]", "_", name).strip(" .")[:80] for name in names]
+    plain = [re.sub(r"[^\w +.-]", "_", name).lstrip(" .+-").rstrip(" .")[:80] for name in names]
+    masks = {path.partition("/")[0] for path in find_masks([f"{name}/{i}.png" for i, name in enumerate(plain)])}
     lowered = ["", "images", *(name.lower() for name in plain)]
-    return [name if lowered.count(name.lower()) == 1 else f"{number}-{name}" for number, name in enumerate(plain)]
+    return [
+        f"{number}-{name}" if lowered.count(name.lower()) > 1 or name in masks or is_system_folder(name) else name
+        for number, name in enumerate(plain)
+    ]
 
 
 def write_class_names(folder: Path, names: Sequence[str]) -> None:

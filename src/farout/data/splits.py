@@ -221,8 +221,9 @@ def split_source(
         reasons = [f"{key}: {reason}" for key, reason in source.unreadable.items()]
         about_unreadable = f" ({len(reasons)} cannot be read, such as {reasons[0]})" if reasons else ""
         raise SourceError(
-            f"{source.name} cannot be split: {len(source)} images{about_unreadable} leave {len(ranked)} distinct images or "
-            f"groups; expected at least 2, better {required} for calibration and {statistics} for statistics{hint}"
+            f"{source.name} cannot be split: {len(source)} images{about_unreadable} leave {len(ranked)} distinct "
+            f"images or groups; expected at least 2, better {required} for calibration and {statistics} for "
+            f"statistics{hint}"
         )
 
     def count_distinct(group: list[int]) -> int:

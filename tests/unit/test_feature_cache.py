@@ -271,6 +271,21 @@ def test_damaged_files_are_passed_over(
     assert [kind.images for kind in list_cached_features(tmp_path)] in ([20], [21], [40]), "the rest is still listed"
 
 
+@pytest.mark.parametrize("position", [-1, -5, -300])
+def test_a_flipped_bit_of_a_row_is_computed_again(
+    position: int, source: ImageSource, tmp_path: Path, warned: Callable[[], str]
+) -> None:
+    """It would become part of scores."""
+    first, cache = read(source, tmp_path)
+    file = next(cache.folder.glob("*.npy"))
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(bytes(data))
+    made, _ = read(source, tmp_path)
+    assert torch.equal(features(made), features(first))
+    assert "damaged and computed again" in warned()
+
+
 def test_files_are_mapped_and_not_read_whole(source: ImageSource, tmp_path: Path) -> None:
     """A million images' features are larger than the memory of a laptop."""
     read(source, tmp_path)

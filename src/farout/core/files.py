@@ -13,6 +13,7 @@ from pathlib import Path
 __all__ = [
     "flush_file",
     "flush_folder",
+    "has_content",
     "hash_file",
     "open_regular_file",
     "read_file",
@@ -54,6 +55,18 @@ def open_regular_file(path: str | Path) -> BufferedReader:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def has_content(path: str | Path) -> bool:
+    """Whether a file exists and is not empty.
+
+    Images are not flushed one by one, which takes several milliseconds each on most disks; a power failure leaves the
+    last ones of a run empty, and a resumed run generates these again.
+    """
+    try:
+        return os.stat(path).st_size > 0 and os.path.isfile(path)
+    except OSError:
+        return False
 
 
 def read_file(path: str | Path, limit: int) -> bytes:

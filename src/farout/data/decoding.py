@@ -470,7 +470,7 @@ def save_png(picture: Image.Image | Tensor, path: Path, working: Path | None = N
         if not bool(torch.isfinite(picture).all()):
             raise FaroutError(f"the image {path} contains values that are not numbers; use precision fp32")
         picture = to_pil(picture)
-    with store.atomic_file(path, working) as temporary:
+    with store.atomic_file(path, working, flush=False) as temporary:
         picture.save(temporary, format="PNG")
 
 

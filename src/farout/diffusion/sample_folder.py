@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from farout.core import progress, store
 from farout.core.chunking import blocks_containing
 from farout.core.errors import FaroutError
+from farout.core.files import has_content
 from farout.core.names import expand_path
 from farout.data.decoding import save_png
 from farout.data.file_names import is_system_folder
@@ -85,7 +86,7 @@ def write_samples(
     sampler.condition(None if classes is None else list(classes))
     layout = _FolderLayout(sampler, expand_path(out), None if classes is None else tuple(classes))
     layout.open()
-    missing = {index for index in range(count) if not layout.path(index).is_file()}
+    missing = {index for index in range(count) if not has_content(layout.path(index))}
     with progress.task(f"images into {out}", len(missing)) as bar:
         for indices in blocks_containing(missing, sampler.images_per_batch, count):
             images = sampler.sample_images(indices, layout.labels(indices))
@@ -148,7 +149,7 @@ class _FolderLayout:
     def _entries(self) -> Iterator[dict[str, Any]]:
         settings = {name: self.settings()[name] for name in ("seed", "solver", "steps", "guidance", "model")}
         for index in sorted({int(path.stem) for path in self.out.rglob("*.png") if path.stem.isdecimal()}):
-            if self.path(index).is_file():
+            if has_content(self.path(index)):
                 labels = self.labels([index])
                 class_entry = {} if labels is None else {"label": labels[0], "class": self.names[labels[0]]}
                 yield {"key": self.key(index), "index": index, **class_entry, **settings}

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -36,7 +37,7 @@ __all__ = ["CachedFeatureSet", "FeatureCache", "cache_folder", "clear_cache", "l
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Version of the file layout, which is part of the folder's name."""
 _ROWS_PER_FILE = 256
 _SETTINGS_FILE = "settings.json"
@@ -102,7 +103,7 @@ class FeatureCache:
         except StoreError as error:  # no home folder, as in many containers
             self.folder, self.failure = Path(os.devnull, name), str(error)
             _warn_once(f"features are computed without being stored: {error}")
-        self.type = np.dtype([("image", "S32"), ("features", "<f4", (width,))])
+        self.type = np.dtype([("image", "S32"), ("features", "<f4", (width,)), ("check", "<u4")])
         self._index: dict[bytes, tuple[np.ndarray, int]] = {}
         self._read_files: set[str] = set()
         self._unwritten: dict[bytes, np.ndarray] = {}
@@ -165,7 +166,7 @@ class FeatureCache:
             try:
                 pixels = None if source.variant is None else source[index]
                 image_hash = source.identity(index, pixels).encode()
-                if image_hash not in self._index:
+                if not self._is_stored(image_hash):
                     missing.append((image_hash, preprocessing(source[index] if pixels is None else pixels)))
                 hashes.append(image_hash)
             except UnreadableImageError:
@@ -173,6 +174,18 @@ class FeatureCache:
                     raise
                 hashes.append(None)  # the source lists it with the reason
         return _LookUp(hashes, missing)
+
+    def _is_stored(self, image_hash: bytes) -> bool:
+        """Whether an intact row of an image is stored; a damaged one is forgotten, so that it is computed again."""
+        if image_hash not in self._index:
+            return False
+        rows, index = self._index[image_hash]
+        row = rows[index]
+        if _checksum(image_hash, row["features"]) == row["check"]:
+            return True
+        _warn_once(f"a row of the cached features in {self.folder} is damaged and computed again")
+        self._index.pop(image_hash, None)
+        return False
 
     def _compute_missing(
         self, look_ups: Iterator[_LookUp], compute: Compute, chunk: int
@@ -242,7 +255,8 @@ class FeatureCache:
         if not rows or self.failure:
             return
         try:
-            path = self._write(np.array(rows, dtype=self.type))
+            checked = [(image, features, _checksum(image, features)) for image, features in rows]
+            path = self._write(np.array(checked, dtype=self.type))
         except OSError as error:
             self.failure = f"{self.folder} cannot be written ({error.strerror or error})"
             _warn_once(
@@ -262,6 +276,11 @@ class FeatureCache:
         with store.atomic_file(path) as temporary, temporary.open("wb") as file:
             np.save(file, rows, allow_pickle=False)
         return path
+
+
+def _checksum(image_hash: bytes, features: np.ndarray) -> int:
+    """CRC-32 of a row; a flipped bit on the disk would otherwise become part of scores."""
+    return zlib.crc32(np.asarray(features, dtype="<f4").tobytes(), zlib.crc32(image_hash))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pandas as pd
 from farout.core import store
 from farout.core.csv_files import read_csv
 from farout.core.errors import StoreError
+from farout.core.files import has_content
 from farout.core.names import find_path
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
@@ -104,10 +105,17 @@ def read_manifest_rows(folder: Path, name: str = MANIFEST) -> ManifestRows:
     path = folder / name
     if not path.is_file():
         return (), {}
-    complete_lines = "".join(path.read_text(encoding="utf-8").rpartition("\n")[:2])
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{path} is damaged: it is not text in UTF-8 (byte {error.start})") from error
+    complete_lines = "".join(text.rpartition("\n")[:2])
     reader = csv.DictReader(io.StringIO(complete_lines, newline=""))
     columns = tuple(reader.fieldnames or ())
     if columns and columns[: len(_FIRST_COLUMNS)] != _FIRST_COLUMNS:
         raise StoreError(f"{path} is not a manifest of generated images: it begins with {', '.join(columns[:6])}")
     rows = [row for row in reader if None not in row and None not in row.values()]
-    return columns, {int(row["index"]): row for row in rows if (folder / IMAGES / row["key"]).is_file()}
+    damaged = [row["index"] for row in rows if not row["index"].isdecimal()]
+    if damaged:
+        raise StoreError(f"{path} is damaged: {damaged[0]!r:.60} is no index of an image")
+    return columns, {int(row["index"]): row for row in rows if has_content(folder / IMAGES / row["key"])}

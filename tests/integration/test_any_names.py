@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import farout
+from farout.benchmark.job_graph import Job, JobGraph
 from farout.cli import main
 from farout.cli.output import progress
 from farout.cli.tables import new_table, print_table
@@ -286,3 +287,25 @@ def test_classes_of_generated_images_are_read_back(tmp_path_factory, texts):
     assert sorted(source.keys) == sorted(f"{folder}/0.png" for folder in folders)
     classes = {key.split("/")[0]: source.class_names[label] for key, label in zip(source.keys, source.labels)}
     assert classes == dict(zip(folders, names))
+
+
+def test_jobs_are_finished_for_every_way_to_write_their_sources(tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+
+    def states(source: str) -> tuple[frozenset[str], dict[str, str]]:
+        job = Job(name="a", kind="a", output=tmp_path / "out" / "a", settings={"source": source, "size": 8})
+        graph = JobGraph(tmp_path / "out", [job])
+        if not graph.records:
+            list(graph.run("jobs", lambda job, earlier: job.output.mkdir(parents=True)))
+        found = graph.states()
+        return found.finished, dict(found.outdated)
+
+    monkeypatch.chdir(tmp_path)
+    for source in ("d", "./d/", str(tmp_path / "d")):
+        assert states(source) == ({"a"}, {})
+    assert states("d@vflip")[1]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for source in ("../d", str(tmp_path / "d")):
+        assert states(source) == ({"a"}, {})
+    assert states("d")[1], "another folder of this name"

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from copied_scenes import KINDS, as_tensor, copy_scenes, synthetic_scenes
 from farout.data.near_copies import NearCopies, find_near_copies
 from farout.data.sources import open_source
 from farout.data.splits import group_images
 from farout.data.thumbnails import THUMBNAIL_BYTES, make_thumbnail
-from near_copies import KINDS, as_tensor, copy_scenes, synthetic_scenes
 
 
 def find(images: list[torch.Tensor]) -> NearCopies:

@@ -114,6 +114,7 @@ class _ImageStore:
             "_lock": None,
             "_estimate_lock": None,
             "_pixels": {},
+            "_thumbnails": {},
             "cached_bytes": 0,
             "_arena": _PixelArena(),
         }

@@ -153,7 +153,7 @@ def test_a_range_may_be_set_after_opening():
     assert source.with_value_range((-1000, 3000))[4].max() == 255
     assert len(read_all(source)[1]) == 5
     some = np.concatenate([ct[:1], np.zeros((4, 1, 8, 8), np.float32)])
-    assert list(read_all(open_source(some))[1]) == ["0"]
+    assert len(read_all(open_source(some))[1]) == 5  # not four black images and an unreadable one
 
 
 def test_nan_makes_one_image_unreadable():

@@ -83,6 +83,13 @@ def test_values_without_a_usual_range_require_one(
     assert open_source(folder, reading=ReadSettings(value_range=declared))[0].flatten().tolist() == expected
 
 
+def test_dark_images_of_a_set_with_larger_values_are_not_scaled_alone(tmp_path: Path) -> None:
+    values = [np.array([[0.0, 0.5]], dtype=np.float32), np.array([[0.0, 200.0]], dtype=np.float32)]
+    source = open_source(write_gray(tmp_path / "x", values, ".tif"))
+    with pytest.raises(UnreadableImageError, match=r"from 0 to 200 have no usual range.*--value-range 0:255"):
+        source[0]
+
+
 def test_nan_pixels_are_unreadable(tmp_path: Path) -> None:
     folder = write_gray(tmp_path / "x", [np.array([[np.nan, 0.5]], dtype=np.float32)], ".tif")
     with pytest.raises(UnreadableImageError, match="NaN"):

@@ -44,6 +44,7 @@ __all__ = [
     "content_hash",
     "count_frames",
     "decode",
+    "describe_unknown_range",
     "frames_of",
     "from_pil",
     "full_range",
@@ -425,7 +426,7 @@ def scale_to_uint8(values: Tensor, value_range: ValueRange | None) -> Tensor:
         elif array.dtype.kind == "f" and low >= 0 and high <= 1:
             value_range = (0.0, 1.0)
         else:
-            raise UnreadableImageError(_describe_unknown_range(str(array.dtype), low, high))
+            raise UnreadableImageError(describe_unknown_range(str(array.dtype), low, high))
     bottom, top = value_range
     scaled = (array.astype(np.float64) - bottom) * (255 / (top - bottom))
     return torch.from_numpy(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
@@ -436,13 +437,13 @@ def full_range(kind: np.dtype[Any]) -> ValueRange:
     return (0.0, 65535.0) if kind == np.uint16 else (0.0, 1.0)
 
 
-def _describe_unknown_range(kind: str, low: float, high: float) -> str:
+def describe_unknown_range(kind: str, low: float, high: float) -> str:
     """Return the message for values of a type without a usual range, with the likely range."""
     if low >= 0:
         top = 1 if high <= 1 else 2 ** max(8, int(high).bit_length()) - 1
         likely = format_value_range((0, top))
     else:
-        likely = f"{low:g}:{high:g}"
+        likely = "-1:1" if low >= -1 and high <= 1 else f"{low:g}:{high:g}"
     return f"{kind} values from {low:g} to {high:g} have no usual range; give it, for example --value-range {likely}"
 
 

@@ -18,7 +18,14 @@ from torch.utils.data import Dataset
 
 from farout.core import progress
 from farout.core.errors import LeftOutWarning, MisleadingResultWarning, SourceError, UnreadableImageError
-from farout.data.decoding import DecodedImage, content_hash, full_range, scale_to_uint8, unreadable_errors
+from farout.data.decoding import (
+    DecodedImage,
+    content_hash,
+    describe_unknown_range,
+    full_range,
+    scale_to_uint8,
+    unreadable_errors,
+)
 from farout.data.file_listing import Listing
 from farout.data.read_settings import DEFAULT_READING, ReadSettings, ValueRange, format_value_range
 from farout.data.thumbnails import make_thumbnail
@@ -103,8 +110,7 @@ class _ImageStore:
         self.failures: dict[tuple[int, _RequestedRange], str] = {}
         self.further_frames: dict[int, int] = {}
         self.range_use: dict[_RequestedRange, _RangeUse] = {}
-        self._estimated: ValueRange | None = None
-        self._is_estimated = False
+        self._extremes: dict[str, ValueRange] | None = None
         self.cached_bytes, self._arena = 0, _PixelArena()
         self._lock, self._estimate_lock = threading.Lock(), threading.Lock()
 
@@ -153,9 +159,9 @@ class _ImageStore:
     def _convert(self, decoded: DecodedImage, requested: _RequestedRange, key: str) -> Tensor:
         """Convert values of more than 8 bits to 8 bits."""
         value_range = requested if isinstance(requested, tuple) else decoded.value_range
-        if value_range is None and requested is None:
-            value_range = self.estimate_range()
         with unreadable_errors(key):
+            if value_range is None and requested is None:
+                value_range = self.estimate_range(decoded.values.numpy().dtype)
             pixels = scale_to_uint8(decoded.values, value_range)
             values = decoded.values.numpy()
             with self._lock:
@@ -163,30 +169,42 @@ class _ImageStore:
                 use.add(float(values.min()), float(values.max()), value_range or full_range(values.dtype))
         return pixels
 
-    def estimate_range(self) -> ValueRange | None:
-        """Return the value range of images of more than 8 bits whose files state none, from up to 256 images.
+    def estimate_range(self, kind: np.dtype[Any]) -> ValueRange | None:
+        """Return the value range of images of this type whose files state none, from up to 256 images.
 
         For integers of 0 and more it is 0 to 2^k - 1, with the least k >= 8 that contains all values of the sample: 12
-        for values of 12 bits in 16-bit files. None for other values, which have no usual range.
+        for values of 12 bits in 16-bit files. For floating point it is 0 to 1 if all values of the sample are. None if
+        the sample has no such images. Raises UnreadableImageError, without a key, for other values.
         """
         with self._estimate_lock:
-            if not self._is_estimated:
-                tops = []
-                count = len(self.listing.keys)
-                for index in sorted({number * count // 256 for number in range(256)}):
-                    try:
-                        decoded = self.listing.read(index)
-                    except UnreadableImageError:
-                        continue  # reported when the image itself is read
-                    if decoded.values.dtype == torch.uint8 or decoded.value_range is not None:
-                        continue
-                    values = decoded.values.numpy()
-                    is_integer = values.dtype.kind in "iu" and values.size > 0 and values.min() >= 0
-                    tops.append(int(values.max()) if is_integer else -1)
-                if tops and min(tops) >= 0:
-                    self._estimated = 0.0, float(2 ** max(8, max(tops).bit_length()) - 1)
-                self._is_estimated = True
-        return self._estimated
+            if self._extremes is None:
+                self._extremes = self._sample_extremes()
+        family = "f" if kind.kind == "f" else "i"
+        if family not in self._extremes:
+            return None
+        low, high = self._extremes[family]
+        if family == "i" and low >= 0:
+            return 0.0, float(2 ** max(8, int(high).bit_length()) - 1)
+        if family == "f" and low >= 0 and high <= 1:
+            return 0.0, 1.0
+        raise UnreadableImageError(describe_unknown_range(str(kind), low, high))
+
+    def _sample_extremes(self) -> dict[str, ValueRange]:
+        """Return the least and the largest value of integers (`i`) and of floating point (`f`) in the sample."""
+        extremes: dict[str, ValueRange] = {}
+        count = len(self.listing.keys)
+        for index in sorted({number * count // 256 for number in range(256)}):
+            try:
+                decoded = self.listing.read(index)
+            except UnreadableImageError:
+                continue  # reported when the image itself is read
+            values = decoded.values.numpy()
+            if values.dtype == np.uint8 or decoded.value_range is not None or not np.isfinite(values).all():
+                continue
+            family = "f" if values.dtype.kind == "f" else "i"
+            low, high = extremes.get(family, (math.inf, -math.inf))
+            extremes[family] = min(low, float(values.min())), max(high, float(values.max()))
+        return extremes
 
     def hash(self, index: int, requested: _RequestedRange, pixels: Tensor | None = None) -> str:
         """Return the content hash of the native pixels, computed once; `pixels`: the pixels, if already decoded."""
@@ -287,10 +305,10 @@ class ImageSource(Dataset[Tensor]):
 
     @property
     def value_range(self) -> ValueRange | None:
-        """The declared value range, else the estimated one if images that were read needed it, else None."""
+        """The declared value range, else that estimated for integers if images that were read needed one, else None."""
         if isinstance(self.reading.value_range, tuple):
             return self.reading.value_range
-        return self._store.estimate_range() if self._store.range_use.get(None) else None
+        return self._store.estimate_range(np.dtype(np.uint16)) if self._store.range_use.get(None) else None
 
     @property
     def further_frames(self) -> dict[str, int]:

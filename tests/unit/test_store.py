@@ -14,7 +14,7 @@ import torch
 
 from farout.core import files, store
 from farout.core.errors import FaroutError, StoreError, WriteError
-from farout.core.network_size import limit_parameters, read_shapes
+from farout.core.network_size import check_network, limit_parameters, read_shapes
 from farout.core.runtime import Runtime
 from farout.core.schema import check_content, create_dataclass
 
@@ -302,3 +302,27 @@ def test_networks_that_are_too_large_are_given_up() -> None:
     ):
         torch.nn.Linear(10, 10)
     torch.nn.Linear(100, 100)
+
+
+class ComputesWithValues(torch.nn.Module):
+    """As networks of older versions of timm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
+        self.layer = torch.nn.Linear(2, 3)
+
+
+def test_networks_are_compared_with_the_header_of_their_weights(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    store.save_tensors(path, torch.nn.Linear(2, 3).state_dict())
+    check_network(lambda: torch.nn.Linear(2, 3), path, "net")
+    check_network(ComputesWithValues, path, "net")
+    with pytest.raises(
+        StoreError, match=r"not contain the weights of net: weight has shape \(3, 2\), expected \(2, 3\)"
+    ):
+        check_network(lambda: torch.nn.Linear(3, 2), path, "net", largest=100)
+    with pytest.raises(StoreError, match="1 are unexpected, first bias"):
+        check_network(lambda: torch.nn.Linear(2, 3, bias=False), path, "net")
+    with pytest.raises(StoreError, match="more than the 9 parameters"):
+        check_network(lambda: torch.nn.Linear(10**7, 10**7), path, "net")

@@ -19,7 +19,7 @@ from safetensors.torch import load
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from farout.core.errors import StoreError
+from farout.core.errors import FaroutError, StoreError
 from farout.core.files import open_regular_file
 from farout.core.names import is_utf8
 
@@ -60,8 +60,10 @@ def check_network(build: Callable[[], nn.Module], weights: Path, name: str, *, l
     try:
         with limit_parameters(largest or sum(map(math.prod, found.values())), name, weights), torch.device("meta"):
             expected = {key: tuple(tensor.shape) for key, tensor in build().state_dict().items()}
-    except NotImplementedError:  # a network whose constructor computes with values
-        return
+    except StoreError:
+        raise
+    except (FaroutError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return  # a constructor that computes with values; an error of the configuration is raised again by the caller
     problems = _describe_differences(found, expected)
     if problems:
         raise StoreError(f"{weights} does not contain the weights of {name}: {'; '.join(problems)}")

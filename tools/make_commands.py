@@ -25,7 +25,16 @@ have no default, the setting of the fit or of the benchmark is used. The pages o
 to change a setting.
 
 Exit status: 0: success; 1: a value or an input is refused; 2: wrong usage (an unknown
-command, method or flag, a missing argument, a value of the wrong type); 130: interrupted.
+command, method or flag, a missing argument, a value of the wrong type); 130, 143, 129: ended by SIGINT (Ctrl-C),
+SIGTERM (kill, time limits) or SIGHUP (a closed terminal). At these signals, a training writes a checkpoint, other work
+that is finished is kept, and one line says how to continue; a second signal ends the command at once.
+
+Errors of the system are one line: `cannot write PATH: REASON` or `cannot read PATH: REASON`. A traceback is an error in
+farout or in a library: please report it.
+
+Files for `--config`, chains and benchmarks follow YAML 1.2: `true` and `false` are booleans, and `no`, `012`, `1:30`
+and dates are text. At most 1 MiB, 32 levels and 50,000 values are read; tags and repeated keys are refused. Nothing in
+a value is expanded by a shell.
 """
 TRAINING_FLAGS = {"diffusion_preset", "model", "training"}
 """Settings of a network that is trained if none is given; they are described once, under `train diffusion`."""

@@ -45,7 +45,10 @@ _is_single_process: ContextVar[bool] = ContextVar("farout_is_single_process", de
 
 def num_processes() -> int:
     """The number of processes that `accelerate launch` or `torchrun` started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal():
+        raise FaroutError(f"WORLD_SIZE, a variable of launchers, is {given!r}; expected a number of processes")
+    return int(given)
 
 
 def is_main_process() -> bool:

@@ -59,7 +59,7 @@ class _Handler:
         if os.getpid() != self.process_id:  # a worker: its parent decides what happens
             raise KeyboardInterrupt
         if self.received is not None:
-            several = int(os.environ.get("WORLD_SIZE") or "1") > 1
+            several = os.environ.get("WORLD_SIZE", "1") != "1"
             if time.monotonic() - self.received_at > (_SAME_EVENT_OF_LAUNCHER_S if several else _SAME_EVENT_S):
                 os._exit(128 + number)
             return

@@ -222,7 +222,10 @@ class TrainingRun:
             except BaseException as error:
                 # a signal may also end worker processes, whose end is then reported first
                 if isinstance(error, KeyboardInterrupt) or received_interruption() is not None:
-                    self._save_interrupted()
+                    try:
+                        self._save_interrupted()
+                    except RuntimeError:  # torch reports once, at any point, that the signal also ended its workers
+                        self._save_interrupted()
                 if self.must_end:
                     self.processes.wait_for_everyone()  # a launcher ends the others when the first one has ended
                 raise

@@ -160,14 +160,10 @@ class Parser(jsonargparse.ArgumentParser):
                 continue
             item = None if action is None else list_item_type(action)
             if item is None:
-                is_text = action is not None and str in _union_members(_type_of(action))
                 is_none = value == "None" if equals else rest[:1] == ["None"]
                 if is_none and action is not None and type(None) in typing.get_args(_type_of(action)):
                     joined.append(f"{flag}=null")  # descriptions say None, YAML says null
                     del rest[: 0 if equals else 1]
-                elif is_text and re.match(r"[#&!]|~$", value if equals else "".join(rest[:1])):
-                    name = value if equals else rest.pop(0)
-                    joined.append(f"{flag}={'~/' if name == '~' else f'./{name}'}")  # YAML takes `#x` for nothing
                 elif action is not None and not equals and re.match(r"-[0-9.]", rest[0] if rest else ""):
                     joined.append(f"{flag}={rest.pop(0)}")  # argparse takes -1000:3000 for a flag
                 else:

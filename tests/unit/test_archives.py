@@ -248,7 +248,7 @@ def test_every_member_is_an_image_hidden_or_counted(suffix, names):
 def test_sizes_are_limited_by_the_header(tmp_path, suffix):
     members = {"bomb.png": b"\0" * 3_000_000, "a.png": IMAGES[0]}
     source = open_all(write(tmp_path / f"x{suffix}", members), ReadSettings(max_bytes=100_000))
-    assert source.unreadable == {"bomb.png": "the member has 3000000 bytes, and the limit is 100000 (max_bytes)"}
+    assert source.unreadable == {"bomb.png": "the member has 3000000 bytes, and the limit is 100000 (--max-bytes)"}
 
 
 def test_a_zip_header_that_lies_is_one_unreadable_image(tmp_path):

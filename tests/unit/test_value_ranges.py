@@ -301,5 +301,5 @@ def test_special_files_are_unreadable_at_once(tmp_path: Path) -> None:
 
 def test_large_files_are_unreadable(tmp_path: Path) -> None:
     Image.new("L", (64, 64)).save(tmp_path / "a.bmp")
-    with pytest.raises(UnreadableImageError, match=r"the limit is 1000 \(max_bytes\)"):
+    with pytest.raises(UnreadableImageError, match=r"more than 1,000 bytes \(--max-bytes\)"):
         open_source(tmp_path, reading=ReadSettings(max_bytes=1000))[0]

@@ -174,7 +174,7 @@ def _read_member(path: Path, member: _Member, limit: int) -> bytes:
     if member.problem:
         raise UnreadableImageError(member.problem)
     if member.size > limit:
-        raise UnreadableImageError(f"the member has {member.size} bytes, and the limit is {limit} (max_bytes)")
+        raise UnreadableImageError(f"the member has {member.size} bytes, and the limit is {limit} (--max-bytes)")
     with path.open("rb") as file:
         if member.entry is None:
             file.seek(member.start)

@@ -10,9 +10,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from farout.core.errors import LeftOutWarning, MisleadingResultWarning, SourceError, UnreadableImageError
 from farout.core.names import decode_key
+from farout.core.store import write_config
 from farout.data.folder_layout import class_folders, describe_splits, find_masks
 from farout.data.folder_scan import expand_braces
 from farout.data.image_source import ImageSource
@@ -377,3 +379,10 @@ def test_keys_lead_back_to_the_files(tmp_path):
     source = open_all(write(tmp_path, *names))
     assert sorted(map(decode_key, source.keys)) == sorted(names)
     assert not source.unreadable
+
+
+def test_records_of_a_folder_that_farout_wrote_are_not_counted(tmp_path: Path) -> None:
+    write_config(tmp_path, "images", {})
+    (tmp_path / "manifest.jsonl").write_text("{}\n")
+    Image.new("L", (4, 4)).save(tmp_path / "000000.png")
+    assert open_source(tmp_path).left_out == {}

@@ -60,13 +60,14 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
 
     Raises SourceError if there are no images, or the folder cannot be read.
     """
-    root = root / "images" if os.path.isdir(root / "images") and kind_of(root) is not None else root
+    is_written_by_farout = kind_of(root) is not None
+    root = root / "images" if is_written_by_farout and os.path.isdir(root / "images") else root
     scan = scan_folder(root)
     images = [path for path in scan.files if is_image_name(path)]
     others = [path for path in scan.files if not is_image_name(path)]
     if not images and not scan.problems:
         tables = [path for path in others if suffix_of(path) == ".parquet" and os.path.isfile(root / path)]
-        if tables and kind_of(root) is None:
+        if tables and not is_written_by_farout:
             left_out = limit_descriptions(scan.left_out + count_by_suffix(set(others) - set(tables)))
             return list_parquet(choose_shards(root, tables, selection.split), reading, selection, left_out, str(root))
         selection.check_used(where=str(root), kind="a folder without parquet files")
@@ -94,7 +95,8 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
     if class_names is not None and os.path.isfile(root / CLASSES_FILE):
         class_names = _read_class_names(root, class_names)
         others = [path for path in others if path != CLASSES_FILE]
-    left_out += count_by_suffix(path for path in others if path != metadata)
+    if not is_written_by_farout:  # else the others are its records
+        left_out += count_by_suffix(path for path in others if path != metadata)
     listing = _list_files(
         root,
         paths,

@@ -73,7 +73,7 @@ def _end_interrupted(error: KeyboardInterrupt, name: str | None, words: Sequence
 
 
 def _discard_broken_output() -> None:
-    """Send output that cannot be written nowhere, so that Python does not fail with it once more at exit."""
+    """Redirect output that cannot be written to the null device, so that Python does not fail again at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

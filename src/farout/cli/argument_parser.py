@@ -186,7 +186,7 @@ class Parser(jsonargparse.ArgumentParser):
     def _check_types(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Settings of a file, with a whole number as text where text is expected, such as a folder called 2024.
 
-        Raises UsageError for text in the place of nested settings: jsonargparse would take it for a class or a file.
+        Raises UsageError for text instead of nested settings: jsonargparse would take it for a class or a file.
         """
         checked = dict(settings)
         for action in self._actions:

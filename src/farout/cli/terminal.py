@@ -1,4 +1,4 @@
-"""Printing that never fails and shows names harmlessly, whatever the terminal and the names are."""
+"""Printing that never fails and escapes control characters in names, whatever the terminal is."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from farout.core.names import encode_cell
 __all__ = ["format_rows", "read_csv", "write_csv"]
 
 MISSING = frozenset({"", "nan", "NaN", "NA", "null", "None"})
-"""What means "no value" in a column of numbers; in a column of texts these are texts."""
+"""Cells without a value in a column of numbers; in a column of texts they are texts."""
 
 
 def write_csv(table: pd.DataFrame, path: str | Path) -> None:

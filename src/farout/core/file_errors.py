@@ -24,7 +24,7 @@ _OUT_OF_MEMORY = re.compile(
 )
 _SIZE = re.compile(r"allocate ([\d.]+ \w+)")
 _WRITERS_WITHOUT_ERRNO = re.compile(r"PytorchStreamWriter|inline_container|^\d+ requested and \d+ written$")
-"""What torch.save and numpy say when the system did not take all bytes."""
+"""Messages of torch.save and numpy if the system did not accept all bytes."""
 
 
 @contextmanager

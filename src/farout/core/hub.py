@@ -41,12 +41,12 @@ def hub_access() -> Iterator[str]:
     try:
         for each in changed:
             each.HF_HUB_OFFLINE = True
-        _forget_sessions()
+        _reset_sessions()
         yield obstacle
     finally:
         for each, value in before:
             each.HF_HUB_OFFLINE = value
-        _forget_sessions()
+        _reset_sessions()
 
 
 def explain_failure(error: BaseException, obstacle: str) -> str:
@@ -62,7 +62,7 @@ def explain_failure(error: BaseException, obstacle: str) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _forget_sessions() -> None:
+def _reset_sessions() -> None:
     """Older versions of huggingface_hub read the mode only when they open a session."""
     from huggingface_hub import utils
 

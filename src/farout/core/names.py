@@ -62,7 +62,7 @@ def _encode_run(run: str) -> str:
     try:
         data = run.encode("utf-8", "surrogateescape")
         reversible = data.decode("utf-8", "surrogateescape") == run
-    except UnicodeEncodeError:  # a surrogate that stands for no byte
+    except UnicodeEncodeError:  # a surrogate that encodes no byte
         reversible = False
     if reversible:
         return "".join(f"%{byte:02X}" for byte in data)
@@ -78,7 +78,7 @@ def encode_cell(text: str) -> str:
 
 
 def decode_key(key: str) -> str:
-    """Return the text of which `encode_key` made this key."""
+    """Return the text that `encode_key` encoded as this key."""
     return _ESCAPE.sub(_decode_match, key)
 
 
@@ -98,7 +98,7 @@ def encode_file_name(name: str) -> str:
 
 
 def decode_file_name(key: str) -> str:
-    """Return the name of the file of which `encode_file_name` made this key."""
+    """Return the file name that `encode_file_name` encoded as this key."""
     return _encode_for_file_system(decode_key(key))
 
 
@@ -162,8 +162,8 @@ def printable(text: object, *, multiline: bool = False) -> str:
 def expand_path(path: str | Path) -> Path:
     """Return a path given by a user, with `~` and `~user` expanded.
 
-    The result never begins with `~`, so that a second expansion changes nothing: a file that is really called `~x`
-    (no user of that name, or given as `./~x`) is returned as an absolute path.
+    The result never begins with `~`, so that a second expansion changes nothing: a file with the name `~x`
+    (there is no such user, or it is given as `./~x`) is returned as an absolute path.
 
     Raises:
         FaroutError: the path begins with `~/` and there is no home folder.
@@ -197,8 +197,8 @@ def find_equivalent_name(name: str, known: Iterable[str]) -> str | None:
     names = list(known)
     if name in names:
         return name
-    wanted = encode_name(name)
-    equivalent = [other for other in names if encode_name(other) == wanted]
+    encoded = encode_name(name)
+    equivalent = [other for other in names if encode_name(other) == encoded]
     return equivalent[0] if len(equivalent) == 1 else None
 
 

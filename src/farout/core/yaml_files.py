@@ -7,17 +7,15 @@ Here `true` and `false` are booleans, `null` and an empty value are None, number
 
 from __future__ import annotations
 
-import errno
-import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from farout.core.errors import FaroutError, ReadError
+from farout.core.errors import FaroutError
 from farout.core.file_errors import read_errors
+from farout.core.files import open_regular_file
 
 __all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_VALUES", "YAMLError", "describe_kind", "dump_yaml", "parse_yaml", "read_yaml"]
 
@@ -26,7 +24,7 @@ MAX_BYTES = 2**20
 MAX_DEPTH = 32
 """Deepest nesting of lists and mappings."""
 MAX_VALUES = 50_000
-"""Most values of one file; what an alias (`*name`) repeats counts each time."""
+"""Most values of one file; values that an alias (`*name`) repeats are counted each time."""
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = frozenset(_TAG + name for name in ("str", "int", "float", "bool", "null", "seq", "map"))
@@ -61,16 +59,8 @@ def read_yaml(path: str | Path) -> Any:
         ReadError: the file is missing, cannot be read, or is not a regular file, such as a folder or a pipe.
         YAMLError: it is not YAML, or larger or deeper than the limits of this module.
     """
-    with read_errors(path):
-        # a pipe is opened without waiting for its writer, and then refused
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISDIR(mode):
-                raise ReadError(path, "it is a folder; expected a YAML file", errno.EISDIR)
-            if not stat.S_ISREG(mode):
-                raise ReadError(path, "it is not a regular file; expected a YAML file", errno.EINVAL)
-            data = file.read(MAX_BYTES + 1)
+    with read_errors(path), open_regular_file(path) as file:
+        data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise YAMLError(f"{path} has more than {MAX_BYTES:,} bytes, the limit for YAML files")
     try:
@@ -139,17 +129,17 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self.sizes:
-                raise _problem("an alias inside of its own anchor", event)
+                raise _create_error("an alias inside of its own anchor", event)
             self.count += self.sizes[id(node)]
         else:
             if getattr(event, "tag", None) not in (None, "!", *_PLAIN_TAGS):
-                raise _problem(
+                raise _create_error(
                     "a tag (!); only plain values are allowed, and text that begins with ! must be quoted", event
                 )
             self.depth += 1
             self.count += 1
             if self.depth > MAX_DEPTH:
-                raise _problem(f"lists and mappings are nested more than {MAX_DEPTH} deep", event)
+                raise _create_error(f"lists and mappings are nested more than {MAX_DEPTH} deep", event)
             node = super().compose_node(parent, index)
             self.depth -= 1
             if isinstance(node, yaml.MappingNode):
@@ -158,16 +148,16 @@ class _Loader(yaml.SafeLoader):
                 self.sizes[id(node)] = self.count - before
                 self.nodes.append(node)
         if self.count > MAX_VALUES:
-            raise _problem(f"more than {MAX_VALUES:,} values, counting what aliases (*) repeat", event)
+            raise _create_error(f"more than {MAX_VALUES:,} values, counting what aliases (*) repeat", event)
         return node
 
     def _check_keys(self, node: yaml.MappingNode) -> None:
         keys = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _problem("a list or a mapping as a key; expected text", key)
+                raise _create_error("a list or a mapping as a key; expected text", key)
             if key.value in keys:
-                raise _problem(f"the key {key.value[:80]!r} is given twice", key)
+                raise _create_error(f"the key {key.value[:80]!r} is given twice", key)
             keys.add(key.value)
 
     def construct_integer(self, node: yaml.ScalarNode) -> int:
@@ -175,24 +165,24 @@ class _Loader(yaml.SafeLoader):
         try:
             return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
         except ValueError as error:  # an explicit !!int
-            raise _problem("a whole number was expected", node) from error
+            raise _create_error("a whole number was expected", node) from error
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
         try:
             return float(self.construct_yaml_float(node))
         except ValueError as error:  # an explicit !!float
-            raise _problem("a number was expected", node) from error
+            raise _create_error("a number was expected", node) from error
 
     def construct_boolean(self, node: yaml.ScalarNode) -> bool:
         text = str(self.construct_scalar(node)).lower()
         if text not in ("true", "false"):  # an explicit !!bool
-            raise _problem("true or false was expected", node)
+            raise _create_error("true or false was expected", node)
         return text == "true"
 
 
-def _problem(text: str, place: Any) -> yaml.MarkedYAMLError:
+def _create_error(text: str, node: Any) -> yaml.MarkedYAMLError:
     """The error for an event or a node of the parser."""
-    return yaml.MarkedYAMLError(problem=text, problem_mark=place.start_mark)
+    return yaml.MarkedYAMLError(problem=text, problem_mark=node.start_mark)
 
 
 for _tag, _pattern, _first in _RESOLVERS:

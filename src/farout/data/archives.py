@@ -39,7 +39,7 @@ _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", "
 _PROGRAMS = {b"\x1f\x8b": "gunzip -k", b"BZh": "bunzip2 -k", b"\xfd7zXZ": "unxz -k", b"\x28\xb5\x2f\xfd": "unzstd"}
 """First bytes of compressed files -> the command that decompresses them."""
 _LABEL_SUFFIXES = ("cls", "class", "label")
-_MOST_LABEL_BYTES = 2**20
+_MAX_LABEL_BYTES = 2**20
 _TAR_BLOCK = 512
 _ZIP_HEADER = 30
 
@@ -335,7 +335,7 @@ def _split_sample(name: str) -> tuple[str, str]:
 
 def _read_label(path: Path, member: _Member, *, is_table: bool) -> Any:
     try:
-        text = _read_member(path, member, _MOST_LABEL_BYTES).decode("utf-8").strip()
+        text = _read_member(path, member, _MAX_LABEL_BYTES).decode("utf-8").strip()
         if not is_table:
             return text
         table = json.loads(text)

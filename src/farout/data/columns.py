@@ -32,19 +32,8 @@ PATH_COLUMNS = (
 """Columns with the paths of image files, the first that exists is used."""
 
 LABEL_COLUMNS = (
-    *(
-        "label",
-        "labels",
-        "target",
-        "targets",
-        "class",
-        "class_name",
-        "class_label",
-        "category",
-        "y",
-        "fine_label",
-        "cls",
-    ),
+    *("label", "labels", "target", "targets", "class", "class_name", "class_label", "category", "y", "fine_label"),
+    "cls",
 )
 """Columns with labels, the first that exists is used."""
 

@@ -41,6 +41,7 @@ __all__ = [
     "FORMATS",
     "MULTI_FRAME_SUFFIXES",
     "DecodedImage",
+    "check_pixels",
     "content_hash",
     "count_frames",
     "decode",
@@ -96,7 +97,7 @@ EXTRA_OF_SUFFIX: Mapping[str, str] = {suffix: extra for extra, (_, all_of) in _E
 """Suffix -> the extra that reads it."""
 
 _RECOGNIZED_BY_CONTENT = tuple(name for name in FORMATS if name != "TGA")
-"""TGA has no signature: almost any bytes are a TGA image, so that only a suffix can tell."""
+"""TGA has no signature: almost any bytes are a TGA image, so it is recognized by its suffix only."""
 
 _MULTI_FRAME = frozenset({"GIF", "TIFF", "WEBP", "PNG", "AVIF", "HEIF"})
 """Formats whose further frames are images like the first; those of MPO and ICO are other versions of it."""
@@ -182,7 +183,7 @@ def count_frames(data: bytes, key: str, reading: ReadSettings = DEFAULT_READING)
 def unreadable_errors(key: str) -> Iterator[None]:
     """Convert whatever a decoder raises to an UnreadableImageError that starts with `key`.
 
-    Decoders raise almost anything for broken data, also MemoryError for sizes that a header invents.
+    Decoders raise almost anything for broken data, also MemoryError for impossible sizes in a header.
     """
     try:
         yield
@@ -199,7 +200,8 @@ def _is_dicom(data: bytes, suffix: str) -> bool:
     return data[128:132] == b"DICM" or suffix.lower() in _EXTRAS["dicom"][1]
 
 
-def _check_pixels(width: int, height: int, reading: ReadSettings) -> None:
+def check_pixels(width: int, height: int, reading: ReadSettings) -> None:
+    """Raise UnreadableImageError, without a key, for an image without pixels or beyond the pixel limit."""
     if width < 1 or height < 1:
         raise UnreadableImageError(f"the image has {width} x {height} pixels")
     if width * height > reading.max_pixels:
@@ -222,7 +224,7 @@ def _open_with_pillow(data: bytes, suffix: str, reading: ReadSettings) -> Image.
         formats = ["HEIF"]
     Image.init()  # loads all formats, of which Pillow loads the common ones only
     image = Image.open(io.BytesIO(data), formats=[name for name in formats if name in Image.OPEN])
-    _check_pixels(*image.size, reading)
+    check_pixels(*image.size, reading)
     return image
 
 
@@ -260,7 +262,7 @@ def _decode_16_bit_color(data: bytes, reading: ReadSettings, frame: int) -> Deco
     """Decode PNG and TIFF files with 16 bits in several channels, of which Pillow keeps 8; None for other files."""
     if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 25 and data[24] == 16 and data[25] in (2, 4, 6):
         width, height = struct.unpack(">II", data[16:24])
-        _check_pixels(width, height, reading)
+        check_pixels(width, height, reading)
         from torchvision.io import ImageReadMode, decode_png
 
         values = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
@@ -268,7 +270,7 @@ def _decode_16_bit_color(data: bytes, reading: ReadSettings, frame: int) -> Deco
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return None
     with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
-        _check_pixels(*image.size, reading)
+        check_pixels(*image.size, reading)
         if frame:
             image.seek(frame)
         tags: Any = getattr(image, "tag_v2", {})
@@ -329,7 +331,7 @@ def _decode_dicom(data: bytes, reading: ReadSettings, frame: int) -> DecodedImag
     stored bits. MONOCHROME1, where low values are white, is inverted.
     """
     header = _read_dicom(data, header_only=True)
-    _check_pixels(int(header.get("Columns") or 0), int(header.get("Rows") or 0), reading)
+    check_pixels(int(header.get("Columns") or 0), int(header.get("Rows") or 0), reading)
     frames = int(header.get("NumberOfFrames") or 1)
     from pydicom.pixels.utils import pixel_array
 
@@ -365,7 +367,7 @@ def _decode_exr(data: bytes, reading: ReadSettings) -> DecodedImage:
     import OpenEXR
 
     width, height = _exr_size(data)
-    _check_pixels(width, height, reading)
+    check_pixels(width, height, reading)
     with tempfile.NamedTemporaryFile(suffix=".exr") as file:  # the library reads paths only
         file.write(data)
         file.flush()

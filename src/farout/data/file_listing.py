@@ -33,7 +33,7 @@ class Listing:
         left_out: what the source contains and the set does not: description, such as ".heic (install farout[heic])",
             and number of files.
         splits: why these are several sets, such as the splits of a benchmark, rather than one set of normal images, and
-            what to give instead; None if nothing says so.
+            what to give instead; None for one set.
     """
 
     keys: tuple[str, ...]

@@ -49,7 +49,7 @@ _SYSTEM_FOLDERS = frozenset(
 """Folders that operating systems, storage devices and programs make for themselves."""
 
 _USUAL_SUFFIX = re.compile(r"\.[a-z0-9][a-z0-9+_~-]{0,14}")
-_MOST_SUFFIXES = 20
+_MAX_SUFFIXES = 20
 """Number of different suffixes that are counted one by one: numbered files, such as `scan.0001`, have one each."""
 
 
@@ -98,7 +98,7 @@ def limit_descriptions(left_out: Mapping[str, int]) -> dict[str, int]:
     """Return the most frequent descriptions first; beyond a number of suffixes, the rare ones are counted together."""
     ranked = sorted(((what, count) for what, count in left_out.items() if count), key=lambda item: (-item[1], item[0]))
     suffixes = [what for what, _ in ranked if _USUAL_SUFFIX.fullmatch(what)]
-    rare = set(suffixes[_MOST_SUFFIXES:])
+    rare = set(suffixes[_MAX_SUFFIXES:])
     kept = {what: count for what, count in ranked if what not in rare}
     if rare:
         kept["with another suffix"] = kept.get("with another suffix", 0) + sum(left_out[what] for what in rare)

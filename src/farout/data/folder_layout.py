@@ -143,7 +143,7 @@ def _without_mask_suffix(stem: str) -> str | None:
 
 
 def describe_splits(paths: Iterable[str], where: str) -> str | None:
-    """Explain why the images are not one set of normal images, and which folder is; None if nothing says so.
+    """Explain why the images are not one set of normal images, and which folder is; None if they are.
 
     They are not if the folders are those of a benchmark: training, validation and test images, or test images and their
     masks. `where` is the path of the data set, for the advice.

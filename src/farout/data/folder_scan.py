@@ -13,12 +13,11 @@ from pathlib import Path
 from farout.core import store
 from farout.core.errors import SourceError
 from farout.data.file_names import is_hidden, is_image_name, is_system_folder, suffix_of
+from farout.data.source_spec import BRACES, WILDCARDS, has_wildcards
 
-__all__ = ["FolderScan", "GlobMatches", "expand_braces", "has_wildcards", "match_glob", "scan_folder", "split_pattern"]
+__all__ = ["FolderScan", "GlobMatches", "expand_braces", "match_glob", "scan_folder", "split_pattern"]
 
-_MOST_BRACE_PATTERNS = 100_000
-_WILDCARDS = re.compile(r"[*?\[]")
-_BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
+_MAX_BRACE_PATTERNS = 100_000
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 
@@ -104,7 +103,7 @@ def _contains(folder: str, other: str) -> bool:
 
 
 def _add_problem(scan: FolderScan, entry: os.DirEntry[str], path: str, error: OSError) -> None:
-    """Report a link that leads nowhere, or an entry whose kind cannot be found out.
+    """Report a broken link, or an entry whose kind cannot be determined.
 
     It is an image if its name says so, and a folder if it has no suffix; files of other kinds are only counted.
     """
@@ -154,11 +153,6 @@ class GlobMatches:
     folders: int
     problems: dict[str, str]
     left_out: Counter[str]
-
-
-def has_wildcards(text: str) -> bool:
-    """Whether a text contains a wildcard of a glob, or braces with alternatives or a range."""
-    return bool(_WILDCARDS.search(text) or _BRACES.search(text))
 
 
 def split_pattern(pattern: str) -> tuple[Path, str]:
@@ -227,7 +221,7 @@ class _Matcher:
                 self.add(path, rest)
 
     def _matching_names(self, folder: str, part: str) -> Iterator[str]:
-        if not _WILDCARDS.search(part):
+        if not WILDCARDS.search(part):
             if os.path.lexists(self._root / folder / part):
                 yield part
             return
@@ -257,24 +251,24 @@ def _join(folder: str, name: str) -> str:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return the patterns that braces stand for: `{000..003}` for numbers, `{a,b}` for alternatives."""
+    """Expand the braces of a pattern: `{000..003}` to numbers, `{a,b}` to alternatives."""
     patterns = [pattern]
-    while match := _BRACES.search(patterns[0]):
+    while match := BRACES.search(patterns[0]):
         inner = match[1]
         numbers = _RANGE.fullmatch(inner)
         if numbers is None and "," not in inner:
             raise SourceError(f"{{{inner}}} in {pattern} is not a range; expected numbers, such as {{000..123}}")
         choices = inner.split(",") if numbers is None else _expand_range(numbers[1], numbers[2], pattern)
-        if len(choices) * len(patterns) > _MOST_BRACE_PATTERNS:
-            raise SourceError(f"{pattern} stands for more than {_MOST_BRACE_PATTERNS} paths; give a glob")
+        if len(choices) * len(patterns) > _MAX_BRACE_PATTERNS:
+            raise SourceError(f"{pattern} expands to more than {_MAX_BRACE_PATTERNS} paths; give a glob")
         patterns = [text.replace(match[0], choice, 1) for text in patterns for choice in choices]
     return patterns
 
 
 def _expand_range(first: str, last: str, pattern: str) -> list[str]:
     start, end = int(first), int(last)
-    if abs(end - start) >= _MOST_BRACE_PATTERNS:
-        raise SourceError(f"{pattern} stands for more than {_MOST_BRACE_PATTERNS} paths; give a glob")
+    if abs(end - start) >= _MAX_BRACE_PATTERNS:
+        raise SourceError(f"{pattern} expands to more than {_MAX_BRACE_PATTERNS} paths; give a glob")
     width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
     step = 1 if end >= start else -1
     return [f"{number:0{width}d}" for number in range(start, end + step, step)]

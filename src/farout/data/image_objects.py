@@ -26,6 +26,7 @@ from farout.core.names import expand_path, find_equivalent_path, printable
 from farout.data.columns import LABEL_COLUMNS, find_columns
 from farout.data.decoding import (
     DecodedImage,
+    check_pixels,
     count_frames,
     decode,
     frames_of,
@@ -39,12 +40,12 @@ from farout.data.untrusted_files import read_bytes
 
 __all__ = [
     "IMAGE_NAMES",
-    "LABEL_NAMES",
     "NO_LABEL",
     "FailedItem",
     "Frame",
     "UnsupportedImageError",
     "can_be_image",
+    "can_only_be_image",
     "check_image",
     "check_range",
     "class_of",
@@ -59,8 +60,6 @@ __all__ = [
 _CHANNELS = (1, 3, 4)
 IMAGE_NAMES = ("image", "img", "images", "pixel_values", "picture", "photo", "jpg", "jpeg", "png", "webp")
 """Names under which an item that is a dict has its image; in this order, in any case."""
-LABEL_NAMES = (*LABEL_COLUMNS, "cls")
-"""Names under which an item that is a dict has its label; in this order, in any case."""
 
 
 class _NoLabel:
@@ -114,7 +113,7 @@ def split_item(item: object) -> tuple[object, object]:
     """Return image and label of an item; the label is `NO_LABEL` if the item has none.
 
     A tuple or list is (image,), or (image, label, …), of which the rest is ignored. A dict has its image under one of
-    `IMAGE_NAMES`, or as the only value that can be an image, and its label under one of `LABEL_NAMES`.
+    `IMAGE_NAMES`, or as the only value that can be an image, and its label under one of `LABEL_COLUMNS`.
     """
     if isinstance(item, tuple | list) and item and can_be_image(item[0]):
         return item[0], item[1] if len(item) > 1 else NO_LABEL
@@ -122,9 +121,9 @@ def split_item(item: object) -> tuple[object, object]:
         return None, item[1] if len(item) > 1 else NO_LABEL
     if isinstance(item, Mapping) and not _is_encoded_cell(item):
         texts = [name for name in item if isinstance(name, str)]
-        images = find_columns(texts, IMAGE_NAMES) or [name for name in item if _is_surely_image(item[name])]
+        images = find_columns(texts, IMAGE_NAMES) or [name for name in item if can_only_be_image(item[name])]
         if images and (len(images) == 1 or images[0] in find_columns(texts, IMAGE_NAMES)):
-            label = next((name for name in find_columns(texts, LABEL_NAMES) if name != images[0]), None)
+            label = next((name for name in find_columns(texts, LABEL_COLUMNS) if name != images[0]), None)
             return item[images[0]], NO_LABEL if label is None else item[label]
     return item, NO_LABEL
 
@@ -136,7 +135,8 @@ def can_be_image(value: Any) -> bool:
     return _is_encoded_cell(value) or (_is_array_like(value) and len(_shape_of(value)) > 0)
 
 
-def _is_surely_image(value: Any) -> bool:
+def can_only_be_image(value: Any) -> bool:
+    """Whether a value can be an image and no label, unlike texts and single numbers or vectors."""
     return can_be_image(value) and not isinstance(value, str) and not (_is_array_like(value) and len(value.shape) < 2)
 
 
@@ -317,7 +317,7 @@ def _decode_frame(image: Any, key: str, reading: ReadSettings, frame: int | None
 
 
 def _decode_pil(image: Image.Image, reading: ReadSettings, frame: int | None) -> DecodedImage:
-    _check_pixels(image.height, image.width, reading)
+    check_pixels(image.width, image.height, reading)
     position = image.tell()
     frames = frames_of(image) if position == 0 else 1
     if frame is not None:
@@ -335,15 +335,6 @@ def _decode_file(path: str, key: str, reading: ReadSettings, frame: int | None) 
     with unreadable_errors(key):
         data = read_bytes(find_equivalent_path(expand_path(path)), reading.max_bytes)
     return decode(data, key, reading, frame or 0, Path(path).suffix)
-
-
-def _check_pixels(height: int, width: int, reading: ReadSettings) -> None:
-    if not height or not width:
-        raise UnreadableImageError("the image has no pixels")
-    if height * width > reading.max_pixels:
-        raise UnreadableImageError(
-            f"the image has {width} x {height} pixels, and the limit is {reading.max_pixels} (--max-pixels)"
-        )
 
 
 def _to_array(image: object) -> np.ndarray[Any, np.dtype[Any]]:
@@ -365,7 +356,7 @@ def _to_channels_first(values: np.ndarray[Any, np.dtype[Any]], reading: ReadSett
         values = values[None]
     elif values.shape[0] not in (1, 3) and values.shape[2] in _CHANNELS:
         values = values.transpose(2, 0, 1)
-    _check_pixels(values.shape[1], values.shape[2], reading)
+    check_pixels(values.shape[2], values.shape[1], reading)
     if values.dtype.kind == "b":
         values = values.astype(np.uint8) * 255
     elif values.dtype.kind in "iu" and values.dtype not in (np.uint8, np.uint16):

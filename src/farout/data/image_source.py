@@ -250,7 +250,7 @@ class ImageSource(Dataset[Tensor]):
         reading: how image files become 8-bit pixels.
         left_out: what the source contains and the set does not: description and number of files.
         location: the source in the same text for every way to write it, see `SourceSpec.canonical`; empty for objects.
-        splits: why these are several sets rather than one, and what to give instead; None if nothing says so.
+        splits: why these are several sets rather than one, and what to give instead; None for one set.
     """
 
     keys: tuple[str, ...]

@@ -18,6 +18,7 @@ from farout.core.errors import SourceError, UnreadableImageError
 from farout.core.names import encode_file_name, encode_key, expand_path, find_equivalent_path
 from farout.data.decoding import DecodedImage
 from farout.data.file_listing import Listing, check_keys, encode_labels, index_keys
+from farout.data.image_files import expand_frames
 from farout.data.image_objects import (
     NO_LABEL,
     FailedItem,
@@ -151,13 +152,10 @@ def _list_pairs(
         groups = None if None in paths else tuple(key.rpartition("/")[0] or "." for key in keys)
     if reading.frames == "all":
         counts = [count_frames_of(image, reading) for image in images]
-        if max(counts) > 1:  # the frames of an image are a group, as those of a file in a folder
-            groups = tuple(keys[i] if counts[i] > 1 or groups is None else groups[i] for i in range(len(keys)))
-            expanded = [(i, frame) for i, count in enumerate(counts) for frame in range(count)]
-            images = [Frame(images[i], frame) if counts[i] > 1 else images[i] for i, frame in expanded]
-            pairs = [(image, pairs[i][1]) for image, (i, _) in zip(images, expanded)]
-            groups = tuple(groups[i] for i, _ in expanded)
-            keys = check_keys([f"{keys[i]}#{frame}" if counts[i] > 1 else keys[i] for i, frame in expanded], where)
+        keys, frame_groups, indices, frames = expand_frames(keys, groups, counts, where)
+        groups = None if frame_groups is None else tuple(frame_groups)
+        images = [Frame(images[i], frame) if counts[i] > 1 else images[i] for i, frame in zip(indices, frames)]
+        pairs = [(image, pairs[i][1]) for image, i in zip(images, indices)]
     _check_some_image(images, keys, where)
     labels, names = encode_item_labels(pairs, where, keys)
     final = all(_is_final(image) for image in images)
@@ -208,10 +206,10 @@ def _check_item(image: object, key: str) -> None:
         return
     if not path:
         raise UnsupportedImageError(f"{key}: the path is empty")
-    place = find_equivalent_path(expand_path(path))
-    if os.path.isdir(place):
+    file = find_equivalent_path(expand_path(path))
+    if os.path.isdir(file):
         raise UnsupportedImageError(f"{key}: this is a folder; give the folder itself as the source, not in a list")
-    if not os.path.lexists(place):
+    if not os.path.lexists(file):
         raise UnsupportedImageError(
             f"{key}: there is no such file; a list contains paths of images, and a source such as cifar10:test or a "
             "glob is given as a text, without a list"
@@ -223,7 +221,7 @@ def encode_item_labels(
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
     """Return integer labels and class names of pairs (image, label); None if no item has a label, or all are None.
 
-    An item that could not be read has the label of the first other one, which is used nowhere.
+    An item that could not be read has the label of the first other one, which is not used.
 
     Raises:
         SourceError: a label is no class, see `class_of`, or some items have none.
@@ -294,7 +292,7 @@ def list_iterable(
     if failure is not None:  # a generator ends with its first error, whatever would have come after it
         raise SourceError(
             f"{where} ended with an error after {len(pairs) - 1} items: {describe_error(failure)}; of a Dataset with "
-            "__getitem__, a faulty item is one unreadable image"
+            "__getitem__, an item that raises an error is one unreadable image"
         ) from failure
     if not pairs:
         raise SourceError(f"{where} is empty; give at least one image")
@@ -302,7 +300,7 @@ def list_iterable(
 
 
 def _copy_image(image: object, reading: ReadSettings) -> tuple[object, int]:
-    """Return an image that nobody else changes, and the bytes that it needs."""
+    """Return an image that no other code changes, and the bytes that it needs."""
     if isinstance(image, bytearray | memoryview | io.BytesIO):
         image = image.getvalue() if isinstance(image, io.BytesIO) else bytes(image)
     if isinstance(image, bytes):

@@ -22,7 +22,7 @@ from torch.utils.data import (
 from farout.core.errors import SourceError
 from farout.data.decoding import DecodedImage
 from farout.data.file_listing import Listing, check_keys
-from farout.data.image_objects import NO_LABEL, can_be_image, split_item
+from farout.data.image_objects import NO_LABEL, can_only_be_image, split_item
 from farout.data.in_memory import list_iterable
 from farout.data.read_settings import ReadSettings
 
@@ -131,15 +131,10 @@ def _split_batch(batch: Any) -> list[Any]:
     if isinstance(images, list | tuple | Tensor | np.ndarray) and isinstance(
         labels, list | tuple | Tensor | np.ndarray
     ):
-        is_column = len(images) == len(labels) and not _is_picture(labels[0])
-        if is_column and all(_is_picture(image) for image in images):
+        is_column = len(images) == len(labels) and not can_only_be_image(labels[0])
+        if is_column and all(can_only_be_image(image) for image in images):
             return _pair(images, labels)
     return list(batch)
-
-
-def _is_picture(value: Any) -> bool:
-    """Whether a value is an image and can be no label."""
-    return can_be_image(value) and not isinstance(value, str) and (not hasattr(value, "shape") or len(value.shape) > 1)
 
 
 def _pair(images: Any, labels: Any) -> list[Any]:

@@ -31,13 +31,13 @@ _SHIFT = 2
 _LINEAR_SHIFT = 0.75
 _GAIN = 0.3
 _SHIFT_WEIGHT = 0.12
-"""Weight of the difference before the shift: two simple shapes at different places are different images."""
+"""Weight of the difference before the shift: two simple shapes at different positions are different images."""
 _FIRST_THRESHOLD = 0.08
 """Threshold before the usual distance is known; copies in every tested form are below, and few distinct images are."""
 _SPACING_SHARE = 0.25
 """Near-copies are nearer than this share of the usual distance between distinct images."""
 _LARGEST_THRESHOLD = 0.2
-_HARDLY_ANY_DIFFERENCE = 0.02
+_NOISE_THRESHOLD = 0.02
 """Differences by noise and JPEG of good quality are below."""
 _CONTRAST_WEIGHT = 0.3
 """Weight of the difference relative to the images' own contrast: plain or nearly black images are distinct."""
@@ -83,12 +83,12 @@ def find_near_copies(thumbnails: np.ndarray) -> NearCopies:
     labels, threshold = _group_below_spacing(comparison)
     if _largest_share(labels) <= 0.5:
         return NearCopies(labels, threshold)
-    # Is it one burst, or a set whose images differ by degrees, such as one shape at random places?
+    # Is it one burst, or a set whose images differ by degrees, such as one shape at random positions?
     comparison.compare_shifted(False)
-    if _largest_share(_group(comparison, _HARDLY_ANY_DIFFERENCE)) > 0.5:
+    if _largest_share(_group(comparison, _NOISE_THRESHOLD)) > 0.5:
         return NearCopies(labels, threshold)
     labels, threshold = _group_below_spacing(comparison)
-    while _largest_share(labels) > 0.5 and threshold > _HARDLY_ANY_DIFFERENCE:
+    while _largest_share(labels) > 0.5 and threshold > _NOISE_THRESHOLD:
         threshold /= 2
         labels = _group(comparison, threshold)
     return NearCopies(labels, threshold, is_restricted=True)

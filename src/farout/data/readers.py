@@ -12,12 +12,11 @@ from farout.data.archives import is_archive_name, list_archive_file
 from farout.data.array_files import ARRAY_SUFFIXES, list_array_file
 from farout.data.file_listing import Listing
 from farout.data.file_names import is_image_name
-from farout.data.folder_scan import has_wildcards
 from farout.data.folders import list_folder, list_glob, list_image_file
 from farout.data.image_lists import LIST_SUFFIXES, list_image_table
 from farout.data.parquet_files import list_parquet
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
-from farout.data.source_spec import NO_SELECTION, Selection
+from farout.data.source_spec import NO_SELECTION, Selection, has_wildcards
 
 __all__ = ["list_path"]
 

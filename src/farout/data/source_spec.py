@@ -20,7 +20,16 @@ from typing import Literal
 from farout.core.errors import FaroutError, SourceError
 from farout.core.names import encode_file_name, encode_name_once, find_path
 
-__all__ = ["DEFAULT_STRENGTHS", "NO_SELECTION", "Selection", "SourceSpec", "parse_spec"]
+__all__ = [
+    "BRACES",
+    "DEFAULT_STRENGTHS",
+    "NO_SELECTION",
+    "WILDCARDS",
+    "Selection",
+    "SourceSpec",
+    "has_wildcards",
+    "parse_spec",
+]
 
 Kind = Literal["named", "path", "hub"]
 
@@ -37,8 +46,12 @@ DEFAULT_STRENGTHS: dict[str, float | None] = {
 }
 """The default strength of every variant; None: the variant has no strength."""
 
+WILDCARDS = re.compile(r"[*?\[]")
+"""Wildcards of a glob."""
+BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
+"""Braces of a glob with alternatives or a range."""
+
 _HUB = "hf://"
-_WILD = re.compile(r"[*?\[]|\{[^{}]*(?:,|\.\.)[^{}]*\}")
 _SPLIT = re.compile(r"[\w.-]+")
 _NAMES = re.compile(r"@(?=(?:array|column|label|classes)=)")
 """The start of modifiers whose values may contain `/` and `@`: columns such as `image/encoded`, classes."""
@@ -184,9 +197,14 @@ def _parse_location(head: str, known: frozenset[str]) -> tuple[Kind, str, str]:
     return "named", name, split or "train"
 
 
+def has_wildcards(text: str) -> bool:
+    """Whether a text contains a wildcard of a glob, or braces with alternatives or a range."""
+    return bool(WILDCARDS.search(text) or BRACES.search(text))
+
+
 def _is_path(head: str) -> bool:
     drive = re.match(r"^[A-Za-z]:", head) is not None
-    return "/" in head or "\\" in head or drive or head in (".", "..") or bool(_WILD.search(head)) or _exists(head)
+    return "/" in head or "\\" in head or drive or head in (".", "..") or has_wildcards(head) or _exists(head)
 
 
 _Modifiers = tuple[str | None, float | None, tuple[str, ...], dict[str, str]]

@@ -23,6 +23,7 @@ from farout.core.errors import LeftOutWarning, SourceError
 from farout.core.names import decode_key, encode_name, encode_name_once
 from farout.data import catalog
 from farout.data.file_listing import Listing
+from farout.data.file_names import join_counts
 from farout.data.hub_datasets import find_saved_dataset, list_saved_dataset
 from farout.data.image_source import ImageSource, Policy, check_policy
 from farout.data.parquet_files import list_parquet
@@ -92,8 +93,7 @@ def open_source(
     if limit is not None and limit < 1:
         raise SourceError(f"limit is {limit}; expected at least 1, or None for all images")
     if source.left_out and source is not images:
-        left_out = ", ".join(f"{count} {what}" for what, count in source.left_out.items())
-        warnings.warn(f"left out of {source.name}: {left_out}", LeftOutWarning, stacklevel=2)
+        warnings.warn(f"left out of {source.name}: {join_counts(source.left_out)}", LeftOutWarning, stacklevel=2)
     if limit is None or limit >= len(source):
         return source
     chosen = np.random.default_rng(seed).permutation(len(source))[:limit]

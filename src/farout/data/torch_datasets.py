@@ -18,11 +18,10 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDatas
 from farout.core import progress
 from farout.core.errors import MisleadingResultWarning, SourceError, UnreadableImageError
 from farout.core.names import encode_name
-from farout.data.columns import find_columns
+from farout.data.columns import LABEL_COLUMNS, find_columns
 from farout.data.decoding import DecodedImage
 from farout.data.file_listing import Listing, encode_labels, index_keys
 from farout.data.image_objects import (
-    LABEL_NAMES,
     NO_LABEL,
     FailedItem,
     UnsupportedImageError,
@@ -45,7 +44,7 @@ def list_dataset(dataset: Any, memory_mib: int = 1024, reading: ReadSettings = D
     Labels are those of the items. All items are read once for them, except for the Datasets of torchvision whose
     labels are known without their images (ImageFolder, MNIST, CIFAR10 and their like), for a TensorDataset, and for
     subsets and concatenations of these. Integer labels have the names in the attribute `classes` if each is an index
-    of it, and if an attribute `targets` says the same labels. An IterableDataset is read once, see `list_iterable`.
+    of it, and if an attribute `targets` contains the same labels. An IterableDataset is read once, see `list_iterable`.
 
     An item that raises an error, or that is no image, is one unreadable image. Warns if the first items differ when
     they are read a second time.
@@ -244,7 +243,7 @@ def _fitting_names(dataset: Any, labels: Sequence[int] | None) -> tuple[str, ...
     if classes is None and _is_part_of_source(dataset):
         classes = _attribute(dataset, "class_names")
     if classes is None and isinstance(features, Mapping):
-        column = next(iter(find_columns([name for name in features if isinstance(name, str)], LABEL_NAMES)), None)
+        column = next(iter(find_columns([name for name in features if isinstance(name, str)], LABEL_COLUMNS)), None)
         classes = None if column is None else getattr(features[column], "names", None)
     if labels is None or not isinstance(classes, list | tuple | np.ndarray) or not len(classes):
         return None

@@ -88,7 +88,7 @@ class Level(IntEnum):
         np.flip(np.flip(np.asarray(picture(IMAGES[0])), 0), 0),
         IMAGES[0].float().div(255).requires_grad_(),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_one_image_in_every_form(given):
     source = open_source(given)
@@ -202,7 +202,7 @@ def test_nan_makes_one_image_unreadable():
         ({"": IMAGES[0]}, "empty key"),
         ([""], "the path is empty"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_contains_no_images_is_refused_by_name(given, message):
     with pytest.raises(SourceError, match=message):
@@ -474,7 +474,7 @@ def test_a_faulty_image_keeps_its_label():
         ([Level.HIGH, Level.LOW, Level.HIGH], (2, 0, 2), None),
         ([torch.eye(3)[[2]], torch.eye(3)[[0]], torch.eye(3)[[1]]], (2, 0, 1), None),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_labels_are_what_the_items_say(labels, expected, names):
     pairs = list(zip(IMAGES, labels, strict=False))
@@ -497,7 +497,7 @@ def test_labels_are_what_the_items_say(labels, expected, names):
         ("cat", "integers and texts"),
         ([0.5, 0.5], "integers and lists|lists and integers"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_labels_that_are_no_classes_are_named(label, message):
     pairs = [(IMAGES[0], 0), (IMAGES[1], label), (IMAGES[2], 1)]

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from farout.core import progress, store
-from farout.core.errors import FaroutError
+from farout.core.errors import FaroutError, StoreError
 from farout.core.files import hash_file
 from farout.core.names import find_path
 from farout.core.schema import check_content
@@ -257,10 +257,11 @@ def _hash_output(path: Path) -> str | None:
 def _describe_damage(path: Path, sha256: str | None) -> str:
     """How the file that completes a job differs from what was written; "" if it does not."""
     try:
-        is_unchanged = sha256 is None or hash_file(path) == sha256
-    except OSError as error:
-        return f"{path} cannot be read: {error.strerror or error}"
-    return "" if is_unchanged else f"{path} was changed after it was written"
+        if sha256 is not None:
+            store.check_file(path, sha256)
+    except StoreError as error:
+        return str(error)
+    return ""
 
 
 class _JobContent(BaseModel):

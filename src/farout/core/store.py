@@ -36,6 +36,7 @@ __all__ = [
     "HASHES_FILE",
     "atomic_file",
     "atomic_folder",
+    "check_file",
     "check_hashes",
     "check_replaceable",
     "describe_damage",
@@ -309,6 +310,25 @@ def write_folder_hashes(folder: str | Path) -> None:
     write_json(folder / HASHES_FILE, {"algorithm": "sha256", "files": files})
 
 
+def check_file(path: Path, sha256: str | None, advice: str = "") -> None:
+    """Raise StoreError unless a file has the SHA-256 that was recorded when it was written.
+
+    Args:
+        path: the file.
+        sha256: hexadecimal digits; None: there is no record of the file.
+        advice: what to do, for the message.
+    """
+    advice = f"; {advice}" if advice else ""
+    try:
+        found = hash_file(path)
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing{advice}") from None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror or error}{advice}") from error
+    if found != sha256:
+        raise StoreError(f"{path} was changed after it was written: its SHA-256 is not the recorded one{advice}")
+
+
 def check_hashes(folder: str | Path) -> None:
     """Compare the files of a folder with `hashes.json`.
 
@@ -337,12 +357,7 @@ def check_hashes(folder: str | Path) -> None:
             what = "the weights " if name.endswith(".safetensors") else ""
             problem = "cannot be read" if os.path.lexists(folder / name) else "are missing" if what else "is missing"
             raise StoreError(f"{what}{folder / name} {problem}, the folder is incomplete; {_RESTORE}")
-        try:
-            found = hash_file(folder / name)
-        except OSError as error:
-            raise StoreError(f"{folder / name} cannot be read: {error.strerror or error}") from error
-        if found != expected:
-            raise StoreError(f"{folder / name} was changed: its SHA-256 is not that of {HASHES_FILE}; {_RESTORE}")
+        check_file(folder / name, expected, _RESTORE)
     added = sorted(existing - files.keys())
     if added:
         raise StoreError(f"{folder / added[0]} was added to the folder after it was written; remove it")

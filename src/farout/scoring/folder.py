@@ -50,7 +50,7 @@ _SETTINGS_FILE, _PARTS, _MANIFEST, _MEASUREMENTS = "settings.json", "parts", "ma
 
 
 class _ManifestContent(BaseModel):
-    """What is read of `manifest.json`; other entries are for people and for the page."""
+    """What is read of `manifest.json`; other entries are for users and for the page."""
 
     source: str
     policy: Literal["raise", "skip", "nan"]
@@ -210,17 +210,8 @@ def has_intact_scores(folder: Path) -> bool:
 
 def _check_file(folder: Path, manifest: dict[str, Any], name: str) -> None:
     """Raise StoreError unless a file of the results is as it was written."""
-    try:
-        is_unchanged = hash_file(folder / name) == manifest["files"].get(name)
-    except FileNotFoundError:
-        raise StoreError(f"{folder / name} is missing") from None
-    except OSError as error:
-        raise StoreError(f"{folder / name} cannot be read: {error.strerror or error}") from error
-    if not is_unchanged:
-        raise StoreError(
-            f"{folder / name} was changed after it was written (its SHA-256 is not that of {_MANIFEST}); run the same "
-            "`farout score` again, or give an edited table as a file, under another name"
-        )
+    advice = "run the same `farout score` again, or give an edited table as a file, under another name"
+    store.check_file(folder / name, manifest["files"].get(name), advice)
 
 
 def _read_finished(out: Path, source: ImageSource, parts: list[range]) -> dict[str, Any] | None:
@@ -379,9 +370,8 @@ def _read_part_info(path: Path) -> dict[str, Any] | None:
     try:
         part_info = store.read_sealed_json(path.with_suffix(".json"))
         check_content(part_info, _PartContent, str(path.with_suffix(".json")))
-        if hash_file(path) != part_info["measurements"]:
-            raise StoreError(f"{path} was changed after it was written")
-    except (StoreError, OSError) as error:
+        store.check_file(path, part_info["measurements"])
+    except StoreError as error:
         warnings.warn(f"{error}; these images are measured again", DamagedFileWarning, stacklevel=4)
         _remove(path)
         _remove(path.with_suffix(".json"))

@@ -98,13 +98,7 @@ def _is_intact(folder: Path) -> bool:
 
 def _check_file(folder: Path, name: str) -> None:
     """Raise StoreError unless a file of a checkpoint is as it was written."""
-    path = folder / name
-    try:
-        is_unchanged = hash_file(path) == read_state(folder)["files"].get(name)
-    except OSError as error:
-        raise StoreError(f"{path} is missing or cannot be read: {error.strerror or error}") from error
-    if not is_unchanged:
-        raise StoreError(f"{path} differs from what was written")
+    store.check_file(folder / name, read_state(folder)["files"].get(name))
 
 
 def checkpoint_weights(folder: str | Path, average: bool = True) -> dict[str, Tensor]:

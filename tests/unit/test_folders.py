@@ -15,7 +15,7 @@ from PIL import Image
 from farout.core.errors import LeftOutWarning, MisleadingResultWarning, SourceError, UnreadableImageError
 from farout.core.names import decode_key
 from farout.core.store import write_config
-from farout.data.folder_layout import class_folders, describe_splits, find_masks
+from farout.data.folder_layout import class_labels_of, describe_splits, find_masks
 from farout.data.folder_scan import expand_braces
 from farout.data.image_source import ImageSource
 from farout.data.normal_images import check_normal_images, check_one_set
@@ -259,7 +259,7 @@ def test_folders_of_one_class_in_both_normal_forms(tmp_path):
     ],
 )
 def test_class_folders(paths, names):
-    assert class_folders(paths)[1] == names
+    assert class_labels_of(paths)[1] == names
 
 
 MVTEC = (

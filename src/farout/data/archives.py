@@ -29,7 +29,7 @@ from farout.data.file_names import (
     limit_descriptions,
     suffix_of,
 )
-from farout.data.folder_layout import class_folders, describe_splits, find_masks, parent_folders
+from farout.data.folder_layout import class_labels_of, describe_splits, find_masks, parent_folders_of
 from farout.data.image_files import expand_frames
 from farout.data.read_settings import ReadSettings
 
@@ -105,7 +105,7 @@ def _list_members(
         layout.update(images)
         counts.update(count_by_suffix(others))
         counts.update(masks.values())
-        for name, group in zip(images, parent_folders(images)):
+        for name, group in zip(images, parent_folders_of(images)):
             if name not in masks:
                 key, group = _encode_member_name(prefix + name), (prefix + group).removesuffix("/.")
                 rows.append((key, _encode_member_name(group), name, path, members[name], labels.get(name)))
@@ -121,7 +121,7 @@ def _list_members(
     if any(value is not None for value in values):
         codes, classes = encode_labels(values, where)
     else:
-        codes, classes = class_folders(names)
+        codes, classes = class_labels_of(names)
     splits = describe_splits(layout, where)
     frames: Sequence[int] | None = None
     if reading.frames == "all":

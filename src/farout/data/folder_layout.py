@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from farout.core.names import encode_name
 
 __all__ = [
-    "class_folders",
+    "class_labels_of",
     "describe_splits",
     "describe_splits_of_archives",
     "find_masks",
-    "normal_class",
-    "parent_folders",
+    "normal_class_of",
+    "parent_folders_of",
 ]
 
 _SPLIT_WORDS = {
@@ -72,12 +72,12 @@ _NORMAL_CLASSES = ("good", "ok", "normal", "nominal", "healthy", "non_defective"
 """Names, in lower case, of classes of normal images."""
 
 
-def parent_folders(paths: Sequence[str]) -> tuple[str, ...]:
+def parent_folders_of(paths: Sequence[str]) -> tuple[str, ...]:
     """Return the folder of each path, `.` for the data set itself."""
     return tuple(path.rpartition("/")[0] or "." for path in paths)
 
 
-def class_folders(paths: Sequence[str]) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
+def class_labels_of(paths: Sequence[str]) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
     """Return labels and names of classes if every image is directly in the folder of its class, else None and None.
 
     The class folders are those of the first level; or, below folders that contain nothing but the next one, those of
@@ -95,7 +95,7 @@ def class_folders(paths: Sequence[str]) -> tuple[tuple[int, ...] | None, tuple[s
     return tuple(index_of[name] for name in classes), names
 
 
-def normal_class(names: Iterable[str]) -> str | None:
+def normal_class_of(names: Iterable[str]) -> str | None:
     """Return the class of normal images among classes of which the others look abnormal; None if there is none."""
     by_lower_name = {name.lower().replace("-", "_").replace(" ", "_"): name for name in names}
     if len(by_lower_name) < 2:
@@ -159,7 +159,7 @@ def describe_splits(paths: Iterable[str], where: str) -> str | None:
         reasons[folder] = " and ".join(f"{name}/" for name in (*splits, *masks))
         best = next((name for name, kind in splits.items() if kind == "train"), next(iter(splits)))
         path = _join(folder, best)
-        normal = normal_class({*tree.get(path, ()), ""})
+        normal = normal_class_of({*tree.get(path, ()), ""})
         advice.append(_join(where, path if normal is None else _join(path, normal)))
     if not reasons:
         return None

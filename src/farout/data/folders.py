@@ -26,11 +26,11 @@ from farout.data.file_names import (
     suffix_of,
 )
 from farout.data.folder_layout import (
-    class_folders,
+    class_labels_of,
     describe_splits,
     describe_splits_of_archives,
     find_masks,
-    parent_folders,
+    parent_folders_of,
 )
 from farout.data.folder_scan import match_glob, scan_folder, split_pattern
 from farout.data.image_files import list_image_files
@@ -91,7 +91,7 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
     # a folder that cannot be entered belongs to the class that contains it, or is one
     depth = images[0].count("/") if images else 1
     classed = [*images, *("/".join(path.split("/")[:-1][:depth]) + "/" for path in scan.problems)]
-    codes, class_names = class_folders(classed)
+    codes, class_names = class_labels_of(classed)
     if class_names is not None and os.path.isfile(root / CLASSES_FILE):
         class_names = _read_class_names(root, class_names)
         others = [path for path in others if path != CLASSES_FILE]
@@ -124,7 +124,7 @@ def _select_by_metadata(listing: Listing, metadata: Path, reading: ReadSettings,
         table = replace(table, labels=labels, class_names=listing.class_names)
     unlisted = sum(key not in listed for key in listing.keys)
     left_out = limit_descriptions({**listing.left_out, f"image(s) that {metadata.name} does not list": unlisted})
-    groups = table.groups or tuple(parent_folders(table.keys))
+    groups = table.groups or tuple(parent_folders_of(table.keys))
     return replace(table, groups=groups, left_out=left_out, splits=listing.splits)
 
 
@@ -150,7 +150,7 @@ def _list_files(
         problems={key: problems[path] for key, path in pairs if path in problems},
         labels=None if labels is None else tuple(labels[path] for path in paths),
         class_names=class_names,
-        groups=tuple(map(encode_file_name, parent_folders(paths))),
+        groups=tuple(map(encode_file_name, parent_folders_of(paths))),
         left_out=limit_descriptions(left_out),
         splits=splits,
     )

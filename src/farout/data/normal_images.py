@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from farout.core.errors import MisleadingResultWarning, SourceError
-from farout.data.folder_layout import normal_class
+from farout.data.folder_layout import normal_class_of
 from farout.data.image_source import ImageSource
 
 __all__ = ["check_normal_images", "check_one_set"]
@@ -27,7 +27,7 @@ def check_normal_images(source: ImageSource) -> None:
     if source.class_names is None or source.labels is None:
         return
     present = [source.class_names[label] for label in sorted(set(source.labels)) if label < len(source.class_names)]
-    normal = normal_class(present)
+    normal = normal_class_of(present)
     if normal is not None:
         others = [name for name in present if name != normal]
         shown = ", ".join(others[:5]) + (", …" if len(others) > 5 else "")

@@ -26,8 +26,8 @@ class FitSettings:
             images.
         seed: seed of the sample, split, weights and noise.
         groups: images that stay in the same part of the split and count once for the p-values: `near_copies` (bursts,
-            video frames, recompressed or augmented images), `folder` (these, and all images of one folder or value of
-            the column `group`), or `none` (equal images only); in Python also a group name per image.
+            video frames, recompressed, shifted or mirrored images), `folder` (these, and all images of one folder or
+            value of the column `group`), or `none` (equal images only); in Python also a group name per image.
         policy: what to do with an unreadable image: `raise` an error, or `skip` it.
         statistics: number of images for the statistics; default: the method's own number.
         protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to

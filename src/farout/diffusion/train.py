@@ -247,9 +247,9 @@ def train_diffusion(
         limit: use a seeded random sample of this many images; default: all.
         alpha: hold out enough images for a later calibration at this false-alarm rate.
         statistics: number of images to hold out for the statistics of a later fit; at most as many as are trained on.
-        groups: images that stay in the same part of the split: `near_copies` (bursts, video frames, recompressed or
-            augmented images), `folder` (these, and all images of one folder or value of the column `group`), or `none`
-            (equal images only).
+        groups: images that stay in the same part of the split: `near_copies` (bursts, video frames, recompressed,
+            shifted or mirrored images), `folder` (these, and all images of one folder or value of the column `group`),
+            or `none` (equal images only).
         policy: what to do with an unreadable image: `raise` an error, or `skip` it.
         reading: how image files are read.
         seed: seed of the sample, split, weights and noise.

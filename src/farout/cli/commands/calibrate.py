@@ -38,8 +38,9 @@ def calibrate(
             unless the images are too few to flag anything at alpha.
         limit: use a seeded random sample of this many images; default: all.
         alpha: new false-alarm rate; default: that of the fit.
-        groups: images that count once: `near_copies` (bursts, video frames, recompressed or augmented images), `folder`
-            (these, and all images of one folder or value of the column `group`), or `none` (equal images only).
+        groups: images that count once: `near_copies` (bursts, video frames, recompressed, shifted or mirrored images),
+            `folder` (these, and all images of one folder or value of the column `group`), or `none` (equal images
+            only).
         policy: what to do with an unreadable image: `raise` an error, or `skip` it.
         reading: how image files are read.
         runtime: runtime settings that replace those of the fit.

@@ -1,7 +1,7 @@
 """Near-copies: images of one scene, such as bursts, video frames, recompressed, shifted and mirrored versions.
 
-Near-copies are not independent: a detector that was fitted on one of them gives the others too low scores. They are found
-on thumbnails, by distances relative to those between random images of the same set:
+Near-copies are not independent: a detector that was fitted on one of them gives the others too low scores. They are
+found on thumbnails, by distances relative to those between random images of the same set:
 
     d(x, y)^2 = (r^2 + (w p)^2) / s^2 + c^2 / s^2
 

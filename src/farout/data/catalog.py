@@ -232,7 +232,7 @@ def ood_role(id_name: str, ood_spec: str) -> Literal["dev", "test"]:
     report them), held-out classes, the same corruptions of test images, and all other sets are `test`.
     """
     inlier, outlier = parse_spec(id_name, set_names()), parse_spec(ood_spec, set_names())
-    same = (inlier.kind, _place(inlier)) == (outlier.kind, _place(outlier))
+    same = (inlier.kind, _location_of(inlier)) == (outlier.kind, _location_of(outlier))
     training = outlier.kind == "path" or outlier.split == "train"
     same_classes = not inlier.classes or inlier.classes == outlier.classes
     return "dev" if same and training and outlier.variant in _DEV_VARIANTS and same_classes else "test"
@@ -241,14 +241,14 @@ def ood_role(id_name: str, ood_spec: str) -> Literal["dev", "test"]:
 def ood_group(id_name: str, ood_name: str) -> Literal["near", "far", ""]:
     """Return the OpenOOD group of an OOD source; `near` for other classes of the same set; empty for no group."""
     inlier, outlier = parse_spec(id_name, set_names()), parse_spec(ood_name, set_names())
-    if _place(inlier) == _place(outlier):
+    if _location_of(inlier) == _location_of(outlier):
         return "near" if outlier.variant is None and outlier.classes and outlier.classes != inlier.classes else ""
     if outlier.location in NEAR.get(inlier.location, ()):
         return "near"
     return "far" if outlier.location in FAR.get(inlier.location, ()) else ""
 
 
-def _place(spec: SourceSpec) -> str:
+def _location_of(spec: SourceSpec) -> str:
     """The location, equal for all ways to write a path."""
     return replace(spec, split="", modifiers="").canonical
 

@@ -114,8 +114,8 @@ class Preprocessing:
         defaults, so that the hash of older models stays the same.
         """
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-        late = {"kernel": "bicubic", "fill": False, "value_range": None}
-        return {name: value for name, value in plain.items() if name not in late or value != late[name]}
+        optional = {"kernel": "bicubic", "fill": False, "value_range": None}
+        return {name: value for name, value in plain.items() if name not in optional or value != optional[name]}
 
     @classmethod
     def for_source(

@@ -183,6 +183,65 @@ def test_16_bit_color_tiff_keeps_16_bits() -> None:
     assert np.array_equal(decoded.values.numpy(), values.transpose(2, 0, 1))
 
 
+def encode_tiff(values: np.ndarray, **options: object) -> bytes:
+    tifffile = pytest.importorskip("tifffile")
+    data = io.BytesIO()
+    tifffile.imwrite(data, values, **options)
+    return data.getvalue()
+
+
+def test_big_endian_tiff_equals_little_endian() -> None:
+    values = np.array([[0, 1000], [2000, 65535]], dtype=np.uint16)
+    decoded = decode(encode_tiff(values.astype(">u2"), byteorder=">"), "k")
+    assert decoded.values.dtype == torch.uint16
+    assert np.array_equal(decoded.values[0].numpy(), values)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int64", "float16", "float64"])
+def test_tiff_of_types_that_pillow_does_not_have(kind: str) -> None:
+    values = np.array([[0, 1], [2, -3]]).astype(kind)
+    assert decode(encode_tiff(values), "k").values[0].tolist() == [[0, 1], [2, -3]]
+
+
+def test_float_color_tiff() -> None:
+    values = np.linspace(0, 1, 48, dtype=np.float32).reshape(4, 4, 3)
+    decoded = decode(encode_tiff(values, photometric="rgb"), "k")
+    assert np.array_equal(decoded.values.numpy(), values.transpose(2, 0, 1))
+
+
+def test_16_bit_cmyk_tiff_is_not_taken_for_rgb_with_alpha() -> None:
+    with pytest.raises(UnreadableImageError, match="in SEPARATED; expected RGB"):
+        decode(encode_tiff(np.ones((4, 4, 4), np.uint16), photometric="separated"), "k")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_16_bit_color_is_turned_like_8_bit_color(orientation: int) -> None:
+    values = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    exif = Image.Exif()
+    exif[274] = orientation
+    png = io.BytesIO()
+    Image.fromarray(values).save(png, "PNG", exif=exif)
+    expected = decode(png.getvalue(), "k").values
+    tags = [(274, "H", 1, orientation, True)]
+    tiff = encode_tiff(values.astype(np.uint16), photometric="rgb", extratags=tags)
+    assert torch.equal(decode(tiff, "k").values.to(torch.uint8), expected)
+
+
+def test_dicom_with_a_palette_has_its_colors() -> None:
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(io.BytesIO(dicom(pydicom, np.array([[0, 1], [2, 1]], dtype=np.uint16))))
+    dataset.PhotometricInterpretation = "PALETTE COLOR"
+    for name, shades in (("Red", [0, 255, 9]), ("Green", [0, 0, 8]), ("Blue", [50, 0, 7])):
+        dataset.add_new(f"{name}PaletteColorLookupTableDescriptor", "US", [3, 0, 16])
+        setattr(dataset, f"{name}PaletteColorLookupTableData", np.array(shades, np.uint16).tobytes())
+    file = io.BytesIO()
+    dataset.save_as(file, enforce_file_format=True)
+    decoded = decode(file.getvalue(), "k.dcm").values
+    assert decoded[:, 0, 0].tolist() == [0, 0, 50]
+    assert decoded[:, 0, 1].tolist() == [255, 0, 0]
+    assert decoded[:, 1, 0].tolist() == [9, 8, 7]
+
+
 def test_dicom_is_rescaled_and_its_window_is_the_range(tmp_path: Path) -> None:
     pydicom = pytest.importorskip("pydicom")
     data = dicom(pydicom, np.array([[0, 1024], [2048, 4095]], dtype=np.uint16))

@@ -122,9 +122,12 @@ class Parser(jsonargparse.ArgumentParser):
             action.required = not partial
         try:
             if isinstance(given, Mapping):
-                return self.parse_object(self._check_types(_normalize_keys(given)))
-            words = [word for word in given if not (partial and word.startswith("--print-config"))]
-            return self.parse_args(self._rewrite_words(words))
+                parsed = self.parse_object(self._check_types(_normalize_keys(given)))
+            else:
+                words = [word for word in given if not (partial and word.startswith("--print-config"))]
+                parsed = self.parse_args(self._rewrite_words(words))
+            self._refuse_nothing(vars(parsed.as_flat()))
+            return parsed
         except argparse.ArgumentError as error:
             raise UsageError(f"{self._explain(str(error))} (see `{self.prog} --help`)") from error
         finally:
@@ -200,6 +203,15 @@ class Parser(jsonargparse.ArgumentParser):
             elif isinstance(value, list) and list_item_type(action) is str:
                 checked[action.dest] = [str(each) if type(each) is int else each for each in value]
         return checked
+
+    def _refuse_nothing(self, parsed: Mapping[str, Any]) -> None:
+        """Raises UsageError for `alpha:` without a value, which YAML reads as None and jsonargparse accepts."""
+        for action in self._actions:
+            expected = _type_of(action)
+            has_value = parsed.get(action.dest, action.default) is not None or action.default is None
+            if not has_value and expected is not None and type(None) not in typing.get_args(expected):
+                flag = next(iter(action.option_strings), action.dest)
+                raise UsageError(f"{flag} must be {_describe_type(expected)}, got nothing (see `{self.prog} --help`)")
 
     def _explain(self, message: str) -> str:
         """Shortens a message of jsonargparse to one line."""

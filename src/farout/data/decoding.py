@@ -155,7 +155,7 @@ def decode(
             return _decode_dicom(data, reading, frame)
         if data[:4] == b"\x76\x2f\x31\x01":
             return _decode_exr(data, reading)
-        deep = _decode_16_bit_color(data, reading, frame)
+        deep = _decode_without_pillow(data, reading, frame)
         if deep is not None:
             return deep
         with _open_with_pillow(data, suffix, reading) as image:
@@ -258,40 +258,71 @@ def range_of_tags(image: Image.Image) -> ValueRange | None:
     return None
 
 
-def _decode_16_bit_color(data: bytes, reading: ReadSettings, frame: int) -> DecodedImage | None:
-    """Decode PNG and TIFF files with 16 bits in several channels, of which Pillow keeps 8; None for other files."""
+def _decode_without_pillow(data: bytes, reading: ReadSettings, frame: int) -> DecodedImage | None:
+    """Decode PNG and TIFF files that Pillow cannot decode or not exactly; None for other files.
+
+    Of 16 bits in several channels Pillow keeps 8, signed values of 8 bits wrap, and it has few types of floating point.
+    """
     if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 25 and data[24] == 16 and data[25] in (2, 4, 6):
         width, height = struct.unpack(">II", data[16:24])
         check_pixels(width, height, reading)
         from torchvision.io import ImageReadMode, decode_png
 
-        values = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-        return DecodedImage(_composite_on_white(values.numpy(), 65535.0))
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            orientation = image.getexif().get(274)
+        values = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
+        return DecodedImage(_composite_on_white(_apply_orientation(values, orientation), 65535.0))
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return None
-    with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
-        check_pixels(*image.size, reading)
-        if frame:
-            image.seek(frame)
-        tags: Any = getattr(image, "tag_v2", {})
-        bits, frames = tags.get(258, (1,)), getattr(image, "n_frames", 1)
-    if not isinstance(bits, tuple) or len(bits) < 2 or max(bits) <= 8:
-        return None
+    try:
+        with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
+            check_pixels(*image.size, reading)
+            if frame:
+                image.seek(frame)
+            tags: Any = getattr(image, "tag_v2", {})
+        bits = tags.get(258, (1,))
+        if not isinstance(bits, tuple):
+            return None
+        is_deep_color = len(bits) > 1 and max(bits) > 8
+        is_signed_byte = max(bits) == 8 and 2 in tags.get(339, ())  # Pillow takes it for unsigned
+        if not is_deep_color and not is_signed_byte:
+            return None
+        what = f"a TIFF file of {len(bits)} channels with {max(bits)} bits"
+    except UnidentifiedImageError:  # such as floating point of 64 bits or in several channels, and 64-bit integers
+        what = "a TIFF file of this type"
     if importlib.util.find_spec("tifffile") is None:
-        raise UnreadableImageError(
-            f'a TIFF file of {len(bits)} channels with {max(bits)} bits requires an extra: pip install "farout[tiff]"'
-        )
+        raise UnreadableImageError(f'{what} requires an extra: pip install "farout[tiff]"')
+    return _decode_with_tifffile(data, reading, frame)
+
+
+def _decode_with_tifffile(data: bytes, reading: ReadSettings, frame: int) -> DecodedImage:
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        page = file.pages[frame]
+        page: Any = file.pages[frame]
+        check_pixels(page.imagewidth, page.imagelength, reading)
+        if page.axes not in ("YX", "YXS", "SYX") or page.samplesperpixel > 4:
+            raise UnreadableImageError(f"the image has shape {page.shape}, expected 1 to 4 channels")
+        if page.photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
+            raise UnreadableImageError(f"a TIFF file of more than 8 bits in {page.photometric.name}; expected RGB")
+        depth, frames = page.bitspersample, len(file.pages)
         values = np.asarray(page.asarray())
-        if page.axes == "YXS":
-            values = values.transpose(2, 0, 1)
+        values = values[None] if page.axes == "YX" else values.transpose(2, 0, 1) if page.axes == "YXS" else values
+        orientation = page.tags.valueof(274)
     top = float(np.iinfo(values.dtype).max) if values.dtype.kind == "u" else 1.0
-    depth = max(bits)
     value_range = (0.0, float(2**depth - 1)) if values.dtype.kind == "u" and 8 < depth < 16 else None
-    return DecodedImage(_composite_on_white(values, top), value_range, frames)
+    return DecodedImage(_composite_on_white(_apply_orientation(values, orientation), top), value_range, frames)
+
+
+def _apply_orientation(values: np.ndarray, orientation: object) -> np.ndarray:
+    """Turn (C, H, W) as `ImageOps.exif_transpose` does: orientation 1 to 8 of EXIF and TIFF; others change nothing."""
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(1, 2)
+    if orientation in (2, 3, 6, 7):
+        values = values[:, :, ::-1]
+    if orientation in (3, 4, 7, 8):
+        values = values[:, ::-1, :]
+    return values
 
 
 def _composite_on_white(values: np.ndarray, white: float) -> Tensor:
@@ -307,14 +338,14 @@ def _composite_on_white(values: np.ndarray, white: float) -> Tensor:
 
 def _to_tensor(values: np.ndarray) -> Tensor:
     """Convert native values to a tensor of type uint8, uint16, int32 or float32."""
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)  # torch has no foreign byte orders
     kind = values.dtype.kind
     if values.dtype not in (np.uint8, np.uint16):
         if kind in "iu" and values.size and int(values.min()) >= -(2**31) and int(values.max()) < 2**31:
             values = values.astype(np.int32)
         else:
             values = values.astype(np.float32)
-    # a copy: arrays of PIL images are read-only, and torch has no foreign byte orders
-    return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
+    return torch.from_numpy(np.array(values, order="C"))  # a copy: arrays of PIL images are read-only
 
 
 def _read_dicom(data: bytes, header_only: bool) -> Any:
@@ -340,6 +371,11 @@ def _decode_dicom(data: bytes, reading: ReadSettings, frame: int) -> DecodedImag
         bits = int(header.get("BitsStored", 8))
         color = _to_tensor(values.transpose(2, 0, 1))
         return DecodedImage(color, None if bits <= 8 else (0.0, float(2**bits - 1)), frames)
+    if header.get("PhotometricInterpretation") == "PALETTE COLOR":
+        from pydicom.pixels.processing import apply_color_lut
+
+        colors = np.asarray(apply_color_lut(values, header))
+        return DecodedImage(_to_tensor(colors.transpose(2, 0, 1)), None, frames)
     bits, signed = int(header.BitsStored), bool(header.get("PixelRepresentation"))
     low, high = (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if signed else (0.0, 2.0**bits - 1)
     slope, offset = float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)

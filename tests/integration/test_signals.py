@@ -34,11 +34,16 @@ def send_and_wait(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("number", STATUS)
 def test_a_signal_raises_an_interruption_and_handlers_are_restored(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with pytest.raises(Interruption) as raised, handle_signals():
-        send_and_wait(number)
-    assert raised.value.exit_status == STATUS[number]
-    assert signal.getsignal(number) == before
+    inherited = signal.getsignal(number)
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, usual)  # under nohup, SIGHUP is ignored and would stay so
+    try:
+        with pytest.raises(Interruption) as raised, handle_signals():
+            send_and_wait(number)
+        assert raised.value.exit_status == STATUS[number]
+        assert signal.getsignal(number) == usual
+    finally:
+        signal.signal(number, inherited)
 
 
 def test_ignored_signals_and_foreign_handlers_stay_in_place() -> None:

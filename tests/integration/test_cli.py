@@ -539,3 +539,12 @@ def test_an_interrupt_says_how_to_go_on(
     assert "run the same command again to continue" in refused(capsys, train, 130)
     (tmp_path / "model.training" / "checkpoints").mkdir(parents=True)
     assert "add --resume to the same command to continue" in refused(capsys, train, 130)
+
+
+def test_commands_run_without_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`PYTHONOPTIMIZE=2` removes them."""
+    from farout.cli.command_parser import parse
+    from farout.cli.commands.score import score
+
+    monkeypatch.setattr(score, "__doc__", None)
+    assert parse("score", ["detector", "images", "--out", "results"]).settings["out"] == "results"

@@ -168,10 +168,10 @@ class CommandParser:
         help_of = {entry.arg_name: " ".join((entry.description or "").split()) for entry in docs}
         required, positional = _required_flags(self.parameters), positional_parameters(self.parameters)
         for parameter in required:
-            parser.add_argument(f"--{parameter.name}", type=str, required=True, help=help_of[parameter.name])
+            parser.add_argument(f"--{parameter.name}", type=str, required=True, help=help_of.get(parameter.name))
         for parameter in positional:
             count = {} if parameter.default is parameter.empty else {"nargs": "?"}
-            parser.add_argument(parameter.name, type=str, help=help_of[parameter.name], **count)
+            parser.add_argument(parameter.name, type=str, help=help_of.get(parameter.name), **count)
         if self.presets:
             text = _PRESET_HELP.format(what="settings to start from", names=", ".join(self.presets))
             default = "tiny" if self.command.presets else None

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from farout.core.files import hash_file
 from farout.core.store import write_sealed_json
 from farout.data.sources import open_source
 from farout.detectors.calibration import compute_p_values, flag_outliers
@@ -89,7 +90,17 @@ def _scores(source: str, shift: float, calibration: dict[str, np.ndarray], gener
 def _write(folder: Path, source: str, scores: Scores) -> None:
     folder.mkdir(parents=True)
     scores.to_frame().to_csv(folder / "scores.csv", index=False)
-    write_sealed_json(folder / "manifest.json", {"source": source, "policy": "nan", "images": len(scores)})
+    manifest = {
+        "source": source,
+        "policy": "nan",
+        "images": len(scores),
+        "content": "",
+        "files": {"scores.csv": hash_file(folder / "scores.csv")},
+        "counts": {"ok": len(scores)},
+        "flagged": int(scores.is_ood.sum()),
+        "unreadable": {},
+    }
+    write_sealed_json(folder / "manifest.json", manifest)
 
 
 def _tables(folder: Path, metrics: pd.DataFrame, inside: str, outside: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """The page of a benchmark: one file of bounded size that loads nothing from outside."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -14,8 +13,11 @@ from bench_folder import SKILLS, write_results
 from chromium import check_layout, evaluate_in_browser, needs_chromium
 from farout.benchmark.page import write_benchmark_page
 from farout.core.errors import StoreError
+from farout.core.files import hash_file
+from farout.core.store import write_sealed_json
 from farout.report.overlays import FOLDER, overlay_path
 from farout.report.thumbnails import ThumbnailSet
+from farout.scoring.folder import read_manifest
 from small import pictures
 from test_page import Tags
 
@@ -175,6 +177,8 @@ def test_the_image_with_the_largest_disagreement_comes_first(copy: Path) -> None
         table = pd.read_csv(path, dtype={"key": str})
         table.loc[table["key"] == "007.png", "score"] = (-99, 99, 99)[place]
         table.to_csv(path, index=False)
+        about = read_manifest(path.parent)
+        write_sealed_json(path.parent / "manifest.json", {**about, "files": {path.name: hash_file(path)}})
     part = text_of(copy).split("Where detectors disagree")[1].split("<summary>")[2]
     assert re.findall(r'class="name">(.*?)</span>', part)[0] == "007.png"
     assert re.findall(r"<span>(\w+)</span><i", part)[:3] == ["knn", "reconstruction", "semantic"]
@@ -191,9 +195,8 @@ def test_maps_are_shown_next_to_their_images(copy: Path) -> None:
 
 def test_missing_images_are_shown_by_key(copy: Path) -> None:
     for path in copy.glob("evaluations/*/scores/*/manifest.json"):
-        about = json.loads(path.read_text())
-        name = about["source"].replace("near", "gone")
-        path.write_text(json.dumps({**about, "source": name}))
+        about = read_manifest(path.parent)
+        write_sealed_json(path, {**about, "source": about["source"].replace("near", "gone")})
     for name in ("metrics.csv",):
         (copy / name).write_text((copy / name).read_text().replace("near", "gone"))
     text = text_of(copy)

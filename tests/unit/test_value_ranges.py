@@ -90,6 +90,14 @@ def test_dark_images_of_a_set_with_larger_values_are_not_scaled_alone(tmp_path: 
         source[0]
 
 
+def test_a_signed_image_does_not_change_the_range_of_the_others(tmp_path: Path) -> None:
+    folder = write_gray(tmp_path / "x", ramp_of_12_bits())
+    Image.fromarray(np.array([[-39, 100]], dtype=np.int32)).save(folder / "signed.tif")
+    source = open_source(folder, policy="skip")
+    assert [content is None for content in source.content_hashes()] == [False] * 4 + [True]
+    assert source.value_range == (0, 4095)
+
+
 def test_nan_pixels_are_unreadable(tmp_path: Path) -> None:
     folder = write_gray(tmp_path / "x", [np.array([[np.nan, 0.5]], dtype=np.float32)], ".tif")
     with pytest.raises(UnreadableImageError, match="NaN"):

@@ -124,6 +124,8 @@ def check_replaceable(path: str | Path, kind: str) -> None:
     Called before long work starts, so that no files are lost and no work is wasted.
     """
     path = expand_path(path)
+    if "\0" in str(path):
+        raise StoreError(f"{str(path)!r} is not the name of a folder: it contains a NUL character")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if kind_of(path) != kind:

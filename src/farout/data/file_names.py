@@ -29,6 +29,7 @@ _SYSTEM_FOLDERS = frozenset(
         "@eaDir",
         "@Recently-Snapshot",
         "@Recycle",
+        "@__thumb",
         "@sharebin",
         "@tmp",
         "__MACOSX",
@@ -44,6 +45,7 @@ _SYSTEM_FOLDERS = frozenset(
         "System Volume Information",
         "Temporary Items",
         "TheVolumeSettingsFolder",
+        "~snapshot",
     )
 )
 """Folders that operating systems, storage devices and programs make for themselves."""

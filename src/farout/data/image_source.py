@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
@@ -179,18 +180,17 @@ class _ImageStore:
         with self._estimate_lock:
             if self._extremes is None:
                 self._extremes = self._sample_extremes()
-        family = "f" if kind.kind == "f" else "i"
-        if family not in self._extremes:
+        if str(kind) not in self._extremes:
             return None
-        low, high = self._extremes[family]
-        if family == "i" and low >= 0:
+        low, high = self._extremes[str(kind)]
+        if kind.kind != "f" and low >= 0:
             return 0.0, float(2 ** max(8, int(high).bit_length()) - 1)
-        if family == "f" and low >= 0 and high <= 1:
+        if kind.kind == "f" and low >= 0 and high <= 1:
             return 0.0, 1.0
         raise UnreadableImageError(describe_unknown_range(str(kind), low, high))
 
     def _sample_extremes(self) -> dict[str, ValueRange]:
-        """Return the least and the largest value of integers (`i`) and of floating point (`f`) in the sample."""
+        """Return the least and the largest value in the sample by type."""
         extremes: dict[str, ValueRange] = {}
         count = len(self.listing.keys)
         for index in sorted({number * count // 256 for number in range(256)}):
@@ -201,9 +201,8 @@ class _ImageStore:
             values = decoded.values.numpy()
             if values.dtype == np.uint8 or decoded.value_range is not None or not np.isfinite(values).all():
                 continue
-            family = "f" if values.dtype.kind == "f" else "i"
-            low, high = extremes.get(family, (math.inf, -math.inf))
-            extremes[family] = min(low, float(values.min())), max(high, float(values.max()))
+            low, high = extremes.get(str(values.dtype), (math.inf, -math.inf))
+            extremes[str(values.dtype)] = min(low, float(values.min())), max(high, float(values.max()))
         return extremes
 
     def hash(self, index: int, requested: _RequestedRange, pixels: Tensor | None = None) -> str:
@@ -308,7 +307,14 @@ class ImageSource(Dataset[Tensor]):
         """The declared value range, else that estimated for integers if images that were read needed one, else None."""
         if isinstance(self.reading.value_range, tuple):
             return self.reading.value_range
-        return self._store.estimate_range(np.dtype(np.uint16)) if self._store.range_use.get(None) else None
+        if self._store.range_use.get(None) is None:
+            return None
+        for kind in (np.uint16, np.int32):
+            with suppress(UnreadableImageError):  # the images of this type are unreadable, for this reason
+                estimated = self._store.estimate_range(np.dtype(kind))
+                if estimated is not None:
+                    return estimated
+        return None
 
     @property
     def further_frames(self) -> dict[str, int]:

@@ -309,3 +309,13 @@ def test_jobs_are_finished_for_every_way_to_write_their_sources(tmp_path, monkey
     for source in ("../d", str(tmp_path / "d")):
         assert states(source) == ({"a"}, {})
     assert states("d")[1], "another folder of this name"
+
+
+def test_the_name_of_a_source_opens_it_again(tmp_path: Path) -> None:
+    for folder in ("=cmd", "x"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / folder / "1.png")
+    for name in ("=cmd", "%3Dcmd"):
+        source = open_source(f"{tmp_path}@classes={name}")
+        assert open_source(source.name).keys == source.keys == ("%3Dcmd/1.png",)
+        assert open_source(source.location).keys == source.keys

@@ -24,6 +24,7 @@ __all__ = [
     "encode_key",
     "encode_name",
     "encode_name_once",
+    "encode_source",
     "expand_path",
     "find_equivalent_name",
     "find_equivalent_path",
@@ -110,6 +111,11 @@ def encode_name(text: str) -> str:
 def encode_name_once(text: str) -> str:
     """Encode a name like `encode_name`, unless it already is encoded, as a name copied from a table of results."""
     return text if encode_name(decode_key(text)) == text else encode_name(text)
+
+
+def encode_source(text: str) -> str:
+    """Encode a source string, whose names may be given as they are or encoded: codes in it stay as they are."""
+    return encode_cell(normalize_name(_decode_as_utf8(text)))
 
 
 def _decode_as_utf8(text: str) -> str:

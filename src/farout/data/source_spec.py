@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from farout.core.errors import FaroutError, SourceError
-from farout.core.names import encode_file_name, encode_name_once, find_path
+from farout.core.names import encode_file_name, encode_source, find_path
 
 __all__ = [
     "BRACES",
@@ -124,7 +124,7 @@ class SourceSpec:
         """
         location = encode_file_name(str(find_path(self.location).resolve())) if self.kind == "path" else self.location
         split = f":{self.split}" if self.split else ""
-        modifiers = f"@{encode_name_once(self.modifiers)}" if self.modifiers else ""
+        modifiers = f"@{encode_source(self.modifiers)}" if self.modifiers else ""
         return f"{_HUB if self.kind == 'hub' else ''}{location}{split}{modifiers}"
 
     @property

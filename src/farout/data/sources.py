@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from farout.core.errors import LeftOutWarning, SourceError
-from farout.core.names import decode_key, encode_name, encode_name_once
+from farout.core.names import decode_key, encode_name, encode_source
 from farout.data import catalog
 from farout.data.file_listing import Listing
 from farout.data.file_names import join_counts
@@ -111,7 +111,7 @@ def _open_spec(text: str | Path, policy: Policy, memory_mib: int, reading: ReadS
     spec = parse_source(text)
     listing = _list_spec(spec, reading)
     source = ImageSource(
-        encode_name_once(str(text)),
+        encode_source(str(text)),
         listing,
         policy=policy,
         variant=spec.variant,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,21 +29,27 @@ def send_and_wait(number: signal.Signals) -> None:
     time.sleep(0.02)
 
 
+@pytest.fixture(autouse=True)
+def usual_signals() -> Iterator[None]:
+    """Set the usual handlers: under nohup or as a background job, signals are ignored, also in new processes."""
+    inherited = {number: signal.getsignal(number) for number in STATUS}
+    for number in STATUS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in inherited.items():
+        signal.signal(number, handler)
+
+
 # -- in this process: the handlers -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", STATUS)
 def test_a_signal_raises_an_interruption_and_handlers_are_restored(number: signal.Signals) -> None:
-    inherited = signal.getsignal(number)
-    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-    signal.signal(number, usual)  # under nohup, SIGHUP is ignored and would stay so
-    try:
-        with pytest.raises(Interruption) as raised, handle_signals():
-            send_and_wait(number)
-        assert raised.value.exit_status == STATUS[number]
-        assert signal.getsignal(number) == usual
-    finally:
-        signal.signal(number, inherited)
+    before = signal.getsignal(number)
+    with pytest.raises(Interruption) as raised, handle_signals():
+        send_and_wait(number)
+    assert raised.value.exit_status == STATUS[number]
+    assert signal.getsignal(number) == before
 
 
 def test_ignored_signals_and_foreign_handlers_stay_in_place() -> None:

@@ -56,7 +56,7 @@ def test_false_alarms_over_200_resplits() -> None:
     scores = pixels.double().flatten(1).std(1).numpy()
     rates = []
     for seed in range(200):
-        parts = split_source(source, alpha=0.05, statistics=150, train=True, seed=seed)
+        parts = split_source(source, alpha=0.05, statistics=150, train=True, seed=seed, groups="none")
         fresh = list(parts.training)
         p = compute_p_values(scores[fresh], scores[list(parts.calibration)])
         rates.append(flag_outliers(p, 0.05).mean())

@@ -111,8 +111,9 @@ def find_os_error(error: BaseException, folder: Path | None = None) -> OSError |
         if isinstance(link, OSError) and link.errno is not None:
             return link
         link = link.__cause__ or link.__context__
-    if match := re.search(r"\(os error (\d+)\)", str(error)):
-        return OSError(int(match[1]), os.strerror(int(match[1])))
+    if match := re.search(r"\(os error (\d+)\)|\bcode: (\d+)", str(error)):
+        number = int(match[1] or match[2])  # the second form is that of safetensors before 0.6
+        return OSError(number, os.strerror(number))
     if isinstance(error, OSError | RuntimeError) and _WRITERS_WITHOUT_ERRNO.search(str(error)):
         number = errno.ENOSPC if folder is not None and _is_full(folder) else errno.EIO
         return OSError(number, os.strerror(number))

@@ -197,6 +197,8 @@ def build_network(name: str, layers: tuple[int, ...] | None, size: int | None, *
     selected: dict[str, Any] = {"out_indices": layers} if layers is not None else {}
     try:
         return timm.create_model(name, features_only=True, **selected, **resized, **source)
+    except OSError:  # weights that are missing or cannot be downloaded, of which some errors are also a ValueError
+        raise
     except (IndexError, AssertionError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise FaroutError(f"{name} has no feature maps of the levels {layers} at {size} pixels ({error})") from error
 

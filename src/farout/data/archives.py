@@ -12,13 +12,13 @@ import zipfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from farout.core.errors import SourceError, UnreadableImageError
 from farout.core.names import encode_key
 from farout.data.columns import LABEL_COLUMNS, find_columns
-from farout.data.decoding import MULTI_FRAME_SUFFIXES, DecodedImage, count_frames, decode, unreadable_errors
 from farout.data.file_listing import Listing, encode_labels
 from farout.data.file_names import (
     count_by_suffix,
@@ -30,7 +30,7 @@ from farout.data.file_names import (
     suffix_of,
 )
 from farout.data.folder_layout import class_labels_of, describe_splits, find_masks, parent_folders_of
-from farout.data.image_files import expand_frames
+from farout.data.image_files import EncodedImageReader, count_frames_if_readable, expand_frames
 from farout.data.read_settings import ReadSettings
 
 __all__ = ["is_archive_name", "list_archive_file", "list_archives"]
@@ -125,7 +125,10 @@ def _list_members(
     splits = describe_splits(layout, where)
     frames: Sequence[int] | None = None
     if reading.frames == "all":
-        frame_counts = [_count_frames(path, member, reading) for path, member in zip(archives, listed)]
+        frame_counts = [
+            count_frames_if_readable(member.name, partial(_read_member, path, member, reading.max_bytes), reading)
+            for path, member in zip(archives, listed)
+        ]
         keys, frame_groups, indices, frames = expand_frames(keys, groups, frame_counts, where)
         groups = tuple(frame_groups or ())
         codes = None if codes is None else tuple(codes[index] for index in indices)
@@ -134,20 +137,8 @@ def _list_members(
     return Listing(keys, reader, codes, classes, groups, left_out=limit_descriptions(counts), splits=splits)
 
 
-def _count_frames(path: Path, member: _Member, reading: ReadSettings) -> int:
-    """Return the number of frames of a member; 1 if it cannot be read, which is reported with the image."""
-    if suffix_of(member.name) not in MULTI_FRAME_SUFFIXES:
-        return 1
-    try:
-        with unreadable_errors(member.name):
-            data = _read_member(path, member, reading.max_bytes)
-        return max(1, count_frames(data, member.name, reading))
-    except UnreadableImageError:
-        return 1
-
-
-class _MemberReader:
-    """Reads images in archives by index; `frames` as in `FileReader`."""
+class _MemberReader(EncodedImageReader):
+    """Reads images in archives by index."""
 
     def __init__(
         self,
@@ -157,16 +148,12 @@ class _MemberReader:
         reading: ReadSettings,
         frames: Sequence[int] | None,
     ) -> None:
-        self._keys, self._archives, self._members = tuple(keys), tuple(archives), tuple(members)
-        self._reading, self._frames = reading, None if frames is None else tuple(frames)
+        super().__init__(keys, reading, frames)
+        self._archives, self._members = tuple(archives), tuple(members)
 
-    def __call__(self, index: int) -> DecodedImage:
-        key, member = self._keys[index], self._members[index]
-        with unreadable_errors(key):
-            data = _read_member(self._archives[index], member, self._reading.max_bytes)
-        if self._frames is None:
-            return decode(data, key, self._reading, suffix=suffix_of(member.name))
-        return replace(decode(data, key, self._reading, self._frames[index], suffix_of(member.name)), frames=1)
+    def read_encoded(self, index: int) -> tuple[bytes, str]:
+        member = self._members[index]
+        return _read_member(self._archives[index], member, self.reading.max_bytes), suffix_of(member.name)
 
 
 def _read_member(path: Path, member: _Member, limit: int) -> bytes:

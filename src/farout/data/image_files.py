@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,15 @@ from farout.data.file_listing import Listing, check_keys
 from farout.data.read_settings import ReadSettings
 from farout.data.untrusted_files import read_bytes
 
-__all__ = ["FileReader", "count_file_frames", "expand_frames", "find_listed_file", "list_image_files"]
+__all__ = [
+    "EncodedImageReader",
+    "FileReader",
+    "count_file_frames",
+    "count_frames_if_readable",
+    "expand_frames",
+    "find_listed_file",
+    "list_image_files",
+]
 
 
 def find_listed_file(folder: Path, name: str) -> tuple[str, Path]:
@@ -30,14 +39,27 @@ def find_listed_file(folder: Path, name: str) -> tuple[str, Path]:
     return encode_file_name(name), path
 
 
-def count_file_frames(path: Path, reading: ReadSettings) -> int:
-    """Return the number of frames of an image file; 1 if it cannot be read, which is reported with the image."""
-    if path.suffix.lower() not in MULTI_FRAME_SUFFIXES:
+def count_frames_if_readable(name: str, read: Callable[[], bytes], reading: ReadSettings) -> int:
+    """Return the number of frames of encoded data; 1 if it cannot be read, which is reported with the image.
+
+    Args:
+        name: name of the file, whose suffix says whether it can have several frames.
+        read: reads the data; called only if it can.
+        reading: limits.
+    """
+    if Path(name).suffix.lower() not in MULTI_FRAME_SUFFIXES:
         return 1
     try:
-        return max(1, count_frames(read_bytes(path, reading.max_bytes), path.name, reading))
+        with unreadable_errors(name):
+            data = read()
+        return max(1, count_frames(data, name, reading))
     except UnreadableImageError:
         return 1
+
+
+def count_file_frames(path: Path, reading: ReadSettings) -> int:
+    """Return the number of frames of an image file; 1 if it cannot be read, which is reported with the image."""
+    return count_frames_if_readable(path.name, lambda: read_bytes(path, reading.max_bytes), reading)
 
 
 def expand_frames(
@@ -56,14 +78,38 @@ def expand_frames(
     return check_keys(frame_keys, where), groups, [index for index, _ in expanded], [frame for _, frame in expanded]
 
 
-class FileReader:
-    """Reads image files by index.
+class EncodedImageReader(ABC):
+    """Reads encoded images by index.
 
     Args:
         keys: key of each image.
-        paths: its file.
         reading: limits.
         frames: its frame, where the frames of files with several are images of their own; None: the first.
+    """
+
+    def __init__(self, keys: Sequence[str], reading: ReadSettings, frames: Sequence[int] | None) -> None:
+        self.keys, self.reading = tuple(keys), reading
+        self._frames = None if frames is None else tuple(frames)
+
+    @abstractmethod
+    def read_encoded(self, index: int) -> tuple[bytes, str]:
+        """Return the encoded data of an image and the suffix of its file; whatever it raises makes it unreadable."""
+
+    def __call__(self, index: int) -> DecodedImage:
+        key = self.keys[index]
+        with unreadable_errors(key):
+            data, suffix = self.read_encoded(index)
+        if self._frames is None:
+            return decode(data, key, self.reading, suffix=suffix)
+        return replace(decode(data, key, self.reading, self._frames[index], suffix), frames=1)
+
+
+class FileReader(EncodedImageReader):
+    """Reads image files by index.
+
+    Args:
+        keys, reading, frames: as in `EncodedImageReader`.
+        paths: the file of each image.
         problems: why an image cannot be read, by key, for those of which that is known.
     """
 
@@ -75,19 +121,14 @@ class FileReader:
         frames: Sequence[int] | None = None,
         problems: Mapping[str, str] | None = None,
     ) -> None:
-        self._keys, self._paths, self._reading = tuple(keys), tuple(paths), reading
-        self._frames = None if frames is None else tuple(frames)
-        self._problems = dict(problems or {})
+        super().__init__(keys, reading, frames)
+        self._paths, self._problems = tuple(paths), dict(problems or {})
 
-    def __call__(self, index: int) -> DecodedImage:
-        key, path = self._keys[index], self._paths[index]
-        with unreadable_errors(key):
-            if key in self._problems:
-                raise UnreadableImageError(self._problems[key])
-            data = read_bytes(path, self._reading.max_bytes)
-        if self._frames is None:
-            return decode(data, key, self._reading, suffix=path.suffix)
-        return replace(decode(data, key, self._reading, self._frames[index], path.suffix), frames=1)
+    def read_encoded(self, index: int) -> tuple[bytes, str]:
+        problem, path = self._problems.get(self.keys[index]), self._paths[index]
+        if problem is not None:
+            raise UnreadableImageError(problem)
+        return read_bytes(path, self.reading.max_bytes), path.suffix
 
 
 def list_image_files(

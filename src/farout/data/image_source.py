@@ -240,7 +240,7 @@ class ImageSource(Dataset[Tensor]):
     UnreadableImageError.
 
     Attributes:
-        name: the source as it was given, encoded by `farout.core.names.encode_name`; `open_source` opens it again.
+        name: the source as it was given, encoded by `farout.core.names.encode_source`; `open_source` opens it again.
         keys: key of each image.
         labels: label of each image, or None; a class filter keeps the original labels.
         class_names: name of each label, or None.
@@ -328,14 +328,13 @@ class ImageSource(Dataset[Tensor]):
         """Warn of what was found while images were read: unreadable ones that are skipped, further frames of files,
         a value range that is hardly used, and values outside it.
         """
-        if self.policy == "skip" and self.unreadable:
-            reasons = [f"{key}: {reason}" for key, reason in self.unreadable.items()]
-            more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
-            message = f"{len(reasons)} of {len(self)} images could not be read: {'; '.join(reasons[:5])}{more}"
+        if self.policy == "skip" and (unreadable := self.unreadable):
+            reasons = _join_first([f"{key}: {reason}" for key, reason in unreadable.items()])
+            message = f"{len(unreadable)} of {len(self)} images could not be read: {reasons}"
             warnings.warn(f"{self.name}: {message}", LeftOutWarning, stacklevel=3)
-        if self.further_frames:
-            files, frames = len(self.further_frames), sum(self.further_frames.values())
-            message = f"{frames} frames after the first of {files} file(s) are left out (--frames all)"
+        if frames := self.further_frames:
+            count = sum(frames.values())
+            message = f"{count} frames after the first of {len(frames)} file(s) are left out (--frames all)"
             warnings.warn(f"{self.name}: {message}", LeftOutWarning, stacklevel=3)
         use = self._store.range_use.get(self._requested_range)
         if use is None:
@@ -451,9 +450,8 @@ class ImageSource(Dataset[Tensor]):
             hint = "repair or remove them, or leave such images out with the policy skip (--policy skip)"
             if len(failures) == 1:
                 raise UnreadableImageError(f"{failures[0]}; {hint.replace('them', 'it')}")
-            shown = "; ".join([*failures[:5], *([f"and {len(failures) - 5} more"] if len(failures) > 5 else [])])
             raise UnreadableImageError(
-                f"{len(failures)} of {len(self)} images of {self.name} cannot be read ({shown}); {hint}"
+                f"{len(failures)} of {len(self)} images of {self.name} cannot be read ({_join_first(failures)}); {hint}"
             )
         return tuple(hashes)
 
@@ -482,6 +480,11 @@ class ImageSource(Dataset[Tensor]):
         for (_, height, width), count in self.shapes(sample).items():
             counts[(height, width)] += count
         return counts
+
+
+def _join_first(texts: Sequence[str]) -> str:
+    """Join the first five texts and the number of the others for a message."""
+    return "; ".join([*texts[:5], *([f"and {len(texts) - 5} more"] if len(texts) > 5 else [])])
 
 
 def check_policy(policy: Policy) -> Policy:

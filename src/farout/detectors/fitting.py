@@ -83,9 +83,7 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
     detector.alpha, detector.seed = settings.alpha, settings.seed
     if requirements.backbone:
         # features of the training images need the backbone on its device
-        detector.preprocessing = replace(
-            detector.build_preprocessing(source, settings.protocol), value_range=source.value_range
-        )
+        detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
         detector.attach_runtime(settings.runtime)
 
     if requirements.diffusion == "images" or requirements.classifier:
@@ -108,9 +106,7 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
             own, native=native, protocol=settings.protocol or own.protocol, value_range=source.value_range
         )
     elif not requirements.backbone:
-        detector.preprocessing = replace(
-            detector.build_preprocessing(source, settings.protocol), value_range=source.value_range
-        )
+        detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
     detector.attach_runtime(settings.runtime)
 
     detector.prepare_statistics(statistics_images)

@@ -263,8 +263,23 @@ def test_a_score_keeps_what_is_finished(number: signal.Signals, tmp_path: Path) 
     whole = start([*score, "--out", tmp_path / "whole"])
     _, errors = whole.communicate(timeout=500)
     assert whole.returncode == 0, errors
-    process = start([*score, "--out", tmp_path / "r"])
-    wait_for(lambda: list((tmp_path / "r" / "parts").glob("*.parquet")), process)
+    # waits after its first part, so that the signal comes before the last one on a machine of any speed
+    script = """
+import sys, time
+from farout.cli import main
+from farout.scoring import folder
+write_part = folder._write_part
+folder._write_part = lambda *arguments: (write_part(*arguments), time.sleep(600))
+sys.exit(main(sys.argv[1:]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, [*score, "--out", tmp_path / "r"])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: list((tmp_path / "r" / "parts").glob("*.json")), process)
     assert end(process, number).endswith("; run the same command again to continue")
     left = sorted(path.name for path in (tmp_path / "r").rglob("*") if path.is_file())
     assert not [name for name in left if name.startswith(".")], "nothing half-written"

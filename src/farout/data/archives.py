@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from farout.core.errors import SourceError, UnreadableImageError
 from farout.core.names import encode_key
@@ -150,6 +150,12 @@ class _MemberReader(EncodedImageReader):
     ) -> None:
         super().__init__(keys, reading, frames)
         self._archives, self._members = tuple(archives), tuple(members)
+
+    def select(self, indices: Sequence[int]) -> Self:
+        selected = super().select(indices)
+        selected._archives = tuple(self._archives[i] for i in indices)
+        selected._members = tuple(self._members[i] for i in indices)
+        return selected
 
     def read_encoded(self, index: int) -> tuple[bytes, str]:
         member = self._members[index]

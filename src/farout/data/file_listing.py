@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,27 @@ class Listing:
     in_memory: bool = False
     left_out: Mapping[str, int] = field(default_factory=dict)
     splits: str | None = None
+
+    def select(self, indices: Sequence[int]) -> Listing:
+        """Return the images at these indices in a listing of its own, which does not hold the others if it can."""
+        select = getattr(self.read, "select", None)  # of readers that hold something per image
+        return replace(
+            self,
+            keys=tuple(self.keys[i] for i in indices),
+            read=_SelectedReader(self.read, indices) if select is None else select(indices),
+            labels=None if self.labels is None else tuple(self.labels[i] for i in indices),
+            groups=None if self.groups is None else tuple(self.groups[i] for i in indices),
+        )
+
+
+class _SelectedReader:
+    """Some of the images of a reader."""
+
+    def __init__(self, read: Callable[[int], DecodedImage], indices: Sequence[int]) -> None:
+        self._read, self._indices = read, tuple(indices)
+
+    def __call__(self, index: int) -> DecodedImage:
+        return self._read(self._indices[index])
 
 
 def index_keys(count: int) -> tuple[str, ...]:

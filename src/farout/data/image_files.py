@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 from farout.core.errors import UnreadableImageError
 from farout.core.names import decode_file_name, encode_file_name, expand_path, find_equivalent_path
@@ -91,6 +93,13 @@ class EncodedImageReader(ABC):
         self.keys, self.reading = tuple(keys), reading
         self._frames = None if frames is None else tuple(frames)
 
+    def select(self, indices: Sequence[int]) -> Self:
+        """Return a reader of the images at these indices, which holds nothing of the others."""
+        selected = copy.copy(self)
+        selected.keys = tuple(self.keys[i] for i in indices)
+        selected._frames = None if self._frames is None else tuple(self._frames[i] for i in indices)
+        return selected
+
     @abstractmethod
     def read_encoded(self, index: int) -> tuple[bytes, str]:
         """Return the encoded data of an image and the suffix of its file; whatever it raises makes it unreadable."""
@@ -123,6 +132,12 @@ class FileReader(EncodedImageReader):
     ) -> None:
         super().__init__(keys, reading, frames)
         self._paths, self._problems = tuple(paths), dict(problems or {})
+
+    def select(self, indices: Sequence[int]) -> Self:
+        selected = super().select(indices)
+        selected._paths = tuple(self._paths[i] for i in indices)
+        selected._problems = {key: self._problems[key] for key in selected.keys if key in self._problems}
+        return selected
 
     def read_encoded(self, index: int) -> tuple[bytes, str]:
         problem, path = self._problems.get(self.keys[index]), self._paths[index]

@@ -112,6 +112,7 @@ class _ImageStore:
         self.further_frames: dict[int, int] = {}
         self.range_use: dict[_RequestedRange, _RangeUse] = {}
         self._extremes: dict[str, ValueRange] | None = None
+        self._sampled = listing  # the set that the value range is estimated on
         self.cached_bytes, self._arena = 0, _PixelArena()
         self._lock, self._estimate_lock = threading.Lock(), threading.Lock()
 
@@ -128,6 +129,22 @@ class _ImageStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=threading.Lock(), _estimate_lock=threading.Lock())
+
+    def select(self, indices: Sequence[int], requested: _RequestedRange) -> _ImageStore:
+        """Return a store of the images at these indices that holds nothing of the others but what a value range is
+        estimated on, if none is requested.
+        """
+        selected = _ImageStore(self.listing.select(indices), self._budget // 2**20)
+        for new_index, index in enumerate(indices):
+            for key in ((index, None), (index, requested)):
+                if key in self._hashes:
+                    selected._hashes[(new_index, key[1])] = self._hashes[key]
+                if key in self.failures:
+                    selected.failures[(new_index, key[1])] = self.failures[key]
+        selected._extremes = self._extremes
+        if requested is None and self._extremes is None:
+            selected._sampled = self._sampled.select(_sampled_indices(len(self._sampled.keys)))
+        return selected
 
     def pixels(self, index: int, requested: _RequestedRange) -> Tensor:
         """Return the native uint8 pixels, which callers must not modify; raises UnreadableImageError."""
@@ -192,10 +209,9 @@ class _ImageStore:
     def _sample_extremes(self) -> dict[str, ValueRange]:
         """Return the least and the largest value in the sample by type."""
         extremes: dict[str, ValueRange] = {}
-        count = len(self.listing.keys)
-        for index in sorted({number * count // 256 for number in range(256)}):
+        for index in _sampled_indices(len(self._sampled.keys)):
             try:
-                decoded = self.listing.read(index)
+                decoded = self._sampled.read(index)
             except UnreadableImageError:
                 continue  # reported when the image itself is read
             values = decoded.values.numpy()
@@ -206,11 +222,16 @@ class _ImageStore:
         return extremes
 
     def hash(self, index: int, requested: _RequestedRange, pixels: Tensor | None = None) -> str:
-        """Return the content hash of the native pixels, computed once; `pixels`: the pixels, if already decoded."""
-        if (index, requested) not in self._hashes:
-            content = content_hash(self.pixels(index, requested) if pixels is None else pixels)
+        """Return the content hash of the native pixels, computed once; `pixels`: the pixels, if already decoded.
+
+        Without memory for pixels, hashes are not kept either.
+        """
+        if (index, requested) in self._hashes:
+            return self._hashes[(index, requested)]
+        content = content_hash(self.pixels(index, requested) if pixels is None else pixels)
+        if self._budget or self.listing.in_memory:
             self._hashes[(index, requested)] = content
-        return self._hashes[(index, requested)]
+        return content
 
     def thumbnail(self, index: int, requested: _RequestedRange) -> bytes:
         """Return the thumbnail of the native pixels, computed once; the hash comes from the same decoded pixels."""
@@ -231,6 +252,11 @@ class _ImageStore:
                 except UnreadableImageError:
                     continue  # recorded in `failures`, and reported when the image itself is read
         raise SourceError("the variant patch requires a second readable image in the set")
+
+
+def _sampled_indices(count: int) -> list[int]:
+    """Return up to 256 indices, evenly spaced: the images that a value range is estimated on."""
+    return sorted({number * count // 256 for number in range(256)})
 
 
 class ImageSource(Dataset[Tensor]):
@@ -278,11 +304,25 @@ class ImageSource(Dataset[Tensor]):
 
     def _select(self, indices: Sequence[int]) -> None:
         listing = self._store.listing
+        self.class_names = listing.class_names
+        if indices == range(len(listing.keys)):
+            self._indices: Sequence[int] = indices
+            self.keys, self.labels, self.groups = listing.keys, listing.labels, listing.groups
+            return
         self._indices = tuple(indices)  # in the listing
         self.keys = tuple(listing.keys[i] for i in self._indices)
         self.labels = None if listing.labels is None else tuple(listing.labels[i] for i in self._indices)
         self.groups = None if listing.groups is None else tuple(listing.groups[i] for i in self._indices)
-        self.class_names = listing.class_names
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle only what belongs to these images, so that a part of a large set can be sent to another process.
+
+        To the copy, they are the full set. The variant `patch` needs the others.
+        """
+        if self._variant == "patch" or self._indices == range(len(self._store.listing.keys)):
+            return vars(self)
+        state = {**vars(self), "_store": self._store.select(self._indices, self._requested_range)}
+        return {**state, "keys": state["_store"].listing.keys, "_indices": range(len(self))}
 
     @property
     def variant(self) -> str | None:
@@ -379,20 +419,25 @@ class ImageSource(Dataset[Tensor]):
 
     def subset(self, indices: Sequence[int]) -> ImageSource:
         """Return the images at `indices`, in that order, with the same keys; decoded pixels are shared."""
+        view = self._copy()
+        view._select([self._indices[i] for i in indices])
+        return view
+
+    def _copy(self) -> ImageSource:
+        """Return a copy that shares the decoded pixels; `copy.copy` would not, it uses what is pickled."""
         view: ImageSource = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
-        view._select([self._indices[i] for i in indices])
         return view
 
     def full_source(self) -> ImageSource:
         """Return the set before any class filter, `limit` or `subset`."""
-        view = self.subset(())
+        view = self._copy()
         view._select(range(len(self._store.listing.keys)))
         return view
 
     def with_policy(self, policy: Policy) -> ImageSource:
         """Return the same images with another policy; decoded pixels are shared."""
-        view = self.subset(range(len(self)))
+        view = self._copy()
         view.policy = check_policy(policy)
         return view
 
@@ -400,7 +445,7 @@ class ImageSource(Dataset[Tensor]):
         """Return the same images with this value range, unless one was declared when the source was opened."""
         if self.reading.value_range is not None or value_range is None:
             return self
-        view = self.subset(range(len(self)))
+        view = self._copy()
         view.reading = replace(self.reading, value_range=value_range)
         return view
 

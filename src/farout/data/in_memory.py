@@ -99,6 +99,13 @@ class _ObjectReader:
     ) -> None:
         self._images, self._keys, self._reading = images, tuple(keys), reading
 
+    def select(self, indices: Sequence[int]) -> _ObjectReader:
+        """Return a reader of the images at these indices, which does not hold the others."""
+        keys = [self._keys[i] for i in indices]
+        if isinstance(self._images, np.ndarray | Tensor):
+            return _ObjectReader(self._images[list(indices)], keys, self._reading)
+        return _ObjectReader([self._images[i] for i in indices], keys, self._reading)
+
     def __call__(self, index: int) -> DecodedImage:
         return decode_object(self._images[index], self._keys[index], self._reading)
 

@@ -6,6 +6,7 @@ names (`farout.data.columns`), or by name where several may contain images.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -407,6 +408,7 @@ class ParquetImages:
                     sizes.append(file.metadata.row_group(group).num_rows)
                     self._row_groups.append((number, group))
         self._ends = np.cumsum(sizes)
+        self._rows: np.ndarray | None = None  # row of each image in these row groups; None: all in order
         self._open()
 
     def _open(self) -> None:
@@ -421,13 +423,29 @@ class ParquetImages:
         vars(self).update(state)
         self._open()
 
+    def select(self, indices: Sequence[int]) -> ParquetImages:
+        """Return a reader of the images at these indices, which knows only their row groups."""
+        rows = np.asarray(indices, dtype=np.int64) if self._rows is None else self._rows[list(indices)]
+        sizes = np.diff(self._ends, prepend=0)
+        groups, group_of = np.unique(np.searchsorted(self._ends, rows, side="right"), return_inverse=True)
+        files, file_of = np.unique([self._row_groups[group][0] for group in groups], return_inverse=True)
+        selected = copy.copy(self)
+        selected._keys = tuple(self._keys[i] for i in indices)
+        selected._paths = tuple(self._paths[file] for file in files)
+        selected._row_groups = [(int(file), self._row_groups[group][1]) for file, group in zip(file_of, groups)]
+        selected._ends = np.cumsum(sizes[groups])
+        selected._rows = rows - (self._ends - sizes)[groups][group_of] + (selected._ends - sizes[groups])[group_of]
+        selected._open()
+        return selected
+
     def __call__(self, index: int) -> DecodedImage:
         key = self._keys[index]
         with unreadable_errors(key):
-            number = int(np.searchsorted(self._ends, index, side="right"))
+            row = index if self._rows is None else int(self._rows[index])
+            number = int(np.searchsorted(self._ends, row, side="right"))
             first = int(self._ends[number - 1]) if number else 0
             with self._lock:
-                cell = self._group(number)[index - first].as_py()
+                cell = self._group(number)[row - first].as_py()
             for part in self._parts[1:]:
                 cell = cell.get(part) if isinstance(cell, Mapping) else None
             data = self._encoded(cell, self._paths[self._row_groups[number][0]].parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from farout.core import devices
 from image_files import pixels, write_parquet
+from object_store import serve_s3
 
 torch.set_num_threads(1)
 
@@ -51,6 +53,26 @@ def cheap_perceptual() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "perceptual_distances", mean_absolute_error)
         yield
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """An S3 server, which the environment names; started once, by the first test that requires it."""
+    with serve_s3() as address:
+        yield address
+
+
+_BUCKETS = itertools.count()
+
+
+@pytest.fixture
+def bucket(s3_server: str) -> str:
+    """A new bucket, `s3://…`."""
+    import s3fs
+
+    name = f"bucket-{next(_BUCKETS)}"
+    s3fs.S3FileSystem(use_listings_cache=False).mkdir(name)
+    return f"s3://{name}"
 
 
 @pytest.fixture

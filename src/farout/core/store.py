@@ -41,15 +41,19 @@ __all__ = [
     "check_replaceable",
     "describe_damage",
     "explain_load_errors",
+    "format_json",
     "hash_tensors",
     "kind_of",
     "load_tensors",
+    "parse_json",
     "read_config",
     "read_hashes",
     "read_json",
     "read_sealed_json",
     "resume_config",
     "save_tensors",
+    "seal_json",
+    "unseal_json",
     "versions",
     "write_config",
     "write_folder_hashes",
@@ -188,12 +192,13 @@ def _replace_folder(path: Path, new: Path) -> None:
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write `content` as indented JSON, atomically; values that JSON does not have, such as NaN, are an error."""
-    text = _format_json(content)
+    text = format_json(content)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _format_json(content: Mapping[str, Any]) -> str:
+def format_json(content: Mapping[str, Any]) -> str:
+    """Return the text that `write_json` writes."""
     return json.dumps(content, indent=2, allow_nan=False, sort_keys=False) + "\n"
 
 
@@ -205,25 +210,35 @@ def read_json(path: str | Path) -> dict[str, Any]:
             parser accepts or cannot handle: names that occur twice, NaN and infinite numbers, numbers of thousands of
             digits, deep nesting, and text that is not valid Unicode.
     """
-    return _parse_json(path, _read_text(expand_path(path), _MAX_JSON_BYTES))
+    return parse_json(path, _read_text(expand_path(path), _MAX_JSON_BYTES))
 
 
 def write_sealed_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """As `write_json`, with an additional last entry `sha256`: the hash of the others."""
-    plain = json.loads(json.dumps(content, allow_nan=False))  # as it is read back
-    write_json(path, {**plain, _SEAL: _hash_json(plain)})
+    write_json(path, seal_json(content))
 
 
 def read_sealed_json(path: str | Path) -> dict[str, Any]:
     """Read what `write_sealed_json` wrote, without the hash; raises StoreError if any entry was changed."""
-    content = read_json(path)
-    if content.pop(_SEAL, None) != _hash_json(content):
-        raise StoreError(f"{path} was changed: its SHA-256 is not the one that it contains")
-    return content
+    return unseal_json(read_json(path), path)
+
+
+def seal_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content with an additional last entry `sha256`: the hash of the others."""
+    plain = json.loads(json.dumps(content, allow_nan=False))  # as it is read back
+    return {**plain, _SEAL: _hash_json(plain)}
+
+
+def unseal_json(content: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """Return sealed content without the hash; raises StoreError, which names `where`, if any entry was changed."""
+    plain = {name: value for name, value in content.items() if name != _SEAL}
+    if content.get(_SEAL) != _hash_json(plain):
+        raise StoreError(f"{where} was changed: its SHA-256 is not the one that it contains")
+    return plain
 
 
 def _hash_json(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_format_json(content).encode()).hexdigest()
+    return hashlib.sha256(format_json(content).encode()).hexdigest()
 
 
 def _read_text(path: str | Path, limit: int) -> str:
@@ -237,7 +252,9 @@ def _read_text(path: str | Path, limit: int) -> str:
         raise StoreError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-def _parse_json(path: str | Path, text: str) -> dict[str, Any]:
+def parse_json(where: object, text: str) -> dict[str, Any]:
+    """Return the JSON object in a text; raises StoreError, which names `where`, as `read_json` does."""
+
     def refuse_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) < len(pairs):
@@ -258,11 +275,11 @@ def _parse_json(path: str | Path, text: str) -> dict[str, Any]:
         )
         _check_json_values(content)
     except RecursionError as error:
-        raise StoreError(f"{path} is nested too deeply; expected at most {_MAX_JSON_DEPTH} levels") from error
+        raise StoreError(f"{where} is nested too deeply; expected at most {_MAX_JSON_DEPTH} levels") from error
     except ValueError as error:  # also JSONDecodeError, and the limit of Python on the digits of an integer
-        raise StoreError(f"{path} is not valid JSON ({error})") from error
+        raise StoreError(f"{where} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise StoreError(f"{path} contains a {type(content).__name__}, expected a JSON object")
+        raise StoreError(f"{where} contains a {type(content).__name__}, expected a JSON object")
     return content
 
 
@@ -341,13 +358,13 @@ def check_hashes(folder: str | Path) -> None:
     folder = expand_path(folder)
     path = folder / HASHES_FILE
     text = _read_text(path, _MAX_JSON_BYTES)
-    content = _parse_json(path, text)
+    content = parse_json(path, text)
     files = content.get("files")
     if (
         content.get("algorithm") != "sha256"
         or not isinstance(files, dict)
         or not all(isinstance(value, str) and _SHA256.fullmatch(value) for value in files.values())
-        or text != _format_json(content)
+        or text != format_json(content)
     ):
         raise StoreError(f"{path} was changed; {_RESTORE}")
     try:

@@ -20,9 +20,12 @@ __all__ = [
     "check_fitted",
     "check_seed",
     "compute_p_values",
+    "find_largest_selected",
     "flag_outliers",
     "score_threshold",
     "set_calibration",
+    "sort_calibration",
+    "warn_about_score_range",
     "warn_about_scores",
 ]
 
@@ -66,12 +69,13 @@ def compute_p_values(scores: ArrayLike, calibration: ArrayLike) -> np.ndarray:
     Valid for any score: a normal image has p <= alpha with probability at most alpha. A score that is not a number has
     no p-value. Raises FaroutError when the calibration is empty or contains NaN.
     """
-    scores, ascending = np.asarray(scores, dtype=np.float64), _sort_calibration(calibration)
+    scores, ascending = np.asarray(scores, dtype=np.float64), sort_calibration(calibration)
     at_least = len(ascending) - np.searchsorted(ascending, scores, side="left")
     return np.where(np.isnan(scores), np.nan, (1 + at_least) / (len(ascending) + 1))
 
 
-def _sort_calibration(calibration: ArrayLike) -> np.ndarray:
+def sort_calibration(calibration: ArrayLike) -> np.ndarray:
+    """Return the scores in ascending order, float64 (n,); raises FaroutError if there are none, or for NaN."""
     values = np.asarray(calibration, dtype=np.float64).ravel()
     if not len(values) or np.isnan(values).any():
         invalid = int(np.isnan(values).sum())
@@ -89,7 +93,7 @@ def score_threshold(calibration: ArrayLike, alpha: float) -> float:
 
     Infinite where there are too few calibration images (n < 1 / alpha - 1) to flag anything.
     """
-    ascending = _sort_calibration(calibration)
+    ascending = sort_calibration(calibration)
     # p <= alpha allows this many calibration scores >= s
     allowed = math.floor(alpha * _ROUNDING * (len(ascending) + 1)) - 1
     if allowed < 0:
@@ -110,14 +114,36 @@ def benjamini_hochberg(p_values: ArrayLike, q: float) -> np.ndarray:
     return selected
 
 
+def find_largest_selected(p_values: np.ndarray, counts: np.ndarray, q: float) -> float:
+    """Largest p-value that `benjamini_hochberg` selects; 0 if it selects none.
+
+    Args:
+        p_values: the different p-values (k,), ascending.
+        counts: number of images (k,) by p-value.
+        q: the false discovery rate.
+    """
+    p_values, counts = p_values[counts > 0], counts[counts > 0]
+    if not len(p_values):
+        return 0.0
+    # of equal p-values, the last one has the smallest adjusted value
+    adjusted = np.minimum(p_values * (counts.sum() / np.cumsum(counts)), 1)
+    selected = p_values[adjusted <= q * _ROUNDING]
+    return float(selected[-1]) if len(selected) else 0.0
+
+
 def warn_about_scores(scores: Any, name: str) -> None:
     """Warn of scores that are not numbers, and of scores that are all equal."""
     scores = np.asarray(scores, dtype=np.float64)
     finite = scores[np.isfinite(scores)]
-    invalid = scores.size - finite.size
-    if invalid:
-        message = f"{name}: {invalid} of {scores.size} scores are not numbers; they are left out of every metric"
-        warnings.warn(message, NaNScoresWarning, stacklevel=3)
-    if finite.size > 1 and finite.min() == finite.max():
-        message = f"{name}: all {finite.size} scores are {finite[0]:g}; they distinguish nothing"
-        warnings.warn(message, ConstantScoresWarning, stacklevel=3)
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (math.inf, -math.inf)
+    warn_about_score_range(scores.size, finite.size, low, high, name, stacklevel=4)
+
+
+def warn_about_score_range(count: int, finite: int, low: float, high: float, name: str, *, stacklevel: int = 3) -> None:
+    """Warn as `warn_about_scores`, of this number of scores and of finite ones, and their lowest and highest value."""
+    if finite < count:
+        message = f"{name}: {count - finite} of {count} scores are not numbers; they are left out of every metric"
+        warnings.warn(message, NaNScoresWarning, stacklevel=stacklevel)
+    if finite > 1 and low == high:
+        message = f"{name}: all {finite} scores are {low:g}; they distinguish nothing"
+        warnings.warn(message, ConstantScoresWarning, stacklevel=stacklevel)

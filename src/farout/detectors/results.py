@@ -280,6 +280,24 @@ class Scores:
             calibration_threshold=parts[-1].calibration_threshold,
         )
 
+    def select(self, indices: Sequence[int] | np.ndarray) -> Scores:
+        """The rows at `indices`, in this order; with the measurements if there is one for every row."""
+        rows = np.asarray(indices, dtype=np.int64)
+        measurements = self.measurements
+        if measurements is not None:
+            measurements = measurements.select(rows.tolist()) if measurements.keys == self.keys else None
+        return Scores(
+            keys=tuple(self.keys[row] for row in rows),
+            score=self.score[rows],
+            p_value=self.p_value[rows],
+            is_ood=self.is_ood[rows],
+            status=tuple(self.status[row] for row in rows),
+            indicators={name: value[rows] for name, value in self.indicators.items()},
+            measurements=measurements,
+            calibration=self.calibration,
+            calibration_threshold=self.calibration_threshold,
+        )
+
     def reindex(self, keys: tuple[str, ...]) -> Scores:
         """The rows of `keys`, in this order; images without a row were unreadable and are never normal."""
         if keys == self.keys:

@@ -17,6 +17,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 
 from farout.detectors.plots import IN_DISTRIBUTION, OUT_OF_DISTRIBUTION, draw_score_histogram
+from farout.detectors.score_histogram import ScoreHistogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +68,7 @@ _SERIES = ("#4477aa", "#ee6677", "#228833", "#b8860b", "#66aacc", "#aa3377", "#8
 """Colors that readers with color-blindness distinguish, on white and on black (Paul Tol's "bright", adapted)."""
 
 
-def score_histogram(samples: Mapping[str, np.ndarray], threshold: float | None, label: str) -> Markup:
+def score_histogram(samples: Mapping[str, np.ndarray | ScoreHistogram], threshold: float | None, label: str) -> Markup:
     """Histogram of scores, one outline per sample, with the threshold above which images are flagged."""
     return _draw(lambda axes: draw_score_histogram(axes, samples, threshold), label)
 

@@ -37,6 +37,7 @@ _MODULES = {
     "Runtime": "farout.core.runtime",
     "SDEdit": "farout.synthesis.editing.sdedit",
     "SONA": "farout.synthesis.editing.sona",
+    "Scorer": "farout.scoring.scorer",
     "Scores": "farout.detectors.results",
     "Semantic": "farout.detectors.semantic",
     "TrainingConfig": "farout.training.config",

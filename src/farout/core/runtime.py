@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
+
+from farout.core import store
 from farout.core.chunking import BatchSize, check_batch_size
 from farout.core.devices import PrecisionChoice, resolve_device, resolve_precision
 from farout.core.errors import FaroutError
@@ -52,6 +56,19 @@ class Runtime:
         """
         device = resolve_device(self.device)
         return replace(self, device=str(device), precision=resolve_precision(self.precision, device))
+
+    def describe_environment(self) -> dict[str, Any]:
+        """What results depend on beyond the images and the detector: device type, precision, library versions, CPU.
+
+        Results of another device type or precision are not comparable; the versions and the instruction set of the CPU
+        change rounding.
+        """
+        return {
+            "device": self.device.partition(":")[0],
+            "precision": self.precision,
+            "versions": store.versions(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+        }
 
     def images_per_batch(self, shape: Sequence[int], rows_per_image: int = 1) -> int:
         """The number of images of `shape` (C, H, W) to process together: `batch_size`, or by memory if it is `auto`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 from collections import Counter
@@ -25,6 +26,7 @@ from farout.data.image_objects import (
     Frame,
     UnsupportedImageError,
     check_image,
+    check_range,
     class_of,
     count_frames_of,
     decode_object,
@@ -38,6 +40,7 @@ from farout.data.read_settings import DEFAULT_READING, ReadSettings
 __all__ = [
     "encode_item_labels",
     "list_array",
+    "list_images",
     "list_items",
     "list_iterable",
     "list_mapping",
@@ -95,19 +98,40 @@ class _ObjectReader:
     """Converts images by index."""
 
     def __init__(
-        self, images: Sequence[object] | np.ndarray | Tensor, keys: Sequence[str], reading: ReadSettings
+        self,
+        images: Sequence[object] | np.ndarray | Tensor,
+        keys: Sequence[str],
+        reading: ReadSettings,
+        require_range: bool = False,
     ) -> None:
-        self._images, self._keys, self._reading = images, tuple(keys), reading
+        self._images, self._keys, self._reading, self._require_range = images, tuple(keys), reading, require_range
 
     def select(self, indices: Sequence[int]) -> _ObjectReader:
         """Return a reader of the images at these indices, which does not hold the others."""
-        keys = [self._keys[i] for i in indices]
-        if isinstance(self._images, np.ndarray | Tensor):
-            return _ObjectReader(self._images[list(indices)], keys, self._reading)
-        return _ObjectReader([self._images[i] for i in indices], keys, self._reading)
+        selected = copy.copy(self)
+        selected._keys = tuple(self._keys[i] for i in indices)
+        is_array = isinstance(self._images, np.ndarray | Tensor)
+        selected._images = self._images[list(indices)] if is_array else [self._images[i] for i in indices]
+        return selected
 
     def __call__(self, index: int) -> DecodedImage:
-        return decode_object(self._images[index], self._keys[index], self._reading)
+        decoded = decode_object(self._images[index], self._keys[index], self._reading)
+        if self._require_range:
+            check_range(decoded, self._keys[index], self._reading)
+        return decoded
+
+
+def list_images(images: Sequence[object], reading: ReadSettings, *, require_range: bool) -> Listing:
+    """List images as they are; an object that is no image is an unreadable one. The keys are the indices.
+
+    Args:
+        images: objects of any types that `decode_object` reads, also mixed.
+        reading: limits.
+        require_range: whether values that have no usual range, such as floats from 0 to 255, are unreadable.
+    """
+    keys = index_keys(len(images))
+    reader = _ObjectReader(images, keys, reading, require_range)
+    return Listing(keys, reader, in_memory=all(_is_final(image) for image in images))
 
 
 def list_items(items: Sequence[object], where: str = "the list", reading: ReadSettings = DEFAULT_READING) -> Listing:

@@ -110,8 +110,10 @@ class _ObjectReader:
         """Return a reader of the images at these indices, which does not hold the others."""
         selected = copy.copy(self)
         selected._keys = tuple(self._keys[i] for i in indices)
-        is_array = isinstance(self._images, np.ndarray | Tensor)
-        selected._images = self._images[list(indices)] if is_array else [self._images[i] for i in indices]
+        if isinstance(self._images, np.ndarray | Tensor):
+            selected._images = self._images[list(indices)]
+        else:
+            selected._images = [self._images[i] for i in indices]
         return selected
 
     def __call__(self, index: int) -> DecodedImage:

@@ -21,7 +21,7 @@ from farout.detectors.calibration import benjamini_hochberg
 from farout.detectors.declarations import HeatMaps
 from farout.detectors.reconstruction import Reconstruction
 from farout.evaluation.trivial_baselines import TrivialBaselines
-from farout.report import rendering
+from farout.report import rendering, score_page
 from farout.report.rendering import png_data_url
 from farout.report.score_page import _color_map
 from farout.scoring.folder import score_folder
@@ -314,6 +314,42 @@ def test_flagged_and_selected_images_are_listed(detector: Detector, images: Path
     assert f"<summary>{flagged.sum()} flagged, {chosen.sum()} selected</summary>" in page
     assert chosen.tolist() == scored["selected"].tolist()
     assert chosen.any(), "a test without selected images would say nothing"
+
+
+def test_skipped_images_do_not_shift_the_pictures(detector: Detector, images: Path, tmp_path: Path) -> None:
+    """The table has no rows for them, and the source has."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "000-broken.png").write_text("no")
+    for path in sorted((images / "good").iterdir()):
+        shutil.copy(path, tmp_path / "new" / f"good-{path.name}")
+    pages = []
+    for policy in ("nan", "skip"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            score_folder(detector, tmp_path / "new", tmp_path / policy, policy=policy)
+        page = (tmp_path / policy / "page.html").read_text(encoding="utf-8")
+        pages.append(page[page.index("<h2>Images with the highest") : page.index("<h2>Calibration images")])
+    assert pages[0].count('alt="image of good-00') == 4
+    assert pages[0] == pages[1]
+
+
+def test_long_lists_are_cut(
+    detector: Detector, images: Path, folder: Path, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A browser cannot show a million rows."""
+    monkeypatch.setattr(score_page, "_LISTED_ROWS", 1)
+    many = Path(shutil.copytree(images, tmp_path / "many"))
+    (many / "also broken.png").write_text("no")
+    score_folder(detector, many, tmp_path / "r", fdr=0.6)
+    short = (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
+    frame = pd.read_csv(tmp_path / "r" / "scores.csv")
+    highest = frame.loc[frame["score"].idxmax(), "key"]
+    lists = [re.findall(r"<tr><td>(.*?)</td>", part) for part in re.findall("<tbody>(.*?)</tbody>", short, re.DOTALL)]
+    assert [[html.unescape(key) for key in keys] for keys in lists] == [[highest], ["also broken.png"]]
+    assert "The 1 highest scores; scores.csv lists all images." in short
+    assert "The first 1 of 2; manifest.json lists all reasons." in short
+    assert "lists all" not in page, "nothing is cut there"
+    assert short.count('<p class="name">') == page.count('<p class="name">')
 
 
 @needs_chromium

@@ -177,6 +177,15 @@ def test_another_number_of_pictures_rewrites_the_page_only(place: Path, detector
     assert (tmp_path / "r" / "scores.csv").read_bytes() == (place / "whole" / "scores.csv").read_bytes()
 
 
+def test_a_page_from_the_tables_is_that_from_the_parts(
+    place: Path, detector: Detector, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = shutil.copytree(place / "whole", tmp_path / "r")
+    (out / "page.html").unlink()
+    assert score_folder(detector, place / "new", out).scored_now == 0
+    assert contents(out) == whole
+
+
 def test_a_stop_while_parts_are_removed_measures_nothing_again(
     place: Path, detector: Detector, whole: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -5,18 +5,24 @@ import random
 import tracemalloc
 import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning
+from farout.core.csv_files import write_csv
+from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, StoreError
 from farout.detectors.calibration import benjamini_hochberg, compute_p_values, flag_outliers
+from farout.detectors.knn import KNN
 from farout.detectors.results import Measurements, Scores
 from farout.detectors.score_histogram import ScoreHistogram
 from farout.detectors.score_summary import ScoreSummary
+from farout.scoring import summary as summary_module
+from farout.scoring.summary import summarize_table
 
 CALIBRATION = np.random.default_rng(0).normal(size=199)
 
@@ -67,8 +73,9 @@ def check_equal(found: ScoreSummary, expected: ScoreSummary) -> None:
         assert all(
             np.array_equal(first.scores.indicators[name], second.scores.indicators[name]) for name in ("max", "mean")
         )
-        assert first.scores.measurements is not None
-        assert second.scores.measurements is not None
+        if first.scores.measurements is None or second.scores.measurements is None:
+            assert first.scores.measurements is second.scores.measurements
+            return
         assert first.scores.measurements.keys == second.scores.measurements.keys == first.scores.keys
         assert first.scores.measurements.vectors["features"][:, 0].tolist() == list(first.indices)
 
@@ -112,6 +119,45 @@ def test_the_selection_is_that_of_the_whole_table(calibration: list[float], valu
     assert largest == (scores.p_value[selected].max() if selected.any() else 0.0)
     assert summary.flagged == scores.is_ood.sum()
     assert set(scores.p_value[np.isfinite(scores.p_value)]) <= set(summary.p_values)
+
+
+@pytest.mark.parametrize("policy", ["nan", "skip"])
+def test_the_summary_of_the_table_is_that_of_the_parts(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the table is cut, also where a chunk has no scores, and where skipped images have no rows."""
+    scores = table(np.array([*[np.nan] * 7, 0.5, 0.1 + 0.2, np.nan, -1.0, 1e-300, np.nan, np.nan, 3.0, 3.0]))
+    rows = [row for row, status in enumerate(scores.status) if policy == "nan" or status != "unreadable"]
+    reasons = {key: "empty" for key, status in zip(scores.keys, scores.status) if status == "unreadable"}
+    detector = KNN()
+    detector.calibration_scores, detector.alpha = {detector.score_name: CALIBRATION}, 0.05
+    expected = ScoreSummary(CALIBRATION, 0.05)
+    expected.add(scores.select(rows), 0, reasons=reasons, indices=rows)
+    write_csv(scores.select(rows).to_frame(), tmp_path / "scores.csv")
+    for size in (1, 3, 100):
+        monkeypatch.setattr(summary_module, "_ROWS", size)
+        found = summarize_table(tmp_path / "scores.csv", detector, scores.keys, reasons)
+        check_equal(found, expected)
+    assert len(expected.top(100)) == 6
+    with pytest.raises(StoreError, match="has a row 0000000 that is not in the source"):
+        summarize_table(tmp_path / "scores.csv", detector, scores.keys[1:], reasons)
+
+
+@pytest.mark.parametrize("form", ["vectors", "values"])
+def test_measurements_of_some_images_are_read(form: str, tmp_path: Path) -> None:
+    """Of a file with a row group per part, of which only those that are needed are read."""
+    values = torch.arange(24.0).reshape(6, 2, 1, 2)
+    keys = tuple("abcdef")
+    whole = Measurements(keys, values, (1.0, 2.0), ("mse", "distance"))
+    if form == "vectors":
+        whole = Measurements(keys, vectors={"features": values.flatten(1), "logits": values[:, 0, 0]})
+    path = tmp_path / "m.parquet"
+    with pq.ParquetWriter(path, whole.to_table().schema) as writer:
+        for rows in ([0, 1], [2, 3], [4, 5]):
+            writer.write_table(whole.select(rows).to_table())
+    for chosen in ([1], [0, 3, 2], [5, 0]):
+        found = Measurements.read_parquet(path, [keys[row] for row in chosen])
+        assert found.to_table() == whole.select(sorted(chosen)).to_table()
 
 
 def test_memory_does_not_grow_with_the_number_of_images() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pandas as pd
 from farout.core import store
 from farout.core.names import encode_cell
 
-__all__ = ["format_rows", "read_csv", "write_csv"]
+__all__ = ["format_rows", "read_csv", "read_csv_in_chunks", "write_csv"]
 
 MISSING = frozenset({"", "nan", "NaN", "NA", "null", "None"})
 """Cells without a value in a column of numbers; in a column of texts they are texts."""
@@ -63,6 +63,20 @@ def read_csv(path: str | Path, texts: Collection[str] = ("key",), missing: Colle
     """
     with Path(path).open(encoding="utf-8-sig", newline="") as file:
         table = pd.read_csv(file, dtype=str, keep_default_na=False, na_filter=False, index_col=False)
+    return _parse_columns(table, texts, missing)
+
+
+def read_csv_in_chunks(path: str | Path, rows: int, texts: Collection[str] = ("key",)) -> Iterator[pd.DataFrame]:
+    """Read a table as `read_csv`, at most `rows` rows at a time; a column is typed by the cells of each chunk."""
+    with (
+        Path(path).open(encoding="utf-8-sig", newline="") as file,
+        pd.read_csv(file, dtype=str, keep_default_na=False, na_filter=False, index_col=False, chunksize=rows) as reader,
+    ):
+        for chunk in reader:
+            yield _parse_columns(chunk.reset_index(drop=True), texts, MISSING)
+
+
+def _parse_columns(table: pd.DataFrame, texts: Collection[str], missing: Collection[str]) -> pd.DataFrame:
     for name in table.columns:
         if name not in texts:
             table[name] = _parse_column(list(table[name]), missing)

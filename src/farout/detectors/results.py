@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -135,11 +136,19 @@ class Measurements:
             pq.write_table(self.to_table(), file, compression="zstd")
 
     @classmethod
-    def read_parquet(cls, path: Path) -> Measurements:
-        """Read a parquet table; raises StoreError when it is missing or damaged."""
+    def read_parquet(cls, path: Path, keys: Collection[str] | None = None) -> Measurements:
+        """Read a parquet table.
+
+        Args:
+            path: the file.
+            keys: images to be read, in the order of the file; one row group at a time is in memory. None: all images.
+
+        Raises:
+            StoreError: the file is missing or damaged.
+        """
         try:
             with open_regular_file(path) as file:
-                return cls.from_table(pq.read_table(file))
+                return cls.from_table(pq.read_table(file) if keys is None else _read_rows(pq.ParquetFile(file), keys))
         except FileNotFoundError:
             raise StoreError(f"{path} is missing; the folder is incomplete") from None
         except StoreError:
@@ -149,6 +158,16 @@ class Measurements:
         except (pa.ArrowException, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StoreError(f"{path} cannot be read as a table of measurements ({reason})") from error
+
+
+def _read_rows(file: pq.ParquetFile, keys: Collection[str]) -> pa.Table:
+    """The rows of some images; row groups without any of them are not read, except for their keys."""
+    selected, parts = pa.array(sorted(keys), pa.string()), []
+    for group in range(file.num_row_groups):
+        is_selected = pc.is_in(file.read_row_group(group, columns=["key"])["key"], value_set=selected)
+        if pc.any(is_selected).as_py():
+            parts.append(file.read_row_group(group).filter(is_selected))
+    return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table()
 
 
 @dataclass

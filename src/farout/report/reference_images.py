@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from farout.data.decoding import to_pil
 from farout.detectors.base import Detector, Measurements
 from farout.report.thumbnails import SourceImages, thumbnail_data_url
 
-__all__ = ["ReferenceImage", "highest_calibration_images", "nearest_normal_images"]
+__all__ = ["ReferenceImage", "has_embedding", "highest_calibration_images", "nearest_normal_images"]
 
 _CHUNK_SIZE = 4096
 
@@ -34,31 +31,23 @@ class ReferenceImage:
 
 
 def nearest_normal_images(
-    detector: Detector, measurement_file: Path, keys: Sequence[str], images: SourceImages, count: int = 3
+    detector: Detector, measurements: Measurements, images: SourceImages, count: int = 3
 ) -> dict[str, list[ReferenceImage]]:
     """Find the statistics images nearest to scored images in the detector's embedding.
 
     Args:
         detector: a fitted detector.
-        measurement_file: `measurements.parquet` of the scored images; no network is run.
-        keys: keys of scored images.
+        measurements: those of the scored images; no network is run.
         images: sources of the pictures.
         count: number of neighbors per image.
 
     Returns:
         By key, the nearest images with the Euclidean distance of the embeddings scaled to length 1 (0 to 2); empty if
-        `compute_embedding` returns None.
+        the detector has no embedding.
     """
-    if (
-        not keys
-        or not measurement_file.is_file()
-        or detector.compute_embedding(detector.statistics.select([0])) is None
-    ):
+    if not len(measurements) or not has_embedding(detector):
         return {}
-    with measurement_file.open("rb") as file:  # pyarrow opens only paths in UTF-8
-        table = pq.read_table(file, filters=[("key", "in", list(keys))])
-    scored = Measurements.from_table(table)
-    queries, total = _unit_embeddings(detector, scored), len(detector.statistics)
+    queries, total = _unit_embeddings(detector, measurements), len(detector.statistics)
     chunks = [range(start, min(start + _CHUNK_SIZE, total)) for start in range(0, total, _CHUNK_SIZE)]
     # |q - x|^2 = 2 - 2 q x for vectors of length 1
     squared_distances = np.concatenate(
@@ -77,8 +66,13 @@ def nearest_normal_images(
             )
             for index, distance in zip(*neighbors)
         ]
-        for key, *neighbors in zip(scored.keys, indices, distances)
+        for key, *neighbors in zip(measurements.keys, indices, distances)
     }
+
+
+def has_embedding(detector: Detector) -> bool:
+    """Whether the detector has an embedding, in which images can be compared."""
+    return detector.compute_embedding(detector.statistics.select([0])) is not None
 
 
 def _unit_embeddings(detector: Detector, measurements: Measurements) -> np.ndarray:

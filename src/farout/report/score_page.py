@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import yaml
 
@@ -14,24 +14,25 @@ from farout.core import store
 from farout.core.config import flatten_config
 from farout.data.batching import iterate_batches
 from farout.data.image_source import ImageSource
-from farout.detectors.base import Detector
-from farout.detectors.calibration import benjamini_hochberg, score_threshold
+from farout.detectors.base import Detector, Measurements
+from farout.detectors.calibration import flag_outliers, score_threshold
+from farout.detectors.score_summary import HighestScores, ScoreSummary
 from farout.report.charts import score_histogram
 from farout.report.heat_colors import colorize, normalize_map
-from farout.report.reference_images import highest_calibration_images, nearest_normal_images
+from farout.report.reference_images import has_embedding, highest_calibration_images, nearest_normal_images
 from farout.report.rendering import png_data_url, render_template
 from farout.report.thumbnails import SourceImages
 
 __all__ = ["write_score_page"]
 
 _LISTED_ROWS = 500
-"""Maximum number of rows in the table of flagged and selected images."""
+"""Maximum number of rows in the tables of flagged and selected, and of unreadable images."""
 
 
 def write_score_page(
     detector: Detector,
     source: ImageSource,
-    frame: pd.DataFrame,
+    summary: ScoreSummary,
     manifest: dict[str, Any],
     out: Path,
     *,
@@ -45,53 +46,81 @@ def write_score_page(
     Args:
         detector: detector that computed the scores.
         source: the scored images.
-        frame: table of `scores.csv`.
+        summary: summary of the scores, which keeps at least `top_images` rows; their measurements are read from
+            `measurements.parquet` in `out` if it contains none.
         manifest: counts and settings of the run.
-        out: folder of the page; contains `measurements.parquet`.
+        out: folder of the page.
         top_images: number of images shown, those with the highest scores.
 
     Returns:
         Path of the page.
     """
-    ranked = frame[frame["status"] == "ok"].sort_values(["score", "key"], ascending=[False, True])
-    scores = ranked["score"].to_numpy(dtype=float)
-    calibration = detector.calibration_scores[detector.score_name]
-    threshold = score_threshold(calibration, detector.alpha)
+    calibration, threshold = summary.calibration, score_threshold(summary.calibration, detector.alpha)
     false_discovery_rate = manifest["fdr"]
-    is_selected = np.zeros(len(ranked), dtype=bool)
-    if false_discovery_rate is not None:
-        is_selected = benjamini_hochberg(ranked["p_value"], false_discovery_rate)
-    ranked = ranked.assign(selected=is_selected, calibration_below=np.searchsorted(calibration, scores))
-    listed = ranked[ranked["is_ood"].eq(True) | ranked["selected"]]
-    images, shown = SourceImages(hub=False, reading=detector.reading_of_fit), ranked.head(top_images)
+    largest_selected = 0.0 if false_discovery_rate is None else summary.benjamini_hochberg(false_discovery_rate)
+    is_flagged = flag_outliers(summary.p_values, detector.alpha)
+    is_selected = summary.p_values <= largest_selected
+    highest, shown = summary.top(_LISTED_ROWS), summary.top(top_images)
+    images = SourceImages(hub=False, reading=detector.reading_of_fit)
     html = render_template(
         "score_page.html",
         manifest=manifest,
         detector_folder=detector.loaded_from,
         settings=_format_settings({**manifest["about"], "versions": manifest["versions"]}),
         score_name=detector.score_name,
-        scored=len(ranked),
+        scored=summary.scored,
         threshold=threshold if np.isfinite(threshold) else None,
-        expected_flags=detector.alpha * len(ranked),
+        expected_flags=detector.alpha * summary.scored,
         smallest_p=1 / (len(calibration) + 1),
         chart=score_histogram(
-            {f"{len(calibration)} calibration images": calibration, f"{len(ranked)} scored images": scores},
+            {
+                f"{len(calibration)} calibration images": calibration,
+                f"{summary.scored} scored images": summary.histogram,
+            },
             threshold,
             "Histogram of the scores of calibration and scored images",
         ),
         heat_maps=detector.heat_maps,
         false_discovery_rate=false_discovery_rate,
-        listed_count=len(listed),
-        selected_count=int(is_selected.sum()),
-        listed=listed.head(_LISTED_ROWS).to_dict("records"),
-        shown=shown.to_dict("records"),
-        pictures=_pictures(detector, source, shown["key"].tolist()),
-        neighbors=nearest_normal_images(detector, out / "measurements.parquet", shown["key"].tolist(), images),
+        listed_count=int(summary.p_value_counts[is_flagged | is_selected].sum()),
+        selected_count=int(summary.p_value_counts[is_selected].sum()),
+        # the flagged and the selected images are those with the highest scores
+        listed=[row for row in _rows(highest, calibration, largest_selected) if row["is_ood"] or row["selected"]],
+        shown=_rows(shown, calibration, largest_selected),
+        pictures=_pictures(detector, source.subset(shown.indices)),
+        neighbors=nearest_normal_images(detector, _measurements_of(detector, shown, out), images),
         calibration_images=highest_calibration_images(detector, images),
+        unreadable=dict(islice(manifest["unreadable"].items(), _LISTED_ROWS)),
     )
     with store.atomic_file(out / "page.html") as temporary:
         temporary.write_text(html, encoding="utf-8")
     return out / "page.html"
+
+
+def _rows(highest: HighestScores, calibration: np.ndarray, largest_selected: float) -> list[dict[str, Any]]:
+    """What the page shows of each image."""
+    scores = highest.scores
+    columns = {
+        "key": scores.keys,
+        "score": scores.score.tolist(),
+        "p_value": scores.p_value.tolist(),
+        "is_ood": scores.is_ood.tolist(),
+        "selected": (scores.p_value <= largest_selected).tolist(),
+        "calibration_below": np.searchsorted(calibration, scores.score).tolist(),
+    }
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def _measurements_of(detector: Detector, highest: HighestScores, out: Path) -> Measurements:
+    """The measurements of the images, in their order; empty where they are not needed."""
+    keys = highest.scores.keys
+    if not keys or not has_embedding(detector):
+        return Measurements(())
+    if highest.scores.measurements is not None:
+        return highest.scores.measurements
+    measurements = Measurements.read_parquet(out / "measurements.parquet", keys)
+    rows = {key: row for row, key in enumerate(measurements.keys)}
+    return measurements.select([rows[key] for key in keys])
 
 
 def _format_settings(settings: dict[str, Any]) -> dict[str, str]:
@@ -115,14 +144,11 @@ def _format_settings(settings: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _pictures(detector: Detector, source: ImageSource, keys: list[str]) -> dict[str, dict[str, str]]:
+def _pictures(detector: Detector, images: ImageSource) -> dict[str, dict[str, str]]:
     """By key, data URLs by caption: the image, the pictures of its measurements that are shown, and its map."""
-    if not keys:
-        return {}
-    index_of, heat_maps = {key: index for index, key in enumerate(source.keys)}, detector.heat_maps
-    selected = source.subset([index_of[key] for key in keys])
+    heat_maps = detector.heat_maps
     pictures: dict[str, dict[str, str]] = {}
-    for batch in iterate_batches(selected, detector.preprocessing, detector.batch_size):
+    for batch in iterate_batches(images, detector.preprocessing, detector.batch_size):
         shown = {"image": batch.images}
         if heat_maps is not None:
             measured = detector.measure(batch, maps=True)

@@ -41,6 +41,7 @@ from farout.detectors.base import Detector, Measurements, Scores
 from farout.detectors.calibration import benjamini_hochberg, check_fitted, warn_about_scores
 from farout.detectors.saving import describe_detector
 from farout.report.score_page import write_score_page
+from farout.scoring.summary import summarize_table
 
 __all__ = ["ScoredFolder", "has_intact_scores", "read_manifest", "read_scores", "score_folder"]
 
@@ -160,7 +161,9 @@ def score_folder(
         manifest = settings | _write_tables(detector, source, parts, out, fdr)
     if manifest.get("top_images") != top_images or not (out / "page.html").is_file():
         manifest["top_images"] = top_images
-        write_score_page(detector, source, _read_table(out / "scores.csv"), manifest, out, top_images=top_images)
+        keep = max(top_images, 500)
+        summary = summarize_table(out / "scores.csv", detector, source.keys, manifest["unreadable"], keep)
+        write_score_page(detector, source, summary, manifest, out, top_images=top_images)
         # the manifest is written last: a folder with a manifest is finished
         store.write_sealed_json(out / _MANIFEST, manifest)
     shutil.rmtree(out / _PARTS, ignore_errors=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ import pandas as pd
 from farout.core import store
 from farout.core.names import encode_cell
 
-__all__ = ["format_rows", "read_csv", "read_csv_in_chunks", "write_csv"]
+__all__ = ["CsvWriter", "format_rows", "open_csv_writer", "read_csv", "read_csv_in_chunks", "write_csv"]
 
 MISSING = frozenset({"", "nan", "NaN", "NA", "null", "None"})
 """Cells without a value in a column of numbers; in a column of texts they are texts."""
@@ -25,12 +26,31 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> None:
 
     Texts that a spreadsheet would evaluate, and control characters, are percent-encoded (`encode_cell`).
     """
-    safe = table.rename(columns=lambda name: _encode_text(str(name)))
-    for position, kind in enumerate(safe.dtypes):
-        if not pd.api.types.is_numeric_dtype(kind):
-            safe.isetitem(position, np.array([_encode_text(cell) for cell in safe.iloc[:, position]], dtype=object))
+    with open_csv_writer(path) as writer:
+        writer.write(table)
+
+
+@contextmanager
+def open_csv_writer(path: str | Path) -> Iterator[CsvWriter]:
+    """Write a table in several parts, atomically, with the same bytes as `write_csv` writes for all of them."""
     with store.atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        safe.to_csv(file, index=False, lineterminator="\n")
+        yield CsvWriter(file)
+
+
+class CsvWriter:
+    """Writes parts of a table; the header comes from the first one."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._is_first = file, True
+
+    def write(self, table: pd.DataFrame) -> None:
+        """Write the rows of a table, which has the columns of the first one."""
+        safe = table.rename(columns=lambda name: _encode_text(str(name)))
+        for position, kind in enumerate(safe.dtypes):
+            if not pd.api.types.is_numeric_dtype(kind):
+                safe.isetitem(position, np.array([_encode_text(cell) for cell in safe.iloc[:, position]], dtype=object))
+        safe.to_csv(self._file, index=False, lineterminator="\n", header=self._is_first)
+        self._is_first = False
 
 
 def format_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, header: bool) -> str:

@@ -32,9 +32,11 @@ from farout.data.read_settings import DEFAULT_READING, ReadSettings, ValueRange,
 from farout.data.thumbnails import make_thumbnail
 from farout.data.variants import apply_variant
 
-__all__ = ["ImageSource", "Policy", "check_policy"]
+__all__ = ["ImageSource", "Policy", "ReadingRecord", "check_policy"]
 
 _BLOCK = 4 * 2**20
+_HASH_BYTES = 256
+"""Memory that the hash of an image needs, roughly; hashes are kept up to the budget for pixels."""
 
 Policy = Literal["raise", "skip", "nan"]
 """Treatment of unreadable images: raise an error, leave them out and list them, or keep them without a score."""
@@ -95,8 +97,31 @@ class _RangeUse:
         self.images += 1
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.clipped += low < value_range[0] or high > value_range[1]
+        self._widen(value_range)
+
+    def merge(self, other: _RangeUse) -> None:
+        """Add the images that another process has converted."""
+        self.images += other.images
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.clipped += other.clipped
+        self._widen(other.value_range)
+
+    def _widen(self, value_range: ValueRange) -> None:
         if value_range[1] - value_range[0] > self.value_range[1] - self.value_range[0]:
             self.value_range = value_range
+
+
+@dataclass(frozen=True)
+class ReadingRecord:
+    """What was found while images of a source were read, see `ImageSource.warn_about_reading`.
+
+    Attributes:
+        further_frames: by key, the number of frames of its file that are not in the set.
+        range_use: how images of more than 8 bits use their value range; None if there are none.
+    """
+
+    further_frames: dict[str, int]
+    range_use: _RangeUse | None
 
 
 class _ImageStore:
@@ -222,14 +247,14 @@ class _ImageStore:
         return extremes
 
     def hash(self, index: int, requested: _RequestedRange, pixels: Tensor | None = None) -> str:
-        """Return the content hash of the native pixels, computed once; `pixels`: the pixels, if already decoded.
+        """Return the content hash of the native pixels; `pixels`: the pixels, if already decoded.
 
-        Without memory for pixels, hashes are not kept either.
+        It is computed once, except for the images of a set that is large for its memory.
         """
         if (index, requested) in self._hashes:
             return self._hashes[(index, requested)]
         content = content_hash(self.pixels(index, requested) if pixels is None else pixels)
-        if self._budget or self.listing.in_memory:
+        if len(self._hashes) * _HASH_BYTES < self._budget or self.listing.in_memory:
             self._hashes[(index, requested)] = content
         return content
 
@@ -363,6 +388,19 @@ class ImageSource(Dataset[Tensor]):
             return {}
         counts = dict(self._store.further_frames)
         return {key: counts[index] for key, index in zip(self.keys, self._indices) if index in counts}
+
+    @property
+    def reading_record(self) -> ReadingRecord:
+        """What was found so far while the images were read."""
+        return ReadingRecord(self.further_frames, self._store.range_use.get(self._requested_range))
+
+    def add_reading_record(self, record: ReadingRecord, indices: Sequence[int]) -> None:
+        """Add what another process has found while it read the images at these indices."""
+        for index in indices if record.further_frames else ():
+            if self.keys[index] in record.further_frames:
+                self._store.further_frames[self._indices[index]] = record.further_frames[self.keys[index]]
+        if record.range_use is not None:
+            self._store.range_use.setdefault(self._requested_range, _RangeUse()).merge(record.range_use)
 
     def warn_about_reading(self) -> None:
         """Warn of what was found while images were read: unreadable ones that are skipped, further frames of files,

@@ -66,6 +66,7 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
     detector.diffusion = _load_diffusion(detector, diffusion)
     detector.classifier = _load_classifier(detector, classifier, source)
     source = _with_range_of_networks(detector, source)
+    detector.loaded_from = None
     detector.calibration_scores = {}  # a detector whose fit fails is not fitted, whatever an earlier fit has left
     detector.reset_statistics()
     if requirements.backbone:
@@ -209,7 +210,7 @@ def recalibrate(
             raise FaroutError(f"{message}; give more images, a larger alpha, or --out to write it anyway")
         warnings.warn(message, TooFewImagesWarning, stacklevel=2)
     set_calibration(detector, measure_source(detector, source.subset(new), "measuring calibration images"))
-    detector.alpha = alpha
+    detector.alpha, detector.loaded_from = alpha, None
     detector.calibration_hashes = frozenset(hashes[i] for i in new)
     # a new dictionary: copies with other scoring arguments share the old one
     counts = {**detector.provenance.get("images", {}), "calibration": len(new)}

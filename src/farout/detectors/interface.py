@@ -65,7 +65,7 @@ class DetectorInterface(Configured, ABC):
     calibration: Measurements
     calibration_hashes: frozenset[str] = frozenset()
     calibration_scores: Mapping[str, np.ndarray] = MappingProxyType({})  # by indicator, sorted
-    loaded_from: Path | None = None  # folder that the detector was loaded from
+    loaded_from: Path | None = None  # folder that the detector was loaded from, if it was not fitted again
     linked_model: Path | None = None  # folder of the diffusion model that is linked, not copied
     cache_hits: int = 0  # images whose features came from the cache
 
@@ -186,14 +186,19 @@ class DetectorInterface(Configured, ABC):
         limit: int | None = None,
         policy: Policy = "nan",
         reading: ReadSettings = DEFAULT_READING,
+        memory_mib: int = 1024,
     ) -> ImageSource:
-        """Open images that are to be scored, with the value range of the fitted ones unless `reading` has another."""
+        """Open images that are to be scored, with the value range of the fitted ones unless `reading` has another.
+
+        Of images that are read once, little is worth keeping: `memory_mib` is the memory for decoded ones.
+        """
         value_range = self.preprocessing.value_range
         source = open_source(
             images,
             policy=policy,
             limit=limit,
             seed=self.seed,
+            memory_mib=memory_mib,
             reading=reading,
             require_range=value_range is None,
         )

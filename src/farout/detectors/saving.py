@@ -244,6 +244,8 @@ def _load_diffusion(detector: DetectorInterface, folder: Path, entry: dict[str, 
 def _adapt_runtime(fitted: Runtime, changes: dict[str, Any]) -> Runtime:
     """The runtime of the fit with the caller's changes; a device that this machine lacks is replaced by `auto`."""
     device = fitted.device
+    if device.startswith("cuda:") and "LOCAL_RANK" in os.environ:
+        device = "cuda"  # each of several processes uses its own
     try:
         resolve_device(device)
     except FaroutError:

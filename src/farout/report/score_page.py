@@ -66,7 +66,7 @@ def write_score_page(
         "score_page.html",
         manifest=manifest,
         detector_folder=detector.loaded_from,
-        settings=_format_settings({**manifest["about"], "versions": manifest["versions"]}),
+        settings=_format_settings({**manifest["about"], "versions": manifest["environments"][0]["versions"]}),
         score_name=detector.score_name,
         scored=summary.scored,
         threshold=threshold if np.isfinite(threshold) else None,

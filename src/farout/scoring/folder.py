@@ -1,4 +1,8 @@
-"""Scoring a source into a folder: in bounded memory, resumable, with the same bytes after an interruption."""
+"""Scoring a source into a folder: in bounded memory, resumable, with the same bytes after an interruption.
+
+The images are measured in parts with fixed boundaries, each written to a file of its own, by this process, by worker
+processes, or by the processes of a launcher. The first process makes the tables of them.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,20 @@ import os
 import shutil
 import time
 import warnings
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from farout.core import store
-from farout.core.csv_files import read_csv, write_csv
+from farout.core.csv_files import open_csv_writer, read_csv
+from farout.core.devices import ProcessGroup, join_processes
 from farout.core.errors import (
     DamagedFileWarning,
     FaroutError,
@@ -33,20 +37,24 @@ from farout.core.files import hash_file
 from farout.core.names import expand_path, find_path
 from farout.core.progress import task
 from farout.core.schema import Schema, check_content
-from farout.data.image_source import ImageSource, Policy
+from farout.data.image_source import ImageSource, Policy, ReadingRecord
 from farout.data.preprocessing import find_mismatches
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.splits import calibration_size
 from farout.detectors.base import Detector, Measurements, Scores
-from farout.detectors.calibration import benjamini_hochberg, check_fitted, warn_about_scores
+from farout.detectors.calibration import check_fitted
 from farout.detectors.saving import describe_detector
 from farout.report.score_page import write_score_page
-from farout.scoring.summary import summarize_table
+from farout.scoring.scorer import Scorer
+from farout.scoring.summary import ScoreSummary, summarize_table
+from farout.scoring.worker_pool import open_worker_scorer, run_in_workers
 
 __all__ = ["ScoredFolder", "has_intact_scores", "read_manifest", "read_scores", "score_folder"]
 
 _IMAGES_PER_PART = 256
 """Images measured between two files on disk."""
+_MEMORY_MIB = 64
+"""Memory for decoded images: those that are looked at before they are scored, and those of the page."""
 _SETTINGS_FILE, _PARTS, _MANIFEST, _MEASUREMENTS = "settings.json", "parts", "manifest.json", "measurements.parquet"
 
 
@@ -60,6 +68,7 @@ class _ManifestContent(BaseModel):
     counts: dict[str, int]
     flagged: int
     unreadable: dict[str, str]
+    environments: Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 
 class _PartContent(Schema):
@@ -69,6 +78,7 @@ class _PartContent(Schema):
     empty: bool
     content: str
     measurements: str
+    environment: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -102,10 +112,12 @@ def score_folder(
     top_images: int = 24,
     fdr: float | None = None,
     reading: ReadSettings = DEFAULT_READING,
+    processes: int = 1,
 ) -> ScoredFolder:
     """Score images into a folder: `scores.csv`, `measurements.parquet`, `manifest.json` and `page.html`.
 
-    An interrupted run continues when it is called again with the same arguments.
+    An interrupted run continues when it is called again with the same arguments, with any number of processes. The
+    processes of a launcher (`torchrun`, `accelerate launch`) that all call this function share the images.
 
     Args:
         detector: a fitted detector.
@@ -116,9 +128,11 @@ def score_folder(
         top_images: number of images with the highest scores on the page.
         fdr: adds a column `selected`: images chosen by Benjamini-Hochberg at this false discovery rate.
         reading: how image files are read; without a value range, that of the fitted images is used.
+        processes: number of worker processes on this machine; with GPUs, each uses the next one. 1: this process alone.
 
     Raises:
-        FaroutError: for a detector that is not fitted, a negative `top_images`, or a rate that is not between 0 and 1.
+        FaroutError: for a detector that is not fitted, a negative `top_images`, a rate that is not between 0 and 1, or
+            worker processes that cannot be used.
         StoreError: when `out` contains the results of another detector, source or setting, or of other images with the
             same names.
     """
@@ -127,7 +141,12 @@ def score_folder(
         raise FaroutError(
             f"top_images is {top_images}, fdr is {fdr}; expected 0 images or more, and a rate between 0 and 1"
         )
-    source, out = detector.open_images(images, policy=policy, limit=limit, reading=reading), expand_path(out)
+    if processes < 1:
+        raise FaroutError(f"processes is {processes}; expected 1 or more")
+    source = detector.open_images(images, policy=policy, limit=limit, reading=reading, memory_mib=_MEMORY_MIB)
+    out, group = expand_path(out), join_processes(detector.runtime.device)
+    if processes > 1 and group.num_processes > 1:
+        raise FaroutError(f"a launcher started {group.num_processes} processes already; leave out processes")
     for message in find_mismatches(source, detector.preprocessing, fitted_gray=detector.provenance.get("gray", False)):
         warnings.warn(message, MisleadingResultWarning, stacklevel=2)
     calibration_images = len(detector.calibration)
@@ -146,27 +165,37 @@ def score_folder(
         "keys": _hash(source.keys),
         "runtime": {"device": detector.runtime.device.partition(":")[0], "precision": detector.runtime.precision},
     }
-    _open_folder(out, settings)
     parts = [
         range(start, min(start + _IMAGES_PER_PART, len(source))) for start in range(0, len(source), _IMAGES_PER_PART)
     ]
-    manifest = _read_finished(out, source, parts)
-    if manifest is not None:
-        scored_now, seconds = 0, 0.0
+
+    def open_results() -> tuple[dict[str, Any] | None, list[range]]:
+        """Open the folder; returns the manifest of finished results, or the parts that are missing."""
+        _open_folder(out, settings)
+        manifest = _read_finished(out, source, parts)
+        if manifest is None:
+            return None, _find_missing_parts(source, parts, out)
         _check_content(_hash([_hash_content(source.subset(part)) for part in parts]), manifest["content"], out)
-    else:
-        started = time.perf_counter()
-        scored_now = _measure_parts(detector, source, parts, out)
-        seconds = time.perf_counter() - started
-        manifest = settings | _write_tables(detector, source, parts, out, fdr)
-    if manifest.get("top_images") != top_images or not (out / "page.html").is_file():
-        manifest["top_images"] = top_images
-        keep = max(top_images, 500)
-        summary = summarize_table(out / "scores.csv", detector, source.keys, manifest["unreadable"], keep)
-        write_score_page(detector, source, summary, manifest, out, top_images=top_images)
-        # the manifest is written last: a folder with a manifest is finished
-        store.write_sealed_json(out / _MANIFEST, manifest)
-    shutil.rmtree(out / _PARTS, ignore_errors=True)
+        return manifest, []
+
+    manifest, missing = group.run_on_main_process(open_results)
+    started = time.perf_counter()
+    scored_now = _measure_parts(detector, source, missing, out, group, processes)
+    seconds = time.perf_counter() - started
+
+    def write_results() -> dict[str, Any]:
+        finished = settings | _write_tables(detector, source, parts, out, fdr) if manifest is None else manifest
+        if finished.get("top_images") != top_images or not (out / "page.html").is_file():
+            finished["top_images"] = top_images
+            keep = max(top_images, 500)
+            summary = summarize_table(out / "scores.csv", detector, source.keys, finished["unreadable"], keep)
+            write_score_page(detector, source, summary, finished, out, top_images=top_images)
+            # the manifest is written last: a folder with a manifest is finished
+            store.write_sealed_json(out / _MANIFEST, finished)
+        shutil.rmtree(out / _PARTS, ignore_errors=True)
+        return finished
+
+    manifest = group.run_on_main_process(write_results)
     source.warn_about_reading()
     return ScoredFolder(out, manifest["counts"], manifest["flagged"], manifest["unreadable"], scored_now, seconds)
 
@@ -239,22 +268,24 @@ def _read_finished(out: Path, source: ImageSource, parts: list[range]) -> dict[s
         _check_content(_hash(contents), manifest["content"], out)
         with suppress(StoreError):
             _check_file(out, manifest, _MEASUREMENTS)
-            _restore_parts(source, parts, contents, manifest["unreadable"], out)
+            _restore_parts(source, parts, contents, manifest, out)
     _remove(out / _MANIFEST)  # last: an interruption in between leaves damaged results, not unfinished ones
     return None
 
 
 def _restore_parts(
-    source: ImageSource, parts: list[range], contents: list[str], unreadable: dict[str, str], out: Path
+    source: ImageSource, parts: list[range], contents: list[str], manifest: dict[str, Any], out: Path
 ) -> None:
     """Write the parts of finished results from their measurements."""
-    measurements = Measurements.read_parquet(out / _MEASUREMENTS)
+    measurements, unreadable = Measurements.read_parquet(out / _MEASUREMENTS), manifest["unreadable"]
     rows = {key: row for row, key in enumerate(measurements.keys)}
+    (environment, *_) = manifest["environments"]
     for part, content in zip(parts, contents, strict=True):
         keys = source.keys[part.start : part.stop]
         found = [rows[key] for key in keys if key in rows]
         reasons = {key: unreadable[key] for key in keys if key in unreadable}
-        _write_part(_part_path(out, part), measurements.select(found) if found else None, reasons, content)
+        selected = measurements.select(found) if found else None
+        _write_part(_part_path(out, part), selected, reasons, content, environment)
 
 
 def _remove(path: Path) -> None:
@@ -277,11 +308,11 @@ def _hash(texts: Sequence[str]) -> str:
 
 
 def _hash_content(images: ImageSource) -> str:
-    """Hash of the pixels of all images."""
+    """Hash of the pixels of all images, as `MeasuredImages.content` has them."""
     hashes = []
     for index in range(len(images)):
         try:
-            hashes.append(images.content_hash(index))
+            hashes.append(images.identity(index))
         except UnreadableImageError:
             if images.policy == "raise":
                 raise
@@ -329,8 +360,8 @@ def _part_path(out: Path, part: range) -> Path:
     return out / _PARTS / f"{part.start:09d}.parquet"
 
 
-def _measure_parts(detector: Detector, source: ImageSource, parts: list[range], out: Path) -> int:
-    """Write the measurements of each part to a file of its own, unless it exists; returns the images measured."""
+def _find_missing_parts(source: ImageSource, parts: list[range], out: Path) -> list[range]:
+    """The parts that no earlier run has measured; raises StoreError if the images of the others have changed."""
     missing = []
     for part in parts:
         part_info = _read_part_info(_part_path(out, part))
@@ -338,21 +369,51 @@ def _measure_parts(detector: Detector, source: ImageSource, parts: list[range], 
             _check_content(_hash_content(source.subset(part)), part_info["content"], out)
         else:
             missing.append(part)
-    measured = 0
+    return missing
+
+
+def _measure_parts(
+    detector: Detector, source: ImageSource, missing: list[range], out: Path, group: ProcessGroup, processes: int
+) -> int:
+    """Write the measurements of each missing part to a file of its own; returns the number of images measured."""
+    measured, processes = 0, min(processes, len(missing))
     with task(f"scoring {source.name}", sum(map(len, missing))) as bar:
-        for part in missing:
-            images, path, measurements = source.subset(part), _part_path(out, part), []
-            for batch in detector.load_batches(images):
-                if batch.keys:
-                    measurements.append(detector.measure(batch))
-                    measured += len(batch.keys)
-                bar.advance(len(batch.keys))
-            joined = Measurements.join(measurements) if measurements else None
-            _write_part(path, joined, images.unreadable, _hash_content(images))
-    return measured
+        if processes > 1:
+            with open_worker_scorer(detector) as scorer:
+                jobs = ((scorer, source.subset(part), _part_path(out, part)) for part in missing)
+                with closing(run_in_workers(_measure_part, jobs, processes)) as results:
+                    for number, (count, record) in results:
+                        measured += count
+                        source.add_reading_record(record, missing[number])
+                        bar.advance(len(missing[number]))
+        else:
+            scorer = Scorer(detector)
+            for part in group.split_between_processes(missing):
+                measured += _measure_part(scorer, source.subset(part), _part_path(out, part), bar.advance)[0]
+    records = group.gather_objects((measured, source.reading_record))
+    for process, (_, record) in enumerate(records):
+        if process != group.process_index:
+            source.add_reading_record(record, range(len(source)))
+    return sum(count for count, _ in records)
 
 
-def _write_part(path: Path, measurements: Measurements | None, unreadable: dict[str, str], content: str) -> None:
+def _measure_part(
+    scorer: Scorer, images: ImageSource, path: Path, advance: Callable[[int], object] | None = None
+) -> tuple[int, ReadingRecord]:
+    """Measure and write a part; returns the number of images that could be read, and what was found."""
+    measured = scorer.measure(images, advance)
+    environment = scorer.detector.runtime.describe_environment()
+    _write_part(path, measured.measurements, measured.unreadable, _hash(measured.content), environment)
+    return measured.count, images.reading_record
+
+
+def _write_part(
+    path: Path,
+    measurements: Measurements | None,
+    unreadable: dict[str, str],
+    content: str,
+    environment: dict[str, Any],
+) -> None:
     """Write the measurements of a part, and then what is known about it: a part with both files is complete."""
     with store.atomic_file(path) as temporary:
         if measurements is not None:
@@ -362,6 +423,7 @@ def _write_part(path: Path, measurements: Measurements | None, unreadable: dict[
         "empty": measurements is None,
         "content": content,
         "measurements": hash_file(path),
+        "environment": environment,
     }
     store.write_sealed_json(path.with_suffix(".json"), part_info)
 
@@ -385,45 +447,67 @@ def _read_part_info(path: Path) -> dict[str, Any] | None:
 def _write_tables(
     detector: Detector, source: ImageSource, parts: list[range], out: Path, fdr: float | None
 ) -> dict[str, Any]:
-    """Join the parts to `measurements.parquet` and `scores.csv`; returns the counts for the manifest."""
-    scores: list[Scores] = []
-    unreadable: dict[str, str] = {}
+    """Join the parts to `measurements.parquet` and `scores.csv`, one in memory at a time; returns facts for the
+    manifest.
+    """
+    summary = ScoreSummary(detector.calibration_scores[detector.score_name], detector.alpha)
     contents: list[str] = []
+    environments: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        writer = None
-        for part in parts:
-            path, keys = _part_path(out, part), source.keys[part.start : part.stop]
-            part_info = store.read_sealed_json(path.with_suffix(".json"))
-            unreadable |= part_info["unreadable"]
+        measurement_writer = None
+        # to select images at a false discovery rate, the p-values of all of them must be known
+        writer = stack.enter_context(open_csv_writer(out / "scores.csv")) if fdr is None else None
+        for part, scores, part_info in _read_parts(detector, source, parts, out):
             contents.append(part_info["content"])
-            part_scores = Scores.empty(detector.calibration_scores)
-            if not part_info["empty"]:
-                measurements = Measurements.read_parquet(path)
-                part_scores = detector.score_measurements(measurements)
-                part_scores.measurements = None  # one part in memory at a time
-                table = measurements.to_table()
-                if writer is None:  # no file where no image could be read
+            if part_info["environment"] not in environments:
+                environments.append(part_info["environment"])
+            unreadable = part_info["unreadable"]
+            indices = [i for i in part if source.keys[i] not in unreadable] if source.policy == "skip" else None
+            summary.add(scores, part.start, reasons=unreadable, indices=indices)
+            if scores.measurements is not None:
+                table = scores.measurements.to_table()
+                if measurement_writer is None:  # no file where no image could be read
                     temporary = stack.enter_context(store.atomic_file(out / _MEASUREMENTS))
                     file = stack.enter_context(temporary.open("wb"))  # pyarrow opens only paths in UTF-8
-                    writer = stack.enter_context(pq.ParquetWriter(file, table.schema, compression="zstd"))
-                writer.write_table(table)
-            scores.append(part_scores if source.policy == "skip" else part_scores.reindex(keys))
-    joined = Scores.join(scores)
-    has_been_read = [status != "unreadable" for status in joined.status]
-    warn_about_scores(joined.score[has_been_read], source.name)
-    frame = joined.to_frame()
+                    measurement_writer = stack.enter_context(pq.ParquetWriter(file, table.schema, compression="zstd"))
+                measurement_writer.write_table(table)
+            if writer is not None:
+                writer.write(scores.to_frame())
     if fdr is not None:
-        frame.insert(4, "selected", benjamini_hochberg(joined.p_value, fdr))
-    write_csv(frame, out / "scores.csv")
+        largest = summary.benjamini_hochberg(fdr)
+        with open_csv_writer(out / "scores.csv") as writer:
+            for _, scores, _ in _read_parts(detector, source, parts, out):
+                frame = scores.to_frame()
+                frame.insert(4, "selected", scores.p_value <= largest)
+                writer.write(frame)
+    summary.warn(source.name)
+    if len(environments) > 1:
+        message = "parts were measured with other library versions or processors; scores differ by rounding"
+        warnings.warn(f"{source.name}: {message} (manifest.json lists them)", MisleadingResultWarning, stacklevel=2)
     written = [name for name in ("scores.csv", _MEASUREMENTS) if (out / name).is_file()]
     return {
         "content": _hash(contents),
         "files": {name: hash_file(out / name) for name in written},
         "about": describe_detector(detector),
-        "counts": dict(sorted(Counter(joined.status).items())),
-        "flagged": int(joined.is_ood.sum()),
-        "unreadable": unreadable,
+        "counts": summary.counts,
+        "flagged": summary.flagged,
+        "unreadable": summary.unreadable,
         "left_out": source.left_out,
         "further_frames": sum(source.further_frames.values()),
-        "versions": store.versions(),
+        "environments": environments,
     }
+
+
+def _read_parts(
+    detector: Detector, source: ImageSource, parts: list[range], out: Path
+) -> Iterator[tuple[range, Scores, dict[str, Any]]]:
+    """Yield each part with its scores, a row per image unless unreadable ones are skipped, and what is known of it."""
+    for part in parts:
+        path = _part_path(out, part)
+        part_info = store.read_sealed_json(path.with_suffix(".json"))
+        scores = Scores.empty(detector.calibration_scores)
+        if not part_info["empty"]:
+            scores = detector.score_measurements(Measurements.read_parquet(path))
+        if source.policy != "skip":
+            scores = scores.reindex(source.keys[part.start : part.stop])
+        yield part, scores, part_info

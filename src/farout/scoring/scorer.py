@@ -37,7 +37,6 @@ class MeasuredImages:
         measurements: of the readable images, in their order; None if there are none.
         unreadable: the reason by key of each unreadable image.
         content: content hash of each image, with the variant applied; "unreadable" if it cannot be read.
-        images: number of readable images.
     """
 
     measurements: Measurements | None
@@ -45,7 +44,7 @@ class MeasuredImages:
     content: tuple[str, ...]
 
     @property
-    def images(self) -> int:
+    def count(self) -> int:
         """Number of images that were measured."""
         return 0 if self.measurements is None else len(self.measurements)
 
@@ -63,6 +62,8 @@ class Scorer:
         detector: a fitted detector or its folder.
         reading: limits for encoded images and files, and the value range of images with more than 8 bits; None: that of
             the fitted images. `frames` must be `first`.
+        fingerprint: that of the detector which the folder must contain; None: any. A scorer that was pickled after it
+            was used requires the same detector.
         **runtime: replaces device, precision, batch_size, workers or cache of the fit, see `Runtime`; only with a
             folder.
 
@@ -76,13 +77,18 @@ class Scorer:
     """
 
     def __init__(
-        self, detector: Detector | str | Path, *, reading: ReadSettings = DEFAULT_READING, **runtime: Any
+        self,
+        detector: Detector | str | Path,
+        *,
+        reading: ReadSettings = DEFAULT_READING,
+        fingerprint: str | None = None,
+        **runtime: Any,
     ) -> None:
         if reading.frames != "first":
             raise FaroutError("a scorer gives one score per image; frames must be 'first'")
         self.reading, self._runtime = reading, runtime
         self._loaded: _LoadedDetector | None = None
-        self._fingerprint: str | None = None
+        self._fingerprint = fingerprint
         if isinstance(detector, Detector):
             check_fitted(detector)
             if runtime:
@@ -105,8 +111,8 @@ class Scorer:
             self._loaded = _load_once(self.folder, version, tuple(sorted(self._runtime.items())))
             if self._fingerprint not in (None, self._loaded.detector.fingerprint):
                 raise StoreError(
-                    f"{self.folder} is another detector than when this scorer was sent here; give each detector a "
-                    "folder of its own"
+                    f"{self.folder} contains another detector than the one that was given; it was fitted or changed "
+                    "meanwhile"
                 )
         return self._loaded
 

@@ -8,13 +8,13 @@ import torch
 
 from farout.cli import main
 from farout.core.chunking import BatchSize
-from farout.core.errors import FaroutError
+from farout.core.errors import FaroutError, StoreError
 from farout.data.batching import iterate_batches
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
 from farout.detectors.mahalanobis import Mahalanobis
-from farout.features.cache import list_cached_features
+from farout.features.cache_folder import list_cached_features
 from farout.features.extraction import CachedFeatures, extract_features
 from farout.features.extractor import FeatureExtractor
 from image_files import pixels
@@ -113,8 +113,20 @@ def test_the_command_line_lists_and_clears(
     printed = capsys.readouterr().out
     (kind,) = [kind for kind in list_cached_features() if kind.images]
     name = kind.folder.name
-    for text in (name, "test_resnet 1 2", "random", "32", "direct", "fp32 cpu", " 6 "):
+    for text in (name, "test_resnet 1 2", "random", "32", "direct", "fp32 cpu", " 6 ", "limit 20.0 GiB", "last use"):
         assert text in printed, text
+    assert f"{kind.last_used:%Y-%m-%d %H:%M}" in " ".join(printed.split())
+    old = kind.folder.with_name("0123456789abcdef")
+    old.mkdir()
+    (old / "rows.npy").write_bytes(b"rows of an older version")
+    assert main(["features", "list"]) == 0
+    printed = capsys.readouterr().out
+    assert "not read any more: 0123456789abcdef" in printed
+    assert main(["features", "clear", "--unused-days", "1"]) == 0
+    assert "0 images" in capsys.readouterr().out
+    assert main(["features", "clear", old.name]) == 0
+    assert not old.exists()
+    capsys.readouterr()
     settings = json.loads((kind.folder / "settings.json").read_text())
     assert settings["about"]["weights"] == "random (seed 0)"
     assert main(["features", "clear", "nonsense"]) == 1
@@ -135,6 +147,15 @@ def test_an_extraction_that_could_not_be_kept_is_not_begun(
     error = capsys.readouterr().err
     assert "FAROUT_CACHE" in error
     assert error.count("\n") == 1
+
+
+def test_an_extraction_larger_than_the_limit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last images would push out its first ones."""
+    monkeypatch.setenv("FAROUT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FAROUT_CACHE_LIMIT", "1kB")
+    folder = pictures(tmp_path / "good", 3)
+    with pytest.raises(StoreError, match=r"features of 3 images take .* limit of the cache is 1000 bytes"):
+        extract_features(folder, backbone="test_resnet", weights="random", size=32)
 
 
 def test_wrong_settings_of_an_extraction_are_named() -> None:

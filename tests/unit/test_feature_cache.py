@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -15,7 +16,11 @@ from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 from farout.data.sources import open_source
 from farout.features import cache as module
-from farout.features.cache import FeatureCache, cache_folder, clear_cache, list_cached_features
+from farout.features import cache_folder as folder_module
+from farout.features import feature_files as files_module
+from farout.features import feature_store as store_module
+from farout.features.cache import FeatureCache
+from farout.features.cache_folder import cache_folder, clear_cache, list_cached_features
 from image_files import pixels, write_folder, write_parquet
 
 pytestmark = pytest.mark.numerics
@@ -56,6 +61,12 @@ def computed(source: ImageSource, root: Path, **more: object) -> int:
     return compute.images
 
 
+def start_again() -> None:
+    """Forget what this process knows of the cache, as a new process would."""
+    store_module._flush_stores()
+    store_module._stores.clear()
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> ImageSource:
     """Twenty gray pictures with labels."""
@@ -65,7 +76,7 @@ def source(tmp_path: Path) -> ImageSource:
 @pytest.fixture
 def warned(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     """What was logged as a warning; each is logged once a process."""
-    module._warn_once.cache_clear()
+    folder_module.warn_once.cache_clear()
     caplog.set_level(logging.WARNING)
     return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
@@ -223,11 +234,12 @@ def test_a_reader_that_leaves_early_keeps_what_was_computed(source: ImageSource,
 
 def test_long_runs_write_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: ImageSource) -> None:
     """A killed process loses at most one block."""
-    monkeypatch.setattr(module, "_ROWS_PER_FILE", 8)
+    monkeypatch.setattr(store_module, "_ROWS_PER_WRITE", 8)
     cache = FeatureCache(WIDTH, {"kind": "test"}, tmp_path)
     made = cache.batches(source, PLAIN, 8, 0, Counting(), 4)
     next(made)
     next(made)
+    start_again()
     assert computed(source, tmp_path) == 4
     made.close()  # type: ignore[attr-defined]
 
@@ -241,57 +253,82 @@ def _half_header(path: Path) -> None:
 
 
 def _foreign(path: Path) -> None:
-    np.save(path, np.zeros((20, 4)))
+    table = pa.table({"image": ["a"] * 20, "features": [[0.0] * WIDTH] * 20})
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
 
 
 def _wider(path: Path) -> None:
-    np.save(path, np.zeros(20, dtype=[("image", "S32"), ("features", "<f4", (WIDTH + 1,))]))
+    hashes = [bytes([number]) * 16 for number in range(20)]
+    files_module.write_feature_file(path, hashes, np.zeros((20, WIDTH + 1), dtype=np.float32))
 
 
-def _objects(path: Path) -> None:
-    np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+def _no_table(path: Path) -> None:
+    np.save(path.with_suffix(".npy"), np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    path.with_suffix(".npy").replace(path)
 
 
 def _empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [_truncate, _half_header, _foreign, _wider, _objects, _empty])
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [_truncate, _half_header, _foreign, _wider, _no_table, _empty, _folder])
 def test_damaged_files_are_passed_over(
     damage: Callable[[Path], None], source: ImageSource, tmp_path: Path, warned: Callable[[], str]
 ) -> None:
     first, cache = read(source, tmp_path)
-    file = next(cache.folder.glob("*.npy"))
+    file = next(cache.folder.glob("*.arrow"))
     damage(file)
+    start_again()
     made, _ = read(source, tmp_path)
     assert torch.equal(features(made), features(first))
     assert file.name in warned()
     assert "ignored" in warned()
     assert computed(source, tmp_path) == 0, "recomputed and kept"
-    assert [kind.images for kind in list_cached_features(tmp_path)] in ([20], [21], [40]), "the rest is still listed"
+    assert warned().count("ignored") == 1
+    assert [kind.images for kind in list_cached_features(tmp_path)] in ([20], [40]), "the rest is still listed"
 
 
-@pytest.mark.parametrize("position", [-1, -5, -300])
-def test_a_flipped_bit_of_a_row_is_computed_again(
-    position: int, source: ImageSource, tmp_path: Path, warned: Callable[[], str]
+@pytest.mark.parametrize("damage", [_half_header, _empty])
+def test_files_that_change_under_a_running_process_are_computed_again(
+    damage: Callable[[Path], None], source: ImageSource, tmp_path: Path, warned: Callable[[], str]
 ) -> None:
-    """It would become part of scores."""
     first, cache = read(source, tmp_path)
-    file = next(cache.folder.glob("*.npy"))
-    data = bytearray(file.read_bytes())
-    data[position] ^= 1
-    file.write_bytes(bytes(data))
-    made, _ = read(source, tmp_path)
-    assert torch.equal(features(made), features(first))
+    damage(next(cache.folder.glob("*.arrow")))
+    assert torch.equal(features(read(source, tmp_path)[0]), features(first))
     assert "damaged and computed again" in warned()
 
 
-def test_files_are_mapped_and_not_read_whole(source: ImageSource, tmp_path: Path) -> None:
-    """A million images' features are larger than the memory of a laptop."""
-    read(source, tmp_path)
-    _, cache = read(source, tmp_path)
-    assert cache._index
-    assert all(type(rows) is np.memmap for rows, _ in cache._index.values())
+@pytest.mark.parametrize("is_loaded", [True, False])
+@pytest.mark.parametrize("column", ["image", "features", "check"])
+def test_a_flipped_bit_of_a_row_is_computed_again(
+    column: str, is_loaded: bool, source: ImageSource, tmp_path: Path, warned: Callable[[], str]
+) -> None:
+    """It would become part of scores."""
+    first, cache = read(source, tmp_path)
+    file = next(cache.folder.glob("*.arrow"))
+    data = file.read_bytes()
+    whole = pa.py_buffer(data)
+    batch = pa.ipc.open_file(whole).get_batch(0)
+    content = batch.column(column).buffers()[-1]
+    changed = bytearray(data)
+    changed[content.address - whole.address + 17] ^= 4
+    file.write_bytes(changed)
+    if not is_loaded:
+        start_again()
+    made, _ = read(source, tmp_path)
+    assert torch.equal(features(made), features(first))
+    start_again()
+    assert computed(source, tmp_path) <= 1
+    assert ("damaged and computed again" in warned()) == (column != "image"), "that is another image"
+    start_again()
+    assert computed(source, tmp_path) == 0
+    assert torch.equal(features(read(source, tmp_path)[0]), features(first))
 
 
 def test_two_writers_at_once_do_no_harm(source: ImageSource, tmp_path: Path) -> None:
@@ -369,11 +406,24 @@ def test_a_disk_that_fills_up_costs_time_only(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.np, "save", full)
+    monkeypatch.setattr(files_module.pa.ipc, "new_file", full)
     made, cache = read(source, tmp_path)
     assert len(features(made)) == 20
     assert "No space left" in warned()
-    assert not list(cache.folder.glob("*.npy*")), "nothing half-written is left"
+    assert [path.name for path in cache.folder.iterdir()] == ["settings.json"], "nothing half-written is left"
+
+
+def test_a_full_cache_costs_time_only(
+    source: ImageSource, tmp_path: Path, warned: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAROUT_CACHE_LIMIT", "100b")
+    made, cache = read(source, tmp_path)
+    assert len(features(made)) == 20
+    assert "reached its limit of 100 bytes" in cache.failure
+    assert "FAROUT_CACHE_LIMIT" in warned()
+    monkeypatch.setenv("FAROUT_CACHE_LIMIT", "plenty")
+    with pytest.raises(StoreError, match="FAROUT_CACHE_LIMIT is 'plenty'"):
+        read(source, tmp_path)
 
 
 def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

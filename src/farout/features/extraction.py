@@ -137,7 +137,7 @@ def extract_features(
 
     Raises:
         FaroutError: for incompatible settings, sources or weights.
-        StoreError: if the cache cannot be written.
+        StoreError: if the cache cannot be written, or its size limit is too small for these features.
     """
     runtime = Runtime(device, precision, batch_size, workers).resolve_auto()
     if native is not None and (len(native) != 2 or min(native) < 1):
@@ -149,12 +149,16 @@ def extract_features(
         preprocessing = replace(preprocessing, native=(native[0], native[1]))
     reader = CachedFeatures(extractor, preprocessing, batch_size, runtime.precision)  # type: ignore[arg-type]  # resolved
     reader.cache.create_folder()
+    reader.cache.check_limit(len(images))
     started, count = time.perf_counter(), 0
     with progress.task(f"features of {images.name}", len(images)) as bar:
         for batch in reader.batches(images, runtime.images_per_batch((1,)), workers):
             count += len(batch.keys)
             bar.advance(len(batch.keys))
             if reader.cache.failure:
-                raise StoreError(f"{reader.cache.failure}; set FAROUT_CACHE to another folder")
+                break
+    reader.cache.flush()
+    if reader.cache.failure:
+        raise StoreError(reader.cache.failure)
     found, seconds = reader.cache.hits, time.perf_counter() - started
     return Extraction(images.name, reader.cache.folder, count - found, found, images.unreadable, seconds)

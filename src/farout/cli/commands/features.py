@@ -7,7 +7,14 @@ from typing import Any
 
 from farout.cli.tables import new_table, print_table
 from farout.cli.terminal import print_text
-from farout.features.cache import CachedFeatureSet, cache_folder, clear_cache, list_cached_features
+from farout.features.cache_folder import (
+    CachedFeatureSet,
+    cache_folder,
+    cache_limit,
+    clear_cache,
+    format_size,
+    list_cached_features,
+)
 from farout.features.extraction import Extraction
 
 __all__ = [
@@ -24,13 +31,14 @@ def list_features() -> list[CachedFeatureSet]:
     return list_cached_features()
 
 
-def clear_features(name: str | None = None) -> list[CachedFeatureSet]:
+def clear_features(name: str | None = None, *, unused_days: float | None = None) -> list[CachedFeatureSet]:
     """Delete stored features.
 
     Args:
         name: folder to delete, as `farout features list` shows it; default: all.
+        unused_days: delete only files that were not used for this number of days.
     """
-    return clear_cache(name)
+    return clear_cache(name, unused_days=unused_days)
 
 
 def print_extraction(extraction: Extraction) -> None:
@@ -56,10 +64,21 @@ def print_stored_features(sets: list[CachedFeatureSet]) -> None:
         table.add_column(title, overflow="fold")
     for title in ("images", "MiB"):
         table.add_column(title, no_wrap=True, justify="right")
+    table.add_column("last use", no_wrap=True)
     for each in sets:
-        table.add_row(each.folder.name, *_describe_settings(each.settings), str(each.images), f"{each.mib:.1f}")
+        images = str(each.images) if each.is_readable else "not read"
+        last_used = f"{each.last_used:%Y-%m-%d %H:%M}" if each.last_used else "-"
+        table.add_row(each.folder.name, *_describe_settings(each.settings), images, f"{each.mib:.1f}", last_used)
     print_table(table)
-    print_text(f"{sum(each.mib for each in sets):.1f} MiB in {folder}")
+    limit = cache_limit()
+    size = format_size(sum(each.mib for each in sets) * 2**20)
+    print_text(f"{size} in {folder}; limit {format_size(limit) if limit else 'none'} (FAROUT_CACHE_LIMIT)")
+    old = [each.folder.name for each in sets if not each.is_readable]
+    if old:
+        print_text(
+            f"stored by another version of farout and not read any more: {', '.join(old)};"
+            " they are deleted when room is needed, or by `farout features clear NAME`"
+        )
 
 
 def _describe_settings(settings: dict[str, Any]) -> list[str]:
@@ -74,6 +93,6 @@ def _describe_settings(settings: dict[str, Any]) -> list[str]:
 
 
 def print_deleted_features(sets: list[CachedFeatureSet]) -> None:
-    """Prints the number and size of the deleted folders."""
+    """Prints the number and size of the deleted features."""
     images, mib = sum(each.images for each in sets), sum(each.mib for each in sets)
-    print_text(f"deleted {len(sets)} feature folders ({images} images, {mib:.1f} MiB) from {cache_folder()}")
+    print_text(f"deleted features of {len(sets)} kinds ({images} images, {mib:.1f} MiB) from {cache_folder()}")

@@ -1,0 +1,280 @@
+"""Cached features of one kind: look-up by content hash in all files of a folder, and writing.
+
+A process has one `FeatureStore` per kind of features, so that the index of a large cache is loaded once. Rows are
+written in files of 256; whenever there are 16 files of a similar size, they are merged into one, up to 64 MiB. A
+million images with 1,000 features each are then in about 100 files.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from farout.core import store
+from farout.core.errors import StoreError
+from farout.features.cache_folder import (
+    SETTINGS_FILE,
+    CacheFullError,
+    cache_limit,
+    lock_cache,
+    make_room,
+    warn_once,
+)
+from farout.features.feature_files import SUFFIX, Array, FeatureFile, row_bytes, write_feature_file
+
+__all__ = ["FeatureStore", "open_store"]
+
+logger = logging.getLogger(__name__)
+
+_ROWS_PER_WRITE = 256
+_MAX_SMALL_WRITES = 8
+"""A process writes fewer rows than 256 at once this number of times; after that, they wait for others."""
+_FILES_PER_MERGE = 16
+_LARGEST_FILE = 64 * 2**20
+_TOUCH_SECONDS = 60
+_MAX_OPEN_STORES = 8
+
+
+class FeatureStore:
+    """The stored rows of one kind of features; threads may share it.
+
+    Args:
+        folder: the folder of this kind of features in the cache.
+        width: number of features per image.
+        settings: content of `settings.json`.
+    """
+
+    def __init__(self, folder: Path, width: int, settings: Mapping[str, Any]) -> None:
+        self.folder, self._width, self._settings = folder, width, settings
+        self._files: dict[str, FeatureFile] = {}  # by name; replaced and never changed, so that readers need no lock
+        self._damaged: set[str] = set()
+        self._used_at: dict[str, float] = {}
+        self._unwritten: dict[bytes, Array] = {}
+        self._small_writes = 0
+        self._room = 0  # bytes that may be written before the size of the cache is measured again
+        self._lock = threading.RLock()
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Loads the index of files that other processes wrote, and forgets deleted ones."""
+        self._load_new_files()
+        with suppress(OSError):  # a folder that cannot be written is read as it is
+            self._merge_files()
+
+    def _load_new_files(self) -> None:
+        try:
+            names = {name for name in os.listdir(self.folder) if name.endswith(SUFFIX) and not name.startswith(".")}
+        except (FileNotFoundError, NotADirectoryError):
+            names = set()
+        except OSError as error:
+            warn_once(f"the cache {self.folder} cannot be read ({error.strerror or error})")
+            return
+        with self._lock:
+            files = {name: file for name, file in self._files.items() if name in names}
+            for name in sorted(names - files.keys() - self._damaged):
+                try:
+                    files[name] = FeatureFile(self.folder / name, self._width)
+                except FileNotFoundError:
+                    continue  # merged or deleted by another process
+                except (OSError, StoreError) as error:
+                    self._damaged.add(name)
+                    path = self.folder / name
+                    warn_once(f"the cached features in {path} are ignored, the file may be deleted: {error}")
+            self._files = dict(sorted(files.items()))  # names start with the time: what was computed first is used
+
+    def read(self, image_hashes: Sequence[bytes]) -> dict[bytes, Array]:
+        """The features (width,) of those images that are stored, by content hash (16 bytes); damaged rows are not."""
+        found: dict[bytes, Array] = {}
+        for image_hash in image_hashes:
+            row = self._unwritten.get(image_hash)
+            if row is not None:
+                found[image_hash] = row
+        for _ in range(3):
+            if self._read_files([image_hash for image_hash in image_hashes if image_hash not in found], found):
+                break
+            self._load_new_files()  # a file was deleted, and its rows may be in a merged one
+        return found
+
+    def _read_files(self, image_hashes: Sequence[bytes], found: dict[bytes, Array]) -> bool:
+        """Adds the features of these images to `found`; returns False if a file was deleted meanwhile."""
+        missing, damaged, is_complete = list(dict.fromkeys(image_hashes)), set[bytes](), True
+        for name, file in self._files.items():
+            if not missing:
+                break
+            try:
+                rows, damaged_rows = file.read(missing)
+            except FileNotFoundError:
+                is_complete = False
+                continue
+            except OSError as error:
+                warn_once(f"the cached features in {file.path} are not used: {error.strerror or error}")
+                continue
+            if rows:
+                found |= rows
+                missing = [image_hash for image_hash in missing if image_hash not in rows]
+                self._record_use(name, file)
+            damaged |= damaged_rows
+        if damaged - found.keys():
+            warn_once(f"a row of the cached features in {self.folder} is damaged and computed again")
+        return is_complete
+
+    def _record_use(self, name: str, file: FeatureFile) -> None:
+        now = time.time()
+        if now - self._used_at.get(name, 0.0) > _TOUCH_SECONDS:
+            self._used_at[name] = now
+            with suppress(OSError):  # another user's file, or deleted
+                os.utime(file.path)
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def create_folder(self) -> None:
+        """Creates the folder with its settings; raises OSError if it cannot be written."""
+        if not (self.folder / SETTINGS_FILE).is_file():
+            store.write_json(self.folder / SETTINGS_FILE, self._settings)
+
+    def add(self, rows: Mapping[bytes, Array]) -> None:
+        """Adds rows, which can be read at once, and are written when there are 256 of them.
+
+        Raises OSError or CacheFullError as `flush` does.
+        """
+        with self._lock:
+            self._unwritten |= rows
+            if len(self._unwritten) >= _ROWS_PER_WRITE:
+                self.flush()
+
+    def flush(self, *, may_wait: bool = False) -> None:
+        """Writes the rows that are not on disk yet; they are lost if that is impossible.
+
+        Args:
+            may_wait: a service that is asked for few images at a time would write a file for each request; its rows
+                wait for others, or for the end of the process.
+
+        Raises:
+            OSError: the folder cannot be written.
+            CacheFullError: the cache has reached its size limit, and all its files are in use.
+        """
+        with self._lock:
+            if not self._unwritten:
+                return
+            if len(self._unwritten) < _ROWS_PER_WRITE:
+                if may_wait and self._small_writes >= _MAX_SMALL_WRITES:
+                    return
+                self._small_writes += 1
+            try:
+                self._write(list(self._unwritten), np.stack(list(self._unwritten.values())))
+            finally:
+                self._unwritten = {}
+            self._merge_files()
+
+    def _write(self, image_hashes: Sequence[bytes], features: Array) -> None:
+        size = row_bytes(self._width) * len(image_hashes) + 2048  # the schema
+        path = self.folder / f"{time.time_ns():016x}-{uuid.uuid4().hex[:12]}{SUFFIX}"
+        for attempt in range(2):
+            try:
+                self.create_folder()
+                if self._room < size:
+                    self._room = make_room(self.folder.parents[1], size, cache_limit())
+                write_feature_file(path, image_hashes, features)
+                break
+            except OSError as error:
+                if error.errno != errno.ENOENT or attempt:  # another process removed the folder
+                    raise
+        self._room -= size
+        self._files = {**self._files, path.name: FeatureFile(path, self._width)}
+
+    def _merge_files(self) -> None:
+        """Merges files of similar sizes; does nothing if another process does it now."""
+        if not self._choose_files():
+            return
+        with self._lock, lock_cache(self.folder.parents[1]) as is_locked:
+            if not is_locked:
+                return
+            self._load_new_files()
+            while files := self._choose_files():
+                try:
+                    self._merge(files)
+                except FileNotFoundError:  # a process without locks merged them, or they were deleted
+                    self._load_new_files()
+                    return
+                if any(file.path.name in self._files for file in files):  # Windows does not delete open files
+                    return
+
+    def _choose_files(self) -> list[FeatureFile]:
+        """Files to merge: 16 or more with up to 7 rows, 8 to 127, 128 to 2047 and so on, or enough for a large file."""
+        limit = cache_limit()
+        largest_size = _LARGEST_FILE if limit is None else min(_LARGEST_FILE, limit // 16)  # whole files are deleted
+        largest = max(_ROWS_PER_WRITE, largest_size // row_bytes(self._width))
+        groups: dict[int, list[FeatureFile]] = {}
+        for file in self._files.values():
+            if file.rows < largest // 2:
+                groups.setdefault(file.rows.bit_length() // 4, []).append(file)
+        for _, group in sorted(groups.items()):
+            if len(group) >= _FILES_PER_MERGE or (len(group) > 1 and sum(file.rows for file in group) >= largest):
+                chosen: list[FeatureFile] = []
+                for file in group:
+                    if sum(each.rows for each in chosen) < largest:
+                        chosen.append(file)
+                return chosen
+        return []
+
+    def _merge(self, files: Sequence[FeatureFile]) -> None:
+        """Writes the intact rows of these files that no other file has to one file, and deletes these files."""
+        names = {file.path.name for file in files}
+        others = [file for name, file in self._files.items() if name not in names]
+        rows: dict[bytes, Array] = {}
+        for file in files:
+            image_hashes = [image_hash for image_hash in file.hashes() if image_hash not in rows]
+            stored = {image_hash for other in others for image_hash, _, _ in other.find(image_hashes)}
+            rows |= file.read([image_hash for image_hash in image_hashes if image_hash not in stored])[0]
+        merged = {}
+        if rows:
+            first = files[0].path.name.partition("-")[0]  # the time, by which files are ordered
+            path = self.folder / f"{first}-{uuid.uuid4().hex[:12]}{SUFFIX}"
+            last_used = max(file.path.stat().st_mtime for file in files)
+            write_feature_file(path, list(rows), np.stack(list(rows.values())), last_used)
+            merged = {path.name: FeatureFile(path, self._width)}
+        for file in files:
+            with suppress(OSError):
+                file.path.unlink()
+        kept = {name: file for name, file in self._files.items() if file.path.exists()}
+        self._files = dict(sorted({**kept, **merged}.items()))
+
+
+_stores: dict[Path, FeatureStore] = {}
+_stores_lock = threading.Lock()
+
+
+def open_store(folder: Path, width: int, settings: Mapping[str, Any]) -> FeatureStore:
+    """The store of this process for a kind of features; the last eight that were opened stay in memory."""
+    with _stores_lock:
+        opened = _stores.pop(folder, None) or FeatureStore(folder, width, settings)
+        _stores[folder] = opened
+        oldest = _stores.pop(next(iter(_stores))) if len(_stores) > _MAX_OPEN_STORES else None
+    if oldest is not None:
+        _flush_last(oldest)
+    return opened
+
+
+def _flush_last(opened: FeatureStore) -> None:
+    try:
+        opened.flush()
+    except (OSError, CacheFullError) as error:
+        warn_once(f"features are computed without being stored: {error}")
+
+
+@atexit.register
+def _flush_stores() -> None:
+    for opened in list(_stores.values()):
+        _flush_last(opened)

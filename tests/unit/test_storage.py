@@ -125,7 +125,7 @@ def test_ranges_are_read_with_few_requests(bucket: str, monkeypatch: pytest.Monk
         return data
 
     monkeypatch.setattr(RemotePath, "read_range", count)
-    with path.open(buffer=1000) as file:
+    with path.open(buffering=1000) as file:
         file.seek(-10, os.SEEK_END)
         assert file.read() == content[-10:]
         file.seek(50_000)

@@ -335,7 +335,9 @@ def _absolute_source(value: Any) -> Any:
         spec = parse_source(value) if isinstance(value, str) else None
     except FaroutError:  # another text
         return value
-    return spec.canonical if spec and spec.kind == "path" and os.path.exists(find_path(spec.location)) else value
+    if spec is None or spec.kind not in ("path", "url"):
+        return value
+    return spec.canonical if spec.kind == "url" or os.path.exists(find_path(spec.location)) else value
 
 
 def _describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -6,19 +6,30 @@ import errno
 import hashlib
 import os
 import stat
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
+from typing import TypeVar
+
+from farout.core.remote_files import FilePath, RemotePath
 
 __all__ = [
+    "file_size",
     "flush_file",
     "flush_folder",
     "has_content",
     "hash_file",
+    "map_files",
+    "open_at",
     "open_regular_file",
     "read_file",
 ]
 
+T = TypeVar("T")
+
+_REMOTE_THREADS = 16
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -69,8 +80,30 @@ def has_content(path: str | Path) -> bool:
         return False
 
 
-def read_file(path: str | Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes; raises OSError for any other."""
+def map_files(function: Callable[[FilePath], T], paths: Sequence[FilePath]) -> list[T]:
+    """Return the results of a function that opens each file; remote files are opened by several threads."""
+    if not any(isinstance(path, RemotePath) for path in paths) or len(paths) == 1:
+        return [function(path) for path in paths]
+    with ThreadPoolExecutor(_REMOTE_THREADS, thread_name_prefix="farout-files") as pool:
+        return list(pool.map(function, paths))
+
+
+def open_at(path: FilePath, position: int, length: int) -> BufferedReader:
+    """Open a file at a position from which about `length` bytes are read: of a remote file, in one request."""
+    file = path.open("rb", max(1, length)) if isinstance(path, RemotePath) else path.open("rb")
+    file.seek(position)
+    return file
+
+
+def file_size(path: FilePath) -> int:
+    """The number of bytes of a file; raises OSError."""
+    return path.size if isinstance(path, RemotePath) else path.stat().st_size
+
+
+def read_file(path: str | FilePath, limit: int) -> bytes:
+    """The content of a regular or remote file of at most `limit` bytes; raises OSError for any other."""
+    if isinstance(path, RemotePath):
+        return path.read(limit)
     with open_regular_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(limit + 1) if size <= limit else b""

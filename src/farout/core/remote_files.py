@@ -171,44 +171,45 @@ class RemotePath:
             self._size = int(size)
         return self._size
 
-    @property
-    def is_listed(self) -> bool:
-        """Whether the path comes from a listing, so that it is known to be a file."""
-        return self._size is not None
+    def find_kind(self) -> str | None:
+        """Return `file`, `directory` for a prefix, or None if there is nothing; raises OSError if that is unknown."""
 
-    def exists(self) -> bool:
-        """Whether there is a file of this name, or any file below it. Raises OSError if the store cannot be asked."""
-
-        def ask(system: Any, path: str) -> bool:
+        def ask(system: Any, path: str) -> str | None:
             try:
-                system.info(path)
+                entry = system.info(path)
             except FileNotFoundError:
-                return False
-            return True
+                return None
+            return str(entry["type"])
 
         return self._call(ask)
 
-    def list_files(self, *, recursive: bool = True) -> dict[str, int]:
-        """Return the sizes of the files below this prefix, by their path relative to it, sorted.
+    def exists(self) -> bool:
+        """Whether there is a file of this name, or any file below it. Raises OSError if the store cannot be asked."""
+        return self.find_kind() is not None
 
-        Args:
-            recursive: in all folders below; otherwise only the files directly below.
+    def list_files(self) -> dict[str, int]:
+        """Return the sizes of all files below this prefix, by their path relative to it, sorted.
 
-        Raises:
-            OSError: the listing failed; never a part of it.
+        Raises OSError if the listing failed; never returns a part of it.
         """
+        return {name: size for name, size in self._list(recursive=True).items() if size is not None}
 
-        def find(system: Any, path: str) -> dict[str, int]:
+    def list_entries(self) -> dict[str, int | None]:
+        """Return what is directly in this prefix, by name: the sizes of files, and None for folders; raises OSError."""
+        return self._list(recursive=False)
+
+    def _list(self, *, recursive: bool) -> dict[str, int | None]:
+        def find(system: Any, path: str) -> dict[str, int | None]:
             try:
                 entries = system.find(path, detail=True).values() if recursive else system.ls(path, detail=True)
             except FileNotFoundError:
                 return {}
             start = path.rstrip("/") + "/"
-            sizes = {
-                entry["name"][len(start) :]: int(entry["size"] or 0)
-                for entry in entries
-                if entry["type"] == "file" and entry["name"].startswith(start) and not entry["name"].endswith("/")
-            }
+            sizes: dict[str, int | None] = {}
+            for entry in entries:
+                name, is_folder = entry["name"][len(start) :], entry["type"] != "file" or entry["name"].endswith("/")
+                if entry["name"].startswith(start) and name.rstrip("/"):  # some list the prefix itself
+                    sizes[name.rstrip("/") if is_folder else name] = None if is_folder else int(entry["size"] or 0)
             return dict(sorted(sizes.items()))
 
         return self._call(find)
@@ -235,20 +236,25 @@ class RemotePath:
             raise OSError(errno.EIO, f"{len(content)} of {length} bytes were received; the file was changed", self.url)
         return content
 
-    def open(self, buffer: int = 2**22) -> io.BufferedReader:
-        """Open the file for reading in ranges.
+    def open(self, mode: str = "rb", buffering: int = 2**22) -> io.BufferedReader:
+        """Open the file for reading in ranges, as `Path.open("rb")`.
 
         Args:
-            buffer: the least number of bytes that a request fetches.
+            mode: `rb`.
+            buffering: the least number of bytes that a request fetches.
         """
-        return io.BufferedReader(_RangeReader(self), buffer)
+        assert mode == "rb", "files are written whole, by `write`"
+        return io.BufferedReader(self.open_unbuffered(), buffering)
+
+    def open_unbuffered(self) -> io.RawIOBase:
+        """Open the file for reading; every read is one request for exactly these bytes."""
+        return _RangeReader(self)
 
     def write(self, data: bytes) -> None:
         """Write the whole file; other processes see the old content or the new one. Raises OSError."""
         if self.is_web:
             raise OSError(errno.EROFS, "a web server takes no files; give a folder or an object store", self.url)
         self._call(lambda system, path: system.pipe_file(path, data))
-        self._size = len(data)
 
     def remove(self) -> None:
         """Remove the file if it exists; raises OSError."""

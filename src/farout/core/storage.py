@@ -93,7 +93,7 @@ def read_bytes(path: str | FilePath, limit: int = _MAX_BYTES) -> bytes:
     """
     path = as_file_path(path)
     with read_errors(str(path)):
-        return path.read(limit) if isinstance(path, RemotePath) else read_file(path, limit)
+        return read_file(path, limit)
 
 
 def write_bytes(path: str | FilePath, data: bytes) -> None:

@@ -31,6 +31,7 @@ from farout.core.file_errors import write_errors
 from farout.core.files import flush_file, flush_folder, hash_file, open_regular_file, read_file
 from farout.core.interruption import defer_interruption
 from farout.core.names import expand_path, is_utf8, printable
+from farout.core.remote_files import FilePath, RemotePath
 
 __all__ = [
     "HASHES_FILE",
@@ -202,15 +203,16 @@ def format_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, allow_nan=False, sort_keys=False) + "\n"
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object from a regular file.
+def read_json(path: str | FilePath) -> dict[str, Any]:
+    """Read a JSON object from a regular or remote file.
 
     Raises:
         StoreError: if the file is missing, cannot be read, or is not one JSON object in UTF-8; also for what Python's
             parser accepts or cannot handle: names that occur twice, NaN and infinite numbers, numbers of thousands of
             digits, deep nesting, and text that is not valid Unicode.
     """
-    return parse_json(path, _read_text(expand_path(path), _MAX_JSON_BYTES))
+    file = path if isinstance(path, RemotePath) else expand_path(path)
+    return parse_json(path, _read_text(file, _MAX_JSON_BYTES))
 
 
 def write_sealed_json(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -241,7 +243,7 @@ def _hash_json(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(format_json(content).encode()).hexdigest()
 
 
-def _read_text(path: str | Path, limit: int) -> str:
+def _read_text(path: FilePath, limit: int) -> str:
     try:
         return read_file(path, limit).decode("utf-8")
     except FileNotFoundError:
@@ -464,10 +466,12 @@ def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
     return content
 
 
-def kind_of(folder: str | Path) -> str | None:
+def kind_of(folder: str | FilePath) -> str | None:
     """The kind of a farout folder according to its `config.json`; None for other folders."""
     try:
-        head = read_json(expand_path(folder) / "config.json").get("farout")
+        head = read_json((folder if isinstance(folder, RemotePath) else expand_path(folder)) / "config.json").get(
+            "farout"
+        )
     except StoreError:  # no farout folder, or one whose kind cannot be read
         return None
     kind = head.get("kind") if isinstance(head, dict) else None

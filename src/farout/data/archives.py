@@ -10,18 +10,19 @@ import os
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from farout.core.errors import SourceError, UnreadableImageError
-from farout.core.names import encode_key
+from farout.core.files import map_files, open_at
+from farout.core.remote_files import FilePath
 from farout.data.columns import LABEL_COLUMNS, find_columns
 from farout.data.file_listing import Listing, encode_labels
 from farout.data.file_names import (
     count_by_suffix,
+    encode_inner_path,
     find_system_folder,
     is_hidden,
     is_image_name,
@@ -68,36 +69,38 @@ def is_archive_name(name: str) -> bool:
     return suffix_of(name) in (".zip", ".tar") or name.lower().endswith(_COMPRESSED_TARS)
 
 
-def list_archive_file(path: Path, reading: ReadSettings) -> Listing:
+def list_archive_file(path: FilePath, reading: ReadSettings) -> Listing:
     """List the images of one archive; the keys are the names of the members. Raises SourceError as `list_archives`."""
     return _list_members([path], [""], reading, {}, str(path))
 
 
-def list_archives(root: Path, names: Collection[str], reading: ReadSettings, left_out: Mapping[str, int]) -> Listing:
+def list_archives(
+    root: FilePath, archives: Mapping[str, FilePath], reading: ReadSettings, left_out: Mapping[str, int]
+) -> Listing:
     """List the images of several archives, such as the shards of a set; the keys begin with the name of the archive.
 
     Args:
         root: folder of the archives.
-        names: their paths relative to it.
+        archives: the archives by their path relative to it.
         reading: limits; `max_bytes` holds for each member.
         left_out: what is next to the archives and was counted.
 
     Raises:
         SourceError: an archive is damaged, truncated, encrypted or compressed as a whole, or there are no images.
     """
-    names = sorted(names)
+    names = sorted(archives)
     where = str(root / names[0]) if len(names) == 1 else f"{root} ({len(names)} archives)"
-    return _list_members([root / name for name in names], [f"{name}/" for name in names], reading, left_out, where)
+    return _list_members([archives[name] for name in names], [f"{name}/" for name in names], reading, left_out, where)
 
 
 def _list_members(
-    paths: Sequence[Path], prefixes: Sequence[str], reading: ReadSettings, left_out: Mapping[str, int], where: str
+    paths: Sequence[FilePath], prefixes: Sequence[str], reading: ReadSettings, left_out: Mapping[str, int], where: str
 ) -> Listing:
     counts = Counter(left_out)
-    rows: list[tuple[str, str, str, Path, _Member, Any]] = []  # key, group, name, archive, member, label
+    rows: list[tuple[str, str, str, FilePath, _Member, Any]] = []  # key, group, name, archive, member, label
     layout: set[str] = set()
-    for path, prefix in zip(paths, prefixes):
-        members = _read_members(path, counts)
+    for path, prefix, listed_members in zip(paths, prefixes, map_files(_list_archive, paths)):
+        members = _choose_members(listed_members, counts)
         images = [name for name in members if is_image_name(name)]
         labels, label_files = _read_labels(path, members, images)
         others = members.keys() - images - label_files
@@ -107,8 +110,8 @@ def _list_members(
         counts.update(masks.values())
         for name, group in zip(images, parent_folders_of(images)):
             if name not in masks:
-                key, group = _encode_member_name(prefix + name), (prefix + group).removesuffix("/.")
-                rows.append((key, _encode_member_name(group), name, path, members[name], labels.get(name)))
+                key, group = encode_inner_path(prefix + name), (prefix + group).removesuffix("/.")
+                rows.append((key, encode_inner_path(group), name, path, members[name], labels.get(name)))
     if not rows:
         found = join_counts(limit_descriptions(counts)) or "nothing"
         is_nested = any(is_archive_name(f"x{what}") for what in counts)
@@ -143,7 +146,7 @@ class _MemberReader(EncodedImageReader):
     def __init__(
         self,
         keys: Sequence[str],
-        archives: Sequence[Path],
+        archives: Sequence[FilePath],
         members: Sequence[_Member],
         reading: ReadSettings,
         frames: Sequence[int] | None,
@@ -162,42 +165,56 @@ class _MemberReader(EncodedImageReader):
         return _read_member(self._archives[index], member, self.reading.max_bytes), suffix_of(member.name)
 
 
-def _read_member(path: Path, member: _Member, limit: int) -> bytes:
+def _read_member(path: FilePath, member: _Member, limit: int) -> bytes:
     """Return the content of a member; raises UnreadableImageError, or what the decompression raises."""
+    _check_member(member, limit)
+    if member.entry is None:
+        with open_at(path, member.start, member.size) as file:
+            return _read_from(file, member)
+    # the name and the additional fields in front of the data are those of the entry, or a little longer
+    entry = member.entry
+    in_front = _ZIP_HEADER + len(entry.filename.encode("utf-8", "surrogatepass")) + len(entry.extra) + 256
+    with open_at(path, entry.header_offset, in_front + entry.compress_size) as file:
+        return _read_from(file, member)
+
+
+def _check_member(member: _Member, limit: int) -> None:
     if member.problem:
         raise UnreadableImageError(member.problem)
     if member.size > limit:
         raise UnreadableImageError(f"the member has {member.size} bytes, and the limit is {limit} (--max-bytes)")
-    with path.open("rb") as file:
-        if member.entry is None:
-            file.seek(member.start)
-            data = file.read(member.size)
-        else:
-            file.seek(member.entry.header_offset)
-            header = file.read(_ZIP_HEADER)
-            if header[:4] != b"PK\x03\x04":
-                raise UnreadableImageError(f"{path.name} is damaged: there is no member at its position")
-            file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
-            with zipfile.ZipExtFile(file, "r", member.entry) as content:
-                data = content.read(member.size + 1)
+
+
+def _read_from(file: BinaryIO, member: _Member) -> bytes:
+    """Return the content of a member of an open archive."""
+    if member.entry is None:
+        file.seek(member.start)
+        data = file.read(member.size)
+    else:
+        file.seek(member.entry.header_offset)
+        header = file.read(_ZIP_HEADER)
+        if header[:4] != b"PK\x03\x04":
+            raise UnreadableImageError("the archive is damaged: there is no member at its position")
+        file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
+        with zipfile.ZipExtFile(file, "r", member.entry) as content:
+            data = content.read(member.size + 1)
     if len(data) != member.size:
         raise UnreadableImageError(f"the member has {len(data)} bytes, its header says {member.size}")
     return data
 
 
-def _encode_member_name(name: str) -> str:
-    """Return the name of a member as a key; an absolute name, or one with `..`, does not lead out of a folder."""
-    key = "/".join("%2E%2E" if part == ".." else part for part in encode_key(name).split("/"))
-    return f"%2F{key[1:]}" if key.startswith("/") else key
+def _list_archive(path: FilePath) -> list[_Member]:
+    """Return the files of an archive; raises SourceError."""
+    return _list_zip(path) if _is_zip(path) else _list_tar(path)
 
 
-def _read_members(path: Path, left_out: Counter[str]) -> dict[str, _Member]:
+def _choose_members(found: Iterable[_Member], left_out: Counter[str]) -> dict[str, _Member]:
     """Return the files of an archive by name; hidden ones are left out, those in system folders are counted.
 
     If several have the same name, the last one counts, as when the archive is extracted.
     """
     members: dict[str, _Member] = {}
-    for member in _list_zip(path) if _is_zip(path) else _list_tar(path):
+    for member in found:
         system_folder = find_system_folder(member.name)
         if system_folder is not None:
             left_out[f"in {system_folder}"] += 1
@@ -207,10 +224,10 @@ def _read_members(path: Path, left_out: Counter[str]) -> dict[str, _Member]:
     return members
 
 
-def _is_zip(path: Path) -> bool:
+def _is_zip(path: FilePath) -> bool:
     """Whether an archive is a zip file rather than a tar archive: by its first bytes, otherwise by its suffix."""
     try:
-        with path.open("rb") as file:
+        with open_at(path, 0, _TAR_BLOCK) as file:
             head = file.read(_TAR_BLOCK)
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -223,9 +240,9 @@ def _clean_name(name: str) -> str:
     return "/" * name.startswith("/") + "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
-def _list_zip(path: Path) -> list[_Member]:
+def _list_zip(path: FilePath) -> list[_Member]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
     except Exception as error:
         raise SourceError(f"{path} cannot be read as a zip file ({error}); is it complete?") from error
@@ -241,7 +258,7 @@ def _list_zip(path: Path) -> list[_Member]:
     return members
 
 
-def _list_tar(path: Path) -> list[_Member]:
+def _list_tar(path: FilePath) -> list[_Member]:
     members: dict[str, _Member] = {}
     listed: list[_Member] = []
     try:
@@ -296,7 +313,7 @@ def _to_member(entry: tarfile.TarInfo, members: Mapping[str, _Member]) -> _Membe
 
 
 def _read_labels(
-    path: Path, members: Mapping[str, _Member], images: Collection[str]
+    path: FilePath, members: Mapping[str, _Member], images: Collection[str]
 ) -> tuple[dict[str, Any], set[str]]:
     """Read the labels of webdataset samples: `key.cls`, or a field of `key.json`, next to `key.jpg`.
 
@@ -313,7 +330,12 @@ def _read_labels(
     samples = {name: _split_sample(name)[0] for name in images}
     chosen = label_files if any(sample in label_files for sample in samples.values()) else tables
     files = {sample: chosen[sample] for sample in samples.values() if sample in chosen}
-    labels = {sample: _read_label(path, members[name], is_table=chosen is tables) for sample, name in files.items()}
+    if not files:
+        return {}, set()
+    with path.open("rb") as file:  # once: labels are small, and next to each other in large blocks
+        labels = {
+            sample: _read_label(path, file, members[name], is_table=chosen is tables) for sample, name in files.items()
+        }
     if all(label is None for label in labels.values()):
         return {}, set()
     return {name: labels.get(sample) for name, sample in samples.items()}, set(files.values())
@@ -326,9 +348,10 @@ def _split_sample(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffixes.lower()
 
 
-def _read_label(path: Path, member: _Member, *, is_table: bool) -> Any:
+def _read_label(path: FilePath, file: BinaryIO, member: _Member, *, is_table: bool) -> Any:
     try:
-        text = _read_member(path, member, _MAX_LABEL_BYTES).decode("utf-8").strip()
+        _check_member(member, _MAX_LABEL_BYTES)
+        text = _read_from(file, member).decode("utf-8").strip()
         if not is_table:
             return text
         table = json.loads(text)

@@ -15,13 +15,14 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
 
 from farout.core.errors import SourceError, UnreadableImageError
+from farout.core.files import file_size, open_at
+from farout.core.remote_files import FilePath
 from farout.data.columns import read_groups, read_labels, warn_about_source
 from farout.data.decoding import DecodedImage
 from farout.data.file_listing import Listing, check_count, index_keys
@@ -72,7 +73,7 @@ class _Header:
 
 
 def list_array_file(
-    path: Path, reading: ReadSettings = DEFAULT_READING, selection: Selection = NO_SELECTION
+    path: FilePath, reading: ReadSettings = DEFAULT_READING, selection: Selection = NO_SELECTION
 ) -> Listing:
     """List the images of an .npy file, or of one array of an .npz file with its labels.
 
@@ -85,11 +86,11 @@ def list_array_file(
     """
     if path.suffix.lower() == ".npy":
         selection.check_used(where=str(path), kind="a file of one array")
-        with _read_errors(path), path.open("rb") as file:
+        with _read_errors(path), open_at(path, 0, _MAX_HEADER) as file:
             header = _read_header(file)
             _check_is_image(header, str(path))
             count = _count_images(header.shape, None, str(path))
-            if header.offset + header.nbytes > path.stat().st_size:
+            if header.offset + header.nbytes > file_size(path):
                 raise ValueError(f"its header announces {header.nbytes} bytes, more than the file has")
             if header.is_fortran or count is None:
                 _check_size(header, str(path), reading)
@@ -100,7 +101,7 @@ def list_array_file(
                 images = _FileArray(path, header)
         return _list_images(images, 1 if count is None else count, str(path), reading)
     selection.check_used("split", "array", "label", where=str(path), kind="a file of arrays")
-    with _read_errors(path), zipfile.ZipFile(path) as archive:
+    with _read_errors(path), path.open("rb") as file, zipfile.ZipFile(file) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
         headers = {name: _read_member_header(archive, member, name, path) for name, member in members.items()}
         name = _choose_array(headers, path, selection)
@@ -131,7 +132,7 @@ def list_array_file(
 
 
 @contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
+def _read_errors(path: FilePath) -> Iterator[None]:
     """Convert what broken files of arrays raise to a SourceError that names the file."""
     try:
         yield
@@ -162,7 +163,7 @@ def _read_header(stream: IO[bytes]) -> _Header:
     return _Header(tuple(map(int, shape)), dtype, bool(is_fortran), start.tell())
 
 
-def _read_member_header(archive: zipfile.ZipFile, member: str, name: str, path: Path) -> _Header:
+def _read_member_header(archive: zipfile.ZipFile, member: str, name: str, path: FilePath) -> _Header:
     try:
         with archive.open(member) as stream:
             header = _read_header(stream)
@@ -202,7 +203,7 @@ def _read_values(stream: IO[bytes], header: _Header) -> np.ndarray:
 class _FileArray:
     """The images of an .npy file, read by index, so that a file may be larger than the memory."""
 
-    def __init__(self, path: Path, header: _Header) -> None:
+    def __init__(self, path: FilePath, header: _Header) -> None:
         self._path, self._header = path, header
 
     def __len__(self) -> int:
@@ -212,8 +213,7 @@ class _FileArray:
         shape, dtype = self._header.shape[1:], self._header.dtype
         image = _Header(shape, dtype, False, self._header.offset + index * math.prod(shape) * dtype.itemsize)
         try:
-            with self._path.open("rb") as file:
-                file.seek(image.offset)
+            with open_at(self._path, image.offset, image.nbytes) as file:
                 return _read_values(file, image)
         except (OSError, EOFError) as error:
             raise UnreadableImageError(f"{index}: {error}") from error
@@ -250,7 +250,7 @@ def _words(name: str) -> frozenset[str]:
     return frozenset(re.split(r"[\W_]+", name.casefold())) - {""}
 
 
-def _choose_array(headers: Mapping[str, _Header], path: Path, selection: Selection) -> str:
+def _choose_array(headers: Mapping[str, _Header], path: FilePath, selection: Selection) -> str:
     """Return the name of the array of images."""
     described = ", ".join(f"{name} {header}" for name, header in headers.items()) or "none"
     if selection.array and selection.split:
@@ -321,7 +321,7 @@ def _count_images(shape: tuple[int, ...], num_labels: int | None, where: str) ->
 
 
 def _read_labels(
-    headers: Mapping[str, _Header], images: str, read: Any, path: Path, selection: Selection
+    headers: Mapping[str, _Header], images: str, read: Any, path: FilePath, selection: Selection
 ) -> tuple[str, tuple[int, ...] | None, tuple[str, ...] | None]:
     """Return the array of the labels of the array `images` (empty: none), the labels and the class names."""
     others = [name for name in headers if name != images]

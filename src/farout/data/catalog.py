@@ -233,7 +233,7 @@ def ood_role(id_name: str, ood_spec: str) -> Literal["dev", "test"]:
     """
     inlier, outlier = parse_spec(id_name, set_names()), parse_spec(ood_spec, set_names())
     same = (inlier.kind, _location_of(inlier)) == (outlier.kind, _location_of(outlier))
-    training = outlier.kind == "path" or outlier.split == "train"
+    training = outlier.kind in ("path", "url") or outlier.split == "train"
     same_classes = not inlier.classes or inlier.classes == outlier.classes
     return "dev" if same and training and outlier.variant in _DEV_VARIANTS and same_classes else "test"
 
@@ -267,9 +267,9 @@ def find_local(name: str, split: str) -> Path | None:
 
 
 def is_local(source: str) -> bool:
-    """Return whether a source is a path, or a named set on this machine."""
+    """Return whether a source needs no hub: it is a path, a URL, or a named set on this machine."""
     spec = parse_spec(source, set_names())
-    return spec.kind == "path" or (spec.kind == "named" and find_local(spec.location, spec.split) is not None)
+    return spec.kind in ("path", "url") or (spec.kind == "named" and find_local(spec.location, spec.split) is not None)
 
 
 def needs_hub(source: str) -> bool:

@@ -7,10 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from farout.core.names import encode_key
 from farout.data.decoding import EXTRA_OF_SUFFIX, image_suffixes
 
 __all__ = [
     "count_by_suffix",
+    "encode_inner_path",
     "find_system_folder",
     "is_hidden",
     "is_image_name",
@@ -59,6 +61,12 @@ def suffix_of(name: str) -> str:
     """Return the suffix in lower case, such as `.png`; empty if there is none."""
     suffix = os.path.splitext(name)[1].lower()
     return "" if suffix == "." else suffix
+
+
+def encode_inner_path(path: str) -> str:
+    """Return a path in an archive or on a store as a key; an absolute one, or one with `..`, leads out of no folder."""
+    key = "/".join("%2E%2E" if part == ".." else part for part in encode_key(path).split("/"))
+    return f"%2F{key[1:]}" if key.startswith("/") else key
 
 
 def is_image_name(name: str) -> bool:

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from farout.core.errors import SourceError
 from farout.core.names import encode_file_name, normalize_name
+from farout.core.remote_files import FilePath, RemotePath
 from farout.core.store import kind_of, read_json
 from farout.data.archives import is_archive_name, list_archives
 from farout.data.file_listing import Listing
 from farout.data.file_names import (
     count_by_suffix,
+    encode_inner_path,
     find_system_folder,
     is_image_name,
     join_counts,
@@ -32,7 +34,7 @@ from farout.data.folder_layout import (
     find_masks,
     parent_folders_of,
 )
-from farout.data.folder_scan import match_glob, scan_folder, split_pattern
+from farout.data.folder_scan import FoundFiles, match_glob, scan_folder, split_pattern
 from farout.data.image_files import list_image_files
 from farout.data.image_lists import find_metadata, list_image_table
 from farout.data.parquet_files import choose_shards, list_parquet
@@ -45,12 +47,13 @@ CLASSES_FILE = "farout-classes.json"
 """JSON file next to the class folders that maps folders to classes, for class names that no folder can have."""
 
 
-def list_image_file(path: Path, reading: ReadSettings) -> Listing:
+def list_image_file(path: FilePath, reading: ReadSettings) -> Listing:
     """List one image file; its key is its name."""
-    return _list_files(path.parent, [path.name], {}, {}, reading)
+    key = encode_file_name(path.name) if isinstance(path, Path) else encode_inner_path(path.name)
+    return list_image_files([key], [path], reading, str(path.parent), groups=["."])
 
 
-def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SELECTION) -> Listing:
+def list_folder(root: FilePath, reading: ReadSettings, selection: Selection = NO_SELECTION) -> Listing:
     """List the images below a folder, with the class folders as labels.
 
     Of a folder that farout has written, only its `images/` are listed: it also contains figures. Folders of masks of a
@@ -61,21 +64,22 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
     Raises SourceError if there are no images, or the folder cannot be read.
     """
     is_written_by_farout = kind_of(root) is not None
-    root = root / "images" if is_written_by_farout and os.path.isdir(root / "images") else root
+    root = root / "images" if is_written_by_farout and _is_folder(root / "images") else root
     scan = scan_folder(root)
     images = [path for path in scan.files if is_image_name(path)]
     others = [path for path in scan.files if not is_image_name(path)]
     if not images and not scan.problems:
-        tables = [path for path in others if suffix_of(path) == ".parquet" and os.path.isfile(root / path)]
+        tables = [path for path in others if suffix_of(path) == ".parquet" and scan.is_file(path)]
         if tables and not is_written_by_farout:
             left_out = limit_descriptions(scan.left_out + count_by_suffix(set(others) - set(tables)))
-            return list_parquet(choose_shards(root, tables, selection.split), reading, selection, left_out, str(root))
+            shards = [scan.locate(path) for path in choose_shards(str(root), tables, selection.split)]
+            return list_parquet(shards, reading, selection, left_out, str(root))
         selection.check_used(where=str(root), kind="a folder without parquet files")
-        archives = [path for path in others if is_archive_name(path) and os.path.isfile(root / path)]
+        archives = {path: scan.locate(path) for path in others if is_archive_name(path) and scan.is_file(path)}
         left_out = scan.left_out + count_by_suffix(set(others) - set(archives))
         if archives:
             listing = list_archives(root, archives, reading, left_out)
-            return replace(listing, splits=describe_splits_of_archives(archives, str(root)) or listing.splits)
+            return replace(listing, splits=describe_splits_of_archives([*archives], str(root)) or listing.splits)
         counts = join_counts(limit_descriptions(left_out))
         raise SourceError(
             f"the folder {root} contains no images; "
@@ -92,13 +96,13 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
     depth = images[0].count("/") if images else 1
     classed = [*images, *("/".join(path.split("/")[:-1][:depth]) + "/" for path in scan.problems)]
     codes, class_names = class_labels_of(classed)
-    if class_names is not None and os.path.isfile(root / CLASSES_FILE):
+    if class_names is not None and CLASSES_FILE in others and scan.is_file(CLASSES_FILE):
         class_names = _read_class_names(root, class_names)
         others = [path for path in others if path != CLASSES_FILE]
     if not is_written_by_farout:  # else the others are its records
         left_out += count_by_suffix(path for path in others if path != metadata)
     listing = _list_files(
-        root,
+        scan,
         paths,
         scan.problems,
         left_out,
@@ -110,7 +114,11 @@ def list_folder(root: Path, reading: ReadSettings, selection: Selection = NO_SEL
     return listing if metadata is None else _select_by_metadata(listing, root / metadata, reading, selection)
 
 
-def _select_by_metadata(listing: Listing, metadata: Path, reading: ReadSettings, selection: Selection) -> Listing:
+def _is_folder(path: FilePath) -> bool:
+    return path.find_kind() == "directory" if isinstance(path, RemotePath) else os.path.isdir(path)
+
+
+def _select_by_metadata(listing: Listing, metadata: FilePath, reading: ReadSettings, selection: Selection) -> Listing:
     """Return the images of a folder that its table of metadata lists, with the labels of the table.
 
     Listed files that do not exist are unreadable, images that are not listed are counted. If the table has no labels,
@@ -129,7 +137,7 @@ def _select_by_metadata(listing: Listing, metadata: Path, reading: ReadSettings,
 
 
 def _list_files(
-    root: Path,
+    found: FoundFiles,
     paths: Iterable[str],
     problems: Mapping[str, str],
     left_out: Mapping[str, int],
@@ -139,24 +147,25 @@ def _list_files(
     class_names: tuple[str, ...] | None = None,
     splits: str | None = None,
 ) -> Listing:
-    """List the files `paths` below `root`, in the order of their keys; `problems` and `labels` are by path."""
-    pairs = sorted((encode_file_name(path), path) for path in paths)
+    """List the files `paths` among those found, in the order of their keys; `problems` and `labels` are by path."""
+    encode = encode_inner_path if isinstance(found.root, RemotePath) else encode_file_name
+    pairs = sorted((encode(path), path) for path in paths)
     keys, paths = tuple(key for key, _ in pairs), [path for _, path in pairs]
     return list_image_files(
         keys,
-        [root / path for path in paths],
+        [found.locate(path) for path in paths],
         reading,
-        str(root),
+        str(found.root),
         problems={key: problems[path] for key, path in pairs if path in problems},
         labels=None if labels is None else tuple(labels[path] for path in paths),
         class_names=class_names,
-        groups=tuple(map(encode_file_name, parent_folders_of(paths))),
+        groups=tuple(map(encode, parent_folders_of(paths))),
         left_out=limit_descriptions(left_out),
         splits=splits,
     )
 
 
-def _read_class_names(root: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
+def _read_class_names(root: FilePath, folders: tuple[str, ...]) -> tuple[str, ...]:
     """Return the class of each folder: from `CLASSES_FILE`, otherwise the name of the folder."""
     path = root / CLASSES_FILE
     classes = read_json(path)
@@ -187,13 +196,13 @@ def list_glob(pattern: str, reading: ReadSettings, selection: Selection = NO_SEL
         left_out[f"folder(s) (give '{pattern}/**/*' to list their images)"] += matches.folders
     images = [path for path in files if is_image_name(path)]
     if not images and not matches.problems:
-        tables = [path for path in files if suffix_of(path) == ".parquet" and os.path.isfile(root / path)]
+        tables = [path for path in files if suffix_of(path) == ".parquet" and matches.is_file(path)]
         if tables:
             left_out += count_by_suffix(set(files) - set(tables))
-            paths = [root / path for path in tables]
+            paths = [matches.locate(path) for path in tables]
             return list_parquet(paths, reading, selection, limit_descriptions(left_out), pattern)
         selection.check_used(where=pattern, kind="a glob without parquet files")
-        archives = [path for path in files if is_archive_name(path) and os.path.isfile(root / path)]
+        archives = {path: matches.locate(path) for path in files if is_archive_name(path) and matches.is_file(path)}
         left_out += count_by_suffix(set(files) - set(archives))
         if archives:
             return list_archives(root, archives, reading, left_out)
@@ -203,4 +212,4 @@ def list_glob(pattern: str, reading: ReadSettings, selection: Selection = NO_SEL
         raise SourceError(f"the glob {pattern} {found}{hint}")
     selection.check_used(where=pattern, kind="a glob of image files")
     left_out += count_by_suffix(path for path in files if not is_image_name(path))
-    return _list_files(root, [*images, *matches.problems], matches.problems, left_out, reading)
+    return _list_files(matches, [*images, *matches.problems], matches.problems, left_out, reading)

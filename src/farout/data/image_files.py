@@ -12,6 +12,7 @@ from typing import Self
 
 from farout.core.errors import UnreadableImageError
 from farout.core.names import decode_file_name, encode_file_name, expand_path, find_equivalent_path
+from farout.core.remote_files import FilePath
 from farout.data.decoding import MULTI_FRAME_SUFFIXES, DecodedImage, count_frames, decode, unreadable_errors
 from farout.data.file_listing import Listing, check_keys
 from farout.data.read_settings import ReadSettings
@@ -59,7 +60,7 @@ def count_frames_if_readable(name: str, read: Callable[[], bytes], reading: Read
         return 1
 
 
-def count_file_frames(path: Path, reading: ReadSettings) -> int:
+def count_file_frames(path: FilePath, reading: ReadSettings) -> int:
     """Return the number of frames of an image file; 1 if it cannot be read, which is reported with the image."""
     return count_frames_if_readable(path.name, lambda: read_bytes(path, reading.max_bytes), reading)
 
@@ -125,7 +126,7 @@ class FileReader(EncodedImageReader):
     def __init__(
         self,
         keys: Sequence[str],
-        paths: Sequence[Path],
+        paths: Sequence[FilePath],
         reading: ReadSettings,
         frames: Sequence[int] | None = None,
         problems: Mapping[str, str] | None = None,
@@ -148,7 +149,7 @@ class FileReader(EncodedImageReader):
 
 def list_image_files(
     keys: Sequence[str],
-    paths: Sequence[Path],
+    paths: Sequence[FilePath],
     reading: ReadSettings,
     where: str,
     *,

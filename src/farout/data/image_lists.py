@@ -1,7 +1,8 @@
 """Readers of lists of image files: csv, tsv, jsonl and txt. An image file is read when the image is accessed.
 
-The tables have a column of paths, relative to the table or absolute, and optionally columns of labels, groups and keys
-(`farout.data.columns`). A .txt file has one path per line, or, as OpenOOD's image lists, a path and a label.
+The tables have a column of paths, relative to the table or absolute, or of URLs, and optionally columns of labels,
+groups and keys (`farout.data.columns`). A .txt file has one path per line, or, as OpenOOD's image lists, a path and a
+label.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import csv
 import io
 import json
 import os
+import posixpath
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from farout.core.errors import SourceError, UnreadableImageError
+from farout.core.errors import FaroutError, SourceError, UnreadableImageError
+from farout.core.names import encode_key
+from farout.core.remote_files import FilePath, RemotePath, is_url, local_path_of
 from farout.data.columns import (
     GROUP_COLUMNS,
     KEY_COLUMNS,
@@ -29,7 +33,7 @@ from farout.data.columns import (
     read_labels,
 )
 from farout.data.file_listing import Listing
-from farout.data.file_names import is_image_name
+from farout.data.file_names import encode_inner_path, is_image_name
 from farout.data.image_files import find_listed_file, list_image_files
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.source_spec import NO_SELECTION, Selection
@@ -40,12 +44,11 @@ __all__ = ["LIST_SUFFIXES", "find_metadata", "list_image_table", "locate_file"]
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")
 """File endings of lists of image files."""
 
-_URL = re.compile(r"[a-z][a-z0-9+.-]+://")
 _UNDECODED = re.compile("[\ud800-\udfff]")
 
 
 def list_image_table(
-    path: Path, reading: ReadSettings = DEFAULT_READING, selection: Selection = NO_SELECTION
+    path: FilePath, reading: ReadSettings = DEFAULT_READING, selection: Selection = NO_SELECTION
 ) -> Listing:
     """List the image files of a table; raises SourceError if it cannot be read or has no column of paths."""
     selection.check_used("column", "label", where=str(path), kind="a list of image files")
@@ -86,20 +89,18 @@ def list_image_table(
     _, groups = read_groups(others, read, str(path))
     located = [locate_file(cell, path.parent) for cell in _check_paths(read(column), f"{path}, column {column}")]
     keys = read_keys(others, read, str(path)) or [key for key, _ in located]
-    urls = {key: "a URL; download the file" for key, cell in zip(keys, read(column)) if _URL.match(cell)}
     return list_image_files(
         keys,
         [file for _, file in located],
         reading,
         str(path),
-        problems=urls,
         labels=labels,
         class_names=names,
         groups=groups,
     )
 
 
-def find_metadata(folder: Path, names: Collection[str]) -> str | None:
+def find_metadata(folder: FilePath, names: Collection[str]) -> str | None:
     """Return the file among `names` that labels the images of a folder, as the `datasets` library's imagefolder does.
 
     It is `metadata.csv` or `metadata.jsonl` with a column `file_name`. Raises SourceError if there are both, or it is
@@ -123,7 +124,7 @@ def find_metadata(folder: Path, names: Collection[str]) -> str | None:
     return tables[0] if tables else None
 
 
-def _decode_text(data: bytes, path: Path) -> str:
+def _decode_text(data: bytes, path: FilePath) -> str:
     """Decode UTF-8, or UTF-16 and UTF-32 by their byte-order marks or the zero bytes of their first character.
 
     Bytes that are not UTF-8 are kept, because file names may contain them: they become surrogates.
@@ -147,7 +148,7 @@ def _decode_text(data: bytes, path: Path) -> str:
 _Table = tuple[list[str], list[list[Any]]]
 
 
-def _parse_csv(text: str, path: Path) -> _Table:
+def _parse_csv(text: str, path: FilePath) -> _Table:
     """Return the columns and rows of a text with a header line, separated by commas, semicolons, tabs or bars."""
     text = text if "\n" in text else text.replace("\r", "\n")
     first, _, rest = text.partition("\n")
@@ -182,7 +183,7 @@ def _parse_csv(text: str, path: Path) -> _Table:
     return columns, [row[:width] + [""] * (width - len(row)) for row in rows[1:]]
 
 
-def _parse_json_lines(text: str, path: Path) -> _Table:
+def _parse_json_lines(text: str, path: FilePath) -> _Table:
     """Return the columns and rows of a text with a JSON object per line; what an object lacks is None."""
     records: list[dict[str, Any]] = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -200,11 +201,12 @@ def _parse_json_lines(text: str, path: Path) -> _Table:
     return columns, [[record.get(name) for name in columns] for record in records]
 
 
-def _list_lines(path: Path, text: str, reading: ReadSettings, selection: Selection) -> Listing:
+def _list_lines(path: FilePath, text: str, reading: ReadSettings, selection: Selection) -> Listing:
     """List a text with one path per line, or with a path and an integer label per line as in OpenOOD's lists.
 
     The paths are relative to the folder of the list, or to the next folder above in which the first of them exists, or
-    in a folder `images_*` there, as in the data folder of OpenOOD.
+    in a folder `images_*` there, as in the data folder of OpenOOD. On an object store, they are relative to the folder
+    of the list.
     """
     selection.check_used(where=str(path), kind="a list of paths without columns")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -223,7 +225,7 @@ def _list_lines(path: Path, text: str, reading: ReadSettings, selection: Selecti
             f"{path} has lines with and without a label (line {number + 1}: {lines[number]!r}); give every image a "
             "label, or none; paths that end in a number after a space require a .csv file"
         )
-    root = _find_root(path, cells)
+    root = path.parent if isinstance(path, RemotePath) else _find_root(path, cells)
     located = [locate_file(cell, root) for cell in cells]
     return list_image_files(
         [key for key, _ in located],
@@ -244,7 +246,8 @@ def _find_root(path: Path, cells: Sequence[str]) -> Path:
         except OSError:  # a folder above the list that may not be read
             subfolders = []
         for root in (folder, *map(Path, subfolders)):
-            if any(os.path.isfile(locate_file(cell, root)[1]) for cell in first):
+            located = [locate_file(cell, root)[1] for cell in first]
+            if any(isinstance(file, RemotePath) or os.path.isfile(file) for file in located):
                 return root
     raise SourceError(
         f"{path}: the first listed files, {join_names(first[:2])}, …, exist neither in the folder of the list nor in a "
@@ -260,12 +263,19 @@ def _check_paths(cells: Sequence[Any], where: str) -> list[str]:
     return list(cells)
 
 
-def locate_file(cell: str, folder: Path) -> tuple[str, Path]:
-    """Return the key and the path of a cell, relative to the folder.
+def locate_file(cell: str, folder: FilePath) -> tuple[str, FilePath]:
+    """Return the key and the path of a cell: a URL, or a path relative to the folder.
 
     If no file has the name as it is, backslashes are separators of Windows, and spaces around the name belong to the
     table.
+
+    Raises:
+        SourceError: a URL contains a password or a signature, or a list on a store names a file of this machine.
     """
+    if is_url(cell.strip()):
+        return _locate_url(cell.strip(), folder)
+    if isinstance(folder, RemotePath):
+        return _locate_on_store(cell.strip().replace("\\", "/"), folder)
     located = find_listed_file(folder, PurePosixPath(cell).as_posix())
     for name in (cell.replace("\\", "/"), cell.strip(), cell.replace("\\", "/").strip()):
         if os.path.lexists(located[1]):
@@ -275,3 +285,28 @@ def locate_file(cell: str, folder: Path) -> tuple[str, Path]:
             if os.path.lexists(other[1]) or "\\" in cell:
                 located = other
     return located
+
+
+def _locate_url(url: str, folder: FilePath) -> tuple[str, FilePath]:
+    local = local_path_of(url)
+    if local is not None and isinstance(folder, Path):
+        return locate_file(local, folder)
+    if local is not None:
+        raise SourceError(f"a list in {folder} names {url}, a file of this machine; give URLs of the store, or paths")
+    try:
+        return encode_key(url), RemotePath.parse(url)
+    except FaroutError as error:
+        raise SourceError(f"a list in {folder} contains {error}") from None
+
+
+def _locate_on_store(name: str, folder: RemotePath) -> tuple[str, RemotePath]:
+    """Return the key and the path of a name relative to a folder on a store; it may lead to other folders there."""
+    scheme, _, start = folder.url.partition("://")
+    bucket, _, prefix = start.partition("/")
+    path = posixpath.normpath(posixpath.join(prefix, name))
+    if name.startswith("/") or path.startswith("..") or path == ".":
+        raise SourceError(
+            f"a list in {folder} contains the path {name!r}; expected paths relative to the list, within {scheme}://"
+            f"{bucket}, or URLs"
+        )
+    return encode_inner_path(PurePosixPath(name).as_posix()), RemotePath(f"{scheme}://{bucket}/{path}")

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from farout.core.errors import SourceError, UnreadableImageError
 from farout.core.names import expand_path, find_equivalent_path, printable
+from farout.core.remote_files import FilePath, as_file_path, is_url
 from farout.data.columns import LABEL_COLUMNS, find_columns
 from farout.data.decoding import (
     DecodedImage,
@@ -54,6 +54,7 @@ __all__ = [
     "describe_error",
     "is_one_image",
     "path_of",
+    "resolve_path",
     "split_item",
 ]
 
@@ -164,6 +165,11 @@ def path_of(image: object) -> str | None:
     return None
 
 
+def resolve_path(path: str) -> FilePath:
+    """Return the file of an image that is given as a path or URL; raises FaroutError for a URL with a secret."""
+    return as_file_path(path) if is_url(path) else find_equivalent_path(expand_path(path))
+
+
 def check_image(image: object, key: str) -> None:
     """Raise UnsupportedImageError if the type, shape or value type of the object is that of no image.
 
@@ -260,7 +266,7 @@ def count_frames_of(image: object, reading: ReadSettings) -> int:
     path = path_of(image)
     try:
         if path is not None:
-            return count_file_frames(find_equivalent_path(expand_path(path)), reading)
+            return count_file_frames(resolve_path(path), reading)
         if isinstance(image, bytes | bytearray | memoryview | io.BytesIO):
             return max(1, count_frames(_to_bytes(image), "", reading))
         # Another than the first frame of a PIL image was chosen by the user.
@@ -333,8 +339,9 @@ def _decode_pil(image: Image.Image, reading: ReadSettings, frame: int | None) ->
 
 def _decode_file(path: str, key: str, reading: ReadSettings, frame: int | None) -> DecodedImage:
     with unreadable_errors(key):
-        data = read_bytes(find_equivalent_path(expand_path(path)), reading.max_bytes)
-    return decode(data, key, reading, frame or 0, Path(path).suffix)
+        file = resolve_path(path)
+        data = read_bytes(file, reading.max_bytes)
+    return decode(data, key, reading, frame or 0, file.suffix)
 
 
 def _to_array(image: object) -> np.ndarray[Any, np.dtype[Any]]:

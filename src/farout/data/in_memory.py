@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from farout.core.errors import SourceError, UnreadableImageError
-from farout.core.names import encode_file_name, encode_key, expand_path, find_equivalent_path
+from farout.core.names import encode_file_name, encode_key
+from farout.core.remote_files import RemotePath, check_url, is_url
 from farout.data.decoding import DecodedImage
 from farout.data.file_listing import Listing, check_keys, encode_labels, index_keys
 from farout.data.image_files import expand_frames
@@ -33,6 +34,7 @@ from farout.data.image_objects import (
     describe_error,
     is_one_image,
     path_of,
+    resolve_path,
     split_item,
 )
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
@@ -181,6 +183,8 @@ def _list_pairs(
     groups = None
     if keys is None:
         paths = [path_of(image) for image in images]
+        for url in filter(is_url, paths):
+            check_url(str(url))  # before it becomes a key
         keys = check_keys([str(i) if path is None else encode_file_name(path) for i, path in enumerate(paths)], where)
         groups = None if None in paths else tuple(key.rpartition("/")[0] or "." for key in keys)
     if reading.frames == "all":
@@ -239,7 +243,9 @@ def _check_item(image: object, key: str) -> None:
         return
     if not path:
         raise UnsupportedImageError(f"{key}: the path is empty")
-    file = find_equivalent_path(expand_path(path))
+    file = resolve_path(path)
+    if isinstance(file, RemotePath):  # read, or found to be missing, when the image is accessed
+        return
     if os.path.isdir(file):
         raise UnsupportedImageError(f"{key}: this is a folder; give the folder itself as the source, not in a list")
     if not os.path.lexists(file):

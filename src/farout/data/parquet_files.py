@@ -23,7 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from farout.core.errors import SourceError, UnreadableImageError
+from farout.core.files import map_files
 from farout.core.names import encode_name
+from farout.core.remote_files import FilePath, RemotePath
 from farout.data.columns import (
     GROUP_COLUMNS,
     KEY_COLUMNS,
@@ -56,7 +58,7 @@ _SHARD = re.compile(r"(?P<name>.*?)[-_.]?(?P<number>\d+)-of-(?P<count>\d+)")
 
 
 def list_parquet(
-    paths: Path | Sequence[Path],
+    paths: FilePath | Sequence[FilePath],
     reading: ReadSettings = DEFAULT_READING,
     selection: Selection = NO_SELECTION,
     left_out: Mapping[str, int] | None = None,
@@ -74,10 +76,10 @@ def list_parquet(
     Raises:
         SourceError: a file cannot be read, columns differ, no column of images is recognized, or several are.
     """
-    paths = [paths] if isinstance(paths, Path) else list(paths)
+    paths = [paths] if isinstance(paths, Path | RemotePath) else list(paths)
     where = where or str(paths[0])
     selection.check_used("split", "column", "label", where=where, kind="a parquet file")
-    shards = [_Shard.read(path) for path in paths]
+    shards = map_files(_Shard.read, paths)
     schema = shards[0].schema
     repeated = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if repeated:
@@ -134,12 +136,13 @@ def list_parquet(
         )
     keys = keys or index_keys(count)
     _check_row_groups(shards, reading)
-    reader = ParquetImages([shard.path for shard in shards], column.parts, keys, reading)
+    headers = [shard.metadata for shard in shards]
+    reader = ParquetImages([shard.path for shard in shards], column.parts, keys, reading, headers=headers)
     return Listing(keys, reader, labels, names, groups, left_out=dict(left_out or {}))
 
 
 @contextmanager
-def _parquet_errors(path: Path) -> Iterator[None]:
+def _parquet_errors(path: FilePath) -> Iterator[None]:
     """Convert what broken files raise to a SourceError that names the file."""
     try:
         yield
@@ -155,12 +158,12 @@ def _parquet_errors(path: Path) -> Iterator[None]:
 class _Shard:
     """The header of a parquet file."""
 
-    path: Path
+    path: FilePath
     schema: pa.Schema
     metadata: pq.FileMetaData
 
     @classmethod
-    def read(cls, path: Path) -> _Shard:
+    def read(cls, path: FilePath) -> _Shard:
         """Read the header; raises SourceError."""
         with _parquet_errors(path), _open_parquet(path) as file:
             str(file.schema_arrow)  # decodes all names, some of which may be damaged
@@ -180,7 +183,7 @@ class _Shard:
         values: list[Any] = []
         with _parquet_errors(self.path):
             texts = _text_columns(self.metadata, name)
-            with _open_parquet(self.path, read_dictionary=texts) as file:
+            with _open_parquet(self.path, read_dictionary=texts, metadata=self.metadata) as file:
                 chunks = file.read(columns=[name]).column(top).chunks
             for chunk in chunks:
                 if pa.types.is_dictionary(chunk.type):
@@ -195,8 +198,11 @@ class _Shard:
         return values
 
 
-def _open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
+def _open_parquet(path: FilePath, **options: Any) -> pq.ParquetFile:
     """Open a parquet file; pyarrow itself opens only paths that are UTF-8, and waits for a named pipe."""
+    if isinstance(path, RemotePath):  # reads the footer and the column chunks, with a request for each
+        stream = pa.PythonFile(path.open_unbuffered(), mode="r")
+        return pq.ParquetFile(stream, **{**options, "memory_map": False}, pre_buffer=False)
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError("it is not a regular file")
     try:
@@ -392,21 +398,22 @@ class ParquetImages:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[FilePath],
         parts: Sequence[str],
         keys: Sequence[str],
         reading: ReadSettings = DEFAULT_READING,
         row_groups: int = 2,
+        headers: Sequence[pq.FileMetaData] | None = None,
     ) -> None:
         self._paths, self._parts, self._keys = tuple(paths), tuple(parts), tuple(keys)
         self._reading, self._keep = reading, row_groups
         sizes: list[int] = []
         self._row_groups: list[tuple[int, int]] = []  # number of the file, number of the row group in it
-        for number, path in enumerate(paths):
-            with _parquet_errors(path), _open_parquet(path) as file:
-                for group in range(file.num_row_groups):
-                    sizes.append(file.metadata.row_group(group).num_rows)
-                    self._row_groups.append((number, group))
+        for number, header in enumerate(headers or [_Shard.read(path).metadata for path in paths]):
+            for group in range(header.num_row_groups):
+                with _parquet_errors(paths[number]):
+                    sizes.append(header.row_group(group).num_rows)
+                self._row_groups.append((number, group))
         self._ends = np.cumsum(sizes)
         self._rows: np.ndarray | None = None  # row of each image in these row groups; None: all in order
         self._open()
@@ -451,7 +458,7 @@ class ParquetImages:
             data = self._encoded(cell, self._paths[self._row_groups[number][0]].parent)
         return decode(data, key, self._reading) if isinstance(data, bytes) else decode_object(data, key, self._reading)
 
-    def _encoded(self, cell: Any, folder: Path) -> bytes | np.ndarray:
+    def _encoded(self, cell: Any, folder: FilePath) -> bytes | np.ndarray:
         """Return the encoded image, or the array of pixels, of a cell; raises UnreadableImageError."""
         if isinstance(cell, list) and (not cell or not isinstance(cell[0], list | int | float)):
             if len(cell) != 1:
@@ -487,14 +494,15 @@ class ParquetImages:
             # a file stores repeated images once; read as a dictionary, they need as little memory
             path, dotted = self._paths[number], ".".join(self._parts)
             with _open_parquet(path) as file:
-                texts = _text_columns(file.metadata, dotted, f"{dotted}.bytes")
-            self._files[number] = _open_parquet(path, memory_map=True, read_dictionary=texts)
+                header = file.metadata
+            texts = _text_columns(header, dotted, f"{dotted}.bytes")
+            self._files[number] = _open_parquet(path, memory_map=True, read_dictionary=texts, metadata=header)
         self._files.move_to_end(number)
         return self._files[number]
 
 
-def choose_shards(root: Path, names: Sequence[str], split: str) -> list[Path]:
-    """Return the parquet files below a folder that belong to one split, sorted.
+def choose_shards(root: str, names: Sequence[str], split: str) -> list[str]:
+    """Return those of the parquet files below a folder that belong to one split, sorted.
 
     The split of a file is its name without the number of the shard (`train-00000-of-00003.parquet`), or its folder
     (`train/0000.parquet`). If no file has a split, all are shards of one set.
@@ -524,7 +532,7 @@ def choose_shards(root: Path, names: Sequence[str], split: str) -> list[Path]:
             f"{root} contains {len(numbers)} of {min(counts)} shards (the first missing one is number {missing[0]}); "
             "fetch the others, or give a glob for those that exist"
         )
-    return [root / name for name in chosen]
+    return chosen
 
 
 def _split_of(name: str) -> str:

@@ -4,21 +4,24 @@
     hf://owner/name[/config][:split][@modifiers]                            a set on the Hugging Face hub
     path[:split][@modifiers]      a folder, a glob, a table, a file of arrays, or one image file; only files and folders
                                   with several splits have a split: `pathmnist.npz:test`, `./data:train`
+    scheme://…[:split][@modifiers]                   the same on an object store or web server: `s3://bucket/prefix`
 
 Modifiers, separated by commas: one variant (`vflip`, `blur=2`), one class filter (`classes=0-7`, `classes=0,3,5`,
 `classes=sandal,bag`), and the names of what is read: `array=test_images` of an .npz file, `column=photo` of a table,
-`label=category` for the labels of both. What exists as a path, or holds a separator or a drive letter, is a path.
+`label=category` for the labels of both. What exists as a path, or holds a separator or a drive letter, is a path. What
+exists on a store is not known here: `@` and `:` belong to a URL unless a modifier, or a word as a split, follows them.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from farout.core.errors import FaroutError, SourceError
-from farout.core.names import encode_file_name, encode_source, find_path
+from farout.core.names import encode_cell, encode_file_name, encode_source, find_path
+from farout.core.remote_files import check_url, is_url, local_path_of, normalize_url
 
 __all__ = [
     "BRACES",
@@ -31,7 +34,7 @@ __all__ = [
     "parse_spec",
 ]
 
-Kind = Literal["named", "path", "hub"]
+Kind = Literal["named", "path", "hub", "url"]
 
 DEFAULT_STRENGTHS: dict[str, float | None] = {
     "vflip": None,
@@ -53,6 +56,7 @@ BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
 
 _HUB = "hf://"
 _SPLIT = re.compile(r"[\w.-]+")
+_CHAIN = re.compile(r"[a-z][a-z0-9+.-]*::.*://")
 _NAMES = re.compile(r"@(?=(?:array|column|label|classes)=)")
 """The start of modifiers whose values may contain `/` and `@`: columns such as `image/encoded`, classes."""
 
@@ -92,8 +96,8 @@ class SourceSpec:
 
     Attributes:
         text: the string.
-        kind: named set, path, or set of the Hugging Face hub.
-        location: name of the set, path, or hub id.
+        kind: named set, path, set of the Hugging Face hub, or URL.
+        location: name of the set, path, hub id, or URL.
         split: split of the set, or of a file or folder with several; empty: none is given for a path.
         variant: modification of the images, or None.
         strength: strength of the variant, or None.
@@ -122,7 +126,11 @@ class SourceSpec:
 
         Paths are absolute, without links; the split of a set is given. The text is encoded like `ImageSource.name`.
         """
-        location = encode_file_name(str(find_path(self.location).resolve())) if self.kind == "path" else self.location
+        location = self.location
+        if self.kind == "path":
+            location = encode_file_name(str(find_path(self.location).resolve()))
+        elif self.kind == "url":
+            location = encode_cell(normalize_url(self.location))
         split = f":{self.split}" if self.split else ""
         modifiers = f"@{encode_source(self.modifiers)}" if self.modifiers else ""
         return f"{_HUB if self.kind == 'hub' else ''}{location}{split}{modifiers}"
@@ -142,14 +150,47 @@ def parse_spec(text: str, known: frozenset[str] = frozenset()) -> SourceSpec:
 
     Raises:
         SourceError: the string is empty, a modifier is unknown or has a wrong strength, there is more than one variant,
-            or the name is both a named set and an existing path.
+            the name is both a named set and an existing path, or a URL contains a password or a signature.
     """
     if not text.strip():
-        raise SourceError("the image source is empty; give a named set, a folder, a glob, a file, or hf://owner/name")
-    head, modifiers = _split_modifiers(text)
+        raise SourceError(
+            "the image source is empty; give a named set, a folder, a glob, a file, a URL, or hf://owner/name"
+        )
+    if is_url(text) and not text.startswith(_HUB):
+        local = local_path_of(text)
+        if local is not None:
+            return replace(parse_spec(local if "/" in local else f"./{local}", known), text=text)
+        try:
+            check_url(text)
+        except FaroutError as error:
+            raise SourceError(str(error)) from None
+        head, modifiers = _split_url_modifiers(text)
+        location, split = _split_url(head)
+        kind: Kind = "url"
+    else:
+        if _CHAIN.match(text) and not _exists(text):
+            raise SourceError(f"{text!r} is a chain of file systems of fsspec; give the URL of the store alone")
+        head, modifiers = _split_modifiers(text)
+        kind, location, split = _parse_location(head, known)
     variant, strength, classes, names = _parse_modifiers(modifiers, text)
-    kind, location, split = _parse_location(head, known)
     return SourceSpec(text, kind, location, split, variant, strength, classes, **names, modifiers=modifiers)
+
+
+def _split_url_modifiers(text: str) -> tuple[str, str]:
+    """Split a URL at the last `@`, if what follows can be modifiers rather than a part of a name."""
+    named = _NAMES.search(text)
+    if named:
+        return text[: named.start()], text[named.end() :]
+    head, mark, tail = text.rpartition("@")
+    is_modifier = re.split("[,=]", tail)[0] in DEFAULT_STRENGTHS or re.fullmatch(r"[a-z0-9]*", tail) is not None
+    return (head, tail) if mark and is_modifier else (text, "")
+
+
+def _split_url(head: str) -> tuple[str, str]:
+    """Split a URL into location and split: what follows the last `:`, if it is a word, not a number or a path."""
+    location, mark, split = head.rpartition(":")
+    is_split = mark and re.fullmatch(r"[A-Za-z][\w.-]*", split) is not None and "?" not in head
+    return (location, split) if is_split else (head, "")
 
 
 def _exists(text: str) -> bool:

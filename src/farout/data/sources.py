@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from farout.core.errors import LeftOutWarning, SourceError
-from farout.core.names import decode_key, encode_name, encode_source
+from farout.core.names import decode_key, encode_cell, encode_name, encode_source
 from farout.data import catalog
 from farout.data.file_listing import Listing
 from farout.data.file_names import join_counts
@@ -29,7 +29,7 @@ from farout.data.image_source import ImageSource, Policy, check_policy
 from farout.data.parquet_files import list_parquet
 from farout.data.python_objects import check_value_range, list_object
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
-from farout.data.readers import list_path
+from farout.data.readers import list_path, list_url
 from farout.data.source_spec import SourceSpec, parse_spec
 from farout.data.tables import list_hub
 
@@ -103,6 +103,8 @@ def open_source(
 def parse_source(text: str | Path) -> SourceSpec:
     """Parse a source string as `open_source` does; `Path("x")` is the path, even if there is a named set x."""
     if isinstance(text, Path):
+        if re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", text.as_posix()) and not text.exists():
+            raise SourceError(f"{text} is a URL that was made a Path, which drops a slash; give the URL as a text")
         return parse_spec(text.as_posix() if "/" in text.as_posix() else f"./{text}")
     return parse_spec(text, catalog.set_names())
 
@@ -111,7 +113,7 @@ def _open_spec(text: str | Path, policy: Policy, memory_mib: int, reading: ReadS
     spec = parse_source(text)
     listing = _list_spec(spec, reading)
     source = ImageSource(
-        encode_source(str(text)),
+        encode_cell(str(text)) if spec.kind == "url" else encode_source(str(text)),
         listing,
         policy=policy,
         variant=spec.variant,
@@ -129,6 +131,8 @@ def _list_spec(spec: SourceSpec, reading: ReadSettings) -> Listing:
         if saved is not None:
             return list_saved_dataset(saved, reading, spec.selection)
         return list_path(spec.location, reading, spec.selection)
+    if spec.kind == "url":
+        return list_url(spec.location, reading, spec.selection)
     if spec.kind == "hub":
         return list_hub(spec.location, spec.split, reading=reading, selection=spec.selection)
     local = catalog.find_local(spec.location, spec.split)

@@ -8,18 +8,19 @@ from pathlib import Path
 
 from farout.core.errors import UnreadableImageError
 from farout.core.files import read_file
+from farout.core.remote_files import RemotePath
 
 __all__ = ["read_bytes"]
 
 
-def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Return the content of a regular file of at most `limit` bytes.
+def read_bytes(path: str | os.PathLike[str] | RemotePath, limit: int) -> bytes:
+    """Return the content of a regular or remote file of at most `limit` bytes.
 
     Raises UnreadableImageError if it is missing, not regular, larger, or cannot be read; the message is the reason
     without the path.
     """
     try:
-        return read_file(Path(path), limit)
+        return read_file(path if isinstance(path, RemotePath) else Path(path), limit)
     except OSError as error:
         hint = " (--max-bytes)" if error.errno == errno.EFBIG else f" ({type(error).__name__})"
         raise UnreadableImageError(f"{error.strerror or error}{hint}") from error

@@ -66,6 +66,11 @@ COMMANDS = {
         "cli.commands.score:score",
         "cli.commands.score:print_scored_folder",
     ),
+    "serve": Command(
+        "Serve a detector over HTTP.",
+        "cli.commands.serve:serve",
+        "cli.commands.serve:print_end",
+    ),
     "calibrate": Command(
         "Recompute a detector's p-values from other normal images, without training.",
         "cli.commands.calibrate:calibrate",

@@ -11,6 +11,9 @@ from farout.scoring.service import urls
 from farout.scoring.service.settings import TOKEN_VARIABLE, ServiceSettings, read_token
 from farout.scoring.service.urls import load_url
 
+NOT_PUBLIC = ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1"]
+NOT_PUBLIC += ["::1", "fd00::1", "fe80::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"]
+
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
@@ -64,11 +67,7 @@ def test_only_listed_sites_are_loaded(site: str) -> None:
     assert "control characters" in reason(f"{site}/a b", [site])
 
 
-@pytest.mark.parametrize(
-    "address",
-    "127.0.0.1 10.1.2.3 192.168.0.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 ::1 fd00::1 fe80::1 ::ffff:127.0.0.1 "
-    "64:ff9b::7f00:1 2002:7f00:1::".split(),
-)
+@pytest.mark.parametrize("address", NOT_PUBLIC)
 def test_a_name_that_leads_into_the_own_network_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def resolve(host: str, port: int, **options: object) -> list:
         return [(2, 1, 6, "", ("93.184.216.34", port)), (2, 1, 6, "", (address, port))]

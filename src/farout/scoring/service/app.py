@@ -145,9 +145,8 @@ class Service:
             rows = asyncio.wrap_future(self.queue.submit(images))
             departure = asyncio.ensure_future(_wait_for_departure(request))
             try:
-                await asyncio.wait(
-                    {asyncio.ensure_future(rows), departure}, timeout=self.settings.timeout, return_when=asyncio.FIRST_COMPLETED
-                )
+                awaited: set[asyncio.Future[Any]] = {rows, departure}
+                await asyncio.wait(awaited, timeout=self.settings.timeout, return_when=asyncio.FIRST_COMPLETED)
                 if rows.done():
                     error = rows.exception()
                     if error is not None:  # which the queue has logged

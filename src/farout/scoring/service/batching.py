@@ -81,7 +81,7 @@ class ScoringQueue:
 
     def __init__(
         self,
-        score: Callable[[dict[str, list[Any]]], Mapping[str, Any]],
+        score: Callable[[dict[str, Any]], Mapping[str, Any]],
         batch_size: int,
         window_s: float,
         on_batch: Callable[[Sequence[ImageScore], float], None] = lambda rows, seconds: None,
@@ -173,7 +173,10 @@ class ScoringQueue:
         readable = [image for image in images if image.data is not None]
         scored: list[ImageScore | Exception]
         try:
-            columns: dict[str, list[Any]] = {"key": [image.key for image in readable], "image": [image.data for image in readable]}
+            columns: dict[str, list[Any]] = {
+                "key": [image.key for image in readable],
+                "image": [image.data for image in readable],
+            }
             scored = [*_split_rows(self._score(columns))] if readable else []
         except Exception as error:  # of one image; the service goes on
             if len(images) > 1:

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,7 @@ class Admission:
     def __init__(self, max_images: int, max_bytes: int) -> None:
         self.max_images, self.max_bytes = max_images, max_bytes
         self.images, self.bytes = 0, 0
-        self.seconds_per_image = lambda: 0.0
+        self.seconds_per_image: Callable[[], float] = lambda: 0.0
 
     def retry_after(self) -> int:
         """Seconds after which the accepted images are probably answered."""

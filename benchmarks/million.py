@@ -7,14 +7,13 @@ of the libraries alone.
 
     python benchmarks/million.py --out /tmp/million --images 1000 10000 100000 1000000
 
-Files that exist are used again: images, detector, and the results of runs that have finished.
+Images and detector are used again if they exist; the time per image is that beyond the run with 100 images.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import shlex
 import shutil
@@ -97,20 +96,16 @@ def fit_detector(folder: Path, backbone: str) -> Path:
     return detector
 
 
-def measure(folder: Path, detector: Path, count: int, settings: list[str]) -> dict[str, float]:
-    """Score this many images, and check that the results are complete."""
-    source, out, figures = create_source(folder, count), folder / f"results-{count}", folder / f"figures-{count}.json"
-    if not figures.is_file():
-        shutil.rmtree(out, ignore_errors=True)
-        seconds, memory = run("score", str(detector), str(source), "--out", str(out), *settings)
-        with (out / "scores.csv").open("rb") as file:
-            rows = sum(1 for _ in file) - 1
-        if rows != count or not (out / "manifest.json").is_file():
-            raise SystemExit(f"{out} has scores of {rows} images, expected {count}")
-        page = (out / "page.html").stat().st_size / 2**20
-        figures.write_text(json.dumps({"seconds": seconds, "memory": memory, "page": page, "settings": settings}))
-    loaded: dict[str, float] = json.loads(figures.read_text())
-    return loaded
+def measure(folder: Path, detector: Path, count: int, settings: list[str]) -> tuple[float, float, float]:
+    """Score this many images into a new folder, which must be complete; seconds, and MiB of memory and of the page."""
+    source, out = create_source(folder, count), folder / f"results-{count}"
+    shutil.rmtree(out, ignore_errors=True)
+    seconds, memory = run("score", str(detector), str(source), "--out", str(out), *settings)
+    with (out / "scores.csv").open("rb") as file:
+        rows = sum(1 for _ in file) - 1
+    if rows != count or not (out / "manifest.json").is_file():
+        raise SystemExit(f"{out} has scores of {rows} images, expected {count}")
+    return seconds, memory, (out / "page.html").stat().st_size / 2**20
 
 
 def main() -> None:
@@ -123,16 +118,15 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     detector = fit_detector(arguments.out, arguments.backbone)
     settings = shlex.split(arguments.settings)
-    alone = measure(arguments.out, detector, FEW, settings)
-    print(f"model alone: {alone['memory']:.0f} MiB, {alone['seconds']:.1f} s with {FEW} images", flush=True)
+    start, model, _ = measure(arguments.out, detector, FEW, settings)
+    print(f"model alone: {model:.0f} MiB, {start:.1f} s with {FEW} images", flush=True)
     print("| images | seconds | ms per image | MiB | MiB beyond the model | page in MiB |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for count in arguments.images:
-        found = measure(arguments.out, detector, count, settings)
+        seconds, memory, page = measure(arguments.out, detector, count, settings)
+        each = 1000 * (seconds - start) / count
         print(
-            f"| {count:,} | {found['seconds']:.1f} | {1000 * (found['seconds'] - alone['seconds']) / count:.3f} "
-            f"| {found['memory']:.0f} | {found['memory'] - alone['memory']:.0f} | {found['page']:.2f} |",
-            flush=True,
+            f"| {count:,} | {seconds:.1f} | {each:.3f} | {memory:.0f} | {memory - model:.0f} | {page:.2f} |", flush=True
         )
 
 

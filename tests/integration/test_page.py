@@ -337,7 +337,7 @@ def test_long_lists_are_cut(
     detector: Detector, images: Path, folder: Path, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A browser cannot show a million rows."""
-    monkeypatch.setattr(score_page, "_LISTED_ROWS", 1)
+    monkeypatch.setattr(score_page, "LISTED_ROWS", 1)
     many = Path(shutil.copytree(images, tmp_path / "many"))
     (many / "also broken.png").write_text("no")
     score_folder(detector, many, tmp_path / "r", fdr=0.6)

@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 from farout.core.csv_files import write_csv
 from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning, StoreError
 from farout.detectors.calibration import benjamini_hochberg, compute_p_values, flag_outliers
-from farout.detectors.knn import KNN
 from farout.detectors.results import Measurements, Scores
 from farout.detectors.score_histogram import ScoreHistogram
 from farout.detectors.score_summary import ScoreSummary
 from farout.scoring import summary as summary_module
-from farout.scoring.summary import summarize_table
+from farout.scoring.summary import add_table
 
 CALIBRATION = np.random.default_rng(0).normal(size=199)
 
@@ -129,18 +128,17 @@ def test_the_summary_of_the_table_is_that_of_the_parts(
     scores = table(np.array([*[np.nan] * 7, 0.5, 0.1 + 0.2, np.nan, -1.0, 1e-300, np.nan, np.nan, 3.0, 3.0]))
     rows = [row for row, status in enumerate(scores.status) if policy == "nan" or status != "unreadable"]
     reasons = {key: "empty" for key, status in zip(scores.keys, scores.status) if status == "unreadable"}
-    detector = KNN()
-    detector.calibration_scores, detector.alpha = {detector.score_name: CALIBRATION}, 0.05
     expected = ScoreSummary(CALIBRATION, 0.05)
     expected.add(scores.select(rows), 0, reasons=reasons, indices=rows)
     write_csv(scores.select(rows).to_frame(), tmp_path / "scores.csv")
     for size in (1, 3, 100):
         monkeypatch.setattr(summary_module, "_ROWS", size)
-        found = summarize_table(tmp_path / "scores.csv", detector, scores.keys, reasons)
+        found = ScoreSummary(CALIBRATION, 0.05)
+        add_table(found, tmp_path / "scores.csv", scores.keys, reasons)
         check_equal(found, expected)
     assert len(expected.top(100)) == 6
     with pytest.raises(StoreError, match="has a row 0000000 that is not in the source"):
-        summarize_table(tmp_path / "scores.csv", detector, scores.keys[1:], reasons)
+        add_table(ScoreSummary(CALIBRATION, 0.05), tmp_path / "scores.csv", scores.keys[1:], reasons)
 
 
 @pytest.mark.parametrize("form", ["vectors", "values"])

@@ -23,9 +23,9 @@ from farout.report.reference_images import has_embedding, highest_calibration_im
 from farout.report.rendering import png_data_url, render_template
 from farout.report.thumbnails import SourceImages
 
-__all__ = ["write_score_page"]
+__all__ = ["LISTED_ROWS", "write_score_page"]
 
-_LISTED_ROWS = 500
+LISTED_ROWS = 500
 """Maximum number of rows in the tables of flagged and selected, and of unreadable images."""
 
 
@@ -46,8 +46,8 @@ def write_score_page(
     Args:
         detector: detector that computed the scores.
         source: the scored images.
-        summary: summary of the scores, which keeps at least `top_images` rows; their measurements are read from
-            `measurements.parquet` in `out` if it contains none.
+        summary: summary of the scores, which keeps at least `LISTED_ROWS` and `top_images` rows; their measurements are
+            read from `measurements.parquet` in `out` if it contains none.
         manifest: counts and settings of the run.
         out: folder of the page.
         top_images: number of images shown, those with the highest scores.
@@ -60,7 +60,7 @@ def write_score_page(
     largest_selected = 0.0 if false_discovery_rate is None else summary.benjamini_hochberg(false_discovery_rate)
     is_flagged = flag_outliers(summary.p_values, detector.alpha)
     is_selected = summary.p_values <= largest_selected
-    highest, shown = summary.top(_LISTED_ROWS), summary.top(top_images)
+    highest, shown = summary.top(LISTED_ROWS), summary.top(top_images)
     images = SourceImages(hub=False, reading=detector.reading_of_fit)
     html = render_template(
         "score_page.html",
@@ -90,7 +90,7 @@ def write_score_page(
         pictures=_pictures(detector, source.subset(shown.indices)),
         neighbors=nearest_normal_images(detector, _measurements_of(detector, shown, out), images),
         calibration_images=highest_calibration_images(detector, images),
-        unreadable=dict(islice(manifest["unreadable"].items(), _LISTED_ROWS)),
+        unreadable=dict(islice(manifest["unreadable"].items(), LISTED_ROWS)),
     )
     with store.atomic_file(out / "page.html") as temporary:
         temporary.write_text(html, encoding="utf-8")

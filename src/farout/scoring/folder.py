@@ -44,9 +44,9 @@ from farout.data.splits import calibration_size
 from farout.detectors.base import Detector, Measurements, Scores
 from farout.detectors.calibration import check_fitted
 from farout.detectors.saving import describe_detector
-from farout.report.score_page import write_score_page
+from farout.report.score_page import LISTED_ROWS, write_score_page
 from farout.scoring.scorer import Scorer
-from farout.scoring.summary import ScoreSummary, summarize_table
+from farout.scoring.summary import ScoreSummary, add_table
 from farout.scoring.worker_pool import open_worker_scorer, run_in_workers
 
 __all__ = ["ScoredFolder", "has_intact_scores", "read_manifest", "read_scores", "score_folder"]
@@ -149,9 +149,9 @@ def score_folder(
         raise FaroutError(f"a launcher started {group.num_processes} processes already; leave out processes")
     for message in find_mismatches(source, detector.preprocessing, fitted_gray=detector.provenance.get("gray", False)):
         warnings.warn(message, MisleadingResultWarning, stacklevel=2)
-    calibration_images = len(detector.calibration)
-    if calibration_images < calibration_size(0, detector.alpha):
-        message = f"with {calibration_images} calibration images no p-value reaches alpha {detector.alpha}"
+    calibration = detector.calibration_scores[detector.score_name]
+    if len(calibration) < calibration_size(0, detector.alpha):
+        message = f"with {len(calibration)} calibration images no p-value reaches alpha {detector.alpha}"
         warnings.warn(f"{message}, so nothing can be flagged", TooFewImagesWarning, stacklevel=2)
     settings = {
         "detector": detector.fingerprint,
@@ -184,11 +184,13 @@ def score_folder(
     seconds = time.perf_counter() - started
 
     def write_results() -> dict[str, Any]:
-        finished = settings | _write_tables(detector, source, parts, out, fdr) if manifest is None else manifest
+        summary, finished = ScoreSummary(calibration, detector.alpha, keep=max(top_images, LISTED_ROWS)), manifest
+        if finished is None:
+            finished = settings | _write_tables(detector, source, parts, out, fdr, summary)
         if finished.get("top_images") != top_images or not (out / "page.html").is_file():
             finished["top_images"] = top_images
-            keep = max(top_images, 500)
-            summary = summarize_table(out / "scores.csv", detector, source.keys, finished["unreadable"], keep)
+            if manifest is not None:
+                add_table(summary, out / "scores.csv", source.keys, finished["unreadable"])
             write_score_page(detector, source, summary, finished, out, top_images=top_images)
             # the manifest is written last: a folder with a manifest is finished
             store.write_sealed_json(out / _MANIFEST, finished)
@@ -445,12 +447,11 @@ def _read_part_info(path: Path) -> dict[str, Any] | None:
 
 
 def _write_tables(
-    detector: Detector, source: ImageSource, parts: list[range], out: Path, fdr: float | None
+    detector: Detector, source: ImageSource, parts: list[range], out: Path, fdr: float | None, summary: ScoreSummary
 ) -> dict[str, Any]:
-    """Join the parts to `measurements.parquet` and `scores.csv`, one in memory at a time; returns facts for the
-    manifest.
+    """Join the parts to `measurements.parquet` and `scores.csv`, one in memory at a time, and add them to the summary;
+    returns facts for the manifest.
     """
-    summary = ScoreSummary(detector.calibration_scores[detector.score_name], detector.alpha)
     contents: list[str] = []
     environments: list[dict[str, Any]] = []
     with ExitStack() as stack:

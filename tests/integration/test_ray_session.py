@@ -1,4 +1,4 @@
-"""Work on Ray: every item is done, also if workers fail, and what goes wrong is one clear line."""
+"""Work on Ray: every job is done, also if workers fail, and what goes wrong is one clear line."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 
 from farout.core.errors import FaroutError
 from farout.scoring import ray_session
-from farout.scoring.ray_session import RaySettings, WorkItem, map_items
+from farout.scoring.ray_session import RaySettings, run_on_ray
 from ray_cluster import start_ray
 
 TWO = RaySettings(ray_workers=2)
@@ -47,26 +47,16 @@ def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
         pass
 
 
-class Square:
-    """Squares numbers; 3 kills its process the first time, 13 always, and 7 is an error of the user."""
-
-    def __init__(self, mark: str) -> None:
-        self.mark = Path(mark)
-
-    def __call__(self, content: bytes) -> dict[str, int]:
-        number = int(content)
-        if number == 13:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if number == 3 and not self.mark.exists():
-            self.mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if number == 7:
-            raise FaroutError("seven is unreadable")
-        return {"number": number, "square": number**2}
-
-
-def items(*numbers: int) -> list[WorkItem]:
-    return [WorkItem(f"number {number}", str(number).encode) for number in numbers]
+def square(number: int, mark: Path) -> tuple[int, int]:
+    """The square of a number; 3 kills the process the first time, 13 always, and 7 is an error of the user."""
+    if number == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 3 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 7:
+        raise FaroutError("seven is unreadable")
+    return number, number**2
 
 
 @pytest.fixture(scope="module")
@@ -79,22 +69,21 @@ def ray() -> Iterator[ModuleType]:
 
 
 @pytest.mark.slow
-def test_every_item_is_done_once_also_if_a_worker_is_killed(ray: ModuleType, tmp_path: Path) -> None:
-    numbers = [1, 2, 3, 4, 5, 6]
-    results = list(map_items(Square, [str(tmp_path / "mark")], items(*numbers), TWO))
-    assert (tmp_path / "mark").exists(), "a worker was killed"
-    assert sorted(result["number"] for result in results) == numbers
-    assert all(result["square"] == result["number"] ** 2 for result in results)
+def test_every_job_is_done_once_also_if_a_worker_is_killed(ray: ModuleType, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    results = list(run_on_ray(square, ((number, mark) for number in range(1, 7)), TWO))
+    assert mark.exists(), "a worker was killed"
+    assert sorted(results) == [(number - 1, (number, number**2)) for number in range(1, 7)]
 
 
 @pytest.mark.slow
-def test_an_item_that_ends_every_worker_is_named(ray: ModuleType, tmp_path: Path) -> None:
+def test_a_job_that_ends_every_worker_is_named(ray: ModuleType, tmp_path: Path) -> None:
     """Ray alone would repeat it without end."""
-    with pytest.raises(FaroutError, match="number 13"):
-        list(map_items(Square, [str(tmp_path / "mark")], items(1, 13), TWO))
+    with pytest.raises(FaroutError, match="while they worked on job 1:"):
+        list(run_on_ray(square, [(1, tmp_path), (13, tmp_path)], TWO))
 
 
 @pytest.mark.slow
 def test_an_error_of_farout_is_raised_as_it_is(ray: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(FaroutError, match=r"^seven is unreadable \(on "):
-        list(map_items(Square, [str(tmp_path / "mark")], items(1, 7), TWO))
+        list(run_on_ray(square, [(1, tmp_path), (7, tmp_path)], TWO))

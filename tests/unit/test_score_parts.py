@@ -10,9 +10,9 @@ from farout.core import storage
 from farout.core.errors import StoreError
 from farout.core.storage import FilePath
 from farout.detectors.base import Scores
-from farout.scoring.score_parts import Environment, ScoredPart, list_parts, read_part, remove_part, write_part
+from farout.scoring.score_parts import ScoredPart, list_parts, read_part, remove_part, write_part
 
-ENVIRONMENT = Environment(device="cpu", precision="fp32", cpu="AVX2", versions={"farout": "0.1.0"})
+ENVIRONMENT = {"device": "cpu", "precision": "fp32", "cpu": "AVX2", "versions": {"farout": "0.1.0"}}
 
 
 def a_part(start: int = 8) -> ScoredPart:
@@ -26,7 +26,7 @@ def a_part(start: int = 8) -> ScoredPart:
         status=("ok", "unreadable", "ok"),
         indicators={"knn": score},
     )
-    return ScoredPart(range(start, start + 3), scores, {"broken": "not an image"}, 2, "c0ffee", ENVIRONMENT)
+    return ScoredPart(range(start, start + 3), scores, {"broken": "not an image"}, "c0ffee", ENVIRONMENT)
 
 
 @pytest.fixture(params=["folder", "store"])
@@ -40,7 +40,7 @@ def test_a_part_is_read_back_as_it_was_written(out: FilePath) -> None:
     found = read_part(out, range(8, 11))
     pd.testing.assert_frame_equal(found.scores.to_frame(), a_part().scores.to_frame())
     assert found.unreadable == {"broken": "not an image"}
-    assert (found.further_frames, found.content, found.environment) == (2, "c0ffee", ENVIRONMENT)
+    assert (found.content, found.environment) == ("c0ffee", ENVIRONMENT)
     remove_part(out, 8)
     assert not storage.list_files(out)
 

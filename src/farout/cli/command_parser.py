@@ -3,8 +3,8 @@
 Presets override defaults, a YAML file overrides presets, and flags override the file. The parameters of a function are
 
 - positional arguments, if they are before the `*` of the signature;
-- `settings`, `reading` and `runtime`: dataclasses whose fields are flags (`--device`). A `runtime` that is a dict has
-  only the fields that are given, and the others are taken from a fitted detector;
+- `settings`, `reading`, `ray` and `runtime`: dataclasses whose fields are flags (`--device`). A `runtime` that is a
+  dict has only the fields that are given, and the others are taken from a fitted detector;
 - `model`, `training` and `exposure`: dataclasses whose fields are flags with a prefix (`--training.steps`);
 - `arguments`: the parameters of the constructor of a detector or synthesizer, which are flags;
 - else flags.
@@ -110,7 +110,7 @@ def positional_parameters(parameters: Mapping[str, inspect.Parameter]) -> list[i
 
 
 def _required_flags(parameters: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]:
-    composed = {"arguments", "settings", "reading", "runtime"}
+    composed = {"arguments", "settings", "ray", "reading", "runtime"}
     flags = [p for p in parameters.values() if (p.kind is p.KEYWORD_ONLY or p.name == "out") and p.name not in composed]
     return [p for p in flags if p.default is p.empty]
 

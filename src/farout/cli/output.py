@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +27,7 @@ from farout.core import progress as core_progress
 from farout.core.devices import is_main_process
 from farout.core.errors import FaroutWarning
 from farout.core.names import printable
+from farout.core.remote_files import FilePath
 
 __all__ = ["configure_logging", "print_existing", "print_result", "progress"]
 
@@ -117,8 +117,9 @@ def print_result(command: str, result: Any, arguments: Mapping[str, Any]) -> Non
         printer(result)
 
 
-def print_existing(folder: Path, *names: str) -> None:
+def print_existing(folder: FilePath, *names: str) -> None:
     """Prints the paths of those files of a folder that exist."""
-    for path in (folder / name for name in names):
+    for name in names:
+        path = folder / name
         if path.exists():
             print_text(f"  {path}")

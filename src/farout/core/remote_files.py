@@ -256,6 +256,13 @@ class RemotePath:
             raise OSError(errno.EROFS, "a web server takes no files; give a folder or an object store", self.url)
         self._call(lambda system, path: system.pipe_file(path, data))
 
+    def upload(self, file: Path) -> None:
+        """Write the whole file with the content of a file on this machine, as `write` does. Raises OSError."""
+        if self.is_web:
+            raise OSError(errno.EROFS, "a web server takes no files; give a folder or an object store", self.url)
+        self._call(lambda system, path: system.put_file(str(file), path))
+        self._size = file.stat().st_size
+
     def remove(self) -> None:
         """Remove the file if it exists; raises OSError."""
 

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from farout.core import store
@@ -25,6 +28,7 @@ from farout.core.remote_files import FilePath, RemotePath, as_file_path, is_url
 __all__ = [
     "FilePath",
     "as_file_path",
+    "atomic_file",
     "exists",
     "is_url",
     "list_files",
@@ -109,6 +113,25 @@ def write_bytes(path: str | FilePath, data: bytes) -> None:
         return
     with store.atomic_file(path) as temporary:
         temporary.write_bytes(data)
+
+
+@contextmanager
+def atomic_file(path: str | FilePath) -> Iterator[Path]:
+    """Yield a temporary path on this machine, whose file becomes `path` at the end; after an error nothing is written.
+
+    For files that are too large for `write_bytes`.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    path = as_file_path(path)
+    if not isinstance(path, RemotePath):
+        with store.atomic_file(path) as temporary:
+            yield temporary
+        return
+    with write_errors(str(path)), tempfile.TemporaryDirectory(prefix="farout-") as folder:
+        yield Path(folder, path.name)
+        path.upload(Path(folder, path.name))
 
 
 def remove(path: str | FilePath) -> None:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
-from farout.core import store
+from farout.core import storage, store
 from farout.core.csv_files import open_csv_writer, read_csv
 from farout.core.devices import ProcessGroup, join_processes
 from farout.core.errors import (
@@ -36,6 +36,7 @@ from farout.core.errors import (
 from farout.core.files import hash_file
 from farout.core.names import expand_path, find_path
 from farout.core.progress import task
+from farout.core.remote_files import FilePath
 from farout.core.schema import Schema, check_content
 from farout.data.image_source import ImageSource, Policy, ReadingRecord
 from farout.data.preprocessing import find_mismatches
@@ -49,7 +50,15 @@ from farout.scoring.scorer import Scorer
 from farout.scoring.summary import ScoreSummary, add_table
 from farout.scoring.worker_pool import open_worker_scorer, run_in_workers
 
-__all__ = ["ScoredFolder", "has_intact_scores", "read_manifest", "read_scores", "score_folder"]
+__all__ = [
+    "ScoredFolder",
+    "check_settings",
+    "has_intact_scores",
+    "hash_texts",
+    "read_manifest",
+    "read_scores",
+    "score_folder",
+]
 
 _IMAGES_PER_PART = 256
 """Images measured between two files on disk."""
@@ -86,7 +95,7 @@ class ScoredFolder:
     """What `score_folder` has written.
 
     Attributes:
-        folder: the folder.
+        folder: the folder, or the prefix of an object store.
         counts: number of images by status.
         flagged: number of images with `is_ood`.
         unreadable: reasons by key.
@@ -94,7 +103,7 @@ class ScoredFolder:
         seconds: time of these measurements.
     """
 
-    folder: Path
+    folder: FilePath
     counts: dict[str, int]
     flagged: int
     unreadable: dict[str, str]
@@ -162,7 +171,7 @@ def score_folder(
         "fdr": fdr,
         "images": len(source),
         "images_per_part": _IMAGES_PER_PART,
-        "keys": _hash(source.keys),
+        "keys": hash_texts(source.keys),
         "runtime": {"device": detector.runtime.device.partition(":")[0], "precision": detector.runtime.precision},
     }
     parts = [
@@ -175,7 +184,7 @@ def score_folder(
         manifest = _read_finished(out, source, parts)
         if manifest is None:
             return None, _find_missing_parts(source, parts, out)
-        _check_content(_hash([_hash_content(source.subset(part)) for part in parts]), manifest["content"], out)
+        _check_content(hash_texts([_hash_content(source.subset(part)) for part in parts]), manifest["content"], out)
         return manifest, []
 
     manifest, missing = group.run_on_main_process(open_results)
@@ -222,9 +231,10 @@ def read_scores(path: str | Path) -> Scores:
         raise StoreError(f"{file} cannot be read as a score table ({error}); expected columns key and score") from error
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: FilePath) -> dict[str, Any]:
     """Read the manifest of a scored folder; raises StoreError if it is missing, or was changed after it was written."""
-    manifest = store.read_sealed_json(folder / _MANIFEST)
+    path = folder / _MANIFEST
+    manifest = store.read_sealed_json(path) if isinstance(path, Path) else storage.read_sealed_json(path)
     check_content(manifest, _ManifestContent, str(folder / _MANIFEST))
     return manifest
 
@@ -267,7 +277,7 @@ def _read_finished(out: Path, source: ImageSource, parts: list[range]) -> dict[s
         warnings.warn(f"{what}; the results are written again", DamagedFileWarning, stacklevel=3)
     if manifest is not None:
         contents = [_hash_content(source.subset(part)) for part in parts]
-        _check_content(_hash(contents), manifest["content"], out)
+        _check_content(hash_texts(contents), manifest["content"], out)
         with suppress(StoreError):
             _check_file(out, manifest, _MEASUREMENTS)
             _restore_parts(source, parts, contents, manifest, out)
@@ -305,7 +315,8 @@ def _read_table(file: Path) -> pd.DataFrame:
     return read_csv(file)
 
 
-def _hash(texts: Sequence[str]) -> str:
+def hash_texts(texts: Sequence[str]) -> str:
+    """Return the SHA-256 of texts in their order."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
@@ -319,7 +330,7 @@ def _hash_content(images: ImageSource) -> str:
             if images.policy == "raise":
                 raise
             hashes.append("unreadable")
-    return _hash(hashes)
+    return hash_texts(hashes)
 
 
 def _check_content(content: str, before: str, out: Path) -> None:
@@ -337,11 +348,20 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> None:
         if others:
             raise StoreError(f"{out} is not empty ({', '.join(others[:3])}, …); give a new folder for the results")
         store.write_sealed_json(out / _SETTINGS_FILE, settings)
-    before = store.read_sealed_json(out / _SETTINGS_FILE)
+    check_settings(out, store.read_sealed_json(out / _SETTINGS_FILE), settings)
+    (out / _PARTS).mkdir(exist_ok=True)
+    # temporary files of a run that was killed
+    for name in (_SETTINGS_FILE, _MANIFEST, "scores.csv", "measurements.parquet", "page.html"):
+        for temporary in out.glob(f".{name}.*"):
+            temporary.unlink()
+
+
+def check_settings(out: FilePath, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise StoreError unless the results in `out` were begun with the same settings."""
     differences = [
-        f"{name}: {before.get(name)} before, {value} now"
-        for name, value in settings.items()
-        if before.get(name) != value
+        f"{name}: {before.get(name)} before, {settings.get(name)} now"
+        for name in {**before, **settings}
+        if before.get(name) != settings.get(name)
         and name != ("source" if settings["location"] == before.get("location") else "location")
     ]
     if before.get("detector") != settings["detector"]:
@@ -351,11 +371,6 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> None:
         )
     if differences:
         raise StoreError(f"{out} contains another run ({'; '.join(differences)}); give a new folder or remove it")
-    (out / _PARTS).mkdir(exist_ok=True)
-    # temporary files of a run that was killed
-    for name in (_SETTINGS_FILE, _MANIFEST, "scores.csv", "measurements.parquet", "page.html"):
-        for temporary in out.glob(f".{name}.*"):
-            temporary.unlink()
 
 
 def _part_path(out: Path, part: range) -> Path:
@@ -405,7 +420,7 @@ def _measure_part(
     """Measure and write a part; returns the number of images that could be read, and what was found."""
     measured = scorer.measure(images, advance)
     environment = scorer.detector.runtime.describe_environment()
-    _write_part(path, measured.measurements, measured.unreadable, _hash(measured.content), environment)
+    _write_part(path, measured.measurements, measured.unreadable, hash_texts(measured.content), environment)
     return measured.count, images.reading_record
 
 
@@ -487,7 +502,7 @@ def _write_tables(
         warnings.warn(f"{source.name}: {message} (manifest.json lists them)", MisleadingResultWarning, stacklevel=2)
     written = [name for name in ("scores.csv", _MEASUREMENTS) if (out / name).is_file()]
     return {
-        "content": _hash(contents),
+        "content": hash_texts(contents),
         "files": {name: hash_file(out / name) for name in written},
         "about": describe_detector(detector),
         "counts": summary.counts,

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import pickle
 import signal
 import socket
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from farout.core.errors import FaroutError, MissingExtraError
 
-__all__ = ["RaySettings", "WorkItem", "connect_ray", "count_workers", "map_items"]
+__all__ = ["RaySettings", "connect_ray", "count_workers", "run_on_ray"]
+
+T = TypeVar("T")
 
 _MAX_ATTEMPTS = 3
-"""How often an item is given to a worker: one that ends the process, such as by exhausting its memory, ends the run."""
-_ITEMS_PER_RUN = 4096
-"""Items that the driver holds in memory at a time."""
+"""How often a job is given to a worker: one that ends the process, such as by exhausting its memory, ends the run."""
+_JOBS_PER_RUN = 4096
+"""Jobs that are in memory at a time; after them, workers are started anew."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class RaySettings:
             GPUs for.
         gpus_per_worker: GPUs of a Ray worker, also a part of one such as 0.5; 0: its networks run on the CPU.
         cpus_per_worker: CPUs of a Ray worker.
+        images_per_part: number of images that a Ray worker is given at a time; its scores are one file in OUT/parts.
 
     Raises:
         FaroutError: for numbers out of range.
@@ -45,27 +49,17 @@ class RaySettings:
     ray_workers: int | None = None
     gpus_per_worker: float = 0
     cpus_per_worker: float = 1
+    images_per_part: int = 256
 
     def __post_init__(self) -> None:
-        if self.ray_workers is not None and self.ray_workers < 1:
-            raise FaroutError(f"ray_workers is {self.ray_workers}; expected at least 1")
+        for name in ("ray_workers", "images_per_part"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FaroutError(f"{name} is {value}; expected at least 1")
         for name in ("gpus_per_worker", "cpus_per_worker"):
             value = getattr(self, name)
             if value < 0 or (value > 1 and value != int(value)):
                 raise FaroutError(f"{name} is {value:g}; expected a whole number, or a part of one such as 0.5")
-
-
-@dataclass(frozen=True)
-class WorkItem:
-    """A piece of work for `map_items`.
-
-    Attributes:
-        name: what it is, for messages; different for each item.
-        pack: returns its content, when it is sent.
-    """
-
-    name: str
-    pack: Callable[[], bytes]
 
 
 @contextmanager
@@ -92,7 +86,7 @@ def connect_ray(settings: RaySettings) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = settings.ray_address or os.environ.get("RAY_ADDRESS")
     try:
-        with _keep_signal_handlers():
+        with _keep_signal_handlers(), _silence_libraries():
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, OSError, RuntimeError, TimeoutError, ValueError) as error:
         what = f"the Ray cluster {address} cannot be reached" if address else "Ray cannot be started on this machine"
@@ -116,42 +110,54 @@ def _keep_signal_handlers() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def map_items(
-    worker: Callable[..., Callable[[bytes], Mapping[str, Any]]],
-    arguments: Sequence[Any],
-    items: Sequence[WorkItem],
-    settings: RaySettings,
-) -> Iterator[Mapping[str, Any]]:
-    """Yield the result of each item as soon as it is there, in any order.
+@contextmanager
+def _silence_libraries() -> Iterator[None]:
+    """Drop what libraries in C++ write to the error stream, of which Ray announces that it will write less."""
+    sys.stderr.flush()
+    before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nothing)
 
-    An item whose worker fails, because its process is killed or its machine disappears, is given to another one, so
-    that it may be worked on twice.
+
+def run_on_ray(
+    function: Callable[..., T],
+    jobs: Iterable[tuple[Any, ...]],
+    settings: RaySettings,
+    describe: Callable[[int], str] = "job {}".format,
+) -> Generator[tuple[int, T], None, None]:
+    """Call a function once per job in Ray workers, and yield the job's index and the result when it is completed.
+
+    A job whose worker is lost, because its process is killed or its machine disappears, is given to another one: it may
+    be done twice.
 
     Args:
-        worker: a class whose objects are called with the content of an item, and return a dict of JSON values. One is
-            created per process, with `arguments`.
-        arguments: arguments of the class.
-        items: the work.
+        function: a function of a module that the workers can import.
+        jobs: its arguments for each job, which are taken and pickled when they are sent.
         settings: number of workers, and what each one requires.
+        describe: names a job by its index, for messages.
 
     Raises:
-        FaroutError: if a worker raises an error, or if an item ends its worker several times.
+        FaroutError: if the function raises an error, or if a job ends its worker several times.
     """
     import ray
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:  # another one writes everything to Ray's folder of logs
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL)
     count = settings.ray_workers or count_workers(ray.cluster_resources(), settings)
     attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_AttemptCounter).remote()
-    for start in range(0, len(items), _ITEMS_PER_RUN):
-        rows = [{"name": item.name, "content": item.pack()} for item in items[start : start + _ITEMS_PER_RUN]]
+    numbered = enumerate(jobs)
+    while rows := [{"index": index, "job": pickle.dumps(job)} for index, job in islice(numbered, _JOBS_PER_RUN)]:
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _RayWorker,
-            fn_constructor_args=(worker, tuple(arguments), attempts),
+            fn_constructor_args=(function, attempts),
             batch_size=1,
             concurrency=min(count, len(rows)),
             num_cpus=settings.cpus_per_worker,
@@ -159,49 +165,53 @@ def map_items(
         )
         try:
             for row in results.iter_rows():
+                index = int(row["index"])
+                if row["lost"]:
+                    raise FaroutError(
+                        f"{_MAX_ATTEMPTS} worker processes ended while they worked on {describe(index)}: they crashed, "
+                        "were killed, or memory was short; finished work is kept: run the same command again"
+                    )
                 if row["error"]:
                     raise FaroutError(row["error"])
-                yield json.loads(row["result"])
+                yield index, pickle.loads(row["result"])  # noqa: S301  # from a worker
         except ray.exceptions.RayError as error:
             raise FaroutError(
-                f"a Ray worker failed: {_last_line(error)}; what is finished is kept, and the same command continues "
-                "there (Ray's logs are in /tmp/ray/session_latest/logs of its machines)"
+                f"a Ray worker failed: {_last_line(error)}; finished work is kept: run the same command again (Ray's "
+                "logs are in /tmp/ray/session_latest/logs on its machines)"
             ) from error
 
 
 class _AttemptCounter:
-    """Counts how often the work on an item was begun; one object for all workers."""
+    """Counts how often each job was begun; one object for all workers."""
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[int] = Counter()
 
-    def begin(self, name: str) -> int:
+    def begin(self, index: int) -> int:
         """Count one more attempt and return how many there were."""
-        self._counts[name] += 1
-        return self._counts[name]
+        self._counts[index] += 1
+        return self._counts[index]
 
 
 class _RayWorker:
-    """Calls a worker of `map_items` for batches of one row, as Ray Data gives them."""
+    """Does the jobs, given as batches of one row, as Ray Data calls it."""
 
-    def __init__(self, worker: Callable[..., Any], arguments: tuple[Any, ...], attempts: Any) -> None:
-        self._create, self._attempts = partial(worker, *arguments), attempts
-        self._worker: Callable[[bytes], Mapping[str, Any]] | None = None
+    def __init__(self, function: Callable[..., Any], attempts: Any) -> None:
+        self._function, self._attempts = function, attempts
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         import ray
 
-        name = str(batch["name"][0])
-        # Ray repeats without end what ends a process
-        if ray.get(self._attempts.begin.remote(name)) > _MAX_ATTEMPTS:
-            reason = f"{_MAX_ATTEMPTS} worker processes ended while they worked on {name}: out of memory, or killed"
-            return {"result": [""], "error": [reason]}
+        index = int(batch["index"][0])
+        row: dict[str, list[Any]] = {"index": [index], "lost": [False], "error": [""], "result": [b""]}
+        # Ray itself repeats without end what ends a process
+        if ray.get(self._attempts.begin.remote(index)) > _MAX_ATTEMPTS:
+            return row | {"lost": [True]}
         try:
-            # here, because Ray repeats a failed construction without end, too
-            self._worker = self._worker or self._create()
-            return {"result": [json.dumps(self._worker(batch["content"][0]))], "error": [""]}
+            job = pickle.loads(batch["job"][0])  # noqa: S301  # from the process that started the run
+            return row | {"result": [pickle.dumps(self._function(*job))]}
         except FaroutError as error:
-            return {"result": [""], "error": [f"{error} (on {socket.gethostname()})"]}
+            return row | {"error": [f"{error} (on {socket.gethostname()})"]}
 
 
 def count_workers(resources: Mapping[str, float], settings: RaySettings) -> int:

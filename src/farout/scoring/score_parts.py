@@ -7,19 +7,19 @@ import io
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from farout.core import storage, store
+from farout.core import storage
 from farout.core.errors import ReadError, StoreError
 from farout.core.schema import Schema, check_content
 from farout.core.storage import FilePath
-from farout.detectors.base import Detector, Scores
+from farout.detectors.base import Scores
 
-__all__ = ["Environment", "ScoredPart", "list_parts", "read_part", "remove_part", "write_part"]
+__all__ = ["ScoredPart", "list_parts", "read_part", "remove_part", "write_part"]
 
 FOLDER = "parts"
 _COLUMNS = {
@@ -33,32 +33,6 @@ _COLUMNS = {
 """Columns of every part; those of the method's indicators follow."""
 
 
-class Environment(Schema):
-    """What a part was scored with, as far as it changes scores: by much, or in the last digits.
-
-    Attributes:
-        device: type of the device.
-        precision: precision of the networks.
-        cpu: the instruction set of the processor that torch uses.
-        versions: versions of the libraries that determine scores.
-    """
-
-    device: str
-    precision: str
-    cpu: str
-    versions: dict[str, str]
-
-    @classmethod
-    def of(cls, detector: Detector) -> Environment:
-        """The environment of this process with this detector."""
-        return cls(
-            device=detector.runtime.device.partition(":")[0],
-            precision=detector.runtime.precision,
-            cpu=torch.backends.cpu.get_cpu_capability(),
-            versions=store.versions(),
-        )
-
-
 @dataclass(frozen=True)
 class ScoredPart:
     """Consecutive images of a source, scored.
@@ -67,17 +41,15 @@ class ScoredPart:
         indices: their indices in the source.
         scores: their scores; without unreadable images if these are skipped.
         unreadable: reasons by key.
-        further_frames: number of frames of their files that are not in the source.
         content: hash of the pixels of all of them.
-        environment: what they were scored with.
+        environment: what they were scored with, see `Runtime.describe_environment`.
     """
 
     indices: range
     scores: Scores
     unreadable: dict[str, str]
-    further_frames: int
     content: str
-    environment: Environment
+    environment: dict[str, Any]
 
 
 class _PartContent(Schema):
@@ -86,9 +58,8 @@ class _PartContent(Schema):
     images: int
     counts: dict[str, int]
     unreadable: dict[str, str]
-    further_frames: int
     content: str
-    environment: Environment
+    environment: dict[str, Any]
     table: str
 
 
@@ -123,9 +94,8 @@ def write_part(out: FilePath, part: ScoredPart) -> None:
         images=len(part.indices),
         counts=dict(sorted(Counter(scores.status).items())),
         unreadable=part.unreadable,
-        further_frames=part.further_frames,
         content=part.content,
-        environment=part.environment,
+        environment=dict(part.environment),
         table=hashlib.sha256(buffer.getvalue()).hexdigest(),
     )
     storage.write_sealed_json(_part_path(out, part.indices.start, ".json"), about.model_dump())
@@ -155,7 +125,7 @@ def read_part(out: FilePath, indices: range) -> ScoredPart:
         status=tuple(table["status"].to_pylist()),
         indicators={name: _to_numbers(table[name]) for name in table.column_names if name not in _COLUMNS},
     )
-    return ScoredPart(indices, scores, about.unreadable, about.further_frames, about.content, about.environment)
+    return ScoredPart(indices, scores, about.unreadable, about.content, about.environment)
 
 
 def _to_numbers(column: pa.ChunkedArray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from farout.cli.output import print_existing
 from farout.cli.terminal import print_text
@@ -13,6 +13,7 @@ from farout.data.read_settings import ReadSettings
 from farout.detectors.base import load
 from farout.report.overlays import FOLDER, check_has_maps, write_overlays
 from farout.scoring.folder import ScoredFolder, score_folder
+from farout.scoring.ray_session import RaySettings
 
 __all__ = ["print_scored_folder", "score"]
 
@@ -30,6 +31,8 @@ def score(
     top_images: int = 24,
     fdr: float | None = None,
     maps: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    ray: RaySettings,
     reading: ReadSettings,
     runtime: dict[str, Any],
 ) -> ScoredFolder:
@@ -38,15 +41,36 @@ def score(
     Args:
         detector: folder of a fitted detector.
         source: images: a named set, folder, glob, file, or hf://owner/name:split.
-        out: folder of the results; an interrupted run continues there.
+        out: folder of the results; an interrupted run continues there. With the engine ray also a URL.
         limit: use a seeded random sample of this many images; default: all.
         policy: what to do with an unreadable image: `nan` (list it without a score), `skip` it, or `raise` an error.
         top_images: number of images with the highest scores in the report.
         fdr: add a table column that selects images by Benjamini-Hochberg at this false discovery rate.
         maps: also write a heat map of every image to OUT/maps (patches, reconstruction and denoising only).
+        engine: what computes the scores: `local` (this machine) or `ray` (the machines of a Ray cluster).
+        ray: how the engine ray distributes the work.
         reading: how image files are read.
         runtime: runtime settings that replace those of the fit.
     """
+    if engine == "ray":
+        if maps:
+            raise FaroutError("--maps requires --engine local: heat maps are written by one process")
+        from farout.scoring.ray_engine import score_with_ray
+
+        return score_with_ray(
+            detector,
+            source,
+            out,
+            ray=ray,
+            limit=limit,
+            policy=policy,
+            top_images=top_images,
+            fdr=fdr,
+            reading=reading,
+            **runtime,
+        )
+    if ray != RaySettings():
+        raise FaroutError("settings of Ray workers were given, which --engine local does not use; add --engine ray")
     fitted = load(detector, **runtime)
     if maps:
         check_has_maps(fitted)

@@ -1,0 +1,328 @@
+"""Scoring a source with Ray Data, on this machine or on a cluster: workers score and write parts of the source."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from farout.core import storage, store
+from farout.core.csv_files import CsvWriter
+from farout.core.errors import (
+    DamagedFileWarning,
+    FaroutError,
+    MisleadingResultWarning,
+    StoreError,
+    TooFewImagesWarning,
+)
+from farout.core.files import hash_file
+from farout.core.names import find_path
+from farout.core.progress import task
+from farout.core.storage import FilePath
+from farout.data.batching import prefetch
+from farout.data.image_source import ImageSource, Policy, ReadingRecord
+from farout.data.preprocessing import find_mismatches
+from farout.data.read_settings import DEFAULT_READING, ReadSettings
+from farout.data.splits import calibration_size
+from farout.detectors.base import Detector, Scores, load
+from farout.detectors.saving import KIND, describe_detector
+from farout.report.score_page import write_score_page
+from farout.scoring.folder import ScoredFolder, check_settings, hash_texts, read_manifest
+from farout.scoring.ray_session import RaySettings, connect_ray, run_on_ray
+from farout.scoring.score_parts import ScoredPart, list_parts, read_part, remove_part, write_part
+from farout.scoring.scorer import Scorer
+from farout.scoring.summary import ScoreSummary
+
+__all__ = ["score_with_ray"]
+
+_READ_AHEAD = 16
+"""Parts that are read at the same time: from an object store, most of the time is waiting."""
+_MEMORY_MIB = 64
+"""Memory for decoded images, of the driver and of each worker."""
+_KEPT_ROWS = 500
+"""Images with the highest scores that the page may list."""
+_SETTINGS, _TABLE, _PAGE, _MANIFEST = "settings.json", "scores.csv", "page.html", "manifest.json"
+
+
+def score_with_ray(
+    detector: str | Path,
+    images: Any,
+    out: str | FilePath,
+    *,
+    ray: RaySettings | None = None,
+    limit: int | None = None,
+    policy: Policy = "nan",
+    top_images: int = 24,
+    fdr: float | None = None,
+    reading: ReadSettings = DEFAULT_READING,
+    **runtime: Any,
+) -> ScoredFolder:
+    """Score images with the workers of a Ray cluster into a folder or a prefix of an object store.
+
+    The results are those of `score_folder`, except that the measurements are not kept, and that the parts stay: tables
+    of `ray.images_per_part` images in parquet. An interrupted run continues with the missing parts when it is called
+    again with the same arguments.
+
+    Args:
+        detector: folder of a fitted detector, which all machines of the cluster can read.
+        images: any image source, whose files all machines can read.
+        out: folder that all machines can write, or URL such as `s3://bucket/results`.
+        ray: address of the cluster, and number and resources of the workers; None: see `RaySettings`.
+        limit, policy, top_images, fdr, reading: as for `score_folder`.
+        **runtime: settings that replace those of the fit. The device is `cuda` if workers have GPUs, else `cpu`.
+
+    Raises:
+        FaroutError: for settings that do not fit, or if a worker fails.
+        StoreError: when `out` contains something else.
+    """
+    ray = RaySettings() if ray is None else ray
+    if top_images < 0 or (fdr is not None and not 0 < fdr < 1):
+        raise FaroutError(
+            f"top_images is {top_images}, fdr is {fdr}; expected 0 images or more, and a rate between 0 and 1"
+        )
+    folder, target = find_path(detector), storage.as_file_path(out)
+    expected = _resolve_runtime(folder, runtime, ray)
+    fitted = _load_on_driver(folder, runtime, expected["precision"])
+    source = fitted.open_images(images, policy=policy, limit=limit, reading=reading, memory_mib=_MEMORY_MIB)
+    for message in find_mismatches(source, fitted.preprocessing, fitted_gray=fitted.provenance.get("gray", False)):
+        warnings.warn(message, MisleadingResultWarning, stacklevel=2)
+    if len(fitted.calibration) < calibration_size(0, fitted.alpha):
+        message = f"with {len(fitted.calibration)} calibration images no p-value reaches alpha {fitted.alpha}"
+        warnings.warn(f"{message}, so nothing can be flagged", TooFewImagesWarning, stacklevel=2)
+    settings = {
+        "engine": "ray",
+        "detector": fitted.fingerprint,
+        "source": source.name,
+        "location": source.location,
+        "policy": source.policy,
+        "reading": source.reading.to_dict(),
+        "fdr": fdr,
+        "images": len(source),
+        "images_per_part": ray.images_per_part,
+        "keys": hash_texts(source.keys),
+        "runtime": expected,
+    }
+    _open_results(target, settings)
+    manifest, scored_now, seconds = _read_finished(target), 0, 0.0
+    if manifest is None or manifest["top_images"] != top_images:
+        size = ray.images_per_part
+        parts = [range(start, min(start + size, len(source))) for start in range(0, len(source), size)]
+        missing = _find_missing(target, parts, expected)
+        started = time.perf_counter()
+        if missing:
+            scorer = Scorer(folder, fingerprint=fitted.fingerprint, **{**runtime, **expected})
+            scored_now = _score_missing(scorer, source, missing, target, ray)
+        seconds = time.perf_counter() - started
+        about = {**describe_detector(fitted), "runtime": {**describe_detector(fitted)["runtime"], **expected}}
+        manifest = _finish(fitted, source, parts, target, {**settings, "about": about, "top_images": top_images})
+    source.warn_about_reading()
+    return ScoredFolder(target, manifest["counts"], manifest["flagged"], manifest["unreadable"], scored_now, seconds)
+
+
+def _resolve_runtime(folder: Path, runtime: dict[str, Any], ray: RaySettings) -> dict[str, str]:
+    """The device and precision of all workers, which do not depend on the machines that they run on."""
+    device = runtime.get("device", "auto")
+    if device == "auto":
+        device = "cuda" if ray.gpus_per_worker else "cpu"
+    if (device.partition(":")[0] == "cuda") != bool(ray.gpus_per_worker):
+        raise FaroutError(
+            f"the device is {device}, and workers have {ray.gpus_per_worker:g} GPUs; give --gpus-per-worker 1 for the "
+            "device cuda, and 0 for other ones"
+        )
+    precision = runtime.get("precision") or store.read_config(folder, KIND)["runtime"]["precision"]
+    if precision == "auto":
+        raise FaroutError("the precision auto depends on the machine; with the engine ray give fp32, bf16 or fp16")
+    return {"device": device.partition(":")[0], "precision": precision}
+
+
+def _load_on_driver(folder: Path, runtime: dict[str, Any], precision: str) -> Detector:
+    """Load the detector in this process, which may have no GPU: its networks run only for the pictures of the page."""
+    settings = {**runtime, "device": "auto"}
+    if precision != "fp16":
+        return load(folder, **settings)
+    try:
+        return load(folder, **settings)
+    except FaroutError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MisleadingResultWarning)  # scores are computed by the workers
+            return load(folder, **{**settings, "precision": "fp32"})
+
+
+def _check_environment(environment: dict[str, Any], expected: dict[str, str], what: str) -> None:
+    """Raise StoreError for scores that differ by more than the last digits from those of other parts."""
+    found = {name: environment[name] for name in expected}
+    if found != expected:
+        raise StoreError(
+            f"{what} has scores of {found['device']} in {found['precision']}, the other parts those of "
+            f"{expected['device']} in {expected['precision']}; they cannot be mixed: remove it, or give a new folder"
+        )
+
+
+def _open_results(out: FilePath, settings: dict[str, Any]) -> None:
+    """Begin the results or continue with them; raises StoreError when there is something else."""
+    if isinstance(out, Path) and out.exists() and not out.is_dir():
+        raise StoreError(f"{out} is a file; give a folder for the results")
+    if not storage.exists(out / _SETTINGS):
+        others = list(storage.list_files(out))
+        if others:
+            raise StoreError(f"{out} is not empty ({', '.join(others[:3])}, …); give a new folder for the results")
+        storage.write_sealed_json(out / _SETTINGS, settings)
+        return
+    check_settings(out, storage.read_sealed_json(out / _SETTINGS), settings)
+
+
+def _read_finished(out: FilePath) -> dict[str, Any] | None:
+    """The manifest of finished results; None if they are not finished or, with a warning, damaged."""
+    if not storage.exists(out / _MANIFEST):
+        return None
+    try:
+        manifest = read_manifest(out)
+        for name, sha256 in manifest["files"].items():
+            if _hash_file(out / name) != sha256:
+                raise StoreError(f"{out / name} was changed after it was written")
+    except (StoreError, OSError) as error:
+        warnings.warn(f"{error}; the results are written again", DamagedFileWarning, stacklevel=3)
+        return None
+    return manifest if storage.exists(out / _PAGE) else None
+
+
+def _hash_file(path: FilePath) -> str:
+    if isinstance(path, Path):
+        return hash_file(path)
+    with path.open() as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find_missing(out: FilePath, parts: Sequence[range], expected: dict[str, str]) -> list[range]:
+    """The parts that have to be scored; damaged ones are removed, with a warning."""
+    complete = list_parts(out)
+    missing = [part for part in parts if part.start not in complete]
+    for part, read in zip(
+        [part for part in parts if part.start in complete],
+        prefetch([partial(_try_to_read, out, part) for part in parts if part.start in complete], _READ_AHEAD),
+        strict=True,
+    ):
+        if isinstance(read, ScoredPart):
+            _check_environment(read.environment, expected, f"the part {part.start:09d} in {out}")
+            continue
+        warnings.warn(f"{read}; these images are scored again", DamagedFileWarning, stacklevel=3)
+        remove_part(out, part.start)
+        missing.append(part)
+    return sorted(missing, key=lambda part: part.start)
+
+
+def _try_to_read(out: FilePath, part: range) -> ScoredPart | StoreError:
+    try:
+        return read_part(out, part)
+    except StoreError as error:
+        return error
+
+
+def _score_missing(scorer: Scorer, source: ImageSource, parts: Sequence[range], out: FilePath, ray: RaySettings) -> int:
+    """Score parts with Ray; returns the number of images that were measured."""
+
+    def describe(index: int) -> str:
+        first, last = parts[index].start, parts[index].stop - 1
+        return f"the images {first} ({source.keys[first]}) to {last} ({source.keys[last]})"
+
+    jobs = ((scorer, source.subset(part), part, out) for part in parts)
+    measured = 0
+    with (
+        connect_ray(ray),
+        task(f"scoring {source.name}", sum(map(len, parts))) as bar,
+        closing(run_on_ray(_score_part, jobs, ray, describe)) as results,
+    ):
+        for index, (count, record) in results:
+            measured += count
+            source.add_reading_record(record, parts[index])
+            bar.advance(len(parts[index]))
+    return measured
+
+
+def _score_part(scorer: Scorer, images: ImageSource, indices: range, out: FilePath) -> tuple[int, ReadingRecord]:
+    """Score and write a part, in a worker; returns the number of images that could be read, and what was found."""
+    measured = scorer.measure(images)
+    scores = Scores.empty(scorer.detector.calibration_scores)
+    if measured.measurements is not None:
+        scores = scorer.detector.score_measurements(measured.measurements)
+    if images.policy != "skip":
+        scores = scores.reindex(images.keys)
+    environment = scorer.detector.runtime.describe_environment()
+    write_part(out, ScoredPart(indices, scores, measured.unreadable, hash_texts(measured.content), environment))
+    return measured.count, images.reading_record
+
+
+def _read_in_order(out: FilePath, parts: Sequence[range]) -> Iterator[ScoredPart]:
+    return prefetch([partial(read_part, out, part) for part in parts], _READ_AHEAD)
+
+
+def _finish(
+    detector: Detector, source: ImageSource, parts: Sequence[range], out: FilePath, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Write table, page and manifest from the parts, one of which is in memory at a time; returns the manifest."""
+    largest_selected = None
+    if settings["fdr"] is not None:
+        counts = ScoreSummary(detector.calibration_scores[detector.score_name], detector.alpha, keep=0)
+        for part in _read_in_order(out, parts):
+            counts.add(part.scores, part.indices.start)
+        largest_selected = counts.benjamini_hochberg(settings["fdr"])
+    keep = max(settings["top_images"], _KEPT_ROWS)
+    summary = ScoreSummary(detector.calibration_scores[detector.score_name], detector.alpha, keep=keep)
+    environments, contents = list[dict[str, Any]](), list[str]()
+    with storage.atomic_file(out / _TABLE) as temporary:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = CsvWriter(file)
+            for part in _read_in_order(out, parts):
+                start = part.indices.start
+                _check_environment(part.environment, settings["runtime"], f"the part {start:09d} in {out}")
+                unreadable = part.unreadable
+                rows = (
+                    [i for i in part.indices if source.keys[i] not in unreadable] if source.policy == "skip" else None
+                )
+                summary.add(part.scores, start, reasons=unreadable, indices=rows)
+                frame = part.scores.to_frame()
+                if largest_selected is not None:
+                    frame.insert(4, "selected", part.scores.p_value <= largest_selected)
+                writer.write(frame)
+                contents.append(part.content)
+                if part.environment not in environments:
+                    environments.append(part.environment)
+        table_hash = hash_file(temporary)
+    summary.warn(source.name)
+    if len(environments) > 1:
+        message = "parts were scored with other library versions or processors; scores differ by rounding"
+        warnings.warn(f"{source.name}: {message} (manifest.json lists them)", MisleadingResultWarning, stacklevel=3)
+    manifest = {
+        **settings,
+        "content": hash_texts(contents),
+        "files": {_TABLE: table_hash},
+        "counts": summary.counts,
+        "flagged": summary.flagged,
+        "unreadable": summary.unreadable,
+        "left_out": source.left_out,
+        "further_frames": sum(source.further_frames.values()),
+        "environments": environments,
+    }
+    with tempfile.TemporaryDirectory(prefix="farout-page-") as name:
+        _measure_shown(detector, source, summary, Path(name), settings["top_images"])
+        page = write_score_page(detector, source, summary, manifest, Path(name), top_images=settings["top_images"])
+        storage.write_bytes(out / _PAGE, page.read_bytes())
+    # last: results with a manifest are finished
+    storage.write_sealed_json(out / _MANIFEST, manifest)
+    return manifest
+
+
+def _measure_shown(
+    detector: Detector, source: ImageSource, summary: ScoreSummary, folder: Path, top_images: int
+) -> None:
+    """Write the measurements of the images that the page shows: it finds their neighbors among normal images."""
+    shown = summary.top(top_images)
+    measured = Scorer(detector).measure(source.subset(shown.indices)).measurements
+    if measured is not None:
+        measured.write_parquet(folder / "measurements.parquet")

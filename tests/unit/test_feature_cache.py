@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,19 @@ def test_calls_are_filled_where_much_is_known(source: ImageSource, tmp_path: Pat
     compute = Counting()
     read(source, tmp_path, compute, size=20)
     assert (compute.images, compute.calls) == (10, 3)
+
+
+def test_an_image_is_decoded_once_even_if_pixels_do_not_fit_in_memory(tmp_path: Path) -> None:
+    source = open_source(write_parquet(tmp_path / "set.parquet", pixels(20), [0] * 20), memory_mib=0)
+    store, decoded = source._store, list[int]()
+    decode = store.listing.read
+    counting = replace(store.listing, read=lambda index: decoded.append(index) or decode(index))
+    store.listing = counting
+    read(source, tmp_path)
+    assert sorted(decoded) == list(range(20))
+    decoded.clear()
+    assert computed(source, tmp_path) == 0
+    assert len(decoded) <= 20
 
 
 def test_sets_that_share_images_share_features(source: ImageSource, tmp_path: Path) -> None:

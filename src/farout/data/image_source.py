@@ -246,6 +246,10 @@ class _ImageStore:
             extremes[str(values.dtype)] = min(low, float(values.min())), max(high, float(values.max()))
         return extremes
 
+    def known_hash(self, index: int, requested: _RequestedRange) -> str | None:
+        """Return the content hash of the native pixels if it was computed and kept."""
+        return self._hashes.get((index, requested))
+
     def hash(self, index: int, requested: _RequestedRange, pixels: Tensor | None = None) -> str:
         """Return the content hash of the native pixels; `pixels`: the pixels, if already decoded.
 
@@ -494,6 +498,10 @@ class ImageSource(Dataset[Tensor]):
     def thumbnail(self, index: int) -> bytes:
         """Return the small copy that near-copies are found on, before the variant; raises UnreadableImageError."""
         return self._store.thumbnail(self._indices[index], self._requested_range)
+
+    def known_identity(self, index: int) -> str | None:
+        """Return the identity of an image if it is known without decoding the image, else None."""
+        return self._store.known_hash(self._indices[index], self._requested_range) if self._variant is None else None
 
     def identity(self, index: int, pixels: Tensor | None = None) -> str:
         """Return the content hash with the variant applied: the seed text of the image's random numbers.

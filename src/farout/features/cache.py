@@ -115,29 +115,25 @@ class FeatureCache:
             self._write(partial(self._store.flush, may_wait=True))
 
     def _look_up(self, source: ImageSource, preprocessing: Preprocessing, span: range) -> _LookUp:
-        hashes: list[bytes | None] = []
-        varied: dict[int, Tensor] = {}  # pixels with the variant applied, from which the hash was computed
+        look_up = _LookUp([], {}, [])
         for index in span:
             try:
-                if source.variant is not None:
-                    varied[index] = source[index]
-                hashes.append(bytes.fromhex(source.identity(index, varied.get(index))))
+                # an image is decoded only if it must be, and once
+                identity, pixels = source.known_identity(index), None
+                if identity is None:
+                    pixels = source[index]
+                    identity = source.identity(index, pixels)
+                image_hash = bytes.fromhex(identity)
+                row = self._store.read([image_hash])
+                if not row:
+                    look_up.missing.append((image_hash, preprocessing(source[index] if pixels is None else pixels)))
+                look_up.stored.update(row)
+                look_up.hashes.append(image_hash)
             except UnreadableImageError:
                 if source.policy == "raise":
                     raise
-                hashes.append(None)  # the source lists it with the reason
-        stored = self._store.read([image_hash for image_hash in hashes if image_hash is not None])
-        missing: dict[bytes, Tensor] = {}
-        for number, (index, image_hash) in enumerate(zip(span, hashes, strict=True)):
-            if image_hash is None or image_hash in stored or image_hash in missing:
-                continue
-            try:
-                missing[image_hash] = preprocessing(varied[index] if index in varied else source[index])
-            except UnreadableImageError:
-                if source.policy == "raise":
-                    raise
-                hashes[number] = None
-        return _LookUp(hashes, stored, list(missing.items()))
+                look_up.hashes.append(None)  # the source lists it with the reason
+        return look_up
 
     def _compute_missing(
         self, look_ups: Iterator[_LookUp], compute: Compute, chunk: int

@@ -6,7 +6,7 @@ The files are Arrow IPC files (Feather version 2) without compression, which pya
     features   fixed_size_list<float>[width]
     check      uint32                           CRC-32 of both; a flipped bit would otherwise become part of scores
 
-A file is never changed after it was written. Only its hashes and checksums are kept in memory, 28 bytes per row.
+A file is never changed after it was written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import mmap
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "FeatureFile",
     "compute_check",
     "count_rows",
+    "open_feature_file",
     "row_bytes",
     "write_feature_file",
 ]
@@ -40,7 +42,6 @@ FORMAT = 4
 """Version of the file layout: 3 had structured arrays of numpy. It decides the folder of a kind of features."""
 SUFFIX = ".arrow"
 HASH_BYTES = 16
-_UInt64 = np.ndarray[Any, np.dtype[np.uint64]]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -115,79 +116,58 @@ def _open_batch(path: Path) -> tuple[pa.RecordBatch, pa.Buffer]:
     return batch, whole
 
 
+@dataclass(frozen=True, eq=False)
 class FeatureFile:
-    """One file: where the features of which image are.
+    """One file of features, which `open_feature_file` creates.
 
     Files are opened for each reading and not kept open, so that any process may delete them at any time on every
     system, thousands of them need no file descriptors, and the features do not stay in memory.
 
-    Args:
-        path: the file.
-        width: number of features per image.
-
     Attributes:
+        path: the file.
         rows: number of rows.
+        offset: where the features of the first row are.
+        row_size: bytes of features per row.
+    """
+
+    path: Path
+    rows: int
+    offset: int
+    row_size: int
+
+    def read(self, rows: Iterable[tuple[int, bytes, int]]) -> Iterator[tuple[bytes, Array | None]]:
+        """The content hash and the features of rows, or None for a damaged row.
+
+        Args:
+            rows: number, content hash and checksum of each row.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with open_regular_file(self.path) as file:
+            for row, image_hash, check in sorted(rows):
+                file.seek(self.offset + row * self.row_size)
+                content = file.read(self.row_size)
+                is_intact = len(content) == self.row_size and compute_check(image_hash, content) == check
+                yield image_hash, np.frombuffer(content, "<f4") if is_intact else None
+
+
+def open_feature_file(path: Path, width: int) -> tuple[FeatureFile, Array, Array]:
+    """Open a file: the file, its content hashes uint8 (rows, 16), and the checksums of its rows.
 
     Raises:
         OSError: the file cannot be read.
         StoreError: it is damaged or of another layout.
     """
-
-    def __init__(self, path: Path, width: int) -> None:
-        batch, whole = _open_batch(path)
-        if not batch.schema.equals(_schema(width)) or any(column.null_count for column in batch.columns):
-            raise StoreError("it is of another layout")
-        self.path, self.rows, self._width = path, batch.num_rows, width
-        features = batch.column("features").values
-        values = features.buffers()[1]
-        # a column of fixed-size rows is one block of the file, in which row i starts at i times the size of a row
-        self._offset = values.address - whole.address + 4 * features.offset if self.rows else 0
-        if not 0 <= self._offset <= whole.size - 4 * width * self.rows:
-            raise StoreError("it is of another layout")
-        images = batch.column("image")
-        hashes = np.frombuffer(images.buffers()[1], ">u8", 2 * self.rows, HASH_BYTES * images.offset).reshape(-1, 2)
-        order = np.lexsort((hashes[:, 1], hashes[:, 0]))
-        self._high, self._low = (hashes[order, half].astype(np.uint64) for half in (0, 1))
-        self._row, self._check = order.astype(np.uint32), batch.column("check").to_numpy()[order]
-
-    def find(self, hashes: Sequence[bytes]) -> Iterator[tuple[bytes, int, int]]:
-        """The hash, row and checksum of each row of one of these images."""
-        if not self.rows or not hashes:
-            return
-        wanted = np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2).astype(np.uint64)
-        starts = np.searchsorted(self._high, wanted[:, 0])
-        is_there = self._high[np.minimum(starts, self.rows - 1)] == wanted[:, 0]
-        for number in np.flatnonzero(is_there).tolist():
-            high, low = wanted[number]
-            position = int(starts[number])
-            while position < self.rows and self._high[position] == high:
-                if self._low[position] == low:
-                    yield hashes[number], int(self._row[position]), int(self._check[position])
-                position += 1
-
-    def read(self, hashes: Sequence[bytes]) -> tuple[dict[bytes, Array], set[bytes]]:
-        """Read the features of those of these images that the file has, and the images whose rows are damaged.
-
-        Raises OSError if the file cannot be read.
-        """
-        found: dict[bytes, Array] = {}
-        damaged: set[bytes] = set()
-        matches = sorted(self.find(hashes), key=lambda match: match[1])
-        if matches:
-            size = 4 * self._width
-            with open_regular_file(self.path) as file:
-                for image_hash, row, check in matches:
-                    file.seek(self._offset + row * size)
-                    content = file.read(size)
-                    if len(content) == size and compute_check(image_hash, content) == check:
-                        found.setdefault(image_hash, np.frombuffer(content, "<f4"))
-                    else:
-                        damaged.add(image_hash)
-        return found, damaged - found.keys()
-
-    def hashes(self) -> list[bytes]:
-        """Content hashes of all rows, in the order of the rows."""
-        pairs = np.empty((self.rows, 2), ">u8")
-        pairs[self._row, 0], pairs[self._row, 1] = self._high, self._low
-        content = pairs.tobytes()
-        return [content[start : start + HASH_BYTES] for start in range(0, len(content), HASH_BYTES)]
+    batch, whole = _open_batch(path)
+    if not batch.schema.equals(_schema(width)) or any(column.null_count for column in batch.columns):
+        raise StoreError("it is of another layout")
+    rows, row_size = batch.num_rows, 4 * width
+    images, features = batch.column("image"), batch.column("features").values
+    hashes = np.frombuffer(images.buffers()[1], np.uint8, HASH_BYTES * rows, HASH_BYTES * images.offset)
+    # a column of fixed-size rows is one block of the file, in which row i starts at i times the size of a row
+    offset = features.buffers()[1].address - whole.address + 4 * features.offset if rows else 0
+    if not 0 <= offset <= whole.size - row_size * rows:
+        raise StoreError("it is of another layout")
+    file = FeatureFile(path, rows, offset, row_size)
+    return file, hashes.reshape(rows, HASH_BYTES).copy(), batch.column("check").to_numpy().copy()

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,16 @@ from farout.features.cache_folder import (
     make_room,
     warn_once,
 )
-from farout.features.feature_files import SUFFIX, Array, FeatureFile, row_bytes, write_feature_file
+from farout.features.feature_files import (
+    HASH_BYTES,
+    SUFFIX,
+    Array,
+    FeatureFile,
+    open_feature_file,
+    row_bytes,
+    write_feature_file,
+)
+from farout.features.feature_index import FeatureIndex, split_hashes
 
 __all__ = ["FeatureStore", "open_store"]
 
@@ -57,7 +66,9 @@ class FeatureStore:
 
     def __init__(self, folder: Path, width: int, settings: Mapping[str, Any]) -> None:
         self.folder, self._width, self._settings = folder, width, settings
-        self._files: dict[str, FeatureFile] = {}  # by name; replaced and never changed, so that readers need no lock
+        # both are replaced and never changed, so that readers need no lock
+        self._files: dict[str, FeatureFile] = {}
+        self._indexes: tuple[FeatureIndex, ...] = ()  # of all files, the larger ones first
         self._damaged: set[str] = set()
         self._used_at: dict[str, float] = {}
         self._unwritten: dict[bytes, Array] = {}
@@ -82,17 +93,36 @@ class FeatureStore:
             warn_once(f"the cache {self.folder} cannot be read ({error.strerror or error})")
             return
         with self._lock:
-            files = {name: file for name, file in self._files.items() if name in names}
-            for name in sorted(names - files.keys() - self._damaged):
+            opened, gone = [], self._files.keys() - names
+            for name in sorted(names - self._files.keys() - self._damaged):
+                path = self.folder / name
                 try:
-                    files[name] = FeatureFile(self.folder / name, self._width)
+                    opened.append(open_feature_file(path, self._width))
                 except FileNotFoundError:
                     continue  # merged or deleted by another process
                 except (OSError, StoreError) as error:
                     self._damaged.add(name)
-                    path = self.folder / name
                     warn_once(f"the cached features in {path} are ignored, the file may be deleted: {error}")
-            self._files = dict(sorted(files.items()))  # names start with the time: what was computed first is used
+            self._remember(opened)
+            self._forget(gone)
+
+    def _remember(self, opened: Sequence[tuple[FeatureFile, Array, Array]]) -> None:
+        """Adds files to the index, of which there is one part per factor of four in size, so that adding is fast."""
+        if not opened:
+            return
+        added = FeatureIndex.join([FeatureIndex.from_file(*each) for each in opened])
+        indexes = [*self._indexes, added]
+        while len(indexes) > 1 and len(indexes[-2]) < 4 * len(indexes[-1]):
+            indexes[-2:] = [FeatureIndex.join(indexes[-2:])]
+        self._indexes = tuple(indexes)
+        self._files = self._files | {file.path.name: file for file in added.files}
+
+    def _forget(self, names: Set[str]) -> None:
+        """Removes files from the index."""
+        if names:
+            paths = {self.folder / name for name in names}
+            self._files = {name: file for name, file in self._files.items() if name not in names}
+            self._indexes = tuple(part for part in (index.without(paths) for index in self._indexes) if len(part))
 
     def read(self, image_hashes: Sequence[bytes]) -> dict[bytes, Array]:
         """The features (width,) of those images that are stored, by content hash (16 bytes); damaged rows are not."""
@@ -101,39 +131,50 @@ class FeatureStore:
             row = self._unwritten.get(image_hash)
             if row is not None:
                 found[image_hash] = row
+        missing = [image_hash for image_hash in image_hashes if image_hash not in found]
         for _ in range(3):
-            if self._read_files([image_hash for image_hash in image_hashes if image_hash not in found], found):
+            if not missing or self._read_files(missing, found):
                 break
             self._load_new_files()  # a file was deleted, and its rows may be in a merged one
+            missing = [image_hash for image_hash in missing if image_hash not in found]
         return found
 
     def _read_files(self, image_hashes: Sequence[bytes], found: dict[bytes, Array]) -> bool:
         """Adds the features of these images to `found`; returns False if a file was deleted meanwhile."""
-        missing, damaged, is_complete = list(dict.fromkeys(image_hashes)), set[bytes](), True
-        for name, file in self._files.items():
-            if not missing:
-                break
-            try:
-                rows, damaged_rows = file.read(missing)
-            except FileNotFoundError:
-                is_complete = False
-                continue
-            except OSError as error:
-                warn_once(f"the cached features in {file.path} are not used: {error.strerror or error}")
-                continue
-            if rows:
-                found |= rows
-                missing = [image_hash for image_hash in missing if image_hash not in rows]
-                self._record_use(name, file)
-            damaged |= damaged_rows
+        places: dict[bytes, list[tuple[str, int, int, FeatureFile]]] = {}
+        hashes = split_hashes(b"".join(image_hashes))
+        for index in self._indexes:
+            for number, file, row, check in index.find(hashes):
+                places.setdefault(image_hashes[number], []).append((file.path.name, row, check, file))
+        damaged, is_complete = set[bytes](), True
+        while places:
+            rows: dict[FeatureFile, list[tuple[int, bytes, int]]] = {}
+            for image_hash, choices in places.items():
+                # names start with the time, so that of several rows, which differ by rounding, the first one is used
+                first = min(choices, key=lambda choice: choice[:2])
+                choices.remove(first)
+                rows.setdefault(first[3], []).append((first[1], image_hash, first[2]))
+            for file, wanted in rows.items():
+                try:
+                    for image_hash, features in file.read(wanted):
+                        if features is None:
+                            damaged.add(image_hash)
+                        else:
+                            found[image_hash] = features
+                    self._record_use(file)
+                except FileNotFoundError:
+                    is_complete = False
+                except OSError as error:
+                    warn_once(f"the cached features in {file.path} are not used: {error.strerror or error}")
+            places = {each: choices for each, choices in places.items() if choices and each not in found}
         if damaged - found.keys():
             warn_once(f"a row of the cached features in {self.folder} is damaged and computed again")
         return is_complete
 
-    def _record_use(self, name: str, file: FeatureFile) -> None:
+    def _record_use(self, file: FeatureFile) -> None:
         now = time.time()
-        if now - self._used_at.get(name, 0.0) > _TOUCH_SECONDS:
-            self._used_at[name] = now
+        if now - self._used_at.get(file.path.name, 0.0) > _TOUCH_SECONDS:
+            self._used_at[file.path.name] = now
             with suppress(OSError):  # another user's file, or deleted
                 os.utime(file.path)
 
@@ -192,7 +233,7 @@ class FeatureStore:
                 if error.errno != errno.ENOENT or attempt:  # another process removed the folder
                     raise
         self._room -= size
-        self._files = {**self._files, path.name: FeatureFile(path, self._width)}
+        self._remember([open_feature_file(path, self._width)])
 
     def _merge_files(self) -> None:
         """Merges files of similar sizes; does nothing if another process does it now."""
@@ -205,7 +246,10 @@ class FeatureStore:
             while files := self._choose_files():
                 try:
                     self._merge(files)
-                except FileNotFoundError:  # a process without locks merged them, or they were deleted
+                except (
+                    FileNotFoundError,
+                    StoreError,
+                ):  # a process without locks merged them, or they were deleted or damaged
                     self._load_new_files()
                     return
                 if any(file.path.name in self._files for file in files):  # Windows does not delete open files
@@ -217,7 +261,7 @@ class FeatureStore:
         largest_size = _LARGEST_FILE if limit is None else min(_LARGEST_FILE, limit // 16)  # whole files are deleted
         largest = max(_ROWS_PER_WRITE, largest_size // row_bytes(self._width))
         groups: dict[int, list[FeatureFile]] = {}
-        for file in self._files.values():
+        for _, file in sorted(self._files.items()):
             if file.rows < largest // 2:
                 groups.setdefault(file.rows.bit_length() // 4, []).append(file)
         for _, group in sorted(groups.items()):
@@ -231,25 +275,38 @@ class FeatureStore:
 
     def _merge(self, files: Sequence[FeatureFile]) -> None:
         """Writes the intact rows of these files that no other file has to one file, and deletes these files."""
-        names = {file.path.name for file in files}
-        others = [file for name, file in self._files.items() if name not in names]
+        paths = {file.path for file in files}
         rows: dict[bytes, Array] = {}
         for file in files:
-            image_hashes = [image_hash for image_hash in file.hashes() if image_hash not in rows]
-            stored = {image_hash for other in others for image_hash, _, _ in other.find(image_hashes)}
-            rows |= file.read([image_hash for image_hash in image_hashes if image_hash not in stored])[0]
-        merged = {}
+            opened, hashes, checks = open_feature_file(file.path, self._width)
+            content = hashes.tobytes()
+            image_hashes = [content[start : start + HASH_BYTES] for start in range(0, len(content), HASH_BYTES)]
+            stored = {
+                number
+                for index in self._indexes
+                for number, other, _, _ in index.find(split_hashes(hashes))
+                if other.path not in paths
+            }
+            wanted = [
+                (row, image_hash, check)
+                for row, (image_hash, check) in enumerate(zip(image_hashes, checks.tolist(), strict=True))
+                if row not in stored and image_hash not in rows
+            ]
+            for image_hash, features in opened.read(wanted):
+                if features is not None:
+                    rows.setdefault(image_hash, features)
+        merged = []
         if rows:
             first = files[0].path.name.partition("-")[0]  # the time, by which files are ordered
             path = self.folder / f"{first}-{uuid.uuid4().hex[:12]}{SUFFIX}"
-            last_used = max(file.path.stat().st_mtime for file in files)
+            last_used = max(path.stat().st_mtime for path in paths)
             write_feature_file(path, list(rows), np.stack(list(rows.values())), last_used)
-            merged = {path.name: FeatureFile(path, self._width)}
+            merged = [open_feature_file(path, self._width)]
         for file in files:
             with suppress(OSError):
                 file.path.unlink()
-        kept = {name: file for name, file in self._files.items() if file.path.exists()}
-        self._files = dict(sorted({**kept, **merged}.items()))
+        self._remember(merged)
+        self._forget({file.path.name for file in files if not file.path.exists()})
 
 
 _stores: dict[Path, FeatureStore] = {}

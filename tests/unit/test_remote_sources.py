@@ -359,11 +359,13 @@ def test_a_failed_network_is_no_unreadable_image_without_a_reason(
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    """A web server that serves ranges, and is unavailable for the first request of some files."""
+    """A web server that serves ranges, and is unavailable for the first requests of some files."""
+
+    refusals = 0
 
     def send_head(self):
-        if "busy" in self.path and self.server.refusals:
-            self.server.refusals -= 1
+        if "busy" in self.path and _Handler.refusals:
+            _Handler.refusals -= 1
             self.send_error(503)
             return None
         if self.headers.get("Range") is None:
@@ -394,7 +396,7 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "web").mkdir()
     handler = functools.partial(_Handler, directory=str(tmp_path / "web"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.refusals = 1
+        monkeypatch.setattr(_Handler, "refusals", 1)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -402,7 +404,7 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         thread.join()
 
 
-def test_files_of_a_web_server(web: str, tmp_path: Path) -> None:
+def test_files_of_a_web_server(web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "web"
     write_folder(root, pixels(3), ["a.png", "busy.png", "c.png"])
     for number in range(2):
@@ -418,5 +420,11 @@ def test_files_of_a_web_server(web: str, tmp_path: Path) -> None:
         source[0]
     with pytest.raises(UnreadableImageError, match="no such file"):
         open_source(f"{web}/missing.png")[0]
+    for name in ("busy.png", "busy.parquet"):
+        monkeypatch.setattr(_Handler, "refusals", 100)
+        with pytest.raises(FaroutError, match="network error: 503"):
+            open_source(f"{web}/{name}")[0]
+    with pytest.raises(UnreadableImageError, match="network error"):
+        open_source("http://127.0.0.1:9/x.png")[0]
     with pytest.raises(SourceError, match="a web server has no folders"):
         open_source(f"{web}/folder")

@@ -36,6 +36,23 @@ _SECRET_NAMES = re.compile(
 )
 """Parameters of a query that give access, such as those of a signed URL."""
 _SECRET_VALUES = re.compile(r"(?i)\?\S*?(sig|token|secret|credential|key)\S*")
+_CONTAINERS = frozenset(
+    {
+        "blockcache",
+        "cached",
+        "data",
+        "dir",
+        "filecache",
+        "generic",
+        "libarchive",
+        "reference",
+        "simplecache",
+        "tar",
+        "zip",
+    }
+)
+"""Schemes of fsspec that name no store."""
+_REFUSALS = {errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EPERM, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOSYS}
 _MAX_ATTEMPTS = 3
 """For web servers; the libraries of object stores repeat failed requests themselves."""
 
@@ -374,6 +391,8 @@ def _open_file_system(url: str) -> Any:
     import fsspec
 
     scheme = url.partition("://")[0]
+    if scheme in _CONTAINERS:
+        raise FaroutError(f"{scheme}:// is no store of files; give the URL of the file itself")
     try:
         of_url = fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(url)  # host, or account, of some
         key = os.getpid(), scheme, *sorted(of_url.items())
@@ -381,9 +400,9 @@ def _open_file_system(url: str) -> Any:
             _FILE_SYSTEMS[key] = fsspec.filesystem(scheme, **of_url, use_listings_cache=False)
     except ImportError as error:
         library = _LIBRARIES.get(scheme.replace("https", "http"), "")
-        how = f"pip install {library}" if library in ("gcsfs", "adlfs") else 'pip install "farout[remote]"'
+        how = 'pip install "farout[remote]"' if library in ("s3fs", "aiohttp") else f"pip install {library or '…'}"
         raise MissingExtraError(
-            f"{scheme}:// requires {library or 'a library that is not installed'} ({error}); {how}"
+            f"{scheme}:// requires {library or 'a library'}, which is not installed: {how} ({error})"
         ) from error
     except ValueError as error:
         raise FaroutError(
@@ -400,22 +419,30 @@ def _store_errors(url: str) -> Iterator[None]:
         yield
     except FaroutError:
         raise
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, "there is no such file, prefix or bucket", url) from error
     except Exception as error:
-        reason = _SECRET_VALUES.sub("?…", " ".join(str(error).split()))[:300] or type(error).__name__
-        status = getattr(error, "status", None)
-        names = {cls.__name__ for cls in type(error).__mro__}
-        if "NoCredentialsError" in names or "DefaultCredentialsError" in names:
-            hint = ", or FSSPEC_S3_ANON=true for a public bucket" if url.startswith("s3://") else ""
-            raise PermissionError(
-                errno.EACCES, f"no credentials ({reason}); set them in the environment{hint}", url
-            ) from error
-        if isinstance(error, PermissionError) or status in (401, 403):
-            raise PermissionError(errno.EACCES, f"access denied ({reason}); check the credentials", url) from error
-        if isinstance(error, NotImplementedError):
-            raise OSError(errno.ENOTSUP, f"this store does not support that ({reason})", url) from error
-        is_of_request = isinstance(error, ValueError | TypeError) or "ParamValidationError" in names
-        if is_of_request or (isinstance(error, OSError) and error.errno == errno.EINVAL) or (status or 500) < 500:
-            raise OSError(errno.EINVAL, f"the store refuses the request ({reason})", url) from error
-        raise ConnectionError(errno.EIO, f"network error: {reason}", url) from error
+        raise _convert_error(error, url) from error
+
+
+def _convert_error(error: Exception, url: str) -> OSError:
+    if isinstance(error, FileNotFoundError):
+        cause = error.__cause__  # of a web server, fsspec reports everything that goes wrong as a missing file
+        if isinstance(cause, Exception) and url.startswith("http") and getattr(cause, "status", None) not in (404, 410):
+            return _convert_error(cause, url)
+        return FileNotFoundError(errno.ENOENT, "there is no such file, prefix or bucket", url)
+    reason = _SECRET_VALUES.sub("?…", " ".join(str(error).split()))[:300] or type(error).__name__
+    status = getattr(error, "status", None)
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "NoCredentialsError" in names or "DefaultCredentialsError" in names:
+        hint = ", or FSSPEC_S3_ANON=true for a public bucket" if url.startswith("s3://") else ""
+        return PermissionError(errno.EACCES, f"no credentials ({reason}); set them in the environment{hint}", url)
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return PermissionError(errno.EACCES, f"access denied ({reason}); check the credentials", url)
+    if isinstance(error, NotImplementedError):
+        return OSError(errno.ENOTSUP, f"this store does not support that ({reason})", url)
+    is_of_request = isinstance(error, ValueError | TypeError) or "ParamValidationError" in names
+    number = (
+        error.errno if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError) else None
+    )
+    if is_of_request or number in _REFUSALS or (isinstance(status, int) and status < 500 and status != 429):
+        return OSError(number or errno.EINVAL, f"the store refuses the request ({reason})", url)
+    return ConnectionError(errno.EIO, f"network error: {reason}", url)

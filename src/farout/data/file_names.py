@@ -65,7 +65,9 @@ def suffix_of(name: str) -> str:
 
 def encode_inner_path(path: str) -> str:
     """Return a path in an archive or on a store as a key; an absolute one, or one with `..`, leads out of no folder."""
-    key = "/".join("%2E%2E" if part == ".." else part for part in encode_key(path).split("/"))
+    key = encode_key(path)
+    if ".." in key:
+        key = "/".join("%2E%2E" if part == ".." else part for part in key.split("/"))
     return f"%2F{key[1:]}" if key.startswith("/") else key
 
 

@@ -25,7 +25,8 @@ have no default, the setting of the fit or of the benchmark is used. The pages o
 to change a setting.
 
 Exit status: 0: success; 1: a value or an input is refused; 2: wrong usage (an unknown
-command, method or flag, a missing argument, a value of the wrong type); 130, 143, 129: ended by SIGINT (Ctrl-C),
+command, method or flag, a missing argument, a value of the wrong type); 3: `farout monitor --fail-on-alarm` found an
+alarm; 130, 143, 129: ended by SIGINT (Ctrl-C),
 SIGTERM (kill, time limits) or SIGHUP (a closed terminal). At these signals, a training writes a checkpoint, other work
 that is finished is kept, and one line says how to continue; a second signal ends the command at once.
 

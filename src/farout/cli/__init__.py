@@ -27,8 +27,9 @@ _RESUMABLE = (*_TRAININGS, "synthesize", "reconstruct")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
-    Returns the exit status: 0; 1 for an error in the input or of the system; 2 for wrong usage; 130, 143 or 129 when
-    SIGINT, SIGTERM or SIGHUP ended the command. Other exceptions are errors in the program: they are raised.
+    Returns the exit status: 0; 1 for an error in the input or of the system; 2 for wrong usage; 3 for an alarm with
+    `farout monitor --fail-on-alarm`; 130, 143 or 129 when SIGINT, SIGTERM or SIGHUP ended the command. Other exceptions
+    are errors in the program: they are raised.
     """
     configure_streams()
     if arguments is None:
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()  # an error is reported here; at the end of the process it would be a traceback
             return status
-        except SystemExit as end:  # after --help and --print-config
+        except SystemExit as end:  # after --help, --print-config and an alarm
             return end.code if isinstance(end.code, int) else 0
         except UsageError as error:
             return _print_error(str(error), 2)

@@ -32,7 +32,15 @@ from farout.core.names import expand_path
 from farout.core.registry import RegisteredMethod
 from farout.core.runtime import Runtime
 
-__all__ = ["CommandParser", "ParsedCommand", "command_parameters", "parse", "parse_settings", "positional_parameters"]
+__all__ = [
+    "CommandParser",
+    "ParsedCommand",
+    "command_parameters",
+    "is_list",
+    "parse",
+    "parse_settings",
+    "positional_parameters",
+]
 
 _PREFIXED = ("model", "training", "exposure")
 _SHORT_FORMS = {
@@ -109,6 +117,11 @@ def positional_parameters(parameters: Mapping[str, inspect.Parameter]) -> list[i
     return [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in ("method", "out")]
 
 
+def is_list(parameter: inspect.Parameter) -> bool:
+    """Whether a positional parameter takes one or more words."""
+    return str(parameter.annotation).startswith("Sequence[")
+
+
 def _required_flags(parameters: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]:
     composed = {"arguments", "settings", "ray", "reading", "runtime"}
     flags = [p for p in parameters.values() if (p.kind is p.KEYWORD_ONLY or p.name == "out") and p.name not in composed]
@@ -117,7 +130,8 @@ def _required_flags(parameters: Mapping[str, inspect.Parameter]) -> list[inspect
 
 def _usage(parameters: Mapping[str, inspect.Parameter]) -> str:
     positional = [
-        p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in positional_parameters(parameters)
+        f"{p.name.upper()}{'...' * is_list(p)}" if p.default is p.empty else f"[{p.name.upper()}]"
+        for p in positional_parameters(parameters)
     ]
     return " ".join([*positional, *(f"--{p.name} DIR" for p in _required_flags(parameters)), "[settings]"])
 
@@ -171,6 +185,7 @@ class CommandParser:
             parser.add_argument(f"--{parameter.name}", type=str, required=True, help=help_of.get(parameter.name))
         for parameter in positional:
             count = {} if parameter.default is parameter.empty else {"nargs": "?"}
+            count = {"nargs": "+"} if is_list(parameter) else count
             parser.add_argument(parameter.name, type=str, help=help_of.get(parameter.name), **count)
         if self.presets:
             text = _PRESET_HELP.format(what="settings to start from", names=", ".join(self.presets))

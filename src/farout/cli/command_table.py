@@ -85,6 +85,12 @@ COMMANDS = {
         usage="DETECTOR --id SOURCE --ood SOURCE... --out DIR [settings]\n"
         "       farout evaluate --scores FILE FILE... [--out DIR]",
     ),
+    "monitor": Command(
+        "Watch the p-values of scored images over time: martingale, false-alarm rate, alarms.",
+        "cli.commands.monitor:monitor",
+        "cli.commands.monitor:print_monitored_results",
+        prints_folder=True,
+    ),
     "bench": Command(
         "Fit, score and compare several detectors on the same data and networks.",
         "cli.bench:bench",

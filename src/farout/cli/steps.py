@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from farout.benchmark.job_graph import Job
-from farout.cli.command_parser import ParsedCommand, command_parameters, parse_settings, positional_parameters
+from farout.cli.command_parser import (
+    ParsedCommand,
+    command_parameters,
+    is_list,
+    parse_settings,
+    positional_parameters,
+)
 from farout.cli.command_table import COMMANDS, find_command
 from farout.cli.flags import format_flags, format_value
 from farout.core.errors import FaroutError, suggest_names
@@ -22,7 +28,7 @@ from farout.data.sources import open_source
 __all__ = ["INPUT_SETTINGS", "ChainStep", "builtin_chains", "list_commands", "read_steps"]
 
 _IMAGE_SETTINGS = frozenset({"source", "generated", "id", "ood", "baseline_images", "outliers", "reconstructions"})
-_FILE_SETTINGS = frozenset({"detector", "model", "diffusion", "classifier", "scores"})
+_FILE_SETTINGS = frozenset({"detector", "model", "diffusion", "classifier", "scores", "results"})
 INPUT_SETTINGS = _IMAGE_SETTINGS | _FILE_SETTINGS | {"weights"}
 """Settings whose value may be the `out` of an earlier step."""
 
@@ -85,7 +91,8 @@ class ChainStep:
         body = self._resolve_body(folder)
         typed = [p.name for p in positional_parameters(command_parameters(self.command)) if p.name in body]
         rest = [word for key, value in body.items() if key not in typed for word in format_flags(key, value)]
-        values = [format_value(body[name]) for name in typed]
+        given = [body[name] if isinstance(body[name], list) else [body[name]] for name in typed]
+        values = [format_value(value) for each in given for value in each]
         # a path that begins like a flag would be read as one
         return [*self.name.split(), *(f"./{value}" if value.startswith("-") else value for value in values), *rest]
 
@@ -176,9 +183,12 @@ def _read_step(number: int, item: Any, shared_source: Any, earlier: Sequence[Cha
     missing = [key for key in required if body.get(key) is None]
     if missing:
         raise FaroutError(f"{title} lacks {' and '.join(missing)}; it requires {', '.join(required)}")
-    for key in (p.name for p in positional):
-        if isinstance(body.get(key), list | dict):
-            raise FaroutError(f"{title}: {key} is {body[key]!r}; expected a single string")
+    for parameter in positional:
+        key, value = parameter.name, body.get(parameter.name)
+        if isinstance(value, dict) or (isinstance(value, list) and not is_list(parameter)):
+            raise FaroutError(f"{title}: {key} is {value!r}; expected a single string")
+        if isinstance(value, str) and is_list(parameter):
+            body[key] = [value]
     if not re.fullmatch(r"\w[\w.+ -]*", str(body["out"])):
         raise FaroutError(f"{title} has the out {body['out']!r}; expected a plain name, such as detector")
     for step in earlier:

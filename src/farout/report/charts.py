@@ -28,7 +28,9 @@ __all__ = [
     "cost_scatter",
     "distance_histogram",
     "draw_auroc_intervals",
+    "evidence_chart",
     "pareto_front",
+    "rate_chart",
     "roc_curves",
     "roc_points",
     "score_histogram",
@@ -57,6 +59,8 @@ _STYLE = {
     "xtick.color": _TEXT,
     "ytick.color": _TEXT,
 }
+_CHART_POINTS = 800
+"""Maximum number of points of a line over time."""
 _CSS_COLORS = {
     _TEXT: "currentColor",
     _GRID: "var(--line)",
@@ -191,6 +195,78 @@ def draw_auroc_intervals(axes: Axes, table: pd.DataFrame) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="AUROC with 95 % interval")
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
+
+
+def evidence_chart(
+    images: np.ndarray, log10_values: np.ndarray, log10_threshold: float, alarms: np.ndarray, name: str, label: str
+) -> Markup:
+    """A statistic over time on a logarithmic axis, with its threshold and the images at which there was an alarm.
+
+    Args:
+        images: number of each image, ascending.
+        log10_values: decimal logarithms of the statistic.
+        log10_threshold: decimal logarithm of the threshold.
+        alarms: numbers of the images with an alarm.
+        name: name of the statistic.
+        label: description of the chart for screen readers.
+    """
+
+    def draw(axes: Axes) -> None:
+        kept = _thin_peaks(log10_values)
+        axes.plot(images[kept], log10_values[kept], color=IN_DISTRIBUTION, label=name)
+        axes.axhline(log10_threshold, color=_TEXT, linestyle="--", linewidth=1.2, label="threshold")
+        for number, image in enumerate(alarms):
+            axes.axvline(image, color=OUT_OF_DISTRIBUTION, linewidth=1.2, label="" if number else "alarm")
+        from matplotlib.ticker import MaxNLocator  # takes long to import, see the top of this module
+
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{10.0**value:g}" if abs(value) < 5 else f"1e{value:+.0f}")
+        axes.set(xlabel="image", ylabel=name)
+        axes.margins(x=0.01)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handlelength=1.4)
+
+    return _draw(draw, label)
+
+
+def rate_chart(images: np.ndarray, windows: pd.DataFrame, alpha: float, label: str) -> Markup:
+    """The rate of flagged images in a moving window with its interval, next to the range expected without a change.
+
+    Args:
+        images: number of each image, ascending.
+        windows: columns `window_rate`, `window_low`, `window_high`, `expected_low` and `expected_high`, in order.
+        alpha: the false-alarm rate of the calibration.
+        label: description of the chart for screen readers.
+    """
+
+    def draw(axes: Axes) -> None:
+        kept = np.unique(np.linspace(0, len(images) - 1, _CHART_POINTS).round().astype(int))
+        x = images[kept]
+        columns = {name: 100 * windows[name].to_numpy(dtype=float)[kept] for name in windows.columns}
+        axes.fill_between(
+            x, columns["expected_low"], columns["expected_high"], color=_GRID, alpha=0.6, linewidth=0,
+            label="expected range (95 %)",
+        )  # fmt: skip
+        axes.fill_between(
+            x, columns["window_low"], columns["window_high"], color=IN_DISTRIBUTION, alpha=0.25, linewidth=0,
+            label="interval (95 %)",
+        )  # fmt: skip
+        axes.plot(x, columns["window_rate"], color=IN_DISTRIBUTION, label="flagged")
+        axes.axhline(100 * alpha, color=_TEXT, linestyle="--", linewidth=1.2, label="alpha")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        axes.set(xlabel="image", ylabel="flagged images")
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.01)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.4)
+
+    return _draw(draw, label)
+
+
+def _thin_peaks(values: np.ndarray) -> np.ndarray:
+    """Indices of the highest and of the last value of each of few parts, so that no peak disappears."""
+    if len(values) <= _CHART_POINTS:
+        return np.arange(len(values))
+    parts = np.array_split(np.arange(len(values)), _CHART_POINTS // 2)
+    return np.unique([index for part in parts for index in (part[np.argmax(values[part])], part[-1])])
 
 
 def _label_log_axis(axis: Axis) -> None:

@@ -56,6 +56,7 @@ __all__ = [
     "has_intact_scores",
     "hash_texts",
     "read_manifest",
+    "read_score_table",
     "read_scores",
     "score_folder",
 ]
@@ -213,6 +214,11 @@ def score_folder(
 
 def read_scores(path: str | Path) -> Scores:
     """Read scores from a scored folder or from any `.csv` or `.parquet` table with columns key and score."""
+    return read_score_table(path)[0]
+
+
+def read_score_table(path: str | Path) -> tuple[Scores, pd.DataFrame]:
+    """As `read_scores`, with all columns of the table, such as the time at which an image was taken."""
     path = find_path(path)
     file = path / "scores.csv" if path.is_dir() else path
     if path.is_dir() and os.path.lexists(path / _MANIFEST):
@@ -222,7 +228,8 @@ def read_scores(path: str | Path) -> Scores:
     if not file.is_file():
         raise StoreError(f"there is no score table {file}")
     try:
-        return Scores.from_frame(_read_table(file))
+        table = _read_table(file)
+        return Scores.from_frame(table), table
     except OSError as error:
         raise StoreError(f"{file} cannot be read: {error.strerror or error}") from error
     except FaroutError as error:

@@ -1,19 +1,13 @@
-"""Work on Ray: every job is done, also if workers fail, and what goes wrong is one clear line."""
+"""Settings of the engine ray; what requires Ray itself is in test_ray.py."""
 
-import os
-import signal
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from farout.core.errors import FaroutError
 from farout.scoring import ray_session
-from farout.scoring.ray_session import RaySettings, run_on_ray
-from ray_cluster import start_ray
+from farout.scoring.ray_session import RaySettings
 
 TWO = RaySettings(ray_workers=2)
 
@@ -45,45 +39,3 @@ def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(FaroutError, match=r"farout\[ray\]"), ray_session.connect_ray(TWO):
         pass
-
-
-def square(number: int, mark: Path) -> tuple[int, int]:
-    """The square of a number; 3 kills the process the first time, 13 always, and 7 is an error of the user."""
-    if number == 13:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if number == 3 and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    if number == 7:
-        raise FaroutError("seven is unreadable")
-    return number, number**2
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[ModuleType]:
-    import ray
-
-    with start_ray():
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
-        yield ray
-
-
-@pytest.mark.slow
-def test_every_job_is_done_once_also_if_a_worker_is_killed(ray: ModuleType, tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    results = list(run_on_ray(square, ((number, mark) for number in range(1, 7)), TWO))
-    assert mark.exists(), "a worker was killed"
-    assert sorted(results) == [(number - 1, (number, number**2)) for number in range(1, 7)]
-
-
-@pytest.mark.slow
-def test_a_job_that_ends_every_worker_is_named(ray: ModuleType, tmp_path: Path) -> None:
-    """Ray alone would repeat it without end."""
-    with pytest.raises(FaroutError, match="while they worked on job 1:"):
-        list(run_on_ray(square, [(1, tmp_path), (13, tmp_path)], TWO))
-
-
-@pytest.mark.slow
-def test_an_error_of_farout_is_raised_as_it_is(ray: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(FaroutError, match=r"^seven is unreadable \(on "):
-        list(run_on_ray(square, [(1, tmp_path), (7, tmp_path)], TWO))

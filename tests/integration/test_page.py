@@ -333,6 +333,16 @@ def test_skipped_images_do_not_shift_the_pictures(detector: Detector, images: Pa
     assert pages[0] == pages[1]
 
 
+def test_images_that_have_disappeared_since_they_were_scored_have_no_picture(
+    detector: Detector, images: Path, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_page, "iterate_batches", lambda *_: iter(()))
+    score_folder(detector, images, tmp_path / "r")
+    without = (tmp_path / "r" / "page.html").read_text(encoding="utf-8")
+    assert 'alt="image of' not in without
+    assert without.count('<p class="name">') == page.count('<p class="name">') == 10
+
+
 def test_long_lists_are_cut(
     detector: Detector, images: Path, folder: Path, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,9 +25,11 @@ from farout.detectors.plots import draw_score_histogram
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Measurements", "Scores"]
+__all__ = ["PARQUET_SETTINGS", "Measurements", "Scores"]
 
 _GRID_COLUMNS = ["key", "level", "draw", "metric", "value"]
+PARQUET_SETTINGS: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["key", "level", "draw", "metric"]}
+"""How tables of measurements are written: dictionaries of measured values, which hardly repeat, take time and space."""
 
 
 @dataclass
@@ -133,7 +135,7 @@ class Measurements:
     def write_parquet(self, path: Path) -> None:
         """Write the table as parquet."""
         with path.open("wb") as file:  # pyarrow opens only paths in UTF-8
-            pq.write_table(self.to_table(), file, compression="zstd")
+            pq.write_table(self.to_table(), file, **PARQUET_SETTINGS)
 
     @classmethod
     def read_parquet(cls, path: Path, keys: Collection[str] | None = None) -> Measurements:

@@ -44,6 +44,7 @@ from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.splits import calibration_size
 from farout.detectors.base import Detector, Measurements, Scores
 from farout.detectors.calibration import check_fitted
+from farout.detectors.results import PARQUET_SETTINGS
 from farout.detectors.saving import describe_detector
 from farout.report.score_page import LISTED_ROWS, write_score_page
 from farout.scoring.scorer import Scorer
@@ -492,7 +493,7 @@ def _write_tables(
                 if measurement_writer is None:  # no file where no image could be read
                     temporary = stack.enter_context(store.atomic_file(out / _MEASUREMENTS))
                     file = stack.enter_context(temporary.open("wb"))  # pyarrow opens only paths in UTF-8
-                    measurement_writer = stack.enter_context(pq.ParquetWriter(file, table.schema, compression="zstd"))
+                    measurement_writer = stack.enter_context(pq.ParquetWriter(file, table.schema, **PARQUET_SETTINGS))
                 measurement_writer.write_table(table)
             if writer is not None:
                 writer.write(scores.to_frame())

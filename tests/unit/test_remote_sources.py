@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from farout.core import remote_files
 from farout.core.errors import FaroutError, LeftOutWarning, SourceError, UnreadableImageError
 from farout.core.remote_files import RemotePath
 from farout.core.storage import write_bytes, write_json
@@ -405,6 +406,7 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_files_of_a_web_server(web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_files.time, "sleep", lambda seconds: None)
     root = tmp_path / "web"
     write_folder(root, pixels(3), ["a.png", "busy.png", "c.png"])
     for number in range(2):

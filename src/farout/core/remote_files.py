@@ -37,19 +37,7 @@ _SECRET_NAMES = re.compile(
 """Parameters of a query that give access, such as those of a signed URL."""
 _SECRET_VALUES = re.compile(r"(?i)\?\S*?(sig|token|secret|credential|key)\S*")
 _CONTAINERS = frozenset(
-    {
-        "blockcache",
-        "cached",
-        "data",
-        "dir",
-        "filecache",
-        "generic",
-        "libarchive",
-        "reference",
-        "simplecache",
-        "tar",
-        "zip",
-    }
+    {"blockcache", "cached", "data", "dir", "filecache", "generic", "reference", "simplecache", "tar", "zip"}
 )
 """Schemes of fsspec that name no store."""
 _REFUSALS = {errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EPERM, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOSYS}
@@ -400,9 +388,9 @@ def _open_file_system(url: str) -> Any:
             _FILE_SYSTEMS[key] = fsspec.filesystem(scheme, **of_url, use_listings_cache=False)
     except ImportError as error:
         library = _LIBRARIES.get(scheme.replace("https", "http"), "")
-        how = 'pip install "farout[remote]"' if library in ("s3fs", "aiohttp") else f"pip install {library or '…'}"
+        how = 'pip install "farout[remote]"' if library in ("s3fs", "aiohttp") else f"pip install {library}"
         raise MissingExtraError(
-            f"{scheme}:// requires {library or 'a library'}, which is not installed: {how} ({error})"
+            f"{scheme}:// requires {library}, which is not installed: {how}" if library else f"{scheme}://: {error}"
         ) from error
     except ValueError as error:
         raise FaroutError(
@@ -440,9 +428,7 @@ def _convert_error(error: Exception, url: str) -> OSError:
     if isinstance(error, NotImplementedError):
         return OSError(errno.ENOTSUP, f"this store does not support that ({reason})", url)
     is_of_request = isinstance(error, ValueError | TypeError) or "ParamValidationError" in names
-    number = (
-        error.errno if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError) else None
-    )
+    number = None if isinstance(error, ConnectionError | TimeoutError) else getattr(error, "errno", None)
     if is_of_request or number in _REFUSALS or (isinstance(status, int) and status < 500 and status != 429):
         return OSError(number or errno.EINVAL, f"the store refuses the request ({reason})", url)
     return ConnectionError(errno.EIO, f"network error: {reason}", url)

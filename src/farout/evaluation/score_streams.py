@@ -177,9 +177,9 @@ def _parse_times(times: pd.Series[Any], path: Path, keys: Sequence[str]) -> list
         parsed = pd.to_datetime(times, utc=True, format="ISO8601", errors="coerce")
     missing = np.flatnonzero(parsed.isna())
     if len(missing):
+        key, time = keys[missing[0]], str(times.iloc[missing[0]])
         raise StoreError(
-            f"{path}: {keys[missing[0]]} has the time {times.iloc[missing[0]]!r}; expected a number, or a time such as "
-            "2026-05-31T12:00:00Z in every row"
+            f"{path}: {key} has the time {time!r}; every row requires a number or a time such as 2026-05-31T12:00:00Z"
         )
     return list(parsed)
 

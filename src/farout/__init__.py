@@ -20,6 +20,7 @@ _MODULES = {
     "FeatureDiffusion": "farout.features.feature_diffusion",
     "FeatureExtractor": "farout.features.extractor",
     "FitSettings": "farout.detectors.fit_settings",
+    "FolderWatcher": "farout.scoring.watch",
     "GMM": "farout.detectors.gmm",
     "ImageSource": "farout.data.image_source",
     "KNN": "farout.detectors.knn",

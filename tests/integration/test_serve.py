@@ -32,7 +32,7 @@ pytest.importorskip("fastapi_offline")
 
 from farout.scoring.service.app import create_app  # noqa: E402
 
-WAIT = 120
+WAIT = 300
 TOKEN = "0123456789abcdef0123456789abcdef"
 
 

@@ -65,6 +65,7 @@ COMMANDS = {
         "Score images with a detector: table, measurements and HTML report.",
         "cli.commands.score:score",
         "cli.commands.score:print_scored_folder",
+        check="cli.commands.score:check_settings",
     ),
     "serve": Command(
         "Serve a detector over HTTP.",

@@ -271,7 +271,7 @@ class Scores:
         p_value = frame["p_value"].to_numpy(dtype=np.float64) if "p_value" in frame else np.full(len(frame), np.nan)
         is_ood = frame["is_ood"].isin([True, "True"]) if "is_ood" in frame else np.zeros(len(frame))
         status = frame["status"] if "status" in frame else np.where(np.isnan(score), "not a number", "ok")
-        known = {"key", "score", "p_value", "is_ood", "selected", "status"}
+        known = {"time", "key", "score", "p_value", "is_ood", "selected", "status", "reason", "file_version"}
         others = [name for name in frame.columns if name not in known and pd.api.types.is_numeric_dtype(frame[name])]
         indicators = {name: frame[name].to_numpy(dtype=np.float64) for name in others}
         keys = tuple(frame["key"].astype(str))

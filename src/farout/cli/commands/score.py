@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from contextlib import suppress
 from typing import Any, Literal
 
 from farout.cli.output import print_existing
 from farout.cli.terminal import print_text
-from farout.core.errors import FaroutError
+from farout.core.errors import FaroutError, UsageError
 from farout.core.names import expand_path
 from farout.data.image_source import Policy
 from farout.data.read_settings import ReadSettings
@@ -14,8 +16,10 @@ from farout.detectors.base import load
 from farout.report.overlays import FOLDER, check_has_maps, write_overlays
 from farout.scoring.folder import ScoredFolder, score_folder
 from farout.scoring.ray_session import RaySettings
+from farout.scoring.scorer import Scorer
+from farout.scoring.watch import FolderWatcher, WatchedFolder
 
-__all__ = ["print_scored_folder", "score"]
+__all__ = ["check_settings", "print_scored_folder", "score"]
 
 _SHOWN_UNREADABLE = 5
 """Number of unreadable images that are named on the terminal."""
@@ -31,11 +35,13 @@ def score(
     top_images: int = 24,
     fdr: float | None = None,
     maps: bool = False,
+    watch: bool = False,
+    interval: float = 2.0,
     engine: Literal["local", "ray"] = "local",
     ray: RaySettings,
     reading: ReadSettings,
     runtime: dict[str, Any],
-) -> ScoredFolder:
+) -> ScoredFolder | WatchedFolder:
     """Score images with a detector: table, measurements and HTML report.
 
     Args:
@@ -47,11 +53,19 @@ def score(
         top_images: number of images with the highest scores in the report.
         fdr: add a table column that selects images by Benjamini-Hochberg at this false discovery rate.
         maps: also write a heat map of every image to OUT/maps (patches, reconstruction and denoising only).
+        watch: score the files of a folder as they arrive, until the command is interrupted (docs/serve.md).
+        interval: with --watch, the seconds between two looks at the folder; a file is read when it has not changed for
+            as long.
         engine: what computes the scores: `local` (this machine) or `ray` (the machines of a Ray cluster).
         ray: how the engine ray distributes the work.
         reading: how image files are read.
         runtime: runtime settings that replace those of the fit.
     """
+    if watch:
+        scorer = Scorer(detector, reading=reading, **runtime)
+        with FolderWatcher(scorer, source, out, settle=interval) as watcher, suppress(KeyboardInterrupt):
+            watcher.run(interval)
+        return watcher.result
     if engine == "ray":
         if maps:
             raise FaroutError("--maps requires --engine local: heat maps are written by one process")
@@ -82,11 +96,35 @@ def score(
     return scored
 
 
-def print_scored_folder(scored: ScoredFolder) -> None:
+def check_settings(
+    *,
+    watch: bool,
+    limit: int | None,
+    policy: Policy,
+    top_images: int,
+    fdr: float | None,
+    maps: bool,
+    engine: str,
+    **_: Any,
+) -> None:
+    """Raises UsageError for settings of finished results together with --watch, whose results never are."""
+    given = {"limit": limit, "policy": policy, "top_images": top_images, "fdr": fdr, "maps": maps, "engine": engine}
+    parameters = inspect.signature(score).parameters
+    unused = [f"--{name.replace('_', '-')}" for name in given if given[name] != parameters[name].default]
+    if watch and unused:
+        raise UsageError(f"with --watch, {', '.join(unused)} has no effect; leave it out")
+
+
+def print_scored_folder(scored: ScoredFolder | WatchedFolder) -> None:
     """Prints the number of images by status, the number of flagged images, unreadable images, and the files.
 
     Raises FaroutError if no image could be read: the results are written, but they contain no scores.
     """
+    if isinstance(scored, WatchedFolder):
+        rows = ", ".join(f"{count} {status}" for status, count in scored.counts.items()) or "no rows"
+        print_text(f"stopped; {scored.scored_now} new images; in all {rows} ({scored.flagged} flagged)")
+        print_existing(scored.folder, "scores.csv")
+        return
     total = sum(scored.counts.values())
     readable = total - scored.counts.get("unreadable", 0)
     others = "".join(f", {count} {status}" for status, count in scored.counts.items() if status != "ok")

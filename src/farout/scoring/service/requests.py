@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -192,6 +193,8 @@ async def _read_multipart(
         if error.message.startswith("Too many fields"):
             raise RequestError(400, "a part of the form is not a file; expected files only") from error
         raise RequestError(400, f"the form cannot be read: {error.message}") from error
+    except FormParserError as error:  # which older versions of Starlette do not convert
+        raise RequestError(400, f"the form cannot be read: {error}") from error
     images = []
     for index, (_, file) in enumerate(form.multi_items()):
         assert isinstance(file, UploadFile)

@@ -81,8 +81,8 @@ def run_service(
     """
     try:
         import fastapi_offline  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(f'the service requires `pip install "farout[serve]"` ({error})') from error

@@ -182,7 +182,7 @@ def test_results_of_two_detectors_are_refused(place: Path, tmp_path: Path) -> No
         ("key,score,p_value,status\na,,,unreadable\nb,,,unreadable\n", "no image has a p-value (2 unreadable)"),
         ("key,p_value\na,0.5\n", "requires columns key and score"),
         ("key,score,p_value\na,1,0.123456\n", "a has the p-value 0.123456, which is no multiple of 1 / 100"),
-        ("key,score,p_value,time\na,1,0.5,noon\n", "a has the time 'noon'; every row requires a number or a time such as"),
+        ("key,score,p_value,time\na,1,0.5,noon\n", "a has the time 'noon'; every row requires a number or"),
         ("key,score,p_value,time\na,1,0.5,\nb,1,0.5,3\n", "a has the time 'nan'"),
     ],
 )

@@ -15,13 +15,16 @@ from farout.report.charts import (
     cost_scatter,
     distance_histogram,
     draw_auroc_intervals,
+    evidence_chart,
     pareto_front,
+    rate_chart,
     roc_curves,
     roc_points,
     score_histogram,
 )
 
 HOSTILE = '</svg><script>alert("$x$")</script> & --> a$b'
+RATES = ["window_rate", "window_low", "window_high", "expected_low", "expected_high"]
 NORMAL = np.random.default_rng(0).normal(size=(2, 300))
 
 
@@ -100,6 +103,23 @@ def test_bars_add_up_to_all_images() -> None:
     for patch in axes.patches:
         vertices = patch.get_path().vertices[1::2, 1]
         assert vertices[: len(vertices) // 2].sum() == pytest.approx(1)
+
+
+def test_charts_over_time_stay_small() -> None:
+    """Of many images, of which after a change every second one raises an alarm."""
+    count = 20_000
+    images, values = np.arange(1, count + 1), np.random.default_rng(0).normal(size=count)
+    windows = pd.DataFrame(dict.fromkeys(RATES, np.linspace(0, 1, count)))
+    for chart in (
+        evidence_chart(images, values, 1.0, images[count // 2 :: 2], "martingale", ""),
+        rate_chart(images, windows, 0.05, ""),
+    ):
+        assert len(chart) < 200_000
+    lines = [
+        evidence_chart(images, values, 1.0, np.array(alarms, dtype=int), "m", "").count("<path")
+        for alarms in ([], [7], [7, 9000])
+    ]
+    assert lines[1] - lines[0] > lines[2] - lines[1] == 1, "a legend entry, and a line for each alarm"
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -215,7 +215,9 @@ def evidence_chart(
         kept = _thin_peaks(log10_values)
         axes.plot(images[kept], log10_values[kept], color=IN_DISTRIBUTION, label=name)
         axes.axhline(log10_threshold, color=_TEXT, linestyle="--", linewidth=1.2, label="threshold")
-        for number, image in enumerate(alarms):
+        # the first of alarms that are so close that their lines coincide: after a change there may be thousands
+        _, shown = np.unique(np.searchsorted(images, alarms) * _CHART_POINTS // len(images), return_index=True)
+        for number, image in enumerate(alarms[shown]):
             axes.axvline(image, color=OUT_OF_DISTRIBUTION, linewidth=1.2, label="" if number else "alarm")
         from matplotlib.ticker import MaxNLocator  # takes long to import, see the top of this module
 

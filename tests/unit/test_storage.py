@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from farout.core import store
+from farout.core import remote_files, store
 from farout.core.errors import FaroutError, MissingExtraError, ReadError, StoreError, WriteError
 from farout.core.remote_files import RemotePath, check_url, is_url, normalize_url
 from farout.core.storage import (
@@ -109,6 +109,16 @@ def test_a_missing_or_larger_file_is_an_error(location: str) -> None:
     assert read_bytes(path, 5) == b"12345"
     with pytest.raises(ReadError, match="more than 4 bytes"):
         read_bytes(path, 4)
+
+
+def test_a_listing_has_several_pages(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_files, "_S3_PAGE", 2)
+    names = ["a/1", "a/2+ä %41", "b", "c/d/e", "f//g"]
+    for name in names:
+        write_bytes(f"{bucket}/p/{name}", b"12")
+    write_bytes(f"{bucket}/p2", b"")
+    assert list_files(f"{bucket}/p") == dict.fromkeys(names, 2)
+    assert len(list_files(bucket)) == 6
 
 
 def test_ranges_are_read_with_few_requests(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,16 +235,16 @@ SCRIPT = """
 import sys
 import numpy as np
 from pathlib import Path
-from farout.features.feature_store import FeatureStore
+from farout.features.feature_store import open_store
 folder, start = Path(sys.argv[1]), int(sys.argv[2])
+store = open_store(folder, 4, {"format": 4})
 for number in range(start, start + 80):
-    store = FeatureStore(folder, 4, {"format": 4}) if number % 20 == 0 else store
     store.refresh()
     rows = {b"%08d" % n * 2: np.arange(4, dtype=np.float32) + n for n in (number, number + 1)}
     for image_hash, row in store.read(list(rows)).items():
         assert (row == rows[image_hash]).all()
     store.add(rows)
-    store.flush()
+    store.flush(may_wait=number % 10 != 0)  # the last rows are written when the process ends
 """
 
 
@@ -283,6 +283,20 @@ def test_threads_share_a_store(tmp_path: Path) -> None:
         thread.join()
     assert not failures
     check(open_new(tmp_path), range(51))
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="requires a folder that the user cannot write")
+def test_a_folder_that_cannot_be_written_is_read(tmp_path: Path) -> None:
+    write(tmp_path, range(1))
+    with lock_cache(tmp_path):
+        for number in range(1, 16):
+            store = write(tmp_path, range(number, number + 1))
+    assert len(files_of(store)) == 16
+    store.folder.chmod(0o500)
+    try:
+        check(open_new(tmp_path), range(16))
+    finally:
+        store.folder.chmod(0o700)
 
 
 # -- the size limit -----------------------------------------------------------------------------------------------

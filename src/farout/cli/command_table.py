@@ -133,7 +133,7 @@ COMMANDS = {
         "cli.commands.features:print_extraction",
     ),
     "features list": Command(
-        "List the stored features.",
+        "List the stored features with their sizes, last use and the size limit.",
         "cli.commands.features:list_features",
         "cli.commands.features:print_stored_features",
     ),

@@ -147,12 +147,18 @@ def measure_cache(root: Path | None = None) -> int:
 
 @contextmanager
 def lock_cache(root: Path) -> Iterator[bool]:
-    """Exclude other processes from merging and deleting files; yields False at once if another one does so now.
+    """Exclude other processes from merging and deleting files; yields False at once if another one does so now, or if
+    this process must not write there.
 
     The system releases the lock when the process ends. Where the file system has no locks, it yields True: without
     them, several processes would do the same work, and no row would be lost.
     """
-    with (root / "features" / _LOCK_FILE).open("ab") as file:
+    try:
+        file = (root / "features" / _LOCK_FILE).open("ab")
+    except OSError:
+        yield False
+        return
+    with file:
         is_locked = True
         try:
             if sys.platform == "win32":

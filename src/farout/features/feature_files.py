@@ -65,13 +65,16 @@ def write_feature_file(path: Path, hashes: Sequence[bytes], features: Array, las
         last_used: modification time of the file, by which the least recently used one is found; default: now.
     """
     values = np.ascontiguousarray(features, "<f4")
+    rows, width = values.shape
     checks = [compute_check(image_hash, row.tobytes()) for image_hash, row in zip(hashes, values, strict=True)]
+    # from buffers, because pyarrow imports pandas to convert arrays
+    numbers = pa.Array.from_buffers(pa.float32(), rows * width, [None, pa.py_buffer(values)])
     columns = [
-        pa.array(hashes, pa.binary(HASH_BYTES)),
-        pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]),
-        pa.array(checks, pa.uint32()),
+        pa.Array.from_buffers(pa.binary(HASH_BYTES), rows, [None, pa.py_buffer(b"".join(hashes))]),
+        pa.FixedSizeListArray.from_arrays(numbers, width),
+        pa.Array.from_buffers(pa.uint32(), rows, [None, pa.py_buffer(np.array(checks, "<u4"))]),
     ]
-    schema = _schema(values.shape[1])
+    schema = _schema(width)
     with store.atomic_file(path) as temporary:
         with temporary.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
             writer.write_batch(pa.record_batch(columns, schema=schema))
@@ -163,11 +166,11 @@ def open_feature_file(path: Path, width: int) -> tuple[FeatureFile, Array, Array
     if not batch.schema.equals(_schema(width)) or any(column.null_count for column in batch.columns):
         raise StoreError("it is of another layout")
     rows, row_size = batch.num_rows, 4 * width
-    images, features = batch.column("image"), batch.column("features").values
+    images, features, check = batch.column("image"), batch.column("features").values, batch.column("check")
     hashes = np.frombuffer(images.buffers()[1], np.uint8, HASH_BYTES * rows, HASH_BYTES * images.offset)
     # a column of fixed-size rows is one block of the file, in which row i starts at i times the size of a row
     offset = features.buffers()[1].address - whole.address + 4 * features.offset if rows else 0
     if not 0 <= offset <= whole.size - row_size * rows:
         raise StoreError("it is of another layout")
-    file = FeatureFile(path, rows, offset, row_size)
-    return file, hashes.reshape(rows, HASH_BYTES).copy(), batch.column("check").to_numpy().copy()
+    checks = np.frombuffer(check.buffers()[1], "<u4", rows, 4 * check.offset)
+    return FeatureFile(path, rows, offset, row_size), hashes.reshape(rows, HASH_BYTES).copy(), checks.copy()

@@ -81,8 +81,7 @@ class FeatureStore:
     def refresh(self) -> None:
         """Loads the index of files that other processes wrote, and forgets deleted ones."""
         self._load_new_files()
-        with suppress(OSError):  # a folder that cannot be written is read as it is
-            self._merge_files()
+        self._merge_files()
 
     def _load_new_files(self) -> None:
         try:
@@ -233,11 +232,14 @@ class FeatureStore:
                 if error.errno != errno.ENOENT or attempt:  # another process removed the folder
                     raise
         self._room -= size
-        self._remember([open_feature_file(path, self._width)])
+        try:
+            self._remember([open_feature_file(path, self._width)])
+        except (FileNotFoundError, StoreError):  # merged by another process
+            self._load_new_files()
 
     def _merge_files(self) -> None:
-        """Merges files of similar sizes; does nothing if another process does it now."""
-        if not self._choose_files():
+        """Merges files of similar sizes, unless another process does so now, or the folder cannot be written."""
+        if not self._choose_files() or not os.access(self.folder, os.W_OK):
             return
         with self._lock, lock_cache(self.folder.parents[1]) as is_locked:
             if not is_locked:
@@ -246,10 +248,7 @@ class FeatureStore:
             while files := self._choose_files():
                 try:
                     self._merge(files)
-                except (
-                    FileNotFoundError,
-                    StoreError,
-                ):  # a process without locks merged them, or they were deleted or damaged
+                except (OSError, StoreError):  # deleted by another process, or damaged, or the disk is full
                     self._load_new_files()
                     return
                 if any(file.path.name in self._files for file in files):  # Windows does not delete open files
@@ -329,6 +328,10 @@ def _flush_last(opened: FeatureStore) -> None:
         opened.flush()
     except (OSError, CacheFullError) as error:
         warn_once(f"features are computed without being stored: {error}")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process must not write the rows of its parent once more
+    os.register_at_fork(after_in_child=_stores.clear)
 
 
 @atexit.register

@@ -27,7 +27,7 @@ __all__ = [
 
 
 def list_features() -> list[CachedFeatureSet]:
-    """List the stored features."""
+    """List the stored features with their sizes, last use and the size limit."""
     return list_cached_features()
 
 

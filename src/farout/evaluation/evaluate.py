@@ -14,10 +14,12 @@ import psutil
 import torch
 
 from farout.core.csv_files import write_csv
+from farout.core.devices import join_processes, single_process
 from farout.core.errors import FaroutError, MisleadingResultWarning
 from farout.core.names import encode_name_once, expand_path
 from farout.data.image_source import ImageSource
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
+from farout.detectors import DETECTORS
 from farout.detectors.base import Detector
 from farout.detectors.calibration import check_fitted, compute_p_values
 from farout.evaluation.baselines import EvaluatedDetector, fit_baselines, method_name
@@ -88,11 +90,13 @@ def evaluate(
     ood_subsets: int = 0,
     name: str | None = None,
     reading: ReadSettings = DEFAULT_READING,
+    processes: int = 1,
 ) -> Evaluation:
     """Score in-distribution and out-of-distribution images, and compute metrics for every indicator of the detector.
 
     Writes `metrics.csv`, the scores in `scores/`, and `differences.csv`: the differences between the detector and each
-    baseline on the same images. An interrupted evaluation continues when called again.
+    baseline on the same images. An interrupted evaluation continues when called again. The processes of a launcher that
+    all call this function share the images.
 
     Args:
         detector: a fitted detector.
@@ -110,6 +114,7 @@ def evaluate(
             written to `subsets.csv`, as in many papers (see `average_over_subsets`); 0: none.
         name: name of the detector in the tables; None: that of its method.
         reading: how image files are read; without a value range, that of the fitted images is used.
+        processes: number of worker processes on this machine that score images; see `score_folder`.
 
     Raises:
         FaroutError: the detector is not fitted, there is no out-of-distribution source, `ood_subsets` is
@@ -132,36 +137,42 @@ def evaluate(
     _warn_of_seen_images(detector, sources[0])
 
     own = EvaluatedDetector(name or method_name(detector), detector, out / "scores")
-    baselines = fit_baselines(
-        detector,
-        out,
-        standard_baselines=standard_baselines,
-        trivial_baselines=trivial_baselines,
-        random_weights_baseline=random_weights_baseline,
-        baseline_images=baseline_images,
-        baseline_limit=baseline_limit,
-    )
+    with single_process():  # several processes of a launcher fit the same baselines
+        baselines = fit_baselines(
+            detector,
+            out,
+            standard_baselines=standard_baselines,
+            trivial_baselines=trivial_baselines,
+            random_weights_baseline=random_weights_baseline,
+            baseline_images=baseline_images,
+            baseline_limit=baseline_limit,
+        )
     evaluated = [own, *baselines]
-    datasets = [[_score_dataset(each, source) for source in sources] for each in evaluated]
-    rows = [row for each, scored in zip(evaluated, datasets) for row in _metric_rows(each, scored)]
-    metrics = pd.DataFrame(rows, columns=COLUMNS)
-    paths = [_write_metrics(metrics, out)]
+    datasets = [[_score_dataset(each, source, processes) for source in sources] for each in evaluated]
 
-    compared = [
-        row
-        for baseline, scored in zip(evaluated[1:], datasets[1:])
-        for row in compare_detectors((own.name, datasets[0]), (baseline.name, scored), detector.seed)
-    ]
-    differences = pd.DataFrame(compared, columns=DIFFERENCE_COLUMNS)
-    if len(differences):
-        paths.append(write_table(differences, out / "differences.csv"))
-    subsets = None
-    if ood_subsets:
-        averages = [row for each, scored in zip(evaluated, datasets) for row in _subset_rows(each, scored, ood_subsets)]
-        subsets = pd.DataFrame(averages)
-        paths.append(write_table(subsets, out / "subsets.csv"))
-    paths += [str(own.folder / folder_name(source) / "page.html") for source in sources[1:]]
-    return Evaluation(metrics, differences, subsets, tuple(paths))
+    def write_tables() -> Evaluation:
+        rows = [row for each, scored in zip(evaluated, datasets) for row in _metric_rows(each, scored)]
+        metrics = pd.DataFrame(rows, columns=COLUMNS)
+        paths = [_write_metrics(metrics, out)]
+        compared = [
+            row
+            for baseline, scored in zip(evaluated[1:], datasets[1:])
+            for row in compare_detectors((own.name, datasets[0]), (baseline.name, scored), detector.seed)
+        ]
+        differences = pd.DataFrame(compared, columns=DIFFERENCE_COLUMNS)
+        if len(differences):
+            paths.append(write_table(differences, out / "differences.csv"))
+        subsets = None
+        if ood_subsets:
+            averages = [
+                row for each, scored in zip(evaluated, datasets) for row in _subset_rows(each, scored, ood_subsets)
+            ]
+            subsets = pd.DataFrame(averages)
+            paths.append(write_table(subsets, out / "subsets.csv"))
+        paths += [str(own.folder / folder_name(source) / "page.html") for source in sources[1:]]
+        return Evaluation(metrics, differences, subsets, tuple(paths))
+
+    return join_processes(detector.runtime.device).run_on_main_process(write_tables)
 
 
 def _has_no_name(images: object) -> bool:
@@ -181,10 +192,13 @@ def _warn_of_seen_images(detector: Detector, source: ImageSource) -> None:
         warnings.warn(message, MisleadingResultWarning, stacklevel=3)
 
 
-def _score_dataset(evaluated: EvaluatedDetector, source: ImageSource) -> ScoredDataset:
+def _score_dataset(evaluated: EvaluatedDetector, source: ImageSource, processes: int) -> ScoredDataset:
     """Score a source; the speed is known only if no scores or features were stored before."""
     cache_hits = evaluated.detector.cache_hits
-    done = score_folder(evaluated.detector, source, evaluated.folder / folder_name(source), top_images=12)
+    if DETECTORS.find_name(type(evaluated.detector)) is None:
+        processes = 1  # it cannot be saved for them, such as the trivial baselines, which are fast
+    out = evaluated.folder / folder_name(source)
+    done = score_folder(evaluated.detector, source, out, top_images=12, processes=processes)
     readable = len(source) - len(done.unreadable)
     is_complete_run = done.scored_now == readable and evaluated.detector.cache_hits == cache_hits
     speed = done.scored_now / done.seconds if is_complete_run else float("nan")

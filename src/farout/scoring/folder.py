@@ -407,8 +407,9 @@ def _measure_parts(
             with open_worker_scorer(detector) as scorer:
                 jobs = ((scorer, source.subset(part), _part_path(out, part)) for part in missing)
                 with closing(run_in_workers(_measure_part, jobs, processes)) as results:
-                    for number, (count, record) in results:
+                    for number, (count, cache_hits, record) in results:
                         measured += count
+                        detector.cache_hits += cache_hits
                         source.add_reading_record(record, missing[number])
                         bar.advance(len(missing[number]))
         else:
@@ -424,12 +425,15 @@ def _measure_parts(
 
 def _measure_part(
     scorer: Scorer, images: ImageSource, path: Path, advance: Callable[[int], object] | None = None
-) -> tuple[int, ReadingRecord]:
-    """Measure and write a part; returns the number of images that could be read, and what was found."""
+) -> tuple[int, int, ReadingRecord]:
+    """Measure and write a part; returns the number of images that could be read, that of those whose features came from
+    the cache, and what was found while they were read.
+    """
+    cache_hits = scorer.detector.cache_hits
     measured = scorer.measure(images, advance)
     environment = scorer.detector.runtime.describe_environment()
     _write_part(path, measured.measurements, measured.unreadable, hash_texts(measured.content), environment)
-    return measured.count, images.reading_record
+    return measured.count, scorer.detector.cache_hits - cache_hits, images.reading_record
 
 
 def _write_part(

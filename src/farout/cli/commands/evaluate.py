@@ -36,6 +36,7 @@ def evaluate(
     baseline_images: str | None = None,
     baseline_limit: int | None = 1000,
     ood_subsets: int = 0,
+    processes: int = 1,
     reading: ReadSettings,
     runtime: dict[str, Any],
 ) -> Evaluation:
@@ -56,6 +57,8 @@ def evaluate(
         baseline_limit: maximum number of images to fit the trivial baselines and the random weights on.
         ood_subsets: also write OUT/subsets.csv: metrics over this many random subsets with one out-of-distribution
             image per five in-distribution images, as in many papers; 0: off.
+        processes: share the images among this many processes on this machine, which use its GPUs in turn. The processes
+            of `torchrun` and `accelerate launch` share them, too.
         reading: how image files are read.
         runtime: runtime settings that replace those of the fit.
     """
@@ -76,6 +79,7 @@ def evaluate(
         baseline_images=baseline_images,
         baseline_limit=baseline_limit,
         ood_subsets=ood_subsets,
+        processes=processes,
     )
 
 

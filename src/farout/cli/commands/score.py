@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from farout.cli.output import print_existing
 from farout.cli.terminal import print_text
+from farout.core.devices import is_main_process
 from farout.core.errors import FaroutError, UsageError
 from farout.core.names import expand_path
 from farout.data.image_source import Policy
@@ -35,6 +36,7 @@ def score(
     top_images: int = 24,
     fdr: float | None = None,
     maps: bool = False,
+    processes: int = 1,
     watch: bool = False,
     interval: float = 2.0,
     engine: Literal["local", "ray"] = "local",
@@ -52,6 +54,8 @@ def score(
         policy: what to do with an unreadable image: `nan` (list it without a score), `skip` it, or `raise` an error.
         top_images: number of images with the highest scores in the report.
         fdr: add a table column that selects images by Benjamini-Hochberg at this false discovery rate.
+        processes: share the images among this many processes on this machine, which use its GPUs in turn. The processes
+            of `torchrun` and `accelerate launch` share them, too.
         maps: also write a heat map of every image to OUT/maps (patches, reconstruction and denoising only).
         watch: score the files of a folder as they arrive, until the command is interrupted (docs/serve.md).
         interval: with --watch, the seconds between two looks at the folder; a file is read when it has not changed for
@@ -69,6 +73,8 @@ def score(
     if engine == "ray":
         if maps:
             raise FaroutError("--maps requires --engine local: heat maps are written by one process")
+        if processes > 1:
+            raise FaroutError("--processes belongs to --engine local; give the number of Ray workers instead")
         from farout.scoring.ray_engine import score_with_ray
 
         return score_with_ray(
@@ -89,9 +95,17 @@ def score(
     if maps:
         check_has_maps(fitted)
     scored = score_folder(
-        fitted, source, out, limit=limit, policy=policy, top_images=top_images, fdr=fdr, reading=reading
+        fitted,
+        source,
+        out,
+        limit=limit,
+        policy=policy,
+        top_images=top_images,
+        fdr=fdr,
+        reading=reading,
+        processes=processes,
     )
-    if maps:
+    if maps and is_main_process():
         write_overlays(fitted, source, expand_path(out) / FOLDER, limit=limit, policy=policy, reading=reading)
     return scored
 

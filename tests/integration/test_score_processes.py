@@ -1,0 +1,199 @@
+"""Scoring and evaluation in several processes: the results of one process, resumed, and with clear ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from farout import PCA, evaluate, load, score_folder
+from farout.core import store
+from farout.core.errors import FaroutError, LeftOutWarning, UnreadableImageError
+from farout.scoring import folder as scoring
+from farout.scoring.folder import read_scores
+from launch import in_two_processes
+from small import pictures
+from tolerances import assert_same_scores
+
+COUNT = 43
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector, and images of which one cannot be read."""
+    root = tmp_path_factory.mktemp("processes")
+    PCA(size=8).fit(pictures(root / "good", 60), statistics=30, alpha=0.1).save(root / "d")
+    pictures(root / "new", COUNT - 1, low=60, spread=150, seed=3)
+    (root / "new" / "017-broken.png").write_text("not a picture")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_IMAGES_PER_PART", 8)
+
+
+def has_processes(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_the_number_of_processes_is_checked(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(FaroutError, match="processes is 0"):
+        score_folder(load(place / "d"), place / "new", tmp_path / "r", processes=0)
+
+
+def test_an_evaluation_scores_in_processes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from farout.evaluation import evaluate as module
+
+    given = []
+    original = module.score_folder
+    monkeypatch.setattr(module, "score_folder", lambda *a, processes, **k: given.append(processes) or original(*a, **k))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluate(load(place / "d"), place / "good", [place / "new"], tmp_path / "e", processes=3)
+    assert given[:2] == [3, 3]
+    assert given[-2:] == [1, 1], "trivial baselines are not registered, and fast"
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_result_of_one(place: Path, tmp_path: Path) -> None:
+    """Of a detector that is in memory only, and of images of which one is unreadable and one has several frames."""
+    detector = PCA(size=6).fit(place / "good", statistics=30, alpha=0.1)
+    images = tmp_path / "images"
+    shutil.copytree(place / "new", images)
+    frames = [Image.new("L", (8, 8), level) for level in (0, 50, 100)]
+    frames[0].save(images / "stack.tif", save_all=True, append_images=frames[1:])
+    with pytest.warns(LeftOutWarning, match="2 frames after the first of 1 file"):
+        one = score_folder(detector, images, tmp_path / "one")
+    with pytest.warns(LeftOutWarning, match="2 frames after the first of 1 file"):
+        two = score_folder(detector, images, tmp_path / "two", processes=2)
+    assert (two.counts, two.flagged, two.unreadable) == (one.counts, one.flagged, one.unreadable)
+    assert two.scored_now == one.scored_now == COUNT
+    assert store.read_sealed_json(tmp_path / "two" / "manifest.json")["further_frames"] == 2
+    first, second = read_scores(tmp_path / "one"), read_scores(tmp_path / "two")
+    assert second.keys == first.keys
+    assert_same_scores(second, first, detector)
+    again = score_folder(detector, images, tmp_path / "two", processes=2)
+    assert again.scored_now == 0
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_an_error_of_a_worker_is_the_error_of_the_run(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnreadableImageError, match="017-broken"):
+        score_folder(load(place / "d"), place / "new", tmp_path / "r", policy="raise", processes=2)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_worker_that_is_killed_ends_the_run_and_finished_parts_are_kept(place: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "r" / "parts"
+
+    def kill_a_worker() -> None:
+        ends = time.monotonic() + 200
+        while time.monotonic() < ends:
+            children = multiprocessing.active_children()
+            if len(children) == 2:
+                os.kill(children[0].pid or 0, signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    with pytest.raises(FaroutError, match="a worker process ended unexpectedly"):
+        score_folder(load(place / "d"), place / "new", tmp_path / "r", processes=2)
+    killer.join()
+    assert not multiprocessing.active_children()
+    assert parts.is_dir()
+    done = score_folder(load(place / "d"), place / "new", tmp_path / "r")
+    assert sum(done.counts.values()) == COUNT
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_signal_to_the_parent_ends_its_workers(place: Path, tmp_path: Path) -> None:
+    # waits with a part in each worker, so that the signal comes before the last one on a machine of any speed
+    words = ["score", place / "d", place / "new", "--out", tmp_path / "r", "--processes", "2"]
+    script = tmp_path / "score.py"
+    script.write_text(f"""
+import sys, time
+from farout.cli import main
+from farout.scoring import folder
+folder._IMAGES_PER_PART = 8
+
+def measure_part_slowly(*arguments):
+    result = measure_part(*arguments)
+    time.sleep(600)
+    return result
+
+measure_part, folder._measure_part = folder._measure_part, measure_part_slowly
+if __name__ == "__main__":
+    sys.exit(main({[str(word) for word in words]!r}))
+""")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(
+        [sys.executable, script], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    ends = time.monotonic() + 300
+    while len(list((tmp_path / "r" / "parts").glob("*.json"))) < 2 and time.monotonic() < ends:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    assert "run the same command again to continue" in errors
+    ends = time.monotonic() + 60
+    while has_processes(process.pid) and time.monotonic() < ends:
+        time.sleep(0.1)
+    assert not has_processes(process.pid)
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_launcher_share_the_images(place: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import json, os, sys
+import farout
+from farout.scoring import folder
+folder._IMAGES_PER_PART = 8
+if __name__ == "__main__":
+    detector = farout.load({str(place / "d")!r})
+    counted, measure = [], detector.measure
+    detector.measure = lambda batch, maps=False: counted.extend(batch.keys) or measure(batch, maps)
+    farout.score_folder(detector, {str(place / "new")!r}, {str(tmp_path / "two")!r})
+    with open({str(tmp_path)!r} + "/" + os.environ["RANK"] + ".json", "w") as file:
+        json.dump(counted, file)
+    evaluation = farout.evaluate(detector, {str(place / "good")!r}, [{str(place / "new")!r}], {str(tmp_path / "e2")!r})
+    assert len(evaluation.metrics)
+""")
+    in_two_processes(script, 400)
+    detector = load(place / "d")
+    score_folder(detector, place / "new", tmp_path / "one")
+    assert_same_scores(read_scores(tmp_path / "two"), read_scores(tmp_path / "one"), detector)
+    shares = [set(pd.read_json(tmp_path / f"{rank}.json")[0]) for rank in (0, 1)]
+    assert all(shares)
+    assert not shares[0] & shares[1], "no image was measured twice"
+    assert len(shares[0] | shares[1]) == COUNT - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluate(detector, place / "good", [place / "new"], tmp_path / "e1")
+    one, two = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("e1", "e2"))
+    assert one["detector"].tolist() == two["detector"].tolist()
+    assert one["auroc"].to_numpy() == pytest.approx(two["auroc"].to_numpy(), abs=1e-3, nan_ok=True)

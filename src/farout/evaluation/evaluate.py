@@ -202,7 +202,7 @@ def _score_dataset(evaluated: EvaluatedDetector, source: ImageSource, processes:
     readable = len(source) - len(done.unreadable)
     is_complete_run = done.scored_now == readable and evaluated.detector.cache_hits == cache_hits
     speed = done.scored_now / done.seconds if is_complete_run else float("nan")
-    return ScoredDataset(source, read_scores(done.folder), speed)
+    return ScoredDataset(source, read_scores(out), speed)
 
 
 def _metric_rows(evaluated: EvaluatedDetector, datasets: Sequence[ScoredDataset]) -> Iterator[dict[str, Any]]:

@@ -74,7 +74,9 @@ def score(
         if maps:
             raise FaroutError("--maps requires --engine local: heat maps are written by one process")
         if processes > 1:
-            raise FaroutError("--processes belongs to --engine local; give the number of Ray workers instead")
+            raise FaroutError(
+                "--processes belongs to --engine local; give the number of Ray workers instead (--ray-workers)"
+            )
         from farout.scoring.ray_engine import score_with_ray
 
         return score_with_ray(
@@ -118,11 +120,13 @@ def check_settings(
     top_images: int,
     fdr: float | None,
     maps: bool,
+    processes: int,
     engine: str,
     **_: Any,
 ) -> None:
     """Raises UsageError for settings of finished results together with --watch, whose results never are."""
-    given = {"limit": limit, "policy": policy, "top_images": top_images, "fdr": fdr, "maps": maps, "engine": engine}
+    given = {"limit": limit, "policy": policy, "top_images": top_images, "fdr": fdr, "maps": maps}
+    given |= {"processes": processes, "engine": engine}
     parameters = inspect.signature(score).parameters
     unused = [f"--{name.replace('_', '-')}" for name in given if given[name] != parameters[name].default]
     if watch and unused:

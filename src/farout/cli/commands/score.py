@@ -125,7 +125,7 @@ def check_settings(
     **_: Any,
 ) -> None:
     """Raises UsageError for settings of finished results together with --watch, whose results never are."""
-    given = {"limit": limit, "policy": policy, "top_images": top_images, "fdr": fdr, "maps": maps}
+    given: dict[str, Any] = {"limit": limit, "policy": policy, "top_images": top_images, "fdr": fdr, "maps": maps}
     given |= {"processes": processes, "engine": engine}
     parameters = inspect.signature(score).parameters
     unused = [f"--{name.replace('_', '-')}" for name in given if given[name] != parameters[name].default]

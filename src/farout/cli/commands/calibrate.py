@@ -32,8 +32,8 @@ def calibrate(
 
     Args:
         detector: folder of a fitted detector.
-        source: normal images: a named set, folder, glob, file, or hf://owner/name:split; images used in the fit are
-            left out.
+        source: normal images: a named set, folder, glob, file, URL, or hf://owner/name:split; images used in the fit
+            are left out.
         out: folder of the recalibrated detector; default: replace the given one,
             unless the images are too few to flag anything at alpha.
         limit: use a seeded random sample of this many images; default: all.

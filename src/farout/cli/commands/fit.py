@@ -48,7 +48,7 @@ def fit(
 
     Args:
         method: name of the detector, see `farout list detectors`.
-        source: normal images: a named set, folder, glob, file, or hf://owner/name:split.
+        source: normal images: a named set, folder, glob, file, URL, or hf://owner/name:split.
         out: folder of the detector.
         diffusion: folder of a diffusion model, or hf://owner/name, for methods that use one; default: train one.
         classifier: folder of a classifier, for methods that use one; default: train one, on images with labels.

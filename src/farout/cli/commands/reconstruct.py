@@ -36,7 +36,7 @@ def reconstruct(
     `accelerate launch -m farout reconstruct …` shares the images among several processes, one device each.
 
     Args:
-        source: images: a named set, folder, glob, file, or hf://owner/name:split; labels are kept.
+        source: images: a named set, folder, glob, file, URL, or hf://owner/name:split; labels are kept.
         diffusion: folder of a diffusion model or of Stable Diffusion, or hf://owner/name.
         out: folder of the images, one folder per class.
         level: noise level as a share of the schedule, 0 to 1; 0: the autoencoder's reconstruction only.

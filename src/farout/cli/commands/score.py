@@ -48,7 +48,7 @@ def score(
 
     Args:
         detector: folder of a fitted detector.
-        source: images: a named set, folder, glob, file, or hf://owner/name:split.
+        source: images: a named set, folder, glob, file, URL, or hf://owner/name:split.
         out: folder of the results; an interrupted run continues there. With the engine ray also a URL.
         limit: use a seeded random sample of this many images; default: all.
         policy: what to do with an unreadable image: `nan` (list it without a score), `skip` it, or `raise` an error.

@@ -41,7 +41,7 @@ def synthesize(
 
     Args:
         method: name of the synthesizer, see `farout list synthesizers`.
-        source: labelled images: a named set, folder, glob, file, or hf://owner/name:split.
+        source: labelled images: a named set, folder, glob, file, URL, or hf://owner/name:split.
         diffusion: folder of a class-conditional diffusion model or of Stable Diffusion, or hf://owner/name.
         out: folder of the outliers.
         classifier: folder of a separately trained classifier, to check the classes of the generator's samples and of

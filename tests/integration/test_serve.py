@@ -381,6 +381,19 @@ def test_metrics_count_images_by_status_and_flags(loaded: Scorer, folder: Path) 
         assert metric(service, 'farout_request_seconds_count{path="/score"}') == 1
 
 
+def test_the_health_check_of_the_container_agrees(service: RunningService) -> None:
+    text = (Path(__file__).parents[2] / "Dockerfile").read_text(encoding="utf-8")
+    command = re.search(r"HEALTHCHECK.*\\\n\s*CMD (\[.*\])", text)
+    assert command is not None
+    _, flag, code = json.loads(command[1])
+    check = [sys.executable, flag, code.replace("8000", str(service.port))]
+    assert subprocess.run(check, check=False).returncode == 0
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        check = [sys.executable, flag, code.replace("8000", str(unused.getsockname()[1]))]
+        assert subprocess.run(check, check=False, stderr=subprocess.DEVNULL).returncode == 1
+
+
 # -- the end --------------------------------------------------------------------------------------------------------
 
 

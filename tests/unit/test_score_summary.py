@@ -153,6 +153,11 @@ def test_measurements_of_some_images_are_read(form: str, tmp_path: Path) -> None
     with pq.ParquetWriter(path, whole.to_table().schema) as writer:
         for rows in ([0, 1], [2, 3], [4, 5]):
             writer.write_table(whole.select(rows).to_table())
+    for sets in ([[0, 1], [2, 3], [4, 5]], [[0], [], [1, 2, 3, 4], [5]], [range(6), []], [[], range(6)]):
+        parts = Measurements.read_consecutive(path, [[keys[row] for row in rows] for rows in sets])
+        for rows, part in zip(sets, parts, strict=True):
+            assert (part is None) == (not rows)
+            assert part is None or part.to_table() == whole.select(rows).to_table()
     for chosen in ([1], [0, 3, 2], [5, 0]):
         found = Measurements.read_parquet(path, [keys[row] for row in chosen])
         assert found.to_table() == whole.select(sorted(chosen)).to_table()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,18 +149,51 @@ class Measurements:
         Raises:
             StoreError: the file is missing or damaged.
         """
-        try:
-            with open_regular_file(path) as file:
-                return cls.from_table(pq.read_table(file) if keys is None else _read_rows(pq.ParquetFile(file), keys))
-        except FileNotFoundError:
-            raise StoreError(f"{path} is missing; the folder is incomplete") from None
-        except StoreError:
-            raise
-        except OSError as error:
-            raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
-        except (pa.ArrowException, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise StoreError(f"{path} cannot be read as a table of measurements ({reason})") from error
+        with _parquet_errors(path), open_regular_file(path) as file:
+            return cls.from_table(pq.read_table(file) if keys is None else _read_rows(pq.ParquetFile(file), keys))
+
+    @classmethod
+    def read_consecutive(cls, path: Path, keys: Iterable[Collection[str]]) -> Iterator[Measurements | None]:
+        """Yield the measurements of sets of images one after the other; None for an empty set.
+
+        Few row groups are in memory at a time.
+
+        Args:
+            path: the file of a parquet table.
+            keys: for each set the keys of its images, which follow those of the set before in the file.
+
+        Raises:
+            StoreError: the file is missing or damaged.
+        """
+        with _parquet_errors(path), open_regular_file(path) as file:
+            parquet = pq.ParquetFile(file)
+            groups, rows = iter(range(parquet.num_row_groups)), parquet.schema_arrow.empty_table()
+            for selected in keys:
+                # an image may have many rows: those of the last one are complete where the next image begins
+                while pc.count_distinct(rows["key"]).as_py() <= len(selected):
+                    group = next(groups, None)
+                    if group is None:
+                        break
+                    rows = pa.concat_tables([rows, parquet.read_row_group(group)])
+                is_selected = pc.is_in(rows["key"], value_set=pa.array(list(selected), pa.string()))
+                found, rows = rows.filter(is_selected), rows.filter(pc.invert(is_selected))
+                yield cls.from_table(found) if len(found) else None
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    """Convert what a missing or broken table of measurements raises to a StoreError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing; the folder is incomplete") from None
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (pa.ArrowException, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StoreError(f"{path} cannot be read as a table of measurements ({reason})") from error
 
 
 def _read_rows(file: pq.ParquetFile, keys: Collection[str]) -> pa.Table:

@@ -297,15 +297,13 @@ def _restore_parts(
     source: ImageSource, parts: list[range], contents: list[str], manifest: dict[str, Any], out: Path
 ) -> None:
     """Write the parts of finished results from their measurements."""
-    measurements, unreadable = Measurements.read_parquet(out / _MEASUREMENTS), manifest["unreadable"]
-    rows = {key: row for row, key in enumerate(measurements.keys)}
-    (environment, *_) = manifest["environments"]
-    for part, content in zip(parts, contents, strict=True):
+    unreadable, (environment, *_) = manifest["unreadable"], manifest["environments"]
+    readable = ([key for key in source.keys[part.start : part.stop] if key not in unreadable] for part in parts)
+    measured = Measurements.read_consecutive(out / _MEASUREMENTS, readable)
+    for part, content, measurements in zip(parts, contents, measured, strict=True):
         keys = source.keys[part.start : part.stop]
-        found = [rows[key] for key in keys if key in rows]
         reasons = {key: unreadable[key] for key in keys if key in unreadable}
-        selected = measurements.select(found) if found else None
-        _write_part(_part_path(out, part), selected, reasons, content, environment)
+        _write_part(_part_path(out, part), measurements, reasons, content, environment)
 
 
 def _remove(path: Path) -> None:

@@ -17,11 +17,19 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from farout.core import remote_files
-from farout.core.errors import FaroutError, LeftOutWarning, SourceError, UnreadableImageError
+from farout.core.errors import (
+    FaroutError,
+    LeftOutWarning,
+    SourceError,
+    UnreachableStoreError,
+    UnreadableImageError,
+)
 from farout.core.remote_files import RemotePath
 from farout.core.storage import write_bytes, write_json
+from farout.data.batching import iterate_batches
 from farout.data.file_names import encode_inner_path
 from farout.data.image_source import ImageSource
+from farout.data.preprocessing import Preprocessing
 from farout.data.read_settings import ReadSettings
 from farout.data.source_spec import parse_spec
 from farout.data.sources import open_source
@@ -357,6 +365,22 @@ def test_a_failed_network_is_no_unreadable_image_without_a_reason(
     monkeypatch.setattr(UnreliableFileSystem, "fails_for", "listing")
     with pytest.raises(SourceError, match="cannot be listed: network error"):
         open_source(f"{url}/cat")
+
+
+def test_a_store_that_does_not_answer_any_more_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise all remaining images would be reported as unreadable, after a wait for each."""
+    fsspec.register_implementation("unreliable", UnreliableFileSystem, clobber=True)
+    write_folder(tmp_path, pixels(25), [f"{number:02}.png" for number in range(25)])
+    source = open_source(upload(tmp_path, f"unreliable://{uuid.uuid4().hex}/p"), policy="nan")
+    monkeypatch.setattr(UnreliableFileSystem, "fails_for", "/p/0")
+    for index in range(9):
+        with pytest.raises(UnreadableImageError, match="network error"):
+            source[index]
+    assert source[10].shape == (1, 8, 8), "it answers again"
+    monkeypatch.setattr(UnreliableFileSystem, "fails_for", "/p/")
+    with pytest.raises(UnreachableStoreError, match=r"did not answer 10 times in a row .*network error.*; run "):
+        list(iterate_batches(source.subset(range(11, 25)), Preprocessing((8, 8), 1, (8, 8)), 4, workers=0))
+    assert len(source.unreadable) == 9 + 9
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):

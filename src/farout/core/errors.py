@@ -21,6 +21,7 @@ __all__ = [
     "StoreError",
     "TooFewImagesWarning",
     "UnknownArgumentError",
+    "UnreachableStoreError",
     "UnreadableImageError",
     "UsageError",
     "WriteError",
@@ -39,6 +40,10 @@ class SourceError(FaroutError, ValueError):
 
 class UnreadableImageError(FaroutError, ValueError):
     """One image that cannot be decoded; its message starts with the image's key."""
+
+
+class UnreachableStoreError(FaroutError):
+    """An object store that did not answer several times in a row, so that its images are not unreadable ones."""
 
 
 class StoreError(FaroutError, ValueError):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 
-from farout.core.errors import FaroutError, MissingExtraError
+from farout.core.errors import FaroutError, MissingExtraError, UnreachableStoreError
 from farout.core.names import expand_path
 
 __all__ = ["FilePath", "RemotePath", "as_file_path", "check_url", "is_url", "local_path_of", "normalize_url"]
@@ -44,6 +44,9 @@ _REFUSALS = {errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EPERM, errno.ENAME
 _S3_PAGE = 1000
 _MAX_ATTEMPTS = 3
 """For web servers; the libraries of object stores repeat failed requests themselves."""
+_MAX_FAILURES = 10
+"""Requests to one object store that fail in a row: each takes many seconds, and the next ones would fail, too."""
+_failures: dict[str, int] = {}
 
 
 def is_url(text: object) -> bool:
@@ -283,15 +286,29 @@ class RemotePath:
         self._call(remove)
 
     def _call(self, operation: Callable[..., T], *arguments: Any) -> T:
-        """Return the result of an operation on the file system and the path in it; network errors are repeated."""
-        attempts = _MAX_ATTEMPTS if self.is_web else 1
-        for attempt in range(attempts):
+        """Return the result of an operation on the file system and the path in it.
+
+        On a web server, network errors are repeated. A list may name many servers, of which some do not exist any more;
+        an object store that does not answer several times in a row is an UnreachableStoreError.
+        """
+        store = "/".join(self.url.split("/")[:3])
+        for attempt in range(_MAX_ATTEMPTS):
             try:
                 with _store_errors(self.url):
                     system = _open_file_system(self.url)
-                    return operation(system, system._strip_protocol(self.url), *arguments)
-            except ConnectionError:
-                if attempt == attempts - 1:
+                    result = operation(system, system._strip_protocol(self.url), *arguments)
+                _failures.pop(store, None)
+                return result
+            except ConnectionError as error:
+                if not self.is_web:
+                    _failures[store] = _failures.get(store, 0) + 1
+                    if _failures[store] < _MAX_FAILURES:
+                        raise
+                    raise UnreachableStoreError(
+                        f"{store} did not answer {_failures.pop(store)} times in a row ({error.strerror}); run "
+                        "the same command again when it does"
+                    ) from error
+                if attempt == _MAX_ATTEMPTS - 1:
                     raise
                 time.sleep(0.2 * 4**attempt)
         raise AssertionError("unreachable")

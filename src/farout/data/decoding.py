@@ -33,7 +33,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from farout.core import store
-from farout.core.errors import FaroutError, SourceError, UnreadableImageError
+from farout.core.errors import FaroutError, SourceError, UnreachableStoreError, UnreadableImageError
 from farout.data.read_settings import DEFAULT_READING, ReadSettings, ValueRange, format_value_range
 
 __all__ = [
@@ -187,6 +187,8 @@ def unreadable_errors(key: str) -> Iterator[None]:
     """
     try:
         yield
+    except UnreachableStoreError:
+        raise
     except UnreadableImageError as error:
         raise UnreadableImageError(f"{key}: {error}") from error
     except UnidentifiedImageError as error:

@@ -135,6 +135,21 @@ def test_scores_without_p_values_with_their_detector(place: Path, tmp_path: Path
         farout.monitor_results([tmp_path / "other.csv"], tmp_path / "out", detector=place / "b")
 
 
+def test_a_watched_folder_while_a_row_is_written(place: Path, tmp_path: Path) -> None:
+    with farout.FolderWatcher(farout.Scorer(place / "a"), place / "new", tmp_path / "rows", settle=0) as watcher:
+        for _ in range(3):  # a file is scored when it is seen again unchanged
+            list(watcher.poll())
+    with (tmp_path / "rows" / "scores.csv").open("a") as file:
+        file.write("2026-05-01T00:00:00Z,late.png,0.")
+    done = farout.monitor_results([tmp_path / "rows"], tmp_path / "out")
+    assert done.monitor.status == {"ok": 12, "unreadable": 1}
+    assert done.summary["order"] == "column time"
+    assert done.monitor.calibration_images == len(farout.load(place / "a").calibration)
+    with pytest.raises(StoreError, match="another detector"):
+        farout.monitor_results([tmp_path / "rows", place / "scored-b"], tmp_path / "out", by="row")
+    farout.monitor_results([tmp_path / "rows", place / "scored-a"], tmp_path / "out", by="mtime")
+
+
 def test_selection_and_repeated_alarms(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", 400, 3.0)
     words = ["monitor", str(table), "--out", str(tmp_path / "out"), "--calibration-images", str(N), "--fdr", "0.5"]

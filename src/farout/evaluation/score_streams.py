@@ -15,9 +15,10 @@ import pandas as pd
 from farout.core.errors import FaroutError, StoreError
 from farout.core.names import decode_file_name, find_path
 from farout.data.source_spec import parse_spec
-from farout.detectors.base import Detector
+from farout.detectors.base import Detector, Scores
 from farout.detectors.calibration import compute_p_values
 from farout.scoring.folder import read_manifest, read_score_table
+from farout.scoring.watch import is_watched, read_watch_settings
 
 __all__ = ["Order", "ScoreStream", "read_score_stream"]
 
@@ -28,6 +29,16 @@ _ORDERS = {
     "key": "keys, with numbers in them by value",
     "mtime": "modification time of the image files",
 }
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a folder of results says about its scores."""
+
+    detector: str
+    calibration_images: int
+    alpha: float
+    images: str
 
 
 @dataclass(frozen=True)
@@ -58,8 +69,8 @@ def read_score_stream(
     """Read results and put their rows in time order; rows of equal time stay in the order of the results.
 
     Args:
-        results: folders written by `score_folder`, or tables (.csv, .parquet) with the columns `key`, `score` and
-            `p_value`, and optionally `status` and `time` (numbers, or times as ISO 8601).
+        results: folders written by `score_folder` or a `FolderWatcher`, or tables (.csv, .parquet) with the columns
+            `key`, `score` and `p_value`, and optionally `status` and `time` (numbers, or times as ISO 8601).
         by: `time`, `row`, `key` or `mtime`; None: `time` if all tables have this column, else `row`.
         detector: the detector of the scores: p-values that a table lacks are computed, given ones are compared.
 
@@ -73,8 +84,8 @@ def read_score_stream(
     for path in paths:
         if sum(os.path.abspath(path) == os.path.abspath(other) for other in paths) > 1:
             raise FaroutError(f"{path} is given twice; give each result once")
-    manifests = [read_manifest(path) if os.path.lexists(path / "manifest.json") else None for path in paths]
-    fingerprint = _check_same_detector(paths, manifests, detector)
+    origins = [_read_origin(path) for path in paths]
+    fingerprint = _check_same_detector(paths, origins, detector)
     parts = [_read_result(path, detector) for path in paths]
     if by is None:
         with_time = [path for path, part in zip(paths, parts) if "time" in part]
@@ -82,45 +93,61 @@ def read_score_stream(
             other = next(path for path in paths if path not in with_time)
             raise FaroutError(f"{with_time[0]} has a column time and {other} has none; choose the order with --by")
         by = "time" if with_time else "row"
-    positions = [_find_positions(by, *each) for each in zip(paths, manifests, parts)]
+    positions = [_find_positions(by, *each) for each in zip(paths, origins, parts)]
     joined = pd.concat(parts, ignore_index=True)[["result", "key", "status", "p_value"]]
     if by == "time":
         times = [time for part in positions for time in part]
         joined["time"] = [time.isoformat() if isinstance(time, pd.Timestamp) else time for time in times]
     if by != "row":
         joined = joined.iloc[_sort_stable(by, positions)].reset_index(drop=True)
-    known: dict[str, Any] = next((manifest["about"] for manifest in manifests if manifest is not None), {})
+    known = next((origin for origin in origins if origin is not None), None)
+    calibration_images, alpha = (None, None) if known is None else (known.calibration_images, known.alpha)
     if detector is not None:
-        known = {"calibration_images": len(detector.calibration), "alpha": detector.alpha}
+        calibration_images, alpha = len(detector.calibration), detector.alpha
     return ScoreStream(
         joined,
         _ORDERS[by],
         tuple({"path": str(path), "rows": len(part)} for path, part in zip(paths, parts)),
-        known.get("calibration_images"),
-        known.get("alpha"),
+        calibration_images,
+        alpha,
         fingerprint,
     )
 
 
+def _read_origin(path: Path) -> _Origin | None:
+    """Detector and images of a folder of results; None for a table."""
+    if os.path.lexists(path / "manifest.json"):
+        manifest = read_manifest(path)
+        about = manifest["about"]
+        return _Origin(manifest["detector"], about["calibration_images"], about["alpha"], manifest["location"])
+    if is_watched(path):
+        settings = read_watch_settings(path)
+        return _Origin(settings["detector"], settings["calibration_images"], settings["alpha"], settings["folder"])
+    return None
+
+
 def _check_same_detector(
-    paths: Sequence[Path], manifests: Sequence[dict[str, Any] | None], detector: Detector | None
+    paths: Sequence[Path], origins: Sequence[_Origin | None], detector: Detector | None
 ) -> str | None:
     """The fingerprint of the detector of all results; raises StoreError if there are two."""
     first, fingerprint = ("the given detector", detector.fingerprint) if detector is not None else ("", None)
-    for path, manifest in zip(paths, manifests):
-        if manifest is None:
+    for path, origin in zip(paths, origins):
+        if origin is None:
             continue
-        if fingerprint is not None and manifest["detector"] != fingerprint:
+        if fingerprint is not None and origin.detector != fingerprint:
             raise StoreError(
                 f"{path} has scores of another detector than {first} (or of the same one before it was fitted or "
                 "calibrated again); monitor the results of each detector separately"
             )
-        first, fingerprint = str(path), manifest["detector"]
+        first, fingerprint = str(path), origin.detector
     return fingerprint
 
 
 def _read_result(path: Path, detector: Detector | None) -> pd.DataFrame:
     scores, table = read_score_table(path)
+    if is_watched(path if path.is_dir() else path.parent) and bool(table.tail(1).iloc[:, -1].isna().any()):
+        table = table.iloc[:-1]  # a row that is being written
+        scores = Scores.from_frame(table)
     p_values = scores.p_value
     if detector is not None:
         computed = compute_p_values(scores.score, detector.calibration_scores[detector.score_name])
@@ -141,7 +168,7 @@ def _read_result(path: Path, detector: Detector | None) -> pd.DataFrame:
     return part.assign(time=table["time"].to_numpy()) if "time" in table else part
 
 
-def _find_positions(by: Order, path: Path, manifest: dict[str, Any] | None, part: pd.DataFrame) -> list[Any]:
+def _find_positions(by: Order, path: Path, origin: _Origin | None, part: pd.DataFrame) -> list[Any]:
     """What the rows of one result are sorted by."""
     if by == "time":
         if "time" not in part:
@@ -150,7 +177,7 @@ def _find_positions(by: Order, path: Path, manifest: dict[str, Any] | None, part
     if by == "key":
         return [_split_numbers(key) for key in part["key"]]
     if by == "mtime":
-        location = parse_spec(manifest["location"]).location if manifest is not None else str(path.parent)
+        location = parse_spec(origin.images).location if origin is not None else str(path.parent)
         folder = find_path(location)
         if not folder.is_dir():
             raise FaroutError(f"--by mtime requires image files in a folder, and the images of {path} are {location}")

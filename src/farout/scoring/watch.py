@@ -31,7 +31,7 @@ from farout.data.folder_scan import scan_folder
 from farout.data.untrusted_files import read_bytes
 from farout.scoring.scorer import Scorer
 
-__all__ = ["FolderWatcher", "WatchedFolder"]
+__all__ = ["FolderWatcher", "WatchedFolder", "is_watched", "read_watch_settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class _WatchContent(Schema):
 
     watch: Literal[1]
     detector: str
+    alpha: float
+    calibration_images: int
     folder: str
     reading: dict[str, str]
     runtime: dict[str, str]
@@ -135,6 +137,8 @@ class FolderWatcher:
         settings = {
             "watch": 1,
             "detector": detector.fingerprint,
+            "alpha": detector.alpha,
+            "calibration_images": len(detector.calibration),
             "folder": encode_file_name(os.path.abspath(self.folder)),
             "reading": scorer.reading.to_dict(),
             "runtime": {"device": detector.runtime.device.partition(":")[0], "precision": detector.precision},
@@ -388,6 +392,18 @@ def _parse_line(line: bytes, columns: Sequence[str]) -> dict[str, str] | None:
     return row
 
 
+def is_watched(out: Path) -> bool:
+    """Whether a folder has the rows of a watcher."""
+    return os.path.lexists(out / _SETTINGS_FILE)
+
+
+def read_watch_settings(out: Path) -> dict[str, Any]:
+    """Read detector, folder and settings of the rows of a watcher; raises StoreError if they were changed."""
+    settings = store.read_sealed_json(out / _SETTINGS_FILE)
+    check_content(settings, _WatchContent, str(out / _SETTINGS_FILE))
+    return settings
+
+
 def _open_folder(out: Path, settings: dict[str, Any]) -> None:
     """Create the folder of the results, or continue in it."""
     if out.exists() and not out.is_dir():
@@ -399,8 +415,7 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> None:
             raise StoreError(f"{out} is not empty ({', '.join(others[:3])}, …); give a new folder for the results")
         store.write_sealed_json(path, settings)
         return
-    before = store.read_sealed_json(path)
-    check_content(before, _WatchContent, str(path))
+    before = read_watch_settings(out)
     if before["detector"] != settings["detector"]:
         raise StoreError(f"{out} contains scores of another detector; give a new folder")
     changed = [

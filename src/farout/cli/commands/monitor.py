@@ -37,8 +37,8 @@ def monitor(
     """Watch the p-values of scored images over time: martingale, false-alarm rate, alarms.
 
     Args:
-        results: folders written by `farout score`, or tables (.csv, .parquet) with the columns key, score and p_value,
-            all of one detector.
+        results: folders written by `farout score`, also with `--watch`, or tables (.csv, .parquet) with the columns
+            key, score and p_value; all of one detector.
         out: folder of the monitoring; an earlier monitoring there is replaced.
         by: time order: `time` (a column), `row` (as given), `key` (numbers in it by value) or `mtime` (modification
             time of the image files); default: `time` if all tables have this column, else `row`.

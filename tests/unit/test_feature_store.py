@@ -353,7 +353,7 @@ def test_the_least_recently_used_files_are_deleted(
     assert [len(files_of(store)) for store in stores] == [1, 0, 1, 1]
     assert measure_cache(tmp_path) <= size + 5000
     (line,) = logged()
-    assert "deleted 1 files" in line
+    assert "deleted 1 file(s)" in line
     assert "FAROUT_CACHE_LIMIT" in line
     check(open_new(tmp_path, 5), range(256))
     assert open_new(tmp_path, 1).read([hash_of(1)]) == {}

@@ -214,8 +214,8 @@ def make_room(root: Path, size: int, limit: int | None) -> int:
             _remove_unused_folder(folder)
     if deleted:
         logger.info(
-            "the feature cache reached its limit of %s (FAROUT_CACHE_LIMIT): deleted %d files (%s) that were not used"
-            " since %s",
+            "the feature cache reached its limit of %s (FAROUT_CACHE_LIMIT): deleted %d file(s), %s, that were not"
+            " used since %s",
             format_size(limit),
             len(deleted),
             format_size(freed),
@@ -248,8 +248,9 @@ def _remove_unused_folder(folder: Path) -> None:
     """Remove the folder of a kind of features without files, unless a process may be about to write the first one."""
     settings = folder / SETTINGS_FILE
     with suppress(OSError):
-        if not _find_files(folder) and time.time() - settings.stat().st_mtime > IN_USE_SECONDS:
-            settings.unlink()
+        written = settings.stat().st_mtime if settings.exists() else 0.0
+        if not _find_files(folder) and time.time() - written > IN_USE_SECONDS:
+            settings.unlink(missing_ok=True)
             folder.rmdir()  # fails if a file was written just now; its writer writes the settings again
 
 

@@ -54,7 +54,7 @@ def print_extraction(extraction: Extraction) -> None:
 
 def print_stored_features(sets: list[CachedFeatureSet]) -> None:
     """Prints one row per set of features."""
-    folder = cache_folder() / "features"
+    folder, limit = cache_folder() / "features", cache_limit()
     if not sets:
         print_text(f"no features are stored in {folder}; `farout features extract SOURCE` computes them")
         return
@@ -70,7 +70,6 @@ def print_stored_features(sets: list[CachedFeatureSet]) -> None:
         last_used = f"{each.last_used:%Y-%m-%d %H:%M}" if each.last_used else "-"
         table.add_row(each.folder.name, *_describe_settings(each.settings), images, f"{each.mib:.1f}", last_used)
     print_table(table)
-    limit = cache_limit()
     size = format_size(sum(each.mib for each in sets) * 2**20)
     print_text(f"{size} in {folder}; limit {format_size(limit) if limit else 'none'} (FAROUT_CACHE_LIMIT)")
     old = [each.folder.name for each in sets if not each.is_readable]

@@ -39,3 +39,16 @@ def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(FaroutError, match=r"farout\[ray\]"), ray_session.connect_ray(TWO):
         pass
+
+
+def test_workers_for_which_there_is_no_gpu_are_refused_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    resources = {"CPU": 2.0}
+    ray_session.check_resources(resources, TWO)
+    with pytest.raises(FaroutError, match="requires 1 GPUs, of which there are 0"):
+        ray_session.check_resources(resources, RaySettings(gpus_per_worker=1))
+
+
+def test_a_cluster_may_grow(caplog: pytest.LogCaptureFixture) -> None:
+    ray_session.check_resources({"CPU": 0.0}, RaySettings(ray_address="head:6379"))
+    assert "waiting for the Ray cluster to grow: a worker requires 1 CPUs" in caplog.text

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 from farout.core.errors import FaroutError, MissingExtraError
 
-__all__ = ["RaySettings", "connect_ray", "count_workers", "run_on_ray"]
+__all__ = ["RaySettings", "check_resources", "connect_ray", "count_workers", "run_on_ray"]
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MAX_ATTEMPTS = 3
@@ -151,7 +152,9 @@ def run_on_ray(
     for handler in logging.getLogger("ray.data").handlers:  # another one writes everything to Ray's folder of logs
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL)
-    count = settings.ray_workers or count_workers(ray.cluster_resources(), settings)
+    resources = ray.cluster_resources()
+    check_resources(resources, settings)
+    count = settings.ray_workers or count_workers(resources, settings)
     attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_AttemptCounter).remote()
     numbered = enumerate(jobs)
     while rows := [{"index": index, "job": pickle.dumps(job)} for index, job in islice(numbered, _JOBS_PER_RUN)]:
@@ -214,9 +217,29 @@ class _RayWorker:
             return row | {"error": [f"{error} (on {socket.gethostname()})"]}
 
 
+def check_resources(resources: Mapping[str, float], settings: RaySettings) -> None:
+    """Raise FaroutError if no worker fits on this machine; of a cluster, which may grow, the log says what is missing.
+
+    Ray would wait without end, and without a message.
+    """
+    missing = [
+        f"{amount:g} {name}s, of which there are {resources.get(name, 0):g}"
+        for name, amount in _required(settings).items()
+        if resources.get(name, 0) < amount
+    ]
+    if missing and not (settings.ray_address or os.environ.get("RAY_ADDRESS")):
+        raise FaroutError(f"a Ray worker requires {' and '.join(missing)} on this machine")
+    if missing:
+        logger.warning("waiting for the Ray cluster to grow: a worker requires %s", " and ".join(missing))
+
+
+def _required(settings: RaySettings) -> dict[str, float]:
+    return {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
+
+
 def count_workers(resources: Mapping[str, float], settings: RaySettings) -> int:
     """The number of workers that fit into the resources of the cluster, at least one: a cluster may grow."""
-    required = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
+    required = _required(settings)
     fitting = [int(resources.get(name, 0) / amount) for name, amount in required.items() if amount]
     return max(1, min(fitting, default=1))
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from farout.core.errors import FaroutError, StoreError
 from farout.core.names import decode_file_name, find_path
+from farout.core.remote_files import is_url
 from farout.data.source_spec import parse_spec
 from farout.detectors.base import Detector, Scores
 from farout.detectors.calibration import compute_p_values
@@ -80,6 +81,12 @@ def read_score_stream(
     """
     if not results:
         raise FaroutError("monitoring requires at least one scored folder or score table")
+    for result in results:
+        if is_url(str(result)):
+            raise FaroutError(
+                f"{result} is on an object store, and monitoring reads results of this machine; copy the folder "
+                "(manifest.json and scores.csv are enough)"
+            )
     paths = [find_path(result) for result in results]
     for path in paths:
         if sum(os.path.abspath(path) == os.path.abspath(other) for other in paths) > 1:

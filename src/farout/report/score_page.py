@@ -47,7 +47,7 @@ def write_score_page(
         detector: detector that computed the scores.
         source: the scored images.
         summary: summary of the scores, which keeps at least `LISTED_ROWS` and `top_images` rows; their measurements are
-            read from `measurements.parquet` in `out` if it contains none.
+            read from `measurements.parquet` in `out`, if it exists, where the summary contains none.
         manifest: counts and settings of the run.
         out: folder of the page.
         top_images: number of images shown, those with the highest scores.
@@ -112,15 +112,17 @@ def _rows(highest: HighestScores, calibration: np.ndarray, largest_selected: flo
 
 
 def _measurements_of(detector: Detector, highest: HighestScores, out: Path) -> Measurements:
-    """The measurements of the images, in their order; empty where they are not needed."""
+    """The measurements of the images, in their order, without those that are not known; empty if not needed."""
     keys = highest.scores.keys
     if not keys or not has_embedding(detector):
         return Measurements(())
     if highest.scores.measurements is not None:
         return highest.scores.measurements
+    if not (out / "measurements.parquet").is_file():
+        return Measurements(())
     measurements = Measurements.read_parquet(out / "measurements.parquet", keys)
     rows = {key: row for row, key in enumerate(measurements.keys)}
-    return measurements.select([rows[key] for key in keys])
+    return measurements.select([rows[key] for key in keys if key in rows])
 
 
 def _format_settings(settings: dict[str, Any]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 import farout
+from farout.cli import main
 from farout.core import storage
 from farout.core.errors import DamagedFileWarning, FaroutError, MisleadingResultWarning, StoreError
 from farout.core.storage import FilePath
@@ -233,6 +234,26 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(FaroutError, match=reason):
         score(place, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_does_not_write_to_an_object_store(
+    place: Path, detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be a folder with the name `s3:`."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FaroutError, match="--engine ray"):
+        score_folder(detector, place / "new", "s3://bucket/out")
+    for words in (["score", str(place / "detector")], ["fit", "knn"]):
+        assert main([*words, str(place / "new"), "--out", "s3://bucket/out"]) == 2
+        assert "give a folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["--ray-workers", "2"], ["--engine", "ray", "--maps"]])
+def test_flags_that_the_engine_does_not_use_are_refused(place: Path, tmp_path: Path, words: list[str]) -> None:
+    command = ["score", str(place / "detector"), str(place / "new"), "--out", str(tmp_path / "out"), *words]
+    assert main(command) == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -30,6 +30,7 @@ from farout.core.config import flatten_config
 from farout.core.errors import FaroutError, UsageError, suggest_names
 from farout.core.names import expand_path
 from farout.core.registry import RegisteredMethod
+from farout.core.remote_files import is_url
 from farout.core.runtime import Runtime
 
 __all__ = [
@@ -255,6 +256,10 @@ class CommandParser:
         arguments = self._arguments(values)
         if self.method is not None:
             self.method(**arguments["arguments"])  # raises for values out of range
+        if is_url(arguments.get("out")) and arguments.get("engine") != "ray":
+            raise UsageError(
+                f"--out {arguments['out']} is a URL, to which only `farout score --engine ray` writes; give a folder"
+            )
         if self.command.check:
             import_object(self.command.check)(**arguments)
         return ParsedCommand(self.function, arguments, {name: _to_json(value) for name, value in settings.items()})

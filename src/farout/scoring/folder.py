@@ -36,7 +36,7 @@ from farout.core.errors import (
 from farout.core.files import hash_file
 from farout.core.names import expand_path, find_path
 from farout.core.progress import task
-from farout.core.remote_files import FilePath
+from farout.core.remote_files import FilePath, is_url
 from farout.core.schema import Schema, check_content
 from farout.data.image_source import ImageSource, Policy, ReadingRecord
 from farout.data.preprocessing import find_mismatches
@@ -154,6 +154,8 @@ def score_folder(
         )
     if processes < 1:
         raise FaroutError(f"processes is {processes}; expected 1 or more")
+    if is_url(out):
+        raise FaroutError(f"{out} is a URL, to which only score_with_ray writes (--engine ray); give a folder")
     source = detector.open_images(images, policy=policy, limit=limit, reading=reading, memory_mib=_MEMORY_MIB)
     out, group = expand_path(out), join_processes(detector.runtime.device)
     if processes > 1 and group.num_processes > 1:

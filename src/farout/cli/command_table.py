@@ -121,6 +121,11 @@ COMMANDS = {
         "evaluation.fid:set_distance",
         "cli.commands.fid:print_distances",
     ),
+    "export": Command(
+        "Write a detector, or the denoiser of a diffusion model, as a graph that runs without farout.",
+        "cli.commands.export:export",
+        "cli.commands.export:print_export",
+    ),
     "interpolate": Command(
         "Interpolate between pairs of images with a diffusion model: images and an HTML page.",
         "report.interpolation:write_interpolations",

@@ -98,16 +98,27 @@ class Preprocessing:
         return uncropped and same and channels == self.channels and self.protocol != "common"
 
     def _through_pillow(self, image: Tensor, shrink: Kernel | None) -> Tensor:
-        picture = _crop(to_pil(image), self.crop)
-        first = self.size if self.protocol == "direct" else self.native
-        larger = picture.width > first[1] or picture.height > first[0]
-        kernel = shrink if shrink is not None and larger else self.kernel
-        picture = _resize_to_cover(picture, first, kernel) if self.fill else _resize(picture, first, kernel)
-        if self.protocol == "common":
-            picture = _through_jpeg(picture, self.jpeg_quality)
+        picture = self._first_steps(image, shrink)
         picture = _resize(picture, self.size, self.kernel).convert("L" if self.channels == 1 else "RGB")
         pixels = torch.from_numpy(np.array(picture))
         return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+    @property
+    def first_size(self) -> tuple[int, int]:
+        """Height and width after the first resize."""
+        return self.size if self.protocol == "direct" else self.native
+
+    def resize_first(self, image: Tensor) -> Tensor:
+        """Crop, first resize and JPEG encoding of one image: uint8 RGB (3, *first_size)."""
+        picture = self._first_steps(image, None).convert("RGB")
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+    def _first_steps(self, image: Tensor, shrink: Kernel | None) -> Image.Image:
+        picture, first = _crop(to_pil(image), self.crop), self.first_size
+        larger = picture.width > first[1] or picture.height > first[0]
+        kernel = shrink if shrink is not None and larger else self.kernel
+        picture = _resize_to_cover(picture, first, kernel) if self.fill else _resize(picture, first, kernel)
+        return _through_jpeg(picture, self.jpeg_quality) if self.protocol == "common" else picture
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `config.json`; `kernel`, `fill` and `value_range` only if they differ from their

@@ -13,7 +13,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPRegressor
 from threadpoolctl import threadpool_limits
-from torch import Tensor
+from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
 from farout.detectors.feature_detector import VectorDetector
@@ -116,6 +116,10 @@ class AutoEncoder(VectorDetector):
             cosines.append((a * b).sum(1) / np.maximum(lengths, 1e-12))
         return np.stack(cosines).mean(0)
 
+    def build_vector_score(self) -> nn.Module:
+        """`mfsim` or `mse`, as configured."""
+        return _ReconstructionError(self)
+
     def get_state(self) -> dict[str, np.ndarray]:
         """The network's weights and biases."""
         weights = {f"weight{number}": array for number, array in enumerate(self.weights)}
@@ -126,3 +130,32 @@ class AutoEncoder(VectorDetector):
         layers = range(len(state) // 2)
         self.weights = [state[f"weight{number}"] for number in layers]
         self.biases = [state[f"bias{number}"] for number in layers]
+
+
+class _ReconstructionError(nn.Module):
+    """`AutoEncoder.compute_scores` as a module."""
+
+    def __init__(self, detector: AutoEncoder) -> None:
+        super().__init__()
+        self.count, self.score, self.channels = len(detector.weights), detector.score_name, list(detector.channels)
+        for name, array in detector.get_state().items():
+            self.register_buffer(name, torch.from_numpy(np.array(array, dtype=np.float64)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.double()
+        reconstruction = z
+        for number in range(self.count):
+            reconstruction = torch.mm(reconstruction, self.get_buffer(f"weight{number}"))
+            reconstruction = reconstruction + self.get_buffer(f"bias{number}")
+            if number < self.count - 1:
+                reconstruction = reconstruction.clamp(min=0)
+        if self.score == "mse":
+            return (z - reconstruction).square().mean(1)
+        cosines = []
+        parts = zip(
+            torch.split(z, self.channels, dim=1), torch.split(reconstruction, self.channels, dim=1), strict=True
+        )
+        for a, b in parts:
+            lengths = (a.square().sum(1) * b.square().sum(1)).sqrt()
+            cosines.append((a * b).sum(1) / lengths.clamp(min=1e-12))
+        return -torch.stack(cosines).mean(0)

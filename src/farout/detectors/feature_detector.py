@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
 from farout.core.progress import task
@@ -147,6 +147,19 @@ class VectorDetector(FeatureDetector):
     def compute_embedding(self, measurements: Measurements) -> np.ndarray | None:
         """The standardized features."""
         return self.vectors(measurements)
+
+    def build_score_module(self) -> nn.Module:
+        """The backbone, the standardization and `build_vector_score`."""
+        # scoring does not import what only an export uses
+        from farout.features.feature_modules import EncodedFeatures, PooledFeatures
+
+        standardization = EncodedFeatures(FeatureEncoding(self.channels))
+        steps = [standardization] if self.config["standardize"] == "image" else []
+        return nn.Sequential(PooledFeatures(self.backbone), *steps, self.build_vector_score())
+
+    def build_vector_score(self) -> nn.Module:
+        """Build a module from standardized features (B, width), float32, to the score, float64 (B,), for an export."""
+        raise FaroutError(f"{type(self).__name__} cannot be exported: it does not implement build_vector_score")
 
     def split_layers(self, vectors: np.ndarray) -> list[np.ndarray]:
         """Split features (n, width) into one table (n, channels) per layer of the backbone."""

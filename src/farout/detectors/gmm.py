@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
 from farout.detectors.feature_detector import VectorDetector
@@ -74,6 +74,10 @@ class GMM(VectorDetector):
         density = inside + np.square(residual).sum(1) / (2 * self.residual_variance)
         return {"density": torch.from_numpy(density), "inside": torch.from_numpy(inside)}
 
+    def build_vector_score(self) -> nn.Module:
+        """`density` or `inside`, as configured."""
+        return _Density(self)
+
     def get_state(self) -> dict[str, np.ndarray]:
         """The fitted arrays."""
         if self.principal is None or self.mixture is None:
@@ -86,3 +90,22 @@ class GMM(VectorDetector):
         self.residual_variance = float(state["residual_variance"])
         self.principal = PrincipalComponents.from_arrays(unpack_arrays(state, "principal"))
         self.mixture = GaussianMixture.from_arrays(unpack_arrays(state, "mixture"))
+
+
+class _Density(nn.Module):
+    """`GMM.compute_scores` as a module."""
+
+    def __init__(self, detector: GMM) -> None:
+        from farout.features.density_modules import GaussianMixtureModule, PrincipalComponentsModule
+
+        super().__init__()
+        assert detector.principal is not None
+        assert detector.mixture is not None
+        self.principal = PrincipalComponentsModule(detector.principal)
+        self.mixture = GaussianMixtureModule(detector.mixture)
+        self.residual_variance, self.score = detector.residual_variance, detector.score_name
+
+    def forward(self, x: Tensor) -> Tensor:
+        projection, residual = self.principal(x)
+        inside = self.mixture(projection)
+        return inside if self.score == "inside" else inside + residual.square().sum(1) / (2 * self.residual_variance)

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from farout.core.config import Configured
 from farout.core.devices import Precision
@@ -221,6 +221,16 @@ class DetectorInterface(Configured, ABC):
     def compute_embedding(self, measurements: Measurements) -> np.ndarray | None:
         """Vectors (B, d) that are close for similar images, so that a report can show the nearest normal images."""
         return None
+
+    def build_score_module(self) -> nn.Module:
+        """Build a module that computes the method's score, for `farout export`.
+
+        It turns preprocessed images (B, C, H, W), float32 in [0, 1], into the score `score_name`, float64 (B,), in
+        plain tensor operations: in fp32 on the CPU, without random numbers, and independently of the rest of the batch.
+        """
+        uses_images = self.requirements.diffusion == "images"
+        advice = "; export the denoiser of its diffusion model instead: farout export DIFFUSION_MODEL" * uses_images
+        raise FaroutError(f"{type(self).__name__} cannot be exported as one graph{advice}")
 
     def describe_statistics(self) -> dict[str, Any]:
         """Facts about the fitted statistics for the model card and the report."""

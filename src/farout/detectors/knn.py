@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
 from farout.detectors.feature_detector import VectorDetector
@@ -69,6 +69,10 @@ class KNN(VectorDetector):
         distances = np.stack([np.linalg.norm(row - self.bank[index], axis=1) for row, index in zip(z, nearest)])
         return {"distance": torch.from_numpy(distances.max(1)), "mean": torch.from_numpy(distances.mean(1))}
 
+    def build_vector_score(self) -> nn.Module:
+        """`distance` or `mean`, as configured."""
+        return _NearestDistances(torch.from_numpy(self.bank), self.k, self.score_name)
+
     def get_state(self) -> dict[str, np.ndarray]:
         """The stored features."""
         return {"bank": self.bank.astype(np.float32)}
@@ -80,6 +84,25 @@ class KNN(VectorDetector):
     def describe_statistics(self) -> dict[str, Any]:
         """The number of stored images and the rank of the neighbor."""
         return {"bank": len(self.bank), "k": self.k}
+
+
+class _NearestDistances(nn.Module):
+    """`KNN.compute_scores` as a module."""
+
+    bank: Tensor
+
+    def __init__(self, bank: Tensor, k: int, score: str) -> None:
+        super().__init__()
+        self.register_buffer("bank", bank)
+        self.k, self.score = k, score
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        vectors = vectors.double()
+        z = vectors / vectors.square().sum(1, keepdim=True).sqrt().clamp(min=1e-12)
+        squared = self.bank.square().sum(1) - 2 * torch.mm(z, self.bank.T)
+        nearest = squared.topk(self.k, dim=1, largest=False).indices
+        distances = (z[:, None] - self.bank[nearest]).square().sum(2).sqrt()
+        return distances.amax(1) if self.score == "distance" else distances.mean(1)
 
 
 def _normalize(vectors: np.ndarray) -> np.ndarray:

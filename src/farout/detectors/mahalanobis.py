@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
 from farout.data.batching import Batch
@@ -101,6 +101,10 @@ class Mahalanobis(VectorDetector):
             scores["relative"] = scores["conditional"] - scores["distance"]
         return {name: torch.from_numpy(score) for name, score in scores.items()}
 
+    def build_vector_score(self) -> nn.Module:
+        """The configured score."""
+        return _Distances(self)
+
     def get_state(self) -> dict[str, np.ndarray]:
         """The fitted arrays."""
         fitted = {"all_images": self.all_images, "layer_scale": self.layer_scale, "classes": self.classes}
@@ -115,6 +119,37 @@ class Mahalanobis(VectorDetector):
         self.layer_scale = densities.ZScore.from_arrays(densities.unpack_arrays(state, "layer_scale"))
         if self.config["classes"] and (classes := densities.unpack_arrays(state, "classes")):
             self.classes = densities.ClassMahalanobis.from_arrays(classes)
+
+
+class _Distances(nn.Module):
+    """`Mahalanobis.compute_scores` as a module, for the configured score."""
+
+    def __init__(self, detector: Mahalanobis) -> None:
+        from farout.features.density_modules import ClassMahalanobisModule, MahalanobisModule, ZScoreModule
+
+        super().__init__()
+        self.score, self.channels = detector.score_name, list(detector.channels)
+        if self.score in ("distance", "relative"):
+            assert detector.all_images is not None
+            self.all_images = MahalanobisModule(detector.all_images)
+        if self.score in ("conditional", "relative"):
+            assert detector.classes is not None
+            self.classes = ClassMahalanobisModule(detector.classes)
+        if self.score == "layers":
+            assert detector.layer_scale is not None
+            self.layers = nn.ModuleList(MahalanobisModule(layer) for layer in detector.layers)
+            self.layer_scale = ZScoreModule(detector.layer_scale.mean, detector.layer_scale.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.score == "distance":
+            return self.all_images(x)
+        if self.score == "conditional":
+            return self.classes(x)
+        if self.score == "relative":
+            return self.classes(x) - self.all_images(x)
+        parts = torch.split(x, self.channels, dim=1)
+        distances = torch.stack([layer(part) for layer, part in zip(self.layers, parts, strict=True)], dim=1)
+        return self.layer_scale(distances.clamp(min=1e-12).log()).mean(1)
 
 
 _NO_LABELS = (

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
 from farout.detectors.feature_detector import VectorDetector
@@ -58,6 +58,11 @@ class PCA(VectorDetector):
             "fraction": torch.from_numpy(outside / np.maximum(outside + inside, 1e-12)),
         }
 
+    def build_vector_score(self) -> nn.Module:
+        """`residual` or `fraction`, as configured."""
+        assert self.principal is not None
+        return _Residual(self.principal, self.score_name)
+
     def get_state(self) -> dict[str, np.ndarray]:
         """The fitted arrays."""
         return {} if self.principal is None else self.principal.to_arrays()
@@ -65,3 +70,20 @@ class PCA(VectorDetector):
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         """Restore the fitted arrays."""
         self.principal = PrincipalComponents.from_arrays(state)
+
+
+class _Residual(nn.Module):
+    """`PCA.compute_scores` as a module."""
+
+    def __init__(self, principal: PrincipalComponents, score: str) -> None:
+        from farout.features.density_modules import PrincipalComponentsModule
+
+        super().__init__()
+        self.principal, self.score = PrincipalComponentsModule(principal), score
+
+    def forward(self, x: Tensor) -> Tensor:
+        projection, residual = self.principal(x)
+        outside, inside = residual.square().sum(1), projection.square().sum(1)
+        return (
+            outside / residual.shape[1] if self.score == "residual" else outside / (outside + inside).clamp(min=1e-12)
+        )

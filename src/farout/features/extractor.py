@@ -71,7 +71,7 @@ class FeatureExtractor:
         self.device = torch.device("cpu")
         # transformer features are taken before the final norm, where a few channels would dominate the others
         self.normalize = backbones.is_transformer(network)
-        self._channels_last = backbones.is_channels_last(network)
+        self.is_channels_last = backbones.is_channels_last(network)
 
     @classmethod
     def create(
@@ -105,12 +105,12 @@ class FeatureExtractor:
         """Moves the network."""
         self.network.to(device)
         self.device = torch.device(device)
-        self.__dict__.pop("_folded", None)
+        self.__dict__.pop("evaluated_network", None)
         return self
 
     @cached_property
-    def _folded(self) -> nn.Module:
-        """The network that is evaluated; `network` keeps the original weights."""
+    def evaluated_network(self) -> nn.Module:
+        """The network that is evaluated, without batch normalizations; `network` keeps the original weights."""
         return fold_batch_norm(self.network, self.size)
 
     def pooled_features(self, images: Tensor, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> Tensor:
@@ -140,13 +140,13 @@ class FeatureExtractor:
             raise FaroutError(f"the backbone requires images (B, 3, H, W), got {tuple(images.shape)}")
         with torch.no_grad():
             ready = images.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
-            return call_in_chunks(self._folded, call, ready, batch_size=batch_size)
+            return call_in_chunks(self.evaluated_network, call, ready, batch_size=batch_size)
 
     def _feature_maps(self, images: Tensor, precision: Precision) -> list[Tensor]:
         mean, std = (torch.tensor(v, device=images.device).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
         with autocast(self.device, precision):
-            levels = self._folded((images - mean) / std)
-        if self._channels_last:
+            levels = self.evaluated_network((images - mean) / std)
+        if self.is_channels_last:
             levels = [level.movedim(-1, 1) for level in levels]
         if not self.normalize:
             return levels

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from farout.core.errors import FaroutError
@@ -327,6 +327,25 @@ class Patches(FeatureDetector):
         """`diffusion_top`, `diffusion_mean`, `knn_top` and `knn_mean`."""
         assert measurements.values is not None
         return {name: measurements.values[:, 0, 0, column].double() for column, name in enumerate(_INDICATORS)}
+
+    def build_score_module(self) -> nn.Module:
+        """The backbone, the denoiser or the bank, and the configured score."""
+        from farout.detectors.patches.score_module import PatchScore
+
+        assert self.diffusion is not None
+        assert self.bank is not None
+        assert self.position_statistics is not None
+        return PatchScore(
+            self.backbone,
+            self.diffusion,
+            self.bank,
+            self.position_statistics,
+            self.noise,
+            self.sigmas.tolist(),
+            self.score_name,
+            self.config["side"],
+            self.config["share"],
+        )
 
     def get_state(self) -> dict[str, np.ndarray]:
         """The bank and the statistics of normal positions."""

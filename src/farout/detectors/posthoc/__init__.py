@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from pytorch_ood.detector import odin_preprocessing
-from torch import Tensor
+from torch import Tensor, nn
 
 from farout.classifiers.model import Classifier
 from farout.classifiers.outlier_exposure import count_known_classes
@@ -31,7 +31,7 @@ from farout.detectors.posthoc.scores import (
 )
 from farout.diffusion.model import DiffusionModel
 
-__all__ = ["Posthoc"]
+__all__ = ["Posthoc", "Score"]
 
 Score = Literal[
     "msp", "max_logit", "energy", "gen", "odin", "react", "dice", "ash", "scale", "vim", "knn", "she", "mahalanobis",
@@ -230,6 +230,22 @@ class Posthoc(Detector):
     def compute_embedding(self, measurements: Measurements) -> np.ndarray | None:
         """The classifier's features."""
         return measurements.vectors["features"].double().numpy()
+
+    def build_score_module(self) -> nn.Module:
+        """The classifier and the configured score."""
+        from farout.detectors.posthoc.score_module import PosthocScore
+
+        if self.score_name == "odin":
+            raise FaroutError(
+                "Posthoc with score=odin cannot be exported: it requires a gradient; choose another score, for example "
+                "with Posthoc.with_scoring(score='vim')"
+            )
+        if self.score_name in ("ash", "scale") and self.config["shaping"] == "maps":
+            raise FaroutError(
+                f"Posthoc with score={self.score_name} and shaping=maps cannot be exported; fit with shaping=pooled"
+            )
+        assert self.fitted_scores is not None
+        return PosthocScore(self.network, self.score_name, self.head, self.fitted_scores, self.config)
 
     def get_state(self) -> dict[str, np.ndarray]:
         """The fitted arrays."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from farout.core.devices import in_float64
@@ -300,12 +300,16 @@ class Semantic(FeatureDetector):
             sigmas = sigma[None, :, None].expand(noise.shape[:3])
             x_t = x0[:, None, None] + sigmas[..., None] * noise
             return denoiser(x_t.flatten(0, 2), sigmas.flatten()).reshape(noise.shape)
+
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            return denoiser(x, torch.full((len(x),), sigma, device=x.device))
+
         reconstructions = torch.empty_like(noise)
         for row, level in enumerate(self.levels):
             for draw in range(self.draws):
                 step_noise = shared_step_noise(width, self.seed, level, draw)
                 reconstructions[:, row, draw] = reconstruct(
-                    denoiser, x0, noise[:, row, draw], level, sampler, steps, eta, step_noise
+                    denoise, denoiser.schedule, x0, noise[:, row, draw], level, sampler, steps, eta, step_noise
                 )
         return reconstructions
 
@@ -359,6 +363,15 @@ class Semantic(FeatureDetector):
         """log mse, calibrated_mse and log distance: (B, 3)."""
         log_mse, log_distance = (np.log(np.maximum(scores[name], 1e-12)) for name in ("mse", "distance"))
         return np.stack([log_mse, scores["calibrated_mse"], log_distance], axis=1)
+
+    def build_score_module(self) -> nn.Module:
+        """The backbone, the denoisers at the configured levels, and the configured score."""
+        from farout.detectors.semantic.score_module import SemanticScore
+
+        assert self.diffusion is not None
+        assert self.log_z is not None
+        assert self.fused_z is not None
+        return SemanticScore(self.backbone, self.diffusion, self.config, self.seed, self.log_z, self.fused_z)
 
     def get_state(self) -> dict[str, np.ndarray]:
         """The fitted means and deviations."""

@@ -6,18 +6,18 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from farout.core.errors import FaroutError
 from farout.detectors.argument_checks import sort_levels
-from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.noise import shared_noise
 from farout.diffusion.schedule import NoiseSchedule
 
-__all__ = ["Sampler", "StepNoise", "check_sampler", "reconstruct", "shared_step_noise"]
+__all__ = ["FixedDenoiser", "Sampler", "StepNoise", "check_sampler", "reconstruct", "shared_step_noise"]
 
 Sampler = Literal["oneshot", "ddim", "released"]
+FixedDenoiser = Callable[[Tensor, float], Tensor]
+"""x = x0 + sigma noise (B, width) and sigma -> x0."""
 StepNoise = Callable[[int], Tensor]
 """The noise that a stochastic sampler adds in a step, of the shape of one image."""
 
@@ -35,7 +35,8 @@ def shared_step_noise(width: int, seed: int, level: int, draw: int) -> StepNoise
 
 
 def reconstruct(
-    denoiser: NetworkDenoiser,
+    denoiser: FixedDenoiser,
+    schedule: NoiseSchedule,
     x0: Tensor,
     noise: Tensor,
     level: int,
@@ -51,12 +52,12 @@ def reconstruct(
     `_reconstruct_as_released`.
     """
     if sampler == "released":
-        return _reconstruct_as_released(denoiser, x0, noise, level, step_noise)
-    schedule, steps = denoiser.schedule, 1 if sampler == "oneshot" else steps
+        return _reconstruct_as_released(denoiser, schedule, x0, noise, level, step_noise)
+    steps = 1 if sampler == "oneshot" else steps
     sigmas = [float(schedule.sigma_of(level * (1 - i / steps))) for i in range(steps)] + [0.0]
     x = x0 + sigmas[0] * noise
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x0hat = denoiser(x, torch.full((len(x),), sigma, device=x.device))
+        x0hat = denoiser(x, sigma)
         eps = (x - x0hat) / sigma
         # eq. 16 in terms of sigma = sqrt((1 - abar) / abar): the deviation of the added noise
         sigma_added = eta * sigma_next * max(0.0, 1 - sigma_next**2 / sigma**2) ** 0.5
@@ -67,19 +68,23 @@ def reconstruct(
 
 
 def _reconstruct_as_released(
-    denoiser: NetworkDenoiser, x0: Tensor, noise: Tensor, start: int, step_noise: StepNoise
+    denoiser: FixedDenoiser,
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    noise: Tensor,
+    start: int,
+    step_noise: StepNoise,
 ) -> Tensor:
     """The released code's sampler: levels K, …, 1 with eta = 1, each step's mean taken one level below its noise.
 
     Its step from level 1 is the identity, so that K = 1 returns the noised input, and K = 3 a mixture of 41 % noised
     input and 59 % network. x is the variance-preserving sample, as in the published code.
     """
-    abar = denoiser.schedule.abar
+    abar = schedule.abar
     x = float(abar[start].sqrt()) * x0 + float((1 - abar[start]).sqrt()) * noise
     for level in range(start, 1, -1):
         abar_t, abar_1, abar_2 = (float(abar[i]) for i in (level, level - 1, level - 2))
-        sigma = torch.full((len(x),), float(denoiser.schedule.sigma[level]), device=x.device)
-        eps = (x - abar_t**0.5 * denoiser(x / abar_t**0.5, sigma)) / (1 - abar_t) ** 0.5
+        eps = (x - abar_t**0.5 * denoiser(x / abar_t**0.5, float(schedule.sigma[level]))) / (1 - abar_t) ** 0.5
         x0hat = (x - (1 - abar_1) ** 0.5 * eps) / abar_1**0.5
         sigma_added = ((1 - abar_2) / (1 - abar_1) * (1 - abar_1 / abar_2)) ** 0.5
         x = abar_2**0.5 * x0hat + (1 - abar_2 - sigma_added**2) ** 0.5 * eps

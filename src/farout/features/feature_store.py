@@ -84,14 +84,14 @@ class FeatureStore:
         self._merge_files()
 
     def _load_new_files(self) -> None:
-        try:
-            names = {name for name in os.listdir(self.folder) if name.endswith(SUFFIX) and not name.startswith(".")}
-        except (FileNotFoundError, NotADirectoryError):
-            names = set()
-        except OSError as error:
-            warn_once(f"the cache {self.folder} cannot be read ({error.strerror or error})")
-            return
-        with self._lock:
+        with self._lock:  # also while listing: another thread may write a file at this moment
+            try:
+                names = {name for name in os.listdir(self.folder) if name.endswith(SUFFIX) and not name.startswith(".")}
+            except (FileNotFoundError, NotADirectoryError):
+                names = set()
+            except OSError as error:
+                warn_once(f"the cache {self.folder} cannot be read ({error.strerror or error})")
+                return
             opened, gone = [], self._files.keys() - names
             for name in sorted(names - self._files.keys() - self._damaged):
                 path = self.folder / name

@@ -195,6 +195,14 @@ def test_what_does_not_belong_together_is_refused(scorer: Scorer, incoming: Path
         Watch(scorer, incoming)
 
 
+def test_the_table_is_monitored_in_time_order(watch: Watch, incoming: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (incoming / "broken.png").write_bytes(b"no image")
+    watch.look()
+    assert main(["monitor", str(incoming.parent / "out"), "--out", str(incoming.parent / "monitoring")]) == 0
+    assert "3 images" in (output := capsys.readouterr().out)
+    assert "1 unreadable; order: column time" in output
+
+
 def test_settings_of_finished_results_are_refused(
     detector: Path, incoming: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,7 +66,8 @@ def score(
         runtime: runtime settings that replace those of the fit.
     """
     if watch:
-        scorer = Scorer(detector, reading=reading, **runtime)
+        # files arrive once, so that stored features would hardly be used again
+        scorer = Scorer(detector, reading=reading, **{"cache": False, **runtime})
         with FolderWatcher(scorer, source, out, settle=interval) as watcher, suppress(KeyboardInterrupt):
             watcher.run(interval)
         return watcher.result

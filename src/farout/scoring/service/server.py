@@ -72,7 +72,8 @@ def run_service(
         processes: number of processes, each of which loads the detector.
         settings: limits and times.
         reading: limits of an image.
-        runtime: runtime settings that replace those of the fit.
+        runtime: runtime settings that replace those of the fit; features of clients' images are not stored on disk
+            unless `cache` is given.
 
     Raises:
         FaroutError: the detector cannot be loaded, the port is not available, or requests were not finished within
@@ -91,7 +92,7 @@ def run_service(
     if not 1 <= processes <= 1024:
         raise FaroutError(f"processes is {processes}; expected 1 to 1024")
     token = read_token(settings)
-    arguments = _Arguments(expand_path(detector), settings, reading, runtime, token)
+    arguments = _Arguments(expand_path(detector), settings, reading, {"cache": False, **runtime}, token)
     with _listen(host, port) as listener:
         if token is None and not _is_loopback(listener.getsockname()[0]):
             message = f"the service listens on {host} without a token, so whoever reaches it can use it"

@@ -72,8 +72,8 @@ def create_source(folder: Path, count: int) -> Path:
     return source
 
 
-def run(*words: str) -> tuple[float, float]:
-    """Run a farout command in a process of its own; seconds, and the highest resident memory in MiB.
+def run(*words: str) -> tuple[float, float, float]:
+    """Run a farout command in a process of its own; seconds, seconds of CPU, and the highest resident memory in MiB.
 
     With processes that it starts, the memory is that of the largest one.
     """
@@ -83,7 +83,8 @@ def run(*words: str) -> tuple[float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"farout {shlex.join(words)} ended with {process.returncode}")
-    return time.perf_counter() - started, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    memory = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, memory
 
 
 def fit_detector(folder: Path, backbone: str) -> Path:
@@ -96,16 +97,18 @@ def fit_detector(folder: Path, backbone: str) -> Path:
     return detector
 
 
-def measure(folder: Path, detector: Path, count: int, settings: list[str]) -> tuple[float, float, float]:
-    """Score this many images into a new folder, which must be complete; seconds, and MiB of memory and of the page."""
+def measure(folder: Path, detector: Path, count: int, settings: list[str]) -> tuple[float, float, float, float]:
+    """Score this many images into a new folder, which must be complete; seconds, seconds of CPU, and MiB of memory and
+    of the page.
+    """
     source, out = create_source(folder, count), folder / f"results-{count}"
     shutil.rmtree(out, ignore_errors=True)
-    seconds, memory = run("score", str(detector), str(source), "--out", str(out), *settings)
+    seconds, cpu, memory = run("score", str(detector), str(source), "--out", str(out), *settings)
     with (out / "scores.csv").open("rb") as file:
         rows = sum(1 for _ in file) - 1
     if rows != count or not (out / "manifest.json").is_file():
         raise SystemExit(f"{out} has scores of {rows} images, expected {count}")
-    return seconds, memory, (out / "page.html").stat().st_size / 2**20
+    return seconds, cpu, memory, (out / "page.html").stat().st_size / 2**20
 
 
 def main() -> None:
@@ -118,15 +121,16 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     detector = fit_detector(arguments.out, arguments.backbone)
     settings = shlex.split(arguments.settings)
-    start, model, _ = measure(arguments.out, detector, FEW, settings)
+    start, start_cpu, model, _ = measure(arguments.out, detector, FEW, settings)
     print(f"model alone: {model:.0f} MiB, {start:.1f} s with {FEW} images", flush=True)
-    print("| images | seconds | ms per image | MiB | MiB beyond the model | page in MiB |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| images | seconds | ms per image | ms of CPU per image | MiB | MiB beyond the model | page in MiB |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for count in arguments.images:
-        seconds, memory, page = measure(arguments.out, detector, count, settings)
-        each = 1000 * (seconds - start) / count
+        seconds, cpu, memory, page = measure(arguments.out, detector, count, settings)
+        each, cpu_each = 1000 * (seconds - start) / count, 1000 * (cpu - start_cpu) / count
         print(
-            f"| {count:,} | {seconds:.1f} | {each:.3f} | {memory:.0f} | {memory - model:.0f} | {page:.2f} |", flush=True
+            f"| {count:,} | {seconds:.1f} | {each:.3f} | {cpu_each:.3f} | {memory:.0f} | {memory - model:.0f} | {page:.2f} |",
+            flush=True,
         )
 
 

@@ -128,10 +128,11 @@ def main() -> None:
     for count in arguments.images:
         seconds, cpu, memory, page = measure(arguments.out, detector, count, settings)
         each, cpu_each = 1000 * (seconds - start) / count, 1000 * (cpu - start_cpu) / count
-        print(
-            f"| {count:,} | {seconds:.1f} | {each:.3f} | {cpu_each:.3f} | {memory:.0f} | {memory - model:.0f} | {page:.2f} |",
-            flush=True,
+        times, sizes = (
+            f"{seconds:.1f} | {each:.3f} | {cpu_each:.3f}",
+            f"{memory:.0f} | {memory - model:.0f} | {page:.2f}",
         )
+        print(f"| {count:,} | {times} | {sizes} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def _compare(folder: Path, file_format: Format, model: DiffusionModel, module: E
         without = run(*arrays[:2], np.full(_LEVELS, module.null_class))["x0"]
         differences = np.maximum(differences, np.abs(without - null) / unit)
     alone = run(*(array[:1] for array in arrays))["x0"]
-    report = {
+    report: dict[str, Any] = {
         "rows": _LEVELS,
         "compared_on": "random images with noise of levels from 0 to the last one",
         "max_difference": float(differences.max()),

@@ -23,8 +23,8 @@ class ReadSettings:
 
     Args:
         value_range: values that become black and white, as LOW:HIGH (in Python also a pair), for images with more than
-            8 bits or floating-point values, such as 0:4095 or -1000:3000; `full`: all values of the type; default: the
-            range in the file's own tags, else estimated over the images of the source.
+            8 bits or floating-point values, such as 0:4095 or -1000:3000; `full`: all values of the type; default: that
+            of the fitted detector, else the range in the file's own tags, else estimated over the images of the source.
         frames: `first` reads the first frame of a file with several (TIFF, GIF, WebP, APNG), `all` makes every frame
             an image.
         max_pixels: files with more pixels are unreadable, before they are decoded; the default is Pillow's limit.

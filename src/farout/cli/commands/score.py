@@ -58,8 +58,8 @@ def score(
             of `torchrun` and `accelerate launch` share them, too.
         maps: also write a heat map of every image to OUT/maps (patches, reconstruction and denoising only).
         watch: score the files of a folder as they arrive, until the command is interrupted (docs/serve.md).
-        interval: with --watch, the seconds between two looks at the folder; a file is read when it has not changed for
-            as long.
+        interval: with --watch, the seconds between two listings of the folder; a file is read when it has not changed
+            for as long.
         engine: what computes the scores: `local` (this machine) or `ray` (the machines of a Ray cluster).
         ray: how the engine ray distributes the work.
         reading: how image files are read.

@@ -29,8 +29,8 @@ class ServiceSettings:
         batch_window_ms: milliseconds that an image waits for others, to be scored with them in one batch.
         timeout: seconds for receiving a request, and again for scoring it.
         stop_timeout: seconds for finishing accepted requests when the service is stopped.
-        token_file: file with a token that every request except for /health must contain; default: the environment
-            variable FAROUT_TOKEN, or no token.
+        token_file: file with a token that every request must contain, except for /health and the description of the
+            interface; default: the environment variable FAROUT_TOKEN, or no token.
         allow_urls: sites that images may be loaded from, such as https://images.example.org; default: none.
     """
 

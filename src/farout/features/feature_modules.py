@@ -128,10 +128,17 @@ class FixedLevelDenoiser(nn.Module):
     def __init__(self, network: FeatureDenoiser, schedule: NoiseSchedule) -> None:
         super().__init__()
         self.network, self.schedule = copy.deepcopy(network).cpu().float().eval(), schedule
+        for name, layer in list(self.network.named_modules()):
+            if isinstance(layer, nn.GroupNorm):  # one group of vectors; OpenVINO normalizes only groups of maps
+                normalization = nn.LayerNorm(layer.num_channels, eps=layer.eps)
+                normalization.load_state_dict(layer.state_dict())
+                self.network.set_submodule(name, normalization.eval())
+        self._known: dict[float, tuple[float, float]] = {}
 
     def forward(self, x: Tensor, sigma: float) -> Tensor:
         """x = x0 + sigma noise (N, width) -> x0."""
-        sigma = float(torch.tensor(sigma, dtype=torch.float32))  # as `NetworkDenoiser` is given it
-        t = float(self.schedule.t_of(torch.tensor(sigma)))
-        scale = float((1 + torch.tensor(sigma) ** 2).sqrt())
+        if sigma not in self._known:  # tracing cannot compute numbers: the module is called once before
+            given = torch.tensor(sigma, dtype=torch.float32)  # as `NetworkDenoiser` is given it
+            self._known[sigma] = float(self.schedule.t_of(given)), float((1 + given**2).sqrt())
+        t, scale = self._known[sigma]
         return self.network(x / scale, x.new_full((x.shape[0],), t))

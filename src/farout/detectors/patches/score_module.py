@@ -64,6 +64,8 @@ class PatchScore(nn.Module):
             self.register_buffer("roots", weights.sqrt())
             self.register_buffer("bank", bank.clone())
             self.distances = ZScoreModule(statistics.distances.mean, statistics.distances.std)
+        with torch.no_grad():  # computes the levels, which tracing cannot
+            self(torch.zeros(1, 3, backbone.size, backbone.size))
 
     def forward(self, images: Tensor) -> Tensor:
         """The score, as `Patches.measure` computes it."""

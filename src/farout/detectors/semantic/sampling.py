@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
@@ -81,7 +82,7 @@ def _reconstruct_as_released(
     input and 59 % network. x is the variance-preserving sample, as in the published code.
     """
     abar = schedule.abar
-    x = float(abar[start].sqrt()) * x0 + float((1 - abar[start]).sqrt()) * noise
+    x = math.sqrt(abar[start]) * x0 + math.sqrt(1 - abar[start]) * noise
     for level in range(start, 1, -1):
         abar_t, abar_1, abar_2 = (float(abar[i]) for i in (level, level - 1, level - 2))
         eps = (x - abar_t**0.5 * denoiser(x / abar_t**0.5, float(schedule.sigma[level]))) / (1 - abar_t) ** 0.5

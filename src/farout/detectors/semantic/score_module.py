@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional
 from farout.core.errors import FaroutError
 from farout.detectors.semantic.sampling import reconstruct, shared_step_noise
 from farout.diffusion.noise import noise_table
+from farout.diffusion.schedule import NoiseSchedule
 from farout.features.densities import ZScore
 from farout.features.density_modules import MahalanobisModule, ZScoreModule
 from farout.features.extractor import FeatureExtractor
@@ -55,7 +57,9 @@ class SemanticScore(nn.Module):
             )
         self.score, self.levels, self.draws = config["score"], tuple(sorted(config["levels"])), config["draws"]
         self.sampler, self.steps, self.eta, self.seed = config["sampler"], config["steps"], config["eta"], seed
-        self.sign, self.schedule, self.layer_widths = config["lr_sign"], model.schedule, list(model.encoding.groups)
+        self.sign, self.layer_widths = config["lr_sign"], list(model.encoding.groups)
+        self.schedule: Any = _PlainSchedule(model.schedule)
+        self.step_noise: dict[tuple[int, int, int], Tensor] = {}
         self.features, self.encode = PooledFeatures(backbone), EncodedFeatures(model.encoding)
         networks: Sequence[Any] = [model.network, model.first] if self.score == "lr" else [model.network]
         self.denoisers = nn.ModuleList(FixedLevelDenoiser(network, model.schedule) for network in networks)
@@ -65,6 +69,8 @@ class SemanticScore(nn.Module):
         self.gaussian = MahalanobisModule(model.gaussian)
         self.log_z = ZScoreModule(log_z.mean, log_z.std)
         self.fused_z = ZScoreModule(fused_z.mean, fused_z.std)
+        with torch.no_grad():  # computes all levels and noise, which tracing cannot
+            self(torch.zeros(1, 3, backbone.size, backbone.size))
 
     def forward(self, images: Tensor) -> Tensor:
         """The score, as `Semantic.measure` and `Semantic.compute_scores` compute it."""
@@ -105,12 +111,18 @@ class SemanticScore(nn.Module):
                     self.sampler,
                     self.steps,
                     self.eta,
-                    shared_step_noise(x0.shape[1], self.seed, level, draw),
+                    partial(self._noise_of_step, level, draw),
                 )
                 for draw in range(self.draws)
             ]
             for row, level in enumerate(self.levels)
         ]
+
+    def _noise_of_step(self, level: int, draw: int, step: int) -> Tensor:
+        key = (level, draw, step)
+        if key not in self.step_noise:
+            self.step_noise[key] = shared_step_noise(self.noise.shape[-1], self.seed, level, draw)(step)
+        return self.step_noise[key]
 
     def _compare(self, x0: Tensor, reconstructions: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
         """Squared errors and 1 - cosine of each layer, draws averaged: (B, level, layer) float64."""
@@ -125,3 +137,16 @@ class SemanticScore(nn.Module):
                 angles.append(torch.stack([angle.float().double() for angle in cosines], dim=1))
         shape = (-1, len(self.levels), self.draws, len(self.layer_widths))
         return tuple(torch.stack(each, dim=1).reshape(shape).mean(2) for each in (errors, angles))  # type: ignore[return-value]
+
+
+class _PlainSchedule:
+    """A noise schedule as numbers instead of tensors, for the tracing of a graph."""
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.schedule, self.abar, self.sigma = schedule, schedule.abar.tolist(), schedule.sigma.tolist()
+        self._known: dict[float, float] = {}
+
+    def sigma_of(self, t: float) -> float:
+        if t not in self._known:
+            self._known[t] = float(self.schedule.sigma_of(t))
+        return self._known[t]

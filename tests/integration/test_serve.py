@@ -253,7 +253,11 @@ def test_requests_that_are_no_images_are_explained(service: RunningService) -> N
     )
     error_of(post("/score", content=b"{", headers={"Content-Type": "application/json"}), 422)
     assert "images.0.size" in error_of(post("/score", json={"images": [{"data": "", "size": 1}]}), 422)
-    assert "neither data and url" in error_of(post("/score", json={"images": [{"key": "a"}]}), 422)
+    assert "neither data nor url" in error_of(post("/score", json={"images": [{"key": "a"}]}), 422)
+    many = b'{"images":[' + b",".join([b"0"] * 9000) + b"]}"  # each would be an object and an error of its own
+    assert "more than 8 images" in error_of(
+        post("/score", content=many, headers={"Content-Type": "application/json"}), 413
+    )
     assert "POST /score" in error_of(service.client.get("/nothing"), 404)
     assert "POST /score" in error_of(service.client.get("/score"), 405)
 

@@ -1,13 +1,18 @@
 """Images by URL: only from sites of the list, without redirects, and never from the network of the service."""
 
+import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from starlette.requests import Request
 
 from farout.core.errors import FaroutError, UnreadableImageError
-from farout.scoring.service import urls
+from farout.data.read_settings import DEFAULT_READING
+from farout.scoring.service import requests, urls
+from farout.scoring.service.requests import Admission, RequestError, Reservation, read_images
 from farout.scoring.service.settings import TOKEN_VARIABLE, ServiceSettings, read_token
 from farout.scoring.service.urls import load_url
 
@@ -103,3 +108,31 @@ def test_limits_that_exclude_each_other_are_refused() -> None:
         ServiceSettings(max_images=4, queue_images=2)
     with pytest.raises(FaroutError, match="timeout is 0"):
         ServiceSettings(timeout=0)
+
+
+def test_a_request_that_fails_while_urls_are_loaded_reserves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_answer = threading.Event()
+
+    def load_slowly(*_: object) -> bytes:
+        may_answer.wait(60)
+        return b"x" * 1000
+
+    monkeypatch.setattr(requests, "load_url", load_slowly)
+    admission = Admission(max_images=10, max_bytes=10_000)
+    body = json.dumps({"images": [{"url": "http://a.example/1"}, {"key": "no data"}]}).encode()
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def request_and_wait() -> None:
+        request = Request({"type": "http", "headers": [(b"content-type", b"application/json")]}, receive)
+        reservation = Reservation(admission)
+        with pytest.raises(RequestError, match="neither data nor url"):
+            await read_images(request, ServiceSettings(allow_urls=("http://a.example",)), DEFAULT_READING, reservation)
+        reservation.release()
+        may_answer.set()
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others)
+
+    asyncio.run(request_and_wait())
+    assert admission.bytes == 0

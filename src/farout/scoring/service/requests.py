@@ -30,6 +30,8 @@ _URL_CONNECTIONS = 8
 """URLs of one request that are loaded at the same time."""
 _URL_TIMEOUT_S = 10.0
 """Maximum time for loading a URL, so that a slow one does not use up the time of the request."""
+_MAX_VALUES_PER_IMAGE = 1000
+"""Values of a JSON body per image that is allowed, in a generous estimate: keys and URLs may contain commas."""
 
 
 class RequestError(Exception):
@@ -204,6 +206,9 @@ async def _read_multipart(
 
 
 async def _read_json(body: bytes, settings: ServiceSettings, reservation: Reservation) -> list[SubmittedImage]:
+    # each value needs hundreds of times its bytes while it is read; base64 contains none of these signs
+    if sum(body.count(sign) for sign in (b",", b"[", b"{")) > _MAX_VALUES_PER_IMAGE * settings.max_images:
+        raise _too_many(settings)
     try:
         inputs = ScoreBody.model_validate_json(body).images
     except ValidationError as error:
@@ -220,13 +225,19 @@ async def _read_json(body: bytes, settings: ServiceSettings, reservation: Reserv
         async with connections:
             return await _load(index, image, settings, reservation)
 
-    return list(await asyncio.gather(*(load(index, image) for index, image in enumerate(inputs))))
+    tasks = [asyncio.ensure_future(load(index, image)) for index, image in enumerate(inputs)]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:  # what they reserve after the answer to a failed request would never be released
+        for task in tasks:
+            task.cancel()
 
 
 async def _load(index: int, image: ImageInput, settings: ServiceSettings, reservation: Reservation) -> SubmittedImage:
     key = encode_file_name(image.key or str(index))
     if (image.data is None) == (image.url is None):
-        raise RequestError(422, f"image {index} has {'both' if image.data else 'neither'} data and url; expected one")
+        given = "neither data nor url" if image.data is None else "both data and url"
+        raise RequestError(422, f"image {index} has {given}; expected one")
     if image.data is not None:
         try:
             return SubmittedImage(key, base64.b64decode(image.data, validate=True))

@@ -92,6 +92,7 @@ def _connect(scheme: str, host: str, port: int, timeout: float) -> http.client.H
     if not is_listed_address and not all(_is_public(address) for address in addresses):
         raise UnreadableImageError("the host of the URL has an address that is not public")
     connection = http.client.HTTPConnection(host, port, timeout=timeout)
+    connection.default_port = _DEFAULT_PORTS[scheme]  # which the header Host leaves out
     plain = socket.create_connection((addresses[0], port), timeout=timeout)
     if scheme == "https":
         connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Interruption", "defer_interruption", "handle_signals", "received_interruption"]
+__all__ = ["Interruption", "defer_interruption", "end_with_parent", "handle_signals", "received_interruption"]
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _SAME_EVENT_S = 0.5
@@ -116,6 +116,24 @@ def defer_interruption() -> Iterator[None]:
         _handler.deferred -= 1
     if not _handler.deferred:
         _handler.raise_pending()
+
+
+def end_with_parent() -> None:
+    """Send SIGTERM to this process when the one that started it with `multiprocessing` has ended.
+
+    A parent that is killed cannot end its workers: they would wait for work for ever, and hold their memory and GPUs.
+    """
+    from multiprocessing import parent_process  # only workers need it
+
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="farout parent", daemon=True).start()
 
 
 def received_interruption() -> Interruption | None:

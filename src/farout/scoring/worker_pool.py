@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from farout.core.errors import FaroutError
+from farout.core.interruption import end_with_parent
 from farout.detectors.base import Detector
 from farout.scoring.scorer import Scorer
 
@@ -93,4 +94,5 @@ def _start_worker(started: Any, threads: int) -> None:
         number, started.value = started.value, started.value + 1
     os.environ["LOCAL_RANK"] = str(number)  # chooses the GPU, as under a launcher
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     torch.set_num_threads(threads)

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farout.core.errors import FaroutError, FaroutWarning, MissingExtraError
-from farout.core.interruption import handle_signals
+from farout.core.interruption import end_with_parent, handle_signals
 from farout.core.names import expand_path
 from farout.data.read_settings import ReadSettings
 from farout.scoring.scorer import Scorer
@@ -168,6 +169,7 @@ def _serve_in_process(arguments: _Arguments, listener: socket.socket) -> None:
     logging.getLogger("farout").setLevel(logging.INFO)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     with handle_signals():
+        end_with_parent()
         try:
             status = _CUT_OFF if _serve(arguments, listener) else 0
         except FaroutError as error:
@@ -223,7 +225,8 @@ def _supervise(arguments: _Arguments, listener: socket.socket, processes: int) -
             if process.is_alive():
                 process.kill()
                 process.join()
-            cut_off |= process.exitcode != 0
+            # a process that was still starting has accepted no request
+            cut_off |= process.exitcode not in (0, _STARTUP_FAILURE, -signal.SIGTERM)
         if before is None:
             del os.environ[_METRICS_FOLDER]
         else:

@@ -301,12 +301,13 @@ class RemotePath:
                 return result
             except ConnectionError as error:
                 if not self.is_web:
-                    _failures[store] = _failures.get(store, 0) + 1
-                    if _failures[store] < _MAX_FAILURES:
+                    count = _failures[store] = _failures.get(store, 0) + 1  # other threads may reset it
+                    if count < _MAX_FAILURES:
                         raise
+                    _failures.pop(store, None)
                     raise UnreachableStoreError(
-                        f"{store} did not answer {_failures.pop(store)} times in a row ({error.strerror}); run "
-                        "the same command again when it does"
+                        f"{store} did not answer {count} times in a row ({error.strerror}); run the same command "
+                        "again when it does"
                     ) from error
                 if attempt == _MAX_ATTEMPTS - 1:
                     raise

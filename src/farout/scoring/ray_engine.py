@@ -32,7 +32,7 @@ from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.splits import calibration_size
 from farout.detectors.base import Detector, Scores, load
 from farout.detectors.saving import KIND, describe_detector
-from farout.report.score_page import write_score_page
+from farout.report.score_page import LISTED_ROWS, write_score_page
 from farout.scoring.folder import ScoredFolder, check_settings, hash_texts, read_manifest
 from farout.scoring.ray_session import RaySettings, connect_ray, run_on_ray
 from farout.scoring.score_parts import ScoredPart, list_parts, read_part, remove_part, write_part
@@ -45,8 +45,6 @@ _READ_AHEAD = 16
 """Parts that are read at the same time: from an object store, most of the time is waiting."""
 _MEMORY_MIB = 64
 """Memory for decoded images, of the driver and of each worker."""
-_KEPT_ROWS = 500
-"""Images with the highest scores that the page may list."""
 _SETTINGS, _TABLE, _PAGE, _MANIFEST = "settings.json", "scores.csv", "page.html", "manifest.json"
 
 
@@ -272,7 +270,7 @@ def _finish(
         for part in _read_in_order(out, parts):
             counts.add(part.scores, part.indices.start)
         largest_selected = counts.benjamini_hochberg(settings["fdr"])
-    keep = max(settings["top_images"], _KEPT_ROWS)
+    keep = max(settings["top_images"], LISTED_ROWS)
     summary = ScoreSummary(detector.calibration_scores[detector.score_name], detector.alpha, keep=keep)
     environments, contents = list[dict[str, Any]](), list[str]()
     with storage.atomic_file(out / _TABLE) as temporary:

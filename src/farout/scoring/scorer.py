@@ -17,6 +17,7 @@ from farout.core import store
 from farout.core.errors import FaroutError, StoreError
 from farout.core.files import hash_file
 from farout.core.names import find_path
+from farout.data.image_objects import path_of
 from farout.data.image_source import ImageSource
 from farout.data.in_memory import list_images
 from farout.data.read_settings import DEFAULT_READING, FULL_RANGE, ReadSettings
@@ -108,12 +109,14 @@ class Scorer:
             assert self.folder is not None
             hashes = self.folder / store.HASHES_FILE
             version = hash_file(hashes) if hashes.is_file() else ""
-            self._loaded = _load_once(self.folder, version, tuple(sorted(self._runtime.items())))
-            if self._fingerprint not in (None, self._loaded.detector.fingerprint):
+            with _loading_lock:
+                loaded = _load_once(self.folder, version, tuple(sorted(self._runtime.items())))
+            if self._fingerprint not in (None, loaded.detector.fingerprint):
                 raise StoreError(
                     f"{self.folder} contains another detector than the one that was given; it was fitted or changed "
                     "meanwhile"
                 )
+            self._loaded = loaded
         return self._loaded
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,7 +165,7 @@ class Scorer:
             keys: name of each image in the result; default: the paths, else the row numbers.
         """
         if keys is None:
-            keys = [image if isinstance(image, str) else str(row) for row, image in enumerate(images)]
+            keys = [path_of(image) or str(row) for row, image in enumerate(images)]
         if len(keys) != len(images):
             raise FaroutError(f"there are {len(images)} images and {len(keys)} keys; expected one key per image")
         loaded = self._load()
@@ -205,6 +208,10 @@ class _LoadedDetector:
 
     detector: Detector
     lock: threading.RLock
+
+
+_loading_lock = threading.Lock()
+"""Threads that use a folder for the first time at once would otherwise each load it."""
 
 
 @lru_cache(maxsize=4)

@@ -81,7 +81,7 @@ class _Upsampling(nn.Module):
     def __init__(self, layer: Upsample2D) -> None:
         super().__init__()
         conv = layer.conv if layer.name == "conv" else layer.Conv2d_0
-        self.conv = conv if layer.use_conv else nn.Identity()
+        self.conv: nn.Module = conv if layer.use_conv and conv is not None else nn.Identity()
 
     def forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
         size = {"scale_factor": 2.0} if output_size is None else {"size": output_size}

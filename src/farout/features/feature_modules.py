@@ -127,7 +127,8 @@ class FixedLevelDenoiser(nn.Module):
 
     def __init__(self, network: FeatureDenoiser, schedule: NoiseSchedule) -> None:
         super().__init__()
-        self.network, self.schedule = copy.deepcopy(network).to(device="cpu", dtype=torch.float32).eval(), schedule
+        copied: nn.Module = copy.deepcopy(network)
+        self.network, self.schedule = copied.cpu().float().eval(), schedule
         for name, layer in list(self.network.named_modules()):
             if isinstance(layer, nn.GroupNorm):  # one group of vectors; OpenVINO normalizes only groups of maps
                 normalization = nn.LayerNorm(layer.num_channels, eps=layer.eps)

@@ -53,13 +53,17 @@ from farout.scoring.worker_pool import open_worker_scorer, run_in_workers
 
 __all__ = [
     "ScoredFolder",
+    "check_selection",
     "check_settings",
+    "describe_settings",
+    "divide_into_parts",
     "has_intact_scores",
     "hash_texts",
     "read_manifest",
     "read_score_table",
     "read_scores",
     "score_folder",
+    "warn_before_scoring",
 ]
 
 _IMAGES_PER_PART = 256
@@ -148,10 +152,7 @@ def score_folder(
             same names.
     """
     check_fitted(detector)
-    if top_images < 0 or (fdr is not None and not 0 < fdr < 1):
-        raise FaroutError(
-            f"top_images is {top_images}, fdr is {fdr}; expected 0 images or more, and a rate between 0 and 1"
-        )
+    check_selection(top_images, fdr)
     if processes < 1:
         raise FaroutError(f"processes is {processes}; expected 1 or more")
     if is_url(out):
@@ -160,27 +161,11 @@ def score_folder(
     out, group = expand_path(out), join_processes(detector.runtime.device)
     if processes > 1 and group.num_processes > 1:
         raise FaroutError(f"a launcher started {group.num_processes} processes already; leave out processes")
-    for message in find_mismatches(source, detector.preprocessing, fitted_gray=detector.provenance.get("gray", False)):
-        warnings.warn(message, MisleadingResultWarning, stacklevel=2)
+    warn_before_scoring(detector, source)
     calibration = detector.calibration_scores[detector.score_name]
-    if len(calibration) < calibration_size(0, detector.alpha):
-        message = f"with {len(calibration)} calibration images no p-value reaches alpha {detector.alpha}"
-        warnings.warn(f"{message}, so nothing can be flagged", TooFewImagesWarning, stacklevel=2)
-    settings = {
-        "detector": detector.fingerprint,
-        "source": source.name,
-        "location": source.location,
-        "policy": source.policy,
-        "reading": source.reading.to_dict(),
-        "fdr": fdr,
-        "images": len(source),
-        "images_per_part": _IMAGES_PER_PART,
-        "keys": hash_texts(source.keys),
-        "runtime": {"device": detector.runtime.device.partition(":")[0], "precision": detector.runtime.precision},
-    }
-    parts = [
-        range(start, min(start + _IMAGES_PER_PART, len(source))) for start in range(0, len(source), _IMAGES_PER_PART)
-    ]
+    runtime = {"device": detector.runtime.device.partition(":")[0], "precision": detector.runtime.precision}
+    settings = describe_settings(detector, source, fdr, _IMAGES_PER_PART, runtime)
+    parts = divide_into_parts(len(source), _IMAGES_PER_PART)
 
     def open_results() -> tuple[dict[str, Any] | None, list[range]]:
         """Open the folder; returns the manifest of finished results, or the parts that are missing."""
@@ -362,6 +347,47 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> None:
     for name in (_SETTINGS_FILE, _MANIFEST, "scores.csv", "measurements.parquet", "page.html"):
         for temporary in out.glob(f".{name}.*"):
             temporary.unlink()
+
+
+def check_selection(top_images: int, fdr: float | None) -> None:
+    """Raise FaroutError for a number of images of the page, or a false discovery rate, that is out of range."""
+    if top_images < 0 or (fdr is not None and not 0 < fdr < 1):
+        raise FaroutError(
+            f"top_images is {top_images}, fdr is {fdr}; expected 0 images or more, and a rate between 0 and 1"
+        )
+
+
+def warn_before_scoring(detector: Detector, source: ImageSource) -> None:
+    """Warn of images that differ from the fitted ones in kind, and of too few calibration images for any flag."""
+    for message in find_mismatches(source, detector.preprocessing, fitted_gray=detector.provenance.get("gray", False)):
+        warnings.warn(message, MisleadingResultWarning, stacklevel=3)
+    count = len(detector.calibration)
+    if count < calibration_size(0, detector.alpha):
+        message = f"with {count} calibration images no p-value reaches alpha {detector.alpha}"
+        warnings.warn(f"{message}, so nothing can be flagged", TooFewImagesWarning, stacklevel=3)
+
+
+def describe_settings(
+    detector: Detector, source: ImageSource, fdr: float | None, images_per_part: int, runtime: dict[str, str]
+) -> dict[str, Any]:
+    """What must be the same for a run to continue in a folder, see `check_settings`."""
+    return {
+        "detector": detector.fingerprint,
+        "source": source.name,
+        "location": source.location,
+        "policy": source.policy,
+        "reading": source.reading.to_dict(),
+        "fdr": fdr,
+        "images": len(source),
+        "images_per_part": images_per_part,
+        "keys": hash_texts(source.keys),
+        "runtime": runtime,
+    }
+
+
+def divide_into_parts(count: int, size: int) -> list[range]:
+    """The indices of each part: the boundaries do not depend on who scores it."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def check_settings(out: FilePath, before: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ from farout.core.errors import (
     FaroutError,
     MisleadingResultWarning,
     StoreError,
-    TooFewImagesWarning,
 )
 from farout.core.files import hash_file
 from farout.core.names import find_path
@@ -27,13 +26,20 @@ from farout.core.progress import task
 from farout.core.storage import FilePath
 from farout.data.batching import prefetch
 from farout.data.image_source import ImageSource, Policy, ReadingRecord
-from farout.data.preprocessing import find_mismatches
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
-from farout.data.splits import calibration_size
 from farout.detectors.base import Detector, Scores, load
 from farout.detectors.saving import KIND, describe_detector
 from farout.report.score_page import LISTED_ROWS, write_score_page
-from farout.scoring.folder import ScoredFolder, check_settings, hash_texts, read_manifest
+from farout.scoring.folder import (
+    ScoredFolder,
+    check_selection,
+    check_settings,
+    describe_settings,
+    divide_into_parts,
+    hash_texts,
+    read_manifest,
+    warn_before_scoring,
+)
 from farout.scoring.ray_session import RaySettings, connect_ray, run_on_ray
 from farout.scoring.score_parts import ScoredPart, list_parts, read_part, remove_part, write_part
 from farout.scoring.scorer import Scorer
@@ -80,37 +86,17 @@ def score_with_ray(
         StoreError: when `out` contains something else.
     """
     ray = RaySettings() if ray is None else ray
-    if top_images < 0 or (fdr is not None and not 0 < fdr < 1):
-        raise FaroutError(
-            f"top_images is {top_images}, fdr is {fdr}; expected 0 images or more, and a rate between 0 and 1"
-        )
+    check_selection(top_images, fdr)
     folder, target = find_path(detector), storage.as_file_path(out)
     expected = _resolve_runtime(folder, runtime, ray)
     fitted = _load_on_driver(folder, runtime, expected["precision"])
     source = fitted.open_images(images, policy=policy, limit=limit, reading=reading, memory_mib=_MEMORY_MIB)
-    for message in find_mismatches(source, fitted.preprocessing, fitted_gray=fitted.provenance.get("gray", False)):
-        warnings.warn(message, MisleadingResultWarning, stacklevel=2)
-    if len(fitted.calibration) < calibration_size(0, fitted.alpha):
-        message = f"with {len(fitted.calibration)} calibration images no p-value reaches alpha {fitted.alpha}"
-        warnings.warn(f"{message}, so nothing can be flagged", TooFewImagesWarning, stacklevel=2)
-    settings = {
-        "engine": "ray",
-        "detector": fitted.fingerprint,
-        "source": source.name,
-        "location": source.location,
-        "policy": source.policy,
-        "reading": source.reading.to_dict(),
-        "fdr": fdr,
-        "images": len(source),
-        "images_per_part": ray.images_per_part,
-        "keys": hash_texts(source.keys),
-        "runtime": expected,
-    }
+    warn_before_scoring(fitted, source)
+    settings = {"engine": "ray", **describe_settings(fitted, source, fdr, ray.images_per_part, expected)}
     _open_results(target, settings)
     manifest, scored_now, seconds = _read_finished(target), 0, 0.0
     if manifest is None or manifest["top_images"] != top_images:
-        size = ray.images_per_part
-        parts = [range(start, min(start + size, len(source))) for start in range(0, len(source), size)]
+        parts = divide_into_parts(len(source), ray.images_per_part)
         missing = _find_missing(target, parts, expected)
         started = time.perf_counter()
         if missing:

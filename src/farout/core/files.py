@@ -6,12 +6,13 @@ import errno
 import hashlib
 import os
 import stat
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from farout.core.remote_files import FilePath, RemotePath
 
@@ -21,6 +22,7 @@ __all__ = [
     "flush_folder",
     "has_content",
     "hash_file",
+    "lock_file",
     "map_files",
     "open_at",
     "open_regular_file",
@@ -116,6 +118,26 @@ def hash_file(path: str | Path) -> str:
     """SHA-256 of a regular file as hexadecimal digits; raises OSError for a file that cannot be read."""
     with open_regular_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock_file(file: IO[bytes]) -> bool | None:
+    """Lock an open file until it is closed, or until the process ends however, without waiting.
+
+    Returns whether it is locked: False if another process has locked it, None if its file system has no locks.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK) else None
+    return True
 
 
 def flush_file(path: str | Path) -> None:

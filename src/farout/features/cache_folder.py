@@ -7,12 +7,10 @@ known which file is the least recently used, without writing anything else.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +22,7 @@ from typing import Any
 
 from farout.core import store
 from farout.core.errors import FaroutError, StoreError
+from farout.core.files import lock_file
 from farout.core.names import expand_path
 from farout.features.feature_files import FORMAT, SUFFIX, count_rows
 
@@ -159,20 +158,7 @@ def lock_cache(root: Path) -> Iterator[bool]:
         yield False
         return
     with file:
-        is_locked = True
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                file.seek(0)
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            is_locked = error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
-        yield is_locked
+        yield lock_file(file) is not False
 
 
 def make_room(root: Path, size: int, limit: int | None) -> int:

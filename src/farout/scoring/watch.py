@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import hashlib
 import io
 import logging
@@ -22,7 +21,7 @@ from farout.core import store
 from farout.core.csv_files import format_rows
 from farout.core.errors import DamagedFileWarning, FaroutError, LeftOutWarning, StoreError, UnreadableImageError
 from farout.core.file_errors import read_errors, write_errors
-from farout.core.files import open_regular_file
+from farout.core.files import lock_file, open_regular_file
 from farout.core.interruption import defer_interruption
 from farout.core.names import encode_file_name, expand_path, find_path
 from farout.core.schema import Schema, check_content
@@ -151,7 +150,7 @@ class FolderWatcher:
         self._flagged, self._scored_now = 0, 0
         self._lock: BinaryIO | None = None
         _open_folder(self.out, settings)
-        self._lock = _lock_file(self.out / _LOCK)
+        self._lock = _open_locked(self.out / _LOCK)
         try:
             self._read_table()
         except BaseException:
@@ -425,24 +424,14 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> None:
         raise StoreError(f"{out} contains scores with other settings ({'; '.join(changed)}); give a new folder")
 
 
-def _lock_file(path: Path) -> BinaryIO:
-    """Lock a file until it is closed, or until the process ends however; raises FaroutError if another process has."""
+def _open_locked(path: Path) -> BinaryIO:
+    """Open a file and lock it until it is closed; raises FaroutError if another process has locked it."""
     with write_errors(path):
         file = path.open("ab")
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            logger.warning("the file system of %s has no locks; let only one process write to it", path.parent)
-            return file
+    is_locked = lock_file(file)
+    if is_locked is None:
+        logger.warning("the file system of %s has no locks; let only one process write to it", path.parent)
+    elif not is_locked:
         file.close()
-        raise FaroutError(f"another process writes to {path.parent}; stop it, or give another folder") from error
+        raise FaroutError(f"another process writes to {path.parent}; stop it, or give another folder")
     return file

@@ -16,11 +16,9 @@ from prometheus_client import (
 )
 
 from farout.scoring.service.batching import ImageScore
+from farout.scoring.service.settings import METRICS_VARIABLE
 
-__all__ = ["CONTENT_TYPE_LATEST", "MULTIPROCESS_VARIABLE", "ServiceMetrics"]
-
-MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-"""Environment variable of prometheus_client: the folder in which several processes share their metrics."""
+__all__ = ["CONTENT_TYPE_LATEST", "ServiceMetrics"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -68,7 +66,7 @@ class ServiceMetrics:
 
     def render(self) -> bytes:
         """Return the metrics in the text format of Prometheus."""
-        if MULTIPROCESS_VARIABLE not in os.environ:
+        if METRICS_VARIABLE not in os.environ:
             return generate_latest(self._registry)
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]

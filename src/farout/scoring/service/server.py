@@ -24,7 +24,7 @@ from farout.core.interruption import end_with_parent, handle_signals
 from farout.core.names import expand_path
 from farout.data.read_settings import ReadSettings
 from farout.scoring.scorer import Scorer
-from farout.scoring.service.settings import ServiceSettings, read_token
+from farout.scoring.service.settings import METRICS_VARIABLE, ServiceSettings, read_token
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -40,7 +40,6 @@ _CUT_OFF = 4
 _SOON_S = 10.0
 """A process that ends so soon after its start has probably ended for a reason that remains."""
 _MAX_SOON = 3
-_METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
 @dataclass(frozen=True)
@@ -185,8 +184,8 @@ def _supervise(arguments: _Arguments, listener: socket.socket, processes: int) -
     off.
     """
     metrics = tempfile.mkdtemp(prefix="farout-metrics-")
-    before = os.environ.get(_METRICS_FOLDER)
-    os.environ[_METRICS_FOLDER] = metrics  # read by prometheus_client when the processes import it
+    before = os.environ.get(METRICS_VARIABLE)
+    os.environ[METRICS_VARIABLE] = metrics  # read by prometheus_client when the processes import it
     context = multiprocessing.get_context("spawn")
 
     def start() -> tuple[SpawnProcess, float]:
@@ -228,9 +227,9 @@ def _supervise(arguments: _Arguments, listener: socket.socket, processes: int) -
             # a process that was still starting has accepted no request
             cut_off |= process.exitcode not in (0, _STARTUP_FAILURE, -signal.SIGTERM)
         if before is None:
-            del os.environ[_METRICS_FOLDER]
+            del os.environ[METRICS_VARIABLE]
         else:
-            os.environ[_METRICS_FOLDER] = before
+            os.environ[METRICS_VARIABLE] = before
         shutil.rmtree(metrics, ignore_errors=True)
     return cut_off
 

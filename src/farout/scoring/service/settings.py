@@ -10,10 +10,12 @@ from farout.core.errors import FaroutError, check_options
 from farout.core.files import read_file
 from farout.core.names import find_path
 
-__all__ = ["TOKEN_VARIABLE", "ServiceSettings", "read_token"]
+__all__ = ["METRICS_VARIABLE", "TOKEN_VARIABLE", "ServiceSettings", "read_token"]
 
 TOKEN_VARIABLE = "FAROUT_TOKEN"
 """Environment variable of the bearer token; a flag would show it in the list of processes."""
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+"""Environment variable of prometheus_client: the folder in which several processes share their metrics."""
 _MIN_TOKEN = 16
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from farout import KNN, PCA, Scorer
+from farout import KNN, PCA, Scorer, load
 from farout.core.errors import FaroutError, StoreError
 from farout.data.read_settings import ReadSettings
 from farout.detectors.base import Detector
@@ -179,6 +179,12 @@ def test_a_folder_that_was_fitted_again_is_refused_or_loaded_again(tmp_path: Pat
     for _ in range(2):  # also when the error of the first call was caught
         with pytest.raises(StoreError, match="another detector"):
             of_before.score([encode(3)])
+
+
+def test_the_url_of_a_detector_is_refused_with_advice() -> None:
+    for use in (Scorer, load):
+        with pytest.raises(FaroutError, match="copy its folder to this machine"):
+            use("s3://bucket/detector")
 
 
 def test_threads_share_it(folder: Path) -> None:

@@ -7,8 +7,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from farout.core.errors import FaroutError
 from farout.core.names import expand_path, find_path
 from farout.core.progress import task
+from farout.core.remote_files import is_url
 from farout.data.image_source import Policy
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.detectors import saving
@@ -23,7 +25,7 @@ from farout.detectors.cost import Cost, measure_cost
 from farout.detectors.interface import DetectorInterface
 from farout.detectors.results import Measurements, Scores
 
-__all__ = ["Detector", "Measurements", "Scores", "load"]
+__all__ = ["Detector", "Measurements", "Scores", "find_detector", "load"]
 
 
 class Detector(DetectorInterface):
@@ -146,5 +148,12 @@ def load(folder: str | Path, **runtime: Any) -> Detector:
 
     Raises StoreError for a folder that is missing, incomplete, altered or of another kind.
     """
-    detector: Detector = saving.load(find_path(folder), runtime)
+    detector: Detector = saving.load(find_detector(folder), runtime)
     return detector
+
+
+def find_detector(folder: str | Path) -> Path:
+    """Return the path of a detector's folder as `find_path` does; raises FaroutError for a URL."""
+    if is_url(folder):
+        raise FaroutError("the detector is given by a URL; copy its folder to this machine, and give that folder")
+    return find_path(folder)

@@ -21,13 +21,12 @@ from farout.core.errors import (
     StoreError,
 )
 from farout.core.files import hash_file
-from farout.core.names import find_path
 from farout.core.progress import task
 from farout.core.storage import FilePath
 from farout.data.batching import prefetch
 from farout.data.image_source import ImageSource, Policy, ReadingRecord
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
-from farout.detectors.base import Detector, Scores, load
+from farout.detectors.base import Detector, Scores, find_detector, load
 from farout.detectors.saving import KIND, describe_detector
 from farout.report.score_page import LISTED_ROWS, write_score_page
 from farout.scoring.folder import (
@@ -87,7 +86,7 @@ def score_with_ray(
     """
     ray = RaySettings() if ray is None else ray
     check_selection(top_images, fdr)
-    folder, target = find_path(detector), storage.as_file_path(out)
+    folder, target = find_detector(detector), storage.as_file_path(out)
     expected = _resolve_runtime(folder, runtime, ray)
     fitted = _load_on_driver(folder, runtime, expected["precision"])
     source = fitted.open_images(images, policy=policy, limit=limit, reading=reading, memory_mib=_MEMORY_MIB)

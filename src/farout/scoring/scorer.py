@@ -16,12 +16,11 @@ import pyarrow as pa
 from farout.core import store
 from farout.core.errors import FaroutError, StoreError
 from farout.core.files import hash_file
-from farout.core.names import find_path
 from farout.data.image_objects import path_of
 from farout.data.image_source import ImageSource
 from farout.data.in_memory import list_images
 from farout.data.read_settings import DEFAULT_READING, FULL_RANGE, ReadSettings
-from farout.detectors.base import Detector, Measurements, load
+from farout.detectors.base import Detector, Measurements, find_detector, load
 from farout.detectors.calibration import check_fitted
 from farout.detectors.results import Scores
 
@@ -97,7 +96,7 @@ class Scorer:
             self.folder: Path | None = None
             self._loaded = _LoadedDetector(detector, threading.RLock())
         else:
-            self.folder = find_path(detector)
+            self.folder = find_detector(detector)
 
     @property
     def detector(self) -> Detector:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from farout.core.errors import FaroutError, FaroutWarning, MissingExtraError
 from farout.core.interruption import end_with_parent, handle_signals
-from farout.core.names import expand_path
 from farout.data.read_settings import ReadSettings
+from farout.detectors.base import find_detector
 from farout.scoring.scorer import Scorer
 from farout.scoring.service.settings import METRICS_VARIABLE, ServiceSettings, read_token
 
@@ -92,7 +92,7 @@ def run_service(
     if not 1 <= processes <= 1024:
         raise FaroutError(f"processes is {processes}; expected 1 to 1024")
     token = read_token(settings)
-    arguments = _Arguments(expand_path(detector), settings, reading, {"cache": False, **runtime}, token)
+    arguments = _Arguments(find_detector(detector), settings, reading, {"cache": False, **runtime}, token)
     with _listen(host, port) as listener:
         if token is None and not _is_loopback(listener.getsockname()[0]):
             message = f"the service listens on {host} without a token, so whoever reaches it can use it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -12,7 +13,9 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pandas as pd
 import pytest
 from PIL import Image
@@ -20,6 +23,7 @@ from PIL import Image
 from farout import PCA, evaluate, load, score_folder
 from farout.core import store
 from farout.core.errors import FaroutError, LeftOutWarning, UnreadableImageError
+from farout.core.remote_files import NETWORK_ERROR, RemotePath
 from farout.scoring import folder as scoring
 from farout.scoring.folder import read_scores
 from launch import in_two_processes
@@ -55,6 +59,35 @@ def has_processes(group: int) -> bool:
 def test_the_number_of_processes_is_checked(place: Path, tmp_path: Path) -> None:
     with pytest.raises(FaroutError, match="processes is 0"):
         score_folder(load(place / "d"), place / "new", tmp_path / "r", processes=0)
+
+
+def test_an_image_that_a_store_did_not_deliver_is_read_again_when_a_run_continues(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_url = f"memory://{tmp_path.name}"
+    for path in sorted((place / "new").glob("*.png"))[:12]:
+        fsspec.filesystem("memory").pipe_file(f"{store_url}/{path.name}", path.read_bytes())
+    read, measure_part = RemotePath.read, scoring._measure_part
+
+    def read_or_fail(path: RemotePath, limit: int) -> bytes:
+        if path.name.startswith("002"):
+            raise ConnectionError(errno.EIO, f"{NETWORK_ERROR}: reset", path.url)
+        return read(path, limit)
+
+    def measure_one_part(*arguments: Any) -> Any:
+        monkeypatch.setattr(scoring, "_measure_part", interrupt)
+        return measure_part(*arguments)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemotePath, "read", read_or_fail)
+        monkeypatch.setattr(scoring, "_measure_part", measure_one_part)
+        with pytest.raises(KeyboardInterrupt):
+            score_folder(load(place / "d"), store_url, tmp_path / "r")
+    monkeypatch.setattr(scoring, "_measure_part", measure_part)
+    assert score_folder(load(place / "d"), store_url, tmp_path / "r").counts == {"ok": 12}
 
 
 def test_an_evaluation_scores_in_processes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,16 @@ from urllib.parse import parse_qsl
 from farout.core.errors import FaroutError, MissingExtraError, UnreachableStoreError
 from farout.core.names import expand_path
 
-__all__ = ["FilePath", "RemotePath", "as_file_path", "check_url", "is_url", "local_path_of", "normalize_url"]
+__all__ = [
+    "NETWORK_ERROR",
+    "FilePath",
+    "RemotePath",
+    "as_file_path",
+    "check_url",
+    "is_url",
+    "local_path_of",
+    "normalize_url",
+]
 
 T = TypeVar("T")
 
@@ -44,6 +53,8 @@ _REFUSALS = {errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EPERM, errno.ENAME
 _S3_PAGE = 1000
 _MAX_ATTEMPTS = 3
 """For web servers; the libraries of object stores repeat failed requests themselves."""
+NETWORK_ERROR = "network error"
+"""How the reason begins if a store could not be reached or did not answer, after the usual repetitions."""
 _MAX_FAILURES = 10
 """Requests to one object store that fail in a row: each takes many seconds, and the next ones would fail, too."""
 _failures: dict[str, int] = {}
@@ -470,4 +481,4 @@ def _convert_error(error: Exception, url: str) -> OSError:
     number = None if isinstance(error, ConnectionError | TimeoutError) else getattr(error, "errno", None)
     if is_of_request or number in _REFUSALS or (isinstance(status, int) and status < 500 and status != 429):
         return OSError(number or errno.EINVAL, f"the store refuses the request ({reason})", url)
-    return ConnectionError(errno.EIO, f"network error: {reason}", url)
+    return ConnectionError(errno.EIO, f"{NETWORK_ERROR}: {reason}", url)

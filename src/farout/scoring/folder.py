@@ -36,7 +36,7 @@ from farout.core.errors import (
 from farout.core.files import hash_file
 from farout.core.names import expand_path, find_path
 from farout.core.progress import task
-from farout.core.remote_files import FilePath, is_url
+from farout.core.remote_files import NETWORK_ERROR, FilePath, is_url
 from farout.core.schema import Schema, check_content
 from farout.data.image_source import ImageSource, Policy, ReadingRecord
 from farout.data.preprocessing import find_mismatches
@@ -416,7 +416,8 @@ def _find_missing_parts(source: ImageSource, parts: list[range], out: Path) -> l
     missing = []
     for part in parts:
         part_info = _read_part_info(_part_path(out, part))
-        if part_info is not None:
+        # what a store did not deliver is read again, and not taken for an image that has changed
+        if part_info is not None and not any(NETWORK_ERROR in reason for reason in part_info["unreadable"].values()):
             _check_content(_hash_content(source.subset(part)), part_info["content"], out)
         else:
             missing.append(part)

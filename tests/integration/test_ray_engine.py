@@ -4,6 +4,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from farout.scoring import ray_engine
 from farout.scoring.folder import ScoredFolder, read_manifest, read_scores, score_folder
 from farout.scoring.ray_engine import score_with_ray
 from farout.scoring.ray_session import RaySettings
-from farout.scoring.score_parts import read_part, write_part
+from farout.scoring.score_parts import ScoredPart, read_part, write_part
 from small import pictures
 from tolerances import assert_same_scores
 
@@ -149,6 +150,27 @@ def test_an_interrupted_run_scores_the_missing_parts_only(
     assert [job[2] for job in calls] == PARTS[2:]
     assert scored.scored_now == sum(map(len, PARTS[2:])) - 1
     check_results(tmp_path / "out", local, detector)
+
+
+def test_images_that_a_store_did_not_deliver_are_read_again(
+    place: Path, detector: Detector, local: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = ray_engine.write_part
+
+    def write_without_network(out: FilePath, part: ScoredPart) -> None:
+        if part.indices.start == 0:
+            keys = part.scores.keys
+            scores = part.scores.select(range(1, len(keys))).reindex(keys)
+            part = replace(part, scores=scores, unreadable={keys[0]: "network error: it did not answer"})
+        original(out, part)
+
+    monkeypatch.setattr(ray_engine, "write_part", write_without_network)
+    assert score(place, tmp_path, fdr=0.5).counts["unreadable"] == 2
+    monkeypatch.setattr(ray_engine, "write_part", original)
+    calls.clear()
+    assert score(place, tmp_path, fdr=0.5).counts["unreadable"] == 1
+    assert [job[2] for job in calls] == [PARTS[0]]
+    check_results(tmp_path, local, detector)
 
 
 def test_a_damaged_part_or_table_is_written_again(place: Path, calls: Calls, tmp_path: Path) -> None:

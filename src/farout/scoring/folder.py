@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,7 @@ __all__ = [
     "describe_settings",
     "divide_into_parts",
     "has_intact_scores",
+    "has_network_error",
     "hash_texts",
     "read_manifest",
     "read_score_table",
@@ -411,13 +412,18 @@ def _part_path(out: Path, part: range) -> Path:
     return out / _PARTS / f"{part.start:09d}.parquet"
 
 
+def has_network_error(unreadable: Mapping[str, str]) -> bool:
+    """Whether an image is unreadable, by these reasons, only because a store did not deliver it."""
+    return any(NETWORK_ERROR in reason for reason in unreadable.values())
+
+
 def _find_missing_parts(source: ImageSource, parts: list[range], out: Path) -> list[range]:
     """The parts that no earlier run has measured; raises StoreError if the images of the others have changed."""
     missing = []
     for part in parts:
         part_info = _read_part_info(_part_path(out, part))
         # what a store did not deliver is read again, and not taken for an image that has changed
-        if part_info is not None and not any(NETWORK_ERROR in reason for reason in part_info["unreadable"].values()):
+        if part_info is not None and not has_network_error(part_info["unreadable"]):
             _check_content(_hash_content(source.subset(part)), part_info["content"], out)
         else:
             missing.append(part)

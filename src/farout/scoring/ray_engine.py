@@ -35,6 +35,7 @@ from farout.scoring.folder import (
     check_settings,
     describe_settings,
     divide_into_parts,
+    has_network_error,
     hash_texts,
     read_manifest,
     warn_before_scoring,
@@ -77,7 +78,11 @@ def score_with_ray(
         images: any image source, whose files all machines can read.
         out: folder that all machines can write, or URL such as `s3://bucket/results`.
         ray: address of the cluster, and number and resources of the workers; None: see `RaySettings`.
-        limit, policy, top_images, fdr, reading: as for `score_folder`.
+        limit: a seeded sample of this many images.
+        policy: for an unreadable image: `nan` (listed, without score), `skip` or `raise`.
+        top_images: number of images with the highest scores on the page.
+        fdr: adds a column `selected`: images chosen by Benjamini-Hochberg at this false discovery rate.
+        reading: how image files are read; without a value range, that of the fitted images is used.
         **runtime: settings that replace those of the fit. The device is `cuda` if workers have GPUs, else `cpu`.
 
     Raises:
@@ -161,7 +166,9 @@ def _open_results(out: FilePath, settings: dict[str, Any]) -> None:
 
 
 def _read_finished(out: FilePath) -> dict[str, Any] | None:
-    """The manifest of finished results; None if they are not finished or, with a warning, damaged."""
+    """The manifest of finished results; None if they are not finished, have images that a store did not deliver, or,
+    with a warning, are damaged.
+    """
     if not storage.exists(out / _MANIFEST):
         return None
     try:
@@ -172,7 +179,7 @@ def _read_finished(out: FilePath) -> dict[str, Any] | None:
     except (StoreError, OSError) as error:
         warnings.warn(f"{error}; the results are written again", DamagedFileWarning, stacklevel=3)
         return None
-    return manifest if storage.exists(out / _PAGE) else None
+    return manifest if storage.exists(out / _PAGE) and not has_network_error(manifest["unreadable"]) else None
 
 
 def _hash_file(path: FilePath) -> str:
@@ -193,6 +200,8 @@ def _find_missing(out: FilePath, parts: Sequence[range], expected: dict[str, str
     ):
         if isinstance(read, ScoredPart):
             _check_environment(read.environment, expected, f"the part {part.start:09d} in {out}")
+            if has_network_error(read.unreadable):  # what a store did not deliver is read again
+                missing.append(part)
             continue
         warnings.warn(f"{read}; these images are scored again", DamagedFileWarning, stacklevel=3)
         remove_part(out, part.start)

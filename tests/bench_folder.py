@@ -94,7 +94,7 @@ def _write(folder: Path, source: str, scores: Scores) -> None:
         "source": source,
         "policy": "nan",
         "images": len(scores),
-        "content": "",
+        "contents": [],
         "files": {"scores.csv": hash_file(folder / "scores.csv")},
         "counts": {"ok": len(scores)},
         "flagged": int(scores.is_ood.sum()),

@@ -61,7 +61,7 @@ def test_the_number_of_processes_is_checked(place: Path, tmp_path: Path) -> None
         score_folder(load(place / "d"), place / "new", tmp_path / "r", processes=0)
 
 
-def test_an_image_that_a_store_did_not_deliver_is_read_again_when_a_run_continues(
+def test_an_image_that_a_store_did_not_deliver_is_read_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store_url = f"memory://{tmp_path.name}"
@@ -88,6 +88,13 @@ def test_an_image_that_a_store_did_not_deliver_is_read_again_when_a_run_continue
             score_folder(load(place / "d"), store_url, tmp_path / "r")
     monkeypatch.setattr(scoring, "_measure_part", measure_part)
     assert score_folder(load(place / "d"), store_url, tmp_path / "r").counts == {"ok": 12}
+    with monkeypatch.context() as patch:
+        patch.setattr(RemotePath, "read", read_or_fail)
+        assert score_folder(load(place / "d"), store_url, tmp_path / "s").counts == {"ok": 11, "unreadable": 1}
+    again = score_folder(load(place / "d"), store_url, tmp_path / "s")
+    assert again.counts == {"ok": 12}
+    assert again.scored_now == 8, "the part of this image"
+    assert (tmp_path / "s" / "scores.csv").read_bytes() == (tmp_path / "r" / "scores.csv").read_bytes()
 
 
 def test_an_evaluation_scores_in_processes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

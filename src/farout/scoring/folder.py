@@ -79,7 +79,7 @@ class _ManifestContent(BaseModel):
 
     source: str
     policy: Literal["raise", "skip", "nan"]
-    content: str
+    contents: list[str]
     files: dict[str, str]
     counts: dict[str, int]
     flagged: int
@@ -174,7 +174,7 @@ def score_folder(
         manifest = _read_finished(out, source, parts)
         if manifest is None:
             return None, _find_missing_parts(source, parts, out)
-        _check_content(hash_texts([_hash_content(source.subset(part)) for part in parts]), manifest["content"], out)
+        _check_contents(source, parts, manifest["contents"], out)
         return manifest, []
 
     manifest, missing = group.run_on_main_process(open_results)
@@ -257,8 +257,9 @@ def _check_file(folder: Path, manifest: dict[str, Any], name: str) -> None:
 def _read_finished(out: Path, source: ImageSource, parts: list[range]) -> dict[str, Any] | None:
     """The manifest of finished results; None if they are not finished.
 
-    Damaged results are named in a warning and count as not finished. If the measurements are not damaged, the parts are
-    restored from them, so that no network runs again.
+    Damaged results are named in a warning and count as not finished, and so do those with images that a store did not
+    deliver, which are read again. If the measurements are not damaged, the parts are restored from them, so that no
+    network runs again for the others.
     """
     if not os.path.lexists(out / _MANIFEST):
         return None
@@ -267,28 +268,32 @@ def _read_finished(out: Path, source: ImageSource, parts: list[range]) -> dict[s
         manifest = read_manifest(out)
         for name in manifest["files"]:
             _check_file(out, manifest, name)
-        return manifest
+        if not has_network_error(manifest["unreadable"]):
+            return manifest
     except StoreError as error:
         what = str(error).partition(";")[0]
         warnings.warn(f"{what}; the results are written again", DamagedFileWarning, stacklevel=3)
     if manifest is not None:
-        contents = [_hash_content(source.subset(part)) for part in parts]
-        _check_content(hash_texts(contents), manifest["content"], out)
+        undelivered = {key for key, reason in manifest["unreadable"].items() if NETWORK_ERROR in reason}
+        delivered = {
+            part: content
+            for part, content in zip(parts, manifest["contents"], strict=True)
+            if undelivered.isdisjoint(source.keys[part.start : part.stop])
+        }
+        _check_contents(source, list(delivered), list(delivered.values()), out)
         with suppress(StoreError):
             _check_file(out, manifest, _MEASUREMENTS)
-            _restore_parts(source, parts, contents, manifest, out)
+            _restore_parts(source, parts, manifest, out)
     _remove(out / _MANIFEST)  # last: an interruption in between leaves damaged results, not unfinished ones
     return None
 
 
-def _restore_parts(
-    source: ImageSource, parts: list[range], contents: list[str], manifest: dict[str, Any], out: Path
-) -> None:
+def _restore_parts(source: ImageSource, parts: list[range], manifest: dict[str, Any], out: Path) -> None:
     """Write the parts of finished results from their measurements."""
     unreadable, (environment, *_) = manifest["unreadable"], manifest["environments"]
     readable = ([key for key in source.keys[part.start : part.stop] if key not in unreadable] for part in parts)
     measured = Measurements.read_consecutive(out / _MEASUREMENTS, readable)
-    for part, content, measurements in zip(parts, contents, measured, strict=True):
+    for part, content, measurements in zip(parts, manifest["contents"], measured, strict=True):
         keys = source.keys[part.start : part.stop]
         reasons = {key: unreadable[key] for key in keys if key in unreadable}
         _write_part(_part_path(out, part), measurements, reasons, content, environment)
@@ -327,8 +332,9 @@ def _hash_content(images: ImageSource) -> str:
     return hash_texts(hashes)
 
 
-def _check_content(content: str, before: str, out: Path) -> None:
-    if content != before:
+def _check_contents(source: ImageSource, parts: Sequence[range], before: Sequence[str], out: Path) -> None:
+    """Raise StoreError unless the images of each part are those that were scored."""
+    if [_hash_content(source.subset(part)) for part in parts] != list(before):
         raise StoreError(f"{out} contains scores of other images of the same names; give a new folder or remove it")
 
 
@@ -424,7 +430,7 @@ def _find_missing_parts(source: ImageSource, parts: list[range], out: Path) -> l
         part_info = _read_part_info(_part_path(out, part))
         # what a store did not deliver is read again, and not taken for an image that has changed
         if part_info is not None and not has_network_error(part_info["unreadable"]):
-            _check_content(_hash_content(source.subset(part)), part_info["content"], out)
+            _check_contents(source, [part], [part_info["content"]], out)
         else:
             missing.append(part)
     return missing
@@ -547,7 +553,7 @@ def _write_tables(
         warnings.warn(f"{source.name}: {message} (manifest.json lists them)", MisleadingResultWarning, stacklevel=2)
     written = [name for name in ("scores.csv", _MEASUREMENTS) if (out / name).is_file()]
     return {
-        "content": hash_texts(contents),
+        "contents": contents,
         "files": {name: hash_file(out / name) for name in written},
         "about": describe_detector(detector),
         "counts": summary.counts,

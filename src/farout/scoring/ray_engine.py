@@ -292,7 +292,7 @@ def _finish(
         warnings.warn(f"{source.name}: {message} (manifest.json lists them)", MisleadingResultWarning, stacklevel=3)
     manifest = {
         **settings,
-        "content": hash_texts(contents),
+        "contents": contents,
         "files": {_TABLE: table_hash},
         "counts": summary.counts,
         "flagged": summary.flagged,

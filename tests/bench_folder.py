@@ -98,6 +98,7 @@ def _write(folder: Path, source: str, scores: Scores) -> None:
         "files": {"scores.csv": hash_file(folder / "scores.csv")},
         "counts": {"ok": len(scores)},
         "flagged": int(scores.is_ood.sum()),
+        "environments": [{}],
         "unreadable": {},
     }
     write_sealed_json(folder / "manifest.json", manifest)

@@ -170,7 +170,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_finished_parts_are_kept(place:
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
 def test_a_signal_to_the_parent_ends_its_workers(number: str, place: Path, tmp_path: Path) -> None:
     # waits with a part in each worker, so that the signal comes before the last one on a machine of any speed
-    words = ["score", place / "d", place / "new", "--out", tmp_path / "r", "--processes", "2"]
+    arguments = ["score", place / "d", place / "new", "--out", tmp_path / "r", "--processes", "2"]
     script = tmp_path / "score.py"
     script.write_text(f"""
 import sys, time
@@ -185,7 +185,7 @@ def measure_part_slowly(*arguments):
 
 measure_part, folder._measure_part = folder._measure_part, measure_part_slowly
 if __name__ == "__main__":
-    sys.exit(main({[str(word) for word in words]!r}))
+    sys.exit(main({[str(argument) for argument in arguments]!r}))
 """)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     process = subprocess.Popen(

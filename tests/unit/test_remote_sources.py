@@ -325,7 +325,7 @@ def test_a_list_on_a_store_names_no_file_of_this_machine(folder: Path, store: st
 
 
 class UnreliableFileSystem(MemoryFileSystem):
-    """A store that loses the connection where it is told to."""
+    """A store that loses the connection for the paths of `fails_for`."""
 
     protocol = "unreliable"
     fails_for = ""

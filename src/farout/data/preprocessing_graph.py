@@ -34,7 +34,7 @@ class PreprocessingGraph(nn.Module):
 
     Attributes:
         input_size: height and width that the images must have; None: any.
-        steps_before: the steps that are not part of the graph, in words.
+        steps_before: descriptions of the steps that are not part of the graph.
 
     Raises FaroutError where the first steps cannot be part of a graph: JPEG encoding, and two kinds of resizing.
     """

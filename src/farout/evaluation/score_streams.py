@@ -49,7 +49,7 @@ class ScoreStream:
     Attributes:
         table: one row per image: `result`, the path of its result; `key`; `status`; `p_value`, NaN where there is none;
             `time`, if it decides the order.
-        order: what decides the order, in words.
+        order: description of what decides the order.
         results: path and number of rows of each result.
         calibration_images: number of calibration images of the detector; None if no manifest tells.
         alpha: the detector's false-alarm rate; None if no manifest tells.

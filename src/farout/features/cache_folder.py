@@ -225,8 +225,8 @@ def _delete(file: _StoredFile) -> bool:
         if file.path.stat().st_mtime == file.last_used:
             file.path.unlink()
             return True
-    except OSError:  # gone, or not ours
-        pass
+    except OSError:  # another process deleted it, or another user owns it
+        return False
     return False
 
 

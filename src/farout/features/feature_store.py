@@ -153,9 +153,9 @@ class FeatureStore:
                 first = min(choices, key=lambda choice: choice[:2])
                 choices.remove(first)
                 rows.setdefault(first[3], []).append((first[1], image_hash, first[2]))
-            for file, wanted in rows.items():
+            for file, requested in rows.items():
                 try:
-                    for image_hash, features in file.read(wanted):
+                    for image_hash, features in file.read(requested):
                         if features is None:
                             damaged.add(image_hash)
                         else:
@@ -286,12 +286,12 @@ class FeatureStore:
                 for number, other, _, _ in index.find(split_hashes(hashes))
                 if other.path not in paths
             }
-            wanted = [
+            new_rows = [
                 (row, image_hash, check)
                 for row, (image_hash, check) in enumerate(zip(image_hashes, checks.tolist(), strict=True))
                 if row not in stored and image_hash not in rows
             ]
-            for image_hash, features in opened.read(wanted):
+            for image_hash, features in opened.read(new_rows):
                 if features is not None:
                     rows.setdefault(image_hash, features)
         merged = []

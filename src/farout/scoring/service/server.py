@@ -212,7 +212,7 @@ def _supervise(arguments: _Arguments, listener: socket.socket, processes: int) -
                     logger.warning("process %d ended with status %s; it is replaced", process.pid, process.exitcode)
                     _forget_gauges(process, metrics)
                     running[index] = start()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # the signal that ends the service: what follows stops its processes
             pass
     finally:
         listener.close()  # with this one open, new connections would wait for a process to accept them

@@ -48,10 +48,11 @@ from farout.detectors.results import PARQUET_SETTINGS
 from farout.detectors.saving import describe_detector
 from farout.report.score_page import LISTED_ROWS, write_score_page
 from farout.scoring.scorer import Scorer
-from farout.scoring.summary import ScoreSummary, add_table
+from farout.scoring.summary import ScoredParts, ScoreSummary, add_table
 from farout.scoring.worker_pool import open_worker_scorer, run_in_workers
 
 __all__ = [
+    "MEMORY_MIB",
     "ScoredFolder",
     "check_selection",
     "check_settings",
@@ -69,7 +70,7 @@ __all__ = [
 
 _IMAGES_PER_PART = 256
 """Images measured between two files on disk."""
-_MEMORY_MIB = 64
+MEMORY_MIB = 64
 """Memory for decoded images: those that are looked at before they are scored, and those of the page."""
 _SETTINGS_FILE, _PARTS, _MANIFEST, _MEASUREMENTS = "settings.json", "parts", "manifest.json", "measurements.parquet"
 
@@ -158,7 +159,7 @@ def score_folder(
         raise FaroutError(f"processes is {processes}; expected 1 or more")
     if is_url(out):
         raise FaroutError(f"{out} is a URL, to which only score_with_ray writes (--engine ray); give a folder")
-    source = detector.open_images(images, policy=policy, limit=limit, reading=reading, memory_mib=_MEMORY_MIB)
+    source = detector.open_images(images, policy=policy, limit=limit, reading=reading, memory_mib=MEMORY_MIB)
     out, group = expand_path(out), join_processes(detector.runtime.device)
     if processes > 1 and group.num_processes > 1:
         raise FaroutError(f"a launcher started {group.num_processes} processes already; leave out processes")
@@ -518,19 +519,13 @@ def _write_tables(
     """Join the parts to `measurements.parquet` and `scores.csv`, one in memory at a time, and add them to the summary;
     returns facts for the manifest.
     """
-    contents: list[str] = []
-    environments: list[dict[str, Any]] = []
+    scored_parts = ScoredParts(source, summary)
     with ExitStack() as stack:
         measurement_writer = None
         # to select images at a false discovery rate, the p-values of all of them must be known
         writer = stack.enter_context(open_csv_writer(out / "scores.csv")) if fdr is None else None
         for part, scores, part_info in _read_parts(detector, source, parts, out):
-            contents.append(part_info["content"])
-            if part_info["environment"] not in environments:
-                environments.append(part_info["environment"])
-            unreadable = part_info["unreadable"]
-            indices = [i for i in part if source.keys[i] not in unreadable] if source.policy == "skip" else None
-            summary.add(scores, part.start, reasons=unreadable, indices=indices)
+            scored_parts.add(part, scores, part_info["unreadable"], part_info["content"], part_info["environment"])
             if scores.measurements is not None:
                 table = scores.measurements.to_table()
                 if measurement_writer is None:  # no file where no image could be read
@@ -547,21 +542,11 @@ def _write_tables(
                 frame = scores.to_frame()
                 frame.insert(4, "selected", scores.p_value <= largest)
                 writer.write(frame)
-    summary.warn(source.name)
-    if len(environments) > 1:
-        message = "parts were measured with other library versions or processors; scores differ by rounding"
-        warnings.warn(f"{source.name}: {message} (manifest.json lists them)", MisleadingResultWarning, stacklevel=2)
     written = [name for name in ("scores.csv", _MEASUREMENTS) if (out / name).is_file()]
     return {
-        "contents": contents,
         "files": {name: hash_file(out / name) for name in written},
         "about": describe_detector(detector),
-        "counts": summary.counts,
-        "flagged": summary.flagged,
-        "unreadable": summary.unreadable,
-        "left_out": source.left_out,
-        "further_frames": sum(source.further_frames.values()),
-        "environments": environments,
+        **scored_parts.describe(),
     }
 
 

@@ -30,6 +30,7 @@ from farout.detectors.base import Detector, Scores, find_detector, load
 from farout.detectors.saving import KIND, describe_detector
 from farout.report.score_page import LISTED_ROWS, write_score_page
 from farout.scoring.folder import (
+    MEMORY_MIB,
     ScoredFolder,
     check_selection,
     check_settings,
@@ -43,14 +44,12 @@ from farout.scoring.folder import (
 from farout.scoring.ray_session import RaySettings, connect_ray, run_on_ray
 from farout.scoring.score_parts import ScoredPart, list_parts, read_part, remove_part, write_part
 from farout.scoring.scorer import Scorer
-from farout.scoring.summary import ScoreSummary
+from farout.scoring.summary import ScoredParts, ScoreSummary
 
 __all__ = ["score_with_ray"]
 
 _READ_AHEAD = 16
 """Parts that are read at the same time: from an object store, most of the time is waiting."""
-_MEMORY_MIB = 64
-"""Memory for decoded images, of the driver and of each worker."""
 _SETTINGS, _TABLE, _PAGE, _MANIFEST = "settings.json", "scores.csv", "page.html", "manifest.json"
 
 
@@ -94,7 +93,7 @@ def score_with_ray(
     folder, target = find_detector(detector), storage.as_file_path(out)
     expected = _resolve_runtime(folder, runtime, ray)
     fitted = _load_on_driver(folder, runtime, expected["precision"])
-    source = fitted.open_images(images, policy=policy, limit=limit, reading=reading, memory_mib=_MEMORY_MIB)
+    source = fitted.open_images(images, policy=policy, limit=limit, reading=reading, memory_mib=MEMORY_MIB)
     warn_before_scoring(fitted, source)
     settings = {"engine": "ray", **describe_settings(fitted, source, fdr, ray.images_per_part, expected)}
     _open_results(target, settings)
@@ -191,13 +190,11 @@ def _hash_file(path: FilePath) -> str:
 
 def _find_missing(out: FilePath, parts: Sequence[range], expected: dict[str, str]) -> list[range]:
     """The parts that have to be scored; damaged ones are removed, with a warning."""
-    complete = list_parts(out)
-    missing = [part for part in parts if part.start not in complete]
-    for part, read in zip(
-        [part for part in parts if part.start in complete],
-        prefetch([partial(_try_to_read, out, part) for part in parts if part.start in complete], _READ_AHEAD),
-        strict=True,
-    ):
+    listed = list_parts(out)
+    missing = [part for part in parts if part.start not in listed]
+    complete = [part for part in parts if part.start in listed]
+    contents = prefetch([partial(_try_to_read, out, part) for part in complete], _READ_AHEAD)
+    for part, read in zip(complete, contents, strict=True):
         if isinstance(read, ScoredPart):
             _check_environment(read.environment, expected, f"the part {part.start:09d} in {out}")
             if has_network_error(read.unreadable):  # what a store did not deliver is read again
@@ -266,41 +263,20 @@ def _finish(
         largest_selected = counts.benjamini_hochberg(settings["fdr"])
     keep = max(settings["top_images"], LISTED_ROWS)
     summary = ScoreSummary(detector.calibration_scores[detector.score_name], detector.alpha, keep=keep)
-    environments, contents = list[dict[str, Any]](), list[str]()
+    scored_parts = ScoredParts(source, summary)
     with storage.atomic_file(out / _TABLE) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = CsvWriter(file)
             for part in _read_in_order(out, parts):
-                start = part.indices.start
-                _check_environment(part.environment, settings["runtime"], f"the part {start:09d} in {out}")
-                unreadable = part.unreadable
-                rows = (
-                    [i for i in part.indices if source.keys[i] not in unreadable] if source.policy == "skip" else None
-                )
-                summary.add(part.scores, start, reasons=unreadable, indices=rows)
+                where = f"the part {part.indices.start:09d} in {out}"
+                _check_environment(part.environment, settings["runtime"], where)
+                scored_parts.add(part.indices, part.scores, part.unreadable, part.content, part.environment)
                 frame = part.scores.to_frame()
                 if largest_selected is not None:
                     frame.insert(4, "selected", part.scores.p_value <= largest_selected)
                 writer.write(frame)
-                contents.append(part.content)
-                if part.environment not in environments:
-                    environments.append(part.environment)
         table_hash = hash_file(temporary)
-    summary.warn(source.name)
-    if len(environments) > 1:
-        message = "parts were scored with other library versions or processors; scores differ by rounding"
-        warnings.warn(f"{source.name}: {message} (manifest.json lists them)", MisleadingResultWarning, stacklevel=3)
-    manifest = {
-        **settings,
-        "contents": contents,
-        "files": {_TABLE: table_hash},
-        "counts": summary.counts,
-        "flagged": summary.flagged,
-        "unreadable": summary.unreadable,
-        "left_out": source.left_out,
-        "further_frames": sum(source.further_frames.values()),
-        "environments": environments,
-    }
+    manifest = {**settings, "files": {_TABLE: table_hash}, **scored_parts.describe()}
     with tempfile.TemporaryDirectory(prefix="farout-page-") as name:
         _measure_shown(detector, source, summary, Path(name), settings["top_images"])
         page = write_score_page(detector, source, summary, manifest, Path(name), top_images=settings["top_images"])

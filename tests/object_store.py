@@ -7,6 +7,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
+from farout.core.remote_files import RemotePath
+
+
+def record_ranges(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list to which every range that is read of a remote file adds its size."""
+    sizes: list[int] = []
+    read_range = RemotePath.read_range
+
+    def read_and_record(self: RemotePath, start: int, length: int) -> bytes:
+        data = read_range(self, start, length)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(RemotePath, "read_range", read_and_record)
+    return sizes
+
 
 @contextmanager
 def serve_s3() -> Iterator[str]:

@@ -5,12 +5,27 @@ from __future__ import annotations
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+import farout
+from small import pictures
+
 ATTEMPTS = 3
+
+
+def create_scoring_set(root: Path, count: int) -> Path:
+    """Create a detector, and this many images of which one cannot be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        farout.PCA(size=32).fit(pictures(root / "good", 40), statistics=20, alpha=0.1).save(root / "detector")
+    pictures(root / "new", count - 1, low=60, spread=150, seed=3)
+    (root / "new" / "017-broken.png").write_text("not a picture")
+    return root
 
 
 @contextmanager

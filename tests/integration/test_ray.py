@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,8 +22,7 @@ from farout.scoring import ray_engine
 from farout.scoring.folder import read_manifest, read_scores, score_folder
 from farout.scoring.ray_engine import score_with_ray
 from farout.scoring.ray_session import RaySettings, run_on_ray
-from ray_cluster import start_ray
-from small import pictures
+from ray_cluster import create_scoring_set, start_ray
 from tolerances import assert_same_scores
 
 pytestmark = pytest.mark.slow
@@ -46,13 +44,7 @@ def ray(s3_server: str) -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A detector, and images of which one cannot be read."""
-    root = tmp_path_factory.mktemp("ray")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        farout.PCA(size=32).fit(pictures(root / "good", 40), statistics=20, alpha=0.1).save(root / "detector")
-    pictures(root / "new", COUNT - 1, low=60, spread=150, seed=3)
-    (root / "new" / "017-broken.png").write_text("not a picture")
-    return root
+    return create_scoring_set(tmp_path_factory.mktemp("ray"), COUNT)
 
 
 @pytest.fixture(scope="module")

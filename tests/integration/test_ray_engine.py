@@ -1,7 +1,6 @@
 """The engine ray: the scores of one process, every image once, also if workers or the whole run are killed."""
 
 import pickle
-import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,7 +22,7 @@ from farout.scoring.folder import ScoredFolder, read_manifest, read_scores, scor
 from farout.scoring.ray_engine import score_with_ray
 from farout.scoring.ray_session import RaySettings
 from farout.scoring.score_parts import ScoredPart, read_part, write_part
-from small import pictures
+from ray_cluster import create_scoring_set
 from tolerances import assert_same_scores
 
 COUNT, SIZE = 30, 8
@@ -34,13 +33,7 @@ RAY = RaySettings(ray_workers=2, images_per_part=SIZE)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A detector, and images of which one cannot be read."""
-    root = tmp_path_factory.mktemp("ray")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        farout.PCA(size=32).fit(pictures(root / "good", 40), statistics=20, alpha=0.1).save(root / "detector")
-    pictures(root / "new", COUNT - 1, low=60, spread=150, seed=3)
-    (root / "new" / "017-broken.png").write_text("not a picture")
-    return root
+    return create_scoring_set(tmp_path_factory.mktemp("ray"), COUNT)
 
 
 @pytest.fixture(scope="module")

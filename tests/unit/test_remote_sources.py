@@ -34,6 +34,7 @@ from farout.data.read_settings import ReadSettings
 from farout.data.source_spec import parse_spec
 from farout.data.sources import open_source
 from image_files import encode, picture, pixels, write_folder, write_parquet
+from object_store import record_ranges
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -157,15 +158,7 @@ def test_parquet_shards(tmp_path: Path, store: str) -> None:
 def test_row_groups_are_read_rather_than_files(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_parquet(tmp_path / "x.parquet", pixels(40, side=64), row_group=2)
     write_bytes(f"{bucket}/x.parquet", file.read_bytes())
-    received: list[int] = []
-    read_range = RemotePath.read_range
-
-    def count(self: RemotePath, start: int, length: int) -> bytes:
-        data = read_range(self, start, length)
-        received.append(len(data))
-        return data
-
-    monkeypatch.setattr(RemotePath, "read_range", count)
+    received = record_ranges(monkeypatch)
     source = open_source(f"{bucket}/x.parquet")
     opened = sum(received)
     assert source[17].shape == (1, 64, 64)

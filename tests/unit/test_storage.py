@@ -27,6 +27,7 @@ from farout.core.storage import (
     write_sealed_json,
     write_text,
 )
+from object_store import record_ranges
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -126,15 +127,7 @@ def test_ranges_are_read_with_few_requests(bucket: str, monkeypatch: pytest.Monk
     assert isinstance(path, RemotePath)
     content = os.urandom(100_000)
     write_bytes(path, content)
-    sizes: list[int] = []
-    read_range = RemotePath.read_range
-
-    def count(self: RemotePath, start: int, length: int) -> bytes:
-        data = read_range(self, start, length)
-        sizes.append(len(data))
-        return data
-
-    monkeypatch.setattr(RemotePath, "read_range", count)
+    sizes = record_ranges(monkeypatch)
     with path.open(buffering=1000) as file:
         file.seek(-10, os.SEEK_END)
         assert file.read() == content[-10:]

@@ -185,8 +185,9 @@ def test_results_of_two_detectors_are_refused(place: Path, tmp_path: Path) -> No
         farout.monitor_results(both[:1], tmp_path / "out", detector=place / "b")
     with pytest.raises(FaroutError, match="calibration_images is 5, but the detector of the results has"):
         farout.monitor_results(both[:1], tmp_path / "out", calibration_images=5)
-    with pytest.raises(FaroutError, match="is given twice"):
-        farout.monitor_results([both[0], both[0]], tmp_path / "out")
+    for same in (both[0], both[0] / "scores.csv"):
+        with pytest.raises(FaroutError, match="is given twice"):
+            farout.monitor_results([both[0], same], tmp_path / "out")
     with pytest.raises(FaroutError, match=r"s3://bucket/scores is on an object store.*copy the folder"):
         farout.monitor_results(["s3://bucket/scores"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

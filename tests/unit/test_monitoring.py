@@ -168,6 +168,27 @@ def test_the_expected_range_contains_the_rate_of_normal_images(n: int, alpha: fl
     assert high > binomial or n == 1000, "images of one calibration set vary together"
 
 
+def test_rounded_p_values_are_flagged_and_selected_as_exact_ones() -> None:
+    exact = np.array([2 / 3, 1 / 3, 1])
+    settings: dict[str, Any] = {"alpha": 2 / 3, "fdr": 0.5}
+    found = Monitor(2, **settings).update(exact.round(6))
+    assert found["flagged"].tolist() == [True, True, False]
+    pd.testing.assert_frame_equal(
+        found.drop(columns="p_value"), Monitor(2, **settings).update(exact).drop(columns="p_value")
+    )
+
+
+def test_the_expected_range_of_many_images_is_that_of_the_whole_distribution() -> None:
+    for n, alpha in ((20, 0.05), (1000, 0.001), (1000, 0.5), (19, 0.95)):
+        cumulative = stats.betabinom(
+            5000, math.floor(alpha * (n + 1) + 1e-9), n + 1 - math.floor(alpha * (n + 1) + 1e-9)
+        )
+        low, high = (round(5000 * end) for end in expected_flag_range(5000, n, alpha))
+        for end, quantile in ((low, 0.025), (high, 0.975)):
+            assert cumulative.cdf(end) >= quantile
+            assert end == 0 or cumulative.cdf(end - 1) < quantile
+
+
 def test_too_few_calibration_images_flag_nothing() -> None:
     assert expected_flag_range(100, 10, 0.05) == (0, 0)
 
@@ -223,6 +244,8 @@ def test_rows_without_p_value_are_counted_and_change_nothing() -> None:
     assert found.loc[kept, "log10_martingale"].tolist() == expected["log10_martingale"].tolist()
     monitor.update([np.nan])
     assert monitor.status["not a number"] == 2
+    monitor.update({"p_value": [p[0], np.nan], "status": [None, None]})
+    assert (monitor.status["ok"], monitor.status["not a number"]) == (61, 3)
 
 
 def test_every_form_of_scores_gives_the_same() -> None:
@@ -251,6 +274,7 @@ def test_every_form_of_scores_gives_the_same() -> None:
         ([1.02], "which is no multiple"),
         ([[0.1, 0.2]], "one-dimensional"),
         (["high"], "p-values are numbers"),
+        ("high", "one-dimensional"),
         ({"key": ["a"], "score": [1.0]}, "requires a column p_value, this table has key, score"),
         ({"key": ["a", "b"], "p_value": [1.0]}, "1 p-values for 2 keys"),
     ],
@@ -290,7 +314,8 @@ def test_selection_is_that_of_online_fdr() -> None:
     from online_fdr.p_values import Lond, LordPlusPlus
 
     p = p_values(1000, 30, 100, shift=3.0)
-    for method, test in (("lond", Lond(0.2)), ("lord++", LordPlusPlus(0.2, wealth=0.1))):
+    # LOND in the form that is proven for p-values of one calibration set
+    for method, test in (("lond", Lond(0.2, original=False)), ("lord++", LordPlusPlus(0.2, wealth=0.1))):
         monitor = Monitor(1000, fdr=0.2, fdr_method=method)
         found = monitor.update(p)
         assert found["selected"].tolist() == [test.test_one(float(value)) for value in p]

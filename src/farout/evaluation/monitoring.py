@@ -243,10 +243,10 @@ class Monitor:
         """
         table = _to_table(scores, self.rows)
         has_p_value = table["p_value"].notna().to_numpy()
-        p_values = table["p_value"].to_numpy()[has_p_value]
-        cells = self._find_cells(p_values, table["key"].to_numpy(dtype=object)[has_p_value])
-        rows = self.rows + 1 + np.flatnonzero(has_p_value)
         keys = table["key"].to_numpy(dtype=object)[has_p_value]
+        cells = self._find_cells(table["p_value"].to_numpy()[has_p_value], keys)
+        p_values = (cells + 1) / (self.calibration_images + 1)  # those of a table may be rounded
+        rows = self.rows + 1 + np.flatnonzero(has_p_value)
 
         columns: list[dict[str, np.ndarray]] = []
         for start in range(0, len(cells), _ROWS_PER_STEP):
@@ -430,19 +430,20 @@ def _to_table(scores: Any, rows_before: int) -> pd.DataFrame:
         columns = {name: np.asarray(scores[name]) for name in _COLUMNS if name in scores}
     else:
         columns = {"p_value": np.asarray(scores)}
+    if columns["p_value"].ndim != 1:
+        raise FaroutError(f"p-values are one-dimensional, got the shape {columns['p_value'].shape}")
     try:
         p_values = np.array(columns["p_value"], dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise FaroutError(f"p-values are numbers, got {columns['p_value'][:3]!r}") from error
-    if p_values.ndim != 1:
-        raise FaroutError(f"p-values are one-dimensional, got the shape {p_values.shape}")
     keys = columns.get("key", rows_before + 1 + np.arange(len(p_values)))
-    status = columns.get("status")
-    if status is None:
-        status = np.where(np.isnan(p_values), "not a number", "ok")
-    if {len(keys), len(status)} != {len(p_values)}:
-        raise FaroutError(f"there are {len(p_values)} p-values for {len(keys)} keys and {len(status)} values of status")
-    status = np.array([str(each) for each in status], dtype=object)
+    given = columns.get("status", np.full(len(p_values), None))
+    if {len(keys), len(given)} != {len(p_values)}:
+        raise FaroutError(f"there are {len(p_values)} p-values for {len(keys)} keys and {len(given)} values of status")
+    defaults = np.where(np.isnan(p_values), "not a number", "ok")
+    status = np.array(
+        [str(default if pd.isna(value) else value) for value, default in zip(given, defaults)], dtype=object
+    )
     # an image that counts as scored must have a p-value, and one without a score has none
     status[np.isnan(p_values) & (status == "ok")] = "no p-value"
     p_values[status != "ok"] = np.nan
@@ -508,10 +509,13 @@ def expected_flag_range(images: int, calibration_images: int, alpha: float) -> t
     flagged_cells = int(flag_outliers(cells, alpha).sum())
     if not flagged_cells:
         return 0.0, 0.0
-    counts = np.arange(images + 1)
+    # higher counts than this are so rare that the sums below do not need them
+    highest_rate = special.betaincinv(flagged_cells, calibration_images + 1 - flagged_cells, 0.999)
+    highest = math.ceil(images * highest_rate + 6 * math.sqrt(images * highest_rate) + 6)
+    counts = np.arange(min(highest, images) + 1)
     cumulative = np.cumsum(stats.betabinom.pmf(counts, images, flagged_cells, calibration_images + 1 - flagged_cells))
     low, high = np.searchsorted(cumulative, [0.025, 0.975])
-    return float(low) / images, float(min(high, images)) / images
+    return float(low) / images, float(min(high, counts[-1])) / images
 
 
 def _create_fdr_test(fdr: float, method: FDRMethod) -> Any:
@@ -520,7 +524,9 @@ def _create_fdr_test(fdr: float, method: FDRMethod) -> Any:
     except ImportError as error:
         raise MissingExtraError('online selection requires `pip install "farout[monitor]"`') from error
     if method == "lond":
-        return Lond(fdr)
+        # the first levels are those of Javanmard and Montanari, alpha_t = beta_t (D + 1) for D discoveries so far; only
+        # beta_t max(D, 1) is proven for positively dependent p-values (Zrnic et al. 2021)
+        return Lond(fdr, original=False)
     if method == "lord++":
         return LordPlusPlus(fdr, wealth=fdr / 2)
     raise FaroutError(f"fdr_method is {method!r}; expected lond or lord++")

@@ -88,8 +88,9 @@ def read_score_stream(
                 "(manifest.json and scores.csv are enough)"
             )
     paths = [find_path(result) for result in results]
-    for path in paths:
-        if sum(os.path.abspath(path) == os.path.abspath(other) for other in paths) > 1:
+    tables = [os.path.realpath(path / "scores.csv" if path.is_dir() else path) for path in paths]
+    for path, table in zip(paths, tables):
+        if tables.count(table) > 1:
             raise FaroutError(f"{path} is given twice; give each result once")
     origins = [_read_origin(path) for path in paths]
     fingerprint = _check_same_detector(paths, origins, detector)
@@ -170,7 +171,7 @@ def _read_result(path: Path, detector: Detector | None) -> pd.DataFrame:
         raise StoreError(
             f"{path} has no column p_value; give the detector of the scores with --detector, so that it is computed"
         )
-    columns = {"result": str(path), "key": list(scores.keys), "status": list(map(str, scores.status))}
+    columns = {"result": str(path), "key": list(scores.keys), "status": list(scores.status)}
     part = pd.DataFrame(columns | {"p_value": p_values})
     return part.assign(time=table["time"].to_numpy()) if "time" in table else part
 

@@ -42,8 +42,9 @@ def write_monitor_page(decisions: pd.DataFrame, windows: pd.DataFrame, summary: 
         name,
         f"{name} of {len(scored)} images over time",
     )
-    # rates of few images at the beginning would determine the axis
-    in_chart = (scored["window_images"] == scored["window_images"].max()).to_numpy(dtype=bool)
+    # rates of few images at the beginning would determine the axis; a stream may be shorter than a window
+    fewest = min(settings["window"], -(-len(scored) // 2))
+    in_chart = (scored["window_images"] >= fewest).to_numpy(dtype=bool)
     label = f"rate of flagged images in windows of {settings['window']} images"
     html = render_template(
         "monitor_page.html",

@@ -255,6 +255,18 @@ def test_a_graph_with_other_scores_is_not_written(
     monkeypatch.setattr(type(detector), "build_score_module", lambda self: _Wrong())
     with pytest.raises(FaroutError, match="nothing was written"):
         export_detector(detector, tmp_path / "graph", format="torch")
+    with pytest.raises(FaroutError, match="limit is 0; expected at least 1"):
+        export_detector(detector, tmp_path / "graph", format="torch", limit=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_a_runtime_is_one_line(detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("Unsupported version\nof the graph")
+
+    monkeypatch.setattr(torch.export, "load", fail)
+    with pytest.raises(FaroutError, match=r"cannot write or run this network as torch \(Unsupported version\)"):
+        export_detector(detector, tmp_path / "graph", format="torch")
     assert not list(tmp_path.iterdir())
 
 
@@ -278,6 +290,9 @@ def test_what_cannot_be_exported_names_what_can(images: Path, tmp_path: Path) ->
         export_detector(fitted, tmp_path / "graph", format="torch")
     with pytest.raises(FaroutError, match="has not been fitted"):
         export_detector(farout.KNN(**TINY), tmp_path / "graph", format="torch")
+    on_arrays = farout.KNN().fit_features(np.random.default_rng(0).normal(size=(60, 4)))
+    with pytest.raises(FaroutError, match="a detector fitted to plain features cannot be exported"):
+        export_detector(on_arrays, tmp_path / "graph", format="torch")
     with pytest.raises(FaroutError, match="there is no format 'tflite'"):
         export_detector(fitted, tmp_path / "graph", format="tflite")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())

@@ -88,7 +88,7 @@ def write_graph(
     Raises FaroutError where a library cannot express the module in this format.
     """
     check_runtime(file_format)
-    with _explain_export_errors(file_format):
+    with _convert_errors(file_format), _silence_libraries():
         program = _trace(module, inputs)
         if file_format == "torch":
             torch.export.save(program, folder / GRAPH_FILES["torch"])
@@ -99,20 +99,26 @@ def write_graph(
 
 
 @contextmanager
-def _explain_export_errors(file_format: Format) -> Iterator[None]:
-    """Silence the libraries, and convert their errors, of which there are many kinds, to one line."""
+def _convert_errors(file_format: Format) -> Iterator[None]:
+    """Convert errors of the libraries, of which there are many kinds, to one line."""
+    try:
+        yield
+    except FaroutError:
+        raise
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        versions = ", ".join(f"{name} {version}" for name, version in runtime_versions(file_format).items())
+        raise FaroutError(f"{versions} cannot write or run this network as {file_format} ({reason:.300})") from error
+
+
+@contextmanager
+def _silence_libraries() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
             yield
-    except FaroutError:
-        raise
-    except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        versions = ", ".join(f"{name} {version}" for name, version in runtime_versions(file_format).items())
-        raise FaroutError(f"{versions} cannot write this network as {file_format} ({reason:.300})") from error
     finally:
         logging.disable(level)
 
@@ -163,9 +169,20 @@ def _write_openvino(program: Any, inputs: Sequence[GraphInput], outputs: Sequenc
 def open_graph(folder: Path, file_format: Format, outputs: Sequence[str]) -> Callable[..., Mapping[str, np.ndarray]]:
     """The graph of a folder as a function from arrays, in the order of its inputs, to its outputs by name.
 
-    Only for graphs that this process has written: a torch.export file may contain a pickle.
+    Only for graphs that this process has written: a torch.export file may contain a pickle. This and the function raise
+    FaroutError where a library cannot run the graph.
     """
-    path = folder / GRAPH_FILES[file_format]
+    with _convert_errors(file_format):
+        graph = _load_graph(folder / GRAPH_FILES[file_format], file_format, outputs)
+
+    def run(*arrays: np.ndarray) -> Mapping[str, np.ndarray]:
+        with _convert_errors(file_format):
+            return graph(*arrays)
+
+    return run
+
+
+def _load_graph(path: Path, file_format: Format, outputs: Sequence[str]) -> Callable[..., Mapping[str, np.ndarray]]:
     if file_format == "torch":
         module: Any = torch.export.load(path).module()
 

@@ -20,7 +20,7 @@ from farout.core.progress import task
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing_graph import PreprocessingGraph
 from farout.detectors.base import Detector, load
-from farout.detectors.calibration import compute_p_values
+from farout.detectors.calibration import check_fitted, compute_p_values
 from farout.detectors.exported_detector import ExportedDetector
 from farout.detectors.saving import describe_detector
 
@@ -60,7 +60,12 @@ def export_detector(
     check_runtime(format)
     store.check_replaceable(out, KIND)
     fitted = load(find_path(detector), device="cpu") if isinstance(detector, str | Path) else detector
-    if fitted.is_fitted and fitted.precision != "fp32":
+    check_fitted(fitted)
+    if not hasattr(fitted, "preprocessing"):
+        raise FaroutError("a detector fitted to plain features cannot be exported: it has no backbone")
+    if limit is not None and limit < 1:
+        raise FaroutError(f"limit is {limit}; expected at least 1, or None for all images")
+    if fitted.precision != "fp32":
         raise FaroutError(
             f"this detector was fitted with precision {fitted.precision}, and graphs compute in fp32, with other "
             "p-values; fit it again with --precision fp32"
@@ -104,24 +109,25 @@ def _choose_images(
         raise FaroutError(f"{error}; give images to compare scores on (--images SOURCE)") from error
     scores = detector.compute_scores(detector.calibration)[detector.score_name].double().tolist()
     calibration = dict(zip(detector.calibration.keys, scores, strict=True))
+    generator = np.random.default_rng(detector.seed)
     chosen = []
-    for index, key in enumerate(source.keys):
-        if key in calibration:
-            try:
-                if source.content_hash(index) in detector.calibration_hashes:
-                    chosen.append(index)
-            except UnreadableImageError:
-                continue
+    for index in generator.permutation([index for index, key in enumerate(source.keys) if key in calibration]).tolist():
+        try:
+            if source.content_hash(index) in detector.calibration_hashes:
+                chosen.append(index)
+        except UnreadableImageError:
+            continue
+        if len(chosen) == limit:
+            break
     is_calibration = bool(chosen)
     if not chosen and images is None:
         raise FaroutError(
             f"{source.name} no longer contains the calibration images; give images to compare scores on "
             "(--images SOURCE)"
         )
-    indices = np.array(chosen if is_calibration else range(len(source)))
-    if limit is not None:
-        indices = np.sort(np.random.default_rng(detector.seed).permutation(indices)[: max(1, limit)])
-    return source.subset(indices.tolist()), calibration if is_calibration else None
+    if not is_calibration:
+        chosen = generator.permutation(len(source))[:limit].tolist()
+    return source.subset(sorted(chosen)), calibration if is_calibration else None
 
 
 def _compare_scores(

@@ -33,7 +33,7 @@ def export_denoiser(model: DiffusionModel | str | Path, out: str | Path, *, form
     differs by more than 1e-3 standard deviations of x.
 
     Args:
-        model: a diffusion model or its folder.
+        model: a diffusion model, which is moved to the CPU, or its folder.
         out: a new folder, or that of an export, which is replaced.
         format: `onnx`, `openvino` or `torch`.
 

@@ -14,6 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from farout import load
 from farout.core.errors import FaroutError
+from farout.detectors import knn
 from farout.detectors.autoencoder import AutoEncoder
 from farout.detectors.base import Measurements
 from farout.detectors.feature_detector import VectorDetector
@@ -186,6 +187,15 @@ def test_the_neighbor_is_scikit_learns(standardize: str) -> None:
     found = scored(detector, probes)
     assert np.allclose(found["distance"], theirs[:, -1], atol=1e-5)
     assert np.allclose(found["mean"], theirs.mean(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_the_neighbor_does_not_depend_on_the_memory_of_a_block(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector, probes = learnt(KNN, gaussian(700), k=k), gaussian(50, seed=2)
+    at_once = scored(detector, probes)
+    monkeypatch.setattr(knn, "_BLOCK_BYTES", 1)
+    for name, distances in scored(detector, probes).items():
+        np.testing.assert_allclose(distances, at_once[name], rtol=1e-12)
 
 
 def test_few_images_lower_k_and_say_so() -> None:

@@ -14,6 +14,9 @@ from farout.detectors.results import Measurements
 
 __all__ = ["KNN"]
 
+_BLOCK_BYTES = 64 * 2**20
+"""Memory for the products and differences of the images that are compared at a time."""
+
 
 class KNN(VectorDetector):
     """Distance of an image's features to its k-th nearest normal image.
@@ -62,11 +65,18 @@ class KNN(VectorDetector):
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`distance` and `mean`."""
         z, k = _normalize(self.vectors(measurements)), self.k
-        # ||z - b||^2 = ||z||^2 - 2 z b + ||b||^2; ||z||^2 does not change the order of the neighbors
-        squared = np.square(self.bank).sum(1) - 2 * z @ self.bank.T
-        nearest = np.argpartition(squared, k - 1, axis=1)[:, :k]
-        # These products cancel where a neighbor is very near: the k distances are computed from differences.
-        distances = np.stack([np.linalg.norm(row - self.bank[index], axis=1) for row, index in zip(z, nearest)])
+        distances = np.empty((len(z), k))
+        squared_lengths = np.einsum("ij,ij->i", self.bank, self.bank)
+        rows = max(1, _BLOCK_BYTES // (8 * (len(self.bank) + k * z.shape[1])))
+        for start in range(0, len(z), rows):
+            block = z[start : start + rows]
+            # ||z - b||^2 = ||z||^2 - 2 z b + ||b||^2; ||z||^2 does not change the order of the neighbors
+            squared = block @ self.bank.T
+            squared *= -2
+            squared += squared_lengths
+            nearest = squared.argmin(1)[:, None] if k == 1 else np.argpartition(squared, k - 1, axis=1)[:, :k]
+            # These products cancel where a neighbor is very near: the k distances are computed from differences.
+            distances[start : start + rows] = np.linalg.norm(block[:, None] - self.bank[nearest], axis=2)
         return {"distance": torch.from_numpy(distances.max(1)), "mean": torch.from_numpy(distances.mean(1))}
 
     def build_vector_score(self) -> nn.Module:

@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -72,6 +75,37 @@ def test_only_listed_sites_are_loaded(site: str) -> None:
     assert "control characters" in reason(f"{site}/a b", [site])
 
 
+def test_a_site_that_sends_one_byte_after_another_is_left_in_time() -> None:
+    """The time-out of a socket begins anew with every byte."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def send_headers_without_end() -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            for _ in range(50_000):  # fewer than the bytes of a header that http.client accepts
+                connection.sendall(b"x")
+                time.sleep(0.02)
+
+    server = threading.Thread(target=send_headers_without_end, daemon=True)
+    server.start()
+    site = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with listener, pytest.raises(UnreadableImageError, match=r"could not be loaded within 0\.5 seconds"):
+        load_url(f"{site}/image.png", [site], 1000, timeout=0.5)
+
+
+def test_bytes_of_urls_count_while_they_are_loaded(site: str) -> None:
+    reserved: list[int] = []
+    load_url(f"{site}/image.png", [site], 1000, timeout=30, reserve=reserved.append)
+    assert sum(reserved) == 1000
+
+    def refuse(size: int) -> None:
+        raise RequestError(429, "the queue is full")
+
+    with pytest.raises(RequestError, match="queue is full"):
+        load_url(f"{site}/image.png", [site], 1000, timeout=30, reserve=refuse)
+
+
 @pytest.mark.parametrize("address", NOT_PUBLIC)
 def test_a_name_that_leads_into_the_own_network_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def resolve(host: str, port: int, **options: object) -> list:
@@ -113,8 +147,11 @@ def test_limits_that_exclude_each_other_are_refused() -> None:
 def test_a_request_that_fails_while_urls_are_loaded_reserves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     may_answer = threading.Event()
 
-    def load_slowly(*_: object) -> bytes:
+    def load_slowly(*given: object) -> bytes:
         may_answer.wait(60)
+        reserve = given[-1]
+        assert callable(reserve)
+        reserve(1000)
         return b"x" * 1000
 
     monkeypatch.setattr(requests, "load_url", load_slowly)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 import math
+import threading
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,11 +75,12 @@ def describe_score_body() -> dict[str, Any]:
 
 
 class Admission:
-    """Counts what is accepted and not yet answered; used by the event loop only."""
+    """Counts what is accepted and not yet answered, of requests that arrive and of URLs that threads load."""
 
     def __init__(self, max_images: int, max_bytes: int) -> None:
         self.max_images, self.max_bytes = max_images, max_bytes
         self.images, self.bytes = 0, 0
+        self.lock = threading.Lock()
         self.seconds_per_image: Callable[[], float] = lambda: 0.0
 
     def retry_after(self) -> int:
@@ -88,31 +90,43 @@ class Admission:
 
 @dataclass
 class Reservation:
-    """What one request takes of the `Admission`; `release` returns it."""
+    """What one request takes of the `Admission`, until `release` returns it."""
 
     admission: Admission
     images: int = field(default=0, init=False)
     bytes: int = field(default=0, init=False)
+    is_released: bool = field(default=False, init=False)
 
-    def add(self, *, images: int = 0, size: int = 0) -> None:
-        """Reserve more; raises RequestError with status 429 if there is not enough left."""
+    def add(self, *, images: int = 0, size: int = 0, max_bytes: float = math.inf) -> None:
+        """Reserve more, also from other threads.
+
+        Raises RequestError with status 429 if there is not enough left, and with status 413 if the request then has
+        more than `max_bytes`.
+        """
         admission = self.admission
-        if admission.images + images > admission.max_images or admission.bytes + size > admission.max_bytes:
-            raise RequestError(
-                429,
-                f"the queue is full ({admission.images} images, {admission.bytes} bytes); try again later",
-                {"Retry-After": str(admission.retry_after())},
-            )
-        admission.images += images
-        admission.bytes += size
-        self.images += images
-        self.bytes += size
+        with admission.lock:
+            if self.is_released:  # a thread that still loads a URL
+                raise RequestError(499, "the request has ended")
+            if self.bytes + size > max_bytes:
+                raise RequestError(413, f"the request has more than {max_bytes:.0f} bytes (--max-request-bytes)")
+            if admission.images + images > admission.max_images or admission.bytes + size > admission.max_bytes:
+                raise RequestError(
+                    429,
+                    f"the queue is full ({admission.images} images, {admission.bytes} bytes); try again later",
+                    {"Retry-After": str(admission.retry_after())},
+                )
+            admission.images += images
+            admission.bytes += size
+            self.images += images
+            self.bytes += size
 
     def release(self) -> None:
-        """Return everything."""
-        self.admission.images -= self.images
-        self.admission.bytes -= self.bytes
-        self.images = self.bytes = 0
+        """Return everything; nothing more can be reserved."""
+        with self.admission.lock:
+            self.is_released = True
+            self.admission.images -= self.images
+            self.admission.bytes -= self.bytes
+            self.images = self.bytes = 0
 
 
 class _InMemoryParser(MultiPartParser):
@@ -166,12 +180,8 @@ async def _read_body(request: Request, settings: ServiceSettings, reservation: R
 
 async def _stream(request: Request, settings: ServiceSettings, reservation: Reservation) -> AsyncGenerator[bytes, None]:
     """The body as it arrives; raises RequestError as soon as it exceeds a limit."""
-    size = 0
     async for chunk in request.stream():
-        size += len(chunk)
-        if size > settings.max_request_bytes:
-            raise _too_large(settings)
-        reservation.add(size=len(chunk))
+        reservation.add(size=len(chunk), max_bytes=settings.max_request_bytes)
         yield chunk
 
 
@@ -243,16 +253,20 @@ async def _load(index: int, image: ImageInput, settings: ServiceSettings, reserv
             return SubmittedImage(key, base64.b64decode(image.data, validate=True))
         except (binascii.Error, ValueError):
             return SubmittedImage(key, None, "the data are not base64")
-    url = str(image.url)
+    url, loaded = str(image.url), 0
+
+    def reserve(size: int) -> None:
+        nonlocal loaded
+        reservation.add(size=size, max_bytes=settings.max_request_bytes)
+        loaded += size
+
     try:
         check_url(url, settings.allow_urls)
         timeout = min(_URL_TIMEOUT_S, settings.timeout / 2)
-        data = await asyncio.to_thread(load_url, url, settings.allow_urls, settings.max_request_bytes, timeout)
+        data = await asyncio.to_thread(load_url, url, settings.allow_urls, settings.max_request_bytes, timeout, reserve)
     except UnreadableImageError as error:
+        reservation.add(size=-loaded)
         return SubmittedImage(key, None, str(error))
-    if reservation.bytes + len(data) > settings.max_request_bytes:
-        raise _too_large(settings)
-    reservation.add(size=len(data))
     return SubmittedImage(key, data)
 
 

@@ -11,8 +11,10 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager, suppress
 from urllib.parse import quote, urlsplit
 
 from farout.core.errors import UnreadableImageError
@@ -31,8 +33,12 @@ def check_url(url: str, allowed: Collection[str]) -> None:
         raise UnreadableImageError("the site of the URL is not among those that this service loads from (--allow-urls)")
 
 
-def load_url(url: str, allowed: Collection[str], limit: int, timeout: float) -> bytes:
+def load_url(
+    url: str, allowed: Collection[str], limit: int, timeout: float, reserve: Callable[[int], object] = lambda size: None
+) -> bytes:
     """Load at most `limit` bytes from an allowed URL within `timeout` seconds.
+
+    `reserve` is called with the number of bytes of each piece that is kept; an error that it raises ends the loading.
 
     Raises UnreadableImageError, whose message does not reveal addresses or contents of the network of the service.
     """
@@ -41,9 +47,10 @@ def load_url(url: str, allowed: Collection[str], limit: int, timeout: float) -> 
     scheme, host, port = _site_of(url)
     parts = urlsplit(url)
     target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (f"?{parts.query}" if parts.query else "")
+    too_late = f"the URL could not be loaded within {timeout:g} seconds"
     try:
-        connection: http.client.HTTPConnection = _connect(scheme, host, port, timeout)
-        try:
+        plain = _connect(host, port, timeout)
+        with _closed_at(deadline, plain), closing(_speak_http(plain, scheme, host, port)) as connection:
             connection.request("GET", target, headers={"Accept": "image/*, application/octet-stream, */*;q=0.1"})
             response = connection.getresponse()
             if response.status != 200:
@@ -51,19 +58,18 @@ def load_url(url: str, allowed: Collection[str], limit: int, timeout: float) -> 
                 raise UnreadableImageError(f"the site answered with status {response.status}{hint}")
             data = bytearray()
             while chunk := response.read1(_CHUNK):
-                data += chunk
-                if len(data) > limit:
+                if len(data) + len(chunk) > limit:
                     raise UnreadableImageError(f"the URL has more than {limit} bytes (--max-request-bytes)")
-                if time.monotonic() > deadline:
-                    raise UnreadableImageError(f"the URL could not be loaded within {timeout:g} seconds")
+                reserve(len(chunk))
+                data += chunk
+            if time.monotonic() >= deadline:
+                raise UnreadableImageError(too_late)
             return bytes(data)
-        finally:
-            connection.close()
-    except TimeoutError as error:
-        raise UnreadableImageError(f"the URL could not be loaded within {timeout:g} seconds") from error
+    except UnreadableImageError:
+        raise
     except (OSError, http.client.HTTPException, ValueError) as error:
-        if isinstance(error, UnreadableImageError):
-            raise
+        if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
+            raise UnreadableImageError(too_late) from error
         raise UnreadableImageError(f"the URL could not be loaded ({type(error).__name__})") from error
 
 
@@ -81,7 +87,7 @@ def _site_of(url: str) -> tuple[str, str, int]:
     return parts.scheme, host.rstrip("."), port or _DEFAULT_PORTS[parts.scheme]
 
 
-def _connect(scheme: str, host: str, port: int, timeout: float) -> http.client.HTTPConnection:
+def _connect(host: str, port: int, timeout: float) -> socket.socket:
     """Connect to the first address of the host, after all of them were checked."""
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -91,14 +97,38 @@ def _connect(scheme: str, host: str, port: int, timeout: float) -> http.client.H
     is_listed_address = _is_address(host)
     if not is_listed_address and not all(_is_public(address) for address in addresses):
         raise UnreadableImageError("the host of the URL has an address that is not public")
-    connection = http.client.HTTPConnection(host, port, timeout=timeout)
+    return socket.create_connection((addresses[0], port), timeout=timeout)
+
+
+def _speak_http(plain: socket.socket, scheme: str, host: str, port: int) -> http.client.HTTPConnection:
+    """HTTP over a connection that exists, encrypted if the scheme is https."""
+    connection = http.client.HTTPConnection(host, port)
     connection.default_port = _DEFAULT_PORTS[scheme]  # which the header Host leaves out
-    plain = socket.create_connection((addresses[0], port), timeout=timeout)
+    connection.sock = plain
     if scheme == "https":
         connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-    else:
-        connection.sock = plain
     return connection
+
+
+@contextmanager
+def _closed_at(deadline: float, connection: socket.socket) -> Iterator[None]:
+    """Inside this context, the connection ends at a deadline: the time-out of a socket begins anew with every byte."""
+    duplicate = connection.dup()  # stays valid when the connection is encrypted
+
+    def end() -> None:
+        with suppress(OSError):  # it has ended
+            duplicate.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        duplicate.close()
+        connection.close()
 
 
 def _is_address(host: str) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from farout.core.errors import ConstantScoresWarning, FaroutError, NaNScoresWarning
 from farout.detectors.interface import DetectorInterface
@@ -109,6 +108,8 @@ def benjamini_hochberg(p_values: ArrayLike, q: float) -> np.ndarray:
     p_values = np.asarray(p_values, dtype=np.float64)
     selected, has_p_value = np.zeros(p_values.shape, dtype=bool), ~np.isnan(p_values)
     if has_p_value.any():
+        from scipy import stats  # takes a second to import
+
         adjusted = stats.false_discovery_control(p_values[has_p_value], method="bh")
         selected[has_p_value] = adjusted <= q * _ROUNDING
     return selected

@@ -9,8 +9,6 @@ from typing import Self
 import numpy as np
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
-from sklearn.covariance import LedoitWolf
-from sklearn.mixture import GaussianMixture as _Mixture
 from threadpoolctl import threadpool_limits
 
 from farout.core.errors import FaroutError, StoreError
@@ -124,6 +122,8 @@ def _precision(z: np.ndarray) -> np.ndarray:
     """Inverse of the Ledoit-Wolf shrunk covariance of a table of mean 0; the identity for a constant table."""
     if not z.any():
         return np.eye(z.shape[1])
+    from sklearn.covariance import LedoitWolf  # only a fit uses scikit-learn, whose import takes a second
+
     return LedoitWolf(assume_centered=True).fit(z).precision_
 
 
@@ -222,6 +222,8 @@ class GaussianMixture(FittedStatistics):
         Each component has its own covariance, which requires 10 d rows per component; or all have the same (`shared`),
         which requires 20 rows per component, with component counts 1, 2, 4, ...
         """
+        from sklearn.mixture import GaussianMixture as Mixture  # see _precision
+
         z, table = _fit_transform(x)
         # duplicate rows do not count
         rows = len(np.unique(table, axis=0))
@@ -230,7 +232,7 @@ class GaussianMixture(FittedStatistics):
         kind = {"covariance_type": "tied" if shared else "full", "reg_covar": 1e-2, "max_iter": 500, "n_init": 2}
         # for matrices this small, several threads are slower than one
         with threadpool_limits(1, user_api="blas"):
-            fits = [_Mixture(count, random_state=seed, **kind).fit(table) for count in counts]
+            fits = [Mixture(count, random_state=seed, **kind).fit(table) for count in counts]
         best = min(fits, key=lambda mixture: mixture.bic(table))
         roots = np.broadcast_to(best.precisions_cholesky_, (len(best.means_), *z.mean.shape * 2))
         return cls(z.mean, z.std, best.weights_, best.means_, roots.copy())

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.denoiser import ClampedDenoiser, GaussianDenoiser, GuidedDenoiser, NetworkDenoiser, expand_dims
-from farout.diffusion.losses import denoising_loss, sample_levels
+from farout.diffusion.losses import LOG_SIGMA_MEAN, LOG_SIGMA_STD, denoising_loss, sample_levels, sample_sigmas
 from farout.diffusion.noise import image_noise, shared_noise
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.unets import build_network
@@ -152,6 +152,17 @@ def test_levels_are_sampled_as_stated() -> None:
     assert abs(float((low < 250).float().mean()) - 0.5) < 0.02
     assert int(uniform.min()) >= 0
     assert int(uniform.max()) <= 999
+
+
+def test_log_normal_levels_are_spread_evenly_over_a_batch() -> None:
+    schedule, generator = NoiseSchedule(), torch.Generator().manual_seed(0)
+    logs = sample_sigmas(20000, schedule, "log_normal", generator).log()
+    assert abs(float(logs.mean()) - LOG_SIGMA_MEAN) < 0.03
+    assert abs(float(logs.std()) - LOG_SIGMA_STD) < 0.06  # the smallest sigmas are clamped
+    sigmas = sample_sigmas(10000, schedule, "log_normal", generator)
+    assert float(schedule.sigma[0]) <= float(sigmas.min()) <= float(sigmas.max()) <= float(schedule.sigma[-1])
+    few = sample_sigmas(4, schedule, "log_normal", generator).log()
+    assert float(few[0]) < float(few[1]) < LOG_SIGMA_MEAN < float(few[2]) < float(few[3])
 
 
 @pytest.mark.parametrize(("channels", "count"), [(1, 17_709_953), (3, 17_714_563)])

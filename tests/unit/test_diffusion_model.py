@@ -53,6 +53,48 @@ def test_diffusers_reads_our_folder_and_we_read_theirs(tmp_path: Path) -> None:
         torch.testing.assert_close(foreign.denoiser()(x, sigma), saved.denoiser()(x, sigma), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (28, 28), (5, 6)])
+def test_patches_become_channels_and_pixels_again(tmp_path: Path, size: tuple[int, int]) -> None:
+    preprocessing = Preprocessing(size=size, channels=1, native=size)
+    patched = DiffusionModel(tiny_unet(4), NoiseSchedule(), preprocessing, patch=2)
+    images = torch.rand(2, 1, *size)
+    x = patched.encode(images)
+    assert x.shape[1:] == patched.shape
+    torch.testing.assert_close(patched.decode(x), images)
+    assert patched.latent_shape == (1, *size)
+    patched.save(tmp_path / "m")
+    loaded = DiffusionModel.load(tmp_path / "m")
+    assert loaded.content_hash == patched.content_hash
+    assert torch.equal(loaded.encode(images), x)
+
+
+def test_folders_without_the_newer_entries_are_loaded(tmp_path: Path) -> None:
+    """Folders that were written before models had patches and a number format of their weights."""
+    saved = model()
+    saved.save(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
+    del config["patch"], config["weights"]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    store.write_folder_hashes(tmp_path / "m")
+    loaded = DiffusionModel.load(tmp_path / "m")
+    assert (loaded.patch, loaded.weight_format) == (1, "fp32")
+    assert loaded.content_hash == saved.content_hash
+
+
+def test_rounded_weights_take_half_the_space_and_are_loaded_exactly(tmp_path: Path) -> None:
+    rounded = model()
+    rounded.save(tmp_path / "full")
+    rounded.round_weights()
+    rounded.save(tmp_path / "half")
+    loaded = DiffusionModel.load(tmp_path / "half")
+    assert loaded.content_hash == rounded.content_hash
+    assert {parameter.dtype for parameter in loaded.network.parameters()} == {torch.float32}
+    loaded.save(tmp_path / "again")  # as a detector saves its networks
+    name = "unet/diffusion_pytorch_model.safetensors"
+    sizes = [(tmp_path / folder / name).stat().st_size for folder in ("full", "half", "again")]
+    assert sizes[2] == sizes[1] < 0.6 * sizes[0]
+
+
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_old_checkpoints_lie_at_the_root(tmp_path: Path, safe: bool) -> None:
     """Early hub checkpoints keep network and scheduler in one folder, some as .bin files."""

@@ -14,6 +14,7 @@ from farout.data.preprocessing import Preprocessing
 from farout.detectors.calibration import set_calibration
 from farout.detectors.reconstruction import Reconstruction
 from farout.detectors.reconstruction.denoising_paths import build_denoising_paths, paper_levels
+from farout.detectors.reconstruction.difficulty import IMAGE_STATISTICS, AdjustedErrors, compute_image_statistics
 from farout.detectors.reconstruction.metrics import METRICS
 from farout.detectors.results import Measurements
 from farout.diffusion.model import DiffusionModel
@@ -187,6 +188,63 @@ def test_the_papers_score_by_hand(scored: Reconstruction) -> None:
     torch.testing.assert_close(combined["mean_z_mse"], mse.mean(1))
 
 
+def test_the_combined_score_by_hand(scored: Reconstruction) -> None:
+    """Fisher's combination of the upper tails of the adjusted error and of the log distance."""
+    found = scored.compute_scores(scored.statistics)
+    z = found["adjusted_error"]
+    assert abs(float(z.mean())) < 1e-9
+    assert float(z.std()) == pytest.approx(1)
+    assert bool((found["combined"] > -torch.special.log_ndtr(-z)).all())
+    far = scored.compute_scores(scored.measure(images(20, spread=2 * SPREAD, seed=3)))["combined"]
+    assert float(far.min()) > float(found["combined"].max())
+
+
+def test_the_linear_error_is_that_of_a_wiener_filter() -> None:
+    """Against noised images, filtered in the frequency domain."""
+    generator = torch.Generator().manual_seed(0)
+    image, sigma = torch.rand(1, 1, 12, 10, generator=generator).double(), 0.3
+    found = compute_image_statistics(image.float(), torch.tensor([sigma, 2 * sigma]))
+    assert found.shape == (1, 2, len(IMAGE_STATISTICS))
+    frequency = torch.fft.fftfreq(12)[:, None] ** 2 + torch.fft.fftfreq(10) ** 2
+    prior = 1 / (frequency.double() + 0.03**2)
+    prior[0, 0] = 0
+    prior = 0.1 * prior / prior.mean()
+    centered = image[0, 0] - image.mean()
+    noised = centered + sigma * torch.randn(4000, 12, 10, generator=generator).double()
+    filtered = torch.fft.ifft2(torch.fft.fft2(noised) * prior / (prior + sigma**2)).real
+    assert float(found[0, 0, 0].exp()) == pytest.approx(float((filtered - centered).square().mean()), rel=0.02)
+    assert torch.equal(found[0, 0, 1:], found[0, 1, 1:]), "the others do not depend on the level"
+
+
+def test_adjusted_errors_do_not_depend_on_the_difficulty() -> None:
+    random = np.random.default_rng(0)
+    difficulty = random.normal(size=(800, 2))
+    log_errors = (3 * difficulty[:, :1] + difficulty[:, 1:] ** 2 + 0.1 * random.normal(size=(800, 1))).repeat(2, 1)
+    fitted = AdjustedErrors.fit(difficulty[:400], log_errors[:400])
+    residuals = fitted.transform(difficulty[400:], log_errors[400:])
+    assert abs(float(np.corrcoef(residuals[:, 0], difficulty[400:, 0])[0, 1])) < 0.2
+    assert residuals.std() == pytest.approx(1, abs=0.3)
+    assert fitted.transform(difficulty[400:], log_errors[400:] + 0.5).min() > residuals.max() - 4
+
+
+def test_measurements_of_earlier_versions_have_the_earlier_scores(scored: Reconstruction) -> None:
+    """They have no image statistics; the folder of the detector names its score, so that it stays what it was."""
+    values = scored.statistics.values
+    assert values is not None
+    old = Measurements(scored.statistics.keys, values[..., : len(METRICS)], scored.statistics.levels, METRICS)
+    made = detector(levels=LEVELS, score="mahalanobis")
+    made.fit_statistics(old)
+    assert "combined" not in made.compute_scores(old)
+    torch.testing.assert_close(
+        made.compute_scores(old)["mahalanobis"], scored.compute_scores(scored.statistics)["mahalanobis"]
+    )
+    restored = detector(levels=LEVELS, score="mahalanobis")
+    restored.set_state({name: value for name, value in made.get_state().items() if "error" not in name})
+    assert torch.equal(restored.compute_scores(old)["mean_z"], made.compute_scores(old)["mean_z"])
+    with pytest.raises(FaroutError, match="fit the detector again"):
+        detector(levels=LEVELS).fit_statistics(old)
+
+
 @pytest.mark.slow
 def test_complexity_bias_and_its_cure(scored: Reconstruction) -> None:
     """Low-contrast images score as nearer one-sidedly; two-sided densities find them."""
@@ -268,8 +326,9 @@ def test_it_works_on_latents() -> None:
 
 def test_scores_of_constant_metrics_are_numbers() -> None:
     made = Reconstruction(metrics=("mse",), density_metrics=("mse",))
-    values = torch.full((20, 2, 1, len(METRICS)), 0.5)
-    measurements = Measurements(tuple(map(str, range(20))), values, (50.0, 100.0), METRICS)
+    names = (*METRICS, *IMAGE_STATISTICS)
+    values = torch.full((20, 2, 1, len(names)), 0.5)
+    measurements = Measurements(tuple(map(str, range(20))), values, (50.0, 100.0), names)
     made.fit_statistics(measurements)
     assert all(bool(torch.isfinite(score).all()) for score in made.compute_scores(measurements).values())
 

@@ -23,8 +23,10 @@ class DiffusionConfig:
     """The diffusion model. Raises FaroutError for a scale that is not positive.
 
     Args:
-        network: U-Net: `tiny` (1.1 M parameters), `small` (17.7 M), `paper` (171 M), `cifar` (35.75 M), `iddpm` (52.5
-            M), or `tokens` (1.4 M, classes by cross-attention).
+        network: U-Net: `tiny` (1.1 M parameters), `compact` (2.6 M) or `mini` (1.1 M) for patches, `small` (17.7
+            M), `paper` (171 M), `cifar` (35.75 M), `iddpm` (52.5 M), or `tokens` (1.4 M, classes by cross-attention).
+        patch: side of the square patches of pixels that become channels of one position of the network's input (space
+            to depth); 1: none.
         classes: train a class-conditional model on the source's labels.
         label_dropout: probability of dropping a label in training, which guidance needs; class-conditional models only.
         dropout: dropout rate of the network; default: the network's own.
@@ -33,7 +35,8 @@ class DiffusionConfig:
         beta_start: first beta of the noise schedule (not used by `cosine`).
         beta_end: last beta of the noise schedule (not used by `cosine`).
         snr_shift: factor on the signal-to-noise ratio of every level of the schedule.
-        levels: distribution of t in training: `uniform`, `low_noise` (more low t) or `antithetic` (mirrored pairs).
+        levels: distribution of noise levels in training: `uniform` in t, `low_noise` (more low t), `antithetic`
+            (mirrored pairs of t) or `log_normal` (log sigma from a normal distribution, Karras et al. 2022).
         error: loss: `square` or `absolute` error.
         reduction: `mean` or `sum` of the loss over channels and pixels.
         flip: flip images horizontally with probability 0.5 in training.
@@ -49,6 +52,7 @@ class DiffusionConfig:
     """
 
     network: NetworkName = "tiny"
+    patch: int = 1
     classes: bool = False
     label_dropout: float = 0.1
     dropout: float | None = None
@@ -72,6 +76,8 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         if not 0 < self.b_scale < math.inf:
             raise FaroutError(f"b_scale must be a positive number, got {self.b_scale}")
+        if not 1 <= self.patch <= 64:
+            raise FaroutError(f"patch must be 1 to 64 pixels, got {self.patch}")
 
     def preprocess(self, source: ImageSource) -> Preprocessing:
         """The preprocessing that suits `source`."""
@@ -108,7 +114,7 @@ _CIFAR: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
-        "model": {"network": "tiny"},
+        "model": {"network": "compact", "patch": 2, "prediction": "v_prediction", "levels": "log_normal"},
         "training": {"steps": 2000, "batch_size": 64, "learning_rate": 1e-3, "ema": 0.995},
     },
     "small": {

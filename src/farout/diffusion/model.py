@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -29,12 +29,16 @@ from farout.diffusion.denoiser import ClampedDenoiser, Denoiser, NetworkDenoiser
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.unets import network_config
 
-__all__ = ["KIND", "DiffusionModel"]
+__all__ = ["KIND", "DiffusionModel", "WeightFormat"]
 
 KIND = "diffusion model"
 """What `config.json` calls a folder of this class."""
 _TEXT_MODEL_RESIZING: dict[str, Any] = {"kernel": "bilinear", "fill": True}
 """Preprocessing of text-conditional models, which are trained on cropped images that keep their aspect ratio."""
+
+
+WeightFormat = Literal["fp32", "fp16"]
+"""How `save` stores the weights of the network; they are computed with in fp32 or as `precision` says."""
 
 
 class _Content(Schema):
@@ -48,6 +52,9 @@ class _Content(Schema):
     conditioning: dict[str, Any] | None
     content_hash: str
     provenance: dict[str, Any]
+    # folders of earlier versions do not have these
+    patch: Annotated[int, Field(ge=1)] = 1
+    weights: WeightFormat = "fp32"
 
 
 class DiffusionModel:
@@ -60,6 +67,8 @@ class DiffusionModel:
         prediction: what the network predicts.
         data_range: values to which 0 and 1 of an image are mapped; (0, 1) in the reconstruction paper.
         b_scale: factor on the data before noising, which multiplies the signal-to-noise ratio by b^2.
+        patch: side of the square patches of pixels (or latents) that become channels of one position of the network's
+            space (space to depth); 1: none. It is a permutation, so that noise and errors stay what they are.
         autoencoder: diffusers' `AutoencoderKL` or `VQModel`; None: the network works on pixels.
         conditioning: the classes of the network; None: it is unconditional.
         trained_on: content hashes of the training images.
@@ -77,6 +86,7 @@ class DiffusionModel:
         prediction: Prediction = "epsilon",
         data_range: tuple[float, float] = (-1.0, 1.0),
         b_scale: float = 1.0,
+        patch: int = 1,
         autoencoder: nn.Module | None = None,
         conditioning: Conditioning | None = None,
         trained_on: Collection[str] = (),
@@ -84,6 +94,8 @@ class DiffusionModel:
     ) -> None:
         self.network, self.schedule, self.preprocessing = network.eval(), schedule, preprocessing
         self.prediction, self.data_range, self.b_scale = check_prediction(prediction), data_range, b_scale
+        self.patch = patch
+        self.weight_format: WeightFormat = "fp32"
         self.autoencoder = None if autoencoder is None else autoencoder.eval().requires_grad_(False)
         self.conditioning = conditioning
         self.trained_on = frozenset(trained_on)
@@ -144,12 +156,13 @@ class DiffusionModel:
             factor = _autoencoder_factor(self.autoencoder)
             below, right = -x.shape[-2] % factor, -x.shape[-1] % factor
             x = _encode_latents(self.autoencoder, functional.pad(x, (0, right, 0, below), mode="replicate"), noise)
-        return self.b_scale * functional.pad(x, self._padding(x.shape[-2], x.shape[-1]), mode="replicate")
+        padded = functional.pad(x, self._padding(x.shape[-2], x.shape[-1]), mode="replicate")
+        return self.b_scale * functional.pixel_unshuffle(padded, self.patch)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Decodes x0 in the network's space to images (B, C, H, W) of the preprocessing's size, clamped to [0, 1]."""
-        x = x / self.b_scale
+        x = functional.pixel_shuffle(x / self.b_scale, self.patch)
         height, width = self._inner_size()
         left, _, top, _ = self._padding(height, width)
         x = x[..., top : top + height, left : left + width]
@@ -181,20 +194,21 @@ class DiffusionModel:
         return x // 2, x - x // 2, y // 2, y - y // 2
 
     def _network_factor(self) -> int:
-        """Downsampling factor of the network's innermost feature maps."""
-        return int(2 ** (len(network_config(self.network)["block_out_channels"]) - 1))
+        """Downsampling factor of the network's innermost feature maps, patches included."""
+        return int(self.patch * 2 ** (len(network_config(self.network)["block_out_channels"]) - 1))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W) of x0 in the network's space."""
         height, width = self._inner_size()
         left, right, top, bottom = self._padding(height, width)
-        return (int(network_config(self.network)["in_channels"]), height + top + bottom, width + left + right)
+        channels = int(network_config(self.network)["in_channels"])
+        return (channels, (height + top + bottom) // self.patch, (width + left + right) // self.patch)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(C, H, W) of the noise of `encode`: of the autoencoder's latents, before padding."""
-        return (self.shape[0], *self._inner_size())
+        return (self.shape[0] // self.patch**2, *self._inner_size())
 
     # -- identity ------------------------------------------------------------------------------------------------
 
@@ -216,6 +230,8 @@ class DiffusionModel:
         }
         if self.conditioning is not None:  # keeps the hash of unconditional models
             described["conditioning"] = self.conditioning.describe()
+        if self.patch != 1:  # keeps the hash of models of earlier versions
+            described["patch"] = self.patch
         weights[json.dumps(described, sort_keys=True)] = torch.zeros(1)
         return store.hash_tensors(weights)
 
@@ -287,18 +303,28 @@ class DiffusionModel:
 
     # -- folders -------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Rounds the network's weights to fp16, as which `save` then stores them, in half the space."""
+        for parameter in self.network.parameters():
+            parameter.copy_(parameter.half().float())
+        self.weight_format = "fp16"
+
     def save(self, folder: str | Path) -> None:
         """Writes a folder in diffusers' layout with farout's `config.json`, complete or not at all."""
         with store.atomic_folder(folder, KIND) as temporary:
             self._write_files(temporary)
 
     def _write_files(self, folder: Path) -> None:
-        folders.write_network(folder, self.network, self.schedule, self.prediction, self.autoencoder)
+        network = self.network if self.weight_format == "fp32" else copy.deepcopy(self.network).half()
+        folders.write_network(folder, network, self.schedule, self.prediction, self.autoencoder)
         folders.write_conditioning(folder, self.conditioning)
         content = {
             "prediction": self.prediction,
             "data_range": list(self.data_range),
             "b_scale": self.b_scale,
+            "patch": self.patch,
+            "weights": self.weight_format,
             "schedule": self.schedule.to_dict(),
             "preprocessing": self.preprocessing.to_dict(),
             "conditioning": None if self.conditioning is None else self.conditioning.describe(),
@@ -355,11 +381,13 @@ class DiffusionModel:
                 prediction=config["prediction"],
                 data_range=tuple(config["data_range"]),
                 b_scale=config["b_scale"],
+                patch=config.get("patch", 1),
                 autoencoder=autoencoder,
                 conditioning=conditioning,
                 trained_on=store.read_hashes(path / "trained_on.txt"),
                 provenance=config["provenance"],
             )
+        model.weight_format = config.get("weights", "fp32")
         if model.content_hash != config["content_hash"]:
             raise StoreError(f"{path}: the weights are not those that were saved (their hash differs)")
         return model

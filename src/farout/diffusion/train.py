@@ -33,7 +33,7 @@ from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.config import DiffusionConfig
 from farout.diffusion.denoiser import NetworkDenoiser
 from farout.diffusion.losses import Objective, denoising_loss, drop_labels
-from farout.diffusion.model import KIND, DiffusionModel
+from farout.diffusion.model import KIND, DiffusionModel, WeightFormat
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.unets import build_network, create_conditioning, network_config
 from farout.training.checkpoints import discard_checkpoints, training_folder
@@ -67,7 +67,8 @@ def build_model(
         raise FaroutError(f"classes is {config.classes}, the class names are {class_names}; expected both or none")
     channels = preprocessing.channels if autoencoder is None else int(network_config(autoencoder)["latent_channels"])
     count = None if class_names is None else len(class_names)
-    network = build_network(config.network, channels, max(preprocessing.size), classes=count, dropout=config.dropout)
+    size = -(-max(preprocessing.size) // config.patch)
+    network = build_network(config.network, channels * config.patch**2, size, classes=count, dropout=config.dropout)
     conditioning = None
     if class_names is not None:
         conditioning = create_conditioning(network, class_names, has_null=config.objective.label_dropout > 0)
@@ -78,6 +79,7 @@ def build_model(
         prediction=config.prediction,
         data_range=(-1.0, 1.0) if config.data_range == "symmetric" else (0.0, 1.0),
         b_scale=config.b_scale,
+        patch=config.patch,
         autoencoder=autoencoder,
         conditioning=conditioning,
     )
@@ -154,6 +156,7 @@ def _training_fingerprint(fingerprint: str, model: DiffusionModel, objective: Ob
         "prediction": model.prediction,
         "data_range": model.data_range,
         "b_scale": model.b_scale,
+        **({} if model.patch == 1 else {"patch": model.patch}),  # so that runs of earlier versions can be resumed
         "autoencoder": None if model.autoencoder is None else store.hash_tensors(model.autoencoder.state_dict()),
     }
     return f"{fingerprint} {objective} {model.schedule} {model.preprocessing} {settings}"
@@ -222,6 +225,7 @@ def train_diffusion(
     model: DiffusionConfig = DiffusionConfig(),  # noqa: B008
     training: TrainingConfig = TrainingConfig(),  # noqa: B008
     autoencoder: str | None = None,
+    weights: WeightFormat = "fp32",
     limit: int | None = None,
     alpha: float = 0.05,
     statistics: int = 400,
@@ -244,6 +248,8 @@ def train_diffusion(
         training: settings of the training.
         autoencoder: folder of a diffusers `AutoencoderKL` or `VQModel`, to train a model of its latents; default: a
             model of pixels.
+        weights: number format in which the weights are stored: `fp32`, or `fp16` for half the size (they are rounded
+            after training).
         limit: use a seeded random sample of this many images; default: all.
         alpha: hold out enough images for a later calibration at this false-alarm rate.
         statistics: number of images to hold out for the statistics of a later fit; at most as many as are trained on.
@@ -276,6 +282,8 @@ def train_diffusion(
         images.subset(parts.training), new_model, settings, objective=model.objective, out=folder, resume=resume
     )
     if is_main_process():
+        if weights == "fp16":
+            trained.round_weights()
         trained.save(out)
         discard_checkpoints(folder, settings)
     return trained

@@ -15,7 +15,7 @@ from farout.diffusion.conditioning.class_tokens import ClassTokens
 
 __all__ = ["NETWORKS", "NetworkName", "UNetConfig", "build_network", "create_conditioning", "network_config"]
 
-NetworkName = Literal["tiny", "small", "paper", "cifar", "iddpm", "tokens"]
+NetworkName = Literal["tiny", "compact", "mini", "small", "paper", "cifar", "iddpm", "tokens"]
 
 CLASS_TOKENS = 4
 """Number of tokens per class of the network `tokens`."""
@@ -38,6 +38,8 @@ class UNetConfig:
 
 NETWORKS: dict[str, UNetConfig] = {
     "tiny": UNetConfig((32, 64, 64), 1, (False, False, True), groups=8),
+    "compact": UNetConfig((64, 128), 1, (False, False), groups=8),
+    "mini": UNetConfig((64, 64), 1, (False, False), groups=8),
     "small": UNetConfig((128, 256, 256), 1, (False, False, True)),
     "paper": UNetConfig((256, 512, 768), 2, (False, True, True)),
     "cifar": UNetConfig(
@@ -73,11 +75,12 @@ NETWORKS: dict[str, UNetConfig] = {
         },  # the number of heads, despite its name in diffusers
     ),
 }
-"""`tiny`: 1.1 M parameters, for CPUs; `small`: 17.7 M, the reconstruction paper's released code; `paper`: 171 M, the
-configuration of its published numbers; `cifar`: 35.75 M, the network of Ho et al. 2020 for 32 x 32 pixels, which
-the denoising paper trains; `iddpm`: 52.5 M, that of Nichol & Dhariwal 2021 with attention at 16 x 16 and 8 x 8 in 4
-heads; `tokens`: 1.4 M, for CPUs, with classes by cross-attention. By default attention has one head, and norms are
-group norms with eps 1e-6."""
+"""`tiny`: 1.1 M parameters, for CPUs; `compact`: 2.6 M, for patches of 2 x 2 pixels, a third of the time of `tiny` per
+image on a CPU with bf16 (docs/results.md, section 22); `mini`: 1.1 M, likewise, for small files; `small`: 17.7 M, the
+reconstruction paper's released code; `paper`: 171 M, the configuration of its published numbers; `cifar`: 35.75 M, the
+network of Ho et al. 2020 for 32 x 32 pixels, which the denoising paper trains; `iddpm`: 52.5 M, that of Nichol &
+Dhariwal 2021 with attention at 16 x 16 and 8 x 8 in 4 heads; `tokens`: 1.4 M, for CPUs, with classes by
+cross-attention. By default attention has one head, and norms are group norms with eps 1e-6."""
 
 
 def build_network(

@@ -15,6 +15,7 @@ from farout.core.errors import FaroutError, StoreError
 
 __all__ = [
     "ClassMahalanobis",
+    "FittedStatistics",
     "GaussianMixture",
     "KernelDensity",
     "Mahalanobis",

@@ -18,13 +18,26 @@ from farout.detectors.argument_checks import check_literals
 from farout.detectors.base import Detector, Measurements
 from farout.detectors.declarations import HeatMaps, Requirements
 from farout.detectors.reconstruction.denoising_paths import DenoisingPaths, build_denoising_paths
+from farout.detectors.reconstruction.difficulty import (
+    IMAGE_STATISTICS,
+    AdjustedErrors,
+    compute_image_statistics,
+    one_sided_evidence,
+)
 from farout.detectors.reconstruction.metrics import METRICS, compute_metrics
 from farout.diffusion.config import DiffusionConfig
 from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.noise import noise_table
 from farout.diffusion.solvers.base import Evaluation
-from farout.features.densities import GaussianMixture, Mahalanobis, ZScore, pack_arrays, unpack_arrays
+from farout.features.densities import (
+    FittedStatistics,
+    GaussianMixture,
+    Mahalanobis,
+    ZScore,
+    pack_arrays,
+    unpack_arrays,
+)
 from farout.features.perceptual import PerceptualName, perceptual_distance
 
 if TYPE_CHECKING:  # importing classifiers takes seconds, and the method uses none
@@ -32,7 +45,15 @@ if TYPE_CHECKING:  # importing classifiers takes seconds, and the method uses no
 
 __all__ = ["Reconstruction"]
 
-_INDICATORS = ("mean_z", "two_sided", "mahalanobis", "mixture", *(f"mean_z_{metric}" for metric in METRICS))
+_INDICATORS = (
+    "combined",
+    "adjusted_error",
+    "mean_z",
+    "two_sided",
+    "mahalanobis",
+    "mixture",
+    *(f"mean_z_{metric}" for metric in METRICS),
+)
 
 
 class Reconstruction(Detector):
@@ -45,10 +66,16 @@ class Reconstruction(Detector):
 
         mean_z      = mean over t of z(mse_t) + z(perceptual_t)     (section 3.3; the paper's score)
         two_sided   = mean over t and metrics of |z(m_t)|
-        mahalanobis, mixture = negative log densities of log m_t, all levels and `density_metrics` together.
+        mahalanobis, mixture = negative log densities of log m_t, all levels and `density_metrics` together
+        adjusted_error = mean over t of the residual of log mse_t after a regression on statistics of the image
+            (see `farout.detectors.reconstruction.difficulty`), standardized
+        combined    = -log p(adjusted_error) - log p(distance), Fisher's combination of two one-sided p-values.
 
-    The last three are ours: images with little contrast are reconstructed better than normal ones, so that a low error
-    can be anomalous too.
+    All but the first are ours. Images with little contrast are reconstructed better than normal ones, so that a low
+    error can be anomalous too: the densities are two-sided. But a density of many values hardly detects images whose
+    errors are all slightly too large, such as flipped ones; the adjusted error does. `distance` is the logarithm of the
+    Mahalanobis distance of log m_t and the image statistics together; p is a tail probability of the normal
+    distribution with the mean and deviation of the statistics images.
 
     Args:
         mode: `oneshot`: one evaluation per level and draw; `fast`: a solver with few steps; `exact`: PLMS as in the
@@ -65,8 +92,8 @@ class Reconstruction(Detector):
         metrics: metrics whose z-scores are averaged: mse, perceptual, ssim (1 - SSIM), eps_error (error of the
             predicted noise), score_norm (mean square of the predicted noise).
         density_metrics: metrics whose logarithms `mahalanobis` and `mixture` use.
-        score: indicator used as score: `mean_z` (the paper's), `two_sided` (mean of |z|), `mahalanobis` or `mixture`
-            (of log-metrics), or `mean_z_<metric>`.
+        score: indicator used as score: `combined`, `adjusted_error`, `mean_z` (the paper's), `two_sided` (mean of
+            |z|), `mahalanobis` or `mixture` (of log-metrics), or `mean_z_<metric>`.
         min_t: use only levels above this t.
         max_t: use only levels below this t.
         t_skip: use every t_skip-th of the remaining levels.
@@ -112,7 +139,7 @@ class Reconstruction(Detector):
         perceptual: PerceptualName = "lite0",
         metrics: tuple[str, ...] = ("mse", "perceptual"),
         density_metrics: tuple[str, ...] = ("mse", "perceptual", "eps_error", "score_norm"),
-        score: str = "mahalanobis",
+        score: str = "combined",
         min_t: int = -1,
         max_t: int = 1000,
         t_skip: int = 1,
@@ -136,6 +163,9 @@ class Reconstruction(Detector):
         self.z: ZScore | None = None
         self.mahalanobis: Mahalanobis | None = None
         self.mixture: GaussianMixture | None = None
+        self.adjustment: AdjustedErrors | None = None
+        self.distance_with_statistics: Mahalanobis | None = None
+        self.evidence: ZScore | None = None  # of the adjusted error and the log distance, before they are combined
         self.reset_statistics()
 
     def reset_statistics(self) -> None:
@@ -192,7 +222,7 @@ class Reconstruction(Detector):
         return self.denoiser.evaluations
 
     def measure(self, batch: Batch, maps: bool = False) -> Measurements:
-        """The metrics at every level and draw: values (B, level, draw, metric).
+        """The metrics and image statistics at every level and draw: values (B, level, draw, metric).
 
         With `maps`: the mean over levels of the standardized squared errors (B, H, W), and the picture
         `reconstruction` (B, C, H, W) of the middle level.
@@ -246,8 +276,11 @@ class Reconstruction(Detector):
         values = compute_metrics(
             images, reconstructions, predicted_noise, noise, self.distance, self.runtime.batch_size
         )
+        low, high = (-1.0, 1.0) if model.x0_range is None else model.x0_range
+        statistics = compute_image_statistics(images, paths.sigmas[:, 0] / (high - low))
+        values = torch.cat([values.reshape(*grid, -1).cpu(), statistics[:, :, None].expand(*grid, -1)], dim=3)
         levels = tuple(float(t) for t in paths.levels)
-        measurements = Measurements(batch.keys, values.reshape(*grid, -1).cpu(), levels, METRICS)
+        measurements = Measurements(batch.keys, values, levels, (*METRICS, *IMAGE_STATISTICS))
         return measurements, reconstructions.reshape(*grid, *reconstructions.shape[1:])
 
     def _noise(self, identities: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
@@ -281,7 +314,19 @@ class Reconstruction(Detector):
     def _metrics(self, measurements: Measurements) -> np.ndarray:
         """m_t: (B, level, metric) float64, draws averaged, for the levels that count in the scores."""
         assert measurements.values is not None
-        return measurements.values[:, self._scored_level_indices(measurements.levels)].double().mean(2).numpy()
+        values = measurements.values[..., : len(METRICS)]
+        return values[:, self._scored_level_indices(measurements.levels)].double().mean(2).numpy()
+
+    def _image_statistics(self, measurements: Measurements) -> np.ndarray | None:
+        """The linear error at every level that counts, then the other image statistics: (B, level + 5) float64.
+
+        None for measurements of earlier versions, which do not have them.
+        """
+        assert measurements.values is not None
+        if len(measurements.metrics) == len(METRICS):
+            return None
+        values = measurements.values[:, self._scored_level_indices(measurements.levels), 0, len(METRICS) :]
+        return torch.cat([values[:, :, 0], values[:, 0, 1:]], dim=1).double().numpy()
 
     def _log_metrics(self, metrics: np.ndarray) -> np.ndarray:
         """log m_t: (B, level * density metric)."""
@@ -295,6 +340,32 @@ class Reconstruction(Detector):
         self.z = ZScore.fit(metrics.reshape(len(metrics), -1))
         self.mahalanobis = Mahalanobis.fit(self._log_metrics(metrics))
         self.mixture = GaussianMixture.fit(self._log_metrics(metrics), seed=self.seed)
+        statistics = self._image_statistics(measurements)
+        if statistics is None:
+            if self.config["score"] in ("combined", "adjusted_error"):
+                raise FaroutError(
+                    f"score {self.config['score']!r} requires image statistics, which measurements of earlier versions "
+                    "do not have; fit the detector again, or choose another score"
+                )
+            return
+        self.adjustment = AdjustedErrors.fit(statistics, self._log_mse(metrics))
+        self.distance_with_statistics = Mahalanobis.fit(self._log_metrics_and_statistics(metrics, statistics))
+        self.evidence = ZScore.fit(self._evidence(metrics, statistics))
+
+    @staticmethod
+    def _log_mse(metrics: np.ndarray) -> np.ndarray:
+        return np.log(np.maximum(metrics[..., METRICS.index("mse")], 1e-12))
+
+    def _log_metrics_and_statistics(self, metrics: np.ndarray, statistics: np.ndarray) -> np.ndarray:
+        return np.concatenate([self._log_metrics(metrics), statistics], axis=1)
+
+    def _evidence(self, metrics: np.ndarray, statistics: np.ndarray) -> np.ndarray:
+        """The adjusted error and the logarithm of the distance: (B, 2)."""
+        assert self.adjustment is not None
+        assert self.distance_with_statistics is not None
+        adjusted = self.adjustment.transform(statistics, self._log_mse(metrics)).mean(1)
+        distance = self.distance_with_statistics.score(self._log_metrics_and_statistics(metrics, statistics))
+        return np.stack([adjusted, np.log(np.maximum(distance, 1e-12))], axis=1)
 
     def compute_z(self, measurements: Measurements) -> Tensor:
         """z(m_t): (B, level, metric) float64, for the levels that count in the scores."""
@@ -304,12 +375,18 @@ class Reconstruction(Detector):
         return torch.from_numpy(self.z.transform(metrics.reshape(len(metrics), -1)).reshape(metrics.shape))
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
-        """`mean_z`, `two_sided`, `mahalanobis`, `mixture`, and `mean_z_<metric>` for every metric."""
+        """All indicators; `combined` and `adjusted_error` only if the detector was fitted with image statistics."""
         assert self.mahalanobis is not None
         assert self.mixture is not None
-        z, log_metrics = self.compute_z(measurements), self._log_metrics(self._metrics(measurements))
+        metrics, statistics = self._metrics(measurements), self._image_statistics(measurements)
+        z, log_metrics = self.compute_z(measurements), self._log_metrics(metrics)
         chosen = z[..., [METRICS.index(metric) for metric in self.config["metrics"]]]
+        adjusted: dict[str, Tensor] = {}
+        if self.evidence is not None and statistics is not None:
+            evidence = torch.from_numpy(self.evidence.transform(self._evidence(metrics, statistics)))
+            adjusted = {"combined": one_sided_evidence(evidence).sum(1), "adjusted_error": evidence[:, 0]}
         return {
+            **adjusted,
             "mean_z": chosen.sum(2).mean(1),  # section 3.3
             "two_sided": chosen.abs().mean((1, 2)),
             "mahalanobis": torch.from_numpy(self.mahalanobis.score(log_metrics)),
@@ -319,7 +396,14 @@ class Reconstruction(Detector):
 
     def get_state(self) -> dict[str, np.ndarray]:
         """The fitted statistics, and mean and mean square of the error maps."""
-        fitted = {"z": self.z, "mahalanobis": self.mahalanobis, "mixture": self.mixture}
+        fitted: dict[str, FittedStatistics | None] = {
+            "z": self.z,
+            "mahalanobis": self.mahalanobis,
+            "mixture": self.mixture,
+            "adjustment": self.adjustment,
+            "distance_with_statistics": self.distance_with_statistics,
+            "evidence": self.evidence,
+        }
         state = pack_arrays({name: part for name, part in fitted.items() if part is not None})
         if self.error_mean is not None and self.error_square is not None:
             state |= {"error_mean": self.error_mean.numpy(), "error_square": self.error_square.numpy()}
@@ -330,6 +414,10 @@ class Reconstruction(Detector):
         self.z = ZScore.from_arrays(unpack_arrays(state, "z"))
         self.mahalanobis = Mahalanobis.from_arrays(unpack_arrays(state, "mahalanobis"))
         self.mixture = GaussianMixture.from_arrays(unpack_arrays(state, "mixture"))
+        if unpack_arrays(state, "evidence"):  # detectors of earlier versions do not have it
+            self.adjustment = AdjustedErrors.from_arrays(unpack_arrays(state, "adjustment"))
+            self.distance_with_statistics = Mahalanobis.from_arrays(unpack_arrays(state, "distance_with_statistics"))
+            self.evidence = ZScore.from_arrays(unpack_arrays(state, "evidence"))
         if "error_mean" in state:
             self.error_mean = torch.as_tensor(state["error_mean"])
             self.error_square = torch.as_tensor(state["error_square"])

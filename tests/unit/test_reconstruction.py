@@ -223,8 +223,9 @@ def test_adjusted_errors_do_not_depend_on_the_difficulty() -> None:
     fitted = AdjustedErrors.fit(difficulty[:400], log_errors[:400])
     residuals = fitted.transform(difficulty[400:], log_errors[400:])
     assert abs(float(np.corrcoef(residuals[:, 0], difficulty[400:, 0])[0, 1])) < 0.2
-    assert residuals.std() == pytest.approx(1, abs=0.3)
-    assert fitted.transform(difficulty[400:], log_errors[400:] + 0.5).min() > residuals.max() - 4
+    assert 0.2 < residuals.std() < 2
+    shifted = fitted.transform(difficulty[400:], log_errors[400:] + 0.5)
+    assert float((shifted[:, :1] > residuals[None, :, 0]).mean()) > 0.95, "log errors have a deviation of about 3"
 
 
 def test_measurements_of_earlier_versions_have_the_earlier_scores(scored: Reconstruction) -> None:

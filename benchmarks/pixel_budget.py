@@ -1,0 +1,167 @@
+"""Pixel diffusion on a small budget: speed of networks, training recipes, and scores of `reconstruction`.
+
+Only training images of FashionMNIST are used. `recipes` trains on 55,000 of them for the same CPU time each and prints
+the error of the denoised image at five noise levels on 500 others; `scores` prints the AUROC of every indicator on
+images that the given model was not trained on, changed in six ways (the dev sources).
+
+    python benchmarks/pixel_budget.py speed
+    python benchmarks/pixel_budget.py recipes --seconds 90
+    python benchmarks/pixel_budget.py scores model/ --count 300 --statistics 400
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+
+from farout import DiffusionModel
+from farout.data.batching import PreparedImages
+from farout.data.sources import open_source
+from farout.detectors.reconstruction import Reconstruction
+from farout.diffusion.config import DiffusionConfig
+from farout.diffusion.denoiser import NetworkDenoiser
+from farout.diffusion.losses import denoising_loss
+from farout.diffusion.train import build_model
+
+CHANGES = ("rot90", "rot180", "blur", "contrast", "noise", "patch")
+LEVELS = (20, 80, 200, 400, 600)
+EDM = {"prediction": "v_prediction", "levels": "log_normal"}
+RECIPES: dict[str, dict[str, object]] = {
+    "tiny, epsilon, uniform t (the earlier preset)": {"network": "tiny"},
+    "compact patches, epsilon, uniform t": {"network": "compact", "patch": 2},
+    "compact patches, v, uniform t": {"network": "compact", "patch": 2, "prediction": "v_prediction"},
+    "compact patches, v, log-normal sigma (the preset)": {"network": "compact", "patch": 2, **EDM},
+    "mini patches, v, log-normal sigma": {"network": "mini", "patch": 2, **EDM},
+}
+
+
+def measure_speed(arguments: argparse.Namespace) -> None:
+    """Images per CPU second of one training step and of one evaluation with batches of 64."""
+    source = open_source("fashion_mnist:train", limit=64)
+    for network, patch in (("tiny", 1), ("compact", 2), ("mini", 2)):
+        for precision in ("fp32", "bf16"):
+            config = DiffusionConfig(network=network, patch=patch, prediction="v_prediction")
+            model = build_model(config, config.preprocess(source))
+            images = PreparedImages(source, model.preprocessing)
+            x0 = model.encode(torch.stack([images[i] for i in range(64)]))
+            denoiser = model.denoiser(precision=precision)
+            optimizer = torch.optim.AdamW(model.network.parameters())
+            generator = torch.Generator().manual_seed(0)
+
+            def step() -> None:
+                optimizer.zero_grad()
+                denoising_loss(denoiser, x0, generator, config.objective).backward()
+                optimizer.step()
+
+            @torch.no_grad()
+            def evaluate() -> None:
+                denoiser(x0, torch.ones(64))
+
+            rates = []
+            for call in (step, evaluate):
+                call()
+                start, count = time.process_time(), 0
+                while time.process_time() - start < arguments.seconds:
+                    call()
+                    count += 1
+                rates.append(64 * count / (time.process_time() - start))
+            print(f"| {network} | {patch} | {precision} | {model.parameters / 1e6:.2f} | {rates[0]:.0f} | {rates[1]:.0f} |")
+
+
+def compare_recipes(arguments: argparse.Namespace) -> None:
+    """Mean squared errors of x0 at LEVELS after the same CPU time, with the averaged weights."""
+    source = open_source("fashion_mnist:train", limit=None)
+    order = np.random.default_rng(0).permutation(len(source))
+    for name, settings in RECIPES.items():
+        torch.manual_seed(0)
+        config = DiffusionConfig(**settings)  # type: ignore[arg-type]
+        model = build_model(config, config.preprocess(source))
+        images = PreparedImages(source, model.preprocessing)
+        denoiser = NetworkDenoiser(model.network, model.schedule, model.prediction, precision=arguments.precision)
+        model.network.to(memory_format=torch.channels_last).train()
+        optimizer = torch.optim.AdamW(model.network.parameters(), lr=1e-3, weight_decay=0)
+        average = torch.optim.swa_utils.AveragedModel(
+            model.network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
+        )
+        generator = torch.Generator().manual_seed(0)
+        spent, steps = 0.0, 0
+        while spent < arguments.seconds:
+            chosen = torch.randint(5000, len(order), (64,), generator=generator)
+            x0 = model.encode(torch.stack([images[int(order[i])] for i in chosen]))
+            start = time.process_time()
+            progress = min(1.0, spent / arguments.seconds)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * min((steps + 1) / 30, 0.5 * (1 + np.cos(np.pi * progress)))
+            optimizer.zero_grad()
+            denoising_loss(denoiser, x0, generator, config.objective).backward()
+            torch.nn.utils.clip_grad_norm_(model.network.parameters(), 1.0)
+            optimizer.step()
+            average.update_parameters(model.network)
+            spent, steps = spent + time.process_time() - start, steps + 1
+        denoiser.network = average.module.eval()
+        held = model.encode(torch.stack([images[int(i)] for i in order[:500]]))
+        errors = []
+        for t in LEVELS:
+            noise = torch.randn(500, 1, 28, 28, generator=torch.Generator().manual_seed(t))
+            noise = torch.nn.functional.pixel_unshuffle(noise, model.patch)
+            sigma = model.schedule.sigma_of(t).float()
+            with torch.no_grad():
+                x0 = denoiser(held + sigma * noise, sigma.expand(500))
+            errors.append(float((x0 - held).square().mean()))
+        print(f"| {name} | {steps} | " + " | ".join(f"{error:.4f}" for error in errors) + " |", flush=True)
+
+
+def compare_scores(arguments: argparse.Namespace) -> None:
+    """AUROC of every indicator on the dev sources."""
+    model = DiffusionModel.load(arguments.model)
+    source = open_source("fashion_mnist:train")
+    unseen = [i for i in range(len(source)) if source.content_hash(i) not in model.trained_on]
+    chosen = np.random.default_rng(arguments.seed).permutation(unseen)
+    count, first = arguments.count, arguments.statistics
+    detector = Reconstruction()
+    fit_images = source.subset(chosen[: 2 * first].tolist())
+    detector.fit(fit_images, diffusion=model, statistics=first, groups="none", seed=arguments.seed)
+    own = detector.score(source.subset(chosen[2 * first : 2 * first + count].tolist()))
+    changed = chosen[2 * first + count : 2 * first + 2 * count]
+    tables = {}
+    for change in CHANGES:
+        others = open_source(f"fashion_mnist:train@{change}")
+        tables[change] = detector.score(others.subset(changed.tolist()))
+    print("| score | " + " | ".join(CHANGES) + " | mean |")
+    for name in own.indicators:
+        values = [
+            roc_auc_score([0] * len(own) + [1] * len(table), np.concatenate([own.indicators[name], table.indicators[name]]))
+            for table in tables.values()
+        ]
+        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in (*values, np.mean(values))) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    speed = commands.add_parser("speed")
+    speed.add_argument("--seconds", type=float, default=5)
+    speed.set_defaults(run=measure_speed)
+    recipes = commands.add_parser("recipes")
+    recipes.add_argument("--seconds", type=float, default=90)
+    recipes.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
+    recipes.set_defaults(run=compare_recipes)
+    scores = commands.add_parser("scores")
+    scores.add_argument("model")
+    scores.add_argument("--count", type=int, default=300)
+    scores.add_argument("--statistics", type=int, default=400)
+    scores.add_argument("--seed", type=int, default=0)
+    scores.set_defaults(run=compare_scores)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

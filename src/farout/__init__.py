@@ -17,6 +17,7 @@ _MODULES = {
     "DiffusionConfig": "farout.diffusion.config",
     "DiffusionModel": "farout.diffusion.model",
     "DreamOOD": "farout.synthesis.dream_ood",
+    "Ensemble": "farout.detectors.ensemble",
     "FeatureDiffusion": "farout.features.feature_diffusion",
     "FeatureExtractor": "farout.features.extractor",
     "FitSettings": "farout.detectors.fit_settings",

@@ -169,7 +169,10 @@ def _random_weights_baselines(spec: BenchmarkSpec) -> dict[str, str]:
 
 def _random_weights_key(spec: BenchmarkSpec, name: str, entry: DetectorSpec) -> str | None:
     """Equal for detectors whose random-weights baselines are equal; None if the detector has no trained network."""
-    requirements = entry.build_detector().requirements
+    detector = entry.build_detector()
+    requirements = detector.requirements
+    if detector.parts:
+        return None  # networks of several kinds: each part has its own baseline
     base: list[Any] = [entry.method, to_plain_values(entry.arguments), entry.limit, entry.statistics]
     if entry.diffusion is not None:
         # random weights are drawn with the standard deviations of the trained ones

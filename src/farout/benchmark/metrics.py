@@ -13,6 +13,7 @@ from farout.benchmark.benchmark_plan import BenchmarkJob, BenchmarkPlan
 from farout.core.csv_files import read_csv
 from farout.core.errors import FaroutError
 from farout.data.image_source import ImageSource
+from farout.detectors.interface import DetectorInterface
 from farout.evaluation.evaluate import COLUMNS, TEXT_COLUMNS
 from farout.evaluation.scored_datasets import (
     DIFFERENCE_COLUMNS,
@@ -135,13 +136,21 @@ def _markers_of_detector(plan: BenchmarkPlan, job: BenchmarkJob) -> set[str]:
     entry = plan.spec.detectors[baseline_of or job.entry]
 
     # a frozen backbone, a perceptual distance or a given network was trained on other images
-    requirements, settings = entry.build_detector().requirements, entry.arguments
-    random_backbone = settings.get("weights") == "random" or (has_random_weights and requirements.diffusion is None)
-    metrics = {*settings.get("metrics", ()), *settings.get("density_metrics", ())}
+    detector = entry.build_detector()
     networks = [plan.spec.networks[name] for name in (entry.diffusion, entry.classifier) if name is not None]
     is_given = any(network.folder is not None for network in networks) and not has_random_weights
-    is_pretrained = (requirements.backbone and not random_backbone) or "perceptual" in metrics or is_given
+    is_pretrained = is_given or any(
+        _uses_pretrained_network(each, has_random_weights) for each in detector.parts.values() or [detector]
+    )
     return {word for word, holds in {"baseline": has_random_weights, "pretrained": is_pretrained}.items() if holds}
+
+
+def _uses_pretrained_network(detector: DetectorInterface, has_random_weights: bool) -> bool:
+    """Whether a backbone or a perceptual distance decides the scores."""
+    requirements, settings = detector.requirements, detector.config
+    random_backbone = settings.get("weights") == "random" or (has_random_weights and requirements.diffusion is None)
+    metrics = {*settings.get("metrics", ()), *settings.get("density_metrics", ())}
+    return (requirements.backbone and not random_backbone) or "perceptual" in metrics
 
 
 def mean_by_group(plan: BenchmarkPlan, metrics: pd.DataFrame) -> pd.DataFrame:

@@ -29,7 +29,7 @@ __all__ = ["INPUT_SETTINGS", "ChainStep", "builtin_chains", "list_commands", "re
 
 _IMAGE_SETTINGS = frozenset({"source", "generated", "id", "ood", "baseline_images", "outliers", "reconstructions"})
 _FILE_SETTINGS = frozenset({"detector", "model", "diffusion", "classifier", "scores", "results"})
-INPUT_SETTINGS = _IMAGE_SETTINGS | _FILE_SETTINGS | {"weights"}
+INPUT_SETTINGS = _IMAGE_SETTINGS | _FILE_SETTINGS | {"weights", "parts"}
 """Settings whose value may be the `out` of an earlier step."""
 
 _IRRELEVANT_SETTINGS = frozenset(

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from farout.core.errors import SourceError, UnreadableImageError
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 
-__all__ = ["Batch", "PreparedImages", "iterate_batches", "prefetch"]
+__all__ = ["Batch", "LoadedImages", "PreparedImages", "iterate_batches", "iterate_loaded", "prefetch"]
 
 T = TypeVar("T")
 
@@ -49,6 +49,22 @@ class Batch:
             object.__setattr__(self, "identities", self.keys)
 
 
+@dataclass(frozen=True)
+class LoadedImages(Generic[T]):
+    """The readable images of one chunk of a source, each prepared from its pixels.
+
+    Attributes:
+        keys, labels, indices, identities: as of a `Batch`.
+        prepared: what each image was prepared to.
+    """
+
+    keys: tuple[str, ...]
+    labels: Tensor | None
+    indices: tuple[int, ...]
+    identities: tuple[str, ...]
+    prepared: list[T]
+
+
 def iterate_batches(
     source: ImageSource, preprocessing: Preprocessing, size: int, *, start: int = 0, workers: int = 2
 ) -> Iterator[Batch]:
@@ -67,11 +83,34 @@ def iterate_batches(
     Raises:
         UnreadableImageError: an image is unreadable and the policy is `raise`.
     """
+    prepared = iterate_loaded(source, lambda _, pixels: preprocessing(pixels), size, start=start, workers=workers)
+    return _stack_images(prepared, preprocessing)
+
+
+def _stack_images(prepared: Iterator[LoadedImages[Tensor]], preprocessing: Preprocessing) -> Iterator[Batch]:
+    for loaded in prepared:
+        empty = torch.zeros(0, preprocessing.channels, *preprocessing.size)
+        images = torch.stack(loaded.prepared) if loaded.prepared else empty
+        yield Batch(loaded.keys, images, loaded.labels, loaded.indices, identities=loaded.identities)
+
+
+def iterate_loaded(
+    source: ImageSource,
+    prepare: Callable[[str, Tensor], T],
+    size: int,
+    *,
+    start: int = 0,
+    workers: int = 2,
+) -> Iterator[LoadedImages[T]]:
+    """Like `iterate_batches`, with what `prepare` returns for the identity and the pixels of each image.
+
+    Each image is decoded once; `prepare` is called by the threads that decode.
+    """
     if size < 1 or start < 0 or workers < 0:
         raise SourceError(f"size {size}, start {start}, workers {workers}: expected size >= 1 and the others >= 0")
     edges = sorted({start, *range(start - start % size + size, len(source), size), len(source)})
     spans = [range(a, b) for a, b in pairwise(edges) if a >= start]
-    return prefetch([partial(_load_batch, source, preprocessing, span) for span in spans], workers)
+    return prefetch([partial(_load_images, source, prepare, span) for span in spans], workers)
 
 
 def prefetch(loads: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
@@ -93,24 +132,24 @@ def prefetch(loads: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
                 future.cancel()
 
 
-def _load_batch(source: ImageSource, preprocessing: Preprocessing, span: range) -> Batch:
+def _load_images(source: ImageSource, prepare: Callable[[str, Tensor], T], span: range) -> LoadedImages[T]:
     indices: list[int] = []
-    prepared: list[Tensor] = []
+    prepared: list[T] = []
     identities: list[str] = []
     for index in span:
         try:
             pixels = source[index]
-            image, identity = preprocessing(pixels), source.identity(index, pixels)
+            identity = source.identity(index, pixels)
+            result = prepare(identity, pixels)
         except UnreadableImageError:
             if source.policy == "raise":
                 raise
             continue  # the source lists it by key and reason
         indices.append(index)
-        prepared.append(image)
+        prepared.append(result)
         identities.append(identity)
-    images = torch.stack(prepared) if prepared else torch.zeros(0, preprocessing.channels, *preprocessing.size)
     labels = None if source.labels is None else torch.tensor([source.labels[i] for i in indices], dtype=torch.int64)
-    return Batch(tuple(source.keys[i] for i in indices), images, labels, tuple(indices), identities=tuple(identities))
+    return LoadedImages(tuple(source.keys[i] for i in indices), labels, tuple(indices), tuple(identities), prepared)
 
 
 class PreparedImages(Dataset[Tensor]):

@@ -483,6 +483,19 @@ class ImageSource(Dataset[Tensor]):
         view.policy = check_policy(policy)
         return view
 
+    def with_variant(self, variant: str) -> ImageSource:
+        """Return these images with a variant of default strength; what `patch` pastes comes from them alone.
+
+        Raises SourceError if they have a variant already.
+        """
+        if self._variant is not None:
+            raise SourceError(f"{self.name} has the variant {self.variant}; a second one cannot be applied")
+        view = self._copy()
+        view._store = self._store.select(self._indices, self._requested_range)
+        view._variant = variant
+        view._select(range(len(self)))
+        return view
+
     def with_value_range(self, value_range: ValueRange | Literal["full"] | None) -> ImageSource:
         """Return the same images with this value range, unless one was declared when the source was opened."""
         if self.reading.value_range is not None or value_range is None:

@@ -177,6 +177,7 @@ def split_source(
     seed: int = 0,
     exclude: Collection[str] = (),
     groups: Groups = "near_copies",
+    calibrate: bool = True,
     limit_statistics: bool = True,
     min_statistics: int = 1,
     max_statistics: int | None = None,
@@ -197,6 +198,7 @@ def split_source(
             left out of every part.
         groups: images that stay together: `near_copies`; `folder`: near-copies, and the images of one parent folder (or
             `group` column); `none`: only equal images; a sequence: near-copies, and the images of one group.
+        calibrate: whether there is a calibration part; it is empty for images that remain of another split.
         limit_statistics: with training, give the statistics at most half of the images that calibration leaves.
         min_statistics: number of distinct statistics images below which the split is refused.
         max_statistics: number of statistics images above which groups, chosen by content hash, go to the calibration as
@@ -214,7 +216,7 @@ def split_source(
     excluded = frozenset(exclude)
     ranked = [group for group in images.rank_groups(seed) if not any(images.hashes[i] in excluded for i in group)]
     count = sum(map(len, ranked))
-    required = calibration_size(len(ranked), alpha)
+    required = calibration_size(len(ranked), alpha) if calibrate else 0
     about_copies = f"; {images.describe_copies()}" if images.copies else ""
     hint = about_copies + exclusion_hint(len(images.hashes) - count)
     if len(ranked) < 2:
@@ -229,7 +231,7 @@ def split_source(
     def count_distinct(group: list[int]) -> int:
         return len({images.distinct[i] for i in group})
 
-    calibration_groups, rest = _take_groups(ranked, required, spare=2 if train else 1)
+    calibration_groups, rest = _take_groups(ranked, required, spare=2 if train else 1) if calibrate else ([], ranked)
     if train:
         if limit_statistics:
             statistics = min(statistics, max(2, sum(map(count_distinct, rest)) // 2))
@@ -241,7 +243,7 @@ def split_source(
         # chosen by hash so that the order of the source does not matter
         by_hash = sorted(statistics_groups, key=images.first_hash)
         kept, others = _take_groups(by_hash, max_statistics, spare=0, size=count_distinct)
-        missing = max(0, calibration_size(len(images.groups), alpha) - len(calibration_groups))
+        missing = max(0, calibration_size(len(images.groups), alpha) - len(calibration_groups)) if calibrate else 0
         calibration_groups += others[:missing]
         chosen = [i for group in kept for i in images.choose_distinct(group, seed)]
         chosen = sorted(chosen, key=lambda i: images.hashes[i])[:max_statistics]
@@ -268,7 +270,7 @@ def split_source(
         )
     if train and not result.training:
         shortfalls.append("none for the training")
-    if len(result.calibration) < calibration_size(0, alpha):
+    if calibrate and len(result.calibration) < calibration_size(0, alpha):
         shortfalls.append(f"too few distinct images or groups to flag anything at alpha {alpha}")
     if shortfalls:
         message = f"{source.name} has few images: {', '.join(shortfalls)}{hint}"

@@ -20,6 +20,10 @@ DETECTORS = Registry(
             "farout.detectors.diffpath:DiffPath",
             "speed and curvature of the deterministic path from image to noise (Heng et al. 2024)",
         ),
+        "ensemble": (
+            "farout.detectors.ensemble:Ensemble",
+            "several detectors combined to one score, from one pass over shared networks and features",
+        ),
         "gmm": ("farout.detectors.gmm:GMM", "Gaussian mixture density on principal components of features"),
         "knn": (
             "farout.detectors.knn:KNN",

@@ -26,10 +26,11 @@ class Cost:
 
 
 @torch.no_grad()
-def measure_cost(detector: DetectorInterface) -> Cost:
-    """Count the cost on one gray image."""
-    image = torch.full((1, detector.preprocessing.channels, *detector.preprocessing.size), 0.5)
-    batch = Batch(("gray",), image, None, (0,))
+def measure_cost(detector: DetectorInterface, batch: Batch | None = None) -> Cost:
+    """Count the cost on a batch of one image; default: a gray image."""
+    if batch is None:
+        image = torch.full((1, detector.preprocessing.channels, *detector.preprocessing.size), 0.5)
+        batch = Batch(("gray",), image, None, (0,))
     # The first call also measures memory and folds the backbone's batch norms, which is no cost of an image.
     detector.measure(batch)
     evaluations = detector.evaluations

@@ -41,6 +41,8 @@ class FeatureDetector(Detector):
     """
 
     requirements: ClassVar[Requirements] = Requirements(backbone=True)
+    uses_pooled_features: ClassVar[bool] = True
+    """Whether pooled features replace the images of a batch, so that they can be shared and cached."""
 
     def __init__(
         self,
@@ -62,6 +64,10 @@ class FeatureDetector(Detector):
     def build_preprocessing(self, source: ImageSource, protocol: Protocol | None) -> Preprocessing:
         """RGB at the backbone's size."""
         return Preprocessing.for_source(source, size=self.backbone.size, channels=3, protocol=protocol or "native")
+
+    def open_cache(self) -> CachedFeatures:
+        """Open the cache of the backbone's features."""
+        return CachedFeatures(self.backbone, self.preprocessing, self.runtime.batch_size, self.precision)
 
     def build_baseline(self, method: type[F]) -> F:
         """Build an unfitted detector of another method on the same backbone."""
@@ -98,7 +104,7 @@ class FeatureDetector(Detector):
         if not self.runtime.cache:
             yield from super().load_batches(source)
             return
-        reader = CachedFeatures(self.backbone, self.preprocessing, self.runtime.batch_size, self.precision)
+        reader = self.open_cache()
         yield from reader.batches(source, self.batch_size, self.runtime.workers)
         self.cache_hits += reader.cache.hits
 

@@ -38,9 +38,11 @@ if TYPE_CHECKING:
 __all__ = [
     "copy_with_scoring",
     "fit",
+    "fit_to_split",
     "measure_source",
     "recalibrate",
     "source_spec",
+    "train_missing_networks",
 ]
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,6 @@ D = TypeVar("D", bound=DetectorInterface)
 
 def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: Any, settings: FitSettings) -> None:
     """Fit a detector to normal images; see `Detector.fit`."""
-    requirements = detector.requirements
     check_alpha(settings.alpha)
     check_seed(settings.seed)
     if settings.statistics is not None and settings.statistics < 2:
@@ -69,32 +70,82 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
     detector.loaded_from = None
     detector.calibration_scores = {}  # a detector whose fit fails is not fitted, whatever an earlier fit has left
     detector.reset_statistics()
-    if requirements.backbone:
+    if detector.requirements.backbone:
         detector.features = detector.features or detector.build_features()
 
-    parts = _split_source(detector, source, settings)
-    training_images, statistics_images, calibration_images = (
-        source.subset(indices) for indices in (parts.training, parts.statistics, parts.calibration)
-    )
-    log_split(source, parts)
+    split = _split_source(detector, source, settings)
+    log_split(source, split)
     source.warn_about_reading()
     if source.value_range is not None and source.reading.value_range is None:
         text = format_value_range(source.value_range)
         logger.info("value range %s, estimated from the images; another is given with --value-range", text)
+    fit_to_split(detector, source, split, settings)
+    detector.provenance["source"] = source_spec(images)
+
+
+def fit_to_split(detector: DetectorInterface, source: ImageSource, split: Split, settings: FitSettings) -> None:
+    """Fit a detector whose given networks, and backbone, are set: missing networks, statistics and calibration.
+
+    Args:
+        detector: the detector.
+        source: all images.
+        split: indices of the images of each part.
+        settings: settings of the fit; `statistics` and the settings of the split are not used.
+    """
+    training_images, statistics_images, calibration_images = (
+        source.subset(indices) for indices in (split.training, split.statistics, split.calibration)
+    )
     detector.alpha, detector.seed = settings.alpha, settings.seed
+    if detector.parts:
+        detector.fit_parts(source, split, settings)
+    else:
+        _prepare_networks(detector, source, training_images, settings)
+    detector.attach_runtime(settings.runtime)
+
+    detector.prepare_statistics(statistics_images)
+    detector.statistics = measure_source(
+        detector, statistics_images, "measuring statistics images", detector.measure_statistics
+    )
+    if not bool(detector.statistics.is_finite().all()):
+        raise FaroutError(
+            "measurements of the statistics images are not all numbers; look for damaged images or weights"
+        )
+    detector.fit_statistics(detector.statistics)
+    set_calibration(detector, measure_source(detector, calibration_images, "measuring calibration images"))
+    detector.statistics_hashes = frozenset(source.content_hash(i) for i in split.statistics)
+    detector.calibration_hashes = frozenset(source.content_hash(i) for i in split.calibration)
+    detector.provenance = {
+        "preset": detector.provenance.get("preset", ""),
+        "source": None,
+        "limit": settings.limit,
+        "frames": settings.reading.frames,
+        "data_fingerprint": source.fingerprint(),
+        "gray": is_all_gray(source),
+        "images": {
+            "training": len(training_images),
+            "statistics": len(statistics_images),
+            "calibration": len(calibration_images),
+            "unused": len(split.unused),
+            "copies": split.copies,
+        },
+        "unreadable": len(source.unreadable),
+        "left_out": source.left_out,
+        "further_frames": sum(source.further_frames.values()),
+        "groups": settings.groups if isinstance(settings.groups, str) else "given",
+    }
+
+
+def _prepare_networks(
+    detector: DetectorInterface, source: ImageSource, training_images: ImageSource, settings: FitSettings
+) -> None:
+    """Train the networks that are required and not given, and choose the preprocessing."""
+    requirements = detector.requirements
     if requirements.backbone:
         # features of the training images need the backbone on its device
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
         detector.attach_runtime(settings.runtime)
 
-    if requirements.diffusion == "images" or requirements.classifier:
-        from farout.detectors import network_training  # loads diffusers and scikit-learn
-
-        network_training.check_with_untrained_networks(detector, source, settings)
-        if requirements.classifier and detector.classifier is None:
-            detector.classifier = network_training.train_classifier(detector, training_images, settings)
-        if requirements.diffusion == "images" and detector.diffusion is None:
-            detector.diffusion = network_training.train_diffusion(detector, training_images, settings)
+    train_missing_networks(detector, source, training_images, settings)
     if requirements.diffusion == "features" and detector.diffusion is None:
         detector.diffusion = detector.train_feature_diffusion(training_images, settings)
 
@@ -108,39 +159,22 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
         )
     elif not requirements.backbone:
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
-    detector.attach_runtime(settings.runtime)
 
-    detector.prepare_statistics(statistics_images)
-    detector.statistics = measure_source(
-        detector, statistics_images, "measuring statistics images", detector.measure_statistics
-    )
-    if not bool(detector.statistics.is_finite().all()):
-        raise FaroutError(
-            "measurements of the statistics images are not all numbers; look for damaged images or weights"
-        )
-    detector.fit_statistics(detector.statistics)
-    set_calibration(detector, measure_source(detector, calibration_images, "measuring calibration images"))
-    detector.statistics_hashes = frozenset(source.content_hash(i) for i in parts.statistics)
-    detector.calibration_hashes = frozenset(source.content_hash(i) for i in parts.calibration)
-    detector.provenance = {
-        "preset": detector.provenance.get("preset", ""),
-        "source": source_spec(images),
-        "limit": settings.limit,
-        "frames": settings.reading.frames,
-        "data_fingerprint": source.fingerprint(),
-        "gray": is_all_gray(source),
-        "images": {
-            "training": len(training_images),
-            "statistics": len(statistics_images),
-            "calibration": len(calibration_images),
-            "unused": len(parts.unused),
-            "copies": parts.copies,
-        },
-        "unreadable": len(source.unreadable),
-        "left_out": source.left_out,
-        "further_frames": sum(source.further_frames.values()),
-        "groups": settings.groups if isinstance(settings.groups, str) else "given",
-    }
+
+def train_missing_networks(
+    detector: DetectorInterface, source: ImageSource, training_images: ImageSource, settings: FitSettings
+) -> None:
+    """Train the classifier and the diffusion model of images that the detector requires and does not have."""
+    requirements = detector.requirements
+    if requirements.diffusion != "images" and not requirements.classifier:
+        return
+    from farout.detectors import network_training  # loads diffusers and scikit-learn
+
+    network_training.check_with_untrained_networks(detector, source, settings)
+    if requirements.classifier and detector.classifier is None:
+        detector.classifier = network_training.train_classifier(detector, training_images, settings)
+    if requirements.diffusion == "images" and detector.diffusion is None:
+        detector.diffusion = network_training.train_diffusion(detector, training_images, settings)
 
 
 def measure_source(
@@ -234,6 +268,7 @@ def copy_with_scoring(detector: D, arguments: dict[str, Any]) -> D:
         )
     copy = type(detector)(**{**detector.config, **arguments})
     copy.diffusion, copy.classifier, copy.features = detector.diffusion, detector.classifier, detector.features
+    copy.parts = detector.parts
     copy.preprocessing, copy.alpha, copy.seed = detector.preprocessing, detector.alpha, detector.seed
     copy.statistics, copy.statistics_hashes = detector.statistics, detector.statistics_hashes
     copy.calibration_hashes = detector.calibration_hashes
@@ -305,10 +340,15 @@ def _load_classifier(detector: DetectorInterface, classifier: Any, source: Image
 
 def _split_source(detector: DetectorInterface, source: ImageSource, settings: FitSettings) -> Split:
     requirements, alpha = detector.requirements, settings.alpha
-    train = (requirements.diffusion is not None and detector.diffusion is None) or (
-        requirements.classifier and detector.classifier is None
+    has_new_parts = any(not part.is_fitted for part in detector.parts.values())
+    train = (
+        has_new_parts
+        or (requirements.diffusion is not None and detector.diffusion is None)
+        or (requirements.classifier and detector.classifier is None)
     )
     count = settings.statistics or requirements.statistics
+    if has_new_parts and settings.statistics is None:
+        count = min(count, max(2, len(source) // 5))  # in a small set the parts need most images
     return split_source(
         source,
         alpha=alpha,
@@ -317,7 +357,7 @@ def _split_source(detector: DetectorInterface, source: ImageSource, settings: Fi
         seed=settings.seed,
         exclude=detector.trained_on,
         groups=settings.groups,
-        limit_statistics=settings.statistics is None,
+        limit_statistics=settings.statistics is None or has_new_parts,
         min_statistics=2,
         max_statistics=None if requirements.more_statistics else count,
     )

@@ -25,6 +25,7 @@ from farout.detectors.results import Measurements
 
 if TYPE_CHECKING:  # importing the networks takes seconds, and most detectors use only one of them
     from farout.classifiers.model import Classifier
+    from farout.data.splits import Split
     from farout.detectors.fit_settings import FitSettings
     from farout.diffusion.config import DiffusionConfig
     from farout.diffusion.model import DiffusionModel
@@ -53,6 +54,7 @@ class DetectorInterface(Configured, ABC):
     """Arguments with which the method runs in seconds on tiny untrained networks, for the contract tests."""
 
     # State of a fitted detector.
+    parts: Mapping[str, DetectorInterface] = MappingProxyType({})  # detectors that this one combines, by name
     preprocessing: Preprocessing
     diffusion: DiffusionModel | FeatureDiffusion | None = None
     classifier: Classifier | None = None
@@ -136,6 +138,12 @@ class DetectorInterface(Configured, ABC):
     def train_feature_diffusion(self, images: ImageSource, settings: FitSettings) -> FeatureDiffusion:
         """Train the diffusion model of a method that requires one of features."""
         raise FaroutError(f"{type(self).__name__} does not implement train_feature_diffusion")
+
+    def fit_parts(self, source: ImageSource, split: Split, settings: FitSettings) -> None:
+        """Fit the detectors that this one combines, to images that are not in its own statistics and calibration.
+
+        Called instead of the hooks above for a detector with parts; it sets the preprocessing.
+        """
 
     def prepare_networks(self) -> None:
         """Check and prepare networks, noise and levels, once networks and runtime are set."""

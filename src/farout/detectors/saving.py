@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["KIND", "compute_fingerprint", "describe_detector", "load", "save"]
 
 KIND = "detector"
+_PARTS = "parts"
+"""Folder of the detectors that a detector combines."""
 N = TypeVar("N", "FeatureExtractor", "Classifier")
 
 
@@ -59,6 +61,7 @@ class _DetectorContent(Schema):
     diffusion: _DiffusionContent | None
     features: str | None
     classifier: str | None
+    parts: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], str] = Field({})
 
 
 def save(detector: DetectorInterface, folder: Path, link: Path | None) -> None:
@@ -90,7 +93,13 @@ def save(detector: DetectorInterface, folder: Path, link: Path | None) -> None:
             hashes[name] = None if network is None else network.content_hash
             if network is not None:
                 network.save(temporary / name)
-        content = {
+        for name, part in detector.parts.items():
+            save(
+                part,
+                temporary / _PARTS / name,
+                (part.linked_model or link) if part.requirements.diffusion == "images" else None,
+            )
+        content: dict[str, Any] = {
             "method": DETECTORS.name_of(type(detector)),
             "config": detector.config,
             "runtime": asdict(detector.runtime),
@@ -102,6 +111,8 @@ def save(detector: DetectorInterface, folder: Path, link: Path | None) -> None:
             "diffusion": diffusion,
             **hashes,
         }
+        if detector.parts:
+            content["parts"] = {name: compute_fingerprint(part) for name, part in detector.parts.items()}
         store.write_config(temporary, KIND, content)
         facts = {**describe_detector(detector), **detector.provenance}
         plain = json.loads(json.dumps(facts, default=str))  # tuples as lists
@@ -140,15 +151,26 @@ def load(folder: Path, runtime: dict[str, Any]) -> Any:
     detector.preprocessing = create_dataclass(Preprocessing, config["preprocessing"], f"{where}: preprocessing")
     # values first: the message about a value says more than that the file was changed
     store.check_hashes(folder)
+    adapted_runtime = _adapt_runtime(fitted_runtime, runtime)
     with store.explain_load_errors(folder):
-        _load_parts(detector, folder, config)
-    detector.attach_runtime(_adapt_runtime(fitted_runtime, runtime))
+        _load_networks(detector, folder, config)
+        parts = config.get("parts", {})
+        detector.parts = {name: _load_part(folder / _PARTS / name, parts[name], adapted_runtime) for name in parts}
+    detector.attach_runtime(adapted_runtime)
     with store.explain_load_errors(folder):
         _load_fitted(detector, folder, config["state"])
     return detector
 
 
-def _load_parts(detector: DetectorInterface, folder: Path, config: dict[str, Any]) -> None:
+def _load_part(folder: Path, fingerprint: str, runtime: Runtime) -> DetectorInterface:
+    """Load one of the detectors that a detector combines."""
+    part: DetectorInterface = load(folder, asdict(runtime))
+    if compute_fingerprint(part) != fingerprint:
+        raise StoreError(f"{folder} is not the detector that was combined here (fingerprint differs)")
+    return part
+
+
+def _load_networks(detector: DetectorInterface, folder: Path, config: dict[str, Any]) -> None:
     """Load the networks and the lists of images."""
     detector.loaded_from = folder
     detector.alpha, detector.seed = config["alpha"], config["seed"]
@@ -183,13 +205,15 @@ def _load_fitted(detector: DetectorInterface, folder: Path, state_names: list[st
 
 def compute_fingerprint(detector: DetectorInterface) -> str:
     """SHA-256 of everything that decides a score: configuration, networks, statistics and calibration."""
-    plain = {
+    plain: dict[str, Any] = {
         "config": detector.config,
         "seed": detector.seed,
         "alpha": detector.alpha,
         "preprocessing": detector.preprocessing.to_dict(),
     }
     networks = {"diffusion": detector.diffusion, "features": detector.features, "classifier": detector.classifier}
+    if detector.parts:
+        plain["parts"] = {name: compute_fingerprint(part) for name, part in detector.parts.items()}
     plain |= {name: "" if network is None else network.content_hash for name, network in networks.items()}
     arrays = detector.get_state() | {f"calibration.{name}": v for name, v in detector.calibration_scores.items()}
     fitted = store.hash_tensors({name: torch.as_tensor(np.ascontiguousarray(v)) for name, v in arrays.items()})

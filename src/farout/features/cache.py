@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -103,16 +104,49 @@ class FeatureCache:
             compute: preprocessed images (B, C, H, W) -> features (B, width).
             chunk: number of images per call of `compute`.
         """
-        self._store.refresh()
         parts = [range(i, min(i + size, len(source))) for i in range(0, len(source), size)]
         spans = [part[i : i + chunk] for part in parts for i in range(0, len(part), chunk)]
         look_ups = prefetch([partial(self._look_up, source, preprocessing, span) for span in spans], workers)
-        try:
+        with self.in_use():
             for part in parts:
                 hashes, computed = self._compute_missing(islice(look_ups, -(-len(part) // chunk)), compute, chunk)
                 yield self._assemble_batch(source, part, hashes, computed, preprocessing)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Find the rows that others have stored meanwhile, and at the end write those that were added."""
+        self._store.refresh()
+        try:
+            yield
         finally:
             self._write(partial(self._store.flush, may_wait=True))
+
+    def read(self, identity: str) -> Array | None:
+        """Stored features (width,) of the image with this identity, or None; for any thread."""
+        image_hash = bytes.fromhex(identity)
+        return self._store.read([image_hash]).get(image_hash)
+
+    def complete(
+        self, identities: Sequence[str], found: Sequence[Array | Tensor], compute: Compute, chunk: int
+    ) -> Tensor:
+        """Features (B, width) of images that the caller has decoded.
+
+        Args:
+            identities: identity of each image.
+            found: for each image its stored features, from `read`, or the preprocessed image (C, H, W).
+            compute, chunk: as in `batches`.
+        """
+        hashes: list[bytes | None] = [bytes.fromhex(identity) for identity in identities]
+        look_up = _LookUp(hashes, {}, [])
+        for image_hash, value in zip(hashes, found, strict=True):
+            assert image_hash is not None
+            if isinstance(value, Tensor):
+                look_up.missing.append((image_hash, value))
+            else:
+                look_up.stored[image_hash] = value
+        _, rows = self._compute_missing(iter([look_up]), compute, chunk)
+        table = [rows[image_hash] for image_hash in hashes if image_hash is not None]
+        return torch.from_numpy(np.stack(table)) if table else torch.empty(0, self.width)
 
     def _look_up(self, source: ImageSource, preprocessing: Preprocessing, span: range) -> _LookUp:
         look_up = _LookUp([], {}, [])

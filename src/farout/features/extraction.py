@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from farout.core import progress
@@ -62,8 +63,20 @@ class CachedFeatures:
 
     def batches(self, source: ImageSource, size: int, workers: int) -> Iterator[Batch]:
         """Batches of `size` images of the source with features instead of pixels; see `FeatureCache.batches`."""
-        chunk = _CPU_CHUNK if self.extractor.device.type == "cpu" else _ACCELERATOR_CHUNK
-        return self.cache.batches(source, self.preprocessing, size, workers, self._compute, chunk)
+        return self.cache.batches(source, self.preprocessing, size, workers, self._compute, self._chunk)
+
+    def look_up(self, identity: str, pixels: Tensor) -> np.ndarray | Tensor:
+        """Stored features of a decoded image, or the preprocessed image if there are none; for any thread."""
+        stored = self.cache.read(identity)
+        return self.preprocessing(pixels) if stored is None else stored
+
+    def complete(self, identities: Sequence[str], found: Sequence[np.ndarray | Tensor]) -> Tensor:
+        """Features (B, width) of images from the results of `look_up`."""
+        return self.cache.complete(identities, found, self._compute, self._chunk)
+
+    @property
+    def _chunk(self) -> int:
+        return _CPU_CHUNK if self.extractor.device.type == "cpu" else _ACCELERATOR_CHUNK
 
     def _compute(self, images: Tensor) -> Tensor:
         return self.extractor.pooled_features(images, self.batch_size, self.precision)

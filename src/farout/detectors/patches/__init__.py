@@ -91,6 +91,7 @@ class Patches(FeatureDetector):
     requirements: ClassVar[Requirements] = Requirements(
         diffusion="features", backbone=True, statistics=20, more_statistics=False
     )
+    uses_pooled_features: ClassVar[bool] = False
     heat_maps: ClassVar[HeatMaps] = HeatMaps(pictures=frozenset({"diffusion", "knn"}))
     baselines: ClassVar[tuple[str, ...]] = ("mahalanobis",)
     scoring_arguments: ClassVar[frozenset[str]] = frozenset({"score"})

@@ -1,5 +1,6 @@
 """Ray itself, on this machine: every image once, also if workers or the whole run are killed; object stores."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 import farout
 from farout.core import storage
-from farout.core.errors import FaroutError
+from farout.core.errors import FaroutError, StoreError, WriteError
 from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector, Scores
 from farout.scoring import ray_engine
@@ -67,7 +68,9 @@ def square(number: int, mark: Path) -> tuple[int, int]:
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     if number == 7:
-        raise FaroutError("seven is unreadable")
+        raise StoreError("seven is unreadable")
+    if number == 8:
+        raise WriteError(mark, os.strerror(errno.ENOSPC), errno.ENOSPC, "eight is too large")
     return number, number**2
 
 
@@ -85,8 +88,11 @@ def test_a_job_that_ends_every_worker_is_named(ray: ModuleType, tmp_path: Path) 
 
 
 def test_an_error_of_farout_is_raised_as_it_is(ray: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(FaroutError, match=r"^seven is unreadable \(on "):
+    with pytest.raises(StoreError, match=r"^seven is unreadable \(on "):
         list(run_on_ray(square, [(1, tmp_path), (7, tmp_path)], TWO))
+    with pytest.raises(WriteError, match=r"eight is too large; on ") as raised:
+        list(run_on_ray(square, [(1, tmp_path), (8, tmp_path)], TWO))
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path))
 
 
 def score_part_and_die(scorer: farout.Scorer, images: ImageSource, indices: range, out: Path) -> Any:

@@ -122,6 +122,17 @@ def test_a_finished_run_is_not_repeated(place: Path, calls: Calls, out: FilePath
     assert {name for name in before if before[name] != after[name]} == {"page.html", "manifest.json"}
 
 
+def test_files_that_killed_workers_left_are_removed(place: Path, calls: Calls, tmp_path: Path) -> None:
+    left = tmp_path / "out" / "parts" / ".000000008.parquet.k3x"
+    score(place, tmp_path / "out")
+    for _ in ("finished", "resumed"):
+        left.write_bytes(b"PAR1")
+        (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)
+        score(place, tmp_path / "out")
+        assert not left.exists()
+        (tmp_path / "out" / "parts" / "000000008.json").unlink()
+
+
 def test_an_interrupted_run_scores_the_missing_parts_only(
     place: Path, detector: Detector, local: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

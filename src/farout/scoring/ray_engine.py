@@ -42,7 +42,14 @@ from farout.scoring.folder import (
     warn_before_scoring,
 )
 from farout.scoring.ray_session import RaySettings, connect_ray, run_on_ray
-from farout.scoring.score_parts import ScoredPart, list_parts, read_part, remove_part, write_part
+from farout.scoring.score_parts import (
+    ScoredPart,
+    list_parts,
+    read_part,
+    remove_part,
+    remove_temporary_parts,
+    write_part,
+)
 from farout.scoring.scorer import Scorer
 from farout.scoring.summary import ScoredParts, ScoreSummary
 
@@ -97,6 +104,7 @@ def score_with_ray(
     warn_before_scoring(fitted, source)
     settings = {"engine": "ray", **describe_settings(fitted, source, fdr, ray.images_per_part, expected)}
     _open_results(target, settings)
+    remove_temporary_parts(target)
     manifest, scored_now, seconds = _read_finished(target), 0, 0.0
     if manifest is None or manifest["top_images"] != top_images:
         parts = divide_into_parts(len(source), ray.images_per_part)
@@ -105,6 +113,7 @@ def score_with_ray(
         if missing:
             scorer = Scorer(folder, fingerprint=fitted.fingerprint, **{**runtime, **expected})
             scored_now = _score_missing(scorer, source, missing, target, ray)
+            remove_temporary_parts(target)
         seconds = time.perf_counter() - started
         about = {**describe_detector(fitted), "runtime": {**describe_detector(fitted)["runtime"], **expected}}
         manifest = _finish(fitted, source, parts, target, {**settings, "about": about, "top_images": top_images})

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
-from farout.core.errors import FaroutError, MissingExtraError
+from farout.core.errors import FaroutError, MissingExtraError, ReadError, WriteError
 
 __all__ = ["RaySettings", "check_resources", "connect_ray", "count_workers", "run_on_ray"]
 
@@ -143,7 +143,8 @@ def run_on_ray(
         describe: names a job by its index, for messages.
 
     Raises:
-        FaroutError: if the function raises an error, or if a job ends its worker several times.
+        FaroutError: if a job ends its worker several times. One that the function raises has its class, and names the
+            machine.
     """
     import ray
     import ray.data
@@ -175,7 +176,7 @@ def run_on_ray(
                         "were killed, or memory was short; finished work is kept: run the same command again"
                     )
                 if row["error"]:
-                    raise FaroutError(row["error"])
+                    raise pickle.loads(row["error"])  # noqa: S301  # from a worker
                 yield index, pickle.loads(row["result"])  # noqa: S301  # from a worker
         except ray.exceptions.RayError as error:
             raise FaroutError(
@@ -206,7 +207,7 @@ class _RayWorker:
         import ray
 
         index = int(batch["index"][0])
-        row: dict[str, list[Any]] = {"index": [index], "lost": [False], "error": [""], "result": [b""]}
+        row: dict[str, list[Any]] = {"index": [index], "lost": [False], "error": [b""], "result": [b""]}
         # Ray itself repeats without end what ends a process
         if ray.get(self._attempts.begin.remote(index)) > _MAX_ATTEMPTS:
             return row | {"lost": [True]}
@@ -214,7 +215,17 @@ class _RayWorker:
             job = pickle.loads(batch["job"][0])  # noqa: S301  # from the process that started the run
             return row | {"result": [pickle.dumps(self._function(*job))]}
         except FaroutError as error:
-            return row | {"error": [f"{error} (on {socket.gethostname()})"]}
+            return row | {"error": [pickle.dumps(_name_machine(error))]}
+
+
+def _name_machine(error: FaroutError) -> FaroutError:
+    """An error of the same class whose message also says on which machine it was raised."""
+    machine = f"on {socket.gethostname()}"
+    if isinstance(error, ReadError | WriteError):
+        return type(error)(
+            error.filename, str(error.strerror), error.errno, "; ".join(filter(None, (error.hint, machine)))
+        )
+    return type(error)(f"{error} ({machine})")
 
 
 def check_resources(resources: Mapping[str, float], settings: RaySettings) -> None:

@@ -7,6 +7,7 @@ import io
 import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from farout.core.schema import Schema, check_content
 from farout.core.storage import FilePath
 from farout.detectors.base import Scores
 
-__all__ = ["ScoredPart", "list_parts", "read_part", "remove_part", "write_part"]
+__all__ = ["ScoredPart", "list_parts", "read_part", "remove_part", "remove_temporary_parts", "write_part"]
 
 FOLDER = "parts"
 _COLUMNS = {
@@ -126,6 +127,13 @@ def read_part(out: FilePath, indices: range) -> ScoredPart:
         indicators={name: _to_numbers(table[name]) for name in table.column_names if name not in _COLUMNS},
     )
     return ScoredPart(indices, scores, about.unreadable, about.content, about.environment)
+
+
+def remove_temporary_parts(out: FilePath) -> None:
+    """Remove files that killed workers left unfinished; no worker may write meanwhile."""
+    if isinstance(out, Path):  # an object store has no unfinished objects
+        for temporary in (out / FOLDER).glob(".*.*"):
+            temporary.unlink(missing_ok=True)
 
 
 def _to_numbers(column: pa.ChunkedArray) -> np.ndarray:

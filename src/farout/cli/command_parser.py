@@ -211,9 +211,10 @@ class CommandParser:
             parser.add_parameters(config, skip=self._skipped_fields(key), prefix=key if key in _PREFIXED else "")
         if self.hints.get("runtime") not in (None, Runtime):
             owner = "benchmark" if self.name == "bench" else "detector"
-            for action in map(parser.action_of, self._flags_of("runtime")):
+            for name in self._flags_of("runtime"):
+                action, default = parser.action_of(name), self.command.other_defaults.get(name, f"that of the {owner}")
                 action.default = argparse.SUPPRESS
-                action.help = f"{(action.help or '').removesuffix('.')}; default: that of the {owner}"
+                action.help = f"{(action.help or '').removesuffix('.')}; default: {default}"
         if self.name.startswith("train "):
             for setting, short in _SHORT_FORMS.items():
                 if setting.partition(".")[0] in self.groups:

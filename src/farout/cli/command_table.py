@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["COMMANDS", "Command", "find_command", "import_object"]
@@ -24,6 +24,7 @@ class Command:
         presets: "module:NAME" of the presets that `--preset` chooses from; presets of methods belong to the method.
         methods: "module:NAME" of the registry in which the first word, METHOD, is looked up.
         unused_runtime: fields of `Runtime` that are not flags of the command.
+        other_defaults: defaults of fields of `Runtime` that are not those of the detector, in the words of the help.
         usage: arguments for the usage line; empty: made from the signature.
     """
 
@@ -35,6 +36,7 @@ class Command:
     presets: str = ""
     methods: str = ""
     unused_runtime: tuple[str, ...] = ()
+    other_defaults: Mapping[str, str] = field(default_factory=dict)
     usage: str = ""
 
 
@@ -66,11 +68,13 @@ COMMANDS = {
         "cli.commands.score:score",
         "cli.commands.score:print_scored_folder",
         check="cli.commands.score:check_settings",
+        other_defaults={"cache": "that of the detector, but --no-cache with --watch"},
     ),
     "serve": Command(
         "Serve a detector over HTTP.",
         "cli.commands.serve:serve",
         "cli.commands.serve:print_end",
+        other_defaults={"cache": "--no-cache, since images of clients are kept in memory only"},
     ),
     "calibrate": Command(
         "Recompute a detector's p-values from other normal images, without training.",

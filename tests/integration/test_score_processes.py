@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,11 @@ from farout import PCA, evaluate, load, score_folder
 from farout.core import store
 from farout.core.errors import FaroutError, LeftOutWarning, UnreadableImageError
 from farout.core.remote_files import NETWORK_ERROR, RemotePath
+from farout.data.image_source import ImageSource
 from farout.scoring import folder as scoring
+from farout.scoring import worker_pool
 from farout.scoring.folder import read_scores
+from farout.scoring.scorer import Scorer
 from launch import in_two_processes
 from small import pictures
 from tolerances import assert_same_scores
@@ -46,6 +51,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "_IMAGES_PER_PART", 8)
+
+
+@contextmanager
+def measuring_after_a_worker(parts: Path, written: int = 1) -> Iterator[None]:
+    """Inside this context, this process measures nothing before its workers have written so many parts."""
+    measure = Scorer.measure
+
+    def wait_and_measure(scorer: Scorer, source: ImageSource, advance: Callable[[int], object] | None = None) -> Any:
+        ends = time.monotonic() + 200
+        while len(list(parts.glob("*.json"))) < written and time.monotonic() < ends:
+            if advance is not None:
+                advance(0)
+            time.sleep(0.01)
+        return measure(scorer, source, advance)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scorer, "measure", wait_and_measure)
+        yield
 
 
 def has_processes(group: int) -> bool:
@@ -120,7 +143,10 @@ def test_two_processes_give_the_result_of_one(place: Path, tmp_path: Path) -> No
     frames[0].save(images / "stack.tif", save_all=True, append_images=frames[1:])
     with pytest.warns(LeftOutWarning, match="2 frames after the first of 1 file"):
         one = score_folder(detector, images, tmp_path / "one")
-    with pytest.warns(LeftOutWarning, match="2 frames after the first of 1 file"):
+    with (
+        pytest.warns(LeftOutWarning, match="2 frames after the first of 1 file"),
+        measuring_after_a_worker(tmp_path / "two" / "parts"),
+    ):
         two = score_folder(detector, images, tmp_path / "two", processes=2)
     assert (two.counts, two.flagged, two.unreadable) == (one.counts, one.flagged, one.unreadable)
     assert two.scored_now == one.scored_now == COUNT
@@ -133,10 +159,38 @@ def test_two_processes_give_the_result_of_one(place: Path, tmp_path: Path) -> No
     assert not multiprocessing.active_children()
 
 
+def test_results_continue_with_the_parts_that_they_were_begun_with(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise results of an earlier version, with parts of another size, would be refused."""
+    score_folder(load(place / "d"), place / "new", tmp_path / "r")
+    monkeypatch.setattr(scoring, "_IMAGES_PER_PART", 16)
+    assert score_folder(load(place / "d"), place / "new", tmp_path / "r").scored_now == 0
+    (tmp_path / "r" / "manifest.json").unlink()
+    score_folder(load(place / "d"), place / "new", tmp_path / "r")
+    assert len(store.read_sealed_json(tmp_path / "r" / "manifest.json")["contents"]) == -(-COUNT // 8)
+
+
+def test_few_images_do_not_wait_for_workers(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_pool, "_load", time.sleep)  # a worker that never has loaded
+    monkeypatch.setattr(scoring, "open_worker_scorer", lambda _: nullcontext(600))
+    scored = score_folder(load(place / "d"), place / "new", tmp_path / "r", processes=2)
+    assert scored.scored_now == COUNT - 1
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.slow
 def test_an_error_of_a_worker_is_the_error_of_the_run(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnreadableImageError, match="017-broken"):
-        score_folder(load(place / "d"), place / "new", tmp_path / "r", policy="raise", processes=2)
+    images = tmp_path / "images"
+    shutil.copytree(place / "new", images)
+    # the worker gets the first part, and this process waits for it
+    (images / "017-broken.png").rename(images / "000-broken.png")
+    with (
+        pytest.raises(UnreadableImageError, match="000-broken"),
+        measuring_after_a_worker(tmp_path / "r" / "parts"),
+    ):
+        score_folder(load(place / "d"), images, tmp_path / "r", policy="raise", processes=2)
+    assert [path.name for path in (tmp_path / "r" / "parts").iterdir()] == [], "this process had not begun"
     assert not multiprocessing.active_children()
 
 
@@ -149,14 +203,18 @@ def test_a_worker_that_is_killed_ends_the_run_and_finished_parts_are_kept(place:
         ends = time.monotonic() + 200
         while time.monotonic() < ends:
             children = multiprocessing.active_children()
-            if len(children) == 2:
+            if len(children) == 1:
                 os.kill(children[0].pid or 0, signal.SIGKILL)
                 return
             time.sleep(0.01)
 
     killer = threading.Thread(target=kill_a_worker)
     killer.start()
-    with pytest.raises(FaroutError, match="a worker process ended unexpectedly"):
+    # more parts than there are
+    with (
+        pytest.raises(FaroutError, match="a worker process ended unexpectedly"),
+        measuring_after_a_worker(parts, written=COUNT),
+    ):
         score_folder(load(place / "d"), place / "new", tmp_path / "r", processes=2)
     killer.join()
     assert not multiprocessing.active_children()

@@ -142,8 +142,11 @@ class _ImageStore:
         self._lock, self._estimate_lock = threading.Lock(), threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
+        # copied at once: other threads may read images while this one is sent to another process
+        findings = ("_hashes", "failures", "further_frames", "range_use")
         return {
             **vars(self),
+            **{name: dict(vars(self)[name]) for name in findings},
             "_lock": None,
             "_estimate_lock": None,
             "_pixels": {},

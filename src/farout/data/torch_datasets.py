@@ -117,7 +117,7 @@ class _DatasetReader:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_lock": None}
+        return {**vars(self), "_failed": dict(self._failed), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=threading.Lock())

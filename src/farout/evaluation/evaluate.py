@@ -114,7 +114,7 @@ def evaluate(
             written to `subsets.csv`, as in many papers (see `average_over_subsets`); 0: none.
         name: name of the detector in the tables; None: that of its method.
         reading: how image files are read; without a value range, that of the fitted images is used.
-        processes: number of worker processes on this machine that score images; see `score_folder`.
+        processes: number of processes on this machine that score images; see `score_folder`.
 
     Raises:
         FaroutError: the detector is not fitted, there is no out-of-distribution source, `ood_subsets` is

@@ -7,12 +7,13 @@ processes, or by the processes of a launcher. The first process makes the tables
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,7 +50,7 @@ from farout.detectors.saving import describe_detector
 from farout.report.score_page import LISTED_ROWS, write_score_page
 from farout.scoring.scorer import Scorer
 from farout.scoring.summary import ScoredParts, ScoreSummary, add_table
-from farout.scoring.worker_pool import open_worker_scorer, run_in_workers
+from farout.scoring.worker_pool import open_worker_scorer, share_with_workers
 
 __all__ = [
     "MEMORY_MIB",
@@ -69,7 +70,11 @@ __all__ = [
 ]
 
 _IMAGES_PER_PART = 256
-"""Images measured between two files on disk."""
+"""Images measured between two files on disk, at most."""
+_FEWEST_IMAGES_PER_PART = 64
+"""The same of small sets: a batch of networks on small images."""
+_PARTS_OF_SMALL_SETS = 64
+"""Number of parts up to which parts are small: enough for several processes to end at nearly the same time."""
 MEMORY_MIB = 64
 """Memory for decoded images: those that are looked at before they are scored, and those of the page."""
 _SETTINGS_FILE, _PARTS, _MANIFEST, _MEASUREMENTS = "settings.json", "parts", "manifest.json", "measurements.parquet"
@@ -145,7 +150,7 @@ def score_folder(
         top_images: number of images with the highest scores on the page.
         fdr: adds a column `selected`: images chosen by Benjamini-Hochberg at this false discovery rate.
         reading: how image files are read; without a value range, that of the fitted images is used.
-        processes: number of worker processes on this machine; with GPUs, each uses the next one. 1: this process alone.
+        processes: number of processes on this machine, with this one; with GPUs, each uses the next one.
 
     Raises:
         FaroutError: for a detector that is not fitted, a negative `top_images`, a rate that is not between 0 and 1, or
@@ -166,19 +171,21 @@ def score_folder(
     warn_before_scoring(detector, source)
     calibration = detector.calibration_scores[detector.score_name]
     runtime = {"device": detector.runtime.device.partition(":")[0], "precision": detector.runtime.precision}
-    settings = describe_settings(detector, source, fdr, _IMAGES_PER_PART, runtime)
-    parts = divide_into_parts(len(source), _IMAGES_PER_PART)
 
-    def open_results() -> tuple[dict[str, Any] | None, list[range]]:
-        """Open the folder; returns the manifest of finished results, or the parts that are missing."""
+    def open_results() -> tuple[dict[str, Any], list[range], dict[str, Any] | None, list[range]]:
+        """Open the folder; returns the settings, all parts, and the manifest of finished results, or the parts that are
+        missing.
+        """
+        size = _find_part_size(out, len(source))
+        settings, parts = describe_settings(detector, source, fdr, size, runtime), divide_into_parts(len(source), size)
         _open_folder(out, settings)
         manifest = _read_finished(out, source, parts)
         if manifest is None:
-            return None, _find_missing_parts(source, parts, out)
+            return settings, parts, None, _find_missing_parts(source, parts, out)
         _check_contents(source, parts, manifest["contents"], out)
-        return manifest, []
+        return settings, parts, manifest, []
 
-    manifest, missing = group.run_on_main_process(open_results)
+    settings, parts, manifest, missing = group.run_on_main_process(open_results)
     started = time.perf_counter()
     scored_now = _measure_parts(detector, source, missing, out, group, processes)
     seconds = time.perf_counter() - started
@@ -398,6 +405,16 @@ def divide_into_parts(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def _find_part_size(out: Path, count: int) -> int:
+    """Images per part: that of a run that was begun in the folder, else by the number of images."""
+    if (out / _SETTINGS_FILE).is_file():
+        recorded = store.read_sealed_json(out / _SETTINGS_FILE).get("images_per_part")
+        if isinstance(recorded, int) and recorded > 0:
+            return recorded
+    batches = math.ceil(count / (_FEWEST_IMAGES_PER_PART * _PARTS_OF_SMALL_SETS))
+    return min(_IMAGES_PER_PART, _FEWEST_IMAGES_PER_PART * max(1, batches))
+
+
 def check_settings(out: FilePath, before: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise StoreError unless the results in `out` were begun with the same settings."""
     differences = [
@@ -437,25 +454,55 @@ def _find_missing_parts(source: ImageSource, parts: list[range], out: Path) -> l
     return missing
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part to measure: the indices of its images, the images, and the file of their measurements."""
+
+    indices: range
+    images: ImageSource
+    path: Path
+
+
 def _measure_parts(
     detector: Detector, source: ImageSource, missing: list[range], out: Path, group: ProcessGroup, processes: int
 ) -> int:
     """Write the measurements of each missing part to a file of its own; returns the number of images measured."""
-    measured, processes = 0, min(processes, len(missing))
+    measured, processes, scorer = 0, min(processes, len(missing)), Scorer(detector)
     with task(f"scoring {source.name}", sum(map(len, missing))) as bar:
+
+        def measure_here(job: _Part, exchange: Callable[[], None] = lambda: None) -> None:
+            def advance(images: int) -> None:
+                bar.advance(images)
+                exchange()
+
+            nonlocal measured
+            count, *_ = _measure_part(scorer, job, advance)  # which adds what workers have measured meanwhile
+            measured += count
+
+        def collect(job: _Part, result: tuple[int, int, ReadingRecord]) -> None:
+            nonlocal measured
+            count, cache_hits, record = result
+            measured += count
+            detector.cache_hits += cache_hits
+            source.add_reading_record(record, job.indices)
+            bar.advance(len(job.indices))
+
+        share = group.split_between_processes(missing)
+        jobs = (_Part(part, source.subset(part), _part_path(out, part)) for part in share)
         if processes > 1:
-            with open_worker_scorer(detector) as scorer:
-                jobs = ((scorer, source.subset(part), _part_path(out, part)) for part in missing)
-                with closing(run_in_workers(_measure_part, jobs, processes)) as results:
-                    for number, (count, cache_hits, record) in results:
-                        measured += count
-                        detector.cache_hits += cache_hits
-                        source.add_reading_record(record, missing[number])
-                        bar.advance(len(missing[number]))
+            with open_worker_scorer(detector) as shared:
+                share_with_workers(
+                    jobs,
+                    shared,
+                    _measure_part,
+                    collect=collect,
+                    run_here=measure_here,
+                    processes=processes,
+                    device=detector.runtime.device,
+                )
         else:
-            scorer = Scorer(detector)
-            for part in group.split_between_processes(missing):
-                measured += _measure_part(scorer, source.subset(part), _part_path(out, part), bar.advance)[0]
+            for job in jobs:
+                measure_here(job)
     records = group.gather_objects((measured, source.reading_record))
     for process, (_, record) in enumerate(records):
         if process != group.process_index:
@@ -464,16 +511,16 @@ def _measure_parts(
 
 
 def _measure_part(
-    scorer: Scorer, images: ImageSource, path: Path, advance: Callable[[int], object] | None = None
+    scorer: Scorer, part: _Part, advance: Callable[[int], object] | None = None
 ) -> tuple[int, int, ReadingRecord]:
     """Measure and write a part; returns the number of images that could be read, that of those whose features came from
     the cache, and what was found while they were read.
     """
     cache_hits = scorer.detector.cache_hits
-    measured = scorer.measure(images, advance)
+    measured = scorer.measure(part.images, advance)
     environment = scorer.detector.runtime.describe_environment()
-    _write_part(path, measured.measurements, measured.unreadable, hash_texts(measured.content), environment)
-    return measured.count, scorer.detector.cache_hits - cache_hits, images.reading_record
+    _write_part(part.path, measured.measurements, measured.unreadable, hash_texts(measured.content), environment)
+    return measured.count, scorer.detector.cache_hits - cache_hits, part.images.reading_record
 
 
 def _write_part(

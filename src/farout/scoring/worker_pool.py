@@ -1,4 +1,4 @@
-"""Worker processes on this machine: each loads the detector once and measures one part after another."""
+"""Worker processes on this machine, which load the detector once and share jobs with this process."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from farout.core.devices import resolve_device
 from farout.core.errors import FaroutError
 from farout.core.interruption import end_with_parent
 from farout.detectors.base import Detector
 from farout.scoring.scorer import Scorer
 
-__all__ = ["open_worker_scorer", "run_in_workers"]
+__all__ = ["open_worker_scorer", "share_with_workers"]
 
+Job = TypeVar("Job")
 T = TypeVar("T")
 
 
@@ -38,53 +41,89 @@ def open_worker_scorer(detector: Detector) -> Iterator[Scorer]:
         yield Scorer(Path(folder, "detector"), fingerprint=detector.fingerprint, **runtime)
 
 
-def run_in_workers(
-    function: Callable[..., T], jobs: Iterable[tuple[Any, ...]], processes: int
-) -> Generator[tuple[int, T], None, None]:
-    """Call a function once per job in worker processes, and yield the job's index and the result when it is completed.
+def share_with_workers(
+    jobs: Iterable[Job],
+    scorer: Scorer,
+    function: Callable[[Scorer, Job], T],
+    *,
+    collect: Callable[[Job, T], object],
+    run_here: Callable[[Job, Callable[[], None]], object],
+    processes: int,
+    device: str,
+) -> None:
+    """Run each job once, in this process or in one of `processes - 1` workers, whoever is free first.
 
-    The processors are divided among the workers; of several GPUs, the workers use one each in turn. Workers are started
-    anew ("spawn"), so that a script that calls this must have the usual `if __name__ == "__main__":`.
+    This process starts at once, while the workers load the detector; if it has done all other jobs before, it does
+    theirs as well. The processors are divided among the processes; of several GPUs, the workers use those after that of
+    this process, in turn. Workers are started anew ("spawn"), so that a script that calls this must have the usual
+    `if __name__ == "__main__":`.
 
     Args:
-        function: a function of a module.
-        jobs: its arguments for each job, which are taken and pickled when a worker is about to be free.
-        processes: number of workers.
+        jobs: the jobs, which are taken, and pickled for a worker, when a process is about to be free.
+        scorer: a scorer that can be sent to workers.
+        function: a function of a module; a worker calls it with the scorer and a job.
+        collect: called in this process with a job and the result of a worker.
+        run_here: runs a job in this process; it should call its second argument often, which collects the results of
+            workers and gives them further jobs.
+        processes: number of processes, with this one.
+        device: the device that this process uses.
 
     Raises:
-        FaroutError: a worker was killed, as by the system when there is too little memory. An exception of the function
-            is raised as it is. In both cases, and when the iterator is closed, all workers are ended.
+        FaroutError: a worker was killed, as by the system when there is too little memory. An exception of a function
+            is raised as it is. In both cases all workers are ended.
     """
+    remaining = iter(jobs)
+    running: dict[Future[T], Job] = {}
+    workers, threads = processes - 1, torch.get_num_threads()
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
+    gpu = resolve_device(device).index or 0
+    started = context.Value("i", gpu + 1)
+    settings = (started, max(1, threads // processes))
+    executor = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=settings)
+    loading = {executor.submit(_load, scorer) for _ in range(workers)}
 
-    def wait_for_some() -> Iterator[tuple[int, T]]:
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            yield running.pop(future), future.result()
+    def exchange() -> None:
+        for loaded in [future for future in loading if future.done()]:
+            loading.remove(loaded)
+            loaded.result()
+        for finished in [future for future in running if future.done()]:
+            collect(running.pop(finished), finished.result())
+        # one job per worker, and another one that waits for each that has loaded the detector
+        for job in islice(remaining, 2 * workers - len(loading) - len(running)):
+            running[executor.submit(function, scorer, job)] = job
 
-    context = multiprocessing.get_context("spawn")
-    started = context.Value("i", 0)
-    threads = max(1, torch.get_num_threads() // processes)
-    executor = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(started, threads))
-    others = multiprocessing.active_children()
-    running: dict[Future[T], int] = {}
-    is_finished = False
+    def end_workers() -> None:
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+
     try:
-        for index, job in enumerate(jobs):
-            running[executor.submit(function, *job)] = index
-            if len(running) >= 2 * processes:  # for each worker, one job waits
-                yield from wait_for_some()
+        torch.set_num_threads(settings[1])
+        exchange()
+        for job in remaining:
+            run_here(job, exchange)
+            exchange()
+        if len(loading) == workers:  # few jobs are done here before any worker is ready
+            end_workers()
+            for job in running.values():
+                run_here(job, lambda: None)
+            running.clear()
         while running:
-            yield from wait_for_some()
-        is_finished = True
+            wait(running, return_when=FIRST_COMPLETED)
+            exchange()
+        if loading:
+            end_workers()
     except BrokenProcessPool as error:
+        end_workers()
         raise FaroutError(
             "a worker process ended unexpectedly, perhaps because memory was short; finished parts are kept: run the "
             "same command again, with fewer processes"
         ) from error
+    except BaseException:
+        end_workers()
+        raise
     finally:
-        if not is_finished:
-            for process in multiprocessing.active_children():
-                if process not in others:
-                    process.terminate()
+        torch.set_num_threads(threads)
         executor.shutdown(cancel_futures=True)
 
 
@@ -96,3 +135,8 @@ def _start_worker(started: Any, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     torch.set_num_threads(threads)
+
+
+def _load(scorer: Scorer) -> None:
+    """Load the detector into a worker, which then has it for all scorers of its folder."""
+    _ = scorer.detector

@@ -115,6 +115,10 @@ def test_scores_of_classes_are_those_of_the_detector(tmp_path: Path) -> None:
 def test_all_scores_of_semantic_are_those_of_the_detector(images: Path) -> None:
     semantic = DETECTORS["semantic"].load()
     tiny = {**semantic.test_arguments, **TINY}
+    fitted = semantic(**tiny, sigmas=(0.25, 1.0)).fit(images, statistics=20, alpha=0.1, runtime=CPU)
+    for score in ("combined", "empirical_norm", "residual_norm", "residual_error", "distance"):
+        assert_agrees(fitted.with_scoring(score=score), images)
+    tiny |= {"denoiser": "lfdn", "bottleneck": 64}
     fitted = semantic(**tiny, regret=True).fit(images, statistics=20, alpha=0.1, runtime=CPU)
     for score in ("mse", "mfsim", "mfsim_released", "calibrated_mse", "calibrated_mfsim", "distance", "fused", "lr"):
         assert_agrees(fitted.with_scoring(score=score), images)

@@ -136,7 +136,7 @@ def measured(error: torch.Tensor, angle: torch.Tensor, first: torch.Tensor, dist
 
 def fitted_to(table: Measurements, **settings: object) -> Semantic:
     """A detector without networks, on three layers."""
-    detector = Semantic(regret=True, **settings)  # type: ignore[arg-type]
+    detector = Semantic(denoiser="lfdn", regret=True, **settings)  # type: ignore[arg-type]
     detector.layer_widths = [2, 3, 5]
     detector.fit_statistics(table)
     return detector
@@ -183,7 +183,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fitted(folder: Path, **settings: object) -> Semantic:
-    small = {"size": 32, "hidden": 32, "bottleneck": 32, "embedding": 16, "blocks": 1, "epochs": 3, "batch": 16}
+    small = {
+        "denoiser": "lfdn",
+        "size": 32,
+        "hidden": 32,
+        "bottleneck": 32,
+        "embedding": 16,
+        "blocks": 1,
+        "epochs": 3,
+        "batch": 16,
+    }
     small |= {"regret": True}
     runtime = settings.pop("runtime", Runtime())
     return Semantic(**{**small, **settings}).fit(folder, alpha=0.1, statistics=20, runtime=runtime)  # type: ignore[arg-type]
@@ -221,7 +230,9 @@ def test_both_denoisers_are_saved_in_one_folder(plain: Semantic, folder: Path, t
     assert (tmp_path / "d" / "diffusion" / "first" / "config.json").is_file()
     model = FeatureDiffusion.load(tmp_path / "d" / "diffusion")
     assert model.first is not None
-    again = Semantic(size=32).fit(folder, diffusion=tmp_path / "d" / "diffusion", alpha=0.1, statistics=20)
+    again = Semantic(denoiser="lfdn", size=32).fit(
+        folder, diffusion=tmp_path / "d" / "diffusion", alpha=0.1, statistics=20
+    )
     assert again.diffusion is not None
     assert again.diffusion.content_hash == model.content_hash
     assert not again.statistics_hashes & model.trained_on, "statistics images are new to the denoiser"
@@ -229,7 +240,7 @@ def test_both_denoisers_are_saved_in_one_folder(plain: Semantic, folder: Path, t
 
 def test_another_backbone_is_refused(plain: Semantic, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FaroutError, match="another backbone"):
-        Semantic(size=64).fit(folder, diffusion=plain.diffusion, alpha=0.1, statistics=20)
+        Semantic(denoiser="lfdn", size=64).fit(folder, diffusion=plain.diffusion, alpha=0.1, statistics=20)
     with pytest.raises(FaroutError, match="FeatureDiffusion"):
         Semantic(size=32).fit(folder, diffusion=torch.nn.Identity(), alpha=0.1)
     plain.save(tmp_path / "d")
@@ -265,12 +276,19 @@ def test_wrong_settings_are_named() -> None:
     with pytest.raises(FaroutError, match="no score 'nonsense'"):
         Semantic(score="nonsense")
     with pytest.raises(FaroutError, match="without regret"):
-        Semantic(score="lr", regret=False)
+        Semantic(denoiser="lfdn", score="lr", regret=False)
     with pytest.raises(FaroutError, match="lr_sign"):
         Semantic(lr_sign=0)
-    for idle in ({"steps": 2}, {"sampler": "released", "eta": 0.0}, {"epochs": 3, "updates": 5}):
+    with pytest.raises(FaroutError, match="denoiser_weights must be 0 or more"):
+        Semantic(denoiser_weights=(0.0, 0.0))
+    for wrong in ({"bandwidth": 0.0}, {"sigmas": ()}, {"sigmas": (0.0,)}):
+        with pytest.raises(FaroutError, match="bandwidth and sigmas must be positive"):
+            Semantic(**wrong)  # type: ignore[arg-type]
+    for idle in ({"steps": 2}, {"sampler": "released", "eta": 0.0}, {"epochs": 3, "updates": 5}, {"whiten": True}):
         with pytest.raises(FaroutError, match="is only used"):
-            Semantic(**idle)  # type: ignore[arg-type]
+            Semantic(**{"denoiser": "lfdn", **idle})  # type: ignore[arg-type]
+    with pytest.raises(FaroutError, match=r"levels is .* only used with denoiser lfdn"):
+        Semantic(levels=(7,))
     with pytest.raises(FaroutError, match="layers"):
         Semantic(layers=(1, 1))
 
@@ -320,7 +338,7 @@ def test_damaged_features_stop_the_training(folder: Path, monkeypatch: pytest.Mo
 def test_a_training_goes_on_with_the_same_features_only(folder: Path, tmp_path: Path) -> None:
     """A smaller input, or another standardisation, gives as many features, and weights that fit."""
     checkpoints = {"checkpoints": tmp_path / "c", "resume": True, "alpha": 0.1, "statistics": 20}
-    small = {"hidden": 32, "bottleneck": 32, "embedding": 16, "blocks": 1, "epochs": 1, "batch": 16}
+    small = {"denoiser": "lfdn", "hidden": 32, "bottleneck": 32, "embedding": 16, "blocks": 1, "epochs": 1, "batch": 16}
     Semantic(size=32, **small).fit(folder, **checkpoints)  # type: ignore[arg-type]
     for other in ({"size": 48}, {"size": 32, "standardize": "channel"}, {"size": 32, "time_sampling": "low_noise"}):
         with pytest.raises(StoreError, match="fingerprint"):
@@ -354,3 +372,79 @@ def test_encodings_go_with_their_widths() -> None:
     encoding = FeatureEncoding((3, 5), "channel", True).fit(torch.randn(30, 8))
     assert encoding.groups == (3, 5, 4)
     assert encoding(torch.randn(2, 8)).shape == (2, 12)
+
+
+# The residual and the empirical denoiser.
+
+
+def residual(folder: Path, **settings: object) -> Semantic:
+    small = {"size": 32, "hidden": 32, "embedding": 16, "blocks": 1, "updates": 4, "batch": 16}
+    return Semantic(**{**small, **settings}).fit(folder, alpha=0.1, statistics=20)  # type: ignore[arg-type]
+
+
+def test_the_default_has_two_denoisers_and_their_norms(folder: Path, tmp_path: Path) -> None:
+    detector = residual(folder, sigmas=(0.25, 1.0))
+    scores = detector.score(folder)
+    assert set(scores.indicators) == {"combined", "empirical_norm", "residual_norm", "residual_error", "distance"}
+    assert detector.score_name == "combined"
+    detector.save(tmp_path / "d")
+    loaded = load(tmp_path / "d")
+    assert np.array_equal(loaded.score(folder).score, scores.score)
+    assert_same_scores(detector.score(open_source(folder).subset(range(len(scores) - 1, -1, -1))), scores, detector)
+    norms = np.stack([scores.indicators["empirical_norm"], scores.indicators["residual_norm"]], axis=1)
+    assert detector.combined_z is not None
+    np.testing.assert_allclose(scores.score, detector.combined_z.transform(norms) @ [2 / 3, 1 / 3])
+    only_empirical = detector.with_scoring(denoiser_weights=(1.0, 0.0)).score(folder)
+    assert np.array_equal(np.argsort(only_empirical.score), np.argsort(scores.indicators["empirical_norm"]))
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+def test_an_untrained_residual_gives_the_gaussians_own_score(whiten: bool) -> None:
+    """F = 0: D(y) = v y / (v + s^2), so the norm is the mean of y^2 s^2 / ((v + s^2)^2 v)."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6))
+    detector = Semantic(whiten=whiten, standardize="channel", updates=1, learning_rate=1e-12, sigmas=(0.5,))
+    detector.fit_features(x, alpha=0.1)
+    assert detector.diffusion is not None
+    assert detector.diffusion.axes is not None
+    encoded = detector.diffusion.encode(torch.from_numpy(x).float()).double().numpy()
+    y, v = detector.diffusion.axes.transform(encoded), detector.diffusion.axes.variances
+    expected = np.log((np.square(y) * 0.25 / ((v + 0.25) ** 2 * v)).mean(1))
+    np.testing.assert_allclose(detector.score_features(x).indicators["residual_norm"], expected, atol=1e-4)
+
+
+def test_features_of_the_users_own_are_fitted_and_scored() -> None:
+    """Two clusters far apart: a vector between them is unusual for the empirical denoiser, not for one Gaussian."""
+    rng = np.random.default_rng(0)
+    normal = rng.choice([-8, 8], size=(600, 1)) + 0.3 * rng.normal(size=(600, 8))
+    between = 0.3 * rng.normal(size=(40, 8))
+    detector = Semantic(standardize="channel", hidden=32, blocks=1, updates=30).fit_features(normal, seed=1)
+    again = detector.score_features(normal[:100])
+    found = detector.score_features(between)
+    assert found.indicators["empirical_norm"].min() > again.indicators["empirical_norm"].max()
+    assert np.median(found.indicators["distance"]) < np.median(again.indicators["distance"])
+    assert found.is_ood.mean() > 0.9
+    with pytest.raises(FaroutError, match="sum 8"):
+        Semantic().fit_features(normal, channels=(3, 3))
+
+
+def test_a_model_with_another_denoiser_is_refused(plain: Semantic, folder: Path) -> None:
+    with pytest.raises(FaroutError, match="has the denoiser lfdn, the detector requires residual"):
+        Semantic(size=32).fit(folder, diffusion=plain.diffusion, alpha=0.1, statistics=20)
+
+
+def test_few_images_learn_no_more_than_the_gaussian(folder: Path) -> None:
+    """A network that fits its training images too well is not used: held-out images decide."""
+    detector = residual(folder, updates=200, learning_rate=0.3, weight_decay=0.0, patience=0)
+    assert detector.diffusion is not None
+    assert detector.diffusion.provenance["kept_step"] in (0, 50, 100, 150, 200)
+    assert detector.diffusion.provenance["validation"] > 0
+    assert np.isfinite(detector.score(folder).score).all()
+
+
+def test_constant_features_have_finite_scores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FeatureExtractor, "pooled_features", lambda self, images, *_: torch.ones(len(images), 512))
+    detector = Semantic(size=32, hidden=16, embedding=8, blocks=1, updates=2)
+    detector.fit(folder, alpha=0.1, statistics=20, runtime=Runtime(cache=False))
+    with pytest.warns(ConstantScoresWarning):
+        assert np.isfinite(detector.score(folder).score).all()

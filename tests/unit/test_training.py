@@ -452,3 +452,20 @@ def test_two_processes_share_the_data_and_agree_with_one(tmp_path: Path) -> None
     for ours, theirs in zip(result.history, first["history"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     assert set(checkpoint_folders(tmp_path)) == {result.best_step, 10}
+
+
+@pytest.mark.parametrize("patience", [2, 3])
+def test_training_ends_when_the_validation_loss_no_longer_falls(tmp_path: Path, patience: int) -> None:
+    """At learning rate 0 after the first updates nothing improves; the best weights are returned."""
+    losses = iter([3.0, 2.0, 1.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0])
+
+    def step(network: nn.Module, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        loss = network(batch[0]).square().mean()
+        return {"loss": loss if network.training else loss.detach() * 0 + next(losses)}
+
+    config = replace(BASE, steps=100, validate_every=1, patience=patience, checkpoint="best", batch_size=20)
+    result = train(_linear(), step, _data(), config, validation=_data(), out=tmp_path / "c")
+    assert (result.chosen_step, result.steps) == (3, 3 + patience)
+    assert step_folder(tmp_path / "c", result.steps).is_dir(), "the end is a checkpoint, as that of all updates"
+    with pytest.raises(FaroutError, match="patience"):
+        TrainingConfig(patience=5)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
@@ -17,14 +18,14 @@ from farout.data.preprocessing import Preprocessing, Protocol
 from farout.data.splits import calibration_size
 from farout.detectors.argument_checks import check_literals
 from farout.detectors.base import Detector
-from farout.detectors.calibration import check_alpha, check_fitted, set_calibration
+from farout.detectors.calibration import check_alpha, check_fitted, check_seed, set_calibration
 from farout.detectors.declarations import Requirements
 from farout.detectors.results import Measurements, Scores
 from farout.features.encoding import FeatureEncoding
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
 
-__all__ = ["FeatureDetector", "VectorDetector"]
+__all__ = ["FeatureDetector", "PooledFeatureDetector", "VectorDetector"]
 
 F = TypeVar("F", bound="FeatureDetector")
 
@@ -125,8 +126,88 @@ class FeatureDetector(Detector):
         return torch.cat(parts)
 
 
-class VectorDetector(FeatureDetector):
-    """A detector whose measurements are the pooled features; it also works on arrays of features.
+class PooledFeatureDetector(FeatureDetector):
+    """A detector on the pooled features of images, which also works on arrays of features."""
+
+    array_channels: tuple[int, ...] = ()  # features per layer of the arrays that `fit_features` was given
+
+    @abstractmethod
+    def measure_features(self, keys: tuple[str, ...], features: Tensor, identities: tuple[str, ...]) -> Measurements:
+        """Measure pooled features (B, width); `identities` are those of `Batch.identities`."""
+
+    def measure(self, batch: Batch, maps: bool = False) -> Measurements:
+        """Measure the pooled features; see `measure_features`."""
+        return self.measure_features(batch.keys, self.pooled_features(batch), batch.identities)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Number of features of each layer of the backbone, or of the arrays."""
+        return self.backbone.channels if self.features is not None else self.array_channels
+
+    def fit_features(
+        self,
+        features: np.ndarray | Tensor,
+        *,
+        channels: Sequence[int] | None = None,
+        alpha: float = 0.05,
+        seed: int = 0,
+    ) -> Self:
+        """Fit to features of normal images that were computed elsewhere; no backbone is used.
+
+        A seeded sample of max(20 %, ceil(1/alpha) - 1) rows is the calibration. The others are the statistics, except
+        those that a network is trained on.
+
+        Args:
+            features: (n, d), one row per image.
+            channels: number of features per layer, with sum d; default: all are one layer.
+            alpha: false-alarm rate of `is_ood`.
+            seed: seed of the sample.
+
+        Raises:
+            FaroutError: for another shape, values that are not finite, or too few rows.
+        """
+        table = _check_array(features)
+        check_alpha(alpha)
+        check_seed(seed)
+        layers = (table.shape[1],) if channels is None else tuple(channels)
+        if sum(layers) != table.shape[1] or min(layers) < 1:
+            raise FaroutError(f"channels are {list(layers)}; expected positive numbers with sum {table.shape[1]}")
+        count, held_out = len(table), calibration_size(len(table), alpha)
+        if count - held_out < 2:
+            raise FaroutError(f"{count} rows are too few at alpha {alpha}: the calibration takes {held_out}")
+        self.reset_statistics()
+        self.features, self.array_channels = None, layers
+        self.alpha, self.seed = alpha, seed
+        order = np.random.default_rng(seed).permutation(count)
+        statistics = self.prepare_arrays(table, np.sort(order[held_out:]))
+        self.statistics = self._measure_rows(table, statistics)
+        self.fit_statistics(self.statistics)
+        set_calibration(self, self._measure_rows(table, np.sort(order[:held_out])))
+        return self
+
+    def prepare_arrays(self, table: Tensor, rows: np.ndarray) -> np.ndarray:
+        """Train what requires it on some of these rows of features, and return the rows for the statistics."""
+        return rows
+
+    def score_features(self, features: np.ndarray | Tensor) -> Scores:
+        """Score features (n, d), with the row numbers as keys; see `fit_features`."""
+        check_fitted(self)
+        table = _check_array(features)
+        if table.shape[1] != sum(self.channels):
+            raise FaroutError(f"expected features (n, {sum(self.channels)}), got {tuple(table.shape)}")
+        return self.score_measurements(self._measure_rows(table, np.arange(len(table))))
+
+    def _measure_rows(self, table: Tensor, rows: np.ndarray) -> Measurements:
+        parts = []
+        for start in range(0, len(rows), _ROWS_PER_CALL):
+            part = rows[start : start + _ROWS_PER_CALL]
+            keys = tuple(map(str, part.tolist()))
+            parts.append(self.measure_features(keys, table[torch.from_numpy(part)], keys))
+        return Measurements.join(parts)
+
+
+class VectorDetector(PooledFeatureDetector):
+    """A detector whose measurements are the pooled features.
 
     Args:
         standardize: `image`: scale the features of each layer of each image to mean 0 and standard deviation 1 (higher
@@ -134,14 +215,13 @@ class VectorDetector(FeatureDetector):
     """
 
     test_arguments: ClassVar[Mapping[str, Any]] = {"size": 32}
-    array_width: int = 0  # number of features of the arrays that `fit_features` was given
 
     def __init__(self, *, standardize: Literal["image", "none"] = "image", **features: Any) -> None:
         super().__init__(**features)
 
-    def measure(self, batch: Batch, maps: bool = False) -> Measurements:
+    def measure_features(self, keys: tuple[str, ...], features: Tensor, identities: tuple[str, ...]) -> Measurements:
         """Vectors `features` (B, width)."""
-        return Measurements(batch.keys, vectors={"features": self.pooled_features(batch)})
+        return Measurements(keys, vectors={"features": features})
 
     def vectors(self, measurements: Measurements) -> np.ndarray:
         """The features (n, width) in float64, standardized as configured."""
@@ -171,53 +251,16 @@ class VectorDetector(FeatureDetector):
         """Split features (n, width) into one table (n, channels) per layer of the backbone."""
         return np.split(vectors, np.cumsum(self.channels)[:-1], axis=1)
 
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Number of features of each layer of the backbone; arrays of features are one layer."""
-        return self.backbone.channels if self.features is not None else (self.array_width,)
 
-    def fit_features(self, features: np.ndarray | Tensor, *, alpha: float = 0.05, seed: int = 0) -> Self:
-        """Fit to features of normal images that were computed elsewhere; no backbone is used.
-
-        A seeded sample of max(20 %, ceil(1/alpha) - 1) rows is the calibration, the others are the statistics.
-
-        Args:
-            features: (n, d), one row per image.
-            alpha: false-alarm rate of `is_ood`.
-            seed: seed of the sample.
-
-        Raises:
-            FaroutError: for another shape, values that are not finite, or too few rows.
-        """
-        measurements = _measure_array(features)
-        check_alpha(alpha)
-        count, held_out = len(measurements), calibration_size(len(measurements), alpha)
-        if count - held_out < 2:
-            raise FaroutError(f"{count} rows are too few at alpha {alpha}: the calibration takes {held_out}")
-        self.reset_statistics()
-        self.features, self.array_width = None, measurements.vectors["features"].shape[1]
-        self.alpha, self.seed = alpha, seed
-        order = np.random.default_rng(seed).permutation(count)
-        self.statistics = measurements.select(np.sort(order[held_out:]).tolist())
-        self.fit_statistics(self.statistics)
-        set_calibration(self, measurements.select(np.sort(order[:held_out]).tolist()))
-        return self
-
-    def score_features(self, features: np.ndarray | Tensor) -> Scores:
-        """Score features (n, d), with the row numbers as keys; see `fit_features`."""
-        check_fitted(self)
-        measurements = _measure_array(features)
-        shape = tuple(measurements.vectors["features"].shape)
-        if shape[1] != sum(self.channels):
-            raise FaroutError(f"expected features (n, {sum(self.channels)}), got {shape}")
-        return self.score_measurements(measurements)
+_ROWS_PER_CALL = 1024
+"""Rows of an array of features that are measured at a time."""
 
 
-def _measure_array(features: np.ndarray | Tensor) -> Measurements:
+def _check_array(features: np.ndarray | Tensor) -> Tensor:
     table = torch.as_tensor(features).detach().cpu().float()
     if table.ndim != 2 or not len(table):
         raise FaroutError(f"expected finite features (n, d) with n >= 1, got shape {tuple(table.shape)}")
     invalid = int((~torch.isfinite(table)).any(1).sum())
     if invalid:
         raise FaroutError(f"expected finite features (n, d), got {invalid} of {len(table)} rows with NaN or infinity")
-    return Measurements(tuple(map(str, range(len(table)))), vectors={"features": table})
+    return table

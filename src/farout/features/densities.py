@@ -20,6 +20,7 @@ __all__ = [
     "KernelDensity",
     "Mahalanobis",
     "NearestNeighbor",
+    "PrincipalAxes",
     "PrincipalComponents",
     "ZScore",
     "pack_arrays",
@@ -204,6 +205,42 @@ class PrincipalComponents(FittedStatistics):
         z = _standardize(x, self.mean, self.std)
         coordinates = z @ self.axes
         return coordinates, z - coordinates @ self.axes.T
+
+
+@dataclass(frozen=True)
+class PrincipalAxes(FittedStatistics):
+    """All principal axes of a table, its columns centered: y = axes^T (x - mean) * scale, with uncorrelated columns.
+
+    The covariance is shrunk (Ledoit and Wolf 2004). With `whiten`, the columns of x are standardized first and every
+    column of y has variance 1, so that the mean of y^2 is `Mahalanobis.score`; otherwise `variances` are proportional
+    to the covariance's eigenvalues and have mean 1.
+    """
+
+    mean: np.ndarray
+    axes: np.ndarray
+    scale: np.ndarray
+    variances: np.ndarray
+
+    @classmethod
+    def fit(cls, x: np.ndarray, *, whiten: bool) -> Self:
+        """From a table (n, d) of at least two rows."""
+        x = _check_table(x)
+        mean, width = x.mean(0), x.shape[1]
+        std = _standard_deviations(x, x) if whiten else np.ones(width)
+        z = (x - mean) / std
+        from sklearn.covariance import LedoitWolf  # as in `_precision`
+
+        covariance = LedoitWolf(assume_centered=True).fit(z).covariance_ if z.any() else np.eye(width)
+        eigenvalues, axes = np.linalg.eigh(covariance)
+        eigenvalues = np.maximum(eigenvalues, 1e-12 * eigenvalues[-1])
+        if whiten:
+            return cls(mean, axes / std[:, None], 1 / np.sqrt(eigenvalues), np.ones(width))
+        variances = eigenvalues / eigenvalues.mean()
+        return cls(mean, axes, np.full(width, 1 / np.sqrt(eigenvalues.mean())), variances)
+
+    def transform(self, x: np.ndarray) -> np.ndarray:
+        """Coordinates (n, d) of a table (n, d)."""
+        return _standardize(x, self.mean, np.ones(len(self.mean))) @ self.axes * self.scale
 
 
 @dataclass(frozen=True)

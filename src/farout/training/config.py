@@ -52,6 +52,7 @@ class TrainingConfig:
         seed: seed of the data order and of all noise.
         workers: number of data loading processes; 0: load in the training process. Does not change results.
         validate_every: updates between validations; 0: once at the end (if there is validation data).
+        patience: end the training when this many updates have not lowered the validation loss; 0: never.
         checkpoint_every: keep a checkpoint every this many updates; 0: none. A temporary one is written every ten
             minutes anyway.
         keep: numbers of updates after which a checkpoint is kept; default: none.
@@ -79,6 +80,7 @@ class TrainingConfig:
     seed: int = 0
     workers: int = 0
     validate_every: int = 0
+    patience: int = 0
     checkpoint_every: int = 0
     keep: tuple[int, ...] = ()
     checkpoint: str = "last"
@@ -99,6 +101,8 @@ def _rules(c: TrainingConfig) -> list[tuple[str, bool, str]]:
     return [
         *((name, getattr(c, name) >= 1, "1 or more") for name in ("steps", "batch_size", "accumulate")),
         *((n, getattr(c, n) >= 0, "0 or more") for n in ("warmup", "workers", "validate_every", "checkpoint_every")),
+        ("patience", c.patience >= 0, "0 or more"),
+        ("patience", not c.patience or c.validate_every > 0, "0, if validate_every is 0"),
         ("batch_size", c.batch_size % max(1, c.accumulate) == 0, f"a multiple of accumulate ({c.accumulate})"),
         ("optimizer", c.optimizer in ("adamw", "adam", "sgd"), "adamw, adam or sgd"),
         ("learning_rate", 0 < c.learning_rate < math.inf, "a positive number"),

@@ -213,7 +213,7 @@ class TrainingRun:
             try:
                 with nullcontext() if is_alone else defer_interruption():
                     self._validate_and_save()  # an interrupted run may not have got to it
-                    while self.completed < config.steps:
+                    while not self._has_ended():
                         self._update(batches)
                         self._validate_and_save()
                         bar.advance(1, self._describe_losses())
@@ -360,8 +360,14 @@ class TrainingRun:
         elif self.processes.is_main_process and time.monotonic() - self.last_saved_time >= _CHECKPOINT_INTERVAL_S:
             self._save(self.out)  # by the clock of one process: the others wait for it in the next update
 
+    def _has_ended(self) -> bool:
+        """Whether all updates are completed, or `patience` of them without a lower validation loss."""
+        patience, best_step = self.config.patience, self._best_step()
+        is_patient = not patience or best_step is None or self.completed - best_step < patience
+        return self.completed == self.config.steps or not is_patient
+
     def _is_due(self, interval: int) -> bool:
-        return self.completed == self.config.steps or (interval > 0 and self.completed % interval == 0)
+        return self._has_ended() or (interval > 0 and self.completed % interval == 0)
 
     def _evaluated_network(self) -> nn.Module:
         return self.network if self.average is None else self.average

@@ -32,6 +32,7 @@ class SemanticScore(nn.Module):
         backbone: the backbone.
         model: the diffusion model of its features.
         config: the arguments of `Semantic`.
+        score: the indicator that is the score.
         seed: seed of the noise.
         log_z: mean and deviation of the log errors.
         fused_z: mean and deviation of the parts of `fused`.
@@ -44,6 +45,7 @@ class SemanticScore(nn.Module):
         backbone: FeatureExtractor,
         model: FeatureDiffusion,
         config: Mapping[str, Any],
+        score: str,
         seed: int,
         log_z: ZScore,
         fused_z: ZScore,
@@ -55,7 +57,7 @@ class SemanticScore(nn.Module):
                 "Semantic with noise=image cannot be exported: its noise depends on the hash of each image file; fit "
                 "with noise=shared"
             )
-        self.score, self.levels, self.draws = config["score"], tuple(sorted(config["levels"])), config["draws"]
+        self.score, self.levels, self.draws = score, tuple(sorted(config["levels"])), config["draws"]
         self.sampler, self.steps, self.eta, self.seed = config["sampler"], config["steps"], config["eta"], seed
         self.sign, self.layer_widths = config["lr_sign"], list(model.encoding.groups)
         self.schedule: Any = _PlainSchedule(model.schedule)

@@ -196,7 +196,7 @@ class Semantic(PooledFeatureDetector):
         bandwidth: float = 0.3,
         sigmas: tuple[float, ...] = (0.25,),
         whiten: bool = False,
-        denoiser_weights: tuple[float, float] = (2.0, 1.0),
+        denoiser_weights: tuple[float, float] = (1.0, 1.0),
         patience: int = 200,
         levels: tuple[int, ...] = (20,),
         draws: int = 2,

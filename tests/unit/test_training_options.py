@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,18 @@ def test_channels_last_is_harmless() -> None:
     train(two, _step, _data(), replace(BASE, channels_last=False))
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same_and_is_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    # without the code generator, which requires a C++ compiler
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled, plain = _network(0.0), _network(0.0)
+    train(compiled, _step, _data(), replace(BASE, compile=True))
+    train(plain, _step, _data(), BASE)
+    for one, other in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert compiled._compiled_call_impl is None, "scoring has batches of many sizes"
 
 
 def test_noise_and_dropout_are_fresh_for_every_step_and_part() -> None:

@@ -49,6 +49,8 @@ class TrainingConfig:
         accumulate: gradient accumulation: parts in which each process computes its share of a batch, to save memory.
         precision: `fp32`, `bf16`, `fp16`, or `auto` (bf16 if the device supports it natively, else fp32).
         channels_last: store convolution weights in channels-last format, which is faster on most devices.
+        compile: compile the network with torch.compile, which takes a minute and is faster afterwards on a GPU; results
+            change by rounding. On a CPU this requires a C++ compiler.
         seed: seed of the data order and of all noise.
         workers: number of data loading processes; 0: load in the training process. Does not change results.
         validate_every: updates between validations; 0: once at the end (if there is validation data).
@@ -77,6 +79,7 @@ class TrainingConfig:
     accumulate: int = 1
     precision: PrecisionChoice = "auto"
     channels_last: bool = True
+    compile: bool = False
     seed: int = 0
     workers: int = 0
     validate_every: int = 0

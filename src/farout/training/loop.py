@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ __all__ = ["Step", "TrainingConfig", "TrainingResult", "train"]
 
 logger = logging.getLogger(__name__)
 
-_MAY_CHANGE_ON_RESUME = ("device", "workers", "tensorboard")
+_MAY_CHANGE_ON_RESUME = ("compile", "device", "workers", "tensorboard")
 _HISTORY_ENTRIES = 200
 _CHECKPOINT_INTERVAL_S = 600.0
 """Seconds of training that a crash may cost: after them a temporary checkpoint is written."""
@@ -200,7 +200,8 @@ class TrainingRun:
         task = progress.task(
             self.description, config.steps, unit="steps", item=self.items, items_per_unit=config.batch_size
         )
-        with torch.random.fork_rng(devices=[self.device] if is_cuda else []), task as bar:
+        rng = torch.random.fork_rng(devices=[self.device] if is_cuda else [])
+        with rng, task as bar, _compiled(self.network) if config.compile else nullcontext():
             self.network.train()
             if config.tensorboard and self.out is not None and self.processes.is_main_process:
                 self.log.open_tensorboard(self.out / "tensorboard", self.completed)
@@ -471,6 +472,19 @@ class TrainingRun:
         chosen_step = self._chosen_step()
         if self.out is not None and chosen_step is not None and chosen_step < self.completed:
             self.chosen_weights = checkpoint_weights(step_folder(self.out, chosen_step))
+
+
+@contextmanager
+def _compiled(network: nn.Module) -> Iterator[None]:
+    """Inside this context the network runs compiled. It stays the same object, which a step may look at.
+
+    Afterwards it runs as before: scoring has batches of many sizes, each of which would be compiled.
+    """
+    network.compile()
+    try:
+        yield
+    finally:
+        network._compiled_call_impl = None  # `Module.compile` has no opposite
 
 
 def _resumable_settings(state: dict[str, Any]) -> dict[str, Any]:

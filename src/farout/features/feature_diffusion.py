@@ -260,6 +260,6 @@ def _read_network(folder: Path, network: type[N]) -> N:
     store.read_json(folder / "config.json")  # raises for what diffusers cannot read
     try:
         with limit_parameters(sum(map(math.prod, shapes.values())), "the network of its config.json", folder):
-            return network.from_pretrained(folder, local_files_only=True, use_safetensors=True)  # type: ignore[no-any-return]
+            return network.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise StoreError(f"the weights in {folder} cannot be read ({error})") from error

@@ -340,8 +340,9 @@ class Semantic(PooledFeatureDetector):
             warmup=0 if self.config["decay"] == "constant" else 100,
             ema=self.config["ema"],
             clip=None,
-            **({"validate_every": _VALIDATE_EVERY, "checkpoint": "best"} if self.is_residual else {}),
+            validate_every=_VALIDATE_EVERY if self.is_residual else 0,
             patience=self.config["patience"] if self.is_residual else 0,
+            checkpoint="best" if self.is_residual else "last",
         )
 
     # Measuring.

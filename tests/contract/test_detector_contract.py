@@ -324,8 +324,7 @@ def test_recalibration_takes_fresh_images_only(detector: Detector, saved: Path, 
         moved.calibration_scores[moved.score_name], detector.calibration_scores[detector.score_name]
     )
     own = recalibrate(load(saved), folder)
-    trained = detector.diffusion.trained_on if detector.diffusion is not None else frozenset()
-    assert len(own.calibration) == 60 - len(detector.statistics_hashes | trained)
+    assert len(own.calibration) == 60 - len(detector.statistics_hashes | detector.trained_on)
 
 
 def test_choices_need_no_network(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from farout import load
+from farout.benchmark.yaml_reader import parse_benchmark
 from farout.cli import main
 from farout.core import store
 from farout.core.errors import FaroutError, StoreError
@@ -300,6 +301,21 @@ def test_the_command_combines_folders_of_detectors(images: Path, tmp_path: Path)
     assert [*loaded.parts] == ["msma", "msma_2"]
     assert loaded.score_name == "max"
     assert loaded.parts["msma_2"].provenance["source"] == str(images)
+
+
+def test_a_benchmark_gives_the_parts_the_networks_that_they_require() -> None:
+    entry = {"method": "ensemble", "arguments": {"parts": ["msma", "knn"]}}
+    content = {"name": "b", "train": "a/", "id": "b/", "ood": {"near": "c/"}, "detectors": [entry]}
+    with pytest.raises(FaroutError, match=r"ensemble requires a diffusion model; name one of the networks"):
+        parse_benchmark(content)
+    networks = {"generator": {"kind": "diffusion"}}
+    spec = parse_benchmark({**content, "networks": networks, "detectors": [{**entry, "diffusion": "generator"}]})
+    detector = spec.detectors["ensemble"].build_detector()
+    assert [*detector.parts] == ["msma", "knn"]
+    entry["arguments"]["parts"] = ["pca", "knn"]
+    assert not parse_benchmark(content).detectors["ensemble"].build_detector().requirements.diffusion
+    with pytest.raises(FaroutError, match="takes no diffusion model"):
+        parse_benchmark({**content, "networks": networks, "detectors": [{**entry, "diffusion": "generator"}]})
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------

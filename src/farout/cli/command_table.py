@@ -153,9 +153,9 @@ COMMANDS = {
     ),
     "list": Command("List detectors, synthesizers, named sets or presets.", "cli.lists:show_list"),
     "demo": Command(
-        "Fit and evaluate two detectors on the built-in sample, in a few minutes.",
+        "Compare detectors on the built-in sample, in two minutes.",
         "cli.commands.demo:demo",
-        "cli.commands.demo:print_tables",
+        "cli.commands.demo:print_summary",
     ),
 }
 

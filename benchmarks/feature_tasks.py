@@ -172,16 +172,15 @@ def score_task(task: Task, images: int, seed: int, file: Path, channels: tuple[i
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's own type of **kwds is too narrow
 
 
-def compare(pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> tuple[float, float]:
-    """Mean over seeds of AUROC(a) - AUROC(b) and half its 95 % interval; pairs of (a id, a ood, b id, b ood)."""
-    areas, id_parts, ood_parts = [], [], []
-    for a_id, a_ood, b_id, b_ood in pairs:
-        area_a, a_on_id, a_on_ood = delong(a_id, a_ood)
-        area_b, b_on_id, b_on_ood = delong(b_id, b_ood)
-        areas.append(area_a - area_b)
-        id_parts.append(a_on_id - b_on_id)
-        ood_parts.append(a_on_ood - b_on_ood)
-    variance = sum(np.var(np.mean(parts, axis=0), ddof=1) / len(parts[0]) for parts in (id_parts, ood_parts))
+def mean_with_interval(seeds: list[tuple[float, np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """Mean over seeds of an area, or of a difference of areas, and half its 95 % interval.
+
+    Args:
+        seeds: by seed the area and its structural components of the in-distribution and the OOD images (`delong`).
+    """
+    areas = [area for area, _, _ in seeds]
+    parts = ([part for _, part, _ in seeds], [part for _, _, part in seeds])
+    variance = sum(np.var(np.mean(part, axis=0), ddof=1) / len(part[0]) for part in parts)
     if len(areas) > 1:
         variance += np.var(areas, ddof=1) / len(areas)
     return float(np.mean(areas)), 1.96 * float(np.sqrt(variance))
@@ -207,13 +206,12 @@ def print_table(folder: Path) -> None:
         for ood in [name.split("|")[2] for name in seeds[0] if name.startswith("semantic|combined|")]:
             if ood == "id":
                 continue
-            areas = [np.mean([delong(s[f"{m}|{i}|id"], s[f"{m}|{i}|{ood}"])[0] for s in seeds]) for m, i in columns]
+            found = {(m, i): [delong(s[f"{m}|{i}|id"], s[f"{m}|{i}|{ood}"]) for s in seeds] for m, i in columns}
+            areas = [mean_with_interval(found[column]) for column in columns]
             cells, worst = [], 0.0
             for m in others:
-                own, theirs = "semantic|combined|", f"{m}|{first[f'{m}|default']}|"
-                difference, half = compare(
-                    [(s[f"{own}id"], s[f"{own}{ood}"], s[f"{theirs}id"], s[f"{theirs}{ood}"]) for s in seeds]
-                )
+                pairs = zip(found[columns[0]], found[m, str(first[f"{m}|default"])], strict=True)
+                difference, half = mean_with_interval([(a[0] - b[0], a[1] - b[1], a[2] - b[2]) for a, b in pairs])
                 mark = "+" if difference > half else "-" if difference < -half else "="
                 lower[m] += mark == "-"
                 higher[m] += mark == "+"
@@ -222,9 +220,9 @@ def print_table(folder: Path) -> None:
                     worst = difference
             lower_than_best += worst < 0
             tasks += 1
-            means += np.array(areas)
+            means += np.array([area for area, _ in areas])
             n = f"{int(seeds[0]['images'])} x {len(seeds)}"
-            row = [f"{task}: {ood}", n, *(f"{area:.3f}" for area in areas), *cells, f"{worst:+.3f}"]
+            row = [f"{task}: {ood}", n, *(f"{area:.3f} ± {half:.3f}" for area, half in areas), *cells, f"{worst:+.3f}"]
             print(f"| {' | '.join(row)} |")
     row = [f"mean of {tasks}", "", *(f"{area / tasks:.4f}" for area in means)]
     row += [*(f"+{higher[m]} -{lower[m]}" for m in others), f"-{lower_than_best}"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from farout.detectors.patches.positions import PositionStatistics, average_highest, equal_layer_weights
 from farout.features.density_modules import ZScoreModule
 from farout.features.extractor import FeatureExtractor
+from farout.features.feature_denoiser import FeatureDenoiser
 from farout.features.feature_diffusion import FeatureDiffusion
 from farout.features.feature_modules import EncodedFeatures, FeatureGrid, FixedLevelDenoiser
 
@@ -55,6 +56,7 @@ class PatchScore(nn.Module):
         self.encode = EncodedFeatures(model.encoding)
         weights = equal_layer_weights(model.encoding.groups)
         if self.method == "diffusion":
+            assert isinstance(model.network, FeatureDenoiser)
             self.denoiser = FixedLevelDenoiser(model.network, model.schedule)
             self.register_buffer("weights", weights)
             self.register_buffer("noise", noise.cpu().clone())

@@ -26,8 +26,8 @@ from farout.detectors.base import Detector
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--diffusion", required=True)
-    parser.add_argument("--classifier", required=True)
+    parser.add_argument("--diffusion", help="folder, for the methods that use one")
+    parser.add_argument("--classifier", help="folder, for the methods that use one")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=sorted(DETECTORS))
     parser.add_argument("--images", default="fashion_mnist:train")
@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=150)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    diffusion, classifier = DiffusionModel.load(arguments.diffusion), Classifier.load(arguments.classifier)
+    diffusion = DiffusionModel.load(arguments.diffusion) if arguments.diffusion else None
+    classifier = Classifier.load(arguments.classifier) if arguments.classifier else None
     rows: list[dict[str, Any]] = []
     for name in arguments.methods:
         detector: Detector = DETECTORS[name].load()()

@@ -3,6 +3,7 @@
     FAROUT_DATA=… python benchmarks/feature_tasks.py dev --images 3000 --out dev/     # choose settings by these only
     FAROUT_DATA=… python benchmarks/feature_tasks.py test --images 5000 --seeds 0 1 2 3 4 --out test/
     python benchmarks/feature_tasks.py table --out test/
+    python benchmarks/feature_tasks.py weights --out dev/     # mean AUROC of `combined` by its weights
 
 Features of EfficientNet-lite0 at 224 px. Every fit of a task and a seed gets the same images (a seeded sample of
 `--images` of them, or all if there are fewer), and every detector the same test images: 2,000 of each set, 5,000 of
@@ -231,9 +232,44 @@ def print_table(folder: Path) -> None:
     print("seconds of a fit from features:", ", ".join(f"{m} {s:.1f}" for m, s in zip(methods, seconds, strict=True)))
 
 
+WEIGHTS = ((1, 0), (4, 1), (3, 1), (2, 1), (3, 2), (1, 1), (2, 3), (1, 2), (0, 1))
+
+
+def print_weights(folder: Path) -> None:
+    """Mean AUROC over the sets of a data set by the weights of the empirical and the residual denoiser.
+
+    `combined` is linear in the logarithms of both norms, and equal weights were used: a linear fit to the scores gives
+    the deviations that they were divided by.
+    """
+    groups: dict[str, list[list[float]]] = {}
+    for file in sorted(folder.glob("*.npz")):
+        with np.load(file) as content:
+            sets = [name.split("|")[2] for name in content if name.startswith("semantic|combined|")]
+            parts = {
+                s: np.stack([content[f"semantic|{i}_norm|{s}"] for i in ("empirical", "residual")], axis=1).astype(
+                    float
+                )
+                for s in sets
+            }
+            combined = np.concatenate([content[f"semantic|combined|{s}"] for s in sets])
+        table = np.concatenate([parts[s] for s in sets])
+        scales = np.linalg.lstsq(np.column_stack([table, np.ones(len(table))]), combined, rcond=None)[0][:2]
+        areas = [
+            [delong(parts["id"] @ (scales * weights), parts[s] @ (scales * weights))[0] for s in sets if s != "id"]
+            for weights in WEIGHTS
+        ]
+        groups.setdefault(file.stem.split()[0].strip(","), []).append(np.mean(areas, axis=1).tolist())
+    heads = [f"{a}:{b}" for a, b in WEIGHTS]
+    print(f"| empirical : residual | {' | '.join(heads)} |")
+    print("| --- " * (len(heads) + 1) + "|")
+    means = {group: np.mean(rows, axis=0) for group, rows in groups.items()}
+    for group, row in {**means, "mean": np.mean(list(means.values()), axis=0)}.items():
+        print(f"| {group} | {' | '.join(f'{area:.4f}' for area in row)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["dev", "test", "table"])
+    parser.add_argument("action", choices=["dev", "test", "table", "weights"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=5000, help="images of a fit")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -241,6 +277,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--only", default="", help="only tasks whose name contains this")
     arguments = parser.parse_args()
+    if arguments.action == "weights":
+        print_weights(arguments.out)
+        return
     if arguments.action != "table":
         arguments.out.mkdir(parents=True, exist_ok=True)
         features = Features()

@@ -22,7 +22,7 @@ DETECTORS = Registry(
         ),
         "ensemble": (
             "farout.detectors.ensemble:Ensemble",
-            "several detectors combined to one score, from one pass over shared networks and features",
+            "several detectors combined into one score, from one pass over shared networks and features",
         ),
         "gmm": ("farout.detectors.gmm:GMM", "Gaussian mixture density on principal components of features"),
         "knn": (

@@ -42,7 +42,7 @@ CHANGES = ("rot90", "blur", "contrast", "noise", "patch")
 
 
 class Ensemble(Detector):
-    """Several detectors whose scores are combined to one, with one calibration.
+    """Several detectors whose scores are combined into one, with one calibration.
 
     With s_i the score of part i, z_i = s_i, or log s_i where all scores of the statistics images are positive,
     standardized by their median and median absolute deviation and at least their lowest value, and p_i the probability

@@ -1,4 +1,4 @@
-"""How the scores of several detectors become one: standardization, tail probabilities, and learned weights."""
+"""How the scores of several detectors are combined into one: standardization, tail probabilities, learned weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _transform(scores: np.ndarray, uses_log: np.ndarray) -> np.ndarray:
 class TailProbabilities(FittedStatistics):
     """log P(Z >= z) per column, for normal images.
 
-    Up to the 90 % quantile u of the fit, the log of the share (1 + #{z_i >= z}) / (n + 1), interpolated; from there on
+    Up to the 90 % quantile u of the fit, the log of the share (1 + #{z_i > z}) / (n + 1), interpolated; from there on
     log P(Z >= u) - (z - u) / mean excess over u: an exponential tail, which is a generalized Pareto distribution of
     shape 0. A share alone would be equal for all images beyond the fit, which then could not be ranked.
     """

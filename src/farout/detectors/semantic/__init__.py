@@ -75,15 +75,16 @@ class Semantic(PooledFeatureDetector):
                     training vectors: the exact denoiser of a Gaussian with their variances v, and a network F that is
                     trained on what the Gaussian leaves unexplained (preconditioning of the same paper, table 1),
 
-        empirical_norm = ||D_e(x, h) - x||^2 / d
-        residual_norm  = mean over s and coordinates of (D_r(y, s) - y)^2 / (s^2 v), its logarithm averaged over s
+        empirical_norm = log mean (D_e(x, h) - x)^2
+        residual_norm  = mean over s of log mean (D_r(y, s) - y)^2 / (s^2 v)
         residual_error = mean over s of log mean (D_r(y + s noise, s) - y)^2 with antithetic noise
         distance       = Mahalanobis distance of x to the training vectors
-        combined       = mean of z(log empirical_norm) and z(residual_norm) with `denoiser_weights`,
+        combined       = mean of z(empirical_norm) and z(residual_norm) with `denoiser_weights`,
 
-    z standardized by the statistics images. A norm is the length of the estimated score, the gradient of the log
-    density of noised normal images. The training stops when the loss of held-out images no longer falls. Before any
-    training, residual_norm is a smoothed Mahalanobis distance.
+    z standardized by the statistics images, and the mean inside a logarithm taken over coordinates. (D(x, s) - x) / s^2
+    is the estimated score, the gradient of the log density of noised normal images. The training stops when the loss of
+    held-out images no longer falls. Before any training (F = 0), residual_norm is the log of a weighted mean of the
+    terms y^2 / v of the Mahalanobis distance, with weights s^2 / (v + s^2)^2.
 
     With `denoiser="lfdn"` this is the method of Yang, Cheng, Fang, Wang, Jiao, Cheng, Wang and Gao, "Diffusion-based
     layer-wise semantic reconstruction for unsupervised out-of-distribution detection" (NeurIPS 2024, arXiv 2411.10701):
@@ -103,7 +104,8 @@ class Semantic(PooledFeatureDetector):
             layer; highest AUROC of these on changed training images; the paper's are `mfsim` and `mse`).
         bandwidth: noise level h of the empirical denoiser, as a fraction of the training vectors' typical distance to
             their tenth neighbor.
-        sigmas: noise levels s of the residual denoiser; the vectors have a mean variance of 1.
+        sigmas: noise levels s of the residual denoiser, which is trained at levels from 0.1 to 3; the vectors have a
+            mean variance of 1.
         whiten: train the residual denoiser in coordinates of variance 1, instead of principal axes with their own
             variances.
         denoiser_weights: weights of the empirical and of the residual denoiser in `combined`.
@@ -234,10 +236,11 @@ class Semantic(PooledFeatureDetector):
         if min(draws, updates, batch, epochs or 1) < 1 or lr_sign not in (1, -1):
             given = f"{draws}, {updates}, {batch}, {epochs} and {lr_sign}"
             raise FaroutError(f"draws, updates, batch and epochs must be at least 1, lr_sign 1 or -1; got {given}")
-        if not (bandwidth > 0 and sigmas and min(sigmas) > 0 and max(*sigmas, bandwidth) < math.inf):
+        if not sigmas or not all(0 < level < math.inf for level in (*sigmas, bandwidth)):
             raise FaroutError(f"bandwidth and sigmas must be positive, got {bandwidth} and {list(sigmas)}")
-        if min(denoiser_weights) < 0 or not 0 < sum(denoiser_weights) < math.inf:
-            raise FaroutError(f"denoiser_weights must be 0 or more, one of them positive; got {list(denoiser_weights)}")
+        if len(denoiser_weights) != 2 or min(denoiser_weights) < 0 or not 0 < sum(denoiser_weights) < math.inf:
+            given = list(denoiser_weights)
+            raise FaroutError(f"denoiser_weights must be 0 or more, two numbers, one of them positive; got {given}")
         self._training_config(1)  # rejects values out of range
         if denoiser == "lfdn":
             self._check_unused("with denoiser residual", *_RESIDUAL_ONLY)

@@ -169,7 +169,7 @@ class PooledFeatureDetector(FeatureDetector):
         table = _check_array(features)
         check_alpha(alpha)
         check_seed(seed)
-        layers = (table.shape[1],) if channels is None else tuple(channels)
+        layers = (table.shape[1],) if channels is None else tuple(map(int, channels))  # of numpy: no JSON values
         if sum(layers) != table.shape[1] or min(layers) < 1:
             raise FaroutError(f"channels are {list(layers)}; expected positive numbers with sum {table.shape[1]}")
         count, held_out = len(table), calibration_size(len(table), alpha)

@@ -165,7 +165,7 @@ def train_residual(
     kept_step, loss = result.chosen_step, result.losses.get("loss")
     if held_out:
         loss, untrained = _compare_with_untrained(residual, to_coordinates(validation), variances)
-        if loss >= untrained:  # too few images to learn more than their mean and covariance
+        if not loss < untrained:  # too few images to learn more than their mean and covariance, or NaN
             loss, kept_step = untrained, 0
             _set_to_zero(residual)
     model.gaussian = Mahalanobis.fit(vectors.double().numpy())

@@ -38,8 +38,9 @@ def demo(
         images: number of sample images to fit the detectors on.
         seed: seed of all samples, weights and noise.
     """
-    if limit < 1:
-        raise FaroutError(f"limit must be at least 1, got {limit}")
+    for name, value in (("limit", limit), ("images", images)):
+        if value < 1:
+            raise FaroutError(f"{name} must be at least 1, got {value}")
     if steps is not None and not train:
         raise UsageError("--steps has no effect without --train, which trains the diffusion model; add it")
     return run_demo(out, train=train, steps=steps, limit=limit, images=images, seed=seed)

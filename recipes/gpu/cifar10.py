@@ -156,9 +156,16 @@ class Run:
     def plan(self, minutes: float, steps: int | None) -> dict[str, Any]:
         """The number of training steps: given, or as many as fit in the time; decided once, for a resumed training."""
         plan: dict[str, Any] = self._read("plan.json", {})
+        requested = {"train": self.recipe.train, "network": self.recipe.generator.network, "minutes": minutes}
+        requested["requested_steps"] = steps
         if plan:
+            different = [f"{name} {plan.get(name)}" for name, value in requested.items() if plan.get(name) != value]
+            if different:
+                raise FaroutError(
+                    f"{self.out} contains a run with {', '.join(different)}; give these or another folder"
+                )
             return plan
-        plan = {"network": self.recipe.generator.network, "minutes": minutes, "steps": steps, "machine": machine()}
+        plan = {**requested, "steps": steps, "machine": machine()}
         if steps is None:
             with self.stage("measure the speed of the training"):
                 per_step = self._measure_step()

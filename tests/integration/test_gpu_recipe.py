@@ -49,6 +49,15 @@ def test_the_recipe_trains_that_network_in_bf16_compiled() -> None:
     assert (training.precision, training.compile, training.channels_last) == ("bf16", True, True)
 
 
+def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    script["Run"](tmp_path, script["toy_recipe"]()).plan(5.0, 5)
+    assert script["Run"](tmp_path, script["toy_recipe"]()).plan(5.0, 5)["steps"] == 5
+    for recipe, minutes, steps in (("cifar10_recipe", 5.0, 5), ("toy_recipe", 60.0, None)):
+        with pytest.raises(FaroutError, match="give these or another folder"):
+            script["Run"](tmp_path, script[recipe]()).plan(minutes, steps)
+
+
 @pytest.mark.slow
 def test_the_toy_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(SCRIPT))["main"]

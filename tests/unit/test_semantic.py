@@ -18,7 +18,7 @@ from farout.detectors import DETECTORS
 from farout.detectors.base import Measurements
 from farout.detectors.semantic import Semantic, sampling
 from farout.diffusion.denoiser import GaussianDenoiser
-from farout.features.densities import Mahalanobis
+from farout.features.densities import Mahalanobis, PrincipalAxes
 from farout.features.encoding import FeatureEncoding
 from farout.features.extractor import FeatureExtractor
 from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
@@ -279,9 +279,10 @@ def test_wrong_settings_are_named() -> None:
         Semantic(denoiser="lfdn", score="lr", regret=False)
     with pytest.raises(FaroutError, match="lr_sign"):
         Semantic(lr_sign=0)
-    with pytest.raises(FaroutError, match="denoiser_weights must be 0 or more"):
-        Semantic(denoiser_weights=(0.0, 0.0))
-    for wrong in ({"bandwidth": 0.0}, {"sigmas": ()}, {"sigmas": (0.0,)}):
+    for weights in ((0.0, 0.0), (1.0, 1.0, 1.0)):
+        with pytest.raises(FaroutError, match="denoiser_weights must be two numbers"):
+            Semantic(denoiser_weights=weights)  # type: ignore[arg-type]
+    for wrong in ({"bandwidth": 0.0}, {"sigmas": ()}, {"sigmas": (0.0,)}, {"sigmas": (0.5, float("nan"))}):
         with pytest.raises(FaroutError, match="bandwidth and sigmas must be positive"):
             Semantic(**wrong)  # type: ignore[arg-type]
     for idle in ({"steps": 2}, {"sampler": "released", "eta": 0.0}, {"epochs": 3, "updates": 5}, {"whiten": True}):
@@ -426,6 +427,32 @@ def test_features_of_the_users_own_are_fitted_and_scored() -> None:
     assert found.is_ood.mean() > 0.9
     with pytest.raises(FaroutError, match="sum 8"):
         Semantic().fit_features(normal, channels=(3, 3))
+
+
+def test_a_damaged_model_of_vectors_is_refused() -> None:
+    """Hashes do not protect from a folder that was written with damaged content."""
+    rng = np.random.default_rng(0)
+    detector = Semantic(hidden=8, embedding=8, blocks=1, updates=2).fit_features(
+        rng.normal(size=(60, 6)), channels=tuple(np.array([2, 4]))
+    )
+    model = detector.diffusion
+    assert model is not None
+    assert model.axes is not None
+    assert model.vectors is not None
+    assert len(model.content_hash) == 64
+
+    def rebuild(axes: PrincipalAxes, vectors: torch.Tensor) -> FeatureDiffusion:
+        return FeatureDiffusion(model.network, model.encoding, None, "", axes=axes, vectors=vectors)
+
+    rebuild(model.axes, model.vectors)
+    for vectors in (model.vectors[:, :5], model.vectors[:0], model.vectors * torch.nan):
+        with pytest.raises(FaroutError, match=r"expected finite training vectors \(n, 6\)"):
+            rebuild(model.axes, vectors)
+    for change in ({"mean": np.zeros(5)}, {"scale": np.full(6, np.inf)}):
+        with pytest.raises(FaroutError, match="of principal axes"):
+            rebuild(replace(model.axes, **change), model.vectors)
+    with pytest.raises(FaroutError, match="must be positive"):
+        rebuild(replace(model.axes, variances=np.zeros(6)), model.vectors)
 
 
 def test_a_model_with_another_denoiser_is_refused(plain: Semantic, folder: Path) -> None:

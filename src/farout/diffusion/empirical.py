@@ -39,12 +39,7 @@ class EmpiricalDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
         """x (B, width), sigma (B,) -> the expected clean vectors (B, width), in x's type."""
         self.evaluations += len(x)
-        return self._average(x.double(), sigma.double(), None).to(x.dtype)
-
-    def leave_one_out(self, indices: Tensor, sigma: float) -> Tensor:
-        """Denoise the vectors of these indices (B,) without themselves: (B, width) float64. Requires n >= 2."""
-        x = self.vectors[indices]
-        return self._average(x, torch.full((len(x),), sigma, dtype=torch.float64, device=x.device), indices)
+        return self._average(x.double(), sigma.double()).to(x.dtype)
 
     def neighbor_distance(self, neighbor: int = 10, sample: int = 1000) -> float:
         """Median distance of the vectors to their `neighbor`-th nearest other one, from at most `sample` of them.
@@ -65,11 +60,9 @@ class EmpiricalDenoiser:
         products = x @ self.vectors.T
         return (x.square().sum(1, keepdim=True) - 2 * products + self.squares).clamp(min=0)
 
-    def _average(self, x: Tensor, sigma: Tensor, left_out: Tensor | None) -> Tensor:
+    def _average(self, x: Tensor, sigma: Tensor) -> Tensor:
         averages = []
         for rows in torch.arange(len(x)).split(self._rows_per_chunk()):
             logits = -self._squared_distances(x[rows]) / (2 * sigma[rows, None] ** 2)
-            if left_out is not None:
-                logits[torch.arange(len(rows)), left_out[rows]] = -torch.inf
             averages.append(logits.softmax(1) @ self.vectors)
         return torch.cat(averages) if averages else x

@@ -238,6 +238,15 @@ class PrincipalAxes(FittedStatistics):
         variances = eigenvalues / eigenvalues.mean()
         return cls(mean, axes, np.full(width, 1 / np.sqrt(eigenvalues.mean())), variances)
 
+    def check(self, width: int) -> None:
+        """Raise FaroutError unless these are finite axes of tables (n, width), with positive variances."""
+        expected = {"mean": (width,), "axes": (width, width), "scale": (width,), "variances": (width,)}
+        for name, array in self.to_arrays().items():
+            if array.shape != expected[name] or not np.isfinite(array).all():
+                raise FaroutError(f"expected finite {name} {expected[name]} of principal axes, got shape {array.shape}")
+        if (self.variances <= 0).any():
+            raise FaroutError("the variances of principal axes must be positive")
+
     def transform(self, x: np.ndarray) -> np.ndarray:
         """Coordinates (n, d) of a table (n, d)."""
         return _standardize(x, self.mean, np.ones(len(self.mean))) @ self.axes * self.scale

@@ -95,6 +95,16 @@ class FeatureDiffusion:
         is_residual = isinstance(network, ResidualNetwork)
         if is_residual != (axes is not None) or is_residual != (schedule is None):
             raise FaroutError("a ResidualNetwork requires axes, a FeatureDenoiser a schedule, and neither the other's")
+        width = encoding.width
+        if network.config["width"] != width:
+            raise FaroutError(f"the network has width {network.config['width']}, the encoded vectors {width}")
+        if axes is not None:
+            axes.check(width)
+        if vectors is not None and not (
+            vectors.ndim == 2 and len(vectors) and vectors.shape[1] == width and vectors.isfinite().all()
+        ):
+            shape = tuple(vectors.shape)
+            raise FaroutError(f"expected finite training vectors (n, {width}) with n >= 1, got shape {shape}")
         self.network, self.encoding, self.backbone = network.eval(), encoding, backbone
         self._schedule, self.axes, self.vectors = schedule, axes, vectors
         self.first, self.gaussian = None if first is None else first.eval(), gaussian
@@ -110,7 +120,7 @@ class FeatureDiffusion:
     def schedule(self) -> NoiseSchedule:
         """The noise schedule; raises FaroutError for a residual denoiser, which has none."""
         if self._schedule is None:
-            raise FaroutError("this feature diffusion model has a residual denoiser; a method with lfdn is needed")
+            raise FaroutError("this feature diffusion model has a residual denoiser; one with lfdn is required")
         return self._schedule
 
     @property
@@ -134,7 +144,7 @@ class FeatureDiffusion:
     def residual_denoiser(self, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> ResidualDenoiser:
         """The denoiser of the kind `residual`, of vectors in the coordinates `axes`."""
         if self.axes is None:
-            raise FaroutError("this feature diffusion model has the denoiser lfdn; a method with residual is needed")
+            raise FaroutError("this feature diffusion model has the denoiser lfdn; one with residual is required")
         return ResidualDenoiser(self.network, torch.from_numpy(self.axes.variances), batch_size, precision)
 
     def encode(self, features: Tensor) -> Tensor:

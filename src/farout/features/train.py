@@ -162,12 +162,16 @@ def train_residual(
         resume=resume,
         fingerprint=f"{fingerprint} {backbone} {settings}",
     )
-    kept_step, loss = result.chosen_step, result.losses.get("loss")
+    kept_step: int = result.chosen_step
+    loss: float | None
     if held_out:
         loss, untrained = _compare_with_untrained(residual, to_coordinates(validation), variances)
         if not loss < untrained:  # too few images to learn more than their mean and covariance, or NaN
             loss, kept_step = untrained, 0
-            _set_to_zero(residual)
+    else:
+        loss, kept_step = None, 0
+    if kept_step == 0:
+        _set_to_zero(residual)
     model.gaussian = Mahalanobis.fit(vectors.double().numpy())
     model.provenance = {
         "data_fingerprint": fingerprint,

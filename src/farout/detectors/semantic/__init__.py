@@ -239,8 +239,9 @@ class Semantic(PooledFeatureDetector):
         if not sigmas or not all(0 < level < math.inf for level in (*sigmas, bandwidth)):
             raise FaroutError(f"bandwidth and sigmas must be positive, got {bandwidth} and {list(sigmas)}")
         if len(denoiser_weights) != 2 or min(denoiser_weights) < 0 or not 0 < sum(denoiser_weights) < math.inf:
-            given = list(denoiser_weights)
-            raise FaroutError(f"denoiser_weights must be 0 or more, two numbers, one of them positive; got {given}")
+            raise FaroutError(
+                f"denoiser_weights must be two numbers from 0, one of them positive; got {list(denoiser_weights)}"
+            )
         self._training_config(1)  # rejects values out of range
         if denoiser == "lfdn":
             self._check_unused("with denoiser residual", *_RESIDUAL_ONLY)

@@ -24,6 +24,7 @@ from farout.data.batching import Batch
 from farout.detectors.base import Detector
 from farout.detectors.calibration import benjamini_hochberg
 from farout.detectors.reconstruction import Reconstruction
+from farout.detectors.results import Measurements
 from farout.scoring import folder as scoring
 from farout.scoring.folder import ScoredFolder, read_scores
 from small import model, pictures
@@ -306,14 +307,16 @@ def test_the_folder_holds_the_scores_that_the_detector_gives(
 def test_the_tables_read_back_to_the_last_bit(
     place: Path, detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All images in one part are measured in the batches in which the detector measures them by itself."""
+    """The scores are those of the stored measurements, which are all in one part and hence in one computation."""
     monkeypatch.setattr(scoring, "_IMAGES_PER_PART", 1000)
     score_folder(detector, place / "new", tmp_path / "r")
-    direct, read = detector.score(place / "new"), read_scores(tmp_path / "r")
-    assert read.keys == direct.keys
-    assert np.array_equal(read.score, direct.score, equal_nan=True)
-    assert np.array_equal(read.p_value, direct.p_value, equal_nan=True)
-    assert np.array_equal(read.is_ood, direct.is_ood)
+    read = read_scores(tmp_path / "r")
+    measured = Measurements.read_parquet(tmp_path / "r" / "measurements.parquet")
+    computed = detector.score_measurements(measured).reindex(read.keys)
+    assert np.array_equal(read.score, computed.score, equal_nan=True)
+    assert np.array_equal(read.p_value, computed.p_value, equal_nan=True)
+    assert np.array_equal(read.is_ood, computed.is_ood)
+    assert_same_scores(read, detector.score(place / "new"), detector)
 
 
 def test_nothing_readable_is_said(detector: Detector, tmp_path: Path) -> None:

@@ -212,10 +212,13 @@ def test_a_second_fit_forgets_the_first_bank(fitted: Patches, good: Path) -> Non
 
 @pytest.mark.slow
 def test_models_of_something_else_are_refused(fitted: Patches, good: Path) -> None:
-    semantic = Semantic(size=64, layers=(1, 2, 3), hidden=32, bottleneck=32, embedding=16, blocks=1, epochs=1)
+    small = {"size": 64, "layers": (1, 2, 3), "hidden": 32, "embedding": 16, "blocks": 1}
+    semantic = Semantic(denoiser="lfdn", bottleneck=32, epochs=1, **small)  # type: ignore[arg-type]
     pooled = semantic.fit(good, alpha=0.1, statistics=15).diffusion
-    with pytest.raises(FaroutError, match="pooled features"):
-        Patches(**SMALL).fit(good, pooled, alpha=0.1)
+    residual = Semantic(updates=2, **small).fit(good, alpha=0.1, statistics=15).diffusion  # type: ignore[arg-type]
+    for of_images in (pooled, residual):
+        with pytest.raises(FaroutError, match="pooled features"):
+            Patches(**SMALL).fit(good, of_images, alpha=0.1)
     with pytest.raises(FaroutError, match="grid of side 8"):
         Patches(**{**SMALL, "side": 4}).fit(good, fitted.diffusion, alpha=0.1)
     with pytest.raises(FaroutError, match="another backbone"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from farout.core.errors import FaroutError
 
-__all__ = ["FeatureDenoiser"]
+__all__ = ["FeatureDenoiser", "initialize_with_zeros"]
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class FeatureDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as in diffusers
@@ -56,7 +59,7 @@ class FeatureDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as in d
         self.enter = nn.Linear(width, inner)
         self.time = nn.Sequential(nn.Linear(inner, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU())
         self.stack = nn.ModuleList(_Block(inner, narrow, time, dropout, scale_shift) for _ in range(blocks))
-        self.leave = nn.Sequential(nn.GroupNorm(1, inner), nn.SiLU(), _initialize_with_zeros(nn.Linear(inner, width)))
+        self.leave = nn.Sequential(nn.GroupNorm(1, inner), nn.SiLU(), initialize_with_zeros(nn.Linear(inner, width)))
         self.activation = nn.SiLU() if input_activation else nn.Identity()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -80,7 +83,7 @@ class _Block(nn.Module):
         self.narrow = nn.Sequential(nn.GroupNorm(1, inner), nn.SiLU(), nn.Linear(inner, narrow))
         self.time = nn.Linear(time, 2 * narrow if scale_shift else narrow)
         self.norm = nn.GroupNorm(1, narrow)
-        self.widen = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), _initialize_with_zeros(nn.Linear(narrow, inner)))
+        self.widen = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), initialize_with_zeros(nn.Linear(narrow, inner)))
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         u, shift = self.narrow(h), self.time(e)
@@ -90,7 +93,8 @@ class _Block(nn.Module):
         return h + self.widen(self.norm(u) * (1 + scale) + shift)
 
 
-def _initialize_with_zeros(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+def initialize_with_zeros(layer: M) -> M:
+    """Set all parameters of a layer to zero; returns the layer."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer

@@ -13,6 +13,7 @@ from farout.core.chunking import BatchSize, call_in_chunks, check_batch_size
 from farout.core.devices import Precision, autocast
 from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.base import Condition
+from farout.features.feature_denoiser import initialize_with_zeros
 
 __all__ = ["ResidualDenoiser", "ResidualNetwork"]
 
@@ -43,7 +44,7 @@ class ResidualNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as in d
             nn.Linear(2 * _FREQUENCIES, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
         )
         self.stack = nn.ModuleList(_Block(hidden, embedding) for _ in range(blocks))
-        self.leave = nn.Sequential(nn.LayerNorm(hidden), nn.SiLU(), _initialize_with_zeros(nn.Linear(hidden, width)))
+        self.leave = nn.Sequential(nn.LayerNorm(hidden), nn.SiLU(), initialize_with_zeros(nn.Linear(hidden, width)))
 
     def forward(self, x: Tensor, log_sigma: Tensor) -> Tensor:
         """x (B, width), log_sigma (B,) -> (B, width)."""
@@ -59,16 +60,10 @@ class _Block(nn.Module):
         super().__init__()
         self.enter = nn.Sequential(nn.LayerNorm(hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.level = nn.Linear(embedding, hidden)
-        self.leave = nn.Sequential(nn.LayerNorm(hidden), nn.SiLU(), _initialize_with_zeros(nn.Linear(hidden, hidden)))
+        self.leave = nn.Sequential(nn.LayerNorm(hidden), nn.SiLU(), initialize_with_zeros(nn.Linear(hidden, hidden)))
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         return h + self.leave(self.enter(h) + self.level(e))
-
-
-def _initialize_with_zeros(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class ResidualDenoiser:

@@ -21,7 +21,7 @@ from farout.diffusion.losses import LevelSampling, Objective, denoising_loss
 from farout.diffusion.schedule import NoiseSchedule
 from farout.features.densities import Mahalanobis, PrincipalAxes
 from farout.features.encoding import FeatureEncoding
-from farout.features.feature_denoiser import FeatureDenoiser
+from farout.features.feature_denoiser import FeatureDenoiser, initialize_with_zeros
 from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
 from farout.features.residual_denoiser import ResidualDenoiser, ResidualNetwork
 from farout.training.checkpoints import checkpoint_weights, step_folder
@@ -150,34 +150,30 @@ def train_residual(
     def to_coordinates(x: Tensor) -> Tensor:
         return torch.from_numpy(axes.transform(x.double().numpy())).float()
 
-    if not held_out:  # fewer than ten images: the last update is kept
-        training = replace(training, validate_every=0, patience=0, checkpoint="last")
-    result = train(
-        residual,
-        step,
-        TensorDataset(to_coordinates(rest)),
-        training,
-        out=out,
-        validation=TensorDataset(to_coordinates(validation)) if held_out else None,
-        resume=resume,
-        fingerprint=f"{fingerprint} {backbone} {settings}",
-    )
-    kept_step: int = result.chosen_step
-    loss: float | None
-    if held_out:
-        loss, untrained = _compare_with_untrained(residual, to_coordinates(validation), variances)
+    steps, kept_step, loss = 0, 0, None
+    if held_out:  # from fewer than ten images nothing more than the Gaussian is learned
+        held_out_coordinates = to_coordinates(validation)
+        result = train(
+            residual,
+            step,
+            TensorDataset(to_coordinates(rest)),
+            training,
+            out=out,
+            validation=TensorDataset(held_out_coordinates),
+            resume=resume,
+            fingerprint=f"{fingerprint} {backbone} {settings}",
+        )
+        steps, kept_step = result.steps, result.chosen_step
+        loss, untrained = _compare_with_untrained(residual, held_out_coordinates, variances)
         if not loss < untrained:  # too few images to learn more than their mean and covariance, or NaN
             loss, kept_step = untrained, 0
-    else:
-        loss, kept_step = None, 0
-    if kept_step == 0:
-        _set_to_zero(residual)
+            initialize_with_zeros(residual.leave[-1])
     model.gaussian = Mahalanobis.fit(vectors.double().numpy())
     model.provenance = {
         "data_fingerprint": fingerprint,
         "features": len(features),
         "validation": held_out,
-        "steps": result.steps,
+        "steps": steps,
         "kept_step": kept_step,
         "loss": loss,
         "seed": training.seed,
@@ -189,7 +185,7 @@ def train_residual(
 def _compare_with_untrained(network: ResidualNetwork, x: Tensor, variances: Tensor) -> tuple[float, float]:
     """Losses of the trained network and of F = 0 on the same noised vectors."""
     untrained = copy.deepcopy(network)
-    _set_to_zero(untrained)
+    initialize_with_zeros(untrained.leave[-1])
     x, losses = x.to(next(network.parameters()).device), []
     for each in (network, untrained):
         generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
@@ -198,12 +194,6 @@ def _compare_with_untrained(network: ResidualNetwork, x: Tensor, variances: Tens
             parts = [denoiser.loss(x, generator, _LOWEST_SIGMA, _HIGHEST_SIGMA) for generator in generators]
         losses.append(float(torch.stack(parts).mean()))
     return losses[0], losses[1]
-
-
-def _set_to_zero(network: ResidualNetwork) -> None:
-    """Make the network's output zero."""
-    for parameter in network.leave[-1].parameters():
-        parameter.data.zero_()
 
 
 def _check_finite(features: Tensor) -> None:

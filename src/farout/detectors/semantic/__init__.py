@@ -424,8 +424,8 @@ class Semantic(PooledFeatureDetector):
         y = torch.from_numpy(model.axes.transform(x.cpu().numpy())).float().to(x0.device)
         variances = torch.from_numpy(model.axes.variances)
         norms, errors = [], []
+        noise = shared_noise((y.shape[1],), self.seed, 0, 0).to(y.device)
         for sigma in self.config["sigmas"]:
-            noise = shared_noise((y.shape[1],), self.seed, 0, 0).to(y.device)
             noised = torch.cat([y, y + sigma * noise, y - sigma * noise])
             denoised = self.residual(noised, torch.full((len(noised),), sigma, device=y.device))
             moved = (in_float64(denoised) - in_float64(y).repeat(3, 1)).square().cpu()

@@ -11,7 +11,8 @@ Tiny-ImageNet, 480 of Textures. The flips are those of other test images than th
 indicators are kept in OUT, one file per task and seed, so that an interrupted run continues.
 
 Dev tasks: training images that are not used for the fit, and the same images rotated by 90° and 180°, blurred, with
-half the contrast, with noise or with a pasted patch; and digits of held-out classes of MNIST, which is not an
+half the contrast, with noise or with a pasted patch; a quarter of the clusters of training images, which k-means finds
+in 30 principal components of their features, held out; and digits of held-out classes of MNIST, which is not an
 in-distribution set of any test task. The interval of a mean over seeds adds the variance of the test images (DeLong,
 components averaged over seeds) and that of the seeds.
 """
@@ -26,12 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from sklearn import decomposition
+from sklearn.cluster import KMeans
 
 from farout import GMM, KNN, PCA, AutoEncoder, Mahalanobis, Semantic
 from farout.data.preprocessing import Preprocessing, Protocol
 from farout.data.sources import open_source
 from farout.detectors.feature_detector import PooledFeatureDetector
 from farout.evaluation.intervals import delong
+from farout.features.encoding import FeatureEncoding
 from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
 
@@ -100,7 +105,9 @@ def dev_tasks(features: Features, limit: int | None) -> Iterator[Task]:
         train = features(source, source, limit=limit)
         held_out = features(source, source, limit=600, seed=1)
         changed = {c: features(f"{source}@{c}", source, limit=600, seed=1) for c in CHANGES}
-        yield Task(name, train.select(~np.isin(train.keys, held_out.keys)), held_out, changed)
+        train = train.select(~np.isin(train.keys, held_out.keys))
+        yield Task(name, train, held_out, changed)
+        yield from hold_out_clusters(name, train, 40 if name == "tiny_imagenet" else 20, features.extractor.channels)
     digits = features("mnist:train", "mnist:train", limit=6000)
     for classes in ((0, 1), (2, 7), (3, 8), (4, 9), (5, 6)):
         rows = np.random.default_rng(sum(classes)).permutation(len(digits.keys))
@@ -110,6 +117,20 @@ def dev_tasks(features: Features, limit: int | None) -> Iterator[Task]:
         yield Task(
             f"mnist without {classes[0]} and {classes[1]}", inside, test.select(~out), {"held out": test.select(out)}
         )
+
+
+def hold_out_clusters(name: str, table: Table, count: int, channels: tuple[int, ...]) -> Iterator[Task]:
+    """Three times: 1,500 images of a quarter of the clusters of at most 5,000 images, against 900 others."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        chosen = table.select(rng.permutation(len(table.keys))[:5000])
+        vectors = FeatureEncoding(channels).fit(features := torch.from_numpy(chosen.features))(features).numpy()
+        components = decomposition.PCA(30, svd_solver="full").fit_transform(vectors)
+        labels = KMeans(count, n_init=3, random_state=seed).fit_predict(components)
+        is_out = np.isin(labels, rng.permutation(count)[: count // 4])
+        inside, outside = rng.permutation(np.flatnonzero(~is_out)), np.flatnonzero(is_out)[:1500]
+        sets = {"held out": chosen.select(outside)}
+        yield Task(f"{name}_clusters {seed}", chosen.select(inside[900:]), chosen.select(inside[:900]), sets)
 
 
 def test_tasks(features: Features, limit: int | None) -> Iterator[Task]:

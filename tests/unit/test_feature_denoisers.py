@@ -6,7 +6,7 @@ import torch
 
 from farout.core.errors import FaroutError
 from farout.diffusion.denoiser import GaussianDenoiser
-from farout.diffusion.empirical import EmpiricalDenoiser
+from farout.diffusion.empirical import EmpiricalDenoiser, measure_neighbor_distances
 from farout.features.densities import Mahalanobis, PrincipalAxes
 from farout.features.residual_denoiser import ResidualDenoiser, ResidualNetwork
 
@@ -43,14 +43,31 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(EmpiricalDenoiser(rows)(rows + 0.1, sigma), whole)
 
 
-def test_the_typical_distance_of_neighbors() -> None:
-    """On a line of step 1, the second neighbor of most points is at distance 1, the tenth at 5."""
+def test_scales_widen_the_kernels_of_single_vectors() -> None:
+    """Between two vectors, the one with the wider kernel has the larger weight: exp(-1/8) against exp(-1/2)."""
+    pair = torch.tensor([[0.0], [2.0]])
+    middle = EmpiricalDenoiser(pair, torch.tensor([1.0, 2.0]))(torch.ones(1, 1), torch.ones(1))
+    assert float(middle) == pytest.approx(2 / (1 + np.exp(1 / 8 - 1 / 2)))
+    equal = EmpiricalDenoiser(vectors(), torch.full((50,), 0.5))(vectors(5) + 0.1, torch.ones(5))
+    torch.testing.assert_close(equal, EmpiricalDenoiser(vectors())(vectors(5) + 0.1, torch.full((5,), 0.5)))
+    for scales in (torch.ones(3), torch.zeros(2)):
+        with pytest.raises(FaroutError, match="positive scales"):
+            EmpiricalDenoiser(pair, scales)
+
+
+def test_distances_of_neighbors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a line of step 1, the second neighbor is at distance 1, the tenth at 5, and at the ends at 2 and 10."""
     line = torch.arange(200.0)[:, None]
-    assert EmpiricalDenoiser(line).neighbor_distance(2) == pytest.approx(1)
-    assert EmpiricalDenoiser(line).neighbor_distance(10) == pytest.approx(5)
-    assert EmpiricalDenoiser(line[:3]).neighbor_distance(10) == pytest.approx(2)
+    second = measure_neighbor_distances(line, 2)
+    assert second[[0, 100, 199]].tolist() == pytest.approx([2, 1, 2])
+    monkeypatch.setattr("farout.diffusion.empirical._BYTES_PER_CHUNK", 8 * 200 * 7)  # seven rows at a time
+    assert measure_neighbor_distances(line)[[0, 100]].tolist() == pytest.approx([10, 5])
+    assert measure_neighbor_distances(line[:3]).tolist() == pytest.approx([2, 1, 2])
+    copies = torch.cat([line, torch.zeros(20, 1)])
+    assert measure_neighbor_distances(copies)[-1] == pytest.approx(0.5)
+    assert measure_neighbor_distances(torch.zeros(20, 3)).tolist() == pytest.approx([1e-6] * 20)
     with pytest.raises(FaroutError, match="expected vectors"):
-        EmpiricalDenoiser(torch.zeros(0, 3))
+        measure_neighbor_distances(torch.zeros(0, 3))
 
 
 def test_the_untrained_residual_denoiser_is_the_gaussians() -> None:

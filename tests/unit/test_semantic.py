@@ -394,7 +394,7 @@ def test_the_default_has_two_denoisers_and_their_norms(folder: Path, tmp_path: P
     assert_same_scores(detector.score(open_source(folder).subset(range(len(scores) - 1, -1, -1))), scores, detector)
     norms = np.stack([scores.indicators["empirical_norm"], scores.indicators["residual_norm"]], axis=1)
     assert detector.combined_z is not None
-    np.testing.assert_allclose(scores.score, detector.combined_z.transform(norms).mean(1))
+    np.testing.assert_allclose(scores.score, detector.combined_z.transform(norms) @ (2 / 3, 1 / 3))
     only_empirical = detector.with_scoring(denoiser_weights=(1.0, 0.0)).score(folder)
     assert np.array_equal(np.argsort(only_empirical.score), np.argsort(scores.indicators["empirical_norm"]))
 
@@ -448,6 +448,18 @@ def test_a_damaged_model_of_vectors_is_refused() -> None:
     for vectors in (model.vectors[:, :5], model.vectors[:0], model.vectors * torch.nan):
         with pytest.raises(FaroutError, match=r"expected finite training vectors \(n, 6\)"):
             rebuild(model.axes, vectors)
+    distances = model.neighbor_distances
+    assert distances is not None
+    for damaged in (distances[:5], distances * 0, distances * torch.nan):
+        with pytest.raises(FaroutError, match="positive neighbor distance for each training vector"):
+            FeatureDiffusion(
+                model.network, model.encoding, None, "", axes=model.axes, vectors=model.vectors,
+                neighbor_distances=damaged,
+            )  # fmt: skip
+    without = FeatureDiffusion(model.network, model.encoding, None, "", axes=model.axes, vectors=model.vectors)
+    detector.diffusion = without
+    with pytest.raises(FaroutError, match="does not contain its training vectors with the distances"):
+        detector.prepare_networks()
     for change in ({"mean": np.zeros(5)}, {"scale": np.full(6, np.inf)}):
         with pytest.raises(FaroutError, match="of principal axes"):
             rebuild(replace(model.axes, **change), model.vectors)

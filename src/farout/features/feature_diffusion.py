@@ -74,6 +74,7 @@ class FeatureDiffusion:
         gaussian: mean and covariance of the encoded training features; None: unknown.
         axes: the coordinates in which a `ResidualNetwork` denoises.
         vectors: the encoded training features (n, width), float32, for the empirical denoiser; None: not stored.
+        neighbor_distances: distance of each of the vectors to its tenth neighbor (n,), float64; None: not stored.
         trained_on: content hashes of the training images.
         provenance: seed, data fingerprint, training settings and similar.
     """
@@ -89,6 +90,7 @@ class FeatureDiffusion:
         gaussian: Mahalanobis | None = None,
         axes: PrincipalAxes | None = None,
         vectors: Tensor | None = None,
+        neighbor_distances: Tensor | None = None,
         trained_on: Collection[str] = (),
         provenance: dict[str, Any] | None = None,
     ) -> None:
@@ -105,8 +107,17 @@ class FeatureDiffusion:
         ):
             shape = tuple(vectors.shape)
             raise FaroutError(f"expected finite training vectors (n, {width}) with n >= 1, got shape {shape}")
+        if neighbor_distances is not None and not (
+            vectors is not None
+            and neighbor_distances.shape == vectors.shape[:1]
+            and neighbor_distances.isfinite().all()
+            and (neighbor_distances > 0).all()
+        ):
+            shape = tuple(neighbor_distances.shape)
+            raise FaroutError(f"expected a positive neighbor distance for each training vector, got shape {shape}")
         self.network, self.encoding, self.backbone = network.eval(), encoding, backbone
         self._schedule, self.axes, self.vectors = schedule, axes, vectors
+        self.neighbor_distances = neighbor_distances
         self.first, self.gaussian = None if first is None else first.eval(), gaussian
         self.trained_on = frozenset(trained_on)
         self.provenance = dict(provenance or {})
@@ -169,8 +180,9 @@ class FeatureDiffusion:
         fitted = {"gaussian": self.gaussian, "axes": self.axes}
         arrays = pack_arrays({name: part for name, part in fitted.items() if part is not None})
         statistics = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        vectors = {} if self.vectors is None else {"vectors": self.vectors}
-        return {"shift": self.encoding.shift, "scale": self.encoding.scale, **statistics, **vectors}
+        table = {"vectors": self.vectors, "neighbor_distances": self.neighbor_distances}
+        stored = {name: tensor for name, tensor in table.items() if tensor is not None}
+        return {"shift": self.encoding.shift, "scale": self.encoding.scale, **statistics, **stored}
 
     def _config(self) -> dict[str, Any]:
         """Configuration of network and encoding, as JSON values."""
@@ -260,6 +272,7 @@ class FeatureDiffusion:
             gaussian=Mahalanobis.from_arrays(gaussian) if gaussian else None,
             axes=PrincipalAxes.from_arrays(axes) if axes else None,
             vectors=statistics.get("vectors"),
+            neighbor_distances=statistics.get("neighbor_distances"),
             trained_on=store.read_hashes(path / "trained_on.txt"),
             provenance=config["provenance"],
         )

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 from farout.core.errors import FaroutError
 from farout.diffusion.denoiser import NetworkDenoiser
+from farout.diffusion.empirical import measure_neighbor_distances
 from farout.diffusion.losses import LevelSampling, Objective, denoising_loss
 from farout.diffusion.schedule import NoiseSchedule
 from farout.features.densities import Mahalanobis, PrincipalAxes
@@ -139,7 +140,16 @@ def train_residual(
     axes = PrincipalAxes.fit(rest.double().numpy(), whiten=whiten)
     torch.manual_seed(training.seed)
     residual = ResidualNetwork(fitted.width, **network)
-    model = FeatureDiffusion(residual, fitted, None, backbone, axes=axes, vectors=vectors, trained_on=hashes)
+    model = FeatureDiffusion(
+        residual,
+        fitted,
+        None,
+        backbone,
+        axes=axes,
+        vectors=vectors,
+        neighbor_distances=measure_neighbor_distances(vectors),
+        trained_on=hashes,
+    )
     settings = f"{encoding.standardize} {encoding.summaries} {sorted(network.items())} residual whiten={whiten}"
     variances = torch.from_numpy(axes.variances)
 

@@ -69,8 +69,9 @@ class Semantic(PooledFeatureDetector):
     The pooled features of several layers of a frozen backbone, standardized layer by layer, are the vector x (d). How
     far a denoiser that knows only normal images moves x says how unusual x is. By default two denoisers are used:
 
-        D_e(x, h) = sum_i softmax_i(-||x - x_i||^2 / (2 h^2)) x_i, the exact denoiser of the training vectors x_i
-                    (Karras et al. 2022, eq. 57), and
+        D_e(x, h) = sum_i softmax_i(-||x - x_i||^2 / (2 (h r_i)^2)) x_i, the exact denoiser of the training vectors
+                    x_i (Karras et al. 2022, eq. 57) with a noise level for each, h times its distance r_i to its
+                    tenth neighbor: less noise where normal images are dense, and
         D_r(y, s) = c_skip y + c_out F(c_in y, log s), with y the coordinates of x along the principal axes of the
                     training vectors: the exact denoiser of a Gaussian with their variances v, and a network F that is
                     trained on what the Gaussian leaves unexplained (preconditioning of the same paper, table 1),
@@ -102,8 +103,8 @@ class Semantic(PooledFeatureDetector):
         denoiser: `residual`: the two denoisers above; `lfdn`: the paper's network.
         score: indicator used as score; default: `combined` with residual, `mfsim_released` with lfdn (without the first
             layer; highest AUROC of these on changed training images; the paper's are `mfsim` and `mse`).
-        bandwidth: noise level h of the empirical denoiser, as a fraction of the training vectors' typical distance to
-            their tenth neighbor.
+        bandwidth: noise level h of the empirical denoiser, as a fraction of each training vector's distance to its
+            tenth neighbor.
         sigmas: noise levels s of the residual denoiser, which is trained at levels from 0.1 to 3; the vectors have a
             mean variance of 1.
         whiten: train the residual denoiser in coordinates of variance 1, instead of principal axes with their own
@@ -195,10 +196,10 @@ class Semantic(PooledFeatureDetector):
         *,
         denoiser: DenoiserKind = "residual",
         score: str | None = None,
-        bandwidth: float = 0.3,
+        bandwidth: float = 0.25,
         sigmas: tuple[float, ...] = (0.25,),
         whiten: bool = False,
-        denoiser_weights: tuple[float, float] = (1.0, 1.0),
+        denoiser_weights: tuple[float, float] = (2.0, 1.0),
         patience: int = 200,
         levels: tuple[int, ...] = (20,),
         draws: int = 2,
@@ -365,11 +366,11 @@ class Semantic(PooledFeatureDetector):
             )
         self.layer_widths = list(model.encoding.groups)
         if self.is_residual:
-            if model.vectors is None:
-                raise FaroutError("this feature diffusion model does not contain its training vectors; fit again")
-            self.empirical = EmpiricalDenoiser(in_float64(model.vectors.to(model.device)))
-            distance = max(self.empirical.neighbor_distance(), 1e-6)  # 0 if most vectors are equal
-            self.bandwidth = self.config["bandwidth"] * distance
+            if model.vectors is None or model.neighbor_distances is None:
+                missing = "its training vectors with the distances of their neighbors"
+                raise FaroutError(f"this feature diffusion model does not contain {missing}; fit again")
+            vectors, scales = (in_float64(t.to(model.device)) for t in (model.vectors, model.neighbor_distances))
+            self.empirical = EmpiricalDenoiser(vectors, scales)
             self.residual = model.residual_denoiser(self.runtime.batch_size, self.precision)
             return
         check_sampler(self.config["sampler"], self.levels, self.config["steps"], model.schedule)
@@ -419,7 +420,7 @@ class Semantic(PooledFeatureDetector):
         assert model is not None
         assert model.axes is not None
         x = in_float64(x0)
-        h = torch.full((len(x),), self.bandwidth, dtype=torch.float64, device=x.device)
+        h = torch.full((len(x),), self.config["bandwidth"], dtype=torch.float64, device=x.device)
         empirical = (self.empirical(x, h) - x).square().mean(1).cpu()
         y = torch.from_numpy(model.axes.transform(x.cpu().numpy())).float().to(x0.device)
         variances = torch.from_numpy(model.axes.variances)
@@ -557,7 +558,7 @@ class Semantic(PooledFeatureDetector):
 
             assert self.combined_z is not None
             return ResidualScore(
-                self.backbone, self.diffusion, self.config, self.score_name, self.bandwidth, self.seed, self.combined_z
+                self.backbone, self.diffusion, self.config, self.score_name, self.seed, self.combined_z
             )
         from farout.detectors.semantic.score_module import SemanticScore
 

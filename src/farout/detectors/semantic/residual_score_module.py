@@ -27,7 +27,6 @@ class ResidualScore(nn.Module):
         model: the diffusion model of its features, with a residual denoiser.
         config: the arguments of `Semantic`.
         score: the indicator that is the score.
-        bandwidth: noise level of the empirical denoiser.
         seed: seed of the noise of `residual_error`.
         combined_z: mean and deviation of the parts of `combined`.
     """
@@ -37,6 +36,7 @@ class ResidualScore(nn.Module):
     variances: Tensor
     vectors: Tensor
     squares: Tensor
+    bandwidths: Tensor
     noise: Tensor
 
     def __init__(
@@ -45,7 +45,6 @@ class ResidualScore(nn.Module):
         model: FeatureDiffusion,
         config: Mapping[str, Any],
         score: str,
-        bandwidth: float,
         seed: int,
         combined_z: ZScore,
     ) -> None:
@@ -53,7 +52,8 @@ class ResidualScore(nn.Module):
         assert model.gaussian is not None
         assert model.axes is not None
         assert model.vectors is not None
-        self.score, self.sigmas, self.bandwidth = score, tuple(config["sigmas"]), bandwidth
+        assert model.neighbor_distances is not None
+        self.score, self.sigmas = score, tuple(config["sigmas"])
         self.features, self.encode = PooledFeatures(backbone), EncodedFeatures(model.encoding)
         network: nn.Module = copy.deepcopy(model.network)
         self.network = network.cpu().float().eval()
@@ -62,6 +62,7 @@ class ResidualScore(nn.Module):
         add_array(self, "variances", model.axes.variances)
         add_array(self, "vectors", model.vectors.cpu())
         add_array(self, "squares", self.vectors.square().sum(1))
+        add_array(self, "bandwidths", config["bandwidth"] * model.neighbor_distances.cpu())
         self.register_buffer("noise", shared_noise((model.encoding.width,), seed, 0, 0))
         self.gaussian = MahalanobisModule(model.gaussian)
         self.combined_z = ZScoreModule(combined_z.mean, combined_z.std)
@@ -82,7 +83,7 @@ class ResidualScore(nn.Module):
 
     def _empirical_norm(self, x: Tensor) -> Tensor:
         distances = x.square().sum(1, keepdim=True) - 2 * torch.mm(x, self.vectors.T) + self.squares
-        weights = (-distances.clamp(min=0) / (2 * self.bandwidth**2)).softmax(1)
+        weights = (-distances.clamp(min=0) / (2 * self.bandwidths**2)).softmax(1)
         return _log((torch.mm(weights, self.vectors) - x).square().mean(1))
 
     def _coordinates(self, x0: Tensor) -> Tensor:

@@ -6,13 +6,14 @@
 
 `bench` takes the folders of finished benchmarks (`farout bench … --out`), and combines their fitted detectors on images
 of the training set that none of them has seen; `fit` fits the parts. Ensembles and scores are stored in `--out`: the
-script continues where it was interrupted, and called again, it prints the tables without running a network.
+script continues where it was interrupted, and called again, it prints the tables without running a network. `table`
+prints the tables of all ensembles in `--out` together.
 
 Tables: AUROC of each rule and of each part
 
-- `dev.csv`: calibration images against changed copies of statistics images (rotated, blurred, …). The weights of
+- `…-dev.csv`: calibration images against changed copies of statistics images (rotated, blurred, …). The weights of
   `learned` are learned without the change that they are evaluated on. Defaults are chosen on this table alone.
-- `test.csv`: in-distribution against OOD images, and the paired difference to the best part with its 95 % interval.
+- `…-test.csv`: in-distribution against OOD images, and the paired difference to the best part with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from farout.evaluation.intervals import delong, paired_difference
 from farout.evaluation.scored_datasets import folder_name
 from farout.scoring.folder import read_scores, score_folder
 
+TABLES = ("dev", "test")
 _PRIORS = (0.03, 0.1, 0.3, 1.0, 3.0)
 _TOLERANCE = 0.01
 """In no task may a rule be significantly lower than the best part by more than this."""
@@ -67,23 +69,37 @@ def main() -> None:
     fit.add_argument("--ood", nargs="+", required=True)
     fit.add_argument("--parts", nargs="+", default=["semantic", "reconstruction", "mahalanobis"])
     fit.add_argument("--train-limit", type=int)
+    fit.add_argument("--protocol")
+    fit.add_argument("--name", default="fit")
     fit.add_argument("--diffusion")
     fit.add_argument("--classifier")
     fit.add_argument("--limit", type=int)
     fit.add_argument("--seeds", nargs="+", type=int, default=[0])
-    for each in (bench, fit):
+    table = commands.add_parser("table")
+    for each in (bench, fit, table):
         each.add_argument("--out", type=Path, required=True)
+    for each in (bench, fit):
         each.add_argument("--changed-images", type=int, default=100)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    if arguments.command == "table":
+        tables = {name: [pd.read_csv(file) for file in sorted(arguments.out.glob(f"*-{name}.csv"))] for name in TABLES}
+        print_tables(*(pd.concat(tables[name]) for name in TABLES))
+        return
     settings = [*(settings_of_benches(arguments) if arguments.command == "bench" else settings_of_fit(arguments))]
 
-    dev, test = [], []
+    dev: list[dict[str, Any]] = []
+    test: list[dict[str, Any]] = []
     for setting in settings:
         ensemble = fit_or_load(setting, arguments.out / "ensembles" / setting.name, arguments.changed_images)
-        dev += list(dev_rows(setting.name, ensemble))
-        test += list(test_rows(setting, ensemble, arguments.out / "scores" / setting.name))
-        print_tables(pd.DataFrame(dev), pd.DataFrame(test), arguments.out)
+        rows = (
+            list(dev_rows(setting.name, ensemble)),
+            list(test_rows(setting, ensemble, arguments.out / "scores" / setting.name)),
+        )
+        for name, table, found in zip(TABLES, (dev, test), rows, strict=True):
+            pd.DataFrame(found).to_csv(arguments.out / f"{setting.name}-{name}.csv", index=False)
+            table += found
+        print_tables(pd.DataFrame(dev), pd.DataFrame(test))
 
 
 def settings_of_benches(arguments: argparse.Namespace) -> Iterator[Setting]:
@@ -101,8 +117,8 @@ def settings_of_fit(arguments: argparse.Namespace) -> Iterator[Setting]:
     """Parts that are fitted with the ensemble."""
     networks = {"diffusion": arguments.diffusion, "classifier": arguments.classifier}
     for seed in arguments.seeds:
-        fit = {"seed": seed, "limit": arguments.train_limit}
-        name = f"fit-{seed}"
+        fit = {"seed": seed, "limit": arguments.train_limit, "protocol": arguments.protocol}
+        name = f"{arguments.name}-{seed}"
         ood = tuple(arguments.ood)
         yield Setting(name, arguments.parts, arguments.train, arguments.id, ood, arguments.limit, fit, networks)
 
@@ -177,10 +193,9 @@ def test_rows(setting: Setting, ensemble: Ensemble, out: Path) -> Iterator[dict[
             }
 
 
-def print_tables(dev: pd.DataFrame, test: pd.DataFrame, out: Path) -> None:
-    """Write both tables, and print them with the mean over tasks."""
-    for name, table in {"dev": dev, "test": test}.items():
-        table.to_csv(out / f"{name}.csv", index=False)
+def print_tables(dev: pd.DataFrame, test: pd.DataFrame) -> None:
+    """Print both tables with the mean over tasks, and where a rule is lower than the best part."""
+    for name, table in zip(TABLES, (dev, test), strict=True):
         wide = table.pivot_table(index="indicator", columns=["ensemble", "task"], values="auroc", sort=False)
         wide[("mean", "")] = wide.mean(axis=1)
         print(f"\n{name}: AUROC\n{wide.round(3).to_string()}", flush=True)

@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast, get_args
 
-import timm
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
+from farout.core.compiler_import import defer_compiler_import
 from farout.core.errors import FaroutError
 from farout.features.backbones import get_input_config
+
+with defer_compiler_import():
+    import timm
+    import torchvision
 
 __all__ = [
     "NETWORKS",

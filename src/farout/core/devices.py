@@ -12,8 +12,6 @@ from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce, wait_for_everyone
 from torch import Tensor, distributed
 
 from farout.core.errors import FaroutError
@@ -133,7 +131,7 @@ class ProcessGroup:
     """The processes of one command, and what they exchange; by default this process only.
 
     The names are those of accelerate, which does the communication. Its functions act on all processes of the
-    launcher, so a group of one process does not call them.
+    launcher, so a group of one process does not call them, and does not take the time to import accelerate.
     """
 
     device: torch.device
@@ -149,6 +147,8 @@ class ProcessGroup:
         """Replace each tensor by its mean over the processes."""
         if self.num_processes == 1:
             return
+        from accelerate.utils import reduce
+
         # One message for all gradients is much faster than one message per parameter.
         means = reduce(torch.cat([tensor.flatten() for tensor in tensors]), "mean")
         for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -158,13 +158,19 @@ class ProcessGroup:
         """Give every process the tensors of the main process."""
         if self.num_processes == 1:
             return
+        from accelerate.utils import broadcast
+
         for tensor in tensors:
             # Backends send contiguous memory only, and weights may be channels-last.
             tensor.detach().copy_(broadcast(tensor.detach().contiguous()))
 
     def gather_objects(self, item: T) -> list[T]:
         """The items of all processes, in the order of the processes."""
-        return [item] if self.num_processes == 1 else cast("list[T]", gather_object([item]))
+        if self.num_processes == 1:
+            return [item]
+        from accelerate.utils import gather_object
+
+        return cast("list[T]", gather_object([item]))
 
     def split_between_processes(self, items: Sequence[T]) -> list[T]:
         """This process's share of items that all processes have.
@@ -178,6 +184,8 @@ class ProcessGroup:
     def wait_for_everyone(self) -> None:
         """Block until all processes have reached this point."""
         if self.num_processes > 1:
+            from accelerate.utils import wait_for_everyone
+
             wait_for_everyone()
 
     def run_on_main_process(self, function: Callable[[], T]) -> T:
@@ -195,6 +203,8 @@ class ProcessGroup:
             except (FaroutError, OSError) as raised:
                 error = raised
         if self.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
             message = None if error is None else str(error)
             result, message = broadcast_object_list([result, message])
             if message is not None and not self.is_main_process:
@@ -217,6 +227,8 @@ def join_processes(device: str) -> ProcessGroup:
     resolved = resolve_device(device)
     if num_processes() == 1 or _is_single_process.get():
         return ProcessGroup(resolved)
+    from accelerate import PartialState
+
     is_first_call = not distributed.is_initialized()
     state = PartialState(cpu=resolved.type == "cpu", timeout=_TIMEOUT)
     if is_first_call:

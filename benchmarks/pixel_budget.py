@@ -24,8 +24,8 @@ from farout.data.batching import PreparedImages
 from farout.data.sources import open_source
 from farout.detectors.reconstruction import Reconstruction
 from farout.diffusion.config import DiffusionConfig
-from farout.diffusion.denoiser import NetworkDenoiser
-from farout.diffusion.losses import denoising_loss
+from farout.diffusion.denoiser import NetworkDenoiser, expand_dims
+from farout.diffusion.losses import denoising_loss, sample_sigmas
 from farout.diffusion.train import build_model
 
 CHANGES = ("rot90", "rot180", "blur", "contrast", "noise", "patch")
@@ -36,8 +36,11 @@ RECIPES: dict[str, dict[str, object]] = {
     "compact patches, epsilon, uniform t": {"network": "compact", "patch": 2},
     "compact patches, v, uniform t": {"network": "compact", "patch": 2, "prediction": "v_prediction"},
     "compact patches, v, log-normal sigma (the preset)": {"network": "compact", "patch": 2, **EDM},
+    "the same with weights min(1 / sigma^2, 5) (min-SNR)": {"network": "compact", "patch": 2, **EDM, "min_snr": True},
     "mini patches, v, log-normal sigma": {"network": "mini", "patch": 2, **EDM},
 }
+HORIZONS = {10: 0.9, 50: 0.98, 200: 0.995}
+"""Decay of the average of weights by its horizon in updates; tables are of 50, and the others of the preset alone."""
 
 
 def measure_speed(arguments: argparse.Namespace) -> None:
@@ -71,20 +74,30 @@ def measure_speed(arguments: argparse.Namespace) -> None:
 
 
 def compare_recipes(arguments: argparse.Namespace) -> None:
-    """Mean squared errors of x0 at LEVELS after the same CPU time, with the averaged weights."""
+    """Mean squared errors of x0 at LEVELS after the same CPU time, with averaged weights.
+
+    min-SNR (Hang et al. 2023) limits the weight of the squared error of x0, which is 1 / sigma^2 in predictions of the
+    noise and 1 + 1 / sigma^2 in those of v.
+    """
     source = open_source("fashion_mnist:train", limit=None)
     order = np.random.default_rng(0).permutation(len(source))
     for name, settings in RECIPES.items():
         torch.manual_seed(0)
+        settings = dict(settings)
+        min_snr = settings.pop("min_snr", False)
         config = DiffusionConfig(**settings)  # type: ignore[arg-type]
         model = build_model(config, config.preprocess(source))
         images = PreparedImages(source, model.preprocessing)
         denoiser = NetworkDenoiser(model.network, model.schedule, model.prediction, precision=arguments.precision)
         model.network.to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.AdamW(model.network.parameters(), lr=1e-3, weight_decay=0)
-        average = torch.optim.swa_utils.AveragedModel(
-            model.network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
-        )
+        averages = {
+            horizon: torch.optim.swa_utils.AveragedModel(
+                model.network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+            )
+            for horizon, decay in HORIZONS.items()
+            if horizon == 50 or "(the preset)" in name
+        }
         generator = torch.Generator().manual_seed(0)
         spent, steps = 0.0, 0
         while spent < arguments.seconds:
@@ -95,22 +108,31 @@ def compare_recipes(arguments: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 * min((steps + 1) / 30, 0.5 * (1 + np.cos(np.pi * progress)))
             optimizer.zero_grad()
-            denoising_loss(denoiser, x0, generator, config.objective).backward()
+            if min_snr:
+                sigma = sample_sigmas(len(x0), model.schedule, config.levels, generator)
+                noised = x0 + expand_dims(sigma, x0) * torch.randn(x0.shape, generator=generator)
+                weights = expand_dims(torch.minimum(1 / sigma**2, torch.tensor(5.0)), x0)
+                (weights * (denoiser(noised, sigma) - x0).square()).mean().backward()
+            else:
+                denoising_loss(denoiser, x0, generator, config.objective).backward()
             torch.nn.utils.clip_grad_norm_(model.network.parameters(), 1.0)
             optimizer.step()
-            average.update_parameters(model.network)
+            for average in averages.values():
+                average.update_parameters(model.network)
             spent, steps = spent + time.process_time() - start, steps + 1
-        denoiser.network = average.module.eval()
         held = model.encode(torch.stack([images[int(i)] for i in order[:500]]))
-        errors = []
-        for t in LEVELS:
-            noise = torch.randn(500, 1, 28, 28, generator=torch.Generator().manual_seed(t))
-            noise = torch.nn.functional.pixel_unshuffle(noise, model.patch)
-            sigma = model.schedule.sigma_of(t).float()
-            with torch.no_grad():
-                x0 = denoiser(held + sigma * noise, sigma.expand(500))
-            errors.append(float((x0 - held).square().mean()))
-        print(f"| {name} | {steps} | " + " | ".join(f"{error:.4f}" for error in errors) + " |", flush=True)
+        for horizon, average in averages.items():
+            denoiser.network = average.module.eval()
+            errors = []
+            for t in LEVELS:
+                noise = torch.randn(500, 1, 28, 28, generator=torch.Generator().manual_seed(t))
+                noise = torch.nn.functional.pixel_unshuffle(noise, model.patch)
+                sigma = model.schedule.sigma_of(t).float()
+                with torch.no_grad():
+                    x0 = denoiser(held + sigma * noise, sigma.expand(500))
+                errors.append(float((x0 - held).square().mean()))
+            row = [name, str(horizon), str(steps), *(f"{error:.4f}" for error in errors)]
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 def compare_scores(arguments: argparse.Namespace) -> None:

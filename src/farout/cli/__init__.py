@@ -104,6 +104,7 @@ def _run_command(name: str, words: list[str]) -> int:
         raise ReadError("the current folder", "it no longer exists", error.errno, "change to another one") from error
     from farout.cli import output
     from farout.cli.command_parser import parse
+    from farout.cli.stages import print_profile, run_with_profile
 
     output.configure_logging()
     call = parse(name, words)
@@ -111,8 +112,10 @@ def _run_command(name: str, words: list[str]) -> int:
         call()
     else:
         with output.progress():
-            result = call()
+            result, profile = run_with_profile(call)
         output.print_result(name, result, call.arguments)
+        if profile is not None:
+            print_profile(profile, call.arguments)
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from farout.benchmark.job_graph import Job, JobGraph
 from farout.cli import output
+from farout.cli.stages import print_profile, run_with_profile
 from farout.cli.steps import read_steps
 from farout.cli.terminal import print_text
 from farout.core.devices import num_processes
@@ -56,7 +57,10 @@ def chain(yaml: str, *, out: str, redo: bool = False, dry_run: bool = False) -> 
         try:
             resume = {"resume": True} if earlier is not None and "resume" in step.settings else {}
             call = step.parse(folder, **resume)
-            output.print_result(step.command, call(), call.arguments)
+            result, profile = run_with_profile(call)
+            output.print_result(step.command, result, call.arguments)
+            if profile is not None:
+                print_profile(profile, call.arguments)
         except FaroutError as error:
             raise FaroutError(f"{step}: {error}") from error
 

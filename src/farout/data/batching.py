@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from farout.core.errors import SourceError, UnreadableImageError
+from farout.core.profiling import timed
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
 
@@ -124,12 +125,17 @@ def prefetch(loads: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
             for load in loads:
                 waiting.append(pool.submit(load))
                 if len(waiting) > workers:
-                    yield waiting.popleft().result()
+                    yield _wait(waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield _wait(waiting.popleft())
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@timed("waiting for images")
+def _wait(loading: Future[T]) -> T:
+    return loading.result()
 
 
 def _load_images(source: ImageSource, prepare: Callable[[str, Tensor], T], span: range) -> LoadedImages[T]:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from farout.core import store
 from farout.core.errors import FaroutError, SourceError, UnreachableStoreError, UnreadableImageError
+from farout.core.profiling import timed
 from farout.data.read_settings import DEFAULT_READING, ReadSettings, ValueRange, format_value_range
 
 __all__ = [
@@ -132,6 +133,7 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffixes | {suffix for suffix, extra in EXTRA_OF_SUFFIX.items() if extra in installed})
 
 
+@timed("decoding")
 def decode(
     data: bytes, key: str, reading: ReadSettings = DEFAULT_READING, frame: int = 0, suffix: str | None = None
 ) -> DecodedImage:
@@ -443,6 +445,7 @@ def from_pil(image: Image.Image) -> Tensor:
     return torch.from_numpy(array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
+@timed("decoding")
 def scale_to_uint8(values: Tensor, value_range: ValueRange | None) -> Tensor:
     """Convert native values (C, H, W) to uint8: round(255 (v - low) / (high - low)), clipped; uint8 is unchanged.
 
@@ -553,6 +556,7 @@ def _check_range(images: Tensor, what: str) -> None:
     raise SourceError(f"{what} have values from {low:g} to {high:g}, expected [0, 1]; {hint}")
 
 
+@timed("hashing")
 def content_hash(image: Tensor) -> str:
     """Return the blake2b hash (16 bytes, hex) of shape and pixels of a uint8 image (C, H, W)."""
     digest = hashlib.blake2b("x".join(str(n) for n in image.shape).encode(), digest_size=16)

@@ -12,6 +12,7 @@ from typing import Self
 
 from farout.core.errors import UnreadableImageError
 from farout.core.names import decode_file_name, encode_file_name, expand_path, find_equivalent_path
+from farout.core.profiling import timed
 from farout.core.remote_files import FilePath
 from farout.data.decoding import MULTI_FRAME_SUFFIXES, DecodedImage, count_frames, decode, unreadable_errors
 from farout.data.file_listing import Listing, check_keys
@@ -107,7 +108,7 @@ class EncodedImageReader(ABC):
 
     def __call__(self, index: int) -> DecodedImage:
         key = self.keys[index]
-        with unreadable_errors(key):
+        with unreadable_errors(key), timed("reading"):
             data, suffix = self.read_encoded(index)
         if self._frames is None:
             return decode(data, key, self.reading, suffix=suffix)

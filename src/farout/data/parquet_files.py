@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from farout.core.errors import SourceError, UnreadableImageError
 from farout.core.files import map_files
 from farout.core.names import encode_name
+from farout.core.profiling import timed
 from farout.core.remote_files import FilePath, RemotePath
 from farout.data.columns import (
     GROUP_COLUMNS,
@@ -451,7 +452,7 @@ class ParquetImages:
             row = index if self._rows is None else int(self._rows[index])
             number = int(np.searchsorted(self._ends, row, side="right"))
             first = int(self._ends[number - 1]) if number else 0
-            with self._lock:
+            with self._lock, timed("reading"):
                 cell = self._group(number)[row - first].as_py()
             for part in self._parts[1:]:
                 cell = cell.get(part) if isinstance(cell, Mapping) else None

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from farout.core.errors import FaroutError, MisleadingResultWarning, SourceError
+from farout.core.profiling import timed
 from farout.data.decoding import to_pil
 from farout.data.image_source import ImageSource
 from farout.data.read_settings import ReadSettings, ValueRange
@@ -80,6 +81,7 @@ class Preprocessing:
         if self.kernel not in get_args(Kernel):
             raise FaroutError(f"kernel {self.kernel!r}: expected {', '.join(get_args(Kernel))}")
 
+    @timed("resizing")
     def __call__(self, image: Tensor, shrink: Kernel | None = None) -> Tensor:
         """Prepares one image; raises ValueError for anything but uint8 `(C, H, W)` with C in {1, 3}.
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from farout.core.errors import LeftOutWarning, SourceError
 from farout.core.names import decode_key, encode_cell, encode_name, encode_source
+from farout.core.profiling import timed
 from farout.data import catalog
 from farout.data.file_listing import Listing
 from farout.data.file_names import join_counts
@@ -51,6 +52,7 @@ Images: TypeAlias = (
 """The types that `open_source` accepts: a source string, a path, or a Python object, see docs/images.md."""
 
 
+@timed("listing")
 def open_source(
     images: Images,
     *,

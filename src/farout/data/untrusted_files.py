@@ -8,11 +8,13 @@ from pathlib import Path
 
 from farout.core.errors import UnreadableImageError
 from farout.core.files import read_file
+from farout.core.profiling import timed
 from farout.core.remote_files import RemotePath
 
 __all__ = ["read_bytes"]
 
 
+@timed("reading")
 def read_bytes(path: str | os.PathLike[str] | RemotePath, limit: int) -> bytes:
     """Return the content of a regular or remote file of at most `limit` bytes.
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from farout.core.errors import FaroutError
 from farout.core.names import expand_path, find_path
+from farout.core.profiling import count_images, timed
 from farout.core.progress import task
 from farout.core.remote_files import is_url
 from farout.data.image_source import Policy
@@ -81,14 +82,18 @@ class Detector(DetectorInterface):
         parts = [Scores.empty(self.calibration_scores)]
         with task("scoring", len(source)) as bar:
             for batch in self.load_batches(source):
+                count_images(len(batch.keys))
                 if batch.keys:
-                    parts.append(self.score_measurements(self.measure(batch)))
+                    with timed("network"):
+                        measurements = self.measure(batch)
+                    parts.append(self.score_measurements(measurements))
                 bar.advance(len(batch.keys))
         source.warn_about_reading()
         scores = Scores.join(parts)
         warn_about_scores(scores.score, source.name)
         return scores if source.policy == "skip" else scores.reindex(source.keys)
 
+    @timed("statistics")
     def score_measurements(self, measurements: Measurements) -> Scores:
         """Compute scores from measurements; no network runs."""
         check_fitted(self)
@@ -133,6 +138,7 @@ class Detector(DetectorInterface):
         """SHA-256 of everything that decides a score: configuration, networks, statistics and calibration."""
         return saving.compute_fingerprint(self)
 
+    @timed("writing")
     def save(self, folder: str | Path, *, link: Path | None = None) -> None:
         """Write the detector with its networks, measurements and statistics.
 
@@ -143,6 +149,7 @@ class Detector(DetectorInterface):
         saving.save(self, expand_path(folder), link or self.linked_model)
 
 
+@timed("loading")
 def load(folder: str | Path, **runtime: Any) -> Detector:
     """Load a fitted detector; `runtime` overrides device, precision, batch_size, workers or cache.
 

@@ -16,6 +16,7 @@ from farout.core.errors import (
     UnknownArgumentError,
     suggest_names,
 )
+from farout.core.profiling import count_images, timed
 from farout.core.progress import task
 from farout.data.batching import Batch
 from farout.data.image_source import ImageSource
@@ -71,7 +72,8 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
     detector.calibration_scores = {}  # a detector whose fit fails is not fitted, whatever an earlier fit has left
     detector.reset_statistics()
     if detector.requirements.backbone:
-        detector.features = detector.features or detector.build_features()
+        with timed("loading"):
+            detector.features = detector.features or detector.build_features()
 
     split = _split_source(detector, source, settings)
     log_split(source, split)
@@ -110,8 +112,11 @@ def fit_to_split(detector: DetectorInterface, source: ImageSource, split: Split,
         raise FaroutError(
             "measurements of the statistics images are not all numbers; look for damaged images or weights"
         )
-    detector.fit_statistics(detector.statistics)
-    set_calibration(detector, measure_source(detector, calibration_images, "measuring calibration images"))
+    with timed("statistics"):
+        detector.fit_statistics(detector.statistics)
+    calibration = measure_source(detector, calibration_images, "measuring calibration images")
+    with timed("statistics"):
+        set_calibration(detector, calibration)
     detector.statistics_hashes = frozenset(source.content_hash(i) for i in split.statistics)
     detector.calibration_hashes = frozenset(source.content_hash(i) for i in split.calibration)
     detector.provenance = {
@@ -187,8 +192,10 @@ def measure_source(
     parts = []
     with task(description, len(source)) as bar:
         for batch in detector.load_batches(source):
+            count_images(len(batch.keys))
             if batch.keys:
-                measurements = (measure or detector.measure)(batch)
+                with timed("network"):
+                    measurements = (measure or detector.measure)(batch)
                 parts.append(replace(measurements, maps=None, pictures={}))
             bar.advance(len(batch.keys))
     return Measurements.join(parts)

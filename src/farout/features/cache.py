@@ -23,6 +23,7 @@ from torch import Tensor
 
 from farout.core import store
 from farout.core.errors import StoreError, UnreadableImageError
+from farout.core.profiling import timed
 from farout.data.batching import Batch, prefetch
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
@@ -226,6 +227,7 @@ class FeatureCache:
         """Writes the rows that are not on disk yet; an error is stored in `failure`."""
         self._write(self._store.flush)
 
+    @timed("writing")
     def _write(self, write: Callable[[], None]) -> None:
         if self.failure:
             return

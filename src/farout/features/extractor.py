@@ -18,6 +18,7 @@ from farout.core.devices import Precision, autocast
 from farout.core.errors import FaroutError, StoreError
 from farout.core.names import expand_path
 from farout.core.network_size import check_network
+from farout.core.profiling import timed
 from farout.core.schema import Schema, check_content
 from farout.features import backbones
 from farout.features.batch_norm_folding import fold_batch_norm
@@ -134,6 +135,7 @@ class FeatureExtractor:
 
         return self._call_network(resize, images, batch_size)
 
+    @timed("network")
     def _call_network(self, call: Callable[..., Tensor], images: Tensor, batch_size: BatchSize) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
             raise FaroutError(f"the backbone requires images (B, 3, H, W), got {tuple(images.shape)}")

@@ -12,6 +12,7 @@ import yaml
 
 from farout.core import store
 from farout.core.config import flatten_config
+from farout.core.profiling import timed
 from farout.data.batching import iterate_batches
 from farout.data.image_source import ImageSource
 from farout.detectors.base import Detector, Measurements
@@ -29,6 +30,7 @@ LISTED_ROWS = 500
 """Maximum number of rows in the tables of flagged and selected, and of unreadable images."""
 
 
+@timed("page")
 def write_score_page(
     detector: Detector,
     source: ImageSource,

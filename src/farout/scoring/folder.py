@@ -36,6 +36,7 @@ from farout.core.errors import (
 )
 from farout.core.files import hash_file
 from farout.core.names import expand_path, find_path
+from farout.core.profiling import add_process_profile, is_profiling, record_profile, timed
 from farout.core.progress import task
 from farout.core.remote_files import NETWORK_ERROR, FilePath, is_url
 from farout.core.schema import Schema, check_content
@@ -456,11 +457,14 @@ def _find_missing_parts(source: ImageSource, parts: list[range], out: Path) -> l
 
 @dataclass(frozen=True)
 class _Part:
-    """A part to measure: the indices of its images, the images, and the file of their measurements."""
+    """A part to measure: the indices of its images, the images, the file of their measurements, and whether the seconds
+    by stage are recorded.
+    """
 
     indices: range
     images: ImageSource
     path: Path
+    profiled: bool
 
 
 def _measure_parts(
@@ -479,22 +483,25 @@ def _measure_parts(
             count, *_ = _measure_part(scorer, job, advance)  # which adds what workers have measured meanwhile
             measured += count
 
-        def collect(job: _Part, result: tuple[int, int, ReadingRecord]) -> None:
+        def collect(job: _Part, result: tuple[int, int, ReadingRecord, dict[str, Any] | None]) -> None:
             nonlocal measured
-            count, cache_hits, record = result
+            count, cache_hits, record, profile = result
+            if profile is not None:
+                add_process_profile(profile)
             measured += count
             detector.cache_hits += cache_hits
             source.add_reading_record(record, job.indices)
             bar.advance(len(job.indices))
 
         share = group.split_between_processes(missing)
-        jobs = (_Part(part, source.subset(part), _part_path(out, part)) for part in share)
+        profiled = is_profiling()
+        jobs = (_Part(part, source.subset(part), _part_path(out, part), profiled) for part in share)
         if processes > 1:
             with open_worker_scorer(detector) as shared:
                 share_with_workers(
                     jobs,
                     shared,
-                    _measure_part,
+                    _measure_part_in_worker,
                     collect=collect,
                     run_here=measure_here,
                     processes=processes,
@@ -510,6 +517,15 @@ def _measure_parts(
     return sum(count for count, _ in records)
 
 
+def _measure_part_in_worker(scorer: Scorer, part: _Part) -> tuple[int, int, ReadingRecord, dict[str, Any] | None]:
+    """Measure and write a part in a worker process; returns also its seconds by stage, if they are recorded."""
+    if not part.profiled:
+        return *_measure_part(scorer, part), None
+    with record_profile() as profile:
+        result = _measure_part(scorer, part)
+    return *result, profile.to_dict()
+
+
 def _measure_part(
     scorer: Scorer, part: _Part, advance: Callable[[int], object] | None = None
 ) -> tuple[int, int, ReadingRecord]:
@@ -523,6 +539,7 @@ def _measure_part(
     return measured.count, scorer.detector.cache_hits - cache_hits, part.images.reading_record
 
 
+@timed("writing")
 def _write_part(
     path: Path,
     measurements: Measurements | None,
@@ -560,6 +577,7 @@ def _read_part_info(path: Path) -> dict[str, Any] | None:
     return part_info
 
 
+@timed("writing")
 def _write_tables(
     detector: Detector, source: ImageSource, parts: list[range], out: Path, fdr: float | None, summary: ScoreSummary
 ) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from farout.core import store
 from farout.core.errors import FaroutError, StoreError
 from farout.core.files import hash_file
+from farout.core.profiling import count_images, timed
 from farout.data.image_objects import path_of
 from farout.data.image_source import ImageSource
 from farout.data.in_memory import list_images
@@ -190,8 +191,10 @@ class Scorer:
         loaded, parts, content = self._load(), list[Measurements](), ["unreadable"] * len(source)
         with loaded.lock:
             for batch in loaded.detector.load_batches(source):
+                count_images(len(batch.keys))
                 if batch.keys:
-                    parts.append(loaded.detector.measure(batch))
+                    with timed("network"):
+                        parts.append(loaded.detector.measure(batch))
                 for index, identity in zip(batch.indices, batch.identities, strict=True):
                     content[index] = identity
                 if advance is not None:

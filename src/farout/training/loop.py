@@ -26,6 +26,7 @@ from farout.core import progress, store
 from farout.core.devices import autocast, join_processes, resolve_precision
 from farout.core.errors import FaroutError, StoreError
 from farout.core.interruption import Interruption, defer_interruption, received_interruption
+from farout.core.profiling import timed
 from farout.training.checkpoints import (
     checkpoint_weights,
     describe_differences,
@@ -258,6 +259,7 @@ class TrainingRun:
                 share = positions[part * self.part_size : (part + 1) * self.part_size]
                 yield [(position, order[position]) for position in share]
 
+    @timed("training")
     def _update(self, batches: Iterator[Any]) -> None:
         """Train on one batch: one optimizer step for each dict of losses that the step returns."""
         config = self.config
@@ -383,6 +385,7 @@ class TrainingRun:
     def _kept_steps(self) -> tuple[int | None, ...]:
         return (self._best_step(), self.config.checkpoint_step, *self.config.keep)
 
+    @timed("training")
     def _validate(self) -> None:
         """Add the mean losses over each validation set to the log; a batch has the same seed in any process."""
         network = self._evaluated_network().eval()
@@ -424,6 +427,7 @@ class TrainingRun:
             **self.log.state_dict(),
         }
 
+    @timed("writing")
     def _save(self, out: Path) -> None:
         if self.processes.is_main_process:
             average = None if self.average is None else self.average.state_dict()

@@ -37,6 +37,7 @@ def evaluate(
     baseline_limit: int | None = 1000,
     ood_subsets: int = 0,
     processes: int = 1,
+    profile: bool = False,
     reading: ReadSettings,
     runtime: dict[str, Any],
 ) -> Evaluation:
@@ -59,6 +60,8 @@ def evaluate(
             image per five in-distribution images, as in many papers; 0: off.
         processes: share the images among this many processes on this machine, which use its GPUs in turn. The processes
             of `torchrun` and `accelerate launch` share them, too.
+        profile: print the seconds of each stage after the run, such as reading, decoding and the network
+            (docs/performance.md).
         reading: how image files are read.
         runtime: runtime settings that replace those of the fit.
     """

@@ -13,6 +13,7 @@ from farout.core import store
 from farout.core.devices import num_processes
 from farout.core.errors import FaroutError, StoreError
 from farout.core.names import find_path
+from farout.core.profiling import timed
 from farout.core.runtime import Runtime
 from farout.data.read_settings import ReadSettings
 from farout.detectors import DETECTORS
@@ -37,6 +38,7 @@ def fit(
     classifier: str | None = None,
     link: bool = False,
     preset: str | None = None,
+    profile: bool = False,
     arguments: dict[str, Any],
     settings: FitSettings,
     reading: ReadSettings,
@@ -54,6 +56,8 @@ def fit(
         classifier: folder of a classifier, for methods that use one; default: train one, on images with labels.
         link: store the path of the diffusion model instead of a copy.
         preset: preset that `arguments` started from.
+        profile: print the seconds of each stage after the run, such as reading, decoding and the network
+            (docs/performance.md).
         arguments: settings of the method.
         settings: settings of the fit.
         reading: how image files are read.
@@ -71,7 +75,8 @@ def fit(
         if earlier != method:
             raise StoreError(f"{out} contains a fitted {earlier} detector; give another folder or remove it")
         logger.warning("%s contains a detector, which is replaced when the new one is fitted", out)
-    detector: Detector = DETECTORS[method].load()(**arguments)
+    with timed("loading"):
+        detector: Detector = DETECTORS[method].load()(**arguments)
     detector.provenance["preset"] = preset or ""
     checkpoints = settings.checkpoints or training_folder(out)
     settings = replace(

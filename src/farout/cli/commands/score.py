@@ -41,6 +41,7 @@ def score(
     interval: float = 2.0,
     engine: Literal["local", "ray"] = "local",
     ray: RaySettings,
+    profile: bool = False,
     reading: ReadSettings,
     runtime: dict[str, Any],
 ) -> ScoredFolder | WatchedFolder:
@@ -62,6 +63,8 @@ def score(
             for as long.
         engine: what computes the scores: `local` (this machine) or `ray` (the machines of a Ray cluster).
         ray: how the engine ray distributes the work.
+        profile: print the seconds of each stage after the run, such as reading, decoding and the network
+            (docs/performance.md).
         reading: how image files are read.
         runtime: runtime settings that replace those of the fit.
     """

@@ -189,6 +189,18 @@ def test_the_neighbor_is_scikit_learns(standardize: str) -> None:
     assert np.allclose(found["mean"], theirs.mean(1), atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_neighbors_nearer_than_the_rounding_of_the_products_are_distinguished(k: int) -> None:
+    bank = gaussian(400)
+    bank[:20] = bank[0] * (1 + 1e-5 * gaussian(20, seed=3))  # squared distances of 1e-10
+    detector, probes = learnt(KNN, bank, k=k, standardize="none"), bank[:20] + 1e-5
+    z = detector.vectors(measured(probes))
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    stored = detector.get_state()["bank"].astype(np.float64)
+    nearest = np.sort(np.linalg.norm(z[:, None] - stored, axis=2), axis=1)
+    np.testing.assert_allclose(scored(detector, probes)["distance"], nearest[:, k - 1], rtol=1e-9)
+
+
 @pytest.mark.parametrize("k", [1, 5])
 def test_the_neighbor_does_not_depend_on_the_memory_of_a_block(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     detector, probes = learnt(KNN, gaussian(700), k=k), gaussian(50, seed=2)

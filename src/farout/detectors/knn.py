@@ -15,7 +15,7 @@ from farout.detectors.results import Measurements
 __all__ = ["KNN"]
 
 _BLOCK_BYTES = 64 * 2**20
-"""Memory for the products and differences of the images that are compared at a time."""
+"""Memory for the products of the images that are compared at a time, and for the differences of their candidates."""
 
 
 class KNN(VectorDetector):
@@ -48,7 +48,7 @@ class KNN(VectorDetector):
         super().__init__(**features)
         if k < 1 or bank < 1:
             raise FaroutError(f"k and bank must be at least 1, got {k} and {bank}")
-        self.bank = np.zeros((0, 0))
+        self._store(np.zeros((0, 0), dtype=np.float32))
 
     @property
     def k(self) -> int:
@@ -59,37 +59,54 @@ class KNN(VectorDetector):
         """Store the normalized features of normal images."""
         z = _normalize(self.vectors(measurements))
         chosen = np.random.default_rng(self.seed).permutation(len(z))[: self.config["bank"]]
-        # saved in float32 and rounded here, so that a loaded detector gives the same scores
-        self.bank = z[np.sort(chosen)].astype(np.float32).astype(np.float64)
+        # in float32, as it is saved, so that a loaded detector gives the same scores
+        self._store(z[np.sort(chosen)].astype(np.float32))
+
+    def _store(self, bank: np.ndarray) -> None:
+        self.bank, self._squared_lengths = bank, np.einsum("ij,ij->i", bank, bank)
 
     def compute_scores(self, measurements: Measurements) -> dict[str, Tensor]:
         """`distance` and `mean`."""
         z, k = _normalize(self.vectors(measurements)), self.k
         distances = np.empty((len(z), k))
-        squared_lengths = np.einsum("ij,ij->i", self.bank, self.bank)
-        rows = max(1, _BLOCK_BYTES // (8 * (len(self.bank) + k * z.shape[1])))
+        rows = max(1, _BLOCK_BYTES // (5 * len(self.bank)))  # 4 bytes of a product, and 1 of its comparison
         for start in range(0, len(z), rows):
             block = z[start : start + rows]
             # ||z - b||^2 = ||z||^2 - 2 z b + ||b||^2; ||z||^2 does not change the order of the neighbors
-            squared = block @ self.bank.T
+            squared = block.astype(np.float32) @ self.bank.T
             squared *= -2
-            squared += squared_lengths
-            nearest = squared.argmin(1)[:, None] if k == 1 else np.argpartition(squared, k - 1, axis=1)[:, :k]
-            # These products cancel where a neighbor is very near: the k distances are computed from differences.
-            distances[start : start + rows] = np.linalg.norm(block[:, None] - self.bank[nearest], axis=2)
+            squared += self._squared_lengths
+            highest = squared.min(1) if k == 1 else np.partition(squared, k - 1, axis=1)[:, k - 1]
+            # The products are rounded to float32, and cancel where a neighbor is very near: all rows that may be among
+            # the k nearest ones are compared by their differences.
+            tolerance = 2 * np.finfo(np.float32).eps * (z.shape[1] + 4)
+            distances[start : start + rows] = self._nearest(block, squared <= (highest + tolerance)[:, None])
         return {"distance": torch.from_numpy(distances.max(1)), "mean": torch.from_numpy(distances.mean(1))}
+
+    def _nearest(self, block: np.ndarray, is_candidate: np.ndarray) -> np.ndarray:
+        """The k smallest distances (B, k) of vectors (B, d) to the stored ones that are candidates (B, bank)."""
+        k = self.k
+        images, stored = np.nonzero(is_candidate)
+        distances = np.empty(len(images))
+        count = max(1, _BLOCK_BYTES // (8 * block.shape[1]))
+        for start in range(0, len(images), count):
+            part = slice(start, start + count)
+            distances[part] = np.linalg.norm(block[images[part]] - self.bank[stored[part]], axis=1)
+        ordered = distances[np.lexsort((distances, images))]
+        first = np.cumsum(is_candidate.sum(1)) - is_candidate.sum(1)
+        return ordered[first[:, None] + np.arange(k)]
 
     def build_vector_score(self) -> nn.Module:
         """`distance` or `mean`, as configured."""
-        return _NearestDistances(torch.from_numpy(self.bank), self.k, self.score_name)
+        return _NearestDistances(torch.from_numpy(self.bank).double(), self.k, self.score_name)
 
     def get_state(self) -> dict[str, np.ndarray]:
         """The stored features."""
-        return {"bank": self.bank.astype(np.float32)}
+        return {"bank": self.bank}
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         """Restore the stored features."""
-        self.bank = state["bank"].astype(np.float64)
+        self._store(np.array(state["bank"], dtype=np.float32))
 
     def describe_statistics(self) -> dict[str, Any]:
         """The number of stored images and the rank of the neighbor."""

@@ -22,6 +22,7 @@ PACKAGES = {
     "diffusion": ["training", "data", "core"],
     "features": ["diffusion", "training", "data", "core"],
     "classifiers": ["features", "diffusion", "training", "data", "core"],
+    "importing": ["classifiers", "features", "diffusion", "training", "data", "core"],
     "detectors": ["classifiers", "features", "diffusion", "training", "data", "core"],
     "synthesis": ["classifiers", "features", "diffusion", "training", "data", "core"],
     "report": ["detectors", "synthesis", "classifiers", "features", "diffusion", "training", "data", "core"],
@@ -29,7 +30,7 @@ PACKAGES = {
 PACKAGES["scoring"] = ["report", *PACKAGES["report"]]
 PACKAGES["evaluation"] = ["scoring", *PACKAGES["scoring"]]
 PACKAGES["benchmark"] = ["evaluation", *PACKAGES["evaluation"]]
-PACKAGES["cli"] = ["benchmark", *PACKAGES["benchmark"]]
+PACKAGES["cli"] = ["benchmark", "importing", *PACKAGES["benchmark"]]
 """Which packages each package may import, from the bottom up."""
 MODULES = {
     ".".join(("farout", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): path

@@ -151,6 +151,12 @@ COMMANDS = {
         "cli.commands.features:clear_features",
         "cli.commands.features:print_deleted_features",
     ),
+    "import": Command(
+        "Convert published weights of another program to a model folder.",
+        "importing.import_weights:import_weights",
+        "cli.commands.import_weights:print_imported_folder",
+        usage="SOURCE --out DIR [settings]",
+    ),
     "list": Command("List detectors, synthesizers, named sets or presets.", "cli.lists:show_list"),
     "demo": Command(
         "Compare detectors on the built-in sample, in two minutes.",

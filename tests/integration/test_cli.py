@@ -13,11 +13,16 @@ import pytest
 from PIL import Image
 
 from farout import load
+from farout.classifiers.config import ClassifierConfig
+from farout.classifiers.presets import PRESETS as CLASSIFIER_PRESETS
 from farout.cli import main
 from farout.cli.command_parser import CommandParser, parse
 from farout.cli.command_table import COMMANDS, import_object
 from farout.cli.commands.score import print_scored_folder
+from farout.diffusion.config import PRESETS as DIFFUSION_PRESETS
+from farout.diffusion.config import DiffusionConfig
 from farout.scoring.folder import ScoredFolder, read_scores
+from farout.training.config import TrainingConfig
 from small import model, pictures
 from tolerances import assert_same_scores
 
@@ -431,6 +436,24 @@ def test_printed_settings_are_those_of_the_preset(
 ) -> None:
     assert main([*words, "--print-config"]) == 0
     assert set(lines) <= set(capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("preset", DIFFUSION_PRESETS)
+def test_a_training_preset_has_nothing_of_the_default_preset(preset: str) -> None:
+    """`paper` trained a network on patches that predicts v, because `tiny` does."""
+    given = parse("train diffusion", ["x", "--out", "y", "--preset", preset]).arguments
+    assert given["model"] == DiffusionConfig(**DIFFUSION_PRESETS[preset]["model"])
+    assert given["training"] == TrainingConfig(**DIFFUSION_PRESETS[preset]["training"])
+    fitted = parse("fit", ["reconstruction", "x", "--out", "y", "--diffusion-preset", preset]).arguments
+    assert (fitted["model"], fitted["training"]) == (given["model"], given["training"])
+
+
+@pytest.mark.parametrize("preset", CLASSIFIER_PRESETS)
+def test_a_preset_of_classifiers_has_nothing_of_the_default_preset(preset: str) -> None:
+    outliers = [] if preset == "vos" else ["--outliers", "z"]
+    given = parse("train classifier", ["x", "--out", "y", "--preset", preset, *outliers]).arguments
+    assert given["model"] == ClassifierConfig(**CLASSIFIER_PRESETS[preset]["model"])
+    assert given["training"] == TrainingConfig(**CLASSIFIER_PRESETS[preset]["training"])
 
 
 def test_switches_need_no_value() -> None:

@@ -165,7 +165,11 @@ class CommandParser:
             if key not in self.skipped_parameters and (config := self._dataclass_of(key))
         }
         self.parser = self._build(method)
-        self._apply_presets(self.parser.get_defaults())
+        defaults = self.parser.get_defaults()
+        self.network_defaults = {
+            name: value for name, value in vars(defaults.as_flat()).items() if name.partition(".")[0] in _PREFIXED
+        }
+        self._apply_presets(defaults)
 
     def _dataclass_of(self, parameter: str) -> type | None:
         """The dataclass whose fields are the flags of a parameter; None: the parameter is a flag."""
@@ -266,12 +270,16 @@ class CommandParser:
         return ParsedCommand(self.function, arguments, {name: _to_json(value) for name, value in settings.items()})
 
     def _apply_presets(self, chosen: Any) -> None:
-        """Makes the settings of the chosen presets the defaults."""
+        """Makes the settings of the chosen presets the defaults.
+
+        The default preset was applied before another one is chosen, so that a training preset first restores the
+        defaults of all settings that it does not name.
+        """
         if self.trains_images:
             presets = import_object(COMMANDS["train diffusion"].presets)
-            self.parser.set_defaults(_preset_flags(presets, chosen["diffusion_preset"]))
+            self.parser.set_defaults({**self.network_defaults, **_preset_flags(presets, chosen["diffusion_preset"])})
         if self.command.presets:
-            self.parser.set_defaults(_preset_flags(self.presets, chosen["preset"]))
+            self.parser.set_defaults({**self.network_defaults, **_preset_flags(self.presets, chosen["preset"])})
         elif self.presets and chosen["preset"] is not None:
             if chosen["preset"] not in self.presets:
                 hint = suggest_names(chosen["preset"], self.presets)

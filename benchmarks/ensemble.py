@@ -9,7 +9,7 @@ of the training set that none of them has seen; `fit` fits the parts. Ensembles 
 script continues where it was interrupted, and called again, it prints the tables without running a network. `table`
 prints the tables of all ensembles in `--out` together.
 
-Tables: AUROC of each rule and of each part
+Tables: AUROC of each rule, of each part, and of the sum of z of some of the parts
 
 - `…-dev.csv`: calibration images against changed copies of statistics images (rotated, blurred, …). The weights of
   `learned` are learned without the change that they are evaluated on. Defaults are chosen on this table alone.
@@ -22,6 +22,7 @@ import argparse
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def main() -> None:
     fit.add_argument("train")
     fit.add_argument("--id", required=True)
     fit.add_argument("--ood", nargs="+", required=True)
-    fit.add_argument("--parts", nargs="+", default=["semantic", "reconstruction", "mahalanobis"])
+    fit.add_argument("--parts", nargs="+", default=["semantic", "reconstruction"])
     fit.add_argument("--train-limit", type=int)
     fit.add_argument("--protocol")
     fit.add_argument("--name", default="fit")
@@ -149,6 +150,8 @@ def dev_rows(name: str, ensemble: Ensemble) -> Iterator[dict[str, Any]]:
             if indicator != "learned":
                 yield dev_row(name, change, indicator, id_scores[indicator], score.numpy())
         z_changed = standardization.transform(changed)
+        for subset, columns in subsets(ensemble):
+            yield dev_row(name, change, subset, z_normal[:, columns].mean(1), z_changed[:, columns].mean(1))
         yield dev_row(name, change, "max_z", z_normal.max(1), z_changed.max(1))
         others = standardization.transform(
             np.delete(ensemble.changed_scores, number, axis=0).reshape(-1, len(ensemble.parts))
@@ -156,6 +159,13 @@ def dev_rows(name: str, ensemble: Ensemble) -> Iterator[dict[str, Any]]:
         for prior in _PRIORS:
             weights = learn_weights(z_statistics, others, prior)
             yield dev_row(name, change, f"learned, prior {prior:g}", z_normal @ weights, z_changed @ weights)
+
+
+def subsets(ensemble: Ensemble) -> Iterator[tuple[str, list[int]]]:
+    """Name and columns of every choice of two or more parts, but not all, whose z are summed."""
+    for size in range(2, len(ensemble.parts)):
+        for chosen in combinations(enumerate(ensemble.parts), size):
+            yield " + ".join(name for _, name in chosen), [i for i, _ in chosen]
 
 
 def part_scores(ensemble: Ensemble, measurements: Any) -> np.ndarray:
@@ -168,13 +178,16 @@ def dev_row(name: str, change: str, indicator: str, id_scores: np.ndarray, score
 
 def test_rows(setting: Setting, ensemble: Ensemble, out: Path) -> Iterator[dict[str, Any]]:
     """AUROC of every rule and part on each test set, and the difference to the part that is best there."""
-    scores = []
+    scores: list[dict[str, np.ndarray]] = []
+    parts = [f"{name}_score" for name in ensemble.parts]
+    standardization = Standardization.fit(part_scores(ensemble, ensemble.statistics))
     for images in (setting.id, *setting.ood):
         source = ensemble.open_images(images, limit=setting.limit)
         score_folder(ensemble, source, out / folder_name(source), top_images=0)
-        scores.append(read_scores(out / folder_name(source)).indicators)
+        found = dict(read_scores(out / folder_name(source)).indicators)
+        z = standardization.transform(np.stack([found[part] for part in parts], axis=1))
+        scores.append(found | {subset: z[:, columns].mean(1) for subset, columns in subsets(ensemble)})
     id_scores, *others = scores
-    parts = [f"{name}_score" for name in ensemble.parts]
     for task, ood_scores in zip(setting.ood, others, strict=True):
         aurocs = {name: delong(id_scores[name], ood_scores[name])[0] for name in id_scores}
         best = max(parts, key=lambda name: aurocs[name])

@@ -81,7 +81,7 @@ class Ensemble(Detector):
 
     def __init__(
         self,
-        parts: tuple[str, ...] = ("semantic", "reconstruction", "mahalanobis"),
+        parts: tuple[str, ...] = ("semantic", "reconstruction"),
         *,
         combine: Literal["z_sum", "fisher", "max", "learned"] = "z_sum",
         part_weights: tuple[float, ...] | None = None,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ class MonaiUNet(nn.Module):
         self.conv_in = Wrapped("conv", nn.Conv2d(colors, widths[0], 3, padding=1))
         self.down_blocks, self.up_blocks, skips, c = nn.ModuleList(), nn.ModuleList(), [widths[0]], widths[0]
         for level, width in enumerate(widths):
-            down = nn.Module()
+            down: Any = nn.Module()
             down.resnets, down.attentions = nn.ModuleList(), nn.ModuleList()
             for _ in range(blocks):
                 down.resnets.append(MonaiBlock(c, width, time))
@@ -100,11 +101,11 @@ class MonaiUNet(nn.Module):
                 down.downsampler = Wrapped("op", Wrapped("conv", nn.Conv2d(c, c, 3, stride=2, padding=1)))
                 skips.append(c)
             self.down_blocks.append(down)
-        self.middle_block = nn.Module()
+        self.middle_block: Any = nn.Module()
         self.middle_block.resnet_1, self.middle_block.resnet_2 = MonaiBlock(c, c, time), MonaiBlock(c, c, time)
         self.middle_block.attention = MonaiAttention(c, head)
         for level in reversed(range(len(widths))):
-            up = nn.Module()
+            up: Any = nn.Module()
             up.resnets, up.attentions = nn.ModuleList(), nn.ModuleList()
             for _ in range(blocks + 1):
                 up.resnets.append(MonaiBlock(c + skips.pop(), widths[level], time))
@@ -121,6 +122,8 @@ class MonaiUNet(nn.Module):
         e = self.time_embed(embed_time(t, self.width, last=0, sine_first=False))
         h = self.conv_in(x)
         skips = [h]
+        down: Any
+        up: Any
         for down in self.down_blocks:
             for number, block in enumerate(down.resnets):
                 h = block(h, e)
@@ -174,12 +177,12 @@ class DdimUNet(nn.Module):
     def __init__(self, widths: Sequence[int], blocks: int, attends: Sequence[bool], classes: int = 0) -> None:
         super().__init__()
         self.width, time = widths[0], 4 * widths[0]
-        self.temb = nn.Module()
+        self.temb: Any = nn.Module()
         self.temb.dense = nn.ModuleList([nn.Linear(widths[0], time), nn.Linear(time, time)])
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [widths[0]], widths[0]
         for level, width in enumerate(widths):
-            down = nn.Module()
+            down: Any = nn.Module()
             down.block, down.attn = nn.ModuleList(), nn.ModuleList()
             for _ in range(blocks):
                 down.block.append(DdimBlock(c, width, time))
@@ -191,11 +194,11 @@ class DdimUNet(nn.Module):
                 down.downsample = Wrapped("conv", nn.Conv2d(c, c, 3, stride=2))
                 skips.append(c)
             self.down.append(down)
-        self.mid = nn.Module()
+        self.mid: Any = nn.Module()
         self.mid.block_1, self.mid.block_2 = DdimBlock(c, c, time), DdimBlock(c, c, time)
         self.mid.attn_1 = DdimAttention(c)
         for level in reversed(range(len(widths))):
-            up = nn.Module()
+            up: Any = nn.Module()
             up.block, up.attn = nn.ModuleList(), nn.ModuleList()
             for _ in range(blocks + 1):
                 up.block.append(DdimBlock(c + skips.pop(), widths[level], time))
@@ -215,6 +218,8 @@ class DdimUNet(nn.Module):
         e = e if y is None else e + self.label_emb(y)
         h = self.conv_in(x)
         skips = [h]
+        down: Any
+        up: Any
         for down in self.down:
             for number, block in enumerate(down.block):
                 h = block(h, e)
@@ -322,7 +327,7 @@ class GuidedUNet(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(), nn.Conv2d(c, 6, 3, padding=1))
 
     @staticmethod
-    def apply_layers(layers: nn.ModuleList, h: Tensor, e: Tensor) -> Tensor:
+    def apply_layers(layers: Any, h: Tensor, e: Tensor) -> Tensor:
         for layer in layers:
             if isinstance(layer, GuidedBlock):
                 h = layer(h, e)

@@ -3,20 +3,27 @@
 import argparse
 import os
 import pickle
+import shlex
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from farout.cli import main
+from farout.cli.command_parser import parse
 from farout.core.errors import FaroutError, StoreError
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
+from farout.features.extractor import FeatureExtractor
+from farout.features.feature_diffusion import FeatureDiffusion
 from farout.importing.import_weights import import_weights
+from foreign_features import EfficientNetB0, Lfdn, randomize_statistics
 from foreign_unets import DdimUNet, GuidedUNet, MonaiUNet, randomize
 
 T = torch.tensor([0.0, 37.0, 999.0])
@@ -35,6 +42,13 @@ def assert_same_network(foreign: nn.Module, folder: Path, *, colors: int, classe
         found = model.denoiser().predict(noisy, sigma, condition)
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected[:, :colors], atol=1e-5, rtol=1e-4)
+
+
+def assert_runs(command: str) -> None:
+    """The printed command is understood."""
+    words = shlex.split(command)
+    assert words[0] == "farout"
+    parse(words[1:])
 
 
 def save(path: Path, content: object) -> str:
@@ -69,7 +83,7 @@ def test_monai_unet_of_ddpm_ood(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_monai_unet_with_attention_at_every_level(tmp_path: Path) -> None:
     foreign = randomize(MonaiUNet(3, (32, 64, 96), 2, (True, True, True), head=32))
     source = save(tmp_path / "c.pth", {"model_state_dict": foreign.state_dict()})
-    import_weights(source, out=str(tmp_path / "m"), head_width=32, size=16)
+    assert_runs(import_weights(source, out=str(tmp_path / "m"), head_width=32, size=16).next_command)
     assert_same_network(foreign, tmp_path / "m", colors=3)
 
 
@@ -96,7 +110,7 @@ def test_the_training_state_of_diffood_is_a_list(tmp_path: Path) -> None:
 def test_unets_of_openai(tmp_path: Path, by_blocks: bool) -> None:
     foreign = randomize(GuidedUNet((32, 64), 2, (False, True), 32, by_blocks=by_blocks, classes=4))
     source = save(tmp_path / "model.pt", foreign.state_dict())
-    import_weights(source, out=str(tmp_path / "m"), heads=2, size=16)
+    assert_runs(import_weights(source, out=str(tmp_path / "m"), heads=2, size=16).next_command)
     assert_same_network(foreign, tmp_path / "m", colors=3, classes=4)
     assert DiffusionModel.load(tmp_path / "m").schedule.kind == ("linear" if by_blocks else "cosine")
 
@@ -115,6 +129,66 @@ def test_4000_noise_levels_are_rescaled_to_the_time_of_the_network(tmp_path: Pat
     schedule = DiffusionModel.load(tmp_path / "m").schedule
     torch.testing.assert_close(schedule.abar, NoiseSchedule("cosine", num_levels=4000).abar[::4])
     assert_same_network(foreign, tmp_path / "m", colors=3)
+
+
+def lfdn_checkpoint(path: Path, seed: int, *, ema: str) -> tuple[nn.Module, str]:
+    """A checkpoint of DLSR with averaged weights in `model_ema`, or under LitEma's names without dots."""
+    foreign = randomize(Lfdn(512, 64, 48, 32, 2), seed)
+    state, trained = foreign.state_dict(), randomize(Lfdn(512, 64, 48, 32, 2), seed + 1).state_dict()
+    names = {name: f"model.diffusion_model.{name}" for name in state}
+    model = {names[name]: value for name, value in trained.items()} | {"betas": torch.zeros(100)}
+    averaged = {names[name]: value for name, value in state.items()}
+    content = {"model": model, "model_ema": averaged if ema == "entry" else None, "optimizer": {"state": {}}}
+    if ema == "names":
+        flat = {f"model_ema.{n.removeprefix('model.').replace('.', '')}": v for n, v in averaged.items()}
+        model |= flat | {"model_ema.decay": torch.tensor(0.9999)}
+    content |= {"epoch": 149, "args": argparse.Namespace(lr=1e-5, output_dir="./x")}
+    return foreign, save(path, content)
+
+
+@pytest.mark.parametrize("ema", ["entry", "names"])
+def test_denoiser_of_dlsr_with_the_first_epoch(tmp_path: Path, ema: str) -> None:
+    last, source = lfdn_checkpoint(tmp_path / "checkpoint-149.pth", 1, ema=ema)
+    early, first = lfdn_checkpoint(tmp_path / "checkpoint-0.pth", 5, ema=ema)
+    result = import_weights(source, out=str(tmp_path / "m"), first=first, backbone="lite0")
+    assert "--regret" in result.next_command
+    assert_runs(result.next_command)
+    model = FeatureDiffusion.load(tmp_path / "m")
+    x, t = torch.randn(3, 512, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3, 99])
+    assert model.first is not None
+    for foreign, network in ((last, model.network), (early, model.first)):
+        with torch.no_grad():
+            expected = foreign(x, t)
+            torch.testing.assert_close(network(x, t), expected, atol=1e-5, rtol=1e-4)
+        assert expected.std() > 0.05
+    assert model.encoding.channels == (16, 24, 40, 112, 320)
+
+
+def test_a_denoiser_of_features_requires_its_backbone(tmp_path: Path) -> None:
+    _, source = lfdn_checkpoint(tmp_path / "checkpoint-149.pth", 1, ema="entry")
+    with pytest.raises(FaroutError, match="denoises 512 features; give --backbone"):
+        import_weights(source, out=str(tmp_path / "m"))
+    _, other = lfdn_checkpoint(tmp_path / "checkpoint-0.pth", 5, ema="entry")
+    with pytest.raises(FaroutError, match="denoises 512 features, and resnet18 has"):
+        import_weights(other, out=str(tmp_path / "m"), backbone="resnet18", backbone_weights="random")
+
+
+def test_efficientnet_of_dlsr(tmp_path: Path) -> None:
+    foreign = randomize_statistics(randomize(EfficientNetB0()))
+    state = {n: v for n, v in foreign.state_dict().items() if not n.endswith("num_batches_tracked")}
+    source = tmp_path / "efficientnet-b0.pth"
+    torch.save(state, source, _use_new_zipfile_serialization=False)  # as the published files of 2019
+    result = import_weights(str(source), out=str(tmp_path / "m"))
+    assert result.network == "timm's tf_efficientnet_b0"
+    assert_runs(result.next_command)
+    network = timm.create_model("tf_efficientnet_b0", pretrained=False)
+    network.load_state_dict(load_file(tmp_path / "m" / "model.safetensors"))
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = foreign(x)
+        torch.testing.assert_close(network.eval()(x), expected, atol=1e-5, rtol=1e-4)
+    assert expected.std() > 1e-3
+    FeatureExtractor.create("tf_efficientnet_b0", str(tmp_path / "m"))
 
 
 # -- files that are not imported ------------------------------------------------------------------------------------

@@ -51,6 +51,9 @@ def import_weights(
     train_steps: int | None = None,
     head_width: int | None = None,
     heads: int | None = None,
+    first: str | None = None,
+    backbone: str | None = None,
+    backbone_weights: str | None = None,
 ) -> ImportedFolder:
     """Convert published weights of another program to a folder that farout loads.
 
@@ -60,7 +63,7 @@ def import_weights(
     Args:
         source: a file of weights (.pth, .pt, .ckpt, .bin, .safetensors).
         out: folder of the model.
-        kind: layout of the weights, such as `monai`, `ddim` or `guided-diffusion`; `auto`: recognize it.
+        kind: layout of the weights, such as `monai` (docs/importing.md lists them); `auto`: recognize it.
         ema: take averaged weights where the file has both.
         size: side of the images in pixels.
         classes: names of the classes, such as a,b; default: their numbers.
@@ -71,17 +74,33 @@ def import_weights(
         train_steps: number of noise levels of the training; levels above 1000 are rescaled, as in improved-diffusion.
         head_width: channels of each attention head.
         heads: number of heads of every attention, instead of their width.
+        first: lfdn: the checkpoint after the first epoch, for the likelihood-regret score.
+        backbone: lfdn: backbone whose features the network was trained on; default: by their number, `b4` or
+            `resnet50`.
+        backbone_weights: lfdn: file of the backbone's weights, or folder of an imported EfficientNet; default: as for a
+            detector.
     """
     checkpoint = read_checkpoint(source, ema=ema)
     layout, selected = recognize_layout(checkpoint, kind)
     settings = ImportSettings(
-        size, tuple(classes), null_class, schedule, beta_start, beta_end, train_steps, head_width, heads
+        size=size,
+        classes=tuple(classes),
+        null_class=null_class,
+        schedule=schedule,
+        beta_start=beta_start,
+        beta_end=beta_end,
+        train_steps=train_steps,
+        head_width=head_width,
+        heads=heads,
+        first=first,
+        backbone=backbone,
+        backbone_weights=backbone_weights,
     )
     settings.check(layout, LAYOUTS[layout].settings)
     if size is not None and not 1 <= size <= 4096:
         raise FaroutError(f"size must be 1 to 4096 pixels, got {size}")
     check_finite(selected.tensors, selected.path)
-    imported: Imported = LAYOUTS[layout].import_function()(selected, settings)
+    imported: Imported = LAYOUTS[layout].import_function()(selected, settings, ema)
     imported.model.save(out)
     return ImportedFolder(
         Path(out),

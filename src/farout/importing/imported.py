@@ -31,6 +31,9 @@ class ImportSettings:
     train_steps: int | None = None
     head_width: int | None = None
     heads: int | None = None
+    first: str | None = None
+    backbone: str | None = None
+    backbone_weights: str | None = None
 
     def check(self, layout: str, used: Sequence[str]) -> None:
         """Raises FaroutError for a setting that the layout does not use."""

@@ -70,6 +70,17 @@ LAYOUTS = {
         "unets:convert_guided_diffusion",
         settings=(*_UNET, "head_width", "heads", "train_steps"),
     ),
+    "lfdn": Layout(
+        "LFDN, the denoiser of features of DLSR's checkpoint-*.pth",
+        ("input_proj.1.weight", "time_embed.0.weight", "res_blocks.0.in_layers.2.weight", "out.2.weight"),
+        "features:convert_lfdn",
+        settings=("first", "backbone", "backbone_weights"),
+    ),
+    "efficientnet": Layout(
+        "EfficientNet of efficientnet_pytorch, as in DLSR's efficientnet-b4-6ed6700e.pth",
+        ("_conv_stem.weight", "_bn0.weight", "_blocks.0._depthwise_conv.weight", "_conv_head.weight"),
+        "features:convert_efficientnet",
+    ),
 }
 """The layouts by the name that `--kind` takes, in the order in which they are tried."""
 

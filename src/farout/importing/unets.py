@@ -26,7 +26,7 @@ _NETWORK_LEVELS = 1000
 _MAX_LEVELS, _MAX_BLOCKS = 16, 64
 
 
-def convert_monai(checkpoint: Checkpoint, settings: ImportSettings) -> Imported:
+def convert_monai(checkpoint: Checkpoint, settings: ImportSettings, ema: bool) -> Imported:
     """MONAI's `DiffusionModelUNet` without cross-attention, as ddpm-ood trains it.
 
     Released versions create the output projection of every attention and do not apply it, so the projection is the
@@ -70,7 +70,7 @@ def convert_monai(checkpoint: Checkpoint, settings: ImportSettings) -> Imported:
     )
 
 
-def convert_ddim(checkpoint: Checkpoint, settings: ImportSettings) -> Imported:
+def convert_ddim(checkpoint: Checkpoint, settings: ImportSettings, ema: bool) -> Imported:
     """The PyTorch version of Ho et al.'s U-Net: one attention head, asymmetric padding; DiffOOD adds a class table."""
     levels = 1 + max((int(m[1]) for name in checkpoint.tensors if (m := re.match(r"up\.(\d+)\.", name))), default=0)
     names = (
@@ -119,7 +119,7 @@ def convert_ddim(checkpoint: Checkpoint, settings: ImportSettings) -> Imported:
     )
 
 
-def convert_guided_diffusion(checkpoint: Checkpoint, settings: ImportSettings) -> Imported:
+def convert_guided_diffusion(checkpoint: Checkpoint, settings: ImportSettings, ema: bool) -> Imported:
     """OpenAI's U-Net, with scale and shift by time, resampling by convolutions or residual blocks, and variances."""
     given = checkpoint.tensors
     if any("transformer_blocks" in name for name in given):

@@ -163,6 +163,35 @@ def test_commands_are_known_with_their_flags(name: str) -> None:
         understand(tuple(words))
 
 
+def translations(page: Path) -> list[list[str]]:
+    """The command lines in the tables of a page about another program, as words.
+
+    A code that begins with `farout` and has flags is a whole command. Below a header with such a command, a code that
+    begins with `--` is added to it.
+    """
+    lines: list[str] = []
+    header: list[str] | None = None
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = [re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:-1]]
+        if not cells:
+            header = None
+            continue
+        lines += [code for codes in cells for code in codes if code.startswith("farout ") and " --" in code]
+        if header is None:
+            header = [codes[0] if codes and codes[0].startswith("farout ") else "" for codes in cells]
+        for base, codes in zip(header, cells, strict=True):
+            lines += [f"{base} {code}" for code in codes if base and code.startswith("--")]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "from").glob("*.md")), ids=lambda page: page.stem)
+def test_flags_for_users_of_another_program_are_known_with_their_values(page: Path) -> None:
+    found = translations(page)
+    assert len(found) > 10, "tables are no longer found"
+    for words in found:
+        understand(tuple(words))
+
+
 def test_the_yaml_of_the_page_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (DOCS / "chains-and-benchmarks.md").read_text(encoding="utf-8")
     code = [textwrap.dedent(block) for block in re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE)]

@@ -48,7 +48,7 @@ def assert_runs(command: str) -> None:
     """The printed command is understood."""
     words = shlex.split(command)
     assert words[0] == "farout"
-    parse(words[1:])
+    parse(words[1], words[2:])
 
 
 def save(path: Path, content: object) -> str:
@@ -138,7 +138,11 @@ def lfdn_checkpoint(path: Path, seed: int, *, ema: str) -> tuple[nn.Module, str]
     names = {name: f"model.diffusion_model.{name}" for name in state}
     model = {names[name]: value for name, value in trained.items()} | {"betas": torch.zeros(100)}
     averaged = {names[name]: value for name, value in state.items()}
-    content = {"model": model, "model_ema": averaged if ema == "entry" else None, "optimizer": {"state": {}}}
+    content: dict[str, Any] = {
+        "model": model,
+        "model_ema": averaged if ema == "entry" else None,
+        "optimizer": {"state": {}},
+    }
     if ema == "names":
         flat = {f"model_ema.{n.removeprefix('model.').replace('.', '')}": v for n, v in averaged.items()}
         model |= flat | {"model_ema.decay": torch.tensor(0.9999)}

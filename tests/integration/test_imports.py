@@ -81,7 +81,7 @@ def test_fit_knn_imports_no_other_method(detector: Path, tmp_path: Path) -> None
     ]
     modules = imported_modules(tmp_path, *words)
     # timm, the library of the backbone, imports torchvision; scores are tables of pandas; scipy finds near-copies
-    check(modules, most=110, used={"timm", "torchvision", "pandas", "scipy"})
+    check(modules, most=115, used={"timm", "torchvision", "pandas", "scipy"})
     assert "farout.detectors.knn" in modules
     assert not {"farout.detectors.semantic", "farout.diffusion.model", "farout.classifiers.model"} & modules
 
@@ -92,3 +92,15 @@ def test_score_imports_no_training(detector: Path, tmp_path: Path) -> None:
     # the histogram of the report is a chart of matplotlib
     check(modules, most=110, used={"timm", "torchvision", "pandas", "matplotlib"})
     assert not {"farout.detectors.fitting", "farout.training.loop", "farout.evaluation.evaluate"} & modules
+
+
+@pytest.mark.slow
+def test_evaluate_imports_only_the_networks_of_its_detector(detector: Path, tmp_path: Path) -> None:
+    words = ["evaluate", detector / "knn", "--id", detector / "images", "--ood", detector / "images", "--limit", 6]
+    modules = imported_modules(tmp_path, *words, "--baseline-limit", 20, "--out", tmp_path / "evaluation")
+    check(modules, most=150, used={"timm", "torchvision", "pandas", "matplotlib", "scipy", "sklearn"})
+    assert not {"farout.diffusion.model", "farout.classifiers.model", "farout.training.loop"} & modules
+
+
+def test_settings_of_a_training_are_parsed_without_its_networks(tmp_path: Path) -> None:
+    check(imported_modules(tmp_path, "train", "diffusion", "--help"), most=100, used={"accelerate"})

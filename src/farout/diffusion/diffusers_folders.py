@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from torch import nn
 
 from farout.core import store
@@ -42,9 +41,10 @@ __all__ = [
     "write_network",
 ]
 
-_NETWORKS = {"UNet2DModel": diffusers.UNet2DModel, "UNet2DConditionModel": diffusers.UNet2DConditionModel}
+_NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
 _CONDITIONING_FILE = "conditioning.safetensors"
-_AUTOENCODERS = {"AutoencoderKL": diffusers.AutoencoderKL, "VQModel": diffusers.VQModel}
+_AUTOENCODERS = ("AutoencoderKL", "VQModel")
+"""Classes of diffusers, which takes seconds to import; it is imported when a network is read or written."""
 
 
 def local_folder(folder: str | Path) -> Path:
@@ -90,6 +90,8 @@ def write_network(
     folder: Path, network: Any, schedule: NoiseSchedule, prediction: str, autoencoder: Any | None
 ) -> None:
     """Writes `unet/`, `scheduler/`, `vae/` and `model_index.json` as diffusers' pipelines do."""
+    import diffusers
+
     network.save_pretrained(folder / "unet")
     scheduler = {
         **schedule.to_diffusers_config(),
@@ -121,19 +123,22 @@ def read_autoencoder(folder: Path) -> nn.Module:
     return _read_module(folder / "vae" if (folder / "vae").is_dir() else folder, _AUTOENCODERS)
 
 
-def _read_module(folder: Path, known: dict[str, Any]) -> nn.Module:
+def _read_module(folder: Path, known: Sequence[str]) -> nn.Module:
     config = store.read_json(folder / "config.json")
     name = config.get("_class_name")
     if name not in known:
         raise StoreError(
             f"{folder} contains a {name!r}; farout loads {', '.join(known)}, and never runs code from a folder"
         )
+    import diffusers
+
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     if not files:
         raise StoreError(f"{folder} has no weights (*.safetensors or *.bin); the folder is incomplete")
     try:
         with limit_parameters(sum(map(_count_parameters, files)), f"the {name} of its config.json", folder):
-            return known[name].from_pretrained(folder, local_files_only=True)
+            network: nn.Module = getattr(diffusers, name).from_pretrained(folder, local_files_only=True)
+            return network
     except StoreError:
         raise
     except Exception as error:  # a configuration of another form raises nearly any exception

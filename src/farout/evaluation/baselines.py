@@ -9,19 +9,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from farout.classifiers.model import Classifier
 from farout.core.errors import FaroutError, FaroutWarning, MisleadingResultWarning
 from farout.data.image_source import ImageSource
 from farout.data.sources import open_source
 from farout.detectors import DETECTORS
 from farout.detectors.base import Detector
 from farout.detectors.feature_detector import FeatureDetector
-from farout.diffusion.model import DiffusionModel
 from farout.evaluation.trivial_baselines import NAME as TRIVIAL_BASELINES
 from farout.evaluation.trivial_baselines import TrivialBaselines
-from farout.features.feature_diffusion import FeatureDiffusion
+
+if TYPE_CHECKING:  # importing the networks takes seconds, and most detectors use none of them
+    from farout.classifiers.model import Classifier
+    from farout.diffusion.model import DiffusionModel
+    from farout.features.feature_diffusion import FeatureDiffusion
 
 __all__ = ["EvaluatedDetector", "fit_baselines", "method_name", "with_random_weights"]
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from sklearn.metrics import average_precision_score
 
 from farout.core.errors import ConstantScoresWarning, FaroutError, MisleadingResultWarning, NaNScoresWarning
 from farout.detectors.calibration import flag_outliers
@@ -77,6 +76,8 @@ def _average_precision(positives: np.ndarray, negatives: np.ndarray) -> float:
         return float("nan")
     is_positive = np.repeat([1, 0], [len(positives), len(negatives)])
     # only ranks matter, and scikit-learn refuses infinite scores
+    from sklearn.metrics import average_precision_score  # takes long to import; a monitor does not use it
+
     ranks = stats.rankdata(np.concatenate([positives, negatives]))
     return float(average_precision_score(is_positive, ranks))
 

@@ -137,7 +137,7 @@ def _read_module(folder: Path, known: Sequence[str]) -> nn.Module:
         raise StoreError(f"{folder} has no weights (*.safetensors or *.bin); the folder is incomplete")
     try:
         with limit_parameters(sum(map(_count_parameters, files)), f"the {name} of its config.json", folder):
-            network: nn.Module = getattr(diffusers, name).from_pretrained(folder, local_files_only=True)
+            network: nn.Module = getattr(diffusers, str(name)).from_pretrained(folder, local_files_only=True)
             return network
     except StoreError:
         raise

@@ -119,17 +119,17 @@ def test_each_image_is_decoded_once_and_goes_once_through_the_backbone(
     new = pictures(tmp_path / "new", 10, seed=21 + use_cache)
     decoded: Counter[int] = Counter()
     rows: list[int] = []
-    get, features = ImageSource.__getitem__, FeatureExtractor.pooled_features
+    get, features = ImageSource.read, FeatureExtractor.pooled_features
 
-    def count_decoded(self: ImageSource, index: int) -> torch.Tensor:
+    def count_decoded(self: ImageSource, index: int, *size: object) -> object:
         decoded[index] += 1
-        return get(self, index)
+        return get(self, index, *size)
 
     def count_rows(self: FeatureExtractor, images: torch.Tensor, *settings: object) -> torch.Tensor:
         rows.append(len(images))
         return features(self, images, *settings)
 
-    monkeypatch.setattr(ImageSource, "__getitem__", count_decoded)
+    monkeypatch.setattr(ImageSource, "read", count_decoded)
     monkeypatch.setattr(FeatureExtractor, "pooled_features", count_rows)
     own = Runtime(device="cpu", precision="fp32", workers=0, cache=use_cache, batch_size=4)
     ensemble.attach_runtime(own)

@@ -127,7 +127,7 @@ def test_an_image_is_decoded_once_even_if_pixels_do_not_fit_in_memory(tmp_path: 
     source = open_source(write_parquet(tmp_path / "set.parquet", pixels(20), [0] * 20), memory_mib=0)
     store, decoded = source._store, list[int]()
     decode = store.listing.read
-    counting = replace(store.listing, read=lambda index: decoded.append(index) or decode(index))
+    counting = replace(store.listing, read=lambda index, size: decoded.append(index) or decode(index, size))
     store.listing = counting
     read(source, tmp_path)
     assert sorted(decoded) == list(range(20))

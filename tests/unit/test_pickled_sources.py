@@ -138,5 +138,5 @@ def test_without_memory_nothing_is_kept(tmp_path: Path) -> None:
     source = open_source(write_files(tmp_path / "set"), memory_mib=0)
     hashes = source.content_hashes()
     assert not source._store._hashes
-    assert not source._store._pixels
+    assert not source._store._images
     assert hashes == open_source(tmp_path / "set").content_hashes()

@@ -10,6 +10,7 @@ from torch import nn
 
 from farout.classifiers.model import KIND, Classifier
 from farout.classifiers.weights import WEIGHTS_HINT, load_weights
+from farout.core.errors import FaroutError
 from farout.core.names import find_path
 from farout.core.store import kind_of
 from farout.features.backbones import read_weights
@@ -44,12 +45,16 @@ RANDOM_WEIGHTS = WeightsOrigin()
 """Weights that have seen no image."""
 
 
-def load_initial_weights(module: nn.Module, weights: str | Path, name: str) -> WeightsOrigin:
+def load_initial_weights(
+    module: nn.Module, weights: str | Path, name: str, *, reduced_decoding: bool = False
+) -> WeightsOrigin:
     """Load the weights of a file, or of a classifier's folder, into a network of the given name.
 
     The folder of a farout classifier lists its training images, unless its own initial weights came from elsewhere.
+    They are listed by content hashes, which depend on `reduced_decoding`.
 
     Raises:
+        FaroutError: for a classifier that was trained with another `reduced_decoding`.
         StoreError: for weights that are missing, damaged or do not fit.
     """
     path = find_path(weights)
@@ -58,6 +63,11 @@ def load_initial_weights(module: nn.Module, weights: str | Path, name: str) -> W
     if (not path.is_dir() and path.name != "model.safetensors") or kind_of(folder) != KIND:
         return WeightsOrigin(weights=path.name)
     parent = Classifier.load(folder)
+    if parent.trained_on and parent.preprocessing.reduced_decoding != reduced_decoding:
+        raise FaroutError(
+            f"the classifier {weights} was trained with reduced_decoding {parent.preprocessing.reduced_decoding}; give "
+            f"the same (--model.reduced_decoding {str(parent.preprocessing.reduced_decoding).lower()})"
+        )
     is_complete = bool(parent.trained_on) or "random_weights" in parent.provenance
     unknown = parent.provenance.get("weights", None if is_complete else path.name)
     return WeightsOrigin(parent.trained_on, unknown, parent.content_hash)

@@ -143,13 +143,14 @@ def find_paired_outliers(keys: Sequence[str], outliers: ImageSource, source_keys
 
 
 def check_outliers(outliers: ImageSource, hashes: Collection[str], preprocessing: Preprocessing) -> None:
-    """Check outliers against the training images, given by their content hashes.
+    """Check outliers against the training images, given by their content hashes (as this preprocessing decodes them).
 
     Warns if the presence of color alone distinguishes outliers from images.
 
     Raises:
         FaroutError: if outliers are among the training images.
     """
+    outliers = outliers.with_reduced_decoding(preprocessing.reduced_decoding)
     shared = frozenset(hashes).intersection(outliers.content_hashes())
     if shared:
         raise FaroutError(

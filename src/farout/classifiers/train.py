@@ -150,7 +150,10 @@ def _build_classifier(
         classifier = config.build(source, class_names, directions)
     if weights is None:
         return classifier, RANDOM_WEIGHTS
-    return classifier, load_initial_weights(classifier.module, weights, config.network)
+    origin = load_initial_weights(
+        classifier.module, weights, config.network, reduced_decoding=classifier.preprocessing.reduced_decoding
+    )
+    return classifier, origin
 
 
 def measure_accuracy(classifier: Classifier, source: ImageSource, precision: Precision = "fp32") -> float:
@@ -246,6 +249,10 @@ def train_classifier(
         source_keys=read_source_keys(outliers) if exposure.paired and outliers is not None else {},
     )
     images = open_source(source, limit=limit, seed=seed, policy=policy, reading=reading)
+    if outliers is not None or reconstructions is not None:
+        # they are compared with the images by hashes of pixels, and prepared from native pixels
+        model = replace(model, reduced_decoding=False)
+    images = images.with_reduced_decoding(model.reduced_decoding)
     check_one_set(images)
     class_names = class_names_of(images)
     parts = split_source(images, alpha=alpha, statistics=statistics, train=True, seed=seed, groups=groups)

@@ -24,7 +24,7 @@ from farout.core.errors import SourceError, UnreadableImageError
 from farout.core.files import file_size, open_at
 from farout.core.remote_files import FilePath
 from farout.data.columns import read_groups, read_labels, warn_about_source
-from farout.data.decoding import DecodedImage
+from farout.data.decoding import DecodedImage, LeastSize
 from farout.data.file_listing import Listing, check_count, index_keys
 from farout.data.image_objects import decode_object
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
@@ -225,8 +225,8 @@ class _ArrayImages:
     def __init__(self, images: Any, reading: ReadSettings) -> None:
         self._images, self._reading = images, reading
 
-    def __call__(self, index: int) -> DecodedImage:
-        return decode_object(self._images[index], str(index), self._reading)
+    def __call__(self, index: int, least_size: LeastSize | None = None) -> DecodedImage:
+        return decode_object(self._images[index], str(index), self._reading, least_size)
 
 
 def _list_images(

@@ -84,8 +84,12 @@ def iterate_batches(
     Raises:
         UnreadableImageError: an image is unreadable and the policy is `raise`.
     """
-    prepared = iterate_loaded(source, lambda _, pixels: preprocessing(pixels), size, start=start, workers=workers)
-    return _stack_images(prepared, preprocessing)
+
+    def prepare(index: int) -> tuple[str, Tensor]:
+        image = source.read(index, preprocessing.least_size)
+        return image.identity, preprocessing(image.pixels)
+
+    return _stack_images(iterate_loaded(source, prepare, size, start=start, workers=workers), preprocessing)
 
 
 def _stack_images(prepared: Iterator[LoadedImages[Tensor]], preprocessing: Preprocessing) -> Iterator[Batch]:
@@ -97,15 +101,15 @@ def _stack_images(prepared: Iterator[LoadedImages[Tensor]], preprocessing: Prepr
 
 def iterate_loaded(
     source: ImageSource,
-    prepare: Callable[[str, Tensor], T],
+    prepare: Callable[[int], tuple[str, T]],
     size: int,
     *,
     start: int = 0,
     workers: int = 2,
 ) -> Iterator[LoadedImages[T]]:
-    """Like `iterate_batches`, with what `prepare` returns for the identity and the pixels of each image.
+    """Like `iterate_batches`, with what `prepare` returns for the index of each image: its identity, and anything.
 
-    Each image is decoded once; `prepare` is called by the threads that decode.
+    `prepare` reads the image; it is called by `workers` threads.
     """
     if size < 1 or start < 0 or workers < 0:
         raise SourceError(f"size {size}, start {start}, workers {workers}: expected size >= 1 and the others >= 0")
@@ -138,15 +142,13 @@ def _wait(loading: Future[T]) -> T:
     return loading.result()
 
 
-def _load_images(source: ImageSource, prepare: Callable[[str, Tensor], T], span: range) -> LoadedImages[T]:
+def _load_images(source: ImageSource, prepare: Callable[[int], tuple[str, T]], span: range) -> LoadedImages[T]:
     indices: list[int] = []
     prepared: list[T] = []
     identities: list[str] = []
     for index in span:
         try:
-            pixels = source[index]
-            identity = source.identity(index, pixels)
-            result = prepare(identity, pixels)
+            identity, result = prepare(index)
         except UnreadableImageError:
             if source.policy == "raise":
                 raise
@@ -175,4 +177,4 @@ class PreparedImages(Dataset[Tensor]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.preprocessing(self.source[index])
+        return self.preprocessing(self.source.read_pixels(index, self.preprocessing.least_size))

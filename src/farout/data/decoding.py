@@ -10,8 +10,9 @@
 | alpha, or a transparent color, in any mode | 3 channels, composited on white |
 | several frames (GIF, TIFF, WebP, APNG) | one frame, the first unless another is chosen |
 
-EXIF orientation is applied. Only the formats of `FORMATS` are decoded, whatever else Pillow has: PostScript would start
-Ghostscript, and others are stubs that call handlers of other packages.
+EXIF orientation is applied. A large image can be decoded in a reduced size, see `LeastSize`. Only the formats of
+`FORMATS` are decoded, whatever else Pillow has: PostScript would start Ghostscript, and others are stubs that call
+handlers of other packages.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ from farout.data.read_settings import DEFAULT_READING, ReadSettings, ValueRange,
 __all__ = [
     "EXTRA_OF_SUFFIX",
     "FORMATS",
+    "LARGE_PIXELS",
     "MULTI_FRAME_SUFFIXES",
     "DecodedImage",
+    "LeastSize",
     "check_pixels",
     "content_hash",
     "count_frames",
@@ -53,6 +56,7 @@ __all__ = [
     "image_suffixes",
     "quantize",
     "range_of_tags",
+    "reduce_pixels",
     "save_png",
     "scale_to_uint8",
     "to_pil",
@@ -97,6 +101,9 @@ _EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 EXTRA_OF_SUFFIX: Mapping[str, str] = {suffix: extra for extra, (_, all_of) in _EXTRAS.items() for suffix in all_of}
 """Suffix -> the extra that reads it."""
 
+_ORIENTATION = 274
+"""The tag of EXIF and TIFF."""
+
 _RECOGNIZED_BY_CONTENT = tuple(name for name in FORMATS if name != "TGA")
 """TGA has no signature: almost any bytes are a TGA image, so it is recognized by its suffix only."""
 
@@ -109,6 +116,17 @@ MULTI_FRAME_SUFFIXES = frozenset(
 """Suffixes of the formats that may have several frames."""
 
 
+LARGE_PIXELS = 2**18
+"""An image of more pixels is large: it may be decoded in a reduced size, and be identified by its encoded bytes."""
+
+LeastSize = tuple[int, int]
+"""Height and width that a large image has at least after it was decoded in a reduced size.
+
+Height and width are divided by 8, 4 or 2, and rounded up; by 1 if half of a side is less. JPEG files are decoded in
+that size, which is several times faster; of others, pixels are averaged, which makes the resizing faster.
+"""
+
+
 @dataclass(frozen=True)
 class DecodedImage:
     """One image as its file stores it.
@@ -117,11 +135,15 @@ class DecodedImage:
         values: (C, H, W), C in {1, 3}: uint8 pixels, or values of another type that `scale_to_uint8` converts.
         value_range: the values that are black and white according to the file, or None.
         frames: the number of frames of the file.
+        full_size: height and width of the image, where the values are those of a reduced size.
+        encoded_hash: the hash of the encoded bytes of a large image, where a reduced size was allowed.
     """
 
     values: Tensor
     value_range: ValueRange | None = None
     frames: int = 1
+    full_size: tuple[int, int] | None = None
+    encoded_hash: str | None = None
 
 
 @cache
@@ -135,9 +157,14 @@ def image_suffixes() -> frozenset[str]:
 
 @timed("decoding")
 def decode(
-    data: bytes, key: str, reading: ReadSettings = DEFAULT_READING, frame: int = 0, suffix: str | None = None
+    data: bytes,
+    key: str,
+    reading: ReadSettings = DEFAULT_READING,
+    frame: int = 0,
+    suffix: str | None = None,
+    least_size: LeastSize | None = None,
 ) -> DecodedImage:
-    """Decode one encoded image in native size.
+    """Decode one encoded image, in native size unless `least_size` is given.
 
     Args:
         data: the content of the file.
@@ -145,6 +172,7 @@ def decode(
         reading: limits.
         frame: index of the frame.
         suffix: suffix of the file, which distinguishes formats without signature (TGA); default: that of the key.
+        least_size: a large image of 8 bits may be decoded in a reduced size.
 
     Raises:
         UnreadableImageError: starting with `key`, for whatever a decoder raises.
@@ -165,8 +193,42 @@ def decode(
             if frame:
                 image.seek(frame)
             value_range = range_of_tags(image)
+            if least_size is not None and image.width * image.height > LARGE_PIXELS and not _is_deep(image):
+                return _decode_reduced(image, least_size, frames, _hash_encoded(data, frame))
             image.load()
             return DecodedImage(from_pil(image), value_range, frames)
+
+
+def _decode_reduced(image: Image.Image, least_size: LeastSize, frames: int, encoded_hash: str) -> DecodedImage:
+    """Decode an opened image of 8 bits in the smallest size that `least_size` allows."""
+    turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # before the size changes
+    width, height = image.size
+    full_size = (width, height) if turned else (height, width)
+    factor = reduction_factor(full_size, least_size)
+    if image.format in ("JPEG", "MPO") and factor > 1:
+        image.draft(None, (width // factor, height // factor))
+    reduced = _to_gray_or_rgb(_turn_upright(image))
+    factor //= round(full_size[0] / reduced.height)  # what the decoder has not done
+    return DecodedImage(
+        _pixels_of(reduced.reduce(factor) if factor > 1 else reduced), None, frames, full_size, encoded_hash
+    )
+
+
+def reduction_factor(size: tuple[int, int], least_size: LeastSize) -> int:
+    """Return the factor by which height and width of a large image are divided: 8, 4, 2 or 1."""
+    return next((k for k in (8, 4, 2) if size[0] >= k * least_size[0] and size[1] >= k * least_size[1]), 1)
+
+
+def reduce_pixels(pixels: Tensor, least_size: LeastSize) -> Tensor:
+    """Average the pixels of a large uint8 image (C, H, W), as one is decoded in a reduced size."""
+    height, width = pixels.shape[1:]
+    factor = reduction_factor((height, width), least_size) if height * width > LARGE_PIXELS else 1
+    return pixels if factor == 1 else _pixels_of(to_pil(pixels).reduce(factor))
+
+
+def _hash_encoded(data: bytes, frame: int) -> str:
+    """Return the blake2b hash (16 bytes, hex) of an encoded image; it is no hash of pixels, see `content_hash`."""
+    return hashlib.blake2b(data, digest_size=16, person=b"encoded", salt=frame.to_bytes(8, "little")).hexdigest()
 
 
 def count_frames(data: bytes, key: str, reading: ReadSettings = DEFAULT_READING) -> int:
@@ -273,7 +335,7 @@ def _decode_without_pillow(data: bytes, reading: ReadSettings, frame: int) -> De
         from torchvision.io import ImageReadMode, decode_png
 
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            orientation = image.getexif().get(274)
+            orientation = image.getexif().get(_ORIENTATION)
         values = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
         return DecodedImage(_composite_on_white(_apply_orientation(values, orientation), 65535.0))
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
@@ -431,16 +493,33 @@ def _exr_size(data: bytes) -> tuple[int, int]:
 
 def from_pil(image: Image.Image) -> Tensor:
     """Convert a PIL image to (C, H, W) by the table of this module: uint8, or native values of the modes I and F."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _to_tensor(np.asarray(image))[None]
+    image = _turn_upright(image)
+    return _to_tensor(np.asarray(image))[None] if _is_deep(image) else _pixels_of(_to_gray_or_rgb(image))
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; `exif_transpose` copies also images that need none."""
+    image.load()
+    return image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the image has more than 8 bits."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _to_gray_or_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of 8 bits to mode L or RGB by the table of this module."""
     if image.has_transparency_data:
         layers = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
-    elif image.mode in ("1", "L"):
-        image = image.convert("L")
-    elif image.mode != "RGB":
-        image = image.convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _pixels_of(image: Image.Image) -> Tensor:
+    """Return the pixels (C, H, W) of an image of mode L or RGB."""
     array = np.array(image)
     return torch.from_numpy(array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1)))
 

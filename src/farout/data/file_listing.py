@@ -5,18 +5,25 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from farout.core.errors import SourceError
 from farout.core.names import encode_name
-from farout.data.decoding import DecodedImage
+from farout.data.decoding import DecodedImage, LeastSize
 
-__all__ = ["Listing", "check_count", "check_keys", "encode_groups", "encode_labels", "index_keys"]
+__all__ = ["Listing", "Reader", "check_count", "check_keys", "encode_groups", "encode_labels", "index_keys"]
+
+
+class Reader(Protocol):
+    """Reads images by index."""
+
+    def __call__(self, index: int, least_size: LeastSize | None = None, /) -> DecodedImage:
+        """Return image `index`, or raise UnreadableImageError; encoded ones are decoded as by `decode`."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Listing:
 
     Attributes:
         keys: unique key of each image, encoded by `farout.core.names.encode_key`.
-        read: returns image i, or raises UnreadableImageError.
+        read: see `Reader`.
         labels: label of each image, or None.
         class_names: name of each label, encoded by `farout.core.names.encode_name`, or None.
         groups: group of each image, or None.
@@ -37,7 +44,7 @@ class Listing:
     """
 
     keys: tuple[str, ...]
-    read: Callable[[int], DecodedImage]
+    read: Reader
     labels: tuple[int, ...] | None = None
     class_names: tuple[str, ...] | None = None
     groups: tuple[str, ...] | None = None
@@ -60,11 +67,11 @@ class Listing:
 class _SelectedReader:
     """Some of the images of a reader."""
 
-    def __init__(self, read: Callable[[int], DecodedImage], indices: Sequence[int]) -> None:
+    def __init__(self, read: Reader, indices: Sequence[int]) -> None:
         self._read, self._indices = read, tuple(indices)
 
-    def __call__(self, index: int) -> DecodedImage:
-        return self._read(self._indices[index])
+    def __call__(self, index: int, least_size: LeastSize | None = None) -> DecodedImage:
+        return self._read(self._indices[index], least_size)
 
 
 def index_keys(count: int) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from farout.core.errors import UnreadableImageError
 from farout.core.names import decode_file_name, encode_file_name, expand_path, find_equivalent_path
 from farout.core.profiling import timed
 from farout.core.remote_files import FilePath
-from farout.data.decoding import MULTI_FRAME_SUFFIXES, DecodedImage, count_frames, decode, unreadable_errors
+from farout.data.decoding import MULTI_FRAME_SUFFIXES, DecodedImage, LeastSize, count_frames, decode, unreadable_errors
 from farout.data.file_listing import Listing, check_keys
 from farout.data.read_settings import ReadSettings
 from farout.data.untrusted_files import read_bytes
@@ -106,13 +106,13 @@ class EncodedImageReader(ABC):
     def read_encoded(self, index: int) -> tuple[bytes, str]:
         """Return the encoded data of an image and the suffix of its file; whatever it raises makes it unreadable."""
 
-    def __call__(self, index: int) -> DecodedImage:
+    def __call__(self, index: int, least_size: LeastSize | None = None) -> DecodedImage:
         key = self.keys[index]
         with unreadable_errors(key), timed("reading"):
             data, suffix = self.read_encoded(index)
         if self._frames is None:
-            return decode(data, key, self.reading, suffix=suffix)
-        return replace(decode(data, key, self.reading, self._frames[index], suffix), frames=1)
+            return decode(data, key, self.reading, suffix=suffix, least_size=least_size)
+        return replace(decode(data, key, self.reading, self._frames[index], suffix, least_size), frames=1)
 
 
 class FileReader(EncodedImageReader):

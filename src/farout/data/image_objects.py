@@ -26,6 +26,7 @@ from farout.core.remote_files import FilePath, as_file_path, is_url
 from farout.data.columns import LABEL_COLUMNS, find_columns
 from farout.data.decoding import (
     DecodedImage,
+    LeastSize,
     check_pixels,
     count_frames,
     decode,
@@ -279,19 +280,23 @@ def _to_bytes(image: bytes | bytearray | memoryview | io.BytesIO) -> bytes:
     return image.getvalue() if isinstance(image, io.BytesIO) else bytes(image)
 
 
-def decode_object(image: object, key: str, reading: ReadSettings = DEFAULT_READING) -> DecodedImage:
-    """Convert one image to native values (C, H, W).
+def decode_object(
+    image: object, key: str, reading: ReadSettings = DEFAULT_READING, least_size: LeastSize | None = None
+) -> DecodedImage:
+    """Convert one image to native values (C, H, W); encoded ones in a reduced size where `least_size` allows it.
 
     Raises:
         UnsupportedImageError: the object is no image, see `check_image`.
         UnreadableImageError: the image cannot be read, for whatever reason; the message starts with `key`.
     """
     if isinstance(image, Frame):
-        return replace(_decode_frame(image.image, key, reading, image.index), frames=1)
-    return _decode_frame(image, key, reading, None)
+        return replace(_decode_frame(image.image, key, reading, image.index, least_size), frames=1)
+    return _decode_frame(image, key, reading, None, least_size)
 
 
-def _decode_frame(image: Any, key: str, reading: ReadSettings, frame: int | None) -> DecodedImage:
+def _decode_frame(
+    image: Any, key: str, reading: ReadSettings, frame: int | None, least_size: LeastSize | None
+) -> DecodedImage:
     """Convert an image, or one frame of it; None: the first frame, or that which a PIL image is at."""
     if image is None:
         raise UnreadableImageError(f"{key}: the item is None")
@@ -301,14 +306,14 @@ def _decode_frame(image: Any, key: str, reading: ReadSettings, frame: int | None
         return image
     path = path_of(image)
     if path is not None:
-        return _decode_file(path, key, reading, frame)
+        return _decode_file(path, key, reading, frame, least_size)
     if isinstance(image, bytes | bytearray | memoryview | io.BytesIO):
-        return decode(_to_bytes(image), key, reading, frame or 0)
+        return decode(_to_bytes(image), key, reading, frame or 0, least_size=least_size)
     if _is_encoded_cell(image):
         data = image.get("bytes")
         if isinstance(data, bytes):
-            return decode(data, key, reading, frame or 0)
-        return _decode_file(str(image.get("path")), key, reading, frame)
+            return decode(data, key, reading, frame or 0, least_size=least_size)
+        return _decode_file(str(image.get("path")), key, reading, frame, least_size)
     check_image(image, key)
     if isinstance(image, Image.Image):
         with unreadable_errors(key), _LOADING:
@@ -316,7 +321,7 @@ def _decode_frame(image: Any, key: str, reading: ReadSettings, frame: int | None
     with unreadable_errors(key):
         values = _to_array(image)
     if values.ndim == 1 and values.dtype == np.uint8:
-        return decode(values.tobytes(), key, reading)
+        return decode(values.tobytes(), key, reading, least_size=least_size)
     _check_shape(values.shape, key)  # of the values themselves, whatever the object said
     with unreadable_errors(key):
         return DecodedImage(_to_channels_first(values, reading))
@@ -337,11 +342,13 @@ def _decode_pil(image: Image.Image, reading: ReadSettings, frame: int | None) ->
             image.seek(position)
 
 
-def _decode_file(path: str, key: str, reading: ReadSettings, frame: int | None) -> DecodedImage:
+def _decode_file(
+    path: str, key: str, reading: ReadSettings, frame: int | None, least_size: LeastSize | None
+) -> DecodedImage:
     with unreadable_errors(key):
         file = resolve_path(path)
         data = read_bytes(file, reading.max_bytes)
-    return decode(data, key, reading, frame or 0, file.suffix)
+    return decode(data, key, reading, frame or 0, file.suffix, least_size)
 
 
 def _to_array(image: object) -> np.ndarray[Any, np.dtype[Any]]:

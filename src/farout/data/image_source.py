@@ -20,19 +20,22 @@ from torch.utils.data import Dataset
 from farout.core import progress
 from farout.core.errors import LeftOutWarning, MisleadingResultWarning, SourceError, UnreadableImageError
 from farout.data.decoding import (
+    LARGE_PIXELS,
     DecodedImage,
+    LeastSize,
     content_hash,
     describe_unknown_range,
     full_range,
+    reduce_pixels,
     scale_to_uint8,
     unreadable_errors,
 )
 from farout.data.file_listing import Listing
 from farout.data.read_settings import DEFAULT_READING, ReadSettings, ValueRange, format_value_range
-from farout.data.thumbnails import make_thumbnail
+from farout.data.thumbnails import REDUCED_SIZE, make_thumbnail
 from farout.data.variants import apply_variant
 
-__all__ = ["ImageSource", "Policy", "ReadingRecord", "check_policy"]
+__all__ = ["ImageSource", "Policy", "ReadImage", "ReadingRecord", "check_policy"]
 
 _BLOCK = 4 * 2**20
 _HASH_BYTES = 256
@@ -124,15 +127,52 @@ class ReadingRecord:
     range_use: _RangeUse | None
 
 
+@dataclass(frozen=True)
+class ReadImage:
+    """One image of a source.
+
+    Attributes:
+        pixels: uint8 (C, H, W), which callers must not modify.
+        identity: see `ImageSource.identity`.
+    """
+
+    pixels: Tensor
+    identity: str
+
+
+@dataclass(frozen=True)
+class _DecodedPixels:
+    """A decoded image of 8 bits.
+
+    Attributes:
+        pixels: uint8 (C, H, W), of a large image possibly in a reduced size.
+        shape: (C, H, W) in native size.
+        large_identity: what identifies a large image with reduced decoding; None for others, or without it.
+    """
+
+    pixels: Tensor
+    shape: tuple[int, int, int]
+    large_identity: str | None
+
+
+_StoredImage = tuple[_Slot, tuple[int, int, int], str | None]
+"""A decoded image in memory: its pixels, and the other attributes of `_DecodedPixels`."""
+
+
+def _is_large(shape: tuple[int, int, int]) -> bool:
+    return shape[1] * shape[2] > LARGE_PIXELS
+
+
 class _ImageStore:
     """Decoded pixels, content hashes and read errors of a set, shared by its subsets; bounded by a memory budget."""
 
     def __init__(self, listing: Listing, memory_mib: int) -> None:
         self.listing, self._budget = listing, memory_mib * 2**20
         # by index and requested value range; None for images of 8 bits, which have no other range
-        self._pixels: dict[tuple[int, _RequestedRange], _Slot] = {}
+        self._images: dict[tuple[int, _RequestedRange, LeastSize | None], _StoredImage] = {}
+        self._identities: dict[tuple[int, _RequestedRange], str] = {}  # with reduced decoding
         self._hashes: dict[tuple[int, _RequestedRange], str] = {}
-        self._thumbnails: dict[tuple[int, _RequestedRange], bytes] = {}
+        self._thumbnails: dict[tuple[int, _RequestedRange, bool], bytes] = {}
         self.failures: dict[tuple[int, _RequestedRange], str] = {}
         self.further_frames: dict[int, int] = {}
         self.range_use: dict[_RequestedRange, _RangeUse] = {}
@@ -143,13 +183,13 @@ class _ImageStore:
 
     def __getstate__(self) -> dict[str, Any]:
         # copied at once: other threads may read images while this one is sent to another process
-        findings = ("_hashes", "failures", "further_frames", "range_use")
+        findings = ("_hashes", "_identities", "failures", "further_frames", "range_use")
         return {
             **vars(self),
             **{name: dict(vars(self)[name]) for name in findings},
             "_lock": None,
             "_estimate_lock": None,
-            "_pixels": {},
+            "_images": {},
             "_thumbnails": {},
             "cached_bytes": 0,
             "_arena": _PixelArena(),
@@ -167,6 +207,8 @@ class _ImageStore:
             for key in ((index, None), (index, requested)):
                 if key in self._hashes:
                     selected._hashes[(new_index, key[1])] = self._hashes[key]
+                if key in self._identities:
+                    selected._identities[(new_index, key[1])] = self._identities[key]
                 if key in self.failures:
                     selected.failures[(new_index, key[1])] = self.failures[key]
         selected._extremes = self._extremes
@@ -176,14 +218,24 @@ class _ImageStore:
 
     def pixels(self, index: int, requested: _RequestedRange) -> Tensor:
         """Return the native uint8 pixels, which callers must not modify; raises UnreadableImageError."""
+        return self.read(index, requested).pixels
+
+    def read(self, index: int, requested: _RequestedRange, least_size: LeastSize | None = None) -> _DecodedPixels:
+        """Return the uint8 pixels, of a large image in a reduced size if `least_size` allows it.
+
+        Raises UnreadableImageError.
+        """
         for key in ((index, None), (index, requested)):
-            if key in self._pixels:
-                return _read_slot(self._pixels[key])
+            for size in (least_size, None):
+                stored = self._images.get((*key, size))
+                # what a decoder gives in a reduced size is not computed from the native pixels
+                if stored is not None and (size == least_size or not _is_large(stored[1])):
+                    return _DecodedPixels(_read_slot(stored[0]), *stored[1:])
             if key in self.failures:
                 raise UnreadableImageError(self.failures[key])
         key = (index, None)
         try:
-            decoded = self.listing.read(index)
+            decoded = self.listing.read(index, least_size)
             if decoded.frames > 1:
                 self.further_frames[index] = decoded.frames - 1
             if decoded.values.dtype != torch.uint8:
@@ -194,13 +246,22 @@ class _ImageStore:
         except UnreadableImageError as error:
             self.failures[key] = str(error)
             raise
+        height, width = decoded.full_size or image.shape[1:]
+        read = _DecodedPixels(image, (image.shape[0], height, width), decoded.encoded_hash)
+        if least_size is not None and _is_large(read.shape) and decoded.encoded_hash is None:
+            identity = self._identities.get((index, requested)) or content_hash(image)
+            read = replace(read, pixels=reduce_pixels(image, least_size), large_identity=identity)
+        if read.large_identity is not None:
+            self._keep(self._identities, index, requested, read.large_identity)
         if not self.listing.in_memory:
-            size = image.numel() + 256  # the slot itself
+            size_in_memory = read.pixels.numel() + 256  # the slot itself
+            stored_key = (*key, least_size if _is_large(read.shape) else None)
             with self._lock:
-                if key not in self._pixels and self.cached_bytes + size <= self._budget:
-                    self._pixels[key] = self._arena.store(image)
-                    self.cached_bytes += size
-        return image
+                if stored_key not in self._images and self.cached_bytes + size_in_memory <= self._budget:
+                    slot = self._arena.store(read.pixels)
+                    self._images[stored_key] = slot, read.shape, read.large_identity
+                    self.cached_bytes += size_in_memory
+        return read
 
     def _convert(self, decoded: DecodedImage, requested: _RequestedRange, key: str) -> Tensor:
         """Convert values of more than 8 bits to 8 bits."""
@@ -249,29 +310,47 @@ class _ImageStore:
             extremes[str(values.dtype)] = min(low, float(values.min())), max(high, float(values.max()))
         return extremes
 
-    def known_hash(self, index: int, requested: _RequestedRange) -> str | None:
-        """Return the content hash of the native pixels if it was computed and kept."""
-        return self._hashes.get((index, requested))
+    def known_hash(self, index: int, requested: _RequestedRange, reduced: bool) -> str | None:
+        """Return the content hash, see `hash`, if it was computed and kept."""
+        return (self._identities if reduced else self._hashes).get((index, requested))
 
-    def hash(self, index: int, requested: _RequestedRange, pixels: Tensor | None = None) -> str:
-        """Return the content hash of the native pixels; `pixels`: the pixels, if already decoded.
+    def hash(
+        self, index: int, requested: _RequestedRange, reduced: bool = False, read: _DecodedPixels | None = None
+    ) -> str:
+        """Return the content hash of an image before the variant.
 
         It is computed once, except for the images of a set that is large for its memory.
+
+        Args:
+            index: index of the image.
+            requested: the requested value range.
+            reduced: identify a large encoded image by its bytes instead of its pixels.
+            read: the image, if it is already decoded: in native size unless `reduced`.
         """
-        if (index, requested) in self._hashes:
-            return self._hashes[(index, requested)]
-        content = content_hash(self.pixels(index, requested) if pixels is None else pixels)
-        if len(self._hashes) * _HASH_BYTES < self._budget or self.listing.in_memory:
-            self._hashes[(index, requested)] = content
+        hashes = self._identities if reduced else self._hashes
+        if (index, requested) in hashes:
+            return hashes[(index, requested)]
+        if read is None:
+            read = self.read(index, requested, REDUCED_SIZE if reduced else None)
+        content = read.large_identity if reduced else None
+        content = content or content_hash(read.pixels)
+        self._keep(hashes, index, requested, content)
         return content
 
-    def thumbnail(self, index: int, requested: _RequestedRange) -> bytes:
-        """Return the thumbnail of the native pixels, computed once; the hash comes from the same decoded pixels."""
-        if (index, requested) not in self._thumbnails:
-            pixels = self.pixels(index, requested)
-            self.hash(index, requested, pixels)
-            self._thumbnails[(index, requested)] = make_thumbnail(pixels)
-        return self._thumbnails[(index, requested)]
+    def _keep(
+        self, hashes: dict[tuple[int, _RequestedRange], str], index: int, requested: _RequestedRange, content: str
+    ) -> None:
+        if len(hashes) * _HASH_BYTES < self._budget or self.listing.in_memory:
+            hashes[(index, requested)] = content
+
+    def thumbnail(self, index: int, requested: _RequestedRange, reduced: bool) -> bytes:
+        """Return the thumbnail, computed once; the hash comes from the same decoded image."""
+        key = (index, requested, reduced)
+        if key not in self._thumbnails:
+            read = self.read(index, requested, REDUCED_SIZE if reduced else None)
+            self.hash(index, requested, reduced, read)
+            self._thumbnails[key] = make_thumbnail(read.pixels)
+        return self._thumbnails[key]
 
     def donor(self, index: int, draw: int, requested: _RequestedRange) -> Tensor:
         """Return another readable image of the set, chosen by the random integer `draw`."""
@@ -308,6 +387,8 @@ class ImageSource(Dataset[Tensor]):
         left_out: what the source contains and the set does not: description and number of files.
         location: the source in the same text for every way to write it, see `SourceSpec.canonical`; empty for objects.
         splits: why these are several sets rather than one, and what to give instead; None for one set.
+        reduced_decoding: whether content hashes of large images, and what is computed from small copies, are those
+            for models with reduced decoding, see docs/reproducibility.md.
     """
 
     keys: tuple[str, ...]
@@ -330,6 +411,7 @@ class ImageSource(Dataset[Tensor]):
         self.name, self.policy, self.reading, self.left_out = name, policy, reading, dict(listing.left_out)
         self.location = location
         self.splits = listing.splits
+        self.reduced_decoding = False
         self._variant, self._strength = variant, strength
         self._store = _ImageStore(listing, memory_mib)
         self._select(range(len(listing.keys)))
@@ -440,15 +522,47 @@ class ImageSource(Dataset[Tensor]):
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Tensor:
+        pixels = self._native_pixels(index)
+        return pixels.clone() if self._variant is None else pixels
+
+    def _native_pixels(self, index: int) -> Tensor:
+        """Return `self[index]`, which must not be modified."""
         index = self._indices[index]
         requested, store = self._requested_range, self._store
         pixels = store.pixels(index, requested)
         if self._variant is None:
-            return pixels.clone()
+            return pixels
         identity = store.hash(index, requested)
         return apply_variant(
             pixels, self._variant, self._strength, identity, lambda draw: store.donor(index, draw, requested)
         )
+
+    def read(self, index: int, least_size: LeastSize | None = None) -> ReadImage:
+        """Return an image with its identity, decoded once.
+
+        Args:
+            index: index of the image.
+            least_size: a large image may be decoded in a reduced size. Its identity is then the hash of its encoded
+                bytes, also where the size is not reduced. An image with a variant is reduced after it.
+
+        Raises:
+            UnreadableImageError: the image cannot be read.
+        """
+        if least_size is None:
+            pixels = self._native_pixels(index)
+            return ReadImage(pixels, self.identity(index, pixels))  # of the pixels
+        if self._variant is not None:
+            pixels = self._native_pixels(index)
+            return ReadImage(reduce_pixels(pixels, least_size), content_hash(pixels))
+        read = self._store.read(self._indices[index], self._requested_range, least_size)
+        return ReadImage(read.pixels, self._store.hash(self._indices[index], self._requested_range, True, read))
+
+    def read_pixels(self, index: int, least_size: LeastSize | None = None) -> Tensor:
+        """Return the pixels of `read`."""
+        if least_size is None or self._variant is not None:
+            pixels = self._native_pixels(index)
+            return pixels if least_size is None else reduce_pixels(pixels, least_size)
+        return self._store.read(self._indices[index], self._requested_range, least_size).pixels
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
@@ -507,20 +621,35 @@ class ImageSource(Dataset[Tensor]):
         view.reading = replace(self.reading, value_range=value_range)
         return view
 
+    def with_reduced_decoding(self, reduced_decoding: bool) -> ImageSource:
+        """Return the same images with or without `reduced_decoding`; decoded pixels are shared."""
+        if self.reduced_decoding == reduced_decoding:
+            return self
+        view = self._copy()
+        view.reduced_decoding = reduced_decoding
+        return view
+
     def content_hash(self, index: int) -> str:
-        """Return the blake2b hash of shape and native pixels, before the variant; raises UnreadableImageError."""
-        return self._store.hash(self._indices[index], self._requested_range)
+        """Return the blake2b hash of shape and native pixels, before the variant; raises UnreadableImageError.
+
+        With `reduced_decoding`, that of a large encoded image is the hash of its bytes.
+        """
+        return self._store.hash(self._indices[index], self._requested_range, self.reduced_decoding)
 
     def thumbnail(self, index: int) -> bytes:
         """Return the small copy that near-copies are found on, before the variant; raises UnreadableImageError."""
-        return self._store.thumbnail(self._indices[index], self._requested_range)
+        return self._store.thumbnail(self._indices[index], self._requested_range, self.reduced_decoding)
 
-    def known_identity(self, index: int) -> str | None:
+    def known_identity(self, index: int, *, reduced_decoding: bool = False) -> str | None:
         """Return the identity of an image if it is known without decoding the image, else None."""
-        return self._store.known_hash(self._indices[index], self._requested_range) if self._variant is None else None
+        if self._variant is not None:
+            return None
+        return self._store.known_hash(self._indices[index], self._requested_range, reduced_decoding)
 
     def identity(self, index: int, pixels: Tensor | None = None) -> str:
         """Return the content hash with the variant applied: the seed text of the image's random numbers.
+
+        Without `pixels`, it is that of `content_hash` if there is no variant; with them, that of the pixels.
 
         Args:
             index: index of the image.
@@ -529,9 +658,12 @@ class ImageSource(Dataset[Tensor]):
         Raises:
             UnreadableImageError: the image cannot be read.
         """
-        if self._variant is None:
-            return self._store.hash(self._indices[index], self._requested_range, pixels)
-        return content_hash(self[index] if pixels is None else pixels)
+        if self._variant is not None:
+            return content_hash(self[index] if pixels is None else pixels)
+        if pixels is None:
+            return self.content_hash(index)
+        read = _DecodedPixels(pixels, (pixels.shape[0], *pixels.shape[1:]), None)
+        return self._store.hash(self._indices[index], self._requested_range, read=read)
 
     def content_hashes(self, *, thumbnails: bool = False) -> tuple[str | None, ...]:
         """Return all content hashes; None for an unreadable image.
@@ -575,10 +707,10 @@ class ImageSource(Dataset[Tensor]):
         counts: Counter[tuple[int, int, int]] = Counter()
         for index in (number * len(self) // count for number in range(count)):
             try:
-                channels, height, width = self._store.pixels(self._indices[index], self._requested_range).shape
+                least_size = REDUCED_SIZE if self.reduced_decoding else None
+                counts[self._store.read(self._indices[index], self._requested_range, least_size).shape] += 1
             except UnreadableImageError:
                 continue  # recorded in `unreadable`
-            counts[(channels, height, width)] += 1
         return counts
 
     def native_sizes(self, sample: int = 64) -> Counter[tuple[int, int]]:

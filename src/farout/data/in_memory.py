@@ -18,7 +18,7 @@ from torch import Tensor
 from farout.core.errors import SourceError, UnreadableImageError
 from farout.core.names import encode_file_name, encode_key
 from farout.core.remote_files import RemotePath, check_url, is_url
-from farout.data.decoding import DecodedImage
+from farout.data.decoding import DecodedImage, LeastSize
 from farout.data.file_listing import Listing, check_keys, encode_labels, index_keys
 from farout.data.image_files import expand_frames
 from farout.data.image_objects import (
@@ -118,8 +118,8 @@ class _ObjectReader:
             selected._images = [self._images[i] for i in indices]
         return selected
 
-    def __call__(self, index: int) -> DecodedImage:
-        decoded = decode_object(self._images[index], self._keys[index], self._reading)
+    def __call__(self, index: int, least_size: LeastSize | None = None) -> DecodedImage:
+        decoded = decode_object(self._images[index], self._keys[index], self._reading, least_size)
         if self._require_range:
             check_range(decoded, self._keys[index], self._reading)
         return decoded

@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from farout.core.errors import SourceError
-from farout.data.decoding import DecodedImage
+from farout.data.decoding import DecodedImage, LeastSize
 from farout.data.file_listing import Listing, check_keys
 from farout.data.image_objects import NO_LABEL, can_only_be_image, split_item
 from farout.data.in_memory import list_iterable
@@ -78,8 +78,8 @@ class _OrderedReader:
     def __init__(self, listing: Listing, order: Sequence[int]) -> None:
         self._read, self._order = listing.read, tuple(order)
 
-    def __call__(self, index: int) -> DecodedImage:
-        return self._read(self._order[index])
+    def __call__(self, index: int, least_size: LeastSize | None = None) -> DecodedImage:
+        return self._read(self._order[index], least_size)
 
 
 def _order_of(loader: DataLoader[Any]) -> list[int]:

@@ -40,7 +40,7 @@ from farout.data.columns import (
     read_labels,
     warn_about_source,
 )
-from farout.data.decoding import DecodedImage, decode, unreadable_errors
+from farout.data.decoding import DecodedImage, LeastSize, decode, unreadable_errors
 from farout.data.file_listing import Listing, check_count, check_keys, index_keys
 from farout.data.image_files import list_image_files
 from farout.data.image_lists import locate_file
@@ -446,7 +446,7 @@ class ParquetImages:
         selected._open()
         return selected
 
-    def __call__(self, index: int) -> DecodedImage:
+    def __call__(self, index: int, least_size: LeastSize | None = None) -> DecodedImage:
         key = self._keys[index]
         with unreadable_errors(key):
             row = index if self._rows is None else int(self._rows[index])
@@ -457,7 +457,9 @@ class ParquetImages:
             for part in self._parts[1:]:
                 cell = cell.get(part) if isinstance(cell, Mapping) else None
             data = self._encoded(cell, self._paths[self._row_groups[number][0]].parent)
-        return decode(data, key, self._reading) if isinstance(data, bytes) else decode_object(data, key, self._reading)
+        if isinstance(data, bytes):
+            return decode(data, key, self._reading, least_size=least_size)
+        return decode_object(data, key, self._reading, least_size)
 
     def _encoded(self, cell: Any, folder: FilePath) -> bytes | np.ndarray:
         """Return the encoded image, or the array of pixels, of a cell; raises UnreadableImageError."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from farout.core.errors import FaroutError, MisleadingResultWarning, SourceError
 from farout.core.profiling import timed
-from farout.data.decoding import to_pil
+from farout.data.decoding import LARGE_PIXELS, LeastSize, to_pil
 from farout.data.image_source import ImageSource
 from farout.data.read_settings import ReadSettings, ValueRange
 
@@ -31,6 +31,8 @@ Scaling = Literal["fixed", "minmax"]
 Kernel = Literal["bicubic", "bilinear", "nearest"]
 """Interpolation of the resizing; bicubic and bilinear are antialiased."""
 _MAX_SIDE, _MAX_PIXELS = 2**16, 2**28
+_GAP = 2
+"""With reduced decoding, images have at least this many times the size to which they are reduced next."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,12 @@ class Preprocessing:
     cannot distinguish them; `direct` omits this, as some papers do. Sizes are (height, width) in pixels; resizing is
     by `kernel` with antialiasing and does not keep the aspect ratio. With `fill` the first resize keeps it: the image
     covers the target, and the rest is cut off on both sides. `value_range` is the range of the fitted images with more
-    than 8 bits, which are converted to 8 bits when they are read; scored images are converted alike. Raises FaroutError
-    for values out of range.
+    than 8 bits, which are converted to 8 bits when they are read; scored images are converted alike.
+
+    With `reduced_decoding`, images of more than 512 x 512 pixels are read in a smaller size, at least `least_size`
+    (`ImageSource.read`), and a native size of more pixels is replaced by a smaller one of the same shape, twice the
+    network's size or more: what is finer is lost in the network's size anyway. A JPEG encoding (protocol `common`) is
+    at the native size, and a crop requires native pixels. Raises FaroutError for values out of range.
     """
 
     size: tuple[int, int]
@@ -60,6 +66,7 @@ class Preprocessing:
     kernel: Kernel = "bicubic"
     fill: bool = False
     value_range: ValueRange | None = None
+    reduced_decoding: bool = False
 
     def __post_init__(self) -> None:
         sizes = (*self.size, *self.native, self.crop if self.crop is not None else 1)
@@ -108,7 +115,31 @@ class Preprocessing:
     @property
     def first_size(self) -> tuple[int, int]:
         """Height and width after the first resize."""
-        return self.size if self.protocol == "direct" else self.native
+        return self.size if self.protocol == "direct" else self._reduced_native or self.native
+
+    @property
+    def _reduced_native(self) -> tuple[int, int] | None:
+        """The smaller size that replaces the native one; None: the native size is used."""
+        height, width = self.native
+        is_exact = self.protocol != "native" or self.crop is not None or self.kernel == "nearest"
+        if not self.reduced_decoding or is_exact or height * width <= LARGE_PIXELS:
+            return None
+        least_height, least_width = _GAP * self.size[0], _GAP * self.size[1]
+        if 2 * least_height > height or 2 * least_width > width:
+            return None
+        if least_height * width >= least_width * height:
+            return least_height, -(-width * least_height // height)
+        return -(-height * least_width // width), least_width
+
+    @property
+    def least_size(self) -> LeastSize | None:
+        """Height and width that large images have at least when they are read; None: all are read in native size."""
+        if not self.reduced_decoding:
+            return None
+        if self.crop is not None or self.kernel == "nearest":
+            return _MAX_SIDE, _MAX_SIDE
+        height, width = self.first_size
+        return self._reduced_native or (_GAP * height, _GAP * width)
 
     def resize_first(self, image: Tensor) -> Tensor:
         """Crop, first resize and JPEG encoding of one image: uint8 RGB (3, *first_size)."""
@@ -123,11 +154,11 @@ class Preprocessing:
         return _through_jpeg(picture, self.jpeg_quality) if self.protocol == "common" else picture
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for `config.json`; `kernel`, `fill` and `value_range` only if they differ from their
-        defaults, so that the hash of older models stays the same.
+        """Return plain values for `config.json`; `kernel` and later settings only if they differ from their defaults,
+        so that the hash of older models stays the same.
         """
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-        optional = {"kernel": "bicubic", "fill": False, "value_range": None}
+        optional = {"kernel": "bicubic", "fill": False, "value_range": None, "reduced_decoding": False}
         return {name: value for name, value in plain.items() if name not in optional or value != optional[name]}
 
     @classmethod
@@ -147,7 +178,8 @@ class Preprocessing:
         `native` is the most common native size (after the crop; between equals, the larger area). A given `size` is
         the side of a square. Without it, the network's size is the native one, and where its longer side is above
         `largest` pixels, that side becomes `largest`, aspect kept, with a MisleadingResultWarning that names the
-        factor. Channels are 3 when any sampled image is RGB. Raises SourceError when no sampled image is readable.
+        factor. Channels are 3 when any sampled image is RGB. `reduced_decoding` is that of the source. Raises
+        SourceError when no sampled image is readable.
         """
         shapes = source.shapes()
         if not shapes:
@@ -163,6 +195,7 @@ class Preprocessing:
             crop=crop,
             scaling=scaling,
             value_range=source.value_range,
+            reduced_decoding=source.reduced_decoding,
         )
 
 

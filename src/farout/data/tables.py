@@ -17,7 +17,7 @@ from farout.data.columns import (
     read_labels,
     warn_about_source,
 )
-from farout.data.decoding import DecodedImage, decode, unreadable_errors
+from farout.data.decoding import DecodedImage, LeastSize, decode, unreadable_errors
 from farout.data.file_listing import Listing, check_count, index_keys
 from farout.data.parquet_files import IMAGE_COLUMNS
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
@@ -65,7 +65,7 @@ class _TableImages:
     def __init__(self, table: Any, column: str, keys: tuple[str, ...], reading: ReadSettings) -> None:
         self._table, self._column, self._keys, self._reading = table, column, keys, reading
 
-    def __call__(self, index: int) -> DecodedImage:
+    def __call__(self, index: int, least_size: LeastSize | None = None) -> DecodedImage:
         key = self._keys[index]
         with unreadable_errors(key):
             cell = self._table[index][self._column]
@@ -75,7 +75,7 @@ class _TableImages:
                     data = read_bytes(str(path), self._reading.max_bytes)
             if not isinstance(data, bytes):
                 raise UnreadableImageError("the row contains no encoded image")
-        return decode(data, key, self._reading)
+        return decode(data, key, self._reading, least_size=least_size)
 
 
 def list_table(

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from farout.data.decoding import to_pil
 
-__all__ = ["COLOR_SIDE", "SIDE", "THUMBNAIL_BYTES", "make_thumbnail"]
+__all__ = ["COLOR_SIDE", "REDUCED_SIZE", "SIDE", "THUMBNAIL_BYTES", "make_thumbnail"]
 
 SIDE = 32
 """Side of the luminance."""
 COLOR_SIDE = 4
 """Side of the two color differences."""
+REDUCED_SIZE = (6 * SIDE, 6 * SIDE)
+"""Least size of an image that a thumbnail is made from."""
 THUMBNAIL_BYTES = SIDE**2 + 2 * COLOR_SIDE**2
 
 

@@ -19,7 +19,7 @@ from farout.core import progress
 from farout.core.errors import MisleadingResultWarning, SourceError, UnreadableImageError
 from farout.core.names import encode_name
 from farout.data.columns import LABEL_COLUMNS, find_columns
-from farout.data.decoding import DecodedImage
+from farout.data.decoding import DecodedImage, LeastSize
 from farout.data.file_listing import Listing, encode_labels, index_keys
 from farout.data.image_objects import (
     NO_LABEL,
@@ -99,7 +99,7 @@ class _SourceReader:
     def __init__(self, source: ImageSource) -> None:
         self._source = source
 
-    def __call__(self, index: int) -> DecodedImage:
+    def __call__(self, index: int, least_size: LeastSize | None = None) -> DecodedImage:
         return DecodedImage(self._source[index])
 
 
@@ -134,8 +134,8 @@ class _DatasetReader:
         except Exception as error:  # noqa: BLE001 - code of the user may raise anything; one unreadable image
             return FailedItem(describe_error(error)), NO_LABEL
 
-    def __call__(self, index: int) -> DecodedImage:
-        return decode_object(self.pair(index)[0], str(index), self.reading)
+    def __call__(self, index: int, least_size: LeastSize | None = None) -> DecodedImage:
+        return decode_object(self.pair(index)[0], str(index), self.reading, least_size)
 
     def read_pairs(self, count: int, name: str) -> list[tuple[object, object]]:
         """Return all labels, and instead of images the items that failed or `_UNLABELED`."""
@@ -310,10 +310,10 @@ class _JoinedReader:
         self._reads = [listing.read for listing in listings]
         self._ends = np.cumsum([len(listing.keys) for listing in listings]).tolist()
 
-    def __call__(self, index: int) -> DecodedImage:
+    def __call__(self, index: int, least_size: LeastSize | None = None) -> DecodedImage:
         part = bisect_right(self._ends, index)
         own = index - (self._ends[part - 1] if part else 0)
         try:
-            return self._reads[part](own)
+            return self._reads[part](own, least_size)
         except UnreadableImageError as error:
             raise UnreadableImageError(f"{index}: {str(error).removeprefix(f'{own}: ')}") from error

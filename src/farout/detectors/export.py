@@ -196,7 +196,7 @@ def _load_pixels(source: ImageSource, preprocessing: PreprocessingGraph) -> Iter
     images: list[Tensor] = []
     for index, key in enumerate(source.keys):
         try:
-            image = source[index]
+            image = source.read_pixels(index, preprocessing.preprocessing.least_size)
         except UnreadableImageError:
             continue
         if preprocessing.input_size is not None:

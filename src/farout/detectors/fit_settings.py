@@ -33,6 +33,9 @@ class FitSettings:
         protocol: how images are resized: `native` (to the native size, then to the network's), `direct` (straight to
             the network's size) or `common` (native size, then one JPEG encoding); default: as the given diffusion
             model, else `native`.
+        reduced_decoding: decode images of more than 512 x 512 pixels in a smaller size where the network's size is at
+            most half of theirs, which is many times faster for photographs, and identify them by the hash of their
+            files; default: as the given networks were trained, else true.
         diffusion_config: settings of the diffusion model that is trained if none is given; None: the method's preset.
         training: settings of that training; None: the method's preset.
         classifier_preset: preset of `farout train classifier` used if no classifier is given.
@@ -50,6 +53,7 @@ class FitSettings:
     policy: Literal["raise", "skip"] = "raise"
     statistics: int | None = None
     protocol: Protocol | None = None
+    reduced_decoding: bool | None = None
     diffusion_config: DiffusionConfig | None = None
     training: TrainingConfig | None = None
     classifier_preset: str = "tiny"

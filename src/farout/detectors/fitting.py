@@ -68,6 +68,7 @@ def fit(detector: DetectorInterface, images: Any, diffusion: Any, classifier: An
     detector.diffusion = _load_diffusion(detector, diffusion)
     detector.classifier = _load_classifier(detector, classifier, source)
     source = _with_range_of_networks(detector, source)
+    source = source.with_reduced_decoding(_choose_reduced_decoding(detector, settings))
     detector.loaded_from = None
     detector.calibration_scores = {}  # a detector whose fit fails is not fitted, whatever an earlier fit has left
     detector.reset_statistics()
@@ -153,6 +154,7 @@ def _prepare_networks(
     train_missing_networks(detector, source, training_images, settings)
     if requirements.diffusion == "features" and detector.diffusion is None:
         detector.diffusion = detector.train_feature_diffusion(training_images, settings)
+        detector.diffusion.provenance |= {"reduced_decoding": True} if source.reduced_decoding else {}
 
     network = detector.diffusion if requirements.diffusion == "images" else detector.classifier
     if network is not None:
@@ -160,7 +162,11 @@ def _prepare_networks(
         own = cast("DiffusionModel | Classifier", network).preprocessing
         native = Preprocessing.for_source(source, crop=own.crop, largest=1 << 20).native
         detector.preprocessing = replace(
-            own, native=native, protocol=settings.protocol or own.protocol, value_range=source.value_range
+            own,
+            native=native,
+            protocol=settings.protocol or own.protocol,
+            value_range=source.value_range,
+            reduced_decoding=source.reduced_decoding,
         )
     elif not requirements.backbone:
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
@@ -306,6 +312,31 @@ def _with_range_of_networks(detector: DetectorInterface, source: ImageSource) ->
                 message = f"the {name} was trained with the value range {format_value_range(value_range)}"
                 warnings.warn(f"{message}, and another is given", MisleadingResultWarning, stacklevel=4)
     return source
+
+
+def _choose_reduced_decoding(detector: DetectorInterface, settings: FitSettings) -> bool:
+    """Return whether images are decoded in reduced sizes: as the images were that the given networks have seen.
+
+    Which images these are is known by their content hashes, which depend on it.
+    """
+    used: dict[bool, str] = {}
+    for network in (detector.diffusion, detector.classifier):
+        if network is not None and network.trained_on:
+            preprocessing = getattr(network, "preprocessing", None)
+            if preprocessing is None:  # a diffusion model of features
+                used[bool(network.provenance.get("reduced_decoding"))] = f"the {type(network).__name__} was trained"
+            else:
+                used[preprocessing.reduced_decoding] = f"the {type(network).__name__} was trained"
+    for name, part in detector.parts.items():
+        if part.is_fitted:
+            used[part.preprocessing.reduced_decoding] = f"the detector {name} was fitted"
+    if settings.reduced_decoding is not None:
+        used.setdefault(settings.reduced_decoding, f"reduced_decoding is {settings.reduced_decoding} and")
+    if len(used) > 1:
+        raise FaroutError(
+            f"{used[True]} with reduced decoding, {used[False]} without it; use the same for all (reduced_decoding)"
+        )
+    return next(iter(used), True)
 
 
 def _load_diffusion(detector: DetectorInterface, diffusion: Any) -> DiffusionModel | FeatureDiffusion | None:

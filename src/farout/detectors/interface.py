@@ -210,6 +210,7 @@ class DetectorInterface(Configured, ABC):
             reading=reading,
             require_range=value_range is None,
         )
+        source = source.with_reduced_decoding(self.preprocessing.reduced_decoding)
         return source.with_value_range(value_range or FULL_RANGE)
 
     @property

@@ -198,6 +198,7 @@ def _training_step(model: DiffusionModel, objective: Objective) -> Step:
 
 
 def _prepare_data(source: ImageSource, model: DiffusionModel, *, validate: bool) -> _TrainingData:
+    source = source.with_reduced_decoding(model.preprocessing.reduced_decoding)
     names = None if model.conditioning is None else model.conditioning.class_names
     labels = None if names is None else encode_classes(source, names)  # first, because it may raise
     if labels is not None:
@@ -268,6 +269,7 @@ def train_diffusion(
     """
     store.check_replaceable(out, KIND)
     images = open_source(source, limit=limit, seed=seed, policy=policy, reading=reading)
+    images = images.with_reduced_decoding(model.reduced_decoding)
     check_one_set(images)
     torch.manual_seed(seed)
     inner = None if autoencoder is None else folders.read_autoencoder(find_path(autoencoder))

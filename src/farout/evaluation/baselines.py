@@ -207,6 +207,7 @@ def _open_fitted_images(detector: Detector) -> ImageSource:
     images = open_source(
         about["source"], limit=about["limit"], seed=detector.seed, policy="skip", reading=detector.reading_of_fit
     )
+    images = images.with_reduced_decoding(detector.preprocessing.reduced_decoding)
     if images.fingerprint() != about["data_fingerprint"]:
         raise FaroutError(f"{about['source']} no longer contains the images that the detector was fitted on")
     return images

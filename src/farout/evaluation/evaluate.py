@@ -182,6 +182,7 @@ def _has_no_name(images: object) -> bool:
 
 def _warn_of_seen_images(detector: Detector, source: ImageSource) -> None:
     """Warn of in-distribution images that the detector was trained, fitted or calibrated on."""
+    source = source.with_reduced_decoding(detector.preprocessing.reduced_decoding)
     seen = detector.statistics_hashes | detector.calibration_hashes | detector.trained_on
     count = sum(content_hash in seen for content_hash in source.content_hashes())
     if count:

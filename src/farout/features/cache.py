@@ -154,14 +154,16 @@ class FeatureCache:
         for index in span:
             try:
                 # an image is decoded only if it must be, and once
-                identity, pixels = source.known_identity(index), None
+                identity, pixels = source.known_identity(index, reduced_decoding=preprocessing.reduced_decoding), None
                 if identity is None:
-                    pixels = source[index]
-                    identity = source.identity(index, pixels)
+                    image = source.read(index, preprocessing.least_size)
+                    identity, pixels = image.identity, image.pixels
                 image_hash = bytes.fromhex(identity)
                 row = self._store.read([image_hash])
                 if not row:
-                    look_up.missing.append((image_hash, preprocessing(source[index] if pixels is None else pixels)))
+                    if pixels is None:
+                        pixels = source.read_pixels(index, preprocessing.least_size)
+                    look_up.missing.append((image_hash, preprocessing(pixels)))
                 look_up.stored.update(row)
                 look_up.hashes.append(image_hash)
             except UnreadableImageError:

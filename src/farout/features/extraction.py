@@ -119,6 +119,7 @@ def extract_features(
     size: int | None = None,
     protocol: Protocol = "native",
     native: tuple[int, int] | None = None,
+    reduced_decoding: bool = True,
     limit: int | None = None,
     seed: int = 0,
     policy: Literal["raise", "skip"] = "skip",
@@ -139,6 +140,8 @@ def extract_features(
             the network's size) or `common` (native size, then one JPEG encoding).
         native: height and width of the images that the detector was fitted on, in pixels; default: those of this
             source.
+        reduced_decoding: decode images of more than 512 x 512 pixels in a smaller size where the network's size is at
+            most half of theirs, as the detector does.
         limit: use a seeded random sample of this many images; default: all.
         seed: seed of the sample.
         policy: what to do with an unreadable image: `raise` an error, or `skip` it.
@@ -155,7 +158,7 @@ def extract_features(
     runtime = Runtime(device, precision, batch_size, workers).resolve_auto()
     if native is not None and (len(native) != 2 or min(native) < 1):
         raise FaroutError(f"native is {native}; expected a height and a width in pixels")
-    images = open_source(source, limit=limit, seed=seed, policy=policy)
+    images = open_source(source, limit=limit, seed=seed, policy=policy).with_reduced_decoding(reduced_decoding)
     extractor = FeatureExtractor.create(backbone, weights, layers, size).to(runtime.device)
     preprocessing = Preprocessing.for_source(images, size=extractor.size, channels=3, protocol=protocol)
     if native is not None:

@@ -56,12 +56,12 @@ def nearest_normal_images(
     indices = np.argsort(squared_distances, axis=1, kind="stable")[:, :count]
     distances = np.sqrt(np.maximum(np.take_along_axis(squared_distances, indices, axis=1), 0))
     statistics_keys, hashes = detector.statistics.keys, detector.statistics_hashes
-    source = detector.provenance.get("source")
+    source, is_reduced = detector.provenance.get("source"), detector.preprocessing.reduced_decoding
     return {
         key: [
             ReferenceImage(
                 statistics_keys[index],
-                _unchanged_picture(images, source, statistics_keys[index], hashes),
+                _unchanged_picture(images, source, statistics_keys[index], hashes, is_reduced),
                 float(distance),
             )
             for index, distance in zip(*neighbors)
@@ -90,16 +90,20 @@ def highest_calibration_images(detector: Detector, images: SourceImages, count: 
     return [
         ReferenceImage(
             keys[index],
-            _unchanged_picture(images, source, keys[index], detector.calibration_hashes),
+            _unchanged_picture(
+                images, source, keys[index], detector.calibration_hashes, detector.preprocessing.reduced_decoding
+            ),
             float(scores[index]),
         )
         for index in np.argsort(-scores, kind="stable")[:count]
     ]
 
 
-def _unchanged_picture(images: SourceImages, source: str | None, key: str, hashes: frozenset[str]) -> str | None:
+def _unchanged_picture(
+    images: SourceImages, source: str | None, key: str, hashes: frozenset[str], is_reduced: bool
+) -> str | None:
     """Data URL of an image whose content hash is one of those that the detector was fitted with."""
-    if source is None or images.content_hash(source, key) not in hashes:
+    if source is None or images.content_hash(source, key, is_reduced) not in hashes:
         return None
     image = images.read(source, key)
     return None if image is None else thumbnail_data_url(to_pil(image))

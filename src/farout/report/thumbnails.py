@@ -62,12 +62,12 @@ class SourceImages:
         except UnreadableImageError:
             return None  # the page shows its key without a picture
 
-    def content_hash(self, source: str, key: str) -> str | None:
-        """Content hash of an image; None if it is unavailable."""
+    def content_hash(self, source: str, key: str, reduced_decoding: bool) -> str | None:
+        """Content hash of an image, as of a source with this `reduced_decoding`; None if it is unavailable."""
         opened = self._open(source)
         if opened is None or self.read(source, key) is None:
             return None
-        return opened[0].content_hash(opened[1][key])
+        return opened[0].with_reduced_decoding(reduced_decoding).content_hash(opened[1][key])
 
     def _open(self, name: str) -> tuple[ImageSource, dict[str, int]] | None:
         """A source and the index of each key; None if it cannot be opened."""

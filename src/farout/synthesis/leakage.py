@@ -30,13 +30,15 @@ def warn_about_extra_classes(
     present = set(present_class_names(source))
     if diffusion is not None:
         names = () if diffusion.conditioning is None else diffusion.conditioning.class_names
-        _warn_about_network("diffusion model", names, diffusion.trained_on, source, present)
+        images = source.with_reduced_decoding(diffusion.preprocessing.reduced_decoding)
+        _warn_about_network("diffusion model", names, diffusion.trained_on, images, present)
     if classifier is not None:
         names = classifier.class_names[: count_known_classes(classifier)]
         # class names 0, 1, … that the images do not use say nothing about which classes these are
         only_numbers = list(names) == [str(number) for number in range(len(names))]
         names = () if only_numbers and present.isdisjoint(names) else names
-        _warn_about_network("classifier", names, classifier.trained_on, source, present)
+        images = source.with_reduced_decoding(classifier.preprocessing.reduced_decoding)
+        _warn_about_network("classifier", names, classifier.trained_on, images, present)
 
 
 def _warn_about_network(

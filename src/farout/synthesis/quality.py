@@ -12,7 +12,7 @@ from farout.classifiers.model import Classifier
 from farout.core.csv_files import write_csv
 from farout.core.progress import task
 from farout.core.runtime import Runtime
-from farout.data.batching import iterate_batches
+from farout.data.batching import PreparedImages, iterate_batches
 from farout.data.classes import class_name
 from farout.data.image_source import ImageSource
 from farout.synthesis.generated_folder import OutlierFolder
@@ -67,6 +67,7 @@ def measure_quality(
     class_indices = dict(zip(names, classifier_indices(classifier, names), strict=True))
     source_indices = {key: index for index, key in enumerate(source.keys)}
     preprocessing = classifier.preprocessing
+    prepared = PreparedImages(source, preprocessing)
     parts: list[pd.DataFrame] = []
     with task("evaluating outliers", outliers.images) as bar:
         size = runtime.images_per_batch((preprocessing.channels, *preprocessing.size))
@@ -74,7 +75,7 @@ def measure_quality(
             rows = manifest.loc[list(batch.keys)]
             probabilities = classifier.outputs(batch.images, runtime.batch_size).logits.softmax(1).cpu()
             own_class = torch.tensor([class_indices[name] for name in rows["class_name"]])
-            originals = torch.stack([preprocessing(source[source_indices[key]]) for key in rows["source"]])
+            originals = torch.stack([prepared[source_indices[key]] for key in rows["source"]])
             columns: dict[str, Any] = {
                 "key": list(batch.keys),
                 "source": rows["source"].tolist(),

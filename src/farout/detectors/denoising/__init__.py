@@ -375,7 +375,7 @@ class Denoising(Detector):
 def _check_same_preprocessing(model: DiffusionModel, classifier: Classifier) -> None:
     of_classifier = vars(classifier.preprocessing)
     for name, value in vars(model.preprocessing).items():
-        if name != "native" and value != of_classifier[name]:
+        if name not in ("native", "reduced_decoding") and value != of_classifier[name]:
             difference = f"the diffusion model has {name} {value}, the classifier {of_classifier[name]}"
             raise FaroutError(f"{difference}; train both on images prepared alike")
 

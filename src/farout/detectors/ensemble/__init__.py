@@ -259,6 +259,9 @@ class Ensemble(Detector):
                 f"the parts read images of more than 8 bits with different value ranges ({given}; these images: "
                 f"{source.value_range}); fit them with the same --value-range"
             )
+        reduced = {part.preprocessing.reduced_decoding for part in self.parts.values()}
+        if len(reduced) > 1:
+            raise FaroutError("some parts decode images in reduced sizes, and others do not; fit all of them alike")
         candidates = [part.preprocessing for part in self.parts.values()]
         self.preprocessing = max(candidates, key=lambda each: (each.size[0] * each.size[1], each.channels))
 

@@ -20,6 +20,10 @@ from farout.detectors.interface import DetectorInterface
 __all__ = ["SharedBatch", "SharedInput", "find_inputs", "iterate_shared_batches"]
 
 
+_Prepared = tuple[str, np.ndarray | Tensor]
+"""The identity of an image, and its features or the preprocessed image."""
+
+
 @dataclass(frozen=True)
 class SharedBatch(Batch):
     """Images that were decoded once, as a batch for each input of an ensemble.
@@ -98,22 +102,29 @@ def iterate_shared_batches(
     detectors = [each.feature_detector if use_cache else None for each in inputs]
     readers = [None if detector is None else detector.open_cache() for detector in detectors]
 
-    def prepare(identity: str, pixels: Tensor) -> list[np.ndarray | Tensor]:
-        return [
-            each.preprocessing(pixels) if reader is None else reader.look_up(identity, pixels)
-            for each, reader in zip(inputs, readers, strict=True)
-        ]
+    least_sizes = dict.fromkeys(each.preprocessing.least_size for each in inputs)  # usually one
 
-    def batch_of(loaded: LoadedImages[list[np.ndarray | Tensor]], number: int) -> Batch:
-        own, prepared = readers[number], [each[number] for each in loaded.prepared]
+    def prepare(index: int) -> tuple[str, list[_Prepared]]:
+        images = {least_size: source.read(index, least_size) for least_size in least_sizes}
+        own_images = [images[each.preprocessing.least_size] for each in inputs]
+        prepared = [
+            each.preprocessing(image.pixels) if reader is None else reader.look_up(image.identity, image.pixels)
+            for each, reader, image in zip(inputs, readers, own_images, strict=True)
+        ]
+        identities = [image.identity for image in own_images]
+        return identities[0], list(zip(identities, prepared, strict=True))
+
+    def batch_of(loaded: LoadedImages[list[_Prepared]], number: int) -> Batch:
+        own, prepared = readers[number], [each[number][1] for each in loaded.prepared]
+        identities = tuple(each[number][0] for each in loaded.prepared)
         preprocessing = inputs[number].preprocessing
         images = torch.empty(0, preprocessing.channels, *preprocessing.size)
         features = None
         if own is not None:
-            features = own.complete(loaded.identities, prepared)
+            features = own.complete(identities, prepared)
         elif prepared:
             images = torch.stack([image for image in prepared if isinstance(image, Tensor)])
-        return Batch(loaded.keys, images, None, loaded.indices, features, loaded.identities)
+        return Batch(loaded.keys, images, None, loaded.indices, features, identities)
 
     with ExitStack() as stack:
         for reader in readers:

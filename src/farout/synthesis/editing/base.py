@@ -16,6 +16,7 @@ from torch import Tensor
 from farout.classifiers.model import Classifier
 from farout.core.devices import Precision
 from farout.core.errors import FaroutError, MisleadingResultWarning
+from farout.data.batching import PreparedImages
 from farout.data.image_source import ImageSource
 from farout.data.indices import require_readable_indices
 from farout.data.preprocessing import find_mismatches
@@ -189,7 +190,8 @@ class EditingContext:
 
     def add_noise(self, plans: Sequence[EditPlan]) -> NoisedBatch:
         """Load, encode and noise the source images: x = x0 + sigma_K noise."""
-        images = [self.model.preprocessing(self.context.source[plan.index]) for plan in plans]
+        prepared = PreparedImages(self.context.source, self.model.preprocessing)
+        images = [prepared[plan.index] for plan in plans]
         latent_noise = [plan.latent_noise for plan in plans if plan.latent_noise is not None]
         x0 = self.model.encode(torch.stack(images), torch.stack(latent_noise) if latent_noise else None)
         sigmas = noise_levels.pad_paths([self.sigma_path(plan.k) for plan in plans]).to(x0.device)

@@ -64,9 +64,10 @@ def load_initial_weights(
         return WeightsOrigin(weights=path.name)
     parent = Classifier.load(folder)
     if parent.trained_on and parent.preprocessing.reduced_decoding != reduced_decoding:
+        how, flag = ("without", "no-") if reduced_decoding else ("with", "")
         raise FaroutError(
-            f"the classifier {weights} was trained with reduced_decoding {parent.preprocessing.reduced_decoding}; give "
-            f"the same (--model.reduced_decoding {str(parent.preprocessing.reduced_decoding).lower()})"
+            f"the classifier {weights} was trained {how} reduced decoding; train this one alike "
+            f"(--{flag}model.reduced-decoding)"
         )
     is_complete = bool(parent.trained_on) or "random_weights" in parent.provenance
     unknown = parent.provenance.get("weights", None if is_complete else path.name)

@@ -35,7 +35,7 @@ class FitSettings:
             model, else `native`.
         reduced_decoding: decode images of more than 512 x 512 pixels in a smaller size where the network's size is at
             most half of theirs, which is many times faster for photographs, and identify them by the hash of their
-            files; default: as the given networks were trained, else true.
+            files; given networks that were trained without it turn it off.
         diffusion_config: settings of the diffusion model that is trained if none is given; None: the method's preset.
         training: settings of that training; None: the method's preset.
         classifier_preset: preset of `farout train classifier` used if no classifier is given.
@@ -53,7 +53,7 @@ class FitSettings:
     policy: Literal["raise", "skip"] = "raise"
     statistics: int | None = None
     protocol: Protocol | None = None
-    reduced_decoding: bool | None = None
+    reduced_decoding: bool = True
     diffusion_config: DiffusionConfig | None = None
     training: TrainingConfig | None = None
     classifier_preset: str = "tiny"

@@ -330,13 +330,11 @@ def _choose_reduced_decoding(detector: DetectorInterface, settings: FitSettings)
     for name, part in detector.parts.items():
         if part.is_fitted:
             used[part.preprocessing.reduced_decoding] = f"the detector {name} was fitted"
-    if settings.reduced_decoding is not None:
-        used.setdefault(settings.reduced_decoding, f"reduced_decoding is {settings.reduced_decoding} and")
     if len(used) > 1:
-        raise FaroutError(
-            f"{used[True]} with reduced decoding, {used[False]} without it; use the same for all (reduced_decoding)"
-        )
-    return next(iter(used), True)
+        raise FaroutError(f"{used[True]} with reduced decoding, {used[False]} without it; use the same for all")
+    if True in used and not settings.reduced_decoding:
+        raise FaroutError(f"reduced_decoding is off, and {used[True]} with it; train one without it, or leave it on")
+    return next(iter(used), settings.reduced_decoding)
 
 
 def _load_diffusion(detector: DetectorInterface, diffusion: Any) -> DiffusionModel | FeatureDiffusion | None:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +11,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from farout.core.errors import StoreError, UnreadableImageError
+from farout.data import image_files, parquet_files
 from farout.data.batching import Batch, iterate_batches
+from farout.data.decoding import DecodedImage, decode
 from farout.data.image_source import ImageSource
 from farout.data.preprocessing import Preprocessing
+from farout.data.read_settings import ReadSettings
 from farout.data.sources import open_source
 from farout.features import cache as module
 from farout.features import cache_folder as folder_module
 from farout.features import feature_files as files_module
 from farout.features import feature_store as store_module
 from farout.features.cache import FeatureCache
-from farout.features.cache_folder import cache_folder, clear_cache, list_cached_features
+from farout.features.cache_folder import cache_folder, clear_cache, list_cached_features, measure_cache
 from image_files import pixels, write_folder, write_parquet
 
 pytestmark = pytest.mark.numerics
@@ -134,6 +139,53 @@ def test_an_image_is_decoded_once_even_if_pixels_do_not_fit_in_memory(tmp_path: 
     decoded.clear()
     assert computed(source, tmp_path) == 0
     assert len(decoded) <= 20
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+@pytest.mark.parametrize("memory_mib", [0, 64])
+def test_images_that_were_read_before_are_not_decoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, memory_mib: int
+) -> None:
+    """In another process, or by another detector: the content hash is found by the hash of the encoded bytes."""
+    if form == "folder":
+        images = write_folder(tmp_path / "set", pixels(20), [f"{i:02d}.png" for i in range(20)])
+    else:
+        images = write_parquet(tmp_path / "set.parquet", pixels(20), [0] * 20)
+    decoded = Counter[str]()
+
+    def count(data: bytes, key: str, *more: object, **settings: object) -> DecodedImage:
+        decoded[key] += 1
+        return decode(data, key, *more, **settings)
+
+    for reader in (image_files, parquet_files):
+        monkeypatch.setattr(reader, "decode", count)
+    first, _ = read(open_source(images, memory_mib=memory_mib), tmp_path)
+    assert set(decoded.values()) == {1}
+    decoded.clear()
+    second, _ = read(open_source(images, memory_mib=memory_mib), tmp_path)
+    assert not decoded
+    assert torch.equal(features(first), features(second))
+    assert [batch.identities for batch in first] == [batch.identities for batch in second]
+    assert computed(open_source(images), tmp_path, weights="other") == 20, "another backbone needs the pixels"
+    assert set(decoded.values()) == {1}
+    assert measure_cache(tmp_path) > 0
+    clear_cache(root=tmp_path)
+    assert measure_cache(tmp_path) == 0
+
+
+def test_an_image_that_became_too_large_or_has_more_frames_is_decoded(tmp_path: Path) -> None:
+    """What decoding finds out about an image is not lost."""
+    image = Image.fromarray(np.zeros((8, 8), np.uint8))
+    (tmp_path / "set").mkdir()
+    image.save(tmp_path / "set" / "a.gif", save_all=True, append_images=[Image.fromarray(np.full((8, 8), 9, np.uint8))])
+    image.save(tmp_path / "set" / "b.png")
+    for _ in range(2):
+        source = open_source(tmp_path / "set", policy="skip")
+        read(source, tmp_path)
+        assert source.further_frames == {"a.gif": 1}
+    limited = open_source(tmp_path / "set", policy="skip", reading=ReadSettings(max_pixels=10))
+    read(limited, tmp_path)
+    assert set(limited.unreadable) == {"a.gif", "b.png"}
 
 
 def test_sets_that_share_images_share_features(source: ImageSource, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +16,16 @@ from farout.core.errors import SourceError
 from farout.core.names import encode_name
 from farout.data.decoding import DecodedImage, LeastSize
 
-__all__ = ["Listing", "Reader", "check_count", "check_keys", "encode_groups", "encode_labels", "index_keys"]
+__all__ = [
+    "EncodedReader",
+    "Listing",
+    "Reader",
+    "check_count",
+    "check_keys",
+    "encode_groups",
+    "encode_labels",
+    "index_keys",
+]
 
 
 class Reader(Protocol):
@@ -24,6 +33,17 @@ class Reader(Protocol):
 
     def __call__(self, index: int, least_size: LeastSize | None = None, /) -> DecodedImage:
         """Return image `index`, or raise UnreadableImageError; encoded ones are decoded as by `decode`."""
+
+
+@runtime_checkable
+class EncodedReader(Protocol):
+    """A `Reader` of encoded images."""
+
+    def read_encoded(self, index: int) -> tuple[bytes, str]:
+        """Return the encoded data of an image and the suffix of its file; whatever it raises makes it unreadable."""
+
+    def decode_encoded(self, index: int, data: bytes, suffix: str, least_size: LeastSize | None) -> DecodedImage:
+        """Decode what `read_encoded` has returned, as `Reader` does."""
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,11 @@ class EncodedImageReader(ABC):
         key = self.keys[index]
         with unreadable_errors(key), timed("reading"):
             data, suffix = self.read_encoded(index)
+        return self.decode_encoded(index, data, suffix, least_size)
+
+    def decode_encoded(self, index: int, data: bytes, suffix: str, least_size: LeastSize | None) -> DecodedImage:
+        """Decode what `read_encoded` has returned."""
+        key = self.keys[index]
         if self._frames is None:
             return decode(data, key, self.reading, suffix=suffix, least_size=least_size)
         return replace(decode(data, key, self.reading, self._frames[index], suffix, least_size), frames=1)

@@ -18,7 +18,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from farout.core import progress
-from farout.core.errors import LeftOutWarning, MisleadingResultWarning, SourceError, UnreadableImageError
+from farout.core.errors import (
+    LeftOutWarning,
+    MisleadingResultWarning,
+    SourceError,
+    UnreachableStoreError,
+    UnreadableImageError,
+)
 from farout.data.decoding import (
     LARGE_PIXELS,
     DecodedImage,
@@ -30,12 +36,12 @@ from farout.data.decoding import (
     scale_to_uint8,
     unreadable_errors,
 )
-from farout.data.file_listing import Listing
+from farout.data.file_listing import EncodedReader, Listing
 from farout.data.read_settings import DEFAULT_READING, ReadSettings, ValueRange, format_value_range
 from farout.data.thumbnails import REDUCED_SIZE, make_thumbnail
 from farout.data.variants import apply_variant
 
-__all__ = ["ImageSource", "Policy", "ReadImage", "ReadingRecord", "check_policy"]
+__all__ = ["EncodedImage", "ImageSource", "Policy", "ReadImage", "ReadingRecord", "check_policy"]
 
 _BLOCK = 4 * 2**20
 _HASH_BYTES = 256
@@ -134,10 +140,27 @@ class ReadImage:
     Attributes:
         pixels: uint8 (C, H, W), which callers must not modify.
         identity: see `ImageSource.identity`.
+        is_plain: whether it was decoded now, and its file has one frame of 8 bits: its bytes decide the identity.
     """
 
     pixels: Tensor
     identity: str
+    is_plain: bool = False
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One encoded image of a source.
+
+    Attributes:
+        data: the encoded bytes.
+        suffix: suffix of the file.
+        hash: hash of the bytes, and of what decides how they are decoded and identified.
+    """
+
+    data: bytes
+    suffix: str
+    hash: bytes
 
 
 @dataclass(frozen=True)
@@ -148,11 +171,13 @@ class _DecodedPixels:
         pixels: uint8 (C, H, W), of a large image possibly in a reduced size.
         shape: (C, H, W) in native size.
         large_identity: what identifies a large image with reduced decoding; None for others, or without it.
+        is_plain: see `ReadImage`.
     """
 
     pixels: Tensor
     shape: tuple[int, int, int]
     large_identity: str | None
+    is_plain: bool = False
 
 
 _StoredImage = tuple[_Slot, tuple[int, int, int], str | None]
@@ -220,7 +245,13 @@ class _ImageStore:
         """Return the native uint8 pixels, which callers must not modify; raises UnreadableImageError."""
         return self.read(index, requested).pixels
 
-    def read(self, index: int, requested: _RequestedRange, least_size: LeastSize | None = None) -> _DecodedPixels:
+    def read(
+        self,
+        index: int,
+        requested: _RequestedRange,
+        least_size: LeastSize | None = None,
+        encoded: EncodedImage | None = None,
+    ) -> _DecodedPixels:
         """Return the uint8 pixels, of a large image in a reduced size if `least_size` allows it.
 
         Raises UnreadableImageError.
@@ -235,7 +266,10 @@ class _ImageStore:
                 raise UnreadableImageError(self.failures[key])
         key = (index, None)
         try:
-            decoded = self.listing.read(index, least_size)
+            if encoded is not None and isinstance(self.listing.read, EncodedReader):
+                decoded = self.listing.read.decode_encoded(index, encoded.data, encoded.suffix, least_size)
+            else:
+                decoded = self.listing.read(index, least_size)
             if decoded.frames > 1:
                 self.further_frames[index] = decoded.frames - 1
             if decoded.values.dtype != torch.uint8:
@@ -247,7 +281,8 @@ class _ImageStore:
             self.failures[key] = str(error)
             raise
         height, width = decoded.full_size or image.shape[1:]
-        read = _DecodedPixels(image, (image.shape[0], height, width), decoded.encoded_hash)
+        is_plain = decoded.frames == 1 and decoded.values.dtype == torch.uint8
+        read = _DecodedPixels(image, (image.shape[0], height, width), decoded.encoded_hash, is_plain)
         if least_size is not None and _is_large(read.shape) and decoded.encoded_hash is None:
             identity = self._identities.get((index, requested)) or content_hash(image)
             read = replace(read, pixels=reduce_pixels(image, least_size), large_identity=identity)
@@ -336,6 +371,10 @@ class _ImageStore:
         content = content or content_hash(read.pixels)
         self._keep(hashes, index, requested, content)
         return content
+
+    def remember_hash(self, index: int, requested: _RequestedRange, reduced: bool, content: str) -> None:
+        """Keep a content hash, see `hash`."""
+        self._keep(self._identities if reduced else self._hashes, index, requested, content)
 
     def _keep(
         self, hashes: dict[tuple[int, _RequestedRange], str], index: int, requested: _RequestedRange, content: str
@@ -537,25 +576,46 @@ class ImageSource(Dataset[Tensor]):
             pixels, self._variant, self._strength, identity, lambda draw: store.donor(index, draw, requested)
         )
 
-    def read(self, index: int, least_size: LeastSize | None = None) -> ReadImage:
+    def read_encoded(self, index: int, *, reduced_decoding: bool) -> EncodedImage | None:
+        """Return an encoded image; None for one that is given as pixels, is unreadable, or has a variant.
+
+        Args:
+            index: index of the image.
+            reduced_decoding: how it will be decoded and identified.
+        """
+        reader = self._store.listing.read
+        if self._variant is not None or self.reading.frames != "first" or not isinstance(reader, EncodedReader):
+            return None
+        try:
+            data, suffix = reader.read_encoded(self._indices[index])
+        except UnreachableStoreError:
+            raise
+        except Exception:  # noqa: BLE001 - reported by `read`, which reads it again
+            return None
+        text = f"{suffix.lower()} {self.reading.max_pixels} {reduced_decoding}"
+        salt = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        return EncodedImage(data, suffix, hashlib.blake2b(data, digest_size=16, salt=salt).digest())
+
+    def read(self, index: int, least_size: LeastSize | None = None, encoded: EncodedImage | None = None) -> ReadImage:
         """Return an image with its identity, decoded once.
 
         Args:
             index: index of the image.
             least_size: a large image may be decoded in a reduced size. Its identity is then the hash of its encoded
                 bytes, also where the size is not reduced. An image with a variant is reduced after it.
+            encoded: the result of `read_encoded`, if it is known.
 
         Raises:
             UnreadableImageError: the image cannot be read.
         """
-        if least_size is None:
-            pixels = self._native_pixels(index)
-            return ReadImage(pixels, self.identity(index, pixels))  # of the pixels
         if self._variant is not None:
             pixels = self._native_pixels(index)
-            return ReadImage(reduce_pixels(pixels, least_size), content_hash(pixels))
-        read = self._store.read(self._indices[index], self._requested_range, least_size)
-        return ReadImage(read.pixels, self._store.hash(self._indices[index], self._requested_range, True, read))
+            reduced = pixels if least_size is None else reduce_pixels(pixels, least_size)
+            return ReadImage(reduced, content_hash(pixels))
+        read = self._store.read(self._indices[index], self._requested_range, least_size, encoded)
+        is_reduced = least_size is not None
+        identity = self._store.hash(self._indices[index], self._requested_range, is_reduced, read)
+        return ReadImage(read.pixels, identity, read.is_plain)
 
     def read_pixels(self, index: int, least_size: LeastSize | None = None) -> Tensor:
         """Return the pixels of `read`."""
@@ -645,6 +705,10 @@ class ImageSource(Dataset[Tensor]):
         if self._variant is not None:
             return None
         return self._store.known_hash(self._indices[index], self._requested_range, reduced_decoding)
+
+    def remember_identity(self, index: int, identity: str, *, reduced_decoding: bool) -> None:
+        """Keep the identity of an image without a variant, which was found by its `read_encoded`."""
+        self._store.remember_hash(self._indices[index], self._requested_range, reduced_decoding, identity)
 
     def identity(self, index: int, pixels: Tensor | None = None) -> str:
         """Return the content hash with the variant applied: the seed text of the image's random numbers.

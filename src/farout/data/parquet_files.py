@@ -447,8 +447,24 @@ class ParquetImages:
         return selected
 
     def __call__(self, index: int, least_size: LeastSize | None = None) -> DecodedImage:
-        key = self._keys[index]
-        with unreadable_errors(key):
+        data = self._read_cell(index)
+        if isinstance(data, bytes):
+            return self.decode_encoded(index, data, "", least_size)
+        return decode_object(data, self._keys[index], self._reading, least_size)
+
+    def read_encoded(self, index: int) -> tuple[bytes, str]:
+        """Return the encoded data of an image, and no suffix; raises UnreadableImageError, also for arrays."""
+        data = self._read_cell(index)
+        if isinstance(data, bytes):
+            return data, ""
+        raise UnreadableImageError(f"{self._keys[index]}: the row contains an array")
+
+    def decode_encoded(self, index: int, data: bytes, suffix: str, least_size: LeastSize | None) -> DecodedImage:
+        """Decode what `read_encoded` has returned."""
+        return decode(data, self._keys[index], self._reading, least_size=least_size)
+
+    def _read_cell(self, index: int) -> bytes | np.ndarray:
+        with unreadable_errors(self._keys[index]):
             row = index if self._rows is None else int(self._rows[index])
             number = int(np.searchsorted(self._ends, row, side="right"))
             first = int(self._ends[number - 1]) if number else 0
@@ -456,10 +472,7 @@ class ParquetImages:
                 cell = self._group(number)[row - first].as_py()
             for part in self._parts[1:]:
                 cell = cell.get(part) if isinstance(cell, Mapping) else None
-            data = self._encoded(cell, self._paths[self._row_groups[number][0]].parent)
-        if isinstance(data, bytes):
-            return decode(data, key, self._reading, least_size=least_size)
-        return decode_object(data, key, self._reading, least_size)
+            return self._encoded(cell, self._paths[self._row_groups[number][0]].parent)
 
     def _encoded(self, cell: Any, folder: FilePath) -> bytes | np.ndarray:
         """Return the encoded image, or the array of pixels, of a cell; raises UnreadableImageError."""

@@ -30,6 +30,7 @@ from farout.data.preprocessing import Preprocessing
 from farout.features.cache_folder import CacheFullError, cache_folder, cache_limit, format_size, warn_once
 from farout.features.feature_files import FORMAT, Array, row_bytes
 from farout.features.feature_store import open_store
+from farout.features.known_images import KnownImages
 
 __all__ = ["FeatureCache"]
 
@@ -87,6 +88,7 @@ class FeatureCache:
             self.folder, self.failure = Path(os.devnull, name), str(error)
             warn_once(f"features are computed without being stored: {error}")
         self._store = open_store(self.folder, width, self.settings)
+        self._known_images = KnownImages(root)
 
     def batches(
         self, source: ImageSource, preprocessing: Preprocessing, size: int, workers: int, compute: Compute, chunk: int
@@ -118,7 +120,8 @@ class FeatureCache:
         """Find the rows that others have stored meanwhile, and at the end write those that were added."""
         self._store.refresh()
         try:
-            yield
+            with self._known_images.in_use():
+                yield
         finally:
             self._write(partial(self._store.flush, may_wait=True))
 
@@ -154,16 +157,23 @@ class FeatureCache:
         for index in span:
             try:
                 # an image is decoded only if it must be, and once
-                identity, pixels = source.known_identity(index, reduced_decoding=preprocessing.reduced_decoding), None
+                reduced, image, encoded = preprocessing.reduced_decoding, None, None
+                identity = source.known_identity(index, reduced_decoding=reduced)
                 if identity is None:
-                    image = source.read(index, preprocessing.least_size)
-                    identity, pixels = image.identity, image.pixels
+                    encoded = source.read_encoded(index, reduced_decoding=reduced)
+                    identity = None if encoded is None else self._known_images.find(encoded.hash)
+                    if identity is not None:
+                        source.remember_identity(index, identity, reduced_decoding=reduced)
+                if identity is None:
+                    image = source.read(index, preprocessing.least_size, encoded)
+                    identity = image.identity
+                    if encoded is not None and image.is_plain:
+                        self._known_images.add(encoded.hash, identity)
                 image_hash = bytes.fromhex(identity)
                 row = self._store.read([image_hash])
                 if not row:
-                    if pixels is None:
-                        pixels = source.read_pixels(index, preprocessing.least_size)
-                    look_up.missing.append((image_hash, preprocessing(pixels)))
+                    image = image or source.read(index, preprocessing.least_size, encoded)
+                    look_up.missing.append((image_hash, preprocessing(image.pixels)))
                 look_up.stored.update(row)
                 look_up.hashes.append(image_hash)
             except UnreadableImageError:

@@ -27,6 +27,7 @@ from farout.core.names import expand_path
 from farout.features.feature_files import FORMAT, SUFFIX, count_rows
 
 __all__ = [
+    "HASHES_PREFIX",
     "SETTINGS_FILE",
     "CacheFullError",
     "CachedFeatureSet",
@@ -49,6 +50,8 @@ IN_USE_SECONDS = 600
 """Files that were read or written in this time are not deleted to make room: a running process may need them again."""
 _DAY = 86400
 _FOLDER_NAME = re.compile("[0-9a-f]{16}")
+HASHES_PREFIX = "content-hashes-"
+"""Begins the names of the folders with the content hashes of encoded images, see `farout.features.known_images`."""
 _OLD_SUFFIX = ".npy"
 _LOCK_FILE = ".lock"
 _UNITS = {
@@ -125,6 +128,10 @@ def _kind_folders(root: Path) -> list[Path]:
     return sorted(folder for folder in (root / "features").glob("*/") if _FOLDER_NAME.fullmatch(folder.name))
 
 
+def _all_folders(root: Path) -> list[Path]:
+    return [*_kind_folders(root), *sorted((root / "features").glob(f"{HASHES_PREFIX}*/"))]
+
+
 def _find_files(folder: Path) -> list[_StoredFile]:
     """The files of one kind of features, also of an older layout; files of killed processes are removed."""
     found = []
@@ -141,7 +148,7 @@ def _find_files(folder: Path) -> list[_StoredFile]:
 
 def measure_cache(root: Path | None = None) -> int:
     """Size of the cache in bytes."""
-    return sum(file.size for folder in _kind_folders(root or cache_folder()) for file in _find_files(folder))
+    return sum(file.size for folder in _all_folders(root or cache_folder()) for file in _find_files(folder))
 
 
 @contextmanager
@@ -174,7 +181,7 @@ def make_room(root: Path, size: int, limit: int | None) -> int:
     """
     if limit is None:
         return 2**63
-    files = [file for folder in _kind_folders(root) for file in _find_files(folder)]
+    files = [file for folder in _all_folders(root) for file in _find_files(folder)]
     excess = sum(file.size for file in files) + size - limit
     if excess <= 0:
         return size + min(-excess, limit // 64)  # other processes write, too
@@ -302,6 +309,9 @@ def clear_cache(
     if name is not None and not folders:
         raise StoreError(f"the cache in {root} has no features {name!r}; see `farout features list`")
     removed = []
+    for folder in _all_folders(root) if name is None and unused_days is None else ():
+        if folder not in folders:
+            shutil.rmtree(folder)
     for folder in folders:
         files = _find_files(folder)
         if unused_days is None:

@@ -226,6 +226,7 @@ def reduce_pixels(pixels: Tensor, least_size: LeastSize) -> Tensor:
     return pixels if factor == 1 else _pixels_of(to_pil(pixels).reduce(factor))
 
 
+@timed("hashing")
 def _hash_encoded(data: bytes, frame: int) -> str:
     """Return the blake2b hash (16 bytes, hex) of an encoded image; it is no hash of pixels, see `content_hash`."""
     return hashlib.blake2b(data, digest_size=16, person=b"encoded", salt=frame.to_bytes(8, "little")).hexdigest()

@@ -184,6 +184,7 @@ def translations(page: Path) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted((DOCS / "from").glob("*.md")), ids=lambda page: page.stem)
 def test_flags_for_users_of_another_program_are_known_with_their_values(page: Path) -> None:
     found = translations(page)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from farout.cli import main
 from farout.cli.command_parser import parse
 from farout.core.errors import FaroutError, StoreError
+from farout.detectors.semantic import Semantic
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
 from farout.features.extractor import FeatureExtractor
@@ -25,6 +26,7 @@ from farout.features.feature_diffusion import FeatureDiffusion
 from farout.importing.import_weights import import_weights
 from foreign_features import EfficientNetB0, Lfdn, randomize_statistics
 from foreign_unets import DdimUNet, GuidedUNet, MonaiUNet, randomize
+from small import pictures
 
 T = torch.tensor([0.0, 37.0, 999.0])
 
@@ -154,7 +156,8 @@ def lfdn_checkpoint(path: Path, seed: int, *, ema: str) -> tuple[nn.Module, str]
 def test_denoiser_of_dlsr_with_the_first_epoch(tmp_path: Path, ema: str) -> None:
     last, source = lfdn_checkpoint(tmp_path / "checkpoint-149.pth", 1, ema=ema)
     early, first = lfdn_checkpoint(tmp_path / "checkpoint-0.pth", 5, ema=ema)
-    result = import_weights(source, out=str(tmp_path / "m"), first=first, backbone="lite0")
+    images = str(pictures(tmp_path / "images", 12))
+    result = import_weights(source, out=str(tmp_path / "m"), first=first, backbone="lite0", images=images)
     assert "--regret" in result.next_command
     assert_runs(result.next_command)
     model = FeatureDiffusion.load(tmp_path / "m")
@@ -166,6 +169,11 @@ def test_denoiser_of_dlsr_with_the_first_epoch(tmp_path: Path, ema: str) -> None
             torch.testing.assert_close(network(x, t), expected, atol=1e-5, rtol=1e-4)
         assert expected.std() > 0.05
     assert model.encoding.channels == (16, 24, 40, 112, 320)
+    assert len(model.trained_on) == 12
+    good = pictures(tmp_path / "good", 40, seed=3)
+    detector = Semantic.from_preset("released", backbone="lite0", standardize="image")
+    detector.fit(good, FeatureDiffusion.load(tmp_path / "m"), alpha=0.1, statistics=20)
+    assert len(detector.score(good).is_ood) == 40
 
 
 def test_a_denoiser_of_features_requires_its_backbone(tmp_path: Path) -> None:

@@ -15,7 +15,12 @@ from farout.core import store
 from farout.core.compiler_import import defer_compiler_import
 from farout.core.errors import FaroutError, StoreError
 from farout.core.network_size import limit_parameters
+from farout.core.runtime import Runtime
+from farout.data.preprocessing import Preprocessing
+from farout.data.sources import open_source
+from farout.features.densities import Mahalanobis
 from farout.features.encoding import FeatureEncoding
+from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
 from farout.features.feature_denoiser import FeatureDenoiser
 from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
@@ -67,14 +72,35 @@ def convert_lfdn(checkpoint: Checkpoint, settings: ImportSettings, ema: bool) ->
     )
     blocks, hidden = network.config["blocks"], network.config["hidden"]
     weights = f" --weights {settings.backbone_weights}" if settings.backbone_weights else ""
-    regret = " --regret" if first is not None else ""
+    regret = "--regret" if first is not None else "--no-regret"
     command = (
-        f"farout fit semantic NORMAL_IMAGES --preset released{regret} --backbone {backbone}{weights} "
+        f"farout fit semantic NORMAL_IMAGES --preset released {regret} --backbone {backbone}{weights} "
         "--diffusion {out} --out detector/"
     )
-    if first is None:
-        command = command.replace("--preset released", "--preset released --no-regret")
+    if settings.images is not None:
+        _describe_features(model, extractor, settings.images)
+    else:
+        assumed["mean and covariance of the features"] = "missing; a detector requires them: import with --images"
+        command = f"farout import {checkpoint.path} --images TRAINING_IMAGES --backbone {backbone} --out {{out}}"
     return Imported(model, f"LFDN of {width} features, {blocks} blocks of {hidden}", assumed, command)
+
+
+def _describe_features(model: FeatureDiffusion, extractor: FeatureExtractor, images: str) -> None:
+    """Stores mean and covariance of the encoded features of the training images, and the images' hashes."""
+    source = open_source(images)
+    if len(source) < 2:
+        raise FaroutError(f"{source.name} has {len(source)} images; a covariance requires at least 2")
+    runtime = Runtime().resolve_auto()
+    # as released: straight to the size of the backbone
+    preprocessing = Preprocessing.for_source(source, size=extractor.size, channels=3, protocol="direct")
+    reader = CachedFeatures(extractor.to(runtime.device), preprocessing, runtime.batch_size, "fp32")
+    batches = reader.batches(source, runtime.images_per_batch((1,)), runtime.workers)
+    features = torch.cat([batch.features.cpu() for batch in batches if batch.features is not None])
+    extractor.to("cpu")
+    model.gaussian = Mahalanobis.fit(model.encode(features).double().numpy())
+    model.trained_on = frozenset(source.content_hash(index) for index in range(len(source)))
+    model.provenance["unknown"] = "whether the network was trained on all of these images, and only on them"
+    model.provenance["images"] = source.name
 
 
 def _build_denoiser(checkpoint: Checkpoint) -> FeatureDenoiser:

@@ -54,6 +54,7 @@ def import_weights(
     first: str | None = None,
     backbone: str | None = None,
     backbone_weights: str | None = None,
+    images: str | None = None,
 ) -> ImportedFolder:
     """Convert published weights of another program to a folder that farout loads.
 
@@ -79,6 +80,8 @@ def import_weights(
             `resnet50`.
         backbone_weights: lfdn: file of the backbone's weights, or folder of an imported EfficientNet; default: as for a
             detector.
+        images: lfdn: source of the images that the network was trained on. The mean and covariance of their features,
+            which a detector requires, are not in the file.
     """
     checkpoint = read_checkpoint(source, ema=ema)
     layout, selected = recognize_layout(checkpoint, kind)
@@ -95,6 +98,7 @@ def import_weights(
         first=first,
         backbone=backbone,
         backbone_weights=backbone_weights,
+        images=images,
     )
     settings.check(layout, LAYOUTS[layout].settings)
     if size is not None and not 1 <= size <= 4096:

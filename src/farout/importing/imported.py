@@ -34,6 +34,7 @@ class ImportSettings:
     first: str | None = None
     backbone: str | None = None
     backbone_weights: str | None = None
+    images: str | None = None
 
     def check(self, layout: str, used: Sequence[str]) -> None:
         """Raises FaroutError for a setting that the layout does not use."""

@@ -74,7 +74,7 @@ LAYOUTS = {
         "LFDN, the denoiser of features of DLSR's checkpoint-*.pth",
         ("input_proj.1.weight", "time_embed.0.weight", "res_blocks.0.in_layers.2.weight", "out.2.weight"),
         "features:convert_lfdn",
-        settings=("first", "backbone", "backbone_weights"),
+        settings=("first", "backbone", "backbone_weights", "images"),
     ),
     "efficientnet": Layout(
         "EfficientNet of efficientnet_pytorch, as in DLSR's efficientnet-b4-6ed6700e.pth",

@@ -43,7 +43,7 @@ def equal_layer_weights(groups: Sequence[int]) -> Tensor:
 def nearest_distances(vectors: Tensor, bank: Tensor) -> Tensor:
     """Distance of each vector (P, c) to the nearest row of the bank (N, c): (P,)."""
     # ||v - b||^2 = ||v||^2 - 2 v b + ||b||^2; ||v||^2 does not change which row is the nearest
-    nearest = (bank.square().sum(1) - 2 * vectors @ bank.T).argmin(1)
+    nearest = torch.addmm(bank.square().sum(1), vectors, bank.T, alpha=-2).argmin(1)  # one pass over (P, N) fewer
     # These products cancel where a row is very near: the distance is computed from the difference.
     return (vectors - bank[nearest]).square().sum(1).sqrt()
 

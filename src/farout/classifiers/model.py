@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -16,8 +16,9 @@ from torch.nn import functional
 from farout.classifiers.networks import RESNETS, NetworkSpec, Stem, capture_inputs, find_head, find_pool, linear_layer
 from farout.classifiers.weights import WEIGHTS_HINT, describe_mismatches, load_weights, model_card, rename_weights
 from farout.core import store
+from farout.core.backends import Backend, NetworkRunner
 from farout.core.chunking import BatchSize, call_in_chunks
-from farout.core.devices import Precision, autocast
+from farout.core.devices import Precision
 from farout.core.errors import FaroutError, StoreError
 from farout.core.names import find_path
 from farout.core.network_size import limit_parameters
@@ -57,6 +58,24 @@ class Outputs:
     logits: Tensor
     features: Tensor
     maps: Tensor | None = None
+
+
+class _FlatOutputs(nn.Module):
+    """Logits and the inputs of named layers, one after the other, float32 (B, values).
+
+    Attributes:
+        shapes: the shape of each output of one row, once the module was called.
+    """
+
+    def __init__(self, module: nn.Module, layers: dict[str, str]) -> None:
+        super().__init__()
+        self.module, self.layers, self.shapes = module, layers, list[torch.Size]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with capture_inputs(self.module, **self.layers) as captured:
+            outputs = [self.module(x), *(captured[name] for name in self.layers)]
+        self.shapes = [output.shape[1:] for output in outputs]
+        return torch.cat([output.float().flatten(1) for output in outputs], dim=1)
 
 
 class Classifier:
@@ -189,9 +208,23 @@ class Classifier:
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (images - mean) / std
 
+    @cached_property
+    def _without_maps(self) -> NetworkRunner:
+        return NetworkRunner(_FlatOutputs(self.module, {"features": self.head_name}), "classifier")
+
+    @cached_property
+    def _with_maps(self) -> NetworkRunner:
+        layers = {"features": self.head_name, **({} if self.pool_name is None else {"maps": self.pool_name})}
+        return NetworkRunner(_FlatOutputs(self.module, layers), "classifier")
+
     @torch.no_grad()
     def outputs(
-        self, images: Tensor, batch_size: BatchSize = "auto", precision: Precision = "fp32", maps: bool = False
+        self,
+        images: Tensor,
+        batch_size: BatchSize = "auto",
+        precision: Precision = "fp32",
+        maps: bool = False,
+        backend: Backend = "eager",
     ) -> Outputs:
         """Logits, features and maps of images, from one forward pass in eval mode, on the classifier's device.
 
@@ -200,32 +233,24 @@ class Classifier:
             batch_size: maximum number of rows of one network call; `auto`: by memory.
             precision: precision of the network; the outputs are float32.
             maps: also return the maps.
+            backend: the library that evaluates the network.
 
         Raises:
             FaroutError: for images of other channels, and for maps of a network without a pooling layer.
         """
         if maps and not self.has_maps:
             raise FaroutError("this network has no layer that pools its feature maps, so they cannot be had")
-        layers = {"features": self.head_name}
-        if self.pool_name is not None and maps:
-            layers["maps"] = self.pool_name
-        shapes: list[torch.Size] = []  # of the outputs of one row
+        outputs = self._with_maps if maps else self._without_maps
+        module: Any = outputs.module
         was_training = self.module.training
         self.module.eval()
         try:
-            with capture_inputs(self.module, **layers) as captured:
-
-                def flat_outputs(x: Tensor) -> Tensor:
-                    with autocast(self.device, precision):
-                        logits = self.module(x)
-                    outputs = [logits, *(captured[name] for name in layers)]
-                    shapes[:] = [output.shape[1:] for output in outputs]
-                    return torch.cat([output.float().flatten(1) for output in outputs], dim=1)
-
-                x = self.normalize(images.to(self.device, torch.float32))
-                flat = call_in_chunks(self.module, flat_outputs, x, batch_size=batch_size)
+            x = self.normalize(images.to(self.device, torch.float32))
+            call = partial(outputs, precision=precision, backend=backend)
+            flat = call_in_chunks(self.module, call, x, batch_size=batch_size)
         finally:
             self.module.train(was_training)
+        shapes = module.shapes
         columns = torch.split(flat, [shape.numel() for shape in shapes], dim=1)
         return Outputs(*[values.reshape(-1, *shape) for values, shape in zip(columns, shapes, strict=True)])
 

@@ -105,20 +105,20 @@ COMMANDS = {
         "Generate images with a diffusion model.",
         "cli.commands.sample:sample",
         "cli.commands.sample:print_sampled_folder",
-        unused_runtime=("workers", "cache"),
+        unused_runtime=("workers", "cache", "backend"),
     ),
     "synthesize": Command(
         "Generate synthetic outliers from labelled images with a diffusion model.",
         "cli.commands.synthesize:synthesize",
         "cli.commands.synthesize:print_outlier_folder",
         methods="synthesis:SYNTHESIZERS",
-        unused_runtime=("cache",),
+        unused_runtime=("cache", "backend"),
     ),
     "reconstruct": Command(
         "Reconstruct images by image-to-image: add noise and denoise.",
         "cli.commands.reconstruct:reconstruct",
         "cli.commands.reconstruct:print_reconstructed_folder",
-        unused_runtime=("cache",),
+        unused_runtime=("cache", "backend"),
     ),
     "fid": Command(
         "Compute FID and KID of generated images, or the same distances on the built-in backbone.",

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from farout.core.backends import use_eager
 from farout.core.errors import FaroutError
 
 __all__ = ["BatchSize", "blocks_containing", "call_in_chunks", "check_batch_size"]
@@ -87,7 +88,7 @@ def _measure_largest_activation(network: nn.Module, function: Callable[..., Tens
 
     handles = [module.register_forward_hook(record) for module in network.modules()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), use_eager():
             function(*(tensor[:1] for tensor in inputs))
     finally:
         for handle in handles:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from farout.core import store
+from farout.core.backends import BackendChoice, check_backend
 from farout.core.chunking import BatchSize, check_batch_size
 from farout.core.devices import PrecisionChoice, resolve_device, resolve_precision
 from farout.core.errors import FaroutError
@@ -25,8 +26,8 @@ _MAX_WORKERS = 1024
 class Runtime:
     """Settings for running networks. Raises FaroutError for values out of range.
 
-    Only `device` and `precision` change results by more than rounding; `batch_size`, `workers` and `cache` change
-    speed and memory.
+    Only `device` and `precision` change results by more than rounding, and in bf16 `backend`; `batch_size`, `workers`
+    and `cache` change speed and memory.
 
     Args:
         device: device of the networks: `auto` (CUDA if present, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
@@ -35,6 +36,9 @@ class Runtime:
         batch_size: maximum number of images processed together and of rows per network call; `auto`: set by memory.
         workers: number of threads that decode images.
         cache: store features on disk and reuse stored ones (see `farout features list`).
+        backend: library that evaluates the networks: `eager` (torch), `compile` (torch.compile), `openvino`,
+            `onnxruntime`, or `auto` (the fastest that is installed, if there are enough images to pay for the
+            conversion).
     """
 
     device: str = "auto"
@@ -42,6 +46,7 @@ class Runtime:
     batch_size: BatchSize = "auto"
     workers: int = 2
     cache: bool = True
+    backend: BackendChoice = "auto"
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
@@ -52,10 +57,13 @@ class Runtime:
         """The same settings with `auto` replaced by the device and precision of this machine.
 
         Raises:
-            FaroutError: for a device that is not available, or a precision that it does not support.
+            FaroutError: for a device that is not available, and a precision or a backend that it does not support.
         """
         device = resolve_device(self.device)
-        return replace(self, device=str(device), precision=resolve_precision(self.precision, device))
+        precision = resolve_precision(self.precision, device)
+        if self.backend != "auto":
+            check_backend(self.backend, device, precision)
+        return replace(self, device=str(device), precision=precision)
 
     def describe_environment(self) -> dict[str, Any]:
         """What results depend on beyond the images and the detector: device type, precision, library versions, CPU.
@@ -68,6 +76,7 @@ class Runtime:
             "precision": self.precision,
             "versions": store.versions(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
+            **({} if self.backend in ("auto", "eager") else {"backend": self.backend}),
         }
 
     def images_per_batch(self, shape: Sequence[int], rows_per_image: int = 1) -> int:

@@ -15,6 +15,7 @@ from farout.core.remote_files import is_url
 from farout.data.image_source import Policy
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.detectors import saving
+from farout.detectors.backend_choice import choose_backend
 from farout.detectors.calibration import (
     check_fitted,
     compute_p_values,
@@ -79,6 +80,7 @@ class Detector(DetectorInterface):
         """
         check_fitted(self)
         source = self.open_images(images, policy=policy, limit=limit, reading=reading)
+        choose_backend(self, len(source))
         parts = [Scores.empty(self.calibration_scores)]
         with task("scoring", len(source)) as bar:
             for batch in self.load_batches(source):

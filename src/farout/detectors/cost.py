@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from farout.core.backends import use_eager
 from farout.data.batching import Batch
 from farout.detectors.interface import DetectorInterface
 
@@ -33,8 +34,9 @@ def measure_cost(detector: DetectorInterface, batch: Batch | None = None) -> Cos
         image = torch.full((1, detector.preprocessing.channels, *detector.preprocessing.size), 0.5)
         batch = Batch(("gray",), image, None, (0,))
     # The first call also measures memory and folds the backbone's batch norms, which is no cost of an image.
-    detector.measure(batch)
+    with use_eager():
+        detector.measure(batch)
     evaluations = detector.evaluations
-    with FlopCounterMode(display=False) as counter:
+    with use_eager(), FlopCounterMode(display=False) as counter:
         detector.measure(batch)
     return Cost(detector.evaluations - evaluations, counter.get_total_flops() / 2e9)

@@ -101,7 +101,7 @@ class DiffPath(Detector):
         # The last step ends at the schedule's largest sigma, where the network is not evaluated.
         levels = [*(last * step // steps for step in range(steps)), last - 1]
         self.path = model.schedule.sigma_of(torch.tensor(levels)).float().to(model.device)
-        self.network: NetworkDenoiser = model.denoiser(self.runtime.batch_size, self.precision)
+        self.network: NetworkDenoiser = model.denoiser(self.runtime.batch_size, self.precision, self.backend)
         self.denoiser = model.clamp_x0(self.network) if self.config["clamp"] else self.network
 
     @property

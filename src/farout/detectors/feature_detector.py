@@ -68,7 +68,9 @@ class FeatureDetector(Detector):
 
     def open_cache(self) -> CachedFeatures:
         """Open the cache of the backbone's features."""
-        return CachedFeatures(self.backbone, self.preprocessing, self.runtime.batch_size, self.precision)
+        return CachedFeatures(
+            self.backbone, self.preprocessing, self.runtime.batch_size, self.precision, backend=self.backend
+        )
 
     def build_baseline(self, method: type[F]) -> F:
         """Build an unfitted detector of another method on the same backbone."""
@@ -113,7 +115,15 @@ class FeatureDetector(Detector):
         """Pooled features (B, width) of a batch, float32 on the CPU."""
         if batch.features is not None:
             return batch.features
-        return self.backbone.pooled_features(batch.images, self.runtime.batch_size, self.precision).cpu()
+        return self._compute_features(batch.images)
+
+    def _compute_features(self, images: Tensor) -> Tensor:
+        size, precision = self.runtime.batch_size, self.precision
+        return self.backbone.pooled_features(images, size, precision, self.backend).cpu()
+
+    def run_networks(self, batch: Batch) -> None:
+        """Run the backbone; a denoiser of features takes little time."""
+        self._compute_features(batch.images)
 
     def pooled_features_of_source(self, source: ImageSource) -> Tensor:
         """Pooled features (n, width) of all readable images of a source."""

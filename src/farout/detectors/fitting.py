@@ -25,6 +25,7 @@ from farout.data.preprocessing import Preprocessing, is_all_gray
 from farout.data.read_settings import DEFAULT_READING, ReadSettings, format_value_range
 from farout.data.sources import open_source, parse_source
 from farout.data.splits import Groups, Split, calibration_size, group_images, log_split, split_source
+from farout.detectors.backend_choice import choose_backend
 from farout.detectors.calibration import check_alpha, check_fitted, check_seed, set_calibration
 from farout.detectors.fit_settings import FitSettings
 from farout.detectors.interface import DetectorInterface
@@ -103,7 +104,11 @@ def fit_to_split(detector: DetectorInterface, source: ImageSource, split: Split,
         detector.fit_parts(source, split, settings)
     else:
         _prepare_networks(detector, source, training_images, settings)
+    backend = detector.backend  # of the backbone, with which the features of training images were computed
     detector.attach_runtime(settings.runtime)
+    if detector.requirements.backbone:
+        detector.use_backend(backend)
+    choose_backend(detector, len(statistics_images) + len(calibration_images))
 
     detector.prepare_statistics(statistics_images)
     detector.statistics = measure_source(
@@ -138,7 +143,13 @@ def fit_to_split(detector: DetectorInterface, source: ImageSource, split: Split,
         "left_out": source.left_out,
         "further_frames": sum(source.further_frames.values()),
         "groups": settings.groups if isinstance(settings.groups, str) else "given",
+        **_describe_backend(detector),
     }
+
+
+def _describe_backend(detector: DetectorInterface) -> dict[str, str]:
+    """The library that has evaluated the networks on the calibration images, if it is not torch itself."""
+    return {} if detector.backend == "eager" else {"backend": detector.backend}
 
 
 def _prepare_networks(
@@ -150,6 +161,7 @@ def _prepare_networks(
         # features of the training images need the backbone on its device
         detector.preprocessing = detector.build_preprocessing(source, settings.protocol)
         detector.attach_runtime(settings.runtime)
+        choose_backend(detector, len(source))
 
     train_missing_networks(detector, source, training_images, settings)
     if requirements.diffusion == "features" and detector.diffusion is None:
@@ -256,12 +268,15 @@ def recalibrate(
         if must_flag:
             raise FaroutError(f"{message}; give more images, a larger alpha, or --out to write it anyway")
         warnings.warn(message, TooFewImagesWarning, stacklevel=2)
+    choose_backend(detector, len(new))
     set_calibration(detector, measure_source(detector, source.subset(new), "measuring calibration images"))
     detector.alpha, detector.loaded_from = alpha, None
     detector.calibration_hashes = frozenset(hashes[i] for i in new)
     # a new dictionary: copies with other scoring arguments share the old one
     counts = {**detector.provenance.get("images", {}), "calibration": len(new)}
-    detector.provenance = {**detector.provenance, "calibration_source": source_spec(images), "images": counts}
+    provenance = {name: value for name, value in detector.provenance.items() if name != "backend"}
+    own = {"calibration_source": source_spec(images), "images": counts, **_describe_backend(detector)}
+    detector.provenance = {**provenance, **own}
     return detector
 
 
@@ -287,6 +302,7 @@ def copy_with_scoring(detector: D, arguments: dict[str, Any]) -> D:
     copy.calibration_hashes = detector.calibration_hashes
     copy.provenance, copy.linked_model = detector.provenance, detector.linked_model
     copy.attach_runtime(detector.runtime)
+    copy.use_backend(detector.backend)
     copy.set_state(detector.get_state())
     copy.fit_statistics(copy.statistics)
     set_calibration(copy, detector.calibration)

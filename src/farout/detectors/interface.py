@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 from torch import Tensor, nn
 
+from farout.core.backends import Backend
 from farout.core.config import Configured
 from farout.core.devices import Precision
 from farout.core.errors import FaroutError
@@ -60,6 +61,7 @@ class DetectorInterface(Configured, ABC):
     classifier: Classifier | None = None
     features: FeatureExtractor | None = None
     runtime: Runtime = Runtime()
+    backend: Backend = "eager"  # the library that evaluates the networks, see `choose_backend`
     alpha: float = 0.05
     seed: int = 0
     statistics: Measurements
@@ -160,10 +162,23 @@ class DetectorInterface(Configured, ABC):
     def attach_runtime(self, runtime: Runtime) -> None:
         """Set the runtime, move all networks to its device and prepare them."""
         self.runtime = runtime.resolve_auto()
+        self.backend = "eager" if self.runtime.backend == "auto" else self.runtime.backend
         for network in (self.diffusion, self.classifier, self.features):
             if network is not None:
                 network.to(self.runtime.device)
         self.prepare_networks()
+
+    def use_backend(self, backend: Backend) -> None:
+        """Evaluate the networks with another library; see `farout.detectors.backend_choice`."""
+        for part in self.parts.values():
+            part.use_backend(backend)
+        if backend != self.backend:
+            self.backend = backend
+            self.prepare_networks()
+
+    def run_networks(self, batch: Batch) -> None:
+        """Run what takes the time of `measure`, also in a detector that is not fitted yet."""
+        self.measure(batch)
 
     @property
     def trained_on(self) -> frozenset[str]:

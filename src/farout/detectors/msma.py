@@ -130,7 +130,7 @@ class MSMA(Detector):
             raise FaroutError("MSMA requires a diffusion model")
         self.levels = self._choose_levels(self.diffusion)
         self.sigmas = self.diffusion.schedule.sigma_of(torch.tensor(self.levels)).float().to(self.diffusion.device)
-        self.denoiser: NetworkDenoiser = self.diffusion.denoiser(self.runtime.batch_size, self.precision)
+        self.denoiser: NetworkDenoiser = self.diffusion.denoiser(self.runtime.batch_size, self.precision, self.backend)
 
     @property
     def rows_per_image(self) -> int:

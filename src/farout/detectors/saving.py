@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import warnings
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ import yaml
 from pydantic import Field
 
 from farout.core import store
+from farout.core.backends import Backend, explain_unusable_backend
 from farout.core.devices import resolve_device
 from farout.core.errors import FaroutError, MisleadingResultWarning, StoreError
 from farout.core.runtime import Runtime
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from farout.features.extractor import FeatureExtractor
 
 __all__ = ["KIND", "compute_fingerprint", "describe_detector", "load", "save"]
+
+logger = logging.getLogger(__name__)
 
 KIND = "detector"
 _PARTS = "parts"
@@ -157,9 +161,23 @@ def load(folder: Path, runtime: dict[str, Any]) -> Any:
         parts = config.get("parts", {})
         detector.parts = {name: _load_part(folder / _PARTS / name, parts[name], adapted_runtime) for name in parts}
     detector.attach_runtime(adapted_runtime)
+    _restore_backend(detector)
     with store.explain_load_errors(folder):
         _load_fitted(detector, folder, config["state"])
     return detector
+
+
+def _restore_backend(detector: DetectorInterface) -> None:
+    """In bf16, where backends round differently, use that of the calibration, unless another was given."""
+    backend: Backend = detector.provenance.get("backend", "eager")
+    if backend == "eager" or detector.runtime.backend != "auto" or detector.precision == "fp32":
+        return
+    reason = explain_unusable_backend(backend, torch.device(detector.runtime.device), detector.precision)
+    if reason:
+        message = f"calibrated with the backend {backend}, which cannot be used ({reason}); torch rounds differently"
+        warnings.warn(message, MisleadingResultWarning, stacklevel=4)
+        return
+    detector.use_backend(backend)
 
 
 def _load_part(folder: Path, fingerprint: str, runtime: Runtime) -> DetectorInterface:
@@ -274,7 +292,14 @@ def _adapt_runtime(fitted: Runtime, changes: dict[str, Any]) -> Runtime:
         resolve_device(device)
     except FaroutError:
         device = "auto"
-    runtime = replace(fitted, **{"device": device, **changes}).resolve_auto()
+    runtime = replace(fitted, **{"device": device, "backend": "auto", **changes}).resolve_auto()
+    if "backend" not in changes and fitted.backend != "auto":
+        precision: Any = runtime.precision  # resolved, so not `auto`
+        reason = explain_unusable_backend(fitted.backend, torch.device(runtime.device), precision)
+        if reason:
+            logger.warning("backend: %s, that of the fit, cannot be used (%s)", fitted.backend, reason)
+        else:
+            runtime = replace(runtime, backend=fitted.backend)
     if runtime.precision != fitted.precision:
         message = (
             f"fitted with precision {fitted.precision}, now {runtime.precision}: p-values and flags are not reliable; "

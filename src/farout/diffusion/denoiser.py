@@ -7,13 +7,15 @@ network's space; x has any shape (B, ...), sigma has shape (B,) and is positive 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
+from farout.core.backends import Backend, NetworkRunner
 from farout.core.chunking import BatchSize, call_in_chunks, check_batch_size
-from farout.core.devices import Precision, autocast
+from farout.core.devices import Precision
 from farout.core.errors import FaroutError
 from farout.diffusion.conditioning.base import Condition
 from farout.diffusion.schedule import NoiseSchedule
@@ -65,6 +67,7 @@ class NetworkDenoiser:
         batch_size: the most rows of one network call; `auto`: by memory (see `call_in_chunks`).
         precision: fp32, bf16 or fp16; outputs become float32 before x0 is formed.
         null: count -> the condition of rows that are given none; None: the network is called without a condition.
+        backend: the library that evaluates the network where no gradients are recorded.
 
     Raises FaroutError for an unknown prediction type.
 
@@ -80,9 +83,12 @@ class NetworkDenoiser:
         batch_size: BatchSize = "auto",
         precision: Precision = "fp32",
         null: Callable[[int], Condition] | None = None,
+        backend: Backend = "eager",
     ) -> None:
         self.network, self.schedule, self.prediction = network, schedule, check_prediction(prediction)
         self.batch_size, self.precision, self.null = check_batch_size(batch_size), precision, null
+        self.backend = backend
+        self._runners: dict[tuple[str, ...], NetworkRunner] = {}  # by names of the condition's tensors
         self.evaluations = 0
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
@@ -98,12 +104,9 @@ class NetworkDenoiser:
             condition = self.null(len(x))
         tensors = dict(condition.tensors) if condition is not None else {}
 
-        def call(scaled: Tensor, t: Tensor, *values: Tensor) -> Tensor:
-            with autocast(scaled.device, self.precision):
-                output: Any = self.network(scaled, t, **dict(zip(tensors, values, strict=True)))
-            prediction: Tensor = (output.sample if hasattr(output, "sample") else output).float()
-            return prediction[:, : scaled.shape[1]]  # without learned variances
-
+        if tuple(tensors) not in self._runners:
+            self._runners[tuple(tensors)] = NetworkRunner(_Prediction(self.network, tuple(tensors)), "denoiser")
+        call = partial(self._runners[tuple(tensors)], precision=self.precision, backend=self.backend)
         return call_in_chunks(self.network, call, scaled, t, *tensors.values(), batch_size=self.batch_size)
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
@@ -127,6 +130,19 @@ class NetworkDenoiser:
             sigma = expand_dims(sigma, x0)
             return (noise - sigma * x0) / (1 + sigma**2).sqrt()
         return x0
+
+
+class _Prediction(nn.Module):
+    """A network's output, float32, for positional arguments: x, t, and the named tensors of a condition."""
+
+    def __init__(self, network: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.network, self.names = network, names
+
+    def forward(self, scaled: Tensor, t: Tensor, *values: Tensor) -> Tensor:
+        output: Any = self.network(scaled, t, **dict(zip(self.names, values, strict=True)))
+        prediction: Tensor = (output.sample if hasattr(output, "sample") else output).float()
+        return prediction[:, : scaled.shape[1]]  # without learned variances
 
 
 def _check_sigma(sigma: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from farout.core import store
+from farout.core.backends import Backend
 from farout.core.chunking import BatchSize, call_in_chunks
 from farout.core.devices import Precision
 from farout.core.errors import FaroutError, StoreError
@@ -114,7 +115,9 @@ class DiffusionModel:
             self.autoencoder.to(device)
         return self
 
-    def denoiser(self, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> NetworkDenoiser:
+    def denoiser(
+        self, batch_size: BatchSize = "auto", precision: Precision = "fp32", backend: Backend = "eager"
+    ) -> NetworkDenoiser:
         """The network as a `Denoiser`, called with at most `batch_size` rows.
 
         A class-conditional network is given the null condition for rows without a condition; it raises FaroutError if
@@ -123,7 +126,7 @@ class DiffusionModel:
         # kernels depend on the layout of the weights; one layout gives one result, after training and after loading
         self.network.to(memory_format=torch.channels_last)
         null = None if self.conditioning is None else self.conditioning.null_condition
-        return NetworkDenoiser(self.network, self.schedule, self.prediction, batch_size, precision, null)
+        return NetworkDenoiser(self.network, self.schedule, self.prediction, batch_size, precision, null, backend)
 
     def clamp_x0(self, denoiser: Denoiser) -> Denoiser:
         """A denoiser of this model whose x0 is clamped to the range of images; for latents the denoiser unchanged.

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from farout.core import progress
+from farout.core.backends import Backend
 from farout.core.chunking import BatchSize
 from farout.core.devices import Precision, PrecisionChoice
 from farout.core.errors import FaroutError, StoreError
@@ -38,6 +39,7 @@ class CachedFeatures:
         batch_size: the most rows of one call of the backbone; `auto`: by memory.
         precision: precision of the backbone.
         root: folder of the cache; None: `cache_folder()`.
+        backend: the library that evaluates the backbone.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class CachedFeatures:
         batch_size: BatchSize,
         precision: Precision,
         root: Path | None = None,
+        backend: Backend = "eager",
     ) -> None:
         self.extractor, self.preprocessing = extractor, preprocessing
-        self.batch_size, self.precision = batch_size, precision
+        self.batch_size, self.precision, self.backend = batch_size, precision, backend
         self.cache = FeatureCache(extractor.width, self._settings(), root, extractor.describe())
 
     def _settings(self) -> dict[str, Any]:
@@ -59,6 +62,8 @@ class CachedFeatures:
             "preprocessing": _used_settings(self.preprocessing),
             "precision": self.precision,
             "device": self.extractor.device.type,
+            # in fp32 all backends agree up to rounding, as different processors do
+            **({} if self.precision == "fp32" or self.backend == "eager" else {"backend": self.backend}),
         }
 
     def batches(self, source: ImageSource, size: int, workers: int) -> Iterator[Batch]:
@@ -79,7 +84,7 @@ class CachedFeatures:
         return _CPU_CHUNK if self.extractor.device.type == "cpu" else _ACCELERATOR_CHUNK
 
     def _compute(self, images: Tensor) -> Tensor:
-        return self.extractor.pooled_features(images, self.batch_size, self.precision)
+        return self.extractor.pooled_features(images, self.batch_size, self.precision, self.backend)
 
 
 def _used_settings(preprocessing: Preprocessing) -> dict[str, Any]:
@@ -127,6 +132,7 @@ def extract_features(
     precision: PrecisionChoice = "auto",
     batch_size: BatchSize = "auto",
     workers: int = 2,
+    backend: Backend = "eager",
 ) -> Extraction:
     """Compute features of images once, for all later fits and scores.
 
@@ -150,12 +156,14 @@ def extract_features(
             natively, else fp32).
         batch_size: maximum number of images per network call; `auto`: set by memory.
         workers: number of threads that decode images.
+        backend: library that evaluates the backbone: `eager` (torch), `compile` (torch.compile), `openvino` or
+            `onnxruntime`. In bf16, only fits and scores with the same backend find these features.
 
     Raises:
         FaroutError: for incompatible settings, sources or weights.
         StoreError: if the cache cannot be written, or its size limit is too small for these features.
     """
-    runtime = Runtime(device, precision, batch_size, workers).resolve_auto()
+    runtime = Runtime(device, precision, batch_size, workers, backend=backend).resolve_auto()
     if native is not None and (len(native) != 2 or min(native) < 1):
         raise FaroutError(f"native is {native}; expected a height and a width in pixels")
     images = open_source(source, limit=limit, seed=seed, policy=policy).with_reduced_decoding(reduced_decoding)
@@ -163,7 +171,8 @@ def extract_features(
     preprocessing = Preprocessing.for_source(images, size=extractor.size, channels=3, protocol=protocol)
     if native is not None:
         preprocessing = replace(preprocessing, native=(native[0], native[1]))
-    reader = CachedFeatures(extractor, preprocessing, batch_size, runtime.precision)  # type: ignore[arg-type]  # resolved
+    resolved: Any = runtime.precision  # so not `auto`
+    reader = CachedFeatures(extractor, preprocessing, batch_size, resolved, backend=backend)
     reader.cache.create_folder()
     reader.cache.check_limit(len(images))
     started, count = time.perf_counter(), 0

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from farout.core import store
+from farout.core.backends import Backend, NetworkRunner
 from farout.core.chunking import BatchSize, call_in_chunks
-from farout.core.devices import Precision, autocast
+from farout.core.devices import Precision
 from farout.core.errors import FaroutError, StoreError
 from farout.core.names import expand_path
 from farout.core.network_size import check_network
@@ -22,6 +22,7 @@ from farout.core.profiling import timed
 from farout.core.schema import Schema, check_content
 from farout.features import backbones
 from farout.features.batch_norm_folding import fold_batch_norm
+from farout.features.feature_maps import GridMaps, NormalizedMaps, PooledMaps
 
 __all__ = ["KIND", "FeatureExtractor"]
 
@@ -105,7 +106,8 @@ class FeatureExtractor:
         """Moves the network."""
         self.network.to(device)
         self.device = torch.device(device)
-        self.__dict__.pop("evaluated_network", None)
+        for name in ("evaluated_network", "_maps", "_pooling", "_grids"):
+            self.__dict__.pop(name, None)
         return self
 
     @cached_property
@@ -113,45 +115,54 @@ class FeatureExtractor:
         """The network that is evaluated, without batch normalizations; `network` keeps the original weights."""
         return fold_batch_norm(self.network, self.size)
 
-    def pooled_features(self, images: Tensor, batch_size: BatchSize = "auto", precision: Precision = "fp32") -> Tensor:
+    @cached_property
+    def _maps(self) -> NormalizedMaps:
+        return NormalizedMaps(self.evaluated_network, self.mean, self.std, self.is_channels_last, self.normalize)
+
+    @cached_property
+    def _pooling(self) -> NetworkRunner:
+        return NetworkRunner(PooledMaps(self._maps), f"backbone {self.name}")
+
+    @cached_property
+    def _grids(self) -> dict[int, NetworkRunner]:
+        """By side of the grid."""
+        return {}
+
+    def pooled_features(
+        self,
+        images: Tensor,
+        batch_size: BatchSize = "auto",
+        precision: Precision = "fp32",
+        backend: Backend = "eager",
+    ) -> Tensor:
         """Features (B, width) float32 of images (B, 3, size, size) in [0, 1]: means over positions, layer by layer."""
-
-        def pool(chunk: Tensor) -> Tensor:
-            return torch.cat([level.float().mean((2, 3)) for level in self._feature_maps(chunk, precision)], dim=1)
-
-        return self._call_network(pool, images, batch_size)
+        return self._call_network(self._pooling, images, batch_size, precision, backend)
 
     def feature_grid(
-        self, images: Tensor, side: int, batch_size: BatchSize = "auto", precision: Precision = "fp32"
+        self,
+        images: Tensor,
+        side: int,
+        batch_size: BatchSize = "auto",
+        precision: Precision = "fp32",
+        backend: Backend = "eager",
     ) -> Tensor:
         """Images (B, 3, size, size) in [0, 1] -> features (B, width, side, side) float32: every layer averaged, or
         enlarged bilinearly, to one grid.
         """
-
-        def resize(chunk: Tensor) -> Tensor:
-            return torch.cat(
-                [_resize_to_grid(level.float(), side) for level in self._feature_maps(chunk, precision)], dim=1
-            )
-
-        return self._call_network(resize, images, batch_size)
+        if side not in self._grids:
+            self._grids[side] = NetworkRunner(GridMaps(self._maps, side), f"backbone {self.name}")
+        return self._call_network(self._grids[side], images, batch_size, precision, backend)
 
     @timed("network")
-    def _call_network(self, call: Callable[..., Tensor], images: Tensor, batch_size: BatchSize) -> Tensor:
+    def _call_network(
+        self, runner: NetworkRunner, images: Tensor, batch_size: BatchSize, precision: Precision, backend: Backend
+    ) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
             raise FaroutError(f"the backbone requires images (B, 3, H, W), got {tuple(images.shape)}")
         with torch.no_grad():
             ready = images.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
+            call = partial(runner, precision=precision, backend=backend)
             return call_in_chunks(self.evaluated_network, call, ready, batch_size=batch_size)
-
-    def _feature_maps(self, images: Tensor, precision: Precision) -> list[Tensor]:
-        mean, std = (torch.tensor(v, device=images.device).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
-        with autocast(self.device, precision):
-            levels = self.evaluated_network((images - mean) / std)
-        if self.is_channels_last:
-            levels = [level.movedim(-1, 1) for level in levels]
-        if not self.normalize:
-            return levels
-        return [functional.layer_norm(v.float().movedim(1, -1), v.shape[1:2]).movedim(-1, 1) for v in levels]
 
     @cached_property
     def content_hash(self) -> str:
@@ -207,9 +218,3 @@ class FeatureExtractor:
         if extractor.content_hash != config["content_hash"]:
             raise StoreError(f"{folder}: the weights are not those that were saved (their hash differs)")
         return extractor
-
-
-def _resize_to_grid(level: Tensor, side: int) -> Tensor:
-    if level.shape[-1] >= side and level.shape[-2] >= side:
-        return functional.adaptive_avg_pool2d(level, side)
-    return functional.interpolate(level, size=(side, side), mode="bilinear", align_corners=False)

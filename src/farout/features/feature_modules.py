@@ -12,30 +12,14 @@ from farout.diffusion.schedule import NoiseSchedule
 from farout.features.encoding import FeatureEncoding
 from farout.features.extractor import FeatureExtractor
 from farout.features.feature_denoiser import FeatureDenoiser
+from farout.features.feature_maps import NormalizedMaps
 
 __all__ = ["EncodedFeatures", "FeatureGrid", "FixedLevelDenoiser", "PooledFeatures"]
 
 
-class _FeatureMaps(nn.Module):
-    """Images (B, 3, size, size) in [0, 1] -> one feature map (B, c, h, w) per layer."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, extractor: FeatureExtractor) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(extractor.evaluated_network).cpu().eval()
-        self.is_channels_last, self.normalize = extractor.is_channels_last, extractor.normalize
-        self.register_buffer("mean", torch.tensor(extractor.mean).reshape(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(extractor.std).reshape(1, 3, 1, 1))
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        levels = list(self.network((images - self.mean) / self.std))
-        if self.is_channels_last:
-            levels = [level.movedim(-1, 1) for level in levels]
-        if self.normalize:
-            levels = [functional.layer_norm(v.movedim(1, -1), v.shape[1:2]).movedim(-1, 1) for v in levels]
-        return levels
+def _copy_maps(extractor: FeatureExtractor) -> NormalizedMaps:
+    network = copy.deepcopy(extractor.evaluated_network).cpu().eval()
+    return NormalizedMaps(network, extractor.mean, extractor.std, extractor.is_channels_last, extractor.normalize)
 
 
 class PooledFeatures(nn.Module):
@@ -43,7 +27,7 @@ class PooledFeatures(nn.Module):
 
     def __init__(self, extractor: FeatureExtractor) -> None:
         super().__init__()
-        self.maps = _FeatureMaps(extractor)
+        self.maps = _copy_maps(extractor)
 
     def forward(self, images: Tensor) -> Tensor:
         """Means over positions, layer by layer."""
@@ -58,7 +42,7 @@ class FeatureGrid(nn.Module):
 
     def __init__(self, extractor: FeatureExtractor, side: int) -> None:
         super().__init__()
-        self.maps = _FeatureMaps(extractor)
+        self.maps = _copy_maps(extractor)
         with torch.no_grad():
             levels = self.maps(torch.zeros(1, 3, extractor.size, extractor.size))
         self.count = len(levels)

@@ -14,16 +14,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from pydantic import BaseModel, Field
 
 from farout.core import storage, store
+from farout.core.backends import Backend, explain_unusable_backend
 from farout.core.csv_files import open_csv_writer, read_csv
 from farout.core.devices import ProcessGroup, join_processes
 from farout.core.errors import (
@@ -44,6 +46,7 @@ from farout.data.image_source import ImageSource, Policy, ReadingRecord
 from farout.data.preprocessing import find_mismatches
 from farout.data.read_settings import DEFAULT_READING, ReadSettings
 from farout.data.splits import calibration_size
+from farout.detectors.backend_choice import choose_backend
 from farout.detectors.base import Detector, Measurements, Scores
 from farout.detectors.calibration import check_fitted
 from farout.detectors.results import PARQUET_SETTINGS
@@ -171,13 +174,16 @@ def score_folder(
         raise FaroutError(f"a launcher started {group.num_processes} processes already; leave out processes")
     warn_before_scoring(detector, source)
     calibration = detector.calibration_scores[detector.score_name]
-    runtime = {"device": detector.runtime.device.partition(":")[0], "precision": detector.runtime.precision}
 
     def open_results() -> tuple[dict[str, Any], list[range], dict[str, Any] | None, list[range]]:
         """Open the folder; returns the settings, all parts, and the manifest of finished results, or the parts that are
         missing.
         """
         size = _find_part_size(out, len(source))
+        _choose_backend(detector, out, len(source))
+        runtime = {"device": detector.runtime.device.partition(":")[0], "precision": detector.runtime.precision}
+        if detector.backend != "eager":
+            runtime["backend"] = detector.backend
         settings, parts = describe_settings(detector, source, fdr, size, runtime), divide_into_parts(len(source), size)
         _open_folder(out, settings)
         manifest = _read_finished(out, source, parts)
@@ -187,6 +193,7 @@ def score_folder(
         return settings, parts, manifest, []
 
     settings, parts, manifest, missing = group.run_on_main_process(open_results)
+    detector.use_backend(settings["runtime"].get("backend", "eager"))
     started = time.perf_counter()
     scored_now = _measure_parts(detector, source, missing, out, group, processes)
     seconds = time.perf_counter() - started
@@ -406,6 +413,16 @@ def divide_into_parts(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def _choose_backend(detector: Detector, out: Path, images: int) -> None:
+    """The backend of a run that was begun in the folder, else by the number of images."""
+    if detector.runtime.backend == "auto" and (out / _SETTINGS_FILE).is_file():
+        backend: Backend = store.read_sealed_json(out / _SETTINGS_FILE).get("runtime", {}).get("backend", "eager")
+        if not explain_unusable_backend(backend, torch.device(detector.runtime.device), detector.precision):
+            detector.use_backend(backend)
+    else:
+        choose_backend(detector, images)
+
+
 def _find_part_size(out: Path, count: int) -> int:
     """Images per part: that of a run that was begun in the folder, else by the number of images."""
     if (out / _SETTINGS_FILE).is_file():
@@ -534,7 +551,7 @@ def _measure_part(
     """
     cache_hits = scorer.detector.cache_hits
     measured = scorer.measure(part.images, advance)
-    environment = scorer.detector.runtime.describe_environment()
+    environment = replace(scorer.detector.runtime, backend=scorer.detector.backend).describe_environment()
     _write_part(part.path, measured.measurements, measured.unreadable, hash_texts(measured.content), environment)
     return measured.count, scorer.detector.cache_hits - cache_hits, part.images.reading_record
 

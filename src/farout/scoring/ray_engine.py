@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,7 @@ def _score_part(scorer: Scorer, images: ImageSource, indices: range, out: FilePa
         scores = scorer.detector.score_measurements(measured.measurements)
     if images.policy != "skip":
         scores = scores.reindex(images.keys)
-    environment = scorer.detector.runtime.describe_environment()
+    environment = replace(scorer.detector.runtime, backend=scorer.detector.backend).describe_environment()
     write_part(out, ScoredPart(indices, scores, measured.unreadable, hash_texts(measured.content), environment))
     return measured.count, images.reading_record
 

@@ -33,6 +33,7 @@ T = TypeVar("T")
 def open_worker_scorer(detector: Detector) -> Iterator[Scorer]:
     """Return a scorer of a detector that can be sent to workers; one that is in memory only is saved meanwhile."""
     runtime = {**asdict(detector.runtime), "device": detector.runtime.device.partition(":")[0]}
+    runtime["backend"] = detector.backend
     if detector.loaded_from is not None:
         yield Scorer(detector.loaded_from, fingerprint=detector.fingerprint, **runtime)
         return

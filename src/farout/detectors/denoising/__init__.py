@@ -202,7 +202,7 @@ class Denoising(Detector):
         model = self.diffusion
         if model is None or self.classifier is None:
             return
-        self.denoiser: NetworkDenoiser = model.denoiser(self.runtime.batch_size, self.precision)
+        self.denoiser: NetworkDenoiser = model.denoiser(self.runtime.batch_size, self.precision, self.backend)
         self.solver = create_solver(self.config["solver"], model.schedule)
         self.paths = self._build_paths(model.schedule).to(model.device)
         self.shared_noise: Tensor | None = None
@@ -259,7 +259,7 @@ class Denoising(Detector):
             raise FaroutError("Denoising requires a fit before it measures: call fit(images) or farout.load(folder)")
         grid = (len(batch.keys), len(self.levels), self.draws)
         images = batch.images.to(model.device)
-        outputs = classifier.outputs(images, self.runtime.batch_size, self.precision)
+        outputs = classifier.outputs(images, self.runtime.batch_size, self.precision, backend=self.backend)
 
         # Every image, level and draw is one row of the batch: x + sigma_t noise, denoised under y.
         rows_per_image = len(self.levels) * self.draws
@@ -270,7 +270,7 @@ class Denoising(Detector):
         denoiser, condition = self._guide(y)
         denoised = model.decode(self.solver(denoiser, noised, sigmas, condition))
 
-        denoised_outputs = classifier.outputs(denoised, self.runtime.batch_size, self.precision)
+        denoised_outputs = classifier.outputs(denoised, self.runtime.batch_size, self.precision, backend=self.backend)
         f_x = normalize_outputs(images, outputs)
         f_t = {name: f.reshape(*grid, -1) for name, f in normalize_outputs(denoised, denoised_outputs).items()}
         changes = compute_changes(f_x, f_t).cpu()

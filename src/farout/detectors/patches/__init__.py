@@ -158,9 +158,15 @@ class Patches(FeatureDetector):
         """Load batches of images: features at all positions are too many for the cache."""
         return Detector.load_batches(self, source)
 
+    def run_networks(self, batch: Batch) -> None:
+        """Run the backbone."""
+        self._features_at_positions(batch)
+
     def _features_at_positions(self, batch: Batch) -> Tensor:
         """(B, position, c), row by row."""
-        grid = self.backbone.feature_grid(batch.images, self.config["side"], self.runtime.batch_size, self.precision)
+        grid = self.backbone.feature_grid(
+            batch.images, self.config["side"], self.runtime.batch_size, self.precision, self.backend
+        )
         return grid.flatten(2).transpose(1, 2).contiguous()
 
     # Training.

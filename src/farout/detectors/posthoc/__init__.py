@@ -168,7 +168,9 @@ class Posthoc(Detector):
         With shaping of maps also `ash` and `scale` (B, D); with ODIN also `odin` (B, K), the logits after its step.
         """
         shapes_maps = self.config["shaping"] == "maps"
-        outputs = self.network.outputs(batch.images, self.runtime.batch_size, self.precision, maps=shapes_maps)
+        outputs = self.network.outputs(
+            batch.images, self.runtime.batch_size, self.precision, maps=shapes_maps, backend=self.backend
+        )
         self._evaluations += len(batch.keys)
         vectors = {"logits": outputs.logits, "features": outputs.features}
         if outputs.maps is not None:

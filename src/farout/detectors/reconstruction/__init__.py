@@ -206,7 +206,7 @@ class Reconstruction(Detector):
             raise FaroutError("Reconstruction requires a diffusion model")
         self.paths = self._build_paths(model)
         self._check_scored_levels(self.paths.levels)
-        self.denoiser: NetworkDenoiser = model.denoiser(self.runtime.batch_size, self.precision)
+        self.denoiser: NetworkDenoiser = model.denoiser(self.runtime.batch_size, self.precision, self.backend)
         self.distance = perceptual_distance(self.config["perceptual"])
         self.distance.to(model.device)
         self.shared_noise: Tensor | None = None

@@ -241,10 +241,13 @@ def test_another_combination_needs_no_network(
 def test_changed_images_are_measured_once_in_the_fit(ensemble: Ensemble, tmp_path: Path, others: Path) -> None:
     assert ensemble.changed_scores.shape == (len(CHANGES), 3, 3)
     ensemble.save(tmp_path / "d")
+    assert ensemble.score_name == "learned"
+    assert ensemble.with_scoring(part_weights=(1.0, 1.0, 1.0)).score_name == "z_sum"
     learned = load(tmp_path / "d").with_scoring(combine="learned")
     np.testing.assert_allclose(learned.score(others).score, ensemble.score(others).indicators["learned"])
     without = Ensemble(("msma", "posthoc"), changed_images=0)
     without.fit(open_source(others), model(), classifier(), alpha=0.4, runtime=CPU)
+    assert without.score_name == "z_sum"
     with pytest.raises(FaroutError, match="changed_images"):
         without.with_scoring(combine="learned")
 

@@ -64,7 +64,8 @@ class Ensemble(Detector):
             and calibration leave, with one diffusion model of images, one classifier and one backbone for all; or
             folders of fitted detectors (a folder with the name of a method is written ./NAME). In Python also
             detectors, fitted or not.
-        combine: how the scores are combined: `z_sum`, `fisher`, `max` or `learned`.
+        combine: how the scores are combined: `z_sum`, `fisher`, `max` or `learned`; default: `learned`, or `z_sum` with
+            `part_weights` or without changed images.
         part_weights: weights of the parts in `z_sum`; default: equal weights.
         changed_images: number of statistics images that are changed and measured in the fit, five times each, for
             `learned`; 0: `learned` is not available.
@@ -83,10 +84,10 @@ class Ensemble(Detector):
         self,
         parts: tuple[str, ...] = ("semantic", "reconstruction"),
         *,
-        combine: Literal["z_sum", "fisher", "max", "learned"] = "z_sum",
+        combine: Literal["z_sum", "fisher", "max", "learned"] | None = None,
         part_weights: tuple[float, ...] | None = None,
         changed_images: int = 100,
-        prior: float = 1.0,
+        prior: float = 0.001,
     ) -> None:
         check_literals(self)
         given: Sequence[Any] = [parts] if isinstance(parts, str | Path | Detector) else list(parts)
@@ -96,7 +97,7 @@ class Ensemble(Detector):
             raise FaroutError(f"changed_images and prior must be at least 0, got {changed_images} and {prior:g}")
         if combine == "learned" and not changed_images:
             raise FaroutError("combine='learned' requires changed_images of at least 1")
-        if combine != "z_sum":
+        if combine not in ("z_sum", None):
             self._check_unused("with combine z_sum", "part_weights")
         if part_weights is not None and (
             len(part_weights) != len(given) or min(part_weights) < 0 or not 0 < sum(part_weights) < np.inf
@@ -129,8 +130,9 @@ class Ensemble(Detector):
 
     @property
     def score_name(self) -> str:
-        """The way to combine."""
-        return str(self.config["combine"])
+        """The way to combine, as configured or by default."""
+        by_default = "z_sum" if self.config["part_weights"] or not self.changed_scores.size else "learned"
+        return str(self.config["combine"] or by_default)
 
     @property
     def trained_on(self) -> frozenset[str]:

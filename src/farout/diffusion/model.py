@@ -26,6 +26,7 @@ from farout.diffusion import diffusers_folders as folders
 from farout.diffusion.conditioning.base import Conditioning
 from farout.diffusion.conditioning.prompts import Prompts
 from farout.diffusion.denoiser import ClampedDenoiser, Denoiser, NetworkDenoiser, Prediction, check_prediction
+from farout.diffusion.group_norms import speed_up_group_norms
 from farout.diffusion.schedule import NoiseSchedule
 from farout.diffusion.unets import network_config
 
@@ -93,6 +94,7 @@ class DiffusionModel:
         provenance: dict[str, Any] | None = None,
     ) -> None:
         self.network, self.schedule, self.preprocessing = network.eval(), schedule, preprocessing
+        speed_up_group_norms(self.network)
         self.prediction, self.data_range, self.b_scale = check_prediction(prediction), data_range, b_scale
         self.patch = patch
         self.weight_format: WeightFormat = "fp32"

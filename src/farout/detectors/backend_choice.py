@@ -23,8 +23,8 @@ _CANDIDATES: tuple[tuple[Backend, float, float], ...] = (
     ("compile", 90.0, 0.5),
     ("onnxruntime", 5.0, 0.3),
 )
-"""Backends from the fastest to the slowest, the seconds that a conversion takes, and the share of the time of torch
-that is saved; measured on two networks, see docs/results.md, section 24."""
+"""Backends from the fastest to the slowest, and roughly the seconds of a conversion and the share of torch's time that is
+saved: that of backbones, with U-Nets it is less (docs/results.md, section 24). The trial decides what they get wrong."""
 _GMACS_PER_SECOND = 25.0
 """Billions of multiply-accumulates of small networks in torch, by one core."""
 _FEWEST_IMAGES = 128

@@ -171,7 +171,7 @@ def images() -> list[Image.Image]:
 
 def test_backend_is_chosen_by_the_number_of_images_and_kept(images, monkeypatch, tmp_path, caplog):
     _skip_without("openvino")
-    runtime = Runtime(precision="fp32", cache=False)
+    runtime = Runtime(precision="fp32", cache=False, backend="auto")
     detector = Mahalanobis(weights="random", layers=(0,), size=32).fit(images, runtime=runtime)
     assert detector.backend == "eager"  # a conversion would take longer than these images
 

@@ -46,7 +46,7 @@ class Runtime:
     batch_size: BatchSize = "auto"
     workers: int = 2
     cache: bool = True
-    backend: BackendChoice = "auto"
+    backend: BackendChoice = "eager"
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)

@@ -23,8 +23,8 @@ _CANDIDATES: tuple[tuple[Backend, float, float], ...] = (
     ("compile", 90.0, 0.5),
     ("onnxruntime", 5.0, 0.3),
 )
-"""Backends from the fastest to the slowest, and roughly the seconds of a conversion and the share of torch's time that is
-saved: that of backbones, with U-Nets it is less (docs/results.md, section 24). The trial decides what they get wrong."""
+"""Backends from the fastest to the slowest, with rough figures for backbones: the seconds of a conversion, and the
+share of torch's time that is saved. With U-Nets it is less (docs/results.md, section 24); the trial shows."""
 _GMACS_PER_SECOND = 25.0
 """Billions of multiply-accumulates of small networks in torch, by one core."""
 _FEWEST_IMAGES = 128

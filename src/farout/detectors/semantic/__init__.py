@@ -44,7 +44,9 @@ _RESIDUAL_ONLY = ("bandwidth", "sigmas", "whiten", "denoiser_weights", "patience
 _RESIDUAL_METRICS = ("empirical_norm", "residual_norm", "residual_error", "distance")
 _VALIDATE_EVERY = 50
 """Updates between validations of the residual denoiser."""
-
+_SMALLEST_EMPIRICAL_NORM = 1e-3
+"""Copies of training images are not moved by the empirical denoiser, and the logarithm would multiply their rounding.
+Other images have norms of .005 (MNIST) to .4 (Tiny-ImageNet)."""
 
 _SMALL_LFDN: Mapping[str, Any] = {
     "denoiser": "lfdn",
@@ -76,7 +78,7 @@ class Semantic(PooledFeatureDetector):
                     training vectors: the exact denoiser of a Gaussian with their variances v, and a network F that is
                     trained on what the Gaussian leaves unexplained (preconditioning of the same paper, table 1),
 
-        empirical_norm = log mean (D_e(x, h) - x)^2
+        empirical_norm = log max(0.001, mean (D_e(x, h) - x)^2)
         residual_norm  = mean over s of log mean (D_r(y, s) - y)^2 / (s^2 v)
         residual_error = mean over s of log mean (D_r(y + s noise, s) - y)^2 with antithetic noise
         distance       = Mahalanobis distance of x to the training vectors
@@ -523,6 +525,7 @@ class Semantic(PooledFeatureDetector):
     def _log_norms(self, measurements: Measurements) -> np.ndarray:
         """Log empirical_norm, and log residual_norm averaged over levels: (B, 2)."""
         empirical, residual = (self._metric(measurements, name) for name in ("empirical_norm", "residual_norm"))
+        empirical = np.maximum(empirical, _SMALLEST_EMPIRICAL_NORM)
         return np.stack([_log(empirical)[:, 0], _log(residual).mean(1)], axis=1)
 
     def _compute_unfused(self, measurements: Measurements) -> dict[str, np.ndarray]:
@@ -558,7 +561,13 @@ class Semantic(PooledFeatureDetector):
 
             assert self.combined_z is not None
             return ResidualScore(
-                self.backbone, self.diffusion, self.config, self.score_name, self.seed, self.combined_z
+                self.backbone,
+                self.diffusion,
+                self.config,
+                self.score_name,
+                self.seed,
+                self.combined_z,
+                _SMALLEST_EMPIRICAL_NORM,
             )
         from farout.detectors.semantic.score_module import SemanticScore
 

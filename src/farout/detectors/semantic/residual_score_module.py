@@ -29,6 +29,7 @@ class ResidualScore(nn.Module):
         score: the indicator that is the score.
         seed: seed of the noise of `residual_error`.
         combined_z: mean and deviation of the parts of `combined`.
+        smallest_empirical_norm: lower bound of the mean square inside `empirical_norm`.
     """
 
     mean: Tensor
@@ -47,6 +48,7 @@ class ResidualScore(nn.Module):
         score: str,
         seed: int,
         combined_z: ZScore,
+        smallest_empirical_norm: float,
     ) -> None:
         super().__init__()
         assert model.gaussian is not None
@@ -54,6 +56,7 @@ class ResidualScore(nn.Module):
         assert model.vectors is not None
         assert model.neighbor_distances is not None
         self.score, self.sigmas = score, tuple(config["sigmas"])
+        self.smallest_empirical_norm = smallest_empirical_norm
         self.features, self.encode = PooledFeatures(backbone), EncodedFeatures(model.encoding)
         network: nn.Module = copy.deepcopy(model.network)
         self.network = network.cpu().float().eval()
@@ -84,7 +87,8 @@ class ResidualScore(nn.Module):
     def _empirical_norm(self, x: Tensor) -> Tensor:
         distances = x.square().sum(1, keepdim=True) - 2 * torch.mm(x, self.vectors.T) + self.squares
         weights = (-distances.clamp(min=0) / (2 * self.bandwidths**2)).softmax(1)
-        return _log((torch.mm(weights, self.vectors) - x).square().mean(1))
+        norms = (torch.mm(weights, self.vectors) - x).square().mean(1)
+        return _log(norms.clamp(min=self.smallest_empirical_norm))
 
     def _coordinates(self, x0: Tensor) -> Tensor:
         return torch.mm(x0.double() - self.mean, self.axes).float()

@@ -31,11 +31,8 @@ def _skip_without(backend: Backend) -> None:
         pytest.skip(reason)
 
 
-BACKENDS = [
-    pytest.param("openvino"),
-    pytest.param("onnxruntime"),
-    pytest.param("compile", marks=pytest.mark.slow),
-]
+BACKENDS = ["openvino", "onnxruntime"]
+"""torch.compile is tested with one small network: it takes minutes for those of the other tests."""
 
 
 class _Small(nn.Module):
@@ -49,7 +46,7 @@ class _Small(nn.Module):
         return output
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("compile", marks=pytest.mark.slow)])
 def test_backends_agree_with_torch_for_any_number_of_rows(backend, caplog):
     _skip_without(backend)
     runner = NetworkRunner(_Small(), "network")

@@ -98,7 +98,8 @@ def test_score_imports_no_training(detector: Path, tmp_path: Path) -> None:
 def test_evaluate_imports_only_the_networks_of_its_detector(detector: Path, tmp_path: Path) -> None:
     words = ["evaluate", detector / "knn", "--id", detector / "images", "--ood", detector / "images", "--limit", 6]
     modules = imported_modules(tmp_path, *words, "--baseline-limit", 20, "--out", tmp_path / "evaluation")
-    check(modules, most=150, used={"timm", "torchvision", "pandas", "matplotlib", "scipy", "sklearn"})
+    counter = {"torch._dynamo", "triton"}  # torch's counter of operations imports its compiler
+    check(modules, most=150, used={"timm", "torchvision", "pandas", "matplotlib", "scipy", "sklearn"} | counter)
     assert not {"farout.diffusion.model", "farout.classifiers.model", "farout.training.loop"} & modules
 
 

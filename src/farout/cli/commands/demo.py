@@ -57,8 +57,8 @@ def print_summary(items: Iterator[FinishedJob | BenchmarkReport]) -> None:
         f"\nNormal images: {spec.train_limit:,} pictures of clothes (FashionMNIST) to fit the detectors, "
         f"{int(metrics['n_id'].max())} others to score.\n"
         f"OOD images: {digits} handwritten digits (MNIST), and {flipped} pictures of clothes upside down.\n"
-        f"The diffusion model of reconstruction {model}. All methods have their defaults, but\n"
-        f"reconstruction has {spec.detectors['reconstruction'].statistics} instead of 400 statistics images.\n"
+        f"The diffusion model of reconstruction {model}.\nAll methods have their defaults, but reconstruction has "
+        f"{spec.detectors['reconstruction'].statistics} instead of 400 statistics images.\n"
     )
     table = new_table()
     table.add_column("detector", no_wrap=True)

@@ -371,8 +371,8 @@ class Semantic(PooledFeatureDetector):
             if model.vectors is None or model.neighbor_distances is None:
                 missing = "its training vectors with the distances of their neighbors"
                 raise FaroutError(f"this feature diffusion model does not contain {missing}; fit again")
-            vectors, scales = (in_float64(t.to(model.device)) for t in (model.vectors, model.neighbor_distances))
-            self.empirical = EmpiricalDenoiser(vectors, scales)
+            vectors = in_float64(model.vectors.to(model.device))
+            self.empirical = EmpiricalDenoiser(vectors, model.neighbor_distances.to(vectors))
             self.residual = model.residual_denoiser(self.runtime.batch_size, self.precision)
             return
         check_sampler(self.config["sampler"], self.levels, self.config["steps"], model.schedule)

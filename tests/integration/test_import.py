@@ -106,6 +106,12 @@ def test_the_training_state_of_diffood_is_a_list(tmp_path: Path) -> None:
     state = [foreign.state_dict(), {"state": {}, "param_groups": []}, {"last_epoch": 1}, 0, 1, "0101-0000"]
     import_weights(save(tmp_path / "train.ckpt", state), out=str(tmp_path / "m"))
     assert_same_network(foreign, tmp_path / "m", colors=3)
+    averaged = randomize(DdimUNet((32, 32), 1, (False, True)))
+    with_average = save(tmp_path / "ema.ckpt", [*state[:2], 0, 1, averaged.state_dict()])
+    import_weights(with_average, out=str(tmp_path / "averaged"))
+    assert_same_network(averaged, tmp_path / "averaged", colors=3)
+    import_weights(with_average, out=str(tmp_path / "trained"), ema=False)
+    assert_same_network(foreign, tmp_path / "trained", colors=3)
 
 
 @pytest.mark.parametrize("by_blocks", [True, False], ids=["guided", "improved"])

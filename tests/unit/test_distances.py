@@ -201,6 +201,16 @@ def test_neighbors_nearer_than_the_rounding_of_the_products_are_distinguished(k:
     np.testing.assert_allclose(scored(detector, probes)["distance"], nearest[:, k - 1], rtol=1e-9)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_features_that_are_not_numbers_have_no_distance(k: int) -> None:
+    detector, probes = learnt(KNN, gaussian(400), k=k), gaussian(5, seed=2)
+    expected = scored(detector, probes)["distance"]
+    probes[[1, 4]] = np.nan
+    found = scored(detector, probes)["distance"]
+    assert np.isnan(found[[1, 4]]).all()
+    np.testing.assert_allclose(found[[0, 2, 3]], expected[[0, 2, 3]])
+
+
 @pytest.mark.parametrize("k", [1, 5])
 def test_the_neighbor_does_not_depend_on_the_memory_of_a_block(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     detector, probes = learnt(KNN, gaussian(700), k=k), gaussian(50, seed=2)

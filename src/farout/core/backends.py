@@ -50,7 +50,8 @@ _EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
 _TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.2, "fp16": 0.05}
 """Largest difference of a converted network's outputs, as a share of their largest absolute value.
 
-Larger ones are no rounding: a converter that does not know an operation's behavior may give wrong values silently.
+Larger differences are not due to rounding: a converter that does not know an operation's behavior may give wrong values
+silently.
 """
 _FEWEST_FIXED_ROWS, _MAX_COMPILED = 3, 6
 """OpenVINO compiles a network for each number of rows above the first, until it has compiled it that many times."""

@@ -39,7 +39,7 @@ def defer_compiler_import() -> Iterator[None]:
 
 
 class _DeferredModule(ModuleType):
-    """Stands in for a module until one of its attributes is used."""
+    """Replaces a module until one of its attributes is used."""
 
     def __getattr__(self, attribute: str) -> Any:
         deferred: dict[tuple[str, str], Any] = {
@@ -49,7 +49,7 @@ class _DeferredModule(ModuleType):
         }
         if (self.__name__, attribute) in deferred:
             return deferred[self.__name__, attribute]
-        if attribute.startswith("__"):  # asked for by the import system and by `inspect`
+        if attribute.startswith("__"):  # requested by the import system and by `inspect`
             raise AttributeError(attribute)
         return getattr(_import_module(self.__name__), attribute)
 

@@ -59,7 +59,7 @@ class Profile:
         thread_seconds: in its other threads, all of them together; they run at the same time as that thread.
         process_seconds: in all threads of worker processes.
         images: number of images that were measured.
-        wall: from the begin to the end of the profile.
+        wall: from the beginning to the end of the profile.
         startup: CPU seconds of the process before it began, for Python, imports and settings.
     """
 

@@ -80,7 +80,8 @@ class KNN(VectorDetector):
             # The products are rounded to float32, and cancel where a neighbor is very near: all rows that may be among
             # the k nearest ones are compared by their differences.
             tolerance = 2 * np.finfo(np.float32).eps * (z.shape[1] + 4)
-            distances[start : start + rows] = self._nearest(block, squared <= (highest + tolerance)[:, None])
+            is_candidate = ~(squared > (highest + tolerance)[:, None])  # all of them for NaN, whose distances are NaN
+            distances[start : start + rows] = self._nearest(block, is_candidate)
         return {"distance": torch.from_numpy(distances.max(1)), "mean": torch.from_numpy(distances.mean(1))}
 
     def _nearest(self, block: np.ndarray, is_candidate: np.ndarray) -> np.ndarray:

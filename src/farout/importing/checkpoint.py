@@ -22,7 +22,7 @@ from farout.core.names import find_path
 __all__ = ["Checkpoint", "check_finite", "read_checkpoint"]
 
 _IGNORED_MODULES = ("argparse", "pytorch_lightning", "lightning", "omegaconf", "numpy", "collections", "typing")
-"""Modules whose objects stand next to the weights in published checkpoints (arguments, callbacks, counters). They are
+"""Modules whose objects published checkpoints store next to the weights (arguments, callbacks, counters). They are
 replaced by empty placeholders; the modules are not imported."""
 _AVERAGED = ("model_ema", "ema_state_dict", "state_dict_ema", "ema_model", "ema", "params_ema")
 _TRAINED = ("state_dict", "model_state_dict", "model", "net", "network", "params", "0")
@@ -140,13 +140,15 @@ def _create_placeholder(name: str) -> type:
 
 def _choose_state_dict(content: Any, path: Path, ema: bool) -> tuple[str, dict[str, Tensor]]:
     """The entry of a checkpoint that contains the weights, and its tensors."""
-    if _is_state_dict(content):
-        return "", _tensors_of(content)
     entries = dict(enumerate(content)) if isinstance(content, list | tuple) else content
     if not isinstance(entries, dict):
         raise StoreError(f"{path} contains a {type(content).__name__}; expected tensors by name")
     found = {str(name): _tensors_of(value) for name, value in entries.items() if _is_state_dict(value)}
-    order = (*_AVERAGED, *_TRAINED) if ema else (*_TRAINED, *_AVERAGED)
+    if not found and _is_state_dict(content):
+        return "", _tensors_of(content)
+    # a list of the DDIM program ends with the averages: [network, optimizer, epoch, step, averages]
+    averaged = tuple(found)[1:][-1:] if isinstance(content, list | tuple) else _AVERAGED
+    order = (*averaged, *_TRAINED) if ema else (*_TRAINED, *averaged)
     part = next((name for name in order if name in found), None)
     if part is None:
         names = ", ".join(map(str, list(entries)[:10])) or "nothing"

@@ -179,8 +179,10 @@ def convert_efficientnet(checkpoint: Checkpoint, settings: ImportSettings, ema: 
         with torch.device("meta"):
             expected = timm.create_model(network, num_classes=1000).state_dict()
         blocks = [name.removesuffix("conv_dw.weight") for name in expected if name.endswith(".conv_dw.weight")]
-        stem = checkpoint.tensors["_conv_stem.weight"].shape
-        if len(blocks) == count and expected["conv_stem.weight"].shape == stem:
+        # b1 and b2 have equal numbers of blocks and equal stems
+        ends = ("conv_stem.weight", "conv_head.weight")
+        shapes = [getattr(checkpoint.tensors.get(f"_{name}"), "shape", None) for name in ends]
+        if len(blocks) == count and [expected[name].shape for name in ends] == shapes:
             break
     else:
         raise StoreError(f"{checkpoint.path} has {count} blocks, as no EfficientNet from b0 to b7")

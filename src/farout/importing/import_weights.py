@@ -113,5 +113,5 @@ def import_weights(
         imported.network,
         imported.model.parameters,
         imported.assumed,
-        imported.next_command.format(out=out),
+        imported.next_command.replace("{out}", str(out)),
     )

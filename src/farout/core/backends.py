@@ -12,12 +12,10 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 
 from farout.core.devices import Precision, autocast
 from farout.core.errors import FaroutError, MissingExtraError
+from farout.core.graph_files import silence_libraries
 
 __all__ = [
     "Backend",
@@ -157,7 +156,7 @@ class NetworkRunner:
         try:
             reason = explain_unusable_backend(backend, inputs[0].device, precision)
             if not reason:
-                with _silence_libraries():
+                with silence_libraries():
                     converted = _CONVERTERS[backend](self.module.eval(), [_take_rows(x, 2) for x in inputs], precision)
                     reason = self._find_difference(converted, inputs, precision)
         except Exception as error:  # noqa: BLE001  # converters raise errors of any kind for what they do not support
@@ -271,16 +270,3 @@ _CONVERTERS: dict[str, Callable[[nn.Module, Sequence[Tensor], Precision], Callab
     "openvino": _convert_to_openvino,
     "onnxruntime": _convert_to_onnxruntime,
 }
-
-
-@contextmanager
-def _silence_libraries() -> Iterator[None]:
-    """Without the messages of converters, which advise their developers."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

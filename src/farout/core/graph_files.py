@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from farout.core.errors import FaroutError, MissingExtraError
 
-__all__ = ["GRAPH_FILES", "Format", "GraphInput", "check_runtime", "open_graph", "runtime_versions", "write_graph"]
+__all__ = [
+    "GRAPH_FILES",
+    "Format",
+    "GraphInput",
+    "check_runtime",
+    "open_graph",
+    "runtime_versions",
+    "silence_libraries",
+    "write_graph",
+]
 
 Format = Literal["onnx", "openvino", "torch"]
 GRAPH_FILES: dict[Format, str] = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
@@ -88,7 +97,7 @@ def write_graph(
     Raises FaroutError where a library cannot express the module in this format.
     """
     check_runtime(file_format)
-    with _convert_errors(file_format), _silence_libraries():
+    with _convert_errors(file_format), silence_libraries():
         program = _trace(module, inputs)
         if file_format == "torch":
             torch.export.save(program, folder / GRAPH_FILES["torch"])
@@ -112,7 +121,8 @@ def _convert_errors(file_format: Format) -> Iterator[None]:
 
 
 @contextmanager
-def _silence_libraries() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
+    """Without the messages of converters, which advise their developers."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

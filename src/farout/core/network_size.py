@@ -24,7 +24,7 @@ from farout.core.errors import FaroutError, StoreError
 from farout.core.files import open_regular_file
 from farout.core.names import is_utf8
 
-__all__ = ["check_network", "limit_parameters", "read_shapes"]
+__all__ = ["check_network", "describe_differences", "limit_parameters", "read_shapes"]
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -66,7 +66,7 @@ def check_network(build: Callable[[], nn.Module], weights: Path, name: str, *, l
         raise
     except (FaroutError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return  # a constructor that computes with values; an error of the configuration is raised again by the caller
-    problems = _describe_differences(found, expected)
+    problems = describe_differences(found, expected)
     if problems:
         raise StoreError(f"{weights} does not contain the weights of {name}: {'; '.join(problems)}")
 
@@ -88,7 +88,7 @@ class _SkipInitialization(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _describe_differences(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> list[str]:
+def describe_differences(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> list[str]:
     """How shapes by name differ from the expected ones, as text."""
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]

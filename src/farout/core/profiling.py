@@ -124,12 +124,13 @@ class timed(ContextDecorator):  # noqa: N801  # used like a function
         self.stage: Stage = stage
 
     def __enter__(self) -> None:
-        if _profile is None:
+        profile = _profile  # another thread may end it meanwhile
+        if profile is None:
             return
         now, frames = time.perf_counter(), _frames.open
         if frames:
             outer, since = frames[-1]
-            _profile.add(outer.stage, now - since)
+            profile.add(outer.stage, now - since)
         frames.append((self, now))
 
     def __exit__(self, *error: object) -> None:
@@ -137,17 +138,18 @@ class timed(ContextDecorator):  # noqa: N801  # used like a function
         if not frames or frames[-1][0] is not self:  # the profile began inside
             return
         now = time.perf_counter()
-        _, since = frames.pop()
-        if _profile is not None:
-            _profile.add(self.stage, now - since)
+        profile, (_, since) = _profile, frames.pop()
+        if profile is not None:
+            profile.add(self.stage, now - since)
         if frames:
             frames[-1] = (frames[-1][0], now)
 
 
 def count_images(count: int) -> None:
     """Count images in the profile that is recorded, if any."""
-    if _profile is not None:
-        _profile.add_images(count)
+    profile = _profile
+    if profile is not None:
+        profile.add_images(count)
 
 
 def add_process_profile(profile: Mapping[str, Any]) -> None:

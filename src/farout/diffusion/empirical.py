@@ -58,8 +58,8 @@ class EmpiricalDenoiser:
 def measure_neighbor_distances(vectors: Tensor, neighbor: int = 10) -> Tensor:
     """Distance of each of the vectors (n, width) to its `neighbor`-th nearest other one: (n,) float64.
 
-    With fewer others, the distance to the furthest. Distances below a tenth of their median are raised to it, so that
-    copies of a vector do not get a kernel of no width; if the median is 0, all are at least 1e-6.
+    With fewer others, the distance to the most distant one. Distances below a tenth of their median are raised to it,
+    so that copies of a vector do not get a kernel of no width; if the median is 0, all are at least 1e-6.
     """
     _check_vectors(vectors)
     vectors = vectors.double()

@@ -18,8 +18,9 @@ from torch import Tensor
 from farout.core.errors import StoreError
 from farout.core.files import open_regular_file
 from farout.core.names import find_path
+from farout.core.network_size import describe_differences
 
-__all__ = ["Checkpoint", "check_finite", "read_checkpoint"]
+__all__ = ["Checkpoint", "check_finite", "check_shapes", "read_checkpoint"]
 
 _IGNORED_MODULES = ("argparse", "pytorch_lightning", "lightning", "omegaconf", "numpy", "collections", "typing")
 """Modules whose objects published checkpoints store next to the weights (arguments, callbacks, counters). They are
@@ -182,3 +183,13 @@ def _use_averages(tensors: dict[str, Tensor], ema: bool) -> dict[str, Tensor]:
         return others
     flat = {name: name.removeprefix("model.").replace(".", "") for name in others if name.startswith("model.")}
     return {name: averaged.get(flat.get(name, ""), value) for name, value in others.items()}
+
+
+def check_shapes(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, network: str, library: str
+) -> None:
+    """Raise StoreError unless the tensors have the names, which are those of a library, and shapes of a network's."""
+    found, required = ({name: value.shape for name, value in each.items()} for each in (tensors, expected))
+    problems = describe_differences(found, required)
+    if problems:
+        raise StoreError(f"{path} does not contain {network}: {'; '.join(problems)} (names of {library})")

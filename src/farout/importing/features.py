@@ -24,7 +24,7 @@ from farout.features.extraction import CachedFeatures
 from farout.features.extractor import FeatureExtractor
 from farout.features.feature_denoiser import FeatureDenoiser
 from farout.features.feature_diffusion import FeatureDiffusion, paper_schedule
-from farout.importing.checkpoint import Checkpoint, check_finite, read_checkpoint
+from farout.importing.checkpoint import Checkpoint, check_finite, check_shapes, read_checkpoint
 from farout.importing.imported import Imported, ImportSettings, describe_origin
 from farout.importing.layouts import recognize_layout
 
@@ -131,7 +131,7 @@ def _build_denoiser(checkpoint: Checkpoint) -> FeatureDenoiser:
             embedding=len(tensors["time.0.weight"]),
             blocks=blocks,
         )
-    _check_shapes(tensors, network.state_dict(), path, "the LFDN")
+    check_shapes(tensors, network.state_dict(), path, "the LFDN", "farout")
     network.load_state_dict({name: value.float() for name, value in tensors.items()})
     return network
 
@@ -208,23 +208,10 @@ def convert_efficientnet(checkpoint: Checkpoint, settings: ImportSettings, ema: 
     if "classifier.weight" not in tensors or len(tensors["classifier.weight"]) != 1000:
         expected = {name: value for name, value in expected.items() if not name.startswith("classifier.")}
         tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
-    _check_shapes(tensors, expected, checkpoint.path, network)
+    check_shapes(tensors, expected, checkpoint.path, network, "timm")
     assumed = {"padding": "by the size of the input; efficientnet_pytorch computes it for the native size (b4: 380)"}
     weights = BackboneWeights(network, tensors, describe_origin(checkpoint, "efficientnet", assumed))
     command = f"farout fit semantic NORMAL_IMAGES --backbone {network.removeprefix('tf_efficientnet_')} "
     if network != "tf_efficientnet_b4":
         command = f"farout fit knn NORMAL_IMAGES --backbone {network} "
     return Imported(weights, f"timm's {network}", assumed, command + "--weights {out} --out detector/")
-
-
-def _check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, network: str) -> None:
-    missing = [name for name in expected if name not in tensors]
-    unexpected = [name for name in tensors if name not in expected]
-    wrong = [name for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
-    problems = [
-        *([f"{len(missing)} tensors are missing, first {missing[0]}"] if missing else []),
-        *([f"{len(unexpected)} are unexpected, first {unexpected[0]}"] if unexpected else []),
-        *(f"{n} has shape {tuple(tensors[n].shape)}, expected {tuple(expected[n].shape)}" for n in wrong[:1]),
-    ]
-    if problems:
-        raise StoreError(f"{path} does not contain {network}: {'; '.join(problems)} (names of farout or timm)")

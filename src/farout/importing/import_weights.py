@@ -21,7 +21,7 @@ class ImportedFolder:
         folder: the folder.
         layout: name of the layout that was recognized.
         summary: what is published in this layout.
-        network: the network in words.
+        network: description of the network.
         parameters: number of parameters.
         assumed: what the file does not say and was assumed.
         next_command: a command that uses the folder.

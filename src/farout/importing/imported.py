@@ -50,7 +50,7 @@ class Imported:
 
     Attributes:
         model: has `save(folder)` and `parameters`.
-        network: the network in words.
+        network: description of the network.
         assumed: what the file does not say and was assumed, by setting.
         next_command: a command that uses the folder, with `{out}` for it.
     """

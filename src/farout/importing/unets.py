@@ -15,7 +15,7 @@ from farout.data.preprocessing import Preprocessing
 from farout.diffusion.conditioning.class_embeddings import ClassVectors
 from farout.diffusion.model import DiffusionModel
 from farout.diffusion.schedule import NoiseSchedule
-from farout.importing.checkpoint import Checkpoint
+from farout.importing.checkpoint import Checkpoint, check_shapes
 from farout.importing.imported import FormulaSchedule, Imported, ImportSettings, describe_origin
 
 __all__ = ["convert_ddim", "convert_guided_diffusion", "convert_monai"]
@@ -361,16 +361,6 @@ def _build_network(tensors: dict[str, Tensor], fixed: dict[str, Any], side: int,
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise StoreError(f"{path}: no U-Net has these weights ({str(error).splitlines()[0]})") from error
-    expected = network.state_dict()
-    missing = [name for name in expected if name not in tensors]
-    unexpected = [name for name in tensors if name not in expected]
-    wrong = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
-    problems = [
-        *([f"{len(missing)} tensors are missing, first {missing[0]}"] if missing else []),
-        *([f"{len(unexpected)} are unexpected, first {unexpected[0]}"] if unexpected else []),
-        *(f"{n} has shape {tuple(tensors[n].shape)}, expected {tuple(expected[n].shape)}" for n in wrong[:1]),
-    ]
-    if problems:
-        raise StoreError(f"{path} does not contain the whole U-Net: {'; '.join(problems)} (names of diffusers)")
+    check_shapes(tensors, network.state_dict(), path, "the whole U-Net", "diffusers")
     network.load_state_dict({name: value.float() for name, value in tensors.items()})
     return network
